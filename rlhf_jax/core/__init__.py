@@ -1,0 +1,1 @@
+"""Floor 0: types, masks, trees and errors. Imports nothing else of ours."""

@@ -1,0 +1,35 @@
+"""Sums over the unmasked entries of an array, safe against NaN and infinity in the masked ones."""
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.core.types import Array, Bool, Float
+
+
+def clean(values: Float[Array, "..."], mask: Bool[Array, "..."], fill: float = 0.0) -> Float[Array, "..."]:
+    """Replaces masked entries by `fill`. Apply it *before* `exp`, `log` and products.
+
+    A `where` after them would still let NaN through into gradients (0 * NaN = NaN).
+    """
+    return jnp.where(mask, values, jnp.asarray(fill, values.dtype))
+
+
+def masked_sum(
+    values: Float[Array, "..."], mask: Bool[Array, "..."], axis: int | tuple[int, ...] | None = None
+) -> Float[Array, "..."]:
+    """Sum over the unmasked entries."""
+    return jnp.sum(clean(values, mask), axis=axis)
+
+
+def masked_mean(
+    values: Float[Array, "..."], mask: Bool[Array, "..."], axis: int | tuple[int, ...] | None = None
+) -> Float[Array, "..."]:
+    """Mean over the unmasked entries; 0 where there are none."""
+    count = jnp.sum(mask, axis=axis, dtype=values.dtype)
+    return masked_sum(values, mask, axis) / jnp.maximum(count, 1)
+
+
+def last_unmasked_index(mask: Bool[Array, "B T"]) -> jax.Array:
+    """[B] int: index of the last True of each row; 0 where there is none."""
+    time = jnp.arange(mask.shape[-1])
+    return jnp.max(jnp.where(mask, time, 0), axis=-1)

@@ -1,0 +1,55 @@
+"""Dataclasses as pytrees, and small functions over trees of arrays."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeVar, dataclass_transform
+
+import jax
+import jax.numpy as jnp
+
+T = TypeVar("T")
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=False)
+def pytree_dataclass(cls: type[T]) -> type[T]:
+    """A frozen dataclass whose fields are all pytree children (use `dataclasses.replace` to change one)."""
+    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+
+
+def tree_where(condition: jax.Array, if_true: T, if_false: T) -> T:
+    """`jnp.where` with one scalar condition over every leaf; the branch not taken may hold NaN."""
+    return jax.tree.map(lambda a, b: _where(condition, a, b), if_true, if_false)
+
+
+def _where(condition: jax.Array, a: Any, b: Any) -> Any:
+    if jax.dtypes.issubdtype(getattr(a, "dtype", None), jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(
+            jnp.where(condition, jax.random.key_data(a), jax.random.key_data(b)), impl=jax.random.key_impl(a)
+        )
+    return jnp.where(condition, a, b)
+
+
+def tree_add(a: T, b: T) -> T:
+    """Leafwise sum of two trees."""
+    return jax.tree.map(jnp.add, a, b)
+
+
+def tree_all_finite(tree: Any) -> jax.Array:
+    """Scalar bool: no NaN or infinity in any floating leaf."""
+    leaves = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.all(jnp.stack(leaves)) if leaves else jnp.bool_(True)
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A key path of `jax.tree_util` as `a/b/0`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """Leaves by `a/b/0` name, in tree order."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def map_named(function: Callable[[str, Any], Any], tree: T) -> T:
+    """`jax.tree.map` whose function also gets the leaf's `a/b/0` name."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: function(path_name(path), leaf), tree)
