@@ -9,6 +9,7 @@ the whole batch, and so do the gradients. Masked entries of `values` may hold an
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -62,6 +63,7 @@ sequence_mean = Reduction(weights=_row_weights, total=_row_count)
 """Mean over rows of each row's token mean (GRPO, Shao et al. 2024, eq. 3). Empty rows do not count."""
 
 
+@functools.lru_cache
 def constant_length(length: int) -> Reduction:
     """Token sum over rows x a fixed `length` (Dr. GRPO, Liu et al. 2025): no length enters the gradient."""
     return Reduction(weights=_token_weights, total=lambda mask: _row_count(mask) * length)
