@@ -1,0 +1,1 @@
+"""Floor 2: rewards from rules, as plain functions of texts."""

@@ -1,0 +1,296 @@
+"""The embedded task, text form: chains of operations on whole numbers, answered in written steps.
+
+    prompt      7+8+6=?
+    completion  7+8=15
+                15+6=21
+                #### 21
+
+Every problem of a `Level` has an index, so a split is arithmetic on indices: nothing is listed, sampled
+until it fits, or leaked. `arithmetic_arrays` is the same task in traceable JAX, `arithmetic_tfds` the
+same rows as a dataset on disk. Rows made here have the fields that JSONL files of users have.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+Split = Literal["train", "heldout"]
+Row = dict[str, Any]
+
+BLOCK = 8
+"""One problem in every block of this many consecutive indices is held out."""
+
+ANSWER_MARK = "####"
+"""Opens the last line of a solution, as in GSM8K."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Level:
+    """How hard the problems are.
+
+    Attributes:
+      operands: how many numbers a problem has, >= 2.
+      low: the least number, >= 0.
+      high: the greatest number, inclusive.
+      operators: which signs may stand between them: "+", "-" or both.
+    """
+
+    operands: int
+    low: int
+    high: int
+    operators: str
+
+    def __post_init__(self):
+        """Refuses a level without problems, or with more than an int32 can number."""
+        signs_ok = self.operators and set(self.operators) <= set("+-")
+        if self.operands < 2 or not 0 <= self.low <= self.high or not signs_ok:
+            raise ValueError(f"not a level: {self}")
+        if len(set(self.operators)) != len(self.operators):
+            raise ValueError(f"an operator stands twice: {self}")
+        if not BLOCK <= self.size < 2**31:
+            raise ValueError(
+                f"a level has at least {BLOCK} problems and fewer than 2^31, not {self.size}: {self}"
+            )
+
+    @property
+    def size(self) -> int:
+        """How many problems there are, both splits together."""
+        numbers = self.high - self.low + 1
+        return numbers**self.operands * len(self.operators) ** (self.operands - 1)
+
+
+LEVELS = {
+    1: Level(operands=3, low=1, high=9, operators="+"),
+    2: Level(operands=3, low=1, high=99, operators="+"),
+    3: Level(operands=4, low=1, high=99, operators="+-"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Numbers and the operators between them, worked from left to right."""
+
+    operands: tuple[int, ...]
+    operators: str
+
+    @property
+    def text(self) -> str:
+        """The prompt, such as `7+8+6=?`."""
+        pairs = zip(self.operators, self.operands[1:], strict=True)
+        return str(self.operands[0]) + "".join(f"{sign}{number}" for sign, number in pairs) + "=?"
+
+    @property
+    def answer(self) -> int:
+        """The true answer."""
+        total = self.operands[0]
+        for sign, number in zip(self.operators, self.operands[1:], strict=True):
+            total = _apply(total, sign, number)
+        return total
+
+
+@dataclasses.dataclass(frozen=True)
+class Solution:
+    """What a writer wrote.
+
+    Attributes:
+      steps: one equation each, such as `7+8=15`.
+      step_labels: whether each step is right, given its own left-hand side.
+      answer: the number the writer ends with, which is the true one where all steps are right.
+    """
+
+    steps: tuple[str, ...]
+    step_labels: tuple[bool, ...]
+    answer: int
+
+    @property
+    def text(self) -> str:
+        """The completion: a line for each step and the line `#### answer`."""
+        return "\n".join([*self.steps, f"{ANSWER_MARK} {self.answer}"])
+
+
+def _apply(total: int, sign: str, number: int) -> int:
+    return total + number if sign == "+" else total - number
+
+
+# Problems and splits -------------------------------------------------------------------------------
+
+
+def num_problems(level: Level, split: Split) -> int:
+    """Size of a split: an eighth of the level is held out, rounded down."""
+    heldout = level.size // BLOCK
+    return heldout if split == "heldout" else level.size - heldout
+
+
+def heldout_slot(block: Any) -> Any:
+    """Which slot of a block of 8 consecutive indices is held out: an integer hash of the block's number.
+
+    Args:
+      block: a Python int, or a NumPy or JAX array of uint32 (all three give the same slots).
+    """
+    # The two-round mixer "lowbias32" (C. Wellons, hash-prospector). The masks only matter for Python ints.
+    mixed = block ^ (block >> 16)
+    mixed = (mixed * 0x7FEB352D) & 0xFFFFFFFF
+    mixed = mixed ^ (mixed >> 15)
+    mixed = (mixed * 0x846CA68B) & 0xFFFFFFFF
+    return (mixed ^ (mixed >> 16)) % BLOCK
+
+
+def level_index(level: Level, split: Split, index: int) -> int:
+    """The place in the whole level, 0 ... `level.size - 1`, of the `index`-th problem of a split."""
+    if not 0 <= index < num_problems(level, split):
+        raise IndexError(f"{split} has {num_problems(level, split)} problems, no number {index}")
+    if split == "heldout":
+        return BLOCK * index + heldout_slot(index)
+    block, slot = divmod(index, BLOCK - 1)
+    is_whole = block < level.size // BLOCK  # problems beyond the last whole block are all for training
+    return BLOCK * block + slot + (is_whole and slot >= heldout_slot(block))
+
+
+def problem(level: Level, split: Split, index: int) -> Problem:
+    """The `index`-th problem of a split.
+
+    The level's problems are numbered by mixed radix: the operands are the leading digits, first operand
+    first, and the operators the trailing ones. Each index is one problem as written: `7+8+6` and `8+7+6`
+    are two problems, and one may be held out while the other is trained on.
+    """
+    rest = level_index(level, split, index)
+    signs, numbers = [], []
+    for _ in range(level.operands - 1):
+        rest, digit = divmod(rest, len(level.operators))
+        signs.append(level.operators[digit])
+    for _ in range(level.operands):
+        rest, digit = divmod(rest, level.high - level.low + 1)
+        numbers.append(level.low + digit)
+    return Problem(operands=tuple(reversed(numbers)), operators="".join(reversed(signs)))
+
+
+# Solutions -----------------------------------------------------------------------------------------
+
+
+def slip_error(total: int, sign: str, number: int) -> int:
+    """What a writer who forgets the carry or the borrow adds to the result of a step; 0 if there is none.
+
+    A sum of non-negative numbers whose units carry comes out 10 too small (7+8=5, 15+6=11). A difference
+    of non-negative numbers that is not negative and whose units borrow comes out 10 too large (15-6=19).
+    Steps that involve a negative number, on either side, never slip.
+    """
+    if total < 0:
+        return 0
+    if sign == "+":
+        return -10 if total % 10 + number % 10 >= 10 else 0
+    return 10 if total >= number and total % 10 < number % 10 else 0
+
+
+def solution(problem: Problem, slips: Sequence[bool] | None = None) -> Solution:
+    """Writes the steps of a problem, slipping where asked and possible (see `slip_error`).
+
+    Args:
+      slips: for each step, whether the writer is careless there; by default never. After a slip the
+        writer goes on consistently from the wrong number, which decides where later steps can slip.
+    """
+    careless = slips if slips is not None else [False] * len(problem.operators)
+    return _write(problem, lambda step, *equation: slip_error(*equation) if careless[step] else 0)
+
+
+def _write(problem: Problem, error_fn: Callable[[int, int, str, int], int]) -> Solution:
+    """Writes the steps; `error_fn(step, total, sign, number)` is added to the result of each."""
+    total, steps, labels = problem.operands[0], [], []
+    for step, (sign, number) in enumerate(zip(problem.operators, problem.operands[1:], strict=True)):
+        error = error_fn(step, total, sign, number)
+        result = _apply(total, sign, number) + error
+        steps.append(f"{total}{sign}{number}={result}")
+        labels.append(error == 0)
+        total = result
+    return Solution(steps=tuple(steps), step_labels=tuple(labels), answer=total)
+
+
+def wrong_solution(problem: Problem, rng: np.random.Generator) -> Solution:
+    """A plausible solution with a wrong answer.
+
+    It slips at a step drawn from those that can slip, and half of the time at each later one. Where no
+    step can slip, the result of one step is off by one. The writer goes on from the wrong number.
+    """
+    right = _slippable_steps(problem)
+    if not right:
+        place, error = rng.integers(len(problem.operators)), int(rng.choice([-1, 1]))
+        return _write(problem, lambda step, *_: error if step == place else 0)
+    first = int(rng.choice(right))
+    again = rng.random(len(problem.operators)) < 0.5
+    steps = range(len(problem.operators))
+    wrong = solution(problem, [step == first or bool(step > first and again[step]) for step in steps])
+    if wrong.answer == problem.answer:  # a forgotten borrow made up for a forgotten carry
+        wrong = solution(problem, [step == first for step in steps])
+    return wrong
+
+
+def _slippable_steps(problem: Problem) -> list[int]:
+    """The steps that can slip where all those before them are right."""
+    totals = itertools.accumulate(
+        zip(problem.operators, problem.operands[1:], strict=True),
+        lambda total, term: _apply(total, *term),
+        initial=problem.operands[0],
+    )
+    terms = zip(totals, problem.operators, problem.operands[1:], strict=False)
+    return [step for step, term in enumerate(terms) if slip_error(*term)]
+
+
+# Rows ----------------------------------------------------------------------------------------------
+
+
+def prompt_rows(level: Level, split: Split, count: int, seed: int) -> list[Row]:
+    """Rows for RL and evaluation: `prompt`, and the true `answer` as text, for the reward function."""
+    rng = _generator(seed, "prompt")
+    return [{"prompt": p.text, "answer": str(p.answer)} for p in _draw(rng, level, split, count)]
+
+
+def demonstration_rows(level: Level, count: int, seed: int, *, slip_rate: float) -> list[Row]:
+    """Rows for supervised fine-tuning, from the training split: `messages`, and the true `answer`.
+
+    Args:
+      slip_rate: probability that the writer is careless in a step, which shows where a step can slip.
+    """
+    rng, rows = _generator(seed, "demonstration"), []
+    for drawn in _draw(rng, level, "train", count):
+        written = solution(drawn, list(rng.random(len(drawn.operators)) < slip_rate))
+        turns = [{"role": "user", "content": drawn.text}, {"role": "assistant", "content": written.text}]
+        rows.append({"messages": turns, "answer": str(drawn.answer)})
+    return rows
+
+
+def preference_rows(level: Level, split: Split, count: int, seed: int) -> list[Row]:
+    """Pairs for reward models and DPO: `prompt`, a right `chosen`, and a `rejected` with a wrong answer."""
+    rng = _generator(seed, "preference")
+    return [
+        {"prompt": p.text, "chosen": solution(p).text, "rejected": wrong_solution(p, rng).text}
+        for p in _draw(rng, level, split, count)
+    ]
+
+
+def step_rows(level: Level, split: Split, count: int, seed: int, *, slip_rate: float) -> list[Row]:
+    """Rows for process rewards: `prompt`, `completions` (a list of steps) and `labels` (one bool each).
+
+    A label says whether its step is right given its own left-hand side, so a step that goes on
+    correctly from a wrong number is right. The answer line is no step.
+    """
+    rng, rows = _generator(seed, "step"), []
+    for drawn in _draw(rng, level, split, count):
+        written = solution(drawn, list(rng.random(len(drawn.operators)) < slip_rate))
+        row = {"prompt": drawn.text, "completions": list(written.steps), "labels": list(written.step_labels)}
+        rows.append(row)
+    return rows
+
+
+def _generator(seed: int, maker: str) -> np.random.Generator:
+    """A generator for each kind of row, so that the same seed does not give all kinds the same problems."""
+    return np.random.default_rng([seed, *maker.encode()])
+
+
+def _draw(rng: np.random.Generator, level: Level, split: Split, count: int) -> Iterator[Problem]:
+    """`count` problems, none twice before all of the split have come once."""
+    size = num_problems(level, split)
+    passes = [rng.permutation(size) for _ in range(count // size)]
+    indices = np.concatenate([*passes, rng.choice(size, count % size, replace=False)])
+    return (problem(level, split, int(index)) for index in indices)
