@@ -1,0 +1,133 @@
+import io
+
+import jax.numpy as jnp
+import pytest
+from rich.console import Console
+
+from rlhf_jax.metrics import Progress, final_table, format_number, format_seconds
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def plain_console():
+    return Console(file=io.StringIO(), force_terminal=False, width=80)
+
+
+def run(progress, clock, steps, seconds, metrics=None):
+    for step in steps:
+        clock.now += seconds
+        progress.update(step, metrics or {})
+
+
+def test_without_a_terminal_a_line_comes_every_few_seconds_and_at_the_end():
+    console, clock = plain_console(), Clock()
+    with Progress("sft", 10, console=console, clock=clock, seconds_between_lines=4.0) as progress:
+        run(progress, clock, range(1, 11), 1.0, {"loss": jnp.float32(0.125)})
+    lines = console.file.getvalue().splitlines()
+    assert [line.split()[:3] for line in lines] == [
+        ["sft", "4/10", "40"],
+        ["sft", "8/10", "80"],
+        ["sft", "10/10", "100"],
+    ]
+    assert lines[0].endswith("1.0 steps/s  6.0 s left  loss 0.125")
+    assert lines[-1].endswith("1.0 steps/s  done in 10 s  loss 0.125")
+
+
+def test_the_rate_leaves_out_compilation_and_forgets_the_far_past():
+    clock = Clock()
+    progress = Progress("sft", 1000, quiet=True, clock=clock)
+    clock.now += 60  # compilation
+    run(progress, clock, range(1, 11), 5.0)
+    assert progress.steps_per_second == pytest.approx(0.2)
+    run(progress, clock, range(11, 400), 0.1)
+    assert progress.steps_per_second == pytest.approx(10.0)
+
+
+def test_the_rate_of_a_resumed_stage_counts_only_its_own_steps():
+    clock = Clock()
+    progress = Progress("sft", 1000, completed=900, quiet=True, clock=clock)
+    run(progress, clock, [901, 902], 1.0)
+    assert progress.steps_per_second == pytest.approx(1.0)
+
+
+def test_slow_steps_still_have_a_rate():
+    clock = Clock()
+    progress = Progress("ppo", 10, quiet=True, clock=clock)
+    run(progress, clock, [1, 2, 3], 120.0)
+    assert progress.steps_per_second == pytest.approx(1 / 120)
+
+
+def test_only_the_metrics_asked_for_are_shown():
+    console, clock = plain_console(), Clock()
+    progress = Progress("ppo", 1, console=console, clock=clock, shown=("kl", "missing", "reward"))
+    progress.update(1, {"loss": 1.0, "reward": 0.5, "kl": 2e-5})
+    assert console.file.getvalue().rstrip().endswith("kl 2.00e-05  reward 0.5")
+
+
+def test_quiet_shows_nothing():
+    console = plain_console()
+    with Progress("sft", 1, console=console, quiet=True) as progress:
+        progress.log("words")
+        progress.update(1, {"loss": 1.0})
+    assert console.file.getvalue() == ""
+
+
+def test_a_terminal_gets_a_bar_and_lines_above_it():
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    with Progress("sft", 2, console=console) as progress:
+        progress.update(1, {"loss": 1.0})
+        progress.log("exact match [held out] 41 %")
+        progress.update(2, {"loss": 0.5})
+    text = console.file.getvalue()
+    for word in ("━", "loss 0.5", "2/2", "exact match [held out] 41 %"):
+        assert word in text
+
+
+def test_the_final_table_keeps_every_cell_whole(capsys):
+    rows = [("sft [red]x[/red]", 0.41234567, None), ("grpo " + "y" * 100, "97 %", 12)]
+    final_table("Held-out", ("method", "exact match", "length"), rows)
+    text = capsys.readouterr().out
+    for word in ("Held-out", "sft [red]x[/red]", "0.4123", " - ", "y" * 100, "97 %", " 12 "):
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0.00 s"),
+        (0.424, "0.42 s"),
+        (0.999, "1.0 s"),
+        (9.97, "10 s"),
+        (59.6, "1 min 00 s"),
+        (185, "3 min 05 s"),
+        (3599.7, "1 h 00 min"),
+        (7620, "2 h 07 min"),
+        (86399, "1 d 00 h"),
+        (273600, "3 d 04 h"),
+    ],
+)
+def test_seconds_in_words(seconds, text):
+    assert format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0.0, "0"),
+        (3.0, "3"),
+        (0.123456, "0.1235"),
+        (12345.67, "12346"),
+        (1e-5, "1.00e-05"),
+        (-2.5e7, "-2.50e+07"),
+        (float("nan"), "nan"),
+        (float("inf"), "inf"),
+    ],
+)
+def test_numbers_in_four_digits(number, text):
+    assert format_number(number) == text
