@@ -1,0 +1,91 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.kernels.logprobs import dense_token_logprobs, token_logprobs
+
+
+def _inputs(dtype=jnp.float32, scale=1.0):
+    keys = jax.random.split(jax.random.key(0), 3)
+    hidden = jax.random.normal(keys[0], (3, 7, 8), dtype) * scale
+    unembedding = jax.random.normal(keys[1], (11, 8), dtype)
+    targets = jax.random.randint(keys[2], (3, 7), 0, 11)
+    return hidden, unembedding, targets
+
+
+def _scalar(function, targets, hidden, unembedding):
+    logp, entropy = function(hidden, unembedding, targets)
+    weights = jnp.arange(targets.size, dtype=logp.dtype).reshape(targets.shape)
+    return jnp.sum(jnp.sin(weights) * logp + jnp.cos(weights) * entropy)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 21, 64])
+@pytest.mark.parametrize(("temperature", "softcap"), [(1.0, None), (0.7, 5.0)])
+def test_chunked_equals_dense_in_value_and_gradient(chunk_size, temperature, softcap):
+    with jax.enable_x64(True):
+        hidden, unembedding, targets = _inputs(jnp.float64)
+        chunked = functools.partial(
+            token_logprobs, temperature=temperature, softcap=softcap, chunk_size=chunk_size
+        )
+        dense = functools.partial(dense_token_logprobs, temperature=temperature, softcap=softcap)
+        for a, b in zip(
+            chunked(hidden, unembedding, targets), dense(hidden, unembedding, targets), strict=True
+        ):
+            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+        gradients = [
+            jax.grad(functools.partial(_scalar, f, targets), argnums=(0, 1))(hidden, unembedding)
+            for f in (chunked, dense)
+        ]
+        for a, b in zip(*gradients, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
+
+
+def test_numpy_oracle():
+    hidden, unembedding, targets = _inputs()
+    logp, entropy = token_logprobs(hidden, unembedding, targets, temperature=1.3, chunk_size=5)
+    logits = np.asarray(hidden, np.float64) @ np.asarray(unembedding, np.float64).T / 1.3
+    for b in range(3):
+        for t in range(7):
+            probs = np.exp(logits[b, t]) / np.exp(logits[b, t]).sum()
+            np.testing.assert_allclose(logp[b, t], np.log(probs[targets[b, t]]), rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(entropy[b, t], -(probs * np.log(probs)).sum(), rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_and_extreme_logits_stay_finite():
+    hidden, unembedding, targets = _inputs(jnp.bfloat16, scale=1e3)
+    value, gradients = jax.value_and_grad(
+        lambda h, u: _scalar(functools.partial(token_logprobs, chunk_size=4), targets, h, u), argnums=(0, 1)
+    )(hidden, unembedding)
+    assert np.isfinite(value)
+    assert all(np.isfinite(np.asarray(g, np.float32)).all() for g in gradients)
+    assert token_logprobs(hidden, unembedding, targets)[0].dtype == jnp.float32
+
+
+def test_memory_of_logits_is_bounded_by_the_chunk():
+    hidden = jax.ShapeDtypeStruct((4, 512, 16), jnp.float32)
+    unembedding = jax.ShapeDtypeStruct((4096, 16), jnp.float32)
+    targets = jax.ShapeDtypeStruct((4, 512), jnp.int32)
+
+    def temporary_bytes(function):
+        step = jax.grad(functools.partial(_scalar, function), argnums=(1, 2))
+        compiled = jax.jit(step).lower(targets, hidden, unembedding).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    chunked = temporary_bytes(functools.partial(token_logprobs, chunk_size=64))
+    assert chunked < temporary_bytes(dense_token_logprobs) / 8
+
+
+def test_temperature_is_traced_without_recompiling():
+    hidden, unembedding, targets = _inputs()
+    traces = []
+
+    @jax.jit
+    def score(temperature):
+        traces.append(1)
+        return token_logprobs(hidden, unembedding, targets, temperature=temperature)[0]
+
+    assert not np.allclose(score(0.5), score(2.0))
+    assert len(traces) == 1
