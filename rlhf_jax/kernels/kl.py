@@ -1,0 +1,66 @@
+"""Estimates of the Kullback-Leibler divergence from the log-probabilities of sampled actions.
+
+For actions a ~ pi, with l = log ref(a) - log pi(a) (Schulman 2020, "Approximating KL divergence"):
+
+    k1 = -l            k2 = l^2 / 2            k3 = exp(l) - 1 - l
+
+Two questions must be kept apart. Is the *value* an unbiased estimate of KL(pi || ref)? Is the *gradient*, taken
+through log pi(a) with the sample held fixed, an unbiased estimate of the gradient of KL(pi || ref)? The answers,
+which the tests show by enumeration, are in each function's docstring.
+"""
+
+import jax.numpy as jnp
+
+from rlhf_jax.core.types import Array, Float
+
+# Beyond this many nats `exp` goes on along its tangent, so that no log-ratio overflows.
+EXP_LIMIT = 20.0
+
+
+def k1(logp: Float[Array, "..."], ref_logp: Float[Array, "..."]) -> Float[Array, "..."]:
+    """log pi(a) - log ref(a): for reporting and for KL in the reward.
+
+    Value: unbiased for KL(pi || ref), high variance, may be negative.
+    Gradient: that of log pi(a), whose expectation is zero: as a loss term k1 does nothing but add noise.
+
+    Args:
+      logp: log-probability in nats of the sampled action under the policy that sampled it.
+      ref_logp: of the same action under the reference.
+    """
+    return logp - ref_logp
+
+
+def k2(logp: Float[Array, "..."], ref_logp: Float[Array, "..."]) -> Float[Array, "..."]:
+    """(log pi(a) - log ref(a))^2 / 2: for use as a loss term.
+
+    Value: biased for KL(pi || ref) (equal to second order as pi approaches ref), never negative.
+    Gradient: (log pi - log ref) grad log pi, an unbiased estimate of the gradient of KL(pi || ref).
+
+    Args:
+      logp: log-probability in nats of the sampled action under the policy that sampled it.
+      ref_logp: of the same action under the reference.
+    """
+    return 0.5 * jnp.square(logp - ref_logp)
+
+
+def k3(logp: Float[Array, "..."], ref_logp: Float[Array, "..."]) -> Float[Array, "..."]:
+    """exp(l) - 1 - l with l = log ref(a) - log pi(a): for reporting, and GRPO's choice of loss term.
+
+    Value: unbiased for KL(pi || ref) where ref has no mass outside the support of pi, never negative,
+    lower variance than k1.
+    Gradient: (1 - ref/pi) grad log pi, which is biased for KL(pi || ref): its expectation is the gradient
+    of the *forward* KL(ref || pi) (Shao et al. 2024, eq. 4, use it so). It agrees with that of
+    KL(pi || ref) to first order as pi approaches ref.
+
+    Args:
+      logp: log-probability in nats of the sampled action under the policy that sampled it.
+      ref_logp: of the same action under the reference.
+    """
+    log_ratio = ref_logp - logp
+    near = jnp.minimum(log_ratio, EXP_LIMIT)
+    # expm1 keeps the digits that exp(l) - 1 - l loses near l = 0.
+    return jnp.where(
+        log_ratio > EXP_LIMIT,
+        jnp.exp(near) * (1 + log_ratio - EXP_LIMIT) - 1 - log_ratio,
+        jnp.expm1(near) - near,
+    )
