@@ -254,7 +254,7 @@ def demonstration_rows(level: Level, count: int, seed: int, *, slip_rate: float)
     """
     rng, rows = _generator(seed, "demonstration"), []
     for drawn in _draw(rng, level, "train", count):
-        written = solution(drawn, list(rng.random(len(drawn.operators)) < slip_rate))
+        written = solution(drawn, (rng.random(len(drawn.operators)) < slip_rate).tolist())
         turns = [{"role": "user", "content": drawn.text}, {"role": "assistant", "content": written.text}]
         rows.append({"messages": turns, "answer": str(drawn.answer)})
     return rows
@@ -277,7 +277,7 @@ def step_rows(level: Level, split: Split, count: int, seed: int, *, slip_rate: f
     """
     rng, rows = _generator(seed, "step"), []
     for drawn in _draw(rng, level, split, count):
-        written = solution(drawn, list(rng.random(len(drawn.operators)) < slip_rate))
+        written = solution(drawn, (rng.random(len(drawn.operators)) < slip_rate).tolist())
         row = {"prompt": drawn.text, "completions": list(written.steps), "labels": list(written.step_labels)}
         rows.append(row)
     return rows

@@ -1,0 +1,194 @@
+"""Reward functions of the user: found by path, called with care, combined with weights.
+
+A reward function is any callable
+
+    (prompts: list[str], completions: list[str], **fields: list) -> B numbers
+
+where `fields` are the other fields of the rows the prompts came from, one list of length B each, and
+`finished`. Take the fields you need by name and the rest with `**_`.
+"""
+
+import difflib
+import importlib
+import os
+import pkgutil
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import ModuleType
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from rlhf_jax.core.errors import UserError
+
+RewardFn: TypeAlias = Callable[..., Any]
+
+
+# Finding -------------------------------------------------------------------------------------------
+
+
+def load_reward(path: str) -> RewardFn:
+    """Imports `module:function`, from the current folder or any installed package.
+
+    Raises:
+      UserError: the path is not of that form, or names nothing that can be called; with the nearest name.
+    """
+    module_name, colon, function_name = path.partition(":")
+    if not (module_name and colon and function_name):
+        raise UserError(f"reward '{path}' is not of the form module:function, such as my_rewards:exact_match")
+    module = _import_module(module_name, path)
+    function = getattr(module, function_name, None)
+    if callable(function):
+        return function
+    problem = "is not a function" if hasattr(module, function_name) else "does not exist"
+    names = [name for name, value in vars(module).items() if callable(value) and not isinstance(value, type)]
+    hint = _nearest(function_name, names)
+    raise UserError(f"reward '{path}': {function_name} {problem} in {module.__file__ or module_name}{hint}")
+
+
+def _import_module(name: str, path: str) -> ModuleType:
+    folder = os.getcwd()
+    if folder not in sys.path:
+        sys.path.append(folder)  # last, so that a file of the user's never hides an installed package
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if name != missing and not name.startswith(missing + "."):
+            raise UserError(f"reward '{path}': {name} needs the module {missing}: install it") from error
+        hint = _nearest(name, _sibling_modules(name, folder))
+        raise UserError(f"reward '{path}': no module {missing} in {folder} or installed{hint}") from error
+    except Exception as error:
+        raise UserError(
+            f"reward '{path}': importing {name} fails{_place(error)} with {_said(error)}"
+        ) from error
+
+
+def _sibling_modules(name: str, folder: str) -> list[str]:
+    """Full names of the modules that stand where `name` would."""
+    parent = name.rpartition(".")[0]
+    if not parent:
+        return [module.name for module in pkgutil.iter_modules([folder])]
+    package = sys.modules.get(parent)  # imported on the way to the module that is missing
+    paths = getattr(package, "__path__", [])
+    return [module.name for module in pkgutil.iter_modules(paths, parent + ".")]
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    found = difflib.get_close_matches(name, list(names), n=1)
+    return f"; the nearest name is {found[0]}" if found else ""
+
+
+# Calling -------------------------------------------------------------------------------------------
+
+
+def call_reward(
+    reward_fn: RewardFn,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    fields: Mapping[str, Sequence[Any]],
+    *,
+    where: Sequence[str] | None = None,
+) -> np.ndarray:
+    """Calls a reward function and checks what it returns.
+
+    Args:
+      fields: other fields of the rows, a sequence of length B each; passed by name.
+      where: where each row stands (`file:line`), for messages.
+    Returns:
+      [B] float32, all finite.
+    Raises:
+      UserError: the function raises, or does not return B finite numbers; names function, row and value.
+    """
+    lists = {name: list(values) for name, values in fields.items()}
+    texts = list(prompts), list(completions)
+    try:
+        returned = reward_fn(*texts, **lists)
+    except UserError:
+        raise
+    except Exception as error:
+        row = _first_failing_row(reward_fn, *texts, lists)
+        at = "" if row is None else f" on {_row_name(row, where)}, completion {_shown(texts[1][row])}"
+        raise UserError(
+            f"reward function {_name(reward_fn)} raised {_said(error)}{_place(error)}{at}: mend the function"
+        ) from error
+    return _checked(_name(reward_fn), returned, texts[1], where)
+
+
+def _checked(name: str, returned: Any, completions: list[str], where: Sequence[str] | None) -> np.ndarray:
+    """The returned value as [B] float32."""
+    expected = f"expected {len(completions)} finite numbers, one for each completion"
+    try:
+        rewards = np.asarray(returned, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"reward function {name} returned {_shown(returned)}: {expected}") from error
+    if rewards.shape != (len(completions),):
+        raise UserError(f"reward function {name} returned shape {rewards.shape}: {expected}")
+    is_bad = ~(np.abs(rewards) <= np.finfo(np.float32).max)  # NaN, infinity, and what float32 cannot hold
+    if is_bad.any():
+        row = int(np.argmax(is_bad))
+        raise UserError(
+            f"reward function {name} returned {rewards[row]} for {_row_name(row, where)}, "
+            f"completion {_shown(completions[row])}: {expected}"
+        )
+    return rewards.astype(np.float32)
+
+
+def _first_failing_row(
+    reward_fn: RewardFn, prompts: list[str], completions: list[str], fields: dict[str, list[Any]]
+) -> int | None:
+    """Calls the function row by row, which only a run that is about to stop pays for."""
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        try:
+            reward_fn([prompt], [completion], **{name: [values[row]] for name, values in fields.items()})
+        except Exception:
+            return row
+    return None
+
+
+def _name(function: RewardFn) -> str:
+    """`module:function` where the function has both."""
+    name = getattr(function, "__qualname__", None) or type(function).__qualname__
+    module = getattr(function, "__module__", None)
+    return f"{module}:{name}" if module else name
+
+
+def _row_name(row: int, where: Sequence[str] | None) -> str:
+    return f"row {row}" if where is None else f"row {row} ({where[row]})"
+
+
+def _said(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return type(error).__name__ + (f" ({_cut(lines[0])})" if lines else "")
+
+
+def _place(error: Exception) -> str:
+    """` at file:line` of the innermost Python line that ran; of the source itself for a syntax error."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f" at {error.filename}:{error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    return f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+
+
+def _shown(value: Any) -> str:
+    """A value in one short line, whatever it is."""
+    return _cut(repr(value[:100] if isinstance(value, str) else value))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+# Combining -----------------------------------------------------------------------------------------
+
+
+def combine_rewards(weighted: Sequence[tuple[RewardFn, float]]) -> RewardFn:
+    """One reward function: the weighted sum of several, each checked on its own (see `call_reward`)."""
+    parts = tuple(weighted)
+
+    def combined(prompts: Sequence[str], completions: Sequence[str], **fields: Sequence[Any]) -> np.ndarray:
+        terms = [weight * call_reward(fn, prompts, completions, fields) for fn, weight in parts]
+        return np.asarray(np.sum(terms, axis=0), np.float32)
+
+    return combined
