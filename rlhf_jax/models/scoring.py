@@ -1,0 +1,130 @@
+"""Models as the callables that updates and samplers know: score, reward, prefill, decode.
+
+This is the one place where tokens are shifted against hidden states: the hidden state at t-1 predicts the
+token at t, and is the state in which that token is chosen.
+"""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from rlhf_jax.core.masks import last_unmasked_index
+from rlhf_jax.core.types import Array, Float, Int, Params, Scalar, Score, ScoreFn, Sequences
+from rlhf_jax.kernels.logprobs import token_logprobs
+from rlhf_jax.models import decoder as decoders
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.heads import apply_scalar_head
+
+
+def _hidden(config: ModelConfig, params: Params, sequences: Sequences) -> Float[Array, "B T D"]:
+    return decoders.hidden_states(
+        config, params, sequences.tokens, sequences.positions, sequences.segment_ids
+    )
+
+
+def _delay(values: Float[Array, "B T"]) -> Float[Array, "B T"]:
+    """Moves column t-1 to column t; column 0 has no state before it and gets 0."""
+    return jnp.pad(values[:, :-1], ((0, 0), (1, 0)))
+
+
+def make_score_fn(config: ModelConfig, *, temperature: Scalar = 1.0, chunk_size: int = 1024) -> ScoreFn:
+    """`score(params, sequences) -> Score` of a policy without a value head (values are 0).
+
+    Args:
+      temperature: the one that rollouts were sampled at, so that scores are the sampler's.
+      chunk_size: tokens whose logits are held at once.
+    """
+
+    def score(params: Params, sequences: Sequences) -> Score:
+        hidden = _hidden(config, params, sequences)
+        logp, entropy = token_logprobs(
+            hidden[:, :-1],
+            decoders.unembedding(config, params),
+            sequences.tokens[:, 1:],
+            temperature=temperature,
+            chunk_size=chunk_size,
+        )
+        pad = ((0, 0), (1, 0))
+        logp, entropy = jnp.pad(logp, pad), jnp.pad(entropy, pad)
+        return Score(logp, entropy, jnp.zeros_like(logp))
+
+    return score
+
+
+def make_value_fn(
+    config: ModelConfig,
+) -> Callable[[Params, Sequences], Float[Array, "B T"]]:
+    """`value(params, sequences)`: value of the state in which each token was chosen.
+
+    `params` is a scalar model (`models.heads.init_scalar_model`).
+    """
+
+    def value(params: Params, sequences: Sequences) -> Float[Array, "B T"]:
+        hidden = _hidden(config, params["decoder"], sequences)
+        return _delay(apply_scalar_head(params["head"], hidden))
+
+    return value
+
+
+def make_actor_critic_fn(
+    config: ModelConfig, *, temperature: Scalar = 1.0, chunk_size: int = 1024
+) -> ScoreFn:
+    """`score(params, sequences)` of a policy and a separate value model.
+
+    `params` is `{"policy": decoder, "value": scalar model}`.
+    """
+    policy = make_score_fn(config, temperature=temperature, chunk_size=chunk_size)
+    value = make_value_fn(config)
+
+    def score(params: Params, sequences: Sequences) -> Score:
+        scored = policy(params["policy"], sequences)
+        return Score(scored.logp, scored.entropy, value(params["value"], sequences))
+
+    return score
+
+
+def make_reward_fn(config: ModelConfig) -> Callable[[Params, Sequences], Float[Array, "B"]]:
+    """`reward(params, sequences)`: the head's output after the last token that is not padding, one a row.
+
+    `params` is a scalar model. Rows hold one sample each.
+    """
+
+    def reward(params: Params, sequences: Sequences) -> Float[Array, "B"]:
+        scores = apply_scalar_head(params["head"], _hidden(config, params["decoder"], sequences))
+        last = last_unmasked_index(sequences.segment_ids > 0)
+        return jnp.take_along_axis(scores, last[:, None], axis=1)[:, 0]
+
+    return reward
+
+
+def make_decode_fns(config: ModelConfig) -> tuple[Callable, Callable]:
+    """(prefill, decode) for `generation.generate`.
+
+    prefill(params, tokens [B, P], positions, segment_ids, length) -> (logits [B, V], cache) reads whole
+    prompts and leaves room for `length` columns; decode(params, cache, token [B], position [B]) ->
+    (logits [B, V], cache) reads one token a row.
+    """
+
+    def prefill(
+        params: Params,
+        tokens: Int[Array, "B P"],
+        positions: Int[Array, "B P"],
+        segment_ids: Int[Array, "B P"],
+        length: int,
+    ) -> tuple[Float[Array, "B V"], decoders.Cache]:
+        cache = decoders.init_cache(config, tokens.shape[0], length)
+        hidden, cache = decoders.cached_hidden_states(config, params, tokens, positions, segment_ids, cache)
+        return decoders.logits(config, params, hidden[:, -1]), cache
+
+    def decode(
+        params: Params,
+        cache: decoders.Cache,
+        token: Int[Array, "B"],
+        position: Int[Array, "B"],
+    ) -> tuple[Float[Array, "B V"], decoders.Cache]:
+        hidden, cache = decoders.cached_hidden_states(
+            config, params, token[:, None], position[:, None], jnp.ones_like(token)[:, None], cache
+        )
+        return decoders.logits(config, params, hidden[:, 0]), cache
+
+    return prefill, decode

@@ -1,0 +1,121 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax import models
+from rlhf_jax.generation import Sampling, generate, sample_token
+
+CONFIG = models.dense_config(vocab_size=11, width=16, num_layers=2, num_heads=2)
+EOS, PAD = 1, 0
+
+
+def _setup():
+    params = models.init_params(CONFIG, jax.random.key(0))
+    # Larger weights, so that distributions are far from uniform.
+    params = jax.tree.map(lambda x: x * 6 if x.ndim == 2 else x, params)
+    lengths = jnp.array([5, 2, 4, 1])
+    mask = jnp.arange(5) >= 5 - lengths[:, None]
+    prompts = jnp.where(mask, jax.random.randint(jax.random.key(1), (4, 5), 2, 11), PAD)
+    return params, prompts, mask
+
+
+@functools.partial(jax.jit, static_argnames="max_new_tokens")
+def _generate(params, prompts, mask, key, sampling, max_new_tokens=12):
+    prefill, decode = models.make_decode_fns(CONFIG)
+    return generate(
+        prefill,
+        decode,
+        params,
+        prompts,
+        mask,
+        key,
+        max_new_tokens=max_new_tokens,
+        eos_id=EOS,
+        pad_id=PAD,
+        sampling=sampling,
+    )
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+def test_sampled_log_probs_agree_with_rescoring(temperature):
+    params, prompts, mask = _setup()
+    rollout = _generate(params, prompts, mask, jax.random.key(2), Sampling(temperature=temperature))
+    score = models.make_score_fn(CONFIG, temperature=temperature)(params, rollout.sequences)
+    rescored = jnp.where(rollout.sequences.mask, score.logp, 0)
+    np.testing.assert_allclose(rollout.logp, rescored, atol=1e-5)
+    assert rollout.sequences.mask.sum() > 8
+
+
+def test_filters_do_not_change_reported_log_probs():
+    params, prompts, mask = _setup()
+    rollout = _generate(params, prompts, mask, jax.random.key(3), Sampling(top_k=3, top_p=0.8))
+    score = models.make_score_fn(CONFIG)(params, rollout.sequences)
+    np.testing.assert_allclose(rollout.logp, jnp.where(rollout.sequences.mask, score.logp, 0), atol=1e-5)
+
+
+def test_greedy_takes_the_argmax_of_the_full_forward():
+    params, prompts, mask = _setup()
+    rollout = _generate(params, prompts, mask, jax.random.key(4), Sampling(temperature=0.0))
+    rows = rollout.sequences
+    hidden = models.hidden_states(CONFIG, params, rows.tokens, rows.positions, rows.segment_ids)
+    best = jnp.argmax(models.logits(CONFIG, params, hidden), axis=-1)
+    sampled = np.asarray(rows.mask)
+    np.testing.assert_array_equal(
+        np.asarray(rows.tokens)[sampled], np.asarray(jnp.roll(best, 1, axis=1))[sampled]
+    )
+
+
+def test_rows_end_at_eos_and_are_padded_after_it():
+    params, prompts, mask = _setup()
+    for seed in range(5):
+        rollout = _generate(params, prompts, mask, jax.random.key(seed), Sampling())
+        tokens, sampled = (np.asarray(x)[:, 5:] for x in (rollout.sequences.tokens, rollout.sequences.mask))
+        for row in range(4):
+            ends = np.flatnonzero(tokens[row][sampled[row]] == EOS)
+            length = sampled[row].sum()
+            assert rollout.finished[row] == (len(ends) == 1)
+            assert length == (ends[0] + 1 if rollout.finished[row] else 12)
+            assert (tokens[row, length:] == PAD).all()
+            assert sampled[row, :length].all()
+
+
+def test_prompts_of_different_lengths_do_not_disturb_each_other():
+    params, prompts, mask = _setup()
+    together = _generate(params, prompts, mask, jax.random.key(0), Sampling(temperature=0.0))
+    for row, length in enumerate([5, 2, 4, 1]):
+        alone = _generate(
+            params,
+            prompts[row : row + 1, 5 - length :],
+            jnp.ones((1, length), bool),
+            jax.random.key(9),
+            Sampling(temperature=0.0),
+        )
+        np.testing.assert_array_equal(alone.sequences.tokens[0, length:], together.sequences.tokens[row, 5:])
+
+
+def test_samples_follow_the_filtered_distribution():
+    logits = jnp.log(jnp.array([[0.5, 0.25, 0.15, 0.1]]))
+    keys = jax.random.split(jax.random.key(0), 4000)
+    for sampling, expected in (
+        (Sampling(), [0.5, 0.25, 0.15, 0.1]),
+        (Sampling(top_k=2), [2 / 3, 1 / 3, 0, 0]),
+        (Sampling(top_p=0.8), [5 / 9, 2.5 / 9, 1.5 / 9, 0]),
+        (Sampling(top_p=0.0), [1, 0, 0, 0]),
+        (Sampling(temperature=0.5), np.array([0.25, 0.0625, 0.0225, 0.01]) / 0.345),
+    ):
+        tokens, logp = jax.vmap(lambda key, s=sampling: sample_token(key, logits, s))(keys)
+        frequencies = np.bincount(np.asarray(tokens[:, 0]), minlength=4) / 4000
+        np.testing.assert_allclose(frequencies, expected, atol=0.03)
+        full = jax.nn.log_softmax(logits[0] / sampling.temperature)
+        np.testing.assert_allclose(logp[:, 0], full[tokens[:, 0]], rtol=1e-5)
+
+
+def test_temperature_and_top_p_do_not_recompile():
+    params, prompts, mask = _setup()
+    _generate.clear_cache()
+    for temperature in (0.5, 0.9):
+        _generate(params, prompts, mask, jax.random.key(0), Sampling(temperature=jnp.float32(temperature)))
+    assert _generate._cache_size() == 1

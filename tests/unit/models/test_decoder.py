@@ -1,0 +1,183 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax import models
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.types import Sequences
+from rlhf_jax.losses.reductions import packed_sequence_mean, sequence_mean, token_mean
+from rlhf_jax.models.decoder import cached_hidden_states, hidden_states
+
+CONFIG = models.dense_config(vocab_size=13, width=16, num_layers=2, num_heads=4, num_kv_heads=2)
+
+
+def _rows(lengths, *, width, seed=0):
+    """One sample a row, right-padded with junk tokens."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, 13, (len(lengths), width)).astype(np.int32)
+    valid = np.arange(width) < np.asarray(lengths)[:, None]
+    positions = np.where(valid, np.arange(width), 0).astype(np.int32)
+    mask = valid & (np.arange(width) >= 2)
+    return Sequences(*map(jnp.asarray, (tokens, positions, valid.astype(np.int32), mask)))
+
+
+def test_numpy_oracle_of_one_layer():
+    """The whole forward pass against loops written from the papers."""
+    config = dataclasses.replace(CONFIG, num_layers=1)
+    params = models.init_params(config, jax.random.key(1))
+    rows = _rows([5], width=5)
+    hidden = hidden_states(config, params, rows.tokens, rows.positions, rows.segment_ids)
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+
+    def norm(x, scale):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale
+
+    def rotate(x, position):
+        out, half = np.empty_like(x), len(x) // 2
+        for i in range(half):
+            angle = position * 10_000 ** (-2 * i / len(x))
+            out[i] = x[i] * np.cos(angle) - x[i + half] * np.sin(angle)
+            out[i + half] = x[i + half] * np.cos(angle) + x[i] * np.sin(angle)
+        return out
+
+    x, layer = p["embedding"][np.asarray(rows.tokens[0])], p["layer_0"]
+    normed = norm(x, layer["attention_norm"]["scale"])
+    q, k, v = (normed @ layer["attention"][n]["kernel"] for n in ("query", "key", "value"))
+    heads = []
+    for t in range(5):
+        for h in range(4):
+            group = slice((h // 2) * 4, (h // 2) * 4 + 4)
+            query = rotate(q[t, h * 4 : h * 4 + 4], t)
+            scores = np.array([query @ rotate(k[s, group], s) / 2 for s in range(t + 1)])
+            weights = np.exp(scores - scores.max())
+            heads.append((weights / weights.sum()) @ v[: t + 1, group])
+    x = x + np.reshape(heads, (5, 16)) @ layer["attention"]["output"]["kernel"]
+    normed = norm(x, layer["feed_forward_norm"]["scale"])
+    gate, up = (normed @ layer["feed_forward"][n]["kernel"] for n in ("gate", "up"))
+    x = x + (gate / (1 + np.exp(-gate)) * up) @ layer["feed_forward"]["down"]["kernel"]
+    np.testing.assert_allclose(hidden[0], norm(x, p["final_norm"]["scale"]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_scanned_and_rematerialised_layers_equal_unrolled(tied):
+    config = dataclasses.replace(CONFIG, tied_embeddings=tied)
+    params = models.init_params(config, jax.random.key(0))
+    rows = _rows([6, 4], width=6)
+
+    def loss(config, params):
+        return -jnp.sum(jnp.where(rows.mask, models.make_score_fn(config)(params, rows).logp, 0))
+
+    value, gradient = jax.value_and_grad(loss, argnums=1)(config, params)
+    for remat in ("none", "dots", "full"):
+        scanned = dataclasses.replace(config, scan_layers=True, remat=remat)
+        stacked = models.stack_layers(config, params)
+        assert jax.tree.structure(stacked) == jax.tree.structure(
+            jax.eval_shape(lambda c=scanned: models.init_params(c, jax.random.key(0)))
+        )
+        other, other_gradient = jax.value_and_grad(loss, argnums=1)(scanned, stacked)
+        np.testing.assert_allclose(other, value, rtol=1e-6)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+            models.unstack_layers(config, other_gradient),
+            gradient,
+        )
+
+
+def test_patterns_of_several_blocks_alternate():
+    block = CONFIG.pattern[0]
+    wide = dataclasses.replace(block, feed_forward=models.GatedFeedForward(64))
+    config = dataclasses.replace(CONFIG, num_layers=4, pattern=(block, wide))
+    shapes = jax.eval_shape(lambda: models.init_params(config, jax.random.key(0)))
+    for repeat in range(2):
+        layer = shapes[f"layer_{repeat}"]
+        assert layer["block_0_feed_forward"]["up"]["kernel"].shape == (16, block.feed_forward.hidden_dim)
+        assert layer["block_1_feed_forward"]["up"]["kernel"].shape == (16, 64)
+
+
+def test_packed_equals_unpacked_in_loss_and_gradient():
+    with jax.enable_x64(True):
+        config = dataclasses.replace(CONFIG, param_dtype="float64", compute_dtype="float64")
+        params = models.init_params(config, jax.random.key(0))
+        rows = _rows([6, 4, 5], width=8)
+        tokens, positions, segments, mask = (
+            np.zeros((2, 11), dtype) for dtype in (np.int32, np.int32, np.int32, bool)
+        )
+        for row, start, length, segment, target in ((0, 0, 6, 1, 0), (1, 6, 4, 2, 0), (2, 0, 5, 1, 1)):
+            span = slice(start, start + length)
+            tokens[target, span] = rows.tokens[row, :length]
+            positions[target, span] = np.arange(length)
+            segments[target, span] = segment
+            mask[target, span] = rows.mask[row, :length]
+        packed = Sequences(*map(jnp.asarray, (tokens, positions, segments, mask)))
+        score = models.make_score_fn(config)
+        for plain, for_packed in (
+            (token_mean, token_mean),
+            (sequence_mean, packed_sequence_mean(packed.segment_ids, 2)),
+        ):
+            losses = [
+                jax.value_and_grad(lambda p, r=r, reduce=reduce: reduce(-score(p, r).logp, r.mask))(params)
+                for r, reduce in ((rows, plain), (packed, for_packed))
+            ]
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), losses[0], losses[1]
+            )
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_cache_equals_no_cache(scan_layers):
+    config = dataclasses.replace(CONFIG, scan_layers=scan_layers)
+    params = models.init_params(config, jax.random.key(0))
+    rows = _rows([7, 7], width=7)
+    whole = hidden_states(config, params, rows.tokens, rows.positions, rows.segment_ids)
+    cache, parts = models.init_cache(config, 2, 9), []
+    for start, stop in ((0, 4), (4, 5), (5, 7)):
+        span = (slice(None), slice(start, stop))
+        part, cache = cached_hidden_states(
+            config, params, rows.tokens[span], rows.positions[span], rows.segment_ids[span], cache
+        )
+        parts.append(part)
+    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, rtol=1e-4, atol=1e-5)
+    assert cache.length == 7
+
+
+def test_left_padding_right_padding_and_none_agree():
+    params = models.init_params(CONFIG, jax.random.key(0))
+    right = _rows([5], width=8)
+    left = jax.tree.map(lambda x: jnp.roll(x, 3, axis=1), right)
+    score = models.make_score_fn(CONFIG)
+    expected = score(params, jax.tree.map(lambda x: x[:, :5], right)).logp[0, 1:]
+    np.testing.assert_allclose(score(params, right).logp[0, 1:5], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(score(params, left).logp[0, 4:], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_heads_read_the_state_before_and_the_last_token():
+    params = models.init_scalar_model(CONFIG, jax.random.key(0))
+    rows = _rows([6, 4], width=6)
+    hidden = hidden_states(CONFIG, params["decoder"], rows.tokens, rows.positions, rows.segment_ids)
+    scores = np.asarray(hidden) @ np.asarray(params["head"]["kernel"])
+    values = models.make_value_fn(CONFIG)(params, rows)
+    np.testing.assert_allclose(values[:, 1:], scores[:, :-1], rtol=1e-4, atol=1e-5)
+    rewards = models.make_reward_fn(CONFIG)(params, rows)
+    np.testing.assert_allclose(rewards, [scores[0, 5], scores[1, 3]], rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_compute_keeps_float32_log_probs():
+    config = dataclasses.replace(CONFIG, compute_dtype="bfloat16")
+    params = models.init_params(config, jax.random.key(0))
+    scored = models.make_score_fn(config)(params, _rows([6], width=6))
+    assert scored.logp.dtype == jnp.float32
+    full = models.make_score_fn(CONFIG)(params, _rows([6], width=6))
+    np.testing.assert_allclose(scored.logp, full.logp, atol=0.05)
+
+
+def test_config_round_trips_and_refuses_impossible_heads():
+    assert models.config_from_dict(models.config_to_dict(CONFIG)) == CONFIG
+    with pytest.raises(UserError, match="num_kv_heads=3"):
+        models.dense_config(vocab_size=8, width=16, num_layers=1, num_heads=4, num_kv_heads=3)
+    with pytest.raises(UserError, match="not divisible by num_heads=5"):
+        models.dense_config(vocab_size=8, width=16, num_layers=1, num_heads=5)
+    with pytest.raises(UserError, match="cannot be read"):
+        models.config_from_dict({"width": 3})
