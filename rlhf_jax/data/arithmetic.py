@@ -17,6 +17,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rlhf_jax.data.tokenizers import Tokenizer, character_tokenizer
+
 Split = Literal["train", "heldout"]
 Row = dict[str, Any]
 
@@ -128,13 +130,11 @@ def heldout_slot(block: Any) -> Any:
     """Which slot of a block of 8 consecutive indices is held out: an integer hash of the block's number.
 
     Args:
-      block: a Python int, or a NumPy or JAX array of uint32 (all three give the same slots).
+      block: array of uint32, of NumPy or of JAX: both give the same slots.
     """
-    # The two-round mixer "lowbias32" (C. Wellons, hash-prospector). The masks only matter for Python ints.
-    mixed = block ^ (block >> 16)
-    mixed = (mixed * 0x7FEB352D) & 0xFFFFFFFF
-    mixed = mixed ^ (mixed >> 15)
-    mixed = (mixed * 0x846CA68B) & 0xFFFFFFFF
+    # The two-round mixer "lowbias32" (C. Wellons, hash-prospector).
+    mixed = (block ^ (block >> 16)) * np.uint32(0x7FEB352D)
+    mixed = (mixed ^ (mixed >> 15)) * np.uint32(0x846CA68B)
     return (mixed ^ (mixed >> 16)) % BLOCK
 
 
@@ -143,10 +143,14 @@ def level_index(level: Level, split: Split, index: int) -> int:
     if not 0 <= index < num_problems(level, split):
         raise IndexError(f"{split} has {num_problems(level, split)} problems, no number {index}")
     if split == "heldout":
-        return BLOCK * index + heldout_slot(index)
+        return BLOCK * index + _heldout_slot(index)
     block, slot = divmod(index, BLOCK - 1)
     is_whole = block < level.size // BLOCK  # problems beyond the last whole block are all for training
-    return BLOCK * block + slot + (is_whole and slot >= heldout_slot(block))
+    return BLOCK * block + slot + (is_whole and slot >= _heldout_slot(block))
+
+
+def _heldout_slot(block: int) -> int:
+    return int(heldout_slot(np.asarray([block], np.uint32))[0])  # an array, since scalars warn of overflow
 
 
 def problem(level: Level, split: Split, index: int) -> Problem:
@@ -237,6 +241,14 @@ def _slippable_steps(problem: Problem) -> list[int]:
     return [step for step, term in enumerate(terms) if slip_error(*term)]
 
 
+def widest_completion(level: Level) -> str:
+    """A text as long as the longest completion of a level, with slips or without; it is no solution."""
+    sign = "-" if "-" in level.operators else ""
+    totals = [str(level.high)] + [f"{sign}{terms * level.high}" for terms in range(2, level.operands + 1)]
+    steps = [f"{left}+{level.high}={right}" for left, right in itertools.pairwise(totals)]
+    return "\n".join([*steps, f"{ANSWER_MARK} {totals[-1]}"])
+
+
 # Rows ----------------------------------------------------------------------------------------------
 
 
@@ -246,14 +258,17 @@ def prompt_rows(level: Level, split: Split, count: int, seed: int) -> list[Row]:
     return [{"prompt": p.text, "answer": str(p.answer)} for p in _draw(rng, level, split, count)]
 
 
-def demonstration_rows(level: Level, count: int, seed: int, *, slip_rate: float) -> list[Row]:
-    """Rows for supervised fine-tuning, from the training split: `messages`, and the true `answer`.
+def demonstration_rows(
+    level: Level, count: int, seed: int, *, slip_rate: float, split: Split = "train"
+) -> list[Row]:
+    """Rows for supervised fine-tuning: `messages`, and the true `answer` as text.
 
     Args:
       slip_rate: probability that the writer is careless in a step, which shows where a step can slip.
+      split: `heldout` is for measuring a loss, never for training.
     """
     rng, rows = _generator(seed, "demonstration"), []
-    for drawn in _draw(rng, level, "train", count):
+    for drawn in _draw(rng, level, split, count):
         written = solution(drawn, (rng.random(len(drawn.operators)) < slip_rate).tolist())
         turns = [{"role": "user", "content": drawn.text}, {"role": "assistant", "content": written.text}]
         rows.append({"messages": turns, "answer": str(drawn.answer)})
@@ -294,3 +309,12 @@ def _draw(rng: np.random.Generator, level: Level, split: Split, count: int) -> I
     passes = [rng.permutation(size) for _ in range(count // size)]
     indices = np.concatenate([*passes, rng.choice(size, count % size, replace=False)])
     return (problem(level, split, int(index)) for index in indices)
+
+
+# Tokens --------------------------------------------------------------------------------------------
+
+
+def arithmetic_tokenizer() -> Tokenizer:
+    """Every printable ASCII character is one token, and so are the newline, `####` and the names of roles."""
+    alphabet = "\n" + "".join(map(chr, range(ord(" "), ord("~") + 1)))
+    return character_tokenizer(alphabet, [ANSWER_MARK, "system", "user", "assistant", "tool"])

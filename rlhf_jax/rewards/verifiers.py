@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from fractions import Fraction
 
-ANSWER_MARK = "####"
+from rlhf_jax.data.arithmetic import ANSWER_MARK
 
 # Only this much of a text is searched for a number, and longer numbers are none: both keep hostile
 # completions cheap, and no honest answer comes near.
