@@ -1,0 +1,233 @@
+"""Conversations to token ids, and which of those tokens the assistant wrote.
+
+Two promises are kept here. Sampling and training see the same tokens: the ids of a prompt, then of a
+completion, then the end of the turn are the ids of the whole conversation. And what stands in a message
+is text: `<|im_end|>` written by a user does not become the token that ends a turn.
+"""
+
+import bisect
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.data.templates import has_generation_marks, render
+from rlhf_jax.data.tokenizers import Tokenizer
+
+Message: TypeAlias = Mapping[str, Any]
+Span: TypeAlias = tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedConversation:
+    """A conversation as tokens.
+
+    Attributes:
+      ids: token ids, exactly as the template lays the conversation out.
+      mask: True for the tokens of assistant turns, the token that ends each turn included.
+    """
+
+    ids: list[int]
+    mask: list[bool]
+
+
+def encode_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> EncodedConversation:
+    """Lays `messages` out with the tokenizer's chat template and encodes them.
+
+    The assistant's tokens are those between the template's `{% generation %}` marks. A template without
+    marks is rendered up to each assistant turn as well, and the difference tells what the turn wrote.
+
+    Args:
+      messages: `[{"role": ..., "content": ...}, ...]`; assistant messages may carry `tool_calls`.
+
+    Raises:
+      UserError: malformed messages, or a template that fails on them or is stopped at a limit.
+    """
+    return _encode(tokenizer, _check_messages(messages), add_generation_prompt=False)
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[Message]) -> list[int]:
+    """Ids of a prompt, up to and including the words after which the assistant speaks.
+
+    Args:
+      prompt: messages, or the text of a single user message.
+
+    Raises:
+      UserError: as `encode_conversation`, and where the last message is the assistant's.
+    """
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _check_messages(prompt)
+    if messages[-1]["role"] == "assistant":
+        raise UserError("the prompt ends with an assistant message; end it with a user or tool message")
+    return _encode(tokenizer, messages, add_generation_prompt=True).ids
+
+
+def _check_messages(messages: Any) -> list[dict[str, Any]]:
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise UserError('messages must be a non-empty list of {"role": ..., "content": ...}; mend the list')
+    return [_check_message(message, number) for number, message in enumerate(messages)]
+
+
+def _check_message(message: Any, number: int) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise UserError(f'message {number} is not an object; write it as {{"role": ..., "content": ...}}')
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or not role:
+        raise UserError(f'message {number} has no role; add "role": "user", "assistant", "system" or "tool"')
+    if isinstance(content, Sequence) and not isinstance(content, str):
+        texts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
+        if not all(isinstance(text, str) for text in texts):
+            raise UserError(f"message {number} has a content part that is not text; keep text parts only")
+        content = "".join(map(str, texts))
+    if content is None and role == "assistant" and message.get("tool_calls"):
+        return dict(message)
+    if not isinstance(content, str):
+        raise UserError(f"message {number} ({role}) has no text in its content; give it a string")
+    return {**message, "content": content}
+
+
+def _encode(
+    tokenizer: Tokenizer, messages: list[dict[str, Any]], *, add_generation_prompt: bool
+) -> EncodedConversation:
+    armour, opening, closing, probe = _unused_characters(messages, tokenizer.chat_template)
+    disarmed = _map_strings(
+        # One character inside it is enough to keep the text from being read as a special token.
+        lambda text: tokenizer.forgery_pattern.sub(lambda m: m[0][0] + armour + m[0][1:], text),
+        messages,
+    )
+
+    def lay_out(requests: Sequence[tuple[list[Any], bool]]) -> list[str]:
+        common = {"tools": None, "documents": None, **tokenizer.names}
+        variables = [{**common, "messages": part, "add_generation_prompt": add} for part, add in requests]
+        return render(tokenizer.chat_template, variables, (opening, closing))
+
+    if has_generation_marks(tokenizer.chat_template):
+        marked = lay_out([(disarmed, add_generation_prompt)])[0]
+        text, spans = _read_marks(marked, opening, closing)
+        spans = [(start, _with_turn_end(tokenizer, text, end)) for start, end in spans]
+    else:
+        text, spans = _compare(tokenizer, lay_out, disarmed, add_generation_prompt, probe)
+    if armour in text:
+        return _encode_armoured(tokenizer, text, spans, armour)
+    return _encode_text(tokenizer, text, spans)
+
+
+def _unused_characters(messages: list[dict[str, Any]], template: str) -> list[str]:
+    """Four private-use characters that occur neither in the messages nor in the template."""
+    text = json.dumps(messages, ensure_ascii=False, default=str) + template
+    private = map(chr, range(0xE000, 0xF900))
+    return [character for character, _ in zip((c for c in private if c not in text), range(4), strict=False)]
+
+
+def _map_strings(function: Callable[[str], str], value: Any) -> Any:
+    if isinstance(value, str):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {key: _map_strings(function, item) for key, item in value.items()}
+    if isinstance(value, Sequence):
+        return [_map_strings(function, item) for item in value]
+    return value
+
+
+def _read_marks(marked: str, opening: str, closing: str) -> tuple[str, list[Span]]:
+    """The text without the marks, and the spans that stood between them."""
+    first, *rest = marked.split(opening)
+    text, spans = first, []
+    for piece in rest:
+        inside, _, outside = piece.partition(closing)
+        spans.append((len(text), len(text) + len(inside)))
+        text += inside + outside
+    return text, spans
+
+
+def _with_turn_end(tokenizer: Tokenizer, text: str, end: int) -> int:
+    """Moves `end` behind the token that ends the turn, where the template left it outside its marks."""
+    turn_end = tokenizer.special_pattern.match(text, end)
+    ends = turn_end is not None and tokenizer.special_tokens[turn_end.group()] == tokenizer.eos_id
+    return turn_end.end() if turn_end is not None and ends else end
+
+
+def _compare(
+    tokenizer: Tokenizer,
+    lay_out: Callable[[Sequence[tuple[list[Any], bool]]], list[str]],
+    messages: list[Any],
+    add_generation_prompt: bool,
+    probe: str,
+) -> tuple[str, list[Span]]:
+    """The text, and the spans of the assistant's turns found by rendering the messages before each."""
+    turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    requests: list[tuple[list[Any], bool]] = [(messages, add_generation_prompt)]
+    for turn in turns:
+        before = messages[:turn]
+        requests += [(before, True), ([*before, {"role": "assistant", "content": probe}], False)]
+        requests += [(messages[: turn + 1], False)]
+    text, *others = lay_out(requests)
+    spans = []
+    for number, turn in enumerate(turns):
+        prompt, probed, through = others[3 * number : 3 * number + 3]
+        start = len(prompt)
+        if not text.startswith(prompt):
+            # The prompt may open a thought that this turn does not have: keep what all turns begin with.
+            start = _common_start(text, prompt, probed)
+        if spans and start < spans[-1][1]:
+            raise UserError(
+                f"the chat template lays message {turn} out so that its beginning cannot be told; "
+                "put {% generation %} marks around the assistant's words in the template"
+            )
+        spans.append((start, _find_turn_end(tokenizer, text, through, start)))
+    return text, spans
+
+
+def _common_start(*texts: str) -> int:
+    """How many characters all texts begin with alike."""
+    alike = (len(set(column)) == 1 for column in zip(*texts, strict=False))
+    return sum(1 for _ in itertools.takewhile(bool, alike))
+
+
+def _find_turn_end(tokenizer: Tokenizer, text: str, through: str, start: int) -> int:
+    """Where the turn that begins at `start` ends; `through` is the conversation up to and with it."""
+    if text.startswith(through):
+        found = [match.end() for match in tokenizer.special_pattern.finditer(text, start, len(through))]
+        return found[-1] if found else len(through)
+    # Later messages changed this turn (an old thought is dropped): its end is the next end of a turn.
+    for match in tokenizer.special_pattern.finditer(text, start):
+        if tokenizer.special_tokens[match.group()] == tokenizer.eos_id:
+            return match.end()
+    return len(text)
+
+
+def _encode_text(tokenizer: Tokenizer, text: str, spans: list[Span]) -> EncodedConversation:
+    """Cuts the text where the assistant begins, as a prompt is cut there when it is sampled from."""
+    starts, ends = [start for start, _ in spans], [end for _, end in spans]
+    edges = [0, *starts, len(text)] if tokenizer.separable else [0, len(text)]
+    ids: list[int] = []
+    mask: list[bool] = []
+    for begin, end in itertools.pairwise(edges):
+        piece_ids, places = tokenizer.encode_with_starts(text[begin:end], special=True)
+        ids += piece_ids
+        mask += [_inside(begin + place, starts, ends) for place in places]
+    return EncodedConversation(ids, mask)
+
+
+def _encode_armoured(tokenizer: Tokenizer, text: str, spans: list[Span], armour: str) -> EncodedConversation:
+    """As `_encode_text`, where messages quote special tokens: only the template's own become special."""
+    starts, ends = [start for start, _ in spans], [end for _, end in spans]
+    specials = {match.start(): match.end() for match in tokenizer.special_pattern.finditer(text)}
+    edges = sorted({0, len(text), *starts, *ends, *specials, *specials.values()})
+    ids: list[int] = []
+    mask: list[bool] = []
+    for begin, end in itertools.pairwise(edges):
+        piece = text[begin:end]
+        if specials.get(begin) == end:
+            piece_ids = [tokenizer.special_tokens[piece]]
+        else:
+            piece_ids = tokenizer.encode(piece.replace(armour, ""))
+        ids += piece_ids
+        mask += [_inside(begin, starts, ends)] * len(piece_ids)
+    return EncodedConversation(ids, mask)
+
+
+def _inside(place: int, starts: list[int], ends: list[int]) -> bool:
+    span = bisect.bisect_right(starts, place) - 1
+    return span >= 0 and place < ends[span]

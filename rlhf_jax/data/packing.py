@@ -1,0 +1,164 @@
+"""Samples of different lengths as rectangular rows of tokens (NumPy in, NumPy out)."""
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, Protocol, TypeAlias
+
+import jax
+import numpy as np
+
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.types import Bool, Int, Sequences
+
+_log = logging.getLogger(__name__)
+
+TooLong: TypeAlias = Literal["error", "drop"]
+
+
+class Sample(Protocol):
+    """What a row is made of: token ids and a mask of equal length, and where the sample came from."""
+
+    @property
+    def ids(self) -> Sequence[int] | Int[np.ndarray, " T"]: ...  # noqa: D102
+    @property
+    def mask(self) -> Sequence[bool] | Bool[np.ndarray, " T"]: ...  # noqa: D102
+    @property
+    def where(self) -> str: ...  # noqa: D102
+
+
+def pad_rows(samples: Sequence[Sample], length: int, *, too_long: TooLong = "error") -> Sequences:
+    """One sample a row, padded on the right with token 0, segment 0.
+
+    Args:
+      samples: at least one, each of at most `length` tokens.
+      length: tokens a row.
+      too_long: "error" refuses a longer sample, "drop" leaves it out and logs how many there were.
+
+    Returns:
+      Sequences of NumPy arrays, [samples kept, length].
+
+    Raises:
+      UserError: an empty list, or a sample that is too long or empty, by its `where`.
+    """
+    kept = _fitting(samples, length, too_long)
+    return _fill([[sample] for sample in kept], length)
+
+
+def pack_rows(samples: Sequence[Sample], length: int, *, too_long: TooLong = "error") -> Sequences:
+    """Several samples a row, each in its own segment with positions from 0 (first fit, in the order given).
+
+    A sample goes into the first row that has room for it, so the same samples give the same rows. The
+    number of rows depends on the lengths; `pad_batch` makes it constant.
+
+    Args: as `pad_rows`.
+
+    Returns:
+      Sequences of NumPy arrays, [rows needed, length], with segments 1, 2, ... in each row.
+
+    Raises:
+      UserError: as `pad_rows`.
+    """
+    kept = _fitting(samples, length, too_long)
+    return _fill(_first_fit(kept, length), length)
+
+
+def pad_batch(sequences: Sequences, rows: int) -> Sequences:
+    """Adds empty rows until there are `rows` of them, so that every batch has one shape.
+
+    Raises:
+      UserError: there are more than `rows` already.
+    """
+    missing = rows - sequences.tokens.shape[0]
+    if missing < 0:
+        raise UserError(
+            f"{sequences.tokens.shape[0]} packed rows do not fit a batch of {rows} rows; "
+            "raise it or pack fewer samples"
+        )
+    return jax.tree.map(lambda x: np.pad(x, [(0, missing), (0, 0)]), sequences)
+
+
+def left_pad(
+    prompts: Sequence[Sequence[int] | Int[np.ndarray, " T"]], length: int, *, pad_id: int = 0
+) -> tuple[Int[np.ndarray, "B P"], Bool[np.ndarray, "B P"]]:
+    """Prompts that all end in the last column, for generation.
+
+    Args:
+      prompts: token ids; at least one prompt, none empty.
+      length: columns, P.
+      pad_id: what stands before a shorter prompt.
+
+    Returns:
+      tokens int32, and a mask that is True where a prompt stands.
+
+    Raises:
+      UserError: no prompt, an empty one, or one longer than `length`.
+    """
+    if not len(prompts):
+        raise UserError("there are no prompts to pad; give at least one")
+    tokens = np.full((len(prompts), length), pad_id, np.int32)
+    mask = np.zeros((len(prompts), length), np.bool_)
+    for row, prompt in enumerate(prompts):
+        if not 0 < len(prompt) <= length:
+            raise UserError(
+                f"prompt {row} has {len(prompt)} tokens where 1 to {length} fit; "
+                "shorten it or raise the prompt length"
+            )
+        tokens[row, length - len(prompt) :] = prompt
+        mask[row, length - len(prompt) :] = True
+    return tokens, mask
+
+
+def _fitting(samples: Sequence[Sample], length: int, too_long: TooLong) -> list[Sample]:
+    if not len(samples):
+        raise UserError("there are no samples to put into rows; give at least one")
+    kept = []
+    for sample in samples:
+        if not len(sample.ids):
+            raise UserError(f"{sample.where}: the sample has no tokens; remove it")
+        if len(sample.ids) <= length:
+            kept.append(sample)
+        elif too_long == "error":
+            raise UserError(
+                f"{sample.where}: the sample has {len(sample.ids)} tokens and a row holds {length}; "
+                "raise the length, shorten the sample or drop long samples"
+            )
+    dropped = len(samples) - len(kept)
+    if not kept:
+        raise UserError(f"all {dropped} samples are longer than {length} tokens; raise the length")
+    if dropped:
+        _log.warning("dropped %d of %d samples longer than %d tokens", dropped, len(samples), length)
+    return kept
+
+
+def _first_fit(samples: Iterable[Sample], length: int) -> list[list[Sample]]:
+    rows: list[list[Sample]] = []
+    room = np.zeros(64, np.int64)  # of each row; grows by doubling, so that a scan for room is one NumPy call
+    for sample in samples:
+        size = len(sample.ids)
+        fits = room[: len(rows)] >= size
+        row = int(np.argmax(fits)) if fits.any() else len(rows)
+        if row == len(rows):
+            rows.append([])
+            if row == len(room):
+                room = np.concatenate([room, np.zeros_like(room)])
+            room[row] = length
+        rows[row].append(sample)
+        room[row] -= size
+    return rows
+
+
+def _fill(rows: Sequence[Sequence[Sample]], length: int) -> Sequences:
+    shape = (len(rows), length)
+    tokens, positions, segment_ids = (np.zeros(shape, np.int32) for _ in range(3))
+    mask = np.zeros(shape, np.bool_)
+    for row, samples in enumerate(rows):
+        start = 0
+        for segment, sample in enumerate(samples, start=1):
+            end = start + len(sample.ids)
+            tokens[row, start:end] = sample.ids
+            mask[row, start:end] = sample.mask
+            positions[row, start:end] = np.arange(end - start)
+            segment_ids[row, start:end] = segment
+            start = end
+    arrays: Any = (tokens, positions, segment_ids, mask)  # of NumPy: they go to the devices with their batch
+    return Sequences(*arrays)

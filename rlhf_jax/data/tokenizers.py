@@ -1,0 +1,304 @@
+"""Tokenizers: a thin class over the `tokenizers` library, and makers of small ones."""
+
+import functools
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.data.templates import CHATML, TemplateError, render
+
+PAD, TURN_START, TURN_END = "<|pad|>", "<|im_start|>", "<|im_end|>"
+SPECIAL_TOKENS = (PAD, TURN_START, TURN_END)
+
+
+class Tokenizer:
+    """Text to ids and back, with the few facts that training and chat need.
+
+    Attributes:
+      vocab_size: one more than the largest id.
+      pad_id: the id that fills rows; where a checkpoint names none, `eos_id` (padding is always masked).
+      eos_id: the id that ends an assistant's turn.
+      bos_id: the id that opens a text, or None.
+      chat_template: jinja2 source that lays out a conversation.
+      special_tokens: text of each special token and its id.
+      names: text of `bos_token`, `eos_token`, `pad_token`, ... as chat templates see them.
+    """
+
+    def __init__(self, backend: Any, names: Mapping[str, str], chat_template: str = CHATML) -> None:
+        """Args: `backend` is a `tokenizers.Tokenizer`, `names` holds at least `eos_token`."""
+        self.backend = backend
+        self.names = dict(names)
+        self.chat_template = chat_template
+        added = backend.get_added_tokens_decoder()
+        self.special_tokens = {token.content: index for index, token in added.items() if token.special}
+        self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
+        eos_id = self._named_id("eos_token")
+        if eos_id is None:
+            raise UserError("the tokenizer names no eos_token; add one to its tokenizer_config.json")
+        self.eos_id: int = eos_id
+        pad_id = self._named_id("pad_token")
+        self.pad_id: int = eos_id if pad_id is None else pad_id
+        self.bos_id: int | None = self._named_id("bos_token")
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Ids of `text`. Only with `special=True` does text such as `<|im_end|>` become a special id."""
+        return self.encode_with_starts(text, special=special)[0]
+
+    def encode_with_starts(self, text: str, *, special: bool = False) -> tuple[list[int], list[int]]:
+        """Ids, and the index in `text` of the character where each of them starts.
+
+        Raises:
+          UserError: a lone surrogate, or a character outside a character tokenizer's alphabet.
+        """
+        try:
+            encoding = (self.backend if special else self._plain).encode(text, add_special_tokens=False)
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"text holds a lone surrogate ({text[error.start]!r} at character {error.start}); remove it"
+            ) from None
+        except Exception as error:  # the library raises bare Exception for whatever its model refuses
+            raise UserError(self._refusal(text, error)) from None
+        return encoding.ids, [start for start, _ in encoding.offsets]
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """Text of `ids`, without the special tokens unless they are asked for."""
+        return self.backend.decode([int(index) for index in ids], skip_special_tokens=skip_special)
+
+    def token(self, index: int) -> str:
+        """The token as the vocabulary writes it (byte-level tokens in their printable alphabet)."""
+        token = self.backend.id_to_token(int(index))
+        if token is None:
+            raise UserError(
+                f"there is no token {index} in a vocabulary of {self.vocab_size}; use ids below that"
+            )
+        return token
+
+    def table(self, ids: Iterable[int], mask: Iterable[bool] | None = None) -> str:
+        """Ids beside tokens, one a line: place, id, token, and `*` where `mask` counts the token."""
+        ids = [int(index) for index in ids]
+        marks = [False] * len(ids) if mask is None else list(mask)
+        rows = enumerate(zip(ids, marks, strict=True))
+        return "\n".join(
+            f"{place:5d} {index:7d}  {'*' if counts else ' '} {self._shown(index)}"
+            for place, (index, counts) in rows
+        )
+
+    def save(self, folder: str | Path) -> None:
+        """Writes tokenizer.json and tokenizer_config.json, the layout that Hugging Face tools read."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.backend.save(str(folder / "tokenizer.json"))
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "chat_template": self.chat_template,
+            **self.names,
+        }
+        text = json.dumps(config, indent=2, ensure_ascii=False)
+        (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
+    @functools.cached_property
+    def special_pattern(self) -> re.Pattern[str]:
+        """Matches any special token; the longest where one begins with another."""
+        longest_first = sorted(self.special_tokens, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+    @functools.cached_property
+    def forgery_pattern(self) -> re.Pattern[str]:
+        """Matches text that could pass for a special token once a template has put other text after it."""
+        heads = {token[:end] for token in self.special_tokens for end in range(1, len(token))}
+        longest_first = sorted(heads, key=len, reverse=True)
+        at_end = "|".join(map(re.escape, longest_first)) or r"(?!)"
+        return re.compile(rf"{self.special_pattern.pattern}|(?:{at_end})(?=\s*\Z)")
+
+    @functools.cached_property
+    def separable(self) -> bool:
+        """Whether the ids of a text are those of its parts, cut after a newline, one after the other.
+
+        Not so where the tokenizer puts a space before every text it is given.
+        """
+        try:
+            first, second, both = (self.encode(text) for text in ("\n", "a", "\na"))
+        except UserError:  # an alphabet without these two: characters, which always stand alone
+            return True
+        return first + second == both
+
+    @functools.cached_property
+    def _plain(self) -> Any:
+        """A twin that reads special tokens as ordinary text (the switch is state of the library's object)."""
+        twin = type(self.backend).from_str(self.backend.to_str())
+        twin.encode_special_tokens = True
+        return twin
+
+    def _named_id(self, name: str) -> int | None:
+        return self.backend.token_to_id(self.names[name]) if name in self.names else None
+
+    def _shown(self, index: int) -> str:
+        token = self.backend.id_to_token(index)
+        return "(no such token)" if token is None else token.encode("unicode_escape").decode("ascii")
+
+    def _refusal(self, text: str, error: Exception) -> str:
+        vocabulary = self.backend.get_vocab(with_added_tokens=True)
+        for place, character in enumerate(text):
+            if character not in vocabulary:
+                return (
+                    f"character {character!r} (at {place} of the text) is not in the tokenizer's alphabet; "
+                    "add it to the alphabet or use a byte-level tokenizer"
+                )
+        return f"the tokenizer cannot encode this text ({error}); check its tokenizer.json"
+
+
+def character_tokenizer(alphabet: str, words: Sequence[str] = ()) -> Tokenizer:
+    """One token for each character of `alphabet` and for each of `words`, such as `####` or `assistant`.
+
+    Ids: padding 0, the turn marks 1 and 2, then the alphabet and the words in the order given. A word
+    is one token wherever it occurs, within longer words too.
+
+    Raises:
+      UserError: a character given twice, or a word that is empty, repeated or a single character.
+    """
+    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+
+    entries = [*SPECIAL_TOKENS, *alphabet, *words]
+    for entry in entries:
+        if entries.count(entry) > 1:
+            raise UserError(f"{entry!r} stands twice in the tokenizer's alphabet and words; keep one")
+    for word in words:
+        if len(word) < 2:
+            raise UserError(f"the word {word!r} is shorter than two characters; put it into the alphabet")
+    backend = Backend(models.WordLevel({entry: index for index, entry in enumerate(entries)}))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens(list(SPECIAL_TOKENS))
+    backend.add_tokens([AddedToken(word, normalized=False) for word in words])
+    return Tokenizer(backend, {"eos_token": TURN_END, "pad_token": PAD})
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token for each byte of UTF-8: 256 of them after the three special ones. Any text round-trips."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *alphabet])}
+    backend = Backend(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(list(SPECIAL_TOKENS))
+    return Tokenizer(backend, {"eos_token": TURN_END, "pad_token": PAD})
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE learnt from `texts`; every digit is a token of its own, any text round-trips.
+
+    The same texts give the same tokenizer. `vocab_size` counts the 256 bytes and three special tokens;
+    where the texts are too few to fill it, the vocabulary is smaller.
+
+    Raises:
+      UserError: `vocab_size` below 259.
+    """
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    smallest = len(alphabet) + len(SPECIAL_TOKENS)
+    if vocab_size < smallest:
+        raise UserError(
+            f"vocab_size {vocab_size} cannot hold the {smallest} bytes and special tokens; raise it"
+        )
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return Tokenizer(backend, {"eos_token": TURN_END, "pad_token": PAD})
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Reads a Hugging Face tokenizer: a folder, or its tokenizer.json.
+
+    From tokenizer_config.json beside it come the names of special tokens and the chat template, which a
+    chat_template.jinja overrides; without a template the built-in ChatML stands in, whose turn marks must
+    then be special tokens of the vocabulary if chat is to be used.
+
+    Raises:
+      UserError: a missing or malformed file, or no eos_token.
+    """
+    from tokenizers import Tokenizer as Backend
+
+    path = Path(path)
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"{file}: no such tokenizer; give a folder that holds tokenizer.json")
+    try:
+        backend = Backend.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception for a malformed file
+        raise UserError(f"{file}: not a tokenizer.json ({error}); fetch it again") from None
+    config = _read_config(file.with_name("tokenizer_config.json"))
+    names = {name: text for name, text in map(_token_text, config.items()) if text is not None}
+    if "eos_token" not in names and backend.token_to_id(TURN_END) is not None:
+        names["eos_token"] = TURN_END
+    template = _chat_template(config, file.with_name("chat_template.jinja"))
+    try:
+        tokenizer = Tokenizer(backend, names, template)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    tokenizer.eos_id = _turn_end(tokenizer)
+    return tokenizer
+
+
+def _turn_end(tokenizer: Tokenizer) -> int:
+    """The special token that the template writes after an assistant's words; else the named eos_token.
+
+    They differ where a chat model is made from a base model: Gemma's turns end in `<end_of_turn>`, while
+    its configuration still names `<eos>`.
+    """
+    messages = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+    variables = {**tokenizer.names, "messages": messages, "add_generation_prompt": False}
+    try:
+        text = render(tokenizer.chat_template, [variables], ("", ""))[0]
+    except TemplateError:  # said when the template is used, which may be never
+        return tokenizer.eos_id
+    found = tokenizer.special_pattern.search(text, text.rfind("2") + 1)
+    return tokenizer.special_tokens[found.group()] if found else tokenizer.eos_id
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error}); fetch the file again") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{file}: not a JSON object; fetch the file again")
+    return config
+
+
+def _token_text(item: tuple[str, Any]) -> tuple[str, str | None]:
+    """A name such as `eos_token` and its text, which a configuration gives plain or as an object."""
+    name, value = item
+    if isinstance(value, dict):
+        value = value.get("content")
+    return name, value if re.fullmatch(r"[a-z]+_token", name) and isinstance(value, str) else None
+
+
+def _chat_template(config: dict[str, Any], file: Path) -> str:
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several named ones: take the default
+        named = {entry["name"]: entry["template"] for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else CHATML
