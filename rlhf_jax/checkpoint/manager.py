@@ -1,0 +1,296 @@
+"""Checkpoints of whole training states: atomic, asynchronous, verified when they are restored.
+
+run/checkpoints/
+  step_00000100/manifest.json     what the step must hold (see `manifest`)
+  step_00000100/arrays/           the leaves, in Orbax's format
+  .saving_00000200/               a save under way, or one that was killed; renamed when whole
+"""
+
+import concurrent.futures
+import contextlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+from jax.experimental import multihost_utils
+
+from rlhf_jax.checkpoint import arrays
+from rlhf_jax.checkpoint.manifest import (
+    MANIFEST_NAME,
+    DamagedError,
+    Manifest,
+    Warn,
+    check_leaves,
+    current_versions,
+    find_whole,
+    list_steps,
+    load_manifest,
+    print_warning,
+    seal,
+    step_name,
+    verify,
+)
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.trees import map_named, named_leaves
+
+T = TypeVar("T")
+_ARRAYS = "arrays"
+_SAVING = ".saving_"
+_OS_ERROR_CODE = re.compile(r"os_error_code='(\d+)'")
+
+
+class CheckpointManager:
+    """Saves and restores states (any pytree of arrays, scalars and typed keys) in one folder.
+
+    One manager writes to a folder at a time; any number may read. A state is copied off the devices
+    before `save` returns, so its buffers may be donated at once; files are written in a thread. A step
+    appears under its name only when it is whole. With several processes, all must call `save`, `wait`
+    and `restore` together, on one shared folder; the first process keeps the manifest.
+
+    Args:
+      folder: where the steps live; made at the first save.
+      keep: how many of the newest steps remain when a new one is whole.
+      config: the run's configuration, as JSON types, for the manifest.
+      warn: receives one sentence about each damaged step that is passed over.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        keep: int = 3,
+        config: dict[str, Any] | None = None,
+        warn: Warn = print_warning,
+    ):
+        if keep < 1:
+            raise UserError(f"keep={keep} would leave no checkpoint: keep at least 1")
+        self._folder = Path(folder)
+        self._keep = keep
+        self._config = config
+        self._warn = warn
+        self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: concurrent.futures.Future[None] | None = None
+        self._known_damaged: set[int] = set()
+
+    def __enter__(self) -> "CheckpointManager":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def steps(self) -> list[int]:
+        """Steps whose manifest is whole, ascending; their arrays are hashed only when restored."""
+        return [step for step, path in list_steps(self._folder).items() if _is_sealed(path)]
+
+    def latest_step(self) -> int | None:
+        """The newest of `steps()`; None where there is none."""
+        return max(self.steps(), default=None)
+
+    def save(self, step: int, state: Any, *, extra: dict[str, Any] | None = None, wait: bool = False) -> None:
+        """Starts to save `state` as `step`, after the save before it has ended.
+
+        A step that is already there is replaced.
+
+        Args:
+          extra: what else a resume needs, as JSON types (tuples come back as lists).
+          wait: return only when the step is whole.
+
+        Raises:
+          UserError: the save before this one failed (this one has then not been started: call again), or
+            this one cannot be started, or the folder holds a whole step newer than `step`.
+          TypeError: `state` holds a leaf, or `extra` a value, that cannot be stored.
+        """
+        self.wait()
+        manifest = Manifest(step, arrays.describe(state), {}, current_versions(), self._config, extra)
+        json.dumps([self._config, extra])  # raises here rather than in the thread
+        self._refuse_older_than_whole(step)
+        saving = self._folder.absolute() / f"{_SAVING}{step:08d}"
+        with self._attributed(step, saving):
+            if jax.process_index() == 0:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                for leftover in self._folder.glob(f"{_SAVING}*"):
+                    shutil.rmtree(leftover)
+                saving.mkdir()
+            checkpointer = arrays.start_writing(saving / _ARRAYS, arrays.to_storage(state))
+        self._pending = self._executor.submit(self._finish, manifest, saving, checkpointer)
+        if wait:
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when the save under way is whole.
+
+        Raises:
+          UserError: it failed; the message names its step.
+        """
+        if self._pending is None:
+            return
+        concurrent.futures.wait([self._pending])  # an interrupt here leaves the save pending
+        pending, self._pending = self._pending, None
+        pending.result()
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("rlhf_jax.checkpoint.wait")
+
+    def close(self) -> None:
+        """Waits for the save under way; the manager cannot save afterwards."""
+        try:
+            self.wait()
+        finally:
+            self._executor.shutdown()
+
+    def restore(self, like: T, step: int | None = None) -> tuple[int, T, dict[str, Any] | None]:
+        """Reads `step`, or the newest whole step, after hashing its files. Writes nothing.
+
+        Args:
+          like: a state of the same structure: arrays or `jax.ShapeDtypeStruct`s. Each leaf comes back as the
+            kind of its example (JAX, NumPy, Python), on its sharding where that is committed.
+
+        Returns:
+          (step, state, extra)
+
+        Raises:
+          UserError: no step is whole, or the step has other leaves, shapes or dtypes than `like`.
+        """
+        self.wait()
+        path, manifest = find_whole(self._folder, step, self._warn)
+        check_leaves(
+            manifest.leaves, arrays.describe(like), where=f"step {manifest.step} in `{self._folder}`"
+        )
+        return manifest.step, _read(path, like), manifest.extra
+
+    def _refuse_older_than_whole(self, step: int) -> None:
+        """A step saved below a newer whole one would never be resumed from, and that silently."""
+        for later, path in list_steps(self._folder).items():
+            if later <= step or later in self._known_damaged:
+                continue
+            try:
+                verify(path)
+            except DamagedError:
+                self._known_damaged.add(later)
+                continue
+            raise UserError(
+                f"step {step} cannot be saved in `{self._folder}`, which holds the newer step {later}: "
+                "resume from that, remove it, or name another folder"
+            )
+
+    def _finish(self, manifest: Manifest, saving: Path, checkpointer: Any) -> None:
+        with self._attributed(manifest.step, saving):
+            if checkpointer is not None:
+                checkpointer.close()
+            if jax.process_index() == 0:
+                seal(saving, manifest)
+                _publish(saving, saving.parent / step_name(manifest.step))
+                self._known_damaged.discard(manifest.step)
+                self._prune(manifest.step)
+
+    def _prune(self, saved: int) -> None:
+        """Removes all but the newest `keep` steps up to the one just saved; newer ones it leaves alone."""
+        steps = {step: path for step, path in list_steps(self._folder).items() if step <= saved}
+        kept = [step for step, path in steps.items() if _is_sealed(path)][-self._keep :]
+        for step in steps.keys() - set(kept):
+            try:
+                # The manifest goes first, so that a kill half-way leaves nothing that looks whole.
+                (steps[step] / MANIFEST_NAME).unlink(missing_ok=True)
+                shutil.rmtree(steps[step])
+            except OSError as error:
+                self._warn(f"old step {step} in `{self._folder}` could not be removed ({error.strerror})")
+
+    @contextlib.contextmanager
+    def _attributed(self, step: int, saving: Path) -> Iterator[None]:
+        """Turns a failure into a `UserError` that names the step, and removes what had been written of it."""
+        try:
+            with _quiet_orbax():
+                yield
+        except Exception as error:
+            if jax.process_index() == 0:
+                shutil.rmtree(saving, ignore_errors=True)
+            raise UserError(
+                f"step {step} could not be saved in `{self._folder}`: {_reason(error)}; make room there or "
+                "name another folder (the checkpoints already saved are untouched)"
+            ) from error
+
+
+def restore_params(
+    folder: str | os.PathLike[str],
+    like: T,
+    *,
+    name: str = "params",
+    step: int | None = None,
+    warn: Warn = print_warning,
+) -> tuple[int, T]:
+    """Reads one subtree of a checkpoint, to start a stage from the parameters of another.
+
+    Args:
+      like: the subtree's structure, as in `CheckpointManager.restore`.
+      name: where it stands in the saved state, such as `params` or `policy/params`.
+
+    Returns:
+      (step, subtree)
+
+    Raises:
+      UserError: no step is whole, it has no such subtree, or the subtree is of another architecture.
+    """
+    path, manifest = find_whole(Path(folder), step, warn)
+    prefix = f"{name}/"
+    saved = {leaf[len(prefix) :]: spec for leaf, spec in manifest.leaves.items() if leaf.startswith(prefix)}
+    if not saved:
+        present = ", ".join(dict.fromkeys(leaf.split("/")[0] for leaf in manifest.leaves))
+        raise UserError(f"step {manifest.step} in `{folder}` holds no `{name}`: it holds {present}")
+    where = f"`{name}` of step {manifest.step} in `{folder}`"
+    check_leaves(saved, arrays.describe(like), where=where, hint="this run's model")
+    return manifest.step, _read(path, like, prefix=prefix)
+
+
+def _read(path: Path, like: T, *, prefix: str = "") -> T:
+    values = arrays.read_arrays(path.absolute() / _ARRAYS, named_leaves(like), prefix=prefix)
+    return map_named(lambda name, _: values[name], like)
+
+
+def _is_sealed(path: Path) -> bool:
+    try:
+        load_manifest(path)
+    except DamagedError:
+        return False
+    return True
+
+
+def _publish(saving: Path, final: Path) -> None:
+    """Gives a whole step its name; an older copy is set aside first and removed last."""
+    replaced = final.with_name(final.name + ".replaced")
+    if final.exists():
+        if replaced.exists():
+            shutil.rmtree(replaced)
+        final.rename(replaced)
+    saving.rename(final)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
+def _reason(error: Exception) -> str:
+    """The operating system's word for what failed, where there is one."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    code = _OS_ERROR_CODE.search(str(error))
+    if code:
+        return os.strerror(int(code[1]))
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
+
+
+@contextlib.contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    """Keeps Orbax from logging tracebacks of errors that are raised here anyway."""
+
+    def is_not_orbax(record: logging.LogRecord) -> bool:
+        return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(is_not_orbax)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_not_orbax)
