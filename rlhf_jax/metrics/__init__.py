@@ -1,14 +1,17 @@
 """Metrics writers, console progress and the run report. The report's libraries load where they are used."""
 
 from rlhf_jax.metrics.progress import Progress, final_table, format_number, format_seconds
+from rlhf_jax.metrics.report import TableRow, write_report
 from rlhf_jax.metrics.writers import METRICS_FILE, MetricsWriter, read_metrics
 
 __all__ = [
     "METRICS_FILE",
     "MetricsWriter",
     "Progress",
+    "TableRow",
     "final_table",
     "format_number",
     "format_seconds",
     "read_metrics",
+    "write_report",
 ]

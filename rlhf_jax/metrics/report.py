@@ -1,0 +1,332 @@
+"""The report of a run: one HTML file made from the run folder alone, readable without a network."""
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.metrics.plots import Curve, curve_svg
+from rlhf_jax.metrics.progress import format_number, format_seconds
+from rlhf_jax.metrics.writers import METRICS_FILE, read_metrics
+
+REPORT_FILE = "report.html"
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """One method's result on held-out prompts. NaN stands for what was not measured.
+
+    Attributes:
+      method: its key in `summary.json`, such as "grpo".
+      exact_match: mean and interval (mean, low, high), shares between 0 and 1.
+      kl: KL divergence from the policy to its reference, in nats a completion.
+      length: mean completion length in tokens.
+      seconds: wall time.
+    """
+
+    method: str
+    exact_match: tuple[float, float, float]
+    kl: float
+    length: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One small multiple: the metrics that may fill it, by the last part of their name, first found wins."""
+
+    title: str
+    names: tuple[str, ...]
+    percent: bool = False
+
+
+PANELS = (
+    Panel("Loss", ("loss",)),
+    Panel("Exact match", ("exact_match",), percent=True),
+    Panel("Pair accuracy", ("pair_accuracy", "accuracy", "reward_accuracy"), percent=True),
+    Panel("Reward", ("reward", "rewards", "mean_reward", "reward_mean", "score")),
+    Panel("Reward margin", ("margin", "reward_margin", "margins")),
+    Panel("KL to the reference, nats", ("kl", "ref_kl", "kl_ref")),
+    Panel("Length, tokens", ("length", "mean_length", "response_length", "completion_length")),
+    Panel("Entropy, nats", ("entropy",)),
+)
+
+_NAMES = {"sft": "SFT", "reward_model": "Reward model", "ppo": "PPO", "dpo": "DPO", "grpo": "GRPO"}
+_COLOURS = 8  # --c0 to --c7 in the template; the first five belong to the names above
+_MOST_TEXT = 4000
+_MOST_SAMPLES = 40
+
+
+def write_report(
+    folder: str | os.PathLike[str],
+    table: Sequence[TableRow] = (),
+    *,
+    interval: str = "95 % interval over seeds",
+) -> Path:
+    """Writes `folder/report.html` from what the run folder holds; parts that are missing are left out.
+
+    It reads `summary.json`, `config.json`, `samples.json`, `metrics.jsonl` and `seed_*/metrics.jsonl`.
+    Texts of models are untrusted: everything is escaped, and the page forbids itself scripts and network.
+
+    Args:
+      folder: the run folder.
+      table: rows of the result table in order; intervals are computed by the caller.
+      interval: what the intervals of `table` are.
+    Raises:
+      UserError: a file of the folder is damaged, or the report cannot be written.
+    """
+    import jinja2
+
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such run folder; give the folder that the run was told with --out")
+    template = (resources.files("rlhf_jax.metrics") / "report.html.jinja").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    html = environment.from_string(template).render(_view(folder, table, interval))
+    # JSON may hold lone surrogates, which UTF-8 cannot.
+    data = html.encode("utf-8", errors="backslashreplace")
+    path, part = folder / REPORT_FILE, folder / (REPORT_FILE + ".part")
+    try:
+        part.write_bytes(data)
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot write the report ({error.strerror}); free or unlock the disk"
+        ) from error
+    return path
+
+
+def _view(folder: Path, table: Sequence[TableRow], interval: str) -> dict[str, Any]:
+    """Everything the template shows, as plain values."""
+    config = _read_json(folder / "config.json", dict)
+    summary = _read_json(folder / "summary.json", dict)
+    samples = _read_json(folder / "samples.json", list)
+    curves = _read_curves(folder)
+    methods = list(dict.fromkeys([*summary, *curves, *(row.method for row in table)]))
+    colours = _assign_colours(methods)
+    rows = _table_view(table, summary, colours)
+    stages = [_stage_view(stage, metrics, colours[stage]) for stage, metrics in curves.items()]
+    return {
+        "title": _headline(table, curves),
+        "folder": folder.resolve().name,
+        "command": config.get("command"),
+        "started": str(config.get("started", ""))[:16].replace("T", " "),
+        "seeds": config.get("seeds", []),
+        "task": _flatten(config.get("task", {})),
+        "config": _flatten(config.get("config", {})),
+        "versions": _flatten(config.get("versions", {})),
+        "rows": rows,
+        "table_note": _table_note(rows, interval),
+        "curves_note": _curves_note(stages),
+        "reward_model": _pair_accuracy(summary),
+        "stages": stages,
+        "samples": [_sample_view(sample, colours) for sample in samples[:_MOST_SAMPLES]],
+        "sample_count": len(samples),
+    }
+
+
+def _read_json(path: Path, kind: type) -> Any:
+    if not path.exists():
+        return kind()
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); mend or remove the file") from error
+    if not isinstance(value, kind):
+        raise UserError(
+            f"{path}: holds a {type(value).__name__}, not a {kind.__name__}; mend or remove the file"
+        )
+    return value
+
+
+def _read_curves(folder: Path) -> dict[str, dict[str, list[Curve]]]:
+    """Stage -> metric -> one curve a seed, stages and metrics in the order of their first line."""
+    seeds = sorted(folder.glob(f"seed_*/{METRICS_FILE}"), key=lambda path: _natural(path.parent.name))
+    points: dict[str, dict[str, list[dict[int, float]]]] = {}
+    for run in [folder, *(path.parent for path in seeds)]:
+        of_run: dict[tuple[str, str], dict[int, float]] = {}
+        for line in read_metrics(run):
+            stage, step = str(line.get("stage", "run")), line.get("step", 0)
+            for name, value in line.items():
+                if name not in ("stage", "step", "time") and isinstance(value, int | float):
+                    # A step written twice counts as written last.
+                    of_run.setdefault((stage, name), {})[step] = float(value)
+        for (stage, name), values in of_run.items():
+            points.setdefault(stage, {}).setdefault(name, []).append(values)
+    return {
+        stage: {name: [_to_curve(values) for values in seeds] for name, seeds in metrics.items()}
+        for stage, metrics in points.items()
+    }
+
+
+def _to_curve(points: Mapping[int, float]) -> Curve:
+    steps = sorted(points)
+    return Curve(np.array(steps), np.array([points[step] for step in steps]))
+
+
+def _natural(name: str) -> list[Any]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def _display(method: str) -> str:
+    return _NAMES.get(method, method.replace("_", " "))
+
+
+def _assign_colours(methods: Sequence[str]) -> dict[str, str]:
+    known = {name: index for index, name in enumerate(_NAMES)}
+    others = [method for method in methods if method not in known]
+    spare = _COLOURS - len(known)
+    known |= {method: len(known) + index % spare for index, method in enumerate(others)}
+    return {method: f"var(--c{index})" for method, index in known.items()}
+
+
+def _base(rows: Sequence[TableRow]) -> TableRow:
+    """The row that the others are compared with: where they started from."""
+    return next((row for row in rows if row.method == "sft"), rows[0])
+
+
+def _headline(table: Sequence[TableRow], curves: Mapping[str, Mapping[str, Sequence[Curve]]]) -> str:
+    """The result in one sentence."""
+    rows = [row for row in table if math.isfinite(row.exact_match[0])]
+    if rows:
+        first = _base(rows)
+        best = max(rows, key=lambda row: row.exact_match[0])
+        share = f"{100 * best.exact_match[0]:.0f}\u00a0%"
+        said = f"{_display(best.method)} answers {share} of the held-out prompts right"
+        gain = 100 * (best.exact_match[0] - first.exact_match[0])
+        return said if best is first else f"{said}, {gain:.0f} points more than {_display(first.method)}"
+    for stage, metrics in reversed(list(curves.items())):
+        for name in ("exact_match", "loss"):
+            if name in metrics:
+                before, after = (
+                    float(np.mean([curve.values[index] for curve in metrics[name]])) for index in (0, -1)
+                )
+                words = f"{_display(stage)}: {name.replace('_', ' ')}"
+                return f"{words} {format_number(before)} at first, {format_number(after)} at the end"
+    return "Run report"
+
+
+def _table_view(
+    table: Sequence[TableRow], summary: Mapping[str, Any], colours: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    def share(row: TableRow, name: str) -> float:
+        most = max((abs(value) for other in table if math.isfinite(value := getattr(other, name))), default=0)
+        value = abs(getattr(row, name))
+        return 100 * value / most if most and math.isfinite(value) else 0.0
+
+    views = []
+    base = _base(table).exact_match[0] if table else math.nan
+    for row in table:
+        mean, low, high = row.exact_match
+        seeds = [seed for seed in summary.get(row.method, {}).get("exact_match", []) if math.isfinite(seed)]
+        views.append(
+            {
+                "name": _display(row.method),
+                "colour": colours[row.method],
+                "mean": 100 * mean if math.isfinite(mean) else None,
+                "interval": (100 * low, 100 * high) if math.isfinite(low + high) and low < high else None,
+                "base": 100 * base if math.isfinite(base) and row is not _base(table) else None,
+                "seeds": [100 * seed for seed in seeds] if len(seeds) > 1 else [],
+                "cells": [
+                    ("KL, nats", _or_dash(row.kl, "{:.2f}".format), share(row, "kl")),
+                    ("Length, tokens", _or_dash(row.length, "{:.1f}".format), share(row, "length")),
+                    ("Wall time", _or_dash(row.seconds, format_seconds), share(row, "seconds")),
+                ],
+            }
+        )
+    return views
+
+
+def _table_note(rows: Sequence[Mapping[str, Any]], interval: str) -> str:
+    notes = []
+    if any(row["interval"] for row in rows):
+        notes.append(f"Whiskers: {interval}.")
+    if any(row["seeds"] for row in rows):
+        notes.append("Dots: single seeds.")
+    compared = [row["name"] for row in rows if row["base"] is None]
+    if len(compared) < len(rows):
+        notes.append(f"Line across: {compared[0]}.")
+    return " ".join([*notes, "KL is that of each policy from its reference."])
+
+
+def _curves_note(stages: Sequence[Mapping[str, Any]]) -> str:
+    many = max((stage["seeds"] for stage in stages), default=0) > 1
+    thin, thick = ("one seed each", "their mean, smoothed") if many else ("as measured", "smoothed")
+    return f"Against the step of each stage. Thin: {thin}. Thick: {thick}; its last value stands at its end."
+
+
+def _or_dash(value: float, form: Any) -> str:
+    return form(value) if math.isfinite(value) else "-"
+
+
+def _pair_accuracy(summary: Mapping[str, Any]) -> dict[str, Any] | None:
+    seeds = summary.get("reward_model", {}).get("pair_accuracy", [])
+    return {"mean": 100 * sum(seeds) / len(seeds), "seeds": [100 * seed for seed in seeds]} if seeds else None
+
+
+def _stage_view(stage: str, metrics: Mapping[str, Sequence[Curve]], colour: str) -> dict[str, Any]:
+    import markupsafe
+
+    panels, steps, seeds = [], 0, 0
+    for curves in metrics.values():
+        steps = max(steps, *(int(curve.steps[-1]) for curve in curves))
+        seeds = max(seeds, len(curves))
+    for panel in PANELS:
+        curves = _find(metrics, panel.names)
+        if curves and any(len(curve.steps) > 1 for curve in curves):
+            panels.append(
+                {"title": panel.title, "svg": markupsafe.Markup(curve_svg(curves, percent=panel.percent))}
+            )
+    return {"name": _display(stage), "colour": colour, "steps": steps, "seeds": seeds, "panels": panels}
+
+
+def _find(metrics: Mapping[str, Sequence[Curve]], names: Sequence[str]) -> Sequence[Curve] | None:
+    for name in names:
+        for full, curves in metrics.items():
+            if full.rsplit("/", 1)[-1] == name:
+                return curves
+    return None
+
+
+def _sample_view(sample: Mapping[str, Any], colours: Mapping[str, str]) -> dict[str, Any]:
+    completions = sample.get("completions", {})
+    return {
+        "prompt": _shorten(sample.get("prompt", "")),
+        "answer": _shorten(sample.get("answer", "")),
+        "completions": [
+            {
+                "name": _display(method),
+                "colour": colours.get(method, "var(--c0)"),
+                "text": _shorten(completion.get("text", "")),
+                "correct": completion.get("correct"),
+            }
+            for method, completion in completions.items()
+        ],
+    }
+
+
+def _shorten(text: Any) -> str:
+    text = str(text)
+    more = len(text) - _MOST_TEXT
+    return text if more <= 0 else f"{text[:_MOST_TEXT]} … ({more} more characters)"
+
+
+def _flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """Nested mappings as (dotted name, text) pairs."""
+    if not isinstance(value, Mapping):
+        return [(prefix, value if isinstance(value, str) else json.dumps(value))]
+    return [
+        pair
+        for name, inner in value.items()
+        for pair in _flatten(inner, f"{prefix}.{name}" if prefix else str(name))
+    ]
