@@ -45,7 +45,7 @@ def encode_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> En
     Raises:
       UserError: malformed messages, or a template that fails on them or is stopped at a limit.
     """
-    return _encode(tokenizer, _check_messages(messages), add_generation_prompt=False)
+    return _encode(tokenizer, check_messages(messages), add_generation_prompt=False)
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[Message]) -> list[int]:
@@ -57,13 +57,14 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[Message]) -> list
     Raises:
       UserError: as `encode_conversation`, and where the last message is the assistant's.
     """
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _check_messages(prompt)
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else check_messages(prompt)
     if messages[-1]["role"] == "assistant":
         raise UserError("the prompt ends with an assistant message; end it with a user or tool message")
     return _encode(tokenizer, messages, add_generation_prompt=True).ids
 
 
-def _check_messages(messages: Any) -> list[dict[str, Any]]:
+def check_messages(messages: Any) -> list[dict[str, Any]]:
+    """The messages with parts of text joined; raises UserError where one has no role or no text."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise UserError('messages must be a non-empty list of {"role": ..., "content": ...}; mend the list')
     return [_check_message(message, number) for number, message in enumerate(messages)]

@@ -1,0 +1,286 @@
+"""Rows to training examples, by the fields that people's data already have.
+
+A plain string is what the user says (`prompt`, `question`) or what the assistant answers (`completion`,
+`chosen`, `rejected`, `answer`); a list is messages. Everything goes through the tokenizer's chat template.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias, TypeVar
+
+import numpy as np
+
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.types import Bool, Int
+from rlhf_jax.data.chat import check_messages, encode_conversation, encode_prompt
+from rlhf_jax.data.sources import Row
+from rlhf_jax.data.tokenizers import Tokenizer
+
+_log = logging.getLogger(__name__)
+
+TooLong: TypeAlias = Literal["error", "drop"]
+Messages: TypeAlias = list[dict[str, Any]]
+Example = TypeVar("Example")
+
+
+@dataclasses.dataclass(frozen=True)
+class SupervisedExample:
+    """A conversation to imitate.
+
+    Attributes:
+      ids: tokens up to the end of the last assistant turn.
+      mask: True for the assistant's tokens.
+      where: the row it came from.
+    """
+
+    ids: Int[np.ndarray, " T"]
+    mask: Bool[np.ndarray, " T"]
+    where: str
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceExample:
+    """A prompt with a better and a worse completion, each of which ends with the end of a turn.
+
+    Attributes:
+      prompt_ids: up to and including the words after which the assistant speaks.
+      chosen_ids: the better completion.
+      rejected_ids: the worse completion.
+      chosen_mask: the assistant's tokens: all, unless the completion has tool turns within.
+      rejected_mask: the same of the worse one.
+      where: the row it came from.
+    """
+
+    prompt_ids: Int[np.ndarray, " P"]
+    chosen_ids: Int[np.ndarray, " C"]
+    rejected_ids: Int[np.ndarray, " R"]
+    chosen_mask: Bool[np.ndarray, " C"]
+    rejected_mask: Bool[np.ndarray, " R"]
+    where: str
+
+    @property
+    def chosen(self) -> SupervisedExample:
+        """Prompt and better completion as one sample, for `packing`."""
+        return self._join(self.chosen_ids, self.chosen_mask)
+
+    @property
+    def rejected(self) -> SupervisedExample:
+        """Prompt and worse completion as one sample, for `packing`."""
+        return self._join(self.rejected_ids, self.rejected_mask)
+
+    def _join(self, ids: Int[np.ndarray, " T"], mask: Bool[np.ndarray, " T"]) -> SupervisedExample:
+        silent = np.zeros(len(self.prompt_ids), np.bool_)
+        return SupervisedExample(
+            np.concatenate([self.prompt_ids, ids]), np.concatenate([silent, mask]), self.where
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptExample:
+    """A prompt to answer.
+
+    Attributes:
+      ids: up to and including the words after which the assistant speaks.
+      text: the user's last message.
+      fields: the whole row, for reward functions that need its `answer` or else.
+      where: the row it came from.
+    """
+
+    ids: Int[np.ndarray, " T"]
+    text: str
+    fields: dict[str, Any]
+    where: str
+
+
+def supervised_examples(
+    rows: Sequence[Row], tokenizer: Tokenizer, *, max_length: int, too_long: TooLong = "error"
+) -> list[SupervisedExample]:
+    """Conversations of rows with `messages`, `prompt` and `completion`, or `question` and `answer`.
+
+    Args:
+      rows: as `sources.read_rows` gives them.
+      max_length: tokens of the longest conversation allowed.
+      too_long: "error" refuses a longer one, "drop" leaves it out and logs how many there were.
+
+    Raises:
+      UserError: a row without these fields, an empty field or one of the wrong type, no assistant turn, or
+        too long; or nothing left.
+    """
+
+    def make(row: Row) -> SupervisedExample:
+        encoded = encode_conversation(tokenizer, _conversation(row))
+        ids, mask = np.array(encoded.ids, np.int32), np.array(encoded.mask, np.bool_)
+        if not mask.any():
+            raise UserError("messages have no assistant turn to learn from; add one or remove the row")
+        end = int(np.flatnonzero(mask)[-1]) + 1
+        return SupervisedExample(ids[:end], mask[:end], row.where)
+
+    return _make_all(rows, make, lambda example: len(example.ids), max_length, too_long, "the conversation")
+
+
+def preference_examples(
+    rows: Sequence[Row], tokenizer: Tokenizer, *, max_length: int, too_long: TooLong = "error"
+) -> list[PreferenceExample]:
+    """Pairs of rows with `chosen` and `rejected`, after a `prompt` or after the messages both begin with.
+
+    Args: as `supervised_examples`; `max_length` holds for a prompt with either completion.
+
+    Raises:
+      UserError: as `supervised_examples`, and where both completions are the same.
+    """
+
+    def make(row: Row) -> PreferenceExample:
+        prompt, chosen, rejected = _preference(row)
+        if chosen == rejected:
+            raise UserError("chosen and rejected are the same; remove the row")
+        prompt_ids = encode_prompt(tokenizer, prompt)
+        chosen_ids, chosen_mask = _completion(tokenizer, prompt, prompt_ids, chosen)
+        rejected_ids, rejected_mask = _completion(tokenizer, prompt, prompt_ids, rejected)
+        return PreferenceExample(
+            np.array(prompt_ids, np.int32), chosen_ids, rejected_ids, chosen_mask, rejected_mask, row.where
+        )
+
+    def size(example: PreferenceExample) -> int:
+        return len(example.prompt_ids) + max(len(example.chosen_ids), len(example.rejected_ids))
+
+    return _make_all(rows, make, size, max_length, too_long, "the prompt with its longer completion")
+
+
+def prompt_examples(
+    rows: Sequence[Row], tokenizer: Tokenizer, *, max_length: int, too_long: TooLong = "error"
+) -> list[PromptExample]:
+    """Prompts of rows with `messages`, `prompt` or `question`; all fields are kept for the reward.
+
+    Messages that end with an assistant turn are a prompt without it.
+
+    Args: as `supervised_examples`; `max_length` holds for the prompt alone.
+
+    Raises:
+      UserError: as `supervised_examples`.
+    """
+
+    def make(row: Row) -> PromptExample:
+        field = _first_field(row, ("messages", "prompt", "question"), "a prompt")
+        messages = _messages(row, field, "user")
+        if messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        if not messages:
+            raise UserError(f"field {field!r} has nothing before the assistant's turn; add a user message")
+        text = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
+        ids = np.array(encode_prompt(tokenizer, messages), np.int32)
+        return PromptExample(ids, text, row.fields, row.where)
+
+    return _make_all(rows, make, lambda example: len(example.ids), max_length, too_long, "the prompt")
+
+
+def _make_all(
+    rows: Sequence[Row],
+    make: Callable[[Row], Example],
+    size: Callable[[Example], int],
+    max_length: int,
+    too_long: TooLong,
+    what: str,
+) -> list[Example]:
+    kept: list[Example] = []
+    dropped: list[str] = []
+    for row in rows:
+        try:
+            example = make(row)
+            if size(example) <= max_length:
+                kept.append(example)
+            elif too_long == "drop":
+                dropped.append(row.where)
+            else:
+                raise UserError(
+                    f"{what} has {size(example)} tokens, more than {max_length}; "
+                    "shorten it, raise the length or drop long rows"
+                )
+        except UserError as error:
+            raise UserError(f"{row.where}: {error}") from None
+    if not kept:
+        raise UserError(f"all {len(rows)} rows have more than {max_length} tokens; raise the length")
+    if dropped:
+        counts = (len(dropped), len(rows), max_length)
+        _log.warning("dropped %d of %d rows longer than %d tokens, the first at %s", *counts, dropped[0])
+    return kept
+
+
+# Fields ---------------------------------------------------------------------------------------------
+
+
+def _conversation(row: Row) -> Messages:
+    answers = {"prompt": "completion", "question": "answer"}
+    wanted = "messages, prompt and completion, or question and answer"
+    field = _first_field(row, ("messages", *answers), wanted)
+    messages = _messages(row, field, "user")
+    return messages if field == "messages" else messages + _messages(row, answers[field], "assistant")
+
+
+def _preference(row: Row) -> tuple[Messages, Messages, Messages]:
+    """Prompt, chosen and rejected, where either side may repeat the prompt."""
+    chosen, rejected = _messages(row, "chosen", "assistant"), _messages(row, "rejected", "assistant")
+    if all(side[0]["role"] == "assistant" for side in (chosen, rejected)):
+        return _messages(row, "prompt", "user"), chosen, rejected
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+        shared += 1
+    if not shared or chosen[shared]["role"] != "assistant" or rejected[shared]["role"] != "assistant":
+        raise UserError(
+            "fields 'chosen' and 'rejected' differ before the assistant's turn; "
+            "let both begin with the same prompt"
+        )
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _first_field(row: Row, names: Sequence[str], wanted: str) -> str:
+    for name in names:
+        if row.fields.get(name) is not None:
+            return name
+    present = ", ".join(sorted(row.fields)) or "none"
+    raise UserError(f"the row has none of the fields {', '.join(names)} (it has: {present}); give {wanted}")
+
+
+def _messages(row: Row, field: str, role: str) -> Messages:
+    """The messages in `field`; a plain string is one message by `role`."""
+    value = row.fields.get(field)
+    if value is None:
+        present = ", ".join(sorted(row.fields)) or "none"
+        raise UserError(f"field {field!r} is missing (the row has: {present}); add it or remove the row")
+    if isinstance(value, str):
+        if not value.strip():
+            raise UserError(f"field {field!r} is empty; fill it or remove the row")
+        return [{"role": role, "content": value}]
+    if not isinstance(value, list) or field in ("question", "answer"):
+        raise UserError(f"field {field!r} is {_kind(value)}; give it text or remove the row")
+    try:
+        messages = check_messages(value)
+    except UserError as error:
+        raise UserError(f"field {field!r}: {error}") from None
+    for number, message in enumerate(messages):
+        silent = not (message.get("content") or "").strip() and not message.get("tool_calls")
+        if message["role"] == "assistant" and silent:
+            raise UserError(
+                f"field {field!r}: message {number} (assistant) is empty; fill it or remove the row"
+            )
+    return messages
+
+
+def _kind(value: Any) -> str:
+    kinds = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return kinds.get(type(value), f"of type {type(value).__name__}")
+
+
+def _completion(
+    tokenizer: Tokenizer, prompt: Messages, prompt_ids: list[int], completion: Messages
+) -> tuple[Int[np.ndarray, " T"], Bool[np.ndarray, " T"]]:
+    """Ids and mask of what follows the prompt, up to the end of the last assistant turn."""
+    encoded = encode_conversation(tokenizer, prompt + completion)
+    if encoded.ids[: len(prompt_ids)] != prompt_ids or not any(encoded.mask[len(prompt_ids) :]):
+        raise UserError(
+            "the chat template does not lay the prompt out alike with and without a completion; "
+            "use a template whose generation prompt begins every assistant turn"
+        )
+    mask = np.array(encoded.mask[len(prompt_ids) :], np.bool_)
+    end = int(np.flatnonzero(mask)[-1]) + 1
+    return np.array(encoded.ids[len(prompt_ids) :], np.int32)[:end], mask[:end]

@@ -1,0 +1,268 @@
+"""Rows of data from files people have (JSONL, JSON, Parquet) and from `tensorflow-datasets`.
+
+Reading is strict: what Python's JSON reader lets through and breaks a run hours later (NaN, a key given
+twice, half a surrogate pair) is refused here, by file and line.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlhf_jax.core.errors import UserError
+
+_TFDS_SPEC = re.compile(r"tfds:(?P<name>[^:]+(?::\d+\.\d+\.\d+)?)(?::(?P<split>.+))?")
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row of data.
+
+    Attributes:
+      fields: its fields by name.
+      where: `file:line`, or `file:row N` where there are no lines; rows and lines count from 1.
+    """
+
+    fields: dict[str, Any]
+    where: str
+
+
+class _Malformed(ValueError):
+    """What is wrong with a value, as the middle of a sentence."""
+
+
+def read_rows(spec: str | Path) -> list[Row]:
+    """Reads all rows of a data set.
+
+    Args:
+      spec: a path that ends in .jsonl, .json (an array of objects, or an object a line) or .parquet; or
+        `tfds:NAME[:SPLIT]` (split `train` unless named), prepared first where it is not yet on disk.
+
+    Raises:
+      UserError: a missing, unreadable or empty file, or a malformed row.
+    """
+    if isinstance(spec, str) and spec.startswith("tfds:"):
+        rows = list(_read_tfds(spec))
+    else:
+        rows = _read_file(Path(spec))
+    if not rows:
+        raise UserError(f"{spec}: the data set is empty; give one with at least one row")
+    return rows
+
+
+def _read_file(path: Path) -> list[Row]:
+    readers = {".jsonl": _read_json, ".json": _read_json, ".parquet": _read_parquet}
+    if path.is_dir():
+        raise UserError(f"{path}: a folder, not a file; name the .jsonl, .json or .parquet file in it")
+    if not path.exists():
+        raise UserError(f"{path}: no such file; {_suggestion(path)}")
+    if path.suffix.lower() not in readers:
+        raise UserError(f"{path}: cannot read a file of this kind; give a .jsonl, .json or .parquet file")
+    try:
+        return list(readers[path.suffix.lower()](path))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the file") from None
+
+
+def _suggestion(path: Path) -> str:
+    names = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return f"did you mean {path.parent / near[0]}?" if near else "check the path"
+
+
+# JSON -----------------------------------------------------------------------------------------------
+
+
+def _read_json(path: Path) -> Iterator[Row]:
+    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    if path.suffix.lower() == ".json" and content.lstrip()[:1] == b"[":
+        yield from _read_array(path, content)
+        return
+    # Not splitlines, which also splits at U+2028 and others that JSON strings may hold.
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        where = f"{path}:{number}"
+        text = _decode(line, where)
+        if text.strip(" \t\r"):
+            yield Row(_parse(text.strip(" \t\r"), where), where)
+
+
+def _read_array(path: Path, content: bytes) -> Iterator[Row]:
+    """The objects of one JSON array, each with the line where it begins."""
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        _decode(line, f"{path}:{number}")
+    text = content.decode("utf-8")
+    place, counted, line = _skip(text, text.index("[") + 1), 0, 1
+    closing = text[place : place + 1] == "]"
+    while not closing:
+        line, counted = line + text.count("\n", counted, place), place
+        where = f"{path}:{line}"
+        fields, place = _parse_at(text, place, where)
+        yield Row(fields, where)
+        place = _skip(text, place)
+        closing = text[place : place + 1] == "]"
+        if not closing and text[place : place + 1] != ",":
+            raise UserError(f"{where}: a comma or ] should follow this row of the array; mend the file")
+        place = place if closing else _skip(text, place + 1)
+    if _skip(text, place + 1) != len(text):
+        line += text.count("\n", counted, place)
+        raise UserError(f"{path}:{line}: there is text after the end of the array; remove it")
+
+
+def _skip(text: str, place: int) -> int:
+    space = _SPACE.match(text, place)
+    return space.end() if space else place
+
+
+def _decode(line: bytes, where: str) -> str:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{where}: byte {error.start + 1} of the line is not UTF-8; save the file as UTF-8"
+        ) from None
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    fields, end = _parse_at(text, 0, where)
+    if end != len(text):
+        raise UserError(f"{where}: there is more after the row's object; write one object a line")
+    return fields
+
+
+def _parse_at(text: str, place: int, where: str) -> tuple[dict[str, Any], int]:
+    try:
+        value, end = _DECODER.raw_decode(text, place)
+    except _Malformed as error:
+        raise UserError(f"{where}: {error} in the row; mend the row") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON ({error.msg}, column {error.colno}); mend the row") from None
+    except RecursionError:
+        raise UserError(f"{where}: the row is nested too deeply; flatten it") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise UserError(f"{where}: not a value that can be read ({error}); mend the row") from None
+    if not isinstance(value, dict):
+        raise UserError(f'{where}: the row is not a JSON object; write {{"field": value, ...}}')
+    return value, end
+
+
+def _refuse_constant(name: str) -> None:
+    raise _Malformed(f"{name} is not JSON")
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    if not math.isfinite(value):
+        raise _Malformed(f"the number {number[:20]} is too large")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _Malformed(f"the field {twice!r} stands twice")
+    for name, value in pairs:
+        _check_text(name, name)
+        _check_text(value, name)
+    return fields
+
+
+def _check_text(value: Any, field: str) -> None:
+    """Refuses lone surrogates in strings and lists of strings; objects within have been checked already."""
+    if isinstance(value, list):
+        for item in value:
+            _check_text(item, field)
+    elif isinstance(value, str) and not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            character = f"{value[error.start]!a} at character {error.start}"
+            raise _Malformed(f"the field {field!a} holds a lone surrogate ({character})") from None
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_refuse_constant, parse_float=_finite)
+
+
+# Parquet and tensorflow-datasets --------------------------------------------------------------------
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except pyarrow.ArrowException as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: not a Parquet file that can be read ({reason}); write it again") from None
+    number = 0
+    for batch in table.to_batches(max_chunksize=1024):
+        for fields in batch.to_pylist():
+            number += 1
+            where = f"{path}:row {number}"
+            yield Row({name: _plain(value, name, where) for name, value in fields.items()}, where)
+
+
+def _read_tfds(spec: str) -> Iterator[Row]:
+    match = _TFDS_SPEC.fullmatch(spec)
+    if match is None:
+        raise UserError(f"{spec}: not a data set's name; write tfds:NAME or tfds:NAME:SPLIT")
+    split = match["split"] or "train"
+    import tensorflow_datasets as tfds
+
+    import rlhf_jax.data.arithmetic_tfds  # noqa: F401 (makes the embedded data set known by name)
+
+    try:
+        builder: Any = tfds.builder(match["name"], file_format="array_record")
+        builder.download_and_prepare()
+        source = builder.as_data_source(split=split)
+        number_of_rows = len(source)
+    except tfds.core.DatasetNotFoundError:
+        near = difflib.get_close_matches(match["name"], tfds.list_builders(), n=1)
+        hint = f"did you mean tfds:{near[0]}?" if near else "check the name"
+        raise UserError(f"{spec}: there is no such data set; {hint}") from None
+    # A builder is a stranger's program (network, disk, formats): any exception can come out of it.
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{spec}: split {split!r} cannot be read ({reason}); check the split, or prepare the data set "
+            'anew with file_format="array_record"'
+        ) from None
+    for number in range(number_of_rows):
+        where = f"{spec}:row {number + 1}"
+        yield Row({name: _plain(value, name, where) for name, value in source[number].items()}, where)
+
+
+def _plain(value: Any, field: str, where: str) -> Any:
+    """A value of NumPy or Arrow as Python's own: text for bytes, lists for arrays."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            raise UserError(f"{where}: field {field!r} is not UTF-8 text; mend or remove it") from None
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain(value.tolist(), field, where)
+    if isinstance(value, list | tuple):
+        return [_plain(item, field, where) for item in value]
+    if isinstance(value, dict):
+        fields = {name: _plain(item, field, where) for name, item in value.items()}
+        return _rows_of_columns(fields)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where}: field {field!r} is {value}; give a number or remove the row")
+    return value
+
+
+def _rows_of_columns(fields: dict[str, Any]) -> Any:
+    """tfds gives a sequence of messages as one list of roles and one of contents: back to messages."""
+    lists = all(isinstance(column, list) for column in fields.values())
+    if not {"role", "content"} <= fields.keys() or not lists:
+        return fields
+    return [dict(zip(fields, values, strict=True)) for values in zip(*fields.values(), strict=True)]
