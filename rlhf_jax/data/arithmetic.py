@@ -53,9 +53,9 @@ class Level:
         if len(set(self.operators)) != len(self.operators):
             raise ValueError(f"an operator stands twice: {self}")
         if not BLOCK <= self.size < 2**31:
-            raise ValueError(
-                f"a level has at least {BLOCK} problems and fewer than 2^31, not {self.size}: {self}"
-            )
+            raise ValueError(f"a level has {BLOCK} to 2^31 - 1 problems, not {self.size}: {self}")
+        if self.operands * self.high >= 2**31:
+            raise ValueError(f"sums of {self.operands} numbers up to {self.high} overflow an int32: {self}")
 
     @property
     def size(self) -> int:

@@ -10,6 +10,7 @@ where `fields` are the other fields of the rows the prompts came from, one list 
 
 import difflib
 import importlib
+import inspect
 import os
 import pkgutil
 import sys
@@ -35,7 +36,7 @@ def load_reward(path: str) -> RewardFn:
       UserError: the path is not of that form, or names nothing that can be called; with the nearest name.
     """
     module_name, colon, function_name = path.partition(":")
-    if not (module_name and colon and function_name):
+    if not (colon and all(part.isidentifier() for part in [*module_name.split("."), function_name])):
         raise UserError(f"reward '{path}' is not of the form module:function, such as my_rewards:exact_match")
     module = _import_module(module_name, path)
     function = getattr(module, function_name, None)
@@ -57,7 +58,7 @@ def _import_module(name: str, path: str) -> ModuleType:
         missing = error.name or ""
         if name != missing and not name.startswith(missing + "."):
             raise UserError(f"reward '{path}': {name} needs the module {missing}: install it") from error
-        hint = _nearest(name, _sibling_modules(name, folder))
+        hint = _nearest(missing, _sibling_modules(missing, folder))
         raise UserError(f"reward '{path}': no module {missing} in {folder} or installed{hint}") from error
     except Exception as error:
         raise UserError(
@@ -103,6 +104,7 @@ def call_reward(
     """
     lists = {name: list(values) for name, values in fields.items()}
     texts = list(prompts), list(completions)
+    _check_arguments(reward_fn, lists)
     try:
         returned = reward_fn(*texts, **lists)
     except UserError:
@@ -116,6 +118,22 @@ def call_reward(
     return _checked(_name(reward_fn), returned, texts[1], where)
 
 
+def _check_arguments(reward_fn: RewardFn, fields: Mapping[str, Any]) -> None:
+    """Refuses a function that cannot take the fields of the rows, or needs one that they do not have."""
+    try:
+        signature = inspect.signature(reward_fn)
+    except ValueError:  # some built-in functions have none; calling them will tell
+        return
+    try:
+        signature.bind([], [], **fields)
+    except TypeError as error:
+        given = ", ".join(["prompts", "completions", *fields])
+        raise UserError(
+            f"reward function {_name(reward_fn)} cannot be called with {given} ({error}): "
+            "let it take the fields it needs by name and the rest with **_, or add the field to the data"
+        ) from error
+
+
 def _checked(name: str, returned: Any, completions: list[str], where: Sequence[str] | None) -> np.ndarray:
     """The returned value as [B] float32."""
     expected = f"expected {len(completions)} finite numbers, one for each completion"
@@ -124,7 +142,8 @@ def _checked(name: str, returned: Any, completions: list[str], where: Sequence[s
     except (TypeError, ValueError) as error:
         raise UserError(f"reward function {name} returned {_shown(returned)}: {expected}") from error
     if rewards.shape != (len(completions),):
-        raise UserError(f"reward function {name} returned shape {rewards.shape}: {expected}")
+        shown = f"{_shown(returned)}, of shape {rewards.shape}"
+        raise UserError(f"reward function {name} returned {shown}: {expected}")
     is_bad = ~(np.abs(rewards) <= np.finfo(np.float32).max)  # NaN, infinity, and what float32 cannot hold
     if is_bad.any():
         row = int(np.argmax(is_bad))
