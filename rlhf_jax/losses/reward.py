@@ -1,10 +1,12 @@
-"""Losses that train reward models: pairs, rankings, and steps of a solution."""
+"""Losses that train reward models: on pairs, on rankings, on the steps of a solution."""
 
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.core.masks import clean
 from rlhf_jax.core.types import Array, Bool, Float, Metrics, Scalar
-from rlhf_jax.losses.preference_common import clean_rows, reduce_pairs
+from rlhf_jax.losses.preference_common import clean_rows, full_precision, paired, row_mean
+from rlhf_jax.losses.reductions import Reduction, token_mean
 
 
 def bradley_terry_loss(
@@ -23,15 +25,78 @@ def bradley_terry_loss(
     Args:
       chosen_reward: scores R_c of the preferred responses.
       rejected_reward: scores R_r of the others.
-      margin: m, by how much the preferred score must lead: one number or one per pair (Touvron et al.
-        2023, Llama 2, eq. 2).
+      margin: m, by how much the preferred score must lead: one number or one per pair (Llama 2, Touvron
+        et al. 2023, eq. 2).
       centring: coefficient k that draws scores towards mean 0 (Eisenstein et al. 2023).
       mask: pairs that count (all by default); the others may hold NaN.
       denominator: what the sum over pairs is divided by (their number by default).
     Returns:
       (loss, metrics), with the scores, their margin (R_c - R_r, without m) and the accuracy.
     """
-    margin = jnp.broadcast_to(jnp.asarray(margin, chosen_reward.dtype), chosen_reward.shape)
+    margin = jnp.broadcast_to(jnp.asarray(margin), chosen_reward.shape)
     mask, (chosen, rejected, margin) = clean_rows(mask, chosen_reward, rejected_reward, margin)
     losses = -jax.nn.log_sigmoid(chosen - rejected - margin) + centring * (chosen + rejected) ** 2
-    return reduce_pairs(losses, chosen, rejected, mask, denominator)
+    return paired(losses, chosen, rejected, row_mean(mask, None, denominator))
+
+
+def plackett_luce_loss(
+    rewards: Float[Array, "B K"],
+    mask: Bool[Array, "B K"] | None = None,
+    *,
+    denominator: Scalar | None = None,
+) -> tuple[Float[Array, ""], Metrics]:
+    """Plackett-Luce likelihood of rankings (Plackett 1975; Rafailov et al. 2023, appendix A.3).
+
+        -sum_k [R_k - log sum_{j >= k} exp(R_j)],    items in order of preference, best first
+
+    Of two items it is `bradley_terry_loss`.
+
+    Args:
+      rewards: scores of the K items of each ranking, best item first.
+      mask: items there are (all by default), anywhere in the row; the others may hold NaN.
+      denominator: what the sum over rankings is divided by (the number of those with two items or more).
+    Returns:
+      (loss, metrics): `accuracy` is the mean share of a ranking's pairs that the scores order rightly.
+    """
+    mask = jnp.ones(rewards.shape, bool) if mask is None else mask
+    rewards = clean(full_precision(rewards), mask)
+    # The lowest finite number stands for -inf, whose logsumexp with itself has a NaN gradient.
+    lowest = jnp.asarray(jnp.finfo(rewards.dtype).min, rewards.dtype)
+    normaliser = jax.lax.cumlogsumexp(jnp.where(mask, rewards, lowest), axis=1, reverse=True)
+    losses = jnp.sum(jnp.where(mask, normaliser - rewards, 0), axis=1)
+
+    pairs = mask[:, :, None] & mask[:, None, :] & jnp.triu(jnp.ones(rewards.shape[1:] * 2, bool), 1)
+    ordered = pairs & (rewards[:, :, None] > rewards[:, None, :])
+    share = jnp.sum(ordered, axis=(1, 2)) / jnp.maximum(jnp.sum(pairs, axis=(1, 2)), 1)
+    mean = row_mean(jnp.any(pairs, axis=(1, 2)), None, denominator)
+    loss = mean(losses)
+    return loss, {"loss": jax.lax.stop_gradient(loss), "accuracy": mean(share.astype(losses.dtype))}
+
+
+def process_reward_loss(
+    step_logits: Float[Array, "B T"],
+    labels: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    reduce: Reduction = token_mean,
+    denominator: Scalar | None = None,
+) -> tuple[Float[Array, ""], Metrics]:
+    """Process reward model: cross-entropy of the labels of steps (Lightman et al. 2023; Wang et al. 2024).
+
+        -y log s(z) - (1 - y) log s(-z)
+
+    Args:
+      step_logits: z at the last token of each step.
+      labels: y in [0, 1]: whether the step is right, or the share of continuations that came out right.
+      mask: the last token of each step; the other entries may hold NaN.
+      reduce: how steps become one number.
+      denominator: replaces the reduction's own, for micro-batches and shards.
+    Returns:
+      (loss, metrics): `accuracy` of z > 0 against y > 1/2.
+    """
+    logits, labels = clean(full_precision(step_logits), mask), clean(full_precision(labels), mask)
+    losses = -labels * jax.nn.log_sigmoid(logits) - (1 - labels) * jax.nn.log_sigmoid(-logits)
+    right = ((logits > 0) == (labels > 0.5)).astype(losses.dtype)
+    loss = reduce(losses, mask, denominator=denominator)
+    accuracy = reduce(right, mask, denominator=denominator)
+    return loss, {"loss": jax.lax.stop_gradient(loss), "accuracy": accuracy}

@@ -1,0 +1,202 @@
+"""Distillation: divergences between a teacher's and a student's next-token distributions.
+
+Shared arguments, beside those of each function:
+
+  student_logp, teacher_logp: log-probabilities in nats, normalised over the last axis (use a log-softmax
+    at the temperature wanted). The teacher's carry no gradient. -inf, a token that a truncated
+    distribution rules out, counts as -1e4, so that every divergence stays finite.
+  mask: tokens that count; the others may hold NaN.
+  reduce: how tokens become one number (`token_mean` by default).
+  denominator: replaces the reduction's own, for micro-batches and shards.
+
+The forms of the literature, by composition: over the whole vocabulary, pass [B, T, V]; over the top k, pass
+what `top_k_distributions` returns; on sampled tokens and whole sequences, the functions on [B, T] below.
+Sequence-level distillation on the teacher's own outputs (Kim and Rush 2016) is `cross_entropy_loss` on them.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.core.masks import clean
+from rlhf_jax.core.types import Array, Bool, Float, Int, Metrics, Scalar
+from rlhf_jax.losses.preference_common import full_precision
+from rlhf_jax.losses.reductions import Reduction, token_mean
+
+
+def _pair(
+    student_logp: Float[Array, "B T *V"], teacher_logp: Float[Array, "B T *V"], mask: Bool[Array, "B T"]
+) -> tuple[Float[Array, "B T *V"], Float[Array, "B T *V"]]:
+    """Both in full precision, 0 where masked, at least -1e4; the teacher without gradient."""
+    entries = mask.reshape(mask.shape + (1,) * (student_logp.ndim - 2))
+    student = jnp.maximum(clean(full_precision(student_logp), entries), -1e4)
+    teacher = jnp.maximum(clean(full_precision(teacher_logp), entries), -1e4)
+    return student, jax.lax.stop_gradient(teacher)
+
+
+def _reduced(
+    values: Float[Array, "B T"], mask: Bool[Array, "B T"], reduce: Reduction, denominator: Scalar | None
+) -> tuple[Float[Array, ""], Metrics]:
+    loss = reduce(values, mask, denominator=denominator)
+    return loss, {"loss": jax.lax.stop_gradient(loss)}
+
+
+def _kl(logp: Float[Array, "... V"], other: Float[Array, "... V"]) -> Float[Array, "..."]:
+    return jnp.sum(jnp.exp(logp) * (logp - other), axis=-1)
+
+
+def forward_kl_loss(
+    student_logp: Float[Array, "B T V"],
+    teacher_logp: Float[Array, "B T V"],
+    mask: Bool[Array, "B T"],
+    *,
+    reduce: Reduction = token_mean,
+    denominator: Scalar | None = None,
+) -> tuple[Float[Array, ""], Metrics]:
+    """KL(teacher || student) per token (Hinton et al. 2015): the student covers what the teacher does.
+
+    sum_v p_T(v) [log p_T(v) - log p_S(v)]
+    """
+    student, teacher = _pair(student_logp, teacher_logp, mask)
+    return _reduced(_kl(teacher, student), mask, reduce, denominator)
+
+
+def reverse_kl_loss(
+    student_logp: Float[Array, "B T V"],
+    teacher_logp: Float[Array, "B T V"],
+    mask: Bool[Array, "B T"],
+    *,
+    reduce: Reduction = token_mean,
+    denominator: Scalar | None = None,
+) -> tuple[Float[Array, ""], Metrics]:
+    """KL(student || teacher) per token: the student keeps to what the teacher finds likely.
+
+    sum_v p_S(v) [log p_S(v) - log p_T(v)]
+    """
+    student, teacher = _pair(student_logp, teacher_logp, mask)
+    return _reduced(_kl(student, teacher), mask, reduce, denominator)
+
+
+def generalised_js_loss(
+    student_logp: Float[Array, "B T V"],
+    teacher_logp: Float[Array, "B T V"],
+    mask: Bool[Array, "B T"],
+    *,
+    beta: Scalar = 0.5,
+    reduce: Reduction = token_mean,
+    denominator: Scalar | None = None,
+) -> tuple[Float[Array, ""], Metrics]:
+    """Generalised Jensen-Shannon divergence per token (GKD, Agarwal et al. 2024, eq. 1).
+
+        b KL(p_T || m) + (1 - b) KL(p_S || m),    m = b p_T + (1 - b) p_S
+
+    As b -> 0, the divergence over b tends to forward KL; as b -> 1, over 1 - b, to reverse KL. At the ends
+    themselves it is 0, as in the paper; TRL switches to the two KLs there, for which there are functions.
+
+    Args:
+      beta: weight b of the teacher, in (0, 1); may be traced.
+    """
+    student, teacher = _pair(student_logp, teacher_logp, mask)
+    weight = jnp.asarray(beta, student.dtype)
+    mixture = jnp.logaddexp(jnp.log(weight) + teacher, jnp.log1p(-weight) + student)
+    divergence = weight * _kl(teacher, mixture) + (1 - weight) * _kl(student, mixture)
+    return _reduced(divergence, mask, reduce, denominator)
+
+
+def top_k_distributions(
+    student_logp: Float[Array, "B T V"],
+    teacher_logp: Float[Array, "B T K"],
+    token_ids: Int[Array, "B T K"],
+    mask: Bool[Array, "B T"],
+) -> tuple[Float[Array, "B T K+1"], Float[Array, "B T K+1"]]:
+    """Student and teacher on K tokens and one more outcome, "any other token".
+
+        (p(v_1), ..., p(v_K), 1 - sum_k p(v_k))
+
+    Both stay distributions, so every divergence above applies; by merging outcomes it becomes a lower
+    bound of the one over the vocabulary, and is 0 only where the two agree on the K tokens.
+
+    Args:
+      teacher_logp: the teacher's log-probabilities of its K likeliest tokens, *not* renormalised.
+      token_ids: which tokens those are, distinct.
+    """
+    student_top = jnp.take_along_axis(student_logp, jnp.where(mask[..., None], token_ids, 0), axis=-1)
+    student, teacher = _pair(student_top, teacher_logp, mask)
+    return _with_rest(student), _with_rest(teacher)
+
+
+def _with_rest(logp: Float[Array, "B T K"]) -> Float[Array, "B T K+1"]:
+    total = jax.scipy.special.logsumexp(logp, axis=-1, keepdims=True)
+    # Rounding may sum the K to 1 or more; the rest then has the least mass that tells the total from 1.
+    total = jnp.minimum(total, -jnp.finfo(logp.dtype).eps)
+    return jnp.concatenate([logp, jnp.log(-jnp.expm1(total))], axis=-1)
+
+
+def sampled_forward_kl_loss(
+    student_logp: Float[Array, "B T"],
+    teacher_logp: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    reduce: Reduction = token_mean,
+    denominator: Scalar | None = None,
+) -> tuple[Float[Array, ""], Metrics]:
+    """Forward KL estimated on tokens sampled from the *teacher*: unbiased in value and gradient.
+
+        log p_T(y_t) - log p_S(y_t)
+
+    Args:
+      student_logp: log-probability of each sampled token, in nats.
+      teacher_logp: the teacher's.
+    """
+    student, teacher = _pair(student_logp, teacher_logp, mask)
+    return _reduced(teacher - student, mask, reduce, denominator)
+
+
+def sampled_reverse_kl_loss(
+    student_logp: Float[Array, "B T"],
+    teacher_logp: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    reduce: Reduction = token_mean,
+    denominator: Scalar | None = None,
+) -> tuple[Float[Array, ""], Metrics]:
+    """Reverse KL of each token estimated on tokens sampled from the *student* (on-policy distillation).
+
+        value: log p_S(y_t) - log p_T(y_t) = k_t;    gradient: k_t d log p_S(y_t)
+
+    Both unbiased for the KL at each visited prefix. Differentiating the value would give d log p_S, whose
+    mean is 0.
+
+    Args:
+      student_logp: log-probability of each sampled token, in nats.
+      teacher_logp: the teacher's.
+    """
+    student, teacher = _pair(student_logp, teacher_logp, mask)
+    log_ratio = jax.lax.stop_gradient(student - teacher)
+    surrogate = log_ratio * (student - jax.lax.stop_gradient(student))
+    return _reduced(log_ratio + surrogate, mask, reduce, denominator)
+
+
+def sequence_reverse_kl_loss(
+    student_logp: Float[Array, "B T"],
+    teacher_logp: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    reduce: Reduction = token_mean,
+    denominator: Scalar | None = None,
+) -> tuple[Float[Array, ""], Metrics]:
+    """Reverse KL of whole sequences sampled from the *student* (MiniLLM, Gu et al. 2024, policy gradient).
+
+        value: sum_t k_t;    gradient: sum_t (sum_{u >= t} k_u) d log p_S(y_t);    k_t = log p_S - log p_T
+
+    Beside `sampled_reverse_kl_loss`, a token answers for where it leads. Under `constant_length(1)` value
+    and gradient are unbiased for the KL between the distributions of sequences.
+
+    Args:
+      student_logp: log-probability of each sampled token, in nats.
+      teacher_logp: the teacher's.
+    """
+    student, teacher = _pair(student_logp, teacher_logp, mask)
+    log_ratio = jax.lax.stop_gradient(student - teacher)
+    to_go = jnp.cumsum(log_ratio[:, ::-1], axis=1)[:, ::-1]
+    surrogate = to_go * (student - jax.lax.stop_gradient(student))
+    return _reduced(log_ratio + surrogate, mask, reduce, denominator)

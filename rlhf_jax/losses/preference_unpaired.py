@@ -1,0 +1,126 @@
+"""Losses on single responses marked desirable or not.
+
+Notation and shared arguments: `rlhf_jax.losses.preference`; rows are responses, z the policy-minus-reference
+log-ratio of one. Metrics are sums over the rows they concern / the loss's denominator, so that they add
+up over micro-batches: the mean reward of desirable responses is `chosen_reward` / `desirable_fraction`.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.core.types import Array, Bool, Float, Metrics, Scalar
+from rlhf_jax.losses.preference_common import RowMean, clean_rows, row_mean
+
+
+def _unpaired(
+    losses: Float[Array, "B"],
+    reward: Float[Array, "B"],
+    desirable: Bool[Array, "B"],
+    mean: RowMean,
+    **extra: Float[Array, "B"],
+) -> tuple[Float[Array, ""], Metrics]:
+    rows = {
+        "loss": losses,
+        "reward": reward,
+        "chosen_reward": jnp.where(desirable, reward, 0),
+        "rejected_reward": jnp.where(desirable, 0, reward),
+        "desirable_fraction": desirable.astype(losses.dtype),
+        **extra,
+    }
+    return mean(losses), {name: mean(jax.lax.stop_gradient(row)) for name, row in rows.items()}
+
+
+def kto_kl(
+    policy_logp: Float[Array, "B"],
+    ref_logp: Float[Array, "B"],
+    *,
+    mask: Bool[Array, "B"] | None = None,
+) -> Float[Array, ""]:
+    """KTO's reference point: a KL estimate from mismatched pairs (Ethayarajh et al. 2024, section 4).
+
+        max(0, mean of log p(y' | x) - log p_ref(y' | x))
+
+    Take it over the whole batch, before splitting: the maximum of partial means is another number.
+
+    Args:
+      policy_logp: log-probabilities in nats of responses y' that belong to *other* prompts, given x.
+      ref_logp: the reference's of the same.
+      mask: rows that count.
+    Returns:
+      Nats, at least 0, without gradient.
+    """
+    mask, (policy, ref) = clean_rows(mask, policy_logp, ref_logp)
+    return jax.lax.stop_gradient(jnp.maximum(row_mean(mask)(policy - ref), 0))
+
+
+def kto_loss(
+    policy_logp: Float[Array, "B"],
+    ref_logp: Float[Array, "B"],
+    desirable: Bool[Array, "B"],
+    kl: Float[Array, ""],
+    *,
+    beta: Scalar = 0.1,
+    desirable_weight: Scalar = 1.0,
+    undesirable_weight: Scalar = 1.0,
+    mask: Bool[Array, "B"] | None = None,
+    denominator: Scalar | None = None,
+) -> tuple[Float[Array, ""], Metrics]:
+    """Kahneman-Tversky optimisation (KTO, Ethayarajh et al. 2024, section 4).
+
+        w_d [1 - s(b (z - kl))]   desirable
+        w_u [1 - s(b (kl - z))]   undesirable
+
+    Args:
+      policy_logp: log-probability of each response in nats, summed over its tokens.
+      ref_logp: the reference's.
+      desirable: which responses are.
+      kl: the reference point in nats, from `kto_kl`; no gradient goes through it.
+      beta: scale b, per nat: risk aversion.
+      desirable_weight: w_d; choose both so that w_d n_d and w_u n_u are about equal.
+      undesirable_weight: w_u.
+      denominator: what the sum over rows is divided by (their number by default).
+    Returns:
+      (loss, metrics), with the mean `reward` b z of all rows and `kl`.
+    """
+    mask, (policy, ref) = clean_rows(mask, policy_logp, ref_logp)
+    ratio, kl = policy - ref, jax.lax.stop_gradient(kl)
+    sign = jnp.where(desirable, 1, -1)
+    class_weight = jnp.where(desirable, desirable_weight, undesirable_weight)
+    losses = class_weight * jax.nn.sigmoid(-beta * sign * (ratio - kl))
+    mean = row_mean(mask, None, denominator)
+    return _unpaired(losses, beta * ratio, desirable, mean, kl=jnp.full_like(ratio, kl))
+
+
+def bco_loss(
+    policy_logp: Float[Array, "B"],
+    ref_logp: Float[Array, "B"],
+    desirable: Bool[Array, "B"],
+    *,
+    shift: Scalar,
+    beta: Scalar = 0.1,
+    mask: Bool[Array, "B"] | None = None,
+    weights: Float[Array, "B"] | None = None,
+    denominator: Scalar | None = None,
+) -> tuple[Float[Array, ""], Metrics]:
+    """Binary classifier optimisation with reward shift (BCO, Jung et al. 2024).
+
+        -log s(b z - delta)     desirable
+        -log s(-(b z - delta))  undesirable
+
+    Args:
+      policy_logp: log-probability of each response in nats, summed over its tokens.
+      ref_logp: the reference's.
+      desirable: which responses are.
+      shift: delta, the running mean of the metric `reward`; kept by the caller, without gradient.
+      beta: scale b of the log-ratios.
+      weights: factor of each row; the paper's density ratio p / (1 - p) on undesirable rows makes up for
+        prompts that are distributed differently in the two classes.
+      denominator: what the sum over rows is divided by (their number by default).
+    Returns:
+      (loss, metrics), with the mean `reward` b z of all rows.
+    """
+    mask, (policy, ref) = clean_rows(mask, policy_logp, ref_logp)
+    reward = beta * (policy - ref)
+    sign = jnp.where(desirable, 1, -1)
+    losses = -jax.nn.log_sigmoid(sign * (reward - jax.lax.stop_gradient(shift)))
+    return _unpaired(losses, reward, desirable, row_mean(mask, weights, denominator))
