@@ -1,8 +1,8 @@
-"""Advantages of whole completions from the rewards of their group: no value function.
+"""Advantages from the rewards of whole completions: no value function.
 
-Rewards are [N, G]: N prompts with G completions each. `mask` marks the completions that count (all,
-when it is None); the others may hold anything and get advantage 0. A group with fewer than two
-completions that count has nothing to compare with and gets 0.
+Unless said otherwise rewards are [N, G]: N prompts with G completions each. `mask` marks the completions
+that count (all, when it is None); the others may hold anything and get advantage 0. Where the baseline is
+the group's own, a group with one completion that counts has nothing to compare with and gets 0.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from rlhf_jax.core.masks import clean, masked_mean
-from rlhf_jax.core.types import Array, Bool, Float, Scalar
+from rlhf_jax.core.types import Array, Bool, Float, Int, Scalar
+from rlhf_jax.kernels.returns import discounted_returns, token_rewards
+from rlhf_jax.kernels.whitening import whiten
 
 ScaleFn: TypeAlias = Callable[[Float[Array, "N G"], Bool[Array, "N G"]], Float[Array, "N 1"]]
 
@@ -93,3 +95,136 @@ def leave_one_out_advantages(
     rewards, mask = _prepare(rewards, mask)
     count = jnp.sum(mask, axis=-1, keepdims=True)
     return clean((rewards - _group_mean(rewards, mask)) * count / jnp.maximum(count - 1, 1), mask)
+
+
+def remax_advantages(
+    rewards: Float[Array, "N G"],
+    greedy_rewards: Float[Array, " N"],
+    mask: Bool[Array, "N G"] | None = None,
+) -> Float[Array, "N G"]:
+    """ReMax: the baseline is the reward of the greedy completion of the prompt (Li et al. 2024, section 4).
+
+        A_i = r_i - r(greedy)
+
+    Args:
+      rewards: one reward for each completion.
+      greedy_rewards: reward of each prompt's greedy completion.
+      mask: completions that count.
+
+    Returns:
+      Advantages, 0 where masked; no gradient.
+    """
+    rewards, mask = _prepare(rewards, mask)
+    return clean(rewards - lax.stop_gradient(greedy_rewards)[:, None], mask)
+
+
+def optimal_baseline_advantages(
+    rewards: Float[Array, "N G"],
+    lengths: Int[Array, "N G"],
+    mask: Bool[Array, "N G"] | None = None,
+) -> Float[Array, "N G"]:
+    """OPO: the length-weighted mean reward as baseline (Hao et al. 2025, arXiv 2505.23585).
+
+        A_i = r_i - sum_j l_j r_j / sum_j l_j
+
+    It is the baseline of least variance where the squared gradient norm grows with length.
+
+    Args:
+      rewards: one reward for each completion.
+      lengths: number of tokens of each completion.
+      mask: completions that count.
+
+    Returns:
+      Advantages, 0 where masked; no gradient.
+    """
+    rewards, mask = _prepare(rewards, mask)
+    weights = clean(lengths.astype(rewards.dtype), mask)
+    total = jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1)
+    return clean(rewards - jnp.sum(weights * rewards, axis=-1, keepdims=True) / total, mask)
+
+
+def _all_drawn_from(subset: Array, whole: Array, k: int) -> Array:
+    """Probability that k draws without replacement from `whole` items all fall among `subset` of them."""
+    steps = jnp.arange(k)
+    ratios = jnp.maximum(subset[..., None] - steps, 0) / jnp.maximum(whole[..., None] - steps, 1)
+    return jnp.prod(ratios, axis=-1)
+
+
+def pass_at_k_advantages(
+    correct: Bool[Array, "N G"],
+    mask: Bool[Array, "N G"] | None = None,
+    *,
+    k: int,
+    epsilon: Scalar = 1e-6,
+) -> Float[Array, "N G"]:
+    """Advantages of training for pass@k, in closed form (Chen et al. 2025, arXiv 2508.10751).
+
+    The reward of k completions is whether one of them is correct; a completion's advantage is the mean of the
+    group-normalised rewards over all sets of k that hold it. With N- wrong among N completions:
+
+        R    = 1 - C(N-, k) / C(N, k),  sigma = sqrt(R (1 - R))
+        A(+) = (1 - R) / sigma
+        A(-) = (1 - R - C(N- - 1, k - 1) / C(N - 1, k - 1)) / sigma
+
+    k = 1 is the group-normalised advantage of the binary reward (population standard deviation).
+
+    Args:
+      correct: whether each completion passes.
+      mask: completions that count.
+      k: size of the sets, 1 <= k <= G.
+      epsilon: added to sigma; a group that always or never passes gets 0.
+
+    Returns:
+      Advantages, 0 where masked; no gradient.
+    """
+    mask = jnp.ones(correct.shape, bool) if mask is None else mask
+    wrong = jnp.sum(~correct & mask, axis=-1, keepdims=True)
+    count = jnp.sum(mask, axis=-1, keepdims=True)
+    all_wrong = _all_drawn_from(wrong, count, k)
+    others_wrong = _all_drawn_from(wrong - 1, count - 1, k - 1)
+    sigma = jnp.sqrt(all_wrong * (1 - all_wrong)) + epsilon
+    advantages = jnp.where(correct, all_wrong, all_wrong - others_wrong) / sigma
+    return clean(advantages, mask & (count > 1))
+
+
+def reinforce_plus_plus_advantages(
+    rewards: Float[Array, " B"],
+    kl: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    kl_coef: Scalar,
+) -> Float[Array, "B T"]:
+    """REINFORCE++: undiscounted returns with the KL in the reward, whitened over the batch (Hu et al. 2025).
+
+        A_t = whiten(R - kl_coef sum_{i >= t} KL_i)
+
+    Args:
+      rewards: R, one for each completion.
+      kl: KL of each token to the reference, `k1(logp, ref_logp)` in the paper.
+      mask: tokens that count.
+      kl_coef: beta.
+
+    Returns:
+      Advantages [B, T] of mean 0 and variance 1 over the unmasked tokens, 0 where masked; no gradient.
+    """
+    of_tokens = token_rewards(rewards, kl, mask, kl_coef=kl_coef)
+    nothing = jnp.zeros(mask.shape[0], of_tokens.dtype)
+    return whiten(discounted_returns(of_tokens, jnp.ones_like(of_tokens), nothing, mask), mask)
+
+
+def reinforce_plus_plus_baseline_advantages(
+    rewards: Float[Array, "N G"], mask: Bool[Array, "N G"] | None = None
+) -> Float[Array, "N G"]:
+    """REINFORCE++ with baseline: the group's mean subtracted, then whitened over the batch (Hu et al. 2025).
+
+    Unlike `batch_std`, the scale is that of the centred rewards: unequal prompts do not add to it.
+
+    Args:
+      rewards: one reward for each completion.
+      mask: completions that count.
+
+    Returns:
+      Advantages, 0 where masked; no gradient.
+    """
+    rewards, mask = _prepare(rewards, mask)
+    return whiten(rewards - _group_mean(rewards, mask), mask)

@@ -4,14 +4,17 @@ For actions a ~ pi, with l = log ref(a) - log pi(a) (Schulman 2020, "Approximati
 
     k1 = -l            k2 = l^2 / 2            k3 = exp(l) - 1 - l
 
-Two questions must be kept apart. Is the *value* an unbiased estimate of KL(pi || ref)? Is the *gradient*, taken
-through log pi(a) with the sample held fixed, an unbiased estimate of the gradient of KL(pi || ref)? The answers,
-which the tests show by enumeration, are in each function's docstring.
+Two questions must be kept apart. Is the *value* an unbiased estimate of KL(pi || ref)? Is the *gradient*,
+taken through log pi(a) with the sample held fixed, an unbiased estimate of the gradient of KL(pi || ref)?
+The answers, which the tests show by enumeration, are in each function's docstring.
+
+Exact divergences take logits over the whole vocabulary; entries of -inf have probability 0.
 """
 
+import jax
 import jax.numpy as jnp
 
-from rlhf_jax.core.types import Array, Float
+from rlhf_jax.core.types import Array, Float, Scalar
 
 # Beyond this many nats `exp` goes on along its tangent, so that no log-ratio overflows.
 EXP_LIMIT = 20.0
@@ -64,3 +67,66 @@ def k3(logp: Float[Array, "..."], ref_logp: Float[Array, "..."]) -> Float[Array,
         jnp.exp(near) * (1 + log_ratio - EXP_LIMIT) - 1 - log_ratio,
         jnp.expm1(near) - near,
     )
+
+
+def _log_softmax(logits: Float[Array, "... V"]) -> Float[Array, "... V"]:
+    return jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+
+
+def _expectation(log_probs: Float[Array, "... V"], values: Float[Array, "... V"]) -> Float[Array, "..."]:
+    """sum_v p_v x_v, where p_v = 0 counts nothing, whatever x_v."""
+    possible = log_probs > -jnp.inf
+    probs = jnp.exp(log_probs)
+    return jnp.sum(jnp.where(possible, probs * jnp.where(possible, values, 0), 0), axis=-1)
+
+
+def entropy(logits: Float[Array, "... V"]) -> Float[Array, "..."]:
+    """H = -sum_v p_v log p_v, in nats, exact over the vocabulary."""
+    log_probs = _log_softmax(logits)
+    return -_expectation(log_probs, log_probs)
+
+
+def reverse_kl(logits: Float[Array, "... V"], ref_logits: Float[Array, "... V"]) -> Float[Array, "..."]:
+    """KL(pi || ref) = sum_v pi_v (log pi_v - log ref_v), in nats, exact over the vocabulary.
+
+    Infinite where the policy puts mass that the reference does not.
+
+    Args:
+      logits: of the policy pi; gradient flows.
+      ref_logits: of the reference; gradient flows.
+    """
+    log_probs, ref_log_probs = _log_softmax(logits), _log_softmax(ref_logits)
+    return _expectation(log_probs, log_probs - ref_log_probs)
+
+
+def forward_kl(logits: Float[Array, "... V"], ref_logits: Float[Array, "... V"]) -> Float[Array, "..."]:
+    """KL(ref || pi) = sum_v ref_v (log ref_v - log pi_v), in nats, exact over the vocabulary.
+
+    Args:
+      logits: of the policy pi; gradient flows.
+      ref_logits: of the reference; gradient flows.
+    """
+    return reverse_kl(ref_logits, logits)
+
+
+def jensen_shannon(
+    logits: Float[Array, "... V"], ref_logits: Float[Array, "... V"], *, mixture: Scalar = 0.5
+) -> Float[Array, "..."]:
+    """JS = mixture KL(pi || m) + (1 - mixture) KL(ref || m), m = mixture pi + (1 - mixture) ref (Lin 1991).
+
+    Symmetric and at most log 2 for mixture = 1/2; finite where the supports differ.
+
+    Args:
+      logits: of the policy pi; gradient flows.
+      ref_logits: of the reference; gradient flows.
+      mixture: weight of the policy, in (0, 1).
+    """
+    log_probs, ref_log_probs = _log_softmax(logits), _log_softmax(ref_logits)
+    possible = jnp.maximum(log_probs, ref_log_probs) > -jnp.inf
+    # Where neither has mass, logaddexp(-inf, -inf) would have no gradient.
+    log_mixture = jnp.logaddexp(
+        jnp.where(possible, log_probs, 0) + jnp.log(mixture),
+        jnp.where(possible, ref_log_probs, 0) + jnp.log1p(-jnp.asarray(mixture)),
+    )
+    of_policy = _expectation(log_probs, log_probs - log_mixture)
+    return mixture * of_policy + (1 - mixture) * _expectation(ref_log_probs, ref_log_probs - log_mixture)

@@ -1,20 +1,166 @@
 """Returns and advantages along time. Every array is [B, T]; `time_major` serves [T, B].
 
 Masked steps are skipped, not zeroed: t+1 means the next unmasked step, so padding and tool outputs
-inside a trajectory are invisible, and may hold anything.
+inside a trajectory are invisible, and may hold anything. `discounts` holds gamma_t, 0 where the
+episode terminates at t (not where it is truncated); `bootstrap_value` is the value of the state after
+the last unmasked step. Results have no gradient, are 0 where masked, and are at least float32: a
+recurrence over thousands of steps in bfloat16 is noise.
 """
 
 import jax.numpy as jnp
 from jax import lax
 
-from rlhf_jax.core.masks import clean
+from rlhf_jax.core.masks import clean, last_unmasked_index
 from rlhf_jax.core.types import Array, Bool, Float, Scalar
 from rlhf_jax.kernels.recurrence import next_unmasked, reverse_recurrence
 
 
-def _constant(values: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Without gradient, in at least float32: a recurrence over thousands of steps in bfloat16 is noise."""
+def constant(values: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Without gradient, in at least float32."""
     return lax.stop_gradient(values).astype(jnp.promote_types(values.dtype, jnp.float32))
+
+
+def _prepare(
+    mask: Bool[Array, "B T"], bootstrap_value: Float[Array, " B"], *arrays: Float[Array, "B T"]
+) -> tuple[Float[Array, " B"], list[Float[Array, "B T"]]]:
+    """The bootstrap value and the cleaned arrays, all constants of one dtype."""
+    cleaned = [clean(constant(x), mask) for x in arrays]
+    return constant(bootstrap_value).astype(cleaned[0].dtype), cleaned
+
+
+def _accumulate(
+    coefficients: Float[Array, "B T"],
+    offsets: Float[Array, "B T"],
+    last: Float[Array, " B"],
+    mask: Bool[Array, "B T"],
+) -> Float[Array, "B T"]:
+    """x_t = a_t x_{t+1} + b_t over the unmasked steps; 0 at the others."""
+    carry_over = jnp.where(mask, coefficients, 1).astype(offsets.dtype)
+    return clean(reverse_recurrence(carry_over, clean(offsets, mask), last), mask)
+
+
+def discounted_returns(
+    rewards: Float[Array, "B T"],
+    discounts: Float[Array, "B T"],
+    bootstrap_value: Float[Array, " B"],
+    mask: Bool[Array, "B T"],
+) -> Float[Array, "B T"]:
+    """Discounted returns (Sutton & Barto 2018, eq. 3.9): G_t = r_t + gamma_t G_{t+1}.
+
+    Args:
+      rewards: r_t, received for the action at t.
+      discounts: gamma_t; 0 where the episode terminates at t.
+      bootstrap_value: return after the last unmasked step; 0 for a finished episode.
+      mask: steps that count.
+
+    Returns:
+      Returns, 0 where masked; no gradient.
+    """
+    bootstrap_value, (rewards, discounts) = _prepare(mask, bootstrap_value, rewards, discounts)
+    return _accumulate(discounts, rewards, bootstrap_value, mask)
+
+
+def lambda_returns(
+    rewards: Float[Array, "B T"],
+    values: Float[Array, "B T"],
+    discounts: Float[Array, "B T"],
+    bootstrap_value: Float[Array, " B"],
+    mask: Bool[Array, "B T"],
+    *,
+    lambda_: Scalar = 0.95,
+) -> Float[Array, "B T"]:
+    """TD(lambda) returns (Sutton & Barto 2018, section 12.1), in the recursive form.
+
+        G_t = r_t + gamma_t [(1 - lambda) V(s_{t+1}) + lambda G_{t+1}]
+
+    Args:
+      rewards: r_t, received for the action at t.
+      values: V(s_t).
+      discounts: gamma_t; 0 where the episode terminates at t.
+      bootstrap_value: V of the state after the last unmasked step.
+      mask: steps that count.
+      lambda_: 0 is the one-step target, 1 the discounted return.
+
+    Returns:
+      Returns, 0 where masked; no gradient.
+    """
+    bootstrap_value, (rewards, values, discounts) = _prepare(
+        mask, bootstrap_value, rewards, values, discounts
+    )
+    following = next_unmasked(values, mask, bootstrap_value)
+    offsets = rewards + discounts * (1 - lambda_) * following
+    return _accumulate(discounts * lambda_, offsets, bootstrap_value, mask)
+
+
+def n_step_returns(
+    rewards: Float[Array, "B T"],
+    values: Float[Array, "B T"],
+    discounts: Float[Array, "B T"],
+    bootstrap_value: Float[Array, " B"],
+    mask: Bool[Array, "B T"],
+    *,
+    n: int,
+) -> Float[Array, "B T"]:
+    """n-step returns (Sutton & Barto 2018, eq. 7.1), as n one-step backups.
+
+        G^(0)_t = V(s_t),  G^(k)_t = r_t + gamma_t G^(k-1)_{t+1}
+
+    Where fewer than n steps are left, all of them and the bootstrap value are used.
+
+    Args:
+      rewards: r_t, received for the action at t.
+      values: V(s_t).
+      discounts: gamma_t; 0 where the episode terminates at t.
+      bootstrap_value: V of the state after the last unmasked step.
+      mask: steps that count.
+      n: number of rewards, >= 1.
+
+    Returns:
+      Returns, 0 where masked; no gradient.
+    """
+    bootstrap_value, (rewards, values, discounts) = _prepare(
+        mask, bootstrap_value, rewards, values, discounts
+    )
+
+    def backup(_: int, returns: Float[Array, "B T"]) -> Float[Array, "B T"]:
+        return clean(rewards + discounts * next_unmasked(returns, mask, bootstrap_value), mask)
+
+    return lax.fori_loop(0, n, backup, values)
+
+
+def upgo_returns(
+    rewards: Float[Array, "B T"],
+    values: Float[Array, "B T"],
+    discounts: Float[Array, "B T"],
+    bootstrap_value: Float[Array, " B"],
+    mask: Bool[Array, "B T"],
+) -> Float[Array, "B T"]:
+    """Upgoing policy-update returns (Vinyals et al. 2019, AlphaStar, Methods).
+
+        G_t = r_t + gamma_t (G_{t+1} if r_{t+1} + gamma_{t+1} V(s_{t+2}) >= V(s_{t+1}) else V(s_{t+1}))
+
+    The return follows the trajectory while it does better than expected and falls back on the value
+    where it does worse. Subtract V(s_t) for the advantage.
+
+    Args:
+      rewards: r_t, received for the action at t.
+      values: V(s_t).
+      discounts: gamma_t; 0 where the episode terminates at t.
+      bootstrap_value: V of the state after the last unmasked step.
+      mask: steps that count.
+
+    Returns:
+      Returns, 0 where masked; no gradient.
+    """
+    bootstrap_value, (rewards, values, discounts) = _prepare(
+        mask, bootstrap_value, rewards, values, discounts
+    )
+    following = next_unmasked(values, mask, bootstrap_value)
+    went_up = (rewards + discounts * following >= values).astype(values.dtype)
+    # After the last step either choice is the bootstrap value.
+    follow = next_unmasked(went_up, mask, jnp.ones_like(bootstrap_value))
+    offsets = rewards + discounts * (1 - follow) * following
+    return _accumulate(discounts * follow, offsets, bootstrap_value, mask)
 
 
 def generalized_advantage_estimation(
@@ -45,10 +191,33 @@ def generalized_advantage_estimation(
     Returns:
       (advantages, returns), not whitened, 0 where masked, no gradient.
     """
-    rewards, values, discounts = (clean(_constant(x), mask) for x in (rewards, values, discounts))
-    bootstrap_value = _constant(bootstrap_value).astype(values.dtype)
+    bootstrap_value, (rewards, values, discounts) = _prepare(
+        mask, bootstrap_value, rewards, values, discounts
+    )
     deltas = rewards + discounts * next_unmasked(values, mask, bootstrap_value) - values
-    coefficients = jnp.where(mask, discounts * gae_lambda, 1).astype(values.dtype)
-    carried = reverse_recurrence(coefficients, clean(deltas, mask), jnp.zeros_like(bootstrap_value))
-    advantages = clean(carried, mask)
+    advantages = _accumulate(discounts * gae_lambda, deltas, jnp.zeros_like(bootstrap_value), mask)
     return advantages, advantages + values
+
+
+def token_rewards(
+    rewards: Float[Array, " B"],
+    kl: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    kl_coef: Scalar,
+) -> Float[Array, "B T"]:
+    """Rewards of the tokens: the row's reward at its last unmasked token, minus a KL penalty at each.
+
+        r_t = -kl_coef KL_t + [t is last] R        (Ouyang et al. 2022, eq. 2, a token at a time)
+
+    Args:
+      rewards: R, one for each completion; may hold anything in rows without an unmasked token.
+      kl: KL of each token to the reference, usually `k1(logp, ref_logp)`.
+      mask: tokens that count.
+      kl_coef: beta.
+
+    Returns:
+      Rewards [B, T], 0 where masked; no gradient.
+    """
+    last = jnp.arange(mask.shape[1]) == last_unmasked_index(mask)[:, None]
+    return clean(jnp.where(last, constant(rewards)[:, None], 0) - kl_coef * constant(kl), mask)

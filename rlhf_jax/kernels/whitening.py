@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 from jax import lax
 
-from rlhf_jax.core.masks import clean, masked_mean
+from rlhf_jax.core.masks import clean, masked_mean, masked_sum
+from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Bool, Float, Scalar
 
 
@@ -31,3 +32,64 @@ def whiten(
     variance = masked_mean(jnp.square(wide - mean), mask)
     whitened = (wide - mean) * lax.rsqrt(variance + epsilon)
     return clean(whitened if shift_mean else whitened + mean, mask)
+
+
+@pytree_dataclass
+class Moments:
+    """Count, mean and sum of squared deviations of all values seen; merges exactly.
+
+    Attributes:
+      count: how many values.
+      mean: their mean, 0 when there are none.
+      squares: sum of (x - mean)^2.
+    """
+
+    count: Float[Array, ""]
+    mean: Float[Array, ""]
+    squares: Float[Array, ""]
+
+
+def init_moments() -> Moments:
+    """Moments of nothing."""
+    return Moments(count=jnp.zeros(()), mean=jnp.zeros(()), squares=jnp.zeros(()))
+
+
+def batch_moments(values: Float[Array, "..."], mask: Bool[Array, "..."]) -> Moments:
+    """Moments of the unmasked entries of one batch; no gradient."""
+    wide = clean(lax.stop_gradient(values), mask).astype(jnp.promote_types(values.dtype, jnp.float32))
+    mean = masked_mean(wide, mask)
+    return Moments(
+        count=jnp.sum(mask).astype(wide.dtype), mean=mean, squares=masked_sum(jnp.square(wide - mean), mask)
+    )
+
+
+def merge_moments(a: Moments, b: Moments) -> Moments:
+    """Moments of both sets of values together (Chan, Golub & LeVeque 1983): associative, no cancellation."""
+    count = a.count + b.count
+    share = b.count / jnp.maximum(count, 1)
+    difference = b.mean - a.mean
+    return Moments(
+        count=count,
+        mean=a.mean + difference * share,
+        squares=a.squares + b.squares + jnp.square(difference) * a.count * share,
+    )
+
+
+def moments_variance(moments: Moments) -> Float[Array, ""]:
+    """Population variance; 1 before anything was seen, so that dividing by it does nothing."""
+    return jnp.where(moments.count > 0, moments.squares / jnp.maximum(moments.count, 1), 1.0)
+
+
+def normalize(
+    values: Float[Array, "..."], moments: Moments, *, shift_mean: bool = True, epsilon: Scalar = 1e-8
+) -> Float[Array, "..."]:
+    """(x - mean) / sqrt(variance + epsilon) with running moments.
+
+    Args:
+      values: any shape; gradient flows.
+      moments: of all values seen so far.
+      shift_mean: False only scales, as is done for rewards.
+      epsilon: added to the variance.
+    """
+    shifted = values - moments.mean if shift_mean else values
+    return shifted * lax.rsqrt(moments_variance(moments) + epsilon)

@@ -5,34 +5,60 @@ Only `logp` and `entropy` carry gradient. Masked entries may hold anything. `adv
 for one a row. Computation is in at least float32.
 
 Every metric is reduced as the loss is, with the same denominator: metrics of micro-batches sum to
-those of the batch.
+those of the batch. All losses report
+
+  `policy_loss`     the surrogate's part of the loss
+  `ratio`           pi / pi_old, at the level at which the loss takes it
+  `approx_kl`       k3 estimate of KL(pi_old || pi) from single tokens, in nats
+  `clip_fraction`   tokens whose ratio has passed the bound on the side to which the advantage pushes, and
+                    `clip_fraction_low`, `clip_fraction_high`, its two sides (losses with bounds)
 """
 
-from collections.abc import Callable
-from typing import TypeAlias
+from typing import Protocol
 
 import jax.numpy as jnp
 from jax import lax
 
 from rlhf_jax.core.masks import clean
 from rlhf_jax.core.types import Array, Bool, Float, Metrics, Scalar
-from rlhf_jax.losses.policy_ratios import bounded_exp, low_variance_kl, token_log_ratio
+from rlhf_jax.losses.policy_ratios import RatioFn, bounded_exp, low_variance_kl, token_log_ratio
 from rlhf_jax.losses.policy_surrogates import clip_surrogate
-from rlhf_jax.losses.reductions import Reduction, sequence_mean, token_mean
+from rlhf_jax.losses.reductions import Reduction, constant_length, sequence_mean, token_mean
 
-RatioFn: TypeAlias = Callable[
-    [Float[Array, "B T"], Float[Array, "B T"], Bool[Array, "B T"]], Float[Array, "B T"]
-]
-SurrogateFn: TypeAlias = Callable[
-    [Float[Array, "B T"], Float[Array, "B T"], Bool[Array, "B T"], Scalar, Scalar], Float[Array, "B T"]
-]
-KLFn: TypeAlias = Callable[[Float[Array, "B T"], Float[Array, "B T"]], Float[Array, "B T"]]
+length_weighted: Reduction = constant_length(1)
+"""Mean over rows of each row's token *sum* (LUSPO, arXiv 2602.05261): GSPO with rows weighted by length."""
+
+
+class SurrogateFn(Protocol):
+    """A surrogate objective; see `policy_surrogates`."""
+
+    def __call__(
+        self,
+        logp: Float[Array, "B T"],
+        log_ratio: Float[Array, "B T"],
+        advantages: Float[Array, "B T"],
+        mask: Bool[Array, "B T"],
+        /,
+        *,
+        clip_low: Scalar,
+        clip_high: Scalar,
+    ) -> Float[Array, "B T"]:
+        """The objective to maximise at each token."""
+        ...
+
+
+class KLFn(Protocol):
+    """An estimate of KL(pi || ref) at each token."""
+
+    def __call__(self, logp: Float[Array, "B T"], ref_logp: Float[Array, "B T"], /) -> Float[Array, "B T"]:
+        """The estimate, in nats."""
+        ...
 
 
 def _cleaned(values: Float[Array, "..."], mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:
     """[B] broadcast over time, masked entries zeroed, in at least float32."""
     values = values[:, None] if values.ndim < mask.ndim else values
-    return clean(values, mask).astype(jnp.promote_types(values.dtype, jnp.float32))
+    return clean(values.astype(jnp.promote_types(values.dtype, jnp.float32)), mask)
 
 
 def _constant(values: Float[Array, "..."], mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:
@@ -40,24 +66,69 @@ def _constant(values: Float[Array, "..."], mask: Bool[Array, "B T"]) -> Float[Ar
     return lax.stop_gradient(_cleaned(values, mask))
 
 
-def _ratio_metrics(
-    log_ratio: Float[Array, "B T"],
-    advantages: Float[Array, "B T"],
-    clip_low: Scalar,
-    clip_high: Scalar,
-) -> dict[str, Float[Array, "B T"]]:
-    """How far the policy has moved, at each token; `clip_fraction` counts those that the bound holds back."""
-    log_ratio = lax.stop_gradient(log_ratio)
+def _drift(token_ratio: Float[Array, "B T"], log_ratio: Float[Array, "B T"]) -> dict[str, Array]:
+    """How far the policy has moved at each token; `log_ratio` is at the loss's own level."""
+    return {
+        "ratio": bounded_exp(log_ratio),
+        "approx_kl": low_variance_kl(jnp.zeros_like(token_ratio), token_ratio),
+    }
+
+
+def _clipping(
+    log_ratio: Float[Array, "B T"], advantages: Float[Array, "B T"], clip_low: Scalar, clip_high: Scalar
+) -> dict[str, Array]:
+    """Where the bounds hold the policy back, at each token."""
     ratio = bounded_exp(log_ratio)
     low = (ratio < 1 - clip_low) & (advantages < 0)
     high = (ratio > 1 + clip_high) & (advantages > 0)
-    return {
-        "ratio": ratio,
-        "approx_kl": low_variance_kl(jnp.zeros_like(log_ratio), log_ratio),
-        "clip_fraction": (low | high).astype(ratio.dtype),
-        "clip_fraction_low": low.astype(ratio.dtype),
-        "clip_fraction_high": high.astype(ratio.dtype),
+    sides = {"clip_fraction": low | high, "clip_fraction_low": low, "clip_fraction_high": high}
+    return {name: side.astype(ratio.dtype) for name, side in sides.items()}
+
+
+def _reduced(
+    loss_per_token: Float[Array, "B T"],
+    metrics_per_token: dict[str, Array],
+    mask: Bool[Array, "B T"],
+    reduce: Reduction,
+    denominator: Scalar | None,
+) -> tuple[Float[Array, ""], Metrics]:
+    """The loss and its metrics, all reduced alike."""
+    metrics = {
+        name: reduce(lax.stop_gradient(values), mask, denominator=denominator)
+        for name, values in metrics_per_token.items()
     }
+    return reduce(loss_per_token, mask, denominator=denominator), metrics
+
+
+def reinforce_loss(
+    logp: Float[Array, "B T"],
+    old_logp: Float[Array, "B T"],
+    advantages: Float[Array, "..."],
+    mask: Bool[Array, "B T"],
+    *,
+    reduce: Reduction = token_mean,
+    denominator: Scalar | None = None,
+) -> tuple[Float[Array, ""], Metrics]:
+    """REINFORCE (Williams 1992): loss_t = -A_t log pi(a_t).
+
+    On policy only: `old_logp` enters the metrics, which tell how far off it is.
+
+    Args:
+      logp: log-probability in nats of each token under the policy.
+      old_logp: under the policy that sampled.
+      advantages: [B, T] or [B]; returns minus a baseline.
+      mask: tokens that count.
+      reduce: how tokens become one number.
+      denominator: of the whole batch, when this is a part of it.
+
+    Returns:
+      (loss, metrics): `policy_loss`, `ratio`, `approx_kl`.
+    """
+    logp = _cleaned(logp, mask)
+    log_ratio = logp - _constant(old_logp, mask)
+    loss_per_token = -_constant(advantages, mask) * logp
+    per_token = {"policy_loss": loss_per_token, **_drift(log_ratio, log_ratio)}
+    return _reduced(loss_per_token, per_token, mask, reduce, denominator)
 
 
 def ppo_clip_loss(
@@ -77,7 +148,8 @@ def ppo_clip_loss(
         w_t    = pi(a_t) / pi_old(a_t)
         loss_t = -min(w_t A_t, clip(w_t, 1 - clip_low, 1 + clip_high) A_t)
 
-    The dual clip (Ye et al. 2020, eq. 5) bounds the objective of negative advantages by `dual_clip` A_t.
+    The dual clip (Ye et al. 2020, "Mastering Complex Control in MOBA Games", eq. 5) bounds the objective of
+    negative advantages from below by dual_clip A_t.
 
     Args:
       logp: log-probability in nats of each token under the policy.
@@ -91,19 +163,56 @@ def ppo_clip_loss(
       denominator: of the whole batch, when this is a part of it.
 
     Returns:
-      (loss, metrics): `policy_loss`, `ratio`, `approx_kl` (k3 of old to new), `clip_fraction` and
-      its two sides.
+      (loss, metrics): `policy_loss`, `ratio`, `approx_kl`, `clip_fraction` and its two sides.
     """
     logp = _cleaned(logp, mask)
     log_ratio = logp - _constant(old_logp, mask)
     advantages = _constant(advantages, mask)
-    objective = clip_surrogate(log_ratio, advantages, mask, clip_low, clip_high)
-    if dual_clip is not None:
-        objective = jnp.where(advantages < 0, jnp.maximum(objective, dual_clip * advantages), objective)
-    loss = -reduce(objective, mask, denominator=denominator)
-    per_token = _ratio_metrics(log_ratio, advantages, clip_low, clip_high)
-    metrics = {name: reduce(x, mask, denominator=denominator) for name, x in per_token.items()}
-    return loss, {"policy_loss": lax.stop_gradient(loss), **metrics}
+    objective = clip_surrogate(
+        logp, log_ratio, advantages, mask, clip_low=clip_low, clip_high=clip_high, delta=dual_clip
+    )
+    per_token = {
+        "policy_loss": -objective,
+        **_drift(log_ratio, log_ratio),
+        **_clipping(log_ratio, advantages, clip_low, clip_high),
+    }
+    return _reduced(-objective, per_token, mask, reduce, denominator)
+
+
+def ppo_penalty_loss(
+    logp: Float[Array, "B T"],
+    old_logp: Float[Array, "B T"],
+    advantages: Float[Array, "..."],
+    mask: Bool[Array, "B T"],
+    *,
+    kl_coef: Scalar,
+    reduce: Reduction = token_mean,
+    denominator: Scalar | None = None,
+) -> tuple[Float[Array, ""], Metrics]:
+    """PPO with a KL penalty instead of a clip (Schulman et al. 2017, eq. 8).
+
+        loss_t = -w_t A_t + kl_coef KL(pi_old || pi)
+
+    The KL is its k3 estimate, w - 1 - log w: samples are of pi_old, so value and gradient are
+    unbiased. Between updates `kernels.adaptive_kl_update` holds it near a target.
+
+    Args:
+      logp: log-probability in nats of each token under the policy.
+      old_logp: under the policy at the start of the update.
+      advantages: [B, T] or [B].
+      mask: tokens that count.
+      kl_coef: beta.
+      reduce: how tokens become one number.
+      denominator: of the whole batch, when this is a part of it.
+
+    Returns:
+      (loss, metrics): `policy_loss` (without the penalty), `ratio`, `approx_kl`.
+    """
+    log_ratio = _cleaned(logp, mask) - _constant(old_logp, mask)
+    drift = _drift(log_ratio, log_ratio)
+    surrogate_loss = -drift["ratio"] * _constant(advantages, mask)
+    loss_per_token = surrogate_loss + kl_coef * drift["approx_kl"]
+    return _reduced(loss_per_token, {"policy_loss": surrogate_loss, **drift}, mask, reduce, denominator)
 
 
 def grpo_loss(
@@ -118,7 +227,7 @@ def grpo_loss(
     kl_coef: Scalar = 0.0,
     entropy: Float[Array, "B T"] | None = None,
     entropy_coef: Scalar = 0.0,
-    weights: Float[Array, "B T"] | None = None,
+    weights: Float[Array, "B T"] | Bool[Array, "B T"] | None = None,
     ratio_fn: RatioFn = token_log_ratio,
     surrogate_fn: SurrogateFn = clip_surrogate,
     kl_fn: KLFn = low_variance_kl,
@@ -128,13 +237,22 @@ def grpo_loss(
 ) -> tuple[Float[Array, ""], Metrics]:
     """GRPO (Shao et al. 2024, eq. 3) as a composition; with other parts, its descendants.
 
-        loss_t = -weights_t surrogate(ratio_t, A_t) + kl_coef KL_t - entropy_coef H_t
+        loss_t = -weights_t surrogate(w_t, A_t) + kl_coef KL_t - entropy_coef H_t
 
     | algorithm | what differs from the defaults |
     |---|---|
-    | DAPO | `clip_high=0.28`, `reduce=token_mean` |
+    | BNPO, DAPO | `reduce=token_mean`; for DAPO `clip_high=0.28` |
     | Dr. GRPO | `reduce=constant_length(L)`, advantages with `unit_scale` |
     | GSPO | `ratio_fn=sequence_log_ratio`, `clip_low=3e-4`, `clip_high=4e-4` |
+    | GSPO-token | `ratio_fn=sequence_token_log_ratio`, bounds as GSPO |
+    | LUSPO | as GSPO, with `reduce=length_weighted` |
+    | GMPO | `surrogate_fn=geometric_mean_surrogate`, `clip_low=0.4`, `clip_high=0.4` |
+    | CISPO | `surrogate_fn=cispo_surrogate`, `clip_low=1`, `reduce=token_mean` |
+    | SAPO | `surrogate_fn=sapo_surrogate` |
+    | VESPO | `surrogate_fn=vespo_surrogate`, `reduce=token_mean` |
+
+    The order of weights, KL and entropy is TRL's: weights touch the surrogate alone. Unlike TRL's, the
+    entropy bonus is reduced as the rest is, so that micro-batches sum exactly.
 
     Args:
       logp: log-probability in nats of each token under the policy.
@@ -147,37 +265,41 @@ def grpo_loss(
       kl_coef: weight of the KL term.
       entropy: of the policy at each token, in nats, with gradient; None for no bonus.
       entropy_coef: weight of the entropy bonus.
-      weights: multiply the surrogate at each token, without gradient and without changing the denominator:
-        importance weights, off-policy and top-entropy masks, or their product.
+      weights: multiply the surrogate at each token, without gradient and without changing the denominator;
+        those of `policy_weights`, or their product.
       ratio_fn: (logp, old_logp, mask) -> log-ratios; see `policy_ratios`.
-      surrogate_fn: (log_ratio, advantages, mask, clip_low, clip_high) -> objective; see `policy_surrogates`.
-      kl_fn: (logp, ref_logp) -> KL of each token.
-      kl_ratio_correction: multiply the KL by the token's ratio, so that samples of an older policy
-        estimate the KL of this one (DeepSeek-V3.2's unbiased KL estimate).
+      surrogate_fn: (logp, log_ratio, advantages, mask, *, clip_low, clip_high) -> objective; see
+        `policy_surrogates`.
+      kl_fn: (logp, ref_logp) -> KL of each token: `low_variance_kl`, or k1, k2, k3 of `kernels`.
+      kl_ratio_correction: multiply the KL by the loss's ratio, so that samples of an older policy estimate
+        the KL of this one (DeepSeek-V3.2, 2025; TRL's `use_bias_correction_kl`). With token ratios the gradient
+        of k1 and k3 is then that of KL(pi || ref), on policy or off; that of k2 is not.
       reduce: how tokens become one number.
       denominator: of the whole batch, when this is a part of it.
 
     Returns:
-      (loss, metrics): `policy_loss`, `ratio`, `approx_kl` (k3 of old to new), `clip_fraction` and its two
-      sides; `kl` with a reference, `entropy` with entropy.
+      (loss, metrics): `policy_loss`, `ratio`, `approx_kl`, `clip_fraction` and its two sides; `kl` with a
+      reference, `entropy` with entropy.
     """
     logp = _cleaned(logp, mask)
     old_logp, advantages = _constant(old_logp, mask), _constant(advantages, mask)
     log_ratio = ratio_fn(logp, old_logp, mask)
-    objective = surrogate_fn(log_ratio, advantages, mask, clip_low, clip_high)
+    objective = surrogate_fn(logp, log_ratio, advantages, mask, clip_low=clip_low, clip_high=clip_high)
     if weights is not None:
         objective = objective * _constant(weights, mask)
     loss_per_token = -objective
-    per_token = {"policy_loss": -objective, **_ratio_metrics(log_ratio, advantages, clip_low, clip_high)}
+    per_token = {
+        "policy_loss": loss_per_token,
+        **_drift(logp - old_logp, log_ratio),
+        **_clipping(log_ratio, advantages, clip_low, clip_high),
+    }
     if ref_logp is not None:
         kl = kl_fn(logp, _constant(ref_logp, mask))
         if kl_ratio_correction:
-            kl = bounded_exp(token_log_ratio(logp, old_logp, mask)) * kl
+            kl = bounded_exp(log_ratio) * kl
         loss_per_token = loss_per_token + kl_coef * kl
         per_token["kl"] = kl
     if entropy is not None:
         per_token["entropy"] = _cleaned(entropy, mask)
         loss_per_token = loss_per_token - entropy_coef * per_token["entropy"]
-    loss = reduce(loss_per_token, mask, denominator=denominator)
-    metrics = {name: reduce(x, mask, denominator=denominator) for name, x in per_token.items()}
-    return loss, lax.stop_gradient(metrics)
+    return _reduced(loss_per_token, per_token, mask, reduce, denominator)

@@ -2,13 +2,24 @@
 
 A ratio function takes `(logp, old_logp, mask)`, all [B, T] and clean of NaN, and returns log-ratios
 [B, T] whose `exp` multiplies the advantages. Pass it to `grpo_loss` as `ratio_fn=`.
+
+A sequence is a row, or, in packed rows, what shares an entry of `segment_ids`; set it with
+`functools.partial(sequence_log_ratio, segment_ids=segment_ids)`.
 """
 
+from collections.abc import Callable
+from typing import TypeAlias
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rlhf_jax.core.masks import masked_mean
-from rlhf_jax.core.types import Array, Bool, Float
+from rlhf_jax.core.masks import clean
+from rlhf_jax.core.types import Array, Bool, Float, Int
+
+RatioFn: TypeAlias = Callable[
+    [Float[Array, "B T"], Float[Array, "B T"], Bool[Array, "B T"]], Float[Array, "B T"]
+]
 
 # Beyond this many nats `exp` goes on along its tangent: value and gradient stay finite, and the
 # gradient still points back.
@@ -21,7 +32,9 @@ def bounded_exp(log_ratio: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def low_variance_kl(logp: Float[Array, "..."], ref_logp: Float[Array, "..."]) -> Float[Array, "..."]:
-    """exp(l) - 1 - l with l = ref_logp - logp, the k3 term of GRPO (Shao et al. 2024, eq. 4).
+    """exp(l) - 1 - l with l = ref_logp - logp, the KL term of GRPO (Shao et al. 2024, eq. 4).
+
+    It is `kernels.k3`, whose docstring states its biases.
 
     Args:
       logp: log-probability in nats of the sampled tokens under the policy.
@@ -30,36 +43,85 @@ def low_variance_kl(logp: Float[Array, "..."], ref_logp: Float[Array, "..."]) ->
     log_ratio = ref_logp - logp
     beyond = log_ratio > EXP_LIMIT
     near = jnp.where(beyond, 0, log_ratio)
+    # expm1 keeps the digits that exp(l) - 1 - l loses near l = 0.
     return jnp.where(beyond, bounded_exp(log_ratio) - 1 - log_ratio, jnp.expm1(near) - near)
+
+
+def sequence_sum(
+    values: Float[Array, "B T"], mask: Bool[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None
+) -> Float[Array, "B T"]:
+    """At each token, the sum over the unmasked tokens of its sequence.
+
+    Args:
+      values: masked entries may hold anything.
+      mask: tokens that count.
+      segment_ids: for packed rows, in [0, T]; None when a row is a sequence.
+    """
+    values = clean(values, mask)
+    if segment_ids is None:
+        return jnp.broadcast_to(jnp.sum(values, axis=-1, keepdims=True), values.shape)
+
+    def of_row(row: Float[Array, " T"], ids: Int[Array, " T"]) -> Float[Array, " T"]:
+        return jax.ops.segment_sum(row, ids, num_segments=row.shape[0] + 1)[ids]
+
+    return jax.vmap(of_row)(values, segment_ids)
+
+
+def sequence_average(
+    values: Float[Array, "B T"], mask: Bool[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None
+) -> Float[Array, "B T"]:
+    """At each token, the mean over the unmasked tokens of its sequence; 0 where there are none."""
+    count = sequence_sum(mask.astype(values.dtype), mask, segment_ids)
+    return sequence_sum(values, mask, segment_ids) / jnp.maximum(count, 1)
 
 
 def token_log_ratio(
     logp: Float[Array, "B T"], old_logp: Float[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> Float[Array, "B T"]:
-    """log pi(a_t) - log pi_old(a_t): one ratio a token (PPO, Schulman et al. 2017, section 3; GRPO)."""
+    """log pi(y_t) - log pi_old(y_t): one ratio a token (PPO, Schulman et al. 2017, section 3; GRPO)."""
     del mask
     return logp - old_logp
 
 
 def sequence_log_ratio(
-    logp: Float[Array, "B T"], old_logp: Float[Array, "B T"], mask: Bool[Array, "B T"]
+    logp: Float[Array, "B T"],
+    old_logp: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T"]:
-    """The row's mean log-ratio at every token (GSPO, Zheng et al. 2025, eq. 7).
+    """The sequence's mean log-ratio at every token (GSPO, Zheng et al. 2025, eq. 7).
 
-    log s_i = (1 / |y_i|) sum_t [log pi(y_t) - log pi_old(y_t)]
+        log s_i = (1 / |y_i|) sum_t [log pi(y_t) - log pi_old(y_t)]
+
+    Use with `sequence_mean`; clipping bounds are then of the order 1e-4.
     """
-    mean = masked_mean(logp - old_logp, mask, axis=-1)[..., None]
-    return jnp.broadcast_to(mean, logp.shape)
+    return sequence_average(logp - old_logp, mask, segment_ids)
 
 
 def sequence_token_log_ratio(
-    logp: Float[Array, "B T"], old_logp: Float[Array, "B T"], mask: Bool[Array, "B T"]
+    logp: Float[Array, "B T"],
+    old_logp: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T"]:
-    """The row's ratio in value, each token's own in gradient (GSPO-token, Zheng et al. 2025, eq. 14).
+    """The sequence's ratio in value, each token's own in gradient (GSPO-token, section 4.3 there).
 
         log s_{i,t} = sg[log s_i] + log pi(y_t) - sg[log pi(y_t)]
 
-    Equal to GSPO in value and gradient when the advantages of a row are equal.
+    Equal to GSPO in value and gradient where the advantages of a sequence are equal.
     """
-    sequence = sequence_log_ratio(logp, old_logp, mask)
+    sequence = sequence_log_ratio(logp, old_logp, mask, segment_ids=segment_ids)
     return lax.stop_gradient(sequence) + logp - lax.stop_gradient(logp)
+
+
+def sequence_total_log_ratio(
+    logp: Float[Array, "B T"],
+    old_logp: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T"]:
+    """The sequence's summed log-ratio at every token: its importance weight, not normalised by length."""
+    return sequence_sum(logp - old_logp, mask, segment_ids)

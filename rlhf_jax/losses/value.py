@@ -1,9 +1,10 @@
-"""Losses of value functions: scalar, and distributional.
+"""Losses of value functions: scalar, quantile and categorical.
 
 All take `(prediction, ..., target, mask, *, reduce=, denominator=)` and return `(loss, metrics)`. Targets
 carry no gradient; masked entries may hold anything. Computation is in at least float32.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -12,12 +13,48 @@ from rlhf_jax.core.types import Array, Bool, Float, Metrics, Scalar
 from rlhf_jax.losses.reductions import Reduction, token_mean
 
 
-def _cleaned(values: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:
-    return clean(values, mask).astype(jnp.promote_types(values.dtype, jnp.float32))
+def _cleaned(values: Float[Array, "B T ..."], mask: Bool[Array, "B T"]) -> Float[Array, "B T ..."]:
+    mask = mask[..., None] if values.ndim > mask.ndim else mask
+    return clean(values.astype(jnp.promote_types(values.dtype, jnp.float32)), mask)
 
 
-def _constant(values: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:
+def _constant(values: Float[Array, "B T ..."], mask: Bool[Array, "B T"]) -> Float[Array, "B T ..."]:
     return lax.stop_gradient(_cleaned(values, mask))
+
+
+def _reduced(
+    per_step: dict[str, Array], mask: Bool[Array, "B T"], reduce: Reduction, denominator: Scalar | None
+) -> tuple[Float[Array, ""], Metrics]:
+    """`per_step["value_loss"]` as the loss, and all of them as metrics, reduced alike."""
+    loss = reduce(per_step["value_loss"], mask, denominator=denominator)
+    metrics = {name: reduce(x, mask, denominator=denominator) for name, x in per_step.items()}
+    return loss, lax.stop_gradient(metrics)
+
+
+def squared_value_loss(
+    values: Float[Array, "B T"],
+    returns: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    reduce: Reduction = token_mean,
+    denominator: Scalar | None = None,
+) -> tuple[Float[Array, ""], Metrics]:
+    """Squared error: loss_t = (V_t - R_t)^2 / 2.
+
+    Args:
+      values: V of the value function in training.
+      returns: targets R, in units of reward.
+      mask: steps that count.
+      reduce: how steps become one number.
+      denominator: of the whole batch, when this is a part of it.
+
+    Returns:
+      (loss, metrics): `value_loss`, `value_error` (mean of V - R), `value_mean`.
+    """
+    values, returns = _cleaned(values, mask), _constant(returns, mask)
+    error = values - returns
+    per_step = {"value_loss": 0.5 * jnp.square(error), "value_error": error, "value_mean": values}
+    return _reduced(per_step, mask, reduce, denominator)
 
 
 def clipped_value_loss(
@@ -30,7 +67,7 @@ def clipped_value_loss(
     reduce: Reduction = token_mean,
     denominator: Scalar | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """PPO's clipped value loss, as OpenAI's code has it; the paper does not.
+    """PPO's clipped value loss, of its authors' code rather than of the paper.
 
         V^clip_t = clip(V_t, V^old_t - clip, V^old_t + clip)
         loss_t   = max((V_t - R_t)^2, (V^clip_t - R_t)^2) / 2
@@ -51,13 +88,156 @@ def clipped_value_loss(
     old_values, returns = _constant(old_values, mask), _constant(returns, mask)
     clipped = jnp.clip(values, old_values - clip, old_values + clip)
     plain_error, clipped_error = jnp.square(values - returns), jnp.square(clipped - returns)
-    loss_per_step = 0.5 * jnp.maximum(plain_error, clipped_error)
     per_step = {
-        "value_loss": loss_per_step,
+        "value_loss": 0.5 * jnp.maximum(plain_error, clipped_error),
         "value_clip_fraction": (clipped_error > plain_error).astype(values.dtype),
         "value_error": values - returns,
         "value_mean": values,
     }
-    loss = reduce(loss_per_step, mask, denominator=denominator)
-    metrics = {name: reduce(x, mask, denominator=denominator) for name, x in per_step.items()}
-    return loss, lax.stop_gradient(metrics)
+    return _reduced(per_step, mask, reduce, denominator)
+
+
+def huber(errors: Float[Array, "..."], delta: Scalar) -> Float[Array, "..."]:
+    """x^2 / 2 within delta, delta (|x| - delta / 2) beyond (Huber 1964); gradient clip(x, -delta, delta)."""
+    size = jnp.abs(errors)
+    inside = jnp.minimum(size, delta)
+    return 0.5 * jnp.square(inside) + delta * (size - inside)
+
+
+def huber_value_loss(
+    values: Float[Array, "B T"],
+    returns: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    delta: Scalar = 1.0,
+    reduce: Reduction = token_mean,
+    denominator: Scalar | None = None,
+) -> tuple[Float[Array, ""], Metrics]:
+    """Huber's loss of V_t - R_t: quadratic within `delta`, linear beyond.
+
+    Args:
+      values: V of the value function in training.
+      returns: targets R, in units of reward.
+      mask: steps that count.
+      delta: where the loss turns linear, in units of reward, > 0.
+      reduce: how steps become one number.
+      denominator: of the whole batch, when this is a part of it.
+
+    Returns:
+      (loss, metrics): `value_loss`, `value_error` (mean of V - R), `value_mean`.
+    """
+    values, returns = _cleaned(values, mask), _constant(returns, mask)
+    error = values - returns
+    per_step = {"value_loss": huber(error, delta), "value_error": error, "value_mean": values}
+    return _reduced(per_step, mask, reduce, denominator)
+
+
+def quantile_value_loss(
+    quantiles: Float[Array, "B T N"],
+    targets: Float[Array, "B T M"],
+    mask: Bool[Array, "B T"],
+    *,
+    delta: Scalar = 1.0,
+    reduce: Reduction = token_mean,
+    denominator: Scalar | None = None,
+) -> tuple[Float[Array, ""], Metrics]:
+    """Quantile Huber loss (QR-DQN, Dabney et al. 2018, eq. 10).
+
+        loss_t = sum_i mean_j |tau_i - [u_ij < 0]| huber(u_ij),  u_ij = target_j - quantile_i
+        tau_i  = (i + 1/2) / N
+
+    Args:
+      quantiles: predicted values at the N midpoints tau_i.
+      targets: M samples (or quantiles) of the return; M = 1 for plain returns.
+      mask: steps that count.
+      delta: where the loss turns linear, in units of reward, > 0.
+      reduce: how steps become one number.
+      denominator: of the whole batch, when this is a part of it.
+
+    Returns:
+      (loss, metrics): `value_loss`, `value_error` (mean of prediction - target), `value_mean`.
+    """
+    quantiles, targets = _cleaned(quantiles, mask), _constant(targets, mask)
+    count = quantiles.shape[-1]
+    levels = (jnp.arange(count, dtype=quantiles.dtype) + 0.5) / count
+    errors = targets[..., None, :] - quantiles[..., :, None]
+    tilt = jnp.abs(levels[:, None] - (errors < 0))
+    mean = jnp.mean(quantiles, axis=-1)
+    per_step = {
+        "value_loss": jnp.sum(jnp.mean(tilt * huber(errors, delta), axis=-1), axis=-1),
+        "value_error": mean - jnp.mean(targets, axis=-1),
+        "value_mean": mean,
+    }
+    return _reduced(per_step, mask, reduce, denominator)
+
+
+def project_categorical(
+    positions: Float[Array, "... M"], probs: Float[Array, "... M"], atoms: Float[Array, " N"]
+) -> Float[Array, "... N"]:
+    """Projects a distribution onto fixed, evenly spaced atoms (C51, Bellemare et al. 2017, eq. 7).
+
+    Each position's mass is shared between its two neighbours in proportion to nearness; positions beyond
+    the ends go to the ends. The mean is kept within the support. Shift and scale the atoms for the
+    Bellman update: positions = r + gamma atoms.
+
+    Args:
+      positions: where the mass lies; M = 1 with probability 1 gives the two-hot code of a return.
+      probs: mass of each position.
+      atoms: ascending, evenly spaced.
+    """
+    spacing = (atoms[-1] - atoms[0]) / (atoms.shape[0] - 1)
+    clipped = jnp.clip(positions, atoms[0], atoms[-1])
+    share = jnp.clip(1 - jnp.abs(clipped[..., None] - atoms) / spacing, 0, 1)
+    return jnp.sum(probs[..., None] * share, axis=-2)
+
+
+def gaussian_histogram(
+    returns: Float[Array, "..."], edges: Float[Array, " N_plus_1"], *, sigma: Scalar
+) -> Float[Array, "... N"]:
+    """Mass of a normal around each return in each bin (HL-Gauss, Farebrother et al. 2024, section 3.1).
+
+        p_i proportional to Phi((e_{i+1} - y) / sigma) - Phi((e_i - y) / sigma)
+
+    Args:
+      returns: y; taken to the nearest end where it lies outside the edges.
+      edges: N + 1 ascending bin edges, in units of reward.
+      sigma: of the normal; three quarters of a bin's width in the paper.
+    """
+    inside = jnp.clip(returns, edges[0], edges[-1])
+    below = jax.scipy.special.ndtr((edges - inside[..., None]) / sigma)
+    return jnp.diff(below) / (below[..., -1:] - below[..., :1])
+
+
+def categorical_value_loss(
+    logits: Float[Array, "B T N"],
+    target_probs: Float[Array, "B T N"],
+    atoms: Float[Array, " N"],
+    mask: Bool[Array, "B T"],
+    *,
+    reduce: Reduction = token_mean,
+    denominator: Scalar | None = None,
+) -> tuple[Float[Array, ""], Metrics]:
+    """Cross-entropy to a categorical target: loss_t = -sum_i p_i log softmax(logits)_i.
+
+    With `project_categorical` targets it is C51 (Bellemare et al. 2017, Algorithm 1); with
+    `gaussian_histogram` targets HL-Gauss (Imani & White 2018), whose atoms are the centres of the bins.
+
+    Args:
+      logits: of the categorical value distribution.
+      target_probs: sum to 1 over the last axis.
+      atoms: the value of each category, for the metrics.
+      mask: steps that count.
+      reduce: how steps become one number.
+      denominator: of the whole batch, when this is a part of it.
+
+    Returns:
+      (loss, metrics): `value_loss`, `value_error` (mean of prediction - target), `value_mean`.
+    """
+    logits, target_probs = _cleaned(logits, mask), _constant(target_probs, mask)
+    mean = jnp.sum(jax.nn.softmax(logits) * atoms, axis=-1)
+    per_step = {
+        "value_loss": -jnp.sum(target_probs * jax.nn.log_softmax(logits), axis=-1),
+        "value_error": mean - jnp.sum(target_probs * atoms, axis=-1),
+        "value_mean": mean,
+    }
+    return _reduced(per_step, mask, reduce, denominator)

@@ -1,0 +1,122 @@
+"""Returns from trajectories of another policy: V-trace and Retrace.
+
+Conventions are those of `returns`: [B, T], masked steps skipped, results without gradient. `log_rhos`
+holds log pi(a_t) - log mu(a_t), with pi the policy to be evaluated and mu the one that acted.
+"""
+
+import jax.numpy as jnp
+
+from rlhf_jax.core.masks import clean
+from rlhf_jax.core.trees import pytree_dataclass
+from rlhf_jax.core.types import Array, Bool, Float, Scalar
+from rlhf_jax.kernels.recurrence import next_unmasked, reverse_recurrence
+from rlhf_jax.kernels.returns import constant
+
+
+@pytree_dataclass
+class VTrace:
+    """What `vtrace` returns; no gradient, 0 where masked.
+
+    Attributes:
+      targets: vs_t, to be regressed on by the value function.
+      advantages: of the policy gradient, already weighted by the clipped ratio.
+    """
+
+    targets: Float[Array, "B T"]
+    advantages: Float[Array, "B T"]
+
+
+def _clipped_ratio(log_rhos: Float[Array, "B T"], bound: Scalar) -> Float[Array, "B T"]:
+    """min(bound, exp(log_rho)) without overflow."""
+    return jnp.exp(jnp.minimum(log_rhos, jnp.log(bound)))
+
+
+def vtrace(
+    log_rhos: Float[Array, "B T"],
+    rewards: Float[Array, "B T"],
+    values: Float[Array, "B T"],
+    discounts: Float[Array, "B T"],
+    bootstrap_value: Float[Array, " B"],
+    mask: Bool[Array, "B T"],
+    *,
+    lambda_: Scalar = 1.0,
+    clip_rho: Scalar = 1.0,
+    clip_c: Scalar = 1.0,
+    clip_pg_rho: Scalar = 1.0,
+) -> VTrace:
+    """V-trace targets and advantages (Espeholt et al. 2018, eq. 1 and section 4.2).
+
+        rho_t   = min(clip_rho, pi/mu),  c_t = lambda min(clip_c, pi/mu)
+        delta_t = rho_t (r_t + gamma_t V(s_{t+1}) - V(s_t))
+        vs_t    = V(s_t) + delta_t + gamma_t c_t (vs_{t+1} - V(s_{t+1}))
+        A_t     = min(clip_pg_rho, pi/mu) (r_t + gamma_t [lambda vs_{t+1} + (1 - lambda) V(s_{t+1})] - V(s_t))
+
+    On policy the targets are TD(lambda) returns and the advantages GAE(lambda). The paper's advantage has
+    vs_{t+1} alone, which differs for lambda < 1 only; after the last step both are the bootstrap value.
+
+    Args:
+      log_rhos: log pi(a_t) - log mu(a_t), in nats.
+      rewards: r_t, received for the action at t.
+      values: V(s_t).
+      discounts: gamma_t; 0 where the episode terminates at t.
+      bootstrap_value: V of the state after the last unmasked step.
+      mask: steps that count.
+      lambda_: trades bias for variance as in TD(lambda).
+      clip_rho: rho bar, which sets the policy whose value is estimated.
+      clip_c: c bar, which sets how fast it is reached.
+      clip_pg_rho: bound of the advantages' ratio.
+    """
+    log_rhos, rewards, values, discounts = (
+        clean(constant(x), mask) for x in (log_rhos, rewards, values, discounts)
+    )
+    last = constant(bootstrap_value).astype(values.dtype)
+    following = next_unmasked(values, mask, last)
+    deltas = _clipped_ratio(log_rhos, clip_rho) * (rewards + discounts * following - values)
+    traces = discounts * lambda_ * _clipped_ratio(log_rhos, clip_c)
+    carry_over = jnp.where(mask, traces, 1).astype(values.dtype)
+    corrections = clean(reverse_recurrence(carry_over, clean(deltas, mask), jnp.zeros_like(last)), mask)
+    targets = values + corrections
+    bootstraps = lambda_ * next_unmasked(targets, mask, last) + (1 - lambda_) * following
+    advantages = _clipped_ratio(log_rhos, clip_pg_rho) * (rewards + discounts * bootstraps - values)
+    return VTrace(targets=targets, advantages=clean(advantages, mask))
+
+
+def retrace(
+    log_rhos: Float[Array, "B T"],
+    rewards: Float[Array, "B T"],
+    q_values: Float[Array, "B T"],
+    values: Float[Array, "B T"],
+    discounts: Float[Array, "B T"],
+    bootstrap_value: Float[Array, " B"],
+    mask: Bool[Array, "B T"],
+    *,
+    lambda_: Scalar = 1.0,
+) -> Float[Array, "B T"]:
+    """Retrace(lambda) targets of action values (Munos et al. 2016, eq. 3-4, with c_t = lambda min(1, pi/mu)).
+
+        Q^ret_t = r_t + gamma_t (V(s_{t+1}) + c_{t+1} [Q^ret_{t+1} - Q(s_{t+1}, a_{t+1})])
+
+    Args:
+      log_rhos: log pi(a_t) - log mu(a_t), in nats.
+      rewards: r_t, received for the action at t.
+      q_values: Q(s_t, a_t) of the action taken.
+      values: E_{a ~ pi} Q(s_t, a).
+      discounts: gamma_t; 0 where the episode terminates at t.
+      bootstrap_value: E_{a ~ pi} Q(s, a) of the state after the last unmasked step.
+      mask: steps that count.
+      lambda_: 0 is the one-step (expected SARSA) target.
+
+    Returns:
+      Targets for `q_values`, 0 where masked; no gradient.
+    """
+    log_rhos, rewards, q_values, values, discounts = (
+        clean(constant(x), mask) for x in (log_rhos, rewards, q_values, values, discounts)
+    )
+    last = constant(bootstrap_value).astype(values.dtype)
+    nothing = jnp.zeros_like(last)
+    deltas = rewards + discounts * next_unmasked(values, mask, last) - q_values
+    # After the last step nothing is left to correct, whatever the trace.
+    traces = discounts * next_unmasked(lambda_ * _clipped_ratio(log_rhos, 1.0), mask, nothing)
+    carry_over = jnp.where(mask, traces, 1).astype(values.dtype)
+    corrections = reverse_recurrence(carry_over, clean(deltas, mask), nothing)
+    return clean(q_values + corrections, mask)
