@@ -42,7 +42,7 @@ def curve_svg(curves: Sequence[Curve], *, percent: bool = False) -> str:
     from matplotlib.figure import Figure
 
     curves = [thin_out(curve) for curve in curves]
-    mean = smooth(mean_curve(curves))
+    mean = trend(curves)
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "curve", "font.size": 9.5}):
         # Figure and canvas directly: pyplot would keep global state and pick a window system.
         figure = Figure(figsize=(3.3, 1.75))
@@ -69,6 +69,11 @@ def curve_svg(curves: Sequence[Curve], *, percent: bool = False) -> str:
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         canvas.print_svg(text, metadata=nothing)
     return _clean_svg(text.getvalue())
+
+
+def trend(curves: Sequence[Curve]) -> Curve:
+    """The smoothed mean over seeds, in few points."""
+    return smooth(thin_out(mean_curve([thin_out(curve) for curve in curves])))
 
 
 def thin_out(curve: Curve, most: int = _MOST_POINTS) -> Curve:

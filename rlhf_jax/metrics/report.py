@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.metrics.plots import Curve, curve_svg
+from rlhf_jax.metrics.plots import Curve, curve_svg, trend
 from rlhf_jax.metrics.progress import format_number, format_seconds
 from rlhf_jax.metrics.writers import METRICS_FILE, read_metrics
 
@@ -208,9 +208,8 @@ def _headline(table: Sequence[TableRow], curves: Mapping[str, Mapping[str, Seque
     for stage, metrics in reversed(list(curves.items())):
         for name in ("exact_match", "loss"):
             if name in metrics:
-                before, after = (
-                    float(np.mean([curve.values[index] for curve in metrics[name]])) for index in (0, -1)
-                )
+                before = float(np.mean([curve.values[0] for curve in metrics[name]]))
+                after = float(trend(metrics[name]).values[-1])
                 words = f"{_display(stage)}: {name.replace('_', ' ')}"
                 return f"{words} {format_number(before)} at first, {format_number(after)} at the end"
     return "Run report"

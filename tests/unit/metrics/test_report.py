@@ -195,7 +195,7 @@ def test_hostile_text_is_shown_and_not_obeyed(tmp_path):
 
 
 def test_a_single_stage_run_without_table_or_samples(tmp_path):
-    write_stage(tmp_path, "sft", 30, loss=np.linspace(3.0, 0.5, 30))
+    write_stage(tmp_path, "sft", 20, loss=np.linspace(3.0, 0.5, 20))
     _, page = report_page(tmp_path)
     words = " ".join(page.words.split())
     assert "SFT: loss 3 at first, 0.5 at the end" in words
