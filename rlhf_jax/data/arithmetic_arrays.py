@@ -110,12 +110,11 @@ class ArithmeticTask:
         wanted = jnp.take_along_axis(expected[:, None], nearest, axis=2)
         in_line = is_there & (behind < line_length[:, None, None])
         is_answer = jnp.all(~in_line | (texts == wanted), axis=(1, 2))
-        # The newline before the answer's line may be missing only where that line is all there is.
-        is_line = total >= line_length - 1
+        # All four marks also mean that nothing of the line is missing, but for the newline of an only line.
         is_marked_once = jnp.sum(texts == ord(ANSWER_MARK[0]), axis=(1, 2)) == len(ANSWER_MARK)
         last = jnp.take_along_axis(tokens, last_unmasked_index(mask)[:, None], axis=1)[:, 0]
         is_finished = (last == self.eos_id) & jnp.any(mask, axis=1)
-        return (is_answer & is_line & is_marked_once & is_finished).astype(jnp.float32)
+        return (is_answer & is_marked_once & is_finished).astype(jnp.float32)
 
     def _problem_tokens(
         self, operands: Int[Array, "B K"], signs: Int[Array, "B J"]

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from rlhf_jax.data import arithmetic
 from rlhf_jax.data.arithmetic import LEVELS, Level, Problem, num_problems, problem, solution
+from rlhf_jax.data.examples import preference_examples, prompt_examples, supervised_examples
+from rlhf_jax.data.sources import read_rows
 from rlhf_jax.rewards.verifiers import exact_answer
 
 EASY, LONG, SIGNED = Level(3, 1, 9, "+"), Level(3, 1, 99, "+"), Level(4, 1, 99, "+-")
@@ -276,3 +278,27 @@ def test_the_tokenizer_writes_every_row():
         for text in row.values():
             assert tokenizer.decode(tokenizer.encode(text)) == text
     assert len(tokenizer.encode("#### 21")) == 4
+
+
+def test_rows_pass_through_the_reading_path(tmp_path):
+    """Written as JSONL and read as a user's files are, they give the tokens that training sees."""
+    tokenizer = arithmetic.arithmetic_tokenizer()
+
+    def read(rows):
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return read_rows(path)
+
+    prompts = arithmetic.prompt_rows(SIGNED, "heldout", 20, 0)
+    for example, row in zip(prompt_examples(read(prompts), tokenizer, max_length=64), prompts, strict=True):
+        assert example.text == row["prompt"]
+        assert example.fields["answer"] == row["answer"]
+    demonstrations = arithmetic.demonstration_rows(SIGNED, 20, 0, slip_rate=0.5)
+    examples = supervised_examples(read(demonstrations), tokenizer, max_length=128)
+    for example, row in zip(examples, demonstrations, strict=True):
+        assert tokenizer.decode(example.ids[example.mask]) == row["messages"][1]["content"]
+        assert example.ids[-1] == tokenizer.eos_id
+    pairs = arithmetic.preference_rows(SIGNED, "train", 20, 0)
+    for example, row in zip(preference_examples(read(pairs), tokenizer, max_length=128), pairs, strict=True):
+        assert tokenizer.decode(example.chosen_ids) == row["chosen"]
+        assert tokenizer.decode(example.rejected_ids) == row["rejected"]

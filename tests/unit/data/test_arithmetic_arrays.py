@@ -23,6 +23,7 @@ from rlhf_jax.rewards.verifiers import exact_answer
 
 EASY, SIGNED = Level(3, 1, 9, "+"), Level(4, 1, 99, "+-")
 ODD_LEVEL = Level(operands=2, low=0, high=102, operators="-+")
+TAILED_LEVEL = Level(3, 1, 7, "+")  # seven problems beyond its last whole block
 LENGTH = 72
 
 
@@ -38,7 +39,7 @@ def jitted(level, method, make_tokenizer=arithmetic_tokenizer):
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
-@pytest.mark.parametrize("level", [EASY, SIGNED, ODD_LEVEL])
+@pytest.mark.parametrize("level", [EASY, SIGNED, ODD_LEVEL, TAILED_LEVEL])
 def test_the_same_index_gives_the_same_ids(level, split):
     size = num_problems(level, split)
     drawn = np.random.default_rng(0).integers(size, size=200)
@@ -78,6 +79,14 @@ def test_sampling_is_uniform_reproducible_and_compiled_once():
     assert len(rows) == size
     expected = 4 * 2048 / size
     assert np.sum((counts - expected) ** 2 / expected) < size + 6 * np.sqrt(2 * size)  # chi-squared
+
+
+def test_sampling_maps_over_keys():
+    keys = jax.random.split(jax.random.key(0), 3)
+    sample = functools.partial(task_of(EASY).sample, split="train", batch=5)
+    for row, key in enumerate(keys):
+        for many, one in zip(jax.vmap(sample)(keys), sample(key), strict=True):
+            assert np.array_equal(many[row], one)
 
 
 def test_sampling_never_crosses_the_split():
