@@ -121,18 +121,18 @@ def _place(name: str, like: Any, value: Any) -> Any:
         value = np.zeros(empty.shape, empty.dtype)
     if isinstance(like, np.ndarray | np.generic):
         return value if isinstance(like, np.ndarray) else value[()]
+    if not isinstance(value, jax.Array):
+        if getattr(like, "weak_type", False) and like.shape == ():
+            value = value.item()  # weak again: a resume must promote, and compile, as the unbroken run does
+        sharding = _sharding(like)
+        value = jnp.array(value) if sharding is None else jax.device_put(value, sharding)
     if _is_key(like):
-        value = jax.random.wrap_key_data(jnp.array(value), impl=_key_data(like)[0])
-    elif getattr(like, "weak_type", False) and like.shape == ():
-        value = jnp.asarray(value.item())  # a resume must promote, and compile, as the unbroken run does
-    elif isinstance(value, np.ndarray):
-        value = jnp.array(value)
+        value = jax.random.wrap_key_data(value, impl=_key_data(like)[0])
     if value.dtype != like.dtype:
         raise TypeError(
             f"leaf `{name}` is {like.dtype}, which JAX holds as {value.dtype}: set jax_enable_x64"
         )
-    sharding = _sharding(like)
-    return value if sharding is None else jax.device_put(value, sharding)
+    return value
 
 
 def _key_data(like: Any) -> tuple[Any, jax.ShapeDtypeStruct]:

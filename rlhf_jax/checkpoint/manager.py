@@ -13,11 +13,12 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from rlhf_jax.checkpoint import arrays
@@ -74,15 +75,19 @@ class CheckpointManager:
         self._keep = keep
         self._config = config
         self._warn = warn
-        self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
         self._known_damaged: set[int] = set()
 
     def __enter__(self) -> "CheckpointManager":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except (UserError, RuntimeError) as error:
+            if kind is None:
+                raise
+            self._warn(str(error))  # what broke the block is the news, and must not be hidden by this
 
     def steps(self) -> list[int]:
         """Steps whose manifest is whole, ascending; their arrays are hashed only when restored."""
@@ -104,6 +109,7 @@ class CheckpointManager:
         Raises:
           UserError: the save before this one failed (this one has then not been started: call again), or
             this one cannot be started, or the folder holds a whole step newer than `step`.
+          RuntimeError: the same, where neither disk nor permissions were the cause.
           TypeError: `state` holds a leaf, or `extra` a value, that cannot be stored.
         """
         self.wait()
@@ -118,7 +124,7 @@ class CheckpointManager:
                     shutil.rmtree(leftover)
                 saving.mkdir()
             checkpointer = arrays.start_writing(saving / _ARRAYS, arrays.to_storage(state))
-        self._pending = self._executor.submit(self._finish, manifest, saving, checkpointer)
+        self._pending = _in_thread(self._finish, manifest, saving, checkpointer)
         if wait:
             self.wait()
 
@@ -126,7 +132,7 @@ class CheckpointManager:
         """Returns when the save under way is whole.
 
         Raises:
-          UserError: it failed; the message names its step.
+          UserError, RuntimeError: it failed; the message names its step.
         """
         if self._pending is None:
             return
@@ -137,11 +143,8 @@ class CheckpointManager:
             multihost_utils.sync_global_devices("rlhf_jax.checkpoint.wait")
 
     def close(self) -> None:
-        """Waits for the save under way; the manager cannot save afterwards."""
-        try:
-            self.wait()
-        finally:
-            self._executor.shutdown()
+        """Waits for the save under way. A process that exits without it may lose that save, but no other."""
+        self.wait()
 
     def restore(self, like: T, step: int | None = None) -> tuple[int, T, dict[str, Any] | None]:
         """Reads `step`, or the newest whole step, after hashing its files. Writes nothing.
@@ -157,7 +160,7 @@ class CheckpointManager:
           UserError: no step is whole, or the step has other leaves, shapes or dtypes than `like`.
         """
         self.wait()
-        path, manifest = find_whole(self._folder, step, self._warn)
+        path, manifest = _find(self._folder, step, self._warn)
         check_leaves(
             manifest.leaves, arrays.describe(like), where=f"step {manifest.step} in `{self._folder}`"
         )
@@ -209,10 +212,11 @@ class CheckpointManager:
         except Exception as error:
             if jax.process_index() == 0:
                 shutil.rmtree(saving, ignore_errors=True)
-            raise UserError(
-                f"step {step} could not be saved in `{self._folder}`: {_reason(error)}; make room there or "
-                "name another folder (the checkpoints already saved are untouched)"
-            ) from error
+            what = f"step {step} could not be saved in `{self._folder}` (those already saved are untouched)"
+            reason = _system_error(error)
+            if reason is None:
+                raise RuntimeError(f"{what}: {error}") from error
+            raise UserError(f"{what}: {reason}; make room there or name another folder") from error
 
 
 def restore_params(
@@ -235,7 +239,7 @@ def restore_params(
     Raises:
       UserError: no step is whole, it has no such subtree, or the subtree is of another architecture.
     """
-    path, manifest = find_whole(Path(folder), step, warn)
+    path, manifest = _find(Path(folder), step, warn)
     prefix = f"{name}/"
     saved = {leaf[len(prefix) :]: spec for leaf, spec in manifest.leaves.items() if leaf.startswith(prefix)}
     if not saved:
@@ -244,6 +248,27 @@ def restore_params(
     where = f"`{name}` of step {manifest.step} in `{folder}`"
     check_leaves(saved, arrays.describe(like), where=where, hint="this run's model")
     return manifest.step, _read(path, like, prefix=prefix)
+
+
+def _find(folder: Path, step: int | None, warn: Warn) -> tuple[Path, Manifest]:
+    """`find_whole`, where several processes take the word of the first: they must not choose differently."""
+    if jax.process_count() == 1:
+        return find_whole(folder, step, warn)
+    found, failure = None, None
+    if jax.process_index() == 0:
+        try:
+            found = find_whole(folder, step, warn)
+        except UserError as error:
+            failure = error
+    chosen = int(multihost_utils.broadcast_one_to_all(np.int32(found[1].step if found else -1)))
+    if found:
+        return found
+    if chosen < 0:
+        raise failure or UserError(
+            f"the first process found no step to restore in `{folder}`: see its message"
+        )
+    path = list_steps(folder)[chosen]
+    return path, load_manifest(path)
 
 
 def _read(path: Path, like: T, *, prefix: str = "") -> T:
@@ -271,14 +296,19 @@ def _publish(saving: Path, final: Path) -> None:
         shutil.rmtree(replaced)
 
 
-def _reason(error: Exception) -> str:
-    """The operating system's word for what failed, where there is one."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
+def _system_error(error: Exception) -> str | None:
+    """The operating system's word for what failed; None where it was something else."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
     code = _OS_ERROR_CODE.search(str(error))
-    if code:
-        return os.strerror(int(code[1]))
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
+    return os.strerror(int(code[1])) if code else None
+
+
+def _in_thread(function: Callable[..., None], *args: Any) -> concurrent.futures.Future[None]:
+    executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+    future = executor.submit(function, *args)
+    executor.shutdown(wait=False)
+    return future
 
 
 @contextlib.contextmanager

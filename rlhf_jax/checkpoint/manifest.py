@@ -5,6 +5,7 @@ of each step stands `manifest.json`: the SHA-256 of every file, name, shape and 
 the versions and the configuration of the run, and a digest of the manifest itself.
 """
 
+import concurrent.futures
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -88,9 +89,15 @@ def list_steps(folder: Path) -> dict[int, Path]:
 
     While a step is saved again, its older copy stands aside as `step_N.replaced`; that copy counts only
     where a kill left nothing else of the step.
+
+    Raises:
+      UserError: the folder is there but cannot be read.
     """
     found: dict[int, Path] = {}
-    entries = sorted(folder.iterdir()) if folder.is_dir() else []
+    try:
+        entries = sorted(folder.iterdir()) if folder.is_dir() else []
+    except OSError as error:
+        raise UserError(f"`{folder}` cannot be read ({error.strerror}): mend its permissions") from None
     for path in entries:  # in sorted order `step_N` comes before `step_N.replaced`
         match = _STEP_NAME.fullmatch(path.name)
         if match and path.is_dir():
@@ -104,13 +111,16 @@ def seal(step_folder: Path, manifest: Manifest) -> None:
     Args:
       manifest: its `files` are replaced by the hashes.
     """
-    files: dict[str, str] = {}
-    for path in _walk(step_folder):
+    paths = sorted(step_folder.rglob("*"))
+    files = {path.relative_to(step_folder).as_posix(): path for path in paths if path.is_file()}
+    with concurrent.futures.ThreadPoolExecutor() as threads:  # hashing lets go of the interpreter's lock
+        hashes = dict(
+            zip(files, threads.map(lambda path: _sha256(path, flush=True), files.values()), strict=True)
+        )
+    for path in paths:
         if path.is_dir():
             _flush(path)
-        else:
-            files[path.relative_to(step_folder).as_posix()] = _sha256(path, flush=True)
-    body = json.loads(json.dumps(dataclasses.asdict(dataclasses.replace(manifest, files=files))))
+    body = json.loads(json.dumps(dataclasses.asdict(dataclasses.replace(manifest, files=hashes))))
     path = step_folder / MANIFEST_NAME
     with path.open("w", encoding="ascii") as file:
         json.dump({"digest": _digest(body), **body}, file, indent=1)
@@ -151,15 +161,21 @@ def verify(step_folder: Path) -> Manifest:
       DamagedError: names the first file that is missing or differs.
     """
     manifest = load_manifest(step_folder)
-    for name, expected in manifest.files.items():
-        try:
-            if _sha256(step_folder / name) != expected:
-                raise DamagedError(f"{name} has changed since it was saved")
-        except FileNotFoundError:
-            raise DamagedError(f"{name} is missing") from None
-        except OSError as error:
-            raise DamagedError(f"{name} cannot be read ({error.strerror})") from None
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        problems = threads.map(lambda item: _problem(step_folder, *item), manifest.files.items())
+        problem = next(filter(None, problems), None)
+    if problem:
+        raise DamagedError(problem)
     return manifest
+
+
+def _problem(step_folder: Path, name: str, expected: str) -> str | None:
+    try:
+        return None if _sha256(step_folder / name) == expected else f"{name} has changed since it was saved"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror})"
 
 
 def find_whole(folder: Path, step: int | None, warn: Warn) -> tuple[Path, Manifest]:
@@ -246,10 +262,6 @@ def check_leaves(
 
 def _enumerate(steps: Iterable[int]) -> str:
     return ", ".join(map(str, steps)) or "(none)"
-
-
-def _walk(folder: Path) -> list[Path]:
-    return sorted(folder.rglob("*"))
 
 
 def _digest(body: dict[str, Any]) -> str:

@@ -206,7 +206,7 @@ def test_a_kill_between_the_renames_of_a_replacement_loses_nothing(damaged):
 
 
 def fail_to_save(saver: CheckpointManager, step: int, state: dict, reason: str) -> None:
-    with pytest.raises(UserError, match=rf"step {step} could not be saved in `.*`: {reason}") as error:
+    with pytest.raises(UserError, match=rf"step {step} could not be saved in `.*: {reason}; make") as error:
         saver.save(step, state, wait=True)
     assert "\n" not in str(error.value)
 
@@ -269,6 +269,9 @@ def test_a_read_only_folder(damaged):
         with CheckpointManager(damaged) as saver:
             fail_to_save(saver, 30, make_state(30), "Permission denied")
             assert saver.steps() == [10, 20]
+        damaged.chmod(0)
+        with pytest.raises(UserError, match="cannot be read .Permission denied.: mend its permissions"):
+            saver.steps()
     finally:
         damaged.chmod(stat.S_IRWXU)
 
@@ -285,3 +288,30 @@ def test_an_old_step_that_cannot_be_removed_is_only_a_warning(damaged, monkeypat
     assert len(warnings) == 2
     assert "old step 10" in warnings[0]
     assert "busy" in warnings[0]
+
+
+def test_a_failure_that_no_disk_caused_is_no_user_error(damaged):
+    state = make_state(30)
+    with CheckpointManager(damaged) as saver:
+        state["params"]["kernel"].delete()
+        with pytest.raises(RuntimeError, match=r"step 30 could not be saved .* deleted"):
+            saver.save(30, state)
+        saver.save(40, make_state(40), wait=True)
+        assert saver.steps() == [10, 20, 40]
+
+
+def test_a_failed_save_does_not_hide_what_broke_the_loop(damaged, monkeypatch):
+    def disk_full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def loop():
+        with CheckpointManager(damaged, warn=warnings.append) as saver:
+            saver.save(30, make_state(30))
+            raise ZeroDivisionError
+
+    warnings: list[str] = []
+    monkeypatch.setattr(manager, "seal", disk_full)
+    with pytest.raises(ZeroDivisionError):
+        loop()
+    assert len(warnings) == 1
+    assert "step 30 could not be saved" in warnings[0]
