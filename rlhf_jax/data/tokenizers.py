@@ -55,10 +55,6 @@ class Tokenizer:
         """
         try:
             encoding = (self.backend if special else self._plain).encode(text, add_special_tokens=False)
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"text holds a lone surrogate ({text[error.start]!r} at character {error.start}); remove it"
-            ) from None
         except Exception as error:  # the library raises bare Exception for whatever its model refuses
             raise UserError(self._refusal(text, error)) from None
         return encoding.ids, [start for start, _ in encoding.offsets]
@@ -141,6 +137,10 @@ class Tokenizer:
         return "(no such token)" if token is None else token.encode("unicode_escape").decode("ascii")
 
     def _refusal(self, text: str, error: Exception) -> str:
+        surrogate = re.search("[\ud800-\udfff]", text)
+        if surrogate:
+            found = f"{surrogate[0]!a} at character {surrogate.start()}"
+            return f"text holds a lone surrogate ({found}); remove it"
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
         for place, character in enumerate(text):
             if character not in vocabulary:
