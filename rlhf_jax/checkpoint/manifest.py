@@ -218,8 +218,8 @@ def read_manifest(folder: str | os.PathLike[str], step: int | None = None) -> Ma
             return load_manifest(steps[number])
         except (DamagedError, KeyError):
             continue
-    wanted = "a readable manifest" if step is None else f"a readable manifest of step {step}"
-    raise UserError(f"`{folder}` holds no {wanted[2:]}: it has steps {_enumerate(steps)}")
+    which = "" if step is None else f" of step {step}"
+    raise UserError(f"`{folder}` holds no readable manifest{which}: it has steps {_enumerate(steps)}")
 
 
 def check_leaves(

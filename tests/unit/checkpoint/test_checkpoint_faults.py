@@ -270,7 +270,7 @@ def test_a_read_only_folder(damaged):
             fail_to_save(saver, 30, make_state(30), "Permission denied")
             assert saver.steps() == [10, 20]
         damaged.chmod(0)
-        with pytest.raises(UserError, match="cannot be read .Permission denied.: mend its permissions"):
+        with pytest.raises(UserError, match=r"cannot be read .Permission denied.: mend its permissions"):
             saver.steps()
     finally:
         damaged.chmod(stat.S_IRWXU)
