@@ -1,0 +1,1 @@
+"""Updates as pure functions. Each module has Config, Hyper, State, init and make_update."""

@@ -39,13 +39,13 @@ def token_logprobs(
     Returns:
       (logp, entropy), each in the shape of `targets`.
     """
-    shape, (vocab, width) = targets.shape, unembedding.shape
+    shape, width = targets.shape, unembedding.shape[1]
     count = targets.size
     chunk = min(chunk_size, count)
     padded = -(-count // chunk) * chunk
     flat = jnp.pad(hidden.reshape(count, width), ((0, padded - count), (0, 0)))
     ids = jnp.pad(targets.reshape(count), (0, padded - count))
-    logp, entropy = _chunked(
+    logp, entropy = _chunked(  # pyright: ignore[reportGeneralTypeIssues] (custom_vjp hides the type)
         softcap,
         flat.reshape(-1, chunk, width),
         unembedding,
@@ -84,7 +84,7 @@ def _logits(hidden: Float[Array, "... D"], unembedding: Float[Array, "V D"]) -> 
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked(softcap, hidden, unembedding, targets, temperature):  # noqa: ANN
+def _chunked(softcap, hidden, unembedding, targets, temperature):
     return _forward(softcap, hidden, unembedding, targets, temperature)[0]
 
 

@@ -53,12 +53,13 @@ class Attention:
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise UserError(
-                f"Attention: num_heads={self.num_heads} is not divisible by num_kv_heads={self.num_kv_heads}; "
+                f"Attention: num_heads={self.num_heads} is no multiple of num_kv_heads={self.num_kv_heads}: "
                 "choose a number of key-value heads that divides the number of heads."
             )
         if self.head_dim % 2:
             raise UserError(
-                f"Attention: head_dim={self.head_dim} is odd, rotary positions need pairs; choose an even head_dim."
+                f"Attention: head_dim={self.head_dim} is odd and rotary positions need pairs: "
+                "choose a width and heads that give an even one."
             )
 
 
@@ -142,7 +143,7 @@ def dense_config(
     """
     if width % num_heads:
         raise UserError(
-            f"Model: width={width} is not divisible by num_heads={num_heads}; choose heads that divide the width."
+            f"Model: width={width} is not divisible by num_heads={num_heads}: choose heads that divide it."
         )
     attention = Attention(num_heads, num_kv_heads or num_heads, width // num_heads, Rope(theta))
     feed_forward = GatedFeedForward(hidden_dim or -(-width * 8 // 48) * 16)
@@ -172,5 +173,6 @@ def config_from_dict(data: dict[str, Any]) -> ModelConfig:
         return ModelConfig(**{**data, "pattern": blocks, "final_norm": RMSNorm(**data["final_norm"])})
     except (KeyError, TypeError) as error:
         raise UserError(
-            f"The model configuration cannot be read ({error}); it was written by another version or edited by hand."
+            f"The model configuration cannot be read ({error}): "
+            "it was written by another version or edited by hand."
         ) from error

@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Bool, Float, Int, Params, PRNGKeyArray
-from rlhf_jax.models.config import Attention, Block, GatedFeedForward, ModelConfig, Rope
+from rlhf_jax.models.config import Attention, Block, GatedFeedForward, ModelConfig
 from rlhf_jax.models.layers import Linear, Scale, apply_rotary, normal_init, rotary_angles
 
 LayerCache = tuple[Float[Array, "B S K d"], Float[Array, "B S K d"]]
@@ -47,7 +47,7 @@ class SelfAttention(nn.Module):
         positions: Int[Array, "B T"],
         mask: Bool[Array, "B T S"],
         cache: LayerCache | None,
-        start: Int[Array, ""] | None,
+        start: Int[Array, ""],
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         """Returns the block's output and the cache with the new columns."""
         spec, (batch, time, _) = self.spec, inputs.shape
@@ -102,7 +102,7 @@ class ResidualBlocks(nn.Module):
         caches: tuple[LayerCache | None, ...],
         positions: Int[Array, "B T"],
         mask: Bool[Array, "B T S"],
-        start: Int[Array, ""] | None,
+        start: Int[Array, ""],
     ) -> tuple[Float[Array, "B T D"], tuple[LayerCache | None, ...]]:
         """Runs the blocks in order; `caches` has one entry for each."""
         config = self.config
@@ -157,7 +157,7 @@ class Decoder(nn.Module):
                 body,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
                 length=config.num_repeats,
             )
             hidden, layers = scanned(config, name="layers")(hidden, layers, positions, mask, start)
@@ -181,12 +181,12 @@ def _no_cache(config: ModelConfig) -> Any:
 
 def _attention_mask(
     segment_ids: Int[Array, "B T"], cache: Cache | None
-) -> tuple[Bool[Array, "B T S"], Int[Array, "B S"] | None, Int[Array, ""] | None]:
+) -> tuple[Bool[Array, "B T S"], Int[Array, "B S"], Int[Array, ""]]:
     """Who sees whom: the same segment, not later (so padding, segment 0, sees only padding)."""
     time = jnp.arange(segment_ids.shape[1])
     if cache is None:
         same = segment_ids[:, :, None] == segment_ids[:, None, :]
-        return same & (time[:, None] >= time), None, None
+        return same & (time[:, None] >= time), segment_ids, jnp.int32(0)
     columns = jax.lax.dynamic_update_slice_in_dim(cache.segment_ids, segment_ids, cache.length, axis=1)
     same = segment_ids[:, :, None] == columns[:, None, :]
     return same & (cache.length + time[:, None] >= jnp.arange(columns.shape[1])), columns, cache.length
@@ -234,7 +234,8 @@ def cached_hidden_states(
     cache: Cache,
 ) -> tuple[Float[Array, "B T D"], Cache]:
     """Final hidden states of the next tokens of each row, and the cache with them appended."""
-    return Decoder(config).apply({"params": params}, tokens, positions, segment_ids, cache)
+    result: Any = Decoder(config).apply({"params": params}, tokens, positions, segment_ids, cache)
+    return result
 
 
 def unembedding(config: ModelConfig, params: Params) -> Float[Array, "V D"]:

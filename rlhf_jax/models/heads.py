@@ -9,7 +9,7 @@ from rlhf_jax.models.decoder import init_params
 
 
 def init_scalar_head(config: ModelConfig, key: PRNGKeyArray) -> Params:
-    """A linear head of width D -> 1, with weights of variance 1 / (D + 1) (Stiennon et al. 2020, appendix B.1)."""
+    """A linear head D -> 1, weights of variance 1 / (D + 1) (Stiennon et al. 2020, appendix B.1)."""
     std = (config.width + 1) ** -0.5
     kernel = std * jax.random.normal(key, (config.width,), jnp.dtype(config.param_dtype))
     return {"kernel": kernel, "bias": jnp.zeros((), kernel.dtype)}

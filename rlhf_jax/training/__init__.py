@@ -1,0 +1,5 @@
+"""The one training loop, and the run folder that every stage writes and the next one reads."""
+
+from rlhf_jax.training.loop import Interrupted, LoopConfig, StepFn, run_loop
+
+__all__ = ["Interrupted", "LoopConfig", "StepFn", "run_loop"]

@@ -1,0 +1,117 @@
+"""Direct preference optimisation: a policy from pairs, against a frozen reference.
+
+    python experiments/dpo.py --out runs/dpo --init runs/sft
+    python experiments/dpo.py --out runs/mine --init runs/sft --data pairs.jsonl --beta 0.3
+
+Rows hold `prompt`, `chosen` and `rejected`: plain strings, or lists of messages.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import common
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from rlhf_jax import models
+from rlhf_jax.algorithms import preference
+from rlhf_jax.core.optimization import OptimizerConfig, make_optimizer
+from rlhf_jax.core.types import Params, ScoreFn
+from rlhf_jax.data.pipeline import BatchSampler
+from rlhf_jax.training import run_loop
+from rlhf_jax.training.runs import describe_run, write_model_files
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of direct preference optimisation.
+
+    Attributes:
+      init: run folder of the policy to start from, which is also the reference.
+      pairs: which preference pairs.
+      batch_size: pairs a step.
+      micro_batches: parts in which a batch is computed, to save memory.
+      learning_rate: at its peak.
+      beta: strength of the KL constraint, per nat.
+      reference: score pairs with the reference once and keep the numbers, or at every step with a second
+        model in memory. Both give the same training.
+    """
+
+    run: tyro.conf.OmitArgPrefixes[common.RunOptions]
+    init: str
+    pairs: tyro.conf.OmitArgPrefixes[common.PairOptions] = common.PairOptions()
+    optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", warmup_steps=10, final_share=0.1)
+    batch_size: int = 64
+    micro_batches: int = 1
+    learning_rate: float = 2e-4
+    beta: float = 0.1
+    reference: Literal["stored", "each_step"] = "stored"
+
+
+def reference_logp(
+    score_fn: ScoreFn, params: Params, pairs: common.Pairs, batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The reference's log-probs of all chosen and rejected responses, in nats."""
+    score = jax.jit(lambda *rows: preference.response_logp(score_fn, params, *rows))
+    parts = [score(*pairs.rows(indices)) for indices in common.parts(len(pairs), batch_size)]
+    chosen, rejected = (np.concatenate([np.asarray(x) for x in side]) for side in zip(*parts, strict=True))
+    return chosen[: len(pairs)], rejected[: len(pairs)]
+
+
+def run(options: Options) -> None:
+    """Trains, and leaves a run folder."""
+    seed = options.run.seed
+    model = common.load_policy(Path(options.init))
+    common.check_divides(options.micro_batches, options.batch_size, "micro-batches", "batch size")
+    train, held_out = common.load_pairs(options.pairs, model.tokenizer, seed)
+    sampler = BatchSampler(len(train), options.batch_size, seed)
+    common.announce(options.run, model, f"{len(train):,} pairs, {len(held_out):,} held out")
+    describe_run(options.run.out, common.to_json(options))
+    write_model_files(options.run.out, model.config, model.tokenizer, "policy")
+
+    score_fn = models.make_score_fn(model.config)
+    tx = make_optimizer(common.with_total_steps(options.optimizer, options.run.steps))
+    update_fn = preference.make_update(preference.Config(options.micro_batches), score_fn, tx)
+    hyper = preference.Hyper(jnp.float32(options.learning_rate), jnp.float32(options.beta))
+    ref_params = model.params
+
+    if options.reference == "stored":
+        stored = reference_logp(score_fn, ref_params, train, options.batch_size)
+        update = jax.jit(update_fn, donate_argnums=0)
+
+        def step(state: preference.State, number: int):
+            indices = sampler.indices(number)
+            ref_logp = (jnp.asarray(side[indices]) for side in stored)
+            return update(state, hyper, preference.Batch(*train.rows(indices), *ref_logp))
+    else:
+
+        @jax.jit
+        def score_and_update(state: preference.State, ref_params: Params, chosen, rejected):
+            return update_fn(state, hyper, preference.make_batch(score_fn, ref_params, chosen, rejected))
+
+        def step(state: preference.State, number: int):
+            return score_and_update(state, ref_params, *train.rows(sampler.indices(number)))
+
+    def accuracy(state: preference.State) -> dict[str, float]:
+        policy = reference_logp(score_fn, state.learner.params, held_out, options.batch_size)
+        ref = reference_logp(score_fn, ref_params, held_out, options.batch_size)
+        margins = options.beta * ((policy[0] - ref[0]) - (policy[1] - ref[1]))
+        return {"accuracy": float(np.mean(margins > 0)), "margin": float(np.mean(margins))}
+
+    run_loop(
+        preference.init(common.copied(model.params), tx, jax.random.key(seed)),
+        step,
+        options.run.loop(),
+        stage="dpo",
+        folder=options.run.out,
+        resume=options.run.resume,
+        run_config=common.to_json(options),
+        eval_fn=accuracy if len(held_out) else None,
+    )
+
+
+if __name__ == "__main__":
+    common.main(run, Options, __doc__)

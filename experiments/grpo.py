@@ -1,0 +1,129 @@
+"""GRPO: several answers to each prompt, scored by a verifier and compared with each other.
+
+    python experiments/grpo.py --out runs/grpo --init runs/sft
+    python experiments/grpo.py --out runs/mine --init runs/sft --data gsm8k.jsonl --max-new-tokens 256 \\
+        --rewards rlhf_jax.rewards.verifiers:gsm8k_reward my_rewards:short=0.1
+
+Rows hold `prompt`, `question` or `messages`; their other fields go to the reward functions by name.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import common
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from rlhf_jax import models
+from rlhf_jax.algorithms import group
+from rlhf_jax.core.optimization import OptimizerConfig, make_optimizer
+from rlhf_jax.core.types import Array, Float, Params, Rollout
+from rlhf_jax.data.pipeline import BatchSampler
+from rlhf_jax.generation import Sampling
+from rlhf_jax.training import run_loop
+from rlhf_jax.training.rollouts import make_generate_fn, make_reward_fn
+from rlhf_jax.training.runs import describe_run, write_model_files
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of GRPO.
+
+    Attributes:
+      init: run folder of the policy to start from, which is also the reference.
+      prompts: which prompts, and what their answers are worth.
+      batch_size: prompts a step.
+      group_size: answers to each.
+      epochs: passes over each batch of answers.
+      minibatches: optimizer steps in each pass.
+      micro_batches: parts in which a mini-batch is computed, to save memory.
+      learning_rate: at its peak.
+      temperature: of sampling; the scorer uses the same.
+      clip_low: how far below 1 a ratio may go.
+      clip_high: how far above 1.
+      kl_coef: weight of the KL to the reference in the loss.
+      entropy_coef: weight of the entropy bonus.
+    """
+
+    run: tyro.conf.OmitArgPrefixes[common.RunOptions]
+    init: str
+    prompts: tyro.conf.OmitArgPrefixes[common.PromptOptions] = common.PromptOptions()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    batch_size: int = 32
+    group_size: int = 8
+    epochs: int = 1
+    minibatches: int = 1
+    micro_batches: int = 1
+    learning_rate: float = 1e-4
+    temperature: float = 1.0
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    kl_coef: float = 0.02
+    entropy_coef: float = 0.0
+
+
+def run(options: Options) -> None:
+    """Trains, and leaves a run folder."""
+    seed, rows = options.run.seed, options.batch_size * options.group_size
+    common.check_divides(options.minibatches, rows, "minibatches", "batch size x group size")
+    common.check_divides(options.micro_batches, rows // options.minibatches, "micro-batches", "mini-batch")
+    model = common.load_policy(Path(options.init))
+    prompts, evaluate = common.load_prompts(options.prompts, model, seed)
+    sampler = BatchSampler(len(prompts), options.batch_size, seed)
+    reward_fn = make_reward_fn(options.prompts.rewards, model.tokenizer)
+    common.announce(options.run, model, f"{len(prompts):,} prompts")
+    describe_run(options.run.out, common.to_json(options))
+    write_model_files(options.run.out, model.config, model.tokenizer, "policy")
+
+    generate = make_generate_fn(
+        model.config,
+        model.tokenizer,
+        prompt_length=max(len(prompt.ids) for prompt in prompts),
+        max_new_tokens=options.prompts.max_new_tokens,
+        sampling=Sampling(temperature=options.temperature),
+    )
+    score_fn = models.make_score_fn(model.config, temperature=options.temperature)
+    steps = options.run.steps * options.epochs * options.minibatches
+    tx = make_optimizer(common.with_total_steps(options.optimizer, steps))
+    config = group.Config(options.group_size, options.epochs, options.minibatches, options.micro_batches)
+    update = group.make_update(config, score_fn, tx)
+    hyper = group.Hyper(
+        learning_rate=jnp.float32(options.learning_rate),
+        clip_low=options.clip_low,
+        clip_high=options.clip_high,
+        kl_coef=options.kl_coef,
+        entropy_coef=options.entropy_coef,
+    )
+    ref_params = model.params
+
+    def learn(state: group.State, ref_params: Params, rollout: Rollout, rewards: Float[Array, " B"]):
+        old_logp = score_fn(state.learner.params, rollout.sequences).logp
+        ref_logp = score_fn(ref_params, rollout.sequences).logp
+        batch, described = group.make_batch(config, rollout, rewards, old_logp, ref_logp)
+        state, metrics = update(state, hyper, batch)
+        return state, {**described, **metrics}
+
+    learn = jax.jit(learn, donate_argnums=0)
+    rollout_key = jax.random.key(seed + 1)
+
+    def step(state: group.State, number: int):
+        chosen = [prompts[i] for i in np.repeat(sampler.indices(number), options.group_size)]
+        rollout = generate(state.learner.params, chosen, jax.random.fold_in(rollout_key, number))
+        return learn(state, ref_params, rollout, jnp.asarray(reward_fn(rollout, chosen)))
+
+    run_loop(
+        group.init(common.copied(model.params), tx, jax.random.key(seed)),
+        step,
+        options.run.loop(),
+        stage="grpo",
+        folder=options.run.out,
+        resume=options.run.resume,
+        run_config=common.to_json(options),
+        eval_fn=evaluate and (lambda state: evaluate(state.learner.params, ref_params).metrics()),
+    )
+
+
+if __name__ == "__main__":
+    common.main(run, Options, __doc__)

@@ -1,0 +1,185 @@
+"""PPO with four models: policy, value, frozen reference and a reward (a trained model, or functions).
+
+    python experiments/ppo.py --out runs/ppo --init runs/sft --reward-model runs/rm
+    python experiments/ppo.py --out runs/mine --init runs/sft --reward-model runs/rm --data prompts.jsonl \\
+        --adaptive-kl --kl-target 4
+
+Rows hold `prompt`, `question` or `messages`; their other fields go to reward functions by name.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import common
+import jax
+import jax.numpy as jnp
+import tyro
+
+from rlhf_jax import models
+from rlhf_jax.algorithms import ppo
+from rlhf_jax.core.optimization import OptimizerConfig, make_optimizer
+from rlhf_jax.core.types import Array, Float, Params, Rollout
+from rlhf_jax.data.pipeline import BatchSampler
+from rlhf_jax.generation import Sampling
+from rlhf_jax.training import run_loop
+from rlhf_jax.training.rollouts import make_generate_fn, make_reward_fn
+from rlhf_jax.training.runs import describe_run, load_reward_model, write_model_files
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of PPO.
+
+    Attributes:
+      init: run folder of the policy to start from, which is also the reference.
+      reward_model: run folder of a reward model: the reward, and the start of the value model. Empty:
+        the reward is what `rewards` names, and the value model starts from the policy.
+      prompts: which prompts, and what their answers are worth in evaluation.
+      batch_size: prompts a step, one answer to each.
+      epochs: passes over each batch of answers.
+      minibatches: optimizer steps in each pass.
+      micro_batches: parts in which a mini-batch is computed, to save memory.
+      learning_rate: at its peak.
+      temperature: of sampling; the scorer uses the same.
+      clip: how far a ratio may go from 1.
+      value_clip: how far a value may move in one update, in units of reward.
+      value_coef: weight of the value loss.
+      entropy_coef: weight of the entropy bonus.
+      gamma: discount per token.
+      gae_lambda: lambda of GAE.
+      kl_coef: weight of the KL to the reference, taken from the reward at every token.
+      adaptive_kl: move that weight so that the KL stays near `kl_target`.
+      kl_target: nats per answer.
+      kl_horizon: answers over which the weight reacts.
+      missing_eos_penalty: taken from the reward of an answer that did not end.
+      max_kl: a mini-batch further than this from the old policy (nats per token) ends the update.
+      whiten_advantages: bring advantages to mean 0 and variance 1.
+      scale_rewards: divide rewards by the standard deviation of all rewards seen.
+    """
+
+    run: tyro.conf.OmitArgPrefixes[common.RunOptions]
+    init: str
+    reward_model: str = ""
+    prompts: tyro.conf.OmitArgPrefixes[common.PromptOptions] = common.PromptOptions()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    batch_size: int = 256
+    epochs: int = 2
+    minibatches: int = 4
+    micro_batches: int = 1
+    learning_rate: float = 2e-4
+    temperature: float = 1.0
+    clip: float = 0.2
+    value_clip: float = 0.5
+    value_coef: float = 0.5
+    entropy_coef: float = 0.0
+    gamma: float = 1.0
+    gae_lambda: float = 0.95
+    kl_coef: float = 0.05
+    adaptive_kl: bool = False
+    kl_target: float = 6.0
+    kl_horizon: float = 10_000.0
+    missing_eos_penalty: float = 1.0
+    max_kl: float = float("inf")
+    whiten_advantages: bool = True
+    scale_rewards: bool = False
+
+
+def initial_params(options: Options, policy: common.Model, key: jax.Array) -> Params:
+    """Policy and value model; the value model starts from the reward model where there is one."""
+    if options.reward_model:
+        reward_model = load_reward_model(Path(options.reward_model))
+        common.check_same_architecture(reward_model.config, policy.config, options.reward_model)
+        value = reward_model.params
+    else:
+        value = models.init_scalar_model(policy.config, key, policy.params)
+    return common.copied({"policy": policy.params, "value": value})
+
+
+def make_hyper(options: Options) -> ppo.Hyper:
+    """The numbers of `options` that a sweep could vary."""
+    return ppo.Hyper(
+        learning_rate=jnp.float32(options.learning_rate),
+        clip_low=options.clip,
+        clip_high=options.clip,
+        value_clip=options.value_clip,
+        value_coef=options.value_coef,
+        entropy_coef=options.entropy_coef,
+        gamma=options.gamma,
+        gae_lambda=options.gae_lambda,
+        kl_coef=options.kl_coef,
+        kl_target=options.kl_target,
+        kl_horizon=options.kl_horizon,
+        missing_eos_penalty=options.missing_eos_penalty,
+        max_kl=options.max_kl,
+    )
+
+
+def run(options: Options) -> None:
+    """Trains, and leaves a run folder."""
+    seed = options.run.seed
+    common.check_divides(options.minibatches, options.batch_size, "minibatches", "batch size")
+    common.check_divides(
+        options.micro_batches, options.batch_size // options.minibatches, "micro-batches", "mini-batch"
+    )
+    model = common.load_policy(Path(options.init))
+    prompts, evaluate = common.load_prompts(options.prompts, model, seed)
+    sampler = BatchSampler(len(prompts), options.batch_size, seed)
+    rewards = [options.reward_model] if options.reward_model else options.prompts.rewards
+    reward_fn = make_reward_fn(rewards, model.tokenizer)
+    common.announce(options.run, model, f"{len(prompts):,} prompts, rewards from {', '.join(rewards)}")
+    describe_run(options.run.out, common.to_json(options))
+    write_model_files(options.run.out, model.config, model.tokenizer, "actor_critic")
+
+    generate = make_generate_fn(
+        model.config,
+        model.tokenizer,
+        prompt_length=max(len(prompt.ids) for prompt in prompts),
+        max_new_tokens=options.prompts.max_new_tokens,
+        sampling=Sampling(temperature=options.temperature),
+    )
+    config = ppo.Config(
+        epochs=options.epochs,
+        minibatches=options.minibatches,
+        micro_batches=options.micro_batches,
+        whiten_advantages=options.whiten_advantages,
+        adaptive_kl=options.adaptive_kl,
+        scale_rewards=options.scale_rewards,
+    )
+    score_fn = models.make_actor_critic_fn(model.config, temperature=options.temperature)
+    ref_score_fn = models.make_score_fn(model.config, temperature=options.temperature)
+    steps = options.run.steps * options.epochs * options.minibatches
+    tx = make_optimizer(common.with_total_steps(options.optimizer, steps))
+    update = ppo.make_update(config, score_fn, tx)
+    hyper, ref_params = make_hyper(options), model.params
+
+    def learn(state: ppo.State, ref_params: Params, rollout: Rollout, rewards: Float[Array, " B"]):
+        score = score_fn(state.learner.params, rollout.sequences)
+        ref_logp = ref_score_fn(ref_params, rollout.sequences).logp
+        state, batch, described = ppo.language_batch(config, state, hyper, rollout, score, ref_logp, rewards)
+        state, metrics = update(state, hyper, batch)
+        return state, {**described, **metrics}
+
+    learn = jax.jit(learn, donate_argnums=0)
+    rollout_key = jax.random.key(seed + 1)
+
+    def step(state: ppo.State, number: int):
+        chosen = [prompts[i] for i in sampler.indices(number)]
+        policy = state.learner.params["policy"]
+        rollout = generate(policy, chosen, jax.random.fold_in(rollout_key, number))
+        return learn(state, ref_params, rollout, jnp.asarray(reward_fn(rollout, chosen)))
+
+    value_key, state_key = jax.random.split(jax.random.key(seed))
+    run_loop(
+        ppo.init(initial_params(options, model, value_key), tx, state_key, hyper),
+        step,
+        options.run.loop(),
+        stage="ppo",
+        folder=options.run.out,
+        resume=options.run.resume,
+        run_config=common.to_json(options),
+        eval_fn=evaluate and (lambda state: evaluate(state.learner.params["policy"], ref_params).metrics()),
+    )
+
+
+if __name__ == "__main__":
+    common.main(run, Options, __doc__)

@@ -1,0 +1,99 @@
+"""A reward model from preference pairs, starting from the body of a policy.
+
+    python experiments/reward_model.py --out runs/rm --init runs/sft
+    python experiments/reward_model.py --out runs/rm2 --init runs/sft \\
+        --data pairs.jsonl --eval-data held_out.jsonl
+
+Rows hold `prompt`, `chosen` and `rejected`: plain strings, or lists of messages.
+"""
+
+import dataclasses
+
+import common
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from rlhf_jax import models
+from rlhf_jax.algorithms import reward
+from rlhf_jax.core.optimization import OptimizerConfig, make_optimizer
+from rlhf_jax.data.pipeline import BatchSampler
+from rlhf_jax.training import run_loop
+from rlhf_jax.training.runs import describe_run, write_model_files
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of reward modelling.
+
+    Attributes:
+      pairs: which preference pairs.
+      tokenizer: folder or tokenizer.json; empty for that of `init`.
+      init: run folder of the policy whose body is taken; empty for a new model.
+      batch_size: pairs a step.
+      micro_batches: parts in which a batch is computed, to save memory.
+      learning_rate: at its peak.
+      margin: by how much the chosen score must lead, in units of reward.
+      centring: weight of (chosen + rejected)^2, which keeps scores near 0.
+    """
+
+    run: tyro.conf.OmitArgPrefixes[common.RunOptions]
+    pairs: tyro.conf.OmitArgPrefixes[common.PairOptions] = common.PairOptions()
+    model: common.ModelOptions = common.ModelOptions()
+    optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", warmup_steps=10, final_share=0.1)
+    tokenizer: str = ""
+    init: str = ""
+    batch_size: int = 64
+    micro_batches: int = 1
+    learning_rate: float = 5e-4
+    margin: float = 0.0
+    centring: float = 0.01
+
+
+def run(options: Options) -> None:
+    """Trains, and leaves a run folder."""
+    seed = options.run.seed
+    model = common.starting_model(options.init, options.tokenizer, options.pairs.data, options.model, seed)
+    common.check_divides(options.micro_batches, options.batch_size, "micro-batches", "batch size")
+    train, held_out = common.load_pairs(options.pairs, model.tokenizer, seed)
+    sampler = BatchSampler(len(train), options.batch_size, seed)
+    common.announce(options.run, model, f"{len(train):,} pairs, {len(held_out):,} held out")
+    describe_run(options.run.out, common.to_json(options))
+    write_model_files(options.run.out, model.config, model.tokenizer, "reward_model")
+
+    reward_fn = models.make_reward_fn(model.config)
+    tx = make_optimizer(common.with_total_steps(options.optimizer, options.run.steps))
+    update = jax.jit(
+        reward.make_update(reward.Config(options.micro_batches), reward_fn, tx), donate_argnums=0
+    )
+    hyper = reward.Hyper(*(jnp.float32(x) for x in (options.learning_rate, options.margin, options.centring)))
+    score = jax.jit(lambda params, pairs: reward.score_pairs(reward_fn, params, pairs))
+
+    def step(state: reward.State, number: int):
+        return update(state, hyper, reward.Pairs(*train.rows(sampler.indices(number))))
+
+    def accuracy(state: reward.State) -> dict[str, float]:
+        leads = []
+        for indices in common.parts(len(held_out), options.batch_size):
+            chosen, rejected = score(state.learner.params, reward.Pairs(*held_out.rows(indices)))
+            leads.append(np.asarray(chosen - rejected))
+        margins = np.concatenate(leads)[: len(held_out)]
+        return {"pair_accuracy": float(np.mean(margins > 0)), "margin": float(np.mean(margins))}
+
+    init_key, state_key = jax.random.split(jax.random.key(seed))
+    params = models.init_scalar_model(model.config, init_key, common.copied(model.params))
+    run_loop(
+        reward.init(params, tx, state_key),
+        step,
+        options.run.loop(),
+        stage="reward_model",
+        folder=options.run.out,
+        resume=options.run.resume,
+        run_config=common.to_json(options),
+        eval_fn=accuracy if len(held_out) else None,
+    )
+
+
+if __name__ == "__main__":
+    common.main(run, Options, __doc__)

@@ -1,0 +1,259 @@
+"""Proximal policy optimisation (Schulman et al. 2017), for language models and for control alike.
+
+`make_update` knows nothing of tokens: it gets log-probs, values, advantages and returns of a batch of
+rows, and a score function. `language_batch` is the part that is RLHF: a reward for the whole answer, a KL
+penalty at every token, whitening, and the penalty's controller (Ziegler et al. 2019; Stiennon et al. 2020).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rlhf_jax.core.masks import last_unmasked_index, masked_mean, masked_sum
+from rlhf_jax.core.minibatches import scan_minibatches
+from rlhf_jax.core.optimization import Learner, accumulate_gradients, apply_gradients, init_learner
+from rlhf_jax.core.trees import pytree_dataclass
+from rlhf_jax.core.types import (
+    Array,
+    Bool,
+    Float,
+    Metrics,
+    Params,
+    PRNGKeyArray,
+    Rollout,
+    Scalar,
+    Score,
+    ScoreFn,
+)
+from rlhf_jax.kernels.controllers import adaptive_kl_update
+from rlhf_jax.kernels.returns import generalized_advantage_estimation
+from rlhf_jax.kernels.whitening import (
+    Moments,
+    batch_moments,
+    init_moments,
+    merge_moments,
+    normalize,
+    whiten,
+)
+from rlhf_jax.losses.policy import ppo_clip_loss
+from rlhf_jax.losses.reductions import Reduction, token_mean
+from rlhf_jax.losses.value import clipped_value_loss
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Static choices.
+
+    Attributes:
+      epochs: passes over each batch.
+      minibatches: optimizer steps in each pass; divides the rows of a batch.
+      micro_batches: parts in which a mini-batch is computed; changes memory, not the result.
+      whiten_advantages: bring advantages to mean 0 and variance 1 over the batch.
+      adaptive_kl: move the KL coefficient so that the KL stays near `Hyper.kl_target`.
+      scale_rewards: divide rewards by the running standard deviation of all rewards seen.
+      reduce: how tokens become one number.
+    """
+
+    epochs: int = 2
+    minibatches: int = 4
+    micro_batches: int = 1
+    whiten_advantages: bool = True
+    adaptive_kl: bool = False
+    scale_rewards: bool = False
+    reduce: Reduction = token_mean
+
+
+@pytree_dataclass
+class Hyper:
+    """What a sweep may vary.
+
+    Attributes:
+      clip_low: how far below 1 a ratio may go.
+      clip_high: how far above 1.
+      value_clip: how far a value may move in one update; infinity for no bound.
+      value_coef: weight of the value loss.
+      entropy_coef: weight of the entropy bonus.
+      gamma: discount per step.
+      gae_lambda: lambda of GAE.
+      kl_coef: weight of the per-token KL penalty in the reward; where the adaptive controller starts.
+      kl_target: KL per answer in nats that the controller aims at.
+      kl_horizon: answers over which the controller reacts.
+      missing_eos_penalty: taken from the reward of an answer that did not end.
+      max_kl: a mini-batch whose KL from the old policy (nats per token) is above this ends the update.
+    """
+
+    learning_rate: Scalar = 1e-4
+    clip_low: Scalar = 0.2
+    clip_high: Scalar = 0.2
+    value_clip: Scalar = 0.2
+    value_coef: Scalar = 0.5
+    entropy_coef: Scalar = 0.0
+    gamma: Scalar = 1.0
+    gae_lambda: Scalar = 0.95
+    kl_coef: Scalar = 0.05
+    kl_target: Scalar = 6.0
+    kl_horizon: Scalar = 10_000.0
+    missing_eos_penalty: Scalar = 1.0
+    max_kl: Scalar = jnp.inf
+
+
+@pytree_dataclass
+class State:
+    """All that a resume needs.
+
+    Attributes:
+      kl_coef: the KL penalty's weight as the controller left it.
+      reward_moments: of all rewards seen, for their scaling.
+    """
+
+    learner: Learner
+    key: PRNGKeyArray
+    kl_coef: Float[Array, ""]
+    reward_moments: Moments
+
+
+@pytree_dataclass
+class Batch:
+    """Rows of experience, [B, T] each.
+
+    Attributes:
+      inputs: whatever the score function takes; leaves share the first axis B.
+      mask: actions that count.
+      old_logp: log-probs under the policy at the start of the update.
+      old_values: values at the start of the update.
+    """
+
+    inputs: Any
+    mask: Bool[Array, "B T"]
+    old_logp: Float[Array, "B T"]
+    old_values: Float[Array, "B T"]
+    advantages: Float[Array, "B T"]
+    returns: Float[Array, "B T"]
+
+
+def init(params: Params, tx: optax.GradientTransformation, key: PRNGKeyArray, hyper: Hyper) -> State:
+    """The state at step 0."""
+    return State(init_learner(params, tx), key, jnp.asarray(hyper.kl_coef, jnp.float32), init_moments())
+
+
+def make_update(
+    config: Config, score_fn: ScoreFn, tx: optax.GradientTransformation
+) -> Callable[[State, Hyper, Batch], tuple[State, Metrics]]:
+    """`update(state, hyper, batch) -> (state, metrics)`: all epochs over one batch."""
+
+    def update(state: State, hyper: Hyper, batch: Batch) -> tuple[State, Metrics]:
+        key, shuffle_key = jax.random.split(state.key)
+
+        def step(learner: Learner, part: Batch):
+            denominator = config.reduce.total(part.mask)
+
+            def loss_fn(params: Params, rows: Batch):
+                return _loss(config, hyper, score_fn(params, rows.inputs), rows, denominator)
+
+            gradients, loss, metrics = accumulate_gradients(
+                loss_fn, learner.params, part, micro_batches=config.micro_batches
+            )
+            learner, guard = apply_gradients(
+                learner, gradients, tx, learning_rate=hyper.learning_rate, loss=loss
+            )
+            return learner, {**metrics, **guard}, metrics["approx_kl"] > hyper.max_kl
+
+        learner, metrics = scan_minibatches(
+            step,
+            state.learner,
+            batch,
+            shuffle_key,
+            epochs=config.epochs,
+            minibatches=config.minibatches,
+        )
+        return dataclasses.replace(state, learner=learner, key=key), metrics
+
+    return update
+
+
+def _loss(
+    config: Config, hyper: Hyper, score: Score, rows: Batch, denominator: Scalar
+) -> tuple[Float[Array, ""], Metrics]:
+    """Clipped policy loss + value loss - entropy bonus (Schulman et al. 2017, eq. 9)."""
+    reduction = {"reduce": config.reduce, "denominator": denominator}
+    policy_loss, policy_metrics = ppo_clip_loss(
+        score.logp,
+        rows.old_logp,
+        rows.advantages,
+        rows.mask,
+        clip_low=hyper.clip_low,
+        clip_high=hyper.clip_high,
+        **reduction,
+    )
+    value_loss, value_metrics = clipped_value_loss(
+        score.value, rows.old_values, rows.returns, rows.mask, clip=hyper.value_clip, **reduction
+    )
+    entropy = config.reduce(score.entropy, rows.mask, denominator=denominator)
+    loss = policy_loss + hyper.value_coef * value_loss - hyper.entropy_coef * entropy
+    return loss, {"loss": loss, "entropy": entropy, **policy_metrics, **value_metrics}
+
+
+def language_batch(
+    config: Config,
+    state: State,
+    hyper: Hyper,
+    rollout: Rollout,
+    score: Score,
+    ref_logp: Float[Array, "B T"],
+    rewards: Float[Array, "B"],
+) -> tuple[State, Batch, Metrics]:
+    """Turns sampled answers into a PPO batch; moves the KL controller and the reward moments.
+
+        r_t = -kl_coef (logp_t - ref_logp_t) + [t = last] (reward - penalty if unfinished)
+
+    Args:
+      score: of the rollout under the policy that sampled it, with values.
+      ref_logp: of the same tokens under the frozen reference.
+      rewards: of whole answers.
+
+    Returns:
+      (state, batch, metrics). `kl` is the mean over answers of the summed log-ratio to the reference, in
+      nats; `mismatch` the mean |delta log-prob| between sampler and scorer, in nats per token.
+    """
+    mask = rollout.sequences.mask
+    moments = merge_moments(state.reward_moments, batch_moments(rewards, jnp.ones_like(rewards, bool)))
+    scaled = normalize(rewards, moments, shift_mean=False) if config.scale_rewards else rewards
+    outcome = scaled - hyper.missing_eos_penalty * ~rollout.finished
+    log_ratio = jnp.where(mask, score.logp - ref_logp, 0)
+    is_last = jnp.arange(mask.shape[1]) == last_unmasked_index(mask)[:, None]
+    token_rewards = jnp.where(is_last, outcome[:, None], 0) - state.kl_coef * log_ratio
+    advantages, returns = generalized_advantage_estimation(
+        token_rewards,
+        score.value,
+        jnp.where(is_last, 0.0, hyper.gamma),
+        jnp.zeros_like(outcome),
+        mask,
+        gae_lambda=hyper.gae_lambda,
+    )
+    raw_std = jnp.sqrt(masked_mean(advantages**2, mask) - masked_mean(advantages, mask) ** 2)
+    if config.whiten_advantages:
+        advantages = whiten(advantages, mask)
+    kl = jnp.mean(jnp.sum(log_ratio, axis=1))
+    kl_coef = state.kl_coef
+    if config.adaptive_kl:
+        kl_coef = adaptive_kl_update(
+            kl_coef, kl, target=hyper.kl_target, horizon=hyper.kl_horizon, num_steps=mask.shape[0]
+        )
+    metrics = {
+        "kl": kl,
+        "kl_coef": state.kl_coef,
+        "reward": jnp.mean(rewards),
+        "reward_std": jnp.std(rewards),
+        "penalised_reward": jnp.mean(jnp.sum(token_rewards, axis=1)),
+        "advantage_std": raw_std,
+        "length": jnp.mean(jnp.sum(mask, axis=1)),
+        "finished": jnp.mean(rollout.finished),
+        "mismatch": masked_mean(jnp.abs(score.logp - rollout.logp), mask),
+        "tokens": masked_sum(jnp.ones_like(mask, jnp.int32), mask),
+    }
+    batch = Batch(rollout.sequences, mask, score.logp, score.value, advantages, returns)
+    return dataclasses.replace(state, kl_coef=kl_coef, reward_moments=moments), batch, metrics

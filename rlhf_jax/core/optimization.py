@@ -1,0 +1,161 @@
+"""What every update shares: the learner's state, gradient accumulation, and a guarded optimizer step."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.trees import pytree_dataclass, tree_add, tree_all_finite, tree_where
+from rlhf_jax.core.types import Array, Float, Int, Metrics, Params, Scalar
+
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW behind gradient clipping; the learning rate itself is a `Hyper`, so that sweeps can vary it.
+
+    Attributes:
+      schedule: how the learning rate decays from 1 x to `final_share` x its value.
+      warmup_steps: optimizer steps of linear warm-up from 0.
+      total_steps: optimizer steps until the end of the decay; needed by every schedule but constant.
+      final_share: share of the learning rate left at the end.
+      clip_norm: bound of the gradients' global norm.
+      weight_decay: decoupled, on matrices only.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      epsilon: added to the root of the second moment.
+    """
+
+    schedule: Schedule = "constant"
+    warmup_steps: int = 0
+    total_steps: int = 0
+    final_share: float = 0.0
+    clip_norm: float = 1.0
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.95
+    epsilon: float = 1e-8
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """The optax chain of `config`; its updates are for a learning rate of 1."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.scale_by_adam(config.b1, config.b2, config.epsilon),
+        optax.add_decayed_weights(
+            config.weight_decay, mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+        ),
+        optax.scale_by_schedule(_share_of_learning_rate(config)),
+    )
+
+
+def _share_of_learning_rate(config: OptimizerConfig) -> optax.Schedule:
+    warmup = optax.linear_schedule(0.0, 1.0, config.warmup_steps) if config.warmup_steps else None
+    if config.schedule == "constant":
+        return (
+            optax.join_schedules([warmup, optax.constant_schedule(1.0)], [config.warmup_steps])
+            if warmup
+            else (optax.constant_schedule(1.0))
+        )
+    decay_steps = config.total_steps - config.warmup_steps
+    if decay_steps <= 0:
+        raise UserError(
+            f"Optimizer: schedule={config.schedule} needs total_steps ({config.total_steps}) above "
+            f"warmup_steps ({config.warmup_steps}): set both, or use schedule=constant."
+        )
+    if config.schedule == "linear":
+        decay = optax.linear_schedule(1.0, config.final_share, decay_steps)
+    else:
+        decay = optax.cosine_decay_schedule(1.0, decay_steps, config.final_share)
+    return optax.join_schedules([warmup, decay], [config.warmup_steps]) if warmup else decay
+
+
+@pytree_dataclass
+class Learner:
+    """Parameters and all that an optimizer step changes with them.
+
+    Attributes:
+      params: what is trained.
+      opt_state: optax's state.
+      steps: optimizer steps applied.
+      skipped: steps left out because loss or gradients were not finite.
+      skipped_in_a_row: of those, the latest unbroken run.
+    """
+
+    params: Params
+    opt_state: Any
+    steps: Int[Array, ""]
+    skipped: Int[Array, ""]
+    skipped_in_a_row: Int[Array, ""]
+
+
+def init_learner(params: Params, tx: optax.GradientTransformation) -> Learner:
+    """A learner at step 0."""
+    return Learner(params, tx.init(params), jnp.int32(0), jnp.int32(0), jnp.int32(0))
+
+
+def apply_gradients(
+    learner: Learner,
+    gradients: Params,
+    tx: optax.GradientTransformation,
+    *,
+    learning_rate: Scalar,
+    loss: Float[Array, ""],
+) -> tuple[Learner, Metrics]:
+    """One optimizer step; left out, and counted, when the loss or any gradient is not finite.
+
+    The choice is a `where` over whole trees, so not one NaN reaches parameters or moments.
+    """
+    finite = tree_all_finite(gradients) & jnp.isfinite(loss)
+    safe = jax.tree.map(lambda g: jnp.where(finite, g, 0).astype(g.dtype), gradients)
+    updates, opt_state = tx.update(safe, learner.opt_state, learner.params)
+    updates = jax.tree.map(lambda u: (-learning_rate * u).astype(u.dtype), updates)
+    params = optax.apply_updates(learner.params, updates)
+    skip = jnp.where(finite, 0, 1)
+    new = Learner(
+        params=tree_where(finite, params, learner.params),
+        opt_state=tree_where(finite, opt_state, learner.opt_state),
+        steps=learner.steps + 1 - skip,
+        skipped=learner.skipped + skip,
+        skipped_in_a_row=jnp.where(finite, 0, learner.skipped_in_a_row + 1),
+    )
+    metrics = {
+        "gradient_norm": optax.global_norm(gradients),
+        "skipped": new.skipped,
+        "skipped_in_a_row": new.skipped_in_a_row,
+    }
+    return new, metrics
+
+
+LossFn = Callable[[Params, Any], tuple[Float[Array, ""], Metrics]]
+
+
+def accumulate_gradients(
+    loss_fn: LossFn, params: Params, batch: Any, *, micro_batches: int = 1
+) -> tuple[Params, Float[Array, ""], Metrics]:
+    """Gradients, loss and metrics of a batch, computed `1 / micro_batches` of its rows at a time.
+
+    `loss_fn(params, part)` must divide by the denominator of the *whole* batch; then parts sum to exactly
+    what the whole would give, metrics included.
+
+    Args:
+      batch: a pytree whose leaves share a first axis that `micro_batches` divides.
+    """
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+    if micro_batches == 1:
+        (loss, metrics), gradients = value_and_grad(params, batch)
+        return gradients, loss, metrics
+    parts = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch)
+
+    def step(total: Any, part: Any) -> tuple[Any, None]:
+        return tree_add(total, value_and_grad(params, part)), None
+
+    shapes = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    ((loss, metrics), gradients), _ = jax.lax.scan(step, zeros, parts)
+    return gradients, loss, metrics

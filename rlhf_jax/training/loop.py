@@ -1,0 +1,168 @@
+"""The one training loop: state in, state out; it logs, evaluates, saves, resumes and stops cleanly.
+
+A step is atomic: whatever it samples or buffers lives and dies within it, and its inputs are functions of
+the step's number and of the state. The state saved between two steps is therefore all that a resume needs,
+and a run that was killed continues bit for bit as one that was not.
+"""
+
+import dataclasses
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+
+from rlhf_jax.checkpoint import CheckpointManager
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.types import Metrics
+from rlhf_jax.metrics.progress import Progress
+from rlhf_jax.metrics.writers import MetricsWriter
+
+State = TypeVar("State")
+StepFn = Callable[[State, int], tuple[State, Metrics]]
+EvalFn = Callable[[State], Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """How often the loop does what.
+
+    Attributes:
+      steps: steps in all, those before a resume included.
+      save_every: steps between checkpoints; one is always saved at the end.
+      eval_every: steps between evaluations, 0 for none before the end.
+      keep: newest checkpoints that are kept.
+      max_skipped_in_a_row: give up after this many steps in a row were not finite.
+      quiet: show no progress.
+    """
+
+    steps: int
+    save_every: int = 100
+    eval_every: int = 0
+    keep: int = 2
+    max_skipped_in_a_row: int = 10
+    quiet: bool = False
+
+
+class Interrupted(Exception):
+    """The loop was asked to stop, and saved.
+
+    Attributes:
+      signal_number: SIGINT or SIGTERM.
+      step: the last step done, which the newest checkpoint holds.
+    """
+
+    def __init__(self, signal_number: int, step: int) -> None:
+        super().__init__(f"stopped after step {step}")
+        self.signal_number, self.step = signal_number, step
+
+
+def run_loop(
+    state: State,
+    step_fn: StepFn[State],
+    config: LoopConfig,
+    *,
+    stage: str,
+    folder: Path,
+    resume: bool = False,
+    run_config: dict[str, Any] | None = None,
+    eval_fn: EvalFn[State] | None = None,
+) -> State:
+    """Runs `step_fn` until `config.steps` steps are done.
+
+    Args:
+      state: the state at step 0; donated to `step_fn` if that is jitted so.
+      step_fn: (state, step) -> (state, metrics), with steps counted from 0. A metric `tokens` becomes a
+        rate; `skipped_in_a_row` above the limit ends the run with an error.
+      stage: the name of the metrics' lines and of the progress bar.
+      folder: `folder/checkpoints`, `folder/metrics.jsonl` and `folder/tensorboard` are written.
+      resume: go on from the newest whole checkpoint, if there is one.
+      run_config: kept in each checkpoint's manifest.
+      eval_fn: state -> numbers, logged as `eval/NAME`.
+
+    Raises:
+      UserError: the folder holds checkpoints and `resume` is False; too many steps were not finite.
+      Interrupted: on SIGINT or SIGTERM, after the step under way was finished and saved.
+    """
+    with CheckpointManager(folder / "checkpoints", keep=config.keep, config=run_config) as checkpoints:
+        start, state = _restore(state, checkpoints, folder, resume)
+        with (
+            MetricsWriter(folder, stage=stage, resume_step=start) as writer,
+            Progress(stage, config.steps, completed=start, quiet=config.quiet) as progress,
+            _signals() as received,
+        ):
+            for step in range(start, config.steps):
+                began = time.perf_counter()
+                state, metrics = step_fn(state, step)
+                metrics = jax.device_get(dict(metrics))
+                done, seconds = step + 1, time.perf_counter() - began
+                _stop_if_diverged(metrics, config, done, folder)
+                if _is_due(done, config.eval_every, config.steps) and eval_fn is not None:
+                    metrics |= {f"eval/{name}": value for name, value in eval_fn(state).items()}
+                writer.write(done, metrics | _timings(metrics, seconds))
+                progress.update(done, metrics)
+                if received or _is_due(done, config.save_every, config.steps):
+                    checkpoints.save(done, state, wait=bool(received))
+                if received:
+                    raise Interrupted(received[0], done)
+    return state
+
+
+def _restore(state: State, checkpoints: CheckpointManager, folder: Path, resume: bool) -> tuple[int, State]:
+    if checkpoints.latest_step() is None:
+        return 0, state
+    if not resume:
+        raise UserError(
+            f"{folder} already holds a run at step {checkpoints.latest_step()}: "
+            "add --resume to go on with it, or choose another --out"
+        )
+    start, state, _ = checkpoints.restore(state)
+    return start, state
+
+
+def _is_due(done: int, every: int, steps: int) -> bool:
+    return done == steps or (every > 0 and done % every == 0)
+
+
+def _timings(metrics: Mapping[str, Any], seconds: float) -> dict[str, float]:
+    rates = {"time/step_seconds": seconds}
+    if "tokens" in metrics:
+        rates["time/tokens_per_second"] = float(metrics["tokens"]) / seconds
+    return rates
+
+
+def _stop_if_diverged(metrics: Mapping[str, Any], config: LoopConfig, done: int, folder: Path) -> None:
+    in_a_row = int(metrics.get("skipped_in_a_row", 0))
+    if in_a_row >= config.max_skipped_in_a_row:
+        raise UserError(
+            f"step {done}: loss or gradients were not finite {in_a_row} times in a row, so training stopped "
+            f"(the checkpoints in {folder / 'checkpoints'} are untouched): lower the learning rate or look "
+            "for bad rows in the data"
+        )
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM; a second one of them takes its usual course."""
+    received: list[int] = []
+    watched = (signal.SIGINT, signal.SIGTERM)
+    try:
+        previous: dict[int, Any] = {int(number): signal.getsignal(number) for number in watched}
+
+        def note(number: int, _: Any) -> None:
+            received.append(number)
+            signal.signal(number, previous[number])
+
+        for number in watched:
+            signal.signal(number, note)
+    except ValueError:  # not the main thread: signals are someone else's business
+        yield received
+        return
+    try:
+        yield received
+    finally:
+        for number in watched:
+            signal.signal(number, previous[number])

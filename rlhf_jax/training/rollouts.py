@@ -1,0 +1,214 @@
+"""Prompts in, sampled completions and their rewards out: the part of RL that touches text."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax import models
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.types import Params, PRNGKeyArray, Rollout
+from rlhf_jax.data.examples import PromptExample
+from rlhf_jax.data.packing import left_pad
+from rlhf_jax.data.tokenizers import Tokenizer
+from rlhf_jax.generation import Sampling, generate
+from rlhf_jax.rewards.functions import call_reward, load_reward
+from rlhf_jax.training.runs import load_reward_model
+
+GenerateFn = Callable[[Params, Sequence[PromptExample], PRNGKeyArray], Rollout]
+RewardTerm = Callable[[Rollout, Sequence[PromptExample], Sequence[str]], np.ndarray]
+
+
+def make_generate_fn(
+    config: models.ModelConfig,
+    tokenizer: Tokenizer,
+    *,
+    prompt_length: int,
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),
+) -> GenerateFn:
+    """`generate(params, prompts, key) -> Rollout`, compiled once for each number of prompts.
+
+    Args:
+      prompt_length: P; longer prompts are refused.
+    """
+    prefill, decode = models.make_decode_fns(config)
+    compiled = jax.jit(
+        functools.partial(
+            generate,
+            prefill,
+            decode,
+            max_new_tokens=max_new_tokens,
+            eos_id=tokenizer.eos_id,
+            pad_id=tokenizer.pad_id,
+        )
+    )
+
+    def run(params: Params, prompts: Sequence[PromptExample], key: PRNGKeyArray) -> Rollout:
+        tokens, mask = left_pad([prompt.ids for prompt in prompts], prompt_length, pad_id=tokenizer.pad_id)
+        return compiled(params, tokens, mask, key, sampling=sampling)
+
+    return run
+
+
+def completion_texts(tokenizer: Tokenizer, rollout: Rollout) -> list[str]:
+    """What was sampled in each row, without the end-of-sequence token."""
+    tokens, mask = jax.device_get((rollout.sequences.tokens, rollout.sequences.mask))
+    return [tokenizer.decode(row[kept].tolist()) for row, kept in zip(tokens, mask, strict=True)]
+
+
+# Rewards -------------------------------------------------------------------------------------------
+
+
+def make_reward_fn(
+    specs: Sequence[str], tokenizer: Tokenizer
+) -> Callable[[Rollout, Sequence[PromptExample]], np.ndarray]:
+    """`reward(rollout, prompts) -> [B]`, the weighted sum of what `specs` name.
+
+    Args:
+      specs: each `module:function` or the folder of a reward-model run, with `=WEIGHT` behind it where
+        the weight is not 1.
+
+    Raises:
+      UserError: there is no such function or run, or a weight is no number.
+    """
+    if not specs:
+        raise UserError("no reward is given: name one, such as --rewards my_rewards:exact_match")
+    terms = [(_make_term(name, tokenizer), weight) for name, weight in map(_split_weight, specs)]
+
+    def reward(rollout: Rollout, prompts: Sequence[PromptExample]) -> np.ndarray:
+        completions = completion_texts(tokenizer, rollout)
+        return np.sum([weight * term(rollout, prompts, completions) for term, weight in terms], axis=0)
+
+    return reward
+
+
+def _split_weight(spec: str) -> tuple[str, float]:
+    name, equals, weight = spec.rpartition("=")
+    if not equals:
+        return spec, 1.0
+    try:
+        return name, float(weight)
+    except ValueError:
+        raise UserError(f"reward {spec!r}: {weight!r} is no weight, write for example {name}=0.5") from None
+
+
+def _make_term(name: str, tokenizer: Tokenizer) -> RewardTerm:
+    if ":" not in name or Path(name).is_dir():
+        return _model_term(Path(name), tokenizer)
+    reward_fn = load_reward(name)
+
+    def term(rollout: Rollout, prompts: Sequence[PromptExample], completions: Sequence[str]) -> np.ndarray:
+        names = {name for prompt in prompts for name in prompt.fields} - {"prompt"}
+        fields: dict[str, Any] = {name: [p.fields.get(name) for p in prompts] for name in sorted(names)}
+        fields["finished"] = np.asarray(rollout.finished).tolist()
+        texts = [prompt.text for prompt in prompts]
+        return call_reward(reward_fn, texts, completions, fields, where=[p.where for p in prompts])
+
+    return term
+
+
+def _model_term(folder: Path, tokenizer: Tokenizer) -> RewardTerm:
+    model = load_reward_model(folder)
+    if model.tokenizer.vocab_size != tokenizer.vocab_size:
+        raise UserError(
+            f"{folder}: the reward model's tokenizer has {model.tokenizer.vocab_size} tokens, the policy's "
+            f"{tokenizer.vocab_size}: train the reward model from a policy with the same tokenizer"
+        )
+    score = jax.jit(models.make_reward_fn(model.config))
+
+    def term(rollout: Rollout, _: Sequence[PromptExample], __: Sequence[str]) -> np.ndarray:
+        return np.asarray(score(model.params, rollout.sequences))
+
+    return term
+
+
+# Evaluation ----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What held-out prompts say of a policy.
+
+    Attributes:
+      score: mean reward of the most likely completions.
+      sampled_score: mean reward of completions sampled at temperature 1.
+      kl: KL(policy || reference) in nats per completion, estimated from the sampled ones.
+      length: mean tokens of the most likely completions.
+      finished: share of them that ended by themselves.
+      completions: their texts, in the order of the prompts.
+      rewards: their rewards.
+    """
+
+    score: float
+    sampled_score: float
+    kl: float
+    length: float
+    finished: float
+    completions: list[str]
+    rewards: np.ndarray
+
+    def metrics(self) -> dict[str, float]:
+        """The numbers, for the log."""
+        return {
+            "score": self.score,
+            "sampled_score": self.sampled_score,
+            "kl": self.kl,
+            "length": self.length,
+            "finished": self.finished,
+        }
+
+
+def make_evaluate_fn(
+    config: models.ModelConfig,
+    tokenizer: Tokenizer,
+    prompts: Sequence[PromptExample],
+    reward_fn: Callable[[Rollout, Sequence[PromptExample]], np.ndarray],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 256,
+) -> Callable[[Params, Params | None], Evaluation]:
+    """`evaluate(params, ref_params) -> Evaluation` on fixed prompts, with fixed keys."""
+    length = max(len(prompt.ids) for prompt in prompts)
+    make = functools.partial(
+        make_generate_fn, config, tokenizer, prompt_length=length, max_new_tokens=max_new_tokens
+    )
+    sample, decode = make(), make(sampling=Sampling(temperature=0.0))
+    score_fn = models.make_score_fn(config)
+
+    @jax.jit
+    def total_kl(params: Params, ref_params: Params, rollout: Rollout) -> jax.Array:
+        log_ratio = score_fn(params, rollout.sequences).logp - score_fn(ref_params, rollout.sequences).logp
+        return jnp.sum(jnp.where(rollout.sequences.mask, log_ratio, 0), axis=1)
+
+    def evaluate(params: Params, ref_params: Params | None) -> Evaluation:
+        texts, rewards, sampled_rewards, kl, lengths, finished = [], [], [], [], [], []
+        for start in range(0, len(prompts), batch_size):
+            part = list(prompts[start : start + batch_size])
+            kept = len(part)
+            part += [part[-1]] * (min(batch_size, len(prompts)) - kept)  # one shape for every batch
+            greedy = decode(params, part, jax.random.key(start))
+            sampled = sample(params, part, jax.random.key(start))
+            texts += completion_texts(tokenizer, greedy)[:kept]
+            rewards.append(reward_fn(greedy, part)[:kept])
+            sampled_rewards.append(reward_fn(sampled, part)[:kept])
+            lengths.append(np.asarray(greedy.sequences.mask.sum(axis=1))[:kept])
+            finished.append(np.asarray(greedy.finished)[:kept])
+            if ref_params is not None:
+                kl.append(np.asarray(total_kl(params, ref_params, sampled))[:kept])
+        return Evaluation(
+            score=float(np.mean(np.concatenate(rewards))),
+            sampled_score=float(np.mean(np.concatenate(sampled_rewards))),
+            kl=float(np.mean(np.concatenate(kl))) if kl else 0.0,
+            length=float(np.mean(np.concatenate(lengths))),
+            finished=float(np.mean(np.concatenate(finished))),
+            completions=texts,
+            rewards=np.concatenate(rewards),
+        )
+
+    return evaluate
