@@ -110,8 +110,9 @@ def _read_array(path: Path, content: bytes) -> Iterator[Row]:
         if not closing and text[place : place + 1] != ",":
             raise UserError(f"{where}: a comma or ] should follow this row of the array; mend the file")
         place = place if closing else _skip(text, place + 1)
-    if _skip(text, place + 1) != len(text):
-        line += text.count("\n", counted, place)
+    end = _skip(text, place + 1)
+    if end != len(text):
+        line += text.count("\n", counted, end)
         raise UserError(f"{path}:{line}: there is text after the end of the array; remove it")
 
 
@@ -226,7 +227,9 @@ def _read_tfds(spec: str) -> Iterator[Row]:
         source = builder.as_data_source(split=split)
         number_of_rows = len(source)
     except tfds.core.DatasetNotFoundError:
-        near = difflib.get_close_matches(match["name"], tfds.list_builders(), n=1)
+        near = difflib.get_close_matches(
+            match["name"], tfds.list_builders(with_community_datasets=False), n=1
+        )
         hint = f"did you mean tfds:{near[0]}?" if near else "check the name"
         raise UserError(f"{spec}: there is no such data set; {hint}") from None
     # A builder is a stranger's program (network, disk, formats): any exception can come out of it.

@@ -242,9 +242,7 @@ def test_a_prompt_does_not_end_with_the_assistant():
 # Templates by strangers -----------------------------------------------------------------------------
 
 LOOP = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
-DOUBLING = (
-    "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x * 2 %}{% endfor %}{{ n.x }}"
-)
+DOUBLING = "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x * 2 %}{% endfor %}"
 BOMBS = {
     "string": ("{{ 'a' * 10**10 }}", "MiB"),
     "loop": (LOOP, "ran for more than"),
