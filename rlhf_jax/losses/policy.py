@@ -272,8 +272,8 @@ def grpo_loss(
         `policy_surrogates`.
       kl_fn: (logp, ref_logp) -> KL of each token: `low_variance_kl`, or k1, k2, k3 of `kernels`.
       kl_ratio_correction: multiply the KL by the loss's ratio, so that samples of an older policy estimate
-        the KL of this one (DeepSeek-V3.2, 2025; TRL's `use_bias_correction_kl`). With token ratios the gradient
-        of k1 and k3 is then that of KL(pi || ref), on policy or off; that of k2 is not.
+        the KL of this one (DeepSeek-V3.2, 2025; TRL's `use_bias_correction_kl`). With token ratios the
+        gradient of k1 and k3 is then that of KL(pi || ref), on policy or off; that of k2 is not.
       reduce: how tokens become one number.
       denominator: of the whole batch, when this is a part of it.
 
