@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.core.types import Array, Bool, Float, Metrics, Scalar
-from rlhf_jax.losses.preference_common import clean_rows, log_ratios, paired, row_mean
+from rlhf_jax.losses.preference_common import clean_rows, paired, row_mean
 
 
 def xpo_loss(
@@ -37,17 +37,12 @@ def xpo_loss(
     Returns:
       (loss, metrics), with the mean `exploration_logp` log p(y~).
     """
-    chosen, rejected, mean = log_ratios(
-        policy_chosen_logp,
-        policy_rejected_logp,
-        ref_chosen_logp,
-        ref_rejected_logp,
-        mask,
-        weights,
-        denominator,
+    mask, (policy_chosen, policy_rejected, ref_chosen, ref_rejected) = clean_rows(
+        mask, policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp
     )
-    _, (policy_chosen, policy_rejected) = clean_rows(mask, policy_chosen_logp, policy_rejected_logp)
+    chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
     exploration = jnp.where(chosen_from_ref, policy_chosen, policy_rejected)
+    mean = row_mean(mask, weights, denominator)
     losses = -jax.nn.log_sigmoid(beta * (chosen - rejected)) + alpha * exploration
     return paired(losses, beta * chosen, beta * rejected, mean, exploration_logp=exploration)
 
