@@ -13,9 +13,13 @@ from rlhf_jax.core.types import Array, Bool, Float, Metrics, Scalar
 from rlhf_jax.losses.reductions import Reduction, token_mean
 
 
+def _full_precision(values: Float[Array, "..."]) -> Float[Array, "..."]:
+    return values.astype(jnp.promote_types(values.dtype, jnp.float32))
+
+
 def _cleaned(values: Float[Array, "B T ..."], mask: Bool[Array, "B T"]) -> Float[Array, "B T ..."]:
     mask = mask[..., None] if values.ndim > mask.ndim else mask
-    return clean(values.astype(jnp.promote_types(values.dtype, jnp.float32)), mask)
+    return clean(_full_precision(values), mask)
 
 
 def _constant(values: Float[Array, "B T ..."], mask: Bool[Array, "B T"]) -> Float[Array, "B T ..."]:
@@ -185,6 +189,7 @@ def project_categorical(
       probs: mass of each position.
       atoms: ascending, evenly spaced.
     """
+    positions, probs, atoms = map(_full_precision, (positions, probs, atoms))
     spacing = (atoms[-1] - atoms[0]) / (atoms.shape[0] - 1)
     clipped = jnp.clip(positions, atoms[0], atoms[-1])
     share = jnp.clip(1 - jnp.abs(clipped[..., None] - atoms) / spacing, 0, 1)
@@ -203,7 +208,7 @@ def gaussian_histogram(
       edges: N + 1 ascending bin edges, in units of reward.
       sigma: of the normal; three quarters of a bin's width in the paper.
     """
-    inside = jnp.clip(returns, edges[0], edges[-1])
+    inside = jnp.clip(_full_precision(returns), edges[0], edges[-1])
     below = jax.scipy.special.ndtr((edges - inside[..., None]) / sigma)
     return jnp.diff(below) / (below[..., -1:] - below[..., :1])
 
