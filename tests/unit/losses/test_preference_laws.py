@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rlhf_jax import losses
 
@@ -331,3 +333,62 @@ def test_weights_scale_rows(name: str) -> None:
     loss, metrics = CASES[name].loss(rows, beta=BETA, weights=jnp.asarray(weights))
     assert float(loss) == pytest.approx(float(np.sum(weights * singles)) / 6, rel=1e-5)
     assert float(metrics["loss"]) == float(loss)
+
+
+@functools.cache
+def compiled_together() -> Callable[..., Any]:
+    """Every case in one program: {name: ((loss, metrics), gradients)}."""
+
+    def call(name: str, logps: Rows, rest: Rows, *traced: Any) -> Any:
+        beta, mask, denominator = traced
+        return CASES[name].loss(logps | rest, beta=beta, mask=mask, denominator=denominator)
+
+    def everything(logps: Rows, rest: Rows, *traced: Any) -> Any:
+        grad = jax.value_and_grad(call, argnums=1, has_aux=True)
+        return {name: grad(name, logps, rest, *traced) for name in CASES}
+
+    return jax.jit(everything)
+
+
+def run_together(rows: Rows, beta: float, mask: Any, denominator: float) -> dict[str, Any]:
+    logps = {column: jnp.asarray(rows[column]) for column in COLUMNS}
+    rest = {column: jnp.asarray(rows[column]) for column in ("nc", "nr", "flag")}
+    traced = (jnp.asarray(beta), jnp.asarray(mask), jnp.asarray(denominator))
+    return jax.tree.map(np.asarray, compiled_together()(logps, rest, *traced))
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(
+    seed=st.integers(0, 2**20),
+    spread=st.sampled_from([1.0, 30.0]),
+    beta=st.floats(0.01, 2.0),
+    mask=st.lists(st.booleans(), min_size=6, max_size=6).map(np.array),
+    part=st.lists(st.booleans(), min_size=6, max_size=6).map(np.array),
+    order=st.permutations(range(6)).map(np.array),
+    bad=st.sampled_from([np.nan, np.inf, -np.inf]),
+)
+def test_laws_hold_for_any_batch(
+    seed: int, spread: float, beta: float, mask: Any, part: Any, order: Any, bad: float
+) -> None:
+    rows = make_rows(seed=seed)
+    rows |= {column: spread * rows[column] for column in COLUMNS}
+    poisoned = rows | {column: np.where(mask, rows[column], bad) for column in COLUMNS}
+    poisoned |= {length: np.where(mask, rows[length], 0) for length in ("nc", "nr")}
+    count = float(mask.sum())
+    with jax.enable_x64(True):
+        clean = run_together(rows, beta, mask, count)
+        dirty = run_together(poisoned, beta, mask, count)
+        permuted = run_together({k: v[order] for k, v in poisoned.items()}, beta, mask[order], count)
+        halves = [run_together(poisoned, beta, mask & half, count) for half in (part, ~part)]
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9)
+    for name, case in CASES.items():
+        (metrics, grads), (loss_metrics, dirty_grads) = [(x[name][0][1], x[name][1]) for x in (clean, dirty)]
+        jax.tree.map(close, loss_metrics, metrics)
+        jax.tree.map(close, dirty_grads, grads)
+        assert all((grad[~mask] == 0).all() for grad in dirty_grads.values()), name
+        jax.tree.map(close, permuted[name][0], dirty[name][0])
+        jax.tree.map(lambda x, y: close(x, y[order]), permuted[name][1], dirty_grads)
+        if not case.couples_rows:
+            jax.tree.map(
+                lambda whole, *parts: close(sum(parts), whole), dirty[name], *(h[name] for h in halves)
+            )
