@@ -164,19 +164,20 @@ def _compare(
         requests += [(before, True), ([*before, {"role": "assistant", "content": probe}], False)]
         requests += [(messages[: turn + 1], False)]
     text, *others = lay_out(requests)
+    starts = []
+    for prompt, probed in zip(others[::3], others[1::3], strict=True):
+        # The prompt may open a thought that this turn does not have: then keep what all turns begin with.
+        shared = len(prompt) if text.startswith(prompt) else _common_start(text, prompt, probed)
+        starts.append(shared)
+    limits = [*starts, len(text)][1:]
     spans = []
-    for number, turn in enumerate(turns):
-        prompt, probed, through = others[3 * number : 3 * number + 3]
-        start = len(prompt)
-        if not text.startswith(prompt):
-            # The prompt may open a thought that this turn does not have: keep what all turns begin with.
-            start = _common_start(text, prompt, probed)
-        if spans and start < spans[-1][1]:
+    for turn, start, limit, through in zip(turns, starts, limits, others[2::3], strict=True):
+        if limit < start:
             raise UserError(
-                f"the chat template lays message {turn} out so that its beginning cannot be told; "
+                f"the chat template lays message {turn} out so that its end cannot be told; "
                 "put {% generation %} marks around the assistant's words in the template"
             )
-        spans.append((start, _find_turn_end(tokenizer, text, through, start)))
+        spans.append((start, _find_turn_end(tokenizer, text, through, start, limit)))
     return text, spans
 
 
@@ -186,16 +187,19 @@ def _common_start(*texts: str) -> int:
     return sum(1 for _ in itertools.takewhile(bool, alike))
 
 
-def _find_turn_end(tokenizer: Tokenizer, text: str, through: str, start: int) -> int:
+def _find_turn_end(tokenizer: Tokenizer, text: str, through: str, start: int, limit: int) -> int:
     """Where the turn that begins at `start` ends; `through` is the conversation up to and with it."""
-    if text.startswith(through):
-        found = [match.end() for match in tokenizer.special_pattern.finditer(text, start, len(through))]
-        return found[-1] if found else len(through)
-    # Later messages changed this turn (an old thought is dropped): its end is the next end of a turn.
-    for match in tokenizer.special_pattern.finditer(text, start):
+    unchanged = text.startswith(through)
+    limit = min(limit, len(through)) if unchanged else limit
+    specials = list(tokenizer.special_pattern.finditer(text, start, limit))
+    for match in specials:  # messages hold none, so the first is the template's
         if tokenizer.special_tokens[match.group()] == tokenizer.eos_id:
             return match.end()
-    return len(text)
+    if unchanged:
+        return specials[-1].end() if specials else limit
+    # Later messages made another mark end the turn: it is the first that ends after the change.
+    change = _common_start(text, through)
+    return next((match.end() for match in specials if match.end() > change), limit)
 
 
 def _encode_text(tokenizer: Tokenizer, text: str, spans: list[Span]) -> EncodedConversation:

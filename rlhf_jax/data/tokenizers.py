@@ -13,6 +13,9 @@ from rlhf_jax.data.templates import CHATML, TemplateError, render
 PAD, TURN_START, TURN_END = "<|pad|>", "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = (PAD, TURN_START, TURN_END)
 
+# What BPE may merge within: a word or signs with the space before them, spaces; digits and newlines alone.
+_PIECE = r"\n|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|[^\S\n]+(?!\S)|[^\S\n]+"
+
 
 class Tokenizer:
     """Text to ids and back, with the few facts that training and chat need.
@@ -193,16 +196,18 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE learnt from `texts`; every digit is a token of its own, any text round-trips.
+    """Byte-level BPE learnt from `texts`; any text round-trips.
 
+    Every digit and every newline is a token of its own. The newline makes a text cut after one have the
+    ids of its two parts, so that a chat has the same ids whether it was sampled or encoded as a whole.
     The same texts give the same tokenizer. `vocab_size` counts the 256 bytes and three special tokens;
     where the texts are too few to fill it, the vocabulary is smaller.
 
     Raises:
       UserError: `vocab_size` below 259.
     """
+    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models, pre_tokenizers, trainers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     smallest = len(alphabet) + len(SPECIAL_TOKENS)
@@ -211,9 +216,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             f"vocab_size {vocab_size} cannot hold the {smallest} bytes and special tokens; raise it"
         )
     backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    pieces = pre_tokenizers.Split(Regex(_PIECE), "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pieces, to_bytes])
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

@@ -164,6 +164,15 @@ THINKING = (
     "else m.content.split('</think>')[-1]) + '<end>' }}{% else %}{{ '<U>' + m.content }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<A><think>' }}{% endif %}"
 )
+LAST_TURN_RETURNS = (
+    "{% for m in messages %}{{ '<U>' if m.role == 'user' else '<A>' }}{{ m.content }}"
+    "{{ '</s>' if loop.last and m.role == 'assistant' else '<end>' }}{% endfor %}"
+    "{% if add_generation_prompt %}<A>{% endif %}"
+)
+CLOSES_THE_TEXT = (
+    "{% for m in messages %}{{ '<U>' if m.role == 'user' else '<A>' }}{{ m.content + '<end>' }}{% endfor %}"
+    "{{ '<A>' if add_generation_prompt else '</s>' }}"
+)
 CHAT = [
     {"role": "user", "content": "hi"},
     {"role": "assistant", "content": "<think>x</think>ho"},
@@ -177,14 +186,16 @@ CHAT = [
     [
         (GEMMA_LIKE, ["<think>x</think>ho<end>", "<think>y</think>ha<end>"]),
         (INSTRUCT_LIKE, [" <think>x</think>ho</s>", " <think>y</think>ha</s>"]),
+        (LAST_TURN_RETURNS, ["<think>x</think>ho<end>", "<think>y</think>ha</s>"]),
+        (CLOSES_THE_TEXT, ["<think>x</think>ho<end>", "<think>y</think>ha<end>"]),
         # Old thoughts are dropped, and the generation prompt opens a thought which the old turn has not.
         (THINKING, ["ho<end>", "y</think>ha<end>"]),
     ],
-    ids=["gemma-like", "instruct-like", "thinking"],
+    ids=["gemma-like", "instruct-like", "another end last", "end of text", "thinking"],
 )
 def test_masks_without_marks(template, expected):
     backend = with_specials("<s>", "</s>", "<start>", "<end>", "<A>", "<U>")
-    end = "</s>" if template == INSTRUCT_LIKE else "<end>"
+    end = "</s>" if template in (INSTRUCT_LIKE, LAST_TURN_RETURNS) else "<end>"
     tokenizer = Tokenizer(backend, {"bos_token": "<s>", "eos_token": end}, template)
     encoded = encode_conversation(tokenizer, CHAT)
     assert counted(tokenizer, encoded) == expected

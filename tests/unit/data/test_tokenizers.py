@@ -87,6 +87,12 @@ def test_bpe_learns_pieces_keeps_digits_single_and_is_deterministic():
     assert train_bpe(iter(TEXTS), 320).vocab_size == BPE.vocab_size <= 320
 
 
+@settings(max_examples=150, deadline=None)
+@given(left=any_text | tricky_text, right=any_text | tricky_text)
+def test_bpe_cut_after_a_newline(left, right):
+    assert BPE.encode(left + "\n" + right) == BPE.encode(left + "\n") + BPE.encode(right)
+
+
 def test_bpe_must_hold_the_bytes():
     with pytest.raises(UserError, match="vocab_size 258 cannot hold the 259"):
         train_bpe(TEXTS, 258)
