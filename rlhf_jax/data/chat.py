@@ -117,7 +117,7 @@ def _encode(
 def _unused_characters(messages: list[dict[str, Any]], template: str) -> list[str]:
     """Four private-use characters that occur neither in the messages nor in the template."""
     text = json.dumps(messages, ensure_ascii=False, default=str) + template
-    private = map(chr, range(0xE000, 0xF900))
+    private = map(chr, range(0xF0000, 0xFFFFE))
     return [character for character, _ in zip((c for c in private if c not in text), range(4), strict=False)]
 
 

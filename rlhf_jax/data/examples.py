@@ -7,19 +7,19 @@ A plain string is what the user says (`prompt`, `question`) or what the assistan
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Bool, Int
 from rlhf_jax.data.chat import check_messages, encode_conversation, encode_prompt
+from rlhf_jax.data.packing import TooLong
 from rlhf_jax.data.sources import Row
 from rlhf_jax.data.tokenizers import Tokenizer
 
 _log = logging.getLogger(__name__)
 
-TooLong: TypeAlias = Literal["error", "drop"]
 Messages: TypeAlias = list[dict[str, Any]]
 Example = TypeVar("Example")
 

@@ -9,6 +9,7 @@ import atexit
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -42,8 +43,8 @@ CHATML = """\
 """
 """The built-in template (ChatML). What stands between the generation marks is trained on."""
 
-RENDER_SECONDS = 1.2
-MEMORY_BYTES = 1 << 30
+RENDER_SECONDS = 1.4
+MEMORY_BYTES = 1 << 29
 OUTPUT_CHARACTERS = 1 << 24
 
 
@@ -149,6 +150,8 @@ def serve() -> None:
 
     import jinja2.sandbox  # noqa: F401 (loaded before memory is limited and before the clock runs)
 
+    # Ctrl-C reaches the whole process group; it is for the parent to say what happens then.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     requests, replies = Connection(0, writable=False), Connection(os.dup(1), readable=False)
     replies.send_bytes(b"ready")

@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -336,6 +337,16 @@ def test_the_worker_ends_with_its_process():
     assert text == "1"
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid), 0)
+
+
+def test_ctrl_c_leaves_the_worker_alone():
+    tokenizer = variant(BYTES, UNMARKED)
+    ids = encode_prompt(tokenizer, "hi")
+    worker = templates._worker
+    os.kill(worker.process.pid, signal.SIGINT)
+    time.sleep(0.05)
+    assert encode_prompt(tokenizer, "hi") == ids
+    assert templates._worker is worker
 
 
 def test_the_built_in_template_needs_no_worker_and_data_no_jax():
