@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.core.masks import clean
-from rlhf_jax.core.types import Array, Bool, Float, Metrics, Scalar
+from rlhf_jax.core.types import Array, Bool, Float, Int, Metrics, Scalar
 
 RowMean: TypeAlias = Callable[[Float[Array, "B"]], Float[Array, ""]]
 
@@ -55,8 +55,8 @@ def log_ratios(
     return policy_chosen - ref_chosen, policy_rejected - ref_rejected, mean
 
 
-def per_token(logp: Float[Array, "B"], length: Float[Array, "B"]) -> Float[Array, "B"]:
-    """A sum over a response / its number of tokens; a masked row may say 0 tokens or NaN."""
+def per_token(logp: Float[Array, "B"], length: Int[Array, "B"]) -> Float[Array, "B"]:
+    """A sum over a response / its number of tokens; a masked row may say 0 tokens."""
     return logp / jnp.where(length >= 1, length, 1).astype(logp.dtype)
 
 

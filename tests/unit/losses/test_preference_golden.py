@@ -29,7 +29,7 @@ def tolerance(case: str, x64: bool) -> dict[str, float]:
     return (
         {"rtol": 1e-12, "atol": 1e-14}
         if x64 and case not in COMPUTED_IN_FLOAT32
-        else {"rtol": 2e-6, "atol": 1e-6}
+        else {"rtol": 1e-6, "atol": 1e-6}
     )
 
 

@@ -136,6 +136,14 @@ def test_kto_kl_is_cut_off_at_zero_and_has_no_gradient() -> None:
     np.testing.assert_array_equal(jax.grad(lambda x: losses.kto_kl(x, policy - 0.5, mask=mask))(policy), 0)
 
 
+def test_reference_points_of_unpaired_losses_have_no_gradient() -> None:
+    policy, desirable = jnp.array([1.0, 2.0, -3.0]), jnp.array([True, True, False])
+    assert float(jax.grad(lambda kl: losses.kto_loss(policy, ZEROS, desirable, kl)[0])(0.5)) == 0
+    assert float(jax.grad(lambda shift: losses.bco_loss(policy, ZEROS, desirable, shift=shift)[0])(0.5)) == 0
+    shifted = losses.bco_loss(policy, ZEROS, desirable, shift=0.5)[0]
+    assert float(shifted) != float(losses.bco_loss(policy, ZEROS, desirable, shift=0.0)[0])
+
+
 def test_unpaired_metrics_give_the_means_of_each_class() -> None:
     policy, desirable = jnp.array([1.0, 2.0, -3.0]), jnp.array([True, True, False])
     _, metrics = losses.bco_loss(policy, ZEROS, desirable, shift=0.0, beta=1.0)
