@@ -9,7 +9,8 @@ make them again (the `oracles` extra, in an environment of its own):
 TRL's losses live inside its trainers. Their unbound methods are called here with a small stand-in for
 `self` and for the model, whose log-probabilities are the leaf that gradients are taken of. Everything is
 float64 unless the peer itself computes in float32 (said per file below). Every file holds its inputs
-beside the outputs.
+beside the outputs. Made with TRL 1.16.0, rlax 0.1.9 and PyTorch 2.13.0; that TRL has no unpaired BCO, XPO or
+Nash-MD any more, so those losses are held by their oracles alone.
 
 losses_preference_trl.npz   (TRL: DPO, KTO, CPO, ORPO and reward trainers)
   {policy,ref}_{chosen,rejected}_logp [B]: inputs, in nats; {chosen,rejected}_length [B]: tokens

@@ -223,14 +223,8 @@ def aot_loss(
         mask, policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp
     )
     chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
-    loss = _quantile_loss(
-        policy_chosen - policy_rejected,
-        ref_chosen - ref_rejected,
-        mask,
-        denominator,
-        beta,
-        label_smoothing,
-    )
+    margins, ref_margins = policy_chosen - policy_rejected, ref_chosen - ref_rejected
+    loss = _quantile_loss(margins, ref_margins, mask, denominator, beta, label_smoothing)
     mean = row_mean(mask, None, denominator)
     _, metrics = paired(jnp.zeros_like(chosen), beta * chosen, beta * rejected, mean)
     return loss, metrics | {"loss": jax.lax.stop_gradient(loss)}
@@ -264,14 +258,7 @@ def aot_unpaired_loss(
         mask, policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp
     )
     chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
-    loss = _quantile_loss(
-        chosen,
-        rejected,
-        mask,
-        denominator,
-        beta,
-        label_smoothing,
-    )
+    loss = _quantile_loss(chosen, rejected, mask, denominator, beta, label_smoothing)
     mean = row_mean(mask, None, denominator)
     _, metrics = paired(jnp.zeros_like(chosen), beta * chosen, beta * rejected, mean)
     return loss, metrics | {"loss": jax.lax.stop_gradient(loss)}
