@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from rlhf_jax.core.masks import clean
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Bool, Float, Scalar
-from rlhf_jax.kernels.recurrence import next_unmasked, reverse_recurrence
+from rlhf_jax.kernels.recurrence import following_unmasked, next_unmasked
 from rlhf_jax.kernels.returns import constant
 
 
@@ -70,15 +70,15 @@ def vtrace(
         clean(constant(x), mask) for x in (log_rhos, rewards, values, discounts)
     )
     last = constant(bootstrap_value).astype(values.dtype)
-    following = next_unmasked(values, mask, last)
+    following = next_unmasked(values, last, mask)
     deltas = _clipped_ratio(log_rhos, clip_rho) * (rewards + discounts * following - values)
     traces = discounts * lambda_ * _clipped_ratio(log_rhos, clip_c)
-    carry_over = jnp.where(mask, traces, 1).astype(values.dtype)
-    corrections = clean(reverse_recurrence(carry_over, clean(deltas, mask), jnp.zeros_like(last)), mask)
-    targets = values + corrections
-    bootstraps = lambda_ * next_unmasked(targets, mask, last) + (1 - lambda_) * following
+    # vs - V at the next step
+    correction = following_unmasked(traces, deltas, jnp.zeros_like(last), mask)
+    targets = values + deltas + traces * correction
+    bootstraps = following + lambda_ * correction
     advantages = _clipped_ratio(log_rhos, clip_pg_rho) * (rewards + discounts * bootstraps - values)
-    return VTrace(targets=targets, advantages=clean(advantages, mask))
+    return VTrace(targets=clean(targets, mask), advantages=clean(advantages, mask))
 
 
 def retrace(
@@ -113,10 +113,7 @@ def retrace(
         clean(constant(x), mask) for x in (log_rhos, rewards, q_values, values, discounts)
     )
     last = constant(bootstrap_value).astype(values.dtype)
-    nothing = jnp.zeros_like(last)
-    deltas = rewards + discounts * next_unmasked(values, mask, last) - q_values
-    # After the last step nothing is left to correct, whatever the trace.
-    traces = discounts * next_unmasked(lambda_ * _clipped_ratio(log_rhos, 1.0), mask, nothing)
-    carry_over = jnp.where(mask, traces, 1).astype(values.dtype)
-    corrections = reverse_recurrence(carry_over, clean(deltas, mask), nothing)
-    return clean(q_values + corrections, mask)
+    traces = lambda_ * _clipped_ratio(log_rhos, 1.0)
+    # Q^ret_t = r_t + gamma_t x_{t+1} with x_t = V(s_t) + c_t (Q^ret_t - Q_t)
+    offsets = values + traces * (rewards - q_values)
+    return rewards + discounts * following_unmasked(traces * discounts, offsets, last, mask)

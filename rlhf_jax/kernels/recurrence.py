@@ -13,21 +13,20 @@ from rlhf_jax.core.types import Array, Bool, Float
 Result = TypeVar("Result")
 
 
-def sequential_recurrence(
+def sequential_following(
     coefficients: Float[Array, "B T"], offsets: Float[Array, "B T"], last: Float[Array, " B"]
 ) -> Float[Array, "B T"]:
-    """x_t = a_t x_{t+1} + b_t with x_T = `last`, by a scan of T steps: T multiplications a row."""
+    """x_{t+1} at t, where x_t = a_t x_{t+1} + b_t and x_T = `last`, by a scan of T steps."""
 
     def step(following: jax.Array, now: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         coefficient, offset = now
-        result = coefficient * following + offset
-        return result, result
+        return coefficient * following + offset, following
 
     _, results = lax.scan(step, last, (coefficients.T, offsets.T), reverse=True)
     return results.T
 
 
-def associative_recurrence(
+def associative_following(
     coefficients: Float[Array, "B T"], offsets: Float[Array, "B T"], last: Float[Array, " B"]
 ) -> Float[Array, "B T"]:
     """The same by an associative scan: log T parallel steps, several times the work and memory.
@@ -41,29 +40,51 @@ def associative_recurrence(
         return earlier[0] * later[0], earlier[0] * later[1] + earlier[1]
 
     slopes, intercepts = lax.associative_scan(compose, (coefficients, offsets), reverse=True, axis=1)
-    return slopes * last[:, None] + intercepts
+    results = slopes * last[:, None] + intercepts
+    return jnp.concatenate([results[:, 1:], last[:, None]], axis=1)
 
 
-def reverse_recurrence(
-    coefficients: Float[Array, "B T"], offsets: Float[Array, "B T"], last: Float[Array, " B"]
+def following_unmasked(
+    coefficients: Float[Array, "B T"],
+    offsets: Float[Array, "B T"],
+    last: Float[Array, " B"],
+    mask: Bool[Array, "B T"],
 ) -> Float[Array, "B T"]:
-    """x_t = a_t x_{t+1} + b_t for t = T-1 ... 0, with x_T = `last`, the way that suits the platform.
+    """x_{t+1} at t, where x_t = a_t x_{t+1} + b_t and t+1 is the next unmasked step.
 
-    On CPU the sequential scan is the faster at every length measured (128 to 65,536). Elsewhere each of
-    its T steps costs a kernel launch, so the associative scan is used.
+    A return is its reward plus the discounted x of the step after it, for an x that depends on the kind
+    of return; choosing x well leaves one pass over time. On CPU the pass is a sequential scan, the faster at
+    every length measured (128 to 65,536); elsewhere, where each of its T steps would cost a kernel
+    launch, it is the associative scan.
+
+    Args:
+      coefficients: a_t; masked entries may hold anything.
+      offsets: b_t; masked entries may hold anything.
+      last: x after the last unmasked step.
+      mask: steps that count.
     """
     return lax.platform_dependent(
-        coefficients, offsets, last, cpu=sequential_recurrence, default=associative_recurrence
+        jnp.where(mask, coefficients, 1),
+        jnp.where(mask, offsets, 0),
+        last,
+        cpu=sequential_following,
+        default=associative_following,
     )
 
 
 def next_unmasked(
-    values: Float[Array, "B T"], mask: Bool[Array, "B T"], last: Float[Array, " B"]
+    values: Float[Array, "B T"], last: Float[Array, " B"], mask: Bool[Array, "B T"]
 ) -> Float[Array, "B T"]:
     """At t, the value at the first unmasked step after t; `last` where there is none."""
-    coefficients = jnp.where(mask, 0, 1).astype(values.dtype)
-    carried = reverse_recurrence(coefficients, jnp.where(mask, values, 0), last)
-    return jnp.concatenate([carried[:, 1:], last[:, None]], axis=1)
+
+    def shift(_: None) -> Float[Array, "B T"]:
+        return jnp.concatenate([values[:, 1:], last[:, None]], axis=1)
+
+    def carry(_: None) -> Float[Array, "B T"]:
+        return following_unmasked(jnp.zeros_like(values), values, last, mask)
+
+    # Without masked steps, as in most of classic RL, the pass over time is not needed.
+    return lax.cond(jnp.all(mask), shift, carry, None)
 
 
 def time_major(kernel: Callable[..., Result]) -> Callable[..., Result]:

@@ -12,7 +12,7 @@ from jax import lax
 
 from rlhf_jax.core.masks import clean, last_unmasked_index
 from rlhf_jax.core.types import Array, Bool, Float, Scalar
-from rlhf_jax.kernels.recurrence import next_unmasked, reverse_recurrence
+from rlhf_jax.kernels.recurrence import following_unmasked, next_unmasked
 
 
 def constant(values: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -26,17 +26,6 @@ def _prepare(
     """The bootstrap value and the cleaned arrays, all constants of one dtype."""
     cleaned = [clean(constant(x), mask) for x in arrays]
     return constant(bootstrap_value).astype(cleaned[0].dtype), cleaned
-
-
-def _accumulate(
-    coefficients: Float[Array, "B T"],
-    offsets: Float[Array, "B T"],
-    last: Float[Array, " B"],
-    mask: Bool[Array, "B T"],
-) -> Float[Array, "B T"]:
-    """x_t = a_t x_{t+1} + b_t over the unmasked steps; 0 at the others."""
-    carry_over = jnp.where(mask, coefficients, 1).astype(offsets.dtype)
-    return clean(reverse_recurrence(carry_over, clean(offsets, mask), last), mask)
 
 
 def discounted_returns(
@@ -57,7 +46,21 @@ def discounted_returns(
       Returns, 0 where masked; no gradient.
     """
     bootstrap_value, (rewards, discounts) = _prepare(mask, bootstrap_value, rewards, discounts)
-    return _accumulate(discounts, rewards, bootstrap_value, mask)
+    return rewards + discounts * following_unmasked(discounts, rewards, bootstrap_value, mask)
+
+
+def _lambda_returns(
+    rewards: Float[Array, "B T"],
+    values: Float[Array, "B T"],
+    discounts: Float[Array, "B T"],
+    bootstrap_value: Float[Array, " B"],
+    mask: Bool[Array, "B T"],
+    lambda_: Scalar,
+) -> Float[Array, "B T"]:
+    """On prepared arrays: G_t = r_t + gamma_t x_{t+1} with x_t = (1 - lambda) V(s_t) + lambda G_t."""
+    offsets = (1 - lambda_) * values + lambda_ * rewards
+    mixture = following_unmasked(lambda_ * discounts, offsets, bootstrap_value, mask)
+    return rewards + discounts * mixture
 
 
 def lambda_returns(
@@ -87,9 +90,7 @@ def lambda_returns(
     bootstrap_value, (rewards, values, discounts) = _prepare(
         mask, bootstrap_value, rewards, values, discounts
     )
-    following = next_unmasked(values, mask, bootstrap_value)
-    offsets = rewards + discounts * (1 - lambda_) * following
-    return _accumulate(discounts * lambda_, offsets, bootstrap_value, mask)
+    return _lambda_returns(rewards, values, discounts, bootstrap_value, mask, lambda_)
 
 
 def n_step_returns(
@@ -123,7 +124,7 @@ def n_step_returns(
     )
 
     def backup(_: int, returns: Float[Array, "B T"]) -> Float[Array, "B T"]:
-        return clean(rewards + discounts * next_unmasked(returns, mask, bootstrap_value), mask)
+        return rewards + discounts * next_unmasked(returns, bootstrap_value, mask)
 
     return lax.fori_loop(0, n, backup, values)
 
@@ -155,12 +156,10 @@ def upgo_returns(
     bootstrap_value, (rewards, values, discounts) = _prepare(
         mask, bootstrap_value, rewards, values, discounts
     )
-    following = next_unmasked(values, mask, bootstrap_value)
-    went_up = (rewards + discounts * following >= values).astype(values.dtype)
-    # After the last step either choice is the bootstrap value.
-    follow = next_unmasked(went_up, mask, jnp.ones_like(bootstrap_value))
-    offsets = rewards + discounts * (1 - follow) * following
-    return _accumulate(discounts * follow, offsets, bootstrap_value, mask)
+    following = next_unmasked(values, bootstrap_value, mask)
+    went_up = rewards + discounts * following >= values
+    coefficients, offsets = jnp.where(went_up, discounts, 0), jnp.where(went_up, rewards, values)
+    return rewards + discounts * following_unmasked(coefficients, offsets, bootstrap_value, mask)
 
 
 def generalized_advantage_estimation(
@@ -176,6 +175,8 @@ def generalized_advantage_estimation(
 
         delta_t = r_t + gamma_t V(s_{t+1}) - V(s_t)
         A_t     = delta_t + gamma_t lambda A_{t+1}
+
+    Computed as the lambda-return minus the value, which takes one pass and is the same.
 
     Masked steps are skipped, not zeroed: t+1 is the next unmasked step, so padding and
     tool outputs inside a trajectory are invisible.
@@ -194,9 +195,8 @@ def generalized_advantage_estimation(
     bootstrap_value, (rewards, values, discounts) = _prepare(
         mask, bootstrap_value, rewards, values, discounts
     )
-    deltas = rewards + discounts * next_unmasked(values, mask, bootstrap_value) - values
-    advantages = _accumulate(discounts * gae_lambda, deltas, jnp.zeros_like(bootstrap_value), mask)
-    return advantages, advantages + values
+    returns = _lambda_returns(rewards, values, discounts, bootstrap_value, mask, gae_lambda)
+    return returns - values, returns
 
 
 def token_rewards(

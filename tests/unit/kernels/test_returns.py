@@ -256,8 +256,8 @@ def test_associative_scan_is_the_sequential_one():
     with jax.enable_x64(True):
         coefficients, offsets = jnp.asarray(rng.uniform(-1, 1, (2, 3, 77)))
         last = jnp.asarray(rng.normal(size=3))
-        sequential = kernels.sequential_recurrence(coefficients, offsets, last)
-        associative = kernels.associative_recurrence(coefficients, offsets, last)
+        sequential = kernels.sequential_following(coefficients, offsets, last)
+        associative = kernels.associative_following(coefficients, offsets, last)
     np.testing.assert_allclose(sequential, associative, rtol=0, atol=1e-12)
 
 
