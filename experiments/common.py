@@ -1,39 +1,40 @@
-"""What the experiment scripts share: options, data by path, and the edge where errors become sentences."""
+"""What the experiment scripts share: options, models, and the edge where errors become sentences."""
 
-import contextlib
 import dataclasses
+import math
 import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import tyro
 
 from rlhf_jax import models
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.optimization import OptimizerConfig
-from rlhf_jax.core.types import Params, Sequences
-from rlhf_jax.data import arithmetic, packing
-from rlhf_jax.data.examples import (
-    PreferenceExample,
-    PromptExample,
-    SupervisedExample,
-    TooLong,
-    preference_examples,
-    prompt_examples,
-)
-from rlhf_jax.data.sources import Row, read_rows
+from rlhf_jax.core.types import Params
+from rlhf_jax.data import arithmetic
+from rlhf_jax.data.examples import SupervisedExample, TooLong
 from rlhf_jax.data.tokenizers import Tokenizer, byte_tokenizer, load_tokenizer
+from rlhf_jax.metrics import write_report
 from rlhf_jax.training import Interrupted, LoopConfig
-from rlhf_jax.training.rollouts import Evaluation, make_evaluate_fn, make_reward_fn
-from rlhf_jax.training.runs import Model, load_policy
+from rlhf_jax.training.runs import (
+    Kind,
+    Model,
+    check_same_architecture,
+    describe_run,
+    load_policy,
+    read_held_run,
+    write_json,
+    write_model_files,
+)
 
+DType = Literal["float32", "bfloat16"]
 Options = TypeVar("Options")
 
 
@@ -50,6 +51,7 @@ class RunOptions:
       eval_every: steps between evaluations on the held-out data; 0 for one at the end.
       keep: newest checkpoints that are kept.
       quiet: show no progress.
+      report: write report.html at the end.
     """
 
     out: Path
@@ -60,6 +62,7 @@ class RunOptions:
     eval_every: int = 0
     keep: int = 2
     quiet: bool = False
+    report: bool = True
 
     def loop(self) -> LoopConfig:
         """The part of it that the training loop knows."""
@@ -91,11 +94,17 @@ class ModelOptions:
     tied: bool = True
     scan_layers: bool = False
     remat: models.Remat = "none"
-    param_dtype: str = "float32"
-    compute_dtype: str = "float32"
+    param_dtype: DType = "float32"
+    compute_dtype: DType = "float32"
 
     def config(self, tokenizer: Tokenizer) -> models.ModelConfig:
-        """The architecture for this tokenizer's vocabulary."""
+        """The architecture for this tokenizer's vocabulary.
+
+        Raises:
+          UserError: the numbers do not fit each other.
+        """
+        check_divides("--model.heads", self.heads, "--model.width", self.width)
+        check_divides("--model.kv-heads", self.kv_heads, "--model.heads", self.heads)
         return models.dense_config(
             vocab_size=tokenizer.vocab_size,
             width=self.width,
@@ -114,7 +123,6 @@ class ModelOptions:
 # Data ----------------------------------------------------------------------------------------------
 
 EMBEDDED = "arithmetic:"
-UNBOUNDED = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +135,7 @@ class PairOptions:
       max_length: tokens of a prompt with its response; 0 for the longest.
       too_long: whether longer pairs are an error, or dropped and counted.
       pair_count: how many pairs of the embedded task.
+      eval_count: how many held-out pairs are evaluated at most.
     """
 
     data: str = "arithmetic:1"
@@ -134,6 +143,7 @@ class PairOptions:
     max_length: int = 0
     too_long: TooLong = "error"
     pair_count: int = 8_000
+    eval_count: int = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +160,8 @@ class PromptOptions:
       too_long: whether longer prompts are an error, or dropped and counted.
       max_new_tokens: tokens of an answer.
       prompt_count: how many prompts of the embedded task.
-      eval_count: how many held-out prompts are evaluated.
+      eval_count: how many held-out prompts are evaluated at most.
+      samples: prompts whose answers before and after training are kept in samples.json.
     """
 
     data: str = "arithmetic:1"
@@ -162,6 +173,7 @@ class PromptOptions:
     max_new_tokens: int = 32
     prompt_count: int = 8_000
     eval_count: int = 256
+    samples: int = 8
 
 
 def embedded_level(spec: str) -> arithmetic.Level | None:
@@ -179,103 +191,30 @@ def embedded_level(spec: str) -> arithmetic.Level | None:
     return arithmetic.LEVELS[int(number)]
 
 
-def load_rows(spec: str, make_rows: Callable[[arithmetic.Level], list[dict[str, Any]]]) -> list[Row]:
-    """Rows of a file, of a tfds data set, or of the embedded task.
-
-    Args:
-      spec: a path, `tfds:NAME[:SPLIT]` or `arithmetic:LEVEL`.
-      make_rows: makes the rows of a level of the embedded task.
-    """
-    level = embedded_level(spec)
-    if level is None:
-        return read_rows(spec)
-    return [Row(row, f"{spec}:{number}") for number, row in enumerate(make_rows(level), start=1)]
-
-
-class Pairs:
-    """Preference pairs as padded rows; `rows(indices)` gives (chosen, rejected)."""
-
-    def __init__(self, examples: Sequence[PreferenceExample], length: int) -> None:
-        self._count = len(examples)
-        if examples:
-            self._chosen = packing.pad_rows([example.chosen for example in examples], length)
-            self._rejected = packing.pad_rows([example.rejected for example in examples], length)
-
-    def __len__(self) -> int:
-        return self._count
-
-    def rows(self, indices: np.ndarray) -> tuple[Sequences, Sequences]:
-        """Some of the pairs."""
-        chosen, rejected = (
-            jax.tree.map(lambda x: x[indices], side) for side in (self._chosen, self._rejected)
-        )
-        return chosen, rejected
-
-
-def load_pairs(options: PairOptions, tokenizer: Tokenizer, seed: int) -> tuple[Pairs, Pairs]:
-    """Training pairs and held-out pairs, in rows of one length."""
-
-    def examples(spec: str, split: arithmetic.Split, count: int) -> list[PreferenceExample]:
-        rows = load_rows(spec, lambda level: arithmetic.preference_rows(level, split, count, seed))
-        longest = options.max_length or UNBOUNDED
-        return preference_examples(rows, tokenizer, max_length=longest, too_long=options.too_long)
-
-    train, held_out = examples(options.data, "train", options.pair_count), []
-    if options.eval_data or embedded_level(options.data):
-        held_out = examples(options.eval_data or options.data, "heldout", EVAL_PAIRS)
-    sizes = [len(side.ids) for pair in train + held_out for side in (pair.chosen, pair.rejected)]
-    length = options.max_length or max(sizes)
-    return Pairs(train, length), Pairs(held_out, length)
-
-
-EVAL_PAIRS = 512
-
-
-def parts(count: int, size: int) -> list[np.ndarray]:
-    """Indices 0 ... count - 1 in parts of one size; the last repeats the last index to fill up."""
-    starts = range(0, count, size)
-    return [np.minimum(np.arange(start, start + size), count - 1) for start in starts]
-
-
-def load_prompts(
-    options: PromptOptions, model: Model, seed: int
-) -> tuple[list[PromptExample], Callable[[Params, Params | None], Evaluation] | None]:
-    """Training prompts, and an evaluation on held-out prompts where there are any."""
-
-    def examples(spec: str, split: arithmetic.Split, count: int) -> list[PromptExample]:
-        rows = load_rows(spec, lambda level: arithmetic.prompt_rows(level, split, count, seed))
-        longest = options.max_prompt_length or UNBOUNDED
-        return prompt_examples(rows, model.tokenizer, max_length=longest, too_long=options.too_long)
-
-    prompts = examples(options.data, "train", options.prompt_count)
-    if not (options.eval_data or embedded_level(options.data)):
-        return prompts, None
-    held_out = examples(options.eval_data or options.data, "heldout", options.eval_count)
-    reward_fn = make_reward_fn([options.eval_reward or options.rewards[0]], model.tokenizer)
-    evaluate = make_evaluate_fn(
-        model.config,
-        model.tokenizer,
-        held_out[: options.eval_count],
-        reward_fn,
-        max_new_tokens=options.max_new_tokens,
-    )
-    return prompts, evaluate
-
-
 # Models --------------------------------------------------------------------------------------------
 
 
-def starting_model(init: str, tokenizer: str, data: str, options: ModelOptions, seed: int) -> Model:
+def starting_model(
+    init: str, tokenizer: str | Tokenizer, data: str, options: ModelOptions, seed: int
+) -> Model:
     """The policy of the run `init`, or a new one.
 
     Args:
-      tokenizer: where to find it; empty for that of `init`, of the embedded task, or for bytes.
+      tokenizer: itself, or where to find it; empty for that of `init`, of the embedded task, or for bytes.
+
+    Raises:
+      UserError: options that contradict each other, or no policy in `init`.
     """
     if init:
         if tokenizer:
-            raise UserError("--tokenizer and --init exclude each other: a policy brings its own tokenizer")
-        return load_policy(Path(init))
-    if tokenizer:
+            raise UserError("a tokenizer and --init exclude each other: a policy brings its own tokenizer")
+        model = load_policy(Path(init))
+        if options != ModelOptions():
+            check_same_architecture(options.config(model.tokenizer), model.config, f"--init {init}")
+        return model
+    if isinstance(tokenizer, Tokenizer):
+        chosen = tokenizer
+    elif tokenizer:
         chosen = load_tokenizer(tokenizer)
     else:
         chosen = arithmetic.arithmetic_tokenizer() if embedded_level(data) else byte_tokenizer()
@@ -288,26 +227,34 @@ def copied(params: Params) -> Params:
     return jax.tree.map(jnp.copy, params)
 
 
-def check_same_architecture(config: models.ModelConfig, other: models.ModelConfig, where: str) -> None:
-    """Raises: UserError where a model read from `where` is not built as the policy is."""
-    if config != other:
-        raise UserError(
-            f"{where}: its architecture is not that of the policy: train it with --init of the same run"
-        )
-
-
 def with_total_steps(optimizer: OptimizerConfig, steps: int) -> OptimizerConfig:
-    """The optimizer's schedule stretched over the run, unless its length was given."""
-    return optimizer if optimizer.total_steps else dataclasses.replace(optimizer, total_steps=steps)
+    """The optimizer's schedule stretched over the run, unless its length was given.
+
+    Raises:
+      UserError: the warm-up leaves nothing of it.
+    """
+    total = optimizer.total_steps or steps
+    if optimizer.schedule != "constant" and optimizer.warmup_steps >= total:
+        raise UserError(
+            f"--optimizer.warmup-steps {optimizer.warmup_steps} leaves none of {total} optimizer steps "
+            f"for the {optimizer.schedule} schedule: lower it, or give --optimizer.schedule constant"
+        )
+    return dataclasses.replace(optimizer, total_steps=total)
 
 
-def check_divides(part: int, whole: int, part_name: str, whole_name: str) -> None:
-    """Raises: UserError where `part` does not divide `whole`."""
-    if part < 1 or whole % part:
-        raise UserError(f"{whole_name} {whole} is not divisible by {part_name} {part}: change one of them")
+# Options -------------------------------------------------------------------------------------------
 
-
-# Edges ---------------------------------------------------------------------------------------------
+_WITHOUT_PREFIX = ("run", "pairs", "prompts")
+_POSITIVE = """
+    --steps --keep --batch-size --micro-batches --minibatches --group-size --epochs --temperature
+    --max-new-tokens --demonstrations --pair-count --prompt-count --eval-count --optimizer.clip-norm
+    --model.width --model.layers --model.heads --model.kv-heads
+""".split()  # noqa: SIM905 (a list of literals would fill the screen)
+# They change how a run is watched, or how long it is, and nothing of what it computes until then.
+_MAY_DIFFER = """
+    --out --resume --steps --save-every --eval-every --keep --quiet --report --micro-batches
+    --eval-data --eval-reward --eval-count --samples
+""".split()  # noqa: SIM905
 
 
 def to_json(options: Any) -> Any:
@@ -317,6 +264,68 @@ def to_json(options: Any) -> Any:
     if isinstance(options, list | tuple):
         return [to_json(item) for item in options]
     return options if isinstance(options, bool | int | float | str | None) else str(options)
+
+
+def flags(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """What `to_json` gives of options, by their names on the command line."""
+    named: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            named |= flags(value, prefix if name in _WITHOUT_PREFIX else f"{prefix}{name}.")
+        else:
+            named[f"--{prefix}{name}".replace("_", "-")] = value
+    return named
+
+
+def check_divides(part_name: str, part: int, whole_name: str, whole: int) -> None:
+    """Raises: UserError where `part` does not divide `whole`."""
+    if part < 1 or whole % part:
+        raise UserError(f"{whole_name} {whole} is not divisible by {part_name} {part}: change one of them")
+
+
+def check(options: Any, run: RunOptions, stage: str) -> None:
+    """Looks at the options and at the run folder, before anything is read or written.
+
+    Raises:
+      UserError: a number out of range, or the folder holds a run that this one cannot go on with.
+    """
+    ours = flags(to_json(options))
+    for name, value in ours.items():
+        if isinstance(value, float) and math.isnan(value):
+            raise UserError(f"{name} is not a number: give one")
+        if name in _POSITIVE and value <= 0:
+            raise UserError(f"{name} {value} is not positive: give a number above 0")
+    theirs = flags(read_held_run(run.out, stage, resume=run.resume))
+    for name in sorted(theirs.keys() & ours.keys() - set(_MAY_DIFFER)):
+        if ours[name] != theirs[name]:
+            raise UserError(
+                f"{run.out}: its run has {name} {_shown(theirs[name])}, not {_shown(ours[name])}: "
+                "give --resume the same options, or choose another --out"
+            )
+
+
+def _shown(value: Any) -> str:
+    words = [str(item) for item in value] if isinstance(value, list) else [str(value)]
+    return shlex.join(words) or "(none)"
+
+
+# Edges ---------------------------------------------------------------------------------------------
+
+
+def start(options: Any, run: RunOptions, stage: str, model: Model, kind: Kind) -> None:
+    """Writes what describes the run into its folder."""
+    write_model_files(run.out, model.config, model.tokenizer, kind)
+    describe_run(run.out, to_json(options), stage=stage)
+
+
+def finish(run: RunOptions, samples: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Writes the samples, where there are any, and the report."""
+    if samples:
+        write_json(run.out / "samples.json", samples)
+    if run.report:
+        path = write_report(run.out)
+        if not run.quiet:
+            print(f"Report: {path}")
 
 
 def announce(options: RunOptions, model: Model, data: str) -> None:
@@ -348,24 +357,24 @@ def main(run: Callable[[Options], Any], options_type: type[Options], description
 
     Status 2 for a mistake of the user, 130 after Ctrl-C, 0 after SIGTERM (the run was saved either way).
     """
-    options = tyro.cli(options_type, description=_first_paragraph(description))
-    use_compile_cache()
     try:
+        options = tyro.cli(options_type, description=_first_paragraph(description))
+        use_compile_cache()
         run(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except Interrupted as interrupted:
-        again = [word for word in sys.argv if word != "--resume"] + ["--resume"]
-        print(
-            f"Stopped after step {interrupted.step}, which is saved. To go on: python {shlex.join(again)}",
-            file=sys.stderr,
-        )
+        print(f"Stopped after step {interrupted.step}, which is saved. {_how_to_resume()}", file=sys.stderr)
         sys.exit(0 if interrupted.signal_number == signal.SIGTERM else 130)
     except KeyboardInterrupt:
-        with contextlib.suppress(ValueError):
-            print("Interrupted before there was a step to save.", file=sys.stderr)
+        print(f"Stopped at once; no step was saved now. {_how_to_resume()}", file=sys.stderr)
         sys.exit(130)
+
+
+def _how_to_resume() -> str:
+    words = [word for word in sys.argv if word not in ("--resume", "--no-resume")] + ["--resume"]
+    return f"To go on: python {shlex.join(words)}"
 
 
 def _first_paragraph(text: str | None) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import common
+import inputs
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +23,7 @@ from rlhf_jax.core.optimization import OptimizerConfig, make_optimizer
 from rlhf_jax.core.types import Params, ScoreFn
 from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.training import run_loop
-from rlhf_jax.training.runs import describe_run, write_model_files
+from rlhf_jax.training.runs import load_policy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +53,11 @@ class Options:
 
 
 def reference_logp(
-    score_fn: ScoreFn, params: Params, pairs: common.Pairs, batch_size: int
+    score_fn: ScoreFn, params: Params, pairs: inputs.Pairs, batch_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The reference's log-probs of all chosen and rejected responses, in nats."""
     score = jax.jit(lambda *rows: preference.response_logp(score_fn, params, *rows))
-    parts = [score(*pairs.rows(indices)) for indices in common.parts(len(pairs), batch_size)]
+    parts = [score(*pairs.rows(indices)) for indices in inputs.parts(len(pairs), batch_size)]
     chosen, rejected = (np.concatenate([np.asarray(x) for x in side]) for side in zip(*parts, strict=True))
     return chosen[: len(pairs)], rejected[: len(pairs)]
 
@@ -64,13 +65,12 @@ def reference_logp(
 def run(options: Options) -> None:
     """Trains, and leaves a run folder."""
     seed = options.run.seed
-    model = common.load_policy(Path(options.init))
-    common.check_divides(options.micro_batches, options.batch_size, "micro-batches", "batch size")
-    train, held_out = common.load_pairs(options.pairs, model.tokenizer, seed)
+    common.check(options, options.run, "dpo")
+    common.check_divides("--micro-batches", options.micro_batches, "--batch-size", options.batch_size)
+    model = load_policy(Path(options.init))
+    train, held_out = inputs.load_pairs(options.pairs, model.tokenizer, seed)
     sampler = BatchSampler(len(train), options.batch_size, seed)
     common.announce(options.run, model, f"{len(train):,} pairs, {len(held_out):,} held out")
-    describe_run(options.run.out, common.to_json(options))
-    write_model_files(options.run.out, model.config, model.tokenizer, "policy")
 
     score_fn = models.make_score_fn(model.config)
     tx = make_optimizer(common.with_total_steps(options.optimizer, options.run.steps))
@@ -101,6 +101,7 @@ def run(options: Options) -> None:
         margins = options.beta * ((policy[0] - ref[0]) - (policy[1] - ref[1]))
         return {"accuracy": float(np.mean(margins > 0)), "margin": float(np.mean(margins))}
 
+    common.start(options, options.run, "dpo", model, "policy")
     run_loop(
         preference.init(common.copied(model.params), tx, jax.random.key(seed)),
         step,
@@ -111,6 +112,7 @@ def run(options: Options) -> None:
         run_config=common.to_json(options),
         eval_fn=accuracy if len(held_out) else None,
     )
+    common.finish(options.run)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import dataclasses
 from pathlib import Path
 
 import common
+import inputs
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +25,7 @@ from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.generation import Sampling
 from rlhf_jax.training import run_loop
 from rlhf_jax.training.rollouts import make_generate_fn, make_reward_fn
-from rlhf_jax.training.runs import describe_run, write_model_files
+from rlhf_jax.training.runs import load_policy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,20 +68,21 @@ class Options:
 def run(options: Options) -> None:
     """Trains, and leaves a run folder."""
     seed, rows = options.run.seed, options.batch_size * options.group_size
-    common.check_divides(options.minibatches, rows, "minibatches", "batch size x group size")
-    common.check_divides(options.micro_batches, rows // options.minibatches, "micro-batches", "mini-batch")
-    model = common.load_policy(Path(options.init))
-    prompts, evaluate = common.load_prompts(options.prompts, model, seed)
+    common.check(options, options.run, "grpo")
+    common.check_divides("--minibatches", options.minibatches, "--batch-size x --group-size", rows)
+    common.check_divides(
+        "--micro-batches", options.micro_batches, "the size of a mini-batch,", rows // options.minibatches
+    )
+    model = load_policy(Path(options.init))
+    prompts = inputs.load_prompts(options.prompts, model, options.prompts.rewards[:1], seed)
     sampler = BatchSampler(len(prompts), options.batch_size, seed)
     reward_fn = make_reward_fn(options.prompts.rewards, model.tokenizer)
     common.announce(options.run, model, f"{len(prompts):,} prompts")
-    describe_run(options.run.out, common.to_json(options))
-    write_model_files(options.run.out, model.config, model.tokenizer, "policy")
 
     generate = make_generate_fn(
         model.config,
         model.tokenizer,
-        prompt_length=max(len(prompt.ids) for prompt in prompts),
+        prompt_length=prompts.length,
         max_new_tokens=options.prompts.max_new_tokens,
         sampling=Sampling(temperature=options.temperature),
     )
@@ -96,7 +98,7 @@ def run(options: Options) -> None:
         kl_coef=options.kl_coef,
         entropy_coef=options.entropy_coef,
     )
-    ref_params = model.params
+    ref_params, evaluate = model.params, prompts.evaluate
 
     def learn(state: group.State, ref_params: Params, rollout: Rollout, rewards: Float[Array, " B"]):
         old_logp = score_fn(state.learner.params, rollout.sequences).logp
@@ -109,11 +111,13 @@ def run(options: Options) -> None:
     rollout_key = jax.random.key(seed + 1)
 
     def step(state: group.State, number: int):
-        chosen = [prompts[i] for i in np.repeat(sampler.indices(number), options.group_size)]
+        chosen = [prompts.train[i] for i in np.repeat(sampler.indices(number), options.group_size)]
         rollout = generate(state.learner.params, chosen, jax.random.fold_in(rollout_key, number))
         return learn(state, ref_params, rollout, jnp.asarray(reward_fn(rollout, chosen)))
 
-    run_loop(
+    before = prompts.answer(ref_params)
+    common.start(options, options.run, "grpo", model, "policy")
+    state = run_loop(
         group.init(common.copied(model.params), tx, jax.random.key(seed)),
         step,
         options.run.loop(),
@@ -123,6 +127,8 @@ def run(options: Options) -> None:
         run_config=common.to_json(options),
         eval_fn=evaluate and (lambda state: evaluate(state.learner.params, ref_params).metrics()),
     )
+    after = prompts.answer(state.learner.params)
+    common.finish(options.run, inputs.before_and_after("grpo", before, after))
 
 
 if __name__ == "__main__":

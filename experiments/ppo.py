@@ -11,6 +11,7 @@ import dataclasses
 from pathlib import Path
 
 import common
+import inputs
 import jax
 import jax.numpy as jnp
 import tyro
@@ -23,7 +24,7 @@ from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.generation import Sampling
 from rlhf_jax.training import run_loop
 from rlhf_jax.training.rollouts import make_generate_fn, make_reward_fn
-from rlhf_jax.training.runs import describe_run, load_reward_model, write_model_files
+from rlhf_jax.training.runs import Model, check_same_architecture, load_policy, load_reward_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,11 +85,11 @@ class Options:
     scale_rewards: bool = False
 
 
-def initial_params(options: Options, policy: common.Model, key: jax.Array) -> Params:
+def initial_params(options: Options, policy: Model, key: jax.Array) -> Params:
     """Policy and value model; the value model starts from the reward model where there is one."""
     if options.reward_model:
         reward_model = load_reward_model(Path(options.reward_model))
-        common.check_same_architecture(reward_model.config, policy.config, options.reward_model)
+        check_same_architecture(policy.config, reward_model.config, options.reward_model)
         value = reward_model.params
     else:
         value = models.init_scalar_model(policy.config, key, policy.params)
@@ -117,23 +118,21 @@ def make_hyper(options: Options) -> ppo.Hyper:
 def run(options: Options) -> None:
     """Trains, and leaves a run folder."""
     seed = options.run.seed
-    common.check_divides(options.minibatches, options.batch_size, "minibatches", "batch size")
-    common.check_divides(
-        options.micro_batches, options.batch_size // options.minibatches, "micro-batches", "mini-batch"
-    )
-    model = common.load_policy(Path(options.init))
-    prompts, evaluate = common.load_prompts(options.prompts, model, seed)
+    common.check(options, options.run, "ppo")
+    common.check_divides("--minibatches", options.minibatches, "--batch-size", options.batch_size)
+    rows = options.batch_size // options.minibatches
+    common.check_divides("--micro-batches", options.micro_batches, "the size of a mini-batch,", rows)
+    model = load_policy(Path(options.init))
+    prompts = inputs.load_prompts(options.prompts, model, options.prompts.rewards[:1], seed)
     sampler = BatchSampler(len(prompts), options.batch_size, seed)
     rewards = [options.reward_model] if options.reward_model else options.prompts.rewards
     reward_fn = make_reward_fn(rewards, model.tokenizer)
     common.announce(options.run, model, f"{len(prompts):,} prompts, rewards from {', '.join(rewards)}")
-    describe_run(options.run.out, common.to_json(options))
-    write_model_files(options.run.out, model.config, model.tokenizer, "actor_critic")
 
     generate = make_generate_fn(
         model.config,
         model.tokenizer,
-        prompt_length=max(len(prompt.ids) for prompt in prompts),
+        prompt_length=prompts.length,
         max_new_tokens=options.prompts.max_new_tokens,
         sampling=Sampling(temperature=options.temperature),
     )
@@ -150,7 +149,7 @@ def run(options: Options) -> None:
     steps = options.run.steps * options.epochs * options.minibatches
     tx = make_optimizer(common.with_total_steps(options.optimizer, steps))
     update = ppo.make_update(config, score_fn, tx)
-    hyper, ref_params = make_hyper(options), model.params
+    hyper, ref_params, evaluate = make_hyper(options), model.params, prompts.evaluate
 
     def learn(state: ppo.State, ref_params: Params, rollout: Rollout, rewards: Float[Array, " B"]):
         score = score_fn(state.learner.params, rollout.sequences)
@@ -163,14 +162,17 @@ def run(options: Options) -> None:
     rollout_key = jax.random.key(seed + 1)
 
     def step(state: ppo.State, number: int):
-        chosen = [prompts[i] for i in sampler.indices(number)]
+        chosen = [prompts.train[i] for i in sampler.indices(number)]
         policy = state.learner.params["policy"]
         rollout = generate(policy, chosen, jax.random.fold_in(rollout_key, number))
         return learn(state, ref_params, rollout, jnp.asarray(reward_fn(rollout, chosen)))
 
     value_key, state_key = jax.random.split(jax.random.key(seed))
-    run_loop(
-        ppo.init(initial_params(options, model, value_key), tx, state_key, hyper),
+    params = initial_params(options, model, value_key)
+    before = prompts.answer(ref_params)
+    common.start(options, options.run, "ppo", model, "actor_critic")
+    state = run_loop(
+        ppo.init(params, tx, state_key, hyper),
         step,
         options.run.loop(),
         stage="ppo",
@@ -179,6 +181,8 @@ def run(options: Options) -> None:
         run_config=common.to_json(options),
         eval_fn=evaluate and (lambda state: evaluate(state.learner.params["policy"], ref_params).metrics()),
     )
+    after = prompts.answer(state.learner.params["policy"])
+    common.finish(options.run, inputs.before_and_after("ppo", before, after))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ Rows hold `prompt`, `chosen` and `rejected`: plain strings, or lists of messages
 import dataclasses
 
 import common
+import inputs
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +21,6 @@ from rlhf_jax.algorithms import reward
 from rlhf_jax.core.optimization import OptimizerConfig, make_optimizer
 from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.training import run_loop
-from rlhf_jax.training.runs import describe_run, write_model_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +54,12 @@ class Options:
 def run(options: Options) -> None:
     """Trains, and leaves a run folder."""
     seed = options.run.seed
+    common.check(options, options.run, "reward_model")
+    common.check_divides("--micro-batches", options.micro_batches, "--batch-size", options.batch_size)
     model = common.starting_model(options.init, options.tokenizer, options.pairs.data, options.model, seed)
-    common.check_divides(options.micro_batches, options.batch_size, "micro-batches", "batch size")
-    train, held_out = common.load_pairs(options.pairs, model.tokenizer, seed)
+    train, held_out = inputs.load_pairs(options.pairs, model.tokenizer, seed)
     sampler = BatchSampler(len(train), options.batch_size, seed)
     common.announce(options.run, model, f"{len(train):,} pairs, {len(held_out):,} held out")
-    describe_run(options.run.out, common.to_json(options))
-    write_model_files(options.run.out, model.config, model.tokenizer, "reward_model")
 
     reward_fn = models.make_reward_fn(model.config)
     tx = make_optimizer(common.with_total_steps(options.optimizer, options.run.steps))
@@ -75,12 +74,13 @@ def run(options: Options) -> None:
 
     def accuracy(state: reward.State) -> dict[str, float]:
         leads = []
-        for indices in common.parts(len(held_out), options.batch_size):
+        for indices in inputs.parts(len(held_out), options.batch_size):
             chosen, rejected = score(state.learner.params, reward.Pairs(*held_out.rows(indices)))
             leads.append(np.asarray(chosen - rejected))
         margins = np.concatenate(leads)[: len(held_out)]
         return {"pair_accuracy": float(np.mean(margins > 0)), "margin": float(np.mean(margins))}
 
+    common.start(options, options.run, "reward_model", model, "reward_model")
     init_key, state_key = jax.random.split(jax.random.key(seed))
     params = models.init_scalar_model(model.config, init_key, common.copied(model.params))
     run_loop(
@@ -93,6 +93,7 @@ def run(options: Options) -> None:
         run_config=common.to_json(options),
         eval_fn=accuracy if len(held_out) else None,
     )
+    common.finish(options.run)
 
 
 if __name__ == "__main__":

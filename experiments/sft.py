@@ -1,7 +1,8 @@
 """Supervised fine-tuning on conversations.
 
     python experiments/sft.py --out runs/sft
-    python experiments/sft.py --out runs/mine --data my.jsonl --packing --max-length 512
+    python experiments/sft.py --out runs/mine --data my.jsonl --train-tokenizer 4096 \\
+        --packing --max-length 512
 
 The first trains a new model on the embedded arithmetic task; rows of the second hold `messages`, or
 `prompt` and `completion`, or `question` and `answer`.
@@ -9,23 +10,28 @@ The first trains a new model on the embedded arithmetic task; rows of the second
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import common
+import inputs
 import jax
 import jax.numpy as jnp
 import tyro
 
 from rlhf_jax import models
 from rlhf_jax.algorithms import sft
+from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.optimization import OptimizerConfig, make_optimizer
 from rlhf_jax.core.types import Params, ScoreFn, Sequences
 from rlhf_jax.data import packing
-from rlhf_jax.data.arithmetic import demonstration_rows
+from rlhf_jax.data.arithmetic import Level, demonstration_rows
 from rlhf_jax.data.examples import SupervisedExample, TooLong, supervised_examples
 from rlhf_jax.data.pipeline import BatchSampler
+from rlhf_jax.data.sources import Row
+from rlhf_jax.data.tokenizers import Tokenizer, train_bpe
 from rlhf_jax.losses.supervised import cross_entropy_loss
 from rlhf_jax.training import run_loop
-from rlhf_jax.training.runs import Model, describe_run, write_model_files
+from rlhf_jax.training.runs import Model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +42,7 @@ class Options:
       data: rows to imitate: a path, tfds:NAME[:SPLIT], or arithmetic:LEVEL.
       eval_data: held-out rows whose loss is logged; empty for none (the embedded task brings its own).
       tokenizer: folder or tokenizer.json; empty for the embedded task's own, or for bytes.
+      train_tokenizer: learn a byte-level BPE vocabulary of this size from the data; 0 for none.
       init: run folder of a stage to start from; empty for a new model.
       batch_size: rows a step.
       micro_batches: parts in which a batch is computed, to save memory.
@@ -45,6 +52,7 @@ class Options:
       learning_rate: at its peak.
       demonstrations: how many conversations of the embedded task.
       slip_rate: how careless its writers are: the share of carries they forget.
+      eval_count: how many held-out conversations are evaluated at most.
     """
 
     run: tyro.conf.OmitArgPrefixes[common.RunOptions]
@@ -53,6 +61,7 @@ class Options:
     data: str = "arithmetic:1"
     eval_data: str = ""
     tokenizer: str = ""
+    train_tokenizer: int = 0
     init: str = ""
     batch_size: int = 64
     micro_batches: int = 1
@@ -62,23 +71,36 @@ class Options:
     learning_rate: float = 2e-3
     demonstrations: int = 16_000
     slip_rate: float = 0.6
+    eval_count: int = 256
 
 
-def load_examples(options: Options, model: Model, *, held_out: bool) -> list[SupervisedExample]:
+def load_rows(options: Options, *, held_out: bool) -> list[Row]:
     """Conversations for training, or the held-out ones."""
+
+    def make(level: Level) -> list[dict[str, Any]]:
+        split, count = ("heldout", options.eval_count) if held_out else ("train", options.demonstrations)
+        return demonstration_rows(level, count, options.run.seed, slip_rate=options.slip_rate, split=split)
+
     spec = (options.eval_data or options.data) if held_out else options.data
-    rows = common.load_rows(
-        spec,
-        lambda level: demonstration_rows(
-            level,
-            256 if held_out else options.demonstrations,
-            options.run.seed,
-            slip_rate=options.slip_rate,
-            split="heldout" if held_out else "train",
-        ),
-    )
-    longest = options.max_length or common.UNBOUNDED
-    return supervised_examples(rows, model.tokenizer, max_length=longest, too_long=options.too_long)
+    rows = inputs.load_rows(spec, make)
+    return rows[: options.eval_count] if held_out else rows
+
+
+def choose_tokenizer(options: Options, rows: list[Row]) -> str | Tokenizer:
+    """The tokenizer that the options name, or one learnt from the rows."""
+    if not options.train_tokenizer:
+        return options.tokenizer
+    if options.tokenizer or options.init:
+        raise UserError(
+            "--train-tokenizer excludes --tokenizer and --init, which bring one: give one of them"
+        )
+    return train_bpe(inputs.texts(rows), options.train_tokenizer)
+
+
+def make_examples(options: Options, rows: list[Row], tokenizer: Tokenizer) -> list[SupervisedExample]:
+    """Rows as tokens."""
+    longest = options.max_length or inputs.UNBOUNDED
+    return supervised_examples(rows, tokenizer, max_length=longest, too_long=options.too_long)
 
 
 def lay_out(options: Options, examples: list[SupervisedExample]) -> Sequences:
@@ -93,7 +115,7 @@ def held_out_loss(
     """Evaluates the loss on held-out conversations, where there are any."""
     if not (options.eval_data or common.embedded_level(options.data)):
         return None
-    rows = lay_out(options, load_examples(options, model, held_out=True))
+    rows = lay_out(options, make_examples(options, load_rows(options, held_out=True), model.tokenizer))
 
     @jax.jit
     def loss(params: Params) -> jax.Array:
@@ -104,22 +126,24 @@ def held_out_loss(
 
 def run(options: Options) -> None:
     """Trains, and leaves a run folder."""
-    model = common.starting_model(
-        options.init, options.tokenizer, options.data, options.model, options.run.seed
-    )
-    common.check_divides(options.micro_batches, options.batch_size, "micro-batches", "batch size")
-    examples = load_examples(options, model, held_out=False)
+    common.check(options, options.run, "sft")
+    common.check_divides("--micro-batches", options.micro_batches, "--batch-size", options.batch_size)
+    data = load_rows(options, held_out=False)
+    tokenizer = choose_tokenizer(options, data)
+    model = common.starting_model(options.init, tokenizer, options.data, options.model, options.run.seed)
+    examples = make_examples(options, data, model.tokenizer)
     rows = lay_out(options, examples)
     sampler = BatchSampler(len(rows.tokens), options.batch_size, options.run.seed)
     common.announce(options.run, model, f"{len(examples):,} conversations in {len(rows.tokens):,} rows")
     common.show_sample(options.run, model.tokenizer, examples[0])
-    describe_run(options.run.out, common.to_json(options))
-    write_model_files(options.run.out, model.config, model.tokenizer, "policy")
 
     score_fn = models.make_score_fn(model.config)
     tx = make_optimizer(common.with_total_steps(options.optimizer, options.run.steps))
     update = jax.jit(sft.make_update(sft.Config(options.micro_batches), score_fn, tx), donate_argnums=0)
+    evaluate = held_out_loss(options, model, score_fn)
     hyper = sft.Hyper(learning_rate=jnp.float32(options.learning_rate))
+
+    common.start(options, options.run, "sft", model, "policy")
 
     def step(state: sft.State, number: int):
         return update(state, hyper, jax.tree.map(lambda x: x[sampler.indices(number)], rows))
@@ -132,8 +156,9 @@ def run(options: Options) -> None:
         folder=options.run.out,
         resume=options.run.resume,
         run_config=common.to_json(options),
-        eval_fn=held_out_loss(options, model, score_fn),
+        eval_fn=evaluate,
     )
+    common.finish(options.run)
 
 
 if __name__ == "__main__":

@@ -13,16 +13,18 @@ import datetime
 import functools
 import importlib.metadata
 import json
+import os
 import platform
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 
 from rlhf_jax import models
-from rlhf_jax.checkpoint import restore_params
+from rlhf_jax.checkpoint import CheckpointManager, restore_params
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Params
 from rlhf_jax.data.tokenizers import Tokenizer, load_tokenizer
@@ -43,14 +45,16 @@ class Model:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Writes JSON for people to read; the folder is made if missing.
+    """Writes JSON for people to read, whole or not at all; the folder is made if missing.
 
     Raises:
       UserError: the disk is full or read-only.
     """
+    part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(data, indent=2, default=str) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(data, indent=2, default=str) + "\n", encoding="utf-8")
+        os.replace(part, path)
     except OSError as error:
         raise UserError(
             f"{path}: cannot be written ({error.strerror}): free or unlock the disk, or choose another --out"
@@ -71,20 +75,81 @@ def versions() -> dict[str, str]:
 def describe_run(folder: Path, config: Mapping[str, Any], **more: Any) -> None:
     """Writes `folder/config.json`."""
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    command = "python " + " ".join(sys.argv)
+    command = "python " + shlex.join(sys.argv)
     write_json(
         folder / "config.json",
         {"command": command, "started": started, "config": config, "versions": versions(), **more},
     )
 
 
+def read_held_run(folder: Path, stage: str, *, resume: bool) -> Mapping[str, Any]:
+    """The configuration of the run that `folder` holds; empty where it holds no checkpoint.
+
+    Raises:
+      UserError: it holds one and `resume` is False, or that of another stage.
+    """
+    latest = CheckpointManager(folder / "checkpoints").latest_step()
+    path = folder / "config.json"
+    if latest is None or (resume and not path.exists()):
+        return {}
+    if not resume:
+        raise UserError(
+            f"{folder} already holds a run at step {latest}: add --resume to go on with it, "
+            "or choose another --out"
+        )
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        held_stage, config = held.get("stage", stage), dict(held["config"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: not a run's description ({error}): remove it, or choose another --out"
+        ) from error
+    if held_stage != stage:
+        raise UserError(f"{folder} holds a run of {held_stage}, not of {stage}: choose another --out")
+    return config
+
+
+def check_same_architecture(config: models.ModelConfig, other: models.ModelConfig, where: str) -> None:
+    """Compares the architecture `other`, read from `where`, with that of this run.
+
+    Raises:
+      UserError: they differ; names the first field that does.
+    """
+    ours, theirs = models.config_to_dict(config), models.config_to_dict(other)
+    for name, value in ours.items():
+        if value != theirs[name]:
+            inner = "" if name == "pattern" else f" {theirs[name]}, not {value}"
+            raise UserError(
+                f"{where}: its model is of another architecture ({name}{inner}): "
+                "give one with the architecture of this run, or this run the options of that"
+            )
+
+
 def write_model_files(folder: Path, config: models.ModelConfig, tokenizer: Tokenizer, kind: Kind) -> None:
-    """Writes `folder/model.json` and `folder/tokenizer`, without which checkpoints are only numbers."""
-    write_json(folder / "model.json", {"kind": kind, "config": models.config_to_dict(config)})
+    """Writes `folder/model.json` and `folder/tokenizer`, without which checkpoints are only numbers.
+
+    Where there are checkpoints, what describes them stays as it is.
+
+    Raises:
+      UserError: the folder holds checkpoints of another architecture or tokenizer, or cannot be written.
+    """
+    path = folder / "model.json"
+    if path.exists() and CheckpointManager(folder / "checkpoints").latest_step() is not None:
+        _, held_config, held_tokenizer = _read_model_files(folder)
+        check_same_architecture(config, held_config, f"{folder}")
+        if held_tokenizer.backend.get_vocab() != tokenizer.backend.get_vocab():
+            raise UserError(
+                f"{folder}: its run used another tokenizer: give that one, or choose another --out"
+            )
+        return
+    write_json(path, {"kind": kind, "config": models.config_to_dict(config)})
     try:
         tokenizer.save(folder / "tokenizer")
-    except OSError as error:
-        raise UserError(f"{folder / 'tokenizer'}: cannot be written ({error.strerror})") from error
+    except Exception as error:  # the tokenizers library raises bare Exception for a full disk
+        raise UserError(
+            f"{folder / 'tokenizer'}: cannot be written ({error}): free or unlock the disk, "
+            "or choose another --out"
+        ) from error
 
 
 def load_policy(folder: Path) -> Model:
@@ -122,9 +187,11 @@ def _read_model_files(folder: Path) -> tuple[Kind, models.ModelConfig, Tokenizer
     path = folder / "model.json"
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        kind, config = data["kind"], data["config"]
+        kind, config = data["kind"], models.config_from_dict(data["config"])
+        if kind not in get_args(Kind):
+            raise ValueError(f"kind {kind!r} is none of {', '.join(get_args(Kind))}")
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file: give the folder that a stage wrote with --out") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, UserError) as error:
         raise UserError(f"{path}: not a model description ({error}): run the stage again") from error
-    return kind, models.config_from_dict(config), load_tokenizer(folder / "tokenizer")
+    return kind, config, load_tokenizer(folder / "tokenizer")
