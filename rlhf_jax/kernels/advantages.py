@@ -81,7 +81,7 @@ def group_relative_advantages(
 def leave_one_out_advantages(
     rewards: Float[Array, "N G"], mask: Bool[Array, "N G"] | None = None
 ) -> Float[Array, "N G"]:
-    """RLOO: the baseline is the mean reward of the *other* completions (Ahmadian et al. 2024, section 2.3).
+    """RLOO: the baseline is the mean reward of the other completions (Kool et al. 2019; Ahmadian et al. 2024).
 
         A_i = r_i - sum_{j != i} r_j / (G - 1) = (r_i - mean_j r_j) G / (G - 1)
 
@@ -102,7 +102,7 @@ def remax_advantages(
     greedy_rewards: Float[Array, " N"],
     mask: Bool[Array, "N G"] | None = None,
 ) -> Float[Array, "N G"]:
-    """ReMax: the baseline is the reward of the greedy completion of the prompt (Li et al. 2024, section 4).
+    """ReMax: the baseline is the reward of the greedy completion of the prompt (Li et al. 2024).
 
         A_i = r_i - r(greedy)
 

@@ -92,7 +92,7 @@ def retrace(
     *,
     lambda_: Scalar = 1.0,
 ) -> Float[Array, "B T"]:
-    """Retrace(lambda) targets of action values (Munos et al. 2016, eq. 3-4, with c_t = lambda min(1, pi/mu)).
+    """Retrace(lambda) targets of action values (Munos et al. 2016, eq. 3, c_t = lambda min(1, pi/mu)).
 
         Q^ret_t = r_t + gamma_t (V(s_{t+1}) + c_{t+1} [Q^ret_{t+1} - Q(s_{t+1}, a_{t+1})])
 

@@ -148,7 +148,7 @@ def ppo_clip_loss(
         w_t    = pi(a_t) / pi_old(a_t)
         loss_t = -min(w_t A_t, clip(w_t, 1 - clip_low, 1 + clip_high) A_t)
 
-    The dual clip (Ye et al. 2020, "Mastering Complex Control in MOBA Games", eq. 5) bounds the objective of
+    The dual clip (Ye et al. 2020, "Mastering Complex Control in MOBA Games") bounds the objective of
     negative advantages from below by dual_clip A_t.
 
     Args:

@@ -283,6 +283,8 @@ def test_vespo_weight_peaks_where_its_formula_does():
     for advantage, k, decay in ((1.0, 2.0, 3.0), (-1.0, 3.0, 2.0)):
         for w in (0.3, 1.0, 2.5):
             np.testing.assert_allclose(phi(w, advantage), w**k * np.exp(decay * (1 - w)), rtol=1e-9)
+        lowest = np.exp(decay + k * np.log(1e-8) - decay * 1e-8)
+        np.testing.assert_allclose(phi(1e-12, advantage), lowest, rtol=1e-9, err_msg="clamped as in TRL")
         assert phi(k / decay, advantage) > max(
             phi(0.9 * k / decay, advantage), phi(1.1 * k / decay, advantage)
         )
@@ -402,7 +404,15 @@ def test_off_policy_mask_drops_only_unlikely_rows_of_negative_advantage():
     np.testing.assert_array_equal(keep, [[True, True], [False, False], [True, False]])
 
 
-def test_weights_scale_the_surrogate_and_leave_kl_and_denominator(example):
+def test_weights_multiply_the_surrogate(example):
+    """So does scaling the advantages by them, because the clipped surrogate is homogeneous."""
+    weights = np.random.default_rng(6).uniform(0, 2, (B, T))
+    dirty = jnp.asarray(np.where(example["mask"], weights, np.nan))
+    one = value_and_grad_of(example, weights=dirty, kl_coef=0.1)
+    assert_equal(one, value_and_grad_of(example, advantages=weights * example["advantages"], kl_coef=0.1))
+
+
+def test_weights_of_zero_leave_the_kl_and_the_denominator(example):
     nothing = jnp.zeros((B, T))
     loss, grad = value_and_grad_of(example, weights=nothing, kl_coef=0.1)
     logp, ref_logp, mask = arrays(example, "logp", "ref_logp", "mask")
