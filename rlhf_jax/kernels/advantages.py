@@ -81,7 +81,7 @@ def group_relative_advantages(
 def leave_one_out_advantages(
     rewards: Float[Array, "N G"], mask: Bool[Array, "N G"] | None = None
 ) -> Float[Array, "N G"]:
-    """RLOO: the baseline is the mean reward of the other completions (Kool et al. 2019; Ahmadian et al. 2024).
+    """RLOO: the baseline is the mean of the other rewards (Kool et al. 2019; Ahmadian et al. 2024).
 
         A_i = r_i - sum_{j != i} r_j / (G - 1) = (r_i - mean_j r_j) G / (G - 1)
 
