@@ -65,8 +65,8 @@ class Level:
 
 
 LEVELS = {
-    1: Level(operands=3, low=1, high=9, operators="+"),
-    2: Level(operands=3, low=1, high=99, operators="+"),
+    1: Level(operands=5, low=0, high=5, operators="+"),
+    2: Level(operands=4, low=1, high=9, operators="+-"),
     3: Level(operands=4, low=1, high=99, operators="+-"),
 }
 
