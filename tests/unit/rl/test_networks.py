@@ -1,0 +1,98 @@
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.rl import environments, networks
+from rlhf_jax.rl.distributions import Categorical, DiagonalGaussian, TanhGaussian
+
+KEY = jax.random.key(0)
+
+
+def test_categorical_against_numpy():
+    logits = jax.random.normal(KEY, (5, 4))
+    other = jax.random.normal(jax.random.key(1), (5, 4))
+    p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in map(np.asarray, (logits, other)))
+    action = jnp.array([0, 3, 1, 2, 0])
+    distribution = Categorical(logits)
+    np.testing.assert_allclose(distribution.logp(action), np.log(p[np.arange(5), action]), rtol=1e-5)
+    np.testing.assert_allclose(distribution.entropy(), -(p * np.log(p)).sum(-1), rtol=1e-5)
+    np.testing.assert_allclose(distribution.kl(Categorical(other)), (p * np.log(p / q)).sum(-1), rtol=1e-4)
+    np.testing.assert_array_equal(distribution.mode(), p.argmax(-1))
+    draws = jax.vmap(distribution.sample)(jax.random.split(KEY, 4000))
+    np.testing.assert_allclose((np.asarray(draws) == 2).mean(0), p[:, 2], atol=0.03)
+
+
+def test_gaussian_against_samples():
+    first = DiagonalGaussian(jnp.array([0.3, -1.0]), jnp.array([-0.5, 0.2]))
+    second = DiagonalGaussian(jnp.array([0.0, -0.5]), jnp.array([0.1, 0.0]))
+    draws = jax.vmap(first.sample)(jax.random.split(KEY, 20_000))
+    logp = first.logp(draws)
+    np.testing.assert_allclose(first.entropy(), -logp.mean(), atol=0.02)
+    np.testing.assert_allclose(first.kl(second), (logp - second.logp(draws)).mean(), atol=0.03)
+    assert float(first.kl(first)) == 0
+
+
+def test_tanh_gaussian_is_a_density_inside_its_box():
+    distribution = TanhGaussian(jnp.array([0.4]), jnp.array([-0.3]), jnp.array([-2.0]), jnp.array([1.0]))
+    grid = jnp.linspace(-2, 1, 20_001)[1:-1, None]
+    np.testing.assert_allclose(jnp.exp(distribution.logp(grid)).sum() * 3 / 20_000, 1, atol=1e-3)
+    action, logp = distribution.sample_and_logp(KEY)
+    np.testing.assert_allclose(distribution.logp(action), logp, rtol=1e-4)
+    far = TanhGaussian(jnp.array([40.0]), jnp.array([0.0]), jnp.array([-2.0]), jnp.array([1.0]))
+    assert jnp.isfinite(far.sample_and_logp(KEY)[1])
+    assert jnp.isfinite(far.logp(jnp.array([1.0])))
+
+
+@pytest.mark.parametrize("name", ["CartPole-v1", "Pendulum-v1", "Breakout-MinAtar", "FrozenLake-misc"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_actor_critic_of_every_kind_of_environment(name, shared):
+    env, params = environments.make(name)
+    states = jax.vmap(env.reset, (0, None))(jax.random.split(KEY, 3), params)
+    body = networks.default_body(env)
+    network = networks.make_actor_critic(env, body, shared=shared)
+    starts = jnp.zeros(3, bool)
+    variables = network.init(KEY, states.obs[:, None], starts[:, None], network.begin(3))
+    distribution, values = network.apply(variables, states.obs[:, None], starts[:, None], ())
+    acting, _ = network.apply(variables, states.obs, starts, (), method="act")
+    assert values.shape == (3, 1)
+    assert distribution.sample(KEY).shape == (3, 1, *env.action_shape)
+    np.testing.assert_allclose(distribution.mode()[:, 0], acting.mode(), rtol=1e-5)
+    count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
+    torso = count(variables["params"]["actor_torso"])
+    assert ("critic_torso" in variables["params"]) == (not shared)
+    if not shared:
+        assert count(variables["params"]["critic_torso"]) == torso
+
+
+def test_recurrent_network_acts_as_it_is_scored_and_forgets_at_starts():
+    env, _ = environments.make("CartPole-v1")
+    network = networks.make_recurrent_actor_critic(env, networks.MLP((8,)), width=8)
+    obs = jax.random.normal(KEY, (2, 6, 4))
+    starts = jnp.zeros((2, 6), bool).at[0, 3].set(True)
+    memory = jax.random.normal(jax.random.key(1), (2, 8))
+    variables = network.init(KEY, obs, starts, memory)
+    distribution, values = network.apply(variables, obs, starts, memory)
+    carried = memory
+    for t in range(6):
+        acting, carried = network.apply(variables, obs[:, t], starts[:, t], carried, method="act")
+        np.testing.assert_allclose(acting.logits, distribution.logits[:, t], rtol=1e-5, atol=1e-7)
+    # What follows each observation, as the next observation of the same trajectory, has the next value.
+    following = network.apply(variables, obs[:, :-1], obs[:, 1:], starts[:, :-1], memory, method="following")
+    np.testing.assert_allclose(following[1], values[1, 1:], rtol=1e-5)
+    assert not np.allclose(following[0, 2], values[0, 3])
+    # Nothing before a start matters after it.
+    changed = network.apply(variables, obs.at[0, :3].set(7.0), starts, memory)[1]
+    np.testing.assert_allclose(changed[0, 3:], values[0, 3:], rtol=1e-6)
+    assert not np.allclose(changed[0, :3], values[0, :3])
+
+
+def test_a_pixel_of_every_plane_reaches_the_output():
+    body = networks.MinAtarConv(channels=4, width=8, activation=jnp.tanh)
+    image = jnp.zeros((1, 10, 10, 3))
+    variables = body.init(KEY, image)
+    base = body.apply(variables, image)
+    for corner in itertools.product((0, 9), (0, 9), range(3)):
+        assert not np.allclose(body.apply(variables, image.at[(0, *corner)].set(1.0)), base)
