@@ -50,9 +50,9 @@ class Panel:
 
 PANELS = (
     Panel("Loss", ("loss",)),
-    Panel("Exact match", ("exact_match",), percent=True),
+    Panel("Held-out score", ("exact_match", "score"), percent=True),
     Panel("Pair accuracy", ("pair_accuracy", "accuracy", "reward_accuracy"), percent=True),
-    Panel("Reward", ("reward", "rewards", "mean_reward", "reward_mean", "score")),
+    Panel("Reward", ("reward", "rewards", "mean_reward", "reward_mean")),
     Panel("Reward margin", ("margin", "reward_margin", "margins")),
     Panel("KL to the reference, nats", ("kl", "ref_kl", "kl_ref")),
     Panel("Length, tokens", ("length", "mean_length", "response_length", "completion_length")),
@@ -73,7 +73,7 @@ def write_report(
 ) -> Path:
     """Writes `folder/report.html` from what the run folder holds; parts that are missing are left out.
 
-    It reads `summary.json`, `config.json`, `samples.json`, `metrics.jsonl` and `seed_*/metrics.jsonl`.
+    It reads `summary.json`, `config.json`, `samples.json`, and `metrics.jsonl` here and below `seed_*/`.
     Texts of models are untrusted: everything is escaped, and the page forbids itself scripts and network.
 
     Args:
@@ -150,8 +150,8 @@ def _read_json(path: Path, kind: type) -> Any:
 
 
 def _read_curves(folder: Path) -> dict[str, dict[str, list[Curve]]]:
-    """Stage -> metric -> one curve a seed, stages and metrics in the order of their first line."""
-    seeds = sorted(folder.glob(f"seed_*/{METRICS_FILE}"), key=lambda path: _natural(path.parent.name))
+    """Stage -> metric -> one curve a seed: the stages of RLHF in their order, then others as they come."""
+    seeds = sorted(folder.glob(f"seed_*/**/{METRICS_FILE}"), key=lambda path: _natural(str(path)))
     points: dict[str, dict[str, list[dict[int, float]]]] = {}
     for run in [folder, *(path.parent for path in seeds)]:
         of_run: dict[tuple[str, str], dict[int, float]] = {}
@@ -163,9 +163,10 @@ def _read_curves(folder: Path) -> dict[str, dict[str, list[Curve]]]:
                     of_run.setdefault((stage, name), {})[step] = float(value)
         for (stage, name), values in of_run.items():
             points.setdefault(stage, {}).setdefault(name, []).append(values)
+    known = [stage for stage in _NAMES if stage in points]
     return {
-        stage: {name: [_to_curve(values) for values in seeds] for name, seeds in metrics.items()}
-        for stage, metrics in points.items()
+        stage: {name: [_to_curve(values) for values in seeds] for name, seeds in points[stage].items()}
+        for stage in dict.fromkeys([*known, *points])
     }
 
 
