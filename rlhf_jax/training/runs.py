@@ -117,8 +117,8 @@ def check_same_architecture(config: models.ModelConfig, other: models.ModelConfi
     """
     ours, theirs = models.config_to_dict(config), models.config_to_dict(other)
     for name, value in ours.items():
-        if value != theirs[name]:
-            inner = "" if name == "pattern" else f" {theirs[name]}, not {value}"
+        if value != theirs.get(name):
+            inner = f" {theirs.get(name)}, not {value}" if isinstance(value, str | int) else ""
             raise UserError(
                 f"{where}: its model is of another architecture ({name}{inner}): "
                 "give one with the architecture of this run, or this run the options of that"
