@@ -3,17 +3,22 @@
 from rlhf_jax.models.config import (
     Attention,
     Block,
+    FeedForward,
     GatedFeedForward,
+    LatentAttention,
+    LayerNorm,
+    MixtureOfExperts,
     ModelConfig,
     Remat,
     RMSNorm,
-    Rope,
-    config_from_dict,
-    config_to_dict,
+    SigmoidRouter,
+    SoftmaxRouter,
     dense_config,
 )
+from rlhf_jax.models.config_json import config_from_dict, config_to_dict
 from rlhf_jax.models.decoder import (
     Cache,
+    forward,
     hidden_states,
     init_cache,
     init_params,
@@ -23,6 +28,7 @@ from rlhf_jax.models.decoder import (
     unstack_layers,
 )
 from rlhf_jax.models.heads import init_scalar_head, init_scalar_model
+from rlhf_jax.models.positions import Alibi, LinearScaling, Llama3Scaling, Rope, YarnScaling, ntk_theta
 from rlhf_jax.models.scoring import (
     make_actor_critic_fn,
     make_decode_fns,
@@ -32,17 +38,28 @@ from rlhf_jax.models.scoring import (
 )
 
 __all__ = [
+    "Alibi",
     "Attention",
     "Block",
     "Cache",
+    "FeedForward",
     "GatedFeedForward",
+    "LatentAttention",
+    "LayerNorm",
+    "LinearScaling",
+    "Llama3Scaling",
+    "MixtureOfExperts",
     "ModelConfig",
     "RMSNorm",
     "Remat",
     "Rope",
+    "SigmoidRouter",
+    "SoftmaxRouter",
+    "YarnScaling",
     "config_from_dict",
     "config_to_dict",
     "dense_config",
+    "forward",
     "hidden_states",
     "init_cache",
     "init_params",
@@ -54,6 +71,7 @@ __all__ = [
     "make_reward_fn",
     "make_score_fn",
     "make_value_fn",
+    "ntk_theta",
     "stack_layers",
     "unembedding",
     "unstack_layers",

@@ -1,35 +1,48 @@
 """What a decoder is made of: frozen dataclasses, one for each kind of part.
 
 A new kind of attention, position or norm is a new dataclass here and one more case where parts are built
-(`models/parts.py`); nothing else branches on the architecture. A decoder is `pattern` repeated until
-`num_layers`, so that alternating layers (local and global attention, dense and sparse feed-forward) are
-patterns of more than one block.
+(`models/parts.py`); nothing else branches on the architecture. A decoder is `prefix`, then `pattern`
+repeated until `num_layers`, so that alternating layers (local and global attention, dense and sparse
+feed-forward) are patterns of more than one block.
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.models.positions import Alibi, Rope, YarnScaling
 
 Remat = Literal["none", "dots", "full"]
+Activation = Literal["silu", "gelu", "gelu_tanh"]
+"""`gelu` is exact; `gelu_tanh` its approximation (Hendrycks & Gimpel 2016, section 2)."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Rope:
-    """Rotary positions (Su et al. 2021, section 3.2.2), in the half-split layout of Llama.
-
-    Attributes:
-      theta: base of the wavelengths.
-    """
-
-    theta: float = 10_000.0
+# Norms ---------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class RMSNorm:
-    """Root-mean-square norm with a learned scale (Zhang & Sennrich 2019, eq. 4)."""
+    """Root-mean-square norm with a learned scale (Zhang & Sennrich 2019, eq. 4).
+
+    Attributes:
+      offset: the parameter is the scale minus 1 (Gemma).
+    """
 
     epsilon: float = 1e-6
+    offset: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerNorm:
+    """Mean and variance norm with learned scale and bias (Ba et al. 2016, eq. 4)."""
+
+    epsilon: float = 1e-5
+
+
+Norm: TypeAlias = RMSNorm | LayerNorm
+
+
+# Attention -----------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,15 +53,27 @@ class Attention:
       num_heads: query heads H.
       num_kv_heads: key-value heads K; divides H.
       head_dim: width of one head.
-      position: how positions enter.
+      position: how positions enter; None where they come with the embedding.
       bias: whether the query, key and value projections have biases.
+      output_bias: whether the output projection has one.
+      qk_norm: norm of queries and keys before they rotate.
+      qk_norm_whole: over all heads at once (OLMo 2) rather than in each head.
+      window: how many tokens are seen, the current one included; None for all before.
+      scale: what logits are multiplied with; None for 1 / sqrt(head_dim).
+      softcap: bound c of c tanh(logits / c) (Gemma 2 report, section 2).
     """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    position: Rope = Rope()
+    position: Rope | Alibi | None = Rope()
     bias: bool = False
+    output_bias: bool = False
+    qk_norm: Norm | None = None
+    qk_norm_whole: bool = False
+    window: int | None = None
+    scale: float | None = None
+    softcap: float | None = None
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -56,7 +81,7 @@ class Attention:
                 f"Attention: num_heads={self.num_heads} is no multiple of num_kv_heads={self.num_kv_heads}: "
                 "choose a number of key-value heads that divides the number of heads."
             )
-        if self.head_dim % 2:
+        if isinstance(self.position, Rope) and self.head_dim % 2:
             raise UserError(
                 f"Attention: head_dim={self.head_dim} is odd and rotary positions need pairs: "
                 "choose a width and heads that give an even one."
@@ -64,19 +89,135 @@ class Attention:
 
 
 @dataclasses.dataclass(frozen=True)
+class LatentAttention:
+    """Multi-head latent attention (DeepSeek-V2 report, section 2.1): keys and values are made from one
+    latent vector a token, which is all that the cache holds beside one rotated key.
+
+    Attributes:
+      num_heads: H.
+      query_rank: width of the queries' latent; None where queries are projected directly.
+      latent_dim: width of the latent of keys and values.
+      nope_dim: width of the part of a query or key that does not rotate.
+      rope_dim: width of the part that rotates; the key's is shared by all heads.
+      value_dim: width of a value.
+      position: the rotation.
+      norm: norm of both latents.
+      bias: whether the projections to the latents and to the output have biases.
+    """
+
+    num_heads: int
+    query_rank: int | None
+    latent_dim: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+    position: Rope = Rope()
+    norm: RMSNorm = RMSNorm()
+    bias: bool = False
+
+    @property
+    def scale(self) -> float:
+        """What logits are multiplied with."""
+        scaling = self.position.scaling
+        correction = scaling.softmax_magnitude if isinstance(scaling, YarnScaling) else 1.0
+        return correction * (self.nope_dim + self.rope_dim) ** -0.5
+
+
+# Feed-forward --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
 class GatedFeedForward:
-    """SwiGLU (Shazeer 2020, eq. 6): (silu(x W_gate) * x W_up) W_down, no biases."""
+    """SwiGLU and its kin (Shazeer 2020, eq. 6): (activation(x W_gate) * x W_up) W_down."""
 
     hidden_dim: int
+    activation: Activation = "silu"
+    bias: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class FeedForward:
+    """activation(x W_up + b) W_down + b (Vaswani et al. 2017, eq. 2)."""
+
+    hidden_dim: int
+    activation: Activation = "gelu"
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftmaxRouter:
+    """The experts of highest softmax(x W) (Fedus et al. 2021, eq. 1; Jiang et al. 2024, section 2.1).
+
+    Attributes:
+      renormalise: whether the chosen experts' weights are divided by their sum.
+      scale: what the weights are multiplied with.
+      groups: groups of experts, ranked by their best one.
+      kept_groups: how many groups may be chosen from (DeepSeek-V2 report, section 2.2.2).
+    """
+
+    renormalise: bool = True
+    scale: float = 1.0
+    groups: int = 1
+    kept_groups: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class SigmoidRouter:
+    """The experts of highest sigmoid(x W) + bias, weighted without the bias (DeepSeek-V3 report, eq. 12-16).
+
+    The bias balances the load; it gets no gradient. Groups are ranked by the sum of their two best experts.
+    """
+
+    renormalise: bool = True
+    scale: float = 1.0
+    groups: int = 1
+    kept_groups: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class MixtureOfExperts:
+    """Each token goes through `experts_per_token` of `num_experts` gated feed-forwards (Shazeer et al. 2017).
+
+    Attributes:
+      expert: one expert.
+      shared: a feed-forward that every token goes through as well.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    expert: GatedFeedForward
+    router: SoftmaxRouter | SigmoidRouter = SoftmaxRouter()
+    shared: GatedFeedForward | None = None
+
+    def __post_init__(self) -> None:
+        groups, kept = self.router.groups, self.router.kept_groups
+        if self.expert.bias:
+            raise UserError("MixtureOfExperts: experts have no biases; leave `bias` of `expert` False.")
+        reachable = self.num_experts // groups * kept
+        if self.num_experts % groups or kept > groups or self.experts_per_token > reachable:
+            raise UserError(
+                f"MixtureOfExperts: {self.experts_per_token} of {self.num_experts} experts cannot come from "
+                f"{kept} of {groups} groups: let the groups divide the experts and keep enough of them."
+            )
+
+
+# The whole -----------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """One pre-norm residual block: x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """A residual block: x + attention(norm(x)), then x + feed_forward(norm(x)).
 
-    attention: Attention
-    feed_forward: GatedFeedForward
-    norm: RMSNorm = RMSNorm()
+    Attributes:
+      norm: the kind of every norm in the block.
+      pre_norm: norm the inputs of attention and feed-forward.
+      post_norm: norm their outputs before they are added (OLMo 2; Gemma 2 does both).
+    """
+
+    attention: Attention | LatentAttention
+    feed_forward: GatedFeedForward | FeedForward | MixtureOfExperts
+    norm: Norm = RMSNorm()
+    pre_norm: bool = True
+    post_norm: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,10 +227,18 @@ class ModelConfig:
     Attributes:
       vocab_size: V.
       width: D, the residual stream.
-      num_layers: blocks in all; a multiple of `len(pattern)`.
+      num_layers: blocks in all; those after `prefix` are a multiple of `len(pattern)`.
       pattern: the blocks that repeat.
+      prefix: blocks before them.
       tied_embeddings: whether the output matrix is the input embedding.
       final_norm: norm before the output matrix.
+      embedding_scale: what embeddings are multiplied with on their way in.
+      embedding_norm: norm of the embeddings (BLOOM).
+      learned_positions: rows of a learned table of positions that is added to the embeddings (GPT-2).
+      logit_softcap: bound c of c tanh(logits / c).
+      context_length: tokens the model was made for; told to others on export, bounds nothing here.
+      architecture: the Hugging Face name of the family in which `hf.save` writes it; empty for the first
+        that can express it.
       param_dtype: dtype in which parameters are kept.
       compute_dtype: dtype of matmuls and activations; logits and norms' statistics are float32.
       scan_layers: stack the repeats' parameters and run them with `lax.scan` (compile time independent
@@ -101,24 +250,37 @@ class ModelConfig:
     width: int
     num_layers: int
     pattern: tuple[Block, ...]
+    prefix: tuple[Block, ...] = ()
     tied_embeddings: bool = True
-    final_norm: RMSNorm = RMSNorm()
+    final_norm: Norm = RMSNorm()
+    embedding_scale: float = 1.0
+    embedding_norm: Norm | None = None
+    learned_positions: int | None = None
+    logit_softcap: float | None = None
+    context_length: int | None = None
+    architecture: str = ""
     param_dtype: str = "float32"
     compute_dtype: str = "float32"
     scan_layers: bool = False
     remat: Remat = "none"
 
     def __post_init__(self) -> None:
-        if self.num_layers % len(self.pattern):
+        repeated = self.num_layers - len(self.prefix)
+        if repeated < 0 or repeated % len(self.pattern):
             raise UserError(
-                f"ModelConfig: num_layers={self.num_layers} is not a multiple of the pattern's "
-                f"{len(self.pattern)} blocks; change one of them."
+                f"ModelConfig: num_layers={self.num_layers} less {len(self.prefix)} of the prefix is not a "
+                f"multiple of the pattern's {len(self.pattern)} blocks; change one of them."
             )
 
     @property
     def num_repeats(self) -> int:
         """How often `pattern` is repeated."""
-        return self.num_layers // len(self.pattern)
+        return (self.num_layers - len(self.prefix)) // len(self.pattern)
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """Every block, in order."""
+        return self.prefix + self.pattern * self.num_repeats
 
 
 def dense_config(
@@ -148,31 +310,3 @@ def dense_config(
     attention = Attention(num_heads, num_kv_heads or num_heads, width // num_heads, Rope(theta))
     feed_forward = GatedFeedForward(hidden_dim or -(-width * 8 // 48) * 16)
     return ModelConfig(vocab_size, width, num_layers, (Block(attention, feed_forward),), **options)
-
-
-def config_to_dict(config: ModelConfig) -> dict[str, Any]:
-    """A JSON-ready dictionary; `config_from_dict` is its inverse."""
-    return dataclasses.asdict(config)
-
-
-def config_from_dict(data: dict[str, Any]) -> ModelConfig:
-    """The config that `config_to_dict` wrote.
-
-    Raises:
-      UserError: if fields are missing or unknown.
-    """
-    try:
-        blocks = tuple(
-            Block(
-                Attention(**{**block["attention"], "position": Rope(**block["attention"]["position"])}),
-                GatedFeedForward(**block["feed_forward"]),
-                RMSNorm(**block["norm"]),
-            )
-            for block in data["pattern"]
-        )
-        return ModelConfig(**{**data, "pattern": blocks, "final_norm": RMSNorm(**data["final_norm"])})
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"The model configuration cannot be read ({error}): "
-            "it was written by another version or edited by hand."
-        ) from error

@@ -1,6 +1,5 @@
 """The decoder: embeddings, blocks, final norm. One forward code for training, prefill and decoding."""
 
-import functools
 from typing import Any
 
 import jax
@@ -9,10 +8,11 @@ from flax import linen as nn
 
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Bool, Float, Int, Params, PRNGKeyArray
-from rlhf_jax.models.config import Attention, Block, GatedFeedForward, ModelConfig
-from rlhf_jax.models.layers import Linear, Scale, apply_rotary, normal_init, rotary_angles
-
-LayerCache = tuple[Float[Array, "B S K d"], Float[Array, "B S K d"]]
+from rlhf_jax.kernels.logprobs import softcapped
+from rlhf_jax.models.attention import Context, LayerCache
+from rlhf_jax.models.config import Block, ModelConfig, Norm
+from rlhf_jax.models.layers import norm_layer, normal_init
+from rlhf_jax.models.parts import attention_layer, empty_cache, feed_forward_layer
 
 
 @pytree_dataclass
@@ -20,89 +20,30 @@ class Cache:
     """Keys and values of the tokens seen so far.
 
     Attributes:
-      layers: (keys, values) for each block of the pattern of each repeat; stacked over the repeats when
-        the layers are scanned.
+      prefix: what attention keeps (keys and values, or latents) for each block of the prefix.
+      layers: the same for each block of the pattern of each repeat; stacked over the repeats when the
+        layers are scanned.
       segment_ids: segment of each column; 0 where the column is padding or not yet written.
+      positions: position of each column within its segment.
       length: columns written.
     """
 
+    prefix: Any
     layers: Any
     segment_ids: Int[Array, "B S"]
+    positions: Int[Array, "B S"]
     length: Int[Array, ""]
 
 
-class SelfAttention(nn.Module):
-    """Grouped-query attention; with a cache, new keys and values are written at column `start`."""
-
-    spec: Attention
-    width: int
-    output_std: float
-    param_dtype: Any
-    dtype: Any
-
-    @nn.compact
-    def __call__(
-        self,
-        inputs: Float[Array, "B T D"],
-        positions: Int[Array, "B T"],
-        mask: Bool[Array, "B T S"],
-        cache: LayerCache | None,
-        start: Int[Array, ""],
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Returns the block's output and the cache with the new columns."""
-        spec, (batch, time, _) = self.spec, inputs.shape
-        linear = functools.partial(Linear, param_dtype=self.param_dtype, dtype=self.dtype)
-
-        def project(name: str, heads: int) -> Float[Array, "B T H d"]:
-            flat = linear(heads * spec.head_dim, use_bias=spec.bias, name=name)(inputs)
-            return flat.reshape(batch, time, heads, spec.head_dim)
-
-        angles = rotary_angles(positions, spec.head_dim, spec.position.theta)
-        query = apply_rotary(project("query", spec.num_heads), angles)
-        key = apply_rotary(project("key", spec.num_kv_heads), angles)
-        value = project("value", spec.num_kv_heads)
-        if cache is not None:
-            key, value = (
-                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=1)
-                for old, new in zip(cache, (key, value), strict=True)
-            )
-            cache = (key, value)
-        attended = jax.nn.dot_product_attention(query, key, value, mask=mask[:, None])
-        output = linear(self.width, init_std=self.output_std, name="output")
-        return output(attended.reshape(batch, time, -1)), cache
-
-
-class SwiGLU(nn.Module):
-    """(silu(x W_gate) * x W_up) W_down."""
-
-    spec: GatedFeedForward
-    width: int
-    output_std: float
-    param_dtype: Any
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, inputs: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Applies the layer to every token."""
-        linear = functools.partial(Linear, param_dtype=self.param_dtype, dtype=self.dtype)
-        gate = jax.nn.silu(linear(self.spec.hidden_dim, name="gate")(inputs))
-        hidden = gate * linear(self.spec.hidden_dim, name="up")(inputs)
-        return linear(self.width, init_std=self.output_std, name="down")(hidden)
-
-
 class ResidualBlocks(nn.Module):
-    """The blocks of one repeat of the pattern."""
+    """The prefix, or the blocks of one repeat of the pattern."""
 
     config: ModelConfig
+    blocks: tuple[Block, ...]
 
     @nn.compact
     def __call__(
-        self,
-        hidden: Float[Array, "B T D"],
-        caches: tuple[LayerCache | None, ...],
-        positions: Int[Array, "B T"],
-        mask: Bool[Array, "B T S"],
-        start: Int[Array, ""],
+        self, hidden: Float[Array, "B T D"], caches: tuple[LayerCache | None, ...], context: Context
     ) -> tuple[Float[Array, "B T D"], tuple[LayerCache | None, ...]]:
         """Runs the blocks in order; `caches` has one entry for each."""
         config = self.config
@@ -110,16 +51,21 @@ class ResidualBlocks(nn.Module):
         # Outputs that are added to the residual stream start smaller, by the number of additions.
         common = {"width": config.width, "output_std": 0.02 / (2 * config.num_layers) ** 0.5, **dtypes}
         new_caches = []
-        for index, (block, cache) in enumerate(zip(config.pattern, caches, strict=True)):
-            prefix = f"block_{index}_" if len(config.pattern) > 1 else ""
-            norm = functools.partial(Scale, block.norm.epsilon, dtypes["param_dtype"])
-            attention = SelfAttention(block.attention, name=f"{prefix}attention", **common)
-            feed_forward = SwiGLU(block.feed_forward, name=f"{prefix}feed_forward", **common)
-            attended, cache = attention(
-                norm(name=f"{prefix}attention_norm")(hidden), positions, mask, cache, start
-            )
-            hidden = hidden + attended
-            hidden = hidden + feed_forward(norm(name=f"{prefix}feed_forward_norm")(hidden))
+        for index, (block, cache) in enumerate(zip(self.blocks, caches, strict=True)):
+            prefix = f"block_{index}_" if len(self.blocks) > 1 else ""
+
+            def norm(
+                wanted: bool, name: str, inputs: Array, spec: Norm = block.norm, prefix: str = prefix
+            ) -> Array:
+                layer = norm_layer(spec, dtypes["param_dtype"], name=f"{prefix}{name}") if wanted else None
+                return inputs if layer is None else layer(inputs)
+
+            attention = attention_layer(block.attention, name=f"{prefix}attention", **common)
+            attended, cache = attention(norm(block.pre_norm, "attention_norm", hidden), context, cache)
+            hidden = hidden + norm(block.post_norm, "attention_post_norm", attended)
+            feed_forward = feed_forward_layer(block.feed_forward, name=f"{prefix}feed_forward", **common)
+            outputs = feed_forward(norm(block.pre_norm, "feed_forward_norm", hidden))
+            hidden = hidden + norm(block.post_norm, "feed_forward_post_norm", outputs)
             new_caches.append(cache)
         return hidden, tuple(new_caches)
 
@@ -142,54 +88,78 @@ class Decoder(nn.Module):
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Hidden states after the final norm, and the cache with these tokens appended."""
         config = self.config
-        param_dtype = jnp.dtype(config.param_dtype)
-        embedding = self.param("embedding", normal_init, (config.vocab_size, config.width), param_dtype)
-        if not config.tied_embeddings:
-            self.param("unembedding", normal_init, (config.vocab_size, config.width), param_dtype)
-        hidden = embedding[tokens].astype(jnp.dtype(config.compute_dtype))
-        mask, cache_segments, start = _attention_mask(segment_ids, cache)
-        layers = cache.layers if cache is not None else _no_cache(config)
+        hidden = self._embed(tokens, positions)
+        context, segments = _context(positions, segment_ids, cache)
+        prefix, layers = (cache.prefix, cache.layers) if cache is not None else _no_cache(config)
         body = ResidualBlocks
         if config.remat != "none":
             body = nn.remat(body, policy=REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers)
+        if config.prefix:
+            hidden, prefix = body(config, config.prefix, name="prefix")(hidden, prefix, context)
         if config.scan_layers:
             scanned = nn.scan(
                 body,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
+                in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
                 length=config.num_repeats,
             )
-            hidden, layers = scanned(config, name="layers")(hidden, layers, positions, mask, start)
+            hidden, layers = scanned(config, config.pattern, name="layers")(hidden, layers, context)
         else:
             new_layers = []
             for index in range(config.num_repeats):
-                block = body(config, name=f"layer_{index}")
-                hidden, new_layer = block(hidden, layers[index], positions, mask, start)
+                block = body(config, config.pattern, name=f"layer_{index}")
+                hidden, new_layer = block(hidden, layers[index], context)
                 new_layers.append(new_layer)
             layers = tuple(new_layers)
-        hidden = Scale(config.final_norm.epsilon, param_dtype, name="final_norm")(hidden)
+        hidden = norm_layer(config.final_norm, jnp.dtype(config.param_dtype), name="final_norm")(hidden)
         if cache is None:
             return hidden, None
-        return hidden, Cache(layers, cache_segments, cache.length + tokens.shape[1])
+        length = cache.length + tokens.shape[1]
+        return hidden, Cache(prefix, layers, segments, context.key_positions, length)
+
+    def _embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        config = self.config
+        param_dtype, dtype = jnp.dtype(config.param_dtype), jnp.dtype(config.compute_dtype)
+        shape = (config.vocab_size, config.width)
+        embedding = self.param("embedding", normal_init, shape, param_dtype)
+        if not config.tied_embeddings:
+            self.param("unembedding", normal_init, shape, param_dtype)
+        hidden = embedding[tokens].astype(dtype)
+        if config.embedding_scale != 1:
+            hidden *= jnp.asarray(config.embedding_scale, dtype)
+        if config.learned_positions is not None:
+            shape = (config.learned_positions, config.width)
+            table = self.param("position_embedding", normal_init, shape, param_dtype)
+            hidden += table[positions].astype(dtype)
+        if config.embedding_norm is not None:
+            hidden = norm_layer(config.embedding_norm, param_dtype, name="embedding_norm")(hidden)
+        return hidden
 
 
-def _no_cache(config: ModelConfig) -> Any:
+def _no_cache(config: ModelConfig) -> tuple[Any, Any]:
     repeat = (None,) * len(config.pattern)
-    return repeat if config.scan_layers else (repeat,) * config.num_repeats
+    layers = repeat if config.scan_layers else (repeat,) * config.num_repeats
+    return (None,) * len(config.prefix), layers
 
 
-def _attention_mask(
-    segment_ids: Int[Array, "B T"], cache: Cache | None
-) -> tuple[Bool[Array, "B T S"], Int[Array, "B S"], Int[Array, ""]]:
+def _context(
+    positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"], cache: Cache | None
+) -> tuple[Context, Int[Array, "B S"]]:
     """Who sees whom: the same segment, not later (so padding, segment 0, sees only padding)."""
     time = jnp.arange(segment_ids.shape[1])
     if cache is None:
         same = segment_ids[:, :, None] == segment_ids[:, None, :]
-        return same & (time[:, None] >= time), segment_ids, jnp.int32(0)
-    columns = jax.lax.dynamic_update_slice_in_dim(cache.segment_ids, segment_ids, cache.length, axis=1)
-    same = segment_ids[:, :, None] == columns[:, None, :]
-    return same & (cache.length + time[:, None] >= jnp.arange(columns.shape[1])), columns, cache.length
+        mask = same & (time[:, None] >= time)
+        return Context(positions, positions, mask, jnp.int32(0)), segment_ids
+    start = cache.length
+    segments, key_positions = (
+        jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=1)
+        for old, new in ((cache.segment_ids, segment_ids), (cache.positions, positions))
+    )
+    same = segment_ids[:, :, None] == segments[:, None, :]
+    mask = same & (start + time[:, None] >= jnp.arange(segments.shape[1]))
+    return Context(positions, key_positions, mask, start), segments
 
 
 def init_params(config: ModelConfig, key: PRNGKeyArray) -> Params:
@@ -202,16 +172,16 @@ def init_cache(config: ModelConfig, batch: int, length: int) -> Cache:
     """An empty cache for `batch` rows of at most `length` tokens."""
     dtype = jnp.dtype(config.compute_dtype)
 
-    def empty(block: Block, repeats: tuple[int, ...]) -> LayerCache:
-        attention = block.attention
-        shape = (*repeats, batch, length, attention.num_kv_heads, attention.head_dim)
-        return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
-
+    shape = (batch, length)
+    prefix = tuple(empty_cache(block, shape, dtype) for block in config.prefix)
     if config.scan_layers:
-        layers = tuple(empty(block, (config.num_repeats,)) for block in config.pattern)
+        stacked = (config.num_repeats, *shape)
+        layers = tuple(empty_cache(block, stacked, dtype) for block in config.pattern)
     else:
-        layers = tuple(tuple(empty(block, ()) for block in config.pattern) for _ in range(config.num_repeats))
-    return Cache(layers, jnp.zeros((batch, length), jnp.int32), jnp.int32(0))
+        repeats = range(config.num_repeats)
+        layers = tuple(tuple(empty_cache(block, shape, dtype) for block in config.pattern) for _ in repeats)
+    columns = jnp.zeros(shape, jnp.int32)
+    return Cache(prefix, layers, columns, columns, jnp.int32(0))
 
 
 def hidden_states(
@@ -246,12 +216,38 @@ def unembedding(config: ModelConfig, params: Params) -> Float[Array, "V D"]:
 
 def logits(config: ModelConfig, params: Params, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
     """Float32 logits of hidden states; for whole sequences use `kernels.logprobs` instead."""
-    return jnp.einsum(
+    product = jnp.einsum(
         "...d,vd->...v",
         hidden,
         unembedding(config, params),
         preferred_element_type=jnp.promote_types(hidden.dtype, jnp.float32),
     )
+    return softcapped(product, config.logit_softcap)
+
+
+def forward(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    *,
+    mask: Bool[Array, "B T"] | None = None,
+    positions: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T V"]:
+    """Logits after every token of whole rows: the plain way to call a model. Training and sampling use
+    `make_score_fn` and `make_decode_fns`, which never hold all logits.
+
+    Args:
+      mask: where there is a token rather than padding, on either side; everywhere by default.
+      positions: counted along the mask by default.
+
+    Returns:
+      Float32 logits, meaningless where masked.
+    """
+    mask = jnp.ones(tokens.shape, bool) if mask is None else mask
+    if positions is None:
+        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+    hidden = hidden_states(config, params, tokens, positions, mask.astype(jnp.int32))
+    return logits(config, params, hidden)
 
 
 def stack_layers(config: ModelConfig, params: Params) -> Params:

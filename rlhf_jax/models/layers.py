@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from rlhf_jax.core.types import Array, Float, Int
+from rlhf_jax.core.types import Array, Float
+from rlhf_jax.models.config import Activation, LayerNorm, Norm, RMSNorm
 
 normal_init = nn.initializers.normal(stddev=0.02)
 
@@ -40,27 +41,54 @@ class Linear(nn.Module):
 class Scale(nn.Module):
     """RMSNorm: x / sqrt(mean(x^2) + epsilon) * scale, statistics in float32."""
 
-    epsilon: float
+    spec: RMSNorm
     param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, inputs: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         """Normalises the last axis."""
-        scale = self.param("scale", nn.initializers.ones, (inputs.shape[-1],), self.param_dtype)
+        init = nn.initializers.zeros if self.spec.offset else nn.initializers.ones
+        scale = self.param("scale", init, (inputs.shape[-1],), self.param_dtype)
         wide = inputs.astype(jnp.promote_types(inputs.dtype, jnp.float32))
-        normed = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.epsilon)
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.spec.epsilon)
+        # 1 is added in the wide dtype: a bfloat16 scale near 1 would lose most of its offset.
+        scale = 1 + scale.astype(wide.dtype) if self.spec.offset else scale
         return (normed * scale).astype(inputs.dtype)
 
 
-def rotary_angles(positions: Int[Array, "B T"], head_dim: int, theta: float) -> Float[Array, "B T half"]:
-    """Angle m theta^(-2 i / d) of position m in dimension pair i (Su et al. 2021, eq. 15)."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    return positions[..., None].astype(jnp.float32) * frequencies
+class ScaleAndShift(nn.Module):
+    """LayerNorm: (x - mean) / sqrt(variance + epsilon) * scale + bias, statistics in float32."""
+
+    spec: LayerNorm
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, inputs: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        """Normalises the last axis."""
+        shape = (inputs.shape[-1],)
+        scale = self.param("scale", nn.initializers.ones, shape, self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype)
+        wide = inputs.astype(jnp.promote_types(inputs.dtype, jnp.float32))
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + self.spec.epsilon)
+        return (normed * scale + bias).astype(inputs.dtype)
 
 
-def apply_rotary(heads: Float[Array, "B T H d"], angles: Float[Array, "B T half"]) -> Float[Array, "B T H d"]:
-    """Rotates the pairs (x_i, x_{i + d/2}) of every head by `angles` (Su et al. 2021, eq. 34)."""
-    first, second = jnp.split(heads, 2, axis=-1)
-    cos = jnp.cos(angles)[:, :, None].astype(heads.dtype)
-    sin = jnp.sin(angles)[:, :, None].astype(heads.dtype)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+def norm_layer(spec: Norm, param_dtype: Any, *, name: str) -> nn.Module:
+    """The layer of a norm's description."""
+    match spec:
+        case RMSNorm():
+            return Scale(spec, param_dtype, name=name)
+        case LayerNorm():
+            return ScaleAndShift(spec, param_dtype, name=name)
+
+
+def activate(inputs: Float[Array, "..."], activation: Activation) -> Float[Array, "..."]:
+    """The non-linearity of feed-forwards."""
+    match activation:
+        case "silu":
+            return jax.nn.silu(inputs)
+        case "gelu":
+            return jax.nn.gelu(inputs, approximate=False)
+        case "gelu_tanh":
+            return jax.nn.gelu(inputs, approximate=True)

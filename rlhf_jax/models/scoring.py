@@ -42,6 +42,7 @@ def make_score_fn(config: ModelConfig, *, temperature: Scalar = 1.0, chunk_size:
             decoders.unembedding(config, params),
             sequences.tokens[:, 1:],
             temperature=temperature,
+            softcap=config.logit_softcap,
             chunk_size=chunk_size,
         )
         pad = ((0, 0), (1, 0))

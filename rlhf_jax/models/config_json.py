@@ -1,0 +1,65 @@
+"""Model configurations as JSON: every part is an object whose `kind` is the name of its dataclass."""
+
+import dataclasses
+from typing import Any
+
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.models import config as parts
+from rlhf_jax.models import positions
+from rlhf_jax.models.config import ModelConfig
+
+KINDS = (
+    positions.LinearScaling,
+    positions.Llama3Scaling,
+    positions.YarnScaling,
+    positions.Rope,
+    positions.Alibi,
+    parts.RMSNorm,
+    parts.LayerNorm,
+    parts.Attention,
+    parts.LatentAttention,
+    parts.GatedFeedForward,
+    parts.FeedForward,
+    parts.SoftmaxRouter,
+    parts.SigmoidRouter,
+    parts.MixtureOfExperts,
+    parts.Block,
+    ModelConfig,
+)
+
+
+def config_to_dict(config: ModelConfig) -> dict[str, Any]:
+    """A JSON-ready dictionary; `config_from_dict` is its inverse."""
+    return _to_json(config)
+
+
+def config_from_dict(data: dict[str, Any]) -> ModelConfig:
+    """The config that `config_to_dict` wrote.
+
+    Raises:
+      UserError: if fields are missing or unknown.
+    """
+    try:
+        config = _from_json(data)
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"The model configuration cannot be read ({error}): "
+            "it was written by another version or edited by hand."
+        ) from error
+    if not isinstance(config, ModelConfig):
+        raise UserError("The model configuration cannot be read: its outermost `kind` is not ModelConfig.")
+    return config
+
+
+def _to_json(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        fields = {f.name: _to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"kind": type(value).__name__, **fields}
+    return [_to_json(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        kind = {kind.__name__: kind for kind in KINDS}[value["kind"]]
+        return kind(**{name: _from_json(item) for name, item in value.items() if name != "kind"})
+    return tuple(map(_from_json, value)) if isinstance(value, list | tuple) else value

@@ -1,0 +1,49 @@
+"""From descriptions of parts to layers: the one place that knows which class builds which.
+
+(Norms, which layers themselves contain, are built by `layers.norm_layer`.)
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from rlhf_jax.models.attention import LayerCache, MultiHeadLatentAttention, SelfAttention
+from rlhf_jax.models.config import (
+    Attention,
+    Block,
+    FeedForward,
+    GatedFeedForward,
+    LatentAttention,
+    MixtureOfExperts,
+)
+from rlhf_jax.models.feed_forward import Gated, Mixture, Plain
+
+
+def attention_layer(spec: Attention | LatentAttention, **options: Any) -> nn.Module:
+    """`layer(inputs, context, cache) -> (outputs, cache)`."""
+    match spec:
+        case Attention():
+            return SelfAttention(spec, **options)
+        case LatentAttention():
+            return MultiHeadLatentAttention(spec, **options)
+
+
+def feed_forward_layer(spec: GatedFeedForward | FeedForward | MixtureOfExperts, **options: Any) -> nn.Module:
+    """`layer(inputs) -> outputs`."""
+    match spec:
+        case GatedFeedForward():
+            return Gated(spec, **options)
+        case FeedForward():
+            return Plain(spec, **options)
+        case MixtureOfExperts():
+            return Mixture(spec, **options)
+
+
+def empty_cache(block: Block, shape: tuple[int, ...], dtype: Any) -> LayerCache:
+    """The cache of one block, whose arrays begin with `shape` ([B, S], stacked layers before it)."""
+    match block.attention:
+        case Attention(num_kv_heads=heads, head_dim=width):
+            return jnp.zeros((*shape, heads, width), dtype), jnp.zeros((*shape, heads, width), dtype)
+        case LatentAttention(latent_dim=latent, rope_dim=rotated):
+            return jnp.zeros((*shape, latent), dtype), jnp.zeros((*shape, rotated), dtype)
