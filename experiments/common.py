@@ -295,6 +295,8 @@ def check(options: Any, run: RunOptions, stage: str) -> None:
             raise UserError(f"{name} is not a number: give one")
         if name in _POSITIVE and value <= 0:
             raise UserError(f"{name} {value} is not positive: give a number above 0")
+    if not 0 <= run.seed < 2**32:
+        raise UserError(f"--seed {run.seed} is out of range: give one from 0 to {2**32 - 1}")
     theirs = flags(read_held_run(run.out, stage, resume=run.resume))
     for name in sorted(theirs.keys() & ours.keys() - set(_MAY_DIFFER)):
         if ours[name] != theirs[name]:

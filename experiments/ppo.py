@@ -18,6 +18,7 @@ import tyro
 
 from rlhf_jax import models
 from rlhf_jax.algorithms import ppo
+from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.optimization import OptimizerConfig, make_optimizer
 from rlhf_jax.core.types import Array, Float, Params, Rollout
 from rlhf_jax.data.pipeline import BatchSampler
@@ -122,6 +123,8 @@ def run(options: Options) -> None:
     common.check_divides("--minibatches", options.minibatches, "--batch-size", options.batch_size)
     rows = options.batch_size // options.minibatches
     common.check_divides("--micro-batches", options.micro_batches, "the size of a mini-batch,", rows)
+    if options.reward_model and options.prompts.rewards != common.PromptOptions().rewards:
+        raise UserError("--reward-model excludes --rewards: name the reward model in --rewards to mix them")
     model = load_policy(Path(options.init))
     prompts = inputs.load_prompts(options.prompts, model, options.prompts.rewards[:1], seed)
     sampler = BatchSampler(len(prompts), options.batch_size, seed)

@@ -116,12 +116,21 @@ def held_out_loss(
     if not (options.eval_data or common.embedded_level(options.data)):
         return None
     rows = lay_out(options, make_examples(options, load_rows(options, held_out=True), model.tokenizer))
+    size, total = options.batch_size, int(rows.mask.sum())
+
+    def part(first: int) -> Sequences:
+        return packing.pad_batch(jax.tree.map(lambda x: x[first : first + size], rows), size)
 
     @jax.jit
-    def loss(params: Params) -> jax.Array:
-        return cross_entropy_loss(score_fn(params, rows).logp, rows.mask)[0]
+    def loss(params: Params, some: Sequences) -> jax.Array:
+        return cross_entropy_loss(score_fn(params, some).logp, some.mask, denominator=total)[0]
 
-    return lambda state: {"loss": float(loss(state.learner.params))}
+    def evaluate(state: sft.State) -> dict[str, float]:
+        params = state.learner.params
+        firsts = range(0, len(rows.tokens), size)
+        return {"loss": sum(float(loss(params, part(first))) for first in firsts)}
+
+    return evaluate
 
 
 def run(options: Options) -> None:
@@ -142,11 +151,11 @@ def run(options: Options) -> None:
     update = jax.jit(sft.make_update(sft.Config(options.micro_batches), score_fn, tx), donate_argnums=0)
     evaluate = held_out_loss(options, model, score_fn)
     hyper = sft.Hyper(learning_rate=jnp.float32(options.learning_rate))
-
     common.start(options, options.run, "sft", model, "policy")
 
     def step(state: sft.State, number: int):
-        return update(state, hyper, jax.tree.map(lambda x: x[sampler.indices(number)], rows))
+        indices = sampler.indices(number)
+        return update(state, hyper, jax.tree.map(lambda x: x[indices], rows))
 
     run_loop(
         sft.init(common.copied(model.params), tx, jax.random.key(options.run.seed)),

@@ -1,0 +1,99 @@
+"""Tiny runs of every stage, made once a session, that the tests of the scripts start from."""
+
+import hashlib
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tyro
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "experiments"))
+
+_MODEL = "--model.width 16 --model.layers 1 --model.heads 2 --model.kv-heads 1"
+_PAIRS = "--pair-count 64 --eval-count 16 --batch-size 8 --optimizer.warmup-steps 2"
+_PROMPTS = "--prompt-count 64 --eval-count 8 --max-new-tokens 8 --samples 2"
+_OPTIONS = {
+    "sft": f"{_MODEL} --demonstrations 64 --eval-count 16 --batch-size 8 --optimizer.warmup-steps 2",
+    "reward_model": f"--init {{sft}} {_PAIRS}",
+    "dpo": f"--init {{sft}} {_PAIRS}",
+    "ppo": f"--init {{sft}} --reward-model {{reward_model}} {_PROMPTS} --batch-size 8 --minibatches 2 "
+    "--adaptive-kl --scale-rewards",
+    "grpo": f"--init {{sft}} {_PROMPTS} --batch-size 4 --group-size 2 --minibatches 2",
+}
+_COMPILE_CACHE = {
+    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+}
+
+
+class TinyRuns:
+    """Stages of 12 steps on a decoder of width 16, each in a folder below `root`.
+
+    Attributes:
+      stages: names of the scripts.
+    """
+
+    stages = tuple(_OPTIONS)
+
+    def __init__(self, root):
+        self.root = root
+
+    def words(self, stage, out, *more):
+        """The command line of a stage without the script's name; words in `more` win over the usual ones."""
+        folders = {name: self.root / name for name in self.stages}
+        usual = f"--out {out} --steps 12 --save-every 3 --quiet --no-report {_OPTIONS[stage]}"
+        return [*usual.format(**folders).split(), *map(str, more)]
+
+    def run(self, stage, out, *more):
+        """Runs a stage in this process, after those it starts from."""
+        for name in self.stages:
+            if f"{{{name}}}" in _OPTIONS[stage]:
+                self.finished(name)
+        module = importlib.import_module(stage)
+        module.run(tyro.cli(module.Options, args=self.words(stage, out, *more)))
+        return Path(out)
+
+    def finished(self, stage):
+        """The folder of an unbroken run."""
+        folder = self.root / stage
+        return folder if folder.exists() else self.run(stage, folder)
+
+    def process(self, words, limit=""):
+        """A script in a process of its own, behind a shell command such as a `ulimit`."""
+        command = f'{limit} exec "$0" "$@"'
+        return subprocess.Popen(
+            ["bash", "-c", command, sys.executable, *map(str, words)],
+            cwd=ROOT,
+            env=os.environ | _COMPILE_CACHE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def main(self, stage, words, monkeypatch):
+        """Runs a script's command line in this process; returns its exit status."""
+        import common
+
+        for name, value in _COMPILE_CACHE.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(sys, "argv", [f"experiments/{stage}.py", *map(str, words)])
+        module = importlib.import_module(stage)
+        try:
+            common.main(module.run, module.Options, module.__doc__)
+        except SystemExit as stop:
+            return stop.code
+        return 0
+
+    def digest(self, folder=None):
+        """A hash of every file below a folder, by its path."""
+        paths = sorted(path for path in (folder or self.root).rglob("*") if path.is_file())
+        return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    return TinyRuns(tmp_path_factory.mktemp("tiny"))

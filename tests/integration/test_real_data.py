@@ -1,0 +1,85 @@
+"""SFT, then GRPO, on real GSM8K rows with a tokenizer learnt from them."""
+
+import importlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tyro
+
+from rlhf_jax.metrics import read_metrics
+from rlhf_jax.training.runs import load_policy
+
+DATA = (
+    Path(os.environ.get("RLHF_JAX_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data") / "gsm8k"
+)
+
+pytestmark = pytest.mark.skipif(
+    not (DATA / "train.jsonl").exists(),
+    reason="there are no GSM8K rows: set RLHF_JAX_DATA to the folder that holds gsm8k/train.jsonl",
+)
+
+
+def run(stage, words):
+    module = importlib.import_module(stage)
+    module.run(tyro.cli(module.Options, args=[str(word) for word in words.split()]))
+
+
+def train(folder, *, rows, sft_steps, grpo_steps, new_tokens):
+    """Returns the metrics of both stages."""
+    data, held_out = folder / "train.jsonl", folder / "test.jsonl"
+    for path, count in ((data, rows), (held_out, 16)):
+        lines = (DATA / path.name).read_text(encoding="utf-8").split("\n")
+        path.write_text("\n".join(lines[:count]) + "\n", encoding="utf-8")
+    run(
+        "sft",
+        f"--out {folder}/sft --data {data} --eval-data {held_out} --train-tokenizer 1000 --max-length 384 "
+        "--too-long drop --packing --model.width 64 --model.layers 2 --batch-size 4 --learning-rate 5e-3 "
+        f"--optimizer.warmup-steps 5 --steps {sft_steps} --quiet",
+    )
+    run(
+        "grpo",
+        f"--out {folder}/grpo --init {folder}/sft --data {data} --eval-data {held_out} "
+        f"--max-prompt-length 96 --too-long drop --max-new-tokens {new_tokens} "
+        "--rewards rlhf_jax.rewards.verifiers:gsm8k_reward "
+        f"--batch-size 4 --group-size 4 --eval-count 4 --samples 4 --steps {grpo_steps} --quiet",
+    )
+    return read_metrics(folder / "sft"), read_metrics(folder / "grpo")
+
+
+def check(folder, sft, grpo, least_fall):
+    losses = [line["loss"] for line in sft]
+    assert losses[0] > 6  # close to log 1000, the loss of knowing nothing
+    assert np.mean(losses[-5:]) < losses[0] - least_fall
+    assert sft[-1]["eval/loss"] < losses[0] - least_fall
+    for line in grpo:
+        assert 0 <= line["reward"] <= 1
+        assert line["reward"] * 16 == pytest.approx(round(line["reward"] * 16))
+        assert line["mismatch"] < 1e-4
+        assert line["loss"] is not None
+    tokenizer = load_policy(folder / "grpo").tokenizer
+    assert 900 < tokenizer.vocab_size <= 1000
+    samples = json.loads((folder / "grpo" / "samples.json").read_text(encoding="utf-8"))
+    assert len(samples) == 4
+    for sample in samples:
+        assert sample["answer"].count("####") == 1
+        for name, completion in sample["completions"].items():
+            text = completion["text"]
+            print(f"{name}, reward {completion['reward']}: {text!r}")
+            assert completion["reward"] in (0, 1)
+            assert "\ufffd" not in text  # whole characters, not broken bytes
+            assert tokenizer.decode(tokenizer.encode(text)) == text
+            assert sum(character.isalpha() for character in text) > len(text) / 4
+
+
+def test_a_few_steps_on_gsm8k(tmp_path):
+    sft, grpo = train(tmp_path, rows=1000, sft_steps=120, grpo_steps=2, new_tokens=32)
+    check(tmp_path, sft, grpo, least_fall=2.5)
+
+
+@pytest.mark.slow
+def test_gsm8k(tmp_path):
+    sft, grpo = train(tmp_path, rows=7473, sft_steps=200, grpo_steps=20, new_tokens=96)
+    check(tmp_path, sft, grpo, least_fall=3.5)

@@ -1,0 +1,149 @@
+"""The stage scripts as a user meets them: help, data by path, rewards by path, what a run leaves behind."""
+
+import dataclasses
+import importlib
+import json
+import textwrap
+
+import pytest
+import tyro
+
+from rlhf_jax.metrics import read_metrics
+
+EXAMPLES = [
+    {"prompt": f"{a}+{b}=?", "completion": str(a + b), "chosen": str(a + b), "rejected": "x", "answer": a + b}
+    for a in range(4)
+    for b in range(4)
+]
+
+
+def without_time(folder):
+    return [{k: v for k, v in line.items() if not k.startswith("time")} for line in read_metrics(folder)]
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo", "ppo", "grpo"])
+def test_help_shows_every_option(tiny, stage, monkeypatch, capsys):
+    import common
+
+    monkeypatch.setenv("COLUMNS", "110")
+    assert tiny.main(stage, ["--help"], monkeypatch) == 0
+    shown = capsys.readouterr().out
+    module = importlib.import_module(stage)
+    options = tyro.cli(module.Options, args=tiny.words(stage, "out"))
+    for flag in common.flags(common.to_json(options)):
+        assert f"{flag} " in shown or f"{flag}," in shown, flag
+    assert shown.count("(default: ") + shown.count("(required)") >= len(common.flags(common.to_json(options)))
+
+    def check_documented(described):
+        for field in dataclasses.fields(described):
+            value = getattr(described, field.name)
+            if dataclasses.is_dataclass(value):
+                check_documented(value)
+            else:
+                assert f"{field.name}: " in type(described).__doc__, field.name
+
+    check_documented(options)
+    assert f"python experiments/{stage}.py --out" in module.__doc__
+
+
+def test_what_a_run_leaves_behind(tiny, tmp_path):
+    for stage in ("sft", "grpo"):
+        out = tiny.run(stage, tmp_path / stage, "--report", "--steps", 3)
+        left = {path.name for path in out.iterdir()}
+        assert left >= {"config.json", "model.json", "tokenizer", "checkpoints"}
+        assert left >= {"metrics.jsonl", "tensorboard", "report.html"}
+        assert "<svg" in (out / "report.html").read_text()
+        assert json.loads((out / "config.json").read_text())["stage"] == stage
+    samples = json.loads((tmp_path / "grpo" / "samples.json").read_text())
+    assert len(samples) == 2
+    for sample in samples:
+        assert set(sample["completions"]) == {"before", "grpo"}
+        for completion in sample["completions"].values():
+            assert completion["correct"] == (completion["reward"] == 1)
+    assert samples[0]["prompt"] in (tmp_path / "grpo" / "report.html").read_text()
+
+
+# Data by path ----------------------------------------------------------------------------------------
+
+
+def test_the_same_rows_as_jsonl_and_parquet_train_the_same(tiny, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    jsonl, parquet = tmp_path / "rows.jsonl", tmp_path / "rows.parquet"
+    jsonl.write_text("".join(json.dumps(row) + "\n" for row in EXAMPLES))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(EXAMPLES), parquet)
+    for path in (jsonl, parquet):
+        tiny.run("sft", tmp_path / path.suffix[1:], "--data", path, "--eval-data", path, "--steps", 4)
+    ours, theirs = without_time(tmp_path / "jsonl"), without_time(tmp_path / "parquet")
+    assert ours == theirs
+    assert ours[-1]["eval/loss"] > 0
+
+
+def test_a_tfds_data_set(tiny, tmp_path, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path / "tfds"))
+    out = tiny.run("sft", tmp_path / "run", "--data", "tfds:arithmetic/level_1:heldout[:32]", "--steps", 3)
+    assert len(read_metrics(out)) == 3
+
+
+def test_packing_and_a_learnt_tokenizer(tiny, tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in EXAMPLES * 4))
+    words = ("--data", data, "--train-tokenizer", 280, "--packing", "--max-length", 64, "--batch-size", 4)
+    out = tiny.run("sft", tmp_path / "run", *words, "--steps", 3)
+    config = json.loads((out / "model.json").read_text())["config"]
+    assert 259 <= config["vocab_size"] <= 280
+    # What was learnt stands in the run folder, for the stages that start from it and for others by path.
+    again = tiny.run(
+        "sft", tmp_path / "again", "--data", data, "--tokenizer", out / "tokenizer", "--steps", 3
+    )
+    assert json.loads((again / "model.json").read_text())["config"]["vocab_size"] == config["vocab_size"]
+
+
+# Rewards ---------------------------------------------------------------------------------------------
+
+
+def test_rewards_by_path_with_weights(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weighed_rewards.py").write_text(
+        textwrap.dedent("""
+            def one(prompts, completions, **_):
+                return [1.0] * len(prompts)
+
+            def answered(prompts, completions, *, answer, finished, **_):
+                assert all(answer) and set(finished) <= {True, False}
+                return [2.0] * len(prompts)
+        """)
+    )
+    rewards = ["weighed_rewards:one", "weighed_rewards:answered=0.25"]
+    out = tiny.run("grpo", tmp_path / "functions", "--steps", 2, "--rewards", *rewards)
+    assert [line["reward"] for line in read_metrics(out)] == [1.5, 1.5]
+    assert read_metrics(out)[-1]["eval/score"] == 1.0
+
+    model = tiny.finished("reward_model")
+    alone = tiny.run("grpo", tmp_path / "model", "--steps", 1, "--rewards", model)
+    mixed = tiny.run("grpo", tmp_path / "mixed", "--steps", 1, "--rewards", f"{model}=0.5", *rewards)
+    expected = 0.5 * read_metrics(alone)[0]["reward"] + 1.5
+    assert read_metrics(mixed)[0]["reward"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_ppo_with_reward_functions(tiny, tmp_path):
+    functions = ("--reward-model", "", "--rewards", "rlhf_jax.rewards.verifiers:exact_answer_reward")
+    out = tiny.run("ppo", tmp_path / "ppo", "--steps", 3, *functions)
+    for line in read_metrics(out):
+        assert 0 <= line["reward"] <= 1
+        assert line["loss"] is not None
+
+
+# DPO -------------------------------------------------------------------------------------------------
+
+
+def test_a_stored_reference_is_the_reference(tiny, tmp_path):
+    losses = {}
+    for reference in ("stored", "each_step"):
+        out = tiny.run("dpo", tmp_path / reference, "--reference", reference, "--learning-rate", 1e-2)
+        losses[reference] = [line["loss"] for line in read_metrics(out)]
+    assert losses["stored"] == pytest.approx(losses["each_step"], abs=1e-5)
+    assert losses["stored"][-1] < losses["stored"][0] - 1e-3
