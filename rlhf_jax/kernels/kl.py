@@ -14,10 +14,8 @@ Exact divergences take logits over the whole vocabulary; entries of -inf have pr
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.core.exponentials import exp_excess
 from rlhf_jax.core.types import Array, Float, Scalar
-
-# Beyond this many nats `exp` goes on along its tangent, so that no log-ratio overflows.
-EXP_LIMIT = 20.0
 
 
 def k1(logp: Float[Array, "..."], ref_logp: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -59,14 +57,7 @@ def k3(logp: Float[Array, "..."], ref_logp: Float[Array, "..."]) -> Float[Array,
       logp: log-probability in nats of the sampled action under the policy that sampled it.
       ref_logp: of the same action under the reference.
     """
-    log_ratio = ref_logp - logp
-    near = jnp.minimum(log_ratio, EXP_LIMIT)
-    # expm1 keeps the digits that exp(l) - 1 - l loses near l = 0.
-    return jnp.where(
-        log_ratio > EXP_LIMIT,
-        jnp.exp(near) * (1 + log_ratio - EXP_LIMIT) - 1 - log_ratio,
-        jnp.expm1(near) - near,
-    )
+    return exp_excess(ref_logp - logp)
 
 
 def _log_softmax(logits: Float[Array, "... V"]) -> Float[Array, "... V"]:

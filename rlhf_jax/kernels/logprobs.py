@@ -19,7 +19,7 @@ def token_logprobs(
     *,
     temperature: Scalar = 1.0,
     softcap: float | None = None,
-    chunk_size: int = 1024,
+    chunk_size: int = 512,
 ) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
     """Log-probability of each target and entropy of its distribution, in nats.
 

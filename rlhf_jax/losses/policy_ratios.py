@@ -14,21 +14,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from rlhf_jax.core.exponentials import exp_excess
 from rlhf_jax.core.masks import clean
 from rlhf_jax.core.types import Array, Bool, Float, Int
 
 RatioFn: TypeAlias = Callable[
     [Float[Array, "B T"], Float[Array, "B T"], Bool[Array, "B T"]], Float[Array, "B T"]
 ]
-
-# Beyond this many nats `exp` goes on along its tangent: value and gradient stay finite, and the
-# gradient still points back.
-EXP_LIMIT = 20.0
-
-
-def bounded_exp(log_ratio: Float[Array, "..."]) -> Float[Array, "..."]:
-    """exp(x) up to 20 nats, its tangent beyond: exact where ratios mean something, finite everywhere."""
-    return jnp.exp(jnp.minimum(log_ratio, EXP_LIMIT)) * (1 + jnp.maximum(log_ratio - EXP_LIMIT, 0))
 
 
 def low_variance_kl(logp: Float[Array, "..."], ref_logp: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -40,11 +32,7 @@ def low_variance_kl(logp: Float[Array, "..."], ref_logp: Float[Array, "..."]) ->
       logp: log-probability in nats of the sampled tokens under the policy.
       ref_logp: under the reference.
     """
-    log_ratio = ref_logp - logp
-    beyond = log_ratio > EXP_LIMIT
-    near = jnp.where(beyond, 0, log_ratio)
-    # expm1 keeps the digits that exp(l) - 1 - l loses near l = 0.
-    return jnp.where(beyond, bounded_exp(log_ratio) - 1 - log_ratio, jnp.expm1(near) - near)
+    return exp_excess(ref_logp - logp)
 
 
 def sequence_sum(

@@ -8,9 +8,10 @@ into micro-batches.
 import jax.numpy as jnp
 from jax import lax
 
+from rlhf_jax.core.exponentials import bounded_exp
 from rlhf_jax.core.masks import clean
 from rlhf_jax.core.types import Array, Bool, Float, Int, Scalar
-from rlhf_jax.losses.policy_ratios import RatioFn, bounded_exp, sequence_average, token_log_ratio
+from rlhf_jax.losses.policy_ratios import RatioFn, sequence_average, token_log_ratio
 
 
 def _constant(values: Float[Array, "..."], mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:

@@ -27,7 +27,7 @@ def _delay(values: Float[Array, "B T"]) -> Float[Array, "B T"]:
     return jnp.pad(values[:, :-1], ((0, 0), (1, 0)))
 
 
-def make_score_fn(config: ModelConfig, *, temperature: Scalar = 1.0, chunk_size: int = 1024) -> ScoreFn:
+def make_score_fn(config: ModelConfig, *, temperature: Scalar = 1.0, chunk_size: int = 512) -> ScoreFn:
     """`score(params, sequences) -> Score` of a policy without a value head (values are 0).
 
     Args:
@@ -67,9 +67,7 @@ def make_value_fn(
     return value
 
 
-def make_actor_critic_fn(
-    config: ModelConfig, *, temperature: Scalar = 1.0, chunk_size: int = 1024
-) -> ScoreFn:
+def make_actor_critic_fn(config: ModelConfig, *, temperature: Scalar = 1.0, chunk_size: int = 512) -> ScoreFn:
     """`score(params, sequences)` of a policy and a separate value model.
 
     `params` is `{"policy": decoder, "value": scalar model}`.

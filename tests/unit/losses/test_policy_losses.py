@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from rlhf_jax import kernels
+from rlhf_jax.core.exponentials import bounded_exp
 from rlhf_jax.losses.policy import grpo_loss, length_weighted, ppo_clip_loss, ppo_penalty_loss, reinforce_loss
 from rlhf_jax.losses.policy_ratios import (
-    bounded_exp,
     low_variance_kl,
     sequence_log_ratio,
     sequence_token_log_ratio,
