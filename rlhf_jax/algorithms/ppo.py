@@ -36,7 +36,7 @@ from rlhf_jax.kernels.whitening import (
     batch_moments,
     init_moments,
     merge_moments,
-    normalize,
+    moments_variance,
     whiten,
 )
 from rlhf_jax.losses.policy import ppo_clip_loss
@@ -54,7 +54,7 @@ class Config:
       micro_batches: parts in which a mini-batch is computed; changes memory, not the result.
       whiten_advantages: bring advantages to mean 0 and variance 1 over the batch.
       adaptive_kl: move the KL coefficient so that the KL stays near `Hyper.kl_target`.
-      scale_rewards: divide rewards by the running standard deviation of all rewards seen.
+      scale_rewards: divide rewards by the running standard deviation of all rewards seen, once they differ.
       reduce: how tokens become one number.
     """
 
@@ -221,7 +221,7 @@ def language_batch(
     """
     mask = rollout.sequences.mask
     moments = merge_moments(state.reward_moments, batch_moments(rewards, jnp.ones_like(rewards, bool)))
-    scaled = normalize(rewards, moments, shift_mean=False) if config.scale_rewards else rewards
+    scaled = rewards / _reward_scale(moments) if config.scale_rewards else rewards
     outcome = scaled - hyper.missing_eos_penalty * ~rollout.finished
     log_ratio = jnp.where(mask, score.logp - ref_logp, 0)
     is_last = jnp.arange(mask.shape[1]) == last_unmasked_index(mask)[:, None]
@@ -234,7 +234,7 @@ def language_batch(
         mask,
         gae_lambda=hyper.gae_lambda,
     )
-    raw_std = jnp.sqrt(masked_mean(advantages**2, mask) - masked_mean(advantages, mask) ** 2)
+    raw_std = jnp.sqrt(masked_mean(jnp.square(advantages - masked_mean(advantages, mask)), mask))
     if config.whiten_advantages:
         advantages = whiten(advantages, mask)
     kl = jnp.mean(jnp.sum(log_ratio, axis=1))
@@ -257,3 +257,9 @@ def language_batch(
     }
     batch = Batch(rollout.sequences, mask, score.logp, score.value, advantages, returns)
     return dataclasses.replace(state, kl_coef=kl_coef, reward_moments=moments), batch, metrics
+
+
+def _reward_scale(moments: Moments) -> Float[Array, ""]:
+    """Standard deviation of the rewards; 1 where they have all been equal, which would blow them up."""
+    deviation = jnp.sqrt(moments_variance(moments))
+    return jnp.where(deviation > 1e-6 * jnp.abs(moments.mean), deviation, 1.0)

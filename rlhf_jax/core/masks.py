@@ -24,9 +24,10 @@ def masked_sum(
 def masked_mean(
     values: Float[Array, "..."], mask: Bool[Array, "..."], axis: int | tuple[int, ...] | None = None
 ) -> Float[Array, "..."]:
-    """Mean over the unmasked entries; 0 where there are none."""
-    count = jnp.sum(mask, axis=axis, dtype=values.dtype)
-    return masked_sum(values, mask, axis) / jnp.maximum(count, 1)
+    """Mean over the unmasked entries, in at least float32; 0 where there are none."""
+    wide = values.astype(jnp.promote_types(values.dtype, jnp.float32))
+    count = jnp.sum(mask, axis=axis, dtype=wide.dtype)
+    return masked_sum(wide, mask, axis) / jnp.maximum(count, 1)
 
 
 def last_unmasked_index(mask: Bool[Array, "B T"]) -> jax.Array:

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.trees import tree_where
 from rlhf_jax.core.types import Array, Bool, Metrics, PRNGKeyArray
 
@@ -26,12 +27,17 @@ def scan_minibatches(
     Returns:
       (carry, metrics): float metrics are means over the steps that ran, integer metrics (counters) the
       last, and `epochs_done` the share of steps applied times `epochs`.
+
+    Raises:
+      UserError: `minibatches` does not divide the rows.
     """
     rows = jax.tree.leaves(batch)[0].shape[0]
+    if rows % minibatches:
+        raise UserError(f"minibatches={minibatches} does not divide the {rows} rows of a batch: change one")
     size = rows // minibatches
 
     def order(epoch_key: PRNGKeyArray) -> Array:
-        return jax.random.permutation(epoch_key, rows)[: size * minibatches].reshape(minibatches, size)
+        return jax.random.permutation(epoch_key, rows).reshape(minibatches, size)
 
     if epochs == minibatches == 1:
         indices = jnp.arange(rows)[None]  # a single full-batch step has no order

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.trees import pytree_dataclass, tree_add, tree_all_finite, tree_where
+from rlhf_jax.core.trees import map_named, pytree_dataclass, tree_add, tree_all_finite, tree_where
 from rlhf_jax.core.types import Array, Float, Int, Metrics, Params, Scalar
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -25,7 +25,7 @@ class OptimizerConfig:
       total_steps: optimizer steps until the end of the decay; needed by every schedule but constant.
       final_share: share of the learning rate left at the end.
       clip_norm: bound of the gradients' global norm.
-      weight_decay: decoupled, on matrices only.
+      weight_decay: decoupled, on matrices only: not on what is called `scale` or `bias`.
       b1: decay of the first moment.
       b2: decay of the second moment.
       epsilon: added to the root of the second moment.
@@ -47,11 +47,14 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.scale_by_adam(config.b1, config.b2, config.epsilon),
-        optax.add_decayed_weights(
-            config.weight_decay, mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)
-        ),
+        optax.add_decayed_weights(config.weight_decay, mask=lambda params: map_named(_is_matrix, params)),
         optax.scale_by_schedule(_share_of_learning_rate(config)),
     )
+
+
+def _is_matrix(name: str, leaf: Array) -> bool:
+    # By name too: layers that are scanned stack their scales and biases into arrays of two axes.
+    return leaf.ndim > 1 and name.rpartition("/")[2] not in ("scale", "bias")
 
 
 def _share_of_learning_rate(config: OptimizerConfig) -> optax.Schedule:
@@ -60,7 +63,7 @@ def _share_of_learning_rate(config: OptimizerConfig) -> optax.Schedule:
         return (
             optax.join_schedules([warmup, optax.constant_schedule(1.0)], [config.warmup_steps])
             if warmup
-            else (optax.constant_schedule(1.0))
+            else optax.constant_schedule(1.0)
         )
     decay_steps = config.total_steps - config.warmup_steps
     if decay_steps <= 0:
@@ -107,11 +110,12 @@ def apply_gradients(
     learning_rate: Scalar,
     loss: Float[Array, ""],
 ) -> tuple[Learner, Metrics]:
-    """One optimizer step; left out, and counted, when the loss or any gradient is not finite.
+    """One optimizer step; left out, and counted, when the loss, a gradient or their norm is not finite.
 
     The choice is a `where` over whole trees, so not one NaN reaches parameters or moments.
     """
-    finite = tree_all_finite(gradients) & jnp.isfinite(loss)
+    norm = optax.global_norm(gradients)
+    finite = tree_all_finite((gradients, norm, loss))
     safe = jax.tree.map(lambda g: jnp.where(finite, g, 0).astype(g.dtype), gradients)
     updates, opt_state = tx.update(safe, learner.opt_state, learner.params)
     updates = jax.tree.map(lambda u: (-learning_rate * u).astype(u.dtype), updates)
@@ -125,7 +129,7 @@ def apply_gradients(
         skipped_in_a_row=jnp.where(finite, 0, learner.skipped_in_a_row + 1),
     )
     metrics = {
-        "gradient_norm": optax.global_norm(gradients),
+        "gradient_norm": norm,
         "skipped": new.skipped,
         "skipped_in_a_row": new.skipped_in_a_row,
     }
@@ -141,21 +145,34 @@ def accumulate_gradients(
     """Gradients, loss and metrics of a batch, computed `1 / micro_batches` of its rows at a time.
 
     `loss_fn(params, part)` must divide by the denominator of the *whole* batch; then parts sum to exactly
-    what the whole would give, metrics included.
+    what the whole would give, metrics included. Sums of parts are held in at least float32.
 
     Args:
       batch: a pytree whose leaves share a first axis that `micro_batches` divides.
+
+    Raises:
+      UserError: `micro_batches` does not divide the rows.
     """
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
     if micro_batches == 1:
         (loss, metrics), gradients = value_and_grad(params, batch)
         return gradients, loss, metrics
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    if rows % micro_batches:
+        raise UserError(
+            f"micro_batches={micro_batches} does not divide the {rows} rows of a batch: change one"
+        )
     parts = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch)
 
     def step(total: Any, part: Any) -> tuple[Any, None]:
         return tree_add(total, value_and_grad(params, part)), None
 
     shapes = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda x: x[0], parts))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    ((loss, metrics), gradients), _ = jax.lax.scan(step, zeros, parts)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, _sum_dtype(s.dtype)), shapes)
+    total, _ = jax.lax.scan(step, zeros, parts)
+    (loss, metrics), gradients = jax.tree.map(lambda x, s: x.astype(s.dtype), total, shapes)
     return gradients, loss, metrics
+
+
+def _sum_dtype(dtype: Any) -> Any:
+    return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype

@@ -33,10 +33,15 @@ class Reduction:
     def __call__(
         self, values: Float[Array, "B T"], mask: Bool[Array, "B T"], *, denominator: Scalar | None = None
     ) -> Float[Array, ""]:
-        """Reduces `values`; `denominator` replaces the batch's own, for micro-batches and shards."""
+        """Reduces `values`, in at least float32: in bfloat16 a count of tokens is no longer exact.
+
+        Args:
+          denominator: replaces the batch's own, for micro-batches and shards.
+        """
+        dtype = jnp.promote_types(values.dtype, jnp.float32)
         total = self.total(mask) if denominator is None else denominator
-        weighted = clean(values, mask) * self.weights(mask).astype(values.dtype)
-        return jnp.sum(weighted) / jnp.maximum(jnp.asarray(total, values.dtype), jnp.finfo(values.dtype).tiny)
+        weighted = clean(values, mask).astype(dtype) * self.weights(mask).astype(dtype)
+        return jnp.sum(weighted) / jnp.maximum(jnp.asarray(total, dtype), jnp.finfo(dtype).tiny)
 
 
 def _token_weights(mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:

@@ -104,9 +104,11 @@ def run_loop(
                     metrics |= {f"eval/{name}": value for name, value in eval_fn(state).items()}
                 writer.write(done, metrics | _timings(metrics, seconds))
                 progress.update(done, metrics)
-                if received or _is_due(done, config.save_every, config.steps):
-                    checkpoints.save(done, state, wait=bool(received))
-                if received:
+                stopping = bool(received)
+                if stopping or _is_due(done, config.save_every, config.steps):
+                    checkpoints.save(done, state, wait=stopping or done == config.steps)
+                # A signal that came during the last save has no later step to be seen at.
+                if stopping or (received and done == config.steps):
                     raise Interrupted(received[0], done)
     return state
 

@@ -2,9 +2,10 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,22 @@ from rlhf_jax.generation import Sampling, generate
 from rlhf_jax.rewards.functions import call_reward, load_reward
 from rlhf_jax.training.runs import load_reward_model
 
-GenerateFn = Callable[[Params, Sequence[PromptExample], PRNGKeyArray], Rollout]
 RewardTerm = Callable[[Rollout, Sequence[PromptExample], Sequence[str]], np.ndarray]
+
+
+class GenerateFn(Protocol):
+    """Completions of prompts; see `make_generate_fn`."""
+
+    def __call__(
+        self,
+        params: Params,
+        prompts: Sequence[PromptExample],
+        key: PRNGKeyArray,
+        sampling: Sampling = ...,
+        /,
+    ) -> Rollout:
+        """One completion for each prompt."""
+        ...
 
 
 def make_generate_fn(
@@ -36,6 +51,7 @@ def make_generate_fn(
 
     Args:
       prompt_length: P; longer prompts are refused.
+      sampling: unless the call says otherwise, which compiles nothing anew while the same filters are on.
     """
     prefill, decode = models.make_decode_fns(config)
     compiled = jax.jit(
@@ -49,7 +65,9 @@ def make_generate_fn(
         )
     )
 
-    def run(params: Params, prompts: Sequence[PromptExample], key: PRNGKeyArray) -> Rollout:
+    def run(
+        params: Params, prompts: Sequence[PromptExample], key: PRNGKeyArray, sampling: Sampling = sampling, /
+    ) -> Rollout:
         tokens, mask = left_pad([prompt.ids for prompt in prompts], prompt_length, pad_id=tokenizer.pad_id)
         return compiled(params, tokens, mask, key, sampling=sampling)
 
@@ -89,13 +107,16 @@ def make_reward_fn(
 
 
 def _split_weight(spec: str) -> tuple[str, float]:
-    name, equals, weight = spec.rpartition("=")
-    if not equals:
+    name, equals, text = spec.rpartition("=")
+    if not equals or Path(spec).is_dir():
         return spec, 1.0
     try:
-        return name, float(weight)
+        weight = float(text)
     except ValueError:
-        raise UserError(f"reward {spec!r}: {weight!r} is no weight, write for example {name}=0.5") from None
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise UserError(f"reward {spec!r}: {text!r} is no weight, write for example {name}=0.5")
+    return name, weight
 
 
 def _make_term(name: str, tokenizer: Tokenizer) -> RewardTerm:
@@ -115,10 +136,10 @@ def _make_term(name: str, tokenizer: Tokenizer) -> RewardTerm:
 
 def _model_term(folder: Path, tokenizer: Tokenizer) -> RewardTerm:
     model = load_reward_model(folder)
-    if model.tokenizer.vocab_size != tokenizer.vocab_size:
+    if _vocabulary(model.tokenizer) != _vocabulary(tokenizer):
         raise UserError(
-            f"{folder}: the reward model's tokenizer has {model.tokenizer.vocab_size} tokens, the policy's "
-            f"{tokenizer.vocab_size}: train the reward model from a policy with the same tokenizer"
+            f"{folder}: the reward model's tokenizer ({model.tokenizer.vocab_size} tokens) is not the "
+            f"policy's ({tokenizer.vocab_size}): train the reward model from a policy with the same tokenizer"
         )
     score = jax.jit(models.make_reward_fn(model.config))
 
@@ -126,6 +147,10 @@ def _model_term(folder: Path, tokenizer: Tokenizer) -> RewardTerm:
         return np.asarray(score(model.params, rollout.sequences))
 
     return term
+
+
+def _vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
+    return tokenizer.backend.get_vocab(with_added_tokens=True)
 
 
 # Evaluation ----------------------------------------------------------------------------------------
@@ -173,12 +198,13 @@ def make_evaluate_fn(
     max_new_tokens: int,
     batch_size: int = 256,
 ) -> Callable[[Params, Params | None], Evaluation]:
-    """`evaluate(params, ref_params) -> Evaluation` on fixed prompts, with fixed keys."""
+    """`evaluate(params, ref_params) -> Evaluation` on fixed prompts, with fixed keys.
+
+    Args:
+      batch_size: prompts at a time; which completions are sampled for `sampled_score` and `kl` depends on it.
+    """
     length = max(len(prompt.ids) for prompt in prompts)
-    make = functools.partial(
-        make_generate_fn, config, tokenizer, prompt_length=length, max_new_tokens=max_new_tokens
-    )
-    sample, decode = make(), make(sampling=Sampling(temperature=0.0))
+    sample = make_generate_fn(config, tokenizer, prompt_length=length, max_new_tokens=max_new_tokens)
     score_fn = models.make_score_fn(config)
 
     @jax.jit
@@ -192,7 +218,7 @@ def make_evaluate_fn(
             part = list(prompts[start : start + batch_size])
             kept = len(part)
             part += [part[-1]] * (min(batch_size, len(prompts)) - kept)  # one shape for every batch
-            greedy = decode(params, part, jax.random.key(start))
+            greedy = sample(params, part, jax.random.key(start), Sampling(temperature=0.0))
             sampled = sample(params, part, jax.random.key(start))
             texts += completion_texts(tokenizer, greedy)[:kept]
             rewards.append(reward_fn(greedy, part)[:kept])

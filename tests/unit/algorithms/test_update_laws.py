@@ -1,0 +1,233 @@
+"""What holds of every update: micro-batches, skipped steps, padding, one compilation, vmap over `Hyper`."""
+
+import dataclasses
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tabular
+
+from rlhf_jax.algorithms import group, ppo, preference, reward, sft
+from rlhf_jax.core.optimization import OptimizerConfig, make_optimizer
+from rlhf_jax.core.types import Sequences
+from rlhf_jax.losses.reductions import constant_length, sequence_mean, token_mean
+
+ROWS = 8
+LENGTHS = (1, 5, 2, 4, 3, 3, 5, 1)
+TX = make_optimizer(OptimizerConfig(clip_norm=0.5, weight_decay=0.1))
+
+
+def preference_rows(dtype):
+    del dtype
+    return tabular.rows(1, LENGTHS), tabular.rows(2, LENGTHS[::-1])
+
+
+def dirty(rng, mask, dtype):
+    """Random where something counts, NaN elsewhere."""
+    return jnp.asarray(np.where(mask, rng.normal(size=mask.shape), np.nan), dtype)
+
+
+def policy_arrays(dtype):
+    """(sequences, old log-probs, reference log-probs), a little off the policy."""
+    sequences, rng = tabular.rows(1, LENGTHS), np.random.default_rng(3)
+    logp = tabular.score(tabular.init(0, dtype), sequences).logp
+    return (sequences, *(logp + 0.2 * dirty(rng, sequences.mask, dtype) for _ in range(2)))
+
+
+def sft_case(dtype, **config):
+    update = sft.make_update(sft.Config(reduce=sequence_mean, **config), tabular.score, TX)
+    return update, sft.Hyper(), tabular.rows(1, LENGTHS)
+
+
+def reward_case(dtype, **config):
+    update = reward.make_update(reward.Config(**config), tabular.reward, TX)
+    return update, reward.Hyper(margin=0.1), reward.Pairs(*preference_rows(dtype))
+
+
+def preference_case(dtype, **config):
+    update = preference.make_update(preference.Config(**config), tabular.score, TX)
+    chosen, rejected = preference_rows(dtype)
+    return (
+        update,
+        preference.Hyper(),
+        preference.make_batch(tabular.score, tabular.init(7, dtype), chosen, rejected),
+    )
+
+
+def ppo_case(dtype, **config):
+    sequences, old_logp, _ = policy_arrays(dtype)
+    rng, mask = np.random.default_rng(4), np.asarray(sequences.mask)
+    arrays = [dirty(rng, mask, dtype) for _ in range(3)]
+    config = ppo.Config(epochs=1, minibatches=1, **config)
+    update = ppo.make_update(config, tabular.score, TX)
+    hyper = ppo.Hyper(entropy_coef=0.01, clip_low=0.1)
+    return update, hyper, ppo.Batch(sequences, sequences.mask, old_logp, *arrays)
+
+
+def group_case(dtype, reduce=sequence_mean, **config):
+    sequences, old_logp, ref_logp = policy_arrays(dtype)
+    advantages = jnp.asarray(np.random.default_rng(5).normal(size=ROWS), dtype)
+    update = group.make_update(group.Config(reduce=reduce, **config), tabular.score, TX)
+    hyper = group.Hyper(entropy_coef=0.01, kl_coef=0.1)
+    return update, hyper, group.Batch(sequences, old_logp, ref_logp, advantages)
+
+
+CASES = {
+    "sft": sft_case,
+    "reward": reward_case,
+    "preference": preference_case,
+    "ppo": ppo_case,
+    "group": group_case,
+}
+every_algorithm = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def initial_state(hyper, dtype=jnp.float32):
+    module = sys.modules[type(hyper).__module__]
+    extra = [hyper] if module is ppo else []
+    return module.init(tabular.init(0, dtype), TX, jax.random.key(0), *extra)
+
+
+def as_arrays(hyper):
+    return jax.tree.map(jnp.float32, hyper)
+
+
+def assert_same(found, expected, **tolerance):
+    def compare(a, b):
+        if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            np.testing.assert_allclose(a, b, **tolerance)
+
+    jax.tree.map(compare, found, expected)
+
+
+@every_algorithm
+@pytest.mark.parametrize("parts", [2, 8])
+def test_micro_batches_change_nothing(case, parts):
+    """Lengths differ between the parts, which hold other numbers of tokens; moments follow the gradients."""
+    with jax.enable_x64(True):
+        results = []
+        for micro_batches in (1, parts):
+            update, hyper, batch = case(jnp.float64, micro_batches=micro_batches)
+            state, metrics = jax.jit(update)(initial_state(hyper, jnp.float64), hyper, batch)
+            assert int(state.learner.steps) == 1
+            results.append((state.learner.opt_state, state.learner.params, metrics))
+        moments = [leaf for leaf in jax.tree.leaves(results[0][0]) if leaf.dtype == jnp.float64]
+        assert any(np.abs(leaf).max() > 1e-3 for leaf in moments)
+        assert_same(results[1], results[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("reduce", [token_mean, constant_length(9)], ids=["token", "constant"])
+def test_micro_batches_change_nothing_under_other_reductions(reduce):
+    with jax.enable_x64(True):
+        results = []
+        for micro_batches in (1, 4):
+            update, hyper, batch = group_case(jnp.float64, reduce, micro_batches=micro_batches)
+            state, metrics = jax.jit(update)(initial_state(hyper, jnp.float64), hyper, batch)
+            results.append((state.learner.params, metrics))
+        assert_same(results[1], results[0], rtol=0, atol=1e-12)
+
+
+def map_sequences(change, batch):
+    """Changes each `Sequences` in a batch."""
+    is_one = lambda x: isinstance(x, Sequences)  # noqa: E731
+    return jax.tree.map(lambda x: change(x) if is_one(x) else x, batch, is_leaf=is_one)
+
+
+@every_algorithm
+def test_a_batch_that_gives_nan_is_skipped_and_forgotten(case):
+    update, hyper, batch = case(jnp.float32)
+    update = jax.jit(update)
+    state, _ = update(initial_state(hyper), hyper, batch)
+    spoilt = map_sequences(lambda s: dataclasses.replace(s, positions=s.positions.at[2].set(-1)), batch)
+    after, metrics = update(state, hyper, spoilt)
+    assert int(metrics["skipped"]) == int(metrics["skipped_in_a_row"]) == 1
+    assert_same(after.learner.params, state.learner.params, rtol=0)
+    assert_same(after.learner.opt_state, state.learner.opt_state, rtol=0)
+    resumed, metrics = update(after, hyper, batch)
+    unbroken, _ = update(state, hyper, batch)
+    assert_same(resumed.learner.params, unbroken.learner.params, rtol=0)
+    assert (int(metrics["skipped"]), int(metrics["skipped_in_a_row"])) == (1, 0)
+    assert int(resumed.learner.steps) == 2
+
+
+@every_algorithm
+def test_hyperparameters_do_not_recompile_and_all_have_an_effect(case):
+    update, hyper, batch = case(jnp.float32)
+    update, hyper = jax.jit(update), as_arrays(hyper)
+    state, _ = update(initial_state(hyper), hyper, batch)
+    expected, _ = update(state, hyper, batch)
+    of_rollout = {"gamma", "gae_lambda", "kl_target", "kl_horizon", "missing_eos_penalty"}
+    for field in dataclasses.fields(hyper):
+        if isinstance(hyper, ppo.Hyper) and field.name in of_rollout | {"kl_coef"}:
+            continue  # these act in `language_batch`
+        smaller = 0.05 * getattr(hyper, field.name) if field.name != "max_kl" else jnp.float32(1e-9)
+        changed, _ = update(state, dataclasses.replace(hyper, **{field.name: smaller}), batch)
+        same = jax.tree.map(jnp.array_equal, changed.learner.params, expected.learner.params)
+        assert not jax.tree.all(same), field.name
+    assert update._cache_size() == 1
+
+
+@every_algorithm
+def test_vmap_over_hyperparameters_equals_one_after_the_other(case):
+    update, hyper, batch = case(jnp.float32)
+    state = initial_state(hyper)
+    several = jax.tree.map(lambda x: jnp.float32(x) * jnp.array([1.0, 0.3, 2.0]), hyper)
+    together = jax.jit(jax.vmap(update, in_axes=(None, 0, None)))(state, several, batch)
+    alone = jax.jit(update)
+    for lane in range(3):
+        of_lane = jax.tree.map(lambda x, lane=lane: x[lane], (several, together))
+        assert_same(of_lane[1], alone(state, of_lane[0], batch), rtol=2e-5, atol=1e-6)
+
+
+def padded(batch, rows, columns):
+    """More columns on the right and more rows below, of NaN and out of the mask."""
+
+    def pad(x):
+        by_time = columns if x.ndim > 1 else 0
+        widths = [(0, rows), (0, by_time)][: x.ndim]
+        return jnp.pad(x, widths, constant_values=jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else 0)
+
+    return jax.tree.map(pad, batch)
+
+
+@pytest.mark.parametrize("case", [sft_case, ppo_case, group_case], ids=["sft", "ppo", "group"])
+def test_padding_changes_nothing(case):
+    """Rows of no answer, too: what stands there, NaN included, is not looked at."""
+    update, hyper, batch = case(jnp.float32)
+    update = jax.jit(update)
+    expected = update(initial_state(hyper), hyper, batch)
+    found = update(initial_state(hyper), hyper, padded(batch, 4, 3))
+    assert_same(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", [reward_case, preference_case], ids=["reward", "preference"])
+def test_longer_padding_of_pairs_changes_nothing(case):
+    update, hyper, batch = case(jnp.float32)
+    update = jax.jit(update)
+    expected = update(initial_state(hyper), hyper, batch)
+    found = update(initial_state(hyper), hyper, padded(batch, 0, 3))
+    assert_same(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", [sft_case, ppo_case, group_case], ids=["sft", "ppo", "group"])
+def test_tokens_of_a_tool_inside_an_answer_do_not_teach(case):
+    """Only rows of the table that some counted token follows move."""
+    update, hyper, batch = case(jnp.float32)
+
+    def with_tool(sequences):
+        # After a 4 comes a token of the tool's, and nothing else comes after a 4.
+        tokens = jnp.where(sequences.tokens == 4, 3, sequences.tokens).at[:, 2].set(4)
+        return dataclasses.replace(sequences, tokens=tokens, mask=sequences.mask.at[:, 3].set(False))
+
+    batch = map_sequences(with_tool, batch)
+    if case is ppo_case:
+        batch = dataclasses.replace(batch, mask=batch.inputs.mask)
+    state = initial_state(hyper)
+    after, metrics = jax.jit(update)(state, hyper, batch)
+    # The first moments, for the decay of weights moves every parameter.
+    moments = np.abs(after.learner.opt_state[1].mu["logits"]).max(axis=1)
+    assert moments[4] == 0
+    assert (moments[:4] > 0).all()
+    assert np.isfinite(float(metrics["gradient_norm"]))

@@ -1,0 +1,75 @@
+"""Masked sums and functions over trees."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.core.masks import clean, last_unmasked_index, masked_mean, masked_sum
+from rlhf_jax.core.trees import map_named, named_leaves, pytree_dataclass, tree_all_finite, tree_where
+
+MASK = np.array([[True, False, True], [False, False, False]])
+
+
+@pytest.mark.parametrize("dirt", [np.nan, np.inf, -np.inf])
+def test_masked_entries_reach_neither_value_nor_gradient(dirt):
+    values = jnp.where(MASK, jnp.array([[1.0, 0, 3], [0, 0, 0]]), dirt)
+
+    def total(values):
+        return jnp.sum(jnp.exp(clean(values, MASK, fill=-1.0))) + masked_sum(values, MASK) ** 2
+
+    value, gradient = jax.value_and_grad(total)(values)
+    np.testing.assert_allclose(value, np.exp([1, 3]).sum() + 4 * np.exp(-1) + 16, rtol=1e-6)
+    expected = [[np.exp(1) + 8, 0, np.exp(3) + 8], [0, 0, 0]]
+    np.testing.assert_allclose(gradient, expected, rtol=1e-6)
+
+
+def test_means_along_axes_and_of_nothing():
+    values = jnp.where(MASK, jnp.array([[1.0, 0, 3], [0, 0, 0]]), jnp.nan)
+    assert float(masked_mean(values, MASK)) == 2.0
+    np.testing.assert_array_equal(masked_mean(values, MASK, axis=1), [2.0, 0.0])
+    np.testing.assert_array_equal(masked_mean(values, MASK, axis=0), [1.0, 0.0, 3.0])
+    assert float(masked_mean(values, jnp.zeros_like(MASK))) == 0.0
+
+
+def test_a_mean_of_many_bfloat16_numbers_is_exact():
+    """Neither 1001 nor a running sum of ones beyond 256 is a bfloat16 number."""
+    mean = masked_mean(jnp.ones(1001, jnp.bfloat16), jnp.ones(1001, bool))
+    assert mean.dtype == jnp.float32
+    assert float(mean) == 1.0
+
+
+def test_last_unmasked_index():
+    masks = jnp.array([[1, 1, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0]], bool)
+    assert last_unmasked_index(masks).tolist() == [1, 3, 0, 0]
+
+
+def test_choosing_between_trees_keeps_keys_and_hides_the_other_branch():
+    def tree(seed, fill):
+        return {"key": jax.random.key(seed), "x": jnp.full(2, fill), "n": jnp.int32(seed)}
+
+    for condition, seed in ((True, 0), (False, 1)):
+        chosen = jax.jit(tree_where)(condition, tree(0, 1.0), tree(1, jnp.nan))
+        expected = tree(seed, 1.0 if condition else jnp.nan)
+        assert jnp.array_equal(jax.random.key_data(chosen["key"]), jax.random.key_data(expected["key"]))
+        np.testing.assert_array_equal(chosen["x"], expected["x"])
+        assert chosen["n"].dtype == jnp.int32
+
+
+def test_finiteness_looks_at_floating_leaves_only():
+    assert tree_all_finite({"n": jnp.int32(3), "x": jnp.ones(2)})
+    assert tree_all_finite({"n": jnp.int32(3)})
+    for bad in (jnp.nan, -jnp.inf):
+        assert not tree_all_finite({"n": jnp.int32(3), "x": jnp.array([1.0, bad], jnp.bfloat16)})
+
+
+def test_leaves_by_name():
+    @pytree_dataclass
+    class Pair:
+        left: object
+        right: object
+
+    tree = Pair({"b": 1, "a": (2, 3)}, 4)
+    assert named_leaves(tree) == {"left/a/0": 2, "left/a/1": 3, "left/b": 1, "right": 4}
+    doubled = map_named(lambda name, leaf: leaf * (2 if name.startswith("left/a") else 1), tree)
+    assert doubled == Pair({"b": 1, "a": (4, 6)}, 4)

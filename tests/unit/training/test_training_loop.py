@@ -1,0 +1,213 @@
+"""The training loop: resuming, signals, divergence, evaluation, failing disks."""
+
+import os
+import signal
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.checkpoint import CheckpointManager
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.metrics.writers import read_metrics
+from rlhf_jax.training import Interrupted, LoopConfig, run_loop
+from rlhf_jax.training import loop as loop_module
+
+STEPS = 7
+
+
+def initial_state():
+    return {"weights": jnp.arange(3.0), "key": jax.random.key(5)}
+
+
+def take_step(state, number):
+    """Depends on the state, on its key and on the number of the step."""
+    noise = jax.random.normal(jax.random.fold_in(state["key"], number), (3,))
+    weights = 0.9 * state["weights"] + noise
+    return {**state, "weights": weights}, {"loss": jnp.sum(weights**2), "tokens": jnp.int32(number + 1)}
+
+
+def with_signals(*signals, at):
+    """A step function that gets signals in the middle of step number `at`."""
+
+    def step(state, number):
+        if number == at:
+            for one in signals:
+                os.kill(os.getpid(), one)
+        return take_step(state, number)
+
+    return step
+
+
+def run(folder, step_fn=take_step, *, resume=False, eval_fn=None, **config):
+    config = LoopConfig(**{"steps": STEPS, "quiet": True, **config})
+    return run_loop(
+        initial_state(), step_fn, config, stage="toy", folder=folder, resume=resume, eval_fn=eval_fn
+    )
+
+
+def without_times(folder):
+    return [
+        {name: value for name, value in line.items() if not name.startswith("time")}
+        for line in read_metrics(folder)
+    ]
+
+
+def latest(folder):
+    return CheckpointManager(folder / "checkpoints").latest_step()
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken")
+    return folder, run(folder, save_every=3)
+
+
+def assert_is_unbroken(folder, state, unbroken):
+    assert np.asarray(state["weights"]).tobytes() == np.asarray(unbroken[1]["weights"]).tobytes()
+    assert without_times(folder) == without_times(unbroken[0])
+
+
+def test_a_run_writes_a_line_a_step_and_its_last_checkpoint(unbroken):
+    folder, state = unbroken
+    lines = read_metrics(folder)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6, 7]
+    assert all(line["stage"] == "toy" and line["time/step_seconds"] > 0 for line in lines)
+    assert all(line["time/tokens_per_second"] > 0 for line in lines)
+    with CheckpointManager(folder / "checkpoints") as checkpoints:
+        assert checkpoints.steps() == [6, 7]
+        _, saved, _ = checkpoints.restore(initial_state())
+    np.testing.assert_array_equal(saved["weights"], state["weights"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_can_be_resumed_bit_for_bit(tmp_path, unbroken, number):
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(Interrupted) as stopped:
+        run(tmp_path, with_signals(number, at=3))
+    assert (stopped.value.signal_number, stopped.value.step) == (number, 4)
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert latest(tmp_path) == 4
+    assert len(read_metrics(tmp_path)) == 4
+    numbers = []
+
+    def noted(state, number):
+        numbers.append(number)
+        return take_step(state, number)
+
+    assert_is_unbroken(tmp_path, run(tmp_path, noted, resume=True), unbroken)
+    assert numbers == [4, 5, 6]
+
+
+def test_steps_done_after_the_checkpoint_are_done_again_with_the_same_result(tmp_path, unbroken):
+    def dies(state, number):
+        if number == 5:
+            raise MemoryError
+        return take_step(state, number)
+
+    with pytest.raises(MemoryError):
+        run(tmp_path, dies, save_every=3)
+    assert latest(tmp_path) == 3
+    assert len(read_metrics(tmp_path)) == 5
+    assert_is_unbroken(tmp_path, run(tmp_path, resume=True), unbroken)
+
+
+def test_a_second_signal_takes_its_usual_course(tmp_path):
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, with_signals(signal.SIGINT, signal.SIGINT, at=2))
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert latest(tmp_path) is None
+
+
+@pytest.mark.parametrize("saved", [4, STEPS])
+def test_a_signal_during_a_save_is_not_lost(tmp_path, monkeypatch, saved):
+    save = CheckpointManager.save
+
+    def interrupted(self, step, state, **options):
+        if step == saved:
+            os.kill(os.getpid(), signal.SIGINT)
+        save(self, step, state, **options)
+
+    monkeypatch.setattr(loop_module.CheckpointManager, "save", interrupted)
+    with pytest.raises(Interrupted) as stopped:
+        run(tmp_path, save_every=4)
+    assert stopped.value.step == min(saved + 1, STEPS) == latest(tmp_path)
+
+
+def test_another_thread_may_run_it(tmp_path):
+    """Only the main thread may watch signals."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(run(tmp_path, steps=2)))
+    thread.start()
+    thread.join()
+    assert len(found) == 1
+    assert latest(tmp_path) == 2
+
+
+def test_a_folder_with_checkpoints_needs_resume(unbroken, tmp_path):
+    folder = unbroken[0]
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    with pytest.raises(UserError, match=r"step 7: add --resume .* or choose another --out"):
+        run(folder)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    run(tmp_path, resume=True, steps=1)  # and resume needs none
+
+
+def test_a_finished_run_resumes_to_its_end_without_a_step(unbroken):
+    def never(state, number):
+        raise AssertionError
+
+    state = run(unbroken[0], never, resume=True)
+    assert_is_unbroken(unbroken[0], state, unbroken)
+
+
+def test_more_steps_go_on_from_a_finished_run(tmp_path):
+    run(tmp_path, steps=3)
+    state = run(tmp_path, steps=5, resume=True)
+    again = run(tmp_path / "whole", steps=5)
+    np.testing.assert_array_equal(state["weights"], again["weights"])
+
+
+def skipping(*counts):
+    def step(state, number):
+        state, metrics = take_step(state, number)
+        return state, {**metrics, "skipped_in_a_row": jnp.int32(counts[number])}
+
+    return step
+
+
+def test_too_many_steps_in_a_row_that_are_not_finite_end_the_run(tmp_path):
+    with pytest.raises(UserError, match=r"step 6: .* not finite 3 times in a row"):
+        run(tmp_path, skipping(0, 1, 0, 1, 2, 3, 4), max_skipped_in_a_row=3, save_every=2)
+    assert latest(tmp_path) == 4
+    assert len(read_metrics(tmp_path)) == 5
+    run(tmp_path / "other", skipping(0, 1, 2, 0, 1, 2, 0), max_skipped_in_a_row=3)
+
+
+@pytest.mark.parametrize(("every", "expected"), [(3, [3, 6, 7]), (0, [7]), (7, [7])])
+def test_evaluations_come_at_their_steps_and_at_the_end(tmp_path, every, expected):
+    seen = []
+
+    def evaluate(state):
+        seen.append(float(state["weights"][0]))
+        return {"score": seen[-1]}
+
+    final = run(tmp_path, eval_every=every, eval_fn=evaluate)
+    lines = [line for line in read_metrics(tmp_path) if "eval/score" in line]
+    assert [line["step"] for line in lines] == expected
+    assert [line["eval/score"] for line in lines] == seen
+    assert seen[-1] == float(final["weights"][0])
+
+
+def test_a_save_that_fails_is_said_in_one_sentence(tmp_path):
+    def spoils(state, number):
+        if number == 3:  # a file stands where the save would write
+            (tmp_path / "checkpoints" / ".saving_00000004").write_text("")
+        return take_step(state, number)
+
+    with pytest.raises(UserError, match="step 4 could not be saved"):
+        run(tmp_path, spoils, save_every=2)
+    assert latest(tmp_path) == 2
