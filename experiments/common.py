@@ -6,8 +6,10 @@ import os
 import shlex
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -352,6 +354,8 @@ def use_compile_cache() -> None:
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(Path(".cache/jax").absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    # Where the disk is full, that is said once, of the file that matters.
+    warnings.filterwarnings("ignore", message="Error writing persistent compilation cache")
 
 
 def main(run: Callable[[Options], Any], options_type: type[Options], description: str | None) -> None:
@@ -359,6 +363,7 @@ def main(run: Callable[[Options], Any], options_type: type[Options], description
 
     Status 2 for a mistake of the user, 130 after Ctrl-C, 0 after SIGTERM (the run was saved either way).
     """
+    sys.excepthook = _print_unless_late
     try:
         options = tyro.cli(options_type, description=_first_paragraph(description))
         use_compile_cache()
@@ -372,6 +377,12 @@ def main(run: Callable[[Options], Any], options_type: type[Options], description
     except KeyboardInterrupt:
         print(f"Stopped at once; no step was saved now. {_how_to_resume()}", file=sys.stderr)
         sys.exit(130)
+
+
+def _print_unless_late(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """TensorStore reports writes that end after their save has failed, which has been said already."""
+    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _how_to_resume() -> str:
