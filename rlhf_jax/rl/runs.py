@@ -1,0 +1,73 @@
+"""A whole run as two pure functions: a beginning and a step. `make_train` scans them; scripts take chunks."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+
+from rlhf_jax.core.types import Array, Bool, Metrics, PRNGKeyArray
+
+Train = Callable[[PRNGKeyArray, Any], tuple[Any, Metrics]]
+
+
+class ActFn(Protocol):
+    """How a trained agent acts in [B] environments."""
+
+    def __call__(
+        self,
+        state: Any,
+        obs: Array,
+        starts: Bool[Array, " B"],
+        memory: Any,
+        key: PRNGKeyArray,
+        *,
+        deterministic: bool,
+    ) -> tuple[Array, Any]:
+        """Actions, and what the agent remembers next."""
+        ...
+
+
+def remember_nothing(count: int) -> tuple[()]:
+    """The memory of agents without one."""
+    del count
+    return ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """An algorithm on an environment.
+
+    Attributes:
+      init: (key, hyper) -> state: all that a resume needs, environments included.
+      step: (state, hyper) -> (state, metrics): one update, with the experience it takes. Metrics are scalars.
+      act: how the agent of a state acts.
+      updates: steps of a whole run.
+      steps_per_update: environment steps that one update takes.
+      begin: what the agent remembers at the start of `count` episodes.
+    """
+
+    init: Callable[[PRNGKeyArray, Any], Any]
+    step: Callable[[Any, Any], tuple[Any, Metrics]]
+    act: ActFn
+    updates: int
+    steps_per_update: int
+    begin: Callable[[int], Any] = remember_nothing
+
+
+def advance(run: Run, state: Any, hyper: Any, *, updates: int) -> tuple[Any, Metrics]:
+    """`updates` steps on from `state`; a run in chunks ends in the same state, bit for bit.
+
+    Returns:
+      (state, history): the metrics of each update, [updates] each.
+    """
+    return jax.lax.scan(lambda state, _: run.step(state, hyper), state, length=updates)
+
+
+def whole(run: Run) -> Train:
+    """`train(key, hyper) -> (state, history)`."""
+
+    def train(key: PRNGKeyArray, hyper: Any) -> tuple[Any, Metrics]:
+        return advance(run, run.init(key, hyper), hyper, updates=run.updates)
+
+    return train
