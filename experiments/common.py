@@ -9,7 +9,6 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -88,8 +87,8 @@ class ModelOptions:
       compute_dtype: dtype of matmuls and activations.
     """
 
-    width: int = 128
-    layers: int = 3
+    width: int = 96
+    layers: int = 2
     heads: int = 4
     kv_heads: int = 2
     hidden: int = 0
@@ -172,7 +171,7 @@ class PromptOptions:
     eval_reward: str = ""
     max_prompt_length: int = 0
     too_long: TooLong = "error"
-    max_new_tokens: int = 32
+    max_new_tokens: int = 40
     prompt_count: int = 8_000
     eval_count: int = 256
     samples: int = 8
@@ -353,7 +352,8 @@ def use_compile_cache() -> None:
     """
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(Path(".cache/jax").absolute()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     # Where the disk is full, that is said once, of the file that matters.
     warnings.filterwarnings("ignore", message="Error writing persistent compilation cache")
 
@@ -363,7 +363,7 @@ def main(run: Callable[[Options], Any], options_type: type[Options], description
 
     Status 2 for a mistake of the user, 130 after Ctrl-C, 0 after SIGTERM (the run was saved either way).
     """
-    sys.excepthook = _print_unless_late
+    sys.unraisablehook = _print_unless_late
     try:
         options = tyro.cli(options_type, description=_first_paragraph(description))
         use_compile_cache()
@@ -379,10 +379,10 @@ def main(run: Callable[[Options], Any], options_type: type[Options], description
         sys.exit(130)
 
 
-def _print_unless_late(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def _print_unless_late(report: Any) -> None:
     """TensorStore reports writes that end after their save has failed, which has been said already."""
-    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-        sys.__excepthook__(kind, error, trace)
+    if not (report.exc_type is RuntimeError and str(report.exc_value) == "Event loop is closed"):
+        sys.__unraisablehook__(report)
 
 
 def _how_to_resume() -> str:
