@@ -173,12 +173,11 @@ def value_iteration(
     Returns:
       (values, sweeps).
     """
-    Carry = tuple[Float[Array, " S"], Float[Array, ""], Int[Array, ""]]
 
-    def moving(carry: Carry) -> Bool[Array, ""]:
+    def moving(carry: tuple[Array, Array, Array]) -> Bool[Array, ""]:
         return (carry[1] > tolerance) & (carry[2] < max_sweeps)
 
-    def sweep(carry: Carry) -> Carry:
+    def sweep(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         values, _, sweeps = carry
         new = jnp.max(action_values(process, values, gamma=gamma), axis=-1)
         return new, jnp.max(jnp.abs(new - values)), sweeps + 1
@@ -203,15 +202,14 @@ def policy_iteration(
       (actions, values, rounds).
     """
     num_actions = process.rewards.shape[1]
-    Carry = tuple[Int[Array, " S"], Bool[Array, ""], Int[Array, ""]]
 
     def evaluate(actions: Int[Array, " S"]) -> Float[Array, " S"]:
         return policy_values(process, jax.nn.one_hot(actions, num_actions), gamma=gamma)
 
-    def improving(carry: Carry) -> Bool[Array, ""]:
+    def improving(carry: tuple[Array, Array, Array]) -> Bool[Array, ""]:
         return carry[1] & (carry[2] < max_rounds)
 
-    def improve(carry: Carry) -> Carry:
+    def improve(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         actions, _, rounds = carry
         q = action_values(process, evaluate(actions), gamma=gamma)
         kept = jnp.take_along_axis(q, actions[:, None], axis=-1)[:, 0]
