@@ -26,7 +26,7 @@ from rlhf_jax.training import run_loop
 from rlhf_jax.training.runs import load_policy
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     """Options of direct preference optimisation.
 
@@ -41,14 +41,14 @@ class Options:
         model in memory. Both give the same training.
     """
 
-    run: tyro.conf.OmitArgPrefixes[common.RunOptions]
+    run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/dpo"), steps=60)
     init: str
     pairs: tyro.conf.OmitArgPrefixes[common.PairOptions] = common.PairOptions()
     optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", warmup_steps=10, final_share=0.1)
     batch_size: int = 64
     micro_batches: int = 1
-    learning_rate: float = 2e-4
-    beta: float = 0.1
+    learning_rate: float = 1e-4
+    beta: float = 2.0
     reference: Literal["stored", "each_step"] = "stored"
 
 

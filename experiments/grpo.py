@@ -28,7 +28,7 @@ from rlhf_jax.training.rollouts import make_generate_fn, make_reward_fn
 from rlhf_jax.training.runs import load_policy
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     """Options of GRPO.
 
@@ -48,16 +48,16 @@ class Options:
       entropy_coef: weight of the entropy bonus.
     """
 
-    run: tyro.conf.OmitArgPrefixes[common.RunOptions]
+    run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/grpo"), steps=50)
     init: str
     prompts: tyro.conf.OmitArgPrefixes[common.PromptOptions] = common.PromptOptions()
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerConfig = OptimizerConfig("linear", warmup_steps=5, b2=0.99, epsilon=1e-4)
     batch_size: int = 32
     group_size: int = 8
     epochs: int = 1
     minibatches: int = 1
     micro_batches: int = 1
-    learning_rate: float = 1e-4
+    learning_rate: float = 3e-4
     temperature: float = 1.0
     clip_low: float = 0.2
     clip_high: float = 0.2

@@ -28,7 +28,7 @@ from rlhf_jax.training.rollouts import make_generate_fn, make_reward_fn
 from rlhf_jax.training.runs import Model, check_same_architecture, load_policy, load_reward_model
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     """Options of PPO.
 
@@ -59,16 +59,16 @@ class Options:
       scale_rewards: divide rewards by the standard deviation of all rewards seen.
     """
 
-    run: tyro.conf.OmitArgPrefixes[common.RunOptions]
+    run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/ppo"), steps=25)
     init: str
     reward_model: str = ""
     prompts: tyro.conf.OmitArgPrefixes[common.PromptOptions] = common.PromptOptions()
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerConfig = OptimizerConfig("linear", warmup_steps=5, b2=0.99, epsilon=1e-4)
     batch_size: int = 256
-    epochs: int = 2
-    minibatches: int = 4
+    epochs: int = 1
+    minibatches: int = 2
     micro_batches: int = 1
-    learning_rate: float = 2e-4
+    learning_rate: float = 3e-4
     temperature: float = 1.0
     clip: float = 0.2
     value_clip: float = 0.5
@@ -76,7 +76,7 @@ class Options:
     entropy_coef: float = 0.0
     gamma: float = 1.0
     gae_lambda: float = 0.95
-    kl_coef: float = 0.05
+    kl_coef: float = 0.2
     adaptive_kl: bool = False
     kl_target: float = 6.0
     kl_horizon: float = 10_000.0

@@ -8,6 +8,7 @@ Rows hold `prompt`, `chosen` and `rejected`: plain strings, or lists of messages
 """
 
 import dataclasses
+from pathlib import Path
 
 import common
 import inputs
@@ -23,7 +24,7 @@ from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.training import run_loop
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     """Options of reward modelling.
 
@@ -38,7 +39,9 @@ class Options:
       centring: weight of (chosen + rejected)^2, which keeps scores near 0.
     """
 
-    run: tyro.conf.OmitArgPrefixes[common.RunOptions]
+    run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(
+        Path("runs/reward_model"), steps=120
+    )
     pairs: tyro.conf.OmitArgPrefixes[common.PairOptions] = common.PairOptions()
     model: common.ModelOptions = common.ModelOptions()
     optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", warmup_steps=10, final_share=0.1)

@@ -26,7 +26,6 @@ import sft
 from inputs import load_rows
 
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.optimization import OptimizerConfig
 from rlhf_jax.data.arithmetic import Level, arithmetic_tokenizer, prompt_rows, widest_completion
 from rlhf_jax.data.examples import prompt_examples
 from rlhf_jax.evaluation.statistics import Interval, mean_interval, wilson_interval
@@ -35,7 +34,7 @@ from rlhf_jax.training.rollouts import Evaluation, make_evaluate_fn, make_reward
 from rlhf_jax.training.runs import describe_run, load_policy, write_json
 
 EXACT_MATCH = "rlhf_jax.rewards.verifiers:exact_answer_reward"
-MODEL = common.ModelOptions(width=96, layers=2, heads=4, kv_heads=2)
+EVALUATIONS = 3
 POLICIES = ("sft", "ppo", "dpo", "grpo")
 
 
@@ -74,7 +73,7 @@ class Options:
     quiet: bool = False
 
 
-# The recipe ----------------------------------------------------------------------------------------
+# Stages ----------------------------------------------------------------------------------------------
 
 
 def stage_runs(
@@ -85,59 +84,57 @@ def stage_runs(
     prompts = common.PromptOptions(data=data, max_new_tokens=max_new_tokens)
     pairs = common.PairOptions(data=data)
     init, rewards = str(folder / "sft"), str(folder / "reward_model")
-    # For policy gradients: less noise in the second moment, no blow-up of small gradients, decay to 0.
-    optimizer = OptimizerConfig("linear", warmup_steps=5, b2=0.99, epsilon=1e-4)
 
-    def run(name: str, steps: int, *, evaluations: int = 1) -> common.RunOptions:
+    def run(name: str, steps: int) -> common.RunOptions:
         return common.RunOptions(
             folder / name,
             seed,
             resume=options.resume,
             steps=steps,
-            eval_every=math.ceil(steps / evaluations),
+            eval_every=math.ceil(steps / EVALUATIONS),
             quiet=options.quiet,
             report=False,
         )
 
+    sft_options = sft.Options(
+        run=run("sft", options.sft_steps),
+        data=data,
+        slip_rate=options.slip_rate,
+    )
+    reward_options = reward_model.Options(
+        run=run("reward_model", options.reward_steps),
+        init=init,
+        pairs=pairs,
+    )
+    ppo_options = ppo.Options(
+        run=run("ppo", options.ppo_steps),
+        init=init,
+        reward_model=rewards,
+        prompts=dataclasses.replace(prompts, eval_reward=EXACT_MATCH),
+    )
+    dpo_options = dpo.Options(
+        run=run("dpo", options.dpo_steps),
+        init=init,
+        pairs=pairs,
+    )
+    grpo_options = grpo.Options(
+        run=run("grpo", options.grpo_steps),
+        init=init,
+        prompts=prompts,
+    )
     return {
-        "sft": lambda: sft.run(
-            sft.Options(
-                run("sft", options.sft_steps, evaluations=4),
-                MODEL,
-                OptimizerConfig("cosine", warmup_steps=20, final_share=0.02),
-                data=data,
-                learning_rate=3e-3,
-                demonstrations=32_000,
-                slip_rate=options.slip_rate,
-            )
-        ),
-        "reward_model": lambda: reward_model.run(
-            reward_model.Options(run("reward_model", options.reward_steps, evaluations=4), pairs, init=init)
-        ),
-        "ppo": lambda: ppo.run(
-            ppo.Options(
-                run("ppo", options.ppo_steps, evaluations=3),
-                init,
-                rewards,
-                dataclasses.replace(prompts, eval_reward=EXACT_MATCH),
-                optimizer,
-                epochs=1,
-                minibatches=2,
-                learning_rate=3e-4,
-                kl_coef=0.2,
-            )
-        ),
-        "dpo": lambda: dpo.run(
-            dpo.Options(
-                run("dpo", options.dpo_steps, evaluations=3), init, pairs, learning_rate=1e-4, beta=2.0
-            )
-        ),
-        "grpo": lambda: grpo.run(
-            grpo.Options(
-                run("grpo", options.grpo_steps, evaluations=3), init, prompts, optimizer, learning_rate=3e-4
-            )
-        ),
+        "sft": lambda: sft.run(brief(sft_options)),
+        "reward_model": lambda: reward_model.run(brief(reward_options)),
+        "ppo": lambda: ppo.run(brief(ppo_options)),
+        "dpo": lambda: dpo.run(brief(dpo_options)),
+        "grpo": lambda: grpo.run(brief(grpo_options)),
     }
+
+
+def brief(options: Any) -> Any:
+    """A stage's options; one far shorter than the script's own gets a shorter warm-up."""
+    warmup = min(options.optimizer.warmup_steps, options.run.steps // 4)
+    return dataclasses.replace(options, optimizer=dataclasses.replace(options.optimizer, warmup_steps=warmup))
 
 
 # Running and measuring -----------------------------------------------------------------------------

@@ -10,6 +10,7 @@ The first trains a new model on the embedded arithmetic task; rows of the second
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import common
@@ -34,7 +35,7 @@ from rlhf_jax.training import run_loop
 from rlhf_jax.training.runs import Model
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     """Options of supervised fine-tuning.
 
@@ -55,9 +56,9 @@ class Options:
       eval_count: how many held-out conversations are evaluated at most.
     """
 
-    run: tyro.conf.OmitArgPrefixes[common.RunOptions]
+    run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/sft"), steps=500)
     model: common.ModelOptions = common.ModelOptions()
-    optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", warmup_steps=20, final_share=0.1)
+    optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", warmup_steps=20, final_share=0.02)
     data: str = "arithmetic:1"
     eval_data: str = ""
     tokenizer: str = ""
@@ -68,9 +69,9 @@ class Options:
     max_length: int = 0
     too_long: TooLong = "error"
     packing: bool = False
-    learning_rate: float = 2e-3
-    demonstrations: int = 16_000
-    slip_rate: float = 0.6
+    learning_rate: float = 3e-3
+    demonstrations: int = 32_000
+    slip_rate: float = 0.525
     eval_count: int = 256
 
 
