@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT / "experiments"))
 
 _MODEL = "--model.width 16 --model.layers 1 --model.heads 2 --model.kv-heads 1"
 _PAIRS = "--pair-count 64 --eval-count 16 --batch-size 8 --optimizer.warmup-steps 2"
-_PROMPTS = "--prompt-count 64 --eval-count 8 --max-new-tokens 8 --samples 2"
+_PROMPTS = "--prompt-count 64 --eval-count 8 --max-new-tokens 8 --samples 2 --optimizer.warmup-steps 0"
 _OPTIONS = {
     "sft": f"{_MODEL} --demonstrations 64 --eval-count 16 --batch-size 8 --optimizer.warmup-steps 2",
     "reward_model": f"--init {{sft}} {_PAIRS}",

@@ -44,7 +44,8 @@ def train(folder, *, rows, sft_steps, grpo_steps, new_tokens):
         f"--out {folder}/grpo --init {folder}/sft --data {data} --eval-data {held_out} "
         f"--max-prompt-length 96 --too-long drop --max-new-tokens {new_tokens} "
         "--rewards rlhf_jax.rewards.verifiers:gsm8k_reward "
-        f"--batch-size 4 --group-size 4 --eval-count 4 --samples 4 --steps {grpo_steps} --quiet",
+        f"--batch-size 4 --group-size 4 --eval-count 4 --samples 4 "
+        f"--optimizer.warmup-steps 0 --steps {grpo_steps} --quiet",
     )
     return read_metrics(folder / "sft"), read_metrics(folder / "grpo")
 
