@@ -1,6 +1,7 @@
 """What the experiment scripts share: options, models, and the edge where errors become sentences."""
 
 import dataclasses
+import difflib
 import math
 import os
 import shlex
@@ -365,7 +366,11 @@ def main(run: Callable[[Options], Any], options_type: type[Options], description
     """
     sys.unraisablehook = _print_unless_late
     try:
-        options = tyro.cli(options_type, description=_first_paragraph(description))
+        options, unknown = tyro.cli(
+            options_type, description=_first_paragraph(description), return_unknown_args=True
+        )
+        if unknown:
+            _refuse(unknown[0], [*flags(to_json(options)), "--help"])
         use_compile_cache()
         run(options)
     except UserError as error:
@@ -377,6 +382,13 @@ def main(run: Callable[[Options], Any], options_type: type[Options], description
     except KeyboardInterrupt:
         print(f"Stopped at once; no step was saved now. {_how_to_resume()}", file=sys.stderr)
         sys.exit(130)
+
+
+def _refuse(word: str, known: Sequence[str]) -> None:
+    given = word.split("=")[0]
+    near = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise UserError(f"there is no option {given}: {hint}--help lists them all")
 
 
 def _print_unless_late(report: Any) -> None:
