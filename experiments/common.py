@@ -380,7 +380,7 @@ def main(run: Callable[[Options], Any], options_type: type[Options], description
         print(f"Stopped after step {interrupted.step}, which is saved. {_how_to_resume()}", file=sys.stderr)
         sys.exit(0 if interrupted.signal_number == signal.SIGTERM else 130)
     except KeyboardInterrupt:
-        print(f"Stopped at once; no step was saved now. {_how_to_resume()}", file=sys.stderr)
+        print(f"Stopped at once; what was saved before is kept. {_how_to_resume()}", file=sys.stderr)
         sys.exit(130)
 
 

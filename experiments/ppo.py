@@ -5,7 +5,8 @@
         --adaptive-kl --kl-target 4
 
 The first takes about 45 s on two CPU cores and answers 86 to 96 % of held-out problems right over three seeds
-(the policy it starts from: 43 to 52 %). Rows hold `prompt`, `question` or `messages`; their other fields go to reward functions by name.
+(the policy it starts from: 43 to 52 %).
+Rows hold `prompt`, `question` or `messages`; their other fields go to reward functions by name.
 """
 
 import dataclasses

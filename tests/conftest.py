@@ -8,7 +8,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import jax
 
-CACHE = pathlib.Path(__file__).resolve().parent.parent / ".cache" / "jax"
+# One folder for each worker: JAX does not write cache entries atomically.
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")
+CACHE = pathlib.Path(__file__).resolve().parent.parent / ".cache" / "jax" / WORKER
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)  # for the processes that tests start
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

@@ -9,4 +9,4 @@ step ruff check .
 step ruff format --check .
 step lint-imports
 step basedpyright
-step python -m pytest "$@"
+step python -m pytest -n 2 --dist loadfile "$@"
