@@ -103,8 +103,8 @@ def categorical_loss(
     atoms = atoms_of(chosen.shape[-1], hyper)
     positions = batch.reward[:, None] + batch.discount[:, None] * atoms
     targets = project_categorical(positions, jax.nn.softmax(following), atoms)
-    mask = jnp.ones_like(batch.reward, bool)[:, None]
-    loss, metrics = categorical_value_loss(chosen[:, None], targets[:, None], atoms, mask, reduce=reduce)
+    mask = jnp.ones_like(batch.reward, bool)[None]
+    loss, metrics = categorical_value_loss(chosen[None], targets[None], atoms, mask, reduce=reduce)
     log_targets = jnp.log(jnp.where(targets > 0, targets, 1))
     divergence = jnp.sum(targets * (log_targets - jax.nn.log_softmax(chosen)), axis=-1)
     return loss, (metrics, divergence)

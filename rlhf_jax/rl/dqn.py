@@ -24,14 +24,14 @@ from rlhf_jax.core.optimization import (
 )
 from rlhf_jax.core.trees import pytree_dataclass, tree_where
 from rlhf_jax.core.types import Array, Float, Int, Metrics, Params, PRNGKeyArray, Scalar
-from rlhf_jax.losses.reductions import Reduction, token_mean
+from rlhf_jax.losses.reductions import Reduction
 from rlhf_jax.losses.value import huber_value_loss
 from rlhf_jax.rl import off_policy
 from rlhf_jax.rl.environments import Environment
 from rlhf_jax.rl.exploration import linear_decay
 from rlhf_jax.rl.off_policy import Algorithm, RunConfig
 from rlhf_jax.rl.q_networks import ActionInputValue, ActionValues, applied, make_value_torso
-from rlhf_jax.rl.replay import Batch
+from rlhf_jax.rl.replay import Batch, weighted_mean
 from rlhf_jax.rl.runs import Run, Train, whole
 
 Outputs: TypeAlias = Float[Array, "N A ..."]
@@ -53,7 +53,7 @@ class Config:
     """
 
     run: RunConfig = RunConfig()
-    optimizer: OptimizerConfig = OptimizerConfig(clip_norm=10.0, b2=0.999)
+    optimizer: OptimizerConfig = OptimizerConfig(clip_norm=1e6, b2=0.999)
     body: nn.Module | None = None
     double: bool = True
     dueling: bool = False
@@ -72,7 +72,9 @@ class Hyper:
       epsilon_steps: steps over which it falls linearly.
       target_every: updates between moves of the target network.
       target_rate: how far it moves then; 1 copies.
-      huber_delta: error beyond which the loss is linear, in units of reward; a large number squares all.
+      huber_delta: error beyond which the loss is linear, in units of reward; a large number squares all. With
+        returns far above it values may grow without bound: an end of the episode pulls them down no harder
+        than any other error pulls them up.
       priority_alpha: how much errors matter in sampling; 0 is uniform.
       priority_beta: how much of that bias is corrected; 1 is all.
     """
@@ -84,7 +86,7 @@ class Hyper:
     epsilon_steps: Scalar = 250_000.0
     target_every: Scalar = 50
     target_rate: Scalar = 1.0
-    huber_delta: Scalar = 1.0
+    huber_delta: Scalar = 100.0
     priority_alpha: Scalar = 0.6
     priority_beta: Scalar = 0.4
 
@@ -124,19 +126,14 @@ def init(params: Params, tx: optax.GradientTransformation) -> State:
     return State(init_learner(params, tx), params)
 
 
-def weighted_mean(weights: Float[Array, " N"]) -> Reduction:
-    """Mean over [N, 1] with weights, divided by N (not by their sum: that would undo a small weight)."""
-    return Reduction(weights=lambda mask: mask * weights[:, None], total=token_mean.total)
-
-
 def td_loss(
     chosen: Float[Array, " N"], following: Float[Array, " N"], batch: Batch, hyper: Hyper, reduce: Reduction
 ) -> LossOutcome:
     """Huber loss of Q(s, a) - (r + discount Q'(s', a'))  (Mnih et al. 2015, Algorithm 1)."""
     targets = batch.reward + batch.discount * following
-    mask = jnp.ones_like(targets, bool)[:, None]
+    mask = jnp.ones_like(targets, bool)[None]
     loss, metrics = huber_value_loss(
-        chosen[:, None], targets[:, None], mask, delta=hyper.huber_delta, reduce=reduce
+        chosen[None], targets[None], mask, delta=hyper.huber_delta, reduce=reduce
     )
     return loss, (metrics, chosen - targets)
 

@@ -264,7 +264,12 @@ def _learn(
 
     carry = (state.agent, state.priorities)
     (agent, priorities), metrics = jax.lax.scan(update, carry, jax.random.split(sample_key, config.updates))
-    metrics = {
+    state = dataclasses.replace(state, agent=agent, priorities=priorities, key=key)
+    return state, over_steps(metrics)
+
+
+def over_steps(metrics: Metrics) -> Metrics:
+    """Of metrics along a scan: counters at the last step, means of the rest."""
+    return {
         name: x[-1] if jnp.issubdtype(x.dtype, jnp.integer) else jnp.mean(x) for name, x in metrics.items()
     }
-    return dataclasses.replace(state, agent=agent, priorities=priorities, key=key), metrics

@@ -86,9 +86,9 @@ def quantile_loss(
 ) -> LossOutcome:
     """Quantile Huber loss to the quantiles of r + discount Z(s', a') (Dabney et al. 2018, eq. 10)."""
     targets = batch.reward[:, None] + batch.discount[:, None] * following
-    mask = jnp.ones_like(batch.reward, bool)[:, None]
+    mask = jnp.ones_like(batch.reward, bool)[None]
     loss, metrics = quantile_value_loss(
-        chosen[:, None], targets[:, None], mask, delta=hyper.huber_delta, reduce=reduce
+        chosen[None], targets[None], mask, delta=hyper.huber_delta, reduce=reduce
     )
     return loss, (metrics, jnp.mean(chosen, axis=-1) - jnp.mean(targets, axis=-1))
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Float, Int, PRNGKeyArray, Scalar
+from rlhf_jax.losses.reductions import Reduction, token_mean
 from rlhf_jax.rl.environments import Transition
 
 
@@ -53,6 +54,11 @@ class Batch:
     discount: Float[Array, " N"]
     next_obs: Array
     weight: Float[Array, " N"]
+
+
+def weighted_mean(weights: Float[Array, " N"]) -> Reduction:
+    """Mean over [C, N] with weights of the columns, divided by C N: their own sum would undo them."""
+    return Reduction(weights=lambda mask: mask * weights, total=token_mean.total)
 
 
 def init_replay(example: Transition, *, rows: int, num_envs: int) -> Replay:
