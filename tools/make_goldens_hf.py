@@ -152,12 +152,13 @@ def build(family: str, options: dict[str, Any], seed: int) -> Any:
     model = getattr(transformers, f"{family}ForCausalLM" if family != "GPT2" else "GPT2LMHeadModel")(config)
     with torch.no_grad():
         for name, weight in [*model.named_parameters(), *model.named_buffers()]:
-            if "inv_freq" in name or not weight.is_floating_point():
-                continue
+            if "inv_freq" in name or "embed_scale" in name or not weight.is_floating_point():
+                continue  # constants
             if weight.ndim == 1:
                 weight.add_(0.2 * torch.randn_like(weight))
             elif "embed" in name or "wte" in name or "wpe" in name or "lm_head" in name:
-                weight.normal_(std=0.5)
+                # Small where tied, else every token is most likely followed by itself.
+                weight.normal_(std=0.05 if config.tie_word_embeddings else 0.5)
             else:
                 weight.normal_(std=weight.shape[-1] ** -0.5)
     return model.eval()

@@ -44,15 +44,14 @@ def attend(
     value: Float[Array, "B S K v"],
     mask: Bool[Array, "B T S"],
     *,
-    scale: float | None = None,
+    scale: float,
     softcap: float | None = None,
     bias: Float[Array, "B H T S"] | None = None,
 ) -> Float[Array, "B T H v"]:
-    """softmax(softcap(scale q k^T) + bias) v over the unmasked columns; 1 / sqrt(d) by default.
+    """softmax(softcap(scale q k^T) + bias) v over the unmasked columns.
 
     A row that sees no column gets something finite.
     """
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
     if softcap is None and key.shape[-1] == value.shape[-1]:
         return jax.nn.dot_product_attention(query, key, value, bias, mask[:, None], scale=scale)
     batch, time, heads, width = query.shape
@@ -104,8 +103,9 @@ class SelfAttention(nn.Module):
             mask &= context.distance() < spec.window
         if isinstance(spec.position, Alibi):
             slopes = alibi_slopes(spec.num_heads)[:, None, None]
-            bias = (-slopes * context.distance()[:, None]).astype(query.dtype)
-        attended = attend(query, key, value, mask, scale=spec.scale, softcap=spec.softcap, bias=bias)
+            bias = jnp.asarray(-slopes * context.distance()[:, None], query.dtype)
+        scale = spec.head_dim**-0.5 if spec.scale is None else spec.scale
+        attended = attend(query, key, value, mask, scale=scale, softcap=spec.softcap, bias=bias)
         output = self._linear(self.width, use_bias=spec.output_bias, init_std=self.output_std, name="output")
         return output(attended.reshape(*inputs.shape[:2], -1)), cache
 

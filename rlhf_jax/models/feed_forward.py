@@ -55,6 +55,35 @@ class Plain(nn.Module):
         return linear(self.width, init_std=self.output_std, name="down")(hidden)
 
 
+class Routing(nn.Module):
+    """Which experts each token goes through, and with what weights."""
+
+    spec: MixtureOfExperts
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, flat: Float[Array, "N D"]) -> tuple[Float[Array, "N k"], Int[Array, "N k"]]:
+        """Float32 throughout: a choice that rounding flips is another function."""
+        shape = (flat.shape[-1], self.spec.num_experts)
+        kernel = self.param("kernel", normal_init, shape, self.param_dtype)
+        wide = jnp.promote_types(flat.dtype, jnp.float32)
+        logits = flat.astype(wide) @ kernel.astype(wide)
+        match self.spec.router:
+            case SoftmaxRouter() as router:
+                scores = jax.nn.softmax(logits, axis=-1)
+                preference, ranked = scores, 1
+            case SigmoidRouter() as router:
+                scores = jax.nn.sigmoid(logits)
+                bias = self.param("bias", nn.initializers.zeros, shape[1:], jnp.float32)
+                preference, ranked = scores + jax.lax.stop_gradient(bias), 2
+        preference = _within_best_groups(preference, router, ranked)
+        chosen = jax.lax.top_k(preference, self.spec.experts_per_token)[1]
+        weights = jnp.take_along_axis(scores, chosen, axis=-1)
+        if router.renormalise:
+            weights /= jnp.sum(weights, axis=-1, keepdims=True) + 1e-20
+        return weights * router.scale, chosen
+
+
 class Mixture(nn.Module):
     """sum_e weight_e expert_e(x) over the chosen experts, plus the shared one. No token is dropped.
 
@@ -72,7 +101,7 @@ class Mixture(nn.Module):
     def __call__(self, inputs: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         """Applies the layer to every token."""
         spec, flat = self.spec, inputs.reshape(-1, self.width).astype(self.dtype)
-        weights, chosen = self._route(flat)
+        weights, chosen = Routing(spec, self.param_dtype, name="router")(flat)
         order = jnp.argsort(chosen.reshape(-1), stable=True)
         token = order // spec.experts_per_token
         sizes = jnp.bincount(chosen.reshape(-1), length=spec.num_experts).astype(jnp.int32)
@@ -83,27 +112,6 @@ class Mixture(nn.Module):
             options = {"param_dtype": self.param_dtype, "dtype": self.dtype}
             output += Gated(spec.shared, self.width, self.output_std, name="shared", **options)(flat)
         return output.reshape(inputs.shape)
-
-    def _route(self, flat: Float[Array, "N D"]) -> tuple[Float[Array, "N k"], Int[Array, "N k"]]:
-        """Float32 throughout: a choice that rounding flips is another function."""
-        shape = (self.width, self.spec.num_experts)
-        kernel = self.param("router", normal_init, shape, self.param_dtype)
-        wide = jnp.promote_types(flat.dtype, jnp.float32)
-        logits = flat.astype(wide) @ kernel.astype(wide)
-        match self.spec.router:
-            case SoftmaxRouter() as router:
-                scores = jax.nn.softmax(logits, axis=-1)
-                preference, ranked = scores, 1
-            case SigmoidRouter() as router:
-                scores = jax.nn.sigmoid(logits)
-                bias = self.param("router_bias", nn.initializers.zeros, shape[1:], jnp.float32)
-                preference, ranked = scores + jax.lax.stop_gradient(bias), 2
-        preference = _within_best_groups(preference, router, ranked)
-        chosen = jax.lax.top_k(preference, self.spec.experts_per_token)[1]
-        weights = jnp.take_along_axis(scores, chosen, axis=-1)
-        if router.renormalise:
-            weights /= jnp.sum(weights, axis=-1, keepdims=True) + 1e-20
-        return weights * router.scale, chosen
 
     def _experts(self, rows: Float[Array, "M D"], sizes: Int[Array, "E"]) -> Float[Array, "M D"]:
         """Rows sorted by expert, through their experts."""

@@ -9,7 +9,12 @@ from rlhf_jax import models
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Sequences
 from rlhf_jax.losses.reductions import packed_sequence_mean, sequence_mean, token_mean
-from rlhf_jax.models.decoder import cached_hidden_states, hidden_states
+from rlhf_jax.models import decoder
+
+# Compiled: dispatched one by one, the operations of one pass are hundreds of programs.
+init_params = jax.jit(models.init_params, static_argnums=0)
+hidden_states = jax.jit(models.hidden_states, static_argnums=0)
+cached_hidden_states = jax.jit(decoder.cached_hidden_states, static_argnums=0)
 
 CONFIG = models.dense_config(vocab_size=13, width=16, num_layers=2, num_heads=4, num_kv_heads=2)
 
@@ -27,7 +32,7 @@ def _rows(lengths, *, width, seed=0):
 def test_numpy_oracle_of_one_layer():
     """The whole forward pass against loops written from the papers."""
     config = dataclasses.replace(CONFIG, num_layers=1)
-    params = models.init_params(config, jax.random.key(1))
+    params = init_params(config, jax.random.key(1))
     rows = _rows([5], width=5)
     hidden = hidden_states(config, params, rows.tokens, rows.positions, rows.segment_ids)
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
@@ -61,23 +66,24 @@ def test_numpy_oracle_of_one_layer():
     np.testing.assert_allclose(hidden[0], norm(x, p["final_norm"]["scale"]), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_scanned_and_rematerialised_layers_equal_unrolled(tied):
+@pytest.mark.parametrize(("tied", "remats"), [(True, ["none", "dots"]), (False, ["full"])])
+def test_scanned_and_rematerialised_layers_equal_unrolled(tied, remats):
     config = dataclasses.replace(CONFIG, tied_embeddings=tied)
-    params = models.init_params(config, jax.random.key(0))
+    params = init_params(config, jax.random.key(0))
     rows = _rows([6, 4], width=6)
 
     def loss(config, params):
         return -jnp.sum(jnp.where(rows.mask, models.make_score_fn(config)(params, rows).logp, 0))
 
-    value, gradient = jax.value_and_grad(loss, argnums=1)(config, params)
-    for remat in ("none", "dots", "full"):
+    value_and_grad = jax.jit(jax.value_and_grad(loss, argnums=1), static_argnums=0)
+    value, gradient = value_and_grad(config, params)
+    for remat in remats:
         scanned = dataclasses.replace(config, scan_layers=True, remat=remat)
         stacked = models.stack_layers(config, params)
         assert jax.tree.structure(stacked) == jax.tree.structure(
             jax.eval_shape(lambda c=scanned: models.init_params(c, jax.random.key(0)))
         )
-        other, other_gradient = jax.value_and_grad(loss, argnums=1)(scanned, stacked)
+        other, other_gradient = value_and_grad(scanned, stacked)
         np.testing.assert_allclose(other, value, rtol=1e-6)
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
@@ -100,7 +106,7 @@ def test_patterns_of_several_blocks_alternate():
 def test_packed_equals_unpacked_in_loss_and_gradient():
     with jax.enable_x64(True):
         config = dataclasses.replace(CONFIG, param_dtype="float64", compute_dtype="float64")
-        params = models.init_params(config, jax.random.key(0))
+        params = init_params(config, jax.random.key(0))
         rows = _rows([6, 4, 5], width=8)
         tokens, positions, segments, mask = (
             np.zeros((2, 11), dtype) for dtype in (np.int32, np.int32, np.int32, bool)
@@ -118,7 +124,9 @@ def test_packed_equals_unpacked_in_loss_and_gradient():
             (sequence_mean, packed_sequence_mean(packed.segment_ids, 2)),
         ):
             losses = [
-                jax.value_and_grad(lambda p, r=r, reduce=reduce: reduce(-score(p, r).logp, r.mask))(params)
+                jax.jit(jax.value_and_grad(lambda p, r=r, reduce=reduce: reduce(-score(p, r).logp, r.mask)))(
+                    params
+                )
                 for r, reduce in ((rows, plain), (packed, for_packed))
             ]
             jax.tree.map(
@@ -129,7 +137,7 @@ def test_packed_equals_unpacked_in_loss_and_gradient():
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_cache_equals_no_cache(scan_layers):
     config = dataclasses.replace(CONFIG, scan_layers=scan_layers)
-    params = models.init_params(config, jax.random.key(0))
+    params = init_params(config, jax.random.key(0))
     rows = _rows([7, 7], width=7)
     whole = hidden_states(config, params, rows.tokens, rows.positions, rows.segment_ids)
     cache, parts = models.init_cache(config, 2, 9), []
@@ -144,32 +152,32 @@ def test_cache_equals_no_cache(scan_layers):
 
 
 def test_left_padding_right_padding_and_none_agree():
-    params = models.init_params(CONFIG, jax.random.key(0))
+    params = init_params(CONFIG, jax.random.key(0))
     right = _rows([5], width=8)
     left = jax.tree.map(lambda x: jnp.roll(x, 3, axis=1), right)
-    score = models.make_score_fn(CONFIG)
+    score = jax.jit(models.make_score_fn(CONFIG))
     expected = score(params, jax.tree.map(lambda x: x[:, :5], right)).logp[0, 1:]
     np.testing.assert_allclose(score(params, right).logp[0, 1:5], expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(score(params, left).logp[0, 4:], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_heads_read_the_state_before_and_the_last_token():
-    params = models.init_scalar_model(CONFIG, jax.random.key(0))
+    params = jax.jit(models.init_scalar_model, static_argnums=0)(CONFIG, jax.random.key(0))
     rows = _rows([6, 4], width=6)
     hidden = hidden_states(CONFIG, params["decoder"], rows.tokens, rows.positions, rows.segment_ids)
     scores = np.asarray(hidden) @ np.asarray(params["head"]["kernel"])
-    values = models.make_value_fn(CONFIG)(params, rows)
+    values = jax.jit(models.make_value_fn(CONFIG))(params, rows)
     np.testing.assert_allclose(values[:, 1:], scores[:, :-1], rtol=1e-4, atol=1e-5)
-    rewards = models.make_reward_fn(CONFIG)(params, rows)
+    rewards = jax.jit(models.make_reward_fn(CONFIG))(params, rows)
     np.testing.assert_allclose(rewards, [scores[0, 5], scores[1, 3]], rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16_compute_keeps_float32_log_probs():
     config = dataclasses.replace(CONFIG, compute_dtype="bfloat16")
-    params = models.init_params(config, jax.random.key(0))
-    scored = models.make_score_fn(config)(params, _rows([6], width=6))
+    params = init_params(config, jax.random.key(0))
+    scored = jax.jit(models.make_score_fn(config))(params, _rows([6], width=6))
     assert scored.logp.dtype == jnp.float32
-    full = models.make_score_fn(CONFIG)(params, _rows([6], width=6))
+    full = jax.jit(models.make_score_fn(CONFIG))(params, _rows([6], width=6))
     np.testing.assert_allclose(scored.logp, full.logp, atol=0.05)
 
 
