@@ -1,0 +1,75 @@
+"""Settings to sweep over: a `Hyper` whose every leaf has a first axis, one entry a setting."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.types import Array, PRNGKeyArray
+
+H = TypeVar("H")
+Draw = Callable[[PRNGKeyArray, tuple[int, ...]], Array]
+
+
+def product(base: H, **axes: Sequence[float]) -> H:
+    """Every combination of the values given; the last axis varies fastest.
+
+    Args:
+      base: a dataclass of scalars; fields that are not named keep its value.
+      axes: values of each field.
+
+    Raises:
+      UserError: there is no such field, or it got no values.
+    """
+    grids = np.meshgrid(*axes.values(), indexing="ij") if axes else []
+    columns = {name: grid.reshape(-1) for name, grid in zip(axes, grids, strict=True)}
+    return _stack(base, columns, count=grids[0].size if grids else 1)
+
+
+def zipped(base: H, **axes: Sequence[float]) -> H:
+    """The first values of all together, then the second ones, and so on.
+
+    Raises:
+      UserError: there is no such field, or the numbers of values differ.
+    """
+    lengths = {name: len(values) for name, values in axes.items()}
+    if len(set(lengths.values())) > 1:
+        raise UserError(f"zipped: as many values are needed for each field, not {lengths}")
+    return _stack(base, dict(axes), count=next(iter(lengths.values()), 1))
+
+
+def drawn(key: PRNGKeyArray, base: H, count: int, **draws: Draw) -> H:
+    """`count` random settings.
+
+        drawn(key, base, 50, learning_rate=lambda key, shape: 10 ** jax.random.uniform(key, shape) * 1e-4)
+
+    Args:
+      draws: (key, shape) -> values, for each field.
+
+    Raises:
+      UserError: there is no such field.
+    """
+    keys = jax.random.split(key, max(len(draws), 1))
+    columns = {name: draw(keys[i], (count,)) for i, (name, draw) in enumerate(draws.items())}
+    return _stack(base, columns, count=count)
+
+
+def _stack(base: Any, columns: dict[str, Any], *, count: int) -> Any:
+    fields = [field.name for field in dataclasses.fields(base)]
+    for name, values in columns.items():
+        if name not in fields:
+            raise UserError(f"{type(base).__name__} has no field {name!r}: choose among {', '.join(fields)}")
+        if len(values) == 0:
+            raise UserError(f"{name}: no values to sweep over: give at least one")
+
+    def column(name: str) -> Array:
+        value = jnp.asarray(getattr(base, name))
+        values = jnp.asarray(columns[name]) if name in columns else jnp.broadcast_to(value, (count,))
+        # A whole number among the values of a float field must not make integers of them all.
+        return values.astype(value.dtype) if jnp.issubdtype(value.dtype, jnp.floating) else values
+
+    return dataclasses.replace(base, **{name: column(name) for name in fields})

@@ -1,0 +1,67 @@
+"""Pictures of a sweep: learning curves and performance profiles, a line a setting."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.evaluation.statistics import interquartile_mean
+from rlhf_jax.sweep.results import Results
+from rlhf_jax.sweep.summaries import performance_profile
+
+_RESAMPLES = 200
+
+
+def plot_curves(results: Results, metric: str, path: str | Path, *, points: int = 60) -> None:
+    """IQM over seeds of a metric along the updates, with 95 % bootstrap intervals shaded.
+
+    Args:
+      path: of the picture; its suffix decides the format.
+      points: of each curve; updates in between are averaged.
+
+    Raises:
+      UserError: the metric has no value for each update.
+    """
+    values = results.metrics.get(metric)
+    if values is None or values.ndim != 3:
+        along = [name for name, array in results.metrics.items() if array.ndim == 3]
+        raise UserError(f"{metric!r} has no value for each update: choose among {', '.join(along)}")
+    figure, axes = _axes()
+    edges = np.array_split(np.arange(values.shape[2]), min(points, values.shape[2]))
+    updates = np.array([part.mean() + 1 for part in edges])
+    draws = np.random.default_rng(0).integers(values.shape[1], size=(_RESAMPLES, values.shape[1]))
+    for setting, runs in enumerate(values):
+        curve = np.stack([runs[:, part].mean(axis=1) for part in edges], axis=1)
+        resampled = np.array([[interquartile_mean(column) for column in curve[d].T] for d in draws])
+        low, high = np.quantile(resampled, [0.025, 0.975], axis=0)
+        middle = [interquartile_mean(column) for column in curve.T]
+        (line,) = axes.plot(updates, middle, label=results.label(setting))
+        axes.fill_between(updates, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+    _finish(figure, axes, "update", metric, path)
+
+
+def plot_profiles(results: Results, metric: str, path: str | Path) -> None:
+    """Share of each setting's seeds that score above a threshold, over all thresholds."""
+    scores = results.scores(metric)
+    figure, axes = _axes()
+    thresholds = np.linspace(scores.min(), scores.max(), 200)
+    for setting, row in enumerate(scores):
+        axes.step(thresholds, performance_profile(row, thresholds), label=results.label(setting))
+    _finish(figure, axes, metric, "share of seeds above", path)
+
+
+def _axes() -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.6), layout="constrained")  # not pyplot: it picks a window system
+    return figure, figure.add_subplot()
+
+
+def _finish(figure: Any, axes: Any, x_label: str, y_label: str, path: str | Path) -> None:
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.legend(fontsize=8, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)

@@ -1,0 +1,185 @@
+"""The sweep itself: one compiled program, run over chunks of seeds x settings, on all devices."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.trees import named_leaves
+from rlhf_jax.core.types import PRNGKeyArray
+from rlhf_jax.metrics.progress import Progress
+from rlhf_jax.sweep.results import Results
+
+TrainFn = Callable[[PRNGKeyArray, Any], tuple[Any, dict[str, jax.Array]]]
+_DESCRIPTION = "sweep.json"
+
+
+def sweep(
+    train: TrainFn,
+    keys: PRNGKeyArray,
+    hypers: Any,
+    *,
+    mesh: Mesh | None = None,
+    chunk_size: int | None = None,
+    folder: str | Path | None = None,
+    quiet: bool = False,
+) -> Results:
+    """Every setting with every seed. Runs do not depend on chunks, devices or their neighbours.
+
+    `vmap` inside, `shard_map` over all devices outside, compiled once for all chunks. Final states stay on
+    the devices and are dropped: what is to leave a run must be in its history.
+
+    Args:
+      train: (key, hyper) -> (state, history), pure; the history holds scalars and arrays [U].
+      keys: [S] typed keys, one a seed; all settings get the same.
+      hypers: settings, [H] in every leaf (`product`, `zipped`, `drawn`).
+      mesh: devices to use, whatever its axes; None for all there are.
+      chunk_size: runs at once, rounded up to a multiple of the devices; None for all of them.
+      folder: each chunk is kept here when it is done, and a sweep started again goes on after the last;
+        also gets `results.parquet`. None keeps nothing on disk.
+      quiet: show no progress.
+
+    Raises:
+      UserError: the folder holds another sweep, or cannot be written to.
+    """
+    mesh = mesh or jax.make_mesh((jax.device_count(),), ("runs",), axis_types=(AxisType.Auto,))
+    settings, seeds = jax.tree.leaves(hypers)[0].shape[0], keys.shape[0]
+    runs = settings * seeds
+    size = min(chunk_size or runs, runs)
+    size = -(-size // mesh.size) * mesh.size
+    chunks = -(-runs // size)
+    store = _Store(folder, _describe(train, keys, hypers, size), chunks)
+    run_chunk = _compile_once(train, mesh, keys, hypers, size)
+    parts: list[dict[str, np.ndarray]] = []
+    with Progress("sweep", chunks, quiet=quiet) as progress:
+        for chunk in range(chunks):
+            part = store.load(chunk)
+            if part is None:
+                # The last chunk repeats the last run to fill up, so that one program serves all.
+                index = np.minimum(np.arange(chunk * size, (chunk + 1) * size), runs - 1)
+                part = run_chunk(index // seeds, index % seeds)
+                part = {name: values[: runs - chunk * size] for name, values in part.items()}
+                store.save(chunk, part)
+            parts.append(part)
+            progress.update(chunk + 1)
+    metrics = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    metrics = {name: values.reshape(settings, seeds, *values.shape[1:]) for name, values in metrics.items()}
+    results = Results({name: np.asarray(leaf) for name, leaf in named_leaves(hypers).items()}, metrics)
+    if folder is not None:
+        results.write(Path(folder) / "results.parquet")
+    return results
+
+
+def _compile_once(
+    train: TrainFn, mesh: Mesh, keys: PRNGKeyArray, hypers: Any, size: int
+) -> Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]:
+    """(setting, seed) of each run of a chunk -> their metrics on the host; compiles at the first call."""
+    spec = PartitionSpec(mesh.axis_names)
+    sharding = NamedSharding(mesh, spec)
+
+    def histories(keys: PRNGKeyArray, hypers: Any) -> dict[str, jax.Array]:
+        return jax.vmap(lambda key, hyper: train(key, hyper)[1])(keys, hypers)
+
+    # Each device runs its own share; there is nothing to communicate and nothing for it to wait for.
+    on_all = jax.jit(
+        jax.shard_map(histories, mesh=mesh, in_specs=(spec, spec), out_specs=spec, check_vma=False)
+    )
+
+    def run_chunk(setting: np.ndarray, seed: np.ndarray) -> dict[str, np.ndarray]:
+        chosen = (keys[seed], jax.tree.map(lambda leaf: jnp.asarray(leaf)[setting], hypers))
+        history = jax.device_get(on_all(*jax.device_put(chosen, sharding)))
+        for name, values in history.items():
+            if values.ndim > 2:
+                raise UserError(
+                    f"sweep: metric {name!r} has shape {values.shape[1:]} in a run: reduce it to a scalar, "
+                    "or to one number an update"
+                )
+        return history
+
+    return run_chunk
+
+
+def fitting_chunk_size(train: TrainFn, keys: PRNGKeyArray, hypers: Any, *, memory_bytes: int) -> int:
+    """How many runs fit into `memory_bytes`, by the compiler's own count for two runs and for four.
+
+    At least 1. It compiles twice, which takes as long as two first calls.
+
+    Raises:
+      UserError: the backend does not tell.
+    """
+
+    def needed(count: int) -> int:
+        some = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[:1], (count, *leaf.shape[1:])), hypers)
+        many = jnp.broadcast_to(keys[:1], (count,))
+        compiled = jax.jit(jax.vmap(lambda *run: train(*run)[1])).lower(many, some).compile()
+        analysis = compiled.memory_analysis()
+        if analysis is None:
+            raise UserError("this backend does not tell how much memory a program needs: give chunk_size")
+        return analysis.temp_size_in_bytes + analysis.output_size_in_bytes + analysis.argument_size_in_bytes
+
+    two, four = needed(2), needed(4)
+    each = max((four - two) // 2, 1)
+    return max((memory_bytes - max(two - 2 * each, 0)) // each, 1)
+
+
+def _describe(train: TrainFn, keys: PRNGKeyArray, hypers: Any, size: int) -> dict[str, Any]:
+    """What makes chunks on disk those of this sweep: keys, settings, and the shapes of what a run returns."""
+    digest = hashlib.sha256(np.asarray(jax.random.key_data(keys)).tobytes())
+    for name, leaf in named_leaves(hypers).items():
+        digest.update(name.encode() + np.asarray(leaf).tobytes())
+    one = jax.tree.map(lambda leaf: leaf[0], (keys, hypers))
+    history = jax.eval_shape(train, *one)[1]
+    shapes = {name: [str(leaf.dtype), *leaf.shape] for name, leaf in sorted(history.items())}
+    return {"inputs": digest.hexdigest(), "chunk_size": size, "history": shapes}
+
+
+class _Store:
+    """Chunks on disk; nothing where there is no folder."""
+
+    def __init__(self, folder: str | Path | None, description: dict[str, Any], chunks: int) -> None:
+        self._folder = None if folder is None else Path(folder) / "chunks"
+        self._digits = len(str(chunks))
+        if self._folder is None:
+            return
+        path = self._folder / _DESCRIPTION
+        if path.exists():
+            if json.loads(path.read_text(encoding="utf-8")) != description:
+                raise UserError(f"{folder} holds another sweep: choose another folder, or remove it")
+        else:
+            self._write(path, lambda file: file.write(json.dumps(description).encode()))
+
+    def load(self, chunk: int) -> dict[str, np.ndarray] | None:
+        """A chunk done before."""
+        path = self._path(chunk)
+        if path is None or not path.exists():
+            return None
+        with np.load(path) as arrays:
+            return dict(arrays)
+
+    def save(self, chunk: int, part: dict[str, np.ndarray]) -> None:
+        """Keeps a chunk."""
+        path = self._path(chunk)
+        if path is not None:
+            self._write(path, lambda file: np.savez(file, allow_pickle=False, **part))
+
+    def _path(self, chunk: int) -> Path | None:
+        return None if self._folder is None else self._folder / f"{chunk:0{self._digits}d}.npz"
+
+    def _write(self, path: Path, write_fn: Callable[[Any], Any]) -> None:
+        """Whole or not at all: under another name first."""
+        partial = path.with_name(path.name + ".part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(partial, "wb") as file:
+                write_fn(file)
+            os.replace(partial, path)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror}): make room there") from error
