@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from rlhf_jax.core.compilation import compiler_options
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.trees import named_leaves
 from rlhf_jax.core.types import PRNGKeyArray
@@ -89,9 +90,8 @@ def _compile_once(
         return jax.vmap(lambda key, hyper: train(key, hyper)[1])(keys, hypers)
 
     # Each device runs its own share; there is nothing to communicate and nothing for it to wait for.
-    on_all = jax.jit(
-        jax.shard_map(histories, mesh=mesh, in_specs=(spec, spec), out_specs=spec, check_vma=False)
-    )
+    on_each = jax.shard_map(histories, mesh=mesh, in_specs=(spec, spec), out_specs=spec, check_vma=False)
+    on_all = jax.jit(on_each, compiler_options=compiler_options())
 
     def run_chunk(setting: np.ndarray, seed: np.ndarray) -> dict[str, np.ndarray]:
         chosen = (keys[seed], jax.tree.map(lambda leaf: jnp.asarray(leaf)[setting], hypers))
