@@ -115,6 +115,10 @@ def test_a_short_run_explores_inside_the_box_and_never_terminates():
     assert np.all(np.isfinite(history["value_loss"]))
 
 
+# XLA's scheduler for concurrency on CPU can wait for itself in vmapped loops with large products.
+NO_HANG = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("algorithm", "score"), [(ddpg, -300.0), (td3, -300.0), (sac, -300.0)], ids=["ddpg", "td3", "sac"]
@@ -128,7 +132,7 @@ def test_pendulum(algorithm, score):
     )
     run = algorithm.make_run(config, *PENDULUM)
     keys = jax.random.split(jax.random.key(0), 2)
-    states, _ = jax.jit(jax.vmap(whole(run), (0, None)))(keys, algorithm.Hyper())
+    states, _ = jax.jit(jax.vmap(whole(run), (0, None)), compiler_options=NO_HANG)(keys, algorithm.Hyper())
 
     def returns(state, key):
         return evaluate(run, state, *PENDULUM, key, episodes=32, deterministic=True)[0]

@@ -16,7 +16,6 @@ from rlhf_jax.rl.networks import MLP, Torso
 from rlhf_jax.rl.off_policy import RunConfig
 from rlhf_jax.rl.q_networks import DeterministicActor, applied
 from rlhf_jax.rl.replay import Batch
-from rlhf_jax.rl.runs import whole
 
 PENDULUM = environments.make("Pendulum-v1")
 BODY = MLP((16,), nn.relu)
@@ -105,24 +104,6 @@ def test_batches_must_part():
     config = td3.Config(run=RunConfig(batch_size=9), policy_every=2)
     with pytest.raises(UserError, match="divide"):
         td3.make_run(config, *PENDULUM)
-
-
-def test_vmapped_runs_equal_single_ones():
-    config = td3.Config(
-        run=RunConfig(
-            total_steps=120, learning_starts=20, capacity=60, batch_size=8, reports=2, train_every=2
-        ),
-        body=BODY,
-    )
-    train = whole(td3.make_run(config, *PENDULUM))
-    keys = jax.random.split(jax.random.key(0), 2)
-    hypers = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32) * jnp.array([1.0, 0.5]), td3.Hyper())
-    together, history = jax.jit(jax.vmap(train))(keys, hypers)
-    alone = jax.jit(train)
-    for i in range(2):
-        state, single = alone(keys[i], jax.tree.map(lambda x, i=i: x[i], hypers))
-        np.testing.assert_allclose(history["value_loss"][i], single["value_loss"], rtol=1e-3)
-        np.testing.assert_allclose(together.replay.data.action[i], state.replay.data.action, atol=1e-3)
 
 
 def test_defaults_are_the_papers():
