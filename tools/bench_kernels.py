@@ -52,7 +52,7 @@ class LogprobSizes:
     width: int = 1024
     vocab: tuple[int, ...] = (32_768, 131_072)
     run_up_to: int = 32_768
-    chunk_size: int = 1024
+    chunk_size: int = 512
 
 
 @dataclasses.dataclass(frozen=True)
