@@ -7,6 +7,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import jax
+import pytest
 
 # One folder for each worker: JAX does not write cache entries atomically.
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")
@@ -15,3 +16,10 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)  # for the processes that t
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """Compiled programs of one file are of no use to the next, and fill the memory."""
+    yield
+    jax.clear_caches()
