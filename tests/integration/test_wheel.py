@@ -5,12 +5,9 @@ import subprocess
 import sys
 import zipfile
 
-import pytest
-
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.slow
 def test_wheel_builds_and_imports_elsewhere(tmp_path):
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", str(ROOT), "-w", str(tmp_path)]
     subprocess.run(build, check=True, cwd=tmp_path)
