@@ -1,9 +1,10 @@
-"""How far DQN believes in too much, with and without double Q-learning, on CartPole, as one figure.
+"""How far DQN believes in too much, with and without double Q-learning, as one figure.
 
     python tools/plot_overestimation.py --out overestimation.svg
 
-Along training: what the network says of the first state of an episode (max Q) and the discounted return that
-the greedy policy then gets. No policy can get more than 1 / (1 - gamma).
+In this world rewards are pure noise: whatever a policy does, its value is 0. What the network says the best
+action is worth is then overestimation alone: the maximum over actions picks the errors that flatter
+(van Hasselt et al. 2016).
 """
 
 import dataclasses
@@ -14,12 +15,15 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from rlhf_jax.core.types import Array, PRNGKeyArray, Scalar
-from rlhf_jax.rl import dqn, environments
+from rlhf_jax.core.trees import pytree_dataclass
+from rlhf_jax.core.types import Array, PRNGKeyArray
+from rlhf_jax.rl import dqn
+from rlhf_jax.rl.environments import adapt
 from rlhf_jax.rl.off_policy import RunConfig
 
-ENV, ENV_PARAMS = environments.make("CartPole-v1")
-EPISODES = 16
+ACTIONS, DIMENSIONS = 8, 2
+# XLA's scheduler for concurrency on CPU can wait for itself in vmapped loops with large products.
+NO_HANG = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,64 +39,97 @@ class Options:
 
     out: pathlib.Path = pathlib.Path("overestimation.svg")
     seeds: int = 8
-    steps: int = 60_000
-    reports: int = 30
+    steps: int = 20_000
+    reports: int = 20
 
 
-def believed_and_true(run: Any, network: Any, state: Any, key: PRNGKeyArray, gamma: Scalar) -> Array:
-    """[2]: mean max Q of first states, and mean discounted return from them."""
-    envs = jax.vmap(ENV.reset, (0, None))(jax.random.split(key, EPISODES), ENV_PARAMS)
-    believed = jnp.max(network.apply({"params": state.agent.learner.params}, envs.obs), axis=-1)
+@pytree_dataclass
+class Params:
+    """Of the environment."""
 
-    def step(carry: tuple[Any, Array, Array], key: PRNGKeyArray):
-        envs, factor, total = carry
-        action, _ = run.act(state, envs.obs, jnp.zeros(EPISODES, bool), (), key, deterministic=True)
-        keys = jax.random.split(key, EPISODES)
-        envs, seen = jax.vmap(ENV.step, (0, 0, 0, None))(keys, envs, action, ENV_PARAMS)
-        return (envs, gamma * factor * ~seen.done, total + factor * seen.reward), None
+    max_steps_in_episode: int = 50
 
-    carry = (envs, jnp.ones(EPISODES), jnp.zeros(EPISODES))
-    (_, _, returns), _ = jax.lax.scan(step, carry, jax.random.split(key, ENV.max_steps))
-    return jnp.stack([jnp.mean(believed), jnp.mean(returns)])
+
+class Noise:
+    """An environment in gymnax's manner: every place and every reward is drawn at random."""
+
+    def reset_env(self, key: PRNGKeyArray, params: Any) -> tuple[Array, Array]:
+        """A place, and 0 steps."""
+        del params
+        return jax.random.uniform(key, (DIMENSIONS,), minval=-1.0), jnp.int32(0)
+
+    def step_env(self, key: PRNGKeyArray, state: Array, action: Array, params: Any):
+        """Another place, a standard normal reward, no end."""
+        del action
+        place_key, reward_key = jax.random.split(key)
+        place, _ = self.reset_env(place_key, params)
+        return place, state + 1, jax.random.normal(reward_key), jnp.bool_(False), {}
+
+    def is_truncated(self, state: Array, params: Any) -> Array:
+        """Cut after some steps."""
+        return state >= params.max_steps_in_episode
+
+    def action_space(self, params: Any) -> Any:
+        """A few actions, none of which does anything."""
+        from gymnax.environments import spaces
+
+        del params
+        return spaces.Discrete(ACTIONS)
+
+    def observation_space(self, params: Any) -> Any:
+        """A square."""
+        from gymnax.environments import spaces
+
+        del params
+        return spaces.Box(-1.0, 1.0, (DIMENSIONS,))
 
 
 def curves(options: Options, *, double: bool) -> tuple[Array, Array]:
-    """(steps [T], believed and true [seeds, T, 2])."""
+    """(steps [T], mean max Q over places [seeds, T])."""
+    params = Params()
+    env = adapt("Noise", Noise(), params)
     config = dqn.Config(
-        run=RunConfig(total_steps=options.steps, learning_starts=1000, reports=options.reports),
+        run=RunConfig(
+            total_steps=options.steps,
+            learning_starts=500,
+            capacity=2000,
+            train_every=4,
+            batch_size=32,
+            reports=options.reports,
+        ),
         double=double,
     )
-    run, network = dqn.make_run(config, ENV, ENV_PARAMS), dqn.make_network(config, ENV)
-    hyper = dqn.Hyper(learning_rate=1e-3, epsilon_steps=options.steps / 2)
+    run, network = dqn.make_run(config, env, params), dqn.make_network(config, env)
+    hyper = dqn.Hyper(learning_rate=1e-3, gamma=0.9, epsilon_steps=options.steps / 2)
+    places = jax.random.uniform(jax.random.key(1), (500, DIMENSIONS), minval=-1.0)
 
     def whole(key: PRNGKeyArray) -> tuple[Array, Array]:
-        def step(state: Any, key: PRNGKeyArray):
-            state, _ = run.step(state, hyper)
-            return state, (state.steps, believed_and_true(run, network, state, key, hyper.gamma))
+        def step(state: Any, _: None):
+            state = run.step(state, hyper)[0]
+            values = network.apply({"params": state.agent.learner.params}, places)
+            return state, (state.steps, jnp.mean(jnp.max(jnp.asarray(values), axis=-1)))
 
-        keys = jax.random.split(jax.random.fold_in(key, 1), options.reports)
-        return jax.lax.scan(step, run.init(key, hyper), keys)[1]
+        return jax.lax.scan(step, run.init(key, hyper), length=options.reports)[1]
 
-    steps, points = jax.jit(jax.vmap(whole))(jax.random.split(jax.random.key(0), options.seeds))
-    return steps[0], points
+    keys = jax.random.split(jax.random.key(0), options.seeds)
+    steps, values = jax.jit(jax.vmap(whole), compiler_options=NO_HANG)(keys)
+    return steps[0], values
 
 
 def draw(options: Options) -> None:
     """Trains, and writes the figure."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, double in zip(panels, (False, True), strict=True):
-        steps, points = curves(options, double=double)
-        for which, colour, label in ((0, "tab:red", "max Q"), (1, "tab:blue", "discounted return")):
-            axes.plot(steps, points[:, :, which].T, color=colour, alpha=0.25, linewidth=0.8)
-            axes.plot(steps, jnp.median(points[:, :, which], axis=0), color=colour, label=label)
-        axes.axhline(100, color="grey", linestyle=":", label="most that is possible")
-        axes.set(xlabel="steps", title="double DQN" if double else "DQN", yscale="symlog")
-        last = jnp.median(points[:, -5:, 0]), jnp.median(points[:, -5:, 1])
-        print(f"{'double ' if double else ''}DQN: max Q {last[0]:.1f}, discounted return {last[1]:.1f}")
-    panels[0].legend(frameon=False)
+    figure = Figure(figsize=(5, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for double, colour, label in ((False, "tab:red", "DQN"), (True, "tab:blue", "double DQN")):
+        steps, values = curves(options, double=double)
+        axes.plot(steps, values.T, color=colour, alpha=0.25, linewidth=0.8)
+        axes.plot(steps, jnp.mean(values, axis=0), color=colour, label=label)
+        print(f"{label}: max Q {jnp.mean(values[:, -5:]):.2f} where the value is 0")
+    axes.axhline(0, color="grey", linestyle=":", label="value of every policy")
+    axes.set(xlabel="steps", ylabel="max Q, mean over places", title="rewards are noise")
+    axes.legend(frameon=False)
     figure.savefig(options.out)
     print(f"wrote {options.out}")
 
