@@ -39,6 +39,9 @@ __all__ = [
 ]
 
 
+PENALTY_RANGE = (1e-4, 1e4)
+
+
 def default_hyper(**changes: Any) -> Hyper:
     """The numbers usual on CartPole, as float32 scalars, with `changes`."""
     return ppo.default_hyper(**{"kl_coef": 1.0, "kl_target": 0.01, **changes})
@@ -47,10 +50,11 @@ def default_hyper(**changes: Any) -> Hyper:
 def next_penalty(coef: Scalar, kl: Scalar, *, target: Scalar) -> Float[Array, ""]:
     """The rule of Schulman et al. 2017, section 4: double beyond 1.5 target, halve below target / 1.5.
 
-    A KL that is not finite leaves the coefficient as it was.
+    A KL that is not finite leaves the coefficient as it was. It stays within 1e-4 and 1e4, from where it
+    finds back soon: a policy that has stopped moving would halve it to nothing.
     """
     factor = jnp.where(kl > 1.5 * target, 2.0, jnp.where(kl < target / 1.5, 0.5, 1.0))
-    return jnp.asarray(coef) * jnp.where(jnp.isfinite(kl), factor, 1.0)
+    return jnp.clip(jnp.asarray(coef) * jnp.where(jnp.isfinite(kl), factor, 1.0), *PENALTY_RANGE)
 
 
 def make_update(

@@ -1,0 +1,149 @@
+"""Algorithms by name, their settings for each environment, and changes to them from the command line."""
+
+import dataclasses
+import difflib
+import importlib
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from rlhf_jax.algorithms import ppo as shared_ppo
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.optimization import OptimizerConfig
+from rlhf_jax.rl.environments import Environment
+from rlhf_jax.rl.networks import MinAtarConv
+from rlhf_jax.rl.on_policy import NetworkConfig
+from rlhf_jax.rl.ppo import Config as PPOConfig
+from rlhf_jax.rl.rollout import RolloutConfig
+from rlhf_jax.rl.runs import Run
+
+DISCRETE = ("dqn", "c51", "qr_dqn")
+CONTINUOUS = ("ddpg", "td3", "sac")
+EITHER = ("ppo", "ppo_penalty", "a2c", "trpo", "reinforce", "grpo")
+
+ANNEALED = OptimizerConfig(schedule="linear", clip_norm=0.5, b2=0.999, epsilon=1e-5)
+PENDULUM_PPO = PPOConfig(
+    total_steps=300_000,
+    rollout=RolloutConfig(num_envs=16, num_steps=128),
+    update=shared_ppo.Config(epochs=10, minibatches=16),
+    optimizer=ANNEALED,
+)
+MINATAR_PPO = PPOConfig(
+    total_steps=10_000_000,
+    rollout=RolloutConfig(num_envs=64, num_steps=128),
+    network=NetworkConfig(body=MinAtarConv(activation=nn.relu)),
+    update=shared_ppo.Config(epochs=4, minibatches=8),
+    optimizer=ANNEALED,
+)
+
+# (algorithm, environment) -> (config, changes of the hyperparameters); elsewhere the algorithm's defaults.
+PRESETS: Mapping[tuple[str, str], tuple[Any, dict[str, float]]] = {
+    ("ppo", "Pendulum-v1"): (
+        PENDULUM_PPO,
+        {"learning_rate": 1e-3, "entropy_coef": 0.0, "value_clip": float("inf")},
+    ),
+    ("ppo", "Breakout-MinAtar"): (MINATAR_PPO, {"learning_rate": 5e-3}),
+    ("ppo", "SpaceInvaders-MinAtar"): (MINATAR_PPO, {"learning_rate": 5e-3}),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Agent:
+    """An algorithm with its settings.
+
+    Attributes:
+      config: static.
+      hyper: numbers, as arrays.
+    """
+
+    algo: str
+    module: ModuleType
+    config: Any
+    hyper: Any
+
+    def run(self, env: Environment, env_params: Any) -> Run:
+        """A run on an environment."""
+        return self.module.make_run(self.config, env, env_params)
+
+
+def make_agent(algo: str, env: Environment, steps: int, changes: Sequence[str]) -> Agent:
+    """The algorithm with its settings for this environment.
+
+    Args:
+      steps: environment steps; 0 for those of the settings.
+      changes: `hyper.NAME=VALUE`, or `NAME=VALUE` and `PART.NAME=VALUE` for the config.
+
+    Raises:
+      UserError: there is no such algorithm or setting, or it does not fit the environment's actions.
+    """
+    known = (*EITHER, *DISCRETE, *CONTINUOUS)
+    name = algo.replace("-", "_").lower()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+        raise UserError(f"unknown algorithm {algo!r}: the nearest name is {near!r}")
+    if name in (DISCRETE if not env.discrete else CONTINUOUS):
+        kinds = ("continuous", "discrete") if env.discrete else ("discrete", "continuous")
+        fitting = EITHER + (DISCRETE if env.discrete else CONTINUOUS)
+        raise UserError(
+            f"{name} is for {kinds[0]} actions and {env.name} has {kinds[1]} ones: choose one of "
+            f"{', '.join(fitting)}"
+        )
+    module = importlib.import_module(f"rlhf_jax.rl.{name}")
+    config, numbers = PRESETS.get((name, env.name), (module.Config(), {}))
+    hyper = module.default_hyper(**numbers) if hasattr(module, "default_hyper") else module.Hyper(**numbers)
+    if steps:
+        config = _with_steps(config, env, steps)
+    for change in changes:
+        path, sign, text = change.partition("=")
+        if not sign:
+            raise UserError(f"--set {change!r}: write it as NAME=VALUE")
+        if path.startswith("hyper."):
+            hyper = _changed(hyper, path.removeprefix("hyper.").split("."), text, change)
+        else:
+            config = _changed(config, path.split("."), text, change)
+    fields = {field.name: jnp.asarray(getattr(hyper, field.name)) for field in dataclasses.fields(hyper)}
+    return Agent(name, module, config, dataclasses.replace(hyper, **fields))
+
+
+def _with_steps(config: Any, env: Environment, steps: int) -> Any:
+    if hasattr(config, "run"):
+        return dataclasses.replace(config, run=dataclasses.replace(config.run, total_steps=steps))
+    if hasattr(config, "total_steps"):
+        return dataclasses.replace(config, total_steps=steps)
+    episodes = config.episodes if hasattr(config, "episodes") else config.groups * config.update.group_size
+    updates = steps // (episodes * (config.max_steps or env.max_steps))
+    if updates < 1:
+        raise UserError(f"--steps {steps} is less than one update of {episodes} whole episodes: raise it")
+    return dataclasses.replace(config, updates=updates)
+
+
+def _changed(settings: Any, path: Sequence[str], text: str, change: str) -> Any:
+    """`settings` with the field at `path` set to what `text` says, in the type it had."""
+    names = [field.name for field in dataclasses.fields(settings)]
+    if path[0] not in names:
+        raise UserError(f"--set {change!r}: no setting {path[0]!r}: choose among {', '.join(names)}")
+    value = getattr(settings, path[0])
+    if len(path) > 1:
+        if not dataclasses.is_dataclass(value):
+            raise UserError(f"--set {change!r}: {path[0]!r} has no parts: leave out what follows it")
+        return dataclasses.replace(settings, **{path[0]: _changed(value, path[1:], text, change)})
+    return dataclasses.replace(settings, **{path[0]: _parsed(value, text, change)})
+
+
+def _parsed(value: Any, text: str, change: str) -> Any:
+    if isinstance(value, bool):
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        raise UserError(f"--set {change!r}: give true or false")
+    if isinstance(value, str):
+        return text
+    dtype = getattr(value, "dtype", None)
+    kind = int if isinstance(value, int) else float
+    try:
+        number = kind(text)
+    except ValueError as error:
+        raise UserError(f"--set {change!r}: {text!r} is no {kind.__name__}") from error
+    return number if dtype is None else jnp.asarray(number, dtype)

@@ -1,0 +1,122 @@
+"""Environment steps per second of whole training runs, compile time apart, with ratios from one run.
+
+    python tools/bench_rl.py                          # about five minutes on two cores
+    python tools/bench_rl.py --rows ppo --seeds 1 16
+    python tools/bench_rl.py --seeds 2048 --steps 500000      # on an accelerator
+
+`ppo`   PPO on CartPole-v1 (4 environments x 128 steps, 4 epochs, 4 mini-batches, tanh 64 x 2); several seeds
+        side by side, to show how cost grows with their number.
+`dqn`   DQN on CartPole-v1: one agent and many.
+`peer`  the same PPO by Stable-Baselines3 on the CPU, where it is installed (with gymnasium and torch).
+"""
+
+import dataclasses
+import importlib.util
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import tyro
+
+from rlhf_jax.core.compilation import compiler_options
+from rlhf_jax.rl import dqn, environments, ppo
+from rlhf_jax.rl.runs import Run, advance
+
+Row = Literal["ppo", "dqn", "peer"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """What to run.
+
+    Attributes:
+      rows: which measurements.
+      seeds: numbers of PPO runs side by side.
+      agents: numbers of DQN agents side by side.
+      steps: environment steps of each PPO run.
+      dqn_steps: of each DQN agent.
+      peer_steps: of the peer.
+      repeats: the least time counts.
+    """
+
+    rows: tuple[Row, ...] = ("ppo", "dqn", "peer")
+    seeds: tuple[int, ...] = (1, 16, 256)
+    agents: tuple[int, ...] = (1, 50)
+    steps: int = 50_000
+    dqn_steps: int = 20_000
+    peer_steps: int = 20_000
+    repeats: int = 2
+
+
+def measure(run: Run, hyper: Any, count: int, repeats: int) -> tuple[float, float]:
+    """(seconds to compile, environment steps per second) of `count` whole runs side by side."""
+
+    def whole(key: jax.Array) -> Any:
+        return advance(run, run.init(key, hyper), hyper, updates=run.updates)
+
+    keys = jax.random.split(jax.random.key(0), count)
+    began = time.perf_counter()
+    program: Callable[[jax.Array], Any] = jax.jit(jax.vmap(whole)).lower(keys).compile(compiler_options())
+    compile_seconds, least = time.perf_counter() - began, float("inf")
+    for _ in range(repeats):
+        began = time.perf_counter()
+        jax.block_until_ready(program(keys))
+        least = min(least, time.perf_counter() - began)
+    return compile_seconds, count * run.updates * run.steps_per_update / least
+
+
+def measure_peer(steps: int) -> float:
+    """Environment steps per second of Stable-Baselines3's PPO with the same settings."""
+    from stable_baselines3 import PPO  # pyright: ignore[reportMissingImports]
+    from stable_baselines3.common.env_util import make_vec_env  # pyright: ignore[reportMissingImports]
+
+    model = PPO(
+        "MlpPolicy",
+        make_vec_env("CartPole-v1", n_envs=4),
+        learning_rate=2.5e-4,
+        n_steps=128,
+        batch_size=128,
+        n_epochs=4,
+        ent_coef=0.01,
+        device="cpu",
+    )
+    model.learn(2048)  # warm
+    began = time.perf_counter()
+    model.learn(steps)
+    return steps / (time.perf_counter() - began)
+
+
+def show(name: str, count: int, compile_seconds: float | None, rate: float, first: float) -> None:
+    """One row of the table."""
+    compiled = "-" if compile_seconds is None else f"{compile_seconds:.1f}"
+    print(f"| {name} | {count} | {compiled} | {rate:,.0f} | {rate / first:.1f}x |", flush=True)
+
+
+def main(bench: Bench) -> None:
+    """Prints one table; the last column compares with the first row."""
+    env, env_params = environments.make("CartPole-v1")
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}\n")
+    print("| run | side by side | compile (s) | env steps / s | against first row |\n|---|---|---|---|---|")
+    first = None
+    if "peer" in bench.rows and importlib.util.find_spec("stable_baselines3"):
+        first = measure_peer(bench.peer_steps)
+        show("PPO, Stable-Baselines3", 1, None, first, first)
+    if "ppo" in bench.rows:
+        run = ppo.make_run(ppo.Config(total_steps=bench.steps), env, env_params)
+        for count in bench.seeds:
+            compile_seconds, rate = measure(run, ppo.default_hyper(), count, bench.repeats)
+            first = first or rate
+            show("PPO", count, compile_seconds, rate, first)
+    if "dqn" in bench.rows:
+        config = dqn.Config()
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, total_steps=bench.dqn_steps))
+        run = dqn.make_run(config, env, env_params)
+        for count in bench.agents:
+            compile_seconds, rate = measure(run, dqn.Hyper(), count, bench.repeats)
+            first = first or rate
+            show("DQN", count, compile_seconds, rate, first)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Bench, description=(__doc__ or "").split("\n\n")[0]))
