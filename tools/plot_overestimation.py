@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import tyro
 
+from rlhf_jax.core.compilation import compiler_options
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, PRNGKeyArray
 from rlhf_jax.rl import dqn
@@ -22,8 +23,6 @@ from rlhf_jax.rl.environments import adapt
 from rlhf_jax.rl.off_policy import RunConfig
 
 ACTIONS, DIMENSIONS = 8, 2
-# XLA's scheduler for concurrency on CPU can wait for itself in vmapped loops with large products.
-NO_HANG = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +111,7 @@ def curves(options: Options, *, double: bool) -> tuple[Array, Array]:
         return jax.lax.scan(step, run.init(key, hyper), length=options.reports)[1]
 
     keys = jax.random.split(jax.random.key(0), options.seeds)
-    steps, values = jax.jit(jax.vmap(whole), compiler_options=NO_HANG)(keys)
+    steps, values = jax.jit(jax.vmap(whole), compiler_options=compiler_options())(keys)
     return steps[0], values
 
 

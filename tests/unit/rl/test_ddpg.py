@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from rlhf_jax.core.compilation import compiler_options
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.optimization import OptimizerConfig, make_optimizer
 from rlhf_jax.rl import ddpg, environments, sac, td3
@@ -115,10 +116,6 @@ def test_a_short_run_explores_inside_the_box_and_never_terminates():
     assert np.all(np.isfinite(history["value_loss"]))
 
 
-# XLA's scheduler for concurrency on CPU can wait for itself in vmapped loops with large products.
-NO_HANG = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("algorithm", "score"), [(ddpg, -300.0), (td3, -300.0), (sac, -300.0)], ids=["ddpg", "td3", "sac"]
@@ -132,9 +129,11 @@ def test_pendulum(algorithm, score):
     )
     run = algorithm.make_run(config, *PENDULUM)
     keys = jax.random.split(jax.random.key(0), 2)
-    states, _ = jax.jit(jax.vmap(whole(run), (0, None)), compiler_options=NO_HANG)(keys, algorithm.Hyper())
+    states, _ = jax.jit(jax.vmap(whole(run), (0, None)), compiler_options=compiler_options())(
+        keys, algorithm.Hyper()
+    )
 
     def returns(state, key):
         return evaluate(run, state, *PENDULUM, key, episodes=32, deterministic=True)[0]
 
-    assert jnp.mean(jax.jit(jax.vmap(returns))(states, keys)) > score
+    assert jnp.mean(jax.jit(jax.vmap(returns), compiler_options=compiler_options())(states, keys)) > score

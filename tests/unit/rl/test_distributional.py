@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from rlhf_jax.core.compilation import compiler_options
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.optimization import OptimizerConfig, make_optimizer
 from rlhf_jax.losses.reductions import token_mean
@@ -160,10 +161,6 @@ def test_users_mistakes_are_one_sentence():
         c51.make_run(c51.Config(), *environments.make("Pendulum-v1"))
 
 
-# XLA's scheduler for concurrency on CPU can wait for itself in vmapped loops with large products.
-NO_HANG = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", [c51, qr_dqn])
 def test_cartpole(algorithm):
@@ -176,9 +173,9 @@ def test_cartpole(algorithm):
         algorithm.Hyper(), learning_rate=1e-3, epsilon_steps=15_000.0, target_every=100
     )
     keys = jax.random.split(jax.random.key(0), 2)
-    states, _ = jax.jit(jax.vmap(whole(run), (0, None)), compiler_options=NO_HANG)(keys, hyper)
+    states, _ = jax.jit(jax.vmap(whole(run), (0, None)), compiler_options=compiler_options())(keys, hyper)
 
     def score(state, key):
         return evaluate(run, state, *CARTPOLE, key, episodes=16, deterministic=True)[0]
 
-    assert jnp.mean(jax.jit(jax.vmap(score))(states, keys)) > 100
+    assert jnp.mean(jax.jit(jax.vmap(score), compiler_options=compiler_options())(states, keys)) > 100

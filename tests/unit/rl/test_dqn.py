@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from rlhf_jax.core.compilation import compiler_options
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.optimization import OptimizerConfig, make_optimizer
 from rlhf_jax.rl import dqn, environments, tabular
@@ -234,10 +235,6 @@ def test_vmap_over_keys_and_every_hyper_equals_single_runs_and_copies_no_replay(
         np.testing.assert_array_equal(history["episodes"][i], single["episodes"])
 
 
-# XLA's scheduler for concurrency on CPU can wait for itself in vmapped loops with large products.
-NO_HANG = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "n_step"),
@@ -257,7 +254,8 @@ def test_cartpole(changes, n_step):
     run = dqn.make_run(config, *CARTPOLE)
     hyper = dqn.Hyper(learning_rate=1e-3, epsilon_steps=15_000.0, target_every=100)
     keys = jax.random.split(jax.random.key(0), 3)
-    states, _ = jax.jit(jax.vmap(whole(run), (0, None)), compiler_options=NO_HANG)(keys, hyper)
+    states, _ = jax.jit(jax.vmap(whole(run), (0, None)), compiler_options=compiler_options())(keys, hyper)
     score = functools.partial(evaluate, run, episodes=16, deterministic=True)
-    returns, _ = jax.jit(jax.vmap(lambda s, k: score(s, *CARTPOLE, k)))(states, keys)
+    scores = jax.vmap(lambda s, k: score(s, *CARTPOLE, k))
+    returns, _ = jax.jit(scores, compiler_options=compiler_options())(states, keys)
     assert jnp.mean(returns) > 150
