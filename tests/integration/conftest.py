@@ -11,7 +11,6 @@ import pytest
 import tyro
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "experiments"))
 
 _MODEL = "--model.width 16 --model.layers 1 --model.heads 2 --model.kv-heads 1"
 _PAIRS = "--pair-count 64 --eval-count 16 --batch-size 8 --optimizer.warmup-steps 2"

@@ -8,8 +8,6 @@ import pytest
 
 from rlhf_jax.core.errors import UserError
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[3] / "experiments"))
-
 import rl
 import rl_agents
 
