@@ -1,16 +1,13 @@
 import json
 import pathlib
-import sys
 
 import jax
 import numpy as np
 import pytest
-
-from rlhf_jax.core.errors import UserError
-
 import rl
 import rl_agents
 
+from rlhf_jax.core.errors import UserError
 from rlhf_jax.rl import environments
 
 TINY = (
