@@ -33,26 +33,38 @@ class EncodedConversation:
     mask: list[bool]
 
 
-def encode_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> EncodedConversation:
+def encode_conversation(
+    tokenizer: Tokenizer, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None
+) -> EncodedConversation:
     """Lays `messages` out with the tokenizer's chat template and encodes them.
 
     The assistant's tokens are those between the template's `{% generation %}` marks. A template without
     marks is rendered up to each assistant turn as well, and the difference tells what the turn wrote.
+    Ids are those of the whole text, except that none spans the place where a turn begins: an answer that
+    is sampled begins there too.
 
     Args:
       messages: `[{"role": ..., "content": ...}, ...]`; assistant messages may carry `tool_calls`.
+      tools: JSON schemas of the functions that the template offers to the assistant.
 
     Raises:
-      UserError: malformed messages, or a template that fails on them or is stopped at a limit.
+      UserError: malformed messages, or a template that fails on them, is stopped at a limit, or has no
+        marks and puts things where it cannot be told who wrote them.
     """
-    return _encode(tokenizer, check_messages(messages), add_generation_prompt=False)
+    return _encode(tokenizer, check_messages(messages), tools, add_generation_prompt=False)
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[Message]) -> list[int]:
+def encode_prompt(
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[Message],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> list[int]:
     """Ids of a prompt, up to and including the words after which the assistant speaks.
 
     Args:
       prompt: messages, or the text of a single user message.
+      tools: JSON schemas of the functions that the template offers to the assistant.
 
     Raises:
       UserError: as `encode_conversation`, and where the last message is the assistant's.
@@ -60,7 +72,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[Message]) -> list
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else check_messages(prompt)
     if messages[-1]["role"] == "assistant":
         raise UserError("the prompt ends with an assistant message; end it with a user or tool message")
-    return _encode(tokenizer, messages, add_generation_prompt=True).ids
+    return _encode(tokenizer, messages, tools, add_generation_prompt=True).ids
 
 
 def check_messages(messages: Any) -> list[dict[str, Any]]:
@@ -89,17 +101,21 @@ def _check_message(message: Any, number: int) -> dict[str, Any]:
 
 
 def _encode(
-    tokenizer: Tokenizer, messages: list[dict[str, Any]], *, add_generation_prompt: bool
+    tokenizer: Tokenizer,
+    messages: list[dict[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None,
+    *,
+    add_generation_prompt: bool,
 ) -> EncodedConversation:
-    armour, opening, closing, probe = _unused_characters(messages, tokenizer.chat_template)
-    disarmed = _map_strings(
+    armour, opening, closing, probe = _unused_characters([messages, tools], tokenizer.chat_template)
+    disarmed, disarmed_tools = _map_strings(
         # One character inside it is enough to keep the text from being read as a special token.
         lambda text: tokenizer.forgery_pattern.sub(lambda m: m[0][0] + armour + m[0][1:], text),
-        messages,
+        [messages, tools],
     )
 
     def lay_out(requests: Sequence[tuple[list[Any], bool]]) -> list[str]:
-        common = {"tools": None, "documents": None, **tokenizer.names}
+        common = {"tools": disarmed_tools, "documents": None, **tokenizer.names}
         variables = [{**common, "messages": part, "add_generation_prompt": add} for part, add in requests]
         return render(tokenizer.chat_template, variables, (opening, closing))
 
@@ -114,9 +130,9 @@ def _encode(
     return _encode_text(tokenizer, text, spans)
 
 
-def _unused_characters(messages: list[dict[str, Any]], template: str) -> list[str]:
-    """Four private-use characters that occur neither in the messages nor in the template."""
-    text = json.dumps(messages, ensure_ascii=False, default=str) + template
+def _unused_characters(given: list[Any], template: str) -> list[str]:
+    """Four private-use characters that occur neither in what is given nor in the template."""
+    text = json.dumps(given, ensure_ascii=False, default=str) + template
     private = map(chr, range(0xF0000, 0xFFFFE))
     return [character for character, _ in zip((c for c in private if c not in text), range(4), strict=False)]
 
@@ -164,21 +180,49 @@ def _compare(
         requests += [(before, True), ([*before, {"role": "assistant", "content": probe}], False)]
         requests += [(messages[: turn + 1], False)]
     text, *others = lay_out(requests)
-    starts = []
-    for prompt, probed in zip(others[::3], others[1::3], strict=True):
-        # The prompt may open a thought that this turn does not have: then keep what all turns begin with.
-        shared = len(prompt) if text.startswith(prompt) else _common_start(text, prompt, probed)
-        starts.append(shared)
+    starts: list[int] = []
+    for turn, prompt, probed, through in zip(turns, others[::3], others[1::3], others[2::3], strict=True):
+        start = _find_turn_start(tokenizer, text, prompt, probed, through, after=[0, *starts][-1])
+        if start is None:
+            raise _no_marks(turn, "beginning")
+        starts.append(start)
     limits = [*starts, len(text)][1:]
     spans = []
     for turn, start, limit, through in zip(turns, starts, limits, others[2::3], strict=True):
         if limit < start:
-            raise UserError(
-                f"the chat template lays message {turn} out so that its end cannot be told; "
-                "put {% generation %} marks around the assistant's words in the template"
-            )
+            raise _no_marks(turn, "end")
         spans.append((start, _find_turn_end(tokenizer, text, through, start, limit)))
     return text, spans
+
+
+def _no_marks(turn: int, what: str) -> UserError:
+    return UserError(
+        f"the chat template lays message {turn} out so that its {what} cannot be told; "
+        "put {% generation %} marks around the assistant's words in the template"
+    )
+
+
+def _find_turn_start(
+    tokenizer: Tokenizer, text: str, prompt: str, probed: str, through: str, *, after: int
+) -> int | None:
+    """Where in `text` the turn begins that follows `prompt`, and the turn before began at `after`.
+
+    Args:
+      probed: the prompt's conversation with something else as the assistant's words.
+      through: the same with the turn itself.
+    """
+    if text.startswith(prompt):
+        return len(prompt)
+    words = through.removeprefix(prompt)
+    if words != through and tokenizer.special_pattern.search(words):
+        # What stands before the turn changed with later messages; its words, which nobody else can have
+        # written as they hold a special token, did not.
+        start = text.find(words, after + 1)
+        if start >= 0:
+            return start
+    # The prompt may open a thought that this turn does not have: then keep what all turns begin with.
+    shared = _common_start(text, prompt, probed)
+    return shared if shared > after and shared >= _common_start(prompt, probed) else None
 
 
 def _common_start(*texts: str) -> int:
