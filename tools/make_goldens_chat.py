@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001 (full-width bars are how DeepSeek writes its special tokens)
 """Freezes what `apply_chat_template` of `transformers` makes of conversations: tests/golden/chat_*/.
 
 Five styles of chat, each with a small tokenizer of the same kind as the family's (byte-level BPE, or
@@ -268,7 +269,7 @@ def sentence_piece(special: list[str], *, prefix_space: bool) -> tokenizers.Toke
 
 
 def deepseek_tokens() -> list[str]:
-    """Its special tokens are written with full-width bars and the sign that stands for a space."""
+    """Full-width bars around names whose words are joined by the sign that stands for a space."""
     names = ["begin▁of▁sentence", "end▁of▁sentence", "User", "Assistant"]
     names += ["tool▁call▁begin", "tool▁sep", "tool▁call▁end", "tool▁output▁begin", "tool▁output▁end"]
     return [f"<｜{name}｜>" for name in names]
