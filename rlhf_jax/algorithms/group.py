@@ -105,9 +105,9 @@ class Batch:
     advantages: Float[Array, "B"]
 
 
-def init(params: Params, tx: optax.GradientTransformation, key: PRNGKeyArray) -> State:
-    """The state at step 0."""
-    return State(init_learner(params, tx), key)
+def init(params: Params, tx: optax.GradientTransformation, key: PRNGKeyArray, frozen: Params = None) -> State:
+    """The state at step 0; `frozen` is the part of the model that does not train."""
+    return State(init_learner(params, tx, frozen), key)
 
 
 def make_batch(
@@ -179,7 +179,7 @@ def make_update(
                 return loss, metrics
 
             gradients, loss, metrics = accumulate_gradients(
-                loss_fn, learner.params, part, micro_batches=config.micro_batches
+                loss_fn, learner, part, micro_batches=config.micro_batches
             )
             learner, guard = apply_gradients(
                 learner, gradients, tx, learning_rate=hyper.learning_rate, loss=loss

@@ -135,9 +135,16 @@ class Batch:
     returns: Float[Array, "B T"]
 
 
-def init(params: Params, tx: optax.GradientTransformation, key: PRNGKeyArray, hyper: Hyper) -> State:
-    """The state at step 0."""
-    return State(init_learner(params, tx), key, jnp.asarray(hyper.kl_coef, jnp.float32), init_moments())
+def init(
+    params: Params,
+    tx: optax.GradientTransformation,
+    key: PRNGKeyArray,
+    hyper: Hyper,
+    frozen: Params = None,
+) -> State:
+    """The state at step 0; `frozen` is the part of the models that does not train."""
+    kl_coef = jnp.asarray(hyper.kl_coef, jnp.float32)
+    return State(init_learner(params, tx, frozen), key, kl_coef, init_moments())
 
 
 def make_update(
@@ -155,7 +162,7 @@ def make_update(
                 return _loss(config, hyper, score_fn(params, rows.inputs), rows, denominator)
 
             gradients, loss, metrics = accumulate_gradients(
-                loss_fn, learner.params, part, micro_batches=config.micro_batches
+                loss_fn, learner, part, micro_batches=config.micro_batches
             )
             learner, guard = apply_gradients(
                 learner, gradients, tx, learning_rate=hyper.learning_rate, loss=loss

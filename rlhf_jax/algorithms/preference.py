@@ -63,9 +63,9 @@ class Batch:
     ref_rejected_logp: Float[Array, "B"]
 
 
-def init(params: Params, tx: optax.GradientTransformation, key: PRNGKeyArray) -> State:
-    """The state at step 0."""
-    return State(init_learner(params, tx), key)
+def init(params: Params, tx: optax.GradientTransformation, key: PRNGKeyArray, frozen: Params = None) -> State:
+    """The state at step 0; `frozen` is the part of the model that does not train."""
+    return State(init_learner(params, tx, frozen), key)
 
 
 def response_logp(
@@ -103,7 +103,7 @@ def make_update(
             )
 
         gradients, loss, metrics = accumulate_gradients(
-            loss_fn, state.learner.params, batch, micro_batches=config.micro_batches
+            loss_fn, state.learner, batch, micro_batches=config.micro_batches
         )
         learner, guard = apply_gradients(
             state.learner, gradients, tx, learning_rate=hyper.learning_rate, loss=loss

@@ -40,9 +40,9 @@ class State:
     key: PRNGKeyArray
 
 
-def init(params: Params, tx: optax.GradientTransformation, key: PRNGKeyArray) -> State:
-    """The state at step 0."""
-    return State(init_learner(params, tx), key)
+def init(params: Params, tx: optax.GradientTransformation, key: PRNGKeyArray, frozen: Params = None) -> State:
+    """The state at step 0; `frozen` is the part of the model that does not train."""
+    return State(init_learner(params, tx, frozen), key)
 
 
 def make_update(
@@ -58,7 +58,7 @@ def make_update(
             return cross_entropy_loss(logp, part.mask, reduce=config.reduce, denominator=denominator)
 
         gradients, loss, metrics = accumulate_gradients(
-            loss_fn, state.learner.params, batch, micro_batches=config.micro_batches
+            loss_fn, state.learner, batch, micro_batches=config.micro_batches
         )
         learner, guard = apply_gradients(
             state.learner, gradients, tx, learning_rate=hyper.learning_rate, loss=loss

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.trees import map_named, pytree_dataclass, tree_add, tree_all_finite, tree_where
+from rlhf_jax.core.trees import map_named, merge, pytree_dataclass, tree_add, tree_all_finite, tree_where
 from rlhf_jax.core.types import Array, Float, Int, Metrics, Params, Scalar
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -25,7 +25,8 @@ class OptimizerConfig:
       total_steps: optimizer steps until the end of the decay; needed by every schedule but constant.
       final_share: share of the learning rate left at the end.
       clip_norm: bound of the gradients' global norm.
-      weight_decay: decoupled, on matrices only: not on what is called `scale` or `bias`.
+      weight_decay: decoupled, on matrices only: not on what is called `scale`, `bias`, `magnitude` or
+        `singular`.
       b1: decay of the first moment.
       b2: decay of the second moment.
       epsilon: added to the root of the second moment.
@@ -54,7 +55,8 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 def _is_matrix(name: str, leaf: Array) -> bool:
     # By name too: layers that are scanned stack their scales and biases into arrays of two axes.
-    return leaf.ndim > 1 and name.rpartition("/")[2] not in ("scale", "bias")
+    word = name.rpartition("/")[2].rpartition("_")[2]
+    return leaf.ndim > 1 and word not in ("scale", "bias", "magnitude", "singular")
 
 
 def _share_of_learning_rate(config: OptimizerConfig) -> optax.Schedule:
@@ -83,11 +85,13 @@ class Learner:
     """Parameters and all that an optimizer step changes with them.
 
     Attributes:
-      params: what is trained.
+      params: what is trained; a whole model, or its adapters, heads or some of its layers.
       opt_state: optax's state.
       steps: optimizer steps applied.
       skipped: steps left out because loss or gradients were not finite.
       skipped_in_a_row: of those, the latest unbroken run.
+      frozen: the rest of the model, in nested dictionaries beside those of `params`; None where all is
+        trained. No gradient, no moments, and no copy of it is ever made.
     """
 
     params: Params
@@ -95,11 +99,37 @@ class Learner:
     steps: Int[Array, ""]
     skipped: Int[Array, ""]
     skipped_in_a_row: Int[Array, ""]
+    frozen: Params = None
+
+    @property
+    def all_params(self) -> Params:
+        """The model: what is trained and what is frozen in one tree."""
+        return self.params if self.frozen is None else merge(self.params, self.frozen)
 
 
-def init_learner(params: Params, tx: optax.GradientTransformation) -> Learner:
+def init_learner(params: Params, tx: optax.GradientTransformation, frozen: Params = None) -> Learner:
     """A learner at step 0."""
-    return Learner(params, tx.init(params), jnp.int32(0), jnp.int32(0), jnp.int32(0))
+    return Learner(params, tx.init(params), jnp.int32(0), jnp.int32(0), jnp.int32(0), frozen)
+
+
+def without_frozen(state: Any) -> Any:
+    """A state whose learners have lost their frozen parts: what a checkpoint holds."""
+    return _map_learners(lambda learner: dataclasses.replace(learner, frozen=None), state)
+
+
+def with_frozen(state: Any, other: Any) -> Any:
+    """A state whose learners have the frozen parts of those of `other`: the inverse of `without_frozen`."""
+    return _map_learners(lambda learner, of: dataclasses.replace(learner, frozen=of.frozen), state, other)
+
+
+def _map_learners(function: Callable[..., Learner], *states: Any) -> Any:
+    def is_learner(node: Any) -> bool:
+        return isinstance(node, Learner)
+
+    def change(*nodes: Any) -> Any:
+        return function(*nodes) if is_learner(nodes[0]) else nodes[0]
+
+    return jax.tree.map(change, *states, is_leaf=is_learner)
 
 
 def apply_gradients(
@@ -112,12 +142,14 @@ def apply_gradients(
 ) -> tuple[Learner, Metrics]:
     """One optimizer step; left out, and counted, when the loss, a gradient or their norm is not finite.
 
+    `tx` gives updates for a learning rate of 1, and is told the learning rate where it takes extra arguments.
     The choice is a `where` over whole trees, so not one NaN reaches parameters or moments.
     """
     norm = optax.global_norm(gradients)
     finite = tree_all_finite((gradients, norm, loss))
     safe = jax.tree.map(lambda g: jnp.where(finite, g, 0).astype(g.dtype), gradients)
-    updates, opt_state = tx.update(safe, learner.opt_state, learner.params)
+    update = optax.with_extra_args_support(tx).update
+    updates, opt_state = update(safe, learner.opt_state, learner.params, learning_rate=learning_rate)
     updates = jax.tree.map(lambda u: (-learning_rate * u).astype(u.dtype), updates)
     params = optax.apply_updates(learner.params, updates)
     skip = jnp.where(finite, 0, 1)
@@ -127,6 +159,7 @@ def apply_gradients(
         steps=learner.steps + 1 - skip,
         skipped=learner.skipped + skip,
         skipped_in_a_row=jnp.where(finite, 0, learner.skipped_in_a_row + 1),
+        frozen=learner.frozen,
     )
     metrics = {
         "gradient_norm": norm,
@@ -140,11 +173,12 @@ LossFn = Callable[[Params, Any], tuple[Float[Array, ""], Metrics]]
 
 
 def accumulate_gradients(
-    loss_fn: LossFn, params: Params, batch: Any, *, micro_batches: int = 1
+    loss_fn: LossFn, learner: Learner, batch: Any, *, micro_batches: int = 1
 ) -> tuple[Params, Float[Array, ""], Metrics]:
     """Gradients, loss and metrics of a batch, computed `1 / micro_batches` of its rows at a time.
 
-    `loss_fn(params, part)` must divide by the denominator of the *whole* batch; then parts sum to exactly
+    Only `learner.params` are differentiated; the loss sees the whole model.
+    `loss_fn(all_params, part)` must divide by the denominator of the *whole* batch; then parts sum to exactly
     what the whole would give, metrics included. Sums of parts are held in at least float32.
 
     Args:
@@ -153,7 +187,12 @@ def accumulate_gradients(
     Raises:
       UserError: `micro_batches` does not divide the rows.
     """
-    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+    params = learner.params
+
+    def loss_of_trained(params: Params, part: Any) -> tuple[Float[Array, ""], Metrics]:
+        return loss_fn(dataclasses.replace(learner, params=params).all_params, part)
+
+    value_and_grad = jax.value_and_grad(loss_of_trained, has_aux=True)
     if micro_batches == 1:
         (loss, metrics), gradients = value_and_grad(params, batch)
         return gradients, loss, metrics

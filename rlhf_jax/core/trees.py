@@ -22,6 +22,8 @@ def tree_where(condition: jax.Array, if_true: T, if_false: T) -> T:
 
 
 def _where(condition: jax.Array, a: Any, b: Any) -> Any:
+    if a is b:  # said outright, so that loops and conditionals pass it through without a copy
+        return a
     if jax.dtypes.issubdtype(getattr(a, "dtype", None), jax.dtypes.prng_key):
         return jax.random.wrap_key_data(
             jnp.where(condition, jax.random.key_data(a), jax.random.key_data(b)), impl=jax.random.key_impl(a)
@@ -53,3 +55,41 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 def map_named(function: Callable[[str, Any], Any], tree: T) -> T:
     """`jax.tree.map` whose function also gets the leaf's `a/b/0` name."""
     return jax.tree_util.tree_map_with_path(lambda path, leaf: function(path_name(path), leaf), tree)
+
+
+def partition(tree: Any, predicate: Callable[[str, Any], bool]) -> tuple[Any, Any]:
+    """Nested dictionaries split in two: (leaves for which `predicate(name, leaf)` holds, the others).
+
+    Each half holds its leaves where they were, and no empty dictionaries; `merge` puts them together again.
+    """
+
+    def split(node: Any, prefix: str) -> tuple[Any, Any]:
+        selected, rest = {}, {}
+        for key, child in node.items():
+            name = f"{prefix}{key}"
+            if isinstance(child, dict):
+                for half, part in zip((selected, rest), split(child, f"{name}/"), strict=True):
+                    if part:
+                        half[key] = part
+            else:
+                (selected if predicate(name, child) else rest)[key] = child
+        return selected, rest
+
+    return split(tree, "")
+
+
+def merge(a: Any, b: Any) -> Any:
+    """The union of two trees of nested dictionaries.
+
+    Raises:
+      ValueError: both have a leaf in the same place.
+    """
+    merged = dict(a)
+    for key, child in b.items():
+        if key not in merged:
+            merged[key] = child
+        elif isinstance(merged[key], dict) and isinstance(child, dict):
+            merged[key] = merge(merged[key], child)
+        else:
+            raise ValueError(f"both trees have a leaf at `{key}`")
+    return merged

@@ -73,7 +73,7 @@ def make_update(
                 return _loss(config, hyper, state.kl_coef, score, rows, denominator)
 
             gradients, loss, metrics = accumulate_gradients(
-                loss_fn, learner.params, part, micro_batches=config.micro_batches
+                loss_fn, learner, part, micro_batches=config.micro_batches
             )
             learner, guard = apply_gradients(
                 learner, gradients, tx, learning_rate=hyper.learning_rate, loss=loss
@@ -84,7 +84,7 @@ def make_update(
             step, state.learner, batch, shuffle_key, epochs=config.epochs, minibatches=config.minibatches
         )
         # The whole batch under the new policy: what the mini-batches saw was still moving.
-        after = score_fn(learner.params, batch.inputs).logp
+        after = score_fn(learner.all_params, batch.inputs).logp
         kl = masked_mean(k3(batch.old_logp, after), batch.mask)
         kl_coef = next_penalty(state.kl_coef, kl, target=hyper.kl_target)
         metrics = {**metrics, "kl": kl, "kl_coef": state.kl_coef}

@@ -2,7 +2,8 @@
 
 A step is atomic: whatever it samples or buffers lives and dies within it, and its inputs are functions of
 the step's number and of the state. The state saved between two steps is therefore all that a resume needs,
-and a run that was killed continues bit for bit as one that was not.
+and a run that was killed continues bit for bit as one that was not. What a learner keeps frozen is not saved:
+the script that goes on with a run brings it again.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ import jax
 
 from rlhf_jax.checkpoint import CheckpointManager
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.optimization import with_frozen, without_frozen
 from rlhf_jax.core.types import Metrics
 from rlhf_jax.metrics.progress import Progress
 from rlhf_jax.metrics.writers import MetricsWriter
@@ -106,7 +108,7 @@ def run_loop(
                 progress.update(done, metrics)
                 stopping = bool(received)
                 if stopping or _is_due(done, config.save_every, config.steps):
-                    checkpoints.save(done, state, wait=stopping or done == config.steps)
+                    checkpoints.save(done, without_frozen(state), wait=stopping or done == config.steps)
                 # A signal that came during the last save has no later step to be seen at.
                 if stopping or (received and done == config.steps):
                     raise Interrupted(received[0], done)
@@ -121,8 +123,8 @@ def _restore(state: State, checkpoints: CheckpointManager, folder: Path, resume:
             f"{folder} already holds a run at step {checkpoints.latest_step()}: "
             "add --resume to go on with it, or choose another --out"
         )
-    start, state, _ = checkpoints.restore(state)
-    return start, state
+    start, restored, _ = checkpoints.restore(without_frozen(state))
+    return start, with_frozen(restored, state)
 
 
 def _is_due(done: int, every: int, steps: int) -> bool:

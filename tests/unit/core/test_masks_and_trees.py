@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from rlhf_jax.core.masks import clean, last_unmasked_index, masked_mean, masked_sum
-from rlhf_jax.core.trees import map_named, named_leaves, pytree_dataclass, tree_all_finite, tree_where
+from rlhf_jax.core.trees import (
+    map_named,
+    merge,
+    named_leaves,
+    partition,
+    pytree_dataclass,
+    tree_all_finite,
+    tree_where,
+)
 
 MASK = np.array([[True, False, True], [False, False, False]])
 
@@ -73,3 +81,15 @@ def test_leaves_by_name():
     assert named_leaves(tree) == {"left/a/0": 2, "left/a/1": 3, "left/b": 1, "right": 4}
     doubled = map_named(lambda name, leaf: leaf * (2 if name.startswith("left/a") else 1), tree)
     assert doubled == Pair({"b": 1, "a": (4, 6)}, 4)
+
+
+def test_a_tree_split_in_two_is_put_together_again():
+    tree = {"a": {"x": 1, "deep": {"y": 2}}, "b": {"x": 3}, "c": 4}
+    selected, rest = partition(tree, lambda name, leaf: name.endswith("x") or leaf == 4)
+    assert selected == {"a": {"x": 1}, "b": {"x": 3}, "c": 4}
+    assert rest == {"a": {"deep": {"y": 2}}}
+    assert merge(selected, rest) == merge(rest, selected) == tree
+    assert partition(tree, lambda *_: False) == ({}, tree)
+    for a, b in ((tree, {"c": 5}), (tree, {"a": 5}), ({"a": 5}, tree)):
+        with pytest.raises(ValueError, match="both trees have a leaf at"):
+            merge(a, b)

@@ -1,20 +1,26 @@
 """The guarded optimizer step, its schedule, and gradients of a batch in parts."""
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.minibatches import scan_minibatches
 from rlhf_jax.core.optimization import (
     OptimizerConfig,
     accumulate_gradients,
     apply_gradients,
     init_learner,
     make_optimizer,
+    with_frozen,
+    without_frozen,
 )
+from rlhf_jax.core.trees import merge, named_leaves, partition
 
 PARAMS = {"bias": np.array([0.5, -1.0]), "kernel": np.array([[1.0, -2.0], [0.25, 3.0]])}
 
@@ -143,6 +149,10 @@ def test_a_step_that_is_not_finite_leaves_no_trace(spoilt):
         jax.tree.map(np.testing.assert_array_equal, getattr(learner, name), getattr(unbroken, name))
 
 
+def learner_of(params, frozen=None):
+    return init_learner(params, optax.identity(), frozen)
+
+
 def mean_square(params, rows):
     """Divided by the 12 rows of the whole batch."""
     error = rows["x"] @ params["w"] - rows["y"]
@@ -160,8 +170,9 @@ def regression(dtype):
 def test_parts_sum_to_the_whole(micro_batches):
     with jax.enable_x64(True):
         params, rows = regression(jnp.float64)
-        whole = accumulate_gradients(mean_square, params, rows)
-        parts = accumulate_gradients(mean_square, params, rows, micro_batches=micro_batches)
+        learner = learner_of(params)
+        whole = accumulate_gradients(mean_square, learner, rows)
+        parts = accumulate_gradients(mean_square, learner, rows, micro_batches=micro_batches)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12), parts, whole)
         assert parts[2]["rows"].dtype == whole[2]["rows"].dtype
 
@@ -170,7 +181,7 @@ def test_parts_of_low_precision_are_summed_in_float32():
     """1 + 255 x 1/256: a sum in bfloat16 would stop at 1."""
     rows = jnp.concatenate([jnp.ones(1, jnp.bfloat16), jnp.full(255, 1 / 256, jnp.bfloat16)])
     gradients, loss, _ = accumulate_gradients(
-        lambda w, r: (jnp.sum(w * r), {}), jnp.ones((), jnp.bfloat16), rows, micro_batches=256
+        lambda w, r: (jnp.sum(w * r), {}), learner_of(jnp.ones((), jnp.bfloat16)), rows, micro_batches=256
     )
     assert gradients.dtype == loss.dtype == jnp.bfloat16
     assert float(gradients) == float(loss) == 2.0
@@ -178,5 +189,67 @@ def test_parts_of_low_precision_are_summed_in_float32():
 
 def test_rows_that_do_not_split_are_refused():
     params, rows = regression(jnp.float32)
+    learner = learner_of(params)
     with pytest.raises(UserError, match="micro_batches=5 does not divide the 12 rows"):
-        accumulate_gradients(mean_square, params, rows, micro_batches=5)
+        accumulate_gradients(mean_square, learner, rows, micro_batches=5)
+
+
+# A part of the model is frozen ----------------------------------------------------------------------
+
+
+def two_layers(width=64):
+    keys = jax.random.split(jax.random.key(0), 3)
+    base = {f"layer_{i}": {"kernel": jax.random.normal(keys[i], (width, width)) / 8} for i in range(2)}
+    return merge(base, {"layer_1": {"scale": jnp.ones(width)}})
+
+
+def of_model(params, rows):
+    hidden = jnp.tanh(rows @ params["layer_0"]["kernel"])
+    return jnp.sum((hidden @ params["layer_1"]["kernel"] * params["layer_1"]["scale"]) ** 2), {}
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_gradients_of_what_is_trained_are_those_of_the_whole(micro_batches):
+    params, rows = two_layers(), jnp.ones((4, 64))
+    whole, loss, _ = accumulate_gradients(of_model, learner_of(params), rows, micro_batches=micro_batches)
+    trained, frozen = partition(params, lambda name, leaf: name.endswith("scale"))
+    learner = learner_of(trained, frozen)
+    gradients, same_loss, _ = accumulate_gradients(of_model, learner, rows, micro_batches=micro_batches)
+    assert named_leaves(gradients).keys() == {"layer_1/scale"}
+    np.testing.assert_allclose(gradients["layer_1"]["scale"], whole["layer_1"]["scale"], rtol=1e-6)
+    np.testing.assert_allclose(same_loss, loss, rtol=1e-6)
+
+
+def test_what_is_frozen_is_neither_moved_nor_copied_nor_saved():
+    """Through epochs of mini-batches under donation: the same buffers come out, and no second set is made."""
+    trained, frozen = partition(two_layers(), lambda name, leaf: name.endswith("scale"))
+    expected = jax.tree.map(np.array, frozen)  # a copy: what NumPy looks at cannot be donated
+    tx = make_optimizer(OptimizerConfig(weight_decay=0.1))
+    learner = init_learner(trained, tx, frozen)
+    assert named_leaves(learner.opt_state).keys() & {"1/mu/layer_1/scale"}
+    assert not [name for name in named_leaves(learner.opt_state) if "kernel" in name]
+
+    def step(learner, rows):
+        gradients, loss, metrics = accumulate_gradients(of_model, learner, rows, micro_batches=2)
+        learner, guard = apply_gradients(learner, gradients, tx, learning_rate=0.1, loss=loss)
+        return learner, metrics | guard, guard["gradient_norm"] > 1e9
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def update(learner, rows):
+        return scan_minibatches(step, learner, rows, jax.random.key(0), epochs=2, minibatches=2)[0]
+
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(frozen))
+    memory = update.lower(learner, jnp.ones((8, 64))).compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= size
+    assert memory.temp_size_in_bytes < size
+    before = {name: leaf.unsafe_buffer_pointer() for name, leaf in named_leaves(frozen).items()}
+    learner = update(learner, jnp.ones((8, 64)))
+    after = {name: leaf.unsafe_buffer_pointer() for name, leaf in named_leaves(learner.frozen).items()}
+    assert before == after
+    jax.tree.map(np.testing.assert_array_equal, learner.frozen, expected)
+    assert not np.array_equal(learner.params["layer_1"]["scale"], np.ones(64))
+
+    state = {"learner": learner, "key": jax.random.key(0)}
+    saved = without_frozen(state)
+    assert not [name for name in named_leaves(saved) if "kernel" in name]
+    assert jax.tree.structure(with_frozen(saved, state)) == jax.tree.structure(state)
