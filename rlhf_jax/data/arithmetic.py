@@ -290,12 +290,34 @@ def step_rows(level: Level, split: Split, count: int, seed: int, *, slip_rate: f
     A label says whether its step is right given its own left-hand side, so a step that goes on
     correctly from a wrong number is right. The answer line is no step.
     """
-    rng, rows = _generator(seed, "step"), []
-    for drawn in _draw(rng, level, split, count):
-        written = solution(drawn, (rng.random(len(drawn.operators)) < slip_rate).tolist())
-        row = {"prompt": drawn.text, "completions": list(written.steps), "labels": list(written.step_labels)}
-        rows.append(row)
+    return [
+        {"prompt": drawn.text, "completions": list(written.steps), "labels": list(written.step_labels)}
+        for drawn, written in _careless(level, split, count, seed, slip_rate)
+    ]
+
+
+def judged_rows(
+    level: Level, split: Split, count: int, seed: int, *, slip_rate: float, outcome: bool = False
+) -> list[Row]:
+    """Rows as those of `step_rows`, with the answer line as a last step: whole solutions, some lines judged.
+
+    Args:
+      outcome: judge only the answer line, by the true answer; else only the steps, and the line has None.
+    """
+    rows = []
+    for drawn, written in _careless(level, split, count, seed, slip_rate):
+        steps, final = list(written.step_labels), written.answer == drawn.answer
+        labels = [None] * len(steps) + [final] if outcome else [*steps, None]
+        rows.append({"prompt": drawn.text, "completions": written.text.split("\n"), "labels": labels})
     return rows
+
+
+def _careless(
+    level: Level, split: Split, count: int, seed: int, slip_rate: float
+) -> Iterator[tuple[Problem, Solution]]:
+    rng = _generator(seed, "step")
+    for drawn in _draw(rng, level, split, count):
+        yield drawn, solution(drawn, (rng.random(len(drawn.operators)) < slip_rate).tolist())
 
 
 def _generator(seed: int, maker: str) -> np.random.Generator:

@@ -96,6 +96,20 @@ def make_reward_fn(config: ModelConfig) -> Callable[[Params, Sequences], Float[A
     return reward
 
 
+def make_process_reward_fn(
+    config: ModelConfig,
+) -> Callable[[Params, Sequences], Float[Array, "B T"]]:
+    """`score(params, sequences)`: the head's output after each token, that token read.
+
+    `params` is a scalar model. At the last token of a step it is the log-odds that the step is right.
+    """
+
+    def score(params: Params, sequences: Sequences) -> Float[Array, "B T"]:
+        return apply_scalar_head(params["head"], _hidden(config, params["decoder"], sequences))
+
+    return score
+
+
 def make_decode_fns(config: ModelConfig) -> tuple[Callable, Callable]:
     """(prefill, decode) for `generation.generate`.
 

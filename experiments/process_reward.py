@@ -1,0 +1,229 @@
+"""A process or outcome reward model: is each step of a solution right, or is its answer?
+
+    python experiments/process_reward.py --out runs/prm --init runs/sft
+    python experiments/process_reward.py --out runs/orm --init runs/sft --outcome
+    python experiments/process_reward.py --out runs/gsm8k_prm --data gsm8k/test_socratic.jsonl \\
+        --model.width 128 --steps 400
+
+Rows hold `prompt`, `completions` (the steps) and `labels` (true, false, a share, or null for a step nobody
+judged), or are GSM8K's socratic solutions, whose results are made wrong here and there. Where there are no
+held-out rows, an eighth of the data is held out. An outcome model scores whole answers, so that
+`experiments/ppo.py --reward-model` and `experiments/grpo.py --rewards` take its folder.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import common
+import inputs
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from rlhf_jax import models
+from rlhf_jax.algorithms import process_reward
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.optimization import OptimizerConfig, make_optimizer
+from rlhf_jax.data import arithmetic, packing
+from rlhf_jax.data.pipeline import BatchSampler
+from rlhf_jax.data.process_rewards import (
+    ProcessExample,
+    is_socratic,
+    pad_labels,
+    process_examples,
+    socratic_rows,
+)
+from rlhf_jax.data.sources import Row
+from rlhf_jax.data.tokenizers import Tokenizer, train_bpe
+from rlhf_jax.evaluation.classification import brier_score, reliability, roc_auc
+from rlhf_jax.training import run_loop
+from rlhf_jax.training.runs import write_json
+
+HELD_OUT_PART = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of process reward modelling.
+
+    Attributes:
+      data: judged solutions: a path, tfds:NAME[:SPLIT], or arithmetic:LEVEL.
+      eval_data: held-out ones; empty for an eighth of the data (the embedded task brings its own).
+      outcome: judge only the answer of the embedded task, not the steps.
+      tokenizer: folder or tokenizer.json; empty for that of `init`, of the embedded task, or for bytes.
+      train_tokenizer: learn a byte-level BPE vocabulary of this size from the data; 0 for none.
+      init: run folder of the policy whose body is taken; empty for a new model.
+      batch_size: solutions a step.
+      micro_batches: parts in which a batch is computed, to save memory.
+      learning_rate: at its peak.
+      slip_rate: share of carries that the writers of the embedded solutions forget.
+      row_count: how many solutions of the embedded task.
+      eval_count: how many held-out solutions are evaluated at most.
+    """
+
+    run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(
+        Path("runs/process_reward"), steps=150
+    )
+    model: common.ModelOptions = common.ModelOptions()
+    optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", warmup_steps=10, final_share=0.1)
+    data: str = "arithmetic:1"
+    eval_data: str = ""
+    outcome: bool = False
+    tokenizer: str = ""
+    train_tokenizer: int = 0
+    init: str = ""
+    batch_size: int = 64
+    micro_batches: int = 1
+    learning_rate: float = 1e-3
+    slip_rate: float = 0.5
+    row_count: int = 8_000
+    eval_count: int = 512
+
+
+# Data ----------------------------------------------------------------------------------------------
+
+
+def load_rows(options: Options) -> tuple[list[Row], list[Row]]:
+    """Judged solutions to train on, and held-out ones."""
+    seed = options.run.seed
+    if options.outcome and not common.embedded_level(options.data):
+        raise UserError(
+            "--outcome is for the embedded task: in rows of your own, judge only the last step "
+            "(labels null, null, ..., true)"
+        )
+
+    def read(spec: str, split: arithmetic.Split, count: int) -> list[Row]:
+        def make(level: arithmetic.Level) -> list[arithmetic.Row]:
+            return arithmetic.judged_rows(
+                level, split, count, seed, slip_rate=options.slip_rate, outcome=options.outcome
+            )
+
+        rows = inputs.load_rows(spec, make)
+        return socratic_rows(rows, seed) if all(map(is_socratic, rows)) else rows
+
+    train = read(options.data, "train", options.row_count)
+    if options.eval_data or common.embedded_level(options.data):
+        held_out = read(options.eval_data or options.data, "heldout", options.eval_count)
+    else:
+        train, held_out = _split(train)
+    return train, held_out[: options.eval_count]
+
+
+def _split(rows: list[Row]) -> tuple[list[Row], list[Row]]:
+    if len(rows) < HELD_OUT_PART:
+        raise UserError(f"{len(rows)} rows leave nothing to hold out: give {HELD_OUT_PART}, or --eval-data")
+    held_out = rows[::HELD_OUT_PART]
+    return [row for number, row in enumerate(rows) if number % HELD_OUT_PART], held_out
+
+
+class Solutions:
+    """Judged solutions as padded rows."""
+
+    def __init__(self, examples: list[ProcessExample], length: int) -> None:
+        self._rows = packing.pad_rows(examples, length)
+        self._labels = pad_labels(examples, length)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def batch(self, indices: np.ndarray) -> process_reward.Batch:
+        """Some of them."""
+        rows = jax.tree.map(lambda x: x[indices], self._rows)
+        return process_reward.Batch(rows, jnp.asarray(self._labels[indices]))
+
+
+def load(options: Options, tokenizer: Tokenizer, rows: list[list[Row]]) -> list[Solutions]:
+    """Both parts in rows of one length."""
+    examples = [process_examples(part, tokenizer) for part in rows]
+    length = max(len(example.ids) for part in examples for example in part)
+    return [Solutions(part, length) for part in examples]
+
+
+def choose_tokenizer(options: Options, rows: list[Row]) -> str | Tokenizer:
+    """The tokenizer that the options name, or one learnt from the rows."""
+    if not options.train_tokenizer:
+        return options.tokenizer
+    if options.tokenizer or options.init:
+        raise UserError(
+            "--train-tokenizer excludes --tokenizer and --init, which bring one: give one of them"
+        )
+    return train_bpe(inputs.texts(rows), options.train_tokenizer)
+
+
+# Evaluation ----------------------------------------------------------------------------------------
+
+
+def make_eval_fn(
+    options: Options, step_reward_fn: process_reward.StepRewardFn, held_out: Solutions
+) -> Callable[[process_reward.State], dict[str, float]]:
+    """Accuracy, ranking and calibration on the judged steps of the held-out solutions.
+
+    The curve of calibration goes to `calibration.json`.
+    """
+    score = jax.jit(step_reward_fn)
+
+    def evaluate(state: process_reward.State) -> dict[str, float]:
+        logits, labels = [], []
+        for indices in inputs.parts(len(held_out), options.batch_size):
+            # The last part repeats its last row to fill up: each row counts once.
+            batch, first = held_out.batch(indices), np.unique(indices, return_index=True)[1]
+            judged = np.asarray(batch.sequences.mask)[first]
+            logits.append(np.asarray(score(state.learner.params, batch.sequences))[first][judged])
+            labels.append(np.asarray(batch.labels)[first][judged])
+        chances = 1 / (1 + np.exp(-np.concatenate(logits).astype(np.float64)))
+        truth = np.concatenate(labels) > 0.5
+        curve = reliability(chances, truth)
+        write_json(
+            options.run.out / "calibration.json",
+            {name: values.tolist() for name, values in dataclasses.asdict(curve).items()},
+        )
+        return {
+            "step_accuracy": float(np.mean((chances > 0.5) == truth)),
+            "right_share": float(np.mean(truth)),
+            "auc": roc_auc(chances, truth),
+            "brier": brier_score(chances, truth),
+            "calibration_error": curve.error,
+        }
+
+    return evaluate
+
+
+def run(options: Options) -> None:
+    """Trains, and leaves a run folder."""
+    seed = options.run.seed
+    common.check(options, options.run, "process_reward")
+    common.check_divides("--micro-batches", options.micro_batches, "--batch-size", options.batch_size)
+    rows = load_rows(options)
+    tokenizer = choose_tokenizer(options, rows[0])
+    model = common.starting_model(options.init, tokenizer, options.data, options.model, seed)
+    train, held_out = load(options, model.tokenizer, list(rows))
+    sampler = BatchSampler(len(train), options.batch_size, seed)
+    common.announce(options.run, model, f"{len(train):,} solutions, {len(held_out):,} held out")
+
+    step_reward_fn = models.make_process_reward_fn(model.config)
+    tx = make_optimizer(common.with_total_steps(options.optimizer, options.run.steps))
+    update = jax.jit(
+        process_reward.make_update(process_reward.Config(options.micro_batches), step_reward_fn, tx),
+        donate_argnums=0,
+    )
+    hyper = process_reward.Hyper(jnp.float32(options.learning_rate))
+    common.start(options, options.run, "process_reward", model, "reward_model")
+    init_key, state_key = jax.random.split(jax.random.key(seed))
+    params = models.init_scalar_model(model.config, init_key, common.copied(model.params))
+    run_loop(
+        process_reward.init(params, tx, state_key),
+        lambda state, number: update(state, hyper, train.batch(sampler.indices(number))),
+        options.run.loop(),
+        stage="process_reward",
+        folder=options.run.out,
+        resume=options.run.resume,
+        run_config=common.to_json(options),
+        eval_fn=make_eval_fn(options, step_reward_fn, held_out),
+    )
+    common.finish(options.run)
+
+
+if __name__ == "__main__":
+    common.main(run, Options, __doc__)

@@ -1,0 +1,55 @@
+"""The script of process and outcome reward models, from its command line."""
+
+import json
+
+import common
+import process_reward
+import pytest
+import tyro
+
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.metrics import read_metrics
+
+_SMALL = (
+    "--model.width 16 --model.layers 1 --model.heads 2 --model.kv-heads 1 --row-count 64 --eval-count 16 "
+)
+_SMALL += "--batch-size 8 --optimizer.warmup-steps 2 --quiet --no-report"
+
+
+def run(out, *more):
+    words = f"--out {out} --steps 6 --save-every 3 {_SMALL}".split()
+    process_reward.run(tyro.cli(process_reward.Options, args=[*words, *map(str, more)]))
+    return out
+
+
+def test_a_run_and_its_resume(tmp_path):
+    whole = run(tmp_path / "whole")
+    halves = run(tmp_path / "halves", "--steps", 3, "--optimizer.total-steps", 6)
+    run(tmp_path / "halves", "--resume", "--optimizer.total-steps", 6)
+    last = [read_metrics(folder)[-1] for folder in (whole, halves)]
+    assert last[0]["loss"] == last[1]["loss"]
+    assert 0 <= last[0]["eval/step_accuracy"] <= 1
+    curve = json.loads((whole / "calibration.json").read_text())
+    assert sum(curve["counts"]) > 16
+    assert json.loads((whole / "model.json").read_text())["kind"] == "reward_model"
+
+
+def test_socratic_rows_and_rows_of_ones_own(tmp_path):
+    rows = [
+        {"question": f"{n} and 1?", "answer": f"How many? ** {n}+1=<<{n}+1={n + 1}>>{n + 1}\n#### {n + 1}"}
+        for n in range(32)
+    ]
+    data = tmp_path / "socratic.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = run(tmp_path / "run", "--data", data, "--steps", 4)
+    assert read_metrics(out)[-1]["eval/right_share"] > 0
+    with pytest.raises(UserError, match="--outcome is for the embedded task"):
+        run(tmp_path / "no", "--data", data, "--outcome")
+
+
+def test_help_shows_every_option(tiny, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "110")
+    assert tiny.main("process_reward", ["--help"], monkeypatch) == 0
+    shown = capsys.readouterr().out
+    for flag in common.flags(common.to_json(process_reward.Options())):
+        assert flag in shown, flag
