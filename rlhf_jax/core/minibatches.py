@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.core.axes import constrain
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.trees import tree_where
 from rlhf_jax.core.types import Array, Bool, Metrics, PRNGKeyArray
@@ -45,7 +46,8 @@ def scan_minibatches(
         indices = jax.vmap(order)(jax.random.split(key, epochs)).reshape(-1, size)
 
     def run(carry: Carry, index: Array) -> tuple[Carry, Metrics, Bool[Array, ""]]:
-        new, metrics, stop = step(carry, jax.tree.map(lambda x: x[index], batch))
+        part = jax.tree.map(lambda x: constrain(x[index], "batch", *(None,) * (x.ndim - 1)), batch)
+        new, metrics, stop = step(carry, part)
         return tree_where(stop, carry, new), metrics, stop
 
     shapes = jax.eval_shape(run, carry, indices[0])[1]

@@ -2,13 +2,20 @@
 
 The [N, V] logits of all tokens never exist at once. Tokens are taken `chunk_size` at a time, forward and
 backward; the backward pass computes each chunk's logits again instead of keeping them.
+
+On a mesh every device takes its own tokens, `chunk_size` at a time, against its own part of the vocabulary:
+sums over the vocabulary travel, logits do not.
 """
 
 import functools
+import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from rlhf_jax.core.axes import constrain, shards
 from rlhf_jax.core.types import Array, Float, Int, Scalar
 
 
@@ -34,25 +41,48 @@ def token_logprobs(
       targets: ids in [0, V).
       temperature: may be traced; must be positive.
       softcap: the bound c of tanh soft-capping, None for none.
-      chunk_size: tokens whose logits are held at once; memory is chunk_size x V floats.
+      chunk_size: tokens whose logits a device holds at once; memory is chunk_size x V floats.
 
     Returns:
       (logp, entropy), each in the shape of `targets`.
     """
-    shape, width = targets.shape, unembedding.shape[1]
-    count = targets.size
-    chunk = min(chunk_size, count)
-    padded = -(-count // chunk) * chunk
-    flat = jnp.pad(hidden.reshape(count, width), ((0, padded - count), (0, 0)))
-    ids = jnp.pad(targets.reshape(count), (0, padded - count))
+    chunked, restored = _chunking(targets.shape, chunk_size)
     logp, entropy = _chunked(  # pyright: ignore[reportGeneralTypeIssues] (custom_vjp hides the type)
         softcap,
-        flat.reshape(-1, chunk, width),
+        chunked(hidden),
         unembedding,
-        ids.reshape(-1, chunk),
-        jnp.asarray(temperature, _wide(flat.dtype)),
+        chunked(targets),
+        jnp.asarray(temperature, _wide(hidden.dtype)),
     )
-    return logp.reshape(-1)[:count].reshape(shape), entropy.reshape(-1)[:count].reshape(shape)
+    return restored(logp), restored(entropy)
+
+
+def _chunking(shape: tuple[int, ...], chunk_size: int) -> tuple[Callable[[Array], Array], ...]:
+    """[*shape, ...] -> [chunks, devices, tokens, ...], where every device finds its own tokens in its row of
+    each chunk; and the inverse, without `...`.
+    """
+    parts = [shards(name, size) for name, size in zip(("batch", "time"), shape, strict=False)]
+    parts += [1] * (len(shape) - len(parts))
+    split = [part for size, count in zip(shape, parts, strict=True) for part in (count, size // count)]
+    order = [*range(0, len(split), 2), *range(1, len(split), 2)]  # which part of each axis, then where in it
+    devices, own = math.prod(parts), math.prod(shape) // math.prod(parts)
+    size = min(chunk_size, own)
+    count = -(-own // size)
+
+    def chunked(array: Array) -> Array:
+        rest = array.shape[len(shape) :]
+        array = array.reshape(*split, *rest)
+        array = array.transpose(*order, *range(len(split), array.ndim)).reshape(devices, own, *rest)
+        array = jnp.pad(array, ((0, 0), (0, count * size - own), *[(0, 0)] * len(rest)))
+        array = array.reshape(devices, count, size, *rest).swapaxes(0, 1)
+        return constrain(array, None, "tokens", *(None,) * (1 + len(rest)))
+
+    def restored(array: Array) -> Array:
+        array = array.swapaxes(0, 1).reshape(devices, -1)[:, :own]
+        array = array.reshape([split[axis] for axis in order])
+        return array.transpose(*np.argsort(order)).reshape(shape)
+
+    return chunked, restored
 
 
 def dense_token_logprobs(
@@ -83,6 +113,17 @@ def _logits(hidden: Float[Array, "... D"], unembedding: Float[Array, "V D"]) -> 
     return jnp.einsum("...d,vd->...v", hidden, unembedding, preferred_element_type=_wide(hidden.dtype))
 
 
+def _chunk_logits(states, unembedding, softcap):
+    return softcapped(constrain(_logits(states, unembedding), "tokens", None, "vocab"), softcap)
+
+
+def _taken(logits, ids):
+    """logits[..., ids]. As a sum: a look-up would gather a vocabulary that is split."""
+    if shards("vocab", logits.shape[-1]) == 1:
+        return jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
+    return jnp.sum(jnp.where(jnp.arange(logits.shape[-1]) == ids[..., None], logits, 0), axis=-1)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _chunked(softcap, hidden, unembedding, targets, temperature):
     return _forward(softcap, hidden, unembedding, targets, temperature)[0]
@@ -91,11 +132,11 @@ def _chunked(softcap, hidden, unembedding, targets, temperature):
 def _forward(softcap, hidden, unembedding, targets, temperature):
     def one(chunk):
         states, ids = chunk
-        logits = softcapped(_logits(states, unembedding), softcap) / temperature
+        logits = _chunk_logits(states, unembedding, softcap) / temperature
         normaliser = jax.nn.logsumexp(logits, axis=-1)
-        probs = jnp.exp(logits - normaliser[:, None])
+        probs = jnp.exp(logits - normaliser[..., None])
         entropy = normaliser - jnp.sum(probs * logits, axis=-1)
-        taken = jnp.take_along_axis(logits, ids[:, None], axis=-1)[:, 0]
+        taken = _taken(logits, ids)
         return taken - normaliser, entropy, normaliser
 
     logp, entropy, normaliser = _map_chunks(one, (hidden, targets))
@@ -108,20 +149,21 @@ def _backward(softcap, residuals, cotangents):
 
     def one(chunk):
         states, ids, chunk_entropy, chunk_normaliser, d_logp, d_entropy = chunk
-        capped = softcapped(_logits(states, unembedding), softcap)
-        logp = capped / temperature - chunk_normaliser[:, None]
+        capped = _chunk_logits(states, unembedding, softcap)
+        logp = capped / temperature - chunk_normaliser[..., None]
         probs = jnp.exp(logp)
         # d logp_i / dz_v = [v = i] - p_v  and  d H / dz_v = -p_v (log p_v + H)
-        d_scaled = jnp.where(vocabulary == ids[:, None], d_logp[:, None], 0) - probs * (
-            d_logp[:, None] + d_entropy[:, None] * (logp + chunk_entropy[:, None])
+        d_scaled = jnp.where(vocabulary == ids[..., None], d_logp[..., None], 0) - probs * (
+            d_logp[..., None] + d_entropy[..., None] * (logp + chunk_entropy[..., None])
         )
         d_logits = d_scaled / temperature
         if softcap is not None:
             d_logits *= 1 - (capped / softcap) ** 2
         d_logits = d_logits.astype(hidden.dtype)
-        d_states = jnp.einsum("nv,vd->nd", d_logits, unembedding)
-        d_unembedding = jnp.einsum("nv,nd->vd", d_logits, states, preferred_element_type=normaliser.dtype)
-        return d_states, d_unembedding
+        d_states = jnp.einsum("snv,vd->snd", d_logits, unembedding)
+        # One sum for each device, so that they meet once, after the last chunk.
+        d_unembedding = jnp.einsum("snv,snd->svd", d_logits, states, preferred_element_type=normaliser.dtype)
+        return d_states, constrain(d_unembedding, "tokens", "vocab", None)
 
     chunks = (hidden, targets, entropy, normaliser, *cotangents)
     if hidden.shape[0] == 1:
@@ -133,10 +175,12 @@ def _backward(softcap, residuals, cotangents):
             d_states, d_unembedding = one(chunk)
             return total + d_unembedding, d_states
 
-        d_unembedding, d_hidden = jax.lax.scan(step, jnp.zeros(unembedding.shape, normaliser.dtype), chunks)
+        zeros = jnp.zeros((hidden.shape[1], *unembedding.shape), normaliser.dtype)
+        zeros = constrain(zeros, "tokens", "vocab", None)
+        d_unembedding, d_hidden = jax.lax.scan(step, zeros, chunks)
     return (
         d_hidden.astype(hidden.dtype),
-        d_unembedding.astype(unembedding.dtype),
+        jnp.sum(d_unembedding, axis=0).astype(unembedding.dtype),
         None,
         jnp.zeros_like(temperature),
     )

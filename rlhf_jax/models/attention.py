@@ -52,7 +52,7 @@ def attend(
 
     A row that sees no column gets something finite.
     """
-    if softcap is None and key.shape[-1] == value.shape[-1]:
+    if softcap is None and key.shape[-1] == value.shape[-1] and query.dtype != jnp.float64:
         return jax.nn.dot_product_attention(query, key, value, bias, mask[:, None], scale=scale)
     batch, time, heads, width = query.shape
     kv_heads = key.shape[2]

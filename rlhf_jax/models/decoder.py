@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from rlhf_jax.core.axes import constrain
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Bool, Float, Int, Params, PRNGKeyArray
 from rlhf_jax.kernels.logprobs import softcapped
@@ -62,12 +63,17 @@ class ResidualBlocks(nn.Module):
 
             attention = attention_layer(block.attention, name=f"{prefix}attention", **common)
             attended, cache = attention(norm(block.pre_norm, "attention_norm", hidden), context, cache)
-            hidden = hidden + norm(block.post_norm, "attention_post_norm", attended)
+            hidden = laid_out(hidden + norm(block.post_norm, "attention_post_norm", attended))
             feed_forward = feed_forward_layer(block.feed_forward, name=f"{prefix}feed_forward", **common)
             outputs = feed_forward(norm(block.pre_norm, "feed_forward_norm", hidden))
-            hidden = hidden + norm(block.post_norm, "feed_forward_post_norm", outputs)
+            hidden = laid_out(hidden + norm(block.post_norm, "feed_forward_post_norm", outputs))
             new_caches.append(cache)
         return hidden, tuple(new_caches)
+
+
+def laid_out(hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """The residual stream on a mesh: rows and columns split, every token whole."""
+    return constrain(hidden, "batch", "time", None)
 
 
 REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
@@ -125,16 +131,17 @@ class Decoder(nn.Module):
         embedding = self.param("embedding", normal_init, shape, param_dtype)
         if not config.tied_embeddings:
             self.param("unembedding", normal_init, shape, param_dtype)
-        hidden = embedding[tokens].astype(dtype)
+        # Gathered over the embedding's width first: rows are looked up whole.
+        hidden = constrain(embedding, "vocab", None)[tokens].astype(dtype)
         if config.embedding_scale != 1:
             hidden *= jnp.asarray(config.embedding_scale, dtype)
         if config.learned_positions is not None:
             shape = (config.learned_positions, config.width)
             table = self.param("position_embedding", normal_init, shape, param_dtype)
-            hidden += table[positions].astype(dtype)
+            hidden += constrain(table, None, None)[positions].astype(dtype)
         if config.embedding_norm is not None:
             hidden = norm_layer(config.embedding_norm, param_dtype, name="embedding_norm")(hidden)
-        return hidden
+        return laid_out(hidden)
 
 
 def _no_cache(config: ModelConfig) -> tuple[Any, Any]:
@@ -211,7 +218,7 @@ def cached_hidden_states(
 def unembedding(config: ModelConfig, params: Params) -> Float[Array, "V D"]:
     """The output matrix, in the compute dtype."""
     matrix = params["embedding"] if config.tied_embeddings else params["unembedding"]
-    return matrix.astype(jnp.dtype(config.compute_dtype))
+    return constrain(matrix, "vocab", None).astype(jnp.dtype(config.compute_dtype))
 
 
 def logits(config: ModelConfig, params: Params, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
@@ -222,7 +229,9 @@ def logits(config: ModelConfig, params: Params, hidden: Float[Array, "*batch D"]
         unembedding(config, params),
         preferred_element_type=jnp.promote_types(hidden.dtype, jnp.float32),
     )
-    return softcapped(product, config.logit_softcap)
+    return softcapped(
+        constrain(product, "batch", *(None,) * (product.ndim - 2), "vocab"), config.logit_softcap
+    )
 
 
 def forward(

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from rlhf_jax.core.axes import shards
 from rlhf_jax.core.types import Array, Float
 from rlhf_jax.models.config import Activation, LayerNorm, Norm, RMSNorm
 
@@ -13,7 +14,8 @@ normal_init = nn.initializers.normal(stddev=0.02)
 
 
 class Linear(nn.Module):
-    """x W (+ b). Works on [N, D]: on CPU, XLA's weight gradients of [B, T, D] matmuls are far slower.
+    """x W (+ b). Works on [N, D]: on CPU, XLA's weight gradients of [B, T, D] matmuls are far slower. Not
+    where columns are split over devices, for rows of such a matrix could not be.
 
     Attributes:
       features: output width.
@@ -31,7 +33,9 @@ class Linear(nn.Module):
         """Applies the layer over the last axis."""
         shape = (inputs.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.normal(self.init_std), shape, self.param_dtype)
-        outputs = inputs.reshape(-1, shape[0]).astype(self.dtype) @ kernel.astype(self.dtype)
+        split = inputs.ndim > 2 and shards("time", inputs.shape[-2]) > 1
+        rows = inputs if split else inputs.reshape(-1, shape[0])
+        outputs = rows.astype(self.dtype) @ kernel.astype(self.dtype)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
             outputs += bias.astype(self.dtype)

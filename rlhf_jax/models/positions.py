@@ -140,7 +140,8 @@ def rotate(
     heads: Float[Array, "B T H d"], positions: Int[Array, "B T"], rope: Rope
 ) -> Float[Array, "B T H d"]:
     """Rotates the pairs (x_i, x_{i + r/2}) of every head's first r dimensions (Su et al. 2021, eq. 34)."""
-    angles = positions[..., None].astype(jnp.float32) * rotary_frequencies(rope, heads.shape[-1])
+    wide = jnp.promote_types(heads.dtype, jnp.float32)
+    angles = positions[..., None].astype(wide) * rotary_frequencies(rope, heads.shape[-1])
     magnitude = rope.scaling.magnitude if isinstance(rope.scaling, YarnScaling) else 1.0
     cos = (jnp.cos(angles) * magnitude)[:, :, None].astype(heads.dtype)
     sin = (jnp.sin(angles) * magnitude)[:, :, None].astype(heads.dtype)

@@ -37,17 +37,17 @@ def make_score_fn(config: ModelConfig, *, temperature: Scalar = 1.0, chunk_size:
 
     def score(params: Params, sequences: Sequences) -> Score:
         hidden = _hidden(config, params, sequences)
+        # The last state predicts nothing that is there: its number is dropped by the delay. Columns stay as
+        # many as they are, so that they can be split evenly.
         logp, entropy = token_logprobs(
-            hidden[:, :-1],
+            hidden,
             decoders.unembedding(config, params),
-            sequences.tokens[:, 1:],
+            jnp.roll(sequences.tokens, -1, axis=1),
             temperature=temperature,
             softcap=config.logit_softcap,
             chunk_size=chunk_size,
         )
-        pad = ((0, 0), (1, 0))
-        logp, entropy = jnp.pad(logp, pad), jnp.pad(entropy, pad)
-        return Score(logp, entropy, jnp.zeros_like(logp))
+        return Score(_delay(logp), _delay(entropy), jnp.zeros_like(logp))
 
     return score
 

@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.trees import map_named, named_leaves
 from rlhf_jax.core.types import Params
+from rlhf_jax.distributed import tree_shardings
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.decoder import init_params, unstack_layers
 from rlhf_jax.models.hf import bloom, deepseek, gemma, gpt2, llama, mistral, olmo, phi, qwen
@@ -77,8 +78,8 @@ def load(
 
     Args:
       dtype: of parameters and computation; that of the embedding in the files by default.
-      mesh: spreads every parameter over all of its devices, along the largest axis that they divide; the
-        default device holds everything by default.
+      mesh: every parameter goes to where `distributed.tree_shardings` puts it; the default device holds
+        everything by default.
 
     Returns:
       (config, params), layers unrolled (`models.stack_layers` stacks them).
@@ -99,11 +100,12 @@ def load(
     config = dataclasses.replace(config, param_dtype=dtype, compute_dtype=dtype)
     shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
     wanted = named_leaves(shapes)
+    shardings = named_leaves(tree_shardings(mesh, shapes)) if mesh is not None else {}
     placed: dict[str, jax.Array] = {}
     for name, tensor in checkpoint.read(set(rules)):
         rule = rules[name]
         for param, piece in _unpack(rule, tensor, wanted, f"{checkpoint.where(name)}: tensor `{name}`"):
-            placed[param] = _place(piece, wanted[param], rule.slot, placed.get(param), mesh)
+            placed[param] = _place(piece, wanted[param], rule.slot, placed.get(param), shardings.get(param))
     return config, map_named(lambda name, _: placed[name], shapes)
 
 
@@ -170,36 +172,27 @@ def _place(
     wanted: jax.ShapeDtypeStruct,
     slot: int | None,
     stack: jax.Array | None,
-    mesh: Mesh | None,
+    sharding: NamedSharding | None,
 ) -> jax.Array:
     """The parameter on its devices: the piece itself, or `stack` with the piece in its slot."""
     if slot is None:
-        return _put(piece, wanted.dtype, _sharding(mesh, wanted.shape))
+        return _put(piece, wanted.dtype, sharding)
     if stack is None:
-        stack = jnp.zeros(wanted.shape, wanted.dtype, device=_sharding(mesh, wanted.shape))
-    return _write_slot(stack, _put(piece, wanted.dtype, _sharding(mesh, piece.shape)), slot)
+        stack = jnp.zeros(wanted.shape, wanted.dtype, device=sharding)
+    of_piece = sharding and NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    return _write_slot(stack, _put(piece, wanted.dtype, of_piece), slot, sharding)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _write_slot(stack: jax.Array, piece: jax.Array, slot: int) -> jax.Array:
-    return stack.at[slot].set(piece)
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
+def _write_slot(stack: jax.Array, piece: jax.Array, slot: int, sharding: NamedSharding | None) -> jax.Array:
+    stack = stack.at[slot].set(piece)
+    return stack if sharding is None else jax.lax.with_sharding_constraint(stack, sharding)
 
 
-def _put(piece: np.ndarray, dtype: Any, sharding: Sharding | None) -> jax.Array:
+def _put(piece: np.ndarray, dtype: Any, sharding: NamedSharding | None) -> jax.Array:
     if sharding is None:
         return jax.device_put(piece).astype(dtype)
     return jax.make_array_from_callback(piece.shape, sharding, lambda index: piece[index].astype(dtype))
-
-
-def _sharding(mesh: Mesh | None, shape: tuple[int, ...]) -> NamedSharding | None:
-    """The largest axis that all devices of the mesh divide is spread over them; none, then copies."""
-    if mesh is None:
-        return None
-    axes: list[Any] = [None] * len(shape)
-    divisible = [axis for axis, length in enumerate(shape) if length % mesh.size == 0]
-    if divisible:
-        axes[max(divisible, key=lambda axis: shape[axis])] = mesh.axis_names
-    return NamedSharding(mesh, PartitionSpec(*axes))
 
 
 # Out -----------------------------------------------------------------------------------------------

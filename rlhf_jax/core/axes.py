@@ -1,0 +1,98 @@
+"""Names for the axes of arrays, the one table that maps them to the axes of a mesh, and constraints by name.
+
+Code that computes says `constrain(hidden, "batch", "time", None)` and knows no mesh; whoever runs it enters
+one (`jax.set_mesh`). Without a mesh, or where its axes have size 1, nothing happens.
+"""
+
+import contextlib
+import contextvars
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import TypeVar
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "expert", "sequence", "tensor")
+"""Slowest links first: `tensor` talks in every layer, `data` once a step."""
+
+Rules = Mapping[str, tuple[str, ...]]
+
+RULES: Rules = MappingProxyType(
+    {
+        # axes of batches and activations
+        "batch": ("data", "fsdp", "expert"),
+        "time": ("sequence",),
+        "tokens": ("data", "fsdp", "expert", "sequence"),  # rows and columns as one axis
+        # axes of parameters
+        "embed": ("fsdp",),  # the residual stream's width: gathered before use, so that no device holds all
+        "heads": ("tensor",),  # query and key-value heads, and what they project to
+        "hidden": ("tensor",),  # width of feed-forwards
+        "vocab": ("tensor",),
+        "experts": ("expert",),
+    }
+)
+"""Logical axis -> mesh axes it is split over. An axis that is not here is not split."""
+
+T = TypeVar("T", bound=jax.Array)
+_table: contextvars.ContextVar[Rules] = contextvars.ContextVar("rlhf_jax_axis_rules", default=RULES)
+
+
+@contextlib.contextmanager
+def axis_rules(rules: Rules) -> Iterator[None]:
+    """Lets `rules` win over the table. A program follows what holds when it is traced, at its first call."""
+    token = _table.set({**_table.get(), **rules})
+    try:
+        yield
+    finally:
+        _table.reset(token)
+
+
+def partition_spec(
+    names: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh
+) -> tuple[PartitionSpec, tuple[str, ...]]:
+    """How an array with the logical axes `names` is split over `mesh`.
+
+    A mesh axis serves the first dimension that asks for it. A dimension that the product of its mesh axes
+    does not divide is not split at all.
+
+    Returns:
+      (spec, logical axes that could not be split).
+    """
+    table = _table.get()
+    free = {axis: mesh.shape[axis] for axis in _usable(mesh)}
+    entries, refused = [], []
+    for name, size in zip(names, shape, strict=True):
+        axes = tuple(axis for axis in table.get(name or "", ()) if free.get(axis, 1) > 1)
+        if size % math.prod(free[axis] for axis in axes):
+            refused.append(name)
+            axes = ()
+        for axis in axes:
+            del free[axis]
+        entries.append(axes if len(axes) > 1 else axes[0] if axes else None)
+    return PartitionSpec(*entries), tuple(refused)
+
+
+def constrain(array: T, *names: str | None) -> T:
+    """Tells the compiler to lay `array` out by its logical axes, one name (or None) for each dimension."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not _usable(mesh):
+        return array
+    return jax.lax.with_sharding_constraint(array, partition_spec(names, array.shape, mesh)[0])
+
+
+def shards(name: str, size: int) -> int:
+    """Into how many parts the entered mesh splits an axis of this name and size; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return 1
+    entry = partition_spec([name], [size], mesh)[0][0]
+    axes = (entry,) if isinstance(entry, str) else entry or ()
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def _usable(mesh: Mesh | AbstractMesh) -> list[str]:
+    """Axes of more than one device that the compiler, rather than a `shard_map`, is in charge of."""
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return [axis for axis, kind in kinds if kind == AxisType.Auto and mesh.shape[axis] > 1]

@@ -1,0 +1,87 @@
+"""Several processes as one program: who they are, how they find each other, when they give up."""
+
+import dataclasses
+import os
+
+import jax
+
+from rlhf_jax.core.errors import UserError
+
+_EXAMPLE = "write auto, or HOST:PORT,COUNT,INDEX such as 10.0.0.1:8476,4,0"
+
+
+@dataclasses.dataclass(frozen=True)
+class HostOptions:
+    """How processes on several hosts become one program.
+
+    Attributes:
+      hosts: empty for this process alone; `auto` for what Cloud TPU, SLURM, Open MPI or Kubernetes say;
+        `HOST:PORT,COUNT,INDEX` elsewhere: the first process's address, how many there are, which one this is.
+      start_timeout: seconds until all must have come.
+      lost_timeout: seconds of silence after which a process counts as lost, and the others end.
+    """
+
+    hosts: str = ""
+    start_timeout: int = 300
+    lost_timeout: int = 60
+
+
+def start_hosts(options: HostOptions) -> None:
+    """Joins the other processes. Must come before anything else that asks JAX for devices.
+
+    Raises:
+      UserError: `hosts` is not of its form, the environment names no hosts, or they did not come in time.
+    """
+    if not options.hosts:
+        return
+    for name in ("start_timeout", "lost_timeout"):
+        if getattr(options, name) < 1:
+            raise UserError(
+                f"--{name.replace('_', '-')} {getattr(options, name)} is not positive: give seconds"
+            )
+    arguments = {} if options.hosts == "auto" else _parse(options.hosts)
+    # On CPU the default collectives know one process only.
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(
+            **arguments,
+            initialization_timeout=options.start_timeout,
+            heartbeat_timeout_seconds=options.lost_timeout,
+        )
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"--hosts {options.hosts}: the processes did not find each other ({reason}): start all of them "
+            f"within {options.start_timeout} s of each other and check address, port and count; {_EXAMPLE}"
+        ) from error
+
+
+def _parse(hosts: str) -> dict[str, str | int]:
+    address, count, index = ([*hosts.split(","), "", ""])[:3]
+    numbers = [word for word in (count, index) if word.isascii() and word.isdecimal()]
+    _, colon, port = address.rpartition(":")
+    if hosts.count(",") != 2 or len(numbers) != 2 or not (colon and port.isdecimal()):
+        raise UserError(f"--hosts {hosts!r} is not understood: {_EXAMPLE}")
+    if int(index) >= int(count):
+        raise UserError(f"--hosts {hosts}: index {index} is not below the count {count}: indices start at 0")
+    return {"coordinator_address": address, "num_processes": int(count), "process_id": int(index)}
+
+
+def is_first_host() -> bool:
+    """Whether this process is the one that writes logs, reports and descriptions."""
+    return jax.process_index() == 0
+
+
+def lost_peer_message(options: HostOptions, error: BaseException) -> str:
+    """What a survivor says when a collective failed."""
+    reason = str(error).splitlines()[0][:200]
+    return (
+        f"process {jax.process_index()} of {jax.process_count()}: another process of this run has ended or "
+        f"does not answer ({reason}); the last whole checkpoint is untouched: start all processes again "
+        f"with --resume"
+    )
+
+
+def abandon(status: int) -> None:
+    """Ends this process at once: leaving in good order would wait for peers that are gone."""
+    os._exit(status)

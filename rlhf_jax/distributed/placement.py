@@ -1,0 +1,121 @@
+"""Arrays onto a mesh and back: parameters born there, batches of which each host brings its rows."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from rlhf_jax.core.axes import partition_spec
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.distributed.meshes import current_mesh
+from rlhf_jax.distributed.sharding import PARAMETER_AXES, Axes, split_of, tree_shardings
+
+T = TypeVar("T")
+
+
+def born_sharded(
+    init_fn: Callable[..., T],
+    *args: Any,
+    mesh: Mesh | None = None,
+    table: Sequence[tuple[str, Axes]] = PARAMETER_AXES,
+) -> T:
+    """`init_fn(*args)`, every leaf made where it will live: no device ever holds the whole.
+
+    The numbers do not depend on the mesh.
+
+    Args:
+      init_fn: makes parameters, or a whole state, from `args`.
+      mesh: the entered one by default.
+    """
+    mesh = mesh or current_mesh()
+    shardings = tree_shardings(mesh, jax.eval_shape(init_fn, *args), table)
+    with jax.set_mesh(mesh):
+        return jax.jit(init_fn, out_shardings=shardings)(*args)
+
+
+def place(tree: T, *, mesh: Mesh | None = None, table: Sequence[tuple[str, Axes]] = PARAMETER_AXES) -> T:
+    """Parameters or a state that exist already, moved to where the rules put them.
+
+    Buffers may be shared with `tree`.
+    """
+    return jax.device_put(tree, tree_shardings(mesh or current_mesh(), tree, table))
+
+
+def shardings_of(tree: T) -> T:
+    """Where each leaf lives, for `out_shardings`, so that a state comes out of an update as it went in."""
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+# Batches -------------------------------------------------------------------------------------------
+
+
+def batch_sharding(mesh: Mesh, rows: int) -> NamedSharding:
+    """Rows over the mesh axes of `batch`.
+
+    Raises:
+      UserError: those do not divide the rows.
+    """
+    spec, refused = partition_spec(["batch"], [rows], mesh)
+    if refused:
+        axes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in ("data", "fsdp", "expert") if axis in mesh.shape)
+        raise UserError(
+            f"a batch of {rows} rows cannot be split evenly over the mesh ({axes}): "
+            "choose a batch size that their product divides"
+        )
+    return NamedSharding(mesh, spec)
+
+
+def shards_of_batch(mesh: Mesh) -> int:
+    """Into how many parts rows are split."""
+    return split_of(batch_sharding(mesh, mesh.size).spec, mesh)
+
+
+def local_rows(rows: int, *, mesh: Mesh | None = None) -> np.ndarray:
+    """Which rows of a batch of `rows` this process must bring to `shard_batch`, ascending; alone, all."""
+    sharding = batch_sharding(mesh or current_mesh(), rows)
+    slices = sharding.addressable_devices_indices_map((rows,)).values()
+    everything = np.arange(rows)
+    return np.unique(np.concatenate([everything[index] for index in slices if index is not None]))
+
+
+def shard_batch(local: T, *, mesh: Mesh | None = None) -> T:
+    """Host arrays -> arrays on the mesh, split along their first axis; scalars are copied to every device.
+
+    Args:
+      local: a pytree of this process's rows (`local_rows`); arrays that are on the mesh already stay.
+
+    Raises:
+      UserError: the mesh's axes do not divide the rows.
+    """
+    mesh = mesh or current_mesh()
+    parts = shards_of_batch(mesh)
+    owned = len(local_rows(parts, mesh=mesh))  # processes along `tensor` own, and bring, the same rows
+
+    def put(leaf: Any) -> jax.Array:
+        if (
+            isinstance(leaf, jax.Array)
+            and leaf.committed
+            and leaf.sharding.device_set == set(mesh.devices.flat)
+        ):
+            return leaf
+        if np.ndim(leaf) == 0:
+            return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec()))
+        rows = len(leaf) * parts // owned
+        sharding = batch_sharding(mesh, rows)
+        shape = (rows, *np.shape(leaf)[1:])
+        return jax.make_array_from_process_local_data(sharding, np.asarray(leaf), shape)
+
+    return jax.tree.map(put, local)
+
+
+def local_values(array: jax.Array) -> np.ndarray:
+    """This process's rows of an array split along its first axis, in the order of `local_rows`."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    rows: dict[int, np.ndarray] = {}
+    for shard in array.addressable_shards:
+        start = shard.index[0].start or 0 if shard.index else 0
+        rows.setdefault(start, np.asarray(shard.data))
+    return np.concatenate([rows[start] for start in sorted(rows)])
