@@ -39,12 +39,14 @@ def start_hosts(options: HostOptions) -> None:
             raise UserError(
                 f"--{name.replace('_', '-')} {getattr(options, name)} is not positive: give seconds"
             )
-    arguments = {} if options.hosts == "auto" else _parse(options.hosts)
+    address, count, index = (None, None, None) if options.hosts == "auto" else _parse(options.hosts)
     # On CPU the default collectives know one process only.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(
-            **arguments,
+            address,
+            count,
+            index,
             initialization_timeout=options.start_timeout,
             heartbeat_timeout_seconds=options.lost_timeout,
         )
@@ -56,7 +58,7 @@ def start_hosts(options: HostOptions) -> None:
         ) from error
 
 
-def _parse(hosts: str) -> dict[str, str | int]:
+def _parse(hosts: str) -> tuple[str, int, int]:
     address, count, index = ([*hosts.split(","), "", ""])[:3]
     numbers = [word for word in (count, index) if word.isascii() and word.isdecimal()]
     _, colon, port = address.rpartition(":")
@@ -64,7 +66,7 @@ def _parse(hosts: str) -> dict[str, str | int]:
         raise UserError(f"--hosts {hosts!r} is not understood: {_EXAMPLE}")
     if int(index) >= int(count):
         raise UserError(f"--hosts {hosts}: index {index} is not below the count {count}: indices start at 0")
-    return {"coordinator_address": address, "num_processes": int(count), "process_id": int(index)}
+    return address, int(count), int(index)
 
 
 def is_first_host() -> bool:

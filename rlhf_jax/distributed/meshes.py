@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -12,7 +13,7 @@ from rlhf_jax.core.errors import UserError
 _EXAMPLE = "write axes and sizes, such as data=2,fsdp=4, or auto"
 
 
-def make_mesh(spec: str = "", *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(spec: str = "", *, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh that `spec` describes; all of `core.axes.MESH_AXES` are in it, those not named with size 1.
 
     Axes are `Auto`: the compiler inserts communication, which is what the modules here are written for

@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax.core.axes import partition_spec
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.distributed.meshes import current_mesh
+from rlhf_jax.distributed.meshes import current_mesh, describe_mesh
 from rlhf_jax.distributed.sharding import PARAMETER_AXES, Axes, split_of, tree_shardings
 
 T = TypeVar("T")
@@ -59,10 +59,9 @@ def batch_sharding(mesh: Mesh, rows: int) -> NamedSharding:
     """
     spec, refused = partition_spec(["batch"], [rows], mesh)
     if refused:
-        axes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in ("data", "fsdp", "expert") if axis in mesh.shape)
         raise UserError(
-            f"a batch of {rows} rows cannot be split evenly over the mesh ({axes}): "
-            "choose a batch size that their product divides"
+            f"a batch of {rows} rows cannot be split evenly over the mesh, {describe_mesh(mesh)}: choose a "
+            "batch size that the product of data, fsdp and expert divides"
         )
     return NamedSharding(mesh, spec)
 
