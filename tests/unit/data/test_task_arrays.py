@@ -1,0 +1,137 @@
+"""Traceable tasks agree with their text form."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.data import arithmetic, countdown, style, tasks
+
+
+@functools.cache
+def small_tasks():
+    return {
+        "arithmetic": tasks.arithmetic_task(
+            arithmetic.Level(3, 1, 9, "+"), train=64, heldout=32, demonstrations=40, slip_rate=0.5
+        ),
+        "countdown": countdown.countdown_task(3, demonstrations=200, solution_rate=0.3, heldout=64),
+        "style": style.style_task(demonstrations=200),
+    }
+
+
+NAMES = ["arithmetic", "countdown", "style"]
+
+
+def spell(task, texts, *, end=True):
+    """Completions behind a column of prompt, as tokens and mask."""
+    ids = [task.tokenizer.encode(text) + [task.tokenizer.eos_id] * end for text in texts]
+    width = max(map(len, ids)) + 2
+    tokens = np.full((len(ids), width), task.tokenizer.pad_id, np.int32)
+    mask = np.zeros((len(ids), width), bool)
+    for row, part in enumerate(ids):
+        tokens[row, 1 : 1 + len(part)] = part
+        mask[row, 1 : 1 + len(part)] = True
+    return jnp.asarray(tokens), jnp.asarray(mask)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tables_are_chat_prompts_that_end_in_the_last_column_and_splits_are_disjoint(name):
+    task = small_tasks()[name]
+    rows = {}
+    for split in (task.train, task.heldout):
+        assert np.all(np.diff(split.mask.astype(int), axis=1) >= 0)
+        rows[id(split)] = {tuple(t[m]) for t, m in zip(split.tokens, split.mask, strict=True)}
+    assert rows[id(task.train)].isdisjoint(rows[id(task.heldout)])
+
+
+def test_training_demonstrations_never_show_a_held_out_prompt():
+    for task in small_tasks().values():
+        held = {tuple(t[m]) for t, m in zip(task.heldout.tokens, task.heldout.mask, strict=True)}
+        for tokens, mask in zip(task.demonstrations.tokens, task.demonstrations.mask, strict=True):
+            assert tuple(tokens[: np.argmax(mask)]) not in held
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_drawn_rows_are_rows_of_the_table(name):
+    task = small_tasks()[name]
+    drawn = jax.jit(task.draw, static_argnums=1)(jax.random.key(0), 16)
+    known = {tuple(row) for row in np.asarray(task.train.tokens)}
+    assert all(tuple(row) in known for row in np.asarray(drawn.tokens))
+    assert len({tuple(row) for row in np.asarray(drawn.tokens)}) > 8
+
+
+def test_countdown_scores_are_those_of_texts():
+    task = small_tasks()["countdown"]
+    rng = np.random.default_rng(0)
+    problems = countdown.problems(3, "heldout")
+    texts, truths, expected = [], [], []
+    for index in rng.integers(len(problems), size=120):
+        problem = problems[index]
+        right = str(rng.choice(countdown.solutions(3)[problem]))
+        wrong = countdown.demonstration(problem, rng, solution_rate=0.0)
+        mangled = right[:-1], right + "1", right.replace(right[1], "?"), right[::-1], "9" + right[1:], ""
+        for text in (right, wrong, *mangled):
+            texts.append(text)
+            truths.append([*problem[0], problem[1]])
+            expected.append(countdown.is_solution(text, problem))
+    scores = task.score(*spell(task, texts), jnp.asarray(truths))
+    np.testing.assert_array_equal(np.asarray(scores, bool), expected)
+    assert 100 < sum(expected) < len(expected) / 2
+    unfinished = task.score(*spell(task, texts, end=False), jnp.asarray(truths))
+    assert not np.any(unfinished)
+
+
+def test_countdown_lists_each_problem_once_with_solutions_that_hold():
+    everything = countdown.solutions(3)
+    assert len(everything) > 1500
+    for problem, answers in list(everything.items())[::37]:
+        assert all(countdown.is_solution(answer, problem) for answer in answers)
+    assert not countdown.is_solution("1+1+1", ((1, 1, 2), 3))  # a number that was not given
+    assert countdown.value("2+3*4") == 20  # from left to right
+    assert countdown.value("2**4") is None
+
+
+def test_style_scores_are_those_of_texts():
+    task = small_tasks()["style"]
+    rng = np.random.default_rng(0)
+    texts = ["".join(rng.choice(list(style.LETTERS), rng.integers(0, 17))) for _ in range(50)] + ["a?b"]
+    wanted = ["".join(rng.choice(list(style.LETTERS), 3, replace=False)) for _ in texts]
+    truth = jnp.asarray([[letter in letters for letter in style.LETTERS] for letters in wanted])
+    scores = task.score(*spell(task, texts), truth)
+    expected = [style.text_reward(text, letters) for text, letters in zip(texts, wanted, strict=True)]
+    np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_best_style_is_balanced_and_of_its_own_length():
+    letters = "bfk"
+    best = max(
+        style.text_reward("b" * i + "f" * j + "k" * k, letters)
+        for i in range(8)
+        for j in range(8)
+        for k in range(8)
+        if i + j + k <= style.LONGEST
+    )
+    assert best == pytest.approx(style.best_reward(), abs=1e-9)
+    assert best > style.text_reward("b" * 14, letters)
+    assert best > style.text_reward("bfk", letters)
+
+
+def test_preferences_follow_bradley_terry():
+    first, second = jnp.full(20_000, 1.5), jnp.full(20_000, 1.0)
+    share = jnp.mean(style.prefers_first(jax.random.key(0), first, second, noise=0.5))
+    assert share == pytest.approx(1 / (1 + np.exp(-1.0)), abs=0.01)
+
+
+def test_arithmetic_scores_are_the_verifier_s():
+    task = small_tasks()["arithmetic"]
+    assert task.best == 1.0
+    tokens, mask = jnp.asarray(task.demonstrations.tokens), jnp.asarray(task.demonstrations.mask)
+    assert tokens.shape == mask.shape
+    level = arithmetic.Level(3, 1, 9, "+")
+    solved = [arithmetic.solution(arithmetic.problem(level, "train", i)) for i in range(20)]
+    answers = jnp.asarray([s.answer for s in solved])
+    spelled = spell(task, [s.text for s in solved])
+    np.testing.assert_array_equal(task.score(*spelled, answers), 1)
+    np.testing.assert_array_equal(task.score(*spelled, answers + 1), 0)
