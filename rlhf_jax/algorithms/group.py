@@ -17,7 +17,9 @@ from rlhf_jax.core.optimization import Learner, accumulate_gradients, apply_grad
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import (
     Array,
+    Bool,
     Float,
+    Int,
     Metrics,
     Params,
     PRNGKeyArray,
@@ -33,7 +35,36 @@ from rlhf_jax.losses.policy_ratios import token_log_ratio
 from rlhf_jax.losses.policy_surrogates import clip_surrogate
 from rlhf_jax.losses.reductions import Reduction, sequence_mean
 
-AdvantageFn = Callable[[Float[Array, "N G"]], Float[Array, "N G"]]
+
+@pytree_dataclass
+class Groups:
+    """What an advantage may look at: N prompts with G answers each, in rows B = N x G.
+
+    Attributes:
+      rewards: one for each answer.
+      lengths: tokens of each answer.
+      mask: tokens of the answers.
+      kl: log-ratio of each token to the reference, in nats; zeros without one.
+      greedy_rewards: reward of the most likely answer to each prompt; None where the run does not ask.
+    """
+
+    rewards: Float[Array, "N G"]
+    lengths: Int[Array, "N G"]
+    mask: Bool[Array, "B T"]
+    kl: Float[Array, "B T"]
+    greedy_rewards: Float[Array, " N"] | None
+
+
+AdvantageFn = Callable[[Groups], Float[Array, "..."]]
+"""Groups -> advantages, [N, G] (one for each answer) or [B, T]."""
+
+WeightsFn = Callable[[Float[Array, "B T"], Float[Array, "B T"], Bool[Array, "B T"]], Float[Array, "B T"]]
+"""(old_logp, sampler_logp, mask) -> weights of tokens; see `losses.policy_weights`."""
+
+
+def relative_to_group(groups: Groups) -> Float[Array, "N G"]:
+    """GRPO's advantages, `kernels.group_relative_advantages`."""
+    return group_relative_advantages(groups.rewards)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +76,11 @@ class Config:
       epochs: passes over each batch.
       minibatches: optimizer steps in each pass; divides the rows of a batch.
       micro_batches: parts in which a mini-batch is computed; changes memory, not the result.
-      advantage_fn: rewards [N, G] -> advantages [N, G].
+      advantage_fn: what answers are compared with (`algorithms.group_members` has the family's).
       ratio_fn: token or sequence level (`losses.policy_ratios`).
       surrogate_fn: what the ratio and the advantage become (`losses.policy_surrogates`).
+      weights_fn: corrects for a sampler that is not the policy at the start of the update (another
+        implementation, or an older policy); None for no correction.
       kl_fn: estimator of the KL to the reference in the loss.
       reduce: how tokens become one number.
     """
@@ -56,9 +89,10 @@ class Config:
     epochs: int = 1
     minibatches: int = 1
     micro_batches: int = 1
-    advantage_fn: AdvantageFn = group_relative_advantages
+    advantage_fn: AdvantageFn = relative_to_group
     ratio_fn: RatioFn = token_log_ratio
     surrogate_fn: SurrogateFn = clip_surrogate
+    weights_fn: WeightsFn | None = None
     kl_fn: KLFn = k3
     reduce: Reduction = sequence_mean
 
@@ -96,18 +130,36 @@ class Batch:
     Attributes:
       old_logp: log-probs under the policy that sampled the answers.
       ref_logp: under the frozen reference; None without one.
-      advantages: one for each answer.
+      advantages: one for each answer, or for each token.
+      weights: factors of the tokens' surrogates; None for none.
     """
 
     sequences: Sequences
     old_logp: Float[Array, "B T"]
     ref_logp: Float[Array, "B T"] | None
-    advantages: Float[Array, "B"]
+    advantages: Float[Array, "B *T"]
+    weights: Float[Array, "B T"] | None = None
 
 
 def init(params: Params, tx: optax.GradientTransformation, key: PRNGKeyArray, frozen: Params = None) -> State:
     """The state at step 0; `frozen` is the part of the model that does not train."""
     return State(init_learner(params, tx, frozen), key)
+
+
+def compare(
+    config: Config,
+    rewards: Float[Array, "B"],
+    mask: Bool[Array, "B T"],
+    kl: Float[Array, "B T"],
+    greedy_rewards: Float[Array, " N"] | None = None,
+) -> tuple[Float[Array, "B *T"], Metrics]:
+    """Advantages within each group of `config.group_size` neighbouring rows, and the share of idle groups."""
+    grouped = rewards.reshape(-1, config.group_size)
+    lengths = jnp.sum(mask, axis=1).reshape(grouped.shape)
+    advantages = config.advantage_fn(Groups(grouped, lengths, mask, kl, greedy_rewards))
+    if advantages.shape == grouped.shape:
+        advantages = advantages.reshape(-1)
+    return advantages, {"zero_std_groups": jnp.mean(jnp.ptp(grouped, axis=1) == 0)}
 
 
 def make_batch(
@@ -116,31 +168,36 @@ def make_batch(
     rewards: Float[Array, "B"],
     old_logp: Float[Array, "B T"],
     ref_logp: Float[Array, "B T"] | None,
+    greedy_rewards: Float[Array, " N"] | None = None,
 ) -> tuple[Batch, Metrics]:
     """Advantages within each group of `config.group_size` neighbouring rows.
 
     Args:
       old_logp: of the rollout as the scorer gives it.
+      greedy_rewards: for advantages that compare with the most likely answer (ReMax).
 
     Returns:
       (batch, metrics). `zero_std_groups` is the share of groups whose rewards are all equal, which teach
       nothing; `mismatch` the mean |delta log-prob| between sampler and scorer, in nats per token.
     """
     mask = rollout.sequences.mask
-    grouped = rewards.reshape(-1, config.group_size)
-    advantages = config.advantage_fn(grouped).reshape(-1)
+    log_ratio = jnp.zeros_like(old_logp) if ref_logp is None else jnp.where(mask, old_logp - ref_logp, 0)
+    advantages, described = compare(config, rewards, mask, log_ratio, greedy_rewards)
+    weights = None if config.weights_fn is None else config.weights_fn(old_logp, rollout.logp, mask)
     metrics = {
         "reward": jnp.mean(rewards),
         "reward_std": jnp.std(rewards),
-        "zero_std_groups": jnp.mean(jnp.ptp(grouped, axis=1) == 0),
+        **described,
         "length": jnp.mean(jnp.sum(mask, axis=1)),
         "finished": jnp.mean(rollout.finished),
         "mismatch": masked_mean(jnp.abs(old_logp - rollout.logp), mask),
         "tokens": jnp.sum(mask),
     }
     if ref_logp is not None:
-        metrics["kl"] = jnp.mean(jnp.sum(jnp.where(mask, old_logp - ref_logp, 0), axis=1))
-    return Batch(rollout.sequences, old_logp, ref_logp, advantages), metrics
+        metrics["kl"] = jnp.mean(jnp.sum(log_ratio, axis=1))
+    if weights is not None:
+        metrics["sampler_weight"] = masked_mean(weights, mask)
+    return Batch(rollout.sequences, old_logp, ref_logp, advantages, weights), metrics
 
 
 def make_update(
@@ -167,6 +224,7 @@ def make_update(
                     kl_coef=hyper.kl_coef,
                     entropy=score.entropy,
                     entropy_coef=hyper.entropy_coef,
+                    weights=rows.weights,
                     ratio_fn=config.ratio_fn,
                     surrogate_fn=config.surrogate_fn,
                     kl_fn=config.kl_fn,

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,56 @@ import optax
 from rlhf_jax.core.masks import masked_sum
 from rlhf_jax.core.optimization import Learner, accumulate_gradients, apply_gradients, init_learner
 from rlhf_jax.core.trees import pytree_dataclass
-from rlhf_jax.core.types import Array, Float, Metrics, Params, PRNGKeyArray, Scalar, ScoreFn, Sequences
+from rlhf_jax.core.types import (
+    Array,
+    Bool,
+    Float,
+    Int,
+    Metrics,
+    Params,
+    PRNGKeyArray,
+    Scalar,
+    ScoreFn,
+    Sequences,
+)
 from rlhf_jax.losses.preference import dpo_loss
 
-PairLossFn = Callable[..., tuple[Float[Array, ""], Metrics]]
+
+@pytree_dataclass
+class PairLogps:
+    """What is known of pairs: log-probs in nats summed over responses, and lengths in tokens."""
+
+    policy_chosen: Float[Array, "B"]
+    policy_rejected: Float[Array, "B"]
+    ref_chosen: Float[Array, "B"]
+    ref_rejected: Float[Array, "B"]
+    chosen_length: Int[Array, "B"]
+    rejected_length: Int[Array, "B"]
+
+
+class PairLossFn(Protocol):
+    """A loss on pairs; `algorithms.preference_members` has the family's."""
+
+    def __call__(
+        self, pairs: PairLogps, /, *, beta: Scalar, mask: Bool[Array, "B"], denominator: Scalar
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """(loss, metrics) of the pairs under the mask, sums divided by `denominator`."""
+        ...
+
+
+def dpo(
+    pairs: PairLogps, /, *, beta: Scalar, mask: Bool[Array, "B"], denominator: Scalar
+) -> tuple[Float[Array, ""], Metrics]:
+    """`losses.preference.dpo_loss`."""
+    return dpo_loss(
+        pairs.policy_chosen,
+        pairs.policy_rejected,
+        pairs.ref_chosen,
+        pairs.ref_rejected,
+        beta=beta,
+        mask=mask,
+        denominator=denominator,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +69,11 @@ class Config:
 
     Attributes:
       micro_batches: parts in which a batch is computed; changes memory, not the result.
-      loss_fn: a loss of `losses.preference` that takes (policy chosen, policy rejected, reference chosen,
-        reference rejected) log-probs, `beta=` and `denominator=`.
+      loss_fn: what is made of the pairs.
     """
 
     micro_batches: int = 1
-    loss_fn: PairLossFn = dpo_loss
+    loss_fn: PairLossFn = dpo
 
 
 @pytree_dataclass
@@ -54,13 +100,17 @@ class State:
 class Batch:
     """Pairs with the reference's log-probs, in nats summed over the response.
 
-    The log-probs may come from a stored pass over the data set or from `reference_logp` on the fly.
+    The log-probs may come from a stored pass over the data set or from `make_batch` on the fly.
+
+    Attributes:
+      mask: pairs that count; None for all. Ties of a judge do not.
     """
 
     chosen: Sequences
     rejected: Sequences
     ref_chosen_logp: Float[Array, "B"]
     ref_rejected_logp: Float[Array, "B"]
+    mask: Bool[Array, "B"] | None = None
 
 
 def init(params: Params, tx: optax.GradientTransformation, key: PRNGKeyArray, frozen: Params = None) -> State:
@@ -78,9 +128,15 @@ def response_logp(
     return chosen_logp, rejected_logp
 
 
-def make_batch(score_fn: ScoreFn, ref_params: Params, chosen: Sequences, rejected: Sequences) -> Batch:
+def make_batch(
+    score_fn: ScoreFn,
+    ref_params: Params,
+    chosen: Sequences,
+    rejected: Sequences,
+    mask: Bool[Array, "B"] | None = None,
+) -> Batch:
     """Pairs with reference log-probs computed on the fly."""
-    return Batch(chosen, rejected, *response_logp(score_fn, ref_params, chosen, rejected))
+    return Batch(chosen, rejected, *response_logp(score_fn, ref_params, chosen, rejected), mask)
 
 
 def make_update(
@@ -89,21 +145,18 @@ def make_update(
     """`update(state, hyper, batch) -> (state, metrics)`: one optimizer step."""
 
     def update(state: State, hyper: Hyper, batch: Batch) -> tuple[State, Metrics]:
-        count = batch.ref_chosen_logp.shape[0]
+        mask = jnp.ones(batch.ref_chosen_logp.shape, bool) if batch.mask is None else batch.mask
+        count = jnp.sum(mask)
 
-        def loss_fn(params: Params, part: Batch):
+        def loss_fn(params: Params, rows: tuple[Batch, Bool[Array, "B"]]):
+            part, part_mask = rows
             chosen, rejected = response_logp(score_fn, params, part.chosen, part.rejected)
-            return config.loss_fn(
-                chosen,
-                rejected,
-                part.ref_chosen_logp,
-                part.ref_rejected_logp,
-                beta=hyper.beta,
-                denominator=count,
-            )
+            lengths = (jnp.sum(side.mask, axis=-1) for side in (part.chosen, part.rejected))
+            pairs = PairLogps(chosen, rejected, part.ref_chosen_logp, part.ref_rejected_logp, *lengths)
+            return config.loss_fn(pairs, beta=hyper.beta, mask=part_mask, denominator=count)
 
         gradients, loss, metrics = accumulate_gradients(
-            loss_fn, state.learner, batch, micro_batches=config.micro_batches
+            loss_fn, state.learner, (batch, mask), micro_batches=config.micro_batches
         )
         learner, guard = apply_gradients(
             state.learner, gradients, tx, learning_rate=hyper.learning_rate, loss=loss

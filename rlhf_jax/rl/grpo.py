@@ -79,9 +79,7 @@ def make_starts(env: Environment, env_params: Any, key: PRNGKeyArray, *, groups:
 
 def make_batch(config: group.Config, seen: Episodes) -> tuple[Batch, Metrics]:
     """Advantages within each group of neighbouring episodes."""
-    rewards = seen.returns.reshape(-1, config.group_size)
-    advantages = config.advantage_fn(rewards).reshape(-1)
-    metrics = {"zero_std_groups": jnp.mean(jnp.ptp(rewards, axis=1) == 0)}
+    advantages, metrics = group.compare(config, seen.returns, seen.mask, jnp.zeros_like(seen.logp))
     sequences: Any = Actions(seen.inputs, seen.mask)
     return Batch(sequences, seen.logp, None, advantages), metrics
 

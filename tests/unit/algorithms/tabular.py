@@ -15,6 +15,13 @@ def init(seed=0, dtype=jnp.float32):
     return {name: jnp.asarray(table, dtype) for name, table in tables.items()}
 
 
+def distribution(params, sequences):
+    """Log-probs of all tokens at t given the one at t-1; NaN where nothing counts."""
+    logp = jax.nn.log_softmax(params["logits"])[jnp.roll(sequences.tokens, 1, axis=1)]
+    sound = sequences.mask & (sequences.positions >= 0)
+    return jnp.where(sound[..., None], logp, jnp.nan)
+
+
 def score(params, sequences):
     """The token at t given the one at t-1; NaN where nothing counts, and at negative positions."""
     before = jnp.roll(sequences.tokens, 1, axis=1)

@@ -53,7 +53,7 @@ def test_advantages_compare_the_answers_of_one_group():
 
 
 def test_another_advantage_function_is_a_field():
-    config = group.Config(group_size=3, advantage_fn=leave_one_out_advantages)
+    config = group.Config(group_size=3, advantage_fn=lambda g: leave_one_out_advantages(g.rewards))
     batch, _ = make_batch(config)
     np.testing.assert_allclose(batch.advantages, [1, -0.5, -0.5, 0, 0, 0], atol=1e-6)
 

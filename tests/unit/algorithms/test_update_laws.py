@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tabular
 
-from rlhf_jax.algorithms import group, ppo, preference, reward, sft
+from rlhf_jax.algorithms import distillation, group, ppo, preference, reward, sft, unpaired
 from rlhf_jax.core.optimization import OptimizerConfig, make_optimizer
 from rlhf_jax.core.types import Sequences
 from rlhf_jax.losses.reductions import constant_length, sequence_mean, token_mean
@@ -56,6 +56,28 @@ def preference_case(dtype, **config):
     )
 
 
+def unpaired_case(dtype, shift_decay=None, **config):
+    config = unpaired.Config(shift_decay=shift_decay, **config)
+    update = unpaired.make_update(config, tabular.score, TX)
+    responses, mismatched = preference_rows(dtype)
+    desirable = jnp.arange(ROWS) % 3 > 0
+    mismatched = mismatched if shift_decay is None else None
+    ref = tabular.init(7, dtype)
+    batch = unpaired.make_batch(tabular.score, ref, responses, desirable, mismatched)
+    return update, unpaired.Hyper(beta=1.0), batch
+
+
+def bco_case(dtype, **config):
+    return unpaired_case(dtype, shift_decay=0.9, **config)
+
+
+def distillation_case(dtype, **config):
+    update = distillation.make_update(distillation.Config(**config), tabular.distribution, TX)
+    sequences = tabular.rows(1, LENGTHS)
+    teacher = tabular.distribution(tabular.init(7, dtype), sequences)
+    return update, distillation.Hyper(), distillation.Batch(sequences, teacher)
+
+
 def ppo_case(dtype, **config):
     sequences, old_logp, _ = policy_arrays(dtype)
     rng, mask = np.random.default_rng(4), np.asarray(sequences.mask)
@@ -78,6 +100,9 @@ CASES = {
     "sft": sft_case,
     "reward": reward_case,
     "preference": preference_case,
+    "kto": unpaired_case,
+    "bco": bco_case,
+    "distillation": distillation_case,
     "ppo": ppo_case,
     "group": group_case,
 }

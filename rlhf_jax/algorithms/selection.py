@@ -1,0 +1,100 @@
+"""Which of the sampled answers are learned from: pairs for preferences, the best for imitation.
+
+Rows of one prompt stand together: B = N x G.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.core.trees import pytree_dataclass
+from rlhf_jax.core.types import Array, Bool, Float, Int, Scalar, Sequences
+
+
+@pytree_dataclass
+class Pairs:
+    """Two answers to each prompt.
+
+    Attributes:
+      chosen: the better ones.
+      rejected: the worse ones.
+      mask: pairs of different reward.
+      first_is_chosen: which of the two it was, where the pair came in an order.
+    """
+
+    chosen: Sequences
+    rejected: Sequences
+    mask: Bool[Array, " N"]
+    first_is_chosen: Bool[Array, " N"]
+
+
+def take_rows(sequences: Sequences, rows: Int[Array, " N"]) -> Sequences:
+    """Rows by index."""
+    return jax.tree.map(lambda leaf: leaf[rows], sequences)
+
+
+def best_and_worst(sequences: Sequences, rewards: Float[Array, "N G"]) -> Pairs:
+    """The answers of highest and of lowest reward to each prompt; the first of equals."""
+    start = jnp.arange(rewards.shape[0]) * rewards.shape[1]
+    best, worst = jnp.argmax(rewards, axis=1), jnp.argmin(rewards, axis=1)
+    return Pairs(
+        chosen=take_rows(sequences, start + best),
+        rejected=take_rows(sequences, start + worst),
+        mask=jnp.max(rewards, axis=1) > jnp.min(rewards, axis=1),
+        first_is_chosen=best < worst,
+    )
+
+
+def judged(first: Sequences, second: Sequences, prefers_first: Bool[Array, " N"]) -> Pairs:
+    """Pairs by a judge's choice between `first` and `second`."""
+
+    def pick(a: Array, b: Array, first_wins: bool) -> Array:
+        choose_a = prefers_first[:, None] == first_wins
+        return jnp.where(choose_a, a, b)
+
+    return Pairs(
+        chosen=jax.tree.map(lambda a, b: pick(a, b, True), first, second),
+        rejected=jax.tree.map(lambda a, b: pick(a, b, False), first, second),
+        mask=jnp.ones(prefers_first.shape, bool),
+        first_is_chosen=prefers_first,
+    )
+
+
+def best_of_group(
+    sequences: Sequences, rewards: Float[Array, "N G"], *, at_least: Scalar = -jnp.inf
+) -> tuple[Sequences, Bool[Array, " N"]]:
+    """The best answer to each prompt, to imitate: best-of-n distillation, RAFT (Dong et al. 2023).
+
+    Args:
+      at_least: answers of less reward are left out: with 1 for right and 0 for wrong, rejection sampling.
+
+    Returns:
+      (answers [N, T], which of them count); what does not count is out of the mask.
+    """
+    start = jnp.arange(rewards.shape[0]) * rewards.shape[1]
+    answers = take_rows(sequences, start + jnp.argmax(rewards, axis=1))
+    counts = jnp.max(rewards, axis=1) >= at_least
+    return _only(answers, counts), counts
+
+
+def all_above(
+    sequences: Sequences, rewards: Float[Array, "N G"], *, at_least: Scalar
+) -> tuple[Sequences, Bool[Array, " B"]]:
+    """Every answer of enough reward (expert iteration; ReST, Gulcehre et al. 2023)."""
+    counts = rewards.reshape(-1) >= at_least
+    return _only(sequences, counts), counts
+
+
+def _only(answers: Sequences, counts: Bool[Array, " B"]) -> Sequences:
+    mask = answers.mask & counts[:, None]
+    return Sequences(answers.tokens, answers.positions, answers.segment_ids, mask)
+
+
+def groups_that_differ(rewards: Float[Array, "N G"], keep: int) -> tuple[Int[Array, " K"], Bool[Array, " K"]]:
+    """`keep` of the prompts, those whose answers differ in reward first (DAPO, Yu et al. 2025).
+
+    Returns:
+      (which prompts, whether each one's answers do differ): there may be too few.
+    """
+    differs = jnp.ptp(rewards, axis=1) > 0
+    chosen = jnp.argsort(~differs, stable=True)[:keep]
+    return chosen, differs[chosen]
