@@ -2,12 +2,15 @@
 
 A reward function is any callable
 
-    (prompts: list[str], completions: list[str], **fields: list) -> B numbers
+    (prompts: list[str], completions: list[str], **fields: list) -> B numbers, or None for a row
 
-where `fields` are the other fields of the rows the prompts came from, one list of length B each, and
-`finished`. Take the fields you need by name and the rest with `**_`.
+where `fields` are the other fields of the rows the prompts came from, one list of length B each, and what
+training knows of each completion: `finished`, `token_count` and `token_limit`. Take the fields you need by
+name and the rest with `**_`. None says that a row cannot be scored: it gets `UNSCORABLE_SCORE` and is
+counted.
 """
 
+import dataclasses
 import difflib
 import importlib
 import inspect
@@ -24,6 +27,23 @@ import numpy as np
 from rlhf_jax.core.errors import UserError
 
 RewardFn: TypeAlias = Callable[..., Any]
+
+UNSCORABLE_SCORE = 0.0
+"""What an answer is worth that its verifier cannot score: no more than a wrong one, so that nothing is
+gained by writing one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """Rewards of a batch.
+
+    Attributes:
+      rewards: [B] float32, all finite.
+      unscorable: [B] bool, rows that could not be scored and have the stated score.
+    """
+
+    rewards: np.ndarray
+    unscorable: np.ndarray
 
 
 # Finding -------------------------------------------------------------------------------------------
@@ -92,15 +112,28 @@ def call_reward(
     *,
     where: Sequence[str] | None = None,
 ) -> np.ndarray:
+    """The rewards of `score_rows` alone: [B] float32, all finite."""
+    return score_rows(reward_fn, prompts, completions, fields, where=where).rewards
+
+
+def score_rows(
+    reward_fn: RewardFn,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    fields: Mapping[str, Sequence[Any]],
+    *,
+    where: Sequence[str] | None = None,
+) -> Scored:
     """Calls a reward function and checks what it returns.
 
     Args:
       fields: other fields of the rows, a sequence of length B each; passed by name.
       where: where each row stands (`file:line`), for messages.
     Returns:
-      [B] float32, all finite.
+      The rewards, and which rows got `UNSCORABLE_SCORE` because the function returned None for them.
     Raises:
-      UserError: the function raises, or does not return B finite numbers; names function, row and value.
+      UserError: the function raises, or does not return B finite numbers or None; names function, row and
+        value.
     """
     lists = {name: list(values) for name, values in fields.items()}
     texts = list(prompts), list(completions)
@@ -115,7 +148,13 @@ def call_reward(
         raise UserError(
             f"reward function {_name(reward_fn)} raised {_said(error)}{_place(error)}{at}: mend the function"
         ) from error
-    return _checked(_name(reward_fn), returned, texts[1], where)
+    unscorable = np.zeros(len(texts[1]), bool)
+    if isinstance(returned, Scored):  # of functions that call others
+        returned, unscorable = returned.rewards, returned.unscorable
+    elif isinstance(returned, list | tuple) and len(returned) == len(texts[1]):
+        unscorable = np.array([value is None for value in returned], bool)
+        returned = [UNSCORABLE_SCORE if value is None else value for value in returned]
+    return Scored(_checked(_name(reward_fn), returned, texts[1], where), unscorable)
 
 
 def _check_arguments(reward_fn: RewardFn, fields: Mapping[str, Any]) -> None:
@@ -203,11 +242,16 @@ def _cut(text: str) -> str:
 
 
 def combine_rewards(weighted: Sequence[tuple[RewardFn, float]]) -> RewardFn:
-    """One reward function: the weighted sum of several, each checked on its own (see `call_reward`)."""
+    """One reward function: the weighted sum of several, each checked on its own (see `score_rows`).
+
+    It returns a `Scored`, whose rows are unscorable where those of any part are.
+    """
     parts = tuple(weighted)
 
-    def combined(prompts: Sequence[str], completions: Sequence[str], **fields: Sequence[Any]) -> np.ndarray:
-        terms = [weight * call_reward(fn, prompts, completions, fields) for fn, weight in parts]
-        return np.asarray(np.sum(terms, axis=0), np.float32)
+    def combined(prompts: Sequence[str], completions: Sequence[str], **fields: Sequence[Any]) -> Scored:
+        terms = [(score_rows(fn, prompts, completions, fields), weight) for fn, weight in parts]
+        rewards = np.sum([weight * term.rewards for term, weight in terms], axis=0)
+        unscorable = np.any([term.unscorable for term, _ in terms], axis=0)
+        return Scored(np.asarray(rewards, np.float32), unscorable)
 
     return combined

@@ -1,23 +1,24 @@
-"""Verifiers: is the answer of a completion right? Pure text, no `eval`, time bounded for any input."""
+"""Verifiers: is the answer of a completion right? Pure text, no `eval`, time bounded for any input.
 
-import re
+`exact_answer` takes one spelling only, `gsm8k_answer` any spelling of a number, `symbolic_answer`
+mathematics (see `answers`), `math_verify_reward` whatever the package math-verify takes, in a process
+under limits. The functions named `*_reward` are reward functions to name by path, such as
+`rlhf_jax.rewards.verifiers:symbolic_reward`; None is an answer that cannot be scored (see `functions`).
+"""
+
+import functools
+import importlib.util
 from collections.abc import Sequence
-from fractions import Fraction
 
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.workers import LimitedWorker
 from rlhf_jax.data.arithmetic import ANSWER_MARK
+from rlhf_jax.rewards.algebra import TooLarge
+from rlhf_jax.rewards.answers import answers_equal
+from rlhf_jax.rewards.extraction import Rule, boxed, final_answer, final_number, reference_answer, tagged
 
-# Only this much of a text is searched for a number, and longer numbers are none: both keep hostile
-# completions cheap, and no honest answer comes near.
-_WINDOW = 4096
-_LONGEST_NUMBER = 64
-
-# A sign counts only where it cannot be a minus between two numbers; grouping commas only in threes.
-_NUMBER = re.compile(
-    r"(?P<sign>(?<![\w)])-)?\$?"
-    r"(?P<whole>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+|(?=\.[0-9]))"
-    r"(?P<decimals>\.[0-9]+)?"
-    r"(?:/(?P<denominator>[0-9]+))?"
-)
+MATH_VERIFY_SECONDS = 1.0
+MATH_VERIFY_CHARACTERS = 4096
 
 
 def exact_answer(completion: str, answer: str | int, *, finished: bool = True) -> bool:
@@ -47,35 +48,29 @@ def gsm8k_answer(completion: str, reference: str | int | float) -> bool:
     return expected is not None and final_number(completion) == expected
 
 
-def final_number(text: str) -> Fraction | None:
-    """The number a worked solution ends with: the first behind the last `####`, without one the last of all.
+def symbolic_answer(
+    completion: str, reference: str | int | float, *, rule: Rule = final_answer
+) -> bool | None:
+    """Whether a completion gives the reference's answer, as mathematics (see `answers` for what is equal).
 
-    Reads integers, decimals, fractions such as `3/4`, grouping commas and `$`. Only the last 4,096
-    characters of a text without `####` are searched, and a number of more than 64 characters is none.
+    Args:
+      reference: the answer itself, or a worked solution that marks it (`####`, box or tag).
+      rule: where in the completion the answer stands (see `extraction`); no answer is a wrong one.
+
+    Returns:
+      None where it cannot be told: the reference has no answer, or one of the two is beyond the limits.
     """
-    _, mark, tail = text.rpartition(ANSWER_MARK)
-    if mark:
-        found = _NUMBER.search(tail[:_WINDOW].replace("\N{MINUS SIGN}", "-"))
-        return None if found is None else _fraction(found)
-    window = text[-_WINDOW:].replace("\N{MINUS SIGN}", "-")
-    numbers = list(_NUMBER.finditer(window))
-    # A number that starts where the window does may have lost its first digits.
-    if not numbers or (numbers[-1].start() == 0 and len(text) > _WINDOW):
+    expected = reference_answer(reference)
+    if expected is None:
         return None
-    return _fraction(numbers[-1])
-
-
-def _fraction(found: re.Match[str]) -> Fraction | None:
-    if len(found[0]) > _LONGEST_NUMBER:
+    answer = rule(completion)
+    try:
+        return answer is not None and answers_equal(answer, expected)
+    except TooLarge:
         return None
-    number = Fraction((found["whole"].replace(",", "") or "0") + (found["decimals"] or ""))
-    denominator = int(found["denominator"] or 1)
-    if denominator == 0:
-        return None
-    return (-number if found["sign"] else number) / denominator
 
 
-# Reward functions: name them by path, such as `rlhf_jax.rewards.verifiers:exact_answer_reward` --------
+# Reward functions ----------------------------------------------------------------------------------
 
 
 def exact_answer_reward(
@@ -98,3 +93,58 @@ def gsm8k_reward(
     """1 where `gsm8k_answer` holds, else 0, for rows with a field `answer` (GSM8K's worked solutions)."""
     pairs = zip(completions, answer, strict=True)
     return [float(gsm8k_answer(text, reference)) for text, reference in pairs]
+
+
+def symbolic_reward(
+    prompts: Sequence[str], completions: Sequence[str], *, answer: Sequence[str | int | float], **_: object
+) -> list[float | None]:
+    """1 where `symbolic_answer` holds, wherever the answer stands, for rows with a field `answer`."""
+    return _symbolic(completions, answer, final_answer)
+
+
+def boxed_reward(
+    prompts: Sequence[str], completions: Sequence[str], *, answer: Sequence[str | int | float], **_: object
+) -> list[float | None]:
+    r"""1 where `symbolic_answer` holds of the last `\boxed{}`, for rows with a field `answer`."""
+    return _symbolic(completions, answer, boxed)
+
+
+def tagged_reward(
+    prompts: Sequence[str], completions: Sequence[str], *, answer: Sequence[str | int | float], **_: object
+) -> list[float | None]:
+    """1 where `symbolic_answer` holds of the one `<answer>`, for rows with a field `answer`."""
+    return _symbolic(completions, answer, tagged)
+
+
+def _symbolic(
+    completions: Sequence[str], answers: Sequence[str | int | float], rule: Rule
+) -> list[float | None]:
+    pairs = zip(completions, answers, strict=True)
+    verdicts = [symbolic_answer(text, reference, rule=rule) for text, reference in pairs]
+    return [None if verdict is None else float(verdict) for verdict in verdicts]
+
+
+def math_verify_reward(
+    prompts: Sequence[str], completions: Sequence[str], *, answer: Sequence[str | int | float], **_: object
+) -> list[float | None]:
+    """1 where the package math-verify finds the answers equal, for rows with a field `answer`.
+
+    It builds expressions with sympy, which may take for ever: it runs in a process of its own, on the last
+    4,096 characters, for a second and in 512 MiB at most. What does not end by then cannot be scored.
+
+    Raises:
+      UserError: the package is not installed.
+    """
+    tasks = [
+        [text[-MATH_VERIFY_CHARACTERS:], reference_answer(reference) or ""]
+        for text, reference in zip(completions, answer, strict=True)
+    ]
+    outcomes = _math_verify_worker().run(tasks)
+    return [None if outcome.value is None else float(outcome.value) for outcome in outcomes]
+
+
+@functools.cache
+def _math_verify_worker() -> LimitedWorker:
+    if importlib.util.find_spec("math_verify") is None:
+        raise UserError("math_verify_reward needs the package math-verify: pip install 'rlhf_jax[math]'")
+    return LimitedWorker("rlhf_jax.rewards.math_verify_worker:verify", seconds=MATH_VERIFY_SECONDS)

@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.rewards.functions import call_reward, combine_rewards, load_reward
+from rlhf_jax.rewards.functions import (
+    UNSCORABLE_SCORE,
+    call_reward,
+    combine_rewards,
+    load_reward,
+    score_rows,
+)
 from rlhf_jax.rewards.verifiers import exact_answer_reward
 
 MODULE = """
@@ -110,7 +116,7 @@ def test_fields_reach_the_function_as_lists():
         ([[1.0], [2.0, 3.0], 4.0], ["[[1.0], [2.0, 3.0], 4.0]"]),
         (["yes", "no", "no"], ["['yes', 'no', 'no']"]),
         (None, ["None", "shape ()"]),
-        ([1.0, None, 0.0], ["nan", "row 1"]),
+        (np.array([1.0, np.nan, 0.0]), ["nan", "row 1"]),
         ({}, ["{}"]),
         ([1j, 0, 0], ["1j"]),
     ],
@@ -183,6 +189,24 @@ def test_weights_add_up():
     combined = combine_rewards([(lengths, 0.5), (exact_answer_reward, 2.0)])
     rewards = call_reward(combined, ["p"] * 2, ["#### 1", "#### 22"], {"answer": [1, 1]})
     assert rewards.tolist() == [5.0, 3.5]
+
+
+def test_what_cannot_be_scored_gets_the_stated_score_and_is_counted():
+    def unsure(prompts, completions, **_):
+        return [None if text == "?" else 1.0 for text in completions]
+
+    scored = score_rows(unsure, ["p"] * 3, ["a", "?", "b"], {})
+    assert scored.rewards.tolist() == [1.0, UNSCORABLE_SCORE, 1.0]
+    assert scored.rewards.dtype == np.float32
+    assert scored.unscorable.tolist() == [False, True, False]
+
+    def lengths(prompts, completions, **_):
+        return [float(len(text)) for text in completions]
+
+    combined = combine_rewards([(lengths, 0.5), (unsure, 2.0)])
+    scored = score_rows(combined, ["p"] * 2, ["?", "bb"], {})
+    assert scored.rewards.tolist() == [0.5 + 2 * UNSCORABLE_SCORE, 3.0]
+    assert scored.unscorable.tolist() == [True, False]
 
 
 def test_a_part_that_fails_is_named():

@@ -15,6 +15,7 @@ from rlhf_jax.rewards.verifiers import (
     final_number,
     gsm8k_answer,
     gsm8k_reward,
+    symbolic_answer,
 )
 
 GSM8K = pathlib.Path(__file__).resolve().parents[4] / "shared" / "data" / "gsm8k"
@@ -183,6 +184,7 @@ def test_published_verdicts_on_real_model_solutions():
             solutions = [value for value in row.values() if isinstance(value, dict)]
             agreements += [
                 gsm8k_answer(each["solution"], row["ground_truth"]) == each["is_correct"]
+                and symbolic_answer(each["solution"], row["ground_truth"]) is each["is_correct"]
                 for each in solutions
             ]
     assert len(agreements) > 3000
