@@ -3,51 +3,20 @@
 import dataclasses
 import difflib
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import jax.numpy as jnp
-from flax import linen as nn
+import rl_rows
 
-from rlhf_jax.algorithms import ppo as shared_ppo
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.optimization import OptimizerConfig
 from rlhf_jax.rl.environments import Environment
-from rlhf_jax.rl.networks import MinAtarConv
-from rlhf_jax.rl.on_policy import NetworkConfig
-from rlhf_jax.rl.ppo import Config as PPOConfig
-from rlhf_jax.rl.rollout import RolloutConfig
 from rlhf_jax.rl.runs import Run
 
 DISCRETE = ("dqn", "c51", "qr_dqn")
 CONTINUOUS = ("ddpg", "td3", "sac")
 EITHER = ("ppo", "ppo_penalty", "a2c", "trpo", "reinforce", "grpo")
-
-ANNEALED = OptimizerConfig(schedule="linear", clip_norm=0.5, b2=0.999, epsilon=1e-5)
-PENDULUM_PPO = PPOConfig(
-    total_steps=300_000,
-    rollout=RolloutConfig(num_envs=16, num_steps=128),
-    update=shared_ppo.Config(epochs=10, minibatches=16),
-    optimizer=ANNEALED,
-)
-MINATAR_PPO = PPOConfig(
-    total_steps=10_000_000,
-    rollout=RolloutConfig(num_envs=64, num_steps=128),
-    network=NetworkConfig(body=MinAtarConv(activation=nn.relu)),
-    update=shared_ppo.Config(epochs=4, minibatches=8),
-    optimizer=ANNEALED,
-)
-
-# (algorithm, environment) -> (config, changes of the hyperparameters); elsewhere the algorithm's defaults.
-PRESETS: Mapping[tuple[str, str], tuple[Any, dict[str, float]]] = {
-    ("ppo", "Pendulum-v1"): (
-        PENDULUM_PPO,
-        {"learning_rate": 1e-3, "entropy_coef": 0.0, "value_clip": float("inf")},
-    ),
-    ("ppo", "Breakout-MinAtar"): (MINATAR_PPO, {"learning_rate": 5e-3}),
-    ("ppo", "SpaceInvaders-MinAtar"): (MINATAR_PPO, {"learning_rate": 5e-3}),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +42,9 @@ def make_agent(algo: str, env: Environment, steps: int, changes: Sequence[str]) 
     """The algorithm with its settings for this environment.
 
     Args:
-      steps: environment steps; 0 for those of the settings.
-      changes: `hyper.NAME=VALUE`, or `NAME=VALUE` and `PART.NAME=VALUE` for the config.
+      steps: environment steps; 0 for those of the table of results, or the algorithm's own.
+      changes: `hyper.NAME=VALUE`, or `NAME=VALUE` and `PART.NAME=VALUE` for the config; made after those that
+        `rl_rows` has for this environment.
 
     Raises:
       UserError: there is no such algorithm or setting, or it does not fit the environment's actions.
@@ -92,11 +62,10 @@ def make_agent(algo: str, env: Environment, steps: int, changes: Sequence[str]) 
             f"{', '.join(fitting)}"
         )
     module = importlib.import_module(f"rlhf_jax.rl.{name}")
-    config, numbers = PRESETS.get((name, env.name), (module.Config(), {}))
-    hyper = module.default_hyper(**numbers) if hasattr(module, "default_hyper") else module.Hyper(**numbers)
-    if steps:
-        config = _with_steps(config, env, steps)
-    for change in changes:
+    settings, usual_steps = rl_rows.settings_for(name, env.name)
+    config = module.Config()
+    hyper = module.default_hyper() if hasattr(module, "default_hyper") else module.Hyper()
+    for change in (*settings, *changes):
         path, sign, text = change.partition("=")
         if not sign:
             raise UserError(f"--set {change!r}: write it as NAME=VALUE")
@@ -104,6 +73,12 @@ def make_agent(algo: str, env: Environment, steps: int, changes: Sequence[str]) 
             hyper = _changed(hyper, path.removeprefix("hyper.").split("."), text, change)
         else:
             config = _changed(config, path.split("."), text, change)
+    if not steps and not any(
+        change.partition("=")[0].endswith(("total_steps", "updates")) for change in changes
+    ):
+        steps = usual_steps
+    if steps:
+        config = _with_steps(config, env, steps)
     fields = {field.name: jnp.asarray(getattr(hyper, field.name)) for field in dataclasses.fields(hyper)}
     return Agent(name, module, config, dataclasses.replace(hyper, **fields))
 
@@ -141,7 +116,7 @@ def _parsed(value: Any, text: str, change: str) -> Any:
     if isinstance(value, str):
         return text
     dtype = getattr(value, "dtype", None)
-    kind = int if isinstance(value, int) else float
+    kind = int if value is None or isinstance(value, int) else float  # such as max_steps
     try:
         number = kind(text)
     except ValueError as error:

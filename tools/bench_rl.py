@@ -7,11 +7,13 @@
 `ppo`   PPO on CartPole-v1 (4 environments x 128 steps, 4 epochs, 4 mini-batches, tanh 64 x 2); several seeds
         side by side, to show how cost grows with their number.
 `dqn`   DQN on CartPole-v1: one agent and many.
-`peer`  the same PPO by Stable-Baselines3 on the CPU, where it is installed (with gymnasium and torch).
+`peer`  the same PPO by Stable-Baselines3 on the CPU, by an interpreter that has it:
+        --peer-python ENVIRONMENT/bin/python
 """
 
 import dataclasses
-import importlib.util
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, Literal
@@ -20,6 +22,7 @@ import jax
 import tyro
 
 from rlhf_jax.core.compilation import compiler_options
+from rlhf_jax.core.errors import UserError
 from rlhf_jax.rl import dqn, environments, ppo
 from rlhf_jax.rl.runs import Run, advance
 
@@ -37,6 +40,7 @@ class Bench:
       steps: environment steps of each PPO run.
       dqn_steps: of each DQN agent.
       peer_steps: of the peer.
+      peer_python: an interpreter with stable-baselines3, gymnasium and torch; None leaves the peer out.
       repeats: the least time counts.
     """
 
@@ -46,6 +50,7 @@ class Bench:
     steps: int = 50_000
     dqn_steps: int = 20_000
     peer_steps: int = 20_000
+    peer_python: str | None = None
     repeats: int = 2
 
 
@@ -66,25 +71,37 @@ def measure(run: Run, hyper: Any, count: int, repeats: int) -> tuple[float, floa
     return compile_seconds, count * run.updates * run.steps_per_update / least
 
 
-def measure_peer(steps: int) -> float:
-    """Environment steps per second of Stable-Baselines3's PPO with the same settings."""
-    from stable_baselines3 import PPO  # pyright: ignore[reportMissingImports]
-    from stable_baselines3.common.env_util import make_vec_env  # pyright: ignore[reportMissingImports]
-
-    model = PPO(
-        "MlpPolicy",
-        make_vec_env("CartPole-v1", n_envs=4),
-        learning_rate=2.5e-4,
-        n_steps=128,
-        batch_size=128,
-        n_epochs=4,
-        ent_coef=0.01,
-        device="cpu",
-    )
-    model.learn(2048)  # warm
+PEER = """
+import sys, time
+from stable_baselines3 import PPO
+from stable_baselines3.common.env_util import make_vec_env
+model = PPO("MlpPolicy", make_vec_env("CartPole-v1", n_envs=4), learning_rate=2.5e-4, n_steps=128,
+            batch_size=128, n_epochs=4, ent_coef=0.01, device="cpu")
+model.learn(2048)  # warm
+steps, least = int(sys.argv[1]), float("inf")
+for _ in range(int(sys.argv[2])):
     began = time.perf_counter()
     model.learn(steps)
-    return steps / (time.perf_counter() - began)
+    least = min(least, time.perf_counter() - began)
+print(steps / least)
+"""
+
+
+def measure_peer(python: str, steps: int, repeats: int) -> float:
+    """Environment steps per second of Stable-Baselines3's PPO with the same settings.
+
+    Raises:
+      UserError: that interpreter cannot run it.
+    """
+    command = [python, "-W", "ignore", "-c", PEER, str(steps), str(repeats)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        last = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
+        raise UserError(
+            f"{python} cannot run Stable-Baselines3 ({last}): give --peer-python one that has it"
+        ) from error
+    return float(done.stdout.split()[-1])
 
 
 def show(name: str, count: int, compile_seconds: float | None, rate: float, first: float) -> None:
@@ -99,8 +116,8 @@ def main(bench: Bench) -> None:
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}\n")
     print("| run | side by side | compile (s) | env steps / s | against first row |\n|---|---|---|---|---|")
     first = None
-    if "peer" in bench.rows and importlib.util.find_spec("stable_baselines3"):
-        first = measure_peer(bench.peer_steps)
+    if "peer" in bench.rows and bench.peer_python:
+        first = measure_peer(bench.peer_python, bench.peer_steps, bench.repeats)
         show("PPO, Stable-Baselines3", 1, None, first, first)
     if "ppo" in bench.rows:
         run = ppo.make_run(ppo.Config(total_steps=bench.steps), env, env_params)
@@ -119,4 +136,7 @@ def main(bench: Bench) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Bench, description=(__doc__ or "").split("\n\n")[0]))
+    try:
+        main(tyro.cli(Bench, description=(__doc__ or "").split("\n\n")[0]))
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -56,10 +56,10 @@ class Config:
     """
 
     total_steps: int = 500_000
-    rollout: RolloutConfig = RolloutConfig(num_envs=16, num_steps=16)
+    rollout: RolloutConfig = RolloutConfig(num_envs=8, num_steps=8)
     network: NetworkConfig = NetworkConfig()
     optimizer: OptimizerConfig = OptimizerConfig(schedule="linear", clip_norm=0.5, b2=0.999, epsilon=1e-5)
-    whiten_advantages: bool = True
+    whiten_advantages: bool = False
 
 
 @pytree_dataclass
@@ -73,11 +73,11 @@ class Hyper:
       entropy_coef: weight of the entropy bonus.
     """
 
-    learning_rate: Scalar = 1e-3
+    learning_rate: Scalar = 2e-3
     gamma: Scalar = 0.99
     gae_lambda: Scalar = 1.0
     value_coef: Scalar = 0.5
-    entropy_coef: Scalar = 0.01
+    entropy_coef: Scalar = 0.0
 
 
 @pytree_dataclass

@@ -66,7 +66,7 @@ class Hyper:
       value_max: the highest.
     """
 
-    learning_rate: Scalar = 2.5e-4
+    learning_rate: Scalar = 5e-4
     gamma: Scalar = 0.99
     epsilon_start: Scalar = 1.0
     epsilon_end: Scalar = 0.05

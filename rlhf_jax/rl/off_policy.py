@@ -48,6 +48,9 @@ class RunConfig:
       batch_size: transitions an update.
       capacity: transitions on record, rounded up to whole trainings.
       n_step: rewards before the bootstrap.
+      noise_hold: steps for which an environment keeps a draw of what chance its actions need, at most until
+        the next training. Noise that is held pushes further, which rewards far away may need (as in Raffin et
+        al. 2021).
       reports: entries of the history.
     """
 
@@ -59,6 +62,7 @@ class RunConfig:
     batch_size: int = 128
     capacity: int = 10_000
     n_step: int = 1
+    noise_hold: int = 1
     reports: int = 20
 
     @property
@@ -223,7 +227,12 @@ def _collect(
     # All chance is drawn before the loop over time: one large draw costs much less than many small ones.
     reset = jax.vmap(jax.vmap(env.reset, (0, None)), (0, None))
     fresh = reset(jax.random.split(reset_key, shape), env_params)
-    chance = (noise_fn(noise_key, shape), jax.random.split(env_key, shape), fresh)
+    draws = -(-config.train_every // config.noise_hold)
+    noise = jax.tree.map(
+        lambda x: jnp.repeat(x, config.noise_hold, axis=0)[: config.train_every],
+        noise_fn(noise_key, (draws, config.num_envs)),
+    )
+    chance = (noise, jax.random.split(env_key, shape), fresh)
     step_envs = jax.vmap(env.step_or_become, (0, 0, 0, None, 0))
 
     def step(carry: tuple[EnvState, Array], now: tuple[Noise, PRNGKeyArray, EnvState]):

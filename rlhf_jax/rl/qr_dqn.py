@@ -58,7 +58,12 @@ class Config:
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary; `dqn.Hyper` says what is not said here."""
+    """What a sweep may vary; `dqn.Hyper` says what is not said here.
+
+    Attributes:
+      huber_delta: error beyond which the loss is linear, in units of reward. Dabney et al. 2018 take 1, with
+        rewards clipped to 1; with returns far above it, values may grow without bound.
+    """
 
     learning_rate: Scalar = 2.5e-4
     gamma: Scalar = 0.99
@@ -67,7 +72,7 @@ class Hyper:
     epsilon_steps: Scalar = 250_000.0
     target_every: Scalar = 50
     target_rate: Scalar = 1.0
-    huber_delta: Scalar = 1.0
+    huber_delta: Scalar = 10.0
     priority_alpha: Scalar = 0.6
     priority_beta: Scalar = 0.4
 

@@ -71,7 +71,7 @@ class Hyper:
       entropy_coef: weight of the entropy bonus.
     """
 
-    learning_rate: Scalar = 5e-3
+    learning_rate: Scalar = 1e-2
     gamma: Scalar = 0.99
     value_coef: Scalar = 0.5
     entropy_coef: Scalar = 0.0

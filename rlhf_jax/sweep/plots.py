@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.evaluation.statistics import interquartile_mean
+from rlhf_jax.evaluation.statistics import interquartile_mean, stratified_bootstrap_interval
 from rlhf_jax.sweep.results import Results
 from rlhf_jax.sweep.summaries import performance_profile
 
@@ -30,15 +30,34 @@ def plot_curves(results: Results, metric: str, path: str | Path, *, points: int 
     figure, axes = _axes()
     edges = np.array_split(np.arange(values.shape[2]), min(points, values.shape[2]))
     updates = np.array([part.mean() + 1 for part in edges])
-    draws = np.random.default_rng(0).integers(values.shape[1], size=(_RESAMPLES, values.shape[1]))
     for setting, runs in enumerate(values):
-        curve = np.stack([runs[:, part].mean(axis=1) for part in edges], axis=1)
-        resampled = np.array([[interquartile_mean(column) for column in curve[d].T] for d in draws])
-        low, high = np.quantile(resampled, [0.025, 0.975], axis=0)
-        middle = [interquartile_mean(column) for column in curve.T]
+        middle, low, high = curve_with_band(np.stack([runs[:, part].mean(axis=1) for part in edges], axis=1))
         (line,) = axes.plot(updates, middle, label=results.label(setting))
         axes.fill_between(updates, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
     _finish(figure, axes, "update", metric, path)
+
+
+def curve_with_band(runs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """IQM over seeds at each point of a curve, and its 95 % bootstrap interval.
+
+    Args:
+      runs: [S, P]; a NaN is a seed without value there, and a point without any is NaN.
+
+    Returns:
+      (IQM, low, high), [P] each.
+    """
+
+    def point(values: np.ndarray) -> tuple[float, float, float]:
+        values = values[~np.isnan(values)]
+        if not len(values):
+            return np.nan, np.nan, np.nan
+        interval = stratified_bootstrap_interval(
+            values[:, None], statistic_fn=interquartile_mean, resamples=_RESAMPLES
+        )
+        return interval.mean, interval.low, interval.high
+
+    middle, low, high = np.array([point(values) for values in runs.T]).T
+    return middle, low, high
 
 
 def plot_profiles(results: Results, metric: str, path: str | Path) -> None:

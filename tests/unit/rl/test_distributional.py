@@ -77,7 +77,7 @@ def test_one_quantile_is_half_of_hubers_dqn():
     one = jax.jit(dqn.make_update(dqn.Config(double=False), plain_fns, tx))
     other = jax.jit(qr_dqn.make_update(qr_dqn.Config(), quantile_fns, tx))
     a, metrics, errors = one(dqn.init(params, tx), dqn.Hyper(huber_delta=1.0), batch_of())
-    b, same_metrics, same_errors = other(dqn.init(params, tx), qr_dqn.Hyper(), batch_of())
+    b, same_metrics, same_errors = other(dqn.init(params, tx), qr_dqn.Hyper(huber_delta=1.0), batch_of())
     np.testing.assert_allclose(same_metrics["value_loss"], 0.5 * metrics["value_loss"], rtol=1e-5)
     np.testing.assert_allclose(same_errors, errors, atol=1e-6)
     for x, y in zip(jax.tree.leaves(a.learner.params), jax.tree.leaves(b.learner.params), strict=True):

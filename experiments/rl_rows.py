@@ -1,0 +1,154 @@
+"""The rows of the results table: environment, algorithm, steps, the number to beat, and every setting.
+
+`experiments/rl.py` takes its settings for an environment from here too, so that
+
+    python experiments/rl.py --algo sac --env Pendulum-v1
+
+is a row of the table with one seed. What a row does not name is the default of the algorithm's `Config` and
+`Hyper`, which are those for CartPole.
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+      env: name of the environment.
+      algo: name of the algorithm.
+      steps: environment steps of each seed, as the number to beat had them.
+      to_beat: evaluation return; None where the row shows what one setting changes.
+      source: where that number comes from.
+      settings: changes of the defaults, as after `--set` of `experiments/rl.py`; those of a variant come on
+        top of the row it is a variant of.
+      variant: what sets the row apart from another of the same environment and algorithm.
+      chunk: seeds that run at once; 0 for all. What is done is kept after each chunk.
+      seeds: 0 for those of the whole table; fewer where a row takes long.
+      done_steps: 0 for `steps`; fewer where a row takes long.
+      note: what else there is to know, such as what was tried.
+    """
+
+    env: str
+    algo: str
+    steps: int
+    to_beat: float | None
+    source: str = ""
+    settings: tuple[str, ...] = ()
+    variant: str = ""
+    chunk: int = 0
+    seeds: int = 0
+    done_steps: int = 0
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        """What `--rows` knows it by."""
+        return "/".join(filter(None, (self.env, self.algo, self.variant.replace(" ", "-"))))
+
+
+CLEANRL = "CleanRL"
+ZOO = "rl-zoo"
+MINATAR_PPO = (
+    "rollout.num_envs=64",
+    "rollout.num_steps=128",
+    "update.minibatches=8",
+    "hyper.learning_rate=5e-3",
+)
+PENDULUM_PPO = (
+    "rollout.num_envs=16",
+    "rollout.num_steps=128",
+    "update.epochs=10",
+    "update.minibatches=16",
+    "hyper.learning_rate=1e-3",
+    "hyper.entropy_coef=0",
+    "hyper.value_clip=inf",
+)
+
+# In the order in which they are run: what is quick and much asked for first.
+ROWS = (
+    Row("CartPole-v1", "ppo", 500_000, 500.0, "every seed"),
+    Row("CartPole-v1", "a2c", 500_000, 500.0),
+    Row("CartPole-v1", "trpo", 500_000, 500.0),
+    Row("CartPole-v1", "reinforce", 500_000, 450.0),
+    Row("CartPole-v1", "grpo", 500_000, 475.0),
+    Row("Pendulum-v1", "ppo", 300_000, -185.0, "", PENDULUM_PPO),
+    Row(
+        "Pendulum-v1",
+        "ppo",
+        300_000,
+        None,
+        settings=("rollout.bootstrap_truncation=false",),
+        variant="no truncation bootstrap",
+    ),
+    Row("Acrobot-v1", "ppo", 500_000, -83.4),
+    Row("CartPole-v1", "dqn", 500_000, 498.4, CLEANRL),
+    Row("Pendulum-v1", "sac", 20_000, -157.0),
+    Row("Pendulum-v1", "td3", 20_000, -152.0),
+    Row("Pendulum-v1", "ddpg", 20_000, -152.0),
+    Row(
+        "MountainCar-v0",
+        "ppo",
+        1_000_000,
+        -110.4,
+        ZOO,
+        (
+            "rollout.num_envs=16",
+            "rollout.num_steps=16",
+            "rollout.normalize_obs=true",
+            "rollout.normalize_rewards=true",
+            "hyper.learning_rate=3e-4",
+            "hyper.gae_lambda=0.98",
+            "hyper.entropy_coef=0",
+        ),
+    ),
+    Row(
+        "MountainCar-v0",
+        "dqn",
+        120_000,
+        -100.8,
+        ZOO,
+        (
+            "run.train_every=16",
+            "run.updates=8",
+            "run.capacity=10000",
+            "hyper.learning_rate=4e-3",
+            "hyper.gamma=0.98",
+            "hyper.target_every=300",
+            "hyper.epsilon_steps=24000",
+            "hyper.epsilon_end=0.07",
+        ),
+    ),
+    Row(
+        "Acrobot-v1",
+        "dqn",
+        100_000,
+        -76.6,
+        ZOO,
+        (
+            "run.train_every=4",
+            "run.updates=4",
+            "run.capacity=50000",
+            "hyper.learning_rate=6.3e-4",
+            "hyper.target_every=250",
+            "hyper.epsilon_steps=12000",
+            "hyper.epsilon_end=0.1",
+        ),
+    ),
+    Row("CartPole-v1", "qr_dqn", 500_000, 498.4, "DQN's", ("quantiles=10",)),
+    Row("CartPole-v1", "c51", 500_000, 491.1, CLEANRL),
+    Row("MountainCarContinuous-v0", "sac", 50_000, 94.7, ZOO),
+    Row("MountainCarContinuous-v0", "td3", 300_000, 93.5, ZOO),
+    Row("MountainCarContinuous-v0", "ddpg", 300_000, 93.5, ZOO),
+    Row("SpaceInvaders-MinAtar", "ppo", 10_000_000, 174.0, "", MINATAR_PPO),
+    Row("Breakout-MinAtar", "ppo", 10_000_000, 77.5, "", MINATAR_PPO),
+)
+
+
+def settings_for(algo: str, env: str) -> tuple[tuple[str, ...], int]:
+    """(changes of the defaults, environment steps) of the first such row; steps are 0 where there is none."""
+    for row in ROWS:
+        if (row.algo, row.env) == (algo, env):
+            return row.settings, row.steps
+    return (), 0
