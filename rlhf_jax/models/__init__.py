@@ -2,6 +2,7 @@
 
 from rlhf_jax.models.config import (
     Attention,
+    AttentionBackend,
     Block,
     FeedForward,
     GatedFeedForward,
@@ -41,6 +42,7 @@ from rlhf_jax.models.scoring import (
 __all__ = [
     "Alibi",
     "Attention",
+    "AttentionBackend",
     "Block",
     "Cache",
     "FeedForward",

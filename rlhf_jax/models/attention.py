@@ -1,4 +1,5 @@
-"""Attention layers. With a cache, new columns are written at `start` and all columns are attended to."""
+"""Attention layers. With a cache, new columns are written at `start`; where the cache was empty, the new
+columns are all there is to attend to."""
 
 import functools
 from typing import Any
@@ -7,65 +8,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from rlhf_jax.core.trees import pytree_dataclass
-from rlhf_jax.core.types import Array, Bool, Float, Int
-from rlhf_jax.models.config import Attention, LatentAttention
+from rlhf_jax.core.types import Array, Float, Int
+from rlhf_jax.models.attend import Context, attend
+from rlhf_jax.models.config import Attention, AttentionBackend, LatentAttention
 from rlhf_jax.models.layers import Linear, Scale, norm_layer
 from rlhf_jax.models.positions import Alibi, Rope, alibi_slopes, rotate
 
 LayerCache = tuple[Array, ...]
 """(keys, values) [B, S, K, d], or (latents, rotated keys) [B, S, d]."""
-
-
-@pytree_dataclass
-class Context:
-    """What every layer of a pass shares.
-
-    Attributes:
-      positions: of the tokens read now.
-      key_positions: of every column that may be attended to.
-      mask: who sees whom, windows apart.
-      start: the column of the cache that the first token goes to.
-    """
-
-    positions: Int[Array, "B T"]
-    key_positions: Int[Array, "B S"]
-    mask: Bool[Array, "B T S"]
-    start: Int[Array, ""]
-
-    def distance(self) -> Int[Array, "B T S"]:
-        """How many tokens each column lies back."""
-        return self.positions[:, :, None] - self.key_positions[:, None, :]
-
-
-def attend(
-    query: Float[Array, "B T H d"],
-    key: Float[Array, "B S K d"],
-    value: Float[Array, "B S K v"],
-    mask: Bool[Array, "B T S"],
-    *,
-    scale: float,
-    softcap: float | None = None,
-    bias: Float[Array, "B H T S"] | None = None,
-) -> Float[Array, "B T H v"]:
-    """softmax(softcap(scale q k^T) + bias) v over the unmasked columns.
-
-    A row that sees no column gets something finite.
-    """
-    if softcap is None and key.shape[-1] == value.shape[-1] and query.dtype != jnp.float64:
-        return jax.nn.dot_product_attention(query, key, value, bias, mask[:, None], scale=scale)
-    batch, time, heads, width = query.shape
-    kv_heads = key.shape[2]
-    wide = jnp.promote_types(query.dtype, jnp.float32)
-    grouped = query.reshape(batch, time, kv_heads, heads // kv_heads, width)
-    logits = scale * jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=wide)
-    if softcap is not None:
-        logits = softcap * jnp.tanh(logits / softcap)
-    if bias is not None:
-        logits += bias.reshape(batch, kv_heads, -1, *bias.shape[2:])
-    logits = jnp.where(mask[:, None, None], logits, jnp.finfo(wide).min)
-    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-    return jnp.einsum("bkgts,bskv->btkgv", weights, value).reshape(batch, time, heads, -1)
 
 
 def append(cache: LayerCache, new: LayerCache, start: Int[Array, ""]) -> LayerCache:
@@ -82,6 +32,7 @@ class SelfAttention(nn.Module):
     spec: Attention
     width: int
     output_std: float
+    backend: AttentionBackend
     param_dtype: Any
     dtype: Any
 
@@ -97,15 +48,24 @@ class SelfAttention(nn.Module):
         if isinstance(spec.position, Rope):
             query, key = (rotate(heads, context.positions, spec.position) for heads in (query, key))
         if cache is not None:
-            key, value = cache = append(cache, (key, value), context.start)
-        mask, bias = context.mask, None
-        if spec.window is not None:
-            mask &= context.distance() < spec.window
+            cache = append(cache, (key, value), context.start)
+            key, value = cache if context.segment_ids is None else (key, value)
+        bias = None
         if isinstance(spec.position, Alibi):
             slopes = alibi_slopes(spec.num_heads)[:, None, None]
             bias = jnp.asarray(-slopes * context.distance()[:, None], query.dtype)
         scale = spec.head_dim**-0.5 if spec.scale is None else spec.scale
-        attended = attend(query, key, value, mask, scale=scale, softcap=spec.softcap, bias=bias)
+        attended = attend(
+            query,
+            key,
+            value,
+            context,
+            backend=self.backend,
+            scale=scale,
+            softcap=spec.softcap,
+            bias=bias,
+            window=spec.window,
+        )
         output = self._linear(self.width, use_bias=spec.output_bias, init_std=self.output_std, name="output")
         return output(attended.reshape(*inputs.shape[:2], -1)), cache
 
@@ -126,14 +86,15 @@ class SelfAttention(nn.Module):
 
 
 class MultiHeadLatentAttention(nn.Module):
-    """Keys and values from one latent a token. With a cache, attention works on the latents themselves:
-    the matrices that would expand them are applied to queries and outputs instead (DeepSeek-V2 report,
-    section 2.1.2).
+    """Keys and values from one latent a token. Reading from a cache, attention works on the latents
+    themselves: the matrices that would expand them are applied to queries and outputs instead
+    (DeepSeek-V2 report, section 2.1.2).
     """
 
     spec: LatentAttention
     width: int
     output_std: float
+    backend: AttentionBackend
     param_dtype: Any
     dtype: Any
 
@@ -158,11 +119,12 @@ class MultiHeadLatentAttention(nn.Module):
         turned_key = linear(spec.rope_dim, use_bias=spec.bias, name="rotated_key")(inputs)
         turned_key = rotate(turned_key[:, :, None], context.positions, spec.position)[:, :, 0]
         expand = self._expansion()
-        if cache is None:
-            attended = self._expanded(plain, turned, latent, turned_key, expand, context.mask)
+        if cache is not None:
+            cache = append(cache, (latent, turned_key), context.start)
+        if cache is None or context.segment_ids is not None:
+            attended = self._expanded(plain, turned, latent, turned_key, expand, context)
         else:
-            latent, turned_key = cache = append(cache, (latent, turned_key), context.start)
-            attended = self._absorbed(plain, turned, latent, turned_key, expand, context.mask)
+            attended = self._absorbed(plain, turned, *cache, expand, context)
         output = linear(self.width, use_bias=spec.bias, init_std=self.output_std, name="output")
         return output(attended.reshape(*inputs.shape[:2], -1)), cache
 
@@ -173,16 +135,18 @@ class MultiHeadLatentAttention(nn.Module):
         kernel = self.param("expand", nn.initializers.normal(0.02), shape, self.param_dtype)
         return kernel.astype(self.dtype).reshape(spec.latent_dim, spec.num_heads, -1)
 
-    def _expanded(self, plain, turned, latent, turned_key, expand, mask) -> Float[Array, "B T H v"]:
+    def _expanded(self, plain, turned, latent, turned_key, expand, context) -> Float[Array, "B T H v"]:
         both = jnp.einsum("bsr,rhk->bshk", latent, expand)
         key, value = both[..., : self.spec.nope_dim], both[..., self.spec.nope_dim :]
         shared = jnp.broadcast_to(turned_key[:, :, None], (*key.shape[:3], turned_key.shape[-1]))
         query = jnp.concatenate([plain, turned], axis=-1)
-        return attend(query, jnp.concatenate([key, shared], axis=-1), value, mask, scale=self.spec.scale)
+        key = jnp.concatenate([key, shared], axis=-1)
+        return attend(query, key, value, context, backend=self.backend, scale=self.spec.scale)
 
-    def _absorbed(self, plain, turned, latent, turned_key, expand, mask) -> Float[Array, "B T H v"]:
+    def _absorbed(self, plain, turned, latent, turned_key, expand, context) -> Float[Array, "B T H v"]:
         to_key, to_value = expand[..., : self.spec.nope_dim], expand[..., self.spec.nope_dim :]
         query = jnp.concatenate([jnp.einsum("bthn,rhn->bthr", plain, to_key), turned], axis=-1)
         key = jnp.concatenate([latent, turned_key], axis=-1)[:, :, None]
-        attended = attend(query, key, latent[:, :, None], mask, scale=self.spec.scale)
+        value = latent[:, :, None]
+        attended = attend(query, key, value, context, backend=self.backend, scale=self.spec.scale)
         return jnp.einsum("bthr,rhv->bthv", attended, to_value)

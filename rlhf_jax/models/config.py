@@ -13,6 +13,8 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.models.positions import Alibi, Rope, YarnScaling
 
 Remat = Literal["none", "dots", "full"]
+AttentionBackend = Literal["auto", "plain", "cudnn", "splash"]
+"""How attention is computed; `models.attend.choose_backend` says when which applies."""
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 """`gelu` is exact; `gelu_tanh` its approximation (Hendrycks & Gimpel 2016, section 2)."""
 
@@ -244,6 +246,8 @@ class ModelConfig:
       scan_layers: stack the repeats' parameters and run them with `lax.scan` (compile time independent
         of depth); otherwise layers are separate and unrolled (faster on CPU).
       remat: what the backward pass computes again: nothing, everything but matmul outputs, everything.
+      attention_backend: cuDNN's flash attention on NVIDIA GPUs, splash attention on TPUs, plain elsewhere
+        and where those do not apply (`auto`); or the one that is named.
     """
 
     vocab_size: int
@@ -263,6 +267,7 @@ class ModelConfig:
     compute_dtype: str = "float32"
     scan_layers: bool = False
     remat: Remat = "none"
+    attention_backend: AttentionBackend = "auto"
 
     def __post_init__(self) -> None:
         repeated = self.num_layers - len(self.prefix)

@@ -10,7 +10,8 @@ from rlhf_jax.core.axes import constrain
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Bool, Float, Int, Params, PRNGKeyArray
 from rlhf_jax.kernels.logprobs import softcapped
-from rlhf_jax.models.attention import Context, LayerCache
+from rlhf_jax.models.attend import Context
+from rlhf_jax.models.attention import LayerCache
 from rlhf_jax.models.config import Block, ModelConfig, Norm
 from rlhf_jax.models.layers import norm_layer, normal_init
 from rlhf_jax.models.parts import attention_layer, empty_cache, feed_forward_layer
@@ -61,7 +62,9 @@ class ResidualBlocks(nn.Module):
                 layer = norm_layer(spec, dtypes["param_dtype"], name=f"{prefix}{name}") if wanted else None
                 return inputs if layer is None else layer(inputs)
 
-            attention = attention_layer(block.attention, name=f"{prefix}attention", **common)
+            attention = attention_layer(
+                block.attention, name=f"{prefix}attention", backend=config.attention_backend, **common
+            )
             attended, cache = attention(norm(block.pre_norm, "attention_norm", hidden), context, cache)
             hidden = laid_out(hidden + norm(block.post_norm, "attention_post_norm", attended))
             feed_forward = feed_forward_layer(block.feed_forward, name=f"{prefix}feed_forward", **common)
@@ -91,11 +94,17 @@ class Decoder(nn.Module):
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"],
         cache: Cache | None = None,
+        *,
+        fresh: bool = False,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """Hidden states after the final norm, and the cache with these tokens appended."""
+        """Hidden states after the final norm, and the cache with these tokens appended.
+
+        Args:
+          fresh: the cache is empty, so that these tokens see one another alone.
+        """
         config = self.config
         hidden = self._embed(tokens, positions)
-        context, segments = _context(positions, segment_ids, cache)
+        context, columns = _context(positions, segment_ids, cache, fresh)
         prefix, layers = (cache.prefix, cache.layers) if cache is not None else _no_cache(config)
         body = ResidualBlocks
         if config.remat != "none":
@@ -122,7 +131,7 @@ class Decoder(nn.Module):
         if cache is None:
             return hidden, None
         length = cache.length + tokens.shape[1]
-        return hidden, Cache(prefix, layers, segments, context.key_positions, length)
+        return hidden, Cache(prefix, layers, *columns, length)
 
     def _embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         config = self.config
@@ -151,22 +160,27 @@ def _no_cache(config: ModelConfig) -> tuple[Any, Any]:
 
 
 def _context(
-    positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"], cache: Cache | None
-) -> tuple[Context, Int[Array, "B S"]]:
-    """Who sees whom: the same segment, not later (so padding, segment 0, sees only padding)."""
+    positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"], cache: Cache | None, fresh: bool
+) -> tuple[Context, tuple[Int[Array, "B S"], Int[Array, "B S"]]]:
+    """Who sees whom: the same segment, not later (so padding, segment 0, sees only padding).
+
+    Returns:
+      the context, and segments and positions of all columns, those of the cache included.
+    """
     time = jnp.arange(segment_ids.shape[1])
-    if cache is None:
-        same = segment_ids[:, :, None] == segment_ids[:, None, :]
-        mask = same & (time[:, None] >= time)
-        return Context(positions, positions, mask, jnp.int32(0)), segment_ids
-    start = cache.length
-    segments, key_positions = (
-        jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=1)
-        for old, new in ((cache.segment_ids, segment_ids), (cache.positions, positions))
-    )
-    same = segment_ids[:, :, None] == segments[:, None, :]
-    mask = same & (start + time[:, None] >= jnp.arange(segments.shape[1]))
-    return Context(positions, key_positions, mask, start), segments
+    start, columns = jnp.int32(0), (segment_ids, positions)
+    if cache is not None:
+        start = cache.length
+        columns = tuple(
+            jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=1)
+            for old, new in ((cache.segment_ids, segment_ids), (cache.positions, positions))
+        )
+    if cache is None or fresh:
+        mask = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (time[:, None] >= time)
+        return Context(positions, positions, mask, start, segment_ids), columns
+    same = segment_ids[:, :, None] == columns[0][:, None, :]
+    mask = same & (start + time[:, None] >= jnp.arange(columns[0].shape[1]))
+    return Context(positions, columns[1], mask, start, None), columns
 
 
 def init_params(config: ModelConfig, key: PRNGKeyArray) -> Params:
@@ -209,9 +223,17 @@ def cached_hidden_states(
     positions: Int[Array, "B T"],
     segment_ids: Int[Array, "B T"],
     cache: Cache,
+    *,
+    fresh: bool = False,
 ) -> tuple[Float[Array, "B T D"], Cache]:
-    """Final hidden states of the next tokens of each row, and the cache with them appended."""
-    result: Any = Decoder(config).apply({"params": params}, tokens, positions, segment_ids, cache)
+    """Final hidden states of the next tokens of each row, and the cache with them appended.
+
+    Args:
+      fresh: nothing was read before; the tokens need not look into the cache then.
+    """
+    result: Any = Decoder(config).apply(
+        {"params": params}, tokens, positions, segment_ids, cache, fresh=fresh
+    )
     return result
 
 

@@ -126,7 +126,9 @@ def make_decode_fns(config: ModelConfig) -> tuple[Callable, Callable]:
         length: int,
     ) -> tuple[Float[Array, "B V"], decoders.Cache]:
         cache = decoders.init_cache(config, tokens.shape[0], length)
-        hidden, cache = decoders.cached_hidden_states(config, params, tokens, positions, segment_ids, cache)
+        hidden, cache = decoders.cached_hidden_states(
+            config, params, tokens, positions, segment_ids, cache, fresh=True
+        )
         return decoders.logits(config, params, hidden[:, -1]), cache
 
     def decode(

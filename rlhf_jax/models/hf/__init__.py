@@ -290,6 +290,7 @@ def _function(config: ModelConfig) -> ModelConfig:
             "compute_dtype": "float32",
             "scan_layers": False,
             "remat": "none",
+            "attention_backend": "auto",
             "architecture": "",
         }
     )
