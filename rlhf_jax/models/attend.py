@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Bool, Float, Int
+from rlhf_jax.models.blocked_attention import blocked_attention
 from rlhf_jax.models.config import AttentionBackend
 
-Backend = Literal["plain", "cudnn", "splash"]
+Backend = Literal["plain", "blocked", "cudnn", "splash"]
 
 
 @pytree_dataclass
@@ -66,13 +67,14 @@ def attend(
     chosen = choose_backend(
         backend, query, value, context, softcap=softcap, biased=bias is not None, platform=_platform()
     )
-    segments = context.segment_ids
-    if chosen == "splash" and segments is not None:
+    segments, mask = context.segment_ids, context.seen(window)
+    if chosen == "plain" or segments is None:
+        return plain_attention(query, key, value, mask, scale=scale, softcap=softcap, bias=bias)
+    if chosen == "splash":
         return splash_attention(query, key, value, segments, scale=scale, softcap=softcap, window=window)
-    mask = context.seen(window)
-    if chosen == "cudnn" and segments is not None:
+    if chosen == "cudnn":
         return cudnn_attention(query, key, value, mask, segments, scale=scale, bias=bias, window=window)
-    return plain_attention(query, key, value, mask, scale=scale, softcap=softcap, bias=bias)
+    return blocked_attention(query, key, value, mask, scale=scale, softcap=softcap, bias=bias, window=window)
 
 
 def choose_backend(
@@ -87,26 +89,26 @@ def choose_backend(
 ) -> Backend:
     """The one place where it is decided how attention is computed.
 
-    `auto` takes cuDNN on NVIDIA GPUs and splash attention on TPUs where they apply. Reading from a cache,
-    a token at a time, is bound by memory and plain everywhere.
+    `auto` takes cuDNN on NVIDIA GPUs and splash attention on TPUs where they apply and plain attention where
+    they do not, and blocks on CPU. Reading from a cache, a token at a time, is bound by memory and plain.
 
     Raises:
       UserError: `asked` names a backend that does not apply.
     """
-    if asked == "plain" or context.segment_ids is None:
+    if context.segment_ids is None:
         return "plain"
-    backend = {"gpu": "cudnn", "tpu": "splash"}.get(platform) if asked == "auto" else asked
+    best: dict[str, Backend] = {"gpu": "cudnn", "tpu": "splash", "cpu": "blocked"}
+    backend = best.get(platform, "plain") if asked == "auto" else asked
+    obstacle = None
     if backend == "cudnn":
         obstacle = _cudnn_obstacle(query, value, softcap, platform)
     elif backend == "splash":
         obstacle = _splash_obstacle(biased, platform)
-    else:
-        return "plain"
     if obstacle is None:
         return backend
     if asked == "auto":
         return "plain"
-    raise UserError(f"attention_backend={asked} cannot be used: {obstacle}; choose auto or plain.")
+    raise UserError(f"attention_backend={asked} cannot be used: {obstacle}; choose auto or another one.")
 
 
 def _platform() -> str:
@@ -203,10 +205,12 @@ def cudnn_attention(
     def masked(query: Array, key: Array, value: Array) -> Array:
         # With a bias, gradients need an even number of columns; the one that is added sees itself alone.
         even = time % 2
-        rows = [jnp.pad(heads, ((0, 0), (0, even), (0, 0), (0, 0))) for heads in (query, key, value)]
+        query, key, value = (
+            jnp.pad(heads, ((0, 0), (0, even), (0, 0), (0, 0))) for heads in (query, key, value)
+        )
         square = jnp.pad(mask, ((0, 0), (0, even), (0, even)))[:, None]
         slanted = None if bias is None else jnp.pad(bias, ((0, 0), (0, 0), (0, even), (0, even)))
-        return fused(*rows, slanted, square)[:, :time]
+        return fused(query, key, value, slanted, square)[:, :time]
 
     if bias is not None:
         return masked(query, key, value)
@@ -251,12 +255,21 @@ def _splash_kernel(time: int, heads: int, window: int | None, softcap: float | N
     square = (time, time)
     mask = splash.CausalMask(square) if window is None else splash.LocalMask(square, (window - 1, 0), 0)
     block = next(size for size in (512, 256, 128) if time % size == 0)
-    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    blocks = splash.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
     # Its tables are constants, also where the kernel is made while a program is traced.
     with jax.ensure_compile_time_eval():
         return splash.make_splash_mha(
             splash.MultiHeadMask([mask] * heads),
-            block_sizes=splash.BlockSizes(**{f"block_{name}": block for name in names}),
+            block_sizes=blocks,
             attn_logits_soft_cap=softcap,
             head_shards=1,
             q_seq_shards=1,

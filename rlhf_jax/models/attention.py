@@ -124,7 +124,8 @@ class MultiHeadLatentAttention(nn.Module):
         if cache is None or context.segment_ids is not None:
             attended = self._expanded(plain, turned, latent, turned_key, expand, context)
         else:
-            attended = self._absorbed(plain, turned, *cache, expand, context)
+            latent, turned_key = cache
+            attended = self._absorbed(plain, turned, latent, turned_key, expand, context)
         output = linear(self.width, use_bias=spec.bias, init_std=self.output_std, name="output")
         return output(attended.reshape(*inputs.shape[:2], -1)), cache
 

@@ -13,7 +13,7 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.models.positions import Alibi, Rope, YarnScaling
 
 Remat = Literal["none", "dots", "full"]
-AttentionBackend = Literal["auto", "plain", "cudnn", "splash"]
+AttentionBackend = Literal["auto", "plain", "blocked", "cudnn", "splash"]
 """How attention is computed; `models.attend.choose_backend` says when which applies."""
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 """`gelu` is exact; `gelu_tanh` its approximation (Hendrycks & Gimpel 2016, section 2)."""
@@ -246,8 +246,8 @@ class ModelConfig:
       scan_layers: stack the repeats' parameters and run them with `lax.scan` (compile time independent
         of depth); otherwise layers are separate and unrolled (faster on CPU).
       remat: what the backward pass computes again: nothing, everything but matmul outputs, everything.
-      attention_backend: cuDNN's flash attention on NVIDIA GPUs, splash attention on TPUs, plain elsewhere
-        and where those do not apply (`auto`); or the one that is named.
+      attention_backend: cuDNN's flash attention on NVIDIA GPUs, splash attention on TPUs, blocks on CPU,
+        plain where those do not apply (`auto`); or the one that is named.
     """
 
     vocab_size: int

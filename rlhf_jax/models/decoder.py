@@ -168,19 +168,21 @@ def _context(
       the context, and segments and positions of all columns, those of the cache included.
     """
     time = jnp.arange(segment_ids.shape[1])
-    start, columns = jnp.int32(0), (segment_ids, positions)
+    start, segments, key_positions = jnp.int32(0), segment_ids, positions
     if cache is not None:
         start = cache.length
-        columns = tuple(
+        segments, key_positions = (
             jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=1)
             for old, new in ((cache.segment_ids, segment_ids), (cache.positions, positions))
         )
     if cache is None or fresh:
         mask = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (time[:, None] >= time)
-        return Context(positions, positions, mask, start, segment_ids), columns
-    same = segment_ids[:, :, None] == columns[0][:, None, :]
-    mask = same & (start + time[:, None] >= jnp.arange(columns[0].shape[1]))
-    return Context(positions, columns[1], mask, start, None), columns
+        context = Context(positions, positions, mask, start, segment_ids)
+    else:
+        same = segment_ids[:, :, None] == segments[:, None, :]
+        mask = same & (start + time[:, None] >= jnp.arange(segments.shape[1]))
+        context = Context(positions, key_positions, mask, start, None)
+    return context, (segments, key_positions)
 
 
 def init_params(config: ModelConfig, key: PRNGKeyArray) -> Params:

@@ -11,7 +11,14 @@ import pytest
 from rlhf_jax import models
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.models import attend
-from rlhf_jax.models.attend import Context, choose_backend, cudnn_attention, plain_attention, splash_attention
+from rlhf_jax.models.attend import (
+    Context,
+    blocked_attention,
+    choose_backend,
+    cudnn_attention,
+    plain_attention,
+    splash_attention,
+)
 
 # Rows without padding, with padding at the end, before, and two segments in a row.
 FULL, RIGHT, LEFT, PACKED = [1] * 9, [1] * 6 + [0] * 3, [0] * 2 + [1] * 7, [1] * 4 + [2] * 3 + [0] * 2
@@ -76,6 +83,31 @@ def test_the_calls_to_cudnn_carry_a_bias():
 
 
 @pytest.mark.parametrize(
+    ("window", "softcap", "biased"),
+    [(None, None, True), (20, 2.0, False)],
+    ids=["bias", "window and soft-cap"],
+)
+def test_blocks(window, softcap, biased):
+    """Three blocks of queries, the last one shorter; the window ends in the block before."""
+    rows = [[1] * 140, [0] * 20 + [1] * 120, [1] * 60 + [2] * 60 + [0] * 20]
+    arrays, context = _case(rows, width=4)
+    bias = -0.1 * jnp.arange(1, 5)[:, None, None] * context.distance()[:, None] if biased else None
+    options = {"scale": 0.3, "softcap": softcap, "bias": bias}
+    call = functools.partial(blocked_attention, mask=context.seen(window), window=window, **options)
+    _assert_same(call, arrays, context, window=window, **options)
+
+
+def test_blocks_in_bfloat16_are_as_close_as_the_plain_way():
+    arrays, context = _case([FULL, PACKED])
+    exact = plain_attention(*arrays, context.mask, scale=0.3)
+    halves = [array.astype(jnp.bfloat16) for array in arrays]
+    for function in (plain_attention, blocked_attention):
+        outputs = function(*halves, context.mask, scale=0.3)
+        assert outputs.dtype == jnp.bfloat16
+        np.testing.assert_allclose(outputs.astype(jnp.float32), exact, atol=0.03)
+
+
+@pytest.mark.parametrize(
     ("window", "softcap"), [(None, None), (40, 2.0)], ids=["causal", "window and soft-cap"]
 )
 def test_splash_attention_run_by_the_interpreter(window, softcap):
@@ -129,7 +161,7 @@ BF16 = {"dtype": jnp.bfloat16, "width": 64, "value_width": 64, "softcap": None, 
 @pytest.mark.parametrize(
     ("asked", "platform", "change", "expected"),
     [
-        ("auto", "cpu", {}, "plain"),
+        ("auto", "cpu", {"softcap": 5.0, "biased": True}, "blocked"),
         ("auto", "rocm", {}, "plain"),
         ("auto", "gpu", {}, "cudnn"),
         ("auto", "gpu", {"biased": True}, "cudnn"),
@@ -146,7 +178,7 @@ BF16 = {"dtype": jnp.bfloat16, "width": 64, "value_width": 64, "softcap": None, 
         ("cudnn", "gpu", {"width": 260, "value_width": 260}, "up to 128 on this GPU, and here they are 260"),
         ("cudnn", "gpu", {"value_width": 32}, "here they are 32 and 64"),
         ("splash", "cpu", {}, "needs a TPU, and this runs on cpu"),
-        ("splash", "tpu", {"biased": True}, r"no bias of logits.*choose auto or plain"),
+        ("splash", "tpu", {"biased": True}, r"no bias of logits.*choose auto"),
     ],
 )
 def test_the_choice(asked, platform, change, expected):
@@ -160,7 +192,7 @@ def test_the_choice(asked, platform, change, expected):
         options = {name: case[name] for name in ("softcap", "biased")}
         return choose_backend(asked, query, value, context, platform=platform, **options)
 
-    if expected in ("plain", "cudnn", "splash"):
+    if expected in ("plain", "blocked", "cudnn", "splash"):
         assert choose(context) == expected
     else:
         with pytest.raises(UserError, match=f"attention_backend={asked} cannot be used: .*{expected}"):
