@@ -59,12 +59,16 @@ class Rollout:
     Attributes:
       sequences: prompts and completions; `mask` marks sampled tokens, the end-of-sequence token included.
       logp: log-probability in nats of each sampled token at the sampling temperature, full support.
-      finished: whether the row ended with an end-of-sequence token (False: cut at the length limit).
+      finished: whether the row ended by itself, with an end-of-sequence token or a stop string (False: cut at
+        the length limit).
+      filtered_logp: log-probability of each sampled token in the distribution that it was drawn from, after
+        penalties, filters and constraints; None where the sampler does not say.
     """
 
     sequences: Sequences
     logp: Float[Array, "B T"]
     finished: Bool[Array, "B"]
+    filtered_logp: Float[Array, "B T"] | None = None
 
 
 @pytree_dataclass

@@ -1,101 +1,241 @@
-"""Cached generation: one loop over `prefill` and `decode`, ended when every row has ended."""
+"""Cached generation: one loop over `prefill` and `decode`, ended when every row has ended.
 
+What differs between decoders are the functions on logits and state that a step is made of. Beam search,
+contrastive search and speculative decoding run their own steps in the same loop.
+"""
+
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Bool, Float, Int, Params, PRNGKeyArray, Rollout, Sequences
-from rlhf_jax.generation.sampling import Sampling, sample_token
+from rlhf_jax.generation.automata import next_state
+from rlhf_jax.generation.caches import row_axes, take_rows
+from rlhf_jax.generation.processors import Context
+from rlhf_jax.generation.sampling import Sampling, process_logits, row_keys, sample_token, step_keys
+
+Carry = TypeVar("Carry")
 
 
 @pytree_dataclass
-class _Carry:
-    step: Int[Array, ""]
-    key: PRNGKeyArray
-    tokens: Int[Array, "B T"]
+class Generation:
+    """Rows on their way.
+
+    Attributes:
+      keys: one a row.
+      context: what each row has read and written.
+      logp: see `Rollout`; of generated tokens only.
+      filtered_logp: the same.
+      finished: rows that have ended by themselves.
+      logits: of the next token.
+      cache: the model's.
+    """
+
+    keys: PRNGKeyArray
+    context: Context
     logp: Float[Array, "B T"]
-    lengths: Int[Array, "B"]
+    filtered_logp: Float[Array, "B T"]
     finished: Bool[Array, "B"]
     logits: Float[Array, "B V"]
     cache: Any
+
+    def running(self) -> Bool[Array, "B"]:
+        """Rows that are to go on."""
+        return ~self.finished & (self.context.length < self.logp.shape[1])
+
+    def position(self) -> Int[Array, "B"]:
+        """Of the next token."""
+        return jnp.sum(self.context.prompt, axis=1) + self.context.length
+
+
+def run_loop(step: Callable[[Carry], Carry], running: Callable[[Carry], Array], carry: Carry) -> Carry:
+    """The decode loop: steps while any row is running."""
+    return jax.lax.while_loop(lambda carry: jnp.any(running(carry)), step, carry)
+
+
+def prompt_inputs(prompt_mask: Bool[Array, "B P"]) -> tuple[Int[Array, "B P"], Int[Array, "B P"]]:
+    """(positions, segment_ids) of left-padded prompts."""
+    return jnp.maximum(jnp.cumsum(prompt_mask, axis=1) - 1, 0), prompt_mask.astype(jnp.int32)
+
+
+def start_context(
+    prompts: Int[Array, "B P"],
+    prompt_mask: Bool[Array, "B P"],
+    sampling: Sampling,
+    *,
+    max_new_tokens: int,
+    pad_id: int,
+) -> Context:
+    """The context before the first token."""
+    batch = prompts.shape[0]
+    room = jnp.full((batch, max_new_tokens), pad_id, prompts.dtype)
+    zeros = jnp.zeros(batch, jnp.int32)
+    return Context(
+        tokens=jnp.concatenate([prompts, room], axis=1),
+        prompt=prompt_mask,
+        length=zeros,
+        constraint=None if sampling.constraint is None else zeros,
+        stop=None if sampling.stop is None else zeros,
+    )
+
+
+def append_token(
+    context: Context, token: Int[Array, "B"], active: Bool[Array, "B"], sampling: Sampling, *, eos_id: int
+) -> tuple[Context, Bool[Array, "B"]]:
+    """The context with a token more in active rows, and which of them end with it."""
+    columns = context.prompt.shape[1] + context.length
+    columns = jnp.where(active, columns, context.tokens.shape[1])
+    rows = jnp.arange(token.shape[0])
+    ends = token == eos_id
+    moved = {}
+    for name, automaton in (("constraint", sampling.constraint), ("stop", sampling.stop)):
+        if automaton is not None:
+            state = getattr(context, name)
+            moved[name] = jnp.where(active, next_state(automaton, state, token), state)
+    if sampling.stop is not None:
+        ends |= sampling.stop.final[moved["stop"]]
+    context = dataclasses.replace(
+        context,
+        tokens=context.tokens.at[rows, columns].set(token.astype(context.tokens.dtype), mode="drop"),
+        length=context.length + active,
+        **moved,
+    )
+    return context, active & ends
+
+
+def start(
+    prefill: Callable,
+    params: Params,
+    prompts: Int[Array, "B P"],
+    prompt_mask: Bool[Array, "B P"],
+    keys: PRNGKeyArray,
+    sampling: Sampling,
+    *,
+    max_new_tokens: int,
+    pad_id: int,
+    group_size: int = 1,
+) -> Generation:
+    """Reads the prompts, each once, and repeats what they left for every answer to them."""
+
+    def read(tokens: Int[Array, "N P"], mask: Bool[Array, "N P"]):
+        return prefill(params, tokens, *prompt_inputs(mask), tokens.shape[1] + max_new_tokens)
+
+    logits, cache = read(prompts, prompt_mask)
+    if group_size > 1:
+        axes = row_axes(lambda rows: read(*(x[:1].repeat(rows, axis=0) for x in (prompts, prompt_mask))))
+        repeated = jnp.repeat(jnp.arange(prompts.shape[0]), group_size)
+        logits, cache = take_rows((logits, cache), axes, repeated)
+        prompts, prompt_mask = prompts[repeated], prompt_mask[repeated]
+    context = start_context(prompts, prompt_mask, sampling, max_new_tokens=max_new_tokens, pad_id=pad_id)
+    zeros = jnp.zeros((prompts.shape[0], max_new_tokens), logits.dtype)
+    return Generation(keys, context, zeros, zeros, jnp.zeros(prompts.shape[0], bool), logits, cache)
+
+
+def sample_step(
+    decode: Callable[[Any, Int[Array, "B"], Int[Array, "B"], Int[Array, "B"]], tuple[Array, Any]],
+    rows: Generation,
+    sampling: Sampling,
+    *,
+    eos_id: int,
+    pad_id: int,
+) -> Generation:
+    """One more token in every running row.
+
+    Args:
+      decode: `decode(cache, token, position, length) -> (logits, cache)`.
+    """
+    active, length = rows.running(), rows.context.length
+    processed = process_logits(rows.logits, sampling, rows.context, eos_id=eos_id)
+    keys = step_keys(rows.keys, length)
+    token, logp, filtered_logp = sample_token(keys, rows.logits, processed, sampling)
+    token = jnp.where(active, token, pad_id)
+    context, ended = append_token(rows.context, token, active, sampling, eos_id=eos_id)
+    logits, cache = decode(rows.cache, token, rows.position(), length)
+    place = jnp.arange(length.shape[0]), jnp.where(active, length, rows.logp.shape[1])
+    return Generation(
+        keys=rows.keys,
+        context=context,
+        logp=rows.logp.at[place].set(logp, mode="drop"),
+        filtered_logp=rows.filtered_logp.at[place].set(filtered_logp, mode="drop"),
+        finished=rows.finished | ended,
+        logits=logits,
+        cache=cache,
+    )
 
 
 def generate(
     prefill: Callable,
     decode: Callable,
     params: Params,
-    prompts: Int[Array, "B P"],
-    prompt_mask: Bool[Array, "B P"],
+    prompts: Int[Array, "N P"],
+    prompt_mask: Bool[Array, "N P"],
     key: PRNGKeyArray,
     *,
     max_new_tokens: int,
     eos_id: int,
     pad_id: int,
     sampling: Sampling = Sampling(),
+    group_size: int = 1,
 ) -> Rollout:
-    """Samples a completion for each prompt.
+    """Samples completions of each prompt.
 
-    The loop runs until every row has produced `eos_id` or `max_new_tokens` tokens. Rows that have
-    ended get `pad_id`, out of the mask.
+    The loop runs until every row has ended or has `max_new_tokens` tokens. Rows that have ended get
+    `pad_id`, out of the mask.
 
     Args:
       prefill: `prefill(params, tokens, positions, segment_ids, length) -> (logits, cache)`.
       decode: `decode(params, cache, token, position) -> (logits, cache)`.
       prompts: left-padded, so that every completion begins in column P.
       prompt_mask: True where `prompts` holds a token; at least the last column of each row.
+      key: of all rows, which draw independently of each other; or one key for each row.
+      group_size: completions of each prompt, which is read once; they stand together.
 
     Returns:
-      A `Rollout` of T = P + max_new_tokens columns.
+      A `Rollout` of N x group_size rows and T = P + max_new_tokens columns.
     """
-    batch, width = prompts.shape
-    positions = jnp.maximum(jnp.cumsum(prompt_mask, axis=1) - 1, 0)
-    logits, cache = prefill(params, prompts, positions, prompt_mask.astype(jnp.int32), width + max_new_tokens)
-    carry = _Carry(
-        step=jnp.int32(0),
-        key=key,
-        tokens=jnp.full((batch, max_new_tokens), pad_id, prompts.dtype),
-        logp=jnp.zeros((batch, max_new_tokens), logits.dtype),
-        lengths=jnp.zeros(batch, jnp.int32),
-        finished=jnp.zeros(batch, bool),
-        logits=logits,
-        cache=cache,
+    keys = row_keys(key, prompts.shape[0] * group_size) if key.ndim == 0 else key
+    begun = start(
+        prefill,
+        params,
+        prompts,
+        prompt_mask,
+        keys,
+        sampling,
+        max_new_tokens=max_new_tokens,
+        pad_id=pad_id,
+        group_size=group_size,
     )
-    prompt_lengths = jnp.sum(prompt_mask, axis=1)
 
-    def step(carry: _Carry) -> _Carry:
-        key, sample_key = jax.random.split(carry.key)
-        token, logp = sample_token(sample_key, carry.logits, sampling)
-        token = jnp.where(carry.finished, pad_id, token).astype(carry.tokens.dtype)
-        logits, cache = decode(params, carry.cache, token, prompt_lengths + carry.step)
-        return _Carry(
-            step=carry.step + 1,
-            key=key,
-            tokens=carry.tokens.at[:, carry.step].set(token),
-            logp=carry.logp.at[:, carry.step].set(jnp.where(carry.finished, 0, logp)),
-            lengths=carry.lengths + ~carry.finished,
-            finished=carry.finished | (token == eos_id),
-            logits=logits,
-            cache=cache,
-        )
+    def step(rows: Generation) -> Generation:
+        def decode_row(cache: Any, token: Array, position: Array, _: Array):
+            return decode(params, cache, token, position)
 
-    def unfinished(carry: _Carry) -> Bool[Array, ""]:
-        return (carry.step < max_new_tokens) & ~jnp.all(carry.finished)
+        return sample_step(decode_row, rows, sampling, eos_id=eos_id, pad_id=pad_id)
 
-    end = jax.lax.while_loop(unfinished, step, carry)
-    return _assemble(prompts, prompt_mask, end)
+    end = run_loop(step, Generation.running, begun)
+    return assemble(end.context, end.logp, end.filtered_logp, end.finished)
 
 
-def _assemble(prompts: Int[Array, "B P"], prompt_mask: Bool[Array, "B P"], end: _Carry) -> Rollout:
-    sampled = jnp.arange(end.tokens.shape[1]) < end.lengths[:, None]
-    valid = jnp.concatenate([prompt_mask, sampled], axis=1)
-    prompt_zeros = jnp.zeros(prompts.shape, end.logp.dtype)
+def assemble(
+    context: Context,
+    logp: Float[Array, "B T"],
+    filtered_logp: Float[Array, "B T"] | None,
+    finished: Bool[Array, "B"],
+) -> Rollout:
+    """A rollout of what the rows hold."""
+    generated = context.generated()
+    prompt = jnp.pad(context.prompt, ((0, 0), (0, logp.shape[1])))
+    valid = prompt | generated
     sequences = Sequences(
-        tokens=jnp.concatenate([prompts, end.tokens], axis=1),
+        tokens=context.tokens,
         positions=jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0),
         segment_ids=valid.astype(jnp.int32),
-        mask=jnp.concatenate([jnp.zeros_like(prompt_mask), sampled], axis=1),
+        mask=generated,
     )
-    return Rollout(sequences, jnp.concatenate([prompt_zeros, end.logp], axis=1), end.finished)
+    pad = ((0, 0), (context.prompt.shape[1], 0))
+    padded = None if filtered_logp is None else jnp.pad(filtered_logp, pad)
+    return Rollout(sequences, jnp.pad(logp, pad), finished, padded)

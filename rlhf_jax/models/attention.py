@@ -18,12 +18,20 @@ LayerCache = tuple[Array, ...]
 """(keys, values) [B, S, K, d], or (latents, rotated keys) [B, S, d]."""
 
 
-def append(cache: LayerCache, new: LayerCache, start: Int[Array, ""]) -> LayerCache:
+def write_columns(
+    old: Float[Array, "B S ..."], new: Float[Array, "B T ..."], start: Int[Array, "*B"]
+) -> Float[Array, "B S ..."]:
+    """`old` with `new` written from column `start` on; of all rows, or of each."""
+    new = new.astype(old.dtype)
+    if start.ndim == 0:
+        return jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
+    rows, columns = jnp.arange(old.shape[0])[:, None], start[:, None] + jnp.arange(new.shape[1])
+    return old.at[rows, columns].set(new, mode="drop", unique_indices=True)
+
+
+def append(cache: LayerCache, new: LayerCache, start: Int[Array, "*B"]) -> LayerCache:
     """The cache with new columns written at `start`."""
-    return tuple(
-        jax.lax.dynamic_update_slice_in_dim(old, columns.astype(old.dtype), start, axis=1)
-        for old, columns in zip(cache, new, strict=True)
-    )
+    return tuple(write_columns(old, columns, start) for old, columns in zip(cache, new, strict=True))
 
 
 class SelfAttention(nn.Module):

@@ -11,7 +11,7 @@ from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Bool, Float, Int, Params, PRNGKeyArray
 from rlhf_jax.kernels.logprobs import softcapped
 from rlhf_jax.models.attend import Context
-from rlhf_jax.models.attention import LayerCache
+from rlhf_jax.models.attention import LayerCache, write_columns
 from rlhf_jax.models.config import Block, ModelConfig, Norm
 from rlhf_jax.models.layers import norm_layer, normal_init
 from rlhf_jax.models.parts import attention_layer, empty_cache, feed_forward_layer
@@ -27,14 +27,14 @@ class Cache:
         layers are scanned.
       segment_ids: segment of each column; 0 where the column is padding or not yet written.
       positions: position of each column within its segment.
-      length: columns written.
+      length: columns written; of all rows, or of each.
     """
 
     prefix: Any
     layers: Any
     segment_ids: Int[Array, "B S"]
     positions: Int[Array, "B S"]
-    length: Int[Array, ""]
+    length: Int[Array, "*B"]
 
 
 class ResidualBlocks(nn.Module):
@@ -171,16 +171,14 @@ def _context(
     start, segments, key_positions = jnp.int32(0), segment_ids, positions
     if cache is not None:
         start = cache.length
-        segments, key_positions = (
-            jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=1)
-            for old, new in ((cache.segment_ids, segment_ids), (cache.positions, positions))
-        )
+        segments = write_columns(cache.segment_ids, segment_ids, start)
+        key_positions = write_columns(cache.positions, positions, start)
     if cache is None or fresh:
         mask = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (time[:, None] >= time)
         context = Context(positions, positions, mask, start, segment_ids)
     else:
         same = segment_ids[:, :, None] == segments[:, None, :]
-        mask = same & (start + time[:, None] >= jnp.arange(segments.shape[1]))
+        mask = same & (start.reshape(-1, 1, 1) + time[:, None] >= jnp.arange(segments.shape[1]))
         context = Context(positions, key_positions, mask, start, None)
     return context, (segments, key_positions)
 

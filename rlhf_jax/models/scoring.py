@@ -4,6 +4,7 @@ This is the one place where tokens are shifted against hidden states: the hidden
 token at t, and is the state in which that token is chosen.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -143,3 +144,27 @@ def make_decode_fns(config: ModelConfig) -> tuple[Callable, Callable]:
         return decoders.logits(config, params, hidden[:, 0]), cache
 
     return prefill, decode
+
+
+def make_extend_fn(config: ModelConfig) -> Callable:
+    """extend(params, cache, tokens [B, n], positions [B, n], columns [B]) -> (logits [B, n, V], cache).
+
+    Reads several tokens a row after the first `columns` columns of the cache of `make_decode_fns`, whatever
+    stands behind them. So nothing need be undone when tokens turn out wrong: the next call writes over them.
+    """
+
+    def extend(
+        params: Params,
+        cache: decoders.Cache,
+        tokens: Int[Array, "B n"],
+        positions: Int[Array, "B n"],
+        columns: Int[Array, "B"],
+    ) -> tuple[Float[Array, "B n V"], decoders.Cache]:
+        segment_ids = jnp.ones_like(tokens)
+        shortened = dataclasses.replace(cache, length=columns)
+        hidden, extended = decoders.cached_hidden_states(
+            config, params, tokens, positions, segment_ids, shortened
+        )
+        return decoders.logits(config, params, hidden), dataclasses.replace(extended, length=cache.length)
+
+    return extend

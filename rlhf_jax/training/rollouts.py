@@ -17,7 +17,7 @@ from rlhf_jax.core.types import Params, PRNGKeyArray, Rollout
 from rlhf_jax.data.examples import PromptExample
 from rlhf_jax.data.packing import left_pad
 from rlhf_jax.data.tokenizers import Tokenizer
-from rlhf_jax.generation import Sampling, generate
+from rlhf_jax.generation import Sampling, generate, row_keys
 from rlhf_jax.rewards.functions import call_reward, load_reward
 from rlhf_jax.training.runs import load_reward_model
 
@@ -45,12 +45,14 @@ def make_generate_fn(
     *,
     prompt_length: int,
     max_new_tokens: int,
+    group_size: int = 1,
     sampling: Sampling = Sampling(),
 ) -> GenerateFn:
     """`generate(params, prompts, key) -> Rollout`, compiled once for each number of prompts.
 
     Args:
       prompt_length: P; longer prompts are refused.
+      group_size: how often each prompt stands in `prompts`, one after the other; it is read once.
       sampling: unless the call says otherwise, which compiles nothing anew while the same filters are on.
     """
     prefill, decode = models.make_decode_fns(config)
@@ -62,13 +64,17 @@ def make_generate_fn(
             max_new_tokens=max_new_tokens,
             eos_id=tokenizer.eos_id,
             pad_id=tokenizer.pad_id,
+            group_size=group_size,
         )
     )
 
     def run(
         params: Params, prompts: Sequence[PromptExample], key: PRNGKeyArray, sampling: Sampling = sampling, /
     ) -> Rollout:
-        tokens, mask = left_pad([prompt.ids for prompt in prompts], prompt_length, pad_id=tokenizer.pad_id)
+        if any(prompt is not prompts[row - row % group_size] for row, prompt in enumerate(prompts)):
+            raise ValueError(f"prompts do not come in groups of {group_size} equal ones")
+        ids = [prompt.ids for prompt in prompts[::group_size]]
+        tokens, mask = left_pad(ids, prompt_length, pad_id=tokenizer.pad_id)
         return compiled(params, tokens, mask, key, sampling=sampling)
 
     return run
@@ -201,7 +207,7 @@ def make_evaluate_fn(
     """`evaluate(params, ref_params) -> Evaluation` on fixed prompts, with fixed keys.
 
     Args:
-      batch_size: prompts at a time; which completions are sampled for `sampled_score` and `kl` depends on it.
+      batch_size: prompts at a time.
     """
     length = max(len(prompt.ids) for prompt in prompts)
     sample = make_generate_fn(config, tokenizer, prompt_length=length, max_new_tokens=max_new_tokens)
@@ -218,8 +224,9 @@ def make_evaluate_fn(
             part = list(prompts[start : start + batch_size])
             kept = len(part)
             part += [part[-1]] * (min(batch_size, len(prompts)) - kept)  # one shape for every batch
-            greedy = sample(params, part, jax.random.key(start), Sampling(temperature=0.0))
-            sampled = sample(params, part, jax.random.key(start))
+            keys = row_keys(jax.random.key(0), len(part), first=start)
+            greedy = sample(params, part, keys, Sampling(temperature=0.0))
+            sampled = sample(params, part, keys)
             texts += completion_texts(tokenizer, greedy)[:kept]
             rewards.append(reward_fn(greedy, part)[:kept])
             sampled_rewards.append(reward_fn(sampled, part)[:kept])

@@ -176,6 +176,7 @@ def test_evaluation_does_not_depend_on_the_size_of_its_batches():
     assert parts.completions == whole.completions
     np.testing.assert_array_equal(parts.rewards, whole.rewards)
     assert (parts.score, parts.length, parts.finished) == (whole.score, whole.length, whole.finished)
+    assert parts.sampled_score == whole.sampled_score
 
 
 def test_kl_is_zero_to_itself_and_that_of_the_samples_to_another():
@@ -202,6 +203,18 @@ def test_sampling_may_differ_from_call_to_call():
     found = generate(policy(0), PROMPTS, jax.random.key(0), Sampling(temperature=0.0))
     expected = greedy(policy(0), PROMPTS, jax.random.key(1))
     assert completion_texts(TOKENIZER, found) == completion_texts(TOKENIZER, expected)
+
+
+def test_groups_of_prompts_are_read_once_and_answered_as_before():
+    chosen = [prompt for prompt in PROMPTS for _ in range(2)]
+    options = {"prompt_length": 6, "max_new_tokens": 5}
+    grouped = make_generate_fn(CONFIG, TOKENIZER, group_size=2, **options)
+    plain = make_generate_fn(CONFIG, TOKENIZER, **options)
+    found, expected = (fn(policy(0), chosen, jax.random.key(3)) for fn in (grouped, plain))
+    np.testing.assert_array_equal(found.sequences.tokens, expected.sequences.tokens)
+    np.testing.assert_allclose(found.logp, expected.logp, atol=1e-5)
+    with pytest.raises(ValueError, match="groups of 2"):
+        grouped(policy(0), PROMPTS[:2], jax.random.key(3))
 
 
 def test_a_prompt_that_does_not_fit_is_refused():
