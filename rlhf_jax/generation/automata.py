@@ -10,7 +10,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -198,6 +197,4 @@ def _from_transitions(index: Any, tokenizer: Tokenizer) -> Automaton:
 
 
 def _automaton(token_class: np.ndarray, table: np.ndarray, final: np.ndarray) -> Automaton:
-    return jax.tree.map(
-        jnp.asarray, Automaton(token_class.astype(np.int32), table.astype(np.int32), final.astype(bool))
-    )
+    return Automaton(jnp.asarray(token_class, jnp.int32), jnp.asarray(table, jnp.int32), jnp.asarray(final))

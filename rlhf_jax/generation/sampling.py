@@ -68,7 +68,7 @@ def process_logits(
         logits = processors.min_new_tokens(logits, context, sampling.min_new_tokens, eos_id=eos_id)
     if sampling.forced_tokens is not None:
         logits = processors.forced_tokens(logits, context, sampling.forced_tokens)
-    if sampling.constraint is not None:
+    if sampling.constraint is not None and context.constraint is not None:
         allowed = allowed_tokens(sampling.constraint, context.constraint, eos_id=eos_id)
         logits = jnp.where(allowed, logits, -jnp.inf)
     rules = (sampling.bias, sampling.min_new_tokens, sampling.forced_tokens, sampling.constraint)
@@ -123,7 +123,8 @@ def sample_token(
     filtered = target_logp(processed, sampling)
     token = jax.vmap(jax.random.categorical)(keys, filtered)
     logp = full_logp(logits, sampling)
-    return token, *(jnp.take_along_axis(x, token[:, None], axis=-1)[:, 0] for x in (logp, filtered))
+    rows = jnp.arange(token.shape[0])
+    return token, logp[rows, token], filtered[rows, token]
 
 
 def row_keys(key: PRNGKeyArray, rows: int, *, first: int = 0) -> PRNGKeyArray:
