@@ -23,14 +23,14 @@ class Context:
       positions: of the tokens read now.
       key_positions: of every column that may be attended to.
       mask: who sees whom, windows apart.
-      start: the column of the cache that the first token goes to.
+      start: the column of the cache that the first token goes to; of all rows, or of each.
       segment_ids: of the tokens read now, where no column but theirs may be attended to; else None.
     """
 
     positions: Int[Array, "B T"]
     key_positions: Int[Array, "B S"]
     mask: Bool[Array, "B T S"]
-    start: Int[Array, ""]
+    start: Int[Array, "*B"]
     segment_ids: Int[Array, "B T"] | None
 
     def distance(self) -> Int[Array, "B T S"]:
