@@ -6,9 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import PartitionSpec
 
+from rlhf_jax.core.axes import partition_spec, shards
 from rlhf_jax.core.types import Array, Float, Int
 from rlhf_jax.models.config import (
+    Activation,
     FeedForward,
     GatedFeedForward,
     MixtureOfExperts,
@@ -88,7 +91,8 @@ class Mixture(nn.Module):
     """sum_e weight_e expert_e(x) over the chosen experts, plus the shared one. No token is dropped.
 
     Tokens are sorted by expert and every expert's slice is multiplied with its own matrices
-    (`jax.lax.ragged_dot`), so that the work is that of the chosen experts alone.
+    (`jax.lax.ragged_dot`), so that the work is that of the chosen experts alone. Where experts are split over
+    devices, each device takes the tokens of its neighbours through its own experts and hands back the sums.
     """
 
     spec: MixtureOfExperts
@@ -100,32 +104,106 @@ class Mixture(nn.Module):
     @nn.compact
     def __call__(self, inputs: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         """Applies the layer to every token."""
-        spec, flat = self.spec, inputs.reshape(-1, self.width).astype(self.dtype)
-        weights, chosen = Routing(spec, self.param_dtype, name="router")(flat)
-        order = jnp.argsort(chosen.reshape(-1), stable=True)
-        token = order // spec.experts_per_token
-        sizes = jnp.bincount(chosen.reshape(-1), length=spec.num_experts).astype(jnp.int32)
-        expert_out = self._experts(flat[token], sizes)
-        weighted = expert_out * weights.reshape(-1)[order, None].astype(expert_out.dtype)
-        output = jnp.zeros(flat.shape, weighted.dtype).at[token].add(weighted).astype(self.dtype)
+        spec, inputs = self.spec, inputs.astype(self.dtype)
+        weights, chosen = Routing(spec, self.param_dtype, name="router")(inputs.reshape(-1, self.width))
+        weights, chosen = (x.reshape(*inputs.shape[:-1], -1) for x in (weights, chosen))
+        hidden = spec.expert.hidden_dim
+        kernels = (
+            self._kernel("gate", (self.width, hidden), 0.02),
+            self._kernel("up", (self.width, hidden), 0.02),
+            self._kernel("down", (hidden, self.width), self.output_std),
+        )
+        mix = mix_over_devices if shards("experts", spec.num_experts) > 1 else mix_experts
+        output = mix(spec.expert.activation, kernels, inputs, weights, chosen)
         if spec.shared is not None:
             options = {"param_dtype": self.param_dtype, "dtype": self.dtype}
-            output += Gated(spec.shared, self.width, self.output_std, name="shared", **options)(flat)
-        return output.reshape(inputs.shape)
+            output += Gated(spec.shared, self.width, self.output_std, name="shared", **options)(inputs)
+        return output
 
-    def _experts(self, rows: Float[Array, "M D"], sizes: Int[Array, "E"]) -> Float[Array, "M D"]:
-        """Rows sorted by expert, through their experts."""
-        spec, hidden = self.spec.expert, self.spec.expert.hidden_dim
+    def _kernel(self, name: str, shape: tuple[int, int], std: float) -> Float[Array, "E D F"]:
+        stacked = (self.spec.num_experts, *shape)
+        return self.param(name, nn.initializers.normal(std), stacked, self.param_dtype).astype(self.dtype)
 
-        def multiply(name: str, rows: Array, features: int, std: float) -> Array:
-            shape = (self.spec.num_experts, rows.shape[-1], features)
-            kernel = self.param(name, nn.initializers.normal(std), shape, self.param_dtype)
-            wide = jnp.promote_types(self.dtype, jnp.float32)
-            product = jax.lax.ragged_dot(rows, kernel.astype(self.dtype), sizes, preferred_element_type=wide)
-            return product.astype(self.dtype)
 
-        gate = activate(multiply("gate", rows, hidden, 0.02), spec.activation)
-        return multiply("down", gate * multiply("up", rows, hidden, 0.02), self.width, self.output_std)
+Kernels = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]
+
+
+def mix_experts(
+    activation: Activation,
+    kernels: Kernels,
+    inputs: Float[Array, "*batch D"],
+    weights: Float[Array, "*batch k"],
+    chosen: Int[Array, "*batch k"],
+    *,
+    first: int | Int[Array, ""] = 0,
+) -> Float[Array, "*batch D"]:
+    """sum_e weight_e expert_e(x) over those of the chosen experts that are here.
+
+    Args:
+      kernels: gate, up and down of the experts `first`, `first` + 1, ...
+      weights, chosen: of the k experts of each token; numbers of experts count from 0, wherever those are.
+    """
+    gate, up, down = kernels
+    count, flat = gate.shape[0], inputs.reshape(-1, inputs.shape[-1])
+    local = chosen.reshape(-1) - first
+    local = jnp.where((local >= 0) & (local < count), local, count)  # those elsewhere stand last
+    order = jnp.argsort(local, stable=True)
+    token = order // chosen.shape[-1]
+    sizes = jnp.bincount(local, length=count + 1)[:count].astype(jnp.int32)
+    wide = jnp.promote_types(flat.dtype, jnp.float32)
+
+    def multiply(rows: Array, kernel: Array) -> Array:
+        return jax.lax.ragged_dot(rows, kernel, sizes, preferred_element_type=wide).astype(flat.dtype)
+
+    rows = flat[token]
+    outputs = multiply(activate(multiply(rows, gate), activation) * multiply(rows, up), down)
+    # What stands behind the last expert's rows is not defined.
+    outputs = jnp.where((local[order] < count)[:, None], outputs, 0)
+    weighted = outputs * weights.reshape(-1)[order, None].astype(outputs.dtype)
+    total = jnp.zeros(flat.shape, weighted.dtype).at[token].add(weighted)
+    return total.astype(flat.dtype).reshape(inputs.shape)
+
+
+def mix_over_devices(
+    activation: Activation,
+    kernels: Kernels,
+    inputs: Float[Array, "B T D"],
+    weights: Float[Array, "B T k"],
+    chosen: Int[Array, "B T k"],
+) -> Float[Array, "B T D"]:
+    """`mix_experts` with experts split over the mesh axis `expert`, and their widths over `tensor`.
+
+    Devices of one group along `expert` gather each other's tokens, compute what their own experts make of
+    them, and each receives the sum for its own tokens. No token is dropped and shapes are static.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def spec(names: tuple[str | None, ...], array: Array) -> PartitionSpec:
+        return partition_spec(names, array.shape, mesh)[0]
+
+    of_tokens = spec(("batch", "time", None), inputs)
+    # Along their other axes kernels come whole: they were gathered as any parameter is before its use.
+    of_kernels = tuple(
+        spec(("experts", *names), kernel)
+        for names, kernel in zip(((None, "hidden"), (None, "hidden"), ("hidden", None)), kernels, strict=True)
+    )
+    rows_are_split = "expert" in (of_tokens[0] or ())
+    widths_are_split = of_kernels[2][1] is not None
+
+    def local(kernels: Kernels, *tokens: Array) -> Array:
+        if rows_are_split:
+            tokens = tuple(jax.lax.all_gather(x, "expert", tiled=True) for x in tokens)
+        first = jax.lax.axis_index("expert") * kernels[0].shape[0]
+        output = mix_experts(activation, kernels, *tokens, first=first)
+        output = jax.lax.psum(output, "tensor") if widths_are_split else output
+        if rows_are_split:
+            return jax.lax.psum_scatter(output, "expert", tiled=True)
+        return jax.lax.psum(output, "expert")
+
+    in_specs = (of_kernels, of_tokens, of_tokens, of_tokens)
+    return jax.shard_map(local, in_specs=in_specs, out_specs=of_tokens, check_vma=False)(
+        kernels, inputs, weights, chosen
+    )
 
 
 def _within_best_groups(

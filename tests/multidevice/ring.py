@@ -1,0 +1,66 @@
+"""Ring attention over 4 devices against attention written out, forward and gradient; prints the errors."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from rlhf_jax import distributed
+from rlhf_jax.kernels.ring_attention import ring_attention
+
+ROWS, TIME, HEADS, KV_HEADS, WIDTH, VALUE = 2, 16, 4, 2, 6, 4
+
+
+def plain(query, key, value, positions, segments, *, scale, softcap=None, window=None):
+    key, value = (jnp.repeat(x, HEADS // KV_HEADS, axis=2) for x in (key, value))
+    logits = scale * jnp.einsum("bthd,bshd->bhts", query, key)
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    time = jnp.arange(TIME)
+    seen = (segments[:, :, None] == segments[:, None]) & (time[:, None] >= time)
+    if window is not None:
+        seen &= positions[:, :, None] - positions[:, None] < window
+    weights = jax.nn.softmax(jnp.where(seen[:, None], logits, -jnp.inf), axis=-1)
+    return jnp.einsum("bhts,bshv->bthv", weights, value)
+
+
+def main():
+    rng = np.random.default_rng(0)
+    arrays = [
+        jnp.asarray(rng.normal(size=(ROWS, TIME, heads, width)))
+        for heads, width in ((HEADS, WIDTH), (KV_HEADS, WIDTH), (KV_HEADS, VALUE))
+    ]
+    weight = jnp.asarray(rng.normal(size=(ROWS, TIME, HEADS, VALUE)))
+    # packed; left-padded
+    segments = jnp.asarray([[1] * 5 + [2] * 6 + [3] * 5, [0] * 3 + [1] * 13], jnp.int32)
+    first = jnp.asarray([[0] * 5 + [5] * 6 + [11] * 5, [0] * 3 + [3] * 13])
+    positions = (jnp.arange(TIME) - first).astype(jnp.int32)
+    mesh = distributed.make_mesh("sequence=4")
+    split = P(None, "sequence")
+    for softcap, window in itertools.product((None, 2.0), (None, 3)):
+        options = {"scale": 0.4, "softcap": softcap, "window": window}
+
+        def ring(*inputs, options=options):
+            local = lambda *x: ring_attention(*x, axis_name="sequence", **options)  # noqa: E731
+            return jax.shard_map(local, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)(*inputs)
+
+        def both(attention, options):
+            def loss(*inputs):
+                output = attention(*inputs, positions, segments, **options)
+                return jnp.sum(output * weight), output
+
+            return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*arrays)
+
+        (_, found), found_gradients = both(ring, {})
+        (_, expected), expected_gradients = both(plain, options)
+        errors = [
+            float(jnp.max(jnp.abs(a - b)))
+            for a, b in zip((found, *found_gradients), (expected, *expected_gradients), strict=True)
+        ]
+        print(softcap, window, *errors)
+
+
+if __name__ == "__main__":
+    main()
