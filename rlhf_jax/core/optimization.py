@@ -201,7 +201,8 @@ def accumulate_gradients(
         raise UserError(
             f"micro_batches={micro_batches} does not divide the {rows} rows of a batch: change one"
         )
-    parts = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch)
+    # Every `micro_batches`-th row: a part then has its share of the rows of every device.
+    parts = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def step(total: Any, part: Any) -> tuple[Any, None]:
         return tree_add(total, value_and_grad(params, part)), None
