@@ -10,7 +10,10 @@ _COLLECTIVE = re.compile(rf"= (\(.*?\)|\S+) ({'|'.join(_KINDS)})(?:-start)?\(")
 _ARRAY = re.compile(r"(pred|bf16|[a-z]\d+)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:body|to_apply|calls|condition)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
-_GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\])")
+# Who takes part together, in three spellings: {{0,1},{2,3}}, [2,2]<=[4] and mesh['a'=2,'b'=2] {'b'}.
+_LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
+_COUNTED = re.compile(r"replica_groups=\[\d+,(\d+)\]")
+_NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,12 +91,18 @@ def _collective(line: str, operation: re.Match[str], times: int) -> Collective:
     arrays = _ARRAY.findall(operation[1])
     shapes = tuple(tuple(int(size) for size in dims.split(",") if size) for _, dims in arrays)
     sizes = [_item_bytes(dtype) * math.prod(shape) for (dtype, _), shape in zip(arrays, shapes, strict=True)]
-    groups = _GROUPS.search(line)
-    if groups is None:
-        group = 2  # a permutation has pairs instead
-    else:
-        group = int(groups[2]) if groups[2] else len(groups[1].split(","))
-    return Collective(operation[2], shapes, sum(sizes), group, times)
+    return Collective(operation[2], shapes, int(sum(sizes)), _group(line), times)
+
+
+def _group(line: str) -> int:
+    if listed := _LISTED.search(line):
+        return len(listed[1].split(","))
+    if counted := _COUNTED.search(line):
+        return int(counted[1])
+    if named := _NAMED.search(line):
+        sizes = dict(pair.split("=") for pair in named[1].split(","))
+        return math.prod(int(sizes[axis.split(":")[0].strip()]) for axis in named[2].split(","))
+    return 2  # a permutation has pairs instead
 
 
 def _item_bytes(dtype: str) -> float:

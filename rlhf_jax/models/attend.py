@@ -5,14 +5,17 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+from rlhf_jax.core.axes import partition_spec, shards
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Bool, Float, Int
+from rlhf_jax.kernels.ring_attention import ring_attention
 from rlhf_jax.models.blocked_attention import blocked_attention
 from rlhf_jax.models.config import AttentionBackend
 
-Backend = Literal["plain", "blocked", "cudnn", "splash"]
+Backend = Literal["plain", "blocked", "cudnn", "splash", "ring"]
 
 
 @pytree_dataclass
@@ -70,6 +73,10 @@ def attend(
     segments, mask = context.segment_ids, context.seen(window)
     if chosen == "plain" or segments is None:
         return plain_attention(query, key, value, mask, scale=scale, softcap=softcap, bias=bias)
+    if chosen == "ring":
+        return attention_in_a_ring(
+            query, key, value, context.positions, segments, scale=scale, softcap=softcap, window=window
+        )
     if chosen == "splash":
         return splash_attention(query, key, value, segments, scale=scale, softcap=softcap, window=window)
     if chosen == "cudnn":
@@ -91,12 +98,15 @@ def choose_backend(
 
     `auto` takes cuDNN on NVIDIA GPUs and splash attention on TPUs where they apply and plain attention where
     they do not, and blocks on CPU. Reading from a cache, a token at a time, is bound by memory and plain.
+    Where the columns are split over devices, keys and values go around in a ring.
 
     Raises:
       UserError: `asked` names a backend that does not apply.
     """
     if context.segment_ids is None:
         return "plain"
+    if shards("time", query.shape[1]) > 1 and asked == "auto":
+        return "plain" if biased else "ring"
     best: dict[str, Backend] = {"gpu": "cudnn", "tpu": "splash", "cpu": "blocked"}
     backend = best.get(platform, "plain") if asked == "auto" else asked
     obstacle = None
@@ -147,6 +157,31 @@ def _splash_obstacle(biased: bool, platform: str) -> str | None:
 
 
 # The ways ------------------------------------------------------------------------------------------
+
+
+def attention_in_a_ring(
+    query: Float[Array, "B T H d"],
+    key: Float[Array, "B T K d"],
+    value: Float[Array, "B T K v"],
+    positions: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+    *,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> Float[Array, "B T H v"]:
+    """`kernels.ring_attention` over the entered mesh; no device ever holds the keys of a whole row."""
+    mesh = jax.sharding.get_abstract_mesh()
+    # The heads of queries can be split only where those of their keys are split alike.
+    heads = "heads" if shards("heads", key.shape[2]) > 1 else None
+    of_heads = partition_spec(("batch", "time", heads, None), key.shape, mesh)[0]
+    of_columns = PartitionSpec(*of_heads[:2])
+    ring = functools.partial(
+        ring_attention, axis_name=of_heads[1], scale=scale, softcap=softcap, window=window
+    )
+    specs = (of_heads, of_heads, of_heads, of_columns, of_columns)
+    split = jax.shard_map(ring, in_specs=specs, out_specs=of_heads, check_vma=False)
+    return split(query, key, value, positions, segment_ids)
 
 
 def plain_attention(

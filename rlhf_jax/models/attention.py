@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from rlhf_jax.core.axes import constrain
 from rlhf_jax.core.types import Array, Float, Int
 from rlhf_jax.models.attend import Context, attend
 from rlhf_jax.models.config import Attention, AttentionBackend, LatentAttention
@@ -82,7 +83,8 @@ class SelfAttention(nn.Module):
 
     def _project(self, inputs: Float[Array, "B T D"], name: str, heads: int) -> Float[Array, "B T H d"]:
         flat = self._linear(heads * self.spec.head_dim, use_bias=self.spec.bias, name=name)(inputs)
-        return flat.reshape(*inputs.shape[:2], heads, self.spec.head_dim)
+        heads_apart = flat.reshape(*inputs.shape[:2], heads, self.spec.head_dim)
+        return constrain(heads_apart, "batch", "time", "heads", None)
 
     def _normed(self, heads: Float[Array, "B T H d"], name: str) -> Float[Array, "B T H d"]:
         if self.spec.qk_norm is None:

@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
+from rlhf_jax.core.axes import constrain
 from rlhf_jax.models.attention import LayerCache, MultiHeadLatentAttention, SelfAttention
 from rlhf_jax.models.config import (
     Attention,
@@ -42,8 +43,11 @@ def feed_forward_layer(spec: GatedFeedForward | FeedForward | MixtureOfExperts, 
 
 def empty_cache(block: Block, shape: tuple[int, ...], dtype: Any) -> LayerCache:
     """The cache of one block, whose arrays begin with `shape` ([B, S], stacked layers before it)."""
+    rows = (*(None,) * (len(shape) - 2), "batch")
     match block.attention:
         case Attention(num_kv_heads=heads, head_dim=width):
-            return jnp.zeros((*shape, heads, width), dtype), jnp.zeros((*shape, heads, width), dtype)
+            empty = constrain(jnp.zeros((*shape, heads, width), dtype), *rows, None, "heads", None)
+            return empty, empty
         case LatentAttention(latent_dim=latent, rope_dim=rotated):
-            return jnp.zeros((*shape, latent), dtype), jnp.zeros((*shape, rotated), dtype)
+            latents, keys = jnp.zeros((*shape, latent), dtype), jnp.zeros((*shape, rotated), dtype)
+            return constrain(latents, *rows, None, None), constrain(keys, *rows, None, None)

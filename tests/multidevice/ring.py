@@ -27,6 +27,7 @@ def plain(query, key, value, positions, segments, *, scale, softcap=None, window
 
 
 def main():
+    jax.config.update("jax_enable_x64", True)
     rng = np.random.default_rng(0)
     arrays = [
         jnp.asarray(rng.normal(size=(ROWS, TIME, heads, width)))

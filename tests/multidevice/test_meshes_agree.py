@@ -1,0 +1,109 @@
+"""Every layout computes what one device computes, and sends no more than it must."""
+
+import functools
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+LAYOUTS = (
+    "data=8",
+    "fsdp=8",
+    "tensor=4",
+    "fsdp=4,tensor=2",
+    "data=2,fsdp=2,tensor=2",
+    "sequence=4",
+    "expert=4",
+)
+ALGORITHMS = ("sft", "dpo", "grpo", "ppo")
+TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
+VOCAB, WIDTH = 40, 16  # as in parity.py: no other axis is 40 long
+
+
+def run_on_eight(script, *arguments, timeout=900):
+    """Runs a script of this folder on 8 CPU devices; XLA's own warnings are in its standard error."""
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "TF_CPP_MIN_LOG_LEVEL": "0"}
+    process = subprocess.run(
+        [sys.executable, str(HERE / script), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        env=environment,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    return process
+
+
+@functools.cache
+def parity(dtype, *cases):
+    process = run_on_eight("parity.py", dtype, *cases)
+    assert "rematerialization" not in process.stderr.lower()
+    results = [json.loads(line) for line in process.stdout.splitlines()]
+    assert [f"{result['name']}:{result['mesh']}" for result in results] == list(cases)
+    return results
+
+
+def check_update(result, dtype):
+    where = f"{result['name']} on {result['mesh']}, {dtype}"
+    assert result["loss_error"] < TOLERANCE[dtype], where
+    assert result["params_error"] < TOLERANCE[dtype], where
+    assert result["repeats"], where
+    assert result["collectives"], where
+    for collective in result["collectives"]:
+        for shape in collective["shapes"]:
+            # Of what has an axis as long as the vocabulary only the (un)embedding travels, never logits.
+            assert VOCAB not in shape or math.prod(shape) <= VOCAB * WIDTH, (where, collective)
+
+
+def check_controls(results, dtype):
+    right, *wrong = results
+    assert max(right["loss_error"], right["params_error"]) < TOLERANCE[dtype]
+    for result in wrong:
+        assert result["params_error"] > 1e3 * TOLERANCE[dtype], result["name"]
+
+
+CONTROLS = [f"{name}:data=8" for name in ("by_hand", "mean_of_means", "missing_psum", "dropped_micro_batch")]
+
+
+def test_one_layout_of_each_kind_and_the_negative_controls():
+    updates = ["sft:data=2,fsdp=2,tensor=2", "sft:expert=4", "grpo:sequence=4"]
+    results = parity("float64", *updates, "generate:data=2,fsdp=2,tensor=2", *CONTROLS)
+    for result in results[:3]:
+        check_update(result, "float64")
+    assert results[3]["same_tokens"]
+    check_controls(results[4:], "float64")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_update_on_every_layout(algorithm, dtype):
+    for result in parity(dtype, *(f"{algorithm}:{layout}" for layout in LAYOUTS)):
+        check_update(result, dtype)
+
+
+@pytest.mark.slow
+def test_generation_on_every_layout():
+    for result in parity("float32", *(f"generate:{layout}" for layout in LAYOUTS)):
+        assert result["same_tokens"], result
+        assert result["logp_error"] < 1e-5
+
+
+@pytest.mark.slow
+def test_negative_controls_in_float32():
+    check_controls(parity("float32", *CONTROLS), "float32")
+
+
+def test_ring_attention_is_attention():
+    process = run_on_eight("ring.py")
+    lines = [line.split() for line in process.stdout.splitlines()]
+    assert len(lines) == 4
+    for _, _, *errors in lines:
+        assert len(errors) == 4  # outputs, and the gradients of queries, keys, values
+        assert max(map(float, errors)) < 1e-12
