@@ -255,7 +255,7 @@ def widest_completion(level: Level) -> str:
 def prompt_rows(level: Level, split: Split, count: int, seed: int) -> list[Row]:
     """Rows for RL and evaluation: `prompt`, and the true `answer` as text, for the reward function."""
     rng = _generator(seed, "prompt")
-    return [{"prompt": p.text, "answer": str(p.answer)} for p in _draw(rng, level, split, count)]
+    return [{"prompt": p.text, "answer": str(p.answer)} for p in draw_problems(rng, level, split, count)]
 
 
 def demonstration_rows(
@@ -268,7 +268,7 @@ def demonstration_rows(
       split: `heldout` is for measuring a loss, never for training.
     """
     rng, rows = _generator(seed, "demonstration"), []
-    for drawn in _draw(rng, level, split, count):
+    for drawn in draw_problems(rng, level, split, count):
         written = solution(drawn, (rng.random(len(drawn.operators)) < slip_rate).tolist())
         turns = [{"role": "user", "content": drawn.text}, {"role": "assistant", "content": written.text}]
         rows.append({"messages": turns, "answer": str(drawn.answer)})
@@ -280,7 +280,7 @@ def preference_rows(level: Level, split: Split, count: int, seed: int) -> list[R
     rng = _generator(seed, "preference")
     return [
         {"prompt": p.text, "chosen": solution(p).text, "rejected": wrong_solution(p, rng).text}
-        for p in _draw(rng, level, split, count)
+        for p in draw_problems(rng, level, split, count)
     ]
 
 
@@ -316,7 +316,7 @@ def _careless(
     level: Level, split: Split, count: int, seed: int, slip_rate: float
 ) -> Iterator[tuple[Problem, Solution]]:
     rng = _generator(seed, "step")
-    for drawn in _draw(rng, level, split, count):
+    for drawn in draw_problems(rng, level, split, count):
         yield drawn, solution(drawn, (rng.random(len(drawn.operators)) < slip_rate).tolist())
 
 
@@ -325,7 +325,7 @@ def _generator(seed: int, maker: str) -> np.random.Generator:
     return np.random.default_rng([seed, *maker.encode()])
 
 
-def _draw(rng: np.random.Generator, level: Level, split: Split, count: int) -> Iterator[Problem]:
+def draw_problems(rng: np.random.Generator, level: Level, split: Split, count: int) -> Iterator[Problem]:
     """`count` problems, none twice before all of the split have come once."""
     size = num_problems(level, split)
     passes = [rng.permutation(size) for _ in range(count // size)]
@@ -336,7 +336,11 @@ def _draw(rng: np.random.Generator, level: Level, split: Split, count: int) -> I
 # Tokens --------------------------------------------------------------------------------------------
 
 
-def arithmetic_tokenizer() -> Tokenizer:
-    """Every printable ASCII character is one token, and so are the newline, `####` and the names of roles."""
+def arithmetic_tokenizer(words: Sequence[str] = ()) -> Tokenizer:
+    """Every printable ASCII character is one token, and so are the newline, `####` and the names of roles.
+
+    Args:
+      words: more of what is one token each.
+    """
     alphabet = "\n" + "".join(map(chr, range(ord(" "), ord("~") + 1)))
-    return character_tokenizer(alphabet, [ANSWER_MARK, "system", "user", "assistant", "tool"])
+    return character_tokenizer(alphabet, [ANSWER_MARK, "system", "user", "assistant", "tool", *words])

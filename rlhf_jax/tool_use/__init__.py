@@ -1,0 +1,17 @@
+"""Tools that a model may call, and the calls that it writes. Knows neither models nor tokens."""
+
+from rlhf_jax.tool_use.calls import Call, CallError, parse_calls
+from rlhf_jax.tool_use.retrieval import Index
+from rlhf_jax.tool_use.tools import Tool, answer_calls, calculator, retriever, worker_tool
+
+__all__ = [
+    "Call",
+    "CallError",
+    "Index",
+    "Tool",
+    "answer_calls",
+    "calculator",
+    "parse_calls",
+    "retriever",
+    "worker_tool",
+]
