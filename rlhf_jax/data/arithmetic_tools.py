@@ -1,11 +1,11 @@
 """The embedded task with numbers too large for the head, and a calculator.
 
-    prompt      473+298-655=?
+    prompt      473+298=?
     assistant   <tool_call>
-                {"name": "calculator", "arguments": {"expression": "473+298-655"}}
+                {"name": "calculator", "arguments": {"expression": "473+298"}}
                 </tool_call>
-    tool        116
-    assistant   #### 116
+    tool        771
+    assistant   #### 771
 
 Some writers answer at once instead, and are wrong: what pays is left for RL to find out. Prompts are those
 of `arithmetic.prompt_rows` at this level.
@@ -23,7 +23,7 @@ from rlhf_jax.data.arithmetic import (
 )
 from rlhf_jax.data.tokenizers import Tokenizer
 
-TOOL_LEVEL = Level(operands=3, low=100, high=799, operators="+-")
+TOOL_LEVEL = Level(operands=2, low=100, high=999, operators="+-")
 
 _CALL_WORDS = ("<tool_call>", "</tool_call>", '{"name": "calculator", "arguments": {"expression": "', '"}}')
 

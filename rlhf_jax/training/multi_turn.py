@@ -21,7 +21,7 @@ from rlhf_jax.data.chat import encode_conversation, encode_prompt
 from rlhf_jax.data.examples import PromptExample
 from rlhf_jax.data.packing import left_pad
 from rlhf_jax.data.tokenizers import Tokenizer
-from rlhf_jax.generation import Sampling, generate
+from rlhf_jax.generation import Sampling, generate, row_keys
 from rlhf_jax.tool_use import Tool, answer_calls
 from rlhf_jax.training.rollouts import GenerateFn
 
@@ -113,16 +113,16 @@ def make_multi_turn_fn(
         )
     between_turns = make_tool_turn_fn(tokenizer)
 
-    def take_turn(
-        params: Params, active: list[_Row], size: int, key: PRNGKeyArray, sampling: Sampling
-    ) -> None:
-        """One turn more of the active rows; the last of them fills the batch up to its size."""
-        filled = active + [active[-1]] * (size - len(active))
-        longest = max(len(row.ids) for row in active)
+    def take_turn(params: Params, rows: list[_Row], keys: PRNGKeyArray, sampling: Sampling) -> None:
+        """One turn more of the rows that go on; the last of them fills the batch up to its size."""
+        numbers = [number for number, row in enumerate(rows) if not row.done]
+        filled = numbers + numbers[-1:] * (len(rows) - len(numbers))
+        longest = max(len(rows[number].ids) for number in numbers)
         width = -(-longest // _BUCKET) * _BUCKET
-        tokens, mask = left_pad([row.ids for row in filled], width, pad_id=tokenizer.pad_id)
-        rollout = jax.device_get(sample_fn(params, tokens, mask, key, sampling))
-        for place, row in enumerate(active):
+        tokens, mask = left_pad([rows[number].ids for number in filled], width, pad_id=tokenizer.pad_id)
+        rollout = jax.device_get(sample_fn(params, tokens, mask, keys[np.array(filled)], sampling))
+        for place, number in enumerate(numbers):
+            row = rows[number]
             kept = rollout.sequences.mask[place]
             row.append(rollout.sequences.tokens[place][kept].tolist(), rollout.logp[place][kept].tolist())
             row.finished = bool(rollout.finished[place])
@@ -145,13 +145,14 @@ def make_multi_turn_fn(
         params: Params, prompts: Sequence[PromptExample], key: PRNGKeyArray, sampling: Sampling = sampling, /
     ) -> Rollout:
         rows = [_Row(np.asarray(prompt.ids).tolist(), len(prompt.ids)) for prompt in prompts]
+        keys = row_keys(key, len(rows)) if key.ndim == 0 else key
         for turn in range(max_turns):
-            active = [row for row in rows if not row.done]
-            if not active:
+            going = [(row, len(row.ids)) for row in rows if not row.done]
+            if not going:
                 break
-            lengths = [len(row.ids) for row in active]
-            take_turn(params, active, len(rows), jax.random.fold_in(key, turn), sampling)
-            for row, length in zip(active, lengths, strict=True):
+            turn_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, turn)
+            take_turn(params, rows, turn_keys, sampling)
+            for row, length in going:
                 if not row.done:
                     answer(row, row.ids[length:], is_last_turn=turn == max_turns - 1)
         return _assemble(rows, prompt_length, response_length, tokenizer.pad_id)

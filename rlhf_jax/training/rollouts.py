@@ -18,10 +18,10 @@ from rlhf_jax.data.examples import PromptExample
 from rlhf_jax.data.packing import left_pad
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.generation import Sampling, generate, row_keys
-from rlhf_jax.rewards.functions import call_reward, load_reward
+from rlhf_jax.rewards.functions import Scored, load_reward, score_rows
 from rlhf_jax.training.runs import load_reward_model
 
-RewardTerm = Callable[[Rollout, Sequence[PromptExample], Sequence[str]], np.ndarray]
+RewardTerm = Callable[[Rollout, Sequence[PromptExample], Sequence[str]], Scored]
 
 
 class GenerateFn(Protocol):
@@ -89,10 +89,32 @@ def completion_texts(tokenizer: Tokenizer, rollout: Rollout) -> list[str]:
 # Rewards -------------------------------------------------------------------------------------------
 
 
-def make_reward_fn(
-    specs: Sequence[str], tokenizer: Tokenizer
-) -> Callable[[Rollout, Sequence[PromptExample]], np.ndarray]:
-    """`reward(rollout, prompts) -> [B]`, the weighted sum of what `specs` name.
+@dataclasses.dataclass(frozen=True)
+class RolloutReward:
+    """`reward(rollout, prompts) -> [B]`, the weighted sum of its terms.
+
+    Attributes:
+      terms: rewards of whole completions, with their weights.
+      tokenizer: what completions are read with.
+    """
+
+    terms: tuple[tuple[RewardTerm, float], ...]
+    tokenizer: Tokenizer
+
+    def __call__(self, rollout: Rollout, prompts: Sequence[PromptExample]) -> np.ndarray:
+        """The rewards alone."""
+        return self.score(rollout, prompts).rewards
+
+    def score(self, rollout: Rollout, prompts: Sequence[PromptExample]) -> Scored:
+        """The rewards, and which rows some term could not score."""
+        completions = completion_texts(self.tokenizer, rollout)
+        scored = [(term(rollout, prompts, completions), weight) for term, weight in self.terms]
+        rewards = np.sum([weight * part.rewards for part, weight in scored], axis=0)
+        return Scored(rewards, np.any([part.unscorable for part, _ in scored], axis=0))
+
+
+def make_reward_fn(specs: Sequence[str], tokenizer: Tokenizer) -> RolloutReward:
+    """The weighted sum of what `specs` name.
 
     Args:
       specs: each `module:function` or the folder of a reward-model run, with `=WEIGHT` behind it where
@@ -104,12 +126,7 @@ def make_reward_fn(
     if not specs:
         raise UserError("no reward is given: name one, such as --rewards my_rewards:exact_match")
     terms = [(_make_term(name, tokenizer), weight) for name, weight in map(_split_weight, specs)]
-
-    def reward(rollout: Rollout, prompts: Sequence[PromptExample]) -> np.ndarray:
-        completions = completion_texts(tokenizer, rollout)
-        return np.sum([weight * term(rollout, prompts, completions) for term, weight in terms], axis=0)
-
-    return reward
+    return RolloutReward(tuple(terms), tokenizer)
 
 
 def _split_weight(spec: str) -> tuple[str, float]:
@@ -130,12 +147,16 @@ def _make_term(name: str, tokenizer: Tokenizer) -> RewardTerm:
         return _model_term(Path(name), tokenizer)
     reward_fn = load_reward(name)
 
-    def term(rollout: Rollout, prompts: Sequence[PromptExample], completions: Sequence[str]) -> np.ndarray:
+    def term(rollout: Rollout, prompts: Sequence[PromptExample], completions: Sequence[str]) -> Scored:
         names = {name for prompt in prompts for name in prompt.fields} - {"prompt"}
         fields: dict[str, Any] = {name: [p.fields.get(name) for p in prompts] for name in sorted(names)}
-        fields["finished"] = np.asarray(rollout.finished).tolist()
+        mask, finished = jax.device_get((rollout.sequences.mask, rollout.finished))
+        fields["finished"] = finished.tolist()
+        fields["token_count"] = mask.sum(axis=1).tolist()
+        # Completions begin in one column, where each row has its first token.
+        fields["token_limit"] = [mask.shape[1] - int(mask.any(axis=0).argmax())] * len(prompts)
         texts = [prompt.text for prompt in prompts]
-        return call_reward(reward_fn, texts, completions, fields, where=[p.where for p in prompts])
+        return score_rows(reward_fn, texts, completions, fields, where=[p.where for p in prompts])
 
     return term
 
@@ -149,8 +170,9 @@ def _model_term(folder: Path, tokenizer: Tokenizer) -> RewardTerm:
         )
     score = jax.jit(models.make_reward_fn(model.config))
 
-    def term(rollout: Rollout, _: Sequence[PromptExample], __: Sequence[str]) -> np.ndarray:
-        return np.asarray(score(model.params, rollout.sequences))
+    def term(rollout: Rollout, _: Sequence[PromptExample], __: Sequence[str]) -> Scored:
+        rewards = np.asarray(score(model.params, rollout.sequences))
+        return Scored(rewards, np.zeros(len(rewards), bool))
 
     return term
 

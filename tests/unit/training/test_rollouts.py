@@ -42,6 +42,12 @@ def right(prompts, completions, *, answer, finished, **_):
 def sevens(prompts, completions, **_):
     return [float(text.count("7")) for text in completions]
 
+def unsure(prompts, completions, **_):
+    return [None if text == "7" else 1.0 for text in completions]
+
+def room(prompts, completions, *, token_count, token_limit, **_):
+    return [limit - count for count, limit in zip(token_count, token_limit)]
+
 def raises(prompts, completions, **_):
     return [1 / (text != "7") for text in completions]
 
@@ -89,6 +95,19 @@ def test_rewards_add_up_by_their_weights():
         ["toy_rewards:right=2", "toy_rewards:length=-0.5", "toy_rewards:sevens"], TOKENIZER
     )
     np.testing.assert_allclose(several(ANSWERS, PROMPTS), [1.5, 2.5, -1.5])
+
+
+def test_what_cannot_be_scored_is_counted():
+    scored = make_reward_fn(["toy_rewards:unsure=2", "toy_rewards:sevens"], TOKENIZER).score(ANSWERS, PROMPTS)
+    assert scored.unscorable.tolist() == [False, True, False]
+    np.testing.assert_array_equal(scored.rewards, [2, 1, 2])
+
+
+def test_rewards_know_tokens_and_their_limit():
+    mask = np.asarray(ANSWERS.sequences.mask)
+    limit = mask.shape[1] - int(np.flatnonzero(mask.any(axis=0))[0])
+    room = make_reward_fn(["toy_rewards:room"], TOKENIZER)(ANSWERS, PROMPTS)
+    np.testing.assert_array_equal(room, limit - mask.sum(axis=1))
 
 
 @pytest.mark.parametrize(

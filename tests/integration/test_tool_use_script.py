@@ -1,0 +1,52 @@
+"""The script of GRPO with a calculator, from its command line."""
+
+import json
+
+import common
+import pytest
+import tool_use
+import tyro
+
+from rlhf_jax.metrics import read_metrics
+
+_SMALL = (
+    "--model.width 16 --model.layers 1 --model.heads 2 --model.kv-heads 1 --sft-steps 4 --demonstrations 64 "
+    "--prompt-count 16 --eval-count 4 --samples 2 --batch-size 2 --group-size 4 --max-new-tokens 12 "
+    "--response-length 40 --optimizer.warmup-steps 1 --quiet --no-report"
+)
+
+
+def run(out, *more):
+    words = f"--out {out} --steps 4 --save-every 2 {_SMALL}".split()
+    tool_use.run(tyro.cli(tool_use.Options, args=[*words, *map(str, more)]))
+    return out
+
+
+def test_a_run_and_its_resume(tmp_path):
+    whole = run(tmp_path / "whole")
+    sft = whole / "sft"
+    halves = run(tmp_path / "halves", "--init", sft, "--steps", 2, "--optimizer.total-steps", 4)
+    run(halves, "--init", sft, "--resume", "--optimizer.total-steps", 4)
+    last = [read_metrics(folder)[-1] for folder in (whole, halves)]
+    assert last[0]["loss"] == last[1]["loss"]
+    assert last[0]["mismatch"] < 1e-4
+    assert 0 <= last[0]["eval/tool_use"] <= 1
+    assert len(json.loads((whole / "samples.json").read_text())) == 2
+
+
+def test_help_shows_every_option(tiny, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "110")
+    assert tiny.main("tool_use", ["--help"], monkeypatch) == 0
+    shown = capsys.readouterr().out
+    for flag in common.flags(common.to_json(tool_use.Options())):
+        assert flag in shown, flag
+
+
+@pytest.mark.slow
+def test_the_policy_learns_to_call_the_calculator(tmp_path):
+    words = f"--out {tmp_path} --quiet --no-report".split()
+    tool_use.run(tyro.cli(tool_use.Options, args=words))
+    metrics = read_metrics(tmp_path)
+    assert metrics[0]["tool_use"] < 0.7
+    assert metrics[-1]["tool_use"] > 0.9
+    assert metrics[-1]["eval/score"] > 0.8
