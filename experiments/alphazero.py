@@ -232,7 +232,7 @@ def plot(path: Path, agents: Sequence[Agent], elo: np.ndarray, error: np.ndarray
     axes = figure.add_subplot()
     for count in sorted({agent.simulations for agent in agents if agent.iteration is not None}):
         rows = [k for k, a in enumerate(agents) if a.iteration is not None and a.simulations == count]
-        steps = [agents[row].iteration for row in rows]
+        steps = [agents[row].iteration or 0 for row in rows]
         label = f"search, {count} simulations" if count else "network alone"
         axes.errorbar(steps, elo[rows], yerr=1.96 * error[rows], marker="o", capsize=3, label=label)
     axes.axhline(0, color="grey", linewidth=0.8, linestyle=":")

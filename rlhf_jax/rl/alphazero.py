@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import mctx
+import mctx as mctx_library
 import optax
 from flax import linen as nn
 
@@ -34,6 +34,8 @@ from rlhf_jax.rl.games.lines import LineGame, Position
 from rlhf_jax.rl.games.matches import ChooseFn, random_openings
 from rlhf_jax.rl.networks import MLP, Activation, linear
 from rlhf_jax.rl.runs import Train
+
+mctx: Any = mctx_library  # its dataclasses have constructors that type checkers do not see
 
 ApplyFn = Callable[[Params, Float[Array, "B R C 2"]], tuple[Float[Array, "B A"], Float[Array, "B"]]]
 """(params, observations) -> (policy logits, values in [-1, 1] of the player to move)."""
@@ -155,8 +157,8 @@ def search(
     simulations: int,
     considered: int = 16,
     gumbel_scale: Scalar = 1.0,
-) -> mctx.PolicyOutput:
-    """Gumbel search from positions [B], with the true rules as the model.
+) -> Any:
+    """Gumbel search from positions [B], with the true rules as the model; gives mctx's `PolicyOutput`.
 
     Args:
       gumbel_scale: 0 plays without randomness, 1 explores as self-play must.
@@ -174,7 +176,7 @@ def search(
         reward = jnp.where(before.terminated, 0, after.winner * before.player).astype(values.dtype)
         discount = jnp.where(after.terminated, 0, -1).astype(values.dtype)
         expanded = mctx.RecurrentFnOutput(
-            reward=reward,  # pyright: ignore[reportCallIssue] (chex's dataclasses)
+            reward=reward,
             discount=discount,
             prior_logits=logits,
             value=values,
@@ -182,7 +184,7 @@ def search(
         return expanded, after
 
     logits, values = judge(positions)
-    root = mctx.RootFnOutput(prior_logits=logits, value=values, embedding=positions)  # pyright: ignore[reportCallIssue]
+    root = mctx.RootFnOutput(prior_logits=logits, value=values, embedding=positions)
     return mctx.gumbel_muzero_policy(
         params,
         key,

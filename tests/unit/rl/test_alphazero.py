@@ -73,6 +73,7 @@ def test_search_wins_at_once_and_never_moves_illegally():
         assert np.mean(wins) == 1.0
 
 
+@pytest.mark.slow
 def test_search_with_the_exact_value_keeps_it():
     """The value of the position after my move is my opponent's: every sign wrong would show."""
     choose = jax.jit(alphazero.make_player(TIC_TAC_TOE, exact, None, simulations=64))
