@@ -115,7 +115,9 @@ def run(options: Options) -> None:
     def step(state: group.State, number: int):
         chosen = [prompts.train[i] for i in np.repeat(sampler.indices(number), options.group_size)]
         rollout = generate(state.learner.params, chosen, jax.random.fold_in(rollout_key, number))
-        return learn(state, ref_params, rollout, jnp.asarray(reward_fn(rollout, chosen)))
+        scored = reward_fn.score(rollout, chosen)
+        state, metrics = learn(state, ref_params, rollout, jnp.asarray(scored.rewards))
+        return state, {**metrics, "unscorable": scored.unscorable.sum()}
 
     before = prompts.answer(ref_params)
     common.start(options, options.run, "grpo", model, "policy")

@@ -170,7 +170,9 @@ def run(options: Options) -> None:
         chosen = [prompts.train[i] for i in sampler.indices(number)]
         policy = state.learner.params["policy"]
         rollout = generate(policy, chosen, jax.random.fold_in(rollout_key, number))
-        return learn(state, ref_params, rollout, jnp.asarray(reward_fn(rollout, chosen)))
+        scored = reward_fn.score(rollout, chosen)
+        state, metrics = learn(state, ref_params, rollout, jnp.asarray(scored.rewards))
+        return state, {**metrics, "unscorable": scored.unscorable.sum()}
 
     value_key, state_key = jax.random.split(jax.random.key(seed))
     params = initial_params(options, model, value_key)

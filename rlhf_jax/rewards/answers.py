@@ -20,6 +20,8 @@ from rlhf_jax.rewards.expressions import evaluate, plain
 from rlhf_jax.rewards.units import Unit, split_unit
 
 MAX_ITEMS = 32
+MAX_DEPTH = 8
+"""Of lists in each other."""
 
 _TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 _DEGREES = re.compile(r"\^?\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])|\N{DEGREE SIGN}")
@@ -58,18 +60,23 @@ def answers_equal(answer: str, reference: str) -> bool:
     return _equal(read_answer(answer), read_answer(reference))
 
 
-def read_answer(text: str) -> Answer:
+def read_answer(text: str, depth: int = 0) -> Answer:
     """What a text says: a quantity, a list, or words where it is no mathematics.
+
+    Args:
+      depth: lists that it stands in.
 
     Raises:
       TooLarge: beyond the limits on size.
     """
+    if depth > MAX_DEPTH:
+        raise TooLarge(f"more than {MAX_DEPTH} lists in each other")
     text = text.strip()
     if text.startswith("**") and text.endswith("**"):
         text = text.strip("*")
     text = _without_wrapping(plain(text))
     try:
-        return _read(_NAMED.sub("", text))
+        return _read(_NAMED.sub("", text), depth)
     except TooLarge:
         raise
     except Unreadable:
@@ -96,18 +103,20 @@ def _without_wrapping(text: str) -> str:
 # Reading -------------------------------------------------------------------------------------------
 
 
-def _read(text: str) -> Answer:
+def _read(text: str, depth: int) -> Answer:
     brackets, inside = "", text
     if text[:1] in ("(", "[") and text[-1:] in (")", "]"):
         brackets, inside = text[0] + text[-1], text[1:-1]
     elif text.startswith(r"\{") and text.endswith(r"\}"):
         brackets, inside = "{}", text[2:-2]
+    elif text.startswith("{") and text.endswith("}") and "," in text:
+        brackets, inside = "{}", text[1:-1]
     parts = _split(inside)
-    if brackets and (len(parts) > 1 or brackets == "{}"):
-        return Items(brackets, tuple(map(read_answer, parts)))
+    if (brackets and len(parts) > 1) or brackets == "{}":
+        return Items(brackets, tuple(read_answer(part, depth + 1) for part in parts))
     whole = _split(text)
     if len(whole) > 1:
-        return Items("", tuple(map(_read, whole)))
+        return Items("", tuple(read_answer(part, depth + 1) for part in whole))
     sides = text.split("=")
     if len(sides) > 1:
         return _last_of_chain(sides)

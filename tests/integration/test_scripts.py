@@ -115,11 +115,16 @@ def test_rewards_by_path_with_weights(tiny, tmp_path, monkeypatch):
             def answered(prompts, completions, *, answer, finished, **_):
                 assert all(answer) and set(finished) <= {True, False}
                 return [2.0] * len(prompts)
+
+            def unsure(prompts, completions, *, token_count, token_limit, **_):
+                assert max(token_count) <= min(token_limit) == 8
+                return [None, *[0.0] * (len(prompts) - 1)]
         """)
     )
-    rewards = ["weighed_rewards:one", "weighed_rewards:answered=0.25"]
+    rewards = ["weighed_rewards:one", "weighed_rewards:answered=0.25", "weighed_rewards:unsure"]
     out = tiny.run("grpo", tmp_path / "functions", "--steps", 2, "--rewards", *rewards)
     assert [line["reward"] for line in read_metrics(out)] == [1.5, 1.5]
+    assert [line["unscorable"] for line in read_metrics(out)] == [1, 1]
     assert read_metrics(out)[-1]["eval/score"] == 1.0
 
     model = tiny.finished("reward_model")
@@ -134,6 +139,7 @@ def test_ppo_with_reward_functions(tiny, tmp_path):
     out = tiny.run("ppo", tmp_path / "ppo", "--steps", 3, *functions)
     for line in read_metrics(out):
         assert 0 <= line["reward"] <= 1
+        assert line["unscorable"] == 0
         assert line["loss"] is not None
 
 

@@ -40,5 +40,5 @@ def test_the_policy_learns_to_call_the_calculator(tmp_path):
     tool_use.run(tyro.cli(tool_use.Options, args=words))
     metrics = read_metrics(tmp_path)
     assert metrics[0]["tool_use"] < 0.7
-    assert metrics[-1]["tool_use"] > 0.9
+    assert metrics[-1]["tool_use"] > 0.8
     assert metrics[-1]["eval/score"] > 0.8

@@ -109,6 +109,9 @@ TABLE = {
     "percent": (r"\boxed{42\%}", "01110"),
     # Brackets and marks without end.
     "deep brackets": (r"\boxed{" + "(" * 400 + "42" + ")" * 400 + "}", "01??0"),
+    "sets in each other": (r"\boxed{" + r"\{" * 200 + "42" + r"\}" * 200 + "}", "01??0"),
+    "pairs in each other": (r"\boxed{" + "(" * 240 + "1" + ",2)" * 240 + "}", "00??0"),
+    "lists of words": (r"\boxed{" + "no, " * 30 + "42}", "01000"),
     "million brackets": ("(" * N + "42" + ")" * N, "00000"),
     "million braces": (r"\boxed{" + "{" * N, "00000"),
     "unclosed box": (r"so \boxed{42", "01100"),
