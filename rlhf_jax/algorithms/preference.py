@@ -28,7 +28,11 @@ from rlhf_jax.losses.preference import dpo_loss
 
 @pytree_dataclass
 class PairLogps:
-    """What is known of pairs: log-probs in nats summed over responses, and lengths in tokens."""
+    """What is known of pairs: log-probs in nats summed over responses, and lengths in tokens.
+
+    Attributes:
+      chosen_from_ref: where one response of each pair was sampled from the reference: whether it won (XPO).
+    """
 
     policy_chosen: Float[Array, "B"]
     policy_rejected: Float[Array, "B"]
@@ -36,6 +40,7 @@ class PairLogps:
     ref_rejected: Float[Array, "B"]
     chosen_length: Int[Array, "B"]
     rejected_length: Int[Array, "B"]
+    chosen_from_ref: Bool[Array, "B"] | None = None
 
 
 class PairLossFn(Protocol):
@@ -104,6 +109,7 @@ class Batch:
 
     Attributes:
       mask: pairs that count; None for all. Ties of a judge do not.
+      chosen_from_ref: see `PairLogps`.
     """
 
     chosen: Sequences
@@ -111,6 +117,7 @@ class Batch:
     ref_chosen_logp: Float[Array, "B"]
     ref_rejected_logp: Float[Array, "B"]
     mask: Bool[Array, "B"] | None = None
+    chosen_from_ref: Bool[Array, "B"] | None = None
 
 
 def init(params: Params, tx: optax.GradientTransformation, key: PRNGKeyArray, frozen: Params = None) -> State:
@@ -151,8 +158,15 @@ def make_update(
         def loss_fn(params: Params, rows: tuple[Batch, Bool[Array, "B"]]):
             part, part_mask = rows
             chosen, rejected = response_logp(score_fn, params, part.chosen, part.rejected)
-            lengths = (jnp.sum(side.mask, axis=-1) for side in (part.chosen, part.rejected))
-            pairs = PairLogps(chosen, rejected, part.ref_chosen_logp, part.ref_rejected_logp, *lengths)
+            pairs = PairLogps(
+                chosen,
+                rejected,
+                part.ref_chosen_logp,
+                part.ref_rejected_logp,
+                chosen_length=jnp.sum(part.chosen.mask, axis=-1),
+                rejected_length=jnp.sum(part.rejected.mask, axis=-1),
+                chosen_from_ref=part.chosen_from_ref,
+            )
             return config.loss_fn(pairs, beta=hyper.beta, mask=part_mask, denominator=count)
 
         gradients, loss, metrics = accumulate_gradients(

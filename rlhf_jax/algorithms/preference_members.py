@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rlhf_jax.algorithms.preference import PairLogps, PairLossFn, dpo
+from rlhf_jax.core.types import Scalar
 from rlhf_jax.losses import preference as losses
 
 __all__ = ["against_reference", "dpo", "length_aware", "reference_free"]
@@ -45,6 +46,14 @@ def reference_free(loss_fn: Callable[..., Any]) -> PairLossFn:
 def cpo(pairs: PairLogps, /, **options: Any) -> Any:
     """`losses.preference.cpo_loss`, which knows neither a reference nor lengths."""
     return losses.cpo_loss(pairs.policy_chosen, pairs.policy_rejected, **options)
+
+
+def xpo(pairs: PairLogps, /, *, alpha: Scalar = 1e-5, **options: Any) -> Any:
+    """`losses.preference.xpo_loss`, for pairs of which one response was sampled from the reference."""
+    if pairs.chosen_from_ref is None:
+        raise ValueError("XPO needs to know which response the reference wrote: set Batch.chosen_from_ref")
+    policy, ref = (pairs.policy_chosen, pairs.policy_rejected), (pairs.ref_chosen, pairs.ref_rejected)
+    return losses.xpo_loss(*policy, *ref, pairs.chosen_from_ref, alpha=alpha, **options)
 
 
 robust = against_reference(losses.robust_dpo_loss)

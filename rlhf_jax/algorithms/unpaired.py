@@ -145,15 +145,17 @@ def make_update(
     return update
 
 
-def mismatch(rollout_width: int, responses: Sequences) -> Sequences:
-    """Each prompt with the response of the row before it.
+def mismatch(prompt_width: int, responses: Sequences, *, shift: int = 1) -> Sequences:
+    """Each prompt with the response `shift` rows before it.
 
     Args:
-      rollout_width: P, the columns of the left-padded prompts.
+      prompt_width: P, the columns of the left-padded prompts.
+      shift: the number of responses to one prompt, where they stand together.
     """
 
     def joined(own: Array) -> Array:
-        return jnp.concatenate([own[:, :rollout_width], jnp.roll(own[:, rollout_width:], 1, axis=0)], axis=1)
+        prompt, response = own[:, :prompt_width], own[:, prompt_width:]
+        return jnp.concatenate([prompt, jnp.roll(response, shift, axis=0)], axis=1)
 
     tokens, segment_ids, mask = map(joined, (responses.tokens, responses.segment_ids, responses.mask))
     positions = jnp.maximum(jnp.cumsum(segment_ids > 0, axis=1) - 1, 0)

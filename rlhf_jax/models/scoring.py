@@ -7,6 +7,7 @@ token at t, and is the state in which that token is chosen.
 import dataclasses
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 
 from rlhf_jax.core.masks import last_unmasked_index
@@ -51,6 +52,23 @@ def make_score_fn(config: ModelConfig, *, temperature: Scalar = 1.0, chunk_size:
         return Score(_delay(logp), _delay(entropy), jnp.zeros_like(logp))
 
     return score
+
+
+def make_distribution_fn(
+    config: ModelConfig, *, temperature: Scalar = 1.0
+) -> Callable[[Params, Sequences], Float[Array, "B T V"]]:
+    """`logp(params, sequences)`: log-probs of all tokens at each place, in nats; column 0 is uniform.
+
+    Holds [B, T, V]; for distillation with small vocabularies.
+    """
+
+    def logp(params: Params, sequences: Sequences) -> Float[Array, "B T V"]:
+        hidden = _hidden(config, params, sequences)
+        logits = decoders.logits(config, params, hidden[:, :-1]) / temperature
+        logp = jnp.pad(logits, ((0, 0), (1, 0), (0, 0)))
+        return jax.nn.log_softmax(logp, axis=-1)
+
+    return logp
 
 
 def make_value_fn(
