@@ -15,17 +15,16 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from rlhf_jax.core.compilation import compiler_options
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.trees import named_leaves
-from rlhf_jax.core.types import PRNGKeyArray
 from rlhf_jax.metrics.progress import Progress
 from rlhf_jax.sweep.results import Results
 
-TrainFn = Callable[[PRNGKeyArray, Any], tuple[Any, dict[str, jax.Array]]]
+TrainFn = Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]]
 _DESCRIPTION = "sweep.json"
 
 
 def sweep(
     train: TrainFn,
-    keys: PRNGKeyArray,
+    keys: Any,
     hypers: Any,
     *,
     mesh: Mesh | None = None,
@@ -40,7 +39,8 @@ def sweep(
 
     Args:
       train: (key, hyper) -> (state, history), pure; the history holds scalars and arrays [U].
-      keys: [S] typed keys, one a seed; all settings get the same.
+      keys: [S] typed keys, one a seed; all settings get the same. Or a pytree of arrays [S, ...], where a
+        seed is more than a key (a policy to start from): whatever `train` takes first.
       hypers: settings, [H] in every leaf (`product`, `zipped`, `drawn`).
       mesh: devices to use, whatever its axes; None for all there are.
       chunk_size: runs at once, rounded up to a multiple of the devices; None for all of them.
@@ -52,7 +52,7 @@ def sweep(
       UserError: the folder holds another sweep, or cannot be written to.
     """
     mesh = mesh or jax.make_mesh((jax.device_count(),), ("runs",), axis_types=(AxisType.Auto,))
-    settings, seeds = jax.tree.leaves(hypers)[0].shape[0], keys.shape[0]
+    settings, seeds = (jax.tree.leaves(tree)[0].shape[0] for tree in (hypers, keys))
     runs = settings * seeds
     size = min(chunk_size or runs, runs)
     size = -(-size // mesh.size) * mesh.size
@@ -80,13 +80,13 @@ def sweep(
 
 
 def _compile_once(
-    train: TrainFn, mesh: Mesh, keys: PRNGKeyArray, hypers: Any, size: int
+    train: TrainFn, mesh: Mesh, keys: Any, hypers: Any, size: int
 ) -> Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]:
     """(setting, seed) of each run of a chunk -> their metrics on the host; compiles at the first call."""
     spec = PartitionSpec(mesh.axis_names)
     sharding = NamedSharding(mesh, spec)
 
-    def histories(keys: PRNGKeyArray, hypers: Any) -> dict[str, jax.Array]:
+    def histories(keys: Any, hypers: Any) -> dict[str, jax.Array]:
         return jax.vmap(lambda key, hyper: train(key, hyper)[1])(keys, hypers)
 
     # Each device runs its own share; there is nothing to communicate and nothing for it to wait for.
@@ -94,7 +94,7 @@ def _compile_once(
     on_all = jax.jit(on_each, compiler_options=compiler_options())
 
     def run_chunk(setting: np.ndarray, seed: np.ndarray) -> dict[str, np.ndarray]:
-        chosen = (keys[seed], jax.tree.map(lambda leaf: jnp.asarray(leaf)[setting], hypers))
+        chosen = (_rows(keys, seed), _rows(hypers, setting))
         history = jax.device_get(on_all(*jax.device_put(chosen, sharding)))
         for name, values in history.items():
             if values.ndim > 2:
@@ -107,7 +107,7 @@ def _compile_once(
     return run_chunk
 
 
-def fitting_chunk_size(train: TrainFn, keys: PRNGKeyArray, hypers: Any, *, memory_bytes: int) -> int:
+def fitting_chunk_size(train: TrainFn, keys: Any, hypers: Any, *, memory_bytes: int) -> int:
     """How many runs fit into `memory_bytes`, by the compiler's own count for two runs and for four.
 
     At least 1. It compiles twice, which takes as long as two first calls.
@@ -117,9 +117,8 @@ def fitting_chunk_size(train: TrainFn, keys: PRNGKeyArray, hypers: Any, *, memor
     """
 
     def needed(count: int) -> int:
-        some = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[:1], (count, *leaf.shape[1:])), hypers)
-        many = jnp.broadcast_to(keys[:1], (count,))
-        compiled = jax.jit(jax.vmap(lambda *run: train(*run)[1])).lower(many, some).compile()
+        first = [_rows(tree, np.zeros(count, int)) for tree in (keys, hypers)]
+        compiled = jax.jit(jax.vmap(lambda *run: train(*run)[1])).lower(*first).compile()
         analysis = compiled.memory_analysis()
         if analysis is None:
             raise UserError("this backend does not tell how much memory a program needs: give chunk_size")
@@ -130,15 +129,22 @@ def fitting_chunk_size(train: TrainFn, keys: PRNGKeyArray, hypers: Any, *, memor
     return max((memory_bytes - max(two - 2 * each, 0)) // each, 1)
 
 
-def _describe(train: TrainFn, keys: PRNGKeyArray, hypers: Any, size: int) -> dict[str, Any]:
+def _describe(train: TrainFn, keys: Any, hypers: Any, size: int) -> dict[str, Any]:
     """What makes chunks on disk those of this sweep: keys, settings, and the shapes of what a run returns."""
-    digest = hashlib.sha256(np.asarray(jax.random.key_data(keys)).tobytes())
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(keys):
+        is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        digest.update(np.asarray(jax.random.key_data(leaf) if is_key else leaf).tobytes())
     for name, leaf in named_leaves(hypers).items():
         digest.update(name.encode() + np.asarray(leaf).tobytes())
     one = jax.tree.map(lambda leaf: leaf[0], (keys, hypers))
     history = jax.eval_shape(train, *one)[1]
     shapes = {name: [str(leaf.dtype), *leaf.shape] for name, leaf in sorted(history.items())}
     return {"inputs": digest.hexdigest(), "chunk_size": size, "history": shapes}
+
+
+def _rows(tree: Any, index: np.ndarray) -> Any:
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf)[index], tree)
 
 
 class _Store:

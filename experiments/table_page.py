@@ -1,0 +1,151 @@
+"""The page of the table of post-training algorithms, and its pictures, from what the cells left behind."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import table_rows
+
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.evaluation.statistics import (
+    Interval,
+    interquartile_mean,
+    probability_of_improvement,
+    stratified_bootstrap_interval,
+)
+from rlhf_jax.metrics.progress import format_seconds
+
+FRONTIER = "table_frontier.png"
+Summaries = Mapping[tuple[str, str], Mapping[str, Any]]
+
+HEAD = """# Post-training algorithms, one table
+
+Written by `experiments/table.py`; tasks, algorithms and all settings are in `experiments/table_rows.py`.
+
+A cell: held-out score of sampled answers as a share of the best there is, in percent: interquartile mean over
+seeds with its 95 % bootstrap interval; below it the KL to the policy all start from (nats an answer) and the
+learning rate that the search chose. All sample the same number of answers; `start` is where all begin.
+
+What it does not show: models of some ten thousand parameters on synthetic tasks with exact rewards say how
+the algorithms differ where everything else is equal and cheap to repeat, and nothing of how they scale.
+"""
+
+
+def iqm(summary: Mapping[str, Any], name: str = "sampled_score") -> Interval:
+    """Interquartile mean over seeds with its bootstrap interval."""
+    return stratified_bootstrap_interval(np.asarray(summary[name])[:, None], statistic_fn=interquartile_mean)
+
+
+def cell(summary: Mapping[str, Any] | None) -> str:
+    """The score of a cell in percent."""
+    if summary is None:
+        return "-"
+    found = iqm(summary)
+    return f"{100 * found.mean:.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
+
+
+def _full_cell(summary: Mapping[str, Any] | None) -> str:
+    if summary is None:
+        return "not run"
+    kl = np.mean(summary["kl"])
+    return f"{cell(summary)}<br>KL {kl:.2g}, lr {summary['learning_rate']:g}"
+
+
+def page_text(done: Summaries, starts: Mapping[str, Mapping[str, Any]]) -> str:
+    """The page."""
+    tasks = [row.name for row in table_rows.TASKS if any(task == row.name for task, _ in done)]
+    lines = [HEAD, f"| algorithm | {' | '.join(tasks)} | what it is |", "|---" * (len(tasks) + 2) + "|"]
+    lines.append(f"| start | {' | '.join(cell(starts.get(task)) for task in tasks)} | where all begin |")
+    for algorithm in table_rows.ALGORITHMS:
+        cells = [_full_cell(done.get((task, algorithm.name))) for task in tasks]
+        if any(text != "not run" for text in cells):
+            lines.append(f"| {algorithm.name} | {' | '.join(cells)} | {algorithm.what} |")
+    seeds = sorted({summary["seeds"] for summary in done.values()})
+    lines += ["", f"Seeds a cell: {' or '.join(map(str, seeds))}.", ""]
+    if ("style", "grpo") in done or len(done) > 1:
+        lines += [
+            f"![score against KL]({FRONTIER})",
+            "",
+            "Every seed's score against its KL, a task a panel.",
+            "",
+        ]
+    lines += _against_grpo(done, tasks)
+    dates = sorted(summary["started"][:10] for summary in done.values())
+    versions = {", ".join(f"{k} {v}" for k, v in summary["versions"].items()) for summary in done.values()}
+    total = format_seconds(sum(summary["seconds"] for summary in done.values()))
+    commands = sorted({summary["command"] for summary in done.values()})
+    lines += [
+        "## Made",
+        "",
+        f"{dates[0]} to {dates[-1]}, {total} in all; {'; or '.join(sorted(versions))}.",
+        "",
+    ]
+    lines += ["```bash", *commands, "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _against_grpo(done: Summaries, tasks: list[str]) -> list[str]:
+    """Probability that a run of each algorithm scores higher than one of GRPO."""
+    rows = []
+    for algorithm in table_rows.ALGORITHMS:
+        found = []
+        for task in tasks:
+            ours, grpo = done.get((task, algorithm.name)), done.get((task, "grpo"))
+            if ours is None or grpo is None or algorithm.name == "grpo":
+                found.append("-")
+                continue
+            scores = (np.asarray(side["sampled_score"])[:, None] for side in (ours, grpo))
+            interval = stratified_bootstrap_interval(*scores, statistic_fn=probability_of_improvement)
+            found.append(f"{interval.mean:.2f} [{interval.low:.2f}, {interval.high:.2f}]")
+        if any(text != "-" for text in found):
+            rows.append(f"| {algorithm.name} | {' | '.join(found)} |")
+    if not rows:
+        return []
+    head = [f"| algorithm | {' | '.join(tasks)} |", "|---" * (len(tasks) + 1) + "|"]
+    return ["## Probability that a run beats one of GRPO", "", *head, *rows, ""]
+
+
+def draw(path: Path, done: Summaries) -> None:
+    """Score against KL, every seed a point, a task a panel."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    tasks = [row.name for row in table_rows.TASKS if any(task == row.name for task, _ in done)]
+    figure = Figure(figsize=(4.6 * len(tasks), 4.0), layout="constrained")
+    grid = figure.subplots(1, len(tasks), squeeze=False).reshape(-1)
+    names = [a.name for a in table_rows.ALGORITHMS if any(name == a.name for _, name in done)]
+    colours = dict(
+        zip(names, matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, len(names))), strict=True)
+    )
+    for axes, task in zip(grid, tasks, strict=True):
+        for name in names:
+            summary = done.get((task, name))
+            if summary is None:
+                continue
+            kl, score = np.asarray(summary["kl"]), 100 * np.asarray(summary["sampled_score"])
+            axes.scatter(kl, score, s=7, alpha=0.35, color=colours[name], linewidths=0)
+            axes.scatter(kl.mean(), score.mean(), s=34, color=colours[name], label=name, edgecolors="white")
+        axes.set_title(task, fontsize=10)
+        axes.set_xlabel("KL to the start, nats an answer", fontsize=8)
+        axes.set_ylabel("held-out score, %", fontsize=8)
+        axes.tick_params(labelsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
+    grid[-1].legend(fontsize=6, frameon=False, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=110)
+
+
+def write(path: Path, done: Summaries, starts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Writes the page, and the pictures beside it.
+
+    Raises:
+      UserError: the disk is full or read-only.
+    """
+    if not done:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(page_text(done, starts), encoding="utf-8")
+        draw(path.with_name(FRONTIER), done)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}): free or unlock the disk") from error

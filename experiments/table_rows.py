@@ -1,0 +1,209 @@
+"""What the table of post-training algorithms is made of: tasks, algorithms, and every setting of both."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from rlhf_jax.algorithms import group_members, nash_md, ppo, preference, sft, unpaired
+from rlhf_jax.algorithms import preference_members as pairs
+from rlhf_jax.algorithms.group_members import Member, MemberFn
+from rlhf_jax.core.optimization import OptimizerConfig
+from rlhf_jax.data import arithmetic, countdown, style, tasks
+from rlhf_jax.data.tasks import Task
+from rlhf_jax.training import whole_methods as methods
+from rlhf_jax.training.whole_runs import Method, World
+
+__all__ = ["ALGORITHMS", "TASKS", "Algorithm", "TaskRow"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskRow:
+    """A task, and the policy that all algorithms start from.
+
+    Attributes:
+      make: the task as arrays.
+      base_steps: steps of supervised training on its demonstrations, of 64 rows each.
+      steps: of an algorithm that samples 64 answers a step; others get as many as sample as much.
+    """
+
+    name: str
+    make: Callable[[], Task]
+    base_steps: int
+    steps: int
+    width: int = 48
+    layers: int = 2
+    base_learning_rate: float = 3e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Algorithm:
+    """A row of the table.
+
+    Attributes:
+      make: (world, optimizer) -> method.
+      hyper: what it is published with, or usual; the learning rate is searched.
+      learning_rates: what is searched.
+      cost: answers it samples a step, as a multiple of 64.
+      what: in a few words.
+    """
+
+    name: str
+    make: Callable[[World, OptimizerConfig], Method]
+    hyper: Any
+    what: str
+    learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    cost: float = 1.0
+
+
+TASKS = (
+    TaskRow(
+        "arithmetic",
+        lambda: tasks.arithmetic_task(
+            arithmetic.Level(3, 1, 9, "+"), train=600, heldout=88, demonstrations=4000, slip_rate=0.5
+        ),
+        base_steps=800,
+        steps=120,
+    ),
+    TaskRow(
+        "style",
+        lambda: style.style_task(demonstrations=4000),
+        base_steps=400,
+        steps=100,
+        width=32,
+    ),
+    TaskRow(
+        "countdown",
+        lambda: countdown.countdown_task(3, demonstrations=4000, solution_rate=0.3, heldout=128),
+        base_steps=1200,
+        steps=200,
+    ),
+)
+
+GROUP = 4
+"""Answers to each prompt."""
+
+
+def _group(make: MemberFn, *, behind: bool = False, **changes: Any) -> Callable[..., Method]:
+    def method(world: World, optimizer: OptimizerConfig) -> Method:
+        static = {"group_size": world.samples, **changes}
+        member: Member = make(**static)
+        if behind:
+            member = group_members.corrected(member)
+        if static.get("epochs", 1) > 1:
+            steps = optimizer.total_steps * static["epochs"]
+            optimizer = dataclasses.replace(optimizer, total_steps=steps)
+        return methods.group_method(world, member, optimizer, behind=behind)
+
+    return method
+
+
+def _member(name: str, make: MemberFn, what: str, *, cost: float = 1.0, **changes: Any) -> Algorithm:
+    hyper = make(group_size=GROUP).hyper
+    return Algorithm(name, _group(make, **changes), hyper, what, cost=cost)
+
+
+def _dr_grpo(**static: Any) -> Member:
+    return group_members.dr_grpo(max_length=16, **static)
+
+
+def _pairs(loss_fn: preference.PairLossFn, source: methods.Source) -> Callable[..., Method]:
+    config = preference.Config(loss_fn=loss_fn)
+    return functools.partial(_preference, config=config, source=source)
+
+
+def _preference(
+    world: World, optimizer: OptimizerConfig, *, config: preference.Config, source: methods.Source
+) -> Method:
+    return methods.preference_method(world, config, optimizer, source=source)
+
+
+def _unpaired(world: World, optimizer: OptimizerConfig, *, config: unpaired.Config) -> Method:
+    return methods.unpaired_method(world, config, optimizer, source="reference")
+
+
+def _imitation(world: World, optimizer: OptimizerConfig, **options: Any) -> Method:
+    return methods.imitation_method(world, sft.Config(), optimizer, **options)
+
+
+def _ppo(world: World, optimizer: OptimizerConfig) -> Method:
+    config = ppo.Config(epochs=1, minibatches=1)
+    return methods.ppo_method(world, config, optimizer)
+
+
+ALGORITHMS = (
+    Algorithm(
+        "sft",
+        lambda world, optimizer: methods.supervised_method(world, sft.Config(), optimizer),
+        sft.Hyper(),
+        "more supervised training on the demonstrations",
+    ),
+    Algorithm(
+        "best_of_n",
+        functools.partial(_imitation, source="reference"),
+        sft.Hyper(),
+        "imitates the best of the reference's answers to each prompt",
+    ),
+    Algorithm(
+        "raft",
+        functools.partial(_imitation, source="policy"),
+        sft.Hyper(),
+        "imitates the best of its own answers to each prompt",
+    ),
+    Algorithm(
+        "expert_iteration",
+        functools.partial(_imitation, source="policy", every=True),
+        sft.Hyper(),
+        "imitates all of its own answers that are above the mean",
+    ),
+    Algorithm("dpo", _pairs(pairs.dpo, "reference"), preference.Hyper(beta=0.5), "DPO, reference's answers"),
+    Algorithm("ipo", _pairs(pairs.ipo, "reference"), preference.Hyper(beta=0.5), "IPO, reference's answers"),
+    Algorithm(
+        "simpo", _pairs(pairs.simpo, "reference"), preference.Hyper(beta=2.0), "SimPO, reference's answers"
+    ),
+    Algorithm(
+        "kto",
+        functools.partial(_unpaired, config=unpaired.Config()),
+        unpaired.Hyper(beta=0.5),
+        "KTO, reference's answers",
+    ),
+    Algorithm(
+        "bco",
+        functools.partial(_unpaired, config=unpaired.Config(shift_decay=0.9)),
+        unpaired.Hyper(beta=0.5),
+        "BCO, reference's answers",
+    ),
+    Algorithm(
+        "online_dpo", _pairs(pairs.dpo, "policy"), preference.Hyper(beta=0.5), "DPO, the policy's answers"
+    ),
+    Algorithm(
+        "xpo",
+        lambda world, optimizer: methods.xpo_method(world, preference.Config(loss_fn=pairs.xpo), optimizer),
+        preference.Hyper(beta=0.5),
+        "XPO: policy against reference, with optimism",
+    ),
+    Algorithm(
+        "nash_md",
+        lambda world, optimizer: methods.nash_md_method(world, nash_md.Config(), optimizer),
+        nash_md.Hyper(beta=0.02),
+        "Nash-MD: policy against its mixture with the reference",
+    ),
+    _member("reinforce", group_members.reinforce, "REINFORCE, batch mean as baseline"),
+    _member("reinforce++", group_members.reinforce_plus_plus, "REINFORCE++"),
+    _member("rloo", group_members.rloo, "RLOO"),
+    _member("remax", group_members.remax, "ReMax", cost=1 + 1 / GROUP),
+    _member("opo", group_members.opo, "OPO"),
+    Algorithm("ppo", _ppo, ppo.Hyper(kl_coef=0.02), "PPO with a value model"),
+    _member("grpo", group_members.grpo, "GRPO"),
+    _member("grpo_2_epochs", group_members.grpo, "GRPO, every batch twice", epochs=2),
+    _member("grpo_behind", group_members.grpo, "GRPO, rollouts one step behind, corrected", behind=True),
+    _member("dr_grpo", _dr_grpo, "Dr. GRPO"),
+    _member("dapo", group_members.dapo, "DAPO, with resampling", cost=2.0),
+    _member("gspo", group_members.gspo, "GSPO"),
+    _member("luspo", group_members.luspo, "LUSPO"),
+    _member("gmpo", group_members.gmpo, "GMPO"),
+    _member("cispo", group_members.cispo, "CISPO"),
+    _member("sapo", group_members.sapo, "SAPO"),
+    _member("vespo", group_members.vespo, "VESPO"),
+)
+assert len({algorithm.name for algorithm in ALGORITHMS}) == len(ALGORITHMS)

