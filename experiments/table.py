@@ -50,7 +50,8 @@ class Options:
       tasks: patterns of names; none for all.
       algorithms: patterns of names, such as 'grpo*'; none for all.
       seeds: of each cell.
-      search_seeds: of each learning rate in the search, apart from those of the cell.
+      search_seeds: of each learning rate in the search, apart from those of the cell; 0 for no search and
+        the middle one.
       steps: of an algorithm that samples 64 answers a step, for a quick look; 0 for each task's own.
       base_steps: supervised steps before, for a quick look; 0 for each task's own.
       width: of the model, for a quick look; 0 for each task's own.
@@ -202,11 +203,14 @@ def run_cell(
     train = make_train(world, algorithm.make(world, schedule(steps)), steps=steps)
     common_options: dict[str, Any] = {"chunk_size": options.chunk, "quiet": options.quiet}
     began = time.perf_counter()
-    search_starts = starts_fn(SEARCH_SEEDS_FROM + np.arange(options.search_seeds))
-    hypers = product(as_floats(algorithm.hyper), learning_rate=algorithm.learning_rates)
-    found = sweep(train, search_starts, hypers, folder=folder / "search", **common_options)
-    means = np.nan_to_num(found.scores("sampled_score"), nan=-np.inf).mean(axis=1)
-    rate = algorithm.learning_rates[int(np.argmax(means))]
+    rate, search = algorithm.learning_rates[len(algorithm.learning_rates) // 2], {}
+    if options.search_seeds:
+        search_starts = starts_fn(SEARCH_SEEDS_FROM + np.arange(options.search_seeds))
+        hypers = product(as_floats(algorithm.hyper), learning_rate=algorithm.learning_rates)
+        found = sweep(train, search_starts, hypers, folder=folder / "search", **common_options)
+        means = np.nan_to_num(found.scores("sampled_score"), nan=-np.inf).mean(axis=1)
+        search = dict(zip(map(str, algorithm.learning_rates), means.tolist(), strict=True))
+        rate = algorithm.learning_rates[int(np.argmax(means))]
     results = sweep(
         train,
         starts_fn(np.arange(options.seeds)),
@@ -218,7 +222,6 @@ def run_cell(
     described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     more = {name: described[name] for name in ("command", "started", "versions")}
     scores = {name: results.scores(name)[0].tolist() for name in names}
-    search = dict(zip(map(str, algorithm.learning_rates), means.tolist(), strict=True))
     seconds = time.perf_counter() - began
     chosen_rate = {"learning_rate": rate, "search": search, "seconds": seconds}
     write_json(folder / SUMMARY, {**planned, **chosen_rate, **scores, **more})
@@ -251,9 +254,9 @@ def run(options: Options) -> None:
     """All cells asked for, then the page."""
     if options.out is None:
         raise UserError("--out is missing: name the folder of the cells")
-    for name in ("seeds", "search_seeds", "chunk"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least 1")
+    for name, least in (("seeds", 1), ("search_seeds", 0), ("chunk", 1)):
+        if getattr(options, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least {least}")
     rows = chosen("tasks", options.tasks, table_rows.TASKS)
     algorithms = chosen("algorithms", options.algorithms, table_rows.ALGORITHMS)
     page = options.page or options.out / "RESULTS.md"

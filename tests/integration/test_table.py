@@ -9,7 +9,7 @@ import table_page
 
 from rlhf_jax.core.errors import UserError
 
-SMALL = {"seeds": 4, "search_seeds": 1, "steps": 2, "base_steps": 60, "width": 16, "layers": 1}
+SMALL = {"seeds": 4, "search_seeds": 0, "steps": 8, "base_steps": 60, "width": 16, "layers": 1}
 CELLS = ("raft", "dpo", "grpo")
 # Made by this test's own run on Linux x86-64, Python 3.11, jax 0.10.2, 2026-11.
 FROZEN = {"raft": 0.0, "dpo": 0.0, "grpo": 0.0}
@@ -30,8 +30,7 @@ def test_frozen_numbers(finished):
     assert found == pytest.approx(FROZEN, abs=3e-3)
     for summary in done.values():
         assert len(summary["sampled_score"]) == SMALL["seeds"] == len(set(summary["sampled_score"]))
-        best = max(summary["search"], key=summary["search"].get)
-        assert summary["learning_rate"] == float(best)
+        assert summary["learning_rate"] == 1e-3  # the middle one, without a search
         assert summary["generated"] == pytest.approx(np.full(4, summary["generated"][0]), rel=0.3)
 
 

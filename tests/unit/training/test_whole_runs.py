@@ -21,17 +21,18 @@ from rlhf_jax.algorithms import (
 )
 from rlhf_jax.core.compilation import compiler_options
 from rlhf_jax.core.optimization import OptimizerConfig
-from rlhf_jax.data import countdown
+from rlhf_jax.data import style
 from rlhf_jax.training import whole_methods as methods
 from rlhf_jax.training.whole_runs import Start, World, make_train
 
-OPTIMIZER = OptimizerConfig()
+# An epsilon above the rounding of gradients: without it, noise of 1e-9 would move parameters by whole steps.
+OPTIMIZER = OptimizerConfig(epsilon=1e-4)
 STEPS = 2
 
 
 @functools.cache
 def world():
-    task = countdown.countdown_task(3, demonstrations=64, solution_rate=0.5, heldout=8)
+    task = style.style_task(demonstrations=64)
     config = models.dense_config(
         vocab_size=task.tokenizer.vocab_size, width=8, num_layers=1, num_heads=2, num_kv_heads=1
     )
@@ -114,6 +115,7 @@ def test_a_run_among_others_is_the_run_alone():
     options = {"compiler_options": compiler_options()}
     agents, together = jax.jit(jax.vmap(train, (0, None)), **options)(starts, hyper)
     alone = jax.jit(train, **options)
+    assert np.all(np.abs(together["kl"]) > 1e-4)  # all have moved
     for seed in range(3):
         agent, history = alone(start(seed), hyper)
         for name, values in history.items():
@@ -124,6 +126,5 @@ def test_a_run_among_others_is_the_run_alone():
             strict=True,
         ):
             np.testing.assert_allclose(b[seed], a, atol=1e-5)
-            assert np.abs(a).max() > 0
     assert alone._cache_size() == 1
     assert len(np.unique(np.asarray(together["length"]).round(6))) > 1  # seeds are not copies
