@@ -11,6 +11,7 @@ Rows hold `prompt`, `question` or `messages`; their other fields go to the rewar
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 import common
 import inputs
@@ -21,13 +22,21 @@ import tyro
 
 from rlhf_jax import models
 from rlhf_jax.algorithms import group
+from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.optimization import OptimizerConfig, make_optimizer
 from rlhf_jax.core.types import Array, Float, Params, Rollout
 from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.generation import Sampling
+from rlhf_jax.losses import policy_weights
 from rlhf_jax.training import run_loop
 from rlhf_jax.training.rollouts import make_generate_fn, make_reward_fn
 from rlhf_jax.training.runs import load_policy
+
+CORRECTIONS = {
+    "none": None,
+    "truncated": policy_weights.truncated_importance_weights,
+    "masked": policy_weights.masked_importance_weights,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +53,9 @@ class Options:
       micro_batches: parts in which a mini-batch is computed, to save memory.
       learning_rate: at its peak.
       temperature: of sampling; the scorer uses the same.
+      slots: answers on their way at a time, each of which makes room for the next; 0 for all at once, which
+        reads each prompt once for its whole group.
+      correction: importance weights of tokens against what the sampler reported, truncated or masked at 2.
       clip_low: how far below 1 a ratio may go.
       clip_high: how far above 1.
       kl_coef: weight of the KL to the reference in the loss.
@@ -61,6 +73,8 @@ class Options:
     micro_batches: int = 1
     learning_rate: float = 3e-4
     temperature: float = 1.0
+    slots: int = 0
+    correction: Literal["none", "truncated", "masked"] = "none"
     clip_low: float = 0.2
     clip_high: float = 0.2
     kl_coef: float = 0.02
@@ -75,6 +89,8 @@ def run(options: Options) -> None:
     common.check_divides(
         "--micro-batches", options.micro_batches, "the size of a mini-batch,", rows // options.minibatches
     )
+    if options.slots < 0:
+        raise UserError(f"--slots {options.slots} is below 0: give 0 for all at once")
     model = load_policy(Path(options.init))
     prompts = inputs.load_prompts(options.prompts, model, options.prompts.rewards[:1], seed)
     sampler = BatchSampler(len(prompts), options.batch_size, seed)
@@ -86,12 +102,20 @@ def run(options: Options) -> None:
         model.tokenizer,
         prompt_length=prompts.length,
         max_new_tokens=options.prompts.max_new_tokens,
+        group_size=options.group_size,
+        slots=options.slots or None,
         sampling=Sampling(temperature=options.temperature),
     )
     score_fn = models.make_score_fn(model.config, temperature=options.temperature)
     steps = options.run.steps * options.epochs * options.minibatches
     tx = make_optimizer(common.with_total_steps(options.optimizer, steps))
-    config = group.Config(options.group_size, options.epochs, options.minibatches, options.micro_batches)
+    config = group.Config(
+        options.group_size,
+        options.epochs,
+        options.minibatches,
+        options.micro_batches,
+        weights_fn=CORRECTIONS[options.correction],
+    )
     update = group.make_update(config, score_fn, tx)
     hyper = group.Hyper(
         learning_rate=jnp.float32(options.learning_rate),

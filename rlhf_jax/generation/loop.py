@@ -5,11 +5,13 @@ contrastive search and speculative decoding run their own steps in the same loop
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Bool, Float, Int, Params, PRNGKeyArray, Rollout, Sequences
@@ -124,6 +126,7 @@ def start(
     def read(tokens: Int[Array, "N P"], mask: Bool[Array, "N P"]):
         return prefill(params, tokens, *prompt_inputs(mask), tokens.shape[1] + max_new_tokens)
 
+    prompts, prompt_mask = jnp.asarray(prompts), jnp.asarray(prompt_mask)
     logits, cache = read(prompts, prompt_mask)
     if group_size > 1:
         axes = row_axes(lambda rows: read(*(x[:1].repeat(rows, axis=0) for x in (prompts, prompt_mask))))
@@ -218,6 +221,38 @@ def generate(
 
     end = run_loop(step, Generation.running, begun)
     return assemble(end.context, end.logp, end.filtered_logp, end.finished)
+
+
+def make_stream(
+    prefill: Callable, decode: Callable, *, max_new_tokens: int, eos_id: int, pad_id: int
+) -> Callable[..., Iterator[Rollout]]:
+    """`stream(params, prompts, prompt_mask, key, sampling)`: what `generate` samples, after every token. The
+    steps are the same, each a call from the host; they are compiled once for each shape.
+    """
+    begin = jax.jit(functools.partial(start, prefill, max_new_tokens=max_new_tokens, pad_id=pad_id))
+
+    @jax.jit
+    def step(params: Params, rows: Generation, sampling: Sampling) -> tuple[Generation, Rollout]:
+        def decode_row(cache: Any, token: Array, position: Array, _: Array):
+            return decode(params, cache, token, position)
+
+        rows = sample_step(decode_row, rows, sampling, eos_id=eos_id, pad_id=pad_id)
+        return rows, assemble(rows.context, rows.logp, rows.filtered_logp, rows.finished)
+
+    def stream(
+        params: Params,
+        prompts: Int[Array, "B P"],
+        prompt_mask: Bool[Array, "B P"],
+        key: PRNGKeyArray,
+        sampling: Sampling = Sampling(),
+    ) -> Iterator[Rollout]:
+        keys = row_keys(key, prompts.shape[0]) if key.ndim == 0 else key
+        rows = begin(params, prompts, prompt_mask, keys, sampling)
+        while np.any(rows.running()):
+            rows, rollout = step(params, rows, sampling)
+            yield rollout
+
+    return stream
 
 
 def assemble(

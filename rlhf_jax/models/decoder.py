@@ -237,6 +237,35 @@ def cached_hidden_states(
     return result
 
 
+def layer_hidden_states(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+    cache: Cache,
+) -> tuple[Float[Array, "B T D"], list[Float[Array, "B T D"]], Cache]:
+    """`cached_hidden_states` of unrolled layers, with what goes into each repeat of the pattern."""
+
+    def wanted(module: nn.Module, method: str) -> bool:
+        return (isinstance(module, ResidualBlocks) and method == "__call__") or method == "_embed"
+
+    result: Any = Decoder(config).apply(
+        {"params": params},
+        tokens,
+        positions,
+        segment_ids,
+        cache,
+        capture_intermediates=wanted,
+        mutable=["intermediates"],
+    )
+    (hidden, new_cache), captured = result
+    kept = captured["intermediates"]
+    names = ["prefix"] * bool(config.prefix) + [f"layer_{index}" for index in range(config.num_repeats)]
+    outputs = [kept["_embed"][0], *(kept[name]["__call__"][0][0] for name in names)]
+    return hidden, outputs[bool(config.prefix) : -1], new_cache
+
+
 def unembedding(config: ModelConfig, params: Params) -> Float[Array, "V D"]:
     """The output matrix, in the compute dtype."""
     matrix = params["embedding"] if config.tied_embeddings else params["unembedding"]

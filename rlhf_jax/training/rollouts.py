@@ -17,7 +17,7 @@ from rlhf_jax.core.types import Params, PRNGKeyArray, Rollout
 from rlhf_jax.data.examples import PromptExample
 from rlhf_jax.data.packing import left_pad
 from rlhf_jax.data.tokenizers import Tokenizer
-from rlhf_jax.generation import Sampling, generate, row_keys
+from rlhf_jax.generation import Sampling, generate, generate_continuously, row_keys
 from rlhf_jax.rewards.functions import Scored, load_reward, score_rows
 from rlhf_jax.training.runs import load_reward_model
 
@@ -46,6 +46,7 @@ def make_generate_fn(
     prompt_length: int,
     max_new_tokens: int,
     group_size: int = 1,
+    slots: int | None = None,
     sampling: Sampling = Sampling(),
 ) -> GenerateFn:
     """`generate(params, prompts, key) -> Rollout`, compiled once for each number of prompts.
@@ -53,20 +54,18 @@ def make_generate_fn(
     Args:
       prompt_length: P; longer prompts are refused.
       group_size: how often each prompt stands in `prompts`, one after the other; it is read once.
+      slots: answers on their way at a time; where one ends, the next prompt is read. All by default. With it,
+        prompts are read once for every answer.
       sampling: unless the call says otherwise, which compiles nothing anew while the same filters are on.
     """
     prefill, decode = models.make_decode_fns(config)
-    compiled = jax.jit(
-        functools.partial(
-            generate,
-            prefill,
-            decode,
-            max_new_tokens=max_new_tokens,
-            eos_id=tokenizer.eos_id,
-            pad_id=tokenizer.pad_id,
-            group_size=group_size,
-        )
-    )
+    if slots is None:
+        sample = functools.partial(generate, prefill, decode, group_size=group_size)
+    else:
+        group_size, extend = 1, models.make_extend_fn(config)
+        sample = functools.partial(generate_continuously, prefill, extend, slots=slots)
+    ends = {"max_new_tokens": max_new_tokens, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
+    compiled = jax.jit(functools.partial(sample, **ends))
 
     def run(
         params: Params, prompts: Sequence[PromptExample], key: PRNGKeyArray, sampling: Sampling = sampling, /

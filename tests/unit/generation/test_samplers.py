@@ -112,7 +112,12 @@ def sample(toy, rows, sampling, key, steps=STEPS):
     )
 
 
-@pytest.mark.parametrize("name", CASES)
+LIKE_OTHERS = ("greedy", "top_k", "top_p", "presence")  # "in_turn" and "frequency" go the same ways
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LIKE_OTHERS)) for name in CASES]
+)
 def test_samples_have_the_enumerated_distribution(name, toy, check_distribution):
     sampling, probs = CASES[name]
     rollout = sample(toy, 20_000, sampling, jax.random.key(3))

@@ -224,14 +224,17 @@ def test_sampling_may_differ_from_call_to_call():
     assert completion_texts(TOKENIZER, found) == completion_texts(TOKENIZER, expected)
 
 
-def test_groups_of_prompts_are_read_once_and_answered_as_before():
+def test_groups_and_slots_give_the_answers_of_plain_batches():
     chosen = [prompt for prompt in PROMPTS for _ in range(2)]
     options = {"prompt_length": 6, "max_new_tokens": 5}
     grouped = make_generate_fn(CONFIG, TOKENIZER, group_size=2, **options)
     plain = make_generate_fn(CONFIG, TOKENIZER, **options)
-    found, expected = (fn(policy(0), chosen, jax.random.key(3)) for fn in (grouped, plain))
-    np.testing.assert_array_equal(found.sequences.tokens, expected.sequences.tokens)
-    np.testing.assert_allclose(found.logp, expected.logp, atol=1e-5)
+    in_slots = make_generate_fn(CONFIG, TOKENIZER, slots=4, **options)
+    expected = plain(policy(0), chosen, jax.random.key(3))
+    for fn in (grouped, in_slots):
+        found = fn(policy(0), chosen, jax.random.key(3))
+        np.testing.assert_array_equal(found.sequences.tokens, expected.sequences.tokens)
+        np.testing.assert_allclose(found.logp, expected.logp, atol=1e-5)
     with pytest.raises(ValueError, match="groups of 2"):
         grouped(policy(0), PROMPTS[:2], jax.random.key(3))
 
