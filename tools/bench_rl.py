@@ -6,7 +6,9 @@
 
 `ppo`   PPO on CartPole-v1 (4 environments x 128 steps, 4 epochs, 4 mini-batches, tanh 64 x 2); several seeds
         side by side, to show how cost grows with their number.
-`dqn`   DQN on CartPole-v1: one agent and many.
+`dqn`   DQN on CartPole-v1 (batches of 128, a training every 10 steps, ReLU 120 x 84): one agent and many,
+        with the arithmetic of the trainings as a share of what one large matrix product reaches here; and
+        a small one (batches of 16, ReLU 16), whose arithmetic is next to nothing.
 `peer`  the same PPO by Stable-Baselines3 on the CPU, by an interpreter that has it:
         --peer-python ENVIRONMENT/bin/python
 """
@@ -19,11 +21,16 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import tyro
+from flax import linen as nn
 
 from rlhf_jax.core.compilation import compiler_options
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.optimization import make_optimizer
 from rlhf_jax.rl import dqn, environments, ppo
+from rlhf_jax.rl.networks import MLP
+from rlhf_jax.rl.replay import Batch
 from rlhf_jax.rl.runs import Run, advance
 
 Row = Literal["ppo", "dqn", "peer"]
@@ -104,6 +111,30 @@ def measure_peer(python: str, steps: int, repeats: int) -> float:
     return float(done.stdout.split()[-1])
 
 
+def training_flops(config: dqn.Config, env: environments.Environment) -> float:
+    """Floating-point operations of one DQN training, by the compiler's count."""
+    network, tx = dqn.make_network(config, env), make_optimizer(config.optimizer)
+    update = dqn.make_update(config, dqn.network_fns(network), tx)
+    rows = config.run.batch_size
+    obs = jnp.zeros((rows, *env.obs_shape))
+    ones = jnp.ones(rows)
+    batch = Batch(obs, jnp.zeros(rows, jnp.int32), ones, ones, obs, ones)
+    state = dqn.init(network.init(jax.random.key(0), obs)["params"], tx)
+    cost: Any = jax.jit(update).lower(state, dqn.Hyper(), batch).compile().cost_analysis()
+    return cost["flops"] * config.run.updates
+
+
+def matmul_flops_per_second(size: int = 1024, repeats: int = 20) -> float:
+    """What one large matrix product reaches."""
+    square, product = jnp.ones((size, size)), jax.jit(jnp.matmul)
+    least = float("inf")
+    for _ in range(repeats):
+        began = time.perf_counter()
+        jax.block_until_ready(product(square, square))
+        least = min(least, time.perf_counter() - began)
+    return 2 * size**3 / least
+
+
 def show(name: str, count: int, compile_seconds: float | None, rate: float, first: float) -> None:
     """One row of the table."""
     compiled = "-" if compile_seconds is None else f"{compile_seconds:.1f}"
@@ -111,10 +142,10 @@ def show(name: str, count: int, compile_seconds: float | None, rate: float, firs
 
 
 def main(bench: Bench) -> None:
-    """Prints one table; the last column compares with the first row."""
+    """Prints one table; the last column compares with the first row of PPO, or of DQN."""
     env, env_params = environments.make("CartPole-v1")
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}\n")
-    print("| run | side by side | compile (s) | env steps / s | against first row |\n|---|---|---|---|---|")
+    print("| run | side by side | compile (s) | env steps / s | against the first |\n|---|---|---|---|---|")
     first = None
     if "peer" in bench.rows and bench.peer_python:
         first = measure_peer(bench.peer_python, bench.peer_steps, bench.repeats)
@@ -126,13 +157,31 @@ def main(bench: Bench) -> None:
             first = first or rate
             show("PPO", count, compile_seconds, rate, first)
     if "dqn" in bench.rows:
-        config = dqn.Config()
-        config = dataclasses.replace(config, run=dataclasses.replace(config.run, total_steps=bench.dqn_steps))
-        run = dqn.make_run(config, env, env_params)
-        for count in bench.agents:
-            compile_seconds, rate = measure(run, dqn.Hyper(), count, bench.repeats)
-            first = first or rate
-            show("DQN", count, compile_seconds, rate, first)
+        run_config = dqn.RunConfig(total_steps=bench.dqn_steps)
+        config = dqn.Config(run=run_config)
+        rates = compare_agents("DQN", config, bench, env, env_params)
+        small = dataclasses.replace(run_config, batch_size=16)
+        compare_agents("small DQN", dqn.Config(run=small, body=MLP((16,), nn.relu)), bench, env, env_params)
+        flops, peak = training_flops(config, env), matmul_flops_per_second()
+        shares = (rate / run_config.steps_per_training * flops / peak for rate in rates)
+        print(
+            f"\nDQN: {flops / 1e6:.1f} MFLOP a training; a 1024 x 1024 product reaches {peak / 1e9:.0f} "
+            f"GFLOP/s, of which the trainings of {bench.agents} agents take "
+            f"{', '.join(f'{share:.0%}' for share in shares)}"
+        )
+
+
+def compare_agents(
+    name: str, config: dqn.Config, bench: Bench, env: environments.Environment, env_params: Any
+) -> list[float]:
+    """A row for each number of agents, and their rates."""
+    run = dqn.make_run(config, env, env_params)
+    rates = []
+    for count in bench.agents:
+        compile_seconds, rate = measure(run, dqn.Hyper(), count, bench.repeats)
+        rates.append(rate)
+        show(name, count, compile_seconds, rate, rates[0])
+    return rates
 
 
 if __name__ == "__main__":

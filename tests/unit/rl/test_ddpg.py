@@ -116,6 +116,17 @@ def test_a_short_run_explores_inside_the_box_and_never_terminates():
     assert np.all(np.isfinite(history["value_loss"]))
 
 
+def test_held_noise_stays_for_its_steps():
+    config = dataclasses.replace(SHORT, train_every=10, capacity=40, noise_hold=4)
+    run = ddpg.make_run(ddpg.Config(run=config, body=BODY), *PENDULUM)
+    state = jax.jit(run.init)(jax.random.key(0), ddpg.Hyper())
+    collected = np.asarray(state.replay.data.action[:10, :, 0])  # the first collection, of uniform actions
+    changes = np.abs(np.diff(collected, axis=0)) > 0
+    np.testing.assert_array_equal(np.flatnonzero(changes.all(axis=1)), [3, 7])
+    np.testing.assert_array_equal(np.flatnonzero(changes.any(axis=1)), [3, 7])
+    assert collected[0, 0] != collected[0, 1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("algorithm", "score"), [(ddpg, -300.0), (td3, -300.0), (sac, -300.0)], ids=["ddpg", "td3", "sac"]

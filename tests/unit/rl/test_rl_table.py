@@ -82,7 +82,10 @@ def test_every_row_has_settings_that_exist_and_its_steps(row):
     run = agent.run(env, params)
     steps = run.updates * run.steps_per_update
     assert 0.95 * (row.done_steps or row.steps) <= steps <= row.steps
-    jax.eval_shape(run.init, jax.random.key(0), agent.hyper)
+    state = jax.eval_shape(run.init, jax.random.key(0), agent.hyper)
+    if row.env.endswith("MinAtar"):
+        _, metrics = jax.eval_shape(run.step, state, agent.hyper)
+        assert "episode_return_sum" in metrics
 
 
 def test_names_are_unique():
