@@ -110,10 +110,10 @@ def test_cartpole_is_learned():
 
 
 @pytest.mark.slow
-def test_pendulum_is_learned_with_the_bootstrap():
+def test_pendulum_is_learned_with_the_bootstrap_alone():
     env, params = environments.make("Pendulum-v1")
     config = ppo.Config(
-        total_steps=150_000,
+        total_steps=300_000,
         rollout=RolloutConfig(num_envs=16, num_steps=128),
         update=shared.Config(epochs=10, minibatches=16),
     )
@@ -122,12 +122,13 @@ def test_pendulum_is_learned_with_the_bootstrap():
     def score(bootstrap):
         rollout = dataclasses.replace(config.rollout, bootstrap_truncation=bootstrap)
         run = ppo.make_run(dataclasses.replace(config, rollout=rollout), env, params)
-        key = jax.random.key(1)
-        train = jax.jit(
-            lambda key: advance(run, run.init(key, hyper), hyper, updates=run.updates)[0],
-            compiler_options=compiler_options(),
-        )
-        returns, _ = evaluate(run, train(key), env, params, key, episodes=32, deterministic=True)
-        return float(returns.mean())
 
-    assert score(True) > -400  # a random policy gets about -1200
+        def one(key):
+            state = advance(run, run.init(key, hyper), hyper, updates=run.updates)[0]
+            return evaluate(run, state, env, params, key, episodes=32, deterministic=True)[0].mean()
+
+        keys = jax.random.split(jax.random.key(1), 2)
+        return float(jax.jit(jax.vmap(one), compiler_options=compiler_options())(keys).mean())
+
+    # A random policy gets about -1200. Taking the cut at 200 steps for an end hides most of what is to come.
+    assert score(False) < -500 < -300 < score(True)
