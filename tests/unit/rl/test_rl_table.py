@@ -81,7 +81,7 @@ def test_every_row_has_settings_that_exist_and_its_steps(row):
     agent = rl_agents.make_agent(row.algo, env, row.done_steps or row.steps, row.settings)
     run = agent.run(env, params)
     steps = run.updates * run.steps_per_update
-    assert 0.95 * (row.done_steps or row.steps) <= steps <= row.steps
+    assert 0.85 * (row.done_steps or row.steps) <= steps <= row.steps  # warm-ups are not counted
     state = jax.eval_shape(run.init, jax.random.key(0), agent.hyper)
     if row.env.endswith("MinAtar"):
         _, metrics = jax.eval_shape(run.step, state, agent.hyper)
