@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import tyro
 
 from rlhf_jax import models
+from rlhf_jax.core.compilation import ensure_threads
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.optimization import OptimizerConfig
 from rlhf_jax.core.types import Params
@@ -371,6 +372,7 @@ def main(run: Callable[[Options], Any], options_type: type[Options], description
         )
         if unknown:
             _refuse(unknown[0], [*flags(to_json(options)), "--help"])
+        ensure_threads()
         use_compile_cache()
         run(options)
     except UserError as error:

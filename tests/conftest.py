@@ -5,6 +5,7 @@ import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("PJRT_NPROC", "8")  # see rlhf_jax.core.compilation.ensure_threads
 
 import jax
 import pytest
