@@ -19,9 +19,8 @@ HEAD = """# Results in control
 Written by `experiments/rl_table.py`; the settings of each row are in `experiments/rl_rows.py`. Evaluation
 return: mean over {episodes} episodes of their own, actions deterministic, undiscounted; then the
 interquartile mean (IQM) over seeds with its 95 % bootstrap interval. Steps are environment steps of each
-seed. Times are
-those of all seeds of a row together, compilation and evaluation included; other work ran on the same cores,
-so CPU time says more.
+seed. Times are those of all seeds of a row together, compilation and evaluation included; other work ran on
+the same cores, so CPU time says more.
 """
 
 
