@@ -89,7 +89,8 @@ def make_multi_turn_fn(
 ) -> GenerateFn:
     """`generate(params, prompts, key) -> Rollout`, where a turn that calls tools is followed by another.
 
-    A turn ends with the end-of-sequence token. A conversation ends with a turn that calls nothing
+    A turn ends with the end-of-sequence token, or with a stop string, behind which that token is put out of
+    the mask. A conversation ends with a turn that calls nothing
     (`finished`), or unfinished: with a turn that is cut at its limit, with a call in the last turn, or where
     the tools' answers leave no room for another turn. Calls that cannot be run are answered with an error.
 
@@ -130,11 +131,13 @@ def make_multi_turn_fn(
 
     def answer(row: _Row, turn_ids: list[int], *, is_last_turn: bool) -> None:
         """Runs the calls of a whole turn, or ends the conversation."""
-        said = answer_calls(tools, tokenizer.decode(turn_ids[:-1], skip_special=False))
+        is_closed = turn_ids[-1] == tokenizer.eos_id  # and not ended by a stop string
+        text = tokenizer.decode(turn_ids[:-1] if is_closed else turn_ids, skip_special=False)
+        said = answer_calls(tools, text)
         if not said:
             row.done = True
             return
-        ids = between_turns(said)
+        ids = between_turns(said) if is_closed else [tokenizer.eos_id, *between_turns(said)]
         room = response_length - len(row.mask) - len(ids)
         row.done = is_last_turn or room < max_new_tokens
         row.finished = False

@@ -37,10 +37,14 @@ CALL = '<tool_call>\n{"name": "calculator", "arguments": {"expression": "%s"}}\n
 
 
 class Scripted:
-    """Samples what a function of the context says; None for a turn that is cut."""
+    """Samples what a function of the context says; None for a turn that is cut.
 
-    def __init__(self, reply):
+    With `stops`, a turn that calls ends without the end-of-sequence token.
+    """
+
+    def __init__(self, reply, stops=False):
         self.reply = reply
+        self.stops = stops
         self.contexts = []  # of each call: ids of each row
         self.widths = []
 
@@ -52,7 +56,9 @@ class Scripted:
         self.widths.append(width)
         for place, context in enumerate(self.contexts[-1]):
             text = self.reply(TOKENIZER.decode(context, skip_special=False))
-            ids = [7] * NEW if text is None else [*TOKENIZER.encode(text), TOKENIZER.eos_id]
+            ids = [7] * NEW if text is None else TOKENIZER.encode(text)
+            if text is not None and not (self.stops and text.endswith("</tool_call>")):
+                ids = [*ids, TOKENIZER.eos_id]
             new[place, : len(ids)], count[place, : len(ids)] = ids, True
             finished[place] = text is not None
         zeros = np.zeros((rows, width), bool)
@@ -70,8 +76,8 @@ def prompt(text="1+1=?"):
     return PromptExample(np.array(encode_prompt(TOKENIZER, text)), text, {}, "test")
 
 
-def roll(reply, prompts, *, max_turns=3, response_length=RESPONSE, tools=None):
-    engine = Scripted(reply)
+def roll(reply, prompts, *, max_turns=3, response_length=RESPONSE, tools=None, stops=False):
+    engine = Scripted(reply, stops)
     generate = make_multi_turn_fn(
         engine,
         TOKENIZER,
@@ -109,6 +115,14 @@ def test_a_conversation_is_what_its_messages_encode_to():
         assert np.asarray(rollout.sequences.mask)[place][kept].tolist() == encoded.mask[:end]
         assert last_turn_texts(TOKENIZER, rollout)[place] == f"#### {each.answer}"
         assert f"tool\n{each.answer}<|im_end|>" in conversation_texts(TOKENIZER, rollout)[place]
+
+
+def test_a_turn_that_a_stop_string_ends_is_closed_by_a_token_out_of_the_mask():
+    closed, _ = roll(use_calculator, [prompt("12+30=?")])
+    stopped, _ = roll(use_calculator, [prompt("12+30=?")], stops=True)
+    np.testing.assert_array_equal(stopped.sequences.tokens, closed.sequences.tokens)
+    differ = np.asarray(stopped.sequences.mask != closed.sequences.mask)
+    assert np.asarray(closed.sequences.tokens)[differ].tolist() == [TOKENIZER.eos_id]
 
 
 def test_ids_and_log_probs_are_those_of_the_sampler():
