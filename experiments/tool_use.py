@@ -3,11 +3,11 @@
     python experiments/tool_use.py --out runs/tool_use
     python experiments/tool_use.py --out runs/more --init runs/tool_use/sft --steps 60
 
-The first trains a small decoder on demonstrations, in half of which the writer guesses instead of calling the
-calculator, and then lets GRPO find out what pays. In about two and a half minutes on two CPU cores, sampled
-conversations with a call go from 57 to 92 % and right answers from 47 to 79 %. Rollouts have several turns: a
-call is parsed and run, what the calculator says is fed back as tokens without a gradient, and generation goes
-on.
+The first trains a small decoder on demonstrations, in two thirds of which the writer guesses instead of
+calling the calculator, and then lets GRPO find out what pays: of held-out problems the most likely
+conversation solves 0 % before, never calling, and 91 % after, always calling, in under four minutes on
+two CPU cores. Rollouts have several turns: a call is parsed and run, what the calculator says is fed
+back as tokens without a gradient, and generation goes on.
 """
 
 import dataclasses
@@ -73,13 +73,13 @@ class Options:
       kl_coef: weight of the KL to the reference in the loss.
     """
 
-    run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/tool_use"), steps=30)
+    run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/tool_use"), steps=40)
     model: common.ModelOptions = common.ModelOptions()
     optimizer: OptimizerConfig = OptimizerConfig("linear", warmup_steps=3, b2=0.99, epsilon=1e-4)
     init: str = ""
-    sft_steps: int = 500
+    sft_steps: int = 600
     demonstrations: int = 8_000
-    call_rate: float = 0.5
+    call_rate: float = 0.35
     prompt_count: int = 4_000
     eval_count: int = 128
     samples: int = 8
