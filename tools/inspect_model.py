@@ -1,11 +1,12 @@
 """Parameters, shapes, and the memory that training takes, without loading a single weight.
 
     python tools/inspect_model.py --model ~/Llama-3.1-8B                      # Hugging Face or run folder
-    python tools/inspect_model.py --model runs/sft --batch 4 --length 4096 --devices 8
+    python tools/inspect_model.py --model runs/sft --batch 4 --length 4096 --devices 8 --rank 32
 
-Parameters, gradients and optimizer state are exact. Activations are what the backward pass keeps of a
-forward pass for each choice of `remat`, as JAX traces them on the plain attention path; what compilers save
-by fusing, or need beside that, is not counted.
+Parameters, gradients and optimizer state are exact, for full training and for LoRA on every linear layer.
+Activations are what the backward pass keeps of a forward pass for each choice of `remat`, as JAX traces them
+(of attention: what flash kernels keep, unless `--attention plain`); what compilers save by fusing, or need
+beside that, is not counted.
 """
 
 import dataclasses
@@ -16,10 +17,11 @@ import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import optax
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -41,6 +43,9 @@ class Options:
       length: tokens a row.
       devices: devices that share parameters and optimizer state evenly; rows are not shared.
       dtype: of parameters and computation.
+      rank: of the LoRA that is compared with full training.
+      attention: how attention is computed: in blocks, which keeps what flash kernels keep, or plain.
+      parameters: show every parameter and its shape.
     """
 
     model: Path
@@ -48,6 +53,17 @@ class Options:
     length: int = 2048
     devices: int = 1
     dtype: str = "bfloat16"
+    rank: int = 16
+    attention: Literal["blocked", "plain"] = "blocked"
+    parameters: bool = True
+
+
+OPTIMIZERS: dict[str, optax.GradientTransformation] = {
+    "AdamW": make_optimizer(OptimizerConfig()),
+    "Lion": optax.lion(1.0),
+    "Adafactor": optax.adafactor(1.0),
+    "SGD": optax.sgd(1.0),
+}
 
 
 def read_config(options: Options) -> models.ModelConfig:
@@ -58,7 +74,11 @@ def read_config(options: Options) -> models.ModelConfig:
     else:
         config = hf.load_config(options.model)
     return dataclasses.replace(
-        config, param_dtype=options.dtype, compute_dtype=options.dtype, scan_layers=True
+        config,
+        param_dtype=options.dtype,
+        compute_dtype=options.dtype,
+        scan_layers=True,
+        attention_backend=options.attention,
     )
 
 
@@ -97,25 +117,45 @@ def shape_table(params: Any) -> Table:
     return table
 
 
+def lora_params(params: Any, rank: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The two factors of every linear layer (Hu et al. 2021, eq. 3); experts and routers have none."""
+    factors = {}
+    for name, leaf in named_leaves(params).items():
+        if name.endswith("/kernel") and "/router/" not in name:
+            *stack, inputs, outputs = leaf.shape
+            for factor, shape in (("a", (*stack, inputs, rank)), ("b", (*stack, rank, outputs))):
+                factors[f"{name}/{factor}"] = jax.ShapeDtypeStruct(shape, leaf.dtype)
+    return factors
+
+
+def fixed_bytes(params: Any, trained: Any, tx: optax.GradientTransformation) -> tuple[int, int, int]:
+    """Bytes of parameters, gradients and optimizer state; what is trained may be the parameters or beside."""
+    extra = 0 if trained is params else size(jax.tree.leaves(trained))
+    state = jax.eval_shape(tx.init, trained)
+    gradients = size(jax.tree.leaves(trained))
+    return size(jax.tree.leaves(params)) + extra, gradients, size(jax.tree.leaves(state))
+
+
 def memory_table(options: Options, config: models.ModelConfig, params: Any) -> Table:
-    """Bytes on one device, a column for each choice of `remat`."""
+    """GiB on one device: a row for each adapter and optimizer, a total for each choice of `remat`."""
     remats = get_args(models.Remat)
-    state = jax.eval_shape(make_optimizer(OptimizerConfig()).init, params)
-    fixed = {
-        "parameters": size(jax.tree.leaves(params)) / options.devices,
-        "gradients": size(jax.tree.leaves(params)) / options.devices,
-        "AdamW's moments": size(jax.tree.leaves(state)) / options.devices,
-    }
     kept = [
         activation_bytes(dataclasses.replace(config, remat=remat), params, options.batch, options.length)
         for remat in remats
     ]
     title = f"Training: {options.batch} x {options.length} tokens, {options.devices} device(s), GiB on each"
-    table = Table("", *(f"remat={remat}" for remat in remats), title=title)
-    for name, count in fixed.items():
-        table.add_row(name, *[f"{count / 2**30:.2f}"] * len(remats))
-    table.add_row("activations", *(f"{count / 2**30:.2f}" for count in kept))
-    table.add_row("all", *(f"{(sum(fixed.values()) + count) / 2**30:.2f}" for count in kept), style="bold")
+    parts = ("trained", "parameters", "gradients", "optimizer")
+    table = Table("", "", *parts, *(f"all, remat={remat}" for remat in remats), title=title)
+    row = ["activations", "", "", "", "", "", *(f"{count / 2**30:.2f}" for count in kept)]
+    table.add_row(*row, end_section=True)
+    adapters = {"full": params, f"LoRA {options.rank}": lora_params(params, options.rank)}
+    for adapter, trained in adapters.items():
+        count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trained))
+        for name, tx in OPTIMIZERS.items():
+            fixed = [part / options.devices for part in fixed_bytes(params, trained, tx)]
+            totals = [sum(fixed) + activations for activations in kept]
+            cells = [f"{number / 2**30:.2f}" for number in (*fixed, *totals)]
+            table.add_row(adapter, name, f"{count:,}", *cells, end_section=name == "SGD")
     return table
 
 
@@ -126,7 +166,8 @@ def main() -> None:
         config = read_config(options)
         params = jax.eval_shape(functools.partial(models.init_params, config), jax.random.key(0))
         console = Console()
-        console.print(shape_table(params))
+        if options.parameters:
+            console.print(shape_table(params))
         console.print(memory_table(options, config, params))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

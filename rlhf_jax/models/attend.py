@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from rlhf_jax.core.axes import partition_spec, shards
@@ -12,10 +13,13 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Bool, Float, Int
 from rlhf_jax.kernels.ring_attention import ring_attention
-from rlhf_jax.models.blocked_attention import blocked_attention
+from rlhf_jax.models.blocked_attention import ATTENDED, blocked_attention
 from rlhf_jax.models.config import AttentionBackend
 
 Backend = Literal["plain", "blocked", "cudnn", "splash", "ring"]
+
+ATTENTION_NAMES = ("query", "key", "value", ATTENDED)
+"""What the backward pass of attention reads, by the names under which `remat` policies keep it."""
 
 
 @pytree_dataclass
@@ -67,6 +71,10 @@ def attend(
     Raises:
       UserError: a backend was asked for that cannot serve this layer here.
     """
+    query, key, value = (
+        checkpoint_name(heads, name)
+        for heads, name in zip((query, key, value), ATTENTION_NAMES, strict=False)
+    )
     chosen = choose_backend(
         backend, query, value, context, softcap=softcap, biased=bias is not None, platform=_platform()
     )
@@ -306,6 +314,7 @@ def _splash_kernel(time: int, heads: int, window: int | None, softcap: float | N
             splash.MultiHeadMask([mask] * heads),
             block_sizes=blocks,
             attn_logits_soft_cap=softcap,
+            residual_checkpoint_name=ATTENDED,
             head_shards=1,
             q_seq_shards=1,
             interpret=interpret,

@@ -10,8 +10,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from rlhf_jax.core.types import Array, Bool, Float
+
+ATTENDED = "attended"
+"""The name under which a backward pass may keep outputs and log-sums instead of computing them again."""
 
 BLOCK = 64
 MOST_BLOCKS = 16  # they are unrolled: more would take long to compile
@@ -35,36 +39,44 @@ def blocked_attention(
     batch, time, heads, width = query.shape
     kv_heads = key.shape[2]
     scaled = (query * jnp.asarray(scale, query.dtype)).reshape(batch, time, kv_heads, -1, width)
-    scaled = scaled.transpose(0, 2, 3, 1, 4)
-    key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
     if bias is not None:
         bias = bias.reshape(batch, kv_heads, -1, time, time)
-    size = max(BLOCK, -(-time // MOST_BLOCKS))
-    outputs = []
-    for start in range(0, time, size):
-        rows = slice(start, min(start + size, time))
-        seen = slice(0 if window is None else max(0, start - window + 1), rows.stop)
-        slanted = None if bias is None else bias[..., rows, seen]
-        inputs = (scaled[..., rows, :], key[:, :, seen], value[:, :, seen], mask[:, None, None, rows, seen])
-        outputs.append(_block(softcap, *inputs, slanted))
-    joined = jnp.concatenate(outputs, axis=3)
-    return joined.transpose(0, 3, 1, 2, 4).reshape(batch, time, heads, -1)
+    outputs = _blocked(  # pyright: ignore[reportGeneralTypeIssues] (custom_vjp hides the type)
+        softcap,
+        window,
+        scaled.transpose(0, 2, 3, 1, 4),
+        key.swapaxes(1, 2),
+        value.swapaxes(1, 2),
+        mask[:, None, None],
+        bias,
+    )
+    return outputs.transpose(0, 3, 1, 2, 4).reshape(batch, time, heads, -1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _block(
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _blocked(
     softcap: float | None,
+    window: int | None,
     query: Float[Array, "B K G T d"],
-    key: Float[Array, "B K S d"],
-    value: Float[Array, "B K S v"],
-    mask: Bool[Array, "B 1 1 T S"],
-    bias: Float[Array, "B K G T S"] | None,
+    key: Float[Array, "B K T d"],
+    value: Float[Array, "B K T v"],
+    mask: Bool[Array, "B 1 1 T T"],
+    bias: Float[Array, "B K G T T"] | None,
 ) -> Float[Array, "B K G T v"]:
-    return _forward(softcap, query, key, value, mask, bias)[0]
+    return _forward(softcap, window, query, key, value, mask, bias)[0]
 
 
-def _logits(softcap, query, key, mask, bias) -> tuple[Float[Array, "B K G T S"], Array | float]:
-    """Logits, and the slope of the soft-cap."""
+def _blocks(time: int, window: int | None) -> list[tuple[slice, slice]]:
+    """Each block's queries and the columns that any of them sees."""
+    size = max(BLOCK, -(-time // MOST_BLOCKS))
+    starts = range(0, time, size)
+    stops = [min(start + size, time) for start in starts]
+    firsts = [0 if window is None else max(0, start - window + 1) for start in starts]
+    return [(slice(*rows), slice(first, rows[1])) for *rows, first in zip(starts, stops, firsts, strict=True)]
+
+
+def _logits(softcap, query, key, mask, bias) -> tuple[Float[Array, "B K G t s"], Array | float]:
+    """Logits of a block, and the slope of the soft-cap."""
     wide = jnp.promote_types(query.dtype, jnp.float32)
     logits = jnp.einsum("bkgtd,bksd->bkgts", query, key, preferred_element_type=wide)
     slope = 1.0
@@ -76,30 +88,48 @@ def _logits(softcap, query, key, mask, bias) -> tuple[Float[Array, "B K G T S"],
     return jnp.where(mask, logits, jnp.finfo(wide).min), slope
 
 
-def _forward(softcap, query, key, value, mask, bias) -> tuple[Array, tuple]:
-    logits, _ = _logits(softcap, query, key, mask, bias)
-    highest = jnp.max(logits, axis=-1, keepdims=True)
-    weights = jnp.exp(logits - highest)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    product = jnp.einsum(
-        "bkgts,bksv->bkgtv", weights.astype(value.dtype), value, preferred_element_type=total.dtype
+def _forward(softcap, window, query, key, value, mask, bias) -> tuple[Array, tuple]:
+    outputs, log_totals = [], []
+    for rows, seen in _blocks(query.shape[3], window):
+        slanted = None if bias is None else bias[..., rows, seen]
+        logits, _ = _logits(softcap, query[..., rows, :], key[:, :, seen], mask[..., rows, seen], slanted)
+        highest = jnp.max(logits, axis=-1, keepdims=True)
+        weights = jnp.exp(logits - highest)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        weights = weights.astype(value.dtype)
+        product = jnp.einsum(
+            "bkgts,bksv->bkgtv", weights, value[:, :, seen], preferred_element_type=total.dtype
+        )
+        outputs.append((product / total).astype(value.dtype))
+        log_totals.append(highest + jnp.log(total))
+    joined, log_total = (
+        checkpoint_name(jnp.concatenate(parts, axis=3), ATTENDED) for parts in (outputs, log_totals)
     )
-    outputs = (product / total).astype(value.dtype)
-    return outputs, (query, key, value, mask, bias, outputs, highest + jnp.log(total))
+    return joined, (query, key, value, mask, bias, joined, log_total)
 
 
-def _backward(softcap, kept, gradient) -> tuple:
+def _backward(softcap, window, kept, gradient) -> tuple:
     query, key, value, mask, bias, outputs, log_total = kept
-    logits, slope = _logits(softcap, query, key, mask, bias)
-    weights = jnp.exp(logits - log_total)
-    wide = weights.dtype
-    value_gradient = jnp.einsum("bkgts,bkgtv->bksv", weights.astype(value.dtype), gradient)
-    weight_gradient = jnp.einsum("bkgtv,bksv->bkgts", gradient, value, preferred_element_type=wide)
+    wide = log_total.dtype
     mean = jnp.sum(gradient.astype(wide) * outputs.astype(wide), axis=-1, keepdims=True)
-    logit_gradient = (weights * (weight_gradient - mean) * slope).astype(query.dtype)
-    query_gradient = jnp.einsum("bkgts,bksd->bkgtd", logit_gradient, key)
-    key_gradient = jnp.einsum("bkgts,bkgtd->bksd", logit_gradient, query)
-    return query_gradient, key_gradient, value_gradient, None, None
+    query_gradients = []
+    key_gradient, value_gradient = jnp.zeros(key.shape, wide), jnp.zeros(value.shape, wide)
+    product = functools.partial(jnp.einsum, preferred_element_type=wide)
+    for rows, seen in _blocks(query.shape[3], window):
+        slanted = None if bias is None else bias[..., rows, seen]
+        part, pull = query[..., rows, :], gradient[..., rows, :]
+        logits, slope = _logits(softcap, part, key[:, :, seen], mask[..., rows, seen], slanted)
+        weights = jnp.exp(logits - log_total[..., rows, :])
+        weight_gradient = product("bkgtv,bksv->bkgts", pull, value[:, :, seen])
+        logit_gradient = weights * (weight_gradient - mean[..., rows, :]) * slope
+        logit_gradient = logit_gradient.astype(query.dtype)
+        query_gradients.append(product("bkgts,bksd->bkgtd", logit_gradient, key[:, :, seen]))
+        pulled = product("bkgts,bkgtv->bksv", weights.astype(value.dtype), pull)
+        value_gradient = value_gradient.at[:, :, seen].add(pulled)
+        key_gradient = key_gradient.at[:, :, seen].add(product("bkgts,bkgtd->bksd", logit_gradient, part))
+    query_gradient = jnp.concatenate(query_gradients, axis=3)
+    gradients = zip((query_gradient, key_gradient, value_gradient), (query, key, value), strict=True)
+    return *(computed.astype(of.dtype) for computed, of in gradients), None, None
 
 
-_block.defvjp(_forward, _backward)
+_blocked.defvjp(_forward, _backward)

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.models.positions import Alibi, Rope, YarnScaling
 
-Remat = Literal["none", "dots", "full"]
+Remat = Literal["none", "dots", "attention", "full"]
 AttentionBackend = Literal["auto", "plain", "blocked", "cudnn", "splash"]
 """How attention is computed; `models.attend.choose_backend` says when which applies."""
 Activation = Literal["silu", "gelu", "gelu_tanh"]
@@ -245,7 +245,8 @@ class ModelConfig:
       compute_dtype: dtype of matmuls and activations; logits and norms' statistics are float32.
       scan_layers: stack the repeats' parameters and run them with `lax.scan` (compile time independent
         of depth); otherwise layers are separate and unrolled (faster on CPU).
-      remat: what the backward pass computes again: nothing, everything but matmul outputs, everything.
+      remat: what the backward pass computes again: nothing, everything but outputs of matmuls with
+        parameters (`dots`), everything but what attention needs (`attention`), everything in a block.
       attention_backend: cuDNN's flash attention on NVIDIA GPUs, splash attention on TPUs, blocks on CPU,
         plain where those do not apply (`auto`); or the one that is named.
     """

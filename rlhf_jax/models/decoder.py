@@ -5,12 +5,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from rlhf_jax.core.axes import constrain
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Bool, Float, Int, Params, PRNGKeyArray
 from rlhf_jax.kernels.logprobs import softcapped
-from rlhf_jax.models.attend import Context
+from rlhf_jax.models.attend import ATTENTION_NAMES, Context
 from rlhf_jax.models.attention import LayerCache, write_columns
 from rlhf_jax.models.config import Block, ModelConfig, Norm
 from rlhf_jax.models.layers import norm_layer, normal_init
@@ -67,6 +68,7 @@ class ResidualBlocks(nn.Module):
             )
             attended, cache = attention(norm(block.pre_norm, "attention_norm", hidden), context, cache)
             hidden = laid_out(hidden + norm(block.post_norm, "attention_post_norm", attended))
+            hidden = checkpoint_name(hidden, "feed_forward_input")
             feed_forward = feed_forward_layer(block.feed_forward, name=f"{prefix}feed_forward", **common)
             outputs = feed_forward(norm(block.pre_norm, "feed_forward_norm", hidden))
             hidden = laid_out(hidden + norm(block.post_norm, "feed_forward_post_norm", outputs))
@@ -79,7 +81,12 @@ def laid_out(hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     return constrain(hidden, "batch", "time", None)
 
 
-REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # The feed-forward, whose hidden activations are the widest, is computed again from its input.
+    "attention": jax.checkpoint_policies.save_only_these_names(*ATTENTION_NAMES, "feed_forward_input"),
+    "full": None,
+}
 
 
 class Decoder(nn.Module):

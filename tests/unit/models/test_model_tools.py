@@ -63,11 +63,29 @@ def test_inspected_activations_shrink_with_remat_and_grow_with_rows(folder):
     params = jax.eval_shape(lambda: models.init_params(config, jax.random.key(0)))
     sizes = {
         remat: inspect.activation_bytes(dataclasses.replace(config, remat=remat), params, 2, 16)
-        for remat in ("none", "dots", "full")
+        for remat in ("none", "dots", "attention", "full")
     }
-    assert sizes["none"] > sizes["dots"] > sizes["full"] > 0
+    assert sizes["none"] > sizes["dots"] > sizes["attention"] > sizes["full"] > 0
     twice = inspect.activation_bytes(dataclasses.replace(config, remat="full"), params, 4, 16)
     assert twice == 2 * sizes["full"]
+
+
+def test_inspected_memory_of_optimizers_and_adapters(folder):
+    """Against sums by hand: 2 bytes a number, two moments for AdamW, one for Lion, none for SGD."""
+    inspect = _tool("inspect_model")
+    config = inspect.read_config(inspect.Options(folder))
+    params = jax.eval_shape(lambda: models.init_params(config, jax.random.key(0)))
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(params))
+    state = {name: inspect.fixed_bytes(params, params, tx)[2] for name, tx in inspect.OPTIMIZERS.items()}
+    assert inspect.fixed_bytes(params, params, inspect.OPTIMIZERS["SGD"]) == (2 * numbers, 2 * numbers, 0)
+    assert 0 <= state["AdamW"] - 4 * numbers < 64  # beside two step counters
+    assert 0 <= state["Lion"] - 2 * numbers < 64
+    factors = inspect.lora_params(params, 3)
+    # Two layers of query and output (32 -> 32), key and value (32 -> 16), gate, up and down (32 and 48).
+    sides = 2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48)
+    assert sum(leaf.size for leaf in factors.values()) == 2 * 3 * sides
+    whole, trained, _ = inspect.fixed_bytes(params, factors, inspect.OPTIMIZERS["SGD"])
+    assert whole == 2 * numbers + trained
 
 
 def test_stretched_rotations():
