@@ -143,9 +143,12 @@ def memory_table(options: Options, config: models.ModelConfig, params: Any) -> T
         activation_bytes(dataclasses.replace(config, remat=remat), params, options.batch, options.length)
         for remat in remats
     ]
-    title = f"Training: {options.batch} x {options.length} tokens, {options.devices} device(s), GiB on each"
-    parts = ("trained", "parameters", "gradients", "optimizer")
-    table = Table("", "", *parts, *(f"all, remat={remat}" for remat in remats), title=title)
+    title = (
+        f"Training: {options.batch} x {options.length} tokens, {options.devices} device(s), GiB on each\n"
+        "(the last columns: all together, for each choice of remat)"
+    )
+    parts = ("trained", "params", "grads", "state")
+    table = Table("", "", *parts, *remats, title=title)
     row = ["activations", "", "", "", "", "", *(f"{count / 2**30:.2f}" for count in kept)]
     table.add_row(*row, end_section=True)
     adapters = {"full": params, f"LoRA {options.rank}": lora_params(params, options.rank)}
@@ -155,7 +158,7 @@ def memory_table(options: Options, config: models.ModelConfig, params: Any) -> T
             fixed = [part / options.devices for part in fixed_bytes(params, trained, tx)]
             totals = [sum(fixed) + activations for activations in kept]
             cells = [f"{number / 2**30:.2f}" for number in (*fixed, *totals)]
-            table.add_row(adapter, name, f"{count:,}", *cells, end_section=name == "SGD")
+            table.add_row(adapter, name, f"{count / 1e6:,.1f}M", *cells, end_section=name == "SGD")
     return table
 
 
