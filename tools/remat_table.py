@@ -99,7 +99,7 @@ def measure(options: Options) -> list[tuple[str, float, float]]:
         analysis = programs[remat].memory_analysis()
         memory[remat] = analysis.temp_size_in_bytes / 2**20 if analysis else float("nan")
     times: dict[str, list[float]] = {remat: [] for remat in remats}
-    arguments = filled(gradient_of(options, "none")[1]) if options.rounds else None
+    arguments = filled(gradient_of(options, "none")[1]) if options.rounds else ()
     for round_ in track(range(options.rounds + 1 if arguments else 0), description="running", transient=True):
         for remat, program in programs.items():
             start = time.perf_counter()

@@ -41,7 +41,7 @@ def blocked_attention(
     scaled = (query * jnp.asarray(scale, query.dtype)).reshape(batch, time, kv_heads, -1, width)
     if bias is not None:
         bias = bias.reshape(batch, kv_heads, -1, time, time)
-    outputs = _blocked(  # pyright: ignore[reportGeneralTypeIssues] (custom_vjp hides the type)
+    outputs: Array = _blocked(  # pyright: ignore[reportAssignmentType] (custom_vjp hides the type)
         softcap,
         window,
         scaled.transpose(0, 2, 3, 1, 4),
