@@ -1,28 +1,32 @@
 """What the experiment scripts share: options, models, and the edge where errors become sentences."""
 
+import contextlib
 import dataclasses
 import difflib
+import functools
 import math
 import os
 import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tyro
 
-from rlhf_jax import models
+from rlhf_jax import distributed, models
 from rlhf_jax.core.compilation import ensure_threads
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.optimization import OptimizerConfig
 from rlhf_jax.core.types import Params
 from rlhf_jax.data import arithmetic
 from rlhf_jax.data.examples import SupervisedExample, TooLong
+from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.data.tokenizers import Tokenizer, byte_tokenizer, load_tokenizer
 from rlhf_jax.metrics import write_report
 from rlhf_jax.training import Interrupted, LoopConfig
@@ -55,6 +59,12 @@ class RunOptions:
       keep: newest checkpoints that are kept.
       quiet: show no progress.
       report: write report.html at the end.
+      mesh: how to use several devices: data=2,fsdp=4, further axes tensor, expert, sequence; auto for fsdp
+        over all; empty for one device. A run may be resumed on another mesh.
+      hosts: how several processes find each other: auto on Cloud TPU, SLURM and Open MPI,
+        HOST:PORT,COUNT,INDEX elsewhere; empty for this process alone.
+      start_timeout: seconds until all processes must have come.
+      lost_timeout: seconds of silence after which a process counts as lost, and the others end.
     """
 
     out: Path
@@ -66,6 +76,10 @@ class RunOptions:
     keep: int = 2
     quiet: bool = False
     report: bool = True
+    mesh: str = ""
+    hosts: str = ""
+    start_timeout: int = 300
+    lost_timeout: int = 60
 
     def loop(self) -> LoopConfig:
         """The part of it that the training loop knows."""
@@ -222,12 +236,24 @@ def starting_model(
     else:
         chosen = arithmetic.arithmetic_tokenizer() if embedded_level(data) else byte_tokenizer()
     config = options.config(chosen)
-    return Model(config, models.init_params(config, jax.random.key(seed)), chosen)
+    params = distributed.born_sharded(functools.partial(models.init_params, config), jax.random.key(seed))
+    return Model(config, params, chosen)
 
 
 def copied(params: Params) -> Params:
     """Parameters whose buffers may be donated while the originals stay (as the frozen reference)."""
     return jax.tree.map(jnp.copy, params)
+
+
+def jit_update(update: Callable[..., Any], state: Any) -> Callable[..., Any]:
+    """`update(state, ...) -> (state, metrics)`, compiled; the state is donated, and stays where it lives."""
+    return jax.jit(update, donate_argnums=0, out_shardings=(distributed.shardings_of(state), None))
+
+
+def local_indices(sampler: BatchSampler, step: int, repeat: int = 1) -> np.ndarray:
+    """Which examples this process brings to the batch of `step`, each of them `repeat` times."""
+    indices = np.repeat(sampler.indices(step), repeat)
+    return indices[distributed.local_rows(len(indices))]
 
 
 def with_total_steps(optimizer: OptimizerConfig, steps: int) -> OptimizerConfig:
@@ -256,7 +282,7 @@ _POSITIVE = """
 # They change how a run is watched, or how long it is, and nothing of what it computes until then.
 _MAY_DIFFER = """
     --out --resume --steps --save-every --eval-every --keep --quiet --report --micro-batches
-    --eval-data --eval-reward --eval-count --samples
+    --eval-data --eval-reward --eval-count --samples --mesh --hosts --start-timeout --lost-timeout
 """.split()  # noqa: SIM905
 
 
@@ -319,12 +345,16 @@ def _shown(value: Any) -> str:
 
 def start(options: Any, run: RunOptions, stage: str, model: Model, kind: Kind) -> None:
     """Writes what describes the run into its folder."""
+    if not distributed.is_first_host():
+        return
     write_model_files(run.out, model.config, model.tokenizer, kind)
     describe_run(run.out, to_json(options), stage=stage)
 
 
 def finish(run: RunOptions, samples: Sequence[Mapping[str, Any]] = ()) -> None:
     """Writes the samples, where there are any, and the report."""
+    if not distributed.is_first_host():
+        return
     if samples:
         write_json(run.out / "samples.json", samples)
     if run.report:
@@ -335,14 +365,21 @@ def finish(run: RunOptions, samples: Sequence[Mapping[str, Any]] = ()) -> None:
 
 def announce(options: RunOptions, model: Model, data: str) -> None:
     """Says what is about to run."""
-    if not options.quiet:
-        size = sum(leaf.size for leaf in jax.tree.leaves(model.params))
-        print(f"{options.out}: {data}; a decoder of {size:,} parameters; {options.steps} steps")
+    if options.quiet or not distributed.is_first_host():
+        return
+    size = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+    print(f"{options.out}: {data}; a decoder of {size:,} parameters; {options.steps} steps")
+    mesh = distributed.current_mesh()
+    if mesh.size > 1:
+        summary, whole = distributed.describe_shardings(mesh, model.params)
+        print(f"Mesh: {distributed.describe_mesh(mesh)}; parameters of {summary}")
+        for line in whole:
+            print(f"  {line}: its size does not divide")
 
 
 def show_sample(options: RunOptions, tokenizer: Tokenizer, example: SupervisedExample) -> None:
     """The first sample as the model sees it: ids beside tokens, those that count marked."""
-    if not options.quiet:
+    if not options.quiet and distributed.is_first_host():
         print(f"First sample ({example.where}); * marks the tokens that count:")
         print(tokenizer.table(example.ids[:40].tolist(), example.mask[:40].tolist()))
 
@@ -360,10 +397,27 @@ def use_compile_cache() -> None:
     warnings.filterwarnings("ignore", message="Error writing persistent compilation cache")
 
 
+@contextlib.contextmanager
+def on_mesh(options: RunOptions) -> Iterator[None]:
+    """Joins the other processes, if there are any, and enters the mesh: all that is jitted inside runs on it.
+
+    Raises:
+      UserError: the mesh or the hosts are not understood, or not there.
+    """
+    hosts = distributed.HostOptions(options.hosts, options.start_timeout, options.lost_timeout)
+    distributed.start_hosts(hosts)
+    with jax.set_mesh(distributed.make_mesh(options.mesh)):
+        yield
+
+
+EXIT_LOST_PEER = 75  # "try again later", as a scheduler that starts the run anew understands it
+
+
 def main(run: Callable[[Options], Any], options_type: type[Options], description: str | None) -> None:
     """Parses the command line, runs, and turns what went wrong into one sentence and an exit status.
 
-    Status 2 for a mistake of the user, 130 after Ctrl-C, 0 after SIGTERM (the run was saved either way).
+    Status 2 for a mistake of the user, 130 after Ctrl-C, 0 after SIGTERM (the run was saved either way), 75
+    where another process of the run was lost.
     """
     sys.unraisablehook = _print_unless_late
     try:
@@ -374,7 +428,14 @@ def main(run: Callable[[Options], Any], options_type: type[Options], description
             _refuse(unknown[0], [*flags(to_json(options)), "--help"])
         ensure_threads()
         use_compile_cache()
-        run(options)
+        run_options = getattr(options, "run", None)
+        with on_mesh(run_options) if isinstance(run_options, RunOptions) else contextlib.nullcontext():
+            run(options)
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        print(f"error: {distributed.lost_peer_message(error)}", file=sys.stderr, flush=True)
+        distributed.abandon(EXIT_LOST_PEER)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from rlhf_jax import models
+from rlhf_jax import distributed, models
 from rlhf_jax.algorithms import preference
 from rlhf_jax.core.optimization import OptimizerConfig, make_optimizer
 from rlhf_jax.core.types import Params, ScoreFn
@@ -60,7 +60,9 @@ def reference_logp(
     """The reference's log-probs of all chosen and rejected responses, in nats."""
     score = jax.jit(lambda *rows: preference.response_logp(score_fn, params, *rows))
     parts = [score(*pairs.rows(indices)) for indices in inputs.parts(len(pairs), batch_size)]
-    chosen, rejected = (np.concatenate([np.asarray(x) for x in side]) for side in zip(*parts, strict=True))
+    chosen, rejected = (
+        np.concatenate([distributed.all_values(x) for x in side]) for side in zip(*parts, strict=True)
+    )
     return chosen[: len(pairs)], rejected[: len(pairs)]
 
 
@@ -78,24 +80,29 @@ def run(options: Options) -> None:
     tx = make_optimizer(common.with_total_steps(options.optimizer, options.run.steps))
     update_fn = preference.make_update(preference.Config(options.micro_batches), score_fn, tx)
     hyper = preference.Hyper(jnp.float32(options.learning_rate), jnp.float32(options.beta))
-    ref_params = model.params
+    ref_params, key = model.params, jax.random.key(seed)
+    state = distributed.born_sharded(
+        lambda *x: preference.init(x[0], tx, x[1]), common.copied(model.params), key
+    )
 
     if options.reference == "stored":
         stored = reference_logp(score_fn, ref_params, train, options.batch_size)
-        update = jax.jit(update_fn, donate_argnums=0)
+        update = common.jit_update(update_fn, state)
 
         def step(state: preference.State, number: int):
-            indices = sampler.indices(number)
-            ref_logp = (jnp.asarray(side[indices]) for side in stored)
-            return update(state, hyper, preference.Batch(*train.rows(indices), *ref_logp))
+            indices = common.local_indices(sampler, number)
+            arrays = (*train.rows(indices), *(side[indices] for side in stored))
+            return update(state, hyper, preference.Batch(*distributed.shard_batch(arrays)))
     else:
 
-        @jax.jit
         def score_and_update(state: preference.State, ref_params: Params, chosen, rejected):
             return update_fn(state, hyper, preference.make_batch(score_fn, ref_params, chosen, rejected))
 
+        update = common.jit_update(score_and_update, state)
+
         def step(state: preference.State, number: int):
-            return score_and_update(state, ref_params, *train.rows(sampler.indices(number)))
+            rows = train.rows(common.local_indices(sampler, number))
+            return update(state, ref_params, *distributed.shard_batch(rows))
 
     def accuracy(state: preference.State) -> dict[str, float]:
         policy = reference_logp(score_fn, state.learner.params, held_out, options.batch_size)
@@ -105,13 +112,14 @@ def run(options: Options) -> None:
 
     common.start(options, options.run, "dpo", model, "policy")
     run_loop(
-        preference.init(common.copied(model.params), tx, jax.random.key(seed)),
+        state,
         step,
         options.run.loop(),
         stage="dpo",
         folder=options.run.out,
         resume=options.run.resume,
         run_config=common.to_json(options),
+        data_fingerprint=train.fingerprint(),
         eval_fn=accuracy if len(held_out) else None,
     )
     common.finish(options.run)

@@ -17,10 +17,9 @@ import common
 import inputs
 import jax
 import jax.numpy as jnp
-import numpy as np
 import tyro
 
-from rlhf_jax import models
+from rlhf_jax import distributed, models
 from rlhf_jax.algorithms import group
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.optimization import OptimizerConfig, make_optimizer
@@ -133,26 +132,29 @@ def run(options: Options) -> None:
         state, metrics = update(state, hyper, batch)
         return state, {**described, **metrics}
 
-    learn = jax.jit(learn, donate_argnums=0)
+    key = jax.random.key(seed)
+    state = distributed.born_sharded(lambda *x: group.init(x[0], tx, x[1]), common.copied(ref_params), key)
+    learn = common.jit_update(learn, state)
     rollout_key = jax.random.key(seed + 1)
 
     def step(state: group.State, number: int):
-        chosen = [prompts.train[i] for i in np.repeat(sampler.indices(number), options.group_size)]
+        chosen = [prompts.train[i] for i in common.local_indices(sampler, number, options.group_size)]
         rollout = generate(state.learner.params, chosen, jax.random.fold_in(rollout_key, number))
         scored = reward_fn.score(rollout, chosen)
-        state, metrics = learn(state, ref_params, rollout, jnp.asarray(scored.rewards))
+        state, metrics = learn(state, ref_params, rollout, distributed.shard_batch(scored.rewards))
         return state, {**metrics, "unscorable": scored.unscorable.sum()}
 
     before = prompts.answer(ref_params)
     common.start(options, options.run, "grpo", model, "policy")
     state = run_loop(
-        group.init(common.copied(model.params), tx, jax.random.key(seed)),
+        state,
         step,
         options.run.loop(),
         stage="grpo",
         folder=options.run.out,
         resume=options.run.resume,
         run_config=common.to_json(options),
+        data_fingerprint=prompts.fingerprint(),
         eval_fn=evaluate and (lambda state: evaluate(state.learner.params, ref_params).metrics()),
     )
     after = prompts.answer(state.learner.params)

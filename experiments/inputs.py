@@ -11,6 +11,7 @@ import numpy as np
 from rlhf_jax.core.types import Params, Sequences
 from rlhf_jax.data import arithmetic, packing
 from rlhf_jax.data.examples import PreferenceExample, PromptExample, preference_examples, prompt_examples
+from rlhf_jax.data.pipeline import fingerprint
 from rlhf_jax.data.sources import Row, read_rows
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.training.rollouts import Evaluation, make_evaluate_fn, make_reward_fn
@@ -59,6 +60,10 @@ class Pairs:
 
     def __len__(self) -> int:
         return self._count
+
+    def fingerprint(self) -> str:
+        """Changes with any token of any pair."""
+        return fingerprint(jax.tree.leaves((self._chosen, self._rejected)))
 
     def rows(self, indices: np.ndarray) -> tuple[Sequences, Sequences]:
         """Some of the pairs."""
@@ -110,6 +115,10 @@ class Prompts:
 
     def __len__(self) -> int:
         return len(self.train)
+
+    def fingerprint(self) -> str:
+        """Changes with any token of any prompt to train on."""
+        return fingerprint(np.asarray(prompt.ids) for prompt in self.train)
 
     @property
     def length(self) -> int:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from rlhf_jax import models
+from rlhf_jax import distributed, models
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.optimization import OptimizerConfig, make_optimizer
@@ -163,29 +163,31 @@ def run(options: Options) -> None:
         state, metrics = update(state, hyper, batch)
         return state, {**described, **metrics}
 
-    learn = jax.jit(learn, donate_argnums=0)
+    value_key, state_key = jax.random.split(jax.random.key(seed))
+    params = initial_params(options, model, value_key)
+    state = distributed.born_sharded(lambda *x: ppo.init(x[0], tx, x[1], hyper), params, state_key)
+    learn = common.jit_update(learn, state)
     rollout_key = jax.random.key(seed + 1)
 
     def step(state: ppo.State, number: int):
-        chosen = [prompts.train[i] for i in sampler.indices(number)]
+        chosen = [prompts.train[i] for i in common.local_indices(sampler, number)]
         policy = state.learner.params["policy"]
         rollout = generate(policy, chosen, jax.random.fold_in(rollout_key, number))
         scored = reward_fn.score(rollout, chosen)
-        state, metrics = learn(state, ref_params, rollout, jnp.asarray(scored.rewards))
+        state, metrics = learn(state, ref_params, rollout, distributed.shard_batch(scored.rewards))
         return state, {**metrics, "unscorable": scored.unscorable.sum()}
 
-    value_key, state_key = jax.random.split(jax.random.key(seed))
-    params = initial_params(options, model, value_key)
     before = prompts.answer(ref_params)
     common.start(options, options.run, "ppo", model, "actor_critic")
     state = run_loop(
-        ppo.init(params, tx, state_key, hyper),
+        state,
         step,
         options.run.loop(),
         stage="ppo",
         folder=options.run.out,
         resume=options.run.resume,
         run_config=common.to_json(options),
+        data_fingerprint=prompts.fingerprint(),
         eval_fn=evaluate and (lambda state: evaluate(state.learner.params["policy"], ref_params).metrics()),
     )
     after = prompts.answer(state.learner.params["policy"])

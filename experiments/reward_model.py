@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from rlhf_jax import models
+from rlhf_jax import distributed, models
 from rlhf_jax.algorithms import reward
 from rlhf_jax.core.optimization import OptimizerConfig, make_optimizer
 from rlhf_jax.data.pipeline import BatchSampler
@@ -67,34 +67,41 @@ def run(options: Options) -> None:
 
     reward_fn = models.make_reward_fn(model.config)
     tx = make_optimizer(common.with_total_steps(options.optimizer, options.run.steps))
-    update = jax.jit(
-        reward.make_update(reward.Config(options.micro_batches), reward_fn, tx), donate_argnums=0
+    init_key, state_key = jax.random.split(jax.random.key(seed))
+    state = distributed.born_sharded(
+        lambda params, *keys: reward.init(
+            models.init_scalar_model(model.config, keys[0], params), tx, keys[1]
+        ),
+        common.copied(model.params),
+        init_key,
+        state_key,
     )
+    update = common.jit_update(reward.make_update(reward.Config(options.micro_batches), reward_fn, tx), state)
     hyper = reward.Hyper(*(jnp.float32(x) for x in (options.learning_rate, options.margin, options.centring)))
     score = jax.jit(lambda params, pairs: reward.score_pairs(reward_fn, params, pairs))
 
     def step(state: reward.State, number: int):
-        return update(state, hyper, reward.Pairs(*train.rows(sampler.indices(number))))
+        rows = train.rows(common.local_indices(sampler, number))
+        return update(state, hyper, reward.Pairs(*distributed.shard_batch(rows)))
 
     def accuracy(state: reward.State) -> dict[str, float]:
         leads = []
         for indices in inputs.parts(len(held_out), options.batch_size):
             chosen, rejected = score(state.learner.params, reward.Pairs(*held_out.rows(indices)))
-            leads.append(np.asarray(chosen - rejected))
+            leads.append(distributed.all_values(chosen - rejected))
         margins = np.concatenate(leads)[: len(held_out)]
         return {"pair_accuracy": float(np.mean(margins > 0)), "margin": float(np.mean(margins))}
 
     common.start(options, options.run, "reward_model", model, "reward_model")
-    init_key, state_key = jax.random.split(jax.random.key(seed))
-    params = models.init_scalar_model(model.config, init_key, common.copied(model.params))
     run_loop(
-        reward.init(params, tx, state_key),
+        state,
         step,
         options.run.loop(),
         stage="reward_model",
         folder=options.run.out,
         resume=options.run.resume,
         run_config=common.to_json(options),
+        data_fingerprint=train.fingerprint(),
         eval_fn=accuracy if len(held_out) else None,
     )
     common.finish(options.run)

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from rlhf_jax import models
+from rlhf_jax import distributed, models
 from rlhf_jax.algorithms import sft
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.optimization import OptimizerConfig, make_optimizer
@@ -28,7 +28,7 @@ from rlhf_jax.core.types import Params, ScoreFn, Sequences
 from rlhf_jax.data import packing
 from rlhf_jax.data.arithmetic import Level, demonstration_rows
 from rlhf_jax.data.examples import SupervisedExample, TooLong, supervised_examples
-from rlhf_jax.data.pipeline import BatchSampler
+from rlhf_jax.data.pipeline import BatchSampler, fingerprint
 from rlhf_jax.data.sources import Row
 from rlhf_jax.data.tokenizers import Tokenizer, train_bpe
 from rlhf_jax.losses.supervised import cross_entropy_loss
@@ -150,23 +150,26 @@ def run(options: Options) -> None:
 
     score_fn = models.make_score_fn(model.config)
     tx = make_optimizer(common.with_total_steps(options.optimizer, options.run.steps))
-    update = jax.jit(sft.make_update(sft.Config(options.micro_batches), score_fn, tx), donate_argnums=0)
+    key = jax.random.key(options.run.seed)
+    state = distributed.born_sharded(lambda *x: sft.init(x[0], tx, x[1]), common.copied(model.params), key)
+    update = common.jit_update(sft.make_update(sft.Config(options.micro_batches), score_fn, tx), state)
     evaluate = held_out_loss(options, model, score_fn)
     hyper = sft.Hyper(learning_rate=jnp.float32(options.learning_rate))
     common.start(options, options.run, "sft", model, "policy")
 
     def step(state: sft.State, number: int):
-        indices = sampler.indices(number)
-        return update(state, hyper, jax.tree.map(lambda x: x[indices], rows))
+        indices = common.local_indices(sampler, number)
+        return update(state, hyper, distributed.shard_batch(jax.tree.map(lambda x: x[indices], rows)))
 
     run_loop(
-        sft.init(common.copied(model.params), tx, jax.random.key(options.run.seed)),
+        state,
         step,
         options.run.loop(),
         stage="sft",
         folder=options.run.out,
         resume=options.run.resume,
         run_config=common.to_json(options),
+        data_fingerprint=fingerprint(jax.tree.leaves(rows)),
         eval_fn=evaluate,
     )
     common.finish(options.run)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import hashlib
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -56,3 +58,13 @@ class BatchSampler:
         import grain
 
         return grain.MapDataset.range(self.num_examples).shuffle(seed=self.seed).repeat()
+
+
+def fingerprint(arrays: Iterable[np.ndarray]) -> str:
+    """SHA-256 over the arrays' shapes, dtypes and contents, in their order; kept with checkpoints."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        array = np.ascontiguousarray(array)
+        digest.update(f"{array.dtype}{array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()

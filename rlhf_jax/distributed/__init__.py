@@ -1,20 +1,32 @@
 """Meshes, where arrays live on them, and several hosts. Knows names and shapes of arrays, not models."""
 
-from rlhf_jax.distributed.hosts import HostOptions, is_first_host, start_hosts
+from rlhf_jax.distributed.hosts import (
+    HostOptions,
+    abandon,
+    any_host,
+    is_first_host,
+    lost_peer_message,
+    start_hosts,
+)
 from rlhf_jax.distributed.meshes import current_mesh, describe_mesh, make_mesh
 from rlhf_jax.distributed.placement import (
+    all_values,
     born_sharded,
     local_rows,
     local_values,
     place,
     shard_batch,
     shardings_of,
+    shards_of_batch,
 )
 from rlhf_jax.distributed.sharding import PARAMETER_AXES, describe_shardings, logical_axes, tree_shardings
 
 __all__ = [
     "PARAMETER_AXES",
     "HostOptions",
+    "abandon",
+    "all_values",
+    "any_host",
     "born_sharded",
     "current_mesh",
     "describe_mesh",
@@ -23,10 +35,12 @@ __all__ = [
     "local_rows",
     "local_values",
     "logical_axes",
+    "lost_peer_message",
     "make_mesh",
     "place",
     "shard_batch",
     "shardings_of",
+    "shards_of_batch",
     "start_hosts",
     "tree_shardings",
 ]

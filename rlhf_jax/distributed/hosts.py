@@ -4,6 +4,8 @@ import dataclasses
 import os
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from rlhf_jax.core.errors import UserError
 
@@ -74,7 +76,14 @@ def is_first_host() -> bool:
     return jax.process_index() == 0
 
 
-def lost_peer_message(options: HostOptions, error: BaseException) -> str:
+def any_host(flag: bool) -> bool:
+    """Whether `flag` is true in any process; all must ask together."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+
+
+def lost_peer_message(error: BaseException) -> str:
     """What a survivor says when a collective failed."""
     reason = str(error).splitlines()[0][:200]
     return (

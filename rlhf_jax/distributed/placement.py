@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax.core.axes import partition_spec
@@ -79,7 +80,7 @@ def local_rows(rows: int, *, mesh: Mesh | None = None) -> np.ndarray:
     return np.unique(np.concatenate([everything[index] for index in slices if index is not None]))
 
 
-def shard_batch(local: T, *, mesh: Mesh | None = None) -> T:
+def shard_batch(local: Any, *, mesh: Mesh | None = None) -> Any:
     """Host arrays -> arrays on the mesh, split along their first axis; scalars are copied to every device.
 
     Args:
@@ -107,6 +108,13 @@ def shard_batch(local: T, *, mesh: Mesh | None = None) -> T:
         return jax.make_array_from_process_local_data(sharding, np.asarray(leaf), shape)
 
     return jax.tree.map(put, local)
+
+
+def all_values(array: jax.Array) -> np.ndarray:
+    """The whole array in every process."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def local_values(array: jax.Array) -> np.ndarray:

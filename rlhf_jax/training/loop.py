@@ -10,7 +10,7 @@ import dataclasses
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ from rlhf_jax.checkpoint import CheckpointManager
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.optimization import with_frozen, without_frozen
 from rlhf_jax.core.types import Metrics
+from rlhf_jax.distributed import any_host, is_first_host
 from rlhf_jax.metrics.progress import Progress
 from rlhf_jax.metrics.writers import MetricsWriter
 
@@ -71,6 +72,7 @@ def run_loop(
     folder: Path,
     resume: bool = False,
     run_config: dict[str, Any] | None = None,
+    data_fingerprint: str | None = None,
     eval_fn: EvalFn[State] | None = None,
 ) -> State:
     """Runs `step_fn` until `config.steps` steps are done.
@@ -83,17 +85,20 @@ def run_loop(
       folder: `folder/checkpoints`, `folder/metrics.jsonl` and `folder/tensorboard` are written.
       resume: go on from the newest whole checkpoint, if there is one.
       run_config: kept in each checkpoint's manifest.
+      data_fingerprint: kept in each checkpoint, and compared on resuming: a run goes on with its own data.
       eval_fn: state -> numbers, logged as `eval/NAME`.
 
     Raises:
-      UserError: the folder holds checkpoints and `resume` is False; too many steps were not finite.
+      UserError: the folder holds checkpoints and `resume` is False, or those of a run on other data; too
+        many steps were not finite.
       Interrupted: on SIGINT or SIGTERM, after the step under way was finished and saved.
     """
     with CheckpointManager(folder / "checkpoints", keep=config.keep, config=run_config) as checkpoints:
-        start, state = _restore(state, checkpoints, folder, resume)
+        start, state = _restore(state, checkpoints, folder, resume, data_fingerprint)
+        first = is_first_host()
         with (
-            MetricsWriter(folder, stage=stage, resume_step=start) as writer,
-            Progress(stage, config.steps, completed=start, quiet=config.quiet) as progress,
+            MetricsWriter(folder, stage=stage, resume_step=start) if first else nullcontext() as writer,
+            Progress(stage, config.steps, completed=start, quiet=config.quiet or not first) as progress,
             _signals() as received,
         ):
             for step in range(start, config.steps):
@@ -104,18 +109,27 @@ def run_loop(
                 _stop_if_diverged(metrics, config, done, folder)
                 if _is_due(done, config.eval_every, config.steps) and eval_fn is not None:
                     metrics |= {f"eval/{name}": value for name, value in eval_fn(state).items()}
-                writer.write(done, metrics | _timings(metrics, seconds))
+                if writer is not None:
+                    writer.write(done, metrics | _timings(metrics, seconds))
                 progress.update(done, metrics)
-                stopping = bool(received)
+                stopping = any_host(bool(received))
                 if stopping or _is_due(done, config.save_every, config.steps):
-                    checkpoints.save(done, without_frozen(state), wait=stopping or done == config.steps)
+                    checkpoints.save(
+                        done,
+                        without_frozen(state),
+                        extra={"data": data_fingerprint},
+                        wait=stopping or done == config.steps,
+                    )
                 # A signal that came during the last save has no later step to be seen at.
                 if stopping or (received and done == config.steps):
-                    raise Interrupted(received[0], done)
+                    # Where another process was asked to stop, this one ends as after SIGTERM.
+                    raise Interrupted(received[0] if received else signal.SIGTERM, done)
     return state
 
 
-def _restore(state: State, checkpoints: CheckpointManager, folder: Path, resume: bool) -> tuple[int, State]:
+def _restore(
+    state: State, checkpoints: CheckpointManager, folder: Path, resume: bool, data_fingerprint: str | None
+) -> tuple[int, State]:
     if checkpoints.latest_step() is None:
         return 0, state
     if not resume:
@@ -123,7 +137,13 @@ def _restore(state: State, checkpoints: CheckpointManager, folder: Path, resume:
             f"{folder} already holds a run at step {checkpoints.latest_step()}: "
             "add --resume to go on with it, or choose another --out"
         )
-    start, restored, _ = checkpoints.restore(without_frozen(state))
+    start, restored, extra = checkpoints.restore(without_frozen(state))
+    held = (extra or {}).get("data")
+    if held and data_fingerprint and held != data_fingerprint:
+        raise UserError(
+            f"{folder}: the data is not that of its checkpoint at step {start} (fingerprint "
+            f"{data_fingerprint[:12]}, not {held[:12]}): give --resume the same data, or choose another --out"
+        )
     return start, with_frozen(restored, state)
 
 

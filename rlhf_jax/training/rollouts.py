@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import models
+from rlhf_jax import distributed, models
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Params, PRNGKeyArray, Rollout
 from rlhf_jax.data.examples import PromptExample
@@ -51,6 +51,8 @@ def make_generate_fn(
 ) -> GenerateFn:
     """`generate(params, prompts, key) -> Rollout`, compiled once for each number of prompts.
 
+    Where the devices of the entered mesh do not divide the prompts, the last one is repeated for them.
+
     Args:
       prompt_length: P; longer prompts are refused.
       group_size: how often each prompt stands in `prompts`, one after the other; it is read once.
@@ -73,15 +75,17 @@ def make_generate_fn(
         if any(prompt is not prompts[row - row % group_size] for row, prompt in enumerate(prompts)):
             raise ValueError(f"prompts do not come in groups of {group_size} equal ones")
         ids = [prompt.ids for prompt in prompts[::group_size]]
-        tokens, mask = left_pad(ids, prompt_length, pad_id=tokenizer.pad_id)
-        return compiled(params, tokens, mask, key, sampling=sampling)
+        missing = -len(ids) % distributed.shards_of_batch(distributed.current_mesh())
+        batch = left_pad(ids + ids[-1:] * missing, prompt_length, pad_id=tokenizer.pad_id)
+        rollout = compiled(params, *distributed.shard_batch(batch), key, sampling=sampling)
+        return jax.tree.map(lambda x: x[: len(prompts)], rollout) if missing else rollout
 
     return run
 
 
 def completion_texts(tokenizer: Tokenizer, rollout: Rollout) -> list[str]:
     """What was sampled in each row, without the end-of-sequence token."""
-    tokens, mask = jax.device_get((rollout.sequences.tokens, rollout.sequences.mask))
+    tokens, mask = map(distributed.local_values, (rollout.sequences.tokens, rollout.sequences.mask))
     return [tokenizer.decode(row[kept].tolist()) for row, kept in zip(tokens, mask, strict=True)]
 
 
@@ -149,7 +153,7 @@ def _make_term(name: str, tokenizer: Tokenizer) -> RewardTerm:
     def term(rollout: Rollout, prompts: Sequence[PromptExample], completions: Sequence[str]) -> Scored:
         names = {name for prompt in prompts for name in prompt.fields} - {"prompt"}
         fields: dict[str, Any] = {name: [p.fields.get(name) for p in prompts] for name in sorted(names)}
-        mask, finished = jax.device_get((rollout.sequences.mask, rollout.finished))
+        mask, finished = map(distributed.local_values, (rollout.sequences.mask, rollout.finished))
         fields["finished"] = finished.tolist()
         fields["token_count"] = mask.sum(axis=1).tolist()
         # Completions begin in one column, where each row has its first token.
@@ -170,7 +174,7 @@ def _model_term(folder: Path, tokenizer: Tokenizer) -> RewardTerm:
     score = jax.jit(models.make_reward_fn(model.config))
 
     def term(rollout: Rollout, _: Sequence[PromptExample], __: Sequence[str]) -> Scored:
-        rewards = np.asarray(score(model.params, rollout.sequences))
+        rewards = distributed.local_values(score(model.params, rollout.sequences))
         return Scored(rewards, np.zeros(len(rewards), bool))
 
     return term

@@ -23,7 +23,7 @@ from typing import Any, Literal, get_args
 
 import jax
 
-from rlhf_jax import models
+from rlhf_jax import distributed, models
 from rlhf_jax.checkpoint import CheckpointManager, restore_params
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Params
@@ -179,7 +179,11 @@ def load_reward_model(folder: Path) -> Model:
 
 
 def _restore(folder: Path, name: str, init: Any) -> Params:
-    like = jax.eval_shape(init, jax.random.key(0))
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    shardings = distributed.tree_shardings(distributed.current_mesh(), shapes)
+    like = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings
+    )
     return restore_params(folder / "checkpoints", like, name=name)[1]
 
 

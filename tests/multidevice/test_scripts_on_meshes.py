@@ -1,0 +1,161 @@
+"""The scripts on meshes and in several processes: the same numbers as on one device."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rlhf_jax.checkpoint import read_manifest
+from rlhf_jax.checkpoint.manifest import list_steps, verify
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+COMMON = ("--steps", "4", "--optimizer.warmup-steps", "0", "--quiet", "--no-report", "--save-every", "2")
+SFT = ("--demonstrations", "300", "--batch-size", "16", "--eval-count", "16", "--model.width", "32")
+DPO = ("--batch-size", "8", "--pair-count", "100", "--eval-count", "16")
+ENDLESS = ("--steps", "100000", "--optimizer.schedule", "constant", "--lost-timeout", "10")
+PROMPTS = ("--max-new-tokens", "6", "--prompt-count", "60", "--eval-count", "8", "--samples", "3")
+
+
+def command(script, out, *options):
+    return [sys.executable, str(EXPERIMENTS / script), "--out", str(out), *COMMON, *map(str, options)]
+
+
+def start(arguments, *, devices):
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)}
+    return subprocess.Popen(
+        arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def run(script, out, *options, devices=8):
+    process = start(command(script, out, *options), devices=devices)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return metrics_of(out)
+
+
+def metrics_of(out):
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if not name.startswith("time")} for line in lines]
+
+
+def assert_same_metrics(found, expected, *, tolerance=1e-4):
+    assert len(found) == len(expected) > 0
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.keys() == theirs.keys()
+        for name, value in theirs.items():
+            if not isinstance(value, str):
+                np.testing.assert_allclose(mine[name], value, rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+@pytest.mark.slow
+def test_every_stage_on_a_mesh(tmp_path):
+    """Supervised, then what starts from it; each stage on its own mesh and on one device."""
+    sft, rewards = tmp_path / "sft", tmp_path / "rewards"
+    layouts = {"mesh": ("data=2,fsdp=2,tensor=2", "fsdp=8", "fsdp=4,tensor=2", "data=4,sequence=2", "auto")}
+    layouts["one"] = ("",) * 5
+    found = {}
+    for name, (of_sft, of_rewards, of_dpo, of_ppo, of_grpo) in layouts.items():
+        first = name == "mesh"
+        here = tmp_path / name
+        found[name] = [
+            run("sft.py", sft if first else here / "sft", *SFT, "--mesh", of_sft),
+            run(
+                "reward_model.py",
+                rewards if first else here / "rewards",
+                *("--init", sft, *DPO, "--mesh", of_rewards),
+            ),
+            run("dpo.py", here / "dpo", "--init", sft, *DPO, "--mesh", of_dpo),
+            run("dpo.py", here / "each", "--init", sft, *DPO, "--mesh", of_dpo, "--reference", "each_step"),
+            run(
+                "ppo.py",
+                here / "ppo",
+                *("--init", sft, "--reward-model", rewards, "--batch-size", "16", *PROMPTS, "--mesh", of_ppo),
+            ),
+            run(
+                "grpo.py",
+                here / "grpo",
+                *("--init", sft, "--batch-size", "4", "--group-size", "4", *PROMPTS, "--mesh", of_grpo),
+            ),
+        ]
+    for mesh, one in zip(found["mesh"], found["one"], strict=True):
+        assert_same_metrics(mesh, one, tolerance=2e-3)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_on_another_mesh_with_the_same_data(tmp_path):
+    unbroken = run("sft.py", tmp_path / "unbroken", *SFT, "--mesh", "fsdp=8")
+    out = tmp_path / "moved"
+    run("sft.py", out, *SFT, "--mesh", "fsdp=8", "--steps", "2", "--optimizer.total-steps", "4")
+    run("sft.py", tmp_path / "whole", *SFT, "--mesh", "fsdp=8", "--optimizer.total-steps", "4")
+    moved = run(
+        *("sft.py", out, *SFT, "--mesh", "data=2,tensor=2", "--resume", "--optimizer.total-steps", "4")
+    )
+    assert_same_metrics(moved[-2:], metrics_of(tmp_path / "whole")[-2:])
+    assert len(unbroken) == 4
+    held = read_manifest(out / "checkpoints")
+    assert held.config["run"]["mesh"] == "data=2,tensor=2"
+    assert len(held.extra["data"]) == 64
+
+
+def hosts(count):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    return [f"localhost:{port},{count},{index}" for index in range(count)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_learn_what_one_learns(tmp_path, count):
+    out = tmp_path / "several"
+    processes = [
+        start(command("sft.py", out, *SFT, "--mesh", "fsdp=4", "--hosts", host), devices=4 // count)
+        for host in hosts(count)
+    ]
+    try:
+        errors = [process.communicate(timeout=300)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * count, errors
+    alone = run("sft.py", tmp_path / "alone", *SFT, "--mesh", "fsdp=4", devices=4)
+    assert_same_metrics(metrics_of(out), alone)
+    # What several processes saved, one goes on with, on another mesh.
+    assert len(run("sft.py", out, *SFT, "--resume", "--steps", "5", "--optimizer.total-steps", "4")) == 5
+
+
+@pytest.mark.slow
+def test_a_lost_process_ends_the_others_and_leaves_a_whole_checkpoint(tmp_path):
+    out = tmp_path / "run"
+    processes = [
+        start(
+            command("sft.py", out, *SFT, "--mesh", "fsdp=2", "--hosts", host, *ENDLESS),
+            devices=1,
+        )
+        for host in hosts(2)
+    ]
+    try:
+        deadline = time.monotonic() + 200
+        while not list_steps(out / "checkpoints"):
+            assert time.monotonic() < deadline
+            assert [process.poll() for process in processes] == [None, None]
+            time.sleep(0.2)
+        processes[1].send_signal(signal.SIGKILL)
+        killed = time.monotonic()
+        errors = processes[0].communicate(timeout=60)[1]
+        assert time.monotonic() - killed < 40
+    finally:
+        for process in processes:
+            process.kill()
+    assert processes[0].returncode == 75, errors
+    assert "another process of this run has ended" in errors
+    whole = [step for step, path in list_steps(out / "checkpoints").items() if verify(path)]
+    assert whole
