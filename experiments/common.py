@@ -9,6 +9,7 @@ import os
 import shlex
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -431,11 +432,6 @@ def main(run: Callable[[Options], Any], options_type: type[Options], description
         run_options = getattr(options, "run", None)
         with on_mesh(run_options) if isinstance(run_options, RunOptions) else contextlib.nullcontext():
             run(options)
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
-            raise
-        print(f"error: {distributed.lost_peer_message(error)}", file=sys.stderr, flush=True)
-        distributed.abandon(EXIT_LOST_PEER)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -445,6 +441,19 @@ def main(run: Callable[[Options], Any], options_type: type[Options], description
     except KeyboardInterrupt:
         print(f"Stopped at once; what was saved before is kept. {_how_to_resume()}", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if jax.process_count() == 1:
+            raise
+        _end_one_of_several(error)
+
+
+def _end_one_of_several(error: Exception) -> None:
+    """Ends this process at once: an orderly end would wait for others that wait for this one, or are gone."""
+    if distributed.is_lost_peer(error):
+        print(f"error: {distributed.lost_peer_message(error)}", file=sys.stderr, flush=True)
+        distributed.abandon(EXIT_LOST_PEER)
+    traceback.print_exc()
+    distributed.abandon(1)
 
 
 def _refuse(word: str, known: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ from rlhf_jax.distributed.hosts import (
     abandon,
     any_host,
     is_first_host,
+    is_lost_peer,
     lost_peer_message,
     start_hosts,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "describe_mesh",
     "describe_shardings",
     "is_first_host",
+    "is_lost_peer",
     "local_rows",
     "local_values",
     "logical_axes",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import sys
 
 import jax
 import numpy as np
@@ -83,6 +84,14 @@ def any_host(flag: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
 
 
+_LOST = ("Connection closed by peer", "Connection reset", "Connection refused", "heartbeat", "UNAVAILABLE")
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed since another process is gone. What is raised then differs by backend."""
+    return any(words in str(error) for words in (*_LOST, "DEADLINE_EXCEEDED", "Timed out"))
+
+
 def lost_peer_message(error: BaseException) -> str:
     """What a survivor says when a collective failed."""
     reason = str(error).splitlines()[0][:200]
@@ -94,5 +103,7 @@ def lost_peer_message(error: BaseException) -> str:
 
 
 def abandon(status: int) -> None:
-    """Ends this process at once: leaving in good order would wait for peers that are gone."""
+    """Ends this process without the barrier at which JAX waits for all others."""
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(status)
