@@ -155,6 +155,7 @@ ROWS = (
             "hyper.epsilon_end=0.1",
         ),
         seeds=8,
+        note="rl-zoo's settings, with a network of 120 x 84 instead of 256 x 256; nothing else was tried.",
     ),
     Row(
         "CartPole-v1",
@@ -192,7 +193,10 @@ ROWS = (
         ZOO,
         (*HELD_NOISE, "run.updates=16", "hyper.gamma=0.99", "hyper.exploration_std=0.5"),
         done_steps=30_000,
-        note="A tenth of the steps; 2 of 16 seeds never find the goal.",
+        note=(
+            "A tenth of the steps; 2 of 16 seeds never find the goal. Gamma .999 with 5,000 random steps "
+            "first and 50,000 in all gave 86.0 over 8 seeds."
+        ),
     ),
     Row(
         "MountainCarContinuous-v0",
@@ -202,7 +206,10 @@ ROWS = (
         ZOO,
         (*HELD_NOISE, "hyper.gamma=0.99", "hyper.exploration_std=0.5"),
         done_steps=30_000,
-        note="A tenth of the steps; 1 of 16 seeds never finds the goal.",
+        note=(
+            "A tenth of the steps; 1 of 16 seeds never finds the goal. Gamma .999 with 5,000 random steps "
+            "first and 50,000 in all gave -80.8 over 8 seeds."
+        ),
     ),
     Row("SpaceInvaders-MinAtar", "ppo", 10_000_000, 174.0, "", MINATAR_PPO, note=MINATAR_NOTE),
     Row("Breakout-MinAtar", "ppo", 10_000_000, 77.5, "", MINATAR_PPO, note=MINATAR_NOTE),
