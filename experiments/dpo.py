@@ -2,6 +2,7 @@
 
     python experiments/dpo.py --out runs/dpo --init runs/sft
     python experiments/dpo.py --out runs/mine --init runs/sft --data pairs.jsonl --beta 0.3
+    python experiments/dpo.py --out runs/simpo --init runs/sft --loss simpo
 
 The first takes about 35 s on two CPU cores and answers 80 to 88 % of held-out problems right over three seeds
 (the policy it starts from: 43 to 52 %).
@@ -16,11 +17,13 @@ import common
 import inputs
 import jax
 import jax.numpy as jnp
+import members
 import numpy as np
 import tyro
 
 from rlhf_jax import distributed, models
 from rlhf_jax.algorithms import preference
+from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.optimization import OptimizerConfig, make_optimizer
 from rlhf_jax.core.types import Params, ScoreFn
 from rlhf_jax.data.pipeline import BatchSampler
@@ -38,7 +41,8 @@ class Options:
       batch_size: pairs a step.
       micro_batches: parts in which a batch is computed, to save memory.
       learning_rate: at its peak.
-      beta: strength of the KL constraint, per nat.
+      loss: what is made of the pairs: DPO, or another of its family.
+      beta: strength of the KL constraint, per nat; for losses without a reference, the scale of log-probs.
       reference: score pairs with the reference once and keep the numbers, or at every step with a second
         model in memory. Both give the same training.
     """
@@ -50,6 +54,7 @@ class Options:
     batch_size: int = 64
     micro_batches: int = 1
     learning_rate: float = 1e-4
+    loss: members.PairLoss = "dpo"
     beta: float = 2.0
     reference: Literal["stored", "each_step"] = "stored"
 
@@ -71,6 +76,8 @@ def run(options: Options) -> None:
     seed = options.run.seed
     common.check(options, options.run, "dpo")
     common.check_divides("--micro-batches", options.micro_batches, "--batch-size", options.batch_size)
+    if options.micro_batches > 1 and options.loss in members.SORTING:
+        raise UserError(f"--loss {options.loss} compares pairs with each other: it needs --micro-batches 1")
     model = load_policy(Path(options.init))
     train, held_out = inputs.load_pairs(options.pairs, model.tokenizer, seed)
     sampler = BatchSampler(len(train), options.batch_size, seed)
@@ -78,7 +85,8 @@ def run(options: Options) -> None:
 
     score_fn = models.make_score_fn(model.config)
     tx = make_optimizer(common.with_total_steps(options.optimizer, options.run.steps))
-    update_fn = preference.make_update(preference.Config(options.micro_batches), score_fn, tx)
+    config = preference.Config(options.micro_batches, members.PAIR_LOSSES[options.loss])
+    update_fn = preference.make_update(config, score_fn, tx)
     hyper = preference.Hyper(jnp.float32(options.learning_rate), jnp.float32(options.beta))
     ref_params, key = model.params, jax.random.key(seed)
     state = distributed.born_sharded(
