@@ -1,5 +1,6 @@
 """softmax(q k^T) v: `choose_backend` says how it is computed, `plain_attention` what it is."""
 
+import dataclasses
 import functools
 from typing import Any, Literal
 
@@ -47,6 +48,13 @@ class Context:
     def seen(self, window: int | None) -> Bool[Array, "B T S"]:
         """Who sees whom, `window` tokens back at most."""
         return self.mask if window is None else self.mask & (self.distance() < window)
+
+    def behind_prompt(self, length: int) -> "Context":
+        """The same with a soft prompt before every sample: at the positions before 0, seen by all."""
+        before = ((0, 0), (length, 0))
+        positions = jnp.pad(self.key_positions, before).at[:, :length].set(jnp.arange(-length, 0))
+        mask = jnp.pad(self.mask, ((0, 0), *before), constant_values=True)
+        return dataclasses.replace(self, key_positions=positions, mask=mask, segment_ids=None)
 
 
 def attend(

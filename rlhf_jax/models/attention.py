@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from rlhf_jax.core.axes import constrain
 from rlhf_jax.core.types import Array, Float, Int
-from rlhf_jax.models.attend import Context, attend
+from rlhf_jax.models.attend import Context, attend, plain_attention
 from rlhf_jax.models.config import Attention, AttentionBackend, LatentAttention
 from rlhf_jax.models.layers import Linear, Scale, norm_layer
 from rlhf_jax.models.positions import Alibi, Rope, alibi_slopes, rotate
@@ -35,6 +35,18 @@ def append(cache: LayerCache, new: LayerCache, start: Int[Array, "*B"]) -> Layer
     return tuple(write_columns(old, columns, start) for old, columns in zip(cache, new, strict=True))
 
 
+def behind_prompt(layer: nn.Module, columns: LayerCache, context: Context) -> tuple[LayerCache, Context]:
+    """Columns and context with the layer's columns of a soft prompt before them, where it has any."""
+    if not layer.has_variable("params", "prompt_0"):
+        return columns, context
+    prompt = [layer.get_variable("params", f"prompt_{index}") for index in range(len(columns))]
+    both = tuple(
+        jnp.concatenate([jnp.broadcast_to(soft, (len(own), *soft.shape[1:])).astype(own.dtype), own], axis=1)
+        for soft, own in zip(prompt, columns, strict=True)
+    )
+    return both, context.behind_prompt(prompt[0].shape[1])
+
+
 class SelfAttention(nn.Module):
     """Grouped-query attention."""
 
@@ -52,6 +64,7 @@ class SelfAttention(nn.Module):
         """Returns the layer's output and the cache with the new columns."""
         spec = self.spec
         query = self._normed(self._project(inputs, "query", spec.num_heads), "query_norm")
+        unrotated = query
         key = self._normed(self._project(inputs, "key", spec.num_kv_heads), "key_norm")
         value = self._project(inputs, "value", spec.num_kv_heads)
         if isinstance(spec.position, Rope):
@@ -59,6 +72,7 @@ class SelfAttention(nn.Module):
         if cache is not None:
             cache = append(cache, (key, value), context.start)
             key, value = cache if context.segment_ids is None else (key, value)
+        (key, value), context = behind_prompt(self, (key, value), context)
         bias = None
         if isinstance(spec.position, Alibi):
             slopes = alibi_slopes(spec.num_heads)[:, None, None]
@@ -75,8 +89,19 @@ class SelfAttention(nn.Module):
             bias=bias,
             window=spec.window,
         )
+        if self.has_variable("params", "prefix_key"):
+            attended += self._attended_prefix(unrotated, scale)
         output = self._linear(self.width, use_bias=spec.output_bias, init_std=self.output_std, name="output")
         return output(attended.reshape(*inputs.shape[:2], -1)), cache
+
+    def _attended_prefix(self, query: Float[Array, "B T H d"], scale: float) -> Float[Array, "B T H d"]:
+        """What a trained prefix says, which has no position, through its gate."""
+        names = ("prefix_key", "prefix_value", "prefix_scale")
+        key, value, gate = (self.get_variable("params", name).astype(self.dtype) for name in names)
+        shape = (query.shape[0], len(key), self.spec.num_kv_heads, self.spec.head_dim)
+        key, value = (jnp.broadcast_to(x.reshape(shape[1:]), shape) for x in (key, value))
+        mask = jnp.ones((*query.shape[:2], shape[1]), bool)
+        return jnp.tanh(gate) * plain_attention(query, key, value, mask, scale=scale)
 
     def _linear(self, features: int, **options: Any) -> Linear:
         return Linear(features, param_dtype=self.param_dtype, dtype=self.dtype, **options)
@@ -131,11 +156,11 @@ class MultiHeadLatentAttention(nn.Module):
         expand = self._expansion()
         if cache is not None:
             cache = append(cache, (latent, turned_key), context.start)
-        if cache is None or context.segment_ids is not None:
-            attended = self._expanded(plain, turned, latent, turned_key, expand, context)
-        else:
-            latent, turned_key = cache
-            attended = self._absorbed(plain, turned, latent, turned_key, expand, context)
+        alone = cache is None or context.segment_ids is not None
+        columns = (latent, turned_key) if cache is None or alone else cache
+        (latent, turned_key), context = behind_prompt(self, columns, context)
+        attend_to = self._expanded if alone else self._absorbed
+        attended = attend_to(plain, turned, latent, turned_key, expand, context)
         output = linear(self.width, use_bias=spec.bias, init_std=self.output_std, name="output")
         return output(attended.reshape(*inputs.shape[:2], -1)), cache
 

@@ -8,7 +8,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from rlhf_jax.core.axes import constrain
-from rlhf_jax.core.trees import pytree_dataclass
+from rlhf_jax.core.trees import merge, pytree_dataclass
 from rlhf_jax.core.types import Array, Bool, Float, Int, Params, PRNGKeyArray
 from rlhf_jax.kernels.logprobs import softcapped
 from rlhf_jax.models.attend import ATTENTION_NAMES, Context
@@ -103,14 +103,16 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         *,
         fresh: bool = False,
+        soft: Float[Array, "B T D"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Hidden states after the final norm, and the cache with these tokens appended.
 
         Args:
           fresh: the cache is empty, so that these tokens see one another alone.
+          soft: stands in the place of the tokens' embeddings, those of positions included.
         """
         config = self.config
-        hidden = self._embed(tokens, positions)
+        hidden = self._embed(tokens, positions, soft)
         context, columns = _context(positions, segment_ids, cache, fresh)
         prefix, layers = (cache.prefix, cache.layers) if cache is not None else _no_cache(config)
         body = ResidualBlocks
@@ -140,7 +142,12 @@ class Decoder(nn.Module):
         length = cache.length + tokens.shape[1]
         return hidden, Cache(prefix, layers, *columns, length)
 
-    def _embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    def _embed(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        soft: Float[Array, "B T D"] | None,
+    ) -> Float[Array, "B T D"]:
         config = self.config
         param_dtype, dtype = jnp.dtype(config.param_dtype), jnp.dtype(config.compute_dtype)
         shape = (config.vocab_size, config.width)
@@ -148,13 +155,14 @@ class Decoder(nn.Module):
         if not config.tied_embeddings:
             self.param("unembedding", normal_init, shape, param_dtype)
         # Gathered over the embedding's width first: rows are looked up whole.
-        hidden = constrain(embedding, "vocab", None)[tokens].astype(dtype)
+        table = constrain(embedding, "vocab", None)
+        hidden = (table[tokens] if soft is None else soft).astype(dtype)
         if config.embedding_scale != 1:
             hidden *= jnp.asarray(config.embedding_scale, dtype)
         if config.learned_positions is not None:
             shape = (config.learned_positions, config.width)
             table = self.param("position_embedding", normal_init, shape, param_dtype)
-            hidden += constrain(table, None, None)[positions].astype(dtype)
+            hidden += constrain(table, None, None)[positions].astype(dtype) if soft is None else 0
         if config.embedding_norm is not None:
             hidden = norm_layer(config.embedding_norm, param_dtype, name="embedding_norm")(hidden)
         return laid_out(hidden)
@@ -220,6 +228,7 @@ def hidden_states(
     segment_ids: Int[Array, "B T"],
 ) -> Float[Array, "B T D"]:
     """Final hidden states of whole rows, without a cache."""
+    params = expand_prompt(config, params)
     return Decoder(config).apply({"params": params}, tokens, positions, segment_ids)[0]
 
 
@@ -238,6 +247,7 @@ def cached_hidden_states(
     Args:
       fresh: nothing was read before; the tokens need not look into the cache then.
     """
+    params = expand_prompt(config, params)
     result: Any = Decoder(config).apply(
         {"params": params}, tokens, positions, segment_ids, cache, fresh=fresh
     )
@@ -271,6 +281,34 @@ def layer_hidden_states(
     names = ["prefix"] * bool(config.prefix) + [f"layer_{index}" for index in range(config.num_repeats)]
     outputs = [kept["_embed"][0], *(kept[name]["__call__"][0][0] for name in names)]
     return hidden, outputs[bool(config.prefix) : -1], new_cache
+
+
+def expand_prompt(config: ModelConfig, params: Params) -> Params:
+    """Parameters in which a trained prompt (`adapters.PromptTuning`) has become, in every attention layer,
+    the columns that attention keeps of it: these depend on nothing that follows. Others stay as they are.
+    """
+    if "prompt_embedding" not in params:
+        return params
+    soft = params["prompt_embedding"][None]
+    length = soft.shape[1]
+    expanded = {name: leaf for name, leaf in params.items() if name != "prompt_embedding"}
+    positions = jnp.arange(-length, 0)[None]  # relative positions alone count, and samples begin at 0
+    ones = jnp.ones_like(positions)
+    result: Any = Decoder(config).apply(
+        {"params": expanded}, ones, positions, ones, init_cache(config, 1, length), fresh=True, soft=soft
+    )
+    cache: Cache = result[1]
+    groups = (
+        {"prefix": cache.prefix, "layers": cache.layers}
+        if config.scan_layers
+        else {"prefix": cache.prefix, **{f"layer_{index}": kept for index, kept in enumerate(cache.layers)}}
+    )
+    for group, blocks in groups.items():
+        for index, columns in enumerate(blocks):
+            name = f"block_{index}_attention" if len(blocks) > 1 else "attention"
+            leaves = {f"prompt_{number}": column for number, column in enumerate(columns)}
+            expanded = merge(expanded, {group: {name: leaves}})
+    return expanded
 
 
 def unembedding(config: ModelConfig, params: Params) -> Float[Array, "V D"]:

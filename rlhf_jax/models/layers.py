@@ -8,6 +8,7 @@ from flax import linen as nn
 
 from rlhf_jax.core.axes import shards
 from rlhf_jax.core.types import Array, Float
+from rlhf_jax.models.adapters import linear as adapters
 from rlhf_jax.models.config import Activation, LayerNorm, Norm, RMSNorm
 
 normal_init = nn.initializers.normal(stddev=0.02)
@@ -16,6 +17,8 @@ normal_init = nn.initializers.normal(stddev=0.02)
 class Linear(nn.Module):
     """x W (+ b). Works on [N, D]: on CPU, XLA's weight gradients of [B, T, D] matmuls are far slower. Not
     where columns are split over devices, for rows of such a matrix could not be.
+
+    Adapter leaves among its parameters change what it computes (`models.adapters`); fresh ones have none.
 
     Attributes:
       features: output width.
@@ -32,13 +35,18 @@ class Linear(nn.Module):
     def __call__(self, inputs: Float[Array, "*batch D"]) -> Float[Array, "*batch F"]:
         """Applies the layer over the last axis."""
         shape = (inputs.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.normal(self.init_std), shape, self.param_dtype)
+        present = (name for name in adapters.LEAVES if self.has_variable("params", name))
+        leaves = {name: self.get_variable("params", name) for name in present}
+        if "kernel_values" not in leaves:
+            init = nn.initializers.normal(self.init_std)
+            leaves["kernel"] = self.param("kernel", init, shape, self.param_dtype)
         split = inputs.ndim > 2 and shards("time", inputs.shape[-2]) > 1
         rows = inputs if split else inputs.reshape(-1, shape[0])
-        outputs = rows.astype(self.dtype) @ kernel.astype(self.dtype)
+        outputs = adapters.adapted_product(rows.astype(self.dtype), leaves, self.dtype)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
             outputs += bias.astype(self.dtype)
+        outputs = adapters.through_bottleneck(outputs, leaves, self.dtype)
         return outputs.reshape(*inputs.shape[:-1], self.features)
 
 

@@ -1,0 +1,64 @@
+"""Kernels in few bits, by qwix: `kernel_values` and `kernel_scale` stand in the place of `kernel`."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import qwix
+
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.types import Array, Float, Params
+from rlhf_jax.models.adapters.config import Quantisation
+from rlhf_jax.models.adapters.trees import map_linears
+
+QTYPES = {"int8": jnp.int8, "int4": jnp.int4, "nf4": "nf4", "fp8": jnp.float8_e4m3fn}
+
+
+def quantise(config: Quantisation, params: Params) -> Params:
+    """The parameters of a decoder with the kernels of its linear layers in few bits.
+
+    Raises:
+      UserError: there are adapters in them.
+    """
+
+    def change(path: str, leaves: Params) -> Params:
+        if set(leaves) - {"kernel", "bias"}:
+            raise UserError(f"{path}: only a plain base is quantised: merge its adapter first")
+        kernel = leaves["kernel"]
+        quantise_one = jax.vmap(lambda k: _quantised(config, k)) if kernel.ndim == 3 else None
+        values, scale = quantise_one(kernel) if quantise_one else _quantised(config, kernel)
+        rest = {name: leaf for name, leaf in leaves.items() if name != "kernel"}
+        return {**rest, "kernel_values": values, "kernel_scale": scale}
+
+    return map_linears(change, params)
+
+
+def _quantised(config: Quantisation, kernel: Float[Array, "D F"]) -> tuple[Array, Array]:
+    tiles = {0: math.gcd(kernel.shape[0], config.block)} if config.format in ("int4", "nf4") else {}
+    array = qwix.quantize(kernel, QTYPES[config.format], channelwise_axes=(1,), tiled_axes=tiles)
+    return array.qvalue, array.scale
+
+
+def dequantised(leaves: Params) -> Float[Array, "D F"]:
+    """The kernel that `kernel_values` and `kernel_scale` stand for."""
+    values, scale = leaves["kernel_values"], leaves["kernel_scale"]
+    # The values' dtype tells the formats apart: buckets of nf4 are the only ones without a sign.
+    qtype: Any = "nf4" if values.dtype == jnp.uint4 else values.dtype
+    return qwix.dequantize(qwix.QArray(values, scale, qtype=qtype))
+
+
+def dequantise(params: Params) -> Params:
+    """The inverse of `quantise`, to within the formats' precision."""
+
+    def change(path: str, leaves: Params) -> Params:
+        del path
+        if "kernel_values" not in leaves:
+            return leaves
+        kernel = (jax.vmap(dequantised) if leaves["kernel_values"].ndim == 3 else dequantised)(
+            {name: leaves[name] for name in ("kernel_values", "kernel_scale")}
+        )
+        rest = {name: leaf for name, leaf in leaves.items() if name not in ("kernel_values", "kernel_scale")}
+        return {**rest, "kernel": kernel}
+
+    return map_linears(change, params)
