@@ -63,7 +63,7 @@ def with_rank_budget(config: AdaLoRA, tx: optax.GradientTransformation) -> optax
         updates = _prune(config, updates, params, scores, state.steps + 1, learning_rate)
         return updates, BudgetState(state.steps + 1, importance, uncertainty, inner)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
 def _is_triplets(path: str, node: Params) -> bool:
