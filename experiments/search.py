@@ -2,7 +2,7 @@
 
     python experiments/sft.py --out runs/sft
     python experiments/process_reward.py --out runs/prm --init runs/sft
-    python experiments/process_reward.py --out runs/orm --init runs/sft --outcome
+    python experiments/process_reward.py --out runs/orm --init runs/sft --outcome --steps 300
     python experiments/search.py --out runs/search --init runs/sft \\
         --process-reward runs/prm --outcome-reward runs/orm
     python experiments/search.py --out runs/gsm8k --init runs/my_policy --data gsm8k/test.jsonl \\

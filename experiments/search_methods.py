@@ -22,7 +22,7 @@ from rlhf_jax.training.runs import Model
 
 @dataclasses.dataclass(frozen=True)
 class SearchOptions:
-    """How the searches look around; the defaults cost some four to six whole samples each.
+    """How the searches look around; the defaults cost two to sixteen whole samples each.
 
     Attributes:
       ways: samples of the next step, of beam search, depth-first search and tree search.
@@ -36,7 +36,7 @@ class SearchOptions:
       step_length: tokens of a step, at most.
     """
 
-    ways: int = 2
+    ways: int = 4
     votes: int = 4
     width: int = 2
     expansions: int = 10

@@ -78,7 +78,9 @@ def where_rows(condition: Bool[Array, "N"], if_true: Any, if_false: Any) -> Any:
     )
 
 
-def expand(propose: ProposeFn, done: DoneFn, states: Any, live: Bool[Array, "N"], key: PRNGKeyArray):
+def expand(
+    propose: ProposeFn, done: DoneFn, states: Any, live: Bool[Array, "N"], key: PRNGKeyArray
+) -> Candidates:
     """Candidates of states [N]; one that is finished only leads to itself, at no cost.
 
     Args:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Bool, Float, Int, PRNGKeyArray, Rollout, Sequences
 from rlhf_jax.search.choosing import Aggregate, process_scores
-from rlhf_jax.search.interface import Candidates, DoneFn, EvaluateFn, ProposeFn, follow
+from rlhf_jax.search.interface import Candidates, EvaluateFn, ProposeFn, follow
 
 GenerateFn = Callable[[Int[Array, "N W"], Bool[Array, "N W"], PRNGKeyArray], Rollout]
 """Samples the tokens of one step, or a few more, behind texts that are left-padded."""
@@ -223,7 +223,6 @@ def make_join_fn(
     propose: ProposeFn, step_logits: StepLogitsFn, end_ids: Sequence[int], *, depth: int
 ) -> Callable[[Solution, PRNGKeyArray], tuple[Solution, Float[Array, "G"]]]:
     """For `graph.merge`: of several solutions, the longest part that is trusted, written on to the end."""
-    done: DoneFn = is_done
 
     def join(groups: Solution, key: PRNGKeyArray) -> tuple[Solution, Float[Array, "G"]]:
         members = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), groups)
@@ -233,6 +232,6 @@ def make_join_fn(
         place = jnp.argmax(jnp.where(prefixes.failed.reshape(rank.shape), -1, rank), axis=1)
         rows = jnp.arange(len(place))
         longest = jax.tree.map(lambda x: x.reshape(*rank.shape, *x.shape[1:])[rows, place], prefixes)
-        return follow(propose, done, longest, key, steps=depth)
+        return follow(propose, is_done, longest, key, steps=depth)
 
     return join
