@@ -32,6 +32,7 @@ from rlhf_jax.data.tokenizers import Tokenizer, byte_tokenizer, load_tokenizer
 from rlhf_jax.metrics import write_report
 from rlhf_jax.training import Interrupted, LoopConfig
 from rlhf_jax.training.runs import (
+    Adaptation,
     Kind,
     Model,
     check_same_architecture,
@@ -344,11 +345,13 @@ def _shown(value: Any) -> str:
 # Edges ---------------------------------------------------------------------------------------------
 
 
-def start(options: Any, run: RunOptions, stage: str, model: Model, kind: Kind) -> None:
+def start(
+    options: Any, run: RunOptions, stage: str, model: Model, kind: Kind, adaptation: Adaptation | None = None
+) -> None:
     """Writes what describes the run into its folder."""
     if not distributed.is_first_host():
         return
-    write_model_files(run.out, model.config, model.tokenizer, kind)
+    write_model_files(run.out, model.config, model.tokenizer, kind, adaptation)
     describe_run(run.out, to_json(options), stage=stage)
 
 

@@ -13,6 +13,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+import adapting
 import common
 import inputs
 import jax
@@ -24,7 +25,7 @@ import tyro
 from rlhf_jax import distributed, models
 from rlhf_jax.algorithms import preference
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.optimization import OptimizerConfig, make_optimizer
+from rlhf_jax.core.optimization import OptimizerConfig
 from rlhf_jax.core.types import Params, ScoreFn
 from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.training import run_loop
@@ -44,12 +45,13 @@ class Options:
       loss: what is made of the pairs: DPO, or another of its family.
       beta: strength of the KL constraint, per nat; for losses without a reference, the scale of log-probs.
       reference: score pairs with the reference once and keep the numbers, or at every step with a second
-        model in memory. Both give the same training.
+        model in memory (with an adapter: the same one, adapter off). Both give the same training.
     """
 
     run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/dpo"), steps=60)
     init: str
     pairs: tyro.conf.OmitArgPrefixes[common.PairOptions] = common.PairOptions()
+    adapter: adapting.AdapterOptions = adapting.AdapterOptions()
     optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", warmup_steps=10, final_share=0.1)
     batch_size: int = 64
     micro_batches: int = 1
@@ -83,18 +85,21 @@ def run(options: Options) -> None:
     sampler = BatchSampler(len(train), options.batch_size, seed)
     common.announce(options.run, model, f"{len(train):,} pairs, {len(held_out):,} held out")
 
+    parts = adapting.take_apart(options.adapter, model, seed=seed, steps=options.run.steps)
     score_fn = models.make_score_fn(model.config)
-    tx = make_optimizer(common.with_total_steps(options.optimizer, options.run.steps))
+    tx = parts.optimizer(common.with_total_steps(options.optimizer, options.run.steps))
     config = preference.Config(options.micro_batches, members.PAIR_LOSSES[options.loss])
     update_fn = preference.make_update(config, score_fn, tx)
     hyper = preference.Hyper(jnp.float32(options.learning_rate), jnp.float32(options.beta))
-    ref_params, key = model.params, jax.random.key(seed)
-    state = distributed.born_sharded(
-        lambda *x: preference.init(x[0], tx, x[1]), common.copied(model.params), key
+    state = adapting.new_state(
+        lambda *x: preference.init(x[0], tx, x[1]), parts.trained, parts.frozen, jax.random.key(seed)
     )
+    adapting.say_what_trains(options.run, state.learner)
+    reference = parts.reference(state.learner)
+    ref_held_out = len(held_out) and reference_logp(score_fn, reference, held_out, options.batch_size)
 
     if options.reference == "stored":
-        stored = reference_logp(score_fn, ref_params, train, options.batch_size)
+        stored = reference_logp(score_fn, reference, train, options.batch_size)
         update = common.jit_update(update_fn, state)
 
         def step(state: preference.State, number: int):
@@ -103,22 +108,22 @@ def run(options: Options) -> None:
             return update(state, hyper, preference.Batch(*distributed.shard_batch(arrays)))
     else:
 
-        def score_and_update(state: preference.State, ref_params: Params, chosen, rejected):
-            return update_fn(state, hyper, preference.make_batch(score_fn, ref_params, chosen, rejected))
+        def score_and_update(state: preference.State, original: Params, chosen, rejected):
+            reference = parts.reference(state.learner, original)
+            return update_fn(state, hyper, preference.make_batch(score_fn, reference, chosen, rejected))
 
         update = common.jit_update(score_and_update, state)
 
         def step(state: preference.State, number: int):
             rows = train.rows(common.local_indices(sampler, number))
-            return update(state, ref_params, *distributed.shard_batch(rows))
+            return update(state, parts.original, *distributed.shard_batch(rows))
 
     def accuracy(state: preference.State) -> dict[str, float]:
-        policy = reference_logp(score_fn, state.learner.params, held_out, options.batch_size)
-        ref = reference_logp(score_fn, ref_params, held_out, options.batch_size)
-        margins = options.beta * ((policy[0] - ref[0]) - (policy[1] - ref[1]))
+        chosen, rejected = reference_logp(score_fn, state.learner.all_params, held_out, options.batch_size)
+        margins = options.beta * ((chosen - ref_held_out[0]) - (rejected - ref_held_out[1]))
         return {"accuracy": float(np.mean(margins > 0)), "margin": float(np.mean(margins))}
 
-    common.start(options, options.run, "dpo", model, "policy")
+    common.start(options, options.run, "dpo", model, "policy", parts.adaptation)
     run_loop(
         state,
         step,

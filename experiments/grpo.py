@@ -13,6 +13,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+import adapting
 import common
 import inputs
 import jax
@@ -22,7 +23,7 @@ import tyro
 from rlhf_jax import distributed, models
 from rlhf_jax.algorithms import group
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.optimization import OptimizerConfig, make_optimizer
+from rlhf_jax.core.optimization import OptimizerConfig
 from rlhf_jax.core.types import Array, Float, Params, Rollout
 from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.generation import Sampling
@@ -64,6 +65,7 @@ class Options:
     run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/grpo"), steps=50)
     init: str
     prompts: tyro.conf.OmitArgPrefixes[common.PromptOptions] = common.PromptOptions()
+    adapter: adapting.AdapterOptions = adapting.AdapterOptions()
     optimizer: OptimizerConfig = OptimizerConfig("linear", warmup_steps=5, b2=0.99, epsilon=1e-4)
     batch_size: int = 32
     group_size: int = 8
@@ -107,7 +109,8 @@ def run(options: Options) -> None:
     )
     score_fn = models.make_score_fn(model.config, temperature=options.temperature)
     steps = options.run.steps * options.epochs * options.minibatches
-    tx = make_optimizer(common.with_total_steps(options.optimizer, steps))
+    parts = adapting.take_apart(options.adapter, model, seed=seed, steps=steps)
+    tx = parts.optimizer(common.with_total_steps(options.optimizer, steps))
     config = group.Config(
         options.group_size,
         options.epochs,
@@ -123,29 +126,32 @@ def run(options: Options) -> None:
         kl_coef=options.kl_coef,
         entropy_coef=options.entropy_coef,
     )
-    ref_params, evaluate = model.params, prompts.evaluate
+    evaluate = prompts.evaluate
 
-    def learn(state: group.State, ref_params: Params, rollout: Rollout, rewards: Float[Array, " B"]):
-        old_logp = score_fn(state.learner.params, rollout.sequences).logp
-        ref_logp = score_fn(ref_params, rollout.sequences).logp
+    def learn(state: group.State, original: Params, rollout: Rollout, rewards: Float[Array, " B"]):
+        reference = parts.reference(state.learner, original)
+        old_logp = score_fn(state.learner.all_params, rollout.sequences).logp
+        ref_logp = score_fn(reference, rollout.sequences).logp
         batch, described = group.make_batch(config, rollout, rewards, old_logp, ref_logp)
         state, metrics = update(state, hyper, batch)
         return state, {**described, **metrics}
 
-    key = jax.random.key(seed)
-    state = distributed.born_sharded(lambda *x: group.init(x[0], tx, x[1]), common.copied(ref_params), key)
+    state = adapting.new_state(
+        lambda *x: group.init(x[0], tx, x[1]), parts.trained, parts.frozen, jax.random.key(seed)
+    )
+    adapting.say_what_trains(options.run, state.learner)
     learn = common.jit_update(learn, state)
     rollout_key = jax.random.key(seed + 1)
 
     def step(state: group.State, number: int):
         chosen = [prompts.train[i] for i in common.local_indices(sampler, number, options.group_size)]
-        rollout = generate(state.learner.params, chosen, jax.random.fold_in(rollout_key, number))
+        rollout = generate(state.learner.all_params, chosen, jax.random.fold_in(rollout_key, number))
         scored = reward_fn.score(rollout, chosen)
-        state, metrics = learn(state, ref_params, rollout, distributed.shard_batch(scored.rewards))
+        state, metrics = learn(state, parts.original, rollout, distributed.shard_batch(scored.rewards))
         return state, {**metrics, "unscorable": scored.unscorable.sum()}
 
-    before = prompts.answer(ref_params)
-    common.start(options, options.run, "grpo", model, "policy")
+    before = prompts.answer(model.params)
+    common.start(options, options.run, "grpo", model, "policy", parts.adaptation)
     state = run_loop(
         state,
         step,
@@ -155,9 +161,10 @@ def run(options: Options) -> None:
         resume=options.run.resume,
         run_config=common.to_json(options),
         data_fingerprint=prompts.fingerprint(),
-        eval_fn=evaluate and (lambda state: evaluate(state.learner.params, ref_params).metrics()),
+        eval_fn=evaluate
+        and (lambda state: evaluate(state.learner.all_params, parts.reference(state.learner)).metrics()),
     )
-    after = prompts.answer(state.learner.params)
+    after = prompts.answer(state.learner.all_params)
     common.finish(options.run, inputs.before_and_after("grpo", before, after))
 
 

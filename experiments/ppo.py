@@ -1,5 +1,8 @@
 """PPO with four models: policy, value, frozen reference and a reward (a trained model, or functions).
 
+With an adapter, all of them stand on one frozen base: policy and value have adapters of their own, the
+reference is the base with adapters off, and a reward model that adapts the same base brings its adapter alone.
+
     python experiments/ppo.py --out runs/ppo --init runs/sft --reward-model runs/reward_model
     python experiments/ppo.py --out runs/mine --init runs/sft --reward-model runs/rm2 --data my.jsonl \\
         --adaptive-kl --kl-target 4
@@ -10,8 +13,11 @@ Rows hold `prompt`, `question` or `messages`; their other fields go to reward fu
 """
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
+import adapting
 import common
 import inputs
 import jax
@@ -21,13 +27,21 @@ import tyro
 from rlhf_jax import distributed, models
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.optimization import OptimizerConfig, make_optimizer
+from rlhf_jax.core.optimization import OptimizerConfig
+from rlhf_jax.core.trees import merge, partition
 from rlhf_jax.core.types import Array, Float, Params, Rollout
 from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.generation import Sampling
+from rlhf_jax.models import adapters
 from rlhf_jax.training import run_loop
-from rlhf_jax.training.rollouts import make_generate_fn, make_reward_fn
-from rlhf_jax.training.runs import Model, check_same_architecture, load_policy, load_reward_model
+from rlhf_jax.training.rollouts import Evaluation, make_generate_fn, make_reward_fn
+from rlhf_jax.training.runs import (
+    Model,
+    check_same_architecture,
+    load_policy,
+    load_reward_model,
+    load_unmerged_reward_model,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +52,7 @@ class Options:
       init: run folder of the policy to start from, which is also the reference.
       reward_model: run folder of a reward model: the reward, and the start of the value model. Empty:
         the reward is what `rewards` names, and the value model starts from the policy.
+      value: a value model of its own, or a second head that reads the policy's hidden states.
       prompts: which prompts, and what their answers are worth in evaluation.
       batch_size: prompts a step, one answer to each.
       epochs: passes over each batch of answers.
@@ -64,7 +79,9 @@ class Options:
     run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/ppo"), steps=25)
     init: str
     reward_model: str = ""
+    value: Literal["separate", "shared"] = "separate"
     prompts: tyro.conf.OmitArgPrefixes[common.PromptOptions] = common.PromptOptions()
+    adapter: adapting.AdapterOptions = adapting.AdapterOptions()
     optimizer: OptimizerConfig = OptimizerConfig("linear", warmup_steps=5, b2=0.99, epsilon=1e-4)
     batch_size: int = 256
     epochs: int = 1
@@ -88,15 +105,46 @@ class Options:
     scale_rewards: bool = False
 
 
-def initial_params(options: Options, policy: Model, key: jax.Array) -> Params:
-    """Policy and value model; the value model starts from the reward model where there is one."""
-    if options.reward_model:
+def reward_on_base(options: Options, policy: Model, parts: adapting.Parts) -> Params | None:
+    """What a reward model has of its own, where it is an adapter beside the same base; else None."""
+    if not options.reward_model or parts.adaptation is None:
+        return None
+    model, theirs = load_unmerged_reward_model(Path(options.reward_model))
+    check_same_architecture(policy.config, model.config, options.reward_model)
+    ours = parts.adaptation
+    if theirs is None or theirs.base.digest != ours.base.digest or theirs.quantisation != ours.quantisation:
+        return None
+    if isinstance(theirs.adapter, adapters.Partial) or isinstance(ours.adapter, adapters.Partial):
+        return None
+    own = partition(model.params["decoder"], lambda name, leaf: adapters.is_adapter_leaf(name))[0]
+    return {"decoder": own, "head": model.params["head"]}
+
+
+def initial_params(
+    options: Options, policy: Model, parts: adapting.Parts, reward: Params | None, key: jax.Array
+) -> tuple[Params, Params]:
+    """(trained, frozen) of policy and value, and of a reward model on the same base.
+
+    The value model starts from the reward model where both are whole or on one base, else from the policy.
+    """
+    adapter_key, head_key = jax.random.split(key)
+    if options.value == "shared":
+        value = {"head": models.init_scalar_head(policy.config, head_key)}
+    elif reward is not None:
+        value = common.copied(reward)
+    elif options.reward_model and parts.adaptation is None:
         reward_model = load_reward_model(Path(options.reward_model))
         check_same_architecture(policy.config, reward_model.config, options.reward_model)
-        value = reward_model.params
+        value = common.copied(reward_model.params)
     else:
-        value = models.init_scalar_model(policy.config, key, policy.params)
-    return common.copied({"policy": policy.params, "value": value})
+        head = models.init_scalar_head(policy.config, head_key)
+        value = {"decoder": parts.another(adapter_key), "head": head}
+    params = {"policy": parts.own, "value": value}
+    if parts.adaptation is None:
+        return params, None
+    rest = {} if reward is None else {"reward": reward}
+    trained, held = partition(params, parts.trains)
+    return trained, merge(held, {"base": parts.base, **rest})
 
 
 def make_hyper(options: Options) -> ppo.Hyper:
@@ -131,8 +179,12 @@ def run(options: Options) -> None:
     prompts = inputs.load_prompts(options.prompts, model, options.prompts.rewards[:1], seed)
     sampler = BatchSampler(len(prompts), options.batch_size, seed)
     rewards = [options.reward_model] if options.reward_model else options.prompts.rewards
-    reward_fn = make_reward_fn(rewards, model.tokenizer)
     common.announce(options.run, model, f"{len(prompts):,} prompts, rewards from {', '.join(rewards)}")
+    steps = options.run.steps * options.epochs * options.minibatches
+    parts = adapting.take_apart(options.adapter, model, seed=seed, steps=steps)
+    reward = reward_on_base(options, model, parts)
+    value_key, state_key = jax.random.split(jax.random.key(seed))
+    params, frozen = initial_params(options, model, parts, reward, value_key)
 
     generate = make_generate_fn(
         model.config,
@@ -149,36 +201,45 @@ def run(options: Options) -> None:
         adaptive_kl=options.adaptive_kl,
         scale_rewards=options.scale_rewards,
     )
-    score_fn = models.make_actor_critic_fn(model.config, temperature=options.temperature)
+    make_score_fn = models.make_two_headed_fn if options.value == "shared" else models.make_actor_critic_fn
+    score_fn = make_score_fn(model.config, temperature=options.temperature)
     ref_score_fn = models.make_score_fn(model.config, temperature=options.temperature)
-    steps = options.run.steps * options.epochs * options.minibatches
-    tx = make_optimizer(common.with_total_steps(options.optimizer, steps))
+    tx = parts.optimizer(common.with_total_steps(options.optimizer, steps))
     update = ppo.make_update(config, score_fn, tx)
-    hyper, ref_params, evaluate = make_hyper(options), model.params, prompts.evaluate
+    hyper, evaluate = make_hyper(options), prompts.evaluate
 
-    def learn(state: ppo.State, ref_params: Params, rollout: Rollout, rewards: Float[Array, " B"]):
-        score = score_fn(state.learner.params, rollout.sequences)
-        ref_logp = ref_score_fn(ref_params, rollout.sequences).logp
+    def learn(state: ppo.State, original: Params, rollout: Rollout, rewards: Float[Array, " B"]):
+        whole = state.learner.all_params
+        score = score_fn(whole, rollout.sequences)
+        ref_logp = ref_score_fn(models.reference_of(whole, original), rollout.sequences).logp
         state, batch, described = ppo.language_batch(config, state, hyper, rollout, score, ref_logp, rewards)
         state, metrics = update(state, hyper, batch)
         return state, {**described, **metrics}
 
-    value_key, state_key = jax.random.split(jax.random.key(seed))
-    params = initial_params(options, model, value_key)
-    state = distributed.born_sharded(lambda *x: ppo.init(x[0], tx, x[1], hyper), params, state_key)
+    state = adapting.new_state(lambda *x: ppo.init(x[0], tx, x[1], hyper), params, frozen, state_key)
+    adapting.say_what_trains(options.run, state.learner)
     learn = common.jit_update(learn, state)
     rollout_key = jax.random.key(seed + 1)
 
+    reward_fn = make_reward_fn(rewards, model.tokenizer) if reward is None else None
+    score_reward = jax.jit(models.make_shared_reward_fn(model.config))
+
     def step(state: ppo.State, number: int):
         chosen = [prompts.train[i] for i in common.local_indices(sampler, number)]
-        policy = state.learner.params["policy"]
-        rollout = generate(policy, chosen, jax.random.fold_in(rollout_key, number))
+        whole = state.learner.all_params
+        rollout = generate(models.on_base(whole, "policy"), chosen, jax.random.fold_in(rollout_key, number))
+        if reward_fn is None:
+            return learn(state, parts.original, rollout, score_reward(whole, rollout.sequences))
         scored = reward_fn.score(rollout, chosen)
-        state, metrics = learn(state, ref_params, rollout, distributed.shard_batch(scored.rewards))
+        state, metrics = learn(state, parts.original, rollout, distributed.shard_batch(scored.rewards))
         return state, {**metrics, "unscorable": scored.unscorable.sum()}
 
-    before = prompts.answer(ref_params)
-    common.start(options, options.run, "ppo", model, "actor_critic")
+    def measured(state: ppo.State, evaluate: Callable[..., Evaluation]) -> dict[str, float]:
+        whole = state.learner.all_params
+        return evaluate(models.on_base(whole, "policy"), models.reference_of(whole, parts.original)).metrics()
+
+    before = prompts.answer(model.params)
+    common.start(options, options.run, "ppo", model, "actor_critic", parts.adaptation)
     state = run_loop(
         state,
         step,
@@ -188,9 +249,9 @@ def run(options: Options) -> None:
         resume=options.run.resume,
         run_config=common.to_json(options),
         data_fingerprint=prompts.fingerprint(),
-        eval_fn=evaluate and (lambda state: evaluate(state.learner.params["policy"], ref_params).metrics()),
+        eval_fn=evaluate and (lambda state: measured(state, evaluate)),
     )
-    after = prompts.answer(state.learner.params["policy"])
+    after = prompts.answer(models.on_base(state.learner.all_params, "policy"))
     common.finish(options.run, inputs.before_and_after("ppo", before, after))
 
 

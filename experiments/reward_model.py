@@ -11,6 +11,7 @@ Rows hold `prompt`, `chosen` and `rejected`: plain strings, or lists of messages
 import dataclasses
 from pathlib import Path
 
+import adapting
 import common
 import inputs
 import jax
@@ -20,7 +21,7 @@ import tyro
 
 from rlhf_jax import distributed, models
 from rlhf_jax.algorithms import reward
-from rlhf_jax.core.optimization import OptimizerConfig, make_optimizer
+from rlhf_jax.core.optimization import OptimizerConfig
 from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.training import run_loop
 
@@ -45,6 +46,7 @@ class Options:
     )
     pairs: tyro.conf.OmitArgPrefixes[common.PairOptions] = common.PairOptions()
     model: common.ModelOptions = common.ModelOptions()
+    adapter: adapting.AdapterOptions = adapting.AdapterOptions()
     optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", warmup_steps=10, final_share=0.1)
     tokenizer: str = ""
     init: str = ""
@@ -65,17 +67,18 @@ def run(options: Options) -> None:
     sampler = BatchSampler(len(train), options.batch_size, seed)
     common.announce(options.run, model, f"{len(train):,} pairs, {len(held_out):,} held out")
 
+    parts = adapting.take_apart(options.adapter, model, seed=seed, steps=options.run.steps)
     reward_fn = models.make_reward_fn(model.config)
-    tx = make_optimizer(common.with_total_steps(options.optimizer, options.run.steps))
-    init_key, state_key = jax.random.split(jax.random.key(seed))
-    state = distributed.born_sharded(
+    tx = parts.optimizer(common.with_total_steps(options.optimizer, options.run.steps))
+    state = adapting.new_state(
         lambda params, *keys: reward.init(
             models.init_scalar_model(model.config, keys[0], params), tx, keys[1]
         ),
-        common.copied(model.params),
-        init_key,
-        state_key,
+        parts.trained,
+        None if parts.frozen is None else {"decoder": parts.frozen},
+        *jax.random.split(jax.random.key(seed)),
     )
+    adapting.say_what_trains(options.run, state.learner)
     update = common.jit_update(reward.make_update(reward.Config(options.micro_batches), reward_fn, tx), state)
     hyper = reward.Hyper(*(jnp.float32(x) for x in (options.learning_rate, options.margin, options.centring)))
     score = jax.jit(lambda params, pairs: reward.score_pairs(reward_fn, params, pairs))
@@ -87,12 +90,12 @@ def run(options: Options) -> None:
     def accuracy(state: reward.State) -> dict[str, float]:
         leads = []
         for indices in inputs.parts(len(held_out), options.batch_size):
-            chosen, rejected = score(state.learner.params, reward.Pairs(*held_out.rows(indices)))
+            chosen, rejected = score(state.learner.all_params, reward.Pairs(*held_out.rows(indices)))
             leads.append(distributed.all_values(chosen - rejected))
         margins = np.concatenate(leads)[: len(held_out)]
         return {"pair_accuracy": float(np.mean(margins > 0)), "margin": float(np.mean(margins))}
 
-    common.start(options, options.run, "reward_model", model, "reward_model")
+    common.start(options, options.run, "reward_model", model, "reward_model", parts.adaptation)
     run_loop(
         state,
         step,

@@ -1,11 +1,13 @@
 """Supervised fine-tuning on conversations.
 
     python experiments/sft.py --out runs/sft
+    python experiments/sft.py --out runs/lora --init runs/llama --data my.jsonl --adapter.kind lora
     python experiments/sft.py --out runs/mine --data my.jsonl --train-tokenizer 4096 \\
         --packing --max-length 512
 
 The first trains a new model on the embedded arithmetic task: about 65 s on two CPU cores, then 43 to 52 %
-of held-out problems right over three seeds. Rows of the second hold `messages`, or `prompt` and `completion`,
+of held-out problems right over three seeds. The second trains an adapter beside the frozen policy of a run.
+Rows of the others hold `messages`, or `prompt` and `completion`,
 or `question` and `answer`.
 """
 
@@ -14,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import adapting
 import common
 import inputs
 import jax
@@ -23,7 +26,7 @@ import tyro
 from rlhf_jax import distributed, models
 from rlhf_jax.algorithms import sft
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.optimization import OptimizerConfig, make_optimizer
+from rlhf_jax.core.optimization import OptimizerConfig
 from rlhf_jax.core.types import Params, ScoreFn, Sequences
 from rlhf_jax.data import packing
 from rlhf_jax.data.arithmetic import Level, demonstration_rows
@@ -59,6 +62,7 @@ class Options:
 
     run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/sft"), steps=500)
     model: common.ModelOptions = common.ModelOptions()
+    adapter: adapting.AdapterOptions = adapting.AdapterOptions()
     optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", warmup_steps=20, final_share=0.02)
     data: str = "arithmetic:1"
     eval_data: str = ""
@@ -128,7 +132,7 @@ def held_out_loss(
         return cross_entropy_loss(score_fn(params, some).logp, some.mask, denominator=total)[0]
 
     def evaluate(state: sft.State) -> dict[str, float]:
-        params = state.learner.params
+        params = state.learner.all_params
         firsts = range(0, len(rows.tokens), size)
         return {"loss": sum(float(loss(params, part(first))) for first in firsts)}
 
@@ -148,14 +152,20 @@ def run(options: Options) -> None:
     common.announce(options.run, model, f"{len(examples):,} conversations in {len(rows.tokens):,} rows")
     common.show_sample(options.run, model.tokenizer, examples[0])
 
+    parts = adapting.take_apart(options.adapter, model, seed=options.run.seed, steps=options.run.steps)
     score_fn = models.make_score_fn(model.config)
-    tx = make_optimizer(common.with_total_steps(options.optimizer, options.run.steps))
-    key = jax.random.key(options.run.seed)
-    state = distributed.born_sharded(lambda *x: sft.init(x[0], tx, x[1]), common.copied(model.params), key)
+    tx = parts.optimizer(common.with_total_steps(options.optimizer, options.run.steps))
+    state = adapting.new_state(
+        lambda *x: sft.init(x[0], tx, x[1]),
+        parts.trained,
+        parts.frozen,
+        jax.random.key(options.run.seed),
+    )
+    adapting.say_what_trains(options.run, state.learner)
     update = common.jit_update(sft.make_update(sft.Config(options.micro_batches), score_fn, tx), state)
     evaluate = held_out_loss(options, model, score_fn)
     hyper = sft.Hyper(learning_rate=jnp.float32(options.learning_rate))
-    common.start(options, options.run, "sft", model, "policy")
+    common.start(options, options.run, "sft", model, "policy", parts.adaptation)
 
     def step(state: sft.State, number: int):
         indices = common.local_indices(sampler, number)

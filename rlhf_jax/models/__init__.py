@@ -16,9 +16,15 @@ from rlhf_jax.models.config import (
     SoftmaxRouter,
     dense_config,
 )
-from rlhf_jax.models.config_json import config_from_dict, config_to_dict
+from rlhf_jax.models.config_json import (
+    adapter_from_dict,
+    adapter_to_dict,
+    config_from_dict,
+    config_to_dict,
+)
 from rlhf_jax.models.decoder import (
     Cache,
+    expand_prompt,
     forward,
     hidden_states,
     init_cache,
@@ -40,7 +46,11 @@ from rlhf_jax.models.scoring import (
     make_process_reward_fn,
     make_reward_fn,
     make_score_fn,
+    make_shared_reward_fn,
+    make_two_headed_fn,
     make_value_fn,
+    on_base,
+    reference_of,
 )
 
 __all__ = [
@@ -63,9 +73,12 @@ __all__ = [
     "SigmoidRouter",
     "SoftmaxRouter",
     "YarnScaling",
+    "adapter_from_dict",
+    "adapter_to_dict",
     "config_from_dict",
     "config_to_dict",
     "dense_config",
+    "expand_prompt",
     "forward",
     "hidden_states",
     "init_cache",
@@ -82,8 +95,12 @@ __all__ = [
     "make_process_reward_fn",
     "make_reward_fn",
     "make_score_fn",
+    "make_shared_reward_fn",
+    "make_two_headed_fn",
     "make_value_fn",
     "ntk_theta",
+    "on_base",
+    "reference_of",
     "stack_layers",
     "unembedding",
     "unstack_layers",

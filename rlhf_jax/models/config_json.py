@@ -4,8 +4,8 @@ import dataclasses
 from typing import Any
 
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.models import adapters, positions
 from rlhf_jax.models import config as parts
-from rlhf_jax.models import positions
 from rlhf_jax.models.config import ModelConfig
 
 KINDS = (
@@ -25,6 +25,15 @@ KINDS = (
     parts.MixtureOfExperts,
     parts.Block,
     ModelConfig,
+    adapters.LoRA,
+    adapters.DoRA,
+    adapters.PiSSA,
+    adapters.AdaLoRA,
+    adapters.PrefixTuning,
+    adapters.PromptTuning,
+    adapters.Bottleneck,
+    adapters.Partial,
+    adapters.Quantisation,
 )
 
 
@@ -49,6 +58,26 @@ def config_from_dict(data: dict[str, Any]) -> ModelConfig:
     if not isinstance(config, ModelConfig):
         raise UserError("The model configuration cannot be read: its outermost `kind` is not ModelConfig.")
     return config
+
+
+def adapter_to_dict(adapter: adapters.Adapter | adapters.Quantisation | None) -> dict[str, Any] | None:
+    """A JSON-ready description; `adapter_from_dict` is its inverse."""
+    return _to_json(adapter)
+
+
+def adapter_from_dict(data: Any) -> Any:
+    """The adapter or quantisation that `adapter_to_dict` wrote.
+
+    Raises:
+      UserError: if fields are missing or unknown.
+    """
+    try:
+        return _from_json(data)
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"The adapter's description cannot be read ({error}): "
+            "it was written by another version or edited by hand."
+        ) from error
 
 
 def _to_json(value: Any) -> Any:

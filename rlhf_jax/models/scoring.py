@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.core.masks import last_unmasked_index
+from rlhf_jax.core.trees import merge
 from rlhf_jax.core.types import Array, Float, Int, Params, Scalar, Score, ScoreFn, Sequences
 from rlhf_jax.kernels.logprobs import token_logprobs
 from rlhf_jax.models import decoder as decoders
@@ -39,17 +40,7 @@ def make_score_fn(config: ModelConfig, *, temperature: Scalar = 1.0, chunk_size:
 
     def score(params: Params, sequences: Sequences) -> Score:
         hidden = _hidden(config, params, sequences)
-        # The last state predicts nothing that is there: its number is dropped by the delay. Columns stay as
-        # many as they are, so that they can be split evenly.
-        logp, entropy = token_logprobs(
-            hidden,
-            decoders.unembedding(config, params),
-            jnp.roll(sequences.tokens, -1, axis=1),
-            temperature=temperature,
-            softcap=config.logit_softcap,
-            chunk_size=chunk_size,
-        )
-        return Score(_delay(logp), _delay(entropy), jnp.zeros_like(logp))
+        return _score_hidden(config, params, hidden, sequences, temperature, chunk_size)
 
     return score
 
@@ -71,6 +62,27 @@ def make_distribution_fn(
     return logp
 
 
+def _score_hidden(
+    config: ModelConfig,
+    params: Params,
+    hidden: Float[Array, "B T D"],
+    sequences: Sequences,
+    temperature: Scalar,
+    chunk_size: int,
+) -> Score:
+    # The last state predicts nothing that is there: its number is dropped by the delay. Columns stay as
+    # many as they are, so that they can be split evenly.
+    logp, entropy = token_logprobs(
+        hidden,
+        decoders.unembedding(config, params),
+        jnp.roll(sequences.tokens, -1, axis=1),
+        temperature=temperature,
+        softcap=config.logit_softcap,
+        chunk_size=chunk_size,
+    )
+    return Score(_delay(logp), _delay(entropy), jnp.zeros_like(logp))
+
+
 def make_value_fn(
     config: ModelConfig,
 ) -> Callable[[Params, Sequences], Float[Array, "B T"]]:
@@ -89,16 +101,53 @@ def make_value_fn(
 def make_actor_critic_fn(config: ModelConfig, *, temperature: Scalar = 1.0, chunk_size: int = 512) -> ScoreFn:
     """`score(params, sequences)` of a policy and a separate value model.
 
-    `params` is `{"policy": decoder, "value": scalar model}`.
+    `params` is `{"policy": decoder, "value": scalar model}`; with a `"base"` beside them, each holds only what
+    it has of its own, and the base the rest of both (`on_base`).
     """
     policy = make_score_fn(config, temperature=temperature, chunk_size=chunk_size)
     value = make_value_fn(config)
 
     def score(params: Params, sequences: Sequences) -> Score:
-        scored = policy(params["policy"], sequences)
-        return Score(scored.logp, scored.entropy, value(params["value"], sequences))
+        scored = policy(on_base(params, "policy"), sequences)
+        value_model = {**params["value"], "decoder": on_base(params, "value", "decoder")}
+        return Score(scored.logp, scored.entropy, value(value_model, sequences))
 
     return score
+
+
+def make_two_headed_fn(config: ModelConfig, *, temperature: Scalar = 1.0, chunk_size: int = 512) -> ScoreFn:
+    """`score(params, sequences)` of a policy and a value that read the same hidden states.
+
+    `params` is `{"policy": decoder, "value": {"head": scalar head}}`, with or without a `"base"`.
+    """
+
+    def score(params: Params, sequences: Sequences) -> Score:
+        decoder = on_base(params, "policy")
+        hidden = _hidden(config, decoder, sequences)
+        scored = _score_hidden(config, decoder, hidden, sequences, temperature, chunk_size)
+        value = _delay(apply_scalar_head(params["value"]["head"], hidden))
+        return Score(scored.logp, scored.entropy, value)
+
+    return score
+
+
+def on_base(params: Params, *names: str) -> Params:
+    """The whole of one of several models on one base: `params["base"]` and what the model has of its own."""
+    own = params
+    for name in names:
+        own = own[name]
+    return merge(params.get("base", {}), own)
+
+
+def reference_of(params: Params, original: Params) -> Params:
+    """The policy as it was, adapters off: the base itself, with the originals of leaves that are trained.
+
+    Args:
+      params: several models on one base.
+      original: what the base lacks because it is trained; nothing where all that is trained are adapters,
+        and everything where there is no base.
+    """
+    return merge(params.get("base", {}), original)
 
 
 def make_reward_fn(config: ModelConfig) -> Callable[[Params, Sequences], Float[Array, "B"]]:
@@ -113,6 +162,17 @@ def make_reward_fn(config: ModelConfig) -> Callable[[Params, Sequences], Float[A
         return jnp.take_along_axis(scores, last[:, None], axis=1)[:, 0]
 
     return reward
+
+
+def make_shared_reward_fn(config: ModelConfig) -> Callable[[Params, Sequences], Float[Array, "B"]]:
+    """`make_reward_fn` for `params["reward"]`, a scalar model on the `"base"` beside it."""
+    reward = make_reward_fn(config)
+
+    def shared(params: Params, sequences: Sequences) -> Float[Array, "B"]:
+        own = {**params["reward"], "decoder": on_base(params, "reward", "decoder")}
+        return reward(own, sequences)
+
+    return shared
 
 
 def make_process_reward_fn(

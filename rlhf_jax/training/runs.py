@@ -2,7 +2,8 @@
 
 run/
   config.json    what was run: command, options, versions, seed, start
-  model.json     the architecture, and which kind of parameters the checkpoints hold
+  model.json     the architecture, which kind of parameters the checkpoints hold, and where these are an
+                 adapter's: its description and the base it stands on
   tokenizer/     in the Hugging Face layout
   checkpoints/   see `rlhf_jax.checkpoint`
   metrics.jsonl  one line a step; tensorboard/ has the same
@@ -11,6 +12,7 @@ run/
 import dataclasses
 import datetime
 import functools
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -24,10 +26,12 @@ from typing import Any, Literal, get_args
 import jax
 
 from rlhf_jax import distributed, models
-from rlhf_jax.checkpoint import CheckpointManager, restore_params
+from rlhf_jax.checkpoint import CheckpointManager, read_manifest, restore_params
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.types import Params
+from rlhf_jax.core.trees import merge, partition
+from rlhf_jax.core.types import Params, PRNGKeyArray
 from rlhf_jax.data.tokenizers import Tokenizer, load_tokenizer
+from rlhf_jax.models import adapters
 
 Kind = Literal["policy", "actor_critic", "reward_model"]
 """Whether `learner/params` is a decoder, `{"policy": decoder, "value": scalar model}`, or a scalar model."""
@@ -36,12 +40,53 @@ PACKAGES = ("rlhf_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "n
 
 
 @dataclasses.dataclass(frozen=True)
+class Source:
+    """Where parameters were read.
+
+    Attributes:
+      folder: of the run.
+      step: of the checkpoint.
+      digest: of the checkpoint's files.
+    """
+
+    folder: Path
+    step: int
+    digest: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Model:
-    """An architecture with its parameters and tokenizer."""
+    """An architecture with its parameters and tokenizer.
+
+    Attributes:
+      source: where it comes from; None where it is new.
+    """
 
     config: models.ModelConfig
     params: Params
     tokenizer: Tokenizer
+    source: Source | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Adaptation:
+    """How a run's model comes out of another's, whose parameters its checkpoints do not repeat.
+
+    Attributes:
+      adapter: what is trained.
+      base: the run whose policy is adapted.
+      quantisation: how the base's kernels are kept; None for as they are.
+    """
+
+    adapter: adapters.Adapter
+    base: Source
+    quantisation: adapters.Quantisation | None = None
+
+    def adapted(self, base: Params, key: PRNGKeyArray) -> tuple[Params, Params]:
+        """(what is trained, what is frozen) of the base's parameters with a fresh adapter."""
+        base = adapters.quantise(self.quantisation, base) if self.quantisation else base
+        tree = adapters.init_adapter(self.adapter, base, key)
+        return partition(tree, adapters.is_trained(self.adapter))
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -125,24 +170,43 @@ def check_same_architecture(config: models.ModelConfig, other: models.ModelConfi
             )
 
 
-def write_model_files(folder: Path, config: models.ModelConfig, tokenizer: Tokenizer, kind: Kind) -> None:
+def write_model_files(
+    folder: Path,
+    config: models.ModelConfig,
+    tokenizer: Tokenizer,
+    kind: Kind,
+    adaptation: Adaptation | None = None,
+) -> None:
     """Writes `folder/model.json` and `folder/tokenizer`, without which checkpoints are only numbers.
 
     Where there are checkpoints, what describes them stays as it is.
 
     Raises:
-      UserError: the folder holds checkpoints of another architecture or tokenizer, or cannot be written.
+      UserError: the folder holds checkpoints of another architecture, tokenizer or base, or cannot be written.
     """
     path = folder / "model.json"
     if path.exists() and CheckpointManager(folder / "checkpoints").latest_step() is not None:
-        _, held_config, held_tokenizer = _read_model_files(folder)
+        _, held_config, held_tokenizer, held = _read_model_files(folder)
+        if adaptation is not None and held is not None and held.base.digest != adaptation.base.digest:
+            raise UserError(
+                f"{folder}: its adapter was trained on another model than {adaptation.base.folder} holds at "
+                f"step {adaptation.base.step}: give the one it had, or choose another --out"
+            )
         check_same_architecture(config, held_config, f"{folder}")
         if held_tokenizer.backend.get_vocab() != tokenizer.backend.get_vocab():
             raise UserError(
                 f"{folder}: its run used another tokenizer: give that one, or choose another --out"
             )
         return
-    write_json(path, {"kind": kind, "config": models.config_to_dict(config)})
+    description = {"kind": kind, "config": models.config_to_dict(config)}
+    if adaptation is not None:
+        base = adaptation.base
+        description["adapter"] = models.adapter_to_dict(adaptation.adapter)
+        description["quantisation"] = models.adapter_to_dict(adaptation.quantisation)
+        # Relative, so that both folders may be moved together.
+        where = os.path.relpath(base.folder.resolve(), folder.resolve())
+        description["base"] = {"folder": where, "step": base.step, "digest": base.digest}
+    write_json(path, description)
     try:
         tokenizer.save(folder / "tokenizer")
     except Exception as error:  # the tokenizers library raises bare Exception for a full disk
@@ -155,47 +219,106 @@ def write_model_files(folder: Path, config: models.ModelConfig, tokenizer: Token
 def load_policy(folder: Path) -> Model:
     """The policy that a run ended with: of SFT, DPO, GRPO, or the actor of PPO.
 
+    An adapter is merged into its base; one that cannot be stands in the parameters as leaves of its own.
+
     Raises:
-      UserError: there is no such run, or it trained a reward model.
+      UserError: there is no such run, it trained a reward model, or the base of its adapter is gone or is
+        another.
     """
-    kind, config, tokenizer = _read_model_files(folder)
+    kind, config, tokenizer, adaptation = _read_model_files(folder)
     if kind == "reward_model":
         raise UserError(f"{folder} holds a reward model, not a policy: give the run of another stage")
     name = "learner/params/policy" if kind == "actor_critic" else "learner/params"
-    return Model(config, _restore(folder, name, functools.partial(models.init_params, config)), tokenizer)
+    if adaptation is None:
+        like = jax.eval_shape(functools.partial(models.init_params, config), jax.random.key(0))
+        params = _restore(folder, name, like)
+    else:
+        params = _merged(_restore_adapted(folder, name, adaptation))
+    return Model(config, params, tokenizer, _source(folder))
 
 
 def load_reward_model(folder: Path) -> Model:
-    """The reward model that a run ended with.
+    """The reward model that a run ended with, its adapter merged.
 
     Raises:
-      UserError: there is no such run, or it trained a policy.
+      UserError: there is no such run, it trained a policy, or the base of its adapter is gone or is another.
     """
-    kind, config, tokenizer = _read_model_files(folder)
+    model, _ = load_unmerged_reward_model(folder)
+    return dataclasses.replace(model, params={**model.params, "decoder": _merged(model.params["decoder"])})
+
+
+def load_unmerged_reward_model(folder: Path) -> tuple[Model, Adaptation | None]:
+    """The same, in whose decoder the leaves of an adapter still stand, and how it came out of its base."""
+    kind, config, tokenizer, adaptation = _read_model_files(folder)
     if kind != "reward_model":
         raise UserError(f"{folder} holds a policy, not a reward model: give a run of reward_model.py")
-    init = functools.partial(models.init_scalar_model, config)
-    return Model(config, _restore(folder, "learner/params", init), tokenizer)
+    like = jax.eval_shape(functools.partial(models.init_scalar_model, config), jax.random.key(0))
+    if adaptation is None:
+        params = _restore(folder, "learner/params", like)
+    else:
+        decoder = _restore_adapted(folder, "learner/params/decoder", adaptation)
+        params = {"decoder": decoder, "head": _restore(folder, "learner/params/head", like["head"])}
+    return Model(config, params, tokenizer, _source(folder)), adaptation
 
 
-def _restore(folder: Path, name: str, init: Any) -> Params:
-    shapes = jax.eval_shape(init, jax.random.key(0))
-    shardings = distributed.tree_shardings(distributed.current_mesh(), shapes)
+def _restore(folder: Path, name: str, like: Any) -> Params:
+    shardings = distributed.tree_shardings(distributed.current_mesh(), like)
     like = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like, shardings
     )
     return restore_params(folder / "checkpoints", like, name=name)[1]
 
 
-def _read_model_files(folder: Path) -> tuple[Kind, models.ModelConfig, Tokenizer]:
+def _restore_adapted(folder: Path, name: str, adaptation: Adaptation) -> Params:
+    """The decoder of an adapter's run: its base with what was trained."""
+    base = _load_base(folder, adaptation.base).params
+    trained, frozen = adaptation.adapted(base, jax.random.key(0))  # of what is frozen, nothing is random
+    return merge(_restore(folder, name, jax.eval_shape(lambda: trained)), frozen)
+
+
+def _load_base(folder: Path, base: Source) -> Model:
+    if not (base.folder / "model.json").is_file():
+        raise UserError(
+            f"{folder} holds an adapter, and the run that it adapts is not at {base.folder}: "
+            "put that run back, with the adapter's folder as far from it as it was"
+        )
+    model = load_policy(base.folder)
+    assert model.source is not None
+    if model.source.digest != base.digest:
+        raise UserError(
+            f"{folder} holds an adapter of what {base.folder} held at step {base.step}, which now holds "
+            f"another model (step {model.source.step}): put the old one back, or train the adapter again"
+        )
+    return model
+
+
+def _merged(params: Params) -> Params:
+    return adapters.merge_adapter(params) if adapters.can_merge(params) else params
+
+
+def _source(folder: Path) -> Source:
+    manifest = read_manifest(folder / "checkpoints")
+    files = json.dumps(manifest.files, sort_keys=True).encode()
+    return Source(folder, manifest.step, hashlib.sha256(files).hexdigest())
+
+
+def _read_model_files(folder: Path) -> tuple[Kind, models.ModelConfig, Tokenizer, Adaptation | None]:
     path = folder / "model.json"
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         kind, config = data["kind"], models.config_from_dict(data["config"])
         if kind not in get_args(Kind):
             raise ValueError(f"kind {kind!r} is none of {', '.join(get_args(Kind))}")
+        adaptation = _read_adaptation(folder, data) if data.get("adapter") else None
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file: give the folder that a stage wrote with --out") from error
     except (OSError, ValueError, KeyError, TypeError, UserError) as error:
         raise UserError(f"{path}: not a model description ({error}): run the stage again") from error
-    return kind, config, load_tokenizer(folder / "tokenizer")
+    return kind, config, load_tokenizer(folder / "tokenizer"), adaptation
+
+
+def _read_adaptation(folder: Path, data: Mapping[str, Any]) -> Adaptation:
+    base = data["base"]
+    source = Source(Path(os.path.normpath(folder / base["folder"])), int(base["step"]), str(base["digest"]))
+    adapter, quantisation = (models.adapter_from_dict(data[name]) for name in ("adapter", "quantisation"))
+    return Adaptation(adapter, source, quantisation)

@@ -21,6 +21,7 @@ from rlhf_jax.models.adapters.config import (
     PromptTuning,
     Quantisation,
 )
+from rlhf_jax.models.adapters.describing import trainable_table
 from rlhf_jax.models.adapters.importance import BudgetState, budget_at, with_rank_budget
 from rlhf_jax.models.adapters.quantisation import dequantise, quantise
 
@@ -45,6 +46,7 @@ __all__ = [
     "is_trained",
     "merge_adapter",
     "quantise",
+    "trainable_table",
     "with_rank_budget",
     "without_adapter",
 ]
