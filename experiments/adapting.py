@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import common
 import jax
 import optax
+import tyro
 
 from rlhf_jax import distributed
 from rlhf_jax.core.errors import UserError
@@ -17,6 +18,9 @@ from rlhf_jax.models import adapters, reference_of
 from rlhf_jax.training.runs import Adaptation, Model
 
 State = TypeVar("State")
+Kind = Literal[
+    "none", "lora", "rslora", "dora", "pissa", "adalora", "prefix", "prompt", "bottleneck", "partial"
+]
 LOW_RANK = ("rank", "alpha", "targets", "quantise")
 OPTIONS_OF = {
     "none": (),
@@ -37,7 +41,8 @@ class AdapterOptions:
     """What is trained; the checkpoints of an adapter hold the adapter alone, and point to --init.
 
     Attributes:
-      kind: none trains everything, partial some layers, the others an adapter beside a frozen base.
+      kind: none trains everything, partial some layers; lora, rslora, dora, pissa, adalora, prefix, prompt
+        and bottleneck train an adapter beside a frozen base.
       rank: of lora, rslora, dora, pissa, and of adalora at the end (it starts from half as much again).
       alpha: the low-rank product is multiplied with alpha / rank (rslora: alpha / its root).
       targets: which linear layers, a regular expression for their whole path (layer_0/attention/query);
@@ -49,9 +54,7 @@ class AdapterOptions:
       quantise: keep the frozen kernels in few bits (QLoRA is lora with nf4).
     """
 
-    kind: Literal[
-        "none", "lora", "rslora", "dora", "pissa", "adalora", "prefix", "prompt", "bottleneck", "partial"
-    ] = "none"
+    kind: Annotated[Kind, tyro.conf.arg(metavar="KIND")] = "none"
     rank: int = 8
     alpha: float = 16.0
     targets: str = ""
@@ -67,7 +70,7 @@ class AdapterOptions:
           UserError: an option that means nothing to the kind, or that it cannot do without.
         """
         self._check()
-        low_rank = {"rank": self.rank, "alpha": self.alpha, "targets": self.targets or ".*"}
+        low_rank: dict[str, Any] = {"rank": self.rank, "alpha": self.alpha, "targets": self.targets or ".*"}
         match self.kind:
             case "none":
                 return None
@@ -80,16 +83,19 @@ class AdapterOptions:
             case "pissa":
                 return adapters.PiSSA(**low_rank)
             case "adalora":
-                start = {**low_rank, "rank": self.rank + -(-self.rank // 2), "target_rank": self.rank}
-                schedule = {"warmup_steps": steps // 10, "final_steps": 3 * steps // 10}
-                return adapters.AdaLoRA(**start, total_steps=steps, **schedule)
+                return adapters.AdaLoRA(
+                    **{**low_rank, "rank": self.rank + -(-self.rank // 2)},
+                    target_rank=self.rank,
+                    total_steps=steps,
+                    warmup_steps=steps // 10,
+                    final_steps=3 * steps // 10,
+                )
             case "prefix":
                 return adapters.PrefixTuning(self.length)
             case "prompt":
                 return adapters.PromptTuning(self.length)
             case "bottleneck":
-                targets = {"targets": self.targets} if self.targets else {}
-                return adapters.Bottleneck(self.width, **targets)
+                return adapters.Bottleneck(self.width, self.targets or adapters.Bottleneck.targets)
             case "partial":
                 return adapters.Partial(self.train)
 
@@ -135,7 +141,7 @@ class Parts:
         return merge(self.trained, held)
 
     def another(self, key: jax.Array) -> Params:
-        """The same for a second decoder on the same base: a fresh adapter, or the original of what is trained."""
+        """The same for a second decoder on the base: a fresh adapter, or the original of what is trained."""
         if self.original or self.adaptation is None:
             return common.copied(self.original)
         adapted = adapters.init_adapter(self.adaptation.adapter, self.base, key)
@@ -181,7 +187,7 @@ def take_apart(options: AdapterOptions, model: Model, *, seed: int, steps: int) 
         return Parts(common.copied(model.params), None, model.params, None)
     if model.source is None:
         raise UserError(
-            f"--adapter.kind {options.kind} needs a model to adapt, and this one is new: give its run with --init"
+            f"--adapter.kind {options.kind} needs a model to adapt, and this one is new: give one by --init"
         )
     quantisation = None if options.quantise == "none" else adapters.Quantisation(options.quantise)
     adaptation = Adaptation(adapter, model.source, quantisation)

@@ -96,7 +96,9 @@ def run(options: Options) -> None:
     )
     adapting.say_what_trains(options.run, state.learner)
     reference = parts.reference(state.learner)
-    ref_held_out = len(held_out) and reference_logp(score_fn, reference, held_out, options.batch_size)
+    ref_held_out = np.zeros(0), np.zeros(0)
+    if len(held_out):
+        ref_held_out = reference_logp(score_fn, reference, held_out, options.batch_size)
 
     if options.reference == "stored":
         stored = reference_logp(score_fn, reference, train, options.batch_size)

@@ -1,7 +1,8 @@
 """PPO with four models: policy, value, frozen reference and a reward (a trained model, or functions).
 
 With an adapter, all of them stand on one frozen base: policy and value have adapters of their own, the
-reference is the base with adapters off, and a reward model that adapts the same base brings its adapter alone.
+reference is the base with adapters off, and a reward model that adapts the same base brings no more than its
+adapter and head.
 
     python experiments/ppo.py --out runs/ppo --init runs/sft --reward-model runs/reward_model
     python experiments/ppo.py --out runs/mine --init runs/sft --reward-model runs/rm2 --data my.jsonl \\

@@ -101,8 +101,8 @@ def make_value_fn(
 def make_actor_critic_fn(config: ModelConfig, *, temperature: Scalar = 1.0, chunk_size: int = 512) -> ScoreFn:
     """`score(params, sequences)` of a policy and a separate value model.
 
-    `params` is `{"policy": decoder, "value": scalar model}`; with a `"base"` beside them, each holds only what
-    it has of its own, and the base the rest of both (`on_base`).
+    `params` is `{"policy": decoder, "value": scalar model}`; with a `"base"` beside them, each holds what is
+    its own, and the base the rest of both (`on_base`).
     """
     policy = make_score_fn(config, temperature=temperature, chunk_size=chunk_size)
     value = make_value_fn(config)

@@ -182,7 +182,7 @@ def write_model_files(
     Where there are checkpoints, what describes them stays as it is.
 
     Raises:
-      UserError: the folder holds checkpoints of another architecture, tokenizer or base, or cannot be written.
+      UserError: the folder holds checkpoints of another architecture, tokenizer or base, or is read-only.
     """
     path = folder / "model.json"
     if path.exists() and CheckpointManager(folder / "checkpoints").latest_step() is not None:

@@ -18,6 +18,7 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.trees import map_named, named_leaves
 from rlhf_jax.core.types import Params
 from rlhf_jax.distributed import tree_shardings
+from rlhf_jax.models.adapters import is_adapter_leaf
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.decoder import init_params, unstack_layers
 from rlhf_jax.models.hf import bloom, deepseek, gemma, gpt2, llama, mistral, olmo, phi, qwen
@@ -217,6 +218,11 @@ def save(
       UserError: no family has these parts, or the folder cannot be written.
     """
     folder = Path(path)
+    if [name for name in named_leaves(params) if is_adapter_leaf(name)]:
+        raise UserError(
+            "The model has an adapter, for which no Hugging Face model has a place: merge it first "
+            "(`adapters.merge_adapter`), which prefixes, prompts and bottlenecks cannot be."
+        )
     family = _family_of(config)
     if config.scan_layers:
         params = unstack_layers(config, params)
