@@ -32,7 +32,7 @@ def test_help_shows_every_option(tiny, stage, monkeypatch, capsys):
     options = tyro.cli(module.Options, args=tiny.words(stage, "out"))
     for flag in common.flags(common.to_json(options)):
         assert f"{flag} " in shown or f"{flag}," in shown, flag
-    assert shown.count("(default: ") + shown.count("(required)") >= len(common.flags(common.to_json(options)))
+    assert shown.count("(default:") + shown.count("(required)") >= len(common.flags(common.to_json(options)))
 
     def check_documented(described):
         for field in dataclasses.fields(described):
