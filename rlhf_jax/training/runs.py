@@ -225,6 +225,12 @@ def load_policy(folder: Path) -> Model:
       UserError: there is no such run, it trained a reward model, or the base of its adapter is gone or is
         another.
     """
+    model, _ = load_unmerged_policy(folder)
+    return dataclasses.replace(model, params=_merged(model.params))
+
+
+def load_unmerged_policy(folder: Path) -> tuple[Model, Adaptation | None]:
+    """The same, in which the leaves of an adapter still stand, and how it came out of its base."""
     kind, config, tokenizer, adaptation = _read_model_files(folder)
     if kind == "reward_model":
         raise UserError(f"{folder} holds a reward model, not a policy: give the run of another stage")
@@ -233,8 +239,8 @@ def load_policy(folder: Path) -> Model:
         like = jax.eval_shape(functools.partial(models.init_params, config), jax.random.key(0))
         params = _restore(folder, name, like)
     else:
-        params = _merged(_restore_adapted(folder, name, adaptation))
-    return Model(config, params, tokenizer, _source(folder))
+        params = _restore_adapted(folder, name, adaptation)
+    return Model(config, params, tokenizer, _source(folder)), adaptation
 
 
 def load_reward_model(folder: Path) -> Model:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -183,3 +184,25 @@ def test_nothing_is_trained_on_what_cannot_be_merged(tiny, tmp_path, monkeypatch
     first = tiny.run("sft", tmp_path / "first", "--init", tiny.finished("sft"), *prefix)
     words = tiny.words("dpo", tmp_path / "next", "--init", first)
     assert "nothing is trained on top of these" in sentence(tiny, "dpo", words, monkeypatch, capsys)
+
+
+def test_an_adapter_goes_to_peft_and_comes_back(tiny, tmp_path, monkeypatch):
+    import sys
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+    import convert
+
+    def converted(**options):
+        command = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        monkeypatch.setattr(sys, "argv", ["tools/convert.py", *[w for w in command if w != "True"]])
+        convert.main()
+
+    base = tiny.finished("sft")
+    first = tiny.run("dpo", tmp_path / "first", "--init", base, *LORA, "--learning-rate", 1e-2)
+    converted(source=first, out=tmp_path / "peft", adapter=True)
+    converted(source=tmp_path / "peft", base=base, out=tmp_path / "second")
+    expected = load_policy(first).params
+    assert differs(expected, load_policy(base).params)
+    assert not differs(load_policy(tmp_path / "second").params, expected)
+    converted(source=first, out=tmp_path / "merged")
+    assert (tmp_path / "merged" / "model.safetensors").is_file()

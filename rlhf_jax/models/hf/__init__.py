@@ -223,7 +223,7 @@ def save(
             "The model has an adapter, for which no Hugging Face model has a place: merge it first "
             "(`adapters.merge_adapter`), which prefixes, prompts and bottlenecks cannot be."
         )
-    family = _family_of(config)
+    family = family_of(config)
     if config.scan_layers:
         params = unstack_layers(config, params)
     leaves = named_leaves(params)
@@ -264,7 +264,12 @@ def _special_ids(tokenizer: SavesItself | None) -> dict[str, int | None]:
     }
 
 
-def _family_of(config: ModelConfig) -> Family:
+def family_of(config: ModelConfig) -> Family:
+    """The family that a model is saved in.
+
+    Raises:
+      UserError: there is none with its parts.
+    """
     named = [family for family in FAMILIES if family.architecture == config.architecture]
     for family in named or FAMILIES:
         if _expresses(family, config):

@@ -32,7 +32,7 @@ class Checkpoint:
         self.folder = folder
         self._files: dict[str, Path] = {}
         for path in self._paths():
-            with _opened(path) as file:
+            with opened(path) as file:
                 for name in file.keys():  # noqa: SIM118 (no mapping)
                     if name in self._files:
                         raise UserError(f"{path}: tensor `{name}` is also in {self._files[name].name}.")
@@ -53,7 +53,7 @@ class Checkpoint:
         Raises:
           UserError: it is not floating.
         """
-        with _opened(self._files[name]) as file:
+        with opened(self._files[name]) as file:
             return self._dtype(file, name)
 
     def read(self, names: set[str]) -> Iterator[tuple[str, np.ndarray]]:
@@ -64,7 +64,7 @@ class Checkpoint:
         """
         for path in dict.fromkeys(self._files.values()):
             wanted = [name for name, file in self._files.items() if file == path and name in names]
-            with _opened(path) as file:
+            with opened(path) as file:
                 for name in wanted:
                     self._dtype(file, name)
                     yield name, file.get_tensor(name)
@@ -110,7 +110,12 @@ class Checkpoint:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file.
+
+    Raises:
+      UserError: it is missing or damaged.
+    """
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             yield file
