@@ -23,6 +23,7 @@ from rlhf_jax import distributed, models
 from rlhf_jax.algorithms import reward
 from rlhf_jax.core.optimization import OptimizerConfig
 from rlhf_jax.data.pipeline import BatchSampler
+from rlhf_jax.evaluation.classification import reliability
 from rlhf_jax.training import run_loop
 
 
@@ -93,7 +94,13 @@ def run(options: Options) -> None:
             chosen, rejected = score(state.learner.all_params, reward.Pairs(*held_out.rows(indices)))
             leads.append(distributed.all_values(chosen - rejected))
         margins = np.concatenate(leads)[: len(held_out)]
-        return {"pair_accuracy": float(np.mean(margins > 0)), "margin": float(np.mean(margins))}
+        # Either answer may come first: what counts is how sure the model is, and how often that is right.
+        sure = 1 / (1 + np.exp(-np.abs(margins.astype(np.float64))))
+        return {
+            "pair_accuracy": float(np.mean(margins > 0)),
+            "margin": float(np.mean(margins)),
+            "calibration_error": reliability(sure, margins > 0).error,
+        }
 
     common.start(options, options.run, "reward_model", model, "reward_model", parts.adaptation)
     run_loop(
