@@ -10,126 +10,30 @@ a sampled answer is shown as it comes. The decoder is named last, with options o
 """
 
 import dataclasses
-import functools
 import json
 import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import common
+import decoders
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from decoders import Beam, Contrastive, Decode, Decoder, Sample
 
-from rlhf_jax import generation, models
+from rlhf_jax import generation
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Rollout
 from rlhf_jax.data.chat import encode_prompt
 from rlhf_jax.data.examples import prompt_examples
-from rlhf_jax.data.packing import left_pad
+from rlhf_jax.data.packing import bucket_batches, left_pad, length_bucket
 from rlhf_jax.data.sources import read_rows
-from rlhf_jax.data.tokenizers import load_tokenizer
 from rlhf_jax.generation import Sampling, row_keys
-from rlhf_jax.models import hf
-from rlhf_jax.training.runs import Model, load_policy
-
-Decode = Callable[..., tuple[Rollout, np.ndarray | None]]
-
-
-# Decoders ------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """Draws tokens.
-
-    Attributes:
-      temperature: divides the logits; 0 takes the most likely token.
-      top_k: keep the k most likely tokens; 0 for all.
-      top_p: keep the fewest most likely tokens whose probability reaches p.
-      min_p: keep tokens at least p times as likely as the most likely one.
-      typical_p: keep the most typical tokens, until they reach mass p.
-      repetition_penalty: divides positive logits of tokens already seen.
-      frequency_penalty: nats for every time that the answer holds a token.
-      presence_penalty: nats if the answer holds a token.
-      dola: contrast the last layer with those after so many blocks, such as 0 2; none for plain logits.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    typical_p: float = 1.0
-    repetition_penalty: float = 1.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    dola: tuple[int, ...] = ()
-
-    def sampling(self) -> Sampling:
-        """The rules that differ from doing nothing."""
-        neutral = Sample()
-        names = [field.name for field in dataclasses.fields(self) if field.name != "dola"]
-        changed = {name: getattr(self, name) for name in names}
-        return Sampling(**{k: v for k, v in changed.items() if v != getattr(neutral, k)})
-
-
-@dataclasses.dataclass(frozen=True)
-class Beam:
-    """Searches for the likeliest answers.
-
-    Attributes:
-      beams: open answers in each group.
-      groups: groups of beams, which take different ways.
-      diversity_penalty: nats for a token that another group took at the same step.
-      length_penalty: above 0 it favours long answers.
-      early_stopping: stop once so many answers are complete as there are beams.
-    """
-
-    beams: int = 4
-    groups: int = 1
-    diversity_penalty: float = 0.0
-    length_penalty: float = 1.0
-    early_stopping: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Contrastive:
-    """Takes likely tokens that are unlike what stands before them.
-
-    Attributes:
-      top_k: tokens considered at each step.
-      alpha: weight of the likeness; 0 is greedy.
-    """
-
-    top_k: int = 4
-    alpha: float = 0.6
-
-
-@dataclasses.dataclass(frozen=True)
-class Speculative:
-    """Draws tokens like `sample`, several a pass: guesses are checked.
-
-    Attributes:
-      draft: a run or Hugging Face folder of a smaller model; `prompt` for what the row has said before;
-        `lookahead` for the model's own passes.
-      count: tokens guessed at a time.
-      temperature: divides the logits; 0 takes the most likely token.
-    """
-
-    draft: str = "prompt"
-    count: int = 4
-    temperature: float = 1.0
-
-
-Decoder = (
-    Annotated[Sample, tyro.conf.subcommand("sample")]
-    | Annotated[Beam, tyro.conf.subcommand("beam")]
-    | Annotated[Contrastive, tyro.conf.subcommand("contrastive")]
-    | Annotated[Speculative, tyro.conf.subcommand("speculative")]
-)
+from rlhf_jax.training.runs import Model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,20 +71,6 @@ class Options:
     decoder: tyro.conf.OmitArgPrefixes[tyro.conf.OmitSubcommandPrefixes[Decoder]] = Sample()
 
 
-def load_model(folder: Path) -> Model:
-    """A policy from a run folder or a Hugging Face folder.
-
-    Raises:
-      UserError: it is neither.
-    """
-    if (folder / "model.json").is_file():
-        return load_policy(folder)
-    if (folder / "config.json").is_file():
-        tokenizer = load_tokenizer(folder)
-        return Model(*hf.load(folder), tokenizer)
-    raise UserError(f"--model {folder}: neither a run (model.json) nor a Hugging Face folder (config.json)")
-
-
 def check(options: Options) -> None:
     """Raises: UserError where options contradict each other."""
     if options.prompt and options.file:
@@ -202,96 +92,19 @@ def check(options: Options) -> None:
 
 
 def rules(options: Options, model: Model) -> Sampling:
-    """What answers must look like and where they end, apart from how they are found."""
-    constraint = stop = None
-    if options.json_schema:
-        path = Path(options.json_schema)
-        try:
-            schema = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise UserError(
-                f"--json-schema {path}: cannot be read ({error.strerror}): give a file"
-            ) from error
-        constraint = generation.json_automaton(model.tokenizer, schema)
-    if options.regex:
-        constraint = generation.regex_automaton(model.tokenizer, options.regex)
-    if options.stop:
-        stop = generation.stop_automaton(model.tokenizer, options.stop)
-    return Sampling(constraint=constraint, stop=stop)
-
-
-def make_decode(options: Options, model: Model) -> Decode:
-    """`decode(tokens, mask, key) -> (rollout, scores or None)`, `options.n` rows a prompt."""
-    decoder, config, eos_id = options.decoder, model.config, model.tokenizer.eos_id
-    ends = {"max_new_tokens": options.max_new_tokens, "eos_id": eos_id, "pad_id": model.tokenizer.pad_id}
-    held = rules(options, model)
-    prefill, decode = models.make_decode_fns(config)
-    extend = models.make_extend_fn(config)
-
-    def repeated(tokens: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return tokens.repeat(options.n, axis=0), mask.repeat(options.n, axis=0)
-
-    if isinstance(decoder, Beam):
-        chosen = {**dataclasses.asdict(decoder), "best": options.n, "sampling": held, **ends}
-        beams = jax.jit(functools.partial(generation.beam_search, prefill, decode, **chosen))
-        return lambda tokens, mask, key: beams(model.params, tokens, mask)
-    if isinstance(decoder, Contrastive):
-        chosen = {**dataclasses.asdict(decoder), "sampling": held, **ends}
-        fns = models.make_hidden_decode_fns(config)
-        search = jax.jit(functools.partial(generation.contrastive_search, *fns, **chosen))
-        return lambda tokens, mask, key: (search(model.params, tokens, mask), None)
-    if isinstance(decoder, Speculative):
-        sampling = dataclasses.replace(held, temperature=decoder.temperature)
-        chosen = {"drafter": make_drafter(decoder, model), "sampling": sampling, **ends}
-        speculate = functools.partial(generation.generate_speculatively, prefill, extend, **chosen)
-        compiled = jax.jit(speculate)
-        return lambda tokens, mask, key: (compiled(model.params, *repeated(tokens, mask), key)[0], None)
-    prefill, decode = sampler_fns(decoder, config)
-    sampling = dataclasses.replace(decoder.sampling(), constraint=held.constraint, stop=held.stop)
-    chosen = {"group_size": options.n, "sampling": sampling, **ends}
-    sample = jax.jit(functools.partial(generation.generate, prefill, decode, **chosen))
-    return lambda tokens, mask, key: (sample(model.params, tokens, mask, key), None)
-
-
-def sampler_fns(decoder: Sample, config: models.ModelConfig) -> tuple[Callable, Callable]:
-    """(prefill, decode), contrasted where DoLa is wanted."""
-    if not decoder.dola:
-        return models.make_decode_fns(config)
-    if not all(0 <= layer < config.num_repeats for layer in decoder.dola):
-        raise UserError(f"--dola {decoder.dola}: the model has layers 0 to {config.num_repeats - 1}")
-    return generation.dola_fns(*models.make_layer_decode_fns(config, decoder.dola))
-
-
-def make_drafter(decoder: Speculative, model: Model) -> generation.Drafter:
-    """Where guesses come from.
-
-    Raises:
-      UserError: the draft model has another vocabulary.
-    """
-    if decoder.count < 1:
-        raise UserError(f"--count {decoder.count} is below 1: raise it")
-    if decoder.draft == "prompt":
-        return generation.prompt_drafter(count=decoder.count)
-    if decoder.draft == "lookahead":
-        return generation.lookahead_drafter(count=decoder.count)
-    draft = load_model(Path(decoder.draft))
-    if draft.tokenizer.backend.get_vocab() != model.tokenizer.backend.get_vocab():
-        raise UserError(f"--draft {decoder.draft}: its tokenizer is not that of the model: choose another")
-    return generation.model_drafter(
-        models.make_decode_fns(draft.config)[0],
-        models.make_extend_fn(draft.config),
-        draft.params,
-        count=decoder.count,
-        eos_id=model.tokenizer.eos_id,
+    """What answers must look like."""
+    return decoders.answer_rules(
+        model, stop=options.stop, regex=options.regex, json_schema=options.json_schema
     )
 
 
+def make_decode(options: Options, model: Model) -> Decode:
+    """The decoder that the options name."""
+    shape = {"count": options.n, "max_new_tokens": options.max_new_tokens}
+    return decoders.make_decode(options.decoder, model, rules(options, model), **shape)
+
+
 # Answers -------------------------------------------------------------------------------------------
-
-
-def bucket(length: int) -> int:
-    """The next power of two from 16 on, so that prompts of many lengths compile few programs."""
-    return max(16, 1 << (length - 1).bit_length())
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
@@ -351,14 +164,13 @@ def held_back(text: str, stops: Sequence[str]) -> int:
 
 def make_stream(options: Options, model: Model, decoder: Sample) -> Callable[[Sequence[int], Any], str]:
     """`answer(ids, key)` prints an answer as it is sampled and returns it."""
-    held = rules(options, model)
-    sampling = dataclasses.replace(decoder.sampling(), constraint=held.constraint, stop=held.stop)
+    sampling = decoders.sampling_of(decoder, rules(options, model))
     ends = {"eos_id": model.tokenizer.eos_id, "pad_id": model.tokenizer.pad_id}
-    fns = sampler_fns(decoder, model.config)
+    fns = decoders.sampler_fns(decoder, model.config)
     stream = generation.make_stream(*fns, max_new_tokens=options.max_new_tokens, **ends)
 
     def answer(ids: Sequence[int], key: Any) -> str:
-        inputs = map(jnp.asarray, left_pad([ids], bucket(len(ids)), pad_id=model.tokenizer.pad_id))
+        inputs = map(jnp.asarray, left_pad([ids], length_bucket(len(ids)), pad_id=model.tokenizer.pad_id))
         text, shown = "", 0
         for rollout in stream(model.params, *inputs, key, sampling):
             kept = np.asarray(rollout.sequences.mask[0])
@@ -394,7 +206,7 @@ def chat(options: Options, model: Model) -> None:
         if answer is not None:
             text = answer(ids, key)
         else:
-            tokens, mask = left_pad([ids], bucket(len(ids)), pad_id=model.tokenizer.pad_id)
+            tokens, mask = left_pad([ids], length_bucket(len(ids)), pad_id=model.tokenizer.pad_id)
             text = describe(options, model, *decode(tokens, mask, key))[0]["text"]
             print(text)
         messages.append({"role": "assistant", "content": text})
@@ -427,7 +239,7 @@ def read_prompts(options: Options, model: Model) -> list[tuple[str, list[int]]]:
 def run(options: Options) -> None:
     """Answers, and prints."""
     check(options)
-    model = load_model(options.model)
+    model = decoders.load_model(options.model)
     if not (options.prompt or options.file):
         chat(options, model)
         return
@@ -437,13 +249,10 @@ def run(options: Options) -> None:
         make_stream(options, model, decoder)(prompts[0][1], jax.random.key(options.seed))
         return
     decode, key = make_decode(options, model), jax.random.key(options.seed)
-    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place][1]))
     answers: dict[int, list[dict[str, Any]]] = {}
-    # Prompts of like lengths go together, in batches of one size.
-    for places in batches(order, [bucket(len(ids)) for _, ids in prompts], size=min(32, len(prompts))):
-        width = bucket(max(len(prompts[place][1]) for place in places))
+    for columns, places in bucket_batches([len(ids) for _, ids in prompts], size=min(32, len(prompts))):
         ids = [prompts[place][1] for place in places]
-        tokens, mask = left_pad(ids, width, pad_id=model.tokenizer.pad_id)
+        tokens, mask = left_pad(ids, columns, pad_id=model.tokenizer.pad_id)
         # What is drawn for a prompt does not depend on the batch that it is in.
         keys = [row_keys(key, options.n, first=place * options.n) for place in places]
         found = describe(options, model, *decode(tokens, mask, jnp.concatenate(keys)))
@@ -451,17 +260,6 @@ def run(options: Options) -> None:
             answers[place] = found[row * options.n : (row + 1) * options.n]
     for place, (text, _) in enumerate(prompts):
         show(options, model, text, answers[place])
-
-
-def batches(order: Sequence[int], buckets: Sequence[int], *, size: int) -> list[list[int]]:
-    """Places in batches of exactly `size`, all of one bucket; the last of a bucket repeats its last place."""
-    found = []
-    for width in sorted(set(buckets)):
-        places = [place for place in order if buckets[place] == width]
-        for start in range(0, len(places), size):
-            part = places[start : start + size]
-            found.append(part + part[-1:] * (size - len(part)))
-    return found
 
 
 if __name__ == "__main__":

@@ -26,11 +26,12 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf_jax import generation, models
+from rlhf_jax.data.packing import bucket_batches, left_pad
 from rlhf_jax.generation import Sampling
 from rlhf_jax.models import hf
 
 NO_END, PAD, END = -1, 0, 1
-Part = Literal["peer", "shared", "tails", "speculative"]
+Part = Literal["peer", "shared", "tails", "speculative", "lengths"]
 
 PEER = """
 import json, sys, time, torch, transformers
@@ -76,7 +77,7 @@ class Options:
     width: int = 256
     layers: int = 4
     group_prompt: int = 256
-    parts: tuple[Part, ...] = ("peer", "shared", "tails", "speculative")
+    parts: tuple[Part, ...] = ("peer", "shared", "tails", "speculative", "lengths")
 
 
 class Timer:
@@ -298,11 +299,39 @@ def speculation(options: Options, config: models.ModelConfig, params: Any, table
         )
 
 
+def many_lengths(options: Options, config: models.ModelConfig, params: Any, table: Table) -> None:
+    """Programs compiled for prompts of 64 lengths, in buckets; without them it is one a length."""
+    lengths = range(4, 260, 4)
+    programs: list[tuple[int, ...]] = []
+
+    @jax.jit
+    def greedy(params: Any, tokens: jax.Array, mask: jax.Array) -> Any:
+        programs.append(tokens.shape)  # runs when the function is traced, which is once a program
+        return generation.generate(
+            *models.make_decode_fns(config), params, tokens, mask, jax.random.key(0),
+            max_new_tokens=2, eos_id=NO_END, pad_id=PAD, sampling=Sampling(temperature=0.0),
+        )  # fmt: skip
+
+    start = time.perf_counter()
+    for columns, places in bucket_batches(list(lengths), size=4):
+        prompts = [np.full(lengths[place], 2) for place in places]
+        jax.block_until_ready(greedy(params, *left_pad(prompts, columns, pad_id=PAD)))
+    seconds = time.perf_counter() - start
+    table.add_row(
+        f"programs for prompts of {len(lengths)} lengths, 4 to 256: in buckets / one a length",
+        f"{len(programs)}",
+        f"{len(lengths)}",
+        f"{len(lengths) / len(programs):.1f}",
+        f"{seconds:.1f}",
+    )
+
+
 PARTS = {
     "peer": against_peer,
     "shared": shared_prompts,
     "tails": long_tails,
     "speculative": speculation,
+    "lengths": many_lengths,
 }
 
 

@@ -301,6 +301,8 @@ def judged_rows(
 ) -> list[Row]:
     """Rows as those of `step_rows`, with the answer line as a last step: whole solutions, some lines judged.
 
+    They also have the true `answer` as text.
+
     Args:
       outcome: judge only the answer line, by the true answer; else only the steps, and the line has None.
     """
@@ -308,7 +310,8 @@ def judged_rows(
     for drawn, written in _careless(level, split, count, seed, slip_rate):
         steps, final = list(written.step_labels), written.answer == drawn.answer
         labels = [None] * len(steps) + [final] if outcome else [*steps, None]
-        rows.append({"prompt": drawn.text, "completions": written.text.split("\n"), "labels": labels})
+        row = {"prompt": drawn.text, "completions": written.text.split("\n"), "labels": labels}
+        rows.append(row | {"answer": str(drawn.answer)})
     return rows
 
 

@@ -108,6 +108,29 @@ def left_pad(
     return tokens, mask
 
 
+def length_bucket(length: int) -> int:
+    """Columns for a prompt of `length` tokens: the next power of two from 16 on.
+
+    Prompts of any lengths up to L then have 1 + log2(L / 16) shapes, and as many programs are compiled.
+    """
+    return max(16, 1 << (length - 1).bit_length())
+
+
+def bucket_batches(lengths: Sequence[int], *, size: int) -> list[tuple[int, list[int]]]:
+    """Prompts of like lengths together: (columns, places) of batches of exactly `size`.
+
+    The last batch of a bucket repeats its last place to fill up.
+    """
+    order = sorted(range(len(lengths)), key=lambda place: lengths[place])
+    found = []
+    for columns in sorted(set(map(length_bucket, lengths))):
+        places = [place for place in order if length_bucket(lengths[place]) == columns]
+        for start in range(0, len(places), size):
+            part = places[start : start + size]
+            found.append((columns, part + part[-1:] * (size - len(part))))
+    return found
+
+
 def _fitting(samples: Sequence[Sample], length: int, too_long: TooLong) -> list[Sample]:
     if not len(samples):
         raise UserError("there are no samples to put into rows; give at least one")

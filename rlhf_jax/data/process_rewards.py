@@ -63,6 +63,15 @@ def pad_labels(examples: Sequence[ProcessExample], length: int) -> Float[np.ndar
     return labels
 
 
+def until_first_mistake(row: Row) -> Row:
+    """Labels of what stands so far instead of single steps: false from the first wrong step on."""
+    labels, right = [], True
+    for label in row.fields["labels"]:
+        right = right and label is not False
+        labels.append(None if label is None else right)
+    return Row(row.fields | {"labels": labels}, row.where)
+
+
 def _example(row: Row, tokenizer: Tokenizer) -> ProcessExample:
     prompt, steps, labels = _fields(row)
     ids = encode_prompt(tokenizer, prompt)

@@ -100,17 +100,3 @@ def test_mistakes_are_one_sentence(say, words, message):
 def test_a_folder_that_is_no_model(tiny, monkeypatch, capsys, tmp_path):
     assert tiny.main("generate", ["--model", tmp_path, "--prompt", "1"], monkeypatch) == 2
     assert "neither a run (model.json) nor a Hugging Face folder" in capsys.readouterr().err
-
-
-def test_prompts_of_many_lengths_make_few_shapes():
-    import generate
-
-    lengths = [*range(1, 200), 700]
-    buckets = [generate.bucket(length) for length in lengths]
-    assert all(length <= width for length, width in zip(lengths, buckets, strict=True))
-    found = generate.batches(range(len(lengths)), buckets, size=8)
-    assert {len(places) for places in found} == {8}
-    assert {place for places in found for place in places} == set(range(len(lengths)))
-    shapes = [{buckets[place] for place in places} for places in found]
-    assert all(len(widths) == 1 for widths in shapes)
-    assert len(set().union(*shapes)) == 6  # 16, 32, 64, 128, 256, 1024

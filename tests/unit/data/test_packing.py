@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.data.packing import left_pad, pack_rows, pad_batch, pad_rows
+from rlhf_jax.data.packing import bucket_batches, left_pad, pack_rows, pad_batch, pad_rows
 
 
 @dataclasses.dataclass
@@ -121,3 +121,12 @@ def test_left_padding():
 def test_prompts_that_do_not_fit(prompts, message):
     with pytest.raises(UserError, match=message):
         left_pad(prompts, 3)
+
+
+def test_prompts_of_many_lengths_make_few_shapes():
+    lengths = [*range(1, 200), 700]
+    found = bucket_batches(lengths, size=8)
+    assert all(lengths[place] <= columns for columns, places in found for place in places)
+    assert {len(places) for _, places in found} == {8}
+    assert {place for _, places in found for place in places} == set(range(len(lengths)))
+    assert sorted({columns for columns, _ in found}) == [16, 32, 64, 128, 256, 1024]

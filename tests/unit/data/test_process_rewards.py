@@ -6,7 +6,13 @@ import pytest
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.data import arithmetic
 from rlhf_jax.data.packing import pad_rows
-from rlhf_jax.data.process_rewards import is_socratic, pad_labels, process_examples, socratic_rows
+from rlhf_jax.data.process_rewards import (
+    is_socratic,
+    pad_labels,
+    process_examples,
+    socratic_rows,
+    until_first_mistake,
+)
 from rlhf_jax.data.sources import Row
 
 TOKENIZER = arithmetic.arithmetic_tokenizer()
@@ -108,3 +114,8 @@ def test_bad_rows_are_named(change, said):
     row = {"prompt": "1+1=?", "completions": ["1+1=2", "#### 2"], "labels": [True, None], **change}
     with pytest.raises(UserError, match=f"file:3.*{said}"):
         process_examples([Row(row, "file:3")], TOKENIZER)
+
+
+def test_labels_until_the_first_mistake():
+    row = Row({"prompt": "1", "completions": ["a"] * 5, "labels": [True, None, False, True, None]}, "here")
+    assert until_first_mistake(row).fields["labels"] == [True, None, False, False, None]

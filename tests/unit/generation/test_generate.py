@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax import models
+from rlhf_jax.data.packing import bucket_batches, left_pad
 from rlhf_jax.generation import Sampling, generate
 
 CONFIG = models.dense_config(vocab_size=11, width=16, num_layers=2, num_heads=2)
@@ -98,6 +99,21 @@ def test_prompts_of_different_lengths_do_not_disturb_each_other():
             Sampling(temperature=0.0),
         )
         np.testing.assert_array_equal(alone.sequences.tokens[0, length:], together.sequences.tokens[row, 5:])
+
+
+def test_prompts_of_many_lengths_compile_few_programs(toy):
+    programs = []
+
+    @jit
+    def run(tokens, mask):
+        programs.append(tokens.shape)
+        fns = toy.prefill, toy.decode, toy.table
+        return generate(*fns, tokens, mask, jax.random.key(0), max_new_tokens=2, eos_id=EOS, pad_id=PAD)
+
+    lengths = range(2, 61)
+    for columns, places in bucket_batches(lengths, size=8):
+        run(*left_pad([[2] * lengths[place] for place in places], columns))
+    assert programs == [(8, 16), (8, 32), (8, 64)]
 
 
 def test_temperature_and_top_p_do_not_recompile():
