@@ -2,18 +2,23 @@
 
     python experiments/process_reward.py --out runs/prm --init runs/sft
     python experiments/process_reward.py --out runs/orm --init runs/sft --outcome
+    python experiments/process_reward.py --out runs/prm_rollouts --init runs/sft --labels rollouts
     python experiments/process_reward.py --out runs/gsm8k_prm --data gsm8k/test_socratic.jsonl \\
         --model.width 128 --steps 400
 
 Rows hold `prompt`, `completions` (the steps) and `labels` (true, false, a share, or null for a step nobody
 judged), or are GSM8K's socratic solutions, whose results are made wrong here and there. Where there are no
-held-out rows, an eighth of the data is held out. An outcome model scores whole answers, so that
-`experiments/ppo.py --reward-model` and `experiments/grpo.py --rewards` take its folder.
+held-out rows, an eighth of the data is held out. With `--labels rollouts` nobody needs to judge: a step is
+right where the policy still reaches the right `answer` from it; the labels go to `labelled.jsonl`. An outcome
+model scores whole answers, so that `experiments/ppo.py --reward-model` and `experiments/grpo.py --rewards`
+take its folder.
 """
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import common
 import inputs
@@ -34,12 +39,15 @@ from rlhf_jax.data.process_rewards import (
     pad_labels,
     process_examples,
     socratic_rows,
+    until_first_mistake,
 )
-from rlhf_jax.data.sources import Row
+from rlhf_jax.data.sources import Row, read_rows
 from rlhf_jax.data.tokenizers import Tokenizer, train_bpe
 from rlhf_jax.evaluation.classification import brier_score, reliability, roc_auc
 from rlhf_jax.training import run_loop
-from rlhf_jax.training.runs import write_json
+from rlhf_jax.training.rollouts import make_reward_fn
+from rlhf_jax.training.runs import Model, write_json
+from rlhf_jax.training.step_labels import label_by_rollouts
 
 HELD_OUT_PART = 8
 
@@ -53,6 +61,10 @@ class Options:
       eval_data: held-out ones; empty for an eighth of the data (the embedded task brings its own).
       outcome: judge only the answer of the embedded task, not the steps.
       tokenizer: folder or tokenizer.json; empty for that of `init`, of the embedded task, or for bytes.
+      labels: `given` by the rows, or made by `rollouts` of the policy `init`.
+      rollouts: continuations of each step, of which one that is right makes it right.
+      label_reward: which continuations are right: a reward function by path, above 0.5.
+      max_new_tokens: tokens of a continuation.
       train_tokenizer: learn a byte-level BPE vocabulary of this size from the data; 0 for none.
       init: run folder of the policy whose body is taken; empty for a new model.
       batch_size: solutions a step.
@@ -71,6 +83,10 @@ class Options:
     data: str = "arithmetic:1"
     eval_data: str = ""
     outcome: bool = False
+    labels: Literal["given", "rollouts"] = "given"
+    rollouts: int = 8
+    label_reward: str = "rlhf_jax.rewards.verifiers:exact_answer_reward"
+    max_new_tokens: int = 40
     tokenizer: str = ""
     train_tokenizer: int = 0
     init: str = ""
@@ -109,6 +125,35 @@ def load_rows(options: Options) -> tuple[list[Row], list[Row]]:
     else:
         train, held_out = _split(train)
     return train, held_out[: options.eval_count]
+
+
+def label(options: Options, policy: Model, rows: tuple[list[Row], list[Row]]) -> tuple[list[Row], list[Row]]:
+    """Rows labelled by rollouts. Held-out rows of the embedded task keep the truth, of whole beginnings."""
+    train, held_out = rows
+    reward_fn = make_reward_fn([options.label_reward], policy.tokenizer)
+
+    def by_rollouts(rows: list[Row], seed: int) -> list[Row]:
+        return label_by_rollouts(
+            rows,
+            policy,
+            reward_fn,
+            rollouts=options.rollouts,
+            max_new_tokens=options.max_new_tokens,
+            batch_size=options.batch_size,
+            seed=seed,
+            quiet=options.run.quiet,
+        )
+
+    path, seed = options.run.out / "labelled.jsonl", options.run.seed
+    if options.run.resume and path.exists():
+        train = read_rows(str(path))
+    else:
+        train = by_rollouts(train, seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row.fields) + "\n" for row in train), encoding="utf-8")
+    if common.embedded_level(options.eval_data or options.data):
+        return train, list(map(until_first_mistake, held_out))
+    return train, by_rollouts(held_out, seed + 1)
 
 
 def _split(rows: list[Row]) -> tuple[list[Row], list[Row]]:
@@ -195,9 +240,15 @@ def run(options: Options) -> None:
     seed = options.run.seed
     common.check(options, options.run, "process_reward")
     common.check_divides("--micro-batches", options.micro_batches, "--batch-size", options.batch_size)
+    if options.labels == "rollouts" and (options.outcome or not options.init):
+        raise UserError("--labels rollouts is of steps and by a policy: give --init, and no --outcome")
+    if options.rollouts < 1:
+        raise UserError(f"--rollouts {options.rollouts} is below 1: raise it")
     rows = load_rows(options)
     tokenizer = choose_tokenizer(options, rows[0])
     model = common.starting_model(options.init, tokenizer, options.data, options.model, seed)
+    if options.labels == "rollouts":
+        rows = label(options, model, rows)
     train, held_out = load(options, model.tokenizer, list(rows))
     sampler = BatchSampler(len(train), options.batch_size, seed)
     common.announce(options.run, model, f"{len(train):,} solutions, {len(held_out):,} held out")

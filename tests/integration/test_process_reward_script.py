@@ -47,6 +47,24 @@ def test_socratic_rows_and_rows_of_ones_own(tmp_path):
         run(tmp_path / "no", "--data", data, "--outcome")
 
 
+def test_labels_by_rollouts_need_a_policy(tmp_path):
+    for words in ((), ("--init", tmp_path, "--outcome")):
+        with pytest.raises(UserError, match="give --init, and no --outcome"):
+            run(tmp_path / "run", "--labels", "rollouts", *words)
+
+
+@pytest.mark.slow
+def test_labels_by_rollouts_are_kept(tiny, tmp_path):
+    words = f"--out {tmp_path / 'run'} --init {tiny.finished('sft')} --labels rollouts --rollouts 2 --steps 2"
+    words += " --row-count 16 --eval-count 16 --batch-size 8 --optimizer.warmup-steps 1 --quiet --no-report"
+    process_reward.run(tyro.cli(process_reward.Options, args=words.split()))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "labelled.jsonl").read_text().splitlines()]
+    assert len(rows) == 16
+    assert all(row["labels"][-1] is None and len(row["labels"]) == 5 for row in rows)
+    again = run(tmp_path / "again", "--data", tmp_path / "run" / "labelled.jsonl", "--steps", 2)
+    assert 0 <= read_metrics(again)[-1]["eval/step_accuracy"] <= 1
+
+
 def test_help_shows_every_option(tiny, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "110")
     assert tiny.main("process_reward", ["--help"], monkeypatch) == 0
