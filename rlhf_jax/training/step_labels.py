@@ -75,8 +75,9 @@ def _unfinished(row: Row, policy: Model) -> list[PromptExample]:
     prompt, steps = row.fields["prompt"], row.fields["completions"]
     if len(steps) < 2:
         raise UserError(f"{row.where}: a solution of one step has none to continue: remove the row")
+    fields = {name: row.fields[name] for name in row.fields.keys() - {"completions", "labels"}}
     ids, found = encode_prompt(policy.tokenizer, prompt), []
     for step in steps[:-1]:
         ids = ids + policy.tokenizer.encode(step + STEP_END)
-        found.append(PromptExample(np.asarray(ids, np.int32), prompt, row.fields, row.where))
+        found.append(PromptExample(np.asarray(ids, np.int32), prompt, fields, row.where))
     return found

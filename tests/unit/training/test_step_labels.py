@@ -17,6 +17,7 @@ OPTIONS = {"rollouts": 3, "max_new_tokens": 4, "batch_size": 8, "seed": 0, "quie
 
 def test_a_step_is_right_where_some_continuation_is(monkeypatch):
     rows = arithmetic.judged_rows(arithmetic.LEVELS[1], "train", 5, 0, slip_rate=0.5)
+    rows = [row | {"steps": row["completions"], "right": row["labels"]} for row in rows]
     truth = [list(np.minimum.accumulate(row["labels"][:-1])) for row in rows]
     seen = []
 
@@ -31,10 +32,11 @@ def test_a_step_is_right_where_some_continuation_is(monkeypatch):
     def reward_fn(rollout, prompts):
         rewards = []
         for place, prompt in enumerate(prompts):
+            assert prompt.fields.keys() == {"prompt", "answer", "steps", "right"}
             text = TOKENIZER.decode(prompt.ids.tolist())
             seen.append(text)
-            lines = [line for line in prompt.fields["completions"] if line + "\n" in text]
-            written = prompt.fields["labels"][: len(lines)]
+            lines = [line for line in prompt.fields["steps"] if line + "\n" in text]
+            written = prompt.fields["right"][: len(lines)]
             rewards.append(
                 float(all(written) and place % 3 == 1)
             )  # one continuation in three comes out right
