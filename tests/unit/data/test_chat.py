@@ -263,7 +263,7 @@ BOMBS = {
     "format": ("{{ '%9999999999d' % 3 }}", "MiB|failed"),
     "number": ("{{ 9 ** (9 ** 9) }}", "ran for more than"),
     "text": ("{{ lipsum(n=10**9) }}", "ran for more than|MiB"),
-    "output": ("{{ 'a' * 20000000 }}", "characters"),
+    "output": ("{{ 'a' * 20000000 }}", "characters|ran for more than"),
     "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
 }
 
