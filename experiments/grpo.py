@@ -1,6 +1,8 @@
-"""GRPO: several answers to each prompt, scored by a verifier and compared with each other.
+"""GRPO and its family: several answers to each prompt, scored by a verifier and compared with each other.
 
     python experiments/grpo.py --out runs/grpo --init runs/sft
+    python experiments/grpo.py --out runs/dapo --init runs/sft --algorithm dapo --minibatches 4
+    python experiments/grpo.py --out runs/behind --init runs/sft --algorithm rloo --behind
     python experiments/grpo.py --out runs/mine --init runs/sft --data gsm8k.jsonl --max-new-tokens 256 \\
         --rewards rlhf_jax.rewards.verifiers:gsm8k_reward my_rewards:short=0.1
 
@@ -10,42 +12,51 @@ Rows hold `prompt`, `question` or `messages`; their other fields go to the rewar
 """
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import adapting
 import common
 import inputs
 import jax
 import jax.numpy as jnp
+import members
+import numpy as np
 import tyro
 
 from rlhf_jax import distributed, models
 from rlhf_jax.algorithms import group
+from rlhf_jax.algorithms.group_members import Member
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.optimization import OptimizerConfig
 from rlhf_jax.core.types import Array, Float, Params, Rollout
-from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.generation import Sampling
 from rlhf_jax.losses import policy_weights
+from rlhf_jax.rewards.functions import Scored
 from rlhf_jax.training import run_loop
+from rlhf_jax.training.answers import Answers, draw_groups_that_differ
 from rlhf_jax.training.rollouts import make_generate_fn, make_reward_fn
-from rlhf_jax.training.runs import load_policy
+from rlhf_jax.training.runs import Model, load_policy
 
 CORRECTIONS = {
     "none": None,
     "truncated": policy_weights.truncated_importance_weights,
     "masked": policy_weights.masked_importance_weights,
 }
+OVERLONG = "rlhf_jax.rewards.rules:soft_overlong_reward"
+DRAWS = 8
+"""Of DAPO in a step, at most."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options of GRPO.
+    """Options of the GRPO family; where one is None, the algorithm has what it is published with.
 
     Attributes:
       init: run folder of the policy to start from, which is also the reference.
       prompts: which prompts, and what their answers are worth.
+      algorithm: a member of the family, which sets advantage, ratio, surrogate, reduction and bounds.
       batch_size: prompts a step.
       group_size: answers to each.
       epochs: passes over each batch of answers.
@@ -55,10 +66,16 @@ class Options:
       temperature: of sampling; the scorer uses the same.
       slots: answers on their way at a time, each of which makes room for the next; 0 for all at once, which
         reads each prompt once for its whole group.
-      correction: importance weights of tokens against what the sampler reported, truncated or masked at 2.
+      behind: answers are written by the policy of one step before, as by a sampler beside the trainer.
+      correction: importance weights of tokens against what the sampler reported, truncated or masked at 2;
+        None for truncated with --behind, and none without.
+      max_draws: draws of prompts in a step at most, until the batch is full of prompts whose answers differ
+        in reward (dynamic sampling); None for 8 with DAPO, and one draw with the others.
+      overlong: weight of the penalty on answers in the last fifth of the length, which does not count where
+        answers are asked to differ; None for 1 with DAPO, and 0 with the others.
       clip_low: how far below 1 a ratio may go.
       clip_high: how far above 1.
-      kl_coef: weight of the KL to the reference in the loss.
+      kl_coef: weight of the KL to the reference, in the loss (REINFORCE++: in the reward).
       entropy_coef: weight of the entropy bonus.
     """
 
@@ -67,6 +84,7 @@ class Options:
     prompts: tyro.conf.OmitArgPrefixes[common.PromptOptions] = common.PromptOptions()
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
     optimizer: OptimizerConfig = OptimizerConfig("linear", warmup_steps=5, b2=0.99, epsilon=1e-4)
+    algorithm: Annotated[members.GroupAlgorithm, tyro.conf.arg(metavar="NAME")] = "grpo"
     batch_size: int = 32
     group_size: int = 8
     epochs: int = 1
@@ -75,16 +93,19 @@ class Options:
     learning_rate: float = 3e-4
     temperature: float = 1.0
     slots: int = 0
-    correction: Literal["none", "truncated", "masked"] = "none"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    kl_coef: float = 0.02
+    behind: bool = False
+    correction: Literal["none", "truncated", "masked"] | None = None
+    max_draws: int | None = None
+    overlong: float | None = None
+    clip_low: float | None = None
+    clip_high: float | None = None
+    kl_coef: float | None = None
     entropy_coef: float = 0.0
 
 
-def run(options: Options) -> None:
-    """Trains, and leaves a run folder."""
-    seed, rows = options.run.seed, options.batch_size * options.group_size
+def check(options: Options) -> None:
+    """Raises: UserError where the options do not fit each other."""
+    rows = options.batch_size * options.group_size
     common.check(options, options.run, "grpo")
     common.check_divides("--minibatches", options.minibatches, "--batch-size x --group-size", rows)
     common.check_divides(
@@ -92,63 +113,153 @@ def run(options: Options) -> None:
     )
     if options.slots < 0:
         raise UserError(f"--slots {options.slots} is below 0: give 0 for all at once")
-    model = load_policy(Path(options.init))
-    prompts = inputs.load_prompts(options.prompts, model, options.prompts.rewards[:1], seed)
-    sampler = BatchSampler(len(prompts), options.batch_size, seed)
-    reward_fn = make_reward_fn(options.prompts.rewards, model.tokenizer)
-    common.announce(options.run, model, f"{len(prompts):,} prompts")
+    if options.group_size == 1 and options.algorithm not in members.LONE:
+        raise UserError(
+            f"--algorithm {options.algorithm} compares the answers to one prompt: give --group-size 2 or "
+            f"more, or one of {', '.join(members.LONE)}"
+        )
+    if options.max_draws is not None and options.max_draws < 1:
+        raise UserError(f"--max-draws {options.max_draws} is not positive: give a number above 0")
+    if draws(options) > 1 and jax.process_count() > 1:
+        raise UserError(
+            "answers are drawn again in one process only: give --max-draws 1, or run without --hosts"
+        )
 
+
+def make_member(options: Options) -> Member:
+    """The algorithm with what the options change in it."""
+    changes = {name: getattr(options, name) for name in ("clip_low", "clip_high", "kl_coef", "entropy_coef")}
+    member = members.group_member(
+        options.algorithm,
+        max_length=options.prompts.max_new_tokens,
+        changes=changes,
+        group_size=options.group_size,
+        epochs=options.epochs,
+        minibatches=options.minibatches,
+        micro_batches=options.micro_batches,
+    )
+    correction = options.correction or ("truncated" if options.behind else "none")
+    return dataclasses.replace(
+        member,
+        config=dataclasses.replace(member.config, weights_fn=CORRECTIONS[correction]),
+        hyper=dataclasses.replace(member.hyper, learning_rate=jnp.float32(options.learning_rate)),
+    )
+
+
+def draws(options: Options) -> int:
+    """How often prompts are drawn in a step, at most."""
+    return options.max_draws or (DRAWS if options.algorithm == "dapo" else 1)
+
+
+def overlong_weight(options: Options) -> float:
+    """Weight of the overlong penalty."""
+    return float(options.algorithm == "dapo") if options.overlong is None else options.overlong
+
+
+def make_draw_fn(
+    options: Options, model: Model, prompts: inputs.Prompts
+) -> Callable[[Params, int], tuple[Answers, dict[str, float]]]:
+    """`draw(writer, number) -> (answers, metrics)` of a step, a function of its number and of who writes."""
+    answer = inputs.make_answer_fn(
+        options.prompts,
+        model,
+        prompts,
+        batch_size=options.batch_size,
+        group_size=options.group_size,
+        slots=options.slots,
+        temperature=options.temperature,
+        seed=options.run.seed,
+    )
+    most = draws(options)
+    penalise = make_reward_fn([f"{OVERLONG}={overlong_weight(options)}"], model.tokenizer)
+
+    def draw(writer: Params, number: int) -> tuple[Answers, dict[str, float]]:
+        metrics: dict[str, float] = {}
+        if most == 1:
+            answers = answer(writer, number)
+        else:
+            answers, metrics = draw_groups_that_differ(
+                lambda again: answer(writer, number * most + again),
+                groups=options.batch_size,
+                group_size=options.group_size,
+                most=most,
+            )
+        if overlong_weight(options):
+            penalties = penalise(answers.rollout, answers.prompts)
+            metrics["overlong"] = float(np.mean(penalties))
+            scored = Scored(answers.rewards + penalties, answers.scored.unscorable)
+            answers = dataclasses.replace(answers, scored=scored)
+        return answers, {**metrics, "unscorable": answers.scored.unscorable.sum()}
+
+    return draw
+
+
+def make_greedy_fn(
+    options: Options, model: Model, prompts: inputs.Prompts
+) -> Callable[[Params, Answers], np.ndarray]:
+    """`greedy(writer, answers) -> [N]`: rewards of the most likely answers to the same prompts, for ReMax."""
     generate = make_generate_fn(
         model.config,
         model.tokenizer,
         prompt_length=prompts.length,
         max_new_tokens=options.prompts.max_new_tokens,
-        group_size=options.group_size,
-        slots=options.slots or None,
-        sampling=Sampling(temperature=options.temperature),
+        sampling=Sampling(temperature=0.0),
     )
+    reward_fn = make_reward_fn(options.prompts.rewards, model.tokenizer)
+
+    def greedy(writer: Params, answers: Answers) -> np.ndarray:
+        chosen = answers.prompts[:: options.group_size]
+        return reward_fn(generate(writer, chosen, jax.random.key(0)), chosen)
+
+    return greedy
+
+
+def run(options: Options) -> None:
+    """Trains, and leaves a run folder."""
+    seed = options.run.seed
+    check(options)
+    model = load_policy(Path(options.init))
+    prompts = inputs.load_prompts(options.prompts, model, options.prompts.rewards[:1], seed)
+    common.announce(options.run, model, f"{len(prompts):,} prompts")
+    member = make_member(options)
+    draw, greedy = make_draw_fn(options, model, prompts), make_greedy_fn(options, model, prompts)
     score_fn = models.make_score_fn(model.config, temperature=options.temperature)
     steps = options.run.steps * options.epochs * options.minibatches
     parts = adapting.take_apart(options.adapter, model, seed=seed, steps=steps)
     tx = parts.optimizer(common.with_total_steps(options.optimizer, steps))
-    config = group.Config(
-        options.group_size,
-        options.epochs,
-        options.minibatches,
-        options.micro_batches,
-        weights_fn=CORRECTIONS[options.correction],
-    )
-    update = group.make_update(config, score_fn, tx)
-    hyper = group.Hyper(
-        learning_rate=jnp.float32(options.learning_rate),
-        clip_low=options.clip_low,
-        clip_high=options.clip_high,
-        kl_coef=options.kl_coef,
-        entropy_coef=options.entropy_coef,
-    )
+    update = group.make_update(member.config, score_fn, tx)
     evaluate = prompts.evaluate
 
-    def learn(state: group.State, original: Params, rollout: Rollout, rewards: Float[Array, " B"]):
+    def learn(
+        state: group.State,
+        original: Params,
+        rollout: Rollout,
+        rewards: Float[Array, " B"],
+        greedy_rewards: Float[Array, " N"] | None,
+    ):
         reference = parts.reference(state.learner, original)
         old_logp = score_fn(state.learner.all_params, rollout.sequences).logp
         ref_logp = score_fn(reference, rollout.sequences).logp
-        batch, described = group.make_batch(config, rollout, rewards, old_logp, ref_logp)
-        state, metrics = update(state, hyper, batch)
+        batch, described = group.make_batch(
+            member.config, rollout, rewards, old_logp, ref_logp, greedy_rewards
+        )
+        state, metrics = update(state, member.hyper, batch)
         return state, {**described, **metrics}
 
     state = adapting.new_state(
-        lambda *x: group.init(x[0], tx, x[1]), parts.trained, parts.frozen, jax.random.key(seed)
+        lambda *x: group.init(x[0], tx, x[1], behind=options.behind),
+        parts.trained,
+        parts.frozen,
+        jax.random.key(seed),
     )
     adapting.say_what_trains(options.run, state.learner)
     learn = common.jit_update(learn, state)
-    rollout_key = jax.random.key(seed + 1)
 
     def step(state: group.State, number: int):
-        chosen = [prompts.train[i] for i in common.local_indices(sampler, number, options.group_size)]
-        rollout = generate(state.learner.all_params, chosen, jax.random.fold_in(rollout_key, number))
-        scored = reward_fn.score(rollout, chosen)
-        state, metrics = learn(state, parts.original, rollout, distributed.shard_batch(scored.rewards))
-        return state, {**metrics, "unscorable": scored.unscorable.sum()}
+        answers, drawn = draw(state.writer, number)
+        rewards = [answers.rewards, greedy(state.writer, answers) if member.needs_greedy else None]
+        state, metrics = learn(state, parts.original, answers.rollout, *distributed.shard_batch(rewards))
+        return state, {**metrics, **drawn}
 
     before = prompts.answer(model.params)
     common.start(options, options.run, "grpo", model, "policy", parts.adaptation)
@@ -165,7 +276,7 @@ def run(options: Options) -> None:
         and (lambda state: evaluate(state.learner.all_params, parts.reference(state.learner)).metrics()),
     )
     after = prompts.answer(state.learner.all_params)
-    common.finish(options.run, inputs.before_and_after("grpo", before, after))
+    common.finish(options.run, inputs.before_and_after(options.algorithm, before, after))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import common
 import jax
@@ -10,11 +10,21 @@ import numpy as np
 
 from rlhf_jax.core.types import Params, Sequences
 from rlhf_jax.data import arithmetic, packing
-from rlhf_jax.data.examples import PreferenceExample, PromptExample, preference_examples, prompt_examples
-from rlhf_jax.data.pipeline import fingerprint
+from rlhf_jax.data.examples import (
+    LabelledExample,
+    PreferenceExample,
+    PromptExample,
+    SupervisedExample,
+    labelled_examples,
+    preference_examples,
+    prompt_examples,
+)
+from rlhf_jax.data.pipeline import BatchSampler, fingerprint
 from rlhf_jax.data.sources import Row, read_rows
 from rlhf_jax.data.tokenizers import Tokenizer
-from rlhf_jax.training.rollouts import Evaluation, make_evaluate_fn, make_reward_fn
+from rlhf_jax.generation import Sampling
+from rlhf_jax.training.answers import Answers
+from rlhf_jax.training.rollouts import Evaluation, make_evaluate_fn, make_generate_fn, make_reward_fn
 from rlhf_jax.training.runs import Model
 from rlhf_jax.training.samples import Sample, make_samples_fn
 
@@ -50,44 +60,87 @@ def texts(rows: Sequence[Row]) -> list[str]:
 
 
 class Pairs:
-    """Preference pairs as padded rows; `rows(indices)` gives (chosen, rejected)."""
+    """Two samples to each number, as padded rows; `rows(indices)` gives both sides.
 
-    def __init__(self, examples: Sequence[PreferenceExample], length: int) -> None:
-        self._count = len(examples)
-        if examples:
-            self._chosen = packing.pad_rows([example.chosen for example in examples], length)
-            self._rejected = packing.pad_rows([example.rejected for example in examples], length)
+    Attributes:
+      labels: one to each pair; None where the sides say it all.
+    """
+
+    def __init__(
+        self,
+        first: Sequence[SupervisedExample],
+        second: Sequence[SupervisedExample],
+        length: int,
+        labels: np.ndarray | None = None,
+    ) -> None:
+        self._count, self.labels = len(first), labels
+        if first:
+            self._sides = packing.pad_rows(first, length), packing.pad_rows(second, length)
 
     def __len__(self) -> int:
         return self._count
 
     def fingerprint(self) -> str:
-        """Changes with any token of any pair."""
-        return fingerprint(jax.tree.leaves((self._chosen, self._rejected)))
+        """Changes with any token of any pair, and with any label."""
+        return fingerprint(jax.tree.leaves((self._sides, self.labels)))
 
     def rows(self, indices: np.ndarray) -> tuple[Sequences, Sequences]:
         """Some of the pairs."""
-        chosen, rejected = (
-            jax.tree.map(lambda x: x[indices], side) for side in (self._chosen, self._rejected)
-        )
-        return chosen, rejected
+        first, second = (jax.tree.map(lambda x: x[indices], side) for side in self._sides)
+        return first, second
 
 
-def load_pairs(options: common.PairOptions, tokenizer: Tokenizer, seed: int) -> tuple[Pairs, Pairs]:
-    """Training pairs and held-out pairs, in rows of one length."""
+Example = TypeVar("Example")
 
-    def examples(spec: str, split: arithmetic.Split, count: int) -> list[PreferenceExample]:
+
+def _pair_examples(
+    options: common.PairOptions, tokenizer: Tokenizer, seed: int, make: Callable[..., list[Example]]
+) -> tuple[list[Example], list[Example]]:
+    """Examples for training, and held-out ones, of rows that hold pairs."""
+
+    def examples(spec: str, split: arithmetic.Split, count: int) -> list[Example]:
         rows = load_rows(spec, lambda level: arithmetic.preference_rows(level, split, count, seed))
         longest = options.max_length or UNBOUNDED
-        return preference_examples(rows, tokenizer, max_length=longest, too_long=options.too_long)
+        return make(rows, tokenizer, max_length=longest, too_long=options.too_long)
 
     train, held_out = examples(options.data, "train", options.pair_count), []
     if options.eval_data or common.embedded_level(options.data):
         held_out = examples(options.eval_data or options.data, "heldout", options.eval_count)
-        held_out = held_out[: options.eval_count]
+    return train, held_out[: options.eval_count]
+
+
+def load_pairs(options: common.PairOptions, tokenizer: Tokenizer, seed: int) -> tuple[Pairs, Pairs]:
+    """Training pairs and held-out pairs (chosen, rejected), in rows of one length."""
+    train, held_out = _pair_examples(options, tokenizer, seed, preference_examples)
     sizes = [len(side.ids) for pair in train + held_out for side in (pair.chosen, pair.rejected)]
     length = options.max_length or max(sizes)
-    return Pairs(train, length), Pairs(held_out, length)
+
+    def padded(pairs: list[PreferenceExample]) -> Pairs:
+        return Pairs([pair.chosen for pair in pairs], [pair.rejected for pair in pairs], length)
+
+    return padded(train), padded(held_out)
+
+
+def load_labelled(options: common.PairOptions, tokenizer: Tokenizer, seed: int) -> tuple[Pairs, Pairs]:
+    """Completions beside mismatched ones, which stand after another's prompt, labelled as desirable or not.
+
+    The other is half the data set away, so that it is never the other side of the same pair.
+    """
+    train, held_out = _pair_examples(options, tokenizer, seed, labelled_examples)
+    sizes = [len(e.prompt_ids) + len(e.completion_ids) for e in train + held_out]
+    length = options.max_length or max(sizes)
+
+    def padded(examples: list[LabelledExample]) -> Pairs:
+        half = len(examples) // 2
+        mismatched = [
+            examples[(place + half) % len(examples)].after(example.prompt_ids)
+            for place, example in enumerate(examples)
+        ]
+        cut = [dataclasses.replace(e, ids=e.ids[:length], mask=e.mask[:length]) for e in mismatched]
+        own = [example.after(example.prompt_ids) for example in examples]
+        return Pairs(own, cut, length, np.array([example.desirable for example in examples]))
+
+    return padded(train), padded(held_out)
 
 
 def parts(count: int, size: int) -> list[np.ndarray]:
@@ -150,6 +203,45 @@ def load_prompts(options: common.PromptOptions, model: Model, rewards: Sequence[
         make_evaluate_fn(model.config, model.tokenizer, held_out, **look) if held_out else None,
         make_samples_fn(model.config, model.tokenizer, shown, **look),
     )
+
+
+def make_answer_fn(
+    options: common.PromptOptions,
+    model: Model,
+    prompts: Prompts,
+    *,
+    batch_size: int,
+    group_size: int,
+    seed: int,
+    slots: int = 0,
+    temperature: float = 1.0,
+) -> Callable[[Params, int], Answers]:
+    """`answer(params, number) -> Answers` to the prompts of one draw, which are a function of its number.
+
+    Args:
+      batch_size: prompts in a draw.
+      group_size: answers to each.
+      slots: answers on their way at a time; 0 for all.
+    """
+    sampler = BatchSampler(len(prompts), batch_size, seed)
+    reward_fn = make_reward_fn(options.rewards, model.tokenizer)
+    generate = make_generate_fn(
+        model.config,
+        model.tokenizer,
+        prompt_length=prompts.length,
+        max_new_tokens=options.max_new_tokens,
+        group_size=group_size,
+        slots=slots or None,
+        sampling=Sampling(temperature=temperature),
+    )
+    key = jax.random.key(seed + 1)
+
+    def answer(params: Params, number: int) -> Answers:
+        chosen = [prompts.train[i] for i in common.local_indices(sampler, number, group_size)]
+        rollout = generate(params, chosen, jax.random.fold_in(key, number))
+        return Answers(chosen, rollout, reward_fn.score(rollout, chosen))
+
+    return answer
 
 
 def before_and_after(stage: str, before: Sequence[Sample], after: Sequence[Sample]) -> list[dict[str, Any]]:

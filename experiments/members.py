@@ -1,12 +1,17 @@
 """The families by name, for the command line: losses on pairs of `dpo.py`, algorithms of `grpo.py`."""
 
+import dataclasses
 import functools
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Literal
 
-from rlhf_jax.algorithms import group_members
+from rlhf_jax.algorithms import group_members, unpaired
 from rlhf_jax.algorithms import preference_members as pairs
 from rlhf_jax.algorithms.group_members import Member, MemberFn
 from rlhf_jax.algorithms.preference import PairLossFn
+
+NOTHING: Mapping[str, float | None] = MappingProxyType({})
 
 PairLoss = Literal[
     "dpo",
@@ -47,6 +52,12 @@ PAIR_LOSSES: dict[PairLoss, PairLossFn] = {
     "cpo": pairs.cpo,
     "simpo": pairs.simpo,
     "alpha_po": pairs.alpha_po,
+}
+UnpairedLoss = Literal["kto", "bco"]
+"""They know only whether a response is desirable."""
+UNPAIRED: dict[UnpairedLoss, unpaired.Config] = {
+    "kto": unpaired.Config(),
+    "bco": unpaired.Config(shift_decay=0.9),
 }
 SORTING: tuple[PairLoss, ...] = ("aot", "aot_unpaired")
 """They compare pairs with each other, so a batch cannot be computed in parts."""
@@ -89,14 +100,25 @@ _GROUP_ALGORITHMS: dict[GroupAlgorithm, MemberFn] = {
 }
 
 
-def group_member(name: GroupAlgorithm, *, max_length: int, **static: int) -> Member:
-    """An algorithm of the GRPO family.
+LONE: tuple[GroupAlgorithm, ...] = ("reinforce", "reinforce++", "remax")
+"""They do not compare answers to one prompt with each other, so a group may be a single one."""
+
+
+def group_member(
+    name: GroupAlgorithm, *, max_length: int, changes: Mapping[str, float | None] = NOTHING, **static: int
+) -> Member:
+    """An algorithm of the GRPO family, with the hyperparameters that it is published with.
 
     Args:
       max_length: tokens of the longest answer, for Dr. GRPO.
+      changes: hyperparameters that replace the published ones, None for none. The KL of REINFORCE++ stands
+        in the reward, so that is where its `kl_coef` goes.
       static: of `group.Config`.
     """
-    make = _GROUP_ALGORITHMS[name]
+    make, given = _GROUP_ALGORITHMS[name], {k: v for k, v in changes.items() if v is not None}
     if make is group_members.dr_grpo:
         make = functools.partial(make, max_length=max_length)
-    return make(**static)
+    if make is group_members.reinforce_plus_plus and "kl_coef" in given:
+        make = functools.partial(make, kl_coef=given.pop("kl_coef"))
+    member = make(**static)
+    return dataclasses.replace(member, hyper=dataclasses.replace(member.hyper, **given))

@@ -117,10 +117,22 @@ class Hyper:
 
 @pytree_dataclass
 class State:
-    """All that a resume needs."""
+    """All that a resume needs.
+
+    Attributes:
+      behind: what was trained before the last update, where answers are written one step behind; else None.
+    """
 
     learner: Learner
     key: PRNGKeyArray
+    behind: Params = None
+
+    @property
+    def writer(self) -> Params:
+        """The policy that writes the next answers."""
+        if self.behind is None:
+            return self.learner.all_params
+        return dataclasses.replace(self.learner, params=self.behind).all_params
 
 
 @pytree_dataclass
@@ -141,9 +153,22 @@ class Batch:
     weights: Float[Array, "B T"] | None = None
 
 
-def init(params: Params, tx: optax.GradientTransformation, key: PRNGKeyArray, frozen: Params = None) -> State:
-    """The state at step 0; `frozen` is the part of the model that does not train."""
-    return State(init_learner(params, tx, frozen), key)
+def init(
+    params: Params,
+    tx: optax.GradientTransformation,
+    key: PRNGKeyArray,
+    frozen: Params = None,
+    *,
+    behind: bool = False,
+) -> State:
+    """The state at step 0.
+
+    Args:
+      frozen: the part of the model that does not train.
+      behind: answers are written by the policy of one update before, as by a sampler beside the trainer; give
+        the configuration a `weights_fn` to make up for it.
+    """
+    return State(init_learner(params, tx, frozen), key, jax.tree.map(jnp.copy, params) if behind else None)
 
 
 def compare(
@@ -252,6 +277,7 @@ def make_update(
             epochs=config.epochs,
             minibatches=config.minibatches,
         )
-        return dataclasses.replace(state, learner=learner, key=key), metrics
+        behind = None if state.behind is None else state.learner.params
+        return State(learner, key, behind), metrics
 
     return update

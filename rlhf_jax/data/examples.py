@@ -62,18 +62,42 @@ class PreferenceExample:
     @property
     def chosen(self) -> SupervisedExample:
         """Prompt and better completion as one sample, for `packing`."""
-        return self._join(self.chosen_ids, self.chosen_mask)
+        return _join(self.prompt_ids, self.chosen_ids, self.chosen_mask, self.where)
 
     @property
     def rejected(self) -> SupervisedExample:
         """Prompt and worse completion as one sample, for `packing`."""
-        return self._join(self.rejected_ids, self.rejected_mask)
+        return _join(self.prompt_ids, self.rejected_ids, self.rejected_mask, self.where)
 
-    def _join(self, ids: Int[np.ndarray, " T"], mask: Bool[np.ndarray, " T"]) -> SupervisedExample:
-        silent = np.zeros(len(self.prompt_ids), np.bool_)
-        return SupervisedExample(
-            np.concatenate([self.prompt_ids, ids]), np.concatenate([silent, mask]), self.where
-        )
+
+@dataclasses.dataclass(frozen=True)
+class LabelledExample:
+    """A prompt with a completion that is wanted or not, which ends with the end of a turn.
+
+    Attributes:
+      prompt_ids: up to and including the words after which the assistant speaks.
+      completion_ids: the completion.
+      completion_mask: the assistant's tokens of it.
+      desirable: whether it is wanted.
+      where: the row it came from.
+    """
+
+    prompt_ids: Int[np.ndarray, " P"]
+    completion_ids: Int[np.ndarray, " C"]
+    completion_mask: Bool[np.ndarray, " C"]
+    desirable: bool
+    where: str
+
+    def after(self, prompt_ids: Int[np.ndarray, " P"]) -> SupervisedExample:
+        """The completion after a prompt, its own or another's, as one sample for `packing`."""
+        return _join(prompt_ids, self.completion_ids, self.completion_mask, self.where)
+
+
+def _join(
+    prompt_ids: Int[np.ndarray, " P"], ids: Int[np.ndarray, " C"], mask: Bool[np.ndarray, " C"], where: str
+) -> SupervisedExample:
+    silent = np.zeros(len(prompt_ids), np.bool_)
+    return SupervisedExample(np.concatenate([prompt_ids, ids]), np.concatenate([silent, mask]), where)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +169,42 @@ def preference_examples(
         return len(example.prompt_ids) + max(len(example.chosen_ids), len(example.rejected_ids))
 
     return _make_all(rows, make, size, max_length, too_long, "the prompt with its longer completion")
+
+
+def labelled_examples(
+    rows: Sequence[Row], tokenizer: Tokenizer, *, max_length: int, too_long: TooLong = "error"
+) -> list[LabelledExample]:
+    """Completions of rows with `prompt`, `completion` and a boolean `label`, or both sides of pairs.
+
+    Args: as `preference_examples`, whose rows are taken where they hold `chosen`.
+
+    Raises:
+      UserError: as `supervised_examples`, and where a label is neither true nor false.
+    """
+    if any(row.fields.get("chosen") is not None for row in rows):
+        pairs = preference_examples(rows, tokenizer, max_length=max_length, too_long=too_long)
+        return [
+            LabelledExample(pair.prompt_ids, *completion, pair.where)
+            for pair in pairs
+            for completion in (
+                (pair.chosen_ids, pair.chosen_mask, True),
+                (pair.rejected_ids, pair.rejected_mask, False),
+            )
+        ]
+
+    def make(row: Row) -> LabelledExample:
+        prompt, completion = _messages(row, "prompt", "user"), _messages(row, "completion", "assistant")
+        label = row.fields.get("label")
+        if label not in (True, False):
+            raise UserError(f"field 'label' is {label!r}; give true or false, or remove the row")
+        prompt_ids = encode_prompt(tokenizer, prompt)
+        encoded = _completion(tokenizer, prompt, prompt_ids, completion)
+        return LabelledExample(np.array(prompt_ids, np.int32), *encoded, bool(label), row.where)
+
+    def size(example: LabelledExample) -> int:
+        return len(example.prompt_ids) + len(example.completion_ids)
+
+    return _make_all(rows, make, size, max_length, too_long, "the prompt with its completion")
 
 
 def prompt_examples(

@@ -48,6 +48,7 @@ def make_generate_fn(
     group_size: int = 1,
     slots: int | None = None,
     sampling: Sampling = Sampling(),
+    decode_fns: tuple[Callable, Callable] | None = None,
 ) -> GenerateFn:
     """`generate(params, prompts, key) -> Rollout`, compiled once for each number of prompts.
 
@@ -59,8 +60,9 @@ def make_generate_fn(
       slots: answers on their way at a time; where one ends, the next prompt is read. All by default. With it,
         prompts are read once for every answer.
       sampling: unless the call says otherwise, which compiles nothing anew while the same filters are on.
+      decode_fns: (prefill, decode) where they are not the model's own; not with `slots`.
     """
-    prefill, decode = models.make_decode_fns(config)
+    prefill, decode = decode_fns or models.make_decode_fns(config)
     if slots is None:
         sample = functools.partial(generate, prefill, decode, group_size=group_size)
     else:
@@ -151,26 +153,27 @@ def _make_term(name: str, tokenizer: Tokenizer) -> RewardTerm:
     reward_fn = load_reward(name)
 
     def term(rollout: Rollout, prompts: Sequence[PromptExample], completions: Sequence[str]) -> Scored:
-        names = {name for prompt in prompts for name in prompt.fields} - {"prompt"}
-        fields: dict[str, Any] = {name: [p.fields.get(name) for p in prompts] for name in sorted(names)}
-        mask, finished = map(distributed.local_values, (rollout.sequences.mask, rollout.finished))
-        fields["finished"] = finished.tolist()
-        fields["token_count"] = mask.sum(axis=1).tolist()
-        # Completions begin in one column, where each row has its first token.
-        fields["token_limit"] = [mask.shape[1] - int(mask.any(axis=0).argmax())] * len(prompts)
-        texts = [prompt.text for prompt in prompts]
+        texts, fields = [prompt.text for prompt in prompts], reward_fields(rollout, prompts)
         return score_rows(reward_fn, texts, completions, fields, where=[p.where for p in prompts])
 
     return term
 
 
+def reward_fields(rollout: Rollout, prompts: Sequence[PromptExample]) -> dict[str, list[Any]]:
+    """What reward functions are given by name: fields of the rows, and what is known of each completion."""
+    names = {name for prompt in prompts for name in prompt.fields} - {"prompt"}
+    fields: dict[str, Any] = {name: [p.fields.get(name) for p in prompts] for name in sorted(names)}
+    mask, finished = map(distributed.local_values, (rollout.sequences.mask, rollout.finished))
+    fields["finished"] = finished.tolist()
+    fields["token_count"] = mask.sum(axis=1).tolist()
+    # Completions begin in one column, where each row has its first token.
+    fields["token_limit"] = [mask.shape[1] - int(mask.any(axis=0).argmax())] * len(prompts)
+    return fields
+
+
 def _model_term(folder: Path, tokenizer: Tokenizer) -> RewardTerm:
     model = load_reward_model(folder)
-    if _vocabulary(model.tokenizer) != _vocabulary(tokenizer):
-        raise UserError(
-            f"{folder}: the reward model's tokenizer ({model.tokenizer.vocab_size} tokens) is not the "
-            f"policy's ({tokenizer.vocab_size}): train the reward model from a policy with the same tokenizer"
-        )
+    check_same_vocabulary(model.tokenizer, tokenizer, folder, "reward model")
     score = jax.jit(models.make_reward_fn(model.config))
 
     def term(rollout: Rollout, _: Sequence[PromptExample], __: Sequence[str]) -> Scored:
@@ -180,8 +183,22 @@ def _model_term(folder: Path, tokenizer: Tokenizer) -> RewardTerm:
     return term
 
 
-def _vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
-    return tokenizer.backend.get_vocab(with_added_tokens=True)
+def check_same_vocabulary(theirs: Tokenizer, ours: Tokenizer, folder: Path, kind: str) -> None:
+    """Compares the tokenizer of a model that another run trained with the policy's.
+
+    Args:
+      folder: of that run.
+      kind: what it is to this one, such as "reward model".
+
+    Raises:
+      UserError: they differ.
+    """
+    vocabularies = [side.backend.get_vocab(with_added_tokens=True) for side in (theirs, ours)]
+    if vocabularies[0] != vocabularies[1]:
+        raise UserError(
+            f"{folder}: the {kind}'s tokenizer ({theirs.vocab_size} tokens) is not the policy's "
+            f"({ours.vocab_size}): train the {kind} from a policy with the same tokenizer"
+        )
 
 
 # Evaluation ----------------------------------------------------------------------------------------

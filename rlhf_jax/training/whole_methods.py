@@ -20,7 +20,6 @@ from rlhf_jax.algorithms import (
 from rlhf_jax.algorithms.group_members import Member
 from rlhf_jax.core.masks import masked_sum
 from rlhf_jax.core.optimization import OptimizerConfig, make_optimizer
-from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Float, Metrics, Params, PRNGKeyArray, Rollout
 from rlhf_jax.data.tasks import Prompts
 from rlhf_jax.training.whole_runs import Method, World
@@ -41,19 +40,6 @@ def _grouped(world: World, rewards: Float[Array, " B"]) -> Float[Array, "N G"]:
 # Policy gradients ------------------------------------------------------------------------------------
 
 
-@pytree_dataclass
-class Delayed:
-    """A learner whose answers are written by the policy of the step before.
-
-    Attributes:
-      state: the algorithm's own.
-      writer: parameters that write the next answers.
-    """
-
-    state: Any
-    writer: Params
-
-
 def group_method(world: World, member: Member, optimizer: OptimizerConfig, *, behind: bool = False) -> Method:
     """GRPO and its family.
 
@@ -64,16 +50,11 @@ def group_method(world: World, member: Member, optimizer: OptimizerConfig, *, be
     score_fn, tx, config = world.score_fn, make_optimizer(optimizer), member.config
     update = group.make_update(config, score_fn, tx)
 
-    def init(params: Params, key: PRNGKeyArray, hyper: Any) -> Delayed:
-        del hyper
-        return Delayed(group.init(params, tx, key), params)
-
-    def step(agent: Delayed, hyper: Any, ref_params: Params, key: PRNGKeyArray) -> tuple[Delayed, Metrics]:
+    def step(state: Any, hyper: Any, ref_params: Params, key: PRNGKeyArray) -> tuple[Any, Metrics]:
         draw_key, answer_key = jax.random.split(key)
-        params = agent.state.learner.all_params
-        writer = agent.writer if behind else params
+        params = state.learner.all_params
         prompts = world.draw(draw_key, prompts=world.prompts * member.oversampling)
-        rollout = world.answer(writer, prompts, answer_key)
+        rollout = world.answer(state.writer, prompts, answer_key)
         rewards = world.rewards(rollout, prompts)
         described = _described(rollout, rewards)
         if member.oversampling > 1:
@@ -87,10 +68,10 @@ def group_method(world: World, member: Member, optimizer: OptimizerConfig, *, be
         old_logp = score_fn(params, rollout.sequences).logp
         ref_logp = score_fn(ref_params, rollout.sequences).logp
         batch, more = group.make_batch(config, rollout, rewards, old_logp, ref_logp, greedy_rewards)
-        state, metrics = update(agent.state, hyper, batch)
-        return Delayed(state, params), {**more, **metrics, **described}
+        state, metrics = update(state, hyper, batch)
+        return state, {**more, **metrics, **described}
 
-    return Method(init, step, lambda agent: agent.state.learner.all_params)
+    return Method(lambda params, key, _: group.init(params, tx, key, behind=behind), step)
 
 
 def _keep_groups_that_differ(

@@ -164,3 +164,43 @@ def test_a_stored_reference_is_the_reference(tiny, tmp_path):
         losses[reference] = [line["loss"] for line in read_metrics(out)]
     assert losses["stored"] == pytest.approx(losses["each_step"], abs=1e-5)
     assert losses["stored"][-1] < losses["stored"][0] - 1e-3
+
+
+# KTO and BCO -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["kto", "bco"])
+def test_single_responses_of_pairs_or_of_labelled_rows(loss, tiny, tmp_path):
+    labelled = tmp_path / "labelled.jsonl"
+    rows = [
+        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+        for row in EXAMPLES
+        for side in ("chosen", "rejected")
+    ]
+    labelled.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in EXAMPLES))
+    found = []
+    for data in (labelled, pairs):
+        words = ("--loss", loss, "--data", data, "--eval-data", data, "--learning-rate", 1e-2)
+        found.append(without_time(tiny.run("dpo", tmp_path / data.stem, *words)))
+    assert found[0] == found[1]
+    assert found[0][-1]["eval/auc"] > 0.9
+    assert found[0][-1]["eval/margin"] > 0
+    words = ("--loss", loss, "--data", pairs, "--eval-data", pairs, "--learning-rate", 1e-2)
+    other = without_time(tiny.run("dpo", tmp_path / "each", *words, "--reference", "each_step"))
+    assert [line["loss"] for line in other] == pytest.approx([line["loss"] for line in found[1]], abs=1e-4)
+
+
+def test_labels_are_true_or_false(tiny, tmp_path, monkeypatch, capsys):
+    data = tmp_path / "labelled.jsonl"
+    data.write_text(json.dumps({"prompt": "1+1=?", "completion": "2", "label": "yes"}) + "\n")
+    words = tiny.words(
+        "dpo", tmp_path / "out", "--init", tiny.finished("sft"), "--data", data, "--loss", "kto"
+    )
+    assert tiny.main("dpo", words, monkeypatch) == 2
+    assert "field 'label' is 'yes'" in capsys.readouterr().err
+    words = tiny.words("dpo", tmp_path / "out", "--desirable-weight", 2)
+    assert tiny.main("dpo", words, monkeypatch) == 2
+    assert "--loss dpo learns from pairs" in capsys.readouterr().err

@@ -1,0 +1,81 @@
+"""Answers of a step with what they are worth, and dynamic sampling: drawing until enough groups differ."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.algorithms.selection import groups_that_differ
+from rlhf_jax.core.types import Rollout
+from rlhf_jax.data.examples import PromptExample
+from rlhf_jax.rewards.functions import Scored
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """Sampled answers; those to one prompt stand together.
+
+    Attributes:
+      prompts: one a row.
+      rollout: the answers.
+      scored: what they are worth, and which could not be scored.
+    """
+
+    prompts: Sequence[PromptExample]
+    rollout: Rollout
+    scored: Scored
+
+    @property
+    def rewards(self) -> np.ndarray:
+        """[B] float32."""
+        return self.scored.rewards
+
+    def grouped(self, group_size: int) -> np.ndarray:
+        """Rewards as [N, G]."""
+        return self.rewards.reshape(-1, group_size)
+
+
+def draw_groups_that_differ(
+    draw: Callable[[int], Answers], *, groups: int, group_size: int, most: int
+) -> tuple[Answers, dict[str, float]]:
+    """Dynamic sampling (DAPO, Yu et al. 2025): draws until `groups` prompts have answers of unequal reward.
+
+    What is drawn is a function of the number of the draw, and how many draws there are of their rewards: a
+    step that is taken again draws the same.
+
+    Args:
+      draw: number -> `groups` prompts with `group_size` answers each, counted from 0.
+      most: draws at most; what is missing then is filled with groups whose rewards are equal.
+
+    Returns:
+      (answers to `groups` prompts, metrics): `draws`, and of all that was drawn `drawn_reward`, the mean,
+      and `drawn_zero_std_groups`, the share of groups that teach nothing.
+    """
+    drawn = [draw(0)]
+    rewards = drawn[0].grouped(group_size)
+    while np.sum(np.ptp(rewards, axis=1) > 0) < groups and len(drawn) < most:
+        drawn.append(draw(len(drawn)))
+        rewards = np.concatenate([rewards, drawn[-1].grouped(group_size)])
+    chosen = np.asarray(groups_that_differ(jnp.asarray(rewards), groups)[0])
+    rows = (chosen[:, None] * group_size + np.arange(group_size)).reshape(-1)
+    metrics = {
+        "draws": len(drawn),
+        "drawn_reward": float(np.mean(rewards)),
+        "drawn_zero_std_groups": float(np.mean(np.ptp(rewards, axis=1) == 0)),
+    }
+    return _take(drawn, rows), metrics
+
+
+def _take(drawn: Sequence[Answers], rows: np.ndarray) -> Answers:
+    """Rows of several draws, counted through."""
+    prompts = [prompt for answers in drawn for prompt in answers.prompts]
+    rollout = jax.tree.map(
+        lambda *parts: jnp.concatenate(parts)[rows], *(answers.rollout for answers in drawn)
+    )
+    rewards, unscorable = (
+        np.concatenate([getattr(answers.scored, name) for answers in drawn])[rows]
+        for name in ("rewards", "unscorable")
+    )
+    return Answers([prompts[row] for row in rows], rollout, Scored(rewards, unscorable))

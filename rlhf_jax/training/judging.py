@@ -1,0 +1,81 @@
+"""Which of two answers is preferred: by their rewards, or by a judge who sees both."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.algorithms.nash_md import win_probability
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.types import Rollout
+from rlhf_jax.data.examples import PromptExample
+from rlhf_jax.data.tokenizers import Tokenizer
+from rlhf_jax.rewards.functions import load_reward, score_rows
+from rlhf_jax.training.rollouts import RolloutReward, completion_texts, reward_fields
+
+
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """Two answers to each prompt.
+
+    Attributes:
+      preference: [N] float32, probability that the first is preferred; 1/2 is a tie.
+      metrics: what is known of the answers.
+    """
+
+    preference: np.ndarray
+    metrics: dict[str, float]
+
+
+CompareFn = Callable[[Sequence[PromptExample], Rollout, Rollout], Compared]
+
+
+def compare_by_rewards(reward_fn: RolloutReward, *, noise: float) -> CompareFn:
+    """Bradley-Terry preferences, sigmoid(difference of rewards / noise)."""
+
+    def compare(prompts: Sequence[PromptExample], first: Rollout, second: Rollout) -> Compared:
+        scored = [reward_fn.score(rollout, prompts) for rollout in (first, second)]
+        ours, theirs = (jnp.asarray(side.rewards) for side in scored)
+        metrics = {
+            "reward": float(np.mean(scored[0].rewards)),
+            "opponent_reward": float(np.mean(scored[1].rewards)),
+            "unscorable": int(sum(side.unscorable.sum() for side in scored)),
+        }
+        return Compared(np.asarray(win_probability(ours, theirs, noise=noise)), metrics)
+
+    return compare
+
+
+def compare_by_judge(path: str, tokenizer: Tokenizer) -> CompareFn:
+    """Asks a judge function, in both orders, so that which answer comes first does not matter.
+
+    Args:
+      path: `module:function` of a reward function that also takes `opponents`, the other answers, and
+        returns for each completion the probability that it is preferred to its opponent; None is a tie.
+
+    Raises:
+      UserError: there is no such function; when called, it returns something else.
+    """
+    judge = load_reward(path)
+
+    def ask(prompts: Sequence[PromptExample], rollout: Rollout, others: Rollout) -> np.ndarray:
+        fields = reward_fields(rollout, prompts) | {"opponents": completion_texts(tokenizer, others)}
+        texts, where = [prompt.text for prompt in prompts], [prompt.where for prompt in prompts]
+        scored = score_rows(judge, texts, completion_texts(tokenizer, rollout), fields, where=where)
+        said = np.where(scored.unscorable, 0.5, scored.rewards)
+        if said.min() < 0 or said.max() > 1:
+            row = int(np.argmax(np.abs(said - 0.5)))
+            raise UserError(
+                f"judge {path} returned {said[row]:g} for row {row} ({where[row]}): expected a probability, "
+                "from 0 to 1: that the completion is preferred to its opponent"
+            )
+        return said
+
+    def compare(prompts: Sequence[PromptExample], first: Rollout, second: Rollout) -> Compared:
+        forth, back = ask(prompts, first, second), ask(prompts, second, first)
+        preference = ((forth + 1 - back) / 2).astype(np.float32)
+        disagreement = float(np.mean(np.abs(forth + back - 1)))
+        return Compared(preference, {"order_bias": disagreement})
+
+    return compare

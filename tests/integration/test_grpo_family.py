@@ -1,0 +1,113 @@
+"""Every member of the GRPO family from the command line, dynamic sampling, and answers one step behind."""
+
+import typing
+
+import members
+import numpy as np
+import pytest
+
+from rlhf_jax.metrics import read_metrics
+from rlhf_jax.training.runs import load_policy
+
+CONSTANT = ("--optimizer.schedule", "constant")
+
+REWARD = """
+def mixed(prompts, completions, **_):
+    return [sum(map(ord, text)) % 7 / 7 for text in completions]
+
+def rare(prompts, completions, **_):
+    return [float(text[:1] == "7") for text in completions]
+"""
+
+
+@pytest.fixture
+def rewards(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "family_rewards.py").write_text(REWARD)
+    return "family_rewards:mixed"
+
+
+def lines(folder):
+    return [{k: v for k, v in line.items() if not k.startswith("time")} for line in read_metrics(folder)]
+
+
+def check_resume(tiny, tmp_path, *words):
+    """Three steps and two more are five, to the bit."""
+    words = (*words, *CONSTANT, "--eval-every", 100)
+    whole = tiny.run("grpo", tmp_path / "whole", *words, "--steps", 5)
+    tiny.run("grpo", tmp_path / "broken", *words, "--steps", 3)
+    broken = tiny.run("grpo", tmp_path / "broken", *words, "--steps", 5, "--resume")
+    for ours, theirs in zip(lines(broken), lines(whole), strict=True):
+        assert {k: v for k, v in ours.items() if "eval" not in k} == {
+            k: v for k, v in theirs.items() if "eval" not in k
+        }
+    import jax
+
+    jax.tree.map(np.testing.assert_array_equal, load_policy(broken).params, load_policy(whole).params)
+    return lines(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", typing.get_args(members.GroupAlgorithm))
+def test_every_member_learns_from_its_own_numbers(algorithm, tiny, tmp_path, rewards):
+    words = ("--rewards", rewards, "--steps", 3, "--algorithm", algorithm, "--max-draws", 2)
+    out = tiny.run("grpo", tmp_path / "run", *words, "--learning-rate", 1e-2, "--epochs", 2)
+    found = lines(out)
+    assert [line["step"] for line in found] == [1, 2, 3]
+    assert all(np.isfinite(line["loss"]) and line["skipped"] == 0 for line in found)
+    assert any(line["gradient_norm"] > 0 for line in found)
+    assert all(line["epochs_done"] == 2 for line in found)
+    assert ("overlong" in found[0]) == (algorithm == "dapo")
+
+
+@pytest.mark.slow
+def test_dynamic_sampling_draws_again_and_resumes_to_the_bit(tiny, tmp_path, rewards):
+    words = ("--rewards", "family_rewards:rare", "--algorithm", "dapo", "--max-draws", 4)
+    found = check_resume(tiny, tmp_path, *words)
+    assert max(line["draws"] for line in found) > 1
+    for line in found:
+        assert line["zero_std_groups"] <= line["drawn_zero_std_groups"]
+        assert line["overlong"] <= 0
+
+
+@pytest.mark.slow
+def test_one_step_behind_is_corrected_and_resumes_to_the_bit(tiny, tmp_path, rewards):
+    words = ("--rewards", rewards, "--behind", "--learning-rate", 1e-2, "--optimizer.epsilon", 1e-8)
+    found = check_resume(tiny, tmp_path, *words)
+    assert found[0]["mismatch"] < 1e-4  # the first answers are the policy's own
+    assert all(line["mismatch"] > 1e-3 for line in found[1:])
+    assert found[0]["sampler_weight"] == pytest.approx(1, abs=1e-4)
+    assert all(line["sampler_weight"] != pytest.approx(1, abs=1e-4) for line in found[1:])
+
+
+@pytest.mark.slow
+def test_one_step_behind_with_an_adapter_keeps_the_adapter_alone(tiny, tmp_path, rewards):
+    words = ("--rewards", rewards, "--behind", "--adapter.kind", "lora", "--adapter.rank", 2)
+    found = check_resume(tiny, tmp_path, *words, "--learning-rate", 1e-2)
+    assert found[-1]["mismatch"] > 1e-5
+
+
+def test_published_numbers_hold_unless_they_are_replaced(tmp_path):
+    def hyper(name, **changes):
+        return members.group_member(name, max_length=8, changes=changes, group_size=2).hyper
+
+    assert hyper("dapo").clip_high == 0.28
+    assert hyper("dapo", clip_high=None, kl_coef=0.1).kl_coef == 0.1
+    assert hyper("dapo", clip_high=0.4).clip_high == 0.4
+    assert hyper("gspo").clip_low == 3e-4
+    # Its KL is in the reward, so the loss has none.
+    assert hyper("reinforce++", kl_coef=0.5).kl_coef == 0
+    advantage_fn = members.group_member(
+        "reinforce++", max_length=8, changes={"kl_coef": 0.5}, group_size=2
+    ).config.advantage_fn
+    assert getattr(advantage_fn, "args", ()) == (0.5,)
+
+
+def test_impossible_options_of_the_family(tiny, tmp_path, monkeypatch, capsys):
+    def refused(*words):
+        assert tiny.main("grpo", ["--init", "x", "--out", tmp_path / "out", *words], monkeypatch) == 2
+        return capsys.readouterr().err
+
+    assert "--algorithm rloo compares" in refused("--algorithm", "rloo", "--group-size", 1)
+    assert "--max-draws 0 is not positive" in refused("--max-draws", 0)
+    assert "nowhere" in refused("--algorithm", "remax", "--group-size", 1, "--init", "nowhere")
