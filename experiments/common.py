@@ -280,6 +280,7 @@ _POSITIVE = """
     --steps --keep --batch-size --micro-batches --minibatches --group-size --epochs --temperature
     --max-new-tokens --demonstrations --pair-count --prompt-count --eval-count --optimizer.clip-norm
     --model.width --model.layers --model.heads --model.kv-heads
+    --rounds --prompts-per-round --samples-per-prompt
 """.split()  # noqa: SIM905 (a list of literals would fill the screen)
 # They change how a run is watched, or how long it is, and nothing of what it computes until then.
 _MAY_DIFFER = """
@@ -328,11 +329,16 @@ def check(options: Any, run: RunOptions, stage: str) -> None:
             raise UserError(f"{name} {value} is not positive: give a number above 0")
     if not 0 <= run.seed < 2**32:
         raise UserError(f"--seed {run.seed} is out of range: give one from 0 to {2**32 - 1}")
-    theirs = flags(read_held_run(run.out, stage, resume=run.resume))
+    check_same_options(options, read_held_run(run.out, stage, resume=run.resume), run.out)
+
+
+def check_same_options(options: Any, held: Mapping[str, Any], out: Path) -> None:
+    """Raises: UserError where a resumed run would compute something else than the one in `out` does."""
+    ours, theirs = flags(to_json(options)), flags(held)
     for name in sorted(theirs.keys() & ours.keys() - set(_MAY_DIFFER)):
         if ours[name] != theirs[name]:
             raise UserError(
-                f"{run.out}: its run has {name} {_shown(theirs[name])}, not {_shown(ours[name])}: "
+                f"{out}: its run has {name} {_shown(theirs[name])}, not {_shown(ours[name])}: "
                 "give --resume the same options, or choose another --out"
             )
 

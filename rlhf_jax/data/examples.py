@@ -221,17 +221,27 @@ def prompt_examples(
     """
 
     def make(row: Row) -> PromptExample:
-        field = _first_field(row, ("messages", "prompt", "question"), "a prompt")
-        messages = _messages(row, field, "user")
-        if messages[-1]["role"] == "assistant":
-            messages = messages[:-1]
-        if not messages:
-            raise UserError(f"field {field!r} has nothing before the assistant's turn; add a user message")
+        messages = prompt_messages(row)
         text = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
         ids = np.array(encode_prompt(tokenizer, messages), np.int32)
         return PromptExample(ids, text, row.fields, row.where)
 
     return _make_all(rows, make, lambda example: len(example.ids), max_length, too_long, "the prompt")
+
+
+def prompt_messages(row: Row) -> Messages:
+    """What `prompt_examples` takes for the prompt of a row.
+
+    Raises:
+      UserError: the row has none.
+    """
+    field = _first_field(row, ("messages", "prompt", "question"), "a prompt")
+    messages = _messages(row, field, "user")
+    if messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    if not messages:
+        raise UserError(f"field {field!r} has nothing before the assistant's turn; add a user message")
+    return messages
 
 
 def _make_all(

@@ -65,17 +65,21 @@ def draw_groups_that_differ(
         "drawn_reward": float(np.mean(rewards)),
         "drawn_zero_std_groups": float(np.mean(np.ptp(rewards, axis=1) == 0)),
     }
-    return _take(drawn, rows), metrics
+    return take(concatenate(drawn), rows), metrics
 
 
-def _take(drawn: Sequence[Answers], rows: np.ndarray) -> Answers:
-    """Rows of several draws, counted through."""
-    prompts = [prompt for answers in drawn for prompt in answers.prompts]
-    rollout = jax.tree.map(
-        lambda *parts: jnp.concatenate(parts)[rows], *(answers.rollout for answers in drawn)
-    )
+def concatenate(parts: Sequence[Answers]) -> Answers:
+    """Answers of several draws, one after the other."""
+    rollout = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *(part.rollout for part in parts))
     rewards, unscorable = (
-        np.concatenate([getattr(answers.scored, name) for answers in drawn])[rows]
-        for name in ("rewards", "unscorable")
+        np.concatenate([getattr(part.scored, name) for part in parts]) for name in ("rewards", "unscorable")
     )
-    return Answers([prompts[row] for row in rows], rollout, Scored(rewards, unscorable))
+    prompts = [prompt for part in parts for prompt in part.prompts]
+    return Answers(prompts, rollout, Scored(rewards, unscorable))
+
+
+def take(answers: Answers, rows: np.ndarray) -> Answers:
+    """Some of them."""
+    scored = Scored(answers.rewards[rows], answers.scored.unscorable[rows])
+    rollout = jax.tree.map(lambda leaf: leaf[rows], answers.rollout)
+    return Answers([answers.prompts[row] for row in rows], rollout, scored)
