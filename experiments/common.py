@@ -29,7 +29,7 @@ from rlhf_jax.data import arithmetic
 from rlhf_jax.data.examples import SupervisedExample, TooLong
 from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.data.tokenizers import Tokenizer, byte_tokenizer, load_tokenizer
-from rlhf_jax.metrics import write_report
+from rlhf_jax.metrics import Thresholds, write_report
 from rlhf_jax.training import Interrupted, LoopConfig
 from rlhf_jax.training.runs import (
     Adaptation,
@@ -83,9 +83,10 @@ class RunOptions:
     start_timeout: int = 300
     lost_timeout: int = 60
 
-    def loop(self) -> LoopConfig:
+    def loop(self, thresholds: Thresholds = Thresholds()) -> LoopConfig:
         """The part of it that the training loop knows."""
-        return LoopConfig(self.steps, self.save_every, self.eval_every, self.keep, quiet=self.quiet)
+        every = self.save_every, self.eval_every
+        return LoopConfig(self.steps, *every, self.keep, quiet=self.quiet, thresholds=thresholds)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ Rows hold `prompt`, `question` or `messages`; their other fields go to the rewar
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
@@ -33,6 +34,7 @@ from rlhf_jax.core.optimization import OptimizerConfig
 from rlhf_jax.core.types import Array, Float, Params, Rollout
 from rlhf_jax.generation import Sampling
 from rlhf_jax.losses import policy_weights
+from rlhf_jax.metrics import Thresholds
 from rlhf_jax.rewards.functions import Scored
 from rlhf_jax.training import run_loop
 from rlhf_jax.training.answers import Answers, draw_groups_that_differ
@@ -261,12 +263,14 @@ def run(options: Options) -> None:
         state, metrics = learn(state, parts.original, answers.rollout, *distributed.shard_batch(rewards))
         return state, {**metrics, **drawn}
 
+    # One step behind, sampler and trainer differ by design.
+    thresholds = Thresholds(mismatch=math.inf) if options.behind else Thresholds()
     before = prompts.answer(model.params)
     common.start(options, options.run, "grpo", model, "policy", parts.adaptation)
     state = run_loop(
         state,
         step,
-        options.run.loop(),
+        options.run.loop(thresholds),
         stage="grpo",
         folder=options.run.out,
         resume=options.run.resume,

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.metrics.monitoring import ALARM, TROUBLES
 from rlhf_jax.metrics.plots import Curve, curve_svg, trend
 from rlhf_jax.metrics.progress import format_number, format_seconds
 from rlhf_jax.metrics.writers import METRICS_FILE, read_metrics
@@ -130,6 +131,9 @@ def _view(folder: Path, table: Sequence[TableRow], interval: str) -> dict[str, A
         "curves_note": _curves_note(stages),
         "reward_model": _pair_accuracy(summary),
         "stages": stages,
+        "warnings": [
+            view for stage, metrics in curves.items() for view in _warnings(stage, metrics, colours)
+        ],
         "samples": [_sample_view(sample, colours) for sample in samples[:_MOST_SAMPLES]],
         "sample_count": len(samples),
     }
@@ -288,6 +292,29 @@ def _stage_view(stage: str, metrics: Mapping[str, Sequence[Curve]], colour: str)
                 {"title": panel.title, "svg": markupsafe.Markup(curve_svg(curves, percent=panel.percent))}
             )
     return {"name": _display(stage), "colour": colour, "steps": steps, "seeds": seeds, "panels": panels}
+
+
+def _warnings(
+    stage: str, metrics: Mapping[str, Sequence[Curve]], colours: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """Known troubles of a stage, with the steps at which they were there, over all seeds."""
+    views = []
+    for trouble in TROUBLES:
+        steps = sorted({int(s) for curve in metrics.get(f"{ALARM}{trouble.name}", ()) for s in curve.steps})
+        if steps:
+            gaps = [place for place in range(1, len(steps)) if steps[place] > steps[place - 1] + 1]
+            ends = zip([0, *gaps], [*gaps, len(steps)], strict=True)
+            episodes = [(steps[first], steps[last - 1]) for first, last in ends]
+            views.append(
+                {
+                    "stage": _display(stage),
+                    "colour": colours[stage],
+                    "title": trouble.title,
+                    "advice": trouble.advice,
+                    "steps": ", ".join(f"{a}" if a == b else f"{a} to {b}" for a, b in episodes),
+                }
+            )
+    return views
 
 
 def _find(metrics: Mapping[str, Sequence[Curve]], names: Sequence[str]) -> Sequence[Curve] | None:

@@ -19,6 +19,8 @@ OVERLONG_SHARE = 0.2
 _LONGEST = 1 << 16  # characters of a completion that are looked at by the rules that count words
 _NGRAM = 4
 
+# `search`, anchored at the end: a line by itself, with digits that may be grouped, signed and broken.
+_ANSWER_LINE = re.compile(r"(?:\A|\n)#### -?\$?[0-9][0-9,]{0,30}(?:\.[0-9]{1,30})?\Z")
 # Words of LaTeX, tags and addresses are in Latin letters whatever language the text is in.
 _NO_LANGUAGE = re.compile(r"\\[A-Za-z]+|</?[A-Za-z_]+>|https?://[^\s]+")
 _CODE = re.compile(
@@ -40,6 +42,11 @@ def think_answer_reward(prompts: Sequence[str], completions: Sequence[str], **_:
 def think_reward(prompts: Sequence[str], completions: Sequence[str], **_: object) -> list[float]:
     """1 where a completion is `...</think>...`, for prompts that end with `<think>`: one end, two parts."""
     return [float(_is_thought(text)) for text in completions]
+
+
+def answer_line_reward(prompts: Sequence[str], completions: Sequence[str], **_: object) -> list[float]:
+    """1 where the last line is `#### NUMBER`, the only one with that mark, whatever the number."""
+    return [float(_ANSWER_LINE.search(text) is not None and text.count("####") == 1) for text in completions]
 
 
 def _is_thought_and_answer(text: str) -> bool:

@@ -1,4 +1,4 @@
-"""The one training loop: state in, state out; it logs, evaluates, saves, resumes and stops cleanly.
+"""The one training loop: state in, state out; it logs, warns, evaluates, saves, resumes and stops cleanly.
 
 A step is atomic: whatever it samples or buffers lives and dies within it, and its inputs are functions of
 the step's number and of the state. The state saved between two steps is therefore all that a resume needs,
@@ -21,8 +21,9 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.optimization import with_frozen, without_frozen
 from rlhf_jax.core.types import Metrics
 from rlhf_jax.distributed import any_host, is_first_host
+from rlhf_jax.metrics.monitoring import Monitor, Thresholds
 from rlhf_jax.metrics.progress import Progress
-from rlhf_jax.metrics.writers import MetricsWriter
+from rlhf_jax.metrics.writers import MetricsWriter, read_metrics
 
 State = TypeVar("State")
 StepFn = Callable[[State, int], tuple[State, Metrics]]
@@ -40,6 +41,7 @@ class LoopConfig:
       keep: newest checkpoints that are kept.
       max_skipped_in_a_row: give up after this many steps in a row were not finite.
       quiet: show no progress.
+      thresholds: when a run is warned of: see `metrics.monitoring`.
     """
 
     steps: int
@@ -48,6 +50,7 @@ class LoopConfig:
     keep: int = 2
     max_skipped_in_a_row: int = 10
     quiet: bool = False
+    thresholds: Thresholds = Thresholds()
 
 
 class Interrupted(Exception):
@@ -101,12 +104,17 @@ def run_loop(
             Progress(stage, config.steps, completed=start, quiet=config.quiet or not first) as progress,
             _signals() as received,
         ):
+            monitor = _recall(Monitor(config.thresholds), folder, stage, start)
             for step in range(start, config.steps):
                 began = time.perf_counter()
                 state, metrics = step_fn(state, step)
                 metrics = jax.device_get(dict(metrics))
                 done, seconds = step + 1, time.perf_counter() - began
                 _stop_if_diverged(metrics, config, done, folder)
+                alarms, under_way = monitor.see(metrics)
+                metrics |= under_way
+                for alarm in alarms:
+                    progress.log(f"warning: step {done}: {alarm}")
                 if _is_due(done, config.eval_every, config.steps) and eval_fn is not None:
                     metrics |= {f"eval/{name}": value for name, value in eval_fn(state).items()}
                 if writer is not None:
@@ -145,6 +153,14 @@ def _restore(
             f"{data_fingerprint[:12]}, not {held[:12]}): give --resume the same data, or choose another --out"
         )
     return start, with_frozen(restored, state)
+
+
+def _recall(monitor: Monitor, folder: Path, stage: str, start: int) -> Monitor:
+    """The monitor as it was after step `start`."""
+    for line in read_metrics(folder) if start else []:
+        if line.get("stage") == stage and line.get("step", 0) <= start:
+            monitor.see(line)
+    return monitor
 
 
 def _is_due(done: int, every: int, steps: int) -> bool:

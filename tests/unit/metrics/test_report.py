@@ -246,3 +246,15 @@ def test_a_damaged_file_is_named(tmp_path, name, text, message):
 def test_a_missing_run_folder_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="no such run folder"):
         write_report(tmp_path / "nothing")
+
+
+def test_troubles_stand_in_the_report_with_their_steps_and_what_to_do(tmp_path):
+    with MetricsWriter(tmp_path, stage="grpo") as writer:
+        for step in range(1, 13):
+            found = {"alarm/kl_explosion": 1} if 4 <= step <= 6 or step == 9 else {}
+            writer.write(step, {"loss": 1.0 / step, **found})
+    page = write_report(tmp_path).read_text()
+    assert "Warnings" in page
+    assert re.search(r"GRPO: KL explosion</b>, steps 4 to 6, 9\.", page)
+    assert "lower the learning rate" in page
+    assert "entropy collapse" not in page

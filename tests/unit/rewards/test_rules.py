@@ -1,5 +1,7 @@
 """Rewards for format, length, language, code and repetition."""
 
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -112,7 +114,14 @@ def test_repetition():
     assert one(rules.repetition_reward, "") == 0
 
 
-RULES = ["think_answer_reward", "think_reward", "language_reward", "code_free_reward", "repetition_reward"]
+RULES = [
+    "answer_line_reward",
+    "think_answer_reward",
+    "think_reward",
+    "language_reward",
+    "code_free_reward",
+    "repetition_reward",
+]
 
 
 @given(st.text(max_size=300), st.text(max_size=20))
@@ -121,3 +130,28 @@ def test_any_text_gets_a_bounded_reward(text, prompt):
     for name in RULES:
         reward = load_reward(f"rlhf_jax.rewards.rules:{name}")
         assert -1 <= one(reward, text, prompt) <= 1
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("2+2=4\n#### 4", 1),
+        ("#### -1,234.5", 1),
+        ("a\n#### $18", 1),
+        ("2+2=4\n#### 4\n", 0),
+        ("so #### 4", 0),
+        ("#### 4\n#### 4", 0),
+        ("a\n#### four", 0),
+        ("a\n#### ٤", 0),
+        ("a\n####4", 0),
+        ("", 0),
+    ],
+)
+def test_an_answer_stands_in_the_last_line(text, expected):
+    assert rules.answer_line_reward([""], [text]) == [expected]
+
+
+def test_the_answer_line_takes_linear_time():
+    began = time.perf_counter()
+    rules.answer_line_reward([""], ["\n#### " + "9," * 500_000 + "x"])
+    assert time.perf_counter() - began < 1

@@ -211,3 +211,23 @@ def test_a_save_that_fails_is_said_in_one_sentence(tmp_path):
     with pytest.raises(UserError, match="step 4 could not be saved"):
         run(tmp_path, spoils, save_every=2)
     assert latest(tmp_path) == 2
+
+
+# Warnings --------------------------------------------------------------------------------------------
+
+
+def test_trouble_is_said_once_and_kept_in_the_metrics_across_a_resume(tmp_path, capfd):
+    def step(state, number):
+        state, metrics = take_step(state, number)
+        return state, {**metrics, "zero_std_groups": jnp.float32(1.0 if 2 <= number < 9 else 0.1)}
+
+    run(tmp_path / "whole", step, steps=16, quiet=False)
+    said = capfd.readouterr().err
+    assert said.count("warning: step 7: groups of equal rewards") == 1
+    assert said.count("warning:") == 1
+    run(tmp_path / "broken", step, steps=8)
+    run(tmp_path / "broken", step, steps=16, resume=True, quiet=False)
+    assert "warning:" not in capfd.readouterr().err  # the episode goes on
+    assert without_times(tmp_path / "broken") == without_times(tmp_path / "whole")
+    steps = [line["step"] for line in read_metrics(tmp_path / "whole") if line.get("alarm/idle_groups")]
+    assert steps == list(range(7, 14))

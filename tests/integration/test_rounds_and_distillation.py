@@ -1,0 +1,208 @@
+"""RAFT, expert iteration and iterated DPO in rounds, and distillation, from the command line."""
+
+import json
+import shutil
+
+import distill
+import jax
+import numpy as np
+import pytest
+import rounds
+import tyro
+
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.types import Rollout, Sequences
+from rlhf_jax.data.arithmetic import arithmetic_tokenizer
+from rlhf_jax.data.examples import PromptExample
+from rlhf_jax.data.sources import read_rows
+from rlhf_jax.metrics import read_metrics
+from rlhf_jax.rewards.functions import Scored
+from rlhf_jax.training.answers import Answers
+from rlhf_jax.training.runs import load_policy
+
+SMALL = "--prompt-count 64 --eval-count 8 --samples 2 --optimizer.warmup-steps 0 --batch-size 8"
+SMALL += " --optimizer.schedule constant --save-every 3 --quiet --no-report --learning-rate 1e-2"
+
+REWARDS = """
+def mixed(prompts, completions, **_):
+    return [sum(map(ord, text)) % 7 / 7 for text in completions]
+"""
+
+
+@pytest.fixture
+def mixed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "round_rewards.py").write_text(REWARDS)
+    return "round_rewards:mixed"
+
+
+@pytest.fixture(scope="module")
+def talker(tiny, tmp_path_factory):
+    """A policy that has learned to end its answers."""
+    words = ("--data", tmp_path_factory.mktemp("data") / "rows.jsonl", "--steps", 60, "--learning-rate", 2e-2)
+    rows = [{"prompt": f"{a}+{b}=?", "completion": str(a + b)} for a in range(10) for b in range(10)]
+    words[1].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tiny.run(
+        "sft",
+        tmp_path_factory.mktemp("talker") / "run",
+        *words,
+        "--tokenizer",
+        tiny.finished("sft") / "tokenizer",
+    )
+
+
+def run(script, out, *more):
+    words = [*f"--out {out} {SMALL}".split(), *map(str, more)]
+    script.run(tyro.cli(script.Options, args=words))
+    return [{k: v for k, v in line.items() if not k.startswith("time")} for line in read_metrics(out)]
+
+
+def assert_same_policy(first, second):
+    jax.tree.map(np.testing.assert_array_equal, load_policy(first).params, load_policy(second).params)
+
+
+# Which answers are learned from ----------------------------------------------------------------------
+
+
+def answers(texts, rewards, unfinished=()):
+    tokenizer = arithmetic_tokenizer()
+    ids = [tokenizer.encode(text) for text in texts]
+    width = max(map(len, ids))
+    tokens = np.array([row + [0] * (width - len(row)) for row in ids])
+    mask = np.array([[True] * len(row) + [False] * (width - len(row)) for row in ids])
+    finished = np.array([place not in unfinished for place in range(len(texts))])
+    prompts = [
+        PromptExample(np.array([1]), "", {"prompt": f"{place // 2}+1=?"}, "") for place in range(len(texts))
+    ]
+    rollout = Rollout(Sequences(tokens, tokens, mask.astype(int), mask), np.zeros(mask.shape), finished)
+    return Answers(prompts, rollout, Scored(np.float32(rewards), np.zeros(len(texts), bool)))
+
+
+def rows(method, found, **more):
+    options = rounds.Options(init="x", method=method, samples_per_prompt=2, **more)
+    return rounds.to_rows(options, found, arithmetic_tokenizer())
+
+
+def test_which_answers_become_rows():
+    # The mean of the finished ones is 0.5: the best of prompt 0 was cut, and prompt 2's are equal.
+    found = answers(["1", "2", "3", "4", "5", "5"], [1, 0.75, 1, 0.25, 0.5, 0], unfinished=(0,))
+    best = [{"prompt": "0+1=?", "completion": "2"}, {"prompt": "1+1=?", "completion": "3"}]
+    assert rows("raft", found) == best
+    assert rows("raft", found, at_least=0.5) == [*best, {"prompt": "2+1=?", "completion": "5"}]
+    assert rows("expert_iteration", found, at_least=0.2) == [
+        *best,
+        {"prompt": "1+1=?", "completion": "4"},
+        {"prompt": "2+1=?", "completion": "5"},
+    ]
+    assert rows("dpo", found) == [{"prompt": "1+1=?", "chosen": "3", "rejected": "4"}]
+    assert rows("raft", answers(["1", "2"], [1, 1])) == []
+
+
+# Rounds ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["raft", "expert_iteration", "dpo"])
+def test_rounds_go_on_where_they_stopped(method, tmp_path, talker, mixed):
+    words = ("--init", talker, "--method", method, "--rewards", mixed, "--max-new-tokens", 8, "--steps", 4)
+    words += ("--rounds", 2, "--prompts-per-round", 16, "--samples-per-prompt", 4)
+    found = run(rounds, tmp_path / "whole", *words)
+    assert [line["step"] for line in found] == [1, 2]
+    assert all(line["kept"] > 0 and "eval/score" in line for line in found)
+    fields = {"prompt", "chosen", "rejected"} if method == "dpo" else {"prompt", "completion"}
+    first, second = (read_rows(str(tmp_path / "whole" / f"rows_{k}.jsonl")) for k in (1, 2))
+    assert {row.fields.keys() == fields for row in first} == {True}
+    assert [row.fields["prompt"] for row in first] != [row.fields["prompt"] for row in second]
+    # As after a kill in the second round: its training has begun, and nothing of it is summed up.
+    broken = tmp_path / "broken"
+    shutil.copytree(tmp_path / "whole", broken)
+    (broken / "result_2.json").unlink()
+    shutil.rmtree(broken / "round_2" / "checkpoints" / "step_00000004")
+    kept = (broken / "rows_2.jsonl").read_bytes()
+    assert run(rounds, broken, *words, "--resume") == found
+    assert (broken / "rows_2.jsonl").read_bytes() == kept
+    assert_same_policy(broken / "round_2", tmp_path / "whole" / "round_2")
+
+
+@pytest.mark.slow
+def test_a_writer_and_a_restart(tiny, tmp_path, talker, mixed):
+    words = ("--init", tiny.finished("sft"), "--writer", talker, "--rewards", mixed, "--max-new-tokens", 8)
+    words += ("--rounds", 2, "--prompts-per-round", 16, "--steps", 3)
+    found = run(rounds, tmp_path / "run", *words, "--restart")
+    assert found[0]["finished"] > 0.5  # it is the writer that answers
+    again = run(rounds, tmp_path / "again", *words)
+    assert_same_policy(tmp_path / "run" / "round_1", tmp_path / "again" / "round_1")
+    assert found[1]["reward"] == again[1]["reward"]
+    assert (tmp_path / "run" / "rows_2.jsonl").read_bytes() == (
+        tmp_path / "again" / "rows_2.jsonl"
+    ).read_bytes()
+    with pytest.raises(AssertionError):
+        assert_same_policy(tmp_path / "run" / "round_2", tmp_path / "again" / "round_2")
+
+
+def test_mistakes_of_rounds(tiny, tmp_path, monkeypatch, capsys):
+    def refused(*more):
+        words = [*f"--out {tmp_path / 'out'} --init x {SMALL}".split(), *map(str, more)]
+        assert tiny.main("rounds", words, monkeypatch) == 2
+        return capsys.readouterr().err
+
+    assert "--samples-per-prompt 2 or more" in refused("--method", "dpo", "--samples-per-prompt", 1)
+    assert "--prompts-per-round 12 is not divisible" in refused("--prompts-per-round", 12)
+    assert "--at-least means nothing" in refused("--method", "dpo", "--at-least", 1)
+
+
+# Distillation ----------------------------------------------------------------------------------------
+
+LOSSES = ("forward_kl", "reverse_kl", "js", "sequence", "sampled_reverse_kl", "sequence_reverse_kl")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_brings_the_student_closer(loss, tiny, tmp_path, talker):
+    words = ("--teacher", talker, "--init", tiny.finished("sft"), "--loss", loss, "--max-new-tokens", 4)
+    found = run(distill, tmp_path / "run", *words, "--steps", 12, "--eval-every", 100)
+    assert all(np.isfinite(line["loss"]) and line["skipped"] == 0 for line in found)
+    if loss != "sampled_reverse_kl" and loss != "sequence_reverse_kl":  # single samples are too noisy
+        assert found[-1]["loss"] < 0.8 * found[0]["loss"]
+    writes = {line["student_writes"] for line in found}
+    assert writes == ({1.0} if "sampled" in loss or "sequence_" in loss else {0.0})
+
+
+@pytest.mark.slow
+def test_a_mixture_of_writers_on_a_new_student_resumes_to_the_bit(tmp_path, talker):
+    words = ("--teacher", talker, "--loss", "js", "--student-share", 0.5, "--max-new-tokens", 4)
+    words += ("--model.width", 8, "--model.layers", 1, "--model.heads", 2, "--model.kv-heads", 1)
+    words += ("--eval-every", 100)
+    whole = run(distill, tmp_path / "whole", *words, "--steps", 6)
+    run(distill, tmp_path / "broken", *words, "--steps", 4)
+    broken = run(distill, tmp_path / "broken", *words, "--steps", 6, "--resume")
+    for ours, theirs in zip(broken, whole, strict=True):
+        assert {k: v for k, v in ours.items() if "eval" not in k} == {
+            k: v for k, v in theirs.items() if "eval" not in k
+        }
+    assert {line["student_writes"] for line in whole} == {0.0, 1.0}
+    assert_same_policy(tmp_path / "broken", tmp_path / "whole")
+
+
+def test_mistakes_of_distillation(tmp_path):
+    def refused(**options):
+        return distill.check(distill.Options(run=distill.common.RunOptions(tmp_path), teacher="x", **options))
+
+    with pytest.raises(UserError, match="needs answers of the teacher"):
+        refused(loss="sequence", student_share=0.5)
+    with pytest.raises(UserError, match="is no share"):
+        refused(student_share=1.5)
+    assert refused(loss="sampled_reverse_kl") == 1
+    assert refused(loss="js") == 0
+
+
+@pytest.mark.parametrize("script", [rounds, distill])
+def test_help_shows_every_option(script, tiny, monkeypatch, capsys):
+    import common
+
+    monkeypatch.setenv("COLUMNS", "110")
+    assert tiny.main(script.__name__, ["--help"], monkeypatch) == 0
+    shown = capsys.readouterr().out
+    needed = {"teacher": "x"} if script is distill else {"init": "x"}
+    for flag in common.flags(common.to_json(script.Options(**needed))):
+        assert flag in shown, flag
