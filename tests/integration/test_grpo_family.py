@@ -15,6 +15,9 @@ REWARD = """
 def mixed(prompts, completions, **_):
     return [sum(map(ord, text)) % 7 / 7 for text in completions]
 
+def equal(prompts, completions, **_):
+    return [0.5] * len(completions)
+
 def rare(prompts, completions, **_):
     return [float(text[:1] == "7") for text in completions]
 """
@@ -85,6 +88,19 @@ def test_one_step_behind_with_an_adapter_keeps_the_adapter_alone(tiny, tmp_path,
     words = ("--rewards", rewards, "--behind", "--adapter.kind", "lora", "--adapter.rank", 2)
     found = check_resume(tiny, tmp_path, *words, "--learning-rate", 1e-2)
     assert found[-1]["mismatch"] > 1e-5
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_wrong_says_so(tiny, tmp_path, rewards, capfd):
+    equal = ("--rewards", "family_rewards:equal", "--steps", 6, "--no-quiet", "--report")
+    out = tiny.run("grpo", tmp_path / "equal", *equal)
+    assert [line["step"] for line in read_metrics(out) if line.get("alarm/idle_groups")] == [5, 6]
+    assert capfd.readouterr().err.count("warning: step 5: groups of equal rewards: in 100%") == 1
+    assert "groups of equal rewards</b>, steps 5 to 6" in (out / "report.html").read_text()
+
+    wild = ("--learning-rate", 1.0, "--kl-coef", 0, "--epochs", 2, "--optimizer.warmup-steps", 0)
+    out = tiny.run("grpo", tmp_path / "wild", "--rewards", rewards, *wild, *CONSTANT, "--steps", 8)
+    assert any(line.get("alarm/kl_explosion") for line in read_metrics(out))
 
 
 def test_published_numbers_hold_unless_they_are_replaced(tmp_path):
