@@ -1,7 +1,8 @@
-"""AlphaZero on tic-tac-toe and connect four: self-play, and an Elo curve with and without search at play.
+"""AlphaZero on tic-tac-toe, connect four and games of pgx: self-play, and Elo with and without search.
 
     python experiments/alphazero.py --out runs/tic_tac_toe
     python experiments/alphazero.py --out runs/connect_four --game connect-four --steps 200
+    python experiments/alphazero.py --out runs/othello --game pgx:othello    # pip install 'rlhf_jax[games]'
 
 The agents of the run's checkpoints, each with and without search, and a random player meet in a round robin;
 `results.json`, `elo.png` and `report.html` say what came out. At tic-tac-toe the exact solution also counts
@@ -13,7 +14,7 @@ import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import common
 import jax
@@ -31,13 +32,13 @@ from rlhf_jax.rl import alphazero, games
 from rlhf_jax.training import run_loop
 from rlhf_jax.training.runs import describe_run, write_json
 
-GameName = Literal["tic-tac-toe", "small-connect-four", "connect-four"]
 GAMES = {
     "tic-tac-toe": games.TIC_TAC_TOE,
     "small-connect-four": games.SMALL_CONNECT_FOUR,
     "connect-four": games.CONNECT_FOUR,
 }
 SOLVED = ("tic-tac-toe",)
+EXTERNAL = "pgx:"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ class Options:
     """Options of AlphaZero.
 
     Attributes:
-      game: small-connect-four is on 5 x 5 cells, connect-four on 6 x 7.
+      game: tic-tac-toe, small-connect-four on 5 x 5 cells, connect-four on 6 x 7, or pgx:NAME.
       games: played side by side in self-play.
       plies: moves of each of them a step; 0 for those of the longest game.
       opening: a new game of self-play begins after 0 to this many random moves.
@@ -63,7 +64,7 @@ class Options:
     run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(
         Path("runs/alphazero"), steps=120, save_every=20, keep=100
     )
-    game: GameName = "tic-tac-toe"
+    game: str = "tic-tac-toe"
     games: int = 128
     plies: int = 0
     opening: int = 4
@@ -100,7 +101,20 @@ class Agent:
         )
 
 
-def make_config(options: Options, game: games.LineGame) -> alphazero.Config:
+def find_game(name: str) -> games.Game:
+    """The game of that name.
+
+    Raises:
+      UserError: there is none.
+    """
+    if name.startswith(EXTERNAL):
+        return games.PgxGame(name.removeprefix(EXTERNAL))
+    if name not in GAMES:
+        raise UserError(f"--game {name}: there is none: choose one of {', '.join(GAMES)}, {EXTERNAL}NAME")
+    return GAMES[name]
+
+
+def make_config(options: Options, game: games.Game) -> alphazero.Config:
     """What the options say of training."""
     plies = options.plies or game.length
     common.check_divides("--minibatches", options.minibatches, "--games x --plies", options.games * plies)
@@ -117,7 +131,7 @@ def make_config(options: Options, game: games.LineGame) -> alphazero.Config:
     )
 
 
-def train(options: Options, game: games.LineGame, config: alphazero.Config) -> dict[int, Params]:
+def train(options: Options, game: games.Game, config: alphazero.Config) -> dict[int, Params]:
     """Trains, and gives the parameters at the beginning and at every checkpoint."""
     begin, iterate = alphazero.make_iteration(config, game)
     hyper = alphazero.Hyper(learning_rate=jnp.float32(options.learning_rate))
@@ -144,7 +158,7 @@ def train(options: Options, game: games.LineGame, config: alphazero.Config) -> d
 
 
 def round_robin(
-    options: Options, game: games.LineGame, config: alphazero.Config, snapshots: dict[int, Params]
+    options: Options, game: games.Game, config: alphazero.Config, snapshots: dict[int, Params]
 ) -> tuple[list[Agent], np.ndarray]:
     """Every pair of agents plays every opening twice; points [agents, agents], half a point for a draw.
 
@@ -251,7 +265,7 @@ def run(options: Options) -> None:
             f"--keep {options.run.keep} would remove checkpoints that the Elo curve needs: raise it, or "
             "--save-every"
         )
-    game = GAMES[options.game]
+    game = find_game(options.game)
     config = make_config(options, game)
     describe_run(options.run.out, common.to_json(options), stage="alphazero")
     snapshots = train(options, game, config)
@@ -267,7 +281,7 @@ def run(options: Options) -> None:
         "games_a_pair": 2 * options.openings,
     }
     if options.game in SOLVED:
-        results["against_every_reply"] = lost_lines(game, config, snapshots, agents)
+        results["against_every_reply"] = lost_lines(GAMES[options.game], config, snapshots, agents)
     write_json(options.run.out / "results.json", results)
     plot(options.run.out / "elo.png", agents, ratings.elo, ratings.error, options.game)
     if not options.run.quiet:

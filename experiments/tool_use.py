@@ -33,10 +33,10 @@ from rlhf_jax.data.examples import PromptExample, prompt_examples
 from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.data.sources import Row
 from rlhf_jax.data.tokenizers import Tokenizer
-from rlhf_jax.generation import Sampling
+from rlhf_jax.generation import Sampling, regex_automaton
 from rlhf_jax.rewards.functions import score_rows
 from rlhf_jax.rewards.verifiers import exact_answer_reward
-from rlhf_jax.tool_use import calculator
+from rlhf_jax.tool_use import calculator, call_pattern
 from rlhf_jax.training import run_loop
 from rlhf_jax.training.multi_turn import (
     conversation_texts,
@@ -69,6 +69,7 @@ class Options:
       max_new_tokens: of a turn.
       response_length: tokens of all turns, what the calculator says included.
       learning_rate: at its peak.
+      constrained: let the policy write no call that cannot be run.
       temperature: of sampling; the scorer uses the same.
       kl_coef: weight of the KL to the reference in the loss.
     """
@@ -90,6 +91,7 @@ class Options:
     max_new_tokens: int = 24
     response_length: int = 72
     learning_rate: float = 3e-4
+    constrained: bool = False
     temperature: float = 1.0
     kl_coef: float = 0.01
 
@@ -134,12 +136,13 @@ def score(tokenizer: Tokenizer, rollout: Rollout, prompts: Sequence[PromptExampl
 
 
 def make_evaluate_fn(
-    generate: GenerateFn, tokenizer: Tokenizer, prompts: Sequence[PromptExample]
+    generate: GenerateFn, tokenizer: Tokenizer, prompts: Sequence[PromptExample], sampling: Sampling
 ) -> Callable[[Params], tuple[dict[str, float], list[Sample]]]:
     """`evaluate(params) -> (numbers, conversations)` of the most likely conversations."""
+    greedy = dataclasses.replace(sampling, temperature=0.0)
 
     def evaluate(params: Params) -> tuple[dict[str, float], list[Sample]]:
-        rollout = generate(params, prompts, jax.random.key(0), Sampling(temperature=0.0))
+        rollout = generate(params, prompts, jax.random.key(0), greedy)
         rewards = score(tokenizer, rollout, prompts)
         texts = conversation_texts(tokenizer, rollout)
         conversations = [
@@ -165,17 +168,20 @@ def run(options: Options) -> None:
     train, held_out = load_prompts(options, model.tokenizer)
     common.announce(options.run, model, f"{len(train):,} problems, a calculator")
 
+    tools = [calculator()]
+    constraint = regex_automaton(model.tokenizer, call_pattern(tools)) if options.constrained else None
+    sampling = Sampling(temperature=options.temperature, constraint=constraint)
     generate = make_multi_turn_fn(
         make_sample_fn(model.config, model.tokenizer, max_new_tokens=options.max_new_tokens),
         model.tokenizer,
-        [calculator()],
+        tools,
         prompt_length=max(len(prompt.ids) for prompt in train + held_out),
         max_new_tokens=options.max_new_tokens,
         max_turns=options.max_turns,
         response_length=options.response_length,
-        sampling=Sampling(temperature=options.temperature),
+        sampling=sampling,
     )
-    evaluate = make_evaluate_fn(generate, model.tokenizer, held_out)
+    evaluate = make_evaluate_fn(generate, model.tokenizer, held_out, sampling)
     score_fn = models.make_score_fn(model.config, temperature=options.temperature)
     tx = make_optimizer(common.with_total_steps(options.optimizer, options.run.steps))
     config = group.Config(options.group_size, micro_batches=options.micro_batches)

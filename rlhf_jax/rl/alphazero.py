@@ -30,14 +30,14 @@ from rlhf_jax.core.optimization import (
 )
 from rlhf_jax.core.trees import pytree_dataclass, tree_where
 from rlhf_jax.core.types import Array, Bool, Float, Int, Metrics, Params, PRNGKeyArray, Scalar
-from rlhf_jax.rl.games.lines import LineGame, Position
+from rlhf_jax.rl.games.interface import Game, Position
 from rlhf_jax.rl.games.matches import ChooseFn, random_openings
 from rlhf_jax.rl.networks import MLP, Activation, linear
 from rlhf_jax.rl.runs import Train
 
 mctx: Any = mctx_library  # its dataclasses have constructors that type checkers do not see
 
-ApplyFn = Callable[[Params, Float[Array, "B R C 2"]], tuple[Float[Array, "B A"], Float[Array, "B"]]]
+ApplyFn = Callable[[Params, Float[Array, "B *S"]], tuple[Float[Array, "B A"], Float[Array, "B"]]]
 """(params, observations) -> (policy logits, values in [-1, 1] of the player to move)."""
 
 
@@ -109,7 +109,7 @@ class Batch:
       ended: whether it has; else there is no outcome, and the value learns nothing.
     """
 
-    obs: Float[Array, "N R C 2"]
+    obs: Float[Array, "N *S"]
     legal: Bool[Array, "N A"]
     policy: Float[Array, "N A"]
     outcome: Float[Array, "N"]
@@ -133,14 +133,14 @@ class PolicyValue(nn.Module):
     activation: Activation = nn.relu
 
     @nn.compact
-    def __call__(self, obs: Float[Array, "B R C 2"]) -> tuple[Float[Array, "B A"], Float[Array, "B"]]:
+    def __call__(self, obs: Float[Array, "B *S"]) -> tuple[Float[Array, "B A"], Float[Array, "B"]]:
         """Policy logits and values."""
         features = MLP(self.widths, self.activation)(obs)
         logits = linear(self.num_actions, 0.01, "policy")(features)
         return logits, jnp.tanh(linear(1, 0.01, "value")(features)[:, 0])
 
 
-def make_network(config: Config, game: LineGame) -> tuple[Callable[[PRNGKeyArray], Params], ApplyFn]:
+def make_network(config: Config, game: Game) -> tuple[Callable[[PRNGKeyArray], Params], ApplyFn]:
     """(init, apply) of the network of `config`."""
     module = PolicyValue(config.widths, game.num_actions)
     blank = jnp.zeros((1, *game.obs_shape))
@@ -148,7 +148,7 @@ def make_network(config: Config, game: LineGame) -> tuple[Callable[[PRNGKeyArray
 
 
 def search(
-    game: LineGame,
+    game: Game,
     apply: ApplyFn,
     params: Params,
     positions: Position,
@@ -199,7 +199,7 @@ def search(
 
 
 def make_player(
-    game: LineGame, apply: ApplyFn, params: Params, *, simulations: int, considered: int = 16
+    game: Game, apply: ApplyFn, params: Params, *, simulations: int, considered: int = 16
 ) -> ChooseFn:
     """A player without randomness; with no simulations it takes the network's likeliest legal action."""
 
@@ -217,7 +217,7 @@ def make_player(
 
 
 def self_play(
-    config: Config, game: LineGame, apply: ApplyFn, params: Params, positions: Position, key: PRNGKeyArray
+    config: Config, game: Game, apply: ApplyFn, params: Params, positions: Position, key: PRNGKeyArray
 ) -> tuple[Position, Batch]:
     """`config.plies` moves of every game; a new game follows one that has ended."""
 
@@ -250,7 +250,7 @@ def self_play(
     return positions, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), moves)
 
 
-def new_games(config: Config, game: LineGame, key: PRNGKeyArray) -> Position:
+def new_games(config: Config, game: Game, key: PRNGKeyArray) -> Position:
     """As many as are played side by side, each after its random opening."""
     plies_key, move_key = jax.random.split(key)
     plies = jax.random.randint(plies_key, (config.num_games,), 0, config.opening + 1)
@@ -290,7 +290,7 @@ def alphazero_loss(
 
 
 def init(
-    config: Config, game: LineGame, params: Params, tx: optax.GradientTransformation, key: PRNGKeyArray
+    config: Config, game: Game, params: Params, tx: optax.GradientTransformation, key: PRNGKeyArray
 ) -> State:
     """The state at iteration 0."""
     key, game_key = jax.random.split(key)
@@ -323,7 +323,7 @@ def make_update(
 
 
 def make_iteration(
-    config: Config, game: LineGame
+    config: Config, game: Game
 ) -> tuple[Callable[[PRNGKeyArray], State], Callable[[State, Hyper], tuple[State, Metrics]]]:
     """(init, iterate): `iterate(state, hyper)` plays and learns once."""
     init_params, apply = make_network(config, game)
@@ -348,7 +348,7 @@ def make_iteration(
     return begin, iterate
 
 
-def make_train(config: Config, game: LineGame) -> Train:
+def make_train(config: Config, game: Game) -> Train:
     """`train(key, hyper) -> (state, history)`: a whole run, pure; jit it, vmap it over keys and `Hyper`."""
     begin, iterate = make_iteration(config, game)
 

@@ -5,6 +5,7 @@ them to the left. Models are callables: `generate(tokens, mask, key) -> Rollout`
 `step_logits(sequences) -> [N, W]`.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
@@ -17,6 +18,8 @@ from rlhf_jax.search.interface import Candidates, EvaluateFn, ProposeFn, follow
 
 GenerateFn = Callable[[Int[Array, "N W"], Bool[Array, "N W"], PRNGKeyArray], Rollout]
 """Samples the tokens of one step, or a few more, behind texts that are left-padded."""
+NextLogitsFn = Callable[[Sequences], Float[Array, "N V"]]
+"""Logits of the token that follows texts, which all end in the last column."""
 StepLogitsFn = Callable[[Sequences], Float[Array, "N W"]]
 """Log-odds that the step which ends in a token is right."""
 
@@ -166,6 +169,39 @@ def make_outcome_value_fn(step_logits: StepLogitsFn) -> EvaluateFn:
         del key
         chances = jax.nn.sigmoid(step_logits(as_sequences(state))[:, -1])
         return jnp.where(state.done & ~state.failed, chances, 0), jnp.zeros(chances.shape)
+
+    return evaluate
+
+
+def make_prompted_value_fn(
+    next_logits: NextLogitsFn, question: Sequence[int], *, yes: int, no: int
+) -> EvaluateFn:
+    """Values by asking the policy itself, ToT's value prompt (Yao et al. 2023): no reward model.
+
+        value = P(yes) / (P(yes) + P(no)) behind the text and the question
+
+    A state that failed is worth 0. Each value costs one token.
+
+    Args:
+      next_logits: of the token behind left-padded texts.
+      question: tokens of a question about what has been written, up to where the answer stands.
+      yes: the token that says that it is good.
+      no: the token that says that it is not.
+    """
+    asked = jnp.asarray(question)
+
+    def evaluate(state: Solution, key: PRNGKeyArray) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
+        del key
+        rows = jnp.broadcast_to(asked, (*state.tokens.shape[:-1], len(asked)))
+        text = dataclasses.replace(
+            state,
+            tokens=jnp.concatenate([state.tokens, rows], axis=-1),
+            length=state.length + len(asked),
+            written=state.written + len(asked),
+        )
+        logits = next_logits(as_sequences(text))
+        values = jnp.where(state.failed, 0, jax.nn.sigmoid(logits[..., yes] - logits[..., no]))
+        return values, jnp.ones(values.shape)
 
     return evaluate
 

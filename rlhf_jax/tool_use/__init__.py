@@ -2,7 +2,7 @@
 
 from rlhf_jax.tool_use.calls import Call, CallError, parse_calls
 from rlhf_jax.tool_use.retrieval import Index
-from rlhf_jax.tool_use.tools import Tool, answer_calls, calculator, retriever, worker_tool
+from rlhf_jax.tool_use.tools import Tool, answer_calls, calculator, call_pattern, retriever, worker_tool
 
 __all__ = [
     "Call",
@@ -11,6 +11,7 @@ __all__ = [
     "Tool",
     "answer_calls",
     "calculator",
+    "call_pattern",
     "parse_calls",
     "retriever",
     "worker_tool",

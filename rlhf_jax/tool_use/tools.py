@@ -1,6 +1,7 @@
 """Tools: a name, a schema and a function from arguments to a text, each bounded in time and size."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from rlhf_jax.core.workers import LimitedWorker
 from rlhf_jax.rewards.algebra import Unreadable
 from rlhf_jax.rewards.expressions import calculate
-from rlhf_jax.tool_use.calls import Call, CallError, parse_calls
+from rlhf_jax.tool_use.calls import CLOSING, MAX_CALLS, OPENING, Call, CallError, parse_calls
 from rlhf_jax.tool_use.retrieval import Index
 
 MAX_OUTPUT_CHARACTERS = 1000
@@ -41,6 +42,23 @@ class Tool:
         parameters = {"type": "object", "properties": properties, "required": list(self.parameters)}
         function = {"name": self.name, "description": self.description, "parameters": parameters}
         return {"type": "function", "function": function}
+
+
+_STRING = r'"([^"\\\x00-\x1f]|\\["\\/bfnrt])*"'
+
+
+def call_pattern(tools: Sequence[Tool]) -> str:
+    """The regular expression of turns in which every call can be run, for constrained decoding.
+
+    A turn is any text without `<`, and then at most four calls, a line apart, of these tools with their
+    arguments in order.
+    """
+    calls = []
+    for tool in tools:
+        arguments = ", ".join(f'"{re.escape(name)}": {_STRING}' for name in tool.parameters)
+        calls.append(rf'\{{"name": "{re.escape(tool.name)}", "arguments": \{{{arguments}\}}\}}')
+    call = rf"{OPENING}\n({'|'.join(calls)})\n{CLOSING}"
+    return rf"[^<]*({call}(\n{call}){{0,{MAX_CALLS - 1}}})?"
 
 
 def answer_calls(tools: Sequence[Tool], text: str) -> list[str]:

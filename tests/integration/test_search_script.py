@@ -3,13 +3,16 @@
 import json
 
 import common
+import jax.numpy as jnp
 import numpy as np
 import process_reward
 import pytest
 import search as script
+import search_accuracy as accuracy
 import tyro
 
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.search import interface
 
 _TINY = "--prompts 6 --samples 3 --batch-size 4 --max-new-tokens 12 --resamples 4 --quiet "
 _TINY += "--search.ways 2 --search.votes 2 --search.expansions 3 --search.simulations 1 --search.depth 2 "
@@ -22,10 +25,16 @@ def run(out, *more):
     return json.loads((out / "results.json").read_text())
 
 
-def test_a_policy_alone_and_its_resume(tiny, tmp_path):
+def by_looking_up(options, tools, roots, key):
+    """A search that costs no compilation: nothing is written."""
+    return interface.Found(roots, roots.logp, ~roots.done, jnp.ones(roots.done.shape))
+
+
+def test_a_policy_alone_and_its_resume(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "METHODS", {"looked up": (by_looking_up, False, False)})
     sft = tiny.finished("sft")
     found = run(tmp_path / "run", "--init", sft)
-    assert set(found["methods"]) == {"greedy", "tree of thoughts, votes"}
+    assert set(found["methods"]) == {"greedy", "looked up"}
     assert (tmp_path / "run" / "search.png").stat().st_size > 10_000
     for row in found["table"]:
         assert 0 <= row["accuracy"]["low"] <= row["accuracy"]["high"] <= 1
@@ -39,7 +48,7 @@ def test_a_policy_alone_and_its_resume(tiny, tmp_path):
         run(tmp_path / "run", "--init", sft, "--resume", "--samples", 5)
     # What was searched before the stop is read, the rest is done again, to the same result.
     stored = json.loads((tmp_path / "run" / "results.json").read_text())
-    del stored["methods"]["tree of thoughts, votes"]
+    del stored["methods"]["looked up"]
     (tmp_path / "run" / "results.json").write_text(json.dumps(stored))
     assert run(tmp_path / "run", "--init", sft, "--resume")["methods"] == found["methods"]
 
@@ -75,6 +84,47 @@ def test_accuracy_at_a_number_of_tokens():
     curve = np.array([[0.0, 0.5, 1.0]])
     for tokens, expected in ((5, 0.0), (10, 0.0), (15, 0.25), (20, 0.5), (30, 1.0), (99, 1.0)):
         assert script.at_tokens(curve, 10.0, tokens)[0] == pytest.approx(expected)
+
+
+def published(tmp_path, *right):
+    """Questions whose answer is 7, each with a solution of three writers, right or not."""
+    rows = [
+        {"question": "?", "ground_truth": "A: 7"}
+        | {f"writer {k}": {"solution": f"so {7 if ok else 1}", "is_correct": ok} for k, ok in enumerate(row)}
+        for row in right
+    ]
+    path = tmp_path / "solutions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_votes_among_published_solutions(tmp_path):
+    path = published(tmp_path, (True, True, False), (True, False, False), (True, True, True))
+    options = accuracy.Options(out=tmp_path / "out", solutions=path, quiet=True)
+    accuracy.run(options)
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["published_writers"] == pytest.approx({"writer 0": 1, "writer 1": 2 / 3, "writer 2": 1 / 3})
+    curves = found["published"]
+    assert curves["pass@k (some sample is right)"] == pytest.approx([2 / 3, 8 / 9, 1])
+    assert curves["majority vote"][2] == pytest.approx(2 / 3)
+    # The first writer is right on the other questions: of two or three, its solution is the chosen one.
+    assert curves["the best writer's"][2] == 1
+    assert (tmp_path / "out" / "search_accuracy.png").stat().st_size > 10_000
+    for words, said in (({}, "nothing to show"), ({"search": str(tmp_path)}, "no finished run of search.py")):
+        with pytest.raises(UserError, match=said):
+            accuracy.run(accuracy.Options(out=tmp_path / "none", **words))
+
+
+@pytest.mark.slow
+def test_direct_answers_beside_chains_of_thought(tiny, tmp_path):
+    run(tmp_path / "search", "--init", tiny.finished("sft"))
+    options = accuracy.Options(out=tmp_path / "out", search=str(tmp_path / "search"), steps=24, quiet=True)
+    accuracy.run(options)
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["direct_answers"].keys() <= found["chains_of_thought"].keys()
+    assert all(len(curve) == 3 for curve in found["direct_answers"].values())
+    lines = (tmp_path / "out" / "direct.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["messages"][1]["content"].startswith("#### ") for line in lines[:9])
 
 
 def test_help_shows_every_option(tiny, monkeypatch, capsys):

@@ -16,6 +16,7 @@ _SMALL = (
 )
 
 
+@pytest.mark.slow
 def test_a_run_from_nothing(tmp_path):
     words = f"--out {tmp_path} --steps 2 {_SMALL}".split()
     tool_use.run(tyro.cli(tool_use.Options, args=words))

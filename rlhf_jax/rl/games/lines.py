@@ -4,7 +4,8 @@
     position = game.begin()
     position = game.play(position, 4)
 
-One position each; `vmap` gives many. Players are 1, who begins, and -1.
+One position each; `vmap` gives many. Players are 1, who begins, and -1. A board holds 1, -1, or 0 for an
+empty cell; row 0 is at the top.
 """
 
 import dataclasses
@@ -13,25 +14,9 @@ import itertools
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.core.trees import pytree_dataclass, tree_where
+from rlhf_jax.core.trees import tree_where
 from rlhf_jax.core.types import Array, Bool, Float, Int
-
-
-@pytree_dataclass
-class Position:
-    """A position, and whether the game is over.
-
-    Attributes:
-      board: 1, -1 or 0 for an empty cell; row 0 is at the top.
-      player: who moves next, 1 or -1.
-      winner: 1, -1, or 0 where nobody has won.
-      terminated: somebody has won, or the board is full.
-    """
-
-    board: Int[Array, "R C"]
-    player: Int[Array, ""]
-    winner: Int[Array, ""]
-    terminated: Bool[Array, ""]
+from rlhf_jax.rl.games.interface import Position
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 
 from rlhf_jax.core.trees import tree_where
 from rlhf_jax.core.types import Array, Int, PRNGKeyArray
-from rlhf_jax.rl.games.lines import LineGame, Position
+from rlhf_jax.rl.games.interface import Game, Position
 
 ChooseFn = Callable[[Position, PRNGKeyArray], Int[Array, "B"]]
 """A player: (positions [B], key) -> actions."""
 
 
-def random_choice(game: LineGame) -> ChooseFn:
+def random_choice(game: Game) -> ChooseFn:
     """The player to whom all legal actions are alike."""
 
     def choose(positions: Position, key: PRNGKeyArray) -> Int[Array, "B"]:
@@ -23,7 +23,7 @@ def random_choice(game: LineGame) -> ChooseFn:
 
 
 def random_openings(
-    game: LineGame, key: PRNGKeyArray, plies: Int[Array, "B"], *, most: int | None = None
+    game: Game, key: PRNGKeyArray, plies: Int[Array, "B"], *, most: int | None = None
 ) -> Position:
     """Positions after some random moves, so that players without randomness play different games.
 
@@ -44,7 +44,7 @@ def random_openings(
 
 
 def play_match(
-    game: LineGame, ours: ChooseFn, theirs: ChooseFn, openings: Position, key: PRNGKeyArray
+    game: Game, ours: ChooseFn, theirs: ChooseFn, openings: Position, key: PRNGKeyArray
 ) -> Int[Array, "2 B"]:
     """Plays every opening twice, each side beginning once.
 

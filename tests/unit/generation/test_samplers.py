@@ -157,9 +157,9 @@ def test_reported_log_probs_are_of_both_distributions():
     context = Context(jnp.zeros((1, 3), int), jnp.ones((1, 1), bool), jnp.zeros(1, int))
     sampling = Sampling(temperature=0.5, top_k=2)
     processed = process_logits(logits, sampling, context, eos_id=3)
+    draw = jit(lambda key: sample_token(row_keys(key, 1), logits, processed, sampling))
     for seed in range(5):
-        keys = row_keys(jax.random.key(seed), 1)
-        token, logp, filtered_logp = sample_token(keys, logits, processed, sampling)
+        token, logp, filtered_logp = draw(jax.random.key(seed))
         np.testing.assert_allclose(logp, full_logp(logits, sampling)[0, token], rtol=1e-6)
         np.testing.assert_allclose(jnp.exp(filtered_logp), [[0.8, 0.2][token[0]]], rtol=1e-5)
 
@@ -183,10 +183,11 @@ def test_a_group_reads_its_prompt_once(toy):
         rows.append(len(tokens))
         return toy.prefill(params, tokens, *rest)
 
-    grouped = generate(
-        prefill, toy.decode, toy.table, prompts, prompts > 0, jax.random.key(1), group_size=3, **options
-    )
+    def both(key):
+        table, repeated = toy.table, prompts.repeat(3, axis=0)
+        grouped = generate(prefill, toy.decode, table, prompts, prompts > 0, key, group_size=3, **options)
+        return grouped, generate(toy.prefill, toy.decode, table, repeated, repeated > 0, key, **options)
+
+    grouped, plain = jit(both)(jax.random.key(1))
     assert rows[0] == 2
-    repeated = prompts.repeat(3, axis=0)
-    plain = generate(toy.prefill, toy.decode, toy.table, repeated, repeated > 0, jax.random.key(1), **options)
     jax.tree.map(np.testing.assert_array_equal, grouped, plain)

@@ -110,7 +110,7 @@ def test_groups_take_different_ways(toy):
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("beam_plain", {"beams": 4, "best": 4}),
+        pytest.param("beam_plain", {"beams": 4, "best": 4}, marks=pytest.mark.slow),
         ("beam_short", {"beams": 3, "best": 3, "length_penalty": 0.0, "early_stopping": True}),
         ("beam_long", {"beams": 5, "best": 2, "length_penalty": 2.0, "early_stopping": "never"}),
         pytest.param("beam_wide", {"beams": 24, "best": 24, "length_penalty": 0.6}, marks=pytest.mark.slow),
@@ -233,6 +233,7 @@ def test_dola_is_that_of_transformers(layer):
     np.testing.assert_array_equal(search(params).sequences.tokens[:, 12:], expected[f"dola_{layer}"])
 
 
+@pytest.mark.slow
 def test_layers_of_a_scanned_model_are_those_of_an_unrolled_one():
     config = models.dense_config(vocab_size=11, width=8, num_layers=3, num_heads=2, scan_layers=True)
     params = models.init_params(config, jax.random.key(0))

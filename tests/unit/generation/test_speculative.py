@@ -24,7 +24,7 @@ from rlhf_jax.generation import (
 EOS, PAD = 1, 0
 # Small programs that run once: they are compiled quickly rather than well.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-CONFIG = models.dense_config(vocab_size=11, width=16, num_layers=2, num_heads=2)
+CONFIG = models.dense_config(vocab_size=11, width=16, num_layers=1, num_heads=2)
 SMALL = models.dense_config(vocab_size=11, width=8, num_layers=1, num_heads=2)
 OPTIONS = {"eos_id": EOS, "pad_id": PAD}
 

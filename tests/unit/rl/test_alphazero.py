@@ -131,7 +131,9 @@ def test_loss_against_numpy_and_its_gradients():
 
 def test_an_iteration_plays_whole_games_and_learns():
     config = alphazero.Config(iterations=2, num_games=8, plies=6, simulations=4, widths=(16,), minibatches=2)
-    train = jax.jit(alphazero.make_train(config, CONNECT_FOUR), compiler_options=compiler_options())
+    # It runs twice: compiled quickly rather than well.
+    quick = {"xla_backend_optimization_level": 0, **compiler_options()}
+    train = jax.jit(alphazero.make_train(config, CONNECT_FOUR), compiler_options=quick)
     state, history = train(jax.random.key(0), alphazero.Hyper())
     again, _ = train(jax.random.key(0), alphazero.Hyper())
     for one, two in zip(*map(jax.tree.leaves, (state.learner.params, again.learner.params)), strict=True):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.core.errors import UserError
 from rlhf_jax.rl import games
 from rlhf_jax.rl.games import CONNECT_FOUR, SMALL_CONNECT_FOUR, TIC_TAC_TOE, LineGame, Position
 
@@ -101,16 +102,19 @@ def test_matches():
     moves = {board: min(games.best_moves(game, values, board), default=0) for board in values}
     perfect, random = table_player(game, moves), games.random_choice(game)
     openings = games.random_openings(game, jax.random.key(0), jnp.zeros(200, int))
-    match = jax.jit(lambda key: games.play_match(game, perfect, random, openings, key))
-    results = np.asarray(match(jax.random.key(1)))
+
+    @jax.jit
+    def matches(key):
+        pairs = (perfect, random), (random, perfect), (perfect, perfect)
+        return [games.play_match(game, *pair, openings, key) for pair in pairs]
+
+    results, turned, itself = map(np.asarray, matches(jax.random.key(1)))
     assert results.shape == (2, 200)
     assert (results >= 0).all()
     assert (results[0] == 1).mean() > 0.85
     assert (results[1] == 1).mean() > 0.6
     assert (results[0] == 1).mean() > (results[1] == 1).mean()
-    turned = np.asarray(games.play_match(game, random, perfect, openings, jax.random.key(1)))
     assert (turned <= 0).all()
-    itself = np.asarray(games.play_match(game, perfect, perfect, openings, jax.random.key(1)))
     assert (itself == 0).all()
 
 
@@ -120,3 +124,35 @@ def test_openings():
     np.testing.assert_array_equal((openings.board != 0).sum(axis=(1, 2)), plies)
     np.testing.assert_array_equal(openings.player, jnp.where(plies % 2, -1, 1))
     assert len({board.tobytes() for board in np.asarray(openings.board)}) > 12
+
+
+@pytest.mark.parametrize(("name", "ours"), [("tic_tac_toe", TIC_TAC_TOE), ("connect_four", CONNECT_FOUR)])
+def test_games_of_pgx_are_played_as_ours(name, ours):
+    """The same random moves, to the end and past it."""
+    pytest.importorskip("pgx")
+    theirs = games.PgxGame(name)
+    assert (theirs.num_actions, theirs.length, theirs.obs_shape) == (
+        ours.num_actions,
+        ours.length,
+        ours.obs_shape,
+    )
+
+    def step(both, key):
+        action = jax.random.categorical(key, jnp.where(ours.legal(both[0]), 0.0, -jnp.inf))
+        both = ours.play(both[0], action), theirs.play(both[1], action)
+        facts = [(x.player, x.winner, x.terminated) for x in both]
+        return both, (*facts, ours.legal(both[0]), theirs.legal(both[1]))
+
+    def play(key):
+        return jax.lax.scan(step, (ours.begin(), theirs.begin()), jax.random.split(key, ours.length + 2))[1]
+
+    one, two, expected, legal = jax.jit(jax.vmap(play))(jax.random.split(jax.random.key(0), 64))
+    for name, a, b in zip(("player", "winner", "terminated"), one, two, strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=name)
+    np.testing.assert_array_equal(legal, expected)
+    assert set(np.unique(one[1])) == {-1, 0, 1}
+
+
+def test_games_that_cannot_be_played_are_named():
+    with pytest.raises(UserError, match="pgx:backgammon: choose one of tic_tac_toe, "):
+        games.PgxGame("backgammon")

@@ -1,5 +1,7 @@
 """Written solutions as states: proposals, left-padding, values, prefixes; against plain lists."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -141,6 +143,26 @@ def test_values_and_trusted_prefixes():
     np.testing.assert_allclose(
         outcome(solution(right, [9, EOS]), jax.random.key(0))[0], chance[False], rtol=1e-5
     )
+
+
+def test_the_policy_is_asked_for_values():
+    """Behind the text, left-padded as before, with positions that go on."""
+    question, yes, no = [7, 8], 3, 4
+
+    def next_logits(sequences):
+        there = sequences.segment_ids > 0
+        assert sequences.tokens.shape[1] == ROOM + 3 + len(question)
+        total = jnp.sum(jnp.where(there, sequences.tokens, 0), axis=1)
+        last = sequences.positions[:, -1] + 1
+        return jnp.stack([total, total, last, 0.1 * total, 0.1 * last], axis=1)
+
+    evaluate = steps.make_prompted_value_fn(next_logits, question, yes=yes, no=no)
+    value, cost = evaluate(solution([4, END]), jax.random.key(0))
+    total, length = sum([5, 6, 7, 4, END, *question]), 3 + 2 + len(question)
+    np.testing.assert_allclose(value, 1 / (1 + np.exp(-0.1 * (total - length))), rtol=1e-5)
+    assert float(cost[0]) == 1
+    failed = dataclasses.replace(solution([4, END]), failed=jnp.array([True]))
+    assert float(evaluate(failed, jax.random.key(0))[0][0]) == 0
 
 
 def test_beams_avoid_what_the_judge_doubts_and_thoughts_are_rewritten():

@@ -91,14 +91,17 @@ def test_breadth_first_of_width_one_follows_the_values():
     found = search(jax.random.key(0))
     check_optimal(found)
     np.testing.assert_array_equal(found.cost, DEPTH * (WAYS + WAYS))  # proposals, and a value for each
-    greedy = tree.breadth_first(propose, tree.by_votes, done, ROOTS, jax.random.key(0), width=1, depth=DEPTH)
+    vote = jax.jit(
+        lambda key: tree.breadth_first(propose, tree.by_votes, done, ROOTS, key, width=1, depth=DEPTH)
+    )
+    greedy = vote(jax.random.key(0))
     np.testing.assert_array_equal(greedy.states.number, 0)  # the likeliest way, again and again
 
 
 def test_an_unfinished_search_says_so():
-    found = tree.breadth_first(
-        propose, tree.by_value(best_below), done, ROOTS, jax.random.key(0), width=2, depth=2
-    )
+    judge = tree.by_value(best_below)
+    search = jax.jit(lambda key: tree.breadth_first(propose, judge, done, ROOTS, key, width=2, depth=2))
+    found = search(jax.random.key(0))
     assert not bool(jnp.any(found.done))
     assert (np.asarray(found.states.depth) == 2).all()
 
@@ -145,7 +148,8 @@ def test_monte_carlo_tree_search_finds_the_optimum():
 
 def test_one_search_counts_and_pays_once():
     roots = Path(jnp.arange(2), jnp.zeros(2, int), jnp.array([DEPTH - 1, DEPTH]))
-    found = mcts.search_step(propose, leaf_value, done, roots, jax.random.key(0), simulations=30)
+    search = jax.jit(lambda key: mcts.search_step(propose, leaf_value, done, roots, key, simulations=30))
+    found = search(jax.random.key(0))
     # Below the first root are three leaves, whose values are paid once, however often they are visited.
     np.testing.assert_allclose(found.values[0], LEAVES[0, :WAYS], rtol=1e-6)
     assert int(found.child.number[0]) == int(found.best.number[0]) == int(LEAVES[0, :WAYS].argmax())
@@ -208,15 +212,20 @@ def in_order(rows, key):
 def test_a_graph_of_thoughts_sorts():
     rows = jax.vmap(lambda key: jax.random.permutation(key, 16))(jax.random.split(jax.random.key(1), 4))
     keys = jax.random.split(jax.random.key(0), 3)
-    halves = graph.branch(split, in_order, rows, keys[0])
+
+    @jax.jit
+    def think(rows):
+        halves = graph.branch(split, in_order, rows, keys[0])
+        refined = graph.refine(improve, in_order, halves, keys[1], rounds=20)
+        merged = graph.merge(join, in_order, refined, keys[2], size=2)
+        return halves, refined, merged, graph.keep_best(halves, count=1)
+
+    halves, refined, merged, best = think(rows)
     assert halves.values.shape == (4, 2)
-    refined = graph.refine(improve, in_order, halves, keys[1], rounds=20)
     assert (np.asarray(refined.values) >= np.asarray(halves.values)).all()
     assert float(refined.values.sum()) > float(halves.values.sum())
     np.testing.assert_array_equal(refined.cost, 40)
     np.testing.assert_array_equal(jnp.sort(refined.states, axis=-1), jnp.sort(halves.states, axis=-1))
-    merged = graph.merge(join, in_order, refined, keys[2], size=2)
     np.testing.assert_array_equal(merged.states, np.broadcast_to(np.arange(16), (4, 1, 16)))
     np.testing.assert_array_equal(merged.cost, 41)
-    best = graph.keep_best(halves, count=1)
     np.testing.assert_array_equal(best.values[:, 0], halves.values.max(axis=1))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from fractions import Fraction
 
 import numpy as np
@@ -16,8 +17,10 @@ from rlhf_jax.tool_use import (
     Call,
     CallError,
     Index,
+    Tool,
     answer_calls,
     calculator,
+    call_pattern,
     parse_calls,
     retriever,
     worker_tool,
@@ -136,6 +139,34 @@ def test_tools_describe_themselves_to_templates():
     schema = calculator().schema()
     assert schema["function"]["name"] == "calculator"
     assert schema["function"]["parameters"]["required"] == ["expression"]
+
+
+SEARCH = Tool("find-it", "Finds.", {"query": "what", "place": "where"}, lambda query, place: query + place)
+CALCULATION = '{"name": "calculator", "arguments": {"expression": "1+1"}}'
+
+
+@pytest.mark.parametrize(
+    ("text", "allowed"),
+    [
+        ("#### 7", True),
+        ("", True),
+        (call(CALCULATION), True),
+        ("I look.\n" + call('{"name": "find-it", "arguments": {"query": "a \\"b\\" <", "place": ""}}'), True),
+        ("\n".join([call(CALCULATION)] * 4), True),
+        ("\n".join([call(CALCULATION)] * 5), False),
+        (call(CALCULATION) + "!", False),
+        (call('{"name": "calculator", "arguments": {"expression": 1}}'), False),
+        (call('{"name": "calculator", "arguments": {}}'), False),
+        (call('{"name": "find_it", "arguments": {"query": "a", "place": "b"}}'), False),
+        (call('{"name": "calculator", "arguments": {"expression": "a\nb"}}'), False),
+        ("<tool_call>", False),
+    ],
+)
+def test_turns_that_the_pattern_allows_have_calls_that_can_be_run(text, allowed):
+    tools = [calculator(), SEARCH]
+    assert (re.fullmatch(call_pattern(tools), text) is not None) == allowed
+    if allowed:
+        assert not any(said.startswith("error") for said in answer_calls(tools, text))
 
 
 def test_tools_of_users_run_under_limits():

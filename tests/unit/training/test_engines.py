@@ -34,6 +34,10 @@ PROMPTS = [
 PROMPT, NEW = 6, 5
 
 
+SCORE = jax.jit(models.make_score_fn(CONFIG))
+
+
+@functools.cache
 def policy(seed):
     params = models.init_params(CONFIG, jax.random.key(seed))
     return jax.tree.map(lambda x: x * 8 if x.ndim == 2 else x, params)
@@ -89,7 +93,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def choices(self, body):
         prompts = [PromptExample(np.array(ids, np.int32), "", {}, "") for ids in body["prompt"]]
         kept = len(prompts)
-        prompts += [prompts[-1]] * (2 - kept)  # one shape for every request
+        prompts += [prompts[-1]] * (len(PROMPTS) - kept)  # one shape for every request, and for ours
         with self.server.lock:
             rollout = sampler()(self.server.params, prompts, jax.random.key(body["seed"]))
         found = []
@@ -147,14 +151,13 @@ def test_answers_of_the_server_are_a_rollout_that_rescores(server):
         lambda a, b: np.testing.assert_array_equal(a[prompts], b[prompts]), rollout.sequences, ours.sequences
     )
     assert jax.tree.map(jnp.shape, rollout.sequences) == jax.tree.map(jnp.shape, ours.sequences)
-    score = jax.jit(models.make_score_fn(CONFIG))
     for found in (rollout, ours):
-        assert sampler_mismatch(score, policy(0), found) < 1e-5
+        assert sampler_mismatch(SCORE, policy(0), found) < 1e-5
         mask = np.asarray(found.sequences.mask)
         tokens = np.asarray(found.sequences.tokens)
         last = [row[kept][-1] for row, kept in zip(tokens, mask, strict=True)]
         np.testing.assert_array_equal(found.finished, np.array(last) == TOKENIZER.eos_id)
-    assert sampler_mismatch(score, policy(1), rollout) > 0.1
+    assert sampler_mismatch(SCORE, policy(1), rollout) > 0.1
 
 
 def test_new_parameters_reach_the_server(server, tmp_path):
@@ -165,7 +168,7 @@ def test_new_parameters_reach_the_server(server, tmp_path):
     with pytest.raises(ValueError, match="version 2, not 1"):
         remote.generate(1, PROMPTS, jax.random.key(0))
     rollout = remote.generate(2, PROMPTS, jax.random.key(0))
-    assert sampler_mismatch(models.make_score_fn(CONFIG), policy(3), rollout) < 1e-5
+    assert sampler_mismatch(SCORE, policy(3), rollout) < 1e-5
     assert hf.load_config(tmp_path / "weights").vocab_size == CONFIG.vocab_size
 
 

@@ -1,6 +1,7 @@
 """Rollouts of several turns: ids are those that the sampler saw, and tools are out of every loss."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +22,8 @@ from rlhf_jax.data.arithmetic_tools import (
 from rlhf_jax.data.chat import encode_conversation, encode_prompt
 from rlhf_jax.data.examples import PromptExample
 from rlhf_jax.data.tokenizers import Tokenizer
-from rlhf_jax.generation import Sampling
-from rlhf_jax.tool_use import Tool, calculator
+from rlhf_jax.generation import Sampling, generate, regex_automaton
+from rlhf_jax.tool_use import Call, Tool, calculator, call_pattern, parse_calls
 from rlhf_jax.training.multi_turn import (
     conversation_texts,
     last_turn_texts,
@@ -123,6 +124,37 @@ def test_a_turn_that_a_stop_string_ends_is_closed_by_a_token_out_of_the_mask():
     np.testing.assert_array_equal(stopped.sequences.tokens, closed.sequences.tokens)
     differ = np.asarray(stopped.sequences.mask != closed.sequences.mask)
     assert np.asarray(closed.sequences.tokens)[differ].tolist() == [TOKENIZER.eos_id]
+
+
+def test_a_sampler_without_sense_writes_calls_that_can_be_run():
+    """Held to the pattern of the tools; all tokens are alike to it, but that it likes to begin a call."""
+    start = TOKENIZER.encode("<tool_call>")[0]
+    logits = jnp.zeros(TOKENIZER.vocab_size).at[start].set(5.0).at[TOKENIZER.encode('"}}')[0]].set(5.0)
+    sampling = Sampling(constraint=regex_automaton(TOKENIZER, call_pattern([calculator()])))
+
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    def sample(key):
+        def logits_of(rows):
+            return jnp.broadcast_to(logits, (rows, len(logits))), ()
+
+        return generate(
+            lambda _, tokens, *rest: logits_of(len(tokens)),
+            lambda _, cache, token, position: logits_of(len(token)),
+            (),
+            jnp.full((64, 1), 9),
+            jnp.ones((64, 1), bool),
+            key,
+            max_new_tokens=40,
+            eos_id=TOKENIZER.eos_id,
+            pad_id=TOKENIZER.pad_id,
+            sampling=sampling,
+        )
+
+    rollout = sample(jax.random.key(0))
+    texts = np.array(last_turn_texts(TOKENIZER, rollout))[np.asarray(rollout.finished)]
+    calls = [each for text in texts.tolist() for each in parse_calls(text)]
+    assert len(calls) > 8
+    assert all(isinstance(each, Call) and each.arguments.keys() == {"expression"} for each in calls)
 
 
 def test_ids_and_log_probs_are_those_of_the_sampler():

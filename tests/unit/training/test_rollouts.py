@@ -1,5 +1,6 @@
 """Rewards by name with weights, and evaluation of a policy on fixed prompts."""
 
+import functools
 import sys
 
 import jax
@@ -142,8 +143,13 @@ def test_functions_that_misbehave_are_named_with_the_row(name, message):
     assert f"toy_rewards:{name}" in str(refused.value)
 
 
+@functools.cache
+def reward_params():
+    return jax.jit(lambda key: models.init_scalar_model(CONFIG, key))(jax.random.key(1))
+
+
 def write_reward_model(folder, tokenizer=TOKENIZER):
-    params = models.init_scalar_model(CONFIG, jax.random.key(1))
+    params = reward_params()
     write_model_files(folder, CONFIG, tokenizer, "reward_model")
     with CheckpointManager(folder / "checkpoints") as checkpoints:
         checkpoints.save(1, sft.init(params, optax.identity(), jax.random.key(2)))
@@ -154,7 +160,7 @@ def test_a_reward_model_is_a_reward_like_another(tmp_path):
     """Even in a folder whose name looks like a weight."""
     folder = tmp_path / "lr=0.5"
     params = write_reward_model(folder)
-    expected = models.make_reward_fn(CONFIG)(params, ANSWERS.sequences)
+    expected = np.asarray(jax.jit(models.make_reward_fn(CONFIG))(params, ANSWERS.sequences))
     assert np.std(expected) > 0
     alone = make_reward_fn([str(folder)], TOKENIZER)
     np.testing.assert_allclose(alone(ANSWERS, PROMPTS), expected, rtol=1e-5)
@@ -173,12 +179,14 @@ def test_a_reward_model_of_another_tokenizer_is_refused(tmp_path, alphabet):
 # Evaluation ---------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def policy(seed):
     """Far from uniform, so that its answers differ."""
     params = models.init_params(CONFIG, jax.random.key(seed))
     return jax.tree.map(lambda x: x * 8 if x.ndim == 2 else x, params)
 
 
+@functools.cache
 def make_evaluate(batch_size):
     reward = make_reward_fn(["toy_rewards:length", "toy_rewards:sevens=0.1"], TOKENIZER)
     return make_evaluate_fn(CONFIG, TOKENIZER, PROMPTS, reward, max_new_tokens=5, batch_size=batch_size)
@@ -206,7 +214,7 @@ def test_kl_is_zero_to_itself_and_that_of_the_samples_to_another():
     generate = make_generate_fn(CONFIG, TOKENIZER, prompt_length=6, max_new_tokens=5)
     sampled = generate(params, PROMPTS, jax.random.key(0))
     mask = np.asarray(sampled.sequences.mask)
-    ref_logp = np.asarray(models.make_score_fn(CONFIG)(other, sampled.sequences).logp)
+    ref_logp = np.asarray(jax.jit(models.make_score_fn(CONFIG))(other, sampled.sequences).logp)
     expected = np.where(mask, np.asarray(sampled.logp) - ref_logp, 0).sum(axis=1).mean()
     np.testing.assert_allclose(different.kl, expected, rtol=1e-3)
     assert abs(different.kl) > 0.1

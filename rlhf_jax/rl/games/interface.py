@@ -1,0 +1,58 @@
+"""What a game is to players, matches and AlphaZero: pure functions of one position; `vmap` gives many."""
+
+from typing import Any, Protocol
+
+from rlhf_jax.core.trees import pytree_dataclass
+from rlhf_jax.core.types import Array, Bool, Float, Int
+
+
+@pytree_dataclass
+class Position:
+    """A position, and whether the game is over.
+
+    Attributes:
+      board: where everything stands, as the game has it.
+      player: who moves next, 1 or -1.
+      winner: 1, -1, or 0 where nobody has won.
+      terminated: the game is over.
+    """
+
+    board: Any
+    player: Int[Array, ""]
+    winner: Int[Array, ""]
+    terminated: Bool[Array, ""]
+
+
+class Game(Protocol):
+    """A game of two players, 1, who begins, and -1, who move in turn, with full information and no chance."""
+
+    @property
+    def num_actions(self) -> int:
+        """How many actions there are, legal or not."""
+        ...
+
+    @property
+    def length(self) -> int:
+        """Moves of the longest game."""
+        ...
+
+    @property
+    def obs_shape(self) -> tuple[int, ...]:
+        """Shape of what `observe` gives."""
+        ...
+
+    def begin(self) -> Position:
+        """The first position."""
+        ...
+
+    def legal(self, position: Position) -> Bool[Array, "A"]:
+        """Actions that may be taken; all of them where the game is over, for nothing moves there."""
+        ...
+
+    def play(self, position: Position, action: Int[Array, ""]) -> Position:
+        """The position after a legal action; a game that is over stays as it is."""
+        ...
+
+    def observe(self, position: Position) -> Float[Array, "*S"]:
+        """What the player to move sees."""
+        ...
