@@ -25,8 +25,12 @@ def run(out, *more):
     return json.loads((out / "results.json").read_text())
 
 
+TRACED = []
+
+
 def by_looking_up(options, tools, roots, key):
-    """A search that costs no compilation: nothing is written."""
+    """A search that is compiled at once: nothing is written."""
+    TRACED.append(roots.tokens.shape)
     return interface.Found(roots, roots.logp, ~roots.done, jnp.ones(roots.done.shape))
 
 
@@ -35,6 +39,7 @@ def test_a_policy_alone_and_its_resume(tiny, tmp_path, monkeypatch):
     sft = tiny.finished("sft")
     found = run(tmp_path / "run", "--init", sft)
     assert set(found["methods"]) == {"greedy", "looked up"}
+    assert len(TRACED) == 1  # two batches, one program
     assert (tmp_path / "run" / "search.png").stat().st_size > 10_000
     for row in found["table"]:
         assert 0 <= row["accuracy"]["low"] <= row["accuracy"]["high"] <= 1
