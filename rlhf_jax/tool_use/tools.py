@@ -44,14 +44,14 @@ class Tool:
         return {"type": "function", "function": function}
 
 
-_STRING = r'"([^"\\\x00-\x1f]|\\["\\/bfnrt])*"'
+_STRING = r'"([^"\\<\x00-\x1f]|\\["\\/bfnrt])*"'
 
 
 def call_pattern(tools: Sequence[Tool]) -> str:
     """The regular expression of turns in which every call can be run, for constrained decoding.
 
-    A turn is any text without `<`, and then at most four calls, a line apart, of these tools with their
-    arguments in order.
+    A turn is any text, and then at most four calls, a line apart, of these tools with their arguments in
+    order. No `<` stands in the text or in an argument, where it could begin or end a call.
     """
     calls = []
     for tool in tools:
