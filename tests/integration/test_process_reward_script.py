@@ -34,17 +34,27 @@ def test_a_run_and_its_resume(tmp_path):
     assert json.loads((whole / "model.json").read_text())["kind"] == "reward_model"
 
 
-def test_socratic_rows_and_rows_of_ones_own(tmp_path):
+@pytest.fixture
+def socratic(tmp_path):
+    """A file of GSM8K's kind."""
     rows = [
         {"question": f"{n} and 1?", "answer": f"How many? ** {n}+1=<<{n}+1={n + 1}>>{n + 1}\n#### {n + 1}"}
         for n in range(32)
     ]
     data = tmp_path / "socratic.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    out = run(tmp_path / "run", "--data", data, "--steps", 4)
+    return data
+
+
+@pytest.mark.slow
+def test_socratic_rows(socratic, tmp_path):
+    out = run(tmp_path / "run", "--data", socratic, "--steps", 4)
     assert read_metrics(out)[-1]["eval/right_share"] > 0
+
+
+def test_outcomes_are_of_the_embedded_task(socratic, tmp_path):
     with pytest.raises(UserError, match="--outcome is for the embedded task"):
-        run(tmp_path / "no", "--data", data, "--outcome")
+        run(tmp_path / "no", "--data", socratic, "--outcome")
 
 
 def test_labels_by_rollouts_need_a_policy(tmp_path):

@@ -232,6 +232,7 @@ def test_sampling_may_differ_from_call_to_call():
     assert completion_texts(TOKENIZER, found) == completion_texts(TOKENIZER, expected)
 
 
+@pytest.mark.slow
 def test_groups_and_slots_give_the_answers_of_plain_batches():
     chosen = [prompt for prompt in PROMPTS for _ in range(2)]
     options = {"prompt_length": 6, "max_new_tokens": 5}
