@@ -110,7 +110,7 @@ def stage_runs(
     ppo_options = ppo.Options(
         run=run("ppo", options.ppo_steps),
         init=init,
-        reward_model=rewards,
+        reward_model=(rewards,),
         prompts=dataclasses.replace(prompts, eval_reward=EXACT_MATCH),
     )
     dpo_options = dpo.Options(

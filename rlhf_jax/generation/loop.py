@@ -183,6 +183,7 @@ def generate(
     pad_id: int,
     sampling: Sampling = Sampling(),
     group_size: int = 1,
+    early_end: bool = True,
 ) -> Rollout:
     """Samples completions of each prompt.
 
@@ -196,6 +197,8 @@ def generate(
       prompt_mask: True where `prompts` holds a token; at least the last column of each row.
       key: of all rows, which draw independently of each other; or one key for each row.
       group_size: completions of each prompt, which is read once; they stand together.
+      early_end: stop when all rows have ended. False runs all `max_new_tokens` steps, to the same rollout:
+        faster under `vmap`, where a loop that may end in one run copies its cache in all of them.
 
     Returns:
       A `Rollout` of N x group_size rows and T = P + max_new_tokens columns.
@@ -219,7 +222,10 @@ def generate(
 
         return sample_step(decode_row, rows, sampling, eos_id=eos_id, pad_id=pad_id)
 
-    end = run_loop(step, Generation.running, begun)
+    if early_end:
+        end = run_loop(step, Generation.running, begun)
+    else:
+        end, _ = jax.lax.scan(lambda rows, _: (step(rows), None), begun, None, length=max_new_tokens)
     return assemble(end.context, end.logp, end.filtered_logp, end.finished)
 
 

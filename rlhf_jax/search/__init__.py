@@ -2,6 +2,8 @@
 
 from rlhf_jax.search.accuracy import (
     best_of_n_accuracy,
+    best_of_n_kl,
+    best_of_n_value,
     pass_at_k,
     vote_accuracy,
 )
@@ -17,6 +19,8 @@ from rlhf_jax.search.choosing import (
 __all__ = [
     "best_of_n",
     "best_of_n_accuracy",
+    "best_of_n_kl",
+    "best_of_n_value",
     "chain_weights",
     "likelihood_scores",
     "majority_vote",

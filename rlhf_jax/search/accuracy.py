@@ -26,20 +26,39 @@ def pass_at_k(correct: Bool[Array, "*B N"]) -> Float[Array, "*B N"]:
 def best_of_n_accuracy(
     scores: Float[Array, "*B N"], correct: Bool[Array, "*B N"], mask: Bool[Array, "*B N"] | None = None
 ) -> Float[Array, "*B N"]:
-    """Expected accuracy of `choosing.best_of_n` for n = 1 ... N, exactly.
-
-    The sample of rank i (from 0, by score) is the best of a random subset of n with probability
-
-        P(i, n) = C(N - 1 - i, n - 1) / C(N, n)
+    """Expected accuracy of `choosing.best_of_n` for n = 1 ... N, exactly; see `best_of_n_value`.
 
     Args:
       scores: samples of equal score rank in the order of the pool.
       mask: samples that may be chosen (all by default); a subset without one is wrong.
     """
     allowed = jnp.ones(correct.shape, bool) if mask is None else mask
-    order = jnp.argsort(-jnp.where(allowed, scores, -jnp.inf), axis=-1, stable=True)
-    right = jnp.take_along_axis(correct & allowed, order, axis=-1)
-    return right.astype(jnp.float32) @ _rank_probabilities(correct.shape[-1])
+    return best_of_n_value(jnp.where(allowed, scores, -jnp.inf), (correct & allowed).astype(jnp.float32))
+
+
+def best_of_n_value(scores: Float[Array, "*B N"], values: Float[Array, "*B N"]) -> Float[Array, "*B N"]:
+    """Expected value of the sample with the highest score among n, for n = 1 ... N, exactly.
+
+    The sample of rank i (from 0, by score) is the best of a random subset of n with probability
+
+        P(i, n) = C(N - 1 - i, n - 1) / C(N, n)
+
+    Args:
+      scores: what the sample is chosen by; those of equal score rank in the order of the pool.
+      values: what it is worth: a gold reward, the scores themselves, ...
+    """
+    order = jnp.argsort(-scores, axis=-1, stable=True)
+    return jnp.take_along_axis(values, order, axis=-1) @ _rank_probabilities(values.shape[-1])
+
+
+def best_of_n_kl(sizes: Int[Array, " K"]) -> Float[Array, " K"]:
+    """KL of best-of-n to the policy that is sampled from, at most: log n - (n - 1) / n nats.
+
+    Exact where all scores differ and no answer comes up twice (Stiennon et al. 2020); an upper
+    bound otherwise (Beirami et al. 2024).
+    """
+    counts = jnp.asarray(sizes, jnp.float32)
+    return jnp.log(counts) - (counts - 1) / counts
 
 
 def _rank_probabilities(total: int) -> Float[Array, "N N"]:

@@ -134,6 +134,25 @@ def make_reward_fn(specs: Sequence[str], tokenizer: Tokenizer) -> RolloutReward:
     return RolloutReward(tuple(terms), tokenizer)
 
 
+def make_ensemble_fn(
+    folders: Sequence[Path], tokenizer: Tokenizer, combine_fn: Callable[[jax.Array], jax.Array]
+) -> RolloutReward:
+    """One reward from the scores of several reward models.
+
+    Args:
+      folders: of reward-model runs; their architectures may differ.
+      combine_fn: scores [N, B] -> rewards [B], such as `kernels.ensembles.ensemble_worst_case`.
+    """
+    members = [_model_term(folder, tokenizer) for folder in folders]
+
+    def term(rollout: Rollout, prompts: Sequence[PromptExample], completions: Sequence[str]) -> Scored:
+        scored = [member(rollout, prompts, completions) for member in members]
+        rewards = combine_fn(jnp.stack([part.rewards for part in scored]))
+        return Scored(np.asarray(rewards), np.any([part.unscorable for part in scored], axis=0))
+
+    return RolloutReward(((term, 1.0),), tokenizer)
+
+
 def _split_weight(spec: str) -> tuple[str, float]:
     name, equals, text = spec.rpartition("=")
     if not equals or Path(spec).is_dir():

@@ -19,6 +19,9 @@ from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Float, Metrics, Params, PRNGKeyArray, Rollout, Scalar, ScoreFn
 from rlhf_jax.data.tasks import Prompts, Task
 from rlhf_jax.generation import Sampling, generate
+from rlhf_jax.kernels.kl import reverse_kl
+
+RewardFn = Callable[[Rollout, Prompts], Float[Array, " B"]]
 
 
 @pytree_dataclass
@@ -42,6 +45,8 @@ class World:
       samples: answers to each of them.
       temperature: of sampling and of the scorer.
       heldout: prompts of the evaluation, at most.
+      reward_fn: what training sees in place of the task's own score, such as a reward model; may close over
+        traced parameters, in a world that is made inside the run.
     """
 
     task: Task
@@ -50,6 +55,7 @@ class World:
     samples: int = 4
     temperature: float = 1.0
     heldout: int = 128
+    reward_fn: RewardFn | None = None
 
     @property
     def score_fn(self) -> ScoreFn:
@@ -78,9 +84,14 @@ class World:
             eos_id=self.task.tokenizer.eos_id,
             pad_id=self.task.tokenizer.pad_id,
             sampling=Sampling(self.temperature if temperature is None else temperature),
+            early_end=False,  # whole runs are there to be vmapped
         )
 
     def rewards(self, rollout: Rollout, prompts: Prompts) -> Float[Array, " B"]:
+        """What training sees of answers."""
+        return self.gold(rollout, prompts) if self.reward_fn is None else self.reward_fn(rollout, prompts)
+
+    def gold(self, rollout: Rollout, prompts: Prompts) -> Float[Array, " B"]:
         """What the task says of answers."""
         return self.task.score(rollout.sequences.tokens, rollout.sequences.mask, prompts.truth)
 
@@ -135,14 +146,79 @@ def make_train(
 
 def evaluate(world: World, params: Params, ref_params: Params, key: PRNGKeyArray) -> dict[str, Array]:
     """Held-out scores of a policy."""
-    prompts = jax.tree.map(lambda leaf: jnp.asarray(leaf[: world.heldout]), world.task.heldout)
+    prompts = _heldout(world)
     greedy = world.answer(params, prompts, key, temperature=0.0)
     sampled = world.answer(params, prompts, key)
     logp, ref_logp = (world.score_fn(side, sampled.sequences).logp for side in (params, ref_params))
     mask = sampled.sequences.mask
     return {
-        "score": jnp.mean(world.rewards(greedy, prompts)) / world.task.best,
-        "sampled_score": jnp.mean(world.rewards(sampled, prompts)) / world.task.best,
+        "score": jnp.mean(world.gold(greedy, prompts)) / world.task.best,
+        "sampled_score": jnp.mean(world.gold(sampled, prompts)) / world.task.best,
         "kl": jnp.mean(jnp.sum(jnp.where(mask, logp - ref_logp, 0), axis=1)),
+        "length": jnp.mean(jnp.sum(mask, axis=1)),
+    }
+
+
+def _heldout(world: World) -> Prompts:
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf[: world.heldout]), world.task.heldout)
+
+
+# Watched runs ----------------------------------------------------------------------------------------
+
+
+def make_watched_train(
+    world: World, method: Method, *, steps: int, every: int
+) -> Callable[[Start, Any], tuple[Any, dict[str, Array]]]:
+    """`train(start, hyper) -> (agent, history)` that looks at the policy before training and every few steps.
+
+    Args:
+      every: steps between two looks; divides `steps`.
+
+    Returns:
+      A run whose history is that of `watch`, [1 + steps / every] each.
+
+    Raises:
+      ValueError: `every` does not divide `steps`.
+    """
+    if steps % every:
+        raise ValueError(f"{steps} steps cannot be looked at every {every}")
+
+    def train(start: Start, hyper: Any) -> tuple[Any, dict[str, Array]]:
+        init_key, step_key, watch_key = jax.random.split(start.key, 3)
+
+        def step(agent: Any, number: Array) -> tuple[Any, None]:
+            return method.step(agent, hyper, start.params, jax.random.fold_in(step_key, number))[0], None
+
+        def look(agent: Any, number: Array) -> dict[str, Array]:
+            return watch(world, method.policy(agent), start.params, jax.random.fold_in(watch_key, number))
+
+        def part(agent: Any, first: Array) -> tuple[Any, dict[str, Array]]:
+            seen = look(agent, first)
+            return jax.lax.scan(step, agent, first + jnp.arange(every))[0], seen
+
+        agent = method.init(start.params, init_key, hyper)
+        agent, history = jax.lax.scan(part, agent, jnp.arange(0, steps, every))
+        last = look(agent, jnp.int32(steps))
+        return agent, jax.tree.map(lambda seen, end: jnp.append(seen, end), history, last)
+
+    return train
+
+
+def watch(world: World, params: Params, ref_params: Params, key: PRNGKeyArray) -> dict[str, Array]:
+    """Means over one sampled answer to each held-out prompt, in the rewards' own units.
+
+    `gold` is the task's score, `proxy` what training sees, `length` in tokens, `kl` that to the reference in
+    nats an answer, exact over the vocabulary at each token: never negative, of less variance than log-ratios.
+    """
+    prompts = _heldout(world)
+    sampled = world.answer(params, prompts, key)
+    distribution = models.make_distribution_fn(world.model, temperature=world.temperature)
+    logp, ref_logp = (distribution(side, sampled.sequences) for side in (params, ref_params))
+    mask = sampled.sequences.mask
+    kl = jnp.sum(jnp.where(mask, reverse_kl(logp, ref_logp), 0), axis=1)
+    return {
+        "gold": jnp.mean(world.gold(sampled, prompts)),
+        "proxy": jnp.mean(world.rewards(sampled, prompts)),
+        "kl": jnp.mean(kl),
         "length": jnp.mean(jnp.sum(mask, axis=1)),
     }

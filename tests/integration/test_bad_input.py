@@ -230,6 +230,8 @@ def test_a_wrong_start(refused, tiny, tmp_path):
     refused("sft", [*out, "--init", sft, "--model.width", 32], f"--init {sft}", "width 16, not 32")
     refused("sft", [*out, "--init", sft, "--tokenizer", "x"], "--init exclude")
     refused("ppo", [*out, "--init", sft, "--reward-model", sft], "holds a policy, not a reward model")
+    alone = ("--reward-model", reward_model, "--ensemble", "worst")
+    refused("ppo", [*out, "--init", sft, *alone], "--ensemble worst", "several reward models")
     # A run that was stopped before its first checkpoint holds nothing to start from.
     shutil.copytree(sft, tmp_path / "hollow", ignore=shutil.ignore_patterns("checkpoints"))
     refused("dpo", [*out, "--init", tmp_path / "hollow"], "hollow")

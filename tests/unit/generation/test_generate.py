@@ -28,8 +28,8 @@ def _setup():
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
-@functools.partial(jit, static_argnames="max_new_tokens")
-def _generate(params, prompts, mask, key, sampling, max_new_tokens=12):
+@functools.partial(jit, static_argnames=("max_new_tokens", "early_end"))
+def _generate(params, prompts, mask, key, sampling, max_new_tokens=12, early_end=True):
     prefill, decode = models.make_decode_fns(CONFIG)
     return generate(
         prefill,
@@ -42,12 +42,22 @@ def _generate(params, prompts, mask, key, sampling, max_new_tokens=12):
         eos_id=EOS,
         pad_id=PAD,
         sampling=sampling,
+        early_end=early_end,
     )
 
 
 @functools.partial(jit, static_argnames="temperature")
 def _score(params, sequences, temperature=1.0):
     return models.make_score_fn(CONFIG, temperature=temperature)(params, sequences)
+
+
+def test_steps_after_the_end_of_all_rows_change_nothing():
+    params, prompts, mask = _setup()
+    rows = (params, prompts[:2], mask[:2], jax.random.key(5), Sampling())
+    short, long = (_generate(*rows, early_end=early_end) for early_end in (True, False))
+    assert bool(jnp.all(short.finished))
+    assert int(short.sequences.mask.sum(axis=1).max()) < 12  # so the loop did end early
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), short, long)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0])

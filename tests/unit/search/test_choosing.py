@@ -82,6 +82,29 @@ def test_best_of_n_and_pass_at_k_against_all_subsets():
         assert passes[row, size - 1] == pytest.approx(np.mean(any_right), abs=1e-6)
 
 
+def test_best_of_n_value_against_all_subsets():
+    rng = np.random.default_rng(2)
+    scores, gold = rng.normal(size=(2, 3, 6)).astype(np.float32)
+    ours, proxy = search.best_of_n_value(scores, gold), search.best_of_n_value(scores, scores)
+    for row, size in itertools.product(range(3), range(1, 7)):
+        best = [max(subset, key=lambda i: scores[row, i]) for subset in subsets(6, size)]
+        assert ours[row, size - 1] == pytest.approx(gold[row, best].mean(), abs=1e-5)
+        assert proxy[row, size - 1] == pytest.approx(scores[row, best].mean(), abs=1e-5)
+
+
+def test_best_of_n_kl_is_that_of_the_best_of_many_different_answers():
+    """Against the exact divergence for M equally likely answers, which comes near the bound as M grows."""
+    sizes = jnp.array([1, 2, 5, 16])
+    bound = np.asarray(search.best_of_n_kl(sizes))
+    assert bound[0] == 0
+    for total, room in ((8, 0.5), (4096, 0.005)):
+        for size, most in zip(sizes.tolist(), bound, strict=True):
+            ranks = np.arange(1, total + 1) / total
+            chosen = ranks**size - (ranks - 1 / total) ** size
+            exact = np.sum(chosen * np.log(np.maximum(chosen, 1e-300) * total))
+            assert most - room - 1e-6 <= exact <= most + 1e-6
+
+
 @pytest.mark.parametrize("total", [7, 200, 1000])
 def test_pass_at_k_is_the_formula(total):
     counts = [0, 1, total // 3, total - 1, total]

@@ -19,6 +19,7 @@ from rlhf_jax.data.tokenizers import character_tokenizer
 from rlhf_jax.generation import Sampling
 from rlhf_jax.training.rollouts import (
     completion_texts,
+    make_ensemble_fn,
     make_evaluate_fn,
     make_generate_fn,
     make_reward_fn,
@@ -144,12 +145,12 @@ def test_functions_that_misbehave_are_named_with_the_row(name, message):
 
 
 @functools.cache
-def reward_params():
-    return jax.jit(lambda key: models.init_scalar_model(CONFIG, key))(jax.random.key(1))
+def reward_params(seed=1):
+    return jax.jit(lambda key: models.init_scalar_model(CONFIG, key))(jax.random.key(seed))
 
 
-def write_reward_model(folder, tokenizer=TOKENIZER):
-    params = reward_params()
+def write_reward_model(folder, tokenizer=TOKENIZER, seed=1):
+    params = reward_params(seed)
     write_model_files(folder, CONFIG, tokenizer, "reward_model")
     with CheckpointManager(folder / "checkpoints") as checkpoints:
         checkpoints.save(1, sft.init(params, optax.identity(), jax.random.key(2)))
@@ -166,6 +167,17 @@ def test_a_reward_model_is_a_reward_like_another(tmp_path):
     np.testing.assert_allclose(alone(ANSWERS, PROMPTS), expected, rtol=1e-5)
     mixed = make_reward_fn([f"{folder}=3", "toy_rewards:length"], TOKENIZER)
     np.testing.assert_allclose(mixed(ANSWERS, PROMPTS), 3 * expected + np.array([1, 1, 3]), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_several_reward_models_are_combined(tmp_path):
+    folders = [tmp_path / str(seed) for seed in (1, 2)]
+    for seed, folder in enumerate(folders, 1):
+        write_reward_model(folder, seed=seed)
+    scores = np.stack([make_reward_fn([str(folder)], TOKENIZER)(ANSWERS, PROMPTS) for folder in folders])
+    assert np.abs(scores[0] - scores[1]).min() > 1e-3
+    reward = make_ensemble_fn(folders, TOKENIZER, lambda scores: scores[0] - 2 * scores[1])
+    np.testing.assert_allclose(reward(ANSWERS, PROMPTS), scores[0] - 2 * scores[1], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("alphabet", ["0123456789+=*", "9876543210+="])
