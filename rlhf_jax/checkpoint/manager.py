@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -121,7 +122,7 @@ class CheckpointManager:
             if jax.process_index() == 0:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 for leftover in self._folder.glob(f"{_SAVING}*"):
-                    shutil.rmtree(leftover)
+                    _remove(leftover)
                 saving.mkdir()
             checkpointer = arrays.start_writing(saving / _ARRAYS, arrays.to_storage(state))
         self._pending = _in_thread(self._finish, manifest, saving, checkpointer)
@@ -294,6 +295,16 @@ def _publish(saving: Path, final: Path) -> None:
     saving.rename(final)
     if replaced.exists():
         shutil.rmtree(replaced)
+
+
+def _remove(folder: Path) -> None:
+    """Removes what a failed save left, whose writing threads may still be at work for a moment."""
+    for _ in range(20):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.1)
+    shutil.rmtree(folder)
 
 
 def _system_error(error: Exception) -> str | None:
