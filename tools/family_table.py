@@ -5,7 +5,9 @@
 For every checkpoint in tests/golden/hf_*: the largest difference of logits over rows without padding, padded
 on the left and padded on the right; whether 32 greedy tokens through the cache are the same, and the largest
 difference between their log-probs as sampled and as scored by a whole pass; how many saved tensors differ in
-any bit from those that were loaded. (tools/make_goldens_hf.py made the checkpoints.)
+any bit from those that were loaded; the largest differences between logits with a fresh LoRA on every kernel
+and without (rounding, where there are biases), and with a random LoRA and with the same merged.
+(tools/make_goldens_hf.py made the checkpoints.)
 """
 
 import dataclasses
@@ -21,8 +23,9 @@ from rich.progress import track
 from safetensors.numpy import load_file
 
 from rlhf_jax import models
+from rlhf_jax.core.trees import map_named
 from rlhf_jax.generation import Sampling, generate
-from rlhf_jax.models import hf
+from rlhf_jax.models import adapters, hf
 
 GOLDEN = pathlib.Path(__file__).resolve().parent.parent / "tests" / "golden"
 CASES = tuple(sorted(folder.name.removeprefix("hf_") for folder in GOLDEN.glob("hf_*")))
@@ -91,6 +94,27 @@ def changed_tensors(case: str, config: models.ModelConfig, params: Any) -> tuple
     return len(names) - len(same), len(names)
 
 
+def lora(config: models.ModelConfig, params: Any, expected: dict[str, np.ndarray]) -> tuple[float, float]:
+    """Largest differences of logits: (a fresh one and none, a random one and itself merged)."""
+
+    @jax.jit
+    def logits_fn(tree: Any) -> jax.Array:
+        return models.forward(config, tree, expected["none_tokens"])
+
+    fresh = adapters.init_adapter(adapters.LoRA(4), params, jax.random.key(0))
+    start = np.abs(logits_fn(fresh) - logits_fn(params)).max()
+    random = np.random.default_rng(0)
+
+    def stirred(name: str, leaf: jax.Array) -> Any:
+        factor = adapters.is_adapter_leaf(name) and leaf.ndim > 0
+        return random.normal(0, 0.1, leaf.shape).astype(leaf.dtype) if factor else leaf
+
+    trained = map_named(stirred, fresh)
+    drift = np.abs(logits_fn(trained) - logits_fn(adapters.merge_adapter(trained))).max()
+    assert np.abs(logits_fn(trained) - logits_fn(params)).max() > 1e-2, "the factors do nothing"
+    return float(start), float(drift)
+
+
 def main() -> None:
     """Parses the command line, measures and prints."""
     options = tyro.cli(Options, description=(__doc__ or "").split("\n\n")[0])
@@ -104,9 +128,14 @@ def main() -> None:
         changed, count = changed_tensors(case, config, params)
         greedy = "same" if wrong == 0 else f"{wrong} differ"
         saved = f"{count} bitwise" if changed == 0 else f"{changed} of {count} differ"
-        rows.append(f"| {case} | {error:.1e} | {greedy} | {drift:.1e} | {saved} |")
-    print("| checkpoint | logits | 32 greedy tokens | sampler - scorer, nats | tensors saved |")
-    print("|---|---|---|---|---|")
+        start, merging = lora(config, params, expected)
+        adapted = f"{start:.0e} | {merging:.1e}"
+        rows.append(f"| {case} | {error:.1e} | {greedy} | {drift:.1e} | {saved} | {adapted} |")
+    print(
+        "| checkpoint | logits | 32 greedy tokens | sampler - scorer, nats | tensors saved "
+        "| LoRA at the start | LoRA merged |"
+    )
+    print("|---|---|---|---|---|---|---|")
     print("\n".join(rows))
 
 

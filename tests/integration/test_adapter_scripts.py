@@ -35,7 +35,7 @@ def lora_reward(tiny, tmp_path_factory):
     return tiny.run("reward_model", tmp_path_factory.mktemp("reward") / "run", *LORA)
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo", "grpo"])
+@pytest.mark.parametrize("stage", ["sft", "dpo", pytest.param("grpo", marks=pytest.mark.slow)])
 def test_a_policy_s_adapter_alone_is_trained_saved_and_put_on_its_base_again(stage, tiny, tmp_path, capsys):
     base = tiny.finished("sft")
     words = ("--init", base, "--no-quiet", "--learning-rate", 1e-2)
@@ -55,15 +55,17 @@ def test_a_policy_s_adapter_alone_is_trained_saved_and_put_on_its_base_again(sta
 @pytest.mark.parametrize(
     "words",
     [
-        ("dora", "--adapter.quantise", "nf4"),
-        ("pissa", "--adapter.rank", 2),
-        ("adalora", "--adapter.rank", 2),
-        ("prefix", "--adapter.length", 2),
-        ("prompt", "--adapter.length", 2),
-        ("bottleneck", "--adapter.width", 2),
-        ("partial", "--adapter.train", "layer_0/.*|final_norm.*"),
+        pytest.param(words, id=words[0], marks=[] if words[0] in ("dora", "prompt") else pytest.mark.slow)
+        for words in (
+            ("dora", "--adapter.quantise", "nf4"),
+            ("pissa", "--adapter.rank", 2),
+            ("adalora", "--adapter.rank", 2),
+            ("prefix", "--adapter.length", 2),
+            ("prompt", "--adapter.length", 2),
+            ("bottleneck", "--adapter.width", 2),
+            ("partial", "--adapter.train", "layer_0/.*|final_norm.*"),
+        )
     ],
-    ids=lambda words: words[0],
 )
 def test_every_kind_trains_and_comes_back(words, tiny, tmp_path):
     base = tiny.finished("sft")
@@ -128,7 +130,9 @@ def test_four_models_on_one_frozen_base(tiny, tmp_path, lora_reward, monkeypatch
     assert load_reward_model(lora_reward).params.keys() == {"decoder", "head"}
 
 
-@pytest.mark.parametrize("adapter", [(), ("--adapter.kind", "prefix", "--adapter.length", 2)])
+@pytest.mark.parametrize(
+    "adapter", [(), pytest.param(("--adapter.kind", "prefix", "--adapter.length", 2), marks=pytest.mark.slow)]
+)
 def test_a_second_head_on_the_policy_s_body(tiny, tmp_path, adapter):
     out = tiny.run("ppo", tmp_path / "run", "--value", "shared", "--steps", 3, *adapter)
     assert {name for name in saved(out) if name.startswith("value")} == {

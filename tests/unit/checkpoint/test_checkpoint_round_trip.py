@@ -1,7 +1,5 @@
 """What is saved comes back bit for bit, as the kind of thing it was, where it was."""
 
-import time
-
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -166,15 +164,6 @@ def test_buffers_may_be_donated_and_arrays_written_while_a_save_is_under_way(tmp
             _, restored, _ = manager.restore({"device": fill(0), "host": np.zeros((512, 512), int)}, step)
             assert np.all(restored["device"] == step)
             assert np.all(restored["host"] == step)
-
-
-def test_a_million_parameters_save_in_well_under_a_second(tmp_path):
-    state = {"w": jax.random.normal(jax.random.key(0), (1000, 1000))}
-    with CheckpointManager(tmp_path) as manager:
-        manager.save(0, state, wait=True)
-        start = time.perf_counter()
-        manager.save(1, state, wait=True)
-        assert time.perf_counter() - start < 1.0
 
 
 def test_parameters_start_another_stage(tmp_path):

@@ -34,7 +34,7 @@ def rewards_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "some_rewards.py").write_text(MODULE)
-    (tmp_path / "broken_rewards.py").write_text("def f(:\n")
+    (tmp_path / "unreadable_rewards.py").write_text("def f(:\n")
     (tmp_path / "failing_rewards.py").write_text("\n1 / 0\n")
     (tmp_path / "needy_rewards.py").write_text("import no_such_package_at_all\n")
     yield tmp_path
@@ -60,7 +60,7 @@ def test_rewards_are_found_by_path(rewards_folder):
         ("some_reward:exact_match", ["no module some_reward", "nearest name is some_rewards"]),
         ("rlhf_jax.rewards.verifier:f", ["nearest name is rlhf_jax.rewards.verifiers"]),
         ("no.such.thing:f", ["no module no"]),
-        ("broken_rewards:f", ["broken_rewards.py:1", "SyntaxError"]),
+        ("unreadable_rewards:f", ["unreadable_rewards.py:1", "SyntaxError"]),
         ("failing_rewards:f", ["failing_rewards.py:2", "ZeroDivisionError"]),
         ("needy_rewards:f", ["needs the module no_such_package_at_all", "install"]),
         ("rlhf_jax.reward.verifiers:f", ["no module rlhf_jax.reward ", "nearest name is rlhf_jax.rewards"]),

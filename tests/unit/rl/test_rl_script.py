@@ -57,6 +57,7 @@ def test_train_load_and_render(tmp_path, capsys):
     assert "ppo on CartPole-v1, 2 seeds" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_debug_mode_trains_too(tmp_path):
     rl.run(options(out=tmp_path, debug=True, chunks=1, seeds=1, set=(*TINY, "network.memory_width=4")))
     summary = json.loads((tmp_path / "summary.json").read_text())

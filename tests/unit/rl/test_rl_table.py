@@ -35,6 +35,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(rl_rows, "ROWS", TINY)
 
 
+@pytest.mark.slow
 def test_rows_run_once_and_make_a_page(tmp_path, tiny, capsys):
     options = rl_table.Options(out=tmp_path, rows=("CartPole*",), seeds=2, eval_episodes=2, quiet=True)
     rl_table.run(options)

@@ -31,7 +31,7 @@ def soft_values(hyper, epsilon: float):
     return tabular.action_values(LAKE, values, gamma=GAMMA)
 
 
-@pytest.mark.parametrize("online", [True, False])
+@pytest.mark.parametrize("online", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_q_learning_finds_the_optimum(online):
     """Off-policy: exploring at random all the time, it still learns the greedy policy's values."""
     hyper = dataclasses.replace(HYPER, epsilon_end=1.0, learning_rate_power=0.7)
@@ -44,7 +44,9 @@ def test_q_learning_finds_the_optimum(online):
     np.testing.assert_allclose(jax.vmap(greedy_values)(state.action_values)[:, 0], OPTIMUM[0], atol=0.02)
 
 
-@pytest.mark.parametrize("target_fn", [control.sarsa_target, control.expected_sarsa_target])
+@pytest.mark.parametrize(
+    "target_fn", [control.sarsa_target, pytest.param(control.expected_sarsa_target, marks=pytest.mark.slow)]
+)
 def test_sarsa_learns_the_values_of_the_policy_it_follows(target_fn):
     hyper = dataclasses.replace(HYPER, epsilon_start=0.5, epsilon_end=0.5, learning_rate_power=0.7)
     config = control.Config(steps=100_000)
