@@ -1,5 +1,4 @@
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +11,10 @@ from rlhf_jax.core.types import Sequences
 from rlhf_jax.losses.reductions import packed_sequence_mean, sequence_mean, token_mean
 from rlhf_jax.models import decoder
 
-# Small programs that run once: they are compiled quickly rather than well.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 # Compiled: dispatched one by one, the operations of one pass are hundreds of programs.
-init_params = jit(models.init_params, static_argnums=0)
-hidden_states = jit(models.hidden_states, static_argnums=0)
-cached_hidden_states = jit(decoder.cached_hidden_states, static_argnums=0, static_argnames="fresh")
+init_params = jax.jit(models.init_params, static_argnums=0)
+hidden_states = jax.jit(models.hidden_states, static_argnums=0)
+cached_hidden_states = jax.jit(decoder.cached_hidden_states, static_argnums=0, static_argnames="fresh")
 
 CONFIG = models.dense_config(vocab_size=13, width=16, num_layers=2, num_heads=4, num_kv_heads=2)
 
@@ -78,7 +75,7 @@ def test_scanned_and_rematerialised_layers_equal_unrolled(tied, remats):
     def loss(config, params):
         return -jnp.sum(jnp.where(rows.mask, models.make_score_fn(config)(params, rows).logp, 0))
 
-    value_and_grad = jit(jax.value_and_grad(loss, argnums=1), static_argnums=0)
+    value_and_grad = jax.jit(jax.value_and_grad(loss, argnums=1), static_argnums=0)
     value, gradient = value_and_grad(config, params)
     for remat in remats:
         scanned = dataclasses.replace(config, scan_layers=True, remat=remat)
@@ -127,7 +124,7 @@ def test_packed_equals_unpacked_in_loss_and_gradient():
             (sequence_mean, packed_sequence_mean(packed.segment_ids, 2)),
         ):
             losses = [
-                jit(jax.value_and_grad(lambda p, r=r, reduce=reduce: reduce(-score(p, r).logp, r.mask)))(
+                jax.jit(jax.value_and_grad(lambda p, r=r, reduce=reduce: reduce(-score(p, r).logp, r.mask)))(
                     params
                 )
                 for r, reduce in ((rows, plain), (packed, for_packed))
@@ -158,29 +155,29 @@ def test_left_padding_right_padding_and_none_agree():
     params = init_params(CONFIG, jax.random.key(0))
     right = _rows([5], width=8)
     left = jax.tree.map(lambda x: jnp.roll(x, 3, axis=1), right)
-    score = jit(models.make_score_fn(CONFIG))
+    score = jax.jit(models.make_score_fn(CONFIG))
     expected = score(params, jax.tree.map(lambda x: x[:, :5], right)).logp[0, 1:]
     np.testing.assert_allclose(score(params, right).logp[0, 1:5], expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(score(params, left).logp[0, 4:], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_heads_read_the_state_before_and_the_last_token():
-    params = jit(models.init_scalar_model, static_argnums=0)(CONFIG, jax.random.key(0))
+    params = jax.jit(models.init_scalar_model, static_argnums=0)(CONFIG, jax.random.key(0))
     rows = _rows([6, 4], width=6)
     hidden = hidden_states(CONFIG, params["decoder"], rows.tokens, rows.positions, rows.segment_ids)
     scores = np.asarray(hidden) @ np.asarray(params["head"]["kernel"])
-    values = jit(models.make_value_fn(CONFIG))(params, rows)
+    values = jax.jit(models.make_value_fn(CONFIG))(params, rows)
     np.testing.assert_allclose(values[:, 1:], scores[:, :-1], rtol=1e-4, atol=1e-5)
-    rewards = jit(models.make_reward_fn(CONFIG))(params, rows)
+    rewards = jax.jit(models.make_reward_fn(CONFIG))(params, rows)
     np.testing.assert_allclose(rewards, [scores[0, 5], scores[1, 3]], rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16_compute_keeps_float32_log_probs():
     config = dataclasses.replace(CONFIG, compute_dtype="bfloat16")
     params = init_params(config, jax.random.key(0))
-    scored = jit(models.make_score_fn(config))(params, _rows([6], width=6))
+    scored = jax.jit(models.make_score_fn(config))(params, _rows([6], width=6))
     assert scored.logp.dtype == jnp.float32
-    full = jit(models.make_score_fn(CONFIG))(params, _rows([6], width=6))
+    full = jax.jit(models.make_score_fn(CONFIG))(params, _rows([6], width=6))
     np.testing.assert_allclose(scored.logp, full.logp, atol=0.05)
 
 

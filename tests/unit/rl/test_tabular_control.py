@@ -35,7 +35,7 @@ def soft_values(hyper, epsilon: float):
 def test_q_learning_finds_the_optimum(online):
     """Off-policy: exploring at random all the time, it still learns the greedy policy's values."""
     hyper = dataclasses.replace(HYPER, epsilon_end=1.0, learning_rate_power=0.7)
-    config = control.Config(steps=100_000, online=online)
+    config = control.Config(steps=50_000, online=online)
     state, _ = jax.jit(jax.vmap(control.make_train(config, ANYWHERE, control.q_learning_target), (0, None)))(
         KEYS, hyper
     )
@@ -49,7 +49,7 @@ def test_q_learning_finds_the_optimum(online):
 )
 def test_sarsa_learns_the_values_of_the_policy_it_follows(target_fn):
     hyper = dataclasses.replace(HYPER, epsilon_start=0.5, epsilon_end=0.5, learning_rate_power=0.7)
-    config = control.Config(steps=100_000)
+    config = control.Config(steps=50_000)
     state, _ = jax.jit(jax.vmap(control.make_train(config, ANYWHERE, target_fn), (0, None)))(KEYS, hyper)
     exact = soft_values(hyper, 0.5)
     np.testing.assert_allclose(jnp.mean(state.action_values, axis=0), exact, atol=0.03)
