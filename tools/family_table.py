@@ -98,8 +98,8 @@ def lora(config: models.ModelConfig, params: Any, expected: dict[str, np.ndarray
     """Largest differences of logits: (a fresh one and none, a random one and itself merged)."""
 
     @jax.jit
-    def logits_fn(tree: Any) -> jax.Array:
-        return models.forward(config, tree, expected["none_tokens"])
+    def logits_fn(tree: Any, tokens: Any = expected["none_tokens"]) -> jax.Array:
+        return models.forward(config, tree, tokens)
 
     fresh = adapters.init_adapter(adapters.LoRA(4), params, jax.random.key(0))
     start = np.abs(logits_fn(fresh) - logits_fn(params)).max()
