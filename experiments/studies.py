@@ -129,7 +129,7 @@ def _grpo(
 
 _RATE = 1e-3
 _FREE = group.Hyper(learning_rate=_RATE, kl_coef=0.0)
-_LENGTH = 16.0
+_LENGTH = 16
 
 
 def _static(label: str, **options: Any) -> Variant:
@@ -137,7 +137,7 @@ def _static(label: str, **options: Any) -> Variant:
 
 
 def _dr_grpo(**static: Any) -> group_members.Member:
-    return group_members.dr_grpo(max_length=int(_LENGTH), **static)
+    return group_members.dr_grpo(max_length=_LENGTH, **static)
 
 
 def _bounds(*clips: float) -> dict[str, tuple[float, ...]]:
