@@ -71,7 +71,7 @@ def test_labels_by_rollouts_are_kept(tiny, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "run" / "labelled.jsonl").read_text().splitlines()]
     assert len(rows) == 16
     assert all(row["labels"][-1] is None and len(row["labels"]) == 5 for row in rows)
-    again = run(tmp_path / "again", "--data", tmp_path / "run" / "labelled.jsonl", "--steps", 2)
+    again = run(tmp_path / "again", "--data", tmp_path / "run" / "labelled.jsonl", "--steps", 4)
     assert 0 <= read_metrics(again)[-1]["eval/step_accuracy"] <= 1
 
 
