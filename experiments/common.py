@@ -30,7 +30,7 @@ from rlhf_jax.data.examples import SupervisedExample, TooLong
 from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.data.tokenizers import Tokenizer, byte_tokenizer, load_tokenizer
 from rlhf_jax.metrics import Thresholds, write_report
-from rlhf_jax.training import Interrupted, LoopConfig
+from rlhf_jax.training import Interrupted, LoopConfig, Meter
 from rlhf_jax.training.runs import (
     Adaptation,
     Kind,
@@ -67,6 +67,9 @@ class RunOptions:
         HOST:PORT,COUNT,INDEX elsewhere; empty for this process alone.
       start_timeout: seconds until all processes must have come.
       lost_timeout: seconds of silence after which a process counts as lost, and the others end.
+      profile: steps to record for a profiler, into the folder profile of the run (XProf, Perfetto).
+      peak_tflops: bfloat16 TFLOP/s of all devices together, for MFU where the device is not known; 0 for
+        what is known of it.
     """
 
     out: Path
@@ -82,11 +85,21 @@ class RunOptions:
     hosts: str = ""
     start_timeout: int = 300
     lost_timeout: int = 60
+    profile: int = 0
+    peak_tflops: float = 0.0
 
     def loop(self, thresholds: Thresholds = Thresholds()) -> LoopConfig:
         """The part of it that the training loop knows."""
-        every = self.save_every, self.eval_every
-        return LoopConfig(self.steps, *every, self.keep, quiet=self.quiet, thresholds=thresholds)
+        every, watch = (self.save_every, self.eval_every), {"profile": self.profile, "thresholds": thresholds}
+        return LoopConfig(self.steps, *every, self.keep, quiet=self.quiet, **watch)
+
+    def meter(self, update_flops: float) -> Meter:
+        """What a step's parts are timed with.
+
+        Args:
+          update_flops: operations that the model needs for one update.
+        """
+        return Meter(flops=update_flops, peak_flops=1e12 * self.peak_tflops or None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,6 +300,7 @@ _POSITIVE = """
 _MAY_DIFFER = """
     --out --resume --steps --save-every --eval-every --keep --quiet --report --micro-batches
     --eval-data --eval-reward --eval-count --samples --mesh --hosts --start-timeout --lost-timeout
+    --profile --peak-tflops
 """.split()  # noqa: SIM905
 
 
@@ -328,6 +342,8 @@ def check(options: Any, run: RunOptions, stage: str) -> None:
             raise UserError(f"{name} is not a number: give one")
         if name in _POSITIVE and value <= 0:
             raise UserError(f"{name} {value} is not positive: give a number above 0")
+        if name in ("--profile", "--peak-tflops") and value < 0:
+            raise UserError(f"{name} {value} is below 0: give 0 for none")
     if not 0 <= run.seed < 2**32:
         raise UserError(f"--seed {run.seed} is out of range: give one from 0 to {2**32 - 1}")
     check_same_options(options, read_held_run(run.out, stage, resume=run.resume), run.out)

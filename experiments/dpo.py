@@ -12,6 +12,7 @@ from single responses, take both sides of such rows, or rows of `prompt`, `compl
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -32,7 +33,7 @@ from rlhf_jax.core.optimization import OptimizerConfig
 from rlhf_jax.core.types import Metrics, Params, ScoreFn, Sequences
 from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.evaluation.classification import roc_auc
-from rlhf_jax.training import run_loop
+from rlhf_jax.training import Meter, run_loop
 from rlhf_jax.training.runs import load_policy
 
 Sides = tuple[Sequences, Sequences]
@@ -134,8 +135,8 @@ def reference_logp(
     score_fn: ScoreFn, params: Params, pairs: inputs.Pairs, batch_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The reference's log-probs of the responses on both sides, in nats."""
-    score = jax.jit(lambda *rows: preference.response_logp(score_fn, params, *rows))
-    parts = [score(*pairs.rows(indices)) for indices in inputs.parts(len(pairs), batch_size)]
+    score = jax.jit(functools.partial(preference.response_logp, score_fn))
+    parts = [score(params, *pairs.rows(indices)) for indices in inputs.parts(len(pairs), batch_size)]
     first, second = (
         np.concatenate([distributed.all_values(x) for x in side]) for side in zip(*parts, strict=True)
     )
@@ -149,6 +150,7 @@ def make_step_fn(
     parts: adapting.Parts,
     state: Any,
     train: inputs.Pairs,
+    meter: Meter,
 ) -> Callable[[Any, int], tuple[Any, Metrics]]:
     """`step(state, number)`, with the reference's log-probs stored, or computed at every step."""
     sampler = BatchSampler(len(train), options.batch_size, options.run.seed)
@@ -163,13 +165,16 @@ def make_step_fn(
 
     update = common.jit_update(score_and_update, state)
 
-    def step(state: Any, number: int) -> tuple[Any, Metrics]:
+    def batch(number: int) -> tuple[Any, ...]:
         indices = common.local_indices(sampler, number)
         ref = None if stored is None else tuple(side[indices] for side in stored)
         labels = None if train.labels is None else train.labels[indices]
+        return distributed.shard_batch((train.rows(indices), ref, labels))
+
+    def step(state: Any, number: int) -> tuple[Any, Metrics]:
         # With stored log-probs nothing of the reference goes in.
         original = parts.original if stored is None else None
-        return update(state, original, *distributed.shard_batch((train.rows(indices), ref, labels)))
+        return meter.timed("update", update, state, original, *meter.timed("data", batch, number))
 
     return step
 
@@ -213,7 +218,11 @@ def run(options: Options) -> None:
         objective = pair_objective(options, loss, score_fn, tx)
     state = adapting.new_state(objective.init, parts.trained, parts.frozen, jax.random.key(seed))
     adapting.say_what_trains(options.run, state.learner)
-    step = make_step_fn(options, objective, score_fn, parts, state, train)
+    # Both sides, and the reference's pass over them where it is made at every step.
+    sizes = {"rows": 2 * options.batch_size, "length": train.length}
+    passes = models.forward_flops(model.config, **sizes) if options.reference == "each_step" else 0.0
+    meter = options.run.meter(models.training_flops(model.config, **sizes) + passes)
+    step = make_step_fn(options, objective, score_fn, parts, state, train, meter)
     evaluate = make_evaluate_fn(options, score_fn, parts.reference(state.learner), held_out)
 
     common.start(options, options.run, "dpo", model, "policy", parts.adaptation)
@@ -227,6 +236,7 @@ def run(options: Options) -> None:
         run_config=common.to_json(options),
         data_fingerprint=train.fingerprint(),
         eval_fn=evaluate,
+        meter=meter,
     )
     common.finish(options.run)
 

@@ -31,13 +31,14 @@ from rlhf_jax.algorithms import group
 from rlhf_jax.algorithms.group_members import Member
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.optimization import OptimizerConfig
-from rlhf_jax.core.types import Array, Float, Params, Rollout
+from rlhf_jax.core.types import Params
 from rlhf_jax.generation import Sampling
 from rlhf_jax.losses import policy_weights
 from rlhf_jax.metrics import Thresholds
 from rlhf_jax.rewards.functions import Scored
-from rlhf_jax.training import run_loop
+from rlhf_jax.training import Meter, run_loop
 from rlhf_jax.training.answers import Answers, draw_groups_that_differ
+from rlhf_jax.training.learning import make_group_learn
 from rlhf_jax.training.rollouts import make_generate_fn, make_reward_fn
 from rlhf_jax.training.runs import Model, load_policy
 
@@ -158,8 +159,16 @@ def overlong_weight(options: Options) -> float:
     return float(options.algorithm == "dapo") if options.overlong is None else options.overlong
 
 
+def update_flops(options: Options, model: Model, prompt_length: int) -> float:
+    """Operations of scoring with policy and reference, and of all epochs."""
+    rows = options.batch_size * options.group_size
+    sizes = {"rows": rows, "length": prompt_length + options.prompts.max_new_tokens}
+    scored = 2 * models.forward_flops(model.config, **sizes)
+    return scored + options.epochs * models.training_flops(model.config, **sizes)
+
+
 def make_draw_fn(
-    options: Options, model: Model, prompts: inputs.Prompts
+    options: Options, model: Model, prompts: inputs.Prompts, meter: Meter
 ) -> Callable[[Params, int], tuple[Answers, dict[str, float]]]:
     """`draw(writer, number) -> (answers, metrics)` of a step, a function of its number and of who writes."""
     answer = inputs.make_answer_fn(
@@ -171,6 +180,7 @@ def make_draw_fn(
         slots=options.slots,
         temperature=options.temperature,
         seed=options.run.seed,
+        meter=meter,
     )
     most = draws(options)
     penalise = make_reward_fn([f"{OVERLONG}={overlong_weight(options)}"], model.tokenizer)
@@ -191,7 +201,8 @@ def make_draw_fn(
             metrics["overlong"] = float(np.mean(penalties))
             scored = Scored(answers.rewards + penalties, answers.scored.unscorable)
             answers = dataclasses.replace(answers, scored=scored)
-        return answers, {**metrics, "unscorable": answers.scored.unscorable.sum()}
+        unscorable = distributed.all_values(distributed.shard_batch(answers.scored.unscorable))
+        return answers, {**metrics, "unscorable": unscorable.sum()}
 
     return draw
 
@@ -224,7 +235,8 @@ def run(options: Options) -> None:
     prompts = inputs.load_prompts(options.prompts, model, options.prompts.rewards[:1], seed)
     common.announce(options.run, model, f"{len(prompts):,} prompts")
     member = make_member(options)
-    draw, greedy = make_draw_fn(options, model, prompts), make_greedy_fn(options, model, prompts)
+    meter = options.run.meter(update_flops(options, model, prompts.length))
+    draw, greedy = make_draw_fn(options, model, prompts, meter), make_greedy_fn(options, model, prompts)
     score_fn = models.make_score_fn(model.config, temperature=options.temperature)
     steps = options.run.steps * options.epochs * options.minibatches
     parts = adapting.take_apart(options.adapter, model, seed=seed, steps=steps)
@@ -232,22 +244,7 @@ def run(options: Options) -> None:
     update = group.make_update(member.config, score_fn, tx)
     evaluate = prompts.evaluate
 
-    def learn(
-        state: group.State,
-        original: Params,
-        rollout: Rollout,
-        rewards: Float[Array, " B"],
-        greedy_rewards: Float[Array, " N"] | None,
-    ):
-        reference = parts.reference(state.learner, original)
-        old_logp = score_fn(state.learner.all_params, rollout.sequences).logp
-        ref_logp = score_fn(reference, rollout.sequences).logp
-        batch, described = group.make_batch(
-            member.config, rollout, rewards, old_logp, ref_logp, greedy_rewards
-        )
-        state, metrics = update(state, member.hyper, batch)
-        return state, {**described, **metrics}
-
+    learn = make_group_learn(member.config, score_fn, update, member.hyper, parts.reference)
     state = adapting.new_state(
         lambda *x: group.init(x[0], tx, x[1], behind=options.behind),
         parts.trained,
@@ -260,7 +257,8 @@ def run(options: Options) -> None:
     def step(state: group.State, number: int):
         answers, drawn = draw(state.writer, number)
         rewards = [answers.rewards, greedy(state.writer, answers) if member.needs_greedy else None]
-        state, metrics = learn(state, parts.original, answers.rollout, *distributed.shard_batch(rewards))
+        data = (parts.original, answers.rollout, *distributed.shard_batch(rewards))
+        state, metrics = meter.timed("update", learn, state, *data)
         return state, {**metrics, **drawn}
 
     # One step behind, sampler and trainer differ by design.
@@ -278,6 +276,7 @@ def run(options: Options) -> None:
         data_fingerprint=prompts.fingerprint(),
         eval_fn=evaluate
         and (lambda state: evaluate(state.learner.all_params, parts.reference(state.learner)).metrics()),
+        meter=meter,
     )
     after = prompts.answer(state.learner.all_params)
     common.finish(options.run, inputs.before_and_after(options.algorithm, before, after))

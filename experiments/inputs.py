@@ -23,6 +23,7 @@ from rlhf_jax.data.pipeline import BatchSampler, fingerprint
 from rlhf_jax.data.sources import Row, read_rows
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.generation import Sampling
+from rlhf_jax.training import Meter
 from rlhf_jax.training.answers import Answers
 from rlhf_jax.training.rollouts import Evaluation, make_evaluate_fn, make_generate_fn, make_reward_fn
 from rlhf_jax.training.runs import Model
@@ -79,6 +80,11 @@ class Pairs:
 
     def __len__(self) -> int:
         return self._count
+
+    @property
+    def length(self) -> int:
+        """Tokens a row."""
+        return self._sides[0].tokens.shape[1]
 
     def fingerprint(self) -> str:
         """Changes with any token of any pair, and with any label."""
@@ -215,6 +221,7 @@ def make_answer_fn(
     seed: int,
     slots: int = 0,
     temperature: float = 1.0,
+    meter: Meter | None = None,
 ) -> Callable[[Params, int], Answers]:
     """`answer(params, number) -> Answers` to the prompts of one draw, which are a function of its number.
 
@@ -222,7 +229,9 @@ def make_answer_fn(
       batch_size: prompts in a draw.
       group_size: answers to each.
       slots: answers on their way at a time; 0 for all.
+      meter: takes the time of answers and rewards.
     """
+    meter = meter or Meter()
     sampler = BatchSampler(len(prompts), batch_size, seed)
     reward_fn = make_reward_fn(options.rewards, model.tokenizer)
     generate = make_generate_fn(
@@ -238,8 +247,8 @@ def make_answer_fn(
 
     def answer(params: Params, number: int) -> Answers:
         chosen = [prompts.train[i] for i in common.local_indices(sampler, number, group_size)]
-        rollout = generate(params, chosen, jax.random.fold_in(key, number))
-        return Answers(chosen, rollout, reward_fn.score(rollout, chosen))
+        rollout = meter.timed("rollout", generate, params, chosen, jax.random.fold_in(key, number))
+        return Answers(chosen, rollout, meter.timed("reward", reward_fn.score, rollout, chosen))
 
     return answer
 

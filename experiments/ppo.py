@@ -31,15 +31,16 @@ import tyro
 from rlhf_jax import distributed, models
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.optimization import OptimizerConfig
+from rlhf_jax.core.optimization import Learner, OptimizerConfig
 from rlhf_jax.core.trees import merge, partition
-from rlhf_jax.core.types import Array, Float, Params, Rollout
+from rlhf_jax.core.types import Params
 from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.generation import Sampling
 from rlhf_jax.kernels import ensembles
 from rlhf_jax.models import adapters
 from rlhf_jax.training import run_loop
+from rlhf_jax.training.learning import make_ppo_learn
 from rlhf_jax.training.rollouts import (
     Evaluation,
     RolloutReward,
@@ -199,6 +200,14 @@ def make_hyper(options: Options) -> ppo.Hyper:
     )
 
 
+def update_flops(options: Options, model: Model, prompt_length: int) -> float:
+    """Operations of scoring with policy, value and reference, and of all epochs of policy and value."""
+    sizes = {"rows": options.batch_size, "length": prompt_length + options.prompts.max_new_tokens}
+    trained = 1 if options.value == "shared" else 2
+    scored = (trained + 1) * models.forward_flops(model.config, **sizes)
+    return scored + trained * options.epochs * models.training_flops(model.config, **sizes)
+
+
 def run(options: Options) -> None:
     """Trains, and leaves a run folder."""
     seed = options.run.seed
@@ -245,18 +254,15 @@ def run(options: Options) -> None:
     update = ppo.make_update(config, score_fn, tx)
     hyper, evaluate = make_hyper(options), prompts.evaluate
 
-    def learn(state: ppo.State, original: Params, rollout: Rollout, rewards: Float[Array, " B"]):
-        whole = state.learner.all_params
-        score = score_fn(whole, rollout.sequences)
-        ref_logp = ref_score_fn(models.reference_of(whole, original), rollout.sequences).logp
-        state, batch, described = ppo.language_batch(config, state, hyper, rollout, score, ref_logp, rewards)
-        state, metrics = update(state, hyper, batch)
-        return state, {**described, **metrics}
+    def reference(learner: Learner, original: Params) -> Params:
+        return models.reference_of(learner.all_params, original)
 
+    learn = make_ppo_learn(config, score_fn, ref_score_fn, update, hyper, reference)
     state = adapting.new_state(lambda *x: ppo.init(x[0], tx, x[1], hyper), params, frozen, state_key)
     adapting.say_what_trains(options.run, state.learner)
     learn = common.jit_update(learn, state)
     rollout_key = jax.random.key(seed + 1)
+    meter = options.run.meter(update_flops(options, model, prompts.length))
 
     reward_fn = make_rollout_reward(options, model.tokenizer) if reward is None else None
     score_reward = jax.jit(models.make_shared_reward_fn(model.config))
@@ -264,12 +270,15 @@ def run(options: Options) -> None:
     def step(state: ppo.State, number: int):
         chosen = [prompts.train[i] for i in common.local_indices(sampler, number)]
         whole = state.learner.all_params
-        rollout = generate(models.on_base(whole, "policy"), chosen, jax.random.fold_in(rollout_key, number))
+        key = jax.random.fold_in(rollout_key, number)
+        rollout = meter.timed("rollout", generate, models.on_base(whole, "policy"), chosen, key)
         if reward_fn is None:
-            return learn(state, parts.original, rollout, score_reward(whole, rollout.sequences))
-        scored = reward_fn.score(rollout, chosen)
-        state, metrics = learn(state, parts.original, rollout, distributed.shard_batch(scored.rewards))
-        return state, {**metrics, "unscorable": scored.unscorable.sum()}
+            rewards = meter.timed("reward", score_reward, whole, rollout.sequences)
+            return meter.timed("update", learn, state, parts.original, rollout, rewards)
+        scored = meter.timed("reward", reward_fn.score, rollout, chosen)
+        rewards, unscorable = distributed.shard_batch((scored.rewards, scored.unscorable))
+        state, metrics = meter.timed("update", learn, state, parts.original, rollout, rewards)
+        return state, {**metrics, "unscorable": jnp.sum(unscorable)}
 
     def measured(state: ppo.State, evaluate: Callable[..., Evaluation]) -> dict[str, float]:
         whole = state.learner.all_params
@@ -287,6 +296,7 @@ def run(options: Options) -> None:
         run_config=common.to_json(options),
         data_fingerprint=prompts.fingerprint(),
         eval_fn=evaluate and (lambda state: measured(state, evaluate)),
+        meter=meter,
     )
     after = prompts.answer(models.on_base(state.learner.all_params, "policy"))
     common.finish(options.run, inputs.before_and_after("ppo", before, after))

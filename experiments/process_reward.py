@@ -27,12 +27,13 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from rlhf_jax import models
+from rlhf_jax import distributed, models
 from rlhf_jax.algorithms import process_reward
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.optimization import OptimizerConfig, make_optimizer
+from rlhf_jax.core.types import Params, PRNGKeyArray
 from rlhf_jax.data import arithmetic, packing
-from rlhf_jax.data.pipeline import BatchSampler
+from rlhf_jax.data.pipeline import BatchSampler, fingerprint
 from rlhf_jax.data.process_rewards import (
     ProcessExample,
     is_socratic,
@@ -173,10 +174,19 @@ class Solutions:
     def __len__(self) -> int:
         return len(self._labels)
 
+    @property
+    def length(self) -> int:
+        """Tokens a row."""
+        return self._labels.shape[1]
+
+    def fingerprint(self) -> str:
+        """Changes with any token or label of any solution."""
+        return fingerprint([*jax.tree.leaves(self._rows), self._labels])
+
     def batch(self, indices: np.ndarray) -> process_reward.Batch:
-        """Some of them."""
+        """Some of them: this process's rows of a batch."""
         rows = jax.tree.map(lambda x: x[indices], self._rows)
-        return process_reward.Batch(rows, jnp.asarray(self._labels[indices]))
+        return process_reward.Batch(*distributed.shard_batch((rows, self._labels[indices])))
 
 
 def load(options: Options, tokenizer: Tokenizer, rows: list[list[Row]]) -> list[Solutions]:
@@ -213,17 +223,20 @@ def make_eval_fn(
         logits, labels = [], []
         for indices in inputs.parts(len(held_out), options.batch_size):
             # The last part repeats its last row to fill up: each row counts once.
-            batch, first = held_out.batch(indices), np.unique(indices, return_index=True)[1]
-            judged = np.asarray(batch.sequences.mask)[first]
-            logits.append(np.asarray(score(state.learner.params, batch.sequences))[first][judged])
-            labels.append(np.asarray(batch.labels)[first][judged])
+            first = np.unique(indices, return_index=True)[1]
+            batch = held_out.batch(indices[distributed.local_rows(len(indices))])
+            judged = distributed.all_values(batch.sequences.mask)[first]
+            scores = distributed.all_values(score(state.learner.params, batch.sequences))
+            logits.append(scores[first][judged])
+            labels.append(distributed.all_values(batch.labels)[first][judged])
         chances = 1 / (1 + np.exp(-np.concatenate(logits).astype(np.float64)))
         truth = np.concatenate(labels) > 0.5
         curve = reliability(chances, truth)
-        write_json(
-            options.run.out / "calibration.json",
-            {name: values.tolist() for name, values in dataclasses.asdict(curve).items()},
-        )
+        if distributed.is_first_host():
+            write_json(
+                options.run.out / "calibration.json",
+                {name: values.tolist() for name, values in dataclasses.asdict(curve).items()},
+            )
         return {
             "step_accuracy": float(np.mean((chances > 0.5) == truth)),
             "right_share": float(np.mean(truth)),
@@ -255,23 +268,36 @@ def run(options: Options) -> None:
 
     step_reward_fn = models.make_process_reward_fn(model.config)
     tx = make_optimizer(common.with_total_steps(options.optimizer, options.run.steps))
-    update = jax.jit(
-        process_reward.make_update(process_reward.Config(options.micro_batches), step_reward_fn, tx),
-        donate_argnums=0,
+    init_key, state_key = jax.random.split(jax.random.key(seed))
+
+    def init(params: Params, init_key: PRNGKeyArray, state_key: PRNGKeyArray) -> process_reward.State:
+        return process_reward.init(models.init_scalar_model(model.config, init_key, params), tx, state_key)
+
+    state = distributed.born_sharded(init, model.params, init_key, state_key)
+    update = common.jit_update(
+        process_reward.make_update(process_reward.Config(options.micro_batches), step_reward_fn, tx), state
+    )
+    meter = options.run.meter(
+        models.training_flops(model.config, rows=options.batch_size, length=train.length)
     )
     hyper = process_reward.Hyper(jnp.float32(options.learning_rate))
     common.start(options, options.run, "process_reward", model, "reward_model")
-    init_key, state_key = jax.random.split(jax.random.key(seed))
-    params = models.init_scalar_model(model.config, init_key, common.copied(model.params))
+
+    def step(state: process_reward.State, number: int):
+        batch = meter.timed("data", train.batch, common.local_indices(sampler, number))
+        return meter.timed("update", update, state, hyper, batch)
+
     run_loop(
-        process_reward.init(params, tx, state_key),
-        lambda state, number: update(state, hyper, train.batch(sampler.indices(number))),
+        state,
+        step,
         options.run.loop(),
         stage="process_reward",
         folder=options.run.out,
         resume=options.run.resume,
         run_config=common.to_json(options),
+        data_fingerprint=train.fingerprint(),
         eval_fn=make_eval_fn(options, step_reward_fn, held_out),
+        meter=meter,
     )
     common.finish(options.run)
 

@@ -84,9 +84,16 @@ def run(options: Options) -> None:
     hyper = reward.Hyper(*(jnp.float32(x) for x in (options.learning_rate, options.margin, options.centring)))
     score = jax.jit(lambda params, pairs: reward.score_pairs(reward_fn, params, pairs))
 
-    def step(state: reward.State, number: int):
+    meter = options.run.meter(
+        models.training_flops(model.config, rows=2 * options.batch_size, length=train.length)
+    )
+
+    def batch(number: int) -> reward.Pairs:
         rows = train.rows(common.local_indices(sampler, number))
-        return update(state, hyper, reward.Pairs(*distributed.shard_batch(rows)))
+        return reward.Pairs(*distributed.shard_batch(rows))
+
+    def step(state: reward.State, number: int):
+        return meter.timed("update", update, state, hyper, meter.timed("data", batch, number))
 
     def accuracy(state: reward.State) -> dict[str, float]:
         leads = []
@@ -113,6 +120,7 @@ def run(options: Options) -> None:
         run_config=common.to_json(options),
         data_fingerprint=train.fingerprint(),
         eval_fn=accuracy if len(held_out) else None,
+        meter=meter,
     )
     common.finish(options.run)
 

@@ -167,9 +167,15 @@ def run(options: Options) -> None:
     hyper = sft.Hyper(learning_rate=jnp.float32(options.learning_rate))
     common.start(options, options.run, "sft", model, "policy", parts.adaptation)
 
-    def step(state: sft.State, number: int):
+    length = rows.tokens.shape[1]
+    meter = options.run.meter(models.training_flops(model.config, rows=options.batch_size, length=length))
+
+    def batch(number: int) -> Sequences:
         indices = common.local_indices(sampler, number)
-        return update(state, hyper, distributed.shard_batch(jax.tree.map(lambda x: x[indices], rows)))
+        return distributed.shard_batch(jax.tree.map(lambda x: x[indices], rows))
+
+    def step(state: sft.State, number: int):
+        return meter.timed("update", update, state, hyper, meter.timed("data", batch, number))
 
     run_loop(
         state,
@@ -181,6 +187,7 @@ def run(options: Options) -> None:
         run_config=common.to_json(options),
         data_fingerprint=fingerprint(jax.tree.leaves(rows)),
         eval_fn=evaluate,
+        meter=meter,
     )
     common.finish(options.run)
 

@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -31,24 +31,13 @@ from rlhf_jax.algorithms import sft
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.optimization import OptimizerConfig, make_optimizer
 from rlhf_jax.core.types import Sequences
+from rlhf_jax.distributed.chips import chip_of
 from rlhf_jax.generation import generate
 
 Task = Callable[[], float]
 
-PRESETS = {
-    # A Llama of 3.4M parameters, and the shape of Llama 3.2 1B.
-    "tiny": {"vocab_size": 1024, "width": 256, "num_layers": 4, "num_heads": 8, "hidden_dim": 688},
-    "1b": {"vocab_size": 128_256, "width": 2048, "num_layers": 16, "num_heads": 32, "hidden_dim": 8192},
-}
-KV_HEADS = {"tiny": 8, "1b": 8}
-
-PEAKS = {
-    "H100": (989.0, 3350.0),
-    "H200": (989.0, 4800.0),
-    "A100": (312.0, 2039.0),
-    "TPU v5 lite": (197.0, 819.0),
-}
-"""Dense bfloat16 TFLOP/s and GB/s of a device, by what its name contains (from the makers' data sheets)."""
+TINY = {"vocab_size": 1024, "width": 256, "num_layers": 4, "num_heads": 8, "hidden_dim": 688}
+"""A Llama of 3.4M parameters."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,15 +83,31 @@ class Options:
 
 def model_config(options: Options) -> models.ModelConfig:
     """The preset in our words."""
-    return models.dense_config(
-        **PRESETS[options.preset],
-        num_kv_heads=KV_HEADS[options.preset],
-        param_dtype=options.dtype,
-        compute_dtype=options.dtype,
-        remat=options.remat,
-        scan_layers=options.scan,
-        attention_backend=options.attention,
-    )
+    chosen: dict[str, Any] = {
+        "param_dtype": options.dtype,
+        "compute_dtype": options.dtype,
+        "remat": options.remat,
+        "scan_layers": options.scan,
+        "attention_backend": options.attention,
+    }
+    if options.preset == "1b":
+        return models.preset_config("llama-1b", **chosen)
+    return models.dense_config(**TINY, **chosen)
+
+
+def sizes_of(config: models.ModelConfig) -> dict[str, Any]:
+    """The architecture, as peers are told of it."""
+    attention, feed_forward = config.pattern[0].attention, config.pattern[0].feed_forward
+    assert isinstance(attention, models.Attention)
+    assert isinstance(feed_forward, models.GatedFeedForward)
+    return {
+        "vocab_size": config.vocab_size,
+        "width": config.width,
+        "hidden_dim": feed_forward.hidden_dim,
+        "num_layers": config.num_layers,
+        "num_heads": attention.num_heads,
+        "num_kv_heads": attention.num_kv_heads,
+    }
 
 
 # Ours ----------------------------------------------------------------------------------------------
@@ -175,7 +180,7 @@ class Peer:
         Raises:
           UserError: it does not start.
         """
-        sizes = {**PRESETS[options.preset], "num_kv_heads": KV_HEADS[options.preset], "prompts": prompts}
+        sizes = {**sizes_of(model_config(options)), "prompts": prompts}
         for field in ("dtype", "batch", "length", "prompt_length", "new_tokens"):
             sizes[field] = getattr(options, field)
         script = Path(__file__).with_name("bench_peers.py")
@@ -243,18 +248,10 @@ def compare(task: str, ours: Task, options: Options, prompts: int) -> dict[str, 
 def peaks(options: Options) -> tuple[float | None, float | None]:
     """FLOP/s and bytes/s of the device."""
     kind = jax.devices()[0].device_kind
-    known = next((peak for name, peak in PEAKS.items() if name in kind), (None, None))
-    flops, bandwidth = options.peak_tflops or known[0], options.bandwidth or known[1]
-    return flops and 1e12 * flops, bandwidth and 1e9 * bandwidth
-
-
-def training_flops(config: models.ModelConfig, parameters: int, options: Options) -> float:
-    """Six for each parameter and token, and twelve for each query and key dimension of the causal half."""
-    attention = config.pattern[0].attention
-    assert isinstance(attention, models.Attention)
-    pairs = options.batch * options.length**2 / 2
-    tokens = options.batch * options.length
-    return 6 * parameters * tokens + 12 * pairs * config.num_layers * attention.num_heads * attention.head_dim
+    chip = chip_of(kind)
+    flops = 1e12 * options.peak_tflops if options.peak_tflops else chip and chip.peak_flops
+    bandwidth = 1e9 * options.bandwidth if options.bandwidth else chip and chip.memory_bandwidth
+    return flops, bandwidth
 
 
 def decoding_bytes(config: models.ModelConfig, parameters: int, options: Options, prompts: int) -> float:
@@ -285,7 +282,8 @@ def measure(options: Options) -> None:
     print("| | | ms | tokens/s | ours is faster by | share of peak |\n|---|---|---|---|---|---|", flush=True)
     if "train" in options.tasks:
         times = compare("train", our_training(options), options, options.prompts[0])
-        share = training_flops(config, parameters, options) / times["ours"] / flops if flops else None
+        needed = models.training_flops(config, rows=options.batch, length=options.length)
+        share = needed / times["ours"] / flops if flops else None
         what = f"train {options.batch} x {options.length}"
         print_rows(what, options.batch * options.length, times, share)
     for prompts in options.prompts if "generate" in options.tasks else ():

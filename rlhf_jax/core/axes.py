@@ -6,6 +6,7 @@ one (`jax.set_mesh`). Without a mesh, or where its axes have size 1, nothing hap
 
 import contextlib
 import contextvars
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -80,6 +81,36 @@ def constrain(array: T, *names: str | None) -> T:
     if mesh.empty or not _usable(mesh):
         return array
     return jax.lax.with_sharding_constraint(array, partition_spec(names, array.shape, mesh)[0])
+
+
+def gathered(array: T, *names: str | None, over: str = "embed") -> T:
+    """`array`, laid out by `names`, made whole along the axis `over` before it is used.
+
+    A constraint holds for the gradient too, which would then be summed and held whole on every device; here
+    the gradient goes straight back to where `names` put it.
+    """
+    if not jax.sharding.get_abstract_mesh().empty:
+        return _gathered((names, over), array)  # pyright: ignore[reportReturnType]
+    return array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gathered(layout: tuple[tuple[str | None, ...], str], array: jax.Array) -> jax.Array:
+    names, over = layout
+    return constrain(array, *(None if name == over else name for name in names))
+
+
+def _gathered_forward(layout: tuple[tuple[str | None, ...], str], array: jax.Array) -> tuple[jax.Array, None]:
+    return _gathered(layout, array), None
+
+
+def _gathered_backward(
+    layout: tuple[tuple[str | None, ...], str], _: None, gradient: jax.Array
+) -> tuple[jax.Array]:
+    return (constrain(gradient, *layout[0]),)
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
 def shards(name: str, size: int) -> int:

@@ -9,7 +9,7 @@ from rlhf_jax.distributed.hosts import (
     lost_peer_message,
     start_hosts,
 )
-from rlhf_jax.distributed.meshes import current_mesh, describe_mesh, make_mesh
+from rlhf_jax.distributed.meshes import abstract_mesh, current_mesh, describe_mesh, make_mesh
 from rlhf_jax.distributed.placement import (
     all_values,
     born_sharded,
@@ -26,6 +26,7 @@ __all__ = [
     "PARAMETER_AXES",
     "HostOptions",
     "abandon",
+    "abstract_mesh",
     "all_values",
     "any_host",
     "born_sharded",

@@ -4,12 +4,11 @@ import dataclasses
 import math
 import re
 
+from rlhf_jax.distributed.programs import Program, arrays_of
+
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _COLLECTIVE = re.compile(rf"= (\(.*?\)|\S+) ({'|'.join(_KINDS)})(?:-start)?\(")
-_ARRAY = re.compile(r"(pred|bf16|[a-z]\d+)\[([\d,]*)\]")
-_CALLED = re.compile(r"(?:body|to_apply|calls|condition)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
-_TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 # Who takes part together, in three spellings: {{0,1},{2,3}}, [2,2]<=[4] and mesh['a'=2,'b'=2] {'b'}.
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _COUNTED = re.compile(r"replica_groups=\[\d+,(\d+)\]")
@@ -48,50 +47,43 @@ class Collective:
         return factor * self.result_bytes * self.times
 
 
-def collectives(program: str) -> list[Collective]:
-    """Every collective in the text of a compiled program (`compiled.as_text()`), in its order."""
-    bodies, entry = _computations(program)
+def collectives(program: str, unknown_trips: int = 1) -> list[Collective]:
+    """Every collective in the text of a compiled program (`compiled.as_text()`), in its order.
+
+    Args:
+      unknown_trips: rounds of loops whose number the text does not tell, such as those of generation.
+    """
     found: list[Collective] = []
-
-    def visit(name: str, times: int) -> None:
-        for line in bodies.get(name, ()):
-            operation = _COLLECTIVE.search(line)
-            if operation:
-                found.append(_collective(line, operation, times))
-            trips = _TRIPS.search(line)
-            for called in _called(line):
-                visit(called, times * int(trips[1]) if trips else times)
-
-    visit(entry, 1)
+    seen: set[tuple[str, str]] = set()
+    for instruction in Program(program).walk(unknown_trips):
+        operation = _COLLECTIVE.search(instruction.line)
+        if operation is None:
+            continue
+        # One that is hidden behind other work stands in the text where it starts and where it ends.
+        channel = _CHANNEL.search(instruction.line)
+        if channel and instruction.fused and (instruction.scope, channel[1]) in seen:
+            continue
+        if channel:
+            seen.add((instruction.scope, channel[1]))
+        found.append(_collective(instruction.line, operation, instruction.times))
     return found
 
 
-def _computations(program: str) -> tuple[dict[str, list[str]], str]:
-    bodies: dict[str, list[str]] = {}
-    entry = name = ""
-    for line in program.splitlines():
-        start = _COMPUTATION.match(line)
-        if start:
-            name = start[2]
-            bodies[name] = []
-            entry = name if start[1] else entry
-        elif name:
-            bodies[name].append(line)
-    return bodies, entry
-
-
-def _called(line: str) -> list[str]:
-    names: list[str] = []
-    for single, several in _CALLED.findall(line):
-        names += [single] if single else [name.strip().lstrip("%") for name in several.split(",")]
-    return names
+def by_kind(found: list[Collective]) -> dict[str, tuple[int, float]]:
+    """How often each kind runs in one call, and the bytes that each device receives by it."""
+    kinds = {c.kind: [other for other in found if other.kind == c.kind] for c in found}
+    return {
+        kind: (sum(c.times for c in some), sum(c.moved_bytes for c in some)) for kind, some in kinds.items()
+    }
 
 
 def _collective(line: str, operation: re.Match[str], times: int) -> Collective:
-    arrays = _ARRAY.findall(operation[1])
-    shapes = tuple(tuple(int(size) for size in dims.split(",") if size) for _, dims in arrays)
-    sizes = [_item_bytes(dtype) * math.prod(shape) for (dtype, _), shape in zip(arrays, shapes, strict=True)]
-    return Collective(operation[2], shapes, int(sum(sizes)), _group(line), times)
+    arrays = arrays_of(operation[1])
+    if f"{operation[2]}-start(" in line:  # which gives what goes in beside what comes out
+        half = len(arrays) // 2
+        arrays = {"all-gather": arrays[half:], "collective-permute": arrays[1:2]}.get(operation[2], arrays)
+    total = int(sum(array.nbytes for array in arrays))
+    return Collective(operation[2], tuple(array.shape for array in arrays), total, _group(line), times)
 
 
 def _group(line: str) -> int:
@@ -103,7 +95,3 @@ def _group(line: str) -> int:
         sizes = dict(pair.split("=") for pair in named[1].split(","))
         return math.prod(int(sizes[axis.split(":")[0].strip()]) for axis in named[2].split(","))
     return 2  # a permutation has pairs instead
-
-
-def _item_bytes(dtype: str) -> float:
-    return 1 if dtype == "pred" else 2 if dtype == "bf16" else int(re.sub(r"\D.*", "", dtype[1:])) / 8

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from rlhf_jax.core.axes import MESH_AXES
 from rlhf_jax.core.errors import UserError
@@ -42,7 +43,24 @@ def make_mesh(spec: str = "", *, devices: Sequence[Any] | None = None) -> Mesh:
         )
     shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
     types = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices[:count])
+    try:
+        return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices[:count])
+    except NotImplementedError:  # an axis of the mesh that is a part of one of the torus: tensor=4 on 16x16
+        layout = mesh_utils.create_device_mesh(shape, devices[:count], allow_split_physical_axes=True)
+        return Mesh(layout, MESH_AXES, axis_types=types)
+
+
+def abstract_mesh(spec: str) -> AbstractMesh:
+    """The mesh that `spec` describes, of no devices: for shapes and shardings alone.
+
+    Raises:
+      UserError: `spec` is not of its form; `auto` is not, where there is nothing to count.
+    """
+    if spec.strip() == "auto":
+        raise UserError(f"--mesh auto has no devices to count here: {_EXAMPLE.removesuffix(', or auto')}")
+    sizes = _parse(spec.strip(), 0)
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    return AbstractMesh(tuple(sizes.get(axis, 1) for axis in MESH_AXES), MESH_AXES, axis_types=types)
 
 
 def _parse(spec: str, device_count: int) -> dict[str, int]:
@@ -63,10 +81,10 @@ def _parse(spec: str, device_count: int) -> dict[str, int]:
     return sizes
 
 
-def describe_mesh(mesh: Mesh) -> str:
+def describe_mesh(mesh: Mesh | AbstractMesh) -> str:
     """`data=2 x fsdp=4 (8 devices: cpu)`."""
     axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
-    kind = mesh.devices.flat[0].device_kind
+    kind = mesh.devices.flat[0].device_kind if isinstance(mesh, Mesh) else "none here"
     return f"{axes} ({mesh.size} devices: {kind})" if axes else f"one device ({kind})"
 
 

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax.core.axes import partition_spec
 from rlhf_jax.core.errors import UserError
@@ -52,7 +52,7 @@ def shardings_of(tree: T) -> T:
 # Batches -------------------------------------------------------------------------------------------
 
 
-def batch_sharding(mesh: Mesh, rows: int) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh, rows: int) -> NamedSharding:
     """Rows over the mesh axes of `batch`.
 
     Raises:
@@ -64,10 +64,10 @@ def batch_sharding(mesh: Mesh, rows: int) -> NamedSharding:
             f"a batch of {rows} rows cannot be split evenly over the mesh, {describe_mesh(mesh)}: choose a "
             "batch size that the product of data, fsdp and expert divides"
         )
-    return NamedSharding(mesh, spec)
+    return NamedSharding(mesh, spec)  # pyright: ignore[reportArgumentType]
 
 
-def shards_of_batch(mesh: Mesh) -> int:
+def shards_of_batch(mesh: Mesh | AbstractMesh) -> int:
     """Into how many parts rows are split."""
     return split_of(batch_sharding(mesh, mesh.size).spec, mesh)
 

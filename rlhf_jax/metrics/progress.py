@@ -68,8 +68,12 @@ class Progress:
         if self._bar:
             self._bar.stop()
 
-    def update(self, step: int, metrics: Mapping[str, Any] | None = None) -> None:
-        """Says that `step` steps are done. Device arrays are fetched only when they are about to be shown."""
+    def update(self, step: int, metrics: Mapping[str, Any] | None = None, *, note: str = "") -> None:
+        """Says that `step` steps are done. Device arrays are fetched only when they are about to be shown.
+
+        Args:
+          note: words that are shown behind the metrics.
+        """
         now = self._clock()
         self._completed = step
         self._marks.append((now, step))
@@ -79,7 +83,7 @@ class Progress:
         if self._quiet or (step < self._total and now - self._shown_at < self._seconds_between):
             return
         self._shown_at = now
-        self._show(now, metrics or {})
+        self._show(now, metrics or {}, note)
 
     def log(self, text: str) -> None:
         """Prints a line above the bar, such as the result of an evaluation."""
@@ -94,7 +98,7 @@ class Progress:
         (first_time, first_step), (last_time, last_step) = self._marks[0], self._marks[-1]
         return (last_step - first_step) / max(last_time - first_time, 1e-9)
 
-    def _show(self, now: float, metrics: Mapping[str, Any]) -> None:
+    def _show(self, now: float, metrics: Mapping[str, Any], note: str) -> None:
         names = (
             list(metrics)[:4] if self._shown is None else [name for name in self._shown if name in metrics]
         )
@@ -106,7 +110,7 @@ class Progress:
             when = f"{format_seconds((self._total - self._completed) / rate)} left"
         else:
             when = "starting"
-        parts = [_format_rate(rate) if rate > 0 else "", when, live]
+        parts = [_format_rate(rate) if rate > 0 else "", when, live, note]
         text = "  ".join(part for part in parts if part)
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self._completed, text=text)

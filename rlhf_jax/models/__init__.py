@@ -34,8 +34,10 @@ from rlhf_jax.models.decoder import (
     unembedding,
     unstack_layers,
 )
+from rlhf_jax.models.flops import forward_flops, matmul_params, training_flops
 from rlhf_jax.models.heads import init_scalar_head, init_scalar_model
 from rlhf_jax.models.positions import Alibi, LinearScaling, Llama3Scaling, Rope, YarnScaling, ntk_theta
+from rlhf_jax.models.presets import Preset, preset_config
 from rlhf_jax.models.scoring import (
     make_actor_critic_fn,
     make_decode_fns,
@@ -67,6 +69,7 @@ __all__ = [
     "Llama3Scaling",
     "MixtureOfExperts",
     "ModelConfig",
+    "Preset",
     "RMSNorm",
     "Remat",
     "Rope",
@@ -80,6 +83,7 @@ __all__ = [
     "dense_config",
     "expand_prompt",
     "forward",
+    "forward_flops",
     "hidden_states",
     "init_cache",
     "init_params",
@@ -98,10 +102,13 @@ __all__ = [
     "make_shared_reward_fn",
     "make_two_headed_fn",
     "make_value_fn",
+    "matmul_params",
     "ntk_theta",
     "on_base",
+    "preset_config",
     "reference_of",
     "stack_layers",
+    "training_flops",
     "unembedding",
     "unstack_layers",
 ]

@@ -138,6 +138,9 @@ def choose_backend(
 
 
 def _platform() -> str:
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None and device.platform == "tpu":  # also where a program is compiled ahead of time
+        return "tpu"
     if jax.default_backend() == "gpu" and "cuda" not in jax.devices()[0].client.platform_version:
         return "rocm"
     return jax.default_backend()
@@ -167,8 +170,6 @@ def _splash_obstacle(biased: bool, platform: str) -> str | None:
         return f"it needs a TPU, and this runs on {platform}"
     if biased:
         return "it has no bias of logits, and this model has one (ALiBi)"
-    if jax.sharding.get_abstract_mesh().size > 1:
-        return "its kernel is not split over a mesh of several devices"
     return None
 
 
@@ -282,9 +283,35 @@ def splash_attention(
 ) -> Float[Array, "B T H v"]:
     """The TPU kernel that skips the blocks nobody sees. The columns of a segment follow one another.
 
+    On a mesh every device runs it on its own rows and heads.
+
     Args:
       interpret: runs the kernel's operations one by one, on any machine (for tests).
     """
+    local = functools.partial(
+        _splash_on_one_device, scale=scale, softcap=softcap, window=window, interpret=interpret
+    )
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return local(query, key, value, segment_ids)
+    heads = "heads" if shards("heads", key.shape[2]) > 1 else None
+    of_heads = partition_spec(("batch", None, heads, None), key.shape, mesh)[0]
+    specs = (of_heads, of_heads, of_heads, PartitionSpec(of_heads[0]))
+    split = jax.shard_map(local, in_specs=specs, out_specs=of_heads, check_vma=False)
+    return split(query, key, value, segment_ids)
+
+
+def _splash_on_one_device(
+    query: Array,
+    key: Array,
+    value: Array,
+    segment_ids: Array,
+    *,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    interpret: bool,
+) -> Array:
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     time = query.shape[1]
@@ -294,13 +321,23 @@ def splash_attention(
         for heads in (query * jnp.asarray(scale, query.dtype), key, value)
     ]
     segments = jnp.pad(segment_ids, ((0, 0), (0, padding)))
-    kernel = _splash_kernel(time + padding, query.shape[2], window, softcap, interpret)
+    # On a mesh its tables are made within the program: outside, they would be put on the mesh's devices.
+    make = _splash_kernel if jax.sharding.get_abstract_mesh().empty else _make_splash_kernel
+    kernel = make(time + padding, query.shape[2], window, softcap, interpret)
     outputs = jax.vmap(kernel)(*rows, splash.SegmentIds(segments, segments))
     return outputs.swapaxes(1, 2)[:, :time].astype(value.dtype)
 
 
 @functools.lru_cache(maxsize=32)
-def _splash_kernel(time: int, heads: int, window: int | None, softcap: float | None, interpret: bool) -> Any:
+def _splash_kernel(*arguments: Any) -> Any:
+    # Its tables are constants, also where the kernel is made while a program is traced.
+    with jax.ensure_compile_time_eval():
+        return _make_splash_kernel(*arguments)
+
+
+def _make_splash_kernel(
+    time: int, heads: int, window: int | None, softcap: float | None, interpret: bool
+) -> Any:
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     square = (time, time)
@@ -316,14 +353,12 @@ def _splash_kernel(time: int, heads: int, window: int | None, softcap: float | N
         block_q_dq=block,
         block_kv_dq=block,
     )
-    # Its tables are constants, also where the kernel is made while a program is traced.
-    with jax.ensure_compile_time_eval():
-        return splash.make_splash_mha(
-            splash.MultiHeadMask([mask] * heads),
-            block_sizes=blocks,
-            attn_logits_soft_cap=softcap,
-            residual_checkpoint_name=ATTENDED,
-            head_shards=1,
-            q_seq_shards=1,
-            interpret=interpret,
-        )
+    return splash.make_splash_mha(
+        splash.MultiHeadMask([mask] * heads),
+        block_sizes=blocks,
+        attn_logits_soft_cap=softcap,
+        residual_checkpoint_name=ATTENDED,
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )

@@ -10,7 +10,7 @@ import dataclasses
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ from rlhf_jax.distributed import any_host, is_first_host
 from rlhf_jax.metrics.monitoring import Monitor, Thresholds
 from rlhf_jax.metrics.progress import Progress
 from rlhf_jax.metrics.writers import MetricsWriter, read_metrics
+from rlhf_jax.training.meter import Meter, Trace, describe
 
 State = TypeVar("State")
 StepFn = Callable[[State, int], tuple[State, Metrics]]
@@ -41,6 +42,7 @@ class LoopConfig:
       keep: newest checkpoints that are kept.
       max_skipped_in_a_row: give up after this many steps in a row were not finite.
       quiet: show no progress.
+      profile: steps that are recorded for a profiler in `folder/profile`, after the two first ones.
       thresholds: when a run is warned of: see `metrics.monitoring`.
     """
 
@@ -50,6 +52,7 @@ class LoopConfig:
     keep: int = 2
     max_skipped_in_a_row: int = 10
     quiet: bool = False
+    profile: int = 0
     thresholds: Thresholds = Thresholds()
 
 
@@ -77,6 +80,7 @@ def run_loop(
     run_config: dict[str, Any] | None = None,
     data_fingerprint: str | None = None,
     eval_fn: EvalFn[State] | None = None,
+    meter: Meter | None = None,
 ) -> State:
     """Runs `step_fn` until `config.steps` steps are done.
 
@@ -90,6 +94,7 @@ def run_loop(
       run_config: kept in each checkpoint's manifest.
       data_fingerprint: kept in each checkpoint, and compared on resuming: a run goes on with its own data.
       eval_fn: state -> numbers, logged as `eval/NAME`.
+      meter: what `step_fn` times its parts with; the step as a whole is always timed.
 
     Raises:
       UserError: the folder holds checkpoints and `resume` is False, or those of a run on other data; too
@@ -98,17 +103,22 @@ def run_loop(
     """
     with CheckpointManager(folder / "checkpoints", keep=config.keep, config=run_config) as checkpoints:
         start, state = _restore(state, checkpoints, folder, resume, data_fingerprint)
-        first = is_first_host()
+        first, meter = is_first_host(), meter or Meter()
+        # The two first steps compile; a run of fewer is recorded as it is.
+        warm = min(start + 2, max(config.steps - config.profile, start))
+        trace = Trace(folder / "profile", first=warm, count=config.profile if first else 0)
         with (
             MetricsWriter(folder, stage=stage, resume_step=start) if first else nullcontext() as writer,
             Progress(stage, config.steps, completed=start, quiet=config.quiet or not first) as progress,
             _signals() as received,
+            closing(trace),
         ):
             monitor = _recall(Monitor(config.thresholds), folder, stage, start)
             for step in range(start, config.steps):
                 began = time.perf_counter()
-                state, metrics = step_fn(state, step)
-                metrics = jax.device_get(dict(metrics))
+                with trace.step(step):
+                    state, metrics = step_fn(state, step)
+                    metrics = jax.device_get(dict(metrics))
                 done, seconds = step + 1, time.perf_counter() - began
                 _stop_if_diverged(metrics, config, done, folder)
                 alarms, under_way = monitor.see(metrics)
@@ -116,18 +126,22 @@ def run_loop(
                 for alarm in alarms:
                     progress.log(f"warning: step {done}: {alarm}")
                 if _is_due(done, config.eval_every, config.steps) and eval_fn is not None:
-                    metrics |= {f"eval/{name}": value for name, value in eval_fn(state).items()}
+                    with meter.timing("eval"):
+                        metrics |= {f"eval/{name}": value for name, value in eval_fn(state).items()}
+                times = meter.read(seconds, float(metrics["tokens"]) if "tokens" in metrics else None)
                 if writer is not None:
-                    writer.write(done, metrics | _timings(metrics, seconds))
-                progress.update(done, metrics)
+                    writer.write(done, metrics | times)
+                progress.update(done, metrics, note=describe(times))
                 stopping = any_host(bool(received))
                 if stopping or _is_due(done, config.save_every, config.steps):
-                    checkpoints.save(
-                        done,
-                        without_frozen(state),
-                        extra={"data": data_fingerprint},
-                        wait=stopping or done == config.steps,
-                    )
+                    # Its seconds stand in the next step's line: a step is logged before it is saved.
+                    with meter.timing("save"):
+                        checkpoints.save(
+                            done,
+                            without_frozen(state),
+                            extra={"data": data_fingerprint},
+                            wait=stopping or done == config.steps,
+                        )
                 # A signal that came during the last save has no later step to be seen at.
                 if stopping or (received and done == config.steps):
                     # Where another process was asked to stop, this one ends as after SIGTERM.
@@ -165,13 +179,6 @@ def _recall(monitor: Monitor, folder: Path, stage: str, start: int) -> Monitor:
 
 def _is_due(done: int, every: int, steps: int) -> bool:
     return done == steps or (every > 0 and done % every == 0)
-
-
-def _timings(metrics: Mapping[str, Any], seconds: float) -> dict[str, float]:
-    rates = {"time/step_seconds": seconds}
-    if "tokens" in metrics:
-        rates["time/tokens_per_second"] = float(metrics["tokens"]) / seconds
-    return rates
 
 
 def _stop_if_diverged(metrics: Mapping[str, Any], config: LoopConfig, done: int, folder: Path) -> None:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import distributed, models
+from rlhf_jax.core.axes import constrain
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Params, PRNGKeyArray, Rollout
 from rlhf_jax.data.examples import PromptExample
@@ -62,32 +63,112 @@ def make_generate_fn(
       sampling: unless the call says otherwise, which compiles nothing anew while the same filters are on.
       decode_fns: (prefill, decode) where they are not the model's own; not with `slots`.
     """
-    prefill, decode = decode_fns or models.make_decode_fns(config)
-    if slots is None:
-        sample = functools.partial(generate, prefill, decode, group_size=group_size)
-    else:
-        group_size, extend = 1, models.make_extend_fn(config)
-        sample = functools.partial(generate_continuously, prefill, extend, slots=slots)
-    ends = {"max_new_tokens": max_new_tokens, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
-    compiled = jax.jit(functools.partial(sample, **ends))
+    group_size = group_size if slots is None else 1
+
+    @functools.cache
+    def compiled(group_size: int) -> Callable[..., Rollout]:
+        options: dict[str, Any] = {
+            "eos_id": tokenizer.eos_id,
+            "pad_id": tokenizer.pad_id,
+            "max_new_tokens": max_new_tokens,
+            "group_size": group_size,
+            "slots": slots,
+            "decode_fns": decode_fns,
+        }
+        return jax.jit(make_completion_fn(config, **options))
 
     def run(
         params: Params, prompts: Sequence[PromptExample], key: PRNGKeyArray, sampling: Sampling = sampling, /
     ) -> Rollout:
         if any(prompt is not prompts[row - row % group_size] for row, prompt in enumerate(prompts)):
             raise ValueError(f"prompts do not come in groups of {group_size} equal ones")
-        ids = [prompt.ids for prompt in prompts[::group_size]]
-        missing = -len(ids) % distributed.shards_of_batch(distributed.current_mesh())
+        mesh = distributed.current_mesh()
+        parts = len(distributed.local_rows(distributed.shards_of_batch(mesh), mesh=mesh))
+        size = read_at_once(len(prompts), group_size, parts)
+        ids = [prompt.ids for prompt in prompts[::size]]
+        missing = -len(ids) % parts
+        if missing and jax.process_count() > 1:
+            raise ValueError(f"{len(ids)} rows cannot be split over the {parts} parts of this process")
         batch = left_pad(ids + ids[-1:] * missing, prompt_length, pad_id=tokenizer.pad_id)
-        rollout = compiled(params, *distributed.shard_batch(batch), key, sampling=sampling)
+        rollout = compiled(size)(params, *distributed.shard_batch(batch), key, sampling=sampling)
         return jax.tree.map(lambda x: x[: len(prompts)], rollout) if missing else rollout
 
     return run
 
 
-def completion_texts(tokenizer: Tokenizer, rollout: Rollout) -> list[str]:
-    """What was sampled in each row, without the end-of-sequence token."""
-    tokens, mask = map(distributed.local_values, (rollout.sequences.tokens, rollout.sequences.mask))
+def read_at_once(rows: int, group_size: int, parts: int) -> int:
+    """For how many answers a prompt is read: its group, or 1 where only the answers can be split evenly."""
+    return 1 if rows % parts == 0 and rows // group_size % parts else group_size
+
+
+def answer_all(
+    generate: GenerateFn,
+    reward_fn: Callable[[Rollout, Sequence[PromptExample]], np.ndarray],
+    params: Params,
+    prompts: Sequence[PromptExample],
+    sampling: Sampling,
+    *,
+    first: int = 0,
+) -> tuple[Rollout, np.ndarray]:
+    """Answers to prompts that every process holds, of which each answers and judges its own.
+
+    Args:
+      first: number of the first prompt, which decides what is drawn for it.
+
+    Returns:
+      (rollout, rewards) of all prompts; in the rollout, repeats may follow to fill up the mesh.
+    """
+    rows = len(prompts) + -len(prompts) % distributed.shards_of_batch(distributed.current_mesh())
+    padded = [*prompts, *[prompts[-1]] * (rows - len(prompts))]
+    mine = [padded[row] for row in distributed.local_rows(rows)]
+    rollout = generate(params, mine, row_keys(jax.random.key(0), rows, first=first), sampling)
+    rewards = np.asarray(reward_fn(rollout, mine))
+    if jax.process_count() > 1:
+        rewards = distributed.all_values(distributed.shard_batch(rewards))
+    return rollout, rewards[: len(prompts)]
+
+
+def make_completion_fn(
+    config: models.ModelConfig,
+    *,
+    max_new_tokens: int,
+    eos_id: int,
+    pad_id: int,
+    group_size: int = 1,
+    slots: int | None = None,
+    decode_fns: tuple[Callable, Callable] | None = None,
+) -> Callable[..., Rollout]:
+    """`complete(params, prompts [N, P], prompt_mask, key, sampling=...) -> Rollout`, to be compiled.
+
+    Args:
+      group_size: answers to each prompt, which is read once.
+      slots: answers on their way at a time; with it, prompts are read for every answer.
+      decode_fns: (prefill, decode) where they are not the model's own; not with `slots`.
+    """
+    prefill, decode = decode_fns or models.make_decode_fns(config)
+    ends = {"max_new_tokens": max_new_tokens, "eos_id": eos_id, "pad_id": pad_id}
+    if slots is None:
+        sample = functools.partial(generate, prefill, decode, group_size=group_size, **ends)
+    else:
+        extend = models.make_extend_fn(config)
+        sample = functools.partial(generate_continuously, prefill, extend, slots=slots, **ends)
+
+    def complete(*args: Any, **options: Any) -> Rollout:
+        # Each process finds its own rows in every array, whatever the compiler would have chosen.
+        rollout = sample(*args, **options)
+        return jax.tree.map(lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1)), rollout)
+
+    return complete
+
+
+def completion_texts(tokenizer: Tokenizer, rollout: Rollout, *, of_all: bool = False) -> list[str]:
+    """What was sampled in each row, without the end-of-sequence token.
+
+    Args:
+      of_all: the rows of every process rather than of this one.
+    """
+    values = distributed.all_values if of_all else distributed.local_values
+    tokens, mask = map(values, (rollout.sequences.tokens, rollout.sequences.mask))
     return [tokenizer.decode(row[kept].tolist()) for row, kept in zip(tokens, mask, strict=True)]
 
 
@@ -193,7 +274,8 @@ def reward_fields(rollout: Rollout, prompts: Sequence[PromptExample]) -> dict[st
 def _model_term(folder: Path, tokenizer: Tokenizer) -> RewardTerm:
     model = load_reward_model(folder)
     check_same_vocabulary(model.tokenizer, tokenizer, folder, "reward model")
-    score = jax.jit(models.make_reward_fn(model.config))
+    reward_fn = models.make_reward_fn(model.config)
+    score = jax.jit(lambda params, rows: constrain(reward_fn(params, rows), "batch"))
 
     def term(rollout: Rollout, _: Sequence[PromptExample], __: Sequence[str]) -> Scored:
         rewards = distributed.local_values(score(model.params, rollout.sequences))
@@ -285,16 +367,15 @@ def make_evaluate_fn(
             part = list(prompts[start : start + batch_size])
             kept = len(part)
             part += [part[-1]] * (min(batch_size, len(prompts)) - kept)  # one shape for every batch
-            keys = row_keys(jax.random.key(0), len(part), first=start)
-            greedy = sample(params, part, keys, Sampling(temperature=0.0))
-            sampled = sample(params, part, keys)
-            texts += completion_texts(tokenizer, greedy)[:kept]
-            rewards.append(reward_fn(greedy, part)[:kept])
-            sampled_rewards.append(reward_fn(sampled, part)[:kept])
-            lengths.append(np.asarray(greedy.sequences.mask.sum(axis=1))[:kept])
-            finished.append(np.asarray(greedy.finished)[:kept])
+            ask = functools.partial(answer_all, sample, reward_fn, params, part, first=start)
+            (greedy, worth), (sampled, sampled_worth) = (ask(Sampling(temperature=t)) for t in (0.0, 1.0))
+            texts += completion_texts(tokenizer, greedy, of_all=True)[:kept]
+            rewards.append(worth[:kept])
+            sampled_rewards.append(sampled_worth[:kept])
+            lengths.append(distributed.all_values(greedy.sequences.mask).sum(axis=1)[:kept])
+            finished.append(distributed.all_values(greedy.finished)[:kept])
             if ref_params is not None:
-                kl.append(np.asarray(total_kl(params, ref_params, sampled))[:kept])
+                kl.append(distributed.all_values(total_kl(params, ref_params, sampled))[:kept])
         return Evaluation(
             score=float(np.mean(np.concatenate(rewards))),
             sampled_score=float(np.mean(np.concatenate(sampled_rewards))),

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from rlhf_jax import models
@@ -12,7 +11,7 @@ from rlhf_jax.core.types import Params, Rollout
 from rlhf_jax.data.examples import PromptExample
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.generation import Sampling
-from rlhf_jax.training.rollouts import completion_texts, make_generate_fn
+from rlhf_jax.training.rollouts import answer_all, completion_texts, make_generate_fn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +52,12 @@ def make_samples_fn(
         tokenizer,
         prompt_length=max(len(prompt.ids) for prompt in prompts),
         max_new_tokens=max_new_tokens,
-        sampling=Sampling(temperature=0.0),
     )
 
     def answer(params: Params) -> list[Sample]:
-        rollout = decode(params, prompts, jax.random.key(0))
-        found = zip(prompts, completion_texts(tokenizer, rollout), reward_fn(rollout, prompts), strict=True)
+        rollout, rewards = answer_all(decode, reward_fn, params, prompts, Sampling(temperature=0.0))
+        texts = completion_texts(tokenizer, rollout, of_all=True)[: len(prompts)]
+        found = zip(prompts, texts, rewards, strict=True)
         return [Sample(p.text, p.fields.get("answer"), text, float(reward)) for p, text, reward in found]
 
     return answer

@@ -107,3 +107,30 @@ def test_ring_attention_is_attention():
     for _, _, *errors in lines:
         assert len(errors) == 4  # outputs, and the gradients of queries, keys, values
         assert max(map(float, errors)) < 1e-12
+
+
+@pytest.mark.slow
+def test_optimizer_state_is_never_gathered():
+    """Parameters forward and backward and their gradients make up what is sent; moments would add half."""
+    sent = json.loads(run_on_eight("gathered.py").stdout)
+    assert sent["complaints"] == []
+    assert 0.6 < sent["as it is"] / sent["on paper"] < 1.2
+    assert sent["broken"] > sent["as it is"] + 0.4 * sent["on paper"]
+
+
+@pytest.mark.slow
+def test_layouts_send_what_they_should_on_paper():
+    process = run_on_eight("../../tools/comm_table.py")
+    assert "warning" not in process.stderr
+    rows = [line.split("|") for line in process.stdout.splitlines()[2:]]
+    ratios = {row[1].strip(): float(row[-3]) for row in rows}
+    assert list(ratios) == ["data=8", "fsdp=8", "tensor=4", "sequence=4", "expert=4"]
+    assert all(0.6 < ratio < 1.3 for ratio in ratios.values()), ratios
+
+
+@pytest.mark.slow
+def test_splash_attention_on_a_mesh_is_attention():
+    [line] = run_on_eight("ring.py", "splash").stdout.splitlines()
+    _, _, *errors = line.split()
+    assert len(errors) == 4
+    assert max(map(float, errors)) < 2e-5

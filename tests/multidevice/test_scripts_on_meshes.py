@@ -129,6 +129,42 @@ def test_several_processes_learn_what_one_learns(tmp_path, count):
     assert len(run("sft.py", out, *SFT, "--resume", "--steps", "5")) == 5
 
 
+def run_in_two(script, out, *options):
+    """A stage in two processes of two devices each."""
+    processes = [
+        start(command(script, out, *options, "--mesh", "fsdp=4", "--hosts", host), devices=2)
+        for host in hosts(2)
+    ]
+    try:
+        errors = [process.communicate(timeout=400)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], errors[0][-3000:]
+    return metrics_of(out)
+
+
+@pytest.mark.slow
+def test_stages_in_two_processes_are_those_in_one(tmp_path):
+    """Pairs, rollouts and rewards of which each process has its own rows."""
+    sft, judged = tmp_path / "sft", tmp_path / "rewards"
+    run("sft.py", sft, *SFT, devices=1)
+    run("reward_model.py", judged, "--init", sft, *DPO, devices=1)
+    from_sft = ("--init", sft)
+    stages = {
+        "reward_model": ("reward_model.py", *from_sft, *DPO),
+        "process_reward": ("process_reward.py", *from_sft, "--batch-size", "8"),
+        "dpo": ("dpo.py", *from_sft, *DPO),
+        "dpo_each": ("dpo.py", *from_sft, *DPO, "--reference", "each_step"),
+        "ppo": ("ppo.py", *from_sft, "--reward-model", judged, "--batch-size", "8", *PROMPTS),
+        "grpo": ("grpo.py", *from_sft, "--batch-size", "4", "--group-size", "2", *PROMPTS),
+    }
+    for name, (script, *options) in stages.items():
+        two = run_in_two(script, tmp_path / f"{name}_two", *options)
+        one = run(script, tmp_path / f"{name}_one", *options, "--mesh", "fsdp=4", devices=4)
+        assert_same_metrics(two, one, tolerance=2e-3)
+
+
 @pytest.mark.slow
 def test_a_lost_process_ends_the_others_and_leaves_a_whole_checkpoint(tmp_path):
     out = tmp_path / "run"

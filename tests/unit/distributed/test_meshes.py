@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from rlhf_jax import distributed, models
 from rlhf_jax.algorithms import sft
-from rlhf_jax.core.axes import MESH_AXES, axis_rules, constrain, partition_spec, shards
+from rlhf_jax.core.axes import MESH_AXES, axis_rules, constrain, gathered, partition_spec, shards
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.optimization import OptimizerConfig, make_optimizer
 from rlhf_jax.core.trees import named_leaves
@@ -183,3 +183,17 @@ def test_one_device_takes_batches_and_states_as_they_are():
         lambda key: {"embedding": jax.random.normal(key, (4, 2))}, jax.random.key(1)
     )
     assert np.array_equal(made["embedding"], jax.random.normal(jax.random.key(1), (4, 2)))
+
+
+def test_a_gradient_goes_back_to_where_its_parameter_lives():
+    def specs(use):
+        program = jax.make_jaxpr(jax.grad(lambda x: jnp.sum(jnp.sin(use(x)))))(jnp.ones((4, 2)))
+        return [e.params["sharding"].spec for e in program.eqns if e.primitive.name == "sharding_constraint"]
+
+    plain = lambda x: constrain(x, "vocab", None)  # noqa: E731
+    straight = lambda x: gathered(x, "vocab", "embed")  # noqa: E731
+    with jax.sharding.use_abstract_mesh(abstract(fsdp=2)):
+        assert specs(plain) == [P(None, None)] * 2  # summed and held whole everywhere
+        assert specs(straight) == [P(None, "fsdp")]  # that of the values stands within the custom rule
+    x = jnp.arange(8.0).reshape(4, 2)
+    assert np.array_equal(jax.grad(lambda x: jnp.sum(straight(x) ** 2))(x), 2 * x)

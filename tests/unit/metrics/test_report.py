@@ -258,3 +258,20 @@ def test_troubles_stand_in_the_report_with_their_steps_and_what_to_do(tmp_path):
     assert re.search(r"GRPO: KL explosion</b>, steps 4 to 6, 9\.", page)
     assert "lower the learning rate" in page
     assert "entropy collapse" not in page
+
+
+def test_where_the_time_went(tmp_path):
+    step, part = np.full(4, 2.0), np.full(4, 1.2)
+    save = np.array([np.nan, 0.8, np.nan, 1.2])
+    write_stage(
+        tmp_path,
+        "grpo",
+        4,
+        **{"loss": np.arange(4.0), "time/mfu": np.full(4, 0.25), "time/step_seconds": step},
+        **{"time/rollout_seconds": part, "time/update_seconds": part / 2, "time/save_seconds": save},
+    )
+    page = write_report(tmp_path).read_text()
+    assert "Time: rollout 48% (4.8 s), update 24% (2.4 s), save 20% (2.0 s), rest 8% (0.80 s)." in page
+    assert "Share of peak FLOP/s (MFU)" in page
+    write_stage(tmp_path / "plain", "sft", 2, loss=np.arange(2.0), **{"time/step_seconds": np.ones(2)})
+    assert "Time:" not in write_report(tmp_path / "plain").read_text()
