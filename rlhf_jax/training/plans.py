@@ -313,7 +313,7 @@ def predict(program: Program, mesh: Mesh, keep: Path | None = None) -> Predictio
     complaints = tuple(line for line in said if "rematerialization" in line.lower())
     arguments = device_bytes(program.arguments)
     if compiled is None:
-        extra = _wanted_bytes(refusal) - arguments
+        extra = _wanted_bytes(refusal, arguments)
         return Prediction(arguments, 0, extra, flops, 0, {}, seconds, complaints, _shorten(refusal))
     memory: Any = compiled.memory_analysis()
     text = compiled.as_text() or ""
@@ -341,19 +341,22 @@ def make_plan(workload: Workload, mesh: Mesh, keep: Path | None = None) -> Plan:
     return Plan(resident, predictions, cache_bytes(workload, mesh))
 
 
-_WANTED = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])")
+_WANTED = re.compile(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT]")
+_TEMPORARY = re.compile(r"HLO temporaries \(([\d.]+)([KMGT])\)")
 _UNITS = {"K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
 
 
-def _wanted_bytes(refusal: str) -> float:
-    """How much a program would have used, by what the compiler said when it refused."""
+def _wanted_bytes(refusal: str, arguments: float) -> float:
+    """What a program would have used beside its arguments, by what the compiler said when it refused."""
+    if found := _TEMPORARY.search(refusal):
+        return float(found[1]) * _UNITS[found[2]]
     found = _WANTED.search(refusal)
-    return float(found[1]) * _UNITS[found[2]] if found else math.nan
+    return float(found[1]) * _UNITS[found[2]] - arguments if found else math.nan
 
 
 def _shorten(refusal: str) -> str:
-    found = _WANTED.search(refusal)
-    return f"the compiler found no room: {found[0]}B" if found else refusal.splitlines()[0]
+    found = _TEMPORARY.search(refusal) or _WANTED.search(refusal)
+    return f"the compiler found no room: {found[0]}" if found else refusal.splitlines()[0]
 
 
 @contextmanager

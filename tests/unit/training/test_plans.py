@@ -87,6 +87,18 @@ def test_plans_on_paper():
 REFUSAL = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 22.50G of 15.75G hbm. Exceeded."
 
 
+def test_temporaries_alone_that_find_no_room(monkeypatch):
+    def refuse(self, *_):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
+            "(34.08G) exceeds available HBM (31.25G)."
+        )
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+    plan = plans.make_plan(work("sft"), distributed.make_mesh())
+    assert plan.peak_bytes == pytest.approx(34.08 * 2**30 + sum(plan.resident.values()))
+
+
 def test_a_program_that_finds_no_room(monkeypatch):
     def refuse(self, *_):
         raise jax.errors.JaxRuntimeError(REFUSAL)
