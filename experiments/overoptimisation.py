@@ -9,7 +9,6 @@ All seeds of a stage run side by side in one program. What is done is kept in --
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -156,12 +155,13 @@ def make_starts(options: Options, width: int, out: Path) -> tuple[World, Start]:
     return world, table.make_starts(row, world, same, np.arange(options.seeds))
 
 
-def kept(path: Path, make: Callable[[], Any]) -> Any:
-    """A pytree of arrays: what `path` holds, else what `make` gives, which is then kept there."""
+def on_seeds(path: Path, function: Callable[..., Any], *trees: Any) -> Any:
+    """All seeds side by side, unless `path` holds what comes of it, where it is kept."""
+    together = jax.vmap(function)
     if path.exists():
         with np.load(path) as held:
-            return map_named(lambda name, _: jnp.asarray(held[name]), jax.eval_shape(make))
-    tree = jax.block_until_ready(make())
+            return map_named(lambda name, _: jnp.asarray(held[name]), jax.eval_shape(together, *trees))
+    tree = jax.block_until_ready(jax.jit(together, compiler_options=compiler_options())(*trees))
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     with open(part, "wb") as file:
@@ -170,12 +170,9 @@ def kept(path: Path, make: Callable[[], Any]) -> Any:
     return tree
 
 
-def on_seeds(function: Callable[..., Any], *trees: Any) -> Any:
-    """All seeds side by side."""
-    return jax.jit(jax.vmap(function), compiler_options=compiler_options())(*trees)
-
-
-def judged_pairs(options: Options, world: World, starts: Start) -> tuple[JudgedPairs, JudgedPairs]:
+def judged_pairs(
+    options: Options, path: Path, world: World, starts: Start
+) -> tuple[JudgedPairs, JudgedPairs]:
     """Preferences to learn from, and held-out ones, [seeds] each."""
 
     def draw(start: Start) -> tuple[JudgedPairs, JudgedPairs]:
@@ -187,11 +184,12 @@ def judged_pairs(options: Options, world: World, starts: Start) -> tuple[JudgedP
         )
         return first, second
 
-    return on_seeds(draw, starts)
+    return on_seeds(path, draw, starts)
 
 
 def train_rewards(
     options: Options,
+    path: Path,
     config: models.ModelConfig,
     starts: Start,
     pairs: tuple[JudgedPairs, JudgedPairs],
@@ -212,7 +210,7 @@ def train_rewards(
         return train(begin, whole_rewards.RewardHyper(count, table.as_floats(hyper)))
 
     numbers = (jnp.full(options.seeds, number) for number in (count, salt))  # traced: one program for all
-    return on_seeds(one_seed, starts, *pairs, *numbers)
+    return on_seeds(path, one_seed, starts, *pairs, *numbers)
 
 
 def reward_models(options: Options, folder: Path, name: str, size: int, pairs: Any, out: Path) -> Proxy:
@@ -223,8 +221,8 @@ def reward_models(options: Options, folder: Path, name: str, size: int, pairs: A
     found = []
     for number, count in enumerate(counts):
         salt = number + (200 if name == "ensemble" else 100)
-        fit = functools.partial(train_rewards, options, own_world.model, own, pairs, count, salt)
-        found.append(kept(folder / f"{name}-{number}.npz", fit)[0])
+        path = folder / f"{name}-{number}.npz"
+        found.append(train_rewards(options, path, own_world.model, own, pairs, count, salt)[0])
     together = jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *found)
     return Proxy(name, own_world.model, together)
 
@@ -238,7 +236,7 @@ def combined(options: Options, scores: Float[Array, "N *B"]) -> Float[Array, "R 
     return jnp.stack([scores[0], kernels.ensemble_mean(scores), kernels.ensemble_worst_case(scores), careful])
 
 
-def best_of_n(options: Options, world: World, starts: Start, proxy: "Proxy") -> dict[str, Array]:
+def best_of_n(options: Options, path: Path, world: World, starts: Start, proxy: Proxy) -> dict[str, Array]:
     """Gold and proxy reward of best-of-n for every n, from one pool of answers a prompt.
 
     Returns:
@@ -269,7 +267,7 @@ def best_of_n(options: Options, world: World, starts: Start, proxy: "Proxy") -> 
         answers = seen.pop("answers")
         return {**{name: jnp.mean(x, axis=0) for name, x in seen.items()}, "deviation": jnp.std(answers)}
 
-    return on_seeds(one_seed, starts, proxy.models)
+    return on_seeds(path, one_seed, starts, proxy.models)
 
 
 # Policies against reward models ------------------------------------------------------------------------
@@ -397,15 +395,12 @@ def run(options: Options) -> None:
 def stages(options: Options, out: Path) -> Iterator[str]:
     """The study part by part, the largest reward models first; names what is done."""
     world, starts = make_starts(options, options.width, out)
-    pairs = kept(out / "pairs.npz", lambda: judged_pairs(options, world, starts))
+    pairs = judged_pairs(options, out / "pairs.npz", world, starts)
     largest, *others = reversed(options.sizes)
     for name, size in [(str(largest), largest), ("ensemble", largest), *((str(x), x) for x in others)]:
         proxy = reward_models(options, out / "rewards", name, size, pairs, out)
         yield f"reward models, {name}"
-        kept(
-            out / "best_of_n" / f"{name}.npz",
-            functools.partial(best_of_n, options, world, starts, proxy),
-        )
+        best_of_n(options, out / "best_of_n" / f"{name}.npz", world, starts, proxy)
         yield f"best-of-n, {name}"
         rules, amounts = range(len(overoptimisation_page.RULES)), range(len(options.pairs))
         axis = {"rule": rules} if proxy.is_ensemble else {"which": amounts}
