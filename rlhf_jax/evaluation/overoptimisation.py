@@ -94,10 +94,13 @@ def fit_seeds(form: Form, distances: ArrayLike, gains: ArrayLike, *, resamples: 
 
     def pooled_peak(seeds: np.ndarray) -> float:
         rows = seeds.reshape(-1).astype(int)
-        return peak_kl(form, *fit(form, d[rows], gain[rows]))
+        peak = peak_kl(form, *fit(form, d[rows], gain[rows]))
+        return peak / (1 + peak) if math.isfinite(peak) else 1.0  # quantiles need finite numbers
 
     # Whole curves are resampled: the points of one seed are not independent of each other.
     numbers = np.arange(len(d))[:, None]
     peak = stratified_bootstrap_interval(numbers, statistic_fn=pooled_peak, resamples=resamples)
+    low, middle, high = (x / (1 - x) if x < 1 else math.inf for x in (peak.low, peak.mean, peak.high))
     errors = gain - form(d, *fit(form, d, gain))
-    return SeedFit(mean_interval(alphas), mean_interval(betas), peak, float(np.sqrt(np.mean(errors**2))))
+    residual = float(np.sqrt(np.mean(errors**2)))
+    return SeedFit(mean_interval(alphas), mean_interval(betas), Interval(middle, low, high), residual)

@@ -49,6 +49,15 @@ def test_intervals_over_seeds():
     assert 0 < found.residual < 0.5
 
 
+def test_a_peak_that_some_seeds_never_reach():
+    form = over.BEST_OF_N
+    gains = np.stack([form(DISTANCES, 1.5, beta) for beta in (0.3, -0.2, 0.1)])
+    found = over.fit_seeds(form, np.tile(DISTANCES, (3, 1)), gains, resamples=200)
+    assert found.peak_kl.high == math.inf
+    assert found.peak_kl.low == pytest.approx((1.5 / 0.6) ** 2)
+    assert found.peak_kl.mean == pytest.approx((1.5 / (2 * 0.2 / 3)) ** 2)
+
+
 def test_too_few_distances():
     with pytest.raises(ValueError, match="two distances"):
         over.fit(over.BEST_OF_N, [0, 1, 1], [0, 1, 1])
