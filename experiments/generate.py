@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import common
+import command_line
 import decoders
 import jax
 import jax.numpy as jnp
@@ -263,4 +263,4 @@ def run(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    common.main(run, Options, __doc__)
+    command_line.main(run, Options, __doc__)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import adapting
+import command_line
 import common
 import inputs
 import jax
@@ -283,4 +284,4 @@ def run(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    common.main(run, Options, __doc__)
+    command_line.main(run, Options, __doc__)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 import adapting
+import command_line
 import common
 import inputs
 import jax
@@ -303,4 +304,4 @@ def run(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    common.main(run, Options, __doc__)
+    command_line.main(run, Options, __doc__)

@@ -12,6 +12,7 @@ import dataclasses
 from pathlib import Path
 
 import adapting
+import command_line
 import common
 import inputs
 import jax
@@ -126,4 +127,4 @@ def run(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    common.main(run, Options, __doc__)
+    command_line.main(run, Options, __doc__)

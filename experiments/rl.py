@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import command_line
 import common
 import jax
 import numpy as np
@@ -276,4 +277,4 @@ def run(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    common.main(run, Options, __doc__)
+    command_line.main(run, Options, __doc__)

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import command_line
 import common
 import dpo
 import grpo
@@ -64,7 +65,7 @@ class Options:
     first_seed: int = 0
     resume: bool = False
     level: int = 1
-    slip_rate: float = 0.525
+    slip_rate: float = 0.55
     sft_steps: int = 500
     reward_steps: int = 120
     ppo_steps: int = 25
@@ -311,4 +312,4 @@ def run(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    common.main(run, Options, __doc__)
+    command_line.main(run, Options, __doc__)

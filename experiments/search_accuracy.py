@@ -16,6 +16,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import command_line
 import common
 import jax
 import jax.numpy as jnp
@@ -220,4 +221,4 @@ def run(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    common.main(run, Options, __doc__)
+    command_line.main(run, Options, __doc__)

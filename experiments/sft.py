@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import adapting
+import command_line
 import common
 import inputs
 import jax
@@ -76,7 +77,7 @@ class Options:
     packing: bool = False
     learning_rate: float = 3e-3
     demonstrations: int = 32_000
-    slip_rate: float = 0.525
+    slip_rate: float = 0.55
     eval_count: int = 256
 
 
@@ -193,4 +194,4 @@ def run(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    common.main(run, Options, __doc__)
+    command_line.main(run, Options, __doc__)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import command_line
 import common
 import jax
 import jax.numpy as jnp
@@ -286,4 +287,4 @@ def run(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    common.main(run, Options, __doc__)
+    command_line.main(run, Options, __doc__)

@@ -100,7 +100,7 @@ class Solution:
     Attributes:
       steps: one equation each, such as `7+8=15`.
       step_labels: whether each step is right, given its own left-hand side.
-      answer: the number the writer ends with, which is the true one where all steps are right.
+      answer: the number on the last line: what the steps reach, but in some of `wrong_solution`.
     """
 
     steps: tuple[str, ...]
@@ -212,22 +212,35 @@ def _write(problem: Problem, error_fn: Callable[[int, int, str, int], int]) -> S
 
 
 def wrong_solution(problem: Problem, rng: np.random.Generator) -> Solution:
-    """A plausible solution with a wrong answer.
+    """A plausible solution with a wrong answer, of one of three kinds.
 
-    It slips at a step drawn from those that can slip, and half of the time at each later one. Where no
-    step can slip, the result of one step is off by one. The writer goes on from the wrong number.
+    Half of them slip, where a step can: at one drawn from those that can, and half of the time at each later
+    one. A quarter get the result of some step wrong by 1 or 10 and go on from there. A quarter are right up
+    to the last line, which states an answer that is off by as much. A judge who has seen but one kind of
+    mistake takes the others for right, and a policy finds out.
     """
-    right = _slippable_steps(problem)
-    if not right:
-        place, error = rng.integers(len(problem.operators)), int(rng.choice([-1, 1]))
-        return _write(problem, lambda step, *_: error if step == place else 0)
-    first = int(rng.choice(right))
+    kind, right = rng.random(), _slippable_steps(problem)
+    if kind < 0.5 and right:
+        return _slipped(problem, int(rng.choice(right)), rng)
+    off = int(rng.choice([-10, -1, 1, 10]))
+    if kind < 0.75:
+        place = rng.integers(len(problem.operators))
+        return _write(problem, lambda step, *term: _within(off, _apply(*term)) if step == place else 0)
+    return dataclasses.replace(solution(problem), answer=problem.answer + _within(off, problem.answer))
+
+
+def _slipped(problem: Problem, first: int, rng: np.random.Generator) -> Solution:
     again = rng.random(len(problem.operators)) < 0.5
     steps = range(len(problem.operators))
     wrong = solution(problem, [step == first or bool(step > first and again[step]) for step in steps])
     if wrong.answer == problem.answer:  # a forgotten borrow made up for a forgotten carry
         wrong = solution(problem, [step == first for step in steps])
     return wrong
+
+
+def _within(error: int, number: int) -> int:
+    """An error that makes no number negative that was not."""
+    return error if number < 0 or number + error >= 0 else -error
 
 
 def _slippable_steps(problem: Problem) -> list[int]:

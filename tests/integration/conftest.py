@@ -73,14 +73,14 @@ class TinyRuns:
 
     def main(self, stage, words, monkeypatch):
         """Runs a script's command line in this process; returns its exit status."""
-        import common
+        import command_line
 
         for name, value in _READ_ONLY_CACHE.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(sys, "argv", [f"experiments/{stage}.py", *map(str, words)])
         module = importlib.import_module(stage)
         try:
-            common.main(module.run, module.Options, module.__doc__)
+            command_line.main(module.run, module.Options, module.__doc__)
         except SystemExit as stop:
             return stop.code
         return 0

@@ -168,9 +168,18 @@ def test_solutions_go_on_from_what_they_wrote(drawn, slips):
 def test_wrong_solutions_are_wrong(drawn, seed):
     wrong = arithmetic.wrong_solution(drawn, np.random.default_rng(seed))
     assert wrong.answer != drawn.answer
-    assert not all(wrong.step_labels)
-    first = wrong.step_labels.index(False)
+    first = [*wrong.step_labels, False].index(False)  # where every step is right, the last line is wrong
     assert wrong.steps[:first] == solution(drawn).steps[:first]
+
+
+def test_wrong_solutions_are_of_three_kinds():
+    rng, task = np.random.default_rng(0), Problem((9, 4, 5), "++")
+    drawn = [arithmetic.wrong_solution(task, rng) for _ in range(400)]
+    last_line = [all(wrong.step_labels) for wrong in drawn]
+    slipped = [wrong.steps[0] == "9+4=3" for wrong in drawn]
+    assert 0.2 < np.mean(last_line) < 0.3
+    assert 0.45 < np.mean(slipped) < 0.6
+    assert all(abs(wrong.answer - task.answer) in (1, 10) for wrong in itertools.compress(drawn, last_line))
 
 
 def test_two_slips_that_cancel_are_not_a_wrong_solution():
