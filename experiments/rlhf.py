@@ -70,7 +70,7 @@ class Options:
     reward_steps: int = 120
     ppo_steps: int = 25
     dpo_steps: int = 60
-    grpo_steps: int = 50
+    grpo_steps: int = 80
     eval_prompts: int = 512
     quiet: bool = False
 

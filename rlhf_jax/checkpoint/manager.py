@@ -212,7 +212,8 @@ class CheckpointManager:
                 yield
         except Exception as error:
             if jax.process_index() == 0:
-                shutil.rmtree(saving, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    _remove(saving)
             what = f"step {step} could not be saved in `{self._folder}` (those already saved are untouched)"
             reason = _system_error(error)
             if reason is None:

@@ -154,15 +154,17 @@ class Decoder(nn.Module):
         embedding = self.param("embedding", normal_init, shape, param_dtype)
         if not config.tied_embeddings:
             self.param("unembedding", normal_init, shape, param_dtype)
-        # Gathered over the embedding's width first: rows are looked up whole.
-        table = gathered(embedding, "vocab", "embed")
+        # Gathered over the embedding's width first: rows are looked up whole, and so are their gradients
+        # summed, before each device keeps its part.
+        table = constrain(gathered(embedding, "vocab", "embed"), "vocab", None)
         hidden = (table[tokens] if soft is None else soft).astype(dtype)
         if config.embedding_scale != 1:
             hidden *= jnp.asarray(config.embedding_scale, dtype)
         if config.learned_positions is not None:
             shape = (config.learned_positions, config.width)
             table = self.param("position_embedding", normal_init, shape, param_dtype)
-            hidden += gathered(table, None, "embed")[positions].astype(dtype) if soft is None else 0
+            table = constrain(gathered(table, None, "embed"), None, None)
+            hidden += table[positions].astype(dtype) if soft is None else 0
         if config.embedding_norm is not None:
             hidden = norm_layer(config.embedding_norm, param_dtype, name="embedding_norm")(hidden)
         return laid_out(hidden)

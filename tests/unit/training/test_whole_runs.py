@@ -121,8 +121,8 @@ def test_a_run_among_others_is_the_run_alone():
         for name, values in history.items():
             np.testing.assert_allclose(together[name][seed], values, rtol=1e-5, atol=1e-5, err_msg=name)
         for a, b in zip(
-            jax.tree.leaves(agent.state.learner.params),
-            jax.tree.leaves(agents.state.learner.params),
+            jax.tree.leaves(agent.learner.params),
+            jax.tree.leaves(agents.learner.params),
             strict=True,
         ):
             np.testing.assert_allclose(b[seed], a, atol=1e-5)
