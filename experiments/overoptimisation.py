@@ -79,7 +79,7 @@ class Options:
     uncertainty_coef: float = 0.5
     width: int = 32
     base_steps: int = 1200
-    reward_steps: int = 400
+    reward_steps: int = 600
     reward_learning_rate: float = 3e-3
     pool: int = 128
     prompts: int = 64

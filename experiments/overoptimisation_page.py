@@ -256,6 +256,8 @@ def _fitted(study: Study) -> list[str]:
 
 
 def _ensembles(study: Study) -> list[str]:
+    if not any(name.endswith("/ensemble") for name in study.curves):
+        return []
     plan = study.plan
     return [
         "## Ensembles against one model",
