@@ -65,7 +65,7 @@ class Options:
     first_seed: int = 0
     resume: bool = False
     level: int = 1
-    slip_rate: float = 0.55
+    slip_rate: float = 0.535
     sft_steps: int = 500
     reward_steps: int = 120
     ppo_steps: int = 25

@@ -77,7 +77,7 @@ class Options:
     packing: bool = False
     learning_rate: float = 3e-3
     demonstrations: int = 32_000
-    slip_rate: float = 0.55
+    slip_rate: float = 0.535
     eval_count: int = 256
 
 
