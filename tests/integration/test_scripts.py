@@ -116,6 +116,7 @@ def test_packing_and_a_learnt_tokenizer(tiny, tmp_path):
 # Rewards ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_rewards_by_path_with_weights(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "weighed_rewards.py").write_text(

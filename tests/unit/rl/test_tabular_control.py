@@ -44,9 +44,8 @@ def test_q_learning_finds_the_optimum(online):
     np.testing.assert_allclose(jax.vmap(greedy_values)(state.action_values)[:, 0], OPTIMUM[0], atol=0.02)
 
 
-@pytest.mark.parametrize(
-    "target_fn", [control.sarsa_target, pytest.param(control.expected_sarsa_target, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("target_fn", [control.sarsa_target, control.expected_sarsa_target])
 def test_sarsa_learns_the_values_of_the_policy_it_follows(target_fn):
     hyper = dataclasses.replace(HYPER, epsilon_start=0.5, epsilon_end=0.5, learning_rate_power=0.7)
     config = control.Config(steps=50_000)
