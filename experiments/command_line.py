@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import logging
 import os
 import shlex
 import signal
@@ -32,6 +33,7 @@ def main(run: Callable[[Options], Any], options_type: type[Options], description
     where another process of the run was lost.
     """
     sys.unraisablehook = _print_unless_late
+    logging.getLogger("asyncio").addFilter(is_not_late)
     try:
         options, unknown = tyro.cli(
             options_type, description=_first_paragraph(description), return_unknown_args=True
@@ -98,6 +100,12 @@ def _refuse(word: str, known: Sequence[str]) -> None:
     near = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}? " if near else ""
     raise UserError(f"there is no option {given}: {hint}--help lists them all")
+
+
+def is_not_late(record: logging.LogRecord) -> bool:
+    """Whether a line of asyncio's log is news: not if it tells of a write whose save has failed already."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not (error and "os_error_code" in str(error) and "never retrieved" in record.getMessage())
 
 
 def _print_unless_late(report: Any) -> None:

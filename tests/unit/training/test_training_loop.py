@@ -59,6 +59,14 @@ def latest(folder):
     return CheckpointManager(folder / "checkpoints").latest_step()
 
 
+@pytest.fixture
+def usual_signals():
+    """Python's own handling of Ctrl-C, which a process started in the background comes without."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     folder = tmp_path_factory.mktemp("unbroken")
@@ -114,7 +122,7 @@ def test_steps_done_after_the_checkpoint_are_done_again_with_the_same_result(tmp
     assert_is_unbroken(tmp_path, run(tmp_path, resume=True), unbroken)
 
 
-def test_a_second_signal_takes_its_usual_course(tmp_path):
+def test_a_second_signal_takes_its_usual_course(tmp_path, usual_signals):
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, with_signals(signal.SIGINT, signal.SIGINT, at=2))
