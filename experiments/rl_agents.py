@@ -9,13 +9,16 @@ from typing import Any
 
 import jax.numpy as jnp
 import rl_rows
+from flax import linen as nn
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.rl.environments import Environment
+from rlhf_jax.rl.networks import MLP, MinAtarConv
 from rlhf_jax.rl.runs import Run
 
 DISCRETE = ("dqn", "c51", "qr_dqn")
 CONTINUOUS = ("ddpg", "td3", "sac")
+BODIES = {"mlp": MLP(), "relu_mlp": MLP(activation=nn.relu), "minatar_conv": MinAtarConv()}
 EITHER = ("ppo", "ppo_penalty", "a2c", "trpo", "reinforce", "grpo")
 
 
@@ -101,6 +104,10 @@ def _changed(settings: Any, path: Sequence[str], text: str, change: str) -> Any:
     if path[0] not in names:
         raise UserError(f"--set {change!r}: no setting {path[0]!r}: choose among {', '.join(names)}")
     value = getattr(settings, path[0])
+    if path == ["body"]:
+        if text not in BODIES:
+            raise UserError(f"--set {change!r}: no body {text!r}: choose among {', '.join(BODIES)}")
+        return dataclasses.replace(settings, body=BODIES[text])
     if len(path) > 1:
         if not dataclasses.is_dataclass(value):
             raise UserError(f"--set {change!r}: {path[0]!r} has no parts: leave out what follows it")

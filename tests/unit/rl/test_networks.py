@@ -96,3 +96,12 @@ def test_a_pixel_of_every_plane_reaches_the_output():
     base = body.apply(variables, image)
     for corner in itertools.product((0, 9), (0, 9), range(3)):
         assert not np.allclose(body.apply(variables, image.at[(0, *corner)].set(1.0)), base)
+
+
+def test_a_dense_layer_on_patches_is_a_convolution():
+    images, kernel = jax.random.normal(KEY, (2, 6, 5, 3)), jax.random.normal(jax.random.key(1), (3, 3, 3, 4))
+    expected = jax.lax.conv_general_dilated(
+        images, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    found = networks.patches(images, 3) @ kernel.reshape(-1, 4)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)

@@ -89,6 +89,7 @@ def test_means_over_no_episode_are_left_out():
         ({"algo": "sac"}, "sac is for continuous actions and CartPole-v1 has discrete ones"),
         ({"algo": "dqn", "env": "Pendulum-v1"}, "dqn is for discrete actions and Pendulum-v1"),
         ({"set": ("hyper.lr=1",)}, "no setting 'lr': choose among learning_rate"),
+        ({"algo": "ppo", "set": ("network.body=mpl",)}, "no body 'mpl': choose among mlp, relu_mlp"),
         ({"set": ("rollout.num_envs=many",)}, "'many' is no int"),
         ({"set": ("total_steps",)}, "write it as NAME=VALUE"),
         ({"out": None}, "--out is missing"),
