@@ -63,20 +63,20 @@ TASKS = (
             arithmetic.Level(3, 1, 9, "+"), train=600, heldout=88, demonstrations=4000, slip_rate=0.5
         ),
         base_steps=800,
-        steps=120,
+        steps=60,
     ),
     TaskRow(
         "style",
         lambda: style.style_task(demonstrations=4000),
         base_steps=400,
-        steps=100,
+        steps=50,
         width=32,
     ),
     TaskRow(
         "countdown",
         lambda: countdown.countdown_task(3, demonstrations=4000, solution_rate=0.3, heldout=128),
         base_steps=1200,
-        steps=200,
+        steps=100,
     ),
 )
 
