@@ -112,8 +112,8 @@ class ModelOptions:
 
     width: int = 96
     layers: int = 2
-    heads: int = 4
-    kv_heads: int = 2
+    heads: int = 8
+    kv_heads: int = 4
     hidden: int = 0
     tied: bool = True
     scan_layers: bool = False

@@ -83,7 +83,7 @@ class Options:
       entropy_coef: weight of the entropy bonus.
     """
 
-    run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/grpo"), steps=80)
+    run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/grpo"), steps=60)
     init: str
     prompts: tyro.conf.OmitArgPrefixes[common.PromptOptions] = common.PromptOptions()
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()

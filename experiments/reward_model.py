@@ -44,7 +44,7 @@ class Options:
     """
 
     run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(
-        Path("runs/reward_model"), steps=120
+        Path("runs/reward_model"), steps=160
     )
     pairs: tyro.conf.OmitArgPrefixes[common.PairOptions] = common.PairOptions()
     model: common.ModelOptions = common.ModelOptions()

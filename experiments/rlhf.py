@@ -50,7 +50,8 @@ class Options:
       first_seed: the first seed; the others follow it.
       resume: go on with the run in the folder where it stopped.
       level: difficulty of the embedded task.
-      slip_rate: share of carries that the demonstrators forget.
+      slip_rate: share of carries that the demonstrators forget in the first half of a solution.
+      late_slip_rate: the same in the second half, where they are tired.
       sft_steps: optimizer steps of supervised fine-tuning.
       reward_steps: optimizer steps of the reward model.
       ppo_steps: rollouts of PPO.
@@ -65,12 +66,13 @@ class Options:
     first_seed: int = 0
     resume: bool = False
     level: int = 1
-    slip_rate: float = 0.535
-    sft_steps: int = 500
-    reward_steps: int = 120
+    slip_rate: float = 0.3
+    late_slip_rate: float = 0.7
+    sft_steps: int = 600
+    reward_steps: int = 160
     ppo_steps: int = 25
     dpo_steps: int = 60
-    grpo_steps: int = 80
+    grpo_steps: int = 60
     eval_prompts: int = 512
     quiet: bool = False
 
@@ -102,6 +104,7 @@ def stage_runs(
         run=run("sft", options.sft_steps),
         data=data,
         slip_rate=options.slip_rate,
+        late_slip_rate=options.late_slip_rate,
     )
     reward_options = reward_model.Options(
         run=run("reward_model", options.reward_steps),

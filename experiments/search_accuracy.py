@@ -89,8 +89,8 @@ def train_direct(options: Options, searched: search_script.Options) -> Path:
     level, theirs = common.embedded_level(searched.data), sft.Options()
     assert level is not None
     config = json.loads((Path(searched.init) / "config.json").read_text())["config"]
-    slip_rate = config.get("slip_rate", theirs.slip_rate)
-    rows = demonstration_rows(level, theirs.demonstrations, options.seed, slip_rate=slip_rate)
+    rates = {name: config.get(name, getattr(theirs, name)) for name in ("slip_rate", "late_slip_rate")}
+    rows = demonstration_rows(level, theirs.demonstrations, options.seed, **rates)
     for row in rows:
         row["messages"][1]["content"] = row["messages"][1]["content"].split("\n")[-1]
     options.out.mkdir(parents=True, exist_ok=True)

@@ -58,10 +58,11 @@ class Options:
       learning_rate: at its peak.
       demonstrations: how many conversations of the embedded task.
       slip_rate: how careless its writers are: the share of carries they forget.
+      late_slip_rate: the same in the second half of a solution, where they are tired.
       eval_count: how many held-out conversations are evaluated at most.
     """
 
-    run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/sft"), steps=500)
+    run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/sft"), steps=600)
     model: common.ModelOptions = common.ModelOptions()
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
     optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", warmup_steps=20, final_share=0.02)
@@ -77,7 +78,8 @@ class Options:
     packing: bool = False
     learning_rate: float = 3e-3
     demonstrations: int = 32_000
-    slip_rate: float = 0.535
+    slip_rate: float = 0.3
+    late_slip_rate: float = 0.7
     eval_count: int = 256
 
 
@@ -86,7 +88,8 @@ def load_rows(options: Options, *, held_out: bool) -> list[Row]:
 
     def make(level: Level) -> list[dict[str, Any]]:
         split, count = ("heldout", options.eval_count) if held_out else ("train", options.demonstrations)
-        return demonstration_rows(level, count, options.run.seed, slip_rate=options.slip_rate, split=split)
+        rates = {"slip_rate": options.slip_rate, "late_slip_rate": options.late_slip_rate}
+        return demonstration_rows(level, count, options.run.seed, split=split, **rates)
 
     spec = (options.eval_data or options.data) if held_out else options.data
     rows = inputs.load_rows(spec, make)

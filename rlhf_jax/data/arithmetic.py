@@ -215,14 +215,14 @@ def wrong_solution(problem: Problem, rng: np.random.Generator) -> Solution:
     """A plausible solution with a wrong answer, of one of three kinds.
 
     Half of them slip, where a step can: at one drawn from those that can, and half of the time at each later
-    one. A quarter get the result of some step wrong by 1 or 10 and go on from there. A quarter are right up
-    to the last line, which states an answer that is off by as much. A judge who has seen but one kind of
-    mistake takes the others for right, and a policy finds out.
+    one. A quarter get the result of some step wrong, mostly by 10, else by 1, and go on from there. A quarter
+    are right up to the last line, which states an answer that is off by as much. A judge who has seen but one
+    kind of mistake takes the others for right, and a policy finds out.
     """
     kind, right = rng.random(), _slippable_steps(problem)
     if kind < 0.5 and right:
         return _slipped(problem, int(rng.choice(right)), rng)
-    off = int(rng.choice([-10, -1, 1, 10]))
+    off = int(rng.choice([-10, 10, -10, 10, -1, 1]))
     if kind < 0.75:
         place = rng.integers(len(problem.operators))
         return _write(problem, lambda step, *term: _within(off, _apply(*term)) if step == place else 0)
@@ -272,17 +272,28 @@ def prompt_rows(level: Level, split: Split, count: int, seed: int) -> list[Row]:
 
 
 def demonstration_rows(
-    level: Level, count: int, seed: int, *, slip_rate: float, split: Split = "train"
+    level: Level,
+    count: int,
+    seed: int,
+    *,
+    slip_rate: float,
+    late_slip_rate: float | None = None,
+    split: Split = "train",
 ) -> list[Row]:
     """Rows for supervised fine-tuning: `messages`, and the true `answer` as text.
 
     Args:
       slip_rate: probability that the writer is careless in a step, which shows where a step can slip.
+      late_slip_rate: the same in the second half of the steps, where writers may be tired; None for
+        `slip_rate`. One well below 1/2 and one well above leave no doubt what greedy imitation does.
       split: `heldout` is for measuring a loss, never for training.
     """
+    late = slip_rate if late_slip_rate is None else late_slip_rate
+    steps = level.operands - 1
+    rates = np.where(np.arange(steps) < steps - steps // 2, slip_rate, late)
     rng, rows = _generator(seed, "demonstration"), []
     for drawn in draw_problems(rng, level, split, count):
-        written = solution(drawn, (rng.random(len(drawn.operators)) < slip_rate).tolist())
+        written = solution(drawn, (rng.random(steps) < rates).tolist())
         turns = [{"role": "user", "content": drawn.text}, {"role": "assistant", "content": written.text}]
         rows.append({"messages": turns, "answer": str(drawn.answer)})
     return rows

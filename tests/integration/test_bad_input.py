@@ -1,6 +1,7 @@
 """What a user gets wrong: one sentence with what, where and the mend, and every checkpoint untouched."""
 
 import json
+import logging
 import re
 import shlex
 import shutil
@@ -13,7 +14,8 @@ import pytest
 from rlhf_jax.metrics import read_metrics
 from rlhf_jax.training.runs import load_policy
 
-MODEL = ["--model.width", "16", "--model.layers", "1", "--model.heads", "2", "--demonstrations", "64"]
+_HEADS = ["--model.heads", "2", "--model.kv-heads", "1"]
+MODEL = ["--model.width", "16", "--model.layers", "1", *_HEADS, "--demonstrations", "64"]
 GOOD = {"prompt": "1+1=?", "completion": "2", "chosen": "2", "rejected": "3", "answer": "2"}
 
 
@@ -241,7 +243,7 @@ def test_a_wrong_start(refused, tiny, tmp_path):
 def test_a_reward_model_of_another_architecture(refused, tiny, tmp_path):
     tiny.finished("reward_model")
     other = tmp_path / "other"
-    wide = ("--init", "", "--model.width", 32, "--model.layers", 1, "--model.heads", 2, "--steps", 3)
+    wide = ("--init", "", "--model.width", 32, "--model.layers", 1, *_HEADS, "--steps", 3)
     tiny.run("reward_model", other, *wide)
     words = tiny.words("ppo", tmp_path / "out", "--reward-model", other)
     refused("ppo", words, other, "width 32, not 16")
@@ -310,6 +312,20 @@ def test_a_full_disk(tiny, tmp_path):
     assert "untouched" in sentence
     assert "Traceback" not in errors
     assert tiny.digest(out / "checkpoints") == before
+
+
+@pytest.mark.parametrize(("error", "printed"), [("write failed [os_error_code='27']", 0), ("other", 1)])
+def test_what_ends_after_a_failed_save_says_nothing_more(error, printed, caplog):
+    import command_line
+
+    record = logging.LogRecord(
+        "asyncio", logging.ERROR, "", 0, "Task exception was never retrieved", (), None
+    )
+    record.exc_info = (ValueError, ValueError(error), None)
+    log = logging.getLogger("asyncio")
+    log.addFilter(command_line.is_not_late)
+    log.handle(record)
+    assert len(caplog.records) == printed
 
 
 def test_interrupted_and_continued(tiny, tmp_path, monkeypatch, capsys):

@@ -249,6 +249,13 @@ def test_slip_rate_decides_how_many_demonstrations_are_wrong():
         assert row["messages"][1]["content"] == solution(task, [True, True]).text
 
 
+def test_tired_writers_slip_in_the_second_half():
+    rows = arithmetic.demonstration_rows(LEVELS[1], 400, 0, slip_rate=0, late_slip_rate=1)
+    for row in rows:
+        task = Problem(tuple(map(int, re.findall(r"\d+", row["messages"][0]["content"]))), "++++")
+        assert row["messages"][1]["content"] == solution(task, [False, False, True, True]).text
+
+
 @pytest.mark.parametrize("level", LEVELS.values())
 def test_pairs_are_right_and_wrong(level):
     for row in arithmetic.preference_rows(level, "heldout", 80, 0):
