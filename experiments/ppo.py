@@ -10,8 +10,8 @@ adapter and head.
     python experiments/ppo.py --out runs/safer --init runs/sft --reward-model runs/rm1 runs/rm2 runs/rm3 \\
         --ensemble worst
 
-The first takes about 45 s on two CPU cores and answers 95 to 97 % of held-out problems right over three seeds
-(the policy it starts from: 33 to 47 %).
+The first takes about 45 s on two CPU cores and answers 94 to 98 % of held-out problems right over three seeds
+(the policy it starts from: 44 to 45 %).
 Rows hold `prompt`, `question` or `messages`; their other fields go to reward functions by name.
 """
 
@@ -78,7 +78,9 @@ class Options:
       micro_batches: parts in which a mini-batch is computed, to save memory.
       learning_rate: at its peak.
       temperature: of sampling; the scorer uses the same.
+      policy_loss: what keeps the policy near the old one: the clip, or a penalty on the KL (PPO-penalty).
       clip: how far a ratio may go from 1.
+      penalty_coef: weight of that KL, in nats per token.
       value_clip: how far a value may move in one update, in units of reward.
       value_coef: weight of the value loss.
       entropy_coef: weight of the entropy bonus.
@@ -109,7 +111,9 @@ class Options:
     micro_batches: int = 1
     learning_rate: float = 3e-4
     temperature: float = 1.0
+    policy_loss: Literal["clip", "penalty"] = "clip"
     clip: float = 0.2
+    penalty_coef: float = 1.0
     value_clip: float = 0.5
     value_coef: float = 0.5
     entropy_coef: float = 0.0
@@ -188,6 +192,7 @@ def make_hyper(options: Options) -> ppo.Hyper:
         learning_rate=jnp.float32(options.learning_rate),
         clip_low=options.clip,
         clip_high=options.clip,
+        penalty_coef=options.penalty_coef,
         value_clip=options.value_clip,
         value_coef=options.value_coef,
         entropy_coef=options.entropy_coef,
@@ -247,6 +252,7 @@ def run(options: Options) -> None:
         whiten_advantages=options.whiten_advantages,
         adaptive_kl=options.adaptive_kl,
         scale_rewards=options.scale_rewards,
+        policy_loss_fn=ppo.penalised if options.policy_loss == "penalty" else ppo.clipped,
     )
     make_score_fn = models.make_two_headed_fn if options.value == "shared" else models.make_actor_critic_fn
     score_fn = make_score_fn(model.config, temperature=options.temperature)

@@ -39,9 +39,21 @@ from rlhf_jax.kernels.whitening import (
     moments_variance,
     whiten,
 )
-from rlhf_jax.losses.policy import ppo_clip_loss
+from rlhf_jax.losses.policy import ppo_clip_loss, ppo_penalty_loss
 from rlhf_jax.losses.reductions import Reduction, token_mean
 from rlhf_jax.losses.value import clipped_value_loss
+
+PolicyLossFn = Callable[..., tuple[Float[Array, ""], Metrics]]
+
+
+def clipped(hyper: "Hyper", *args: Array, **reduction: Any) -> tuple[Float[Array, ""], Metrics]:
+    """PPO-clip: ratios stay within `clip_low` and `clip_high`."""
+    return ppo_clip_loss(*args, clip_low=hyper.clip_low, clip_high=hyper.clip_high, **reduction)
+
+
+def penalised(hyper: "Hyper", *args: Array, **reduction: Any) -> tuple[Float[Array, ""], Metrics]:
+    """PPO-penalty: the KL from the old policy costs `penalty_coef` a nat."""
+    return ppo_penalty_loss(*args, kl_coef=hyper.penalty_coef, **reduction)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +68,8 @@ class Config:
       adaptive_kl: move the KL coefficient so that the KL stays near `Hyper.kl_target`.
       scale_rewards: divide rewards by the running standard deviation of all rewards seen, once they differ.
       reduce: how tokens become one number.
+      policy_loss_fn: (hyper, logp, old_logp, advantages, mask, reduce, denominator) -> (loss, metrics), what
+        keeps the policy near the old one: `clipped` or `penalised`.
     """
 
     epochs: int = 2
@@ -65,6 +79,7 @@ class Config:
     adaptive_kl: bool = False
     scale_rewards: bool = False
     reduce: Reduction = token_mean
+    policy_loss_fn: PolicyLossFn = clipped
 
 
 @pytree_dataclass
@@ -74,6 +89,7 @@ class Hyper:
     Attributes:
       clip_low: how far below 1 a ratio may go.
       clip_high: how far above 1.
+      penalty_coef: weight of the KL from the old policy, in `penalised`.
       value_clip: how far a value may move in one update; infinity for no bound.
       value_coef: weight of the value loss.
       entropy_coef: weight of the entropy bonus.
@@ -89,6 +105,7 @@ class Hyper:
     learning_rate: Scalar = 1e-4
     clip_low: Scalar = 0.2
     clip_high: Scalar = 0.2
+    penalty_coef: Scalar = 1.0
     value_clip: Scalar = 0.2
     value_coef: Scalar = 0.5
     entropy_coef: Scalar = 0.0
@@ -185,16 +202,10 @@ def make_update(
 def _loss(
     config: Config, hyper: Hyper, score: Score, rows: Batch, denominator: Scalar
 ) -> tuple[Float[Array, ""], Metrics]:
-    """Clipped policy loss + value loss - entropy bonus (Schulman et al. 2017, eq. 9)."""
+    """Policy loss + value loss - entropy bonus (Schulman et al. 2017, eq. 9)."""
     reduction = {"reduce": config.reduce, "denominator": denominator}
-    policy_loss, policy_metrics = ppo_clip_loss(
-        score.logp,
-        rows.old_logp,
-        rows.advantages,
-        rows.mask,
-        clip_low=hyper.clip_low,
-        clip_high=hyper.clip_high,
-        **reduction,
+    policy_loss, policy_metrics = config.policy_loss_fn(
+        hyper, score.logp, rows.old_logp, rows.advantages, rows.mask, **reduction
     )
     value_loss, value_metrics = clipped_value_loss(
         score.value, rows.old_values, rows.returns, rows.mask, clip=hyper.value_clip, **reduction

@@ -187,6 +187,20 @@ def test_ppo_finds_the_arm_that_pays_and_its_value():
     assert metrics["entropy"][-1] < 0.5 < metrics["entropy"][0]
 
 
+def test_a_penalty_holds_back_and_none_is_no_clip():
+    start, key = bandit_state(ppo.Hyper()), jax.random.key(2)
+
+    def run(policy_loss_fn, **numbers):
+        config = ppo.Config(epochs=8, minibatches=2, policy_loss_fn=policy_loss_fn)
+        hyper = jax.tree.map(jnp.float32, ppo.Hyper(learning_rate=0.2, **numbers))
+        state, _ = jax.jit(make_bandit_step(config, hyper))(start, key)
+        return state.learner.params["logits"]
+
+    free = run(ppo.penalised, penalty_coef=0.0)
+    np.testing.assert_allclose(free, run(ppo.clipped, clip_low=1.0, clip_high=jnp.inf), rtol=1e-5)
+    assert jnp.abs(run(ppo.penalised, penalty_coef=10.0)).max() < 0.3 * jnp.abs(free).max()
+
+
 def test_max_kl_ends_the_update_before_it_goes_too_far():
     free, bound = ppo.Hyper(learning_rate=0.2), ppo.Hyper(learning_rate=0.2, max_kl=0.02)
     config = ppo.Config(epochs=8, minibatches=2)
