@@ -84,11 +84,11 @@ class RunOptions:
         every, watch = (self.save_every, self.eval_every), {"profile": self.profile, "thresholds": thresholds}
         return LoopConfig(self.steps, *every, self.keep, quiet=self.quiet, **watch)
 
-    def meter(self, update_flops: float) -> Meter:
+    def meter(self, update_flops: float = 0.0) -> Meter:
         """What a step's parts are timed with.
 
         Args:
-          update_flops: operations that the model needs for one update.
+          update_flops: operations that the model needs for one update; 0 for no share of the peak.
         """
         return Meter(flops=update_flops, peak_flops=1e12 * self.peak_tflops or None)
 

@@ -182,11 +182,12 @@ def run(options: Options) -> None:
     )
     adapting.say_what_trains(options.run, state.learner)
     learn = common.jit_update(learn, state)
-    teacher_params = distributed.place(teacher.params)
+    teacher_params, meter = distributed.place(teacher.params), options.run.meter()
 
     def step(state: distillation.State, number: int):
-        rollout, described = write(state.learner.all_params, number)
-        state, metrics = learn(state, teacher_params, rollout)
+        with meter.timing("rollout"):
+            rollout, described = write(state.learner.all_params, number)
+        state, metrics = meter.timed("update", learn, state, teacher_params, rollout)
         return state, {**metrics, **described}
 
     def held_out(state: distillation.State) -> dict[str, float]:
@@ -206,6 +207,7 @@ def run(options: Options) -> None:
         run_config=common.to_json(options),
         data_fingerprint=prompts.fingerprint(),
         eval_fn=evaluate and held_out,
+        meter=meter,
     )
     after = prompts.answer(state.learner.all_params)
     common.finish(options.run, inputs.before_and_after("distill", before, after))

@@ -215,13 +215,15 @@ def run(options: Options) -> None:
         return learn_from(state, parts.reference(state.learner, original), first, second, wins)
 
     learn = common.jit_update(learn, state)
+    meter = options.run.meter()
 
     def step(state: Any, number: int):
         chosen = [prompts.train[i] for i in common.local_indices(sampler, number)]
-        answers = write(state, chosen, jax.random.fold_in(rollout_key, number))
-        compared = compare(chosen, *answers)
+        answers = meter.timed("rollout", write, state, chosen, jax.random.fold_in(rollout_key, number))
+        with meter.timing("reward"):
+            compared = compare(chosen, *answers)
         wins = distributed.shard_batch(compared.preference)
-        state, metrics = learn(state, parts.original, *answers, wins)
+        state, metrics = meter.timed("update", learn, state, parts.original, *answers, wins)
         return state, {**metrics, **compared.metrics, "win_rate": compared.preference.mean()}
 
     before = prompts.answer(model.params)
@@ -237,6 +239,7 @@ def run(options: Options) -> None:
         data_fingerprint=prompts.fingerprint(),
         eval_fn=evaluate
         and (lambda state: evaluate(state.learner.all_params, parts.reference(state.learner)).metrics()),
+        meter=meter,
     )
     after = prompts.answer(state.learner.all_params)
     common.finish(options.run, inputs.before_and_after(options.method, before, after))

@@ -200,12 +200,15 @@ def run(options: Options) -> None:
 
     learn = jax.jit(learn, donate_argnums=0)
     sampler = BatchSampler(len(train), options.batch_size, options.run.seed)
-    rollout_key = jax.random.key(options.run.seed + 1)
+    rollout_key, meter = jax.random.key(options.run.seed + 1), options.run.meter()
 
     def step(state: group.State, number: int):
         chosen = [train[i] for i in np.repeat(sampler.indices(number), options.group_size)]
-        rollout = generate(state.learner.params, chosen, jax.random.fold_in(rollout_key, number))
-        return learn(state, ref_params, rollout, jnp.asarray(score(model.tokenizer, rollout, chosen)))
+        key = jax.random.fold_in(rollout_key, number)
+        rollout = meter.timed("rollout", generate, state.learner.params, chosen, key)
+        with meter.timing("reward"):
+            rewards = jnp.asarray(score(model.tokenizer, rollout, chosen))
+        return meter.timed("update", learn, state, ref_params, rollout, rewards)
 
     scores, before = evaluate(ref_params)
     if not options.run.quiet:
@@ -222,6 +225,7 @@ def run(options: Options) -> None:
         resume=options.run.resume,
         run_config=common.to_json(options),
         eval_fn=lambda state: evaluate(state.learner.params)[0],
+        meter=meter,
     )
     _, after = evaluate(state.learner.params)
     kept = slice(options.samples)
