@@ -6,8 +6,8 @@
     python experiments/grpo.py --out runs/mine --init runs/sft --data gsm8k.jsonl --max-new-tokens 256 \\
         --rewards rlhf_jax.rewards.verifiers:gsm8k_reward my_rewards:short=0.1
 
-The first takes about 90 s on two CPU cores and answers 95 to 97 % of held-out problems right over three seeds
-(the policy it starts from: 33 to 47 %).
+The first takes about 60 s on two CPU cores and answers 96 to 98 % of held-out problems right over three seeds
+(the policy it starts from: 44 to 45 %).
 Rows hold `prompt`, `question` or `messages`; their other fields go to the reward functions by name.
 """
 
