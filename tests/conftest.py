@@ -1,13 +1,22 @@
 """Settings shared by every test: CPU, the persistent compile cache, no leftovers of x64."""
 
+import importlib.metadata
 import os
 import pathlib
+
+from packaging.version import Version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("PJRT_NPROC", "8")  # see rlhf_jax.core.compilation.ensure_threads
 # Most of a test's time is spent compiling: optimised and fused code costs it more than it saves.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0"
+    # jaxlib beyond 0.11.0 does not know this one.
+    + " --xla_cpu_use_fusion_emitters=false"
+    * (Version(importlib.metadata.version("jaxlib")) <= Version("0.11.0")),
+)
 
 import jax
 import pytest
