@@ -214,9 +214,12 @@ def update_flops(options: Options, model: Model, prompt_length: int) -> float:
     return scored + trained * options.epochs * models.training_flops(model.config, **sizes)
 
 
-def run(options: Options) -> None:
-    """Trains, and leaves a run folder."""
-    seed = options.run.seed
+def check(options: Options) -> None:
+    """Refuses options that exclude or need each other, before anything is read.
+
+    Raises:
+      UserError: naming the options.
+    """
     common.check(options, options.run, "ppo")
     common.check_divides("--minibatches", options.minibatches, "--batch-size", options.batch_size)
     rows = options.batch_size // options.minibatches
@@ -227,6 +230,25 @@ def run(options: Options) -> None:
         raise UserError(
             f"--ensemble {options.ensemble} needs several reward models: give --reward-model more"
         )
+
+
+def make_config(options: Options) -> ppo.Config:
+    """The static choices of `options`."""
+    return ppo.Config(
+        epochs=options.epochs,
+        minibatches=options.minibatches,
+        micro_batches=options.micro_batches,
+        whiten_advantages=options.whiten_advantages,
+        adaptive_kl=options.adaptive_kl,
+        scale_rewards=options.scale_rewards,
+        policy_loss_fn=ppo.penalised if options.policy_loss == "penalty" else ppo.clipped,
+    )
+
+
+def run(options: Options) -> None:
+    """Trains, and leaves a run folder."""
+    check(options)
+    seed, config = options.run.seed, make_config(options)
     model = load_policy(Path(options.init))
     prompts = inputs.load_prompts(options.prompts, model, options.prompts.rewards[:1], seed)
     sampler = BatchSampler(len(prompts), options.batch_size, seed)
@@ -244,15 +266,6 @@ def run(options: Options) -> None:
         prompt_length=prompts.length,
         max_new_tokens=options.prompts.max_new_tokens,
         sampling=Sampling(temperature=options.temperature),
-    )
-    config = ppo.Config(
-        epochs=options.epochs,
-        minibatches=options.minibatches,
-        micro_batches=options.micro_batches,
-        whiten_advantages=options.whiten_advantages,
-        adaptive_kl=options.adaptive_kl,
-        scale_rewards=options.scale_rewards,
-        policy_loss_fn=ppo.penalised if options.policy_loss == "penalty" else ppo.clipped,
     )
     make_score_fn = models.make_two_headed_fn if options.value == "shared" else models.make_actor_critic_fn
     score_fn = make_score_fn(model.config, temperature=options.temperature)
