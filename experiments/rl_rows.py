@@ -58,7 +58,7 @@ MINATAR_PPO = (
     "network.body=relu_mlp",
 )
 MINATAR_NOTE = (
-    "An MLP on the flattened planes; the convolution takes six times as long on CPU and was not run."
+    "An MLP on the flattened planes; the convolution takes 5 to 8 times as long on CPU and was not run."
 )
 BREAKOUT_NOTE = f"{MINATAR_NOTE} One of four seeds stays at 39; nothing else was tried."
 PENDULUM_PPO = (
