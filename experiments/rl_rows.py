@@ -136,7 +136,7 @@ ROWS = (
             "hyper.epsilon_steps=24000",
             "hyper.epsilon_end=0.07",
         ),
-        seeds=8,
+        chunk=8,
         note=(
             "rl-zoo's settings but for targets of 5 steps and a smaller learning rate. Two seeds each: 1 "
             "step at 4e-3 gave -148 and -200, 1 step at 1e-3 -100 and -124, 5 steps at 1e-3 -105 and -100, "
@@ -158,7 +158,7 @@ ROWS = (
             "hyper.epsilon_steps=12000",
             "hyper.epsilon_end=0.1",
         ),
-        seeds=8,
+        chunk=8,
         note="rl-zoo's settings, with a network of 120 x 84 instead of 256 x 256; nothing else was tried.",
     ),
     Row(
@@ -168,10 +168,10 @@ ROWS = (
         498.4,
         "DQN's",
         ("quantiles=10",),
-        seeds=8,
+        chunk=8,
         note="Two seeds after 1e5 steps: a Huber width of 1 stayed at 82 and 9, one of 10 had 495 and 442.",
     ),
-    Row("CartPole-v1", "c51", 500_000, 491.1, CLEANRL, seeds=8),
+    Row("CartPole-v1", "c51", 500_000, 491.1, CLEANRL, chunk=8),
     Row(
         "MountainCarContinuous-v0",
         "sac",
@@ -196,7 +196,7 @@ ROWS = (
         93.5,
         ZOO,
         (*HELD_NOISE, "run.updates=16", "hyper.gamma=0.99", "hyper.exploration_std=0.5"),
-        done_steps=30_000,
+        chunk=8,
         note=(
             "A tenth of the steps; 2 of 16 seeds never find the goal. Gamma .999 with 5,000 random steps "
             "first and 50,000 in all gave 86.0 over 8 seeds."
@@ -209,7 +209,7 @@ ROWS = (
         93.5,
         ZOO,
         (*HELD_NOISE, "hyper.gamma=0.99", "hyper.exploration_std=0.5"),
-        seeds=8,
+        chunk=8,
         note=(
             "1 of 8 seeds never finds the goal. A tenth of the steps gave 91.0 [89.4, 92.5] over 16 seeds; "
             "gamma .999 with 5,000 random steps first and 50,000 in all gave -80.8 over 8 seeds."

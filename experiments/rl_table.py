@@ -4,9 +4,9 @@
     python experiments/rl_table.py --out runs/rl_table --rows 'CartPole-v1/*' --seeds 4
     python experiments/rl_table.py --out runs/rl_table --list
 
-A row that is done is not run again, and one that was stopped goes on after its last chunk of seeds. Each
-row leaves `summary.json`, every seed apart, and `results.parquet`, every seed and update apart;
-`RL_RESULTS.md` and `rl_curves.png` show what there is so far.
+A row that is done is not run again; where more seeds are asked for, those are added. One that was stopped
+goes on after its last chunk of seeds. Each row leaves `summary.json`, every seed apart, and
+`results.parquet`, every seed and update apart; `RL_RESULTS.md` and `rl_curves.png` show what there is so far.
 """
 
 import dataclasses
@@ -35,6 +35,7 @@ from rlhf_jax.sweep import product, sweep
 from rlhf_jax.training.runs import describe_run, write_json
 
 SUMMARY = "summary.json"
+TIMES = ("seconds", "cpu_seconds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +117,7 @@ def plan(row: Row, options: Options) -> dict[str, Any]:
 
 
 def held_summary(folder: Path, planned: dict[str, Any]) -> dict[str, Any] | None:
-    """The summary of a row that is done.
+    """The summary of a row that is done, with its seeds or with fewer.
 
     Raises:
       UserError: the folder holds the row with other settings.
@@ -126,7 +127,7 @@ def held_summary(folder: Path, planned: dict[str, Any]) -> dict[str, Any] | None
         return None
     held = json.loads(path.read_text(encoding="utf-8"))
     for name, value in planned.items():
-        if held.get(name) != value:
+        if held.get(name) != value and not (name == "seeds" and held[name] < value):
             raise UserError(
                 f"{folder} holds this row with {name} {held.get(name)}, not {value}: remove the folder, or "
                 "choose another --out"
@@ -138,25 +139,28 @@ def held_summary(folder: Path, planned: dict[str, Any]) -> dict[str, Any] | None
 def run_row(row: Row, options: Options, folder: Path) -> None:
     """Runs what is missing of a row, and leaves its summary."""
     planned = plan(row, options)
-    if held_summary(folder, planned) is not None:
+    held = held_summary(folder, planned)
+    if held is not None and held["seeds"] == planned["seeds"]:
         return
-    resumed = (folder / "chunks").exists()
+    # A row that went on after a stop does not know what went before; one with seeds added does.
+    before = held or dict.fromkeys(TIMES, None if (folder / "chunks").exists() else 0.0)
     write_json(folder / "plan.json", planned)
     describe_run(folder, common.to_json(options), stage="rl_table", row=row.name)
     train, hyper = make_train(row, planned["steps"], options.eval_episodes)
     keys = jax.vmap(jax.random.key)(np.arange(planned["seeds"], dtype=np.uint32))
-    began, cpu_began = time.perf_counter(), time.process_time()
+    began = time.perf_counter(), time.process_time()
     results = sweep(
         train, keys, product(hyper), chunk_size=row.chunk or None, folder=folder, quiet=options.quiet
     )
-    # A row that went on after a stop does not know what went before.
-    seconds = None if resumed else time.perf_counter() - began
-    cpu_seconds = None if resumed else time.process_time() - cpu_began
+    spent = time.perf_counter() - began[0], time.process_time() - began[1]
+    times = {
+        name: None if before[name] is None else before[name] + seconds
+        for name, seconds in zip(TIMES, spent, strict=True)
+    }
     scores = {name: results.scores(name)[0].tolist() for name in results.metrics if "evaluation" in name}
     taken = int(results.scores("steps").mean())
     described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     more = {name: described[name] for name in ("command", "started", "versions")}
-    times = {"seconds": seconds, "cpu_seconds": cpu_seconds}
     write_json(folder / SUMMARY, {**planned, "steps_taken": taken, **times, **scores, **more})
     jax.clear_caches()  # or memory grows with every row
 

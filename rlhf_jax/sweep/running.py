@@ -43,9 +43,11 @@ def sweep(
         seed is more than a key (a policy to start from): whatever `train` takes first.
       hypers: settings, [H] in every leaf (`product`, `zipped`, `drawn`).
       mesh: devices to use, whatever its axes; None for all there are.
-      chunk_size: runs at once, rounded up to a multiple of the devices; None for all of them.
-      folder: each chunk is kept here when it is done, and a sweep started again goes on after the last;
-        also gets `results.parquet`. None keeps nothing on disk.
+      chunk_size: runs at once, rounded up to a multiple of the devices; None for all of them. Where the
+        folder holds chunks that are no larger, their size stays.
+      folder: each chunk is kept here when it is done, and a sweep started again goes on after the last,
+        also with runs added at its end (more seeds of one setting, or more settings); also gets
+        `results.parquet`. None keeps nothing on disk.
       quiet: show no progress.
 
     Raises:
@@ -54,20 +56,22 @@ def sweep(
     mesh = mesh or jax.make_mesh((jax.device_count(),), ("runs",), axis_types=(AxisType.Auto,))
     settings, seeds = (jax.tree.leaves(tree)[0].shape[0] for tree in (hypers, keys))
     runs = settings * seeds
-    size = min(chunk_size or runs, runs)
+    held = _Store.held(folder).get("chunk_size", runs)
+    size = min(chunk_size or held, held, runs)
     size = -(-size // mesh.size) * mesh.size
     chunks = -(-runs // size)
-    store = _Store(folder, _describe(train, keys, hypers, size), chunks)
+    store = _Store(folder, _describe(train, keys, hypers, size))
     run_chunk = _compile_once(train, mesh, keys, hypers, size)
     parts: list[dict[str, np.ndarray]] = []
     with Progress("sweep", chunks, quiet=quiet) as progress:
         for chunk in range(chunks):
-            part = store.load(chunk)
+            count = min(size, runs - chunk * size)
+            part = store.load(chunk, count)
             if part is None:
                 # The last chunk repeats the last run to fill up, so that one program serves all.
                 index = np.minimum(np.arange(chunk * size, (chunk + 1) * size), runs - 1)
                 part = run_chunk(index // seeds, index % seeds)
-                part = {name: values[: runs - chunk * size] for name, values in part.items()}
+                part = {name: values[:count] for name, values in part.items()}
                 store.save(chunk, part)
             parts.append(part)
             progress.update(chunk + 1)
@@ -130,17 +134,26 @@ def fitting_chunk_size(train: TrainFn, keys: Any, hypers: Any, *, memory_bytes: 
 
 
 def _describe(train: TrainFn, keys: Any, hypers: Any, size: int) -> dict[str, Any]:
-    """What makes chunks on disk those of this sweep: keys, settings, and the shapes of what a run returns."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(keys):
-        is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        digest.update(np.asarray(jax.random.key_data(leaf) if is_key else leaf).tobytes())
-    for name, leaf in named_leaves(hypers).items():
-        digest.update(name.encode() + np.asarray(leaf).tobytes())
+    """What makes chunks those of this sweep: key and setting of each run, and the shapes it returns."""
     one = jax.tree.map(lambda leaf: leaf[0], (keys, hypers))
     history = jax.eval_shape(train, *one)[1]
     shapes = {name: [str(leaf.dtype), *leaf.shape] for name, leaf in sorted(history.items())}
-    return {"inputs": digest.hexdigest(), "chunk_size": size, "history": shapes}
+    seeds = _digests({str(index): leaf for index, leaf in enumerate(jax.tree.leaves(keys))})
+    runs = [setting + seed for setting in _digests(named_leaves(hypers)) for seed in seeds]
+    return {"chunk_size": size, "history": shapes, "runs": runs}
+
+
+def _digests(leaves: dict[str, Any]) -> list[str]:
+    """One for each row of arrays [N, ...], by name."""
+    rows = {}
+    for name, leaf in leaves.items():
+        is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        rows[name] = np.asarray(jax.random.key_data(leaf) if is_key else leaf)
+    count = min(len(array) for array in rows.values())
+    described = (
+        b"".join(name.encode() + array[i].tobytes() for name, array in rows.items()) for i in range(count)
+    )
+    return [hashlib.sha256(row).hexdigest()[:16] for row in described]
 
 
 def _rows(tree: Any, index: np.ndarray) -> Any:
@@ -150,25 +163,30 @@ def _rows(tree: Any, index: np.ndarray) -> Any:
 class _Store:
     """Chunks on disk; nothing where there is no folder."""
 
-    def __init__(self, folder: str | Path | None, description: dict[str, Any], chunks: int) -> None:
+    def __init__(self, folder: str | Path | None, description: dict[str, Any]) -> None:
         self._folder = None if folder is None else Path(folder) / "chunks"
-        self._digits = len(str(chunks))
         if self._folder is None:
             return
-        path = self._folder / _DESCRIPTION
-        if path.exists():
-            if json.loads(path.read_text(encoding="utf-8")) != description:
-                raise UserError(f"{folder} holds another sweep: choose another folder, or remove it")
-        else:
-            self._write(path, lambda file: file.write(json.dumps(description).encode()))
+        held = self.held(folder)
+        first = description["runs"][: len(held.get("runs", []))]
+        if held and held != {**description, "runs": first}:
+            raise UserError(f"{folder} holds another sweep: choose another folder, or remove it")
+        self._write(self._folder / _DESCRIPTION, lambda file: file.write(json.dumps(description).encode()))
 
-    def load(self, chunk: int) -> dict[str, np.ndarray] | None:
-        """A chunk done before."""
+    @staticmethod
+    def held(folder: str | Path | None) -> dict[str, Any]:
+        """The description of what the folder holds; empty where it holds nothing."""
+        path = None if folder is None else Path(folder) / "chunks" / _DESCRIPTION
+        return {} if path is None or not path.exists() else json.loads(path.read_text(encoding="utf-8"))
+
+    def load(self, chunk: int, runs: int) -> dict[str, np.ndarray] | None:
+        """A chunk done before; None too where runs were added to it since."""
         path = self._path(chunk)
         if path is None or not path.exists():
             return None
         with np.load(path) as arrays:
-            return dict(arrays)
+            part = dict(arrays)
+        return part if len(next(iter(part.values()))) == runs else None
 
     def save(self, chunk: int, part: dict[str, np.ndarray]) -> None:
         """Keeps a chunk."""
@@ -177,7 +195,7 @@ class _Store:
             self._write(path, lambda file: np.savez(file, allow_pickle=False, **part))
 
     def _path(self, chunk: int) -> Path | None:
-        return None if self._folder is None else self._folder / f"{chunk:0{self._digits}d}.npz"
+        return None if self._folder is None else self._folder / f"{chunk}.npz"
 
     def _write(self, path: Path, write_fn: Callable[[Any], Any]) -> None:
         """Whole or not at all: under another name first."""

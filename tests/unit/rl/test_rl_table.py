@@ -63,8 +63,14 @@ def test_rows_run_once_and_make_a_page(tmp_path, tiny, capsys):
     capsys.readouterr()
     rl_table.run(dataclasses.replace(options, list=True, rows=()))
     assert "Acrobot-v1/ppo" in capsys.readouterr().out
-    with pytest.raises(UserError, match="holds this row with seeds 2, not 3"):
-        rl_table.run(dataclasses.replace(options, seeds=3))
+    # More seeds are added to those that are done.
+    rl_table.run(dataclasses.replace(options, seeds=3, rows=("CartPole-v1/a2c",)))
+    more = json.loads((a2c / "summary.json").read_text())
+    assert len(more["evaluation_return"]) == 3
+    np.testing.assert_allclose(more["evaluation_return"][:2], first["evaluation_return"])
+    assert more["cpu_seconds"] > first["cpu_seconds"]
+    with pytest.raises(UserError, match="holds this row with seeds 3, not 1"):
+        rl_table.run(dataclasses.replace(options, seeds=1))
 
 
 def test_mistakes_are_one_sentence(tmp_path, tiny):

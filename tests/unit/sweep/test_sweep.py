@@ -112,6 +112,24 @@ def test_a_sweep_goes_on_after_the_last_chunk(tmp_path):
         run(train, KEYS, sweeping.product(Hyper(), rate=[0.1, 0.3]), chunk_size=2, folder=folder)
 
 
+def test_seeds_are_added_to_a_sweep_that_is_done(tmp_path):
+    keys = jax.random.split(jax.random.key(3), 7)
+    hypers = sweeping.product(Hyper(noise=0.2))
+    whole = run(train, keys, hypers, chunk_size=2)
+    run(train, keys[:3], hypers, chunk_size=2, folder=tmp_path)  # its second chunk holds one run
+    marked = dict(np.load(tmp_path / "chunks" / "0.npz"))
+    marked["score"][:] = 7.0
+    np.savez(tmp_path / "chunks" / "0.npz", **marked)
+    more = run(train, keys, hypers, folder=tmp_path)  # in chunks of two, as before
+    np.testing.assert_array_equal(more.metrics["score"][0, :2], 7.0)  # read, not run again
+    np.testing.assert_array_equal(more.metrics["score"][0, 2:], whole.metrics["score"][0, 2:])
+    for other in (keys[:6], keys[::-1]):
+        with pytest.raises(UserError, match="holds another sweep"):
+            run(train, other, hypers, chunk_size=2, folder=tmp_path)
+    with pytest.raises(UserError, match="holds another sweep"):  # the new seeds are not at the end
+        run(train, keys, sweeping.product(Hyper(noise=0.2), rate=[0.1, 0.2]), chunk_size=2, folder=tmp_path)
+
+
 def test_the_table_is_tidy(tmp_path):
     results = run(train, KEYS, sweeping.product(Hyper(), rate=[0.1, 0.2]), folder=tmp_path)
     table = pq.read_table(tmp_path / "results.parquet").to_pandas()
