@@ -18,6 +18,7 @@ import tyro
 from common import RunOptions, flags, to_json
 
 from rlhf_jax import distributed
+from rlhf_jax.core.axes import GATHERED_SAMPLING, axis_rules
 from rlhf_jax.core.compilation import ensure_threads
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.training import Interrupted
@@ -82,7 +83,8 @@ def on_mesh(options: RunOptions) -> Iterator[None]:
     """
     hosts = distributed.HostOptions(options.hosts, options.start_timeout, options.lost_timeout)
     distributed.start_hosts(hosts)
-    with jax.set_mesh(distributed.make_mesh(options.mesh)):
+    rules = GATHERED_SAMPLING if options.gather_params else {}
+    with jax.set_mesh(distributed.make_mesh(options.mesh)), axis_rules(rules):
         yield
 
 

@@ -54,6 +54,8 @@ class RunOptions:
       report: write report.html at the end.
       mesh: how to use several devices: data=2,fsdp=4, further axes tensor, expert, sequence; auto for fsdp
         over all; empty for one device. A run may be resumed on another mesh.
+      gather_params: for sampling, make parameters whole along fsdp once a batch of answers, in the compute
+        dtype, instead of at every token: many times faster where they fit (tools/plan.py says whether).
       hosts: how several processes find each other: auto on Cloud TPU, SLURM and Open MPI,
         HOST:PORT,COUNT,INDEX elsewhere; empty for this process alone.
       start_timeout: seconds until all processes must have come.
@@ -73,6 +75,7 @@ class RunOptions:
     quiet: bool = False
     report: bool = True
     mesh: str = ""
+    gather_params: bool = False
     hosts: str = ""
     start_timeout: int = 300
     lost_timeout: int = 60
@@ -290,8 +293,8 @@ _POSITIVE = """
 # They change how a run is watched, or how long it is, and nothing of what it computes until then.
 _MAY_DIFFER = """
     --out --resume --steps --save-every --eval-every --keep --quiet --report --micro-batches
-    --eval-data --eval-reward --eval-count --samples --mesh --hosts --start-timeout --lost-timeout
-    --profile --peak-tflops
+    --eval-data --eval-reward --eval-count --samples --mesh --gather-params --hosts
+    --start-timeout --lost-timeout --profile --peak-tflops
 """.split()  # noqa: SIM905
 
 

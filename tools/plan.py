@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf_jax import distributed, models
+from rlhf_jax.core.axes import GATHERED_SAMPLING, axis_rules
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.distributed.chips import CHIPS, Chip, chip_of, roofline
 from rlhf_jax.distributed.topologies import topology_devices
@@ -53,6 +54,8 @@ class Options:
       micro_batches: parts in which a mini-batch is computed.
       minibatches: optimizer steps of GRPO and PPO in each pass over a batch.
       epochs: passes of GRPO and PPO over each batch.
+      gather_params: sample with parameters made whole along fsdp once a batch of answers, as the scripts do
+        with --gather-params.
       remat: what the backward pass computes again.
       param_dtype: of parameters and of the optimizer's moments.
       compute_dtype: of matrix products and activations.
@@ -72,6 +75,7 @@ class Options:
     micro_batches: int = 1
     minibatches: int = 1
     epochs: int = 1
+    gather_params: bool = False
     remat: models.Remat = "full"
     param_dtype: DType = "float32"
     compute_dtype: DType = "bfloat16"
@@ -163,6 +167,23 @@ def mesh_of(options: Options) -> jax.sharding.Mesh:
             f"{options.topology}: give sizes whose product is {len(devices)}, or a smaller slice"
         )
     return mesh
+
+
+def make_plan(options: Options) -> tuple[plans.Plan, Mesh, Chip | None]:
+    """By formula or by the compiler; also where, and for which chip.
+
+    Raises:
+      UserError: what was asked for does not go together.
+    """
+    step, chip = workload(options), chosen_chip(options)
+    if chip is None:
+        devices = mesh_of(options)
+        plan = plans.make_plan(step, devices, Path(options.hlo) if options.hlo else None)
+        return plan, devices, chip_of(devices.devices.flat[0].device_kind)
+    if options.topology:
+        raise UserError("--chip goes by formula and excludes --topology: give one of them")
+    mesh = distributed.abstract_mesh(options.mesh)
+    return plan_by_formula(step, mesh), mesh, chip
 
 
 # What is said --------------------------------------------------------------------------------------
@@ -286,16 +307,8 @@ def main() -> None:
     if options.topology:  # whatever is here is not asked for
         jax.config.update("jax_platforms", "cpu")
     try:
-        step, chip = workload(options), chosen_chip(options)
-        if chip is not None:
-            if options.topology:
-                raise UserError("--chip goes by formula and excludes --topology: give one of them")
-            mesh: Mesh = distributed.abstract_mesh(options.mesh)
-            plan = plan_by_formula(step, mesh)
-        else:
-            mesh = mesh_of(options)
-            chip = chip_of(mesh.devices.flat[0].device_kind)
-            plan = plans.make_plan(step, mesh, Path(options.hlo) if options.hlo else None)
+        with axis_rules(GATHERED_SAMPLING if options.gather_params else {}):
+            plan, mesh, chip = make_plan(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

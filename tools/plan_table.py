@@ -19,10 +19,11 @@ import tyro
 from rich.progress import track
 
 from rlhf_jax import distributed
+from rlhf_jax.core.axes import GATHERED_SAMPLING, axis_rules
 from rlhf_jax.distributed.chips import CHIPS, roofline
 from rlhf_jax.models import Preset, preset_config
 from rlhf_jax.training.formula import plan_by_formula
-from rlhf_jax.training.plans import Algorithm, Workload
+from rlhf_jax.training.plans import Algorithm, Plan, Workload
 
 # What a column is called: its topology, for the compiler, its chip, and how many of them.
 SLICES = {
@@ -58,9 +59,27 @@ class Options:
     compile: bool = False
 
 
-def path_of(options: Options, model: str, algorithm: str, name: str) -> Path:
-    """Where a cell's compiled plan is kept."""
-    return options.out / f"{model}_{algorithm}_{name}.json"
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A place in the table.
+
+    Attributes:
+      gathered: sample with parameters that are whole along fsdp.
+    """
+
+    model: Preset
+    algorithm: Algorithm
+    gathered: bool
+    slice: str
+
+    def path(self, out: Path) -> Path:
+        """Where the compiled plan is kept."""
+        return out / f"{self.model}_{self.algorithm}{'_gathered' * self.gathered}_{self.slice}.json"
+
+
+def ways(algorithm: Algorithm) -> tuple[bool, ...]:
+    """Whether parameters are gathered for sampling: the rows of an algorithm."""
+    return (False, True) if algorithm in ("grpo", "ppo") else (False,)
 
 
 def mesh_of(model: str, chips: int) -> str:
@@ -68,37 +87,46 @@ def mesh_of(model: str, chips: int) -> str:
     return f"fsdp={chips // 4},tensor=4" if model == "llama-70b" else f"fsdp={chips}"
 
 
-def compile_cell(options: Options, model: str, algorithm: str, name: str) -> None:
+def compile_cell(options: Options, cell: Cell) -> None:
     """Runs tools/plan.py for one cell, unless that was done."""
-    topology, _, chips = SLICES[name]
-    path = path_of(options, model, algorithm, name)
+    topology, _, chips = SLICES[cell.slice]
+    path = cell.path(options.out)
     if path.exists() or not topology:
         return
-    flags = {"--model": model, "--algo": algorithm, "--topology": topology, "--mesh": mesh_of(model, chips)}
+    mesh = mesh_of(cell.model, chips)
+    flags = {"--model": cell.model, "--algo": cell.algorithm, "--topology": topology, "--mesh": mesh}
     flags |= {"--batch": options.rows_a_chip * chips, "--length": options.length, "--json": path}
     flags |= {"--new-tokens": options.new_tokens, "--hlo": path.with_suffix("")}
     words = [str(word) for flag in flags.items() for word in flag]
+    words += ["--gather-params"] if cell.gathered else []
     script = Path(__file__).with_name("plan.py")
     done = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True, check=False)
     if done.returncode:
         print(f"{path.stem}: {(done.stderr.strip() or 'no reason given').splitlines()[-1]}", file=sys.stderr)
 
 
-def cell(options: Options, model: Preset, algorithm: Algorithm, name: str) -> str:
+def predicted_by_formula(options: Options, cell: Cell) -> Plan:
+    """What is said of a cell that was not compiled."""
+    chips = SLICES[cell.slice][2]
+    config = preset_config(cell.model, scan_layers=True, remat="full", compute_dtype="bfloat16")
+    rows, sizes = options.rows_a_chip * chips, (options.length, options.new_tokens)
+    with axis_rules(GATHERED_SAMPLING if cell.gathered else {}):
+        return plan_by_formula(
+            Workload(cell.algorithm, config, rows, *sizes),
+            distributed.abstract_mesh(mesh_of(cell.model, chips)),
+        )
+
+
+def text(options: Options, cell: Cell) -> str:
     """What the table says of one cell."""
-    _, kind, chips = SLICES[name]
-    [chip] = [chip for chip in CHIPS if chip.name == kind]
-    path = path_of(options, model, algorithm, name)
+    [chip] = [chip for chip in CHIPS if chip.name == SLICES[cell.slice][1]]
+    path = cell.path(options.out)
     if path.exists():
         mark, plan = "", json.loads(path.read_text(encoding="utf-8"))
         need = plan["peak_bytes"]
         times = [list(program["roofline_seconds"].values()) for program in plan["programs"].values()]
     else:
-        config = preset_config(model, scan_layers=True, remat="full", compute_dtype="bfloat16")
-        rows, sizes = options.rows_a_chip * chips, (options.length, options.new_tokens)
-        by_formula = plan_by_formula(
-            Workload(algorithm, config, rows, *sizes), distributed.abstract_mesh(mesh_of(model, chips))
-        )
+        by_formula = predicted_by_formula(options, cell)
         mark, need = "~", by_formula.peak_bytes
         times = [
             list(
@@ -118,16 +146,17 @@ def cell(options: Options, model: Preset, algorithm: Algorithm, name: str) -> st
 def main() -> None:
     """Compiles what is missing, if asked to, and prints the table."""
     options = tyro.cli(Options, description=(__doc__ or "").split("\n\n")[0])
-    cells = [(m, a, s) for a in options.algorithms for m in options.models for s in options.slices]
+    rows: list[tuple[Preset, Algorithm, bool]]
+    rows = [(m, a, way) for m in options.models for a in options.algorithms for way in ways(a)]
     if options.compile:
         options.out.mkdir(parents=True, exist_ok=True)
-        for each in track(cells, description="compiling", transient=True):
-            compile_cell(options, *each)
+        cells = [Cell(*row, name) for row in rows for name in options.slices]
+        for cell in track(cells, description="compiling", transient=True):
+            compile_cell(options, cell)
     print("| | | " + " | ".join(options.slices) + " |\n|---|---|" + "---|" * len(options.slices))
-    for model in options.models:
-        for algorithm in options.algorithms:
-            row = " | ".join(cell(options, model, algorithm, name) for name in options.slices)
-            print(f"| {model} | {algorithm.upper()} | {row} |", flush=True)
+    for model, algorithm, gathered in rows:
+        said = " | ".join(text(options, Cell(model, algorithm, gathered, name)) for name in options.slices)
+        print(f"| {model} | {algorithm.upper()}{', gathered' * gathered} | {said} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,9 @@ RULES: Rules = MappingProxyType(
         "tokens": ("data", "fsdp", "expert", "sequence"),  # rows and columns as one axis
         # axes of parameters
         "embed": ("fsdp",),  # the residual stream's width: gathered before use, so that no device holds all
+        "embed_sampling": (
+            "fsdp",
+        ),  # the same while answers are sampled; () gathers once, not at every token
         "heads": ("tensor",),  # query and key-value heads, and what they project to
         "hidden": ("tensor",),  # width of feed-forwards
         "vocab": ("tensor",),
@@ -35,6 +38,9 @@ RULES: Rules = MappingProxyType(
     }
 )
 """Logical axis -> mesh axes it is split over. An axis that is not here is not split."""
+
+GATHERED_SAMPLING: Rules = MappingProxyType({"embed_sampling": ()})
+"""Changes `RULES` so that answers are sampled with parameters that are whole along `fsdp`."""
 
 T = TypeVar("T", bound=jax.Array)
 _table: contextvars.ContextVar[Rules] = contextvars.ContextVar("rlhf_jax_axis_rules", default=RULES)

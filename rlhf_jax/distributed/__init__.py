@@ -13,6 +13,7 @@ from rlhf_jax.distributed.meshes import abstract_mesh, current_mesh, describe_me
 from rlhf_jax.distributed.placement import (
     all_values,
     born_sharded,
+    laid_out_for_sampling,
     local_rows,
     local_values,
     place,
@@ -35,6 +36,7 @@ __all__ = [
     "describe_shardings",
     "is_first_host",
     "is_lost_peer",
+    "laid_out_for_sampling",
     "local_rows",
     "local_values",
     "logical_axes",

@@ -4,14 +4,16 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from rlhf_jax.core.axes import partition_spec
+from rlhf_jax.core.axes import constrain, partition_spec
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.trees import map_named
 from rlhf_jax.distributed.meshes import current_mesh, describe_mesh
-from rlhf_jax.distributed.sharding import PARAMETER_AXES, Axes, split_of, tree_shardings
+from rlhf_jax.distributed.sharding import PARAMETER_AXES, Axes, logical_axes, split_of, tree_shardings
 
 T = TypeVar("T")
 
@@ -47,6 +49,29 @@ def place(tree: T, *, mesh: Mesh | None = None, table: Sequence[tuple[str, Axes]
 def shardings_of(tree: T) -> T:
     """Where each leaf lives, for `out_shardings`, so that a state comes out of an update as it went in."""
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def laid_out_for_sampling(params: T, dtype: Any) -> T:
+    """Parameters of a traced program, split along `embed_sampling` where the table splits them along `embed`.
+
+    Where the rules put the two on the same mesh axes, as they do unless told otherwise, nothing happens.
+
+    Args:
+      dtype: what parameters are cast to before their use, and here before they are sent.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return params
+
+    def lay_out(name: str, leaf: jax.Array) -> jax.Array:
+        axes = logical_axes(name, leaf.ndim)
+        chosen = tuple("embed_sampling" if axis == "embed" else axis for axis in axes)
+        if partition_spec(axes, leaf.shape, mesh) == partition_spec(chosen, leaf.shape, mesh):
+            return leaf
+        is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return constrain(leaf.astype(dtype) if is_float else leaf, *chosen)
+
+    return map_named(lay_out, params)
 
 
 # Batches -------------------------------------------------------------------------------------------

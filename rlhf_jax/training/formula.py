@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from rlhf_jax import distributed, models
+from rlhf_jax.core.axes import partition_spec
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.training.plans import Plan, Prediction, Workload, build, cache_bytes, device_bytes
 
@@ -18,7 +19,8 @@ def plan_by_formula(workload: Workload, mesh: AbstractMesh) -> Plan:
         memory        = state and temporary, read and written once each
         communication = parameters gathered forward and backward, gradients scattered: 3 s P;  s = 1 - 1/fsdp
 
-    Generation reads parameters and half of the cache for every token, and gathers the parameters for it.
+    Generation reads parameters and half of the cache for every token, and gathers the parameters for it; or
+    once, in the compute dtype, where the rules say so (`core.axes.GATHERED_SAMPLING`).
 
     Raises:
       UserError: `remat` is another, or the mesh does not divide the batch.
@@ -52,10 +54,12 @@ def plan_by_formula(workload: Workload, mesh: AbstractMesh) -> Plan:
     moved = 2 * (arguments["update"] + temporary)
     plans = {"update": prediction("update", temporary, flops, moved, passes * share * whole)}
     if "generation" in found:
-        one = whole / trained
-        held, tokens = cache + one / config.num_layers + matrix, workload.new_tokens
+        one, layers, gathers = whole / trained, config.num_layers, workload.new_tokens
+        if not any(partition_spec(("embed_sampling",), (config.width,), mesh)[0]):
+            one, layers, gathers = one * item / jnp.dtype(config.param_dtype).itemsize, 1, 1
+        moved = workload.new_tokens * (one + cache / 2)
         plans["generation"] = prediction(
-            "generation", held, forward, tokens * (one + cache / 2), tokens * share * one
+            "generation", cache + one / layers + matrix, forward, moved, gathers * share * one
         )
     if "reward" in found:
         moved = 2 * (arguments["reward"] + layer)

@@ -153,9 +153,9 @@ def make_completion_fn(
         extend = models.make_extend_fn(config)
         sample = functools.partial(generate_continuously, prefill, extend, slots=slots, **ends)
 
-    def complete(*args: Any, **options: Any) -> Rollout:
+    def complete(params: Params, *args: Any, **options: Any) -> Rollout:
+        rollout = sample(distributed.laid_out_for_sampling(params, config.compute_dtype), *args, **options)
         # Each process finds its own rows in every array, whatever the compiler would have chosen.
-        rollout = sample(*args, **options)
         return jax.tree.map(lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1)), rollout)
 
     return complete

@@ -6,6 +6,7 @@ JAX_NUM_CPU_DEVICES=8 python tests/multidevice/parity.py float64 sft:data=8 ppo:
 import dataclasses
 import functools
 import json
+import math
 import sys
 
 import jax
@@ -15,11 +16,13 @@ from jax.sharding import PartitionSpec as P
 
 from rlhf_jax import distributed, models
 from rlhf_jax.algorithms import group, ppo, preference, sft
+from rlhf_jax.core.axes import GATHERED_SAMPLING, RULES, axis_rules
 from rlhf_jax.core.optimization import OptimizerConfig, apply_gradients, make_optimizer
 from rlhf_jax.core.types import Sequences
-from rlhf_jax.distributed.communication import collectives
-from rlhf_jax.generation import Sampling, generate
+from rlhf_jax.distributed.communication import by_kind, collectives
+from rlhf_jax.generation import Sampling
 from rlhf_jax.models import config as parts
+from rlhf_jax.training.rollouts import make_completion_fn
 
 # Programs that run a few times are compiled quickly rather than well.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -200,16 +203,27 @@ CONTROLS = {f.__name__: broken_update(f) for f in (by_hand, mean_of_means, missi
 # Generation ----------------------------------------------------------------------------------------
 
 
-def sample(spec, config, temperature):
-    prefill, decode = models.make_decode_fns(config)
+NEW_TOKENS = 12
+
+
+def sample(spec, config, temperature, rules=RULES):
+    """(rollout, bytes that a device receives in gathers)."""
     rows = pool_of_rows(5)
     mask = np.flip(rows.segment_ids[:8, :6] > 0, axis=1)
-    run = functools.partial(generate, prefill, decode, max_new_tokens=12, eos_id=1, pad_id=0)
-    with jax.set_mesh(distributed.make_mesh(spec)):
+    run = make_completion_fn(config, max_new_tokens=NEW_TOKENS, eos_id=1, pad_id=0)
+    with jax.set_mesh(distributed.make_mesh(spec)), axis_rules(rules):
         params = distributed.born_sharded(functools.partial(models.init_params, config), jax.random.key(0))
         prompts, mask = distributed.shard_batch((rows.tokens[:8, :6], mask))
-        rollout = jit(run)(params, prompts, mask, jax.random.key(7), sampling=Sampling(temperature))
-        return jax.device_get(rollout)
+        arguments = params, prompts, mask, jax.random.key(7)
+        compiled = jit(run).lower(*arguments, sampling=Sampling(temperature)).compile()
+        rollout = compiled(*arguments, sampling=Sampling(temperature))
+        _, gathers = by_kind(collectives(compiled.as_text(), NEW_TOKENS)).get("all-gather", (0, 0.0))
+        return jax.device_get(rollout), gathers
+
+
+def same_rollouts(pairs):
+    same = all(np.array_equal(a.sequences.tokens, b.sequences.tokens) for a, b in pairs)
+    return {"same_tokens": same, "logp_error": max(distance(a.logp, b.logp) for a, b in pairs)}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -224,9 +238,16 @@ def compare(name, spec, dtype):
     experts = "expert" in spec
     config = decoder_config(dtype, experts=experts)
     if name == "generate":
-        pairs = [[sample(s, config, t) for s in ("", spec)] for t in (0.0, 1.0)]
-        same = all(np.array_equal(a.sequences.tokens, b.sequences.tokens) for a, b in pairs)
-        return {"same_tokens": same, "logp_error": max(distance(a.logp, b.logp) for a, b in pairs)}
+        pairs = [[sample(s, config, t)[0] for s in ("", spec)] for t in (0.0, 1.0)]
+        return same_rollouts(pairs)
+    if name == "generate_gathered":
+        (one, _), (split, often), (gathered, once) = (
+            sample(*where, config, 1.0, rules)
+            for *where, rules in (("", RULES), (spec, RULES), (spec, GATHERED_SAMPLING))
+        )
+        parameters = jax.eval_shape(functools.partial(models.init_params, config), jax.random.key(0))
+        size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(parameters))
+        return {**same_rollouts([(one, split), (one, gathered)]), "gathers": [often / size, once / size]}
     if name in CONTROLS:
         [(losses, params)], _ = train(spec, case_sft, config, dtype, breakage=CONTROLS[name])
         expected = reference("sft", dtype, experts)

@@ -11,6 +11,7 @@ import jax
 import pytest
 
 from rlhf_jax import distributed, models
+from rlhf_jax.core.axes import GATHERED_SAMPLING, axis_rules
 from rlhf_jax.distributed.chips import chip_of
 from rlhf_jax.training import plans
 from rlhf_jax.training.formula import plan_by_formula
@@ -82,6 +83,15 @@ def test_plans_on_paper():
     assert plan.programs["update"].sent_bytes == pytest.approx(sent)
     assert plan.programs["generation"].flops > 0
     assert plan.peak_bytes > sum(plan.resident.values()) + plan.kv_cache_bytes
+
+
+def test_parameters_gathered_once_on_paper():
+    mesh = distributed.abstract_mesh("fsdp=8")
+    often = plan_by_formula(work("grpo", batch=16), mesh).programs["generation"]
+    with axis_rules(GATHERED_SAMPLING):
+        once = plan_by_formula(work("grpo", batch=16), mesh).programs["generation"]
+    assert once.sent_bytes == pytest.approx(often.sent_bytes / 4)  # of the 4 new tokens
+    assert once.temporary_bytes > often.temporary_bytes
 
 
 REFUSAL = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 22.50G of 15.75G hbm. Exceeded."
