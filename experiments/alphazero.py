@@ -26,7 +26,7 @@ import tyro
 from rlhf_jax.checkpoint import CheckpointManager, restore_params
 from rlhf_jax.core.compilation import compiler_options
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.types import Params
+from rlhf_jax.core.types import Metrics, Params
 from rlhf_jax.evaluation.ratings import bradley_terry_ratings
 from rlhf_jax.metrics.progress import Progress, final_table
 from rlhf_jax.rl import alphazero, games
@@ -134,20 +134,29 @@ def make_config(options: Options, game: games.Game) -> alphazero.Config:
 
 def train(options: Options, game: games.Game, config: alphazero.Config) -> dict[int, Params]:
     """Trains, and gives the parameters at the beginning and at every checkpoint."""
-    begin, iterate = alphazero.make_iteration(config, game)
+    begin, play, learn = alphazero.make_iteration(config, game)
     hyper = alphazero.Hyper(learning_rate=jnp.float32(options.learning_rate))
-    compiled = jax.jit(iterate, donate_argnums=0, compiler_options=compiler_options())
+    play, learn = (
+        jax.jit(function, donate_argnums=0, compiler_options=compiler_options()) for function in (play, learn)
+    )
+    meter = options.run.meter()
+
+    def iterate(state: alphazero.State, _: int) -> tuple[alphazero.State, Metrics]:
+        state, batch = meter.timed("rollout", play, state)
+        return meter.timed("update", learn, state, hyper, batch)
+
     key = jax.random.key(options.run.seed)
     first = jax.jit(begin)(key)
     snapshots = {0: jax.tree.map(np.asarray, first.learner.params)}
     run_loop(
         first,
-        lambda state, _: compiled(state, hyper),
+        iterate,
         options.run.loop(),
         stage="alphazero",
         folder=options.run.out,
         resume=options.run.resume,
         run_config=common.to_json(options),
+        meter=meter,
     )
     folder = options.run.out / "checkpoints"
     for step in CheckpointManager(folder).steps():

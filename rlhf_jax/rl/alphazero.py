@@ -322,10 +322,13 @@ def make_update(
     return update
 
 
-def make_iteration(
-    config: Config, game: Game
-) -> tuple[Callable[[PRNGKeyArray], State], Callable[[State, Hyper], tuple[State, Metrics]]]:
-    """(init, iterate): `iterate(state, hyper)` plays and learns once."""
+BeginFn = Callable[[PRNGKeyArray], State]
+PlayFn = Callable[[State], tuple[State, Batch]]
+LearnFn = Callable[[State, Hyper, Batch], tuple[State, Metrics]]
+
+
+def make_iteration(config: Config, game: Game) -> tuple[BeginFn, PlayFn, LearnFn]:
+    """(begin, play, learn): an iteration is `play(state)`, then `learn(state, hyper, batch)` of its games."""
     init_params, apply = make_network(config, game)
     optimizer = dataclasses.replace(config.optimizer, total_steps=config.optimizer_steps)
     tx = make_optimizer(optimizer)
@@ -335,26 +338,30 @@ def make_iteration(
         params_key, state_key = jax.random.split(key)
         return init(config, game, init_params(params_key), tx, state_key)
 
-    def iterate(state: State, hyper: Hyper) -> tuple[State, Metrics]:
+    def play(state: State) -> tuple[State, Batch]:
         key, play_key = jax.random.split(state.key)
         params = state.learner.params
         positions, batch = self_play(config, game, apply, params, state.positions, play_key)
-        state = dataclasses.replace(state, positions=positions, key=key)
+        return dataclasses.replace(state, positions=positions, key=key), batch
+
+    def learn(state: State, hyper: Hyper, batch: Batch) -> tuple[State, Metrics]:
         state, metrics = update(state, hyper, batch)
         drawn = jnp.sum(batch.ended & (batch.outcome == 0)) / jnp.maximum(jnp.sum(batch.ended), 1)
         entropy = -jnp.mean(jnp.sum(jax.scipy.special.xlogy(batch.policy, batch.policy), axis=-1))
         return state, {**metrics, "drawn_share": drawn, "search_entropy": entropy}
 
-    return begin, iterate
+    return begin, play, learn
 
 
 def make_train(config: Config, game: Game) -> Train:
     """`train(key, hyper) -> (state, history)`: a whole run, pure; jit it, vmap it over keys and `Hyper`."""
-    begin, iterate = make_iteration(config, game)
+    begin, play, learn = make_iteration(config, game)
 
     def train(key: PRNGKeyArray, hyper: Hyper) -> tuple[State, Metrics]:
-        return jax.lax.scan(
-            lambda state, _: iterate(state, hyper), begin(key), None, length=config.iterations
-        )
+        def iterate(state: State, _: None) -> tuple[State, Metrics]:
+            state, batch = play(state)
+            return learn(state, hyper, batch)
+
+        return jax.lax.scan(iterate, begin(key), None, length=config.iterations)
 
     return train
