@@ -28,7 +28,9 @@ def test_a_run_its_resume_and_its_results(tmp_path):
     assert whole["agents"][0]["elo"] == 0
     assert len(whole["against_every_reply"]) == 6
     assert (tmp_path / "whole" / "elo.png").stat().st_size > 10_000
-    assert len(read_metrics(tmp_path / "whole")) == 4
+    logged = read_metrics(tmp_path / "whole")
+    assert len(logged) == 4
+    assert {"time/rollout_seconds", "time/update_seconds"} <= set(logged[0])
     # A round robin that was stopped goes on with the matches it has.
     (tmp_path / "whole" / "results.json").unlink()
     played = json.loads((tmp_path / "whole" / "matches.json").read_text())
