@@ -5,8 +5,9 @@
     python experiments/table.py --out runs/table --list
 
 All algorithms start from the same policy of a seed and sample as many answers. Each takes the best of three
-learning rates, searched on seeds of its own. A cell that is done is not run again, and one that was stopped
-goes on after its last chunk; each leaves `summary.json`, every seed apart, and `results.parquet`.
+learning rates on seeds of the search's own, which goes on as long as the best is the least or the greatest of
+those tried. A cell that is done is not run again, and one that was stopped goes on after its last chunk; each
+leaves `summary.json`, every seed apart, and `results.parquet`.
 """
 
 import dataclasses
@@ -33,13 +34,15 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.optimization import OptimizerConfig
 from rlhf_jax.core.trees import map_named, named_leaves
 from rlhf_jax.metrics.progress import final_table
-from rlhf_jax.sweep import product, sweep
+from rlhf_jax.sweep import Results, product, sweep
 from rlhf_jax.training.runs import describe_run, write_json
 from rlhf_jax.training.whole_methods import supervised_method
 from rlhf_jax.training.whole_runs import Start, World, make_train
 
 SUMMARY = "summary.json"
 SEARCH_SEEDS_FROM = 1_000
+RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+FIRST_RATES = RATES[3:6]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Options:
       algorithms: patterns of names, such as 'grpo*'; none for all.
       seeds: of each cell.
       search_seeds: of each learning rate in the search, apart from those of the cell; 0 for no search and
-        the middle one.
+        1e-3.
       steps: of an algorithm that samples 64 answers a step, for a quick look; 0 for each task's own.
       base_steps: supervised steps before, for a quick look; 0 for each task's own.
       width: of the model, for a quick look; 0 for each task's own.
@@ -156,7 +159,7 @@ def plan(row: TaskRow, algorithm: Algorithm, options: Options) -> dict[str, Any]
     return {
         "task": row.name,
         "algorithm": algorithm.name,
-        "hyper": {**hyper, "learning_rate": list(algorithm.learning_rates)},
+        "hyper": {**hyper, "learning_rate": list(RATES)},
         "steps": steps_of(row, algorithm, options),
         "base_steps": options.base_steps or row.base_steps,
         "width": options.width or row.width,
@@ -204,29 +207,47 @@ def run_cell(
     train = make_train(world, algorithm.make(world, schedule(steps)), steps=steps)
     common_options: dict[str, Any] = {"chunk_size": options.chunk, "quiet": options.quiet}
     began = time.perf_counter()
-    rate, search = algorithm.learning_rates[len(algorithm.learning_rates) // 2], {}
+
+    def sweep_rates(rates: Sequence[float], seeds: np.ndarray, folder: Path) -> Results:
+        hypers = product(as_floats(algorithm.hyper), learning_rate=rates)
+        return sweep(train, starts_fn(seeds), hypers, folder=folder, **common_options)
+
+    rate, search = FIRST_RATES[len(FIRST_RATES) // 2], {}
     if options.search_seeds:
-        search_starts = starts_fn(SEARCH_SEEDS_FROM + np.arange(options.search_seeds))
-        hypers = product(as_floats(algorithm.hyper), learning_rate=algorithm.learning_rates)
-        found = sweep(train, search_starts, hypers, folder=folder / "search", **common_options)
-        means = np.nan_to_num(found.scores("sampled_score"), nan=-np.inf).mean(axis=1)
-        search = dict(zip(map(str, algorithm.learning_rates), means.tolist(), strict=True))
-        rate = algorithm.learning_rates[int(np.argmax(means))]
-    results = sweep(
-        train,
-        starts_fn(np.arange(options.seeds)),
-        product(as_floats(algorithm.hyper), learning_rate=[rate]),
-        folder=folder,
-        **common_options,
-    )
+        seeds = SEARCH_SEEDS_FROM + np.arange(options.search_seeds)
+        search = search_rate(lambda rates: sweep_rates(rates, seeds, folder / "search"))
+        rate = best_rate(search)
+    results = sweep_rates([rate], np.arange(options.seeds), folder / f"rate_{rate:g}")
     names = [name for name, values in results.metrics.items() if values.ndim == 2]
     described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     more = {name: described[name] for name in ("command", "started", "versions")}
     scores = {name: results.scores(name)[0].tolist() for name in names}
     seconds = time.perf_counter() - began
-    chosen_rate = {"learning_rate": rate, "search": search, "seconds": seconds}
+    chosen_rate = {"learning_rate": rate, "search": {f"{r:g}": search[r] for r in sorted(search)}}
+    chosen_rate["seconds"] = seconds
     write_json(folder / SUMMARY, {**planned, **chosen_rate, **scores, **more})
     jax.clear_caches()  # or memory grows with every cell
+
+
+def search_rate(sweep_rates: Callable[[Sequence[float]], Results]) -> dict[float, float]:
+    """Mean score of each learning rate that was tried; one that left the numbers scores -inf.
+
+    Begins with `FIRST_RATES`, and goes on along `RATES` as long as the best is at an end of what was tried.
+    """
+    rates = list(FIRST_RATES)
+    while True:
+        found = sweep_rates(rates).scores("sampled_score")
+        means = dict(zip(rates, np.nan_to_num(found, nan=-np.inf).mean(axis=1).tolist(), strict=True))
+        best = RATES.index(best_rate(means))
+        beside = [rate for rate in RATES[max(best - 1, 0) : best + 2] if rate not in means]
+        if not beside:
+            return means
+        rates += beside
+
+
+def best_rate(means: dict[float, float]) -> float:
+    """The learning rate of the highest score, the least of several."""
+    return max(means, key=lambda rate: (means[rate], -rate))
 
 
 def as_floats(hyper: Any) -> Any:

@@ -43,7 +43,6 @@ class Algorithm:
     Attributes:
       make: (world, optimizer) -> method.
       hyper: what it is published with, or usual; the learning rate is searched.
-      learning_rates: what is searched.
       cost: answers it samples a step, as a multiple of 64.
       what: in a few words.
     """
@@ -52,7 +51,6 @@ class Algorithm:
     make: Callable[[World, OptimizerConfig], Method]
     hyper: Any
     what: str
-    learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     cost: float = 1.0
 
 
@@ -199,11 +197,12 @@ ALGORITHMS = (
     _member("grpo_behind", group_members.grpo, "GRPO, rollouts one step behind, corrected", behind=True),
     _member("dr_grpo", _dr_grpo, "Dr. GRPO"),
     _member("dapo", group_members.dapo, "DAPO, with resampling", cost=2.0),
-    _member("gspo", group_members.gspo, "GSPO"),
-    _member("luspo", group_members.luspo, "LUSPO"),
-    _member("gmpo", group_members.gmpo, "GMPO"),
-    _member("cispo", group_members.cispo, "CISPO"),
-    _member("sapo", group_members.sapo, "SAPO"),
-    _member("vespo", group_members.vespo, "VESPO"),
+    # What sets these apart is what they make of ratios, which are 1 in the first pass over a batch.
+    _member("gspo", group_members.gspo, "GSPO, every batch twice", epochs=2),
+    _member("luspo", group_members.luspo, "LUSPO, every batch twice", epochs=2),
+    _member("gmpo", group_members.gmpo, "GMPO, every batch twice", epochs=2),
+    _member("cispo", group_members.cispo, "CISPO, every batch twice", epochs=2),
+    _member("sapo", group_members.sapo, "SAPO, every batch twice", epochs=2),
+    _member("vespo", group_members.vespo, "VESPO, every batch twice", epochs=2),
 )
 assert len({algorithm.name for algorithm in ALGORITHMS}) == len(ALGORITHMS)

@@ -8,6 +8,7 @@ import table
 import table_page
 
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.sweep import Results
 
 SMALL = {"seeds": 4, "search_seeds": 0, "steps": 8, "base_steps": 60, "width": 16, "layers": 1}
 CELLS = ("raft", "dpo", "grpo")
@@ -32,6 +33,26 @@ def test_frozen_numbers(finished):
         assert len(summary["sampled_score"]) == SMALL["seeds"] == len(set(summary["sampled_score"]))
         assert summary["learning_rate"] == 1e-3  # the middle one, without a search
         assert summary["generated"] == pytest.approx(np.full(4, summary["generated"][0]), rel=0.3)
+
+
+@pytest.mark.parametrize("peak", [2e-5, 8e-4, 6e-3, 1.0, np.nan])
+def test_the_search_goes_on_until_the_best_is_between_others(peak):
+    tried = []
+
+    def sweep_rates(rates):
+        assert rates[: len(tried)] == tried  # new ones behind those that are done
+        tried[:] = rates
+        scores = -(np.log(np.asarray(rates) / peak) ** 2)
+        return Results({}, {"sampled_score": np.stack([scores, scores + 0.1], axis=1)})
+
+    means = table.search_rate(sweep_rates)
+    best = table.best_rate(means)
+    if 1e-5 < peak < 0.1:
+        assert min(means) < best < max(means)
+        assert abs(np.log(best / peak)) < np.log(3.4) / 2 + 0.1
+    else:  # nothing to find, or beyond all
+        assert best == table.RATES[0 if np.isnan(peak) else -1]
+    assert 3 <= len(means) == len(tried) <= len(table.RATES)
 
 
 def test_what_is_done_is_not_done_again(finished, monkeypatch):
