@@ -8,6 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from pages import kept_remarks
 
 from rlhf_jax import search
 from rlhf_jax.core.errors import UserError
@@ -391,14 +392,3 @@ def write(page: Path, folder: Path, remarks: str = "") -> None:
         draw(page.parent, study)
     except OSError as error:
         raise UserError(f"{page}: cannot be written ({error.strerror}): free or unlock the disk") from error
-
-
-REMARKS = "## What it shows"
-
-
-def kept_remarks(page: Path) -> str:
-    """The section of the page that is written by hand; a new page has only its title."""
-    if not page.exists():
-        return REMARKS
-    _, found, rest = page.read_text(encoding="utf-8").partition(REMARKS)
-    return f"{REMARKS}{rest.partition(chr(10) + '## ')[0]}" if found else REMARKS

@@ -201,6 +201,7 @@ def run_cell(
     planned = plan(row, algorithm, options)
     if held_summary(folder, planned) is not None:
         return
+    resumed = (folder / "plan.json").exists()
     write_json(folder / "plan.json", planned)
     describe_run(folder, common.to_json(options), stage="table", cell=f"{row.name}/{algorithm.name}")
     steps = planned["steps"]
@@ -222,7 +223,7 @@ def run_cell(
     described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     more = {name: described[name] for name in ("command", "started", "versions")}
     scores = {name: results.scores(name)[0].tolist() for name in names}
-    seconds = time.perf_counter() - began
+    seconds = None if resumed else time.perf_counter() - began
     chosen_rate = {"learning_rate": rate, "search": {f"{r:g}": search[r] for r in sorted(search)}}
     chosen_rate["seconds"] = seconds
     write_json(folder / SUMMARY, {**planned, **chosen_rate, **scores, **more})

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import table_rows
+from pages import kept_remarks
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.evaluation.statistics import (
@@ -25,7 +26,8 @@ Written by `experiments/table.py`; tasks, algorithms and all settings are in `ex
 
 A cell: held-out score of sampled answers as a share of the best there is, in percent: interquartile mean over
 seeds with its 95 % bootstrap interval; below it the KL to the policy all start from (nats an answer) and the
-learning rate that the search chose. All sample the same number of answers; `start` is where all begin.
+learning rate that the search chose, and the time that the search and all seeds took together (other work ran
+on the same cores). All sample the same number of answers; `start` is where all begin.
 
 What it does not show: models of some ten thousand parameters on synthetic tasks with exact rewards say how
 the algorithms differ where everything else is equal and cheap to repeat, and nothing of how they scale.
@@ -48,14 +50,23 @@ def cell(summary: Mapping[str, Any] | None) -> str:
 def _full_cell(summary: Mapping[str, Any] | None) -> str:
     if summary is None:
         return "not run"
-    kl = np.mean(summary["kl"])
-    return f"{cell(summary)}<br>KL {kl:.2g}, lr {summary['learning_rate']:g}"
+    kl, seconds = np.mean(summary["kl"]), summary["seconds"]
+    took = f", {format_seconds(seconds)}" if seconds else ""  # not known where a cell was interrupted
+    return f"{cell(summary)}<br>KL {kl:.2g}, lr {summary['learning_rate']:g}{took}"
 
 
-def page_text(done: Summaries, starts: Mapping[str, Mapping[str, Any]]) -> str:
-    """The page."""
+def page_text(done: Summaries, starts: Mapping[str, Mapping[str, Any]], remarks: str) -> str:
+    """The page; `remarks` say in words what it shows."""
     tasks = [row.name for row in table_rows.TASKS if any(task == row.name for task, _ in done)]
-    lines = [HEAD, f"| algorithm | {' | '.join(tasks)} | what it is |", "|---" * (len(tasks) + 2) + "|"]
+    lines = [
+        HEAD,
+        remarks,
+        "",
+        "## Scores",
+        "",
+        f"| algorithm | {' | '.join(tasks)} | what it is |",
+        "|---" * (len(tasks) + 2) + "|",
+    ]
     lines.append(f"| start | {' | '.join(cell(starts.get(task)) for task in tasks)} | where all begin |")
     for algorithm in table_rows.ALGORITHMS:
         cells = [_full_cell(done.get((task, algorithm.name))) for task in tasks]
@@ -73,7 +84,7 @@ def page_text(done: Summaries, starts: Mapping[str, Mapping[str, Any]]) -> str:
     lines += _against_grpo(done, tasks)
     dates = sorted(summary["started"][:10] for summary in done.values())
     versions = {", ".join(f"{k} {v}" for k, v in summary["versions"].items()) for summary in done.values()}
-    total = format_seconds(sum(summary["seconds"] for summary in done.values()))
+    total = format_seconds(sum(summary["seconds"] or 0.0 for summary in done.values()))
     commands = sorted({summary["command"] for summary in done.values()})
     lines += [
         "## Made",
@@ -136,7 +147,7 @@ def draw(path: Path, done: Summaries) -> None:
 
 
 def write(path: Path, done: Summaries, starts: Mapping[str, Mapping[str, Any]]) -> None:
-    """Writes the page, and the pictures beside it.
+    """Writes the page, and the pictures beside it; what was written there by hand stays.
 
     Raises:
       UserError: the disk is full or read-only.
@@ -145,7 +156,7 @@ def write(path: Path, done: Summaries, starts: Mapping[str, Mapping[str, Any]]) 
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page_text(done, starts), encoding="utf-8")
+        path.write_text(page_text(done, starts, kept_remarks(path)), encoding="utf-8")
         draw(path.with_name(FRONTIER), done)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}): free or unlock the disk") from error

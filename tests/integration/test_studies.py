@@ -33,7 +33,8 @@ def test_the_page_says_who_beats_the_usual_setting():
     }
     done = {"dpo_beta": {**summary, **ABOUT, "sampled_score": score.tolist()}}
     done["dpo_beta"] |= {"seeds": 2, "steps": 1, "base_steps": 1, "width": 8}
-    text = studies.page_text(done)
+    text = studies.page_text(done, "## What it shows\n\nThat.")
+    assert "That." in text
     rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("| ")}
     assert rows["0.03"].endswith("| 0.00 [0.00, 0.00] |")
     assert rows["0.1"].endswith("| 1.00 [1.00, 1.00] |")

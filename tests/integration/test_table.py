@@ -57,8 +57,12 @@ def test_the_search_goes_on_until_the_best_is_between_others(peak):
 
 def test_what_is_done_is_not_done_again(finished, monkeypatch):
     monkeypatch.setattr(table, "sweep", None)
+    path = finished.out / "RESULTS.md"
+    by_hand = "## What it shows\n\nThat words stay."
+    path.write_text(path.read_text().replace("## What it shows", by_hand))
     table.run(finished)
-    page = (finished.out / "RESULTS.md").read_text()
+    page = path.read_text()
+    assert by_hand in page
     assert all(f"| {name} |" in page for name in (*CELLS, "start"))
     assert table_page.cell(table.summaries(finished.out)["style", "grpo"]) in page
     assert (finished.out / table_page.FRONTIER).stat().st_size > 10_000
