@@ -138,7 +138,7 @@ def to_rows(options: Options, answers: Answers, tokenizer: Tokenizer) -> Rows:
         # Torn bytes do not come back from a file as they were, and two equal texts are no pair.
         is_whole = all(text and text.strip() and "\ufffd" not in text for text in said.values())
         if is_whole and len(set(said.values())) == len(said):
-            row = {"prompt": _prompt(prompt), **said}
+            row = {"prompt": prompt_of(prompt), **said}
             rows[json.dumps(row, sort_keys=True)] = row
     return list(rows.values())
 
@@ -151,7 +151,8 @@ def _texts(tokenizer: Tokenizer, sequences: Sequences, counts: np.ndarray) -> li
     ]
 
 
-def _prompt(example: PromptExample) -> Any:
+def prompt_of(example: PromptExample) -> Any:
+    """The prompt as a row holds it: the words of a lone user's message, else messages."""
     messages = prompt_messages(Row(example.fields, example.where))
     plain = len(messages) == 1 and messages[0].keys() == {"role", "content"}
     return messages[0]["content"] if plain and messages[0]["role"] == "user" else messages

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -95,3 +96,18 @@ class TinyRuns:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     return TinyRuns(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def talker(tiny, tmp_path_factory):
+    """A policy that has learned to end its answers."""
+    words = ("--data", tmp_path_factory.mktemp("data") / "rows.jsonl", "--steps", 60, "--learning-rate", 2e-2)
+    rows = [{"prompt": f"{a}+{b}=?", "completion": str(a + b)} for a in range(10) for b in range(10)]
+    words[1].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tiny.run(
+        "sft",
+        tmp_path_factory.mktemp("talker") / "run",
+        *words,
+        "--tokenizer",
+        tiny.finished("sft") / "tokenizer",
+    )

@@ -1,6 +1,5 @@
 """RAFT, expert iteration and iterated DPO in rounds, and distillation, from the command line."""
 
-import json
 import shutil
 
 import distill
@@ -34,21 +33,6 @@ def mixed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "round_rewards.py").write_text(REWARDS)
     return "round_rewards:mixed"
-
-
-@pytest.fixture(scope="module")
-def talker(tiny, tmp_path_factory):
-    """A policy that has learned to end its answers."""
-    words = ("--data", tmp_path_factory.mktemp("data") / "rows.jsonl", "--steps", 60, "--learning-rate", 2e-2)
-    rows = [{"prompt": f"{a}+{b}=?", "completion": str(a + b)} for a in range(10) for b in range(10)]
-    words[1].write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return tiny.run(
-        "sft",
-        tmp_path_factory.mktemp("talker") / "run",
-        *words,
-        "--tokenizer",
-        tiny.finished("sft") / "tokenizer",
-    )
 
 
 def run(script, out, *more):
