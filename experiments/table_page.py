@@ -68,17 +68,17 @@ def page_text(done: Summaries, starts: Mapping[str, Mapping[str, Any]], remarks:
         "|---" * (len(tasks) + 2) + "|",
     ]
     lines.append(f"| start | {' | '.join(cell(starts.get(task)) for task in tasks)} | where all begin |")
-    for algorithm in table_rows.ALGORITHMS:
+    for number, algorithm in enumerate(table_rows.ALGORITHMS, 1):
         cells = [_full_cell(done.get((task, algorithm.name))) for task in tasks]
         if any(text != "not run" for text in cells):
-            lines.append(f"| {algorithm.name} | {' | '.join(cells)} | {algorithm.what} |")
+            lines.append(f"| {number} {algorithm.name} | {' | '.join(cells)} | {algorithm.what} |")
     seeds = sorted({summary["seeds"] for summary in done.values()})
     lines += ["", f"Seeds a cell: {' or '.join(map(str, seeds))}.", ""]
     if ("style", "grpo") in done or len(done) > 1:
         lines += [
             f"![score against KL]({FRONTIER})",
             "",
-            "Every seed's score against its KL, a task a panel.",
+            "Every seed's score against its KL, a task a panel; the numbers of the table stand at the means.",
             "",
         ]
     lines += _against_grpo(done, tasks)
@@ -118,32 +118,39 @@ def _against_grpo(done: Summaries, tasks: list[str]) -> list[str]:
 
 
 def draw(path: Path, done: Summaries) -> None:
-    """Score against KL, every seed a point, a task a panel."""
-    import matplotlib
+    """Score against KL, every seed a point, a task a panel; means are numbered as in the table."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     tasks = [row.name for row in table_rows.TASKS if any(task == row.name for task, _ in done)]
-    figure = Figure(figsize=(4.6 * len(tasks), 4.0), layout="constrained")
-    grid = figure.subplots(1, len(tasks), squeeze=False).reshape(-1)
-    names = [a.name for a in table_rows.ALGORITHMS if any(name == a.name for _, name in done)]
-    colours = dict(
-        zip(names, matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, len(names))), strict=True)
-    )
-    for axes, task in zip(grid, tasks, strict=True):
-        for name in names:
-            summary = done.get((task, name))
+    figure = Figure(figsize=(6.0 * len(tasks) + 2.6, 5.0), layout="constrained")
+    shown: dict[int, table_rows.Algorithm] = {}
+    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False).reshape(-1), tasks, strict=True):
+        for number, algorithm in enumerate(table_rows.ALGORITHMS, 1):
+            summary = done.get((task, algorithm.name))
             if summary is None:
                 continue
+            shown[number], colour = algorithm, _colour(algorithm)
             kl, score = np.asarray(summary["kl"]), 100 * np.asarray(summary["sampled_score"])
-            axes.scatter(kl, score, s=7, alpha=0.35, color=colours[name], linewidths=0)
-            axes.scatter(kl.mean(), score.mean(), s=34, color=colours[name], label=name, edgecolors="white")
+            axes.scatter(kl, score, s=5, alpha=0.25, color=colour, linewidths=0)
+            box = {"boxstyle": "circle,pad=0.15", "facecolor": colour, "edgecolor": "white", "linewidth": 0.6}
+            middle = {"ha": "center", "va": "center", "fontsize": 6, "color": "white", "bbox": box}
+            axes.text(kl.mean(), score.mean(), str(number), **middle)
         axes.set_title(task, fontsize=10)
         axes.set_xlabel("KL to the start, nats an answer", fontsize=8)
         axes.set_ylabel("held-out score, %", fontsize=8)
         axes.tick_params(labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
-    grid[-1].legend(fontsize=6, frameon=False, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=110)
+    handles = [
+        Line2D([], [], marker="o", linestyle="", color=_colour(algorithm), label=f"{number} {algorithm.name}")
+        for number, algorithm in shown.items()
+    ]
+    figure.legend(handles=handles, fontsize=7, frameon=False, loc="outside right center", ncols=1)
+    figure.savefig(path, dpi=100)
+
+
+def _colour(algorithm: table_rows.Algorithm) -> str:
+    return f"C{table_rows.FAMILIES.index(algorithm.family)}"
 
 
 def write(path: Path, done: Summaries, starts: Mapping[str, Mapping[str, Any]]) -> None:

@@ -17,6 +17,14 @@ from rlhf_jax.training.whole_runs import Method, World
 __all__ = ["ALGORITHMS", "TASKS", "Algorithm", "TaskRow"]
 
 
+IMITATION, OFFLINE, ONLINE, POLICY_GRADIENT = FAMILIES = (
+    "imitation",
+    "preferences, offline",
+    "preferences, online",
+    "policy gradient",
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class TaskRow:
     """A task, and the policy that all algorithms start from.
@@ -45,12 +53,14 @@ class Algorithm:
       hyper: what it is published with, or usual; the learning rate is searched.
       cost: answers it samples a step, as a multiple of 64.
       what: in a few words.
+      family: what it learns from.
     """
 
     name: str
     make: Callable[[World, OptimizerConfig], Method]
     hyper: Any
     what: str
+    family: str = POLICY_GRADIENT
     cost: float = 1.0
 
 
@@ -135,56 +145,76 @@ ALGORITHMS = (
         lambda world, optimizer: methods.supervised_method(world, sft.Config(), optimizer),
         sft.Hyper(),
         "more supervised training on the demonstrations",
+        IMITATION,
     ),
     Algorithm(
         "best_of_n",
         functools.partial(_imitation, source="reference"),
         sft.Hyper(),
         "imitates the best of the reference's answers to each prompt",
+        IMITATION,
     ),
     Algorithm(
         "raft",
         functools.partial(_imitation, source="policy"),
         sft.Hyper(),
         "imitates the best of its own answers to each prompt",
+        IMITATION,
     ),
     Algorithm(
         "expert_iteration",
         functools.partial(_imitation, source="policy", every=True),
         sft.Hyper(),
         "imitates all of its own answers that are above the mean",
+        IMITATION,
     ),
-    Algorithm("dpo", _pairs(pairs.dpo, "reference"), preference.Hyper(beta=0.5), "DPO, reference's answers"),
-    Algorithm("ipo", _pairs(pairs.ipo, "reference"), preference.Hyper(beta=0.5), "IPO, reference's answers"),
     Algorithm(
-        "simpo", _pairs(pairs.simpo, "reference"), preference.Hyper(beta=2.0), "SimPO, reference's answers"
+        "dpo", _pairs(pairs.dpo, "reference"), preference.Hyper(beta=0.5), "DPO, reference's answers", OFFLINE
+    ),
+    Algorithm(
+        "ipo", _pairs(pairs.ipo, "reference"), preference.Hyper(beta=0.5), "IPO, reference's answers", OFFLINE
+    ),
+    Algorithm(
+        "simpo",
+        _pairs(pairs.simpo, "reference"),
+        preference.Hyper(beta=2.0),
+        "SimPO, reference's answers",
+        OFFLINE,
     ),
     Algorithm(
         "kto",
         functools.partial(_unpaired, config=unpaired.Config()),
         unpaired.Hyper(beta=0.5),
         "KTO, reference's answers",
+        OFFLINE,
     ),
     Algorithm(
         "bco",
         functools.partial(_unpaired, config=unpaired.Config(shift_decay=0.9)),
         unpaired.Hyper(beta=0.5),
         "BCO, reference's answers",
+        OFFLINE,
     ),
     Algorithm(
-        "online_dpo", _pairs(pairs.dpo, "policy"), preference.Hyper(beta=0.5), "DPO, the policy's answers"
+        "online_dpo",
+        _pairs(pairs.dpo, "policy"),
+        preference.Hyper(beta=0.5),
+        "DPO, the policy's answers",
+        ONLINE,
     ),
     Algorithm(
         "xpo",
         lambda world, optimizer: methods.xpo_method(world, preference.Config(loss_fn=pairs.xpo), optimizer),
         preference.Hyper(beta=0.5),
         "XPO: policy against reference, with optimism",
+        ONLINE,
     ),
     Algorithm(
         "nash_md",
         lambda world, optimizer: methods.nash_md_method(world, nash_md.Config(), optimizer),
         nash_md.Hyper(beta=0.02),
         "Nash-MD: policy against its mixture with the reference",
+        ONLINE,
     ),
     _member("reinforce", group_members.reinforce, "REINFORCE, batch mean as baseline"),
     _member("reinforce++", group_members.reinforce_plus_plus, "REINFORCE++"),

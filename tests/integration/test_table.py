@@ -63,7 +63,7 @@ def test_what_is_done_is_not_done_again(finished, monkeypatch):
     table.run(finished)
     page = path.read_text()
     assert by_hand in page
-    assert all(f"| {name} |" in page for name in (*CELLS, "start"))
+    assert all(f" {name} |" in page for name in (*CELLS, "start"))
     assert table_page.cell(table.summaries(finished.out)["style", "grpo"]) in page
     assert (finished.out / table_page.FRONTIER).stat().st_size > 10_000
 
