@@ -1,6 +1,6 @@
 """The table: every post-training algorithm, same tasks, same budget, seeds and intervals.
 
-    python experiments/table.py --out runs/table                          # everything: two hours on two cores
+    python experiments/table.py --out runs/table                          # everything: hours on two cores
     python experiments/table.py --out runs/table --tasks style --algorithms dpo grpo
     python experiments/table.py --out runs/table --list
 
@@ -196,11 +196,11 @@ def run_cell(
     starts_fn: Callable[[np.ndarray], Start],
     options: Options,
     folder: Path,
-) -> None:
-    """Searches the learning rate, runs the seeds, and leaves the cell's summary."""
+) -> bool:
+    """Searches the learning rate, runs the seeds, and leaves the cell's summary; False where it was there."""
     planned = plan(row, algorithm, options)
     if held_summary(folder, planned) is not None:
-        return
+        return False
     resumed = (folder / "plan.json").exists()
     write_json(folder / "plan.json", planned)
     describe_run(folder, common.to_json(options), stage="table", cell=f"{row.name}/{algorithm.name}")
@@ -228,6 +228,7 @@ def run_cell(
     chosen_rate["seconds"] = seconds
     write_json(folder / SUMMARY, {**planned, **chosen_rate, **scores, **more})
     jax.clear_caches()  # or memory grows with every cell
+    return True
 
 
 def search_rate(sweep_rates: Callable[[Sequence[float]], Results]) -> dict[float, float]:
@@ -296,9 +297,12 @@ def run(options: Options) -> None:
         for number, algorithm in enumerate(algorithms, 1):
             if not options.quiet:
                 print(f"{row.name} [{number}/{len(algorithms)}] {algorithm.name}", flush=True)
-            run_cell(row, algorithm, world, starts_fn, options, options.out / row.name / algorithm.name)
-            table_page.write(page, summaries(options.out), start_scores(options.out))
+            folder = options.out / row.name / algorithm.name
+            if run_cell(row, algorithm, world, starts_fn, options, folder):
+                table_page.write(page, summaries(options.out), start_scores(options.out))
     done = summaries(options.out)
+    if not options.list:
+        table_page.write(page, done, start_scores(options.out))
     lines = [
         (algorithm.name, *(table_page.cell(done.get((row.name, algorithm.name))) for row in rows))
         for algorithm in algorithms

@@ -13,6 +13,8 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.rl import replay as replays
 from rlhf_jax.rl.environments import Transition
 
+WEIGHTS = st.floats(0, 1e3, width=32, allow_subnormal=False)  # XLA's sums take subnormal numbers for 0
+
 EXAMPLE = Transition(
     obs=jnp.zeros(2, jnp.uint8),
     action=jnp.int32(0),
@@ -144,7 +146,7 @@ def test_priorities_follow_their_weights():
 
 @settings(max_examples=15, deadline=None)
 @given(
-    changes=st.lists(st.tuples(st.integers(0, 16), st.floats(0, 1e3, width=32)), min_size=1, max_size=20),
+    changes=st.lists(st.tuples(st.integers(0, 16), WEIGHTS), min_size=1, max_size=20),
     seed=st.integers(0, 99),
 )
 def test_sums_are_exact_and_empty_entries_are_never_drawn(changes, seed):
