@@ -238,9 +238,9 @@ Written by `experiments/studies.py`. Style task, decoder of two layers; every ru
 supervised policy of its seed. Score of sampled answers to held-out prompts as a share of the best there
 is, KL to the start in nats an answer, length in tokens: mean and 95 % t interval over seeds. The last
 column is the probability that a run scores higher than one of the usual setting, with its bootstrap
-interval. The learning rate is {rate:g} throughout, which the search of `experiments/table.py` chose for DPO,
-PPO and GRPO on this task; it is not searched for each setting, so a setting that wants another rate is at a
-disadvantage."""
+interval. The learning rate is {rate:g} throughout, which the search of `experiments/table.py` chose for DPO
+and PPO on this task (for GRPO 0.01); it is not searched for each setting, so a setting that wants another
+rate is at a disadvantage."""
 
 
 def page_text(done: Mapping[str, Mapping[str, Any]], remarks: str) -> str:

@@ -11,6 +11,7 @@ and the roofline of a step: if computing, memory and links all overlap, and if n
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -134,6 +135,8 @@ def text(options: Options, cell: Cell) -> str:
             )
             for p in by_formula.programs.values()
         ]
+    if math.isnan(need):
+        return f"{mark}no room, the compiler says"
     excess = (need - chip.memory_bytes) / 2**30
     if excess > 0:
         return f"{mark}no: {need / 2**30:.0f} GiB, {excess:.1f} too much"
