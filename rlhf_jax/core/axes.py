@@ -28,9 +28,7 @@ RULES: Rules = MappingProxyType(
         "tokens": ("data", "fsdp", "expert", "sequence"),  # rows and columns as one axis
         # axes of parameters
         "embed": ("fsdp",),  # the residual stream's width: gathered before use, so that no device holds all
-        "embed_sampling": (
-            "fsdp",
-        ),  # the same while answers are sampled; () gathers once, not at every token
+        "embed_sampling": ("fsdp",),  # the same in sampling; () gathers once, not at every token
         "heads": ("tensor",),  # query and key-value heads, and what they project to
         "hidden": ("tensor",),  # width of feed-forwards
         "vocab": ("tensor",),
