@@ -136,14 +136,21 @@ def held_summary(folder: Path, planned: dict[str, Any]) -> dict[str, Any] | None
     return json.loads(done.read_text(encoding="utf-8")) if done.exists() else None
 
 
+def seconds_before(folder: Path, held: dict[str, Any] | None) -> dict[str, float | None]:
+    """What the seeds of a row have taken so far; None after a stop, of which nothing is known."""
+    if not (folder / "chunks").exists():
+        return dict.fromkeys(TIMES, 0.0)
+    begun = json.loads((folder / "plan.json").read_text(encoding="utf-8"))["seeds"]
+    return held if held is not None and held["seeds"] == begun else dict.fromkeys(TIMES, None)
+
+
 def run_row(row: Row, options: Options, folder: Path) -> None:
     """Runs what is missing of a row, and leaves its summary."""
     planned = plan(row, options)
     held = held_summary(folder, planned)
     if held is not None and held["seeds"] == planned["seeds"]:
         return
-    # A row that went on after a stop does not know what went before; one with seeds added does.
-    before = held or dict.fromkeys(TIMES, None if (folder / "chunks").exists() else 0.0)
+    before = seconds_before(folder, held)
     write_json(folder / "plan.json", planned)
     describe_run(folder, common.to_json(options), stage="rl_table", row=row.name)
     train, hyper = make_train(row, planned["steps"], options.eval_episodes)

@@ -1,12 +1,13 @@
-"""The countdown task: reach a number with given numbers, each used once, worked from left to right.
+"""The countdown task: reach a number with so many of the given numbers, each used once, from left to right.
 
-    prompt      2,5,7>19?
-    completion  7*2+5
+    prompt      2,5,7>19?     three of three        2,5,7>14?     two of three
+    completion  7*2+5                               7*2
 
 Problems are all (numbers, target) that can be solved, listed once; right answers are rare among well-formed
 ones, so a policy that only knows the form scores low, and a reward is sparse.
 """
 
+import collections
 import functools
 import itertools
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Array, Bool, Float, Int
 from rlhf_jax.data.arithmetic import BLOCK, Split, heldout_slot
 from rlhf_jax.data.tasks import Task, first_tokens, tabulate
@@ -42,12 +44,12 @@ def value(expression: str) -> int | None:
 
 
 @functools.cache
-def solutions(count: int) -> dict[Problem, tuple[str, ...]]:
+def solutions(count: int, used: int) -> dict[Problem, tuple[str, ...]]:
     """Every problem of `count` numbers from 1 to 9 and a target from 1 to 99, with all its solutions."""
     found: dict[Problem, list[str]] = {}
     for numbers in itertools.combinations_with_replacement(range(1, 10), count):
-        for order in sorted(set(itertools.permutations(numbers))):
-            for signs in itertools.product(OPERATORS, repeat=count - 1):
+        for order in sorted(set(itertools.permutations(numbers, used))):
+            for signs in itertools.product(OPERATORS, repeat=used - 1):
                 expression = str(order[0]) + "".join(f"{s}{n}" for s, n in zip(signs, order[1:], strict=True))
                 target = value(expression)
                 if target is not None and 1 <= target <= HIGHEST_TARGET:
@@ -55,9 +57,9 @@ def solutions(count: int) -> dict[Problem, tuple[str, ...]]:
     return {problem: tuple(found[problem]) for problem in sorted(found)}
 
 
-def problems(count: int, split: Split) -> list[Problem]:
+def problems(count: int, used: int, split: Split) -> list[Problem]:
     """The problems of a split; one in every eight in a row is held out."""
-    everything = list(solutions(count))
+    everything = list(solutions(count, used))
     blocks = np.arange(len(everything), dtype=np.uint32) // BLOCK
     is_heldout = heldout_slot(blocks) == np.arange(len(everything)) % BLOCK
     return [p for p, out in zip(everything, is_heldout, strict=True) if out == (split == "heldout")]
@@ -69,19 +71,21 @@ def prompt(problem: Problem) -> str:
     return f"{','.join(map(str, numbers))}>{target}?"
 
 
-def demonstration(problem: Problem, rng: np.random.Generator, *, solution_rate: float) -> str:
-    """A solution with probability `solution_rate`, else a well-formed expression of the numbers."""
+def demonstration(problem: Problem, used: int, rng: np.random.Generator, *, solution_rate: float) -> str:
+    """A solution with probability `solution_rate`, else a well-formed expression of `used` of the numbers."""
     if rng.random() < solution_rate:
-        return str(rng.choice(solutions(len(problem[0]))[problem]))
-    order = rng.permutation(problem[0])
+        return str(rng.choice(solutions(len(problem[0]), used)[problem]))
+    order = rng.permutation(problem[0])[:used]
     signs = rng.choice(list(OPERATORS), len(order) - 1)
     return str(order[0]) + "".join(f"{s}{n}" for s, n in zip(signs, order[1:], strict=True))
 
 
-def is_solution(completion: str, problem: Problem) -> bool:
-    """Whether a completion uses each number once and comes to the target."""
+def is_solution(completion: str, problem: Problem, used: int) -> bool:
+    """Whether a completion uses so many of the numbers, each of them once, and comes to the target."""
     numbers, target = problem
-    return value(completion) == target and sorted(completion[::2]) == sorted(map(str, numbers))
+    digits = completion[::2]
+    are_given = collections.Counter(digits) <= collections.Counter(map(str, numbers))
+    return value(completion) == target and len(digits) == used and are_given
 
 
 def countdown_tokenizer() -> Tokenizer:
@@ -91,6 +95,7 @@ def countdown_tokenizer() -> Tokenizer:
 
 def countdown_task(
     count: int = 3,
+    used: int = 3,
     *,
     demonstrations: int,
     solution_rate: float,
@@ -102,21 +107,24 @@ def countdown_task(
 
     Args:
       count: numbers of a problem.
+      used: of them by a solution, no more and no fewer.
       demonstrations: how many; each is right with probability `solution_rate`, or by luck.
       heldout: held-out problems at most.
     """
+    if not 1 <= used <= count:
+        raise UserError(f"countdown with {used} of {count} numbers: use 1 to {count} of them")
     tokenizer = countdown_tokenizer()
     rng = np.random.default_rng([seed, count])
-    train = problems(count, "train")
+    train = problems(count, used, "train")
     chosen = [train[index] for index in rng.integers(len(train), size=demonstrations)]
-    held = problems(count, "heldout")
+    held = problems(count, used, "heldout")
     kept = rng.permutation(len(held))[:heldout]
 
     def row(problem: Problem) -> dict[str, Any]:
         return {"prompt": prompt(problem), "numbers": list(problem[0]), "target": problem[1]}
 
     def conversation(problem: Problem) -> dict[str, Any]:
-        answer = demonstration(problem, rng, solution_rate=solution_rate)
+        answer = demonstration(problem, used, rng, solution_rate=solution_rate)
         turns = [{"role": "user", "content": prompt(problem)}, {"role": "assistant", "content": answer}]
         return {"messages": turns}
 
@@ -127,9 +135,9 @@ def countdown_task(
         heldout_rows=[row(held[index]) for index in sorted(kept)],
         demonstration_rows=[conversation(problem) for problem in chosen],
         truth_fn=lambda fields: np.asarray([*fields["numbers"], fields["target"]], np.int32),
-        score=functools.partial(_score, _kinds(tokenizer), tokenizer.eos_id, count),
+        score=functools.partial(_score, _kinds(tokenizer), tokenizer.eos_id, used),
         best=1.0,
-        completion_length=2 * count,
+        completion_length=2 * used,
     )
 
 
@@ -144,20 +152,23 @@ def _kinds(tokenizer: Tokenizer) -> np.ndarray:
 def _score(
     kinds: np.ndarray,
     eos_id: int,
-    count: int,
+    used: int,
     tokens: Int[Array, "B T"],
     mask: Bool[Array, "B T"],
     truth: Int[Array, "B K+1"],
 ) -> Float[Array, " B"]:
     """1 where the completion is a solution and has ended, else 0: `is_solution` on arrays."""
-    written = first_tokens(tokens, mask, 2 * count, fill=eos_id)
-    has_ended = (jnp.sum(mask, axis=1) == 2 * count) & (written[:, -1] == eos_id)
+    written = first_tokens(tokens, mask, 2 * used, fill=eos_id)
+    has_ended = (jnp.sum(mask, axis=1) == 2 * used) & (written[:, -1] == eos_id)
     of_tokens = jnp.asarray(kinds)[written[:, :-1]]
     digits, signs = of_tokens[:, ::2], of_tokens[:, 1::2] - 10
     well_formed = jnp.all((digits >= 0) & (digits < 10), axis=1) & jnp.all(signs >= 0, axis=1)
     total = digits[:, 0]
-    for place in range(count - 1):
+    for place in range(used - 1):
         number, sign = digits[:, place + 1], signs[:, place]
         total = jnp.select([sign == 0, sign == 1], [total + number, total - number], total * number)
-    same_numbers = jnp.all(jnp.sort(digits, axis=1) == jnp.sort(truth[:, :-1], axis=1), axis=1)
-    return (has_ended & well_formed & same_numbers & (total == truth[:, -1])).astype(jnp.float32)
+    written_times, given_times = (
+        jnp.sum(row[:, :, None] == jnp.arange(10), axis=1) for row in (digits, truth[:, :-1])
+    )
+    are_given = jnp.all(written_times <= given_times, axis=1)
+    return (has_ended & well_formed & are_given & (total == truth[:, -1])).astype(jnp.float32)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.core.errors import UserError
 from rlhf_jax.data import arithmetic, countdown, style, tasks
 
 
@@ -16,7 +17,7 @@ def small_tasks():
         "arithmetic": tasks.arithmetic_task(
             arithmetic.Level(3, 1, 9, "+"), train=64, heldout=32, demonstrations=40, slip_rate=0.5
         ),
-        "countdown": countdown.countdown_task(3, demonstrations=200, solution_rate=0.3, heldout=64),
+        "countdown": countdown.countdown_task(3, 3, demonstrations=200, solution_rate=0.3, heldout=64),
         "style": style.style_task(demonstrations=200),
     }
 
@@ -62,20 +63,22 @@ def test_drawn_rows_are_rows_of_the_table(name):
     assert len({tuple(row) for row in np.asarray(drawn.tokens)}) > 8
 
 
-def test_countdown_scores_are_those_of_texts():
-    task = small_tasks()["countdown"]
+@pytest.mark.parametrize("used", [2, 3])
+def test_countdown_scores_are_those_of_texts(used):
+    task = countdown.countdown_task(3, used, demonstrations=8, solution_rate=0.3, heldout=8)
     rng = np.random.default_rng(0)
-    problems = countdown.problems(3, "heldout")
+    problems = countdown.problems(3, used, "heldout")
     texts, truths, expected = [], [], []
     for index in rng.integers(len(problems), size=120):
         problem = problems[index]
-        right = str(rng.choice(countdown.solutions(3)[problem]))
-        wrong = countdown.demonstration(problem, rng, solution_rate=0.0)
+        right = str(rng.choice(countdown.solutions(3, used)[problem]))
+        wrong = countdown.demonstration(problem, used, rng, solution_rate=0.0)
         mangled = right[:-1], right + "1", right.replace(right[1], "?"), right[::-1], "9" + right[1:], ""
-        for text in (right, wrong, *mangled):
+        twice = right[:-1] + right[0]
+        for text in (right, wrong, twice, *mangled):
             texts.append(text)
             truths.append([*problem[0], problem[1]])
-            expected.append(countdown.is_solution(text, problem))
+            expected.append(countdown.is_solution(text, problem, used))
     scores = task.score(*spell(task, texts), jnp.asarray(truths))
     np.testing.assert_array_equal(np.asarray(scores, bool), expected)
     assert 100 < sum(expected) < len(expected) / 2
@@ -83,14 +86,23 @@ def test_countdown_scores_are_those_of_texts():
     assert not np.any(unfinished)
 
 
-def test_countdown_lists_each_problem_once_with_solutions_that_hold():
-    everything = countdown.solutions(3)
-    assert len(everything) > 1500
+@pytest.mark.parametrize("used", [2, 3])
+def test_countdown_lists_each_problem_once_with_solutions_that_hold(used):
+    everything = countdown.solutions(3, used)
+    assert len(everything) > 1000
     for problem, answers in list(everything.items())[::37]:
-        assert all(countdown.is_solution(answer, problem) for answer in answers)
-    assert not countdown.is_solution("1+1+1", ((1, 1, 2), 3))  # a number that was not given
+        assert all(countdown.is_solution(answer, problem, used) for answer in answers)
     assert countdown.value("2+3*4") == 20  # from left to right
     assert countdown.value("2**4") is None
+
+
+def test_countdown_takes_each_number_once_and_as_many_as_are_wanted():
+    assert countdown.is_solution("2*7", ((2, 5, 7), 14), 2)
+    assert not countdown.is_solution("2*7", ((2, 5, 7), 14), 3)
+    assert not countdown.is_solution("7*2+5-5", ((2, 5, 7), 14), 4)
+    assert not countdown.is_solution("7+7", ((2, 5, 7), 14), 2)
+    with pytest.raises(UserError, match="4 of 3 numbers"):
+        countdown.countdown_task(3, 4, demonstrations=8, solution_rate=0.3)
 
 
 def test_style_scores_are_those_of_texts():

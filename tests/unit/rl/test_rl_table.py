@@ -69,7 +69,13 @@ def test_rows_run_once_and_make_a_page(tmp_path, tiny, capsys):
     assert len(more["evaluation_return"]) == 3
     np.testing.assert_allclose(more["evaluation_return"][:2], first["evaluation_return"])
     assert more["cpu_seconds"] > first["cpu_seconds"]
-    with pytest.raises(UserError, match="holds this row with seeds 3, not 1"):
+    # Stopped among them, the row does not know what they took.
+    begun = json.loads((a2c / "plan.json").read_text()) | {"seeds": 4}
+    (a2c / "plan.json").write_text(json.dumps(begun))
+    rl_table.run(dataclasses.replace(options, seeds=4, rows=("CartPole-v1/a2c",)))
+    stopped = json.loads((a2c / "summary.json").read_text())
+    assert len(stopped["evaluation_return"]) == 4 and stopped["cpu_seconds"] is None
+    with pytest.raises(UserError, match="holds this row with seeds 4, not 1"):
         rl_table.run(dataclasses.replace(options, seeds=1))
 
 
