@@ -82,9 +82,9 @@ TASKS = (
     ),
     TaskRow(
         "countdown",
-        lambda: countdown.countdown_task(3, demonstrations=4000, solution_rate=0.3, heldout=128),
+        lambda: countdown.countdown_task(3, 2, demonstrations=4000, solution_rate=0.7, heldout=128),
         base_steps=1200,
-        steps=100,
+        steps=60,
     ),
 )
 
