@@ -26,6 +26,8 @@ def topology_devices(name: str) -> list[Any]:
     # Without these it looks for the machine that it would run on, and waits.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    # No TPU is used, so that others may plan, or use one, at the same time.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from jax.experimental import topologies
 
     # The two cores of a v4 chip are one device, as they are on Cloud TPU.

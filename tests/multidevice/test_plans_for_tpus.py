@@ -1,5 +1,6 @@
 """Plans for slices of TPUs that are not there. Needs the TPU compiler (pip install 'rlhf_jax[tpu-plan]')."""
 
+import concurrent.futures
 import importlib.util
 import json
 import os
@@ -79,3 +80,16 @@ def test_a_mesh_that_is_not_the_slice(tmp_path):
         plan(tmp_path, "--topology", "v5e:2x2", "--mesh", "fsdp=2")
     with pytest.raises(AssertionError, match="--topology v5e:3x3: there is no such slice"):
         plan(tmp_path, "--topology", "v5e:3x3")
+
+
+def test_two_plans_at_the_same_time(tmp_path):
+    """The compiler's lock is that of a TPU, which no plan uses."""
+
+    def one(batch):
+        folder = tmp_path / batch
+        folder.mkdir()
+        words = ("--topology", "v5e:2x2", "--mesh", "auto", "--batch", batch, "--length", "256")
+        return plan(folder, *words)["options"]["batch"]
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(one, ("4", "8"))) == [4, 8]

@@ -74,7 +74,8 @@ def test_rows_run_once_and_make_a_page(tmp_path, tiny, capsys):
     (a2c / "plan.json").write_text(json.dumps(begun))
     rl_table.run(dataclasses.replace(options, seeds=4, rows=("CartPole-v1/a2c",)))
     stopped = json.loads((a2c / "summary.json").read_text())
-    assert len(stopped["evaluation_return"]) == 4 and stopped["cpu_seconds"] is None
+    assert len(stopped["evaluation_return"]) == 4
+    assert stopped["cpu_seconds"] is None
     with pytest.raises(UserError, match="holds this row with seeds 4, not 1"):
         rl_table.run(dataclasses.replace(options, seeds=1))
 
