@@ -84,12 +84,12 @@ class Options:
     pool: int = 128
     prompts: int = 64
     ppo_steps: int = 64
-    ppo_learning_rate: float = 3e-3
+    ppo_learning_rate: float = 1e-3
     kl_coef: float = 0.0
     dpo_steps: int = 240
     dpo_learning_rate: float = 1e-3
     beta: float = 0.1
-    looks: int = 8
+    looks: int = 16
     chunk: int = 4
     quiet: bool = False
 
