@@ -161,8 +161,8 @@ def run_row(row: Row, options: Options, folder: Path) -> None:
     )
     spent = time.perf_counter() - began[0], time.process_time() - began[1]
     times = {
-        name: None if before[name] is None else before[name] + seconds
-        for name, seconds in zip(TIMES, spent, strict=True)
+        name: None if known is None else known + seconds
+        for name, seconds, known in zip(TIMES, spent, map(before.get, TIMES), strict=True)
     }
     scores = {name: results.scores(name)[0].tolist() for name in results.metrics if "evaluation" in name}
     taken = int(results.scores("steps").mean())
