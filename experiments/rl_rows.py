@@ -117,7 +117,10 @@ ROWS = (
             "hyper.gae_lambda=0.98",
             "hyper.entropy_coef=0",
         ),
-        note="The settings of rl-zoo; nothing else was tried.",
+        note=(
+            "The settings of rl-zoo but for an annealed learning rate: eight other seeds gave -113.9 with it "
+            "and -113.1 with a constant one."
+        ),
     ),
     Row(
         "MountainCar-v0",
