@@ -167,7 +167,7 @@ def run_row(row: Row, options: Options, folder: Path) -> None:
     scores = {name: results.scores(name)[0].tolist() for name in results.metrics if "evaluation" in name}
     taken = int(results.scores("steps").mean())
     described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    more = {name: described[name] for name in ("command", "started", "versions")}
+    more = {name: described[name] for name in ("command", "started", "versions", "commit")}
     write_json(folder / SUMMARY, {**planned, "steps_taken": taken, **times, **scores, **more})
     jax.clear_caches()  # or memory grows with every row
 

@@ -225,7 +225,7 @@ def run_study(study: Study, options: Options, world: World, starts: Start, folde
             rows.extend(results.scores(name).tolist())
         jax.clear_caches()
     described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    more = {name: described[name] for name in ("command", "started", "versions")}
+    more = {name: described[name] for name in ("command", "started", "versions", "commit")}
     hypers = [f"{variant.hyper}" for variant in study.variants[:1]]
     write_json(folder / table.SUMMARY, {**planned, **found, **more, "hyper": hypers})
 

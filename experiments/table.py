@@ -221,7 +221,7 @@ def run_cell(
     results = sweep_rates([rate], np.arange(options.seeds), folder / f"rate_{rate:g}")
     names = [name for name, values in results.metrics.items() if values.ndim == 2]
     described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    more = {name: described[name] for name in ("command", "started", "versions")}
+    more = {name: described[name] for name in ("command", "started", "versions", "commit")}
     scores = {name: results.scores(name)[0].tolist() for name in names}
     seconds = None if resumed else time.perf_counter() - began
     chosen_rate = {"learning_rate": rate, "search": {f"{r:g}": search[r] for r in sorted(search)}}

@@ -1,5 +1,6 @@
 """The page of the table of post-training algorithms, and its pictures, from what the cells left behind."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -86,14 +87,44 @@ def page_text(done: Summaries, starts: Mapping[str, Mapping[str, Any]], remarks:
     versions = {", ".join(f"{k} {v}" for k, v in summary["versions"].items()) for summary in done.values()}
     total = format_seconds(sum(summary["seconds"] or 0.0 for summary in done.values()))
     commands = sorted({summary["command"] for summary in done.values()})
+    commits = sorted({summary.get("commit") or "not noted" for summary in done.values()})
     lines += [
+        *_settings(tasks),
         "## Made",
         "",
-        f"{dates[0]} to {dates[-1]}, {total} in all; {'; or '.join(sorted(versions))}.",
+        f"{dates[0]} to {dates[-1]}, {total} in all; {'; or '.join(sorted(versions))}; "
+        f"commits: {', '.join(commits)}.",
         "",
     ]
     lines += ["```bash", *commands, "```"]
     return "\n".join(lines) + "\n"
+
+
+def _settings(tasks: list[str]) -> list[str]:
+    """The numbers of `table_rows.py`, as tables; options for a quick look are not seen here."""
+    lines = [
+        "## Settings",
+        "",
+        "| task | width | layers | supervised steps before | their learning rate | steps |",
+        "|---" * 6 + "|",
+    ]
+    for row in table_rows.TASKS:
+        if row.name in tasks:
+            numbers = (row.width, row.layers, row.base_steps, row.base_learning_rate, row.steps)
+            lines.append(f"| {row.name} | {' | '.join(f'{number:g}' for number in numbers)} |")
+    lines += ["", "| algorithm | besides the learning rate | answers a step |", "|---|---|---|"]
+    for algorithm in table_rows.ALGORITHMS:
+        hyper = dataclasses.asdict(algorithm.hyper)
+        named = (f"`{name}` {value:g}" for name, value in hyper.items() if name != "learning_rate")
+        lines.append(f"| {algorithm.name} | {', '.join(named) or '-'} | {64 * algorithm.cost:g} |")
+    return [
+        *lines,
+        "",
+        f"A supervised step has 64 rows, a prompt {table_rows.GROUP} answers; who samples more than 64 "
+        "answers a step takes fewer steps. The optimizer is Adam (b2 .99, epsilon 1e-4, gradients clipped at "
+        "a norm of 1), its learning rate linear to 0 after a warm-up of a twentieth of the steps.",
+        "",
+    ]
 
 
 def _against_grpo(done: Summaries, tasks: list[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """The run folder: what a stage leaves behind, and how the next one reads it.
 
 run/
-  config.json    what was run: command, options, versions, seed, start
+  config.json    what was run: command, options, versions, commit, seed, start
   model.json     the architecture, which kind of parameters the checkpoints hold, and where these are an
                  adapter's: its description and the base it stands on
   tokenizer/     in the Hugging Face layout
@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import shlex
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -117,13 +118,38 @@ def versions() -> dict[str, str]:
     return found
 
 
+@functools.cache
+def commit() -> str | None:
+    """The commit of the checkout that this package runs from, with `+` where files differ from it."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(root), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) != root:  # installed into another project's folder
+            return None
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short=10", "HEAD") + "+" * bool(changed)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def describe_run(folder: Path, config: Mapping[str, Any], **more: Any) -> None:
     """Writes `folder/config.json`."""
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     command = "python " + shlex.join(sys.argv)
     write_json(
         folder / "config.json",
-        {"command": command, "started": started, "config": config, "versions": versions(), **more},
+        {
+            "command": command,
+            "started": started,
+            "config": config,
+            "versions": versions(),
+            "commit": commit(),
+            **more,
+        },
     )
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import subprocess
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from rlhf_jax.algorithms import sft
 from rlhf_jax.checkpoint import CheckpointManager
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.data.tokenizers import character_tokenizer
+from rlhf_jax.training import runs as run_folders
 from rlhf_jax.training.runs import (
     describe_run,
     load_policy,
@@ -140,7 +142,32 @@ def test_descriptions_say_what_was_run(tmp_path):
     assert held["config"] == {"seed": 3, "path": str(tmp_path)}
     assert held["stage"] == "sft"
     assert held["versions"]["jax"] == jax.__version__
-    assert {"command", "started"} <= held.keys()
+    assert {"command", "started", "commit"} <= held.keys()
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not here")
+def test_the_commit_is_that_of_this_checkout_and_says_whether_files_differ(tmp_path, monkeypatch):
+    def git(*words):
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", "-C", tmp_path, *identity, *words], check=True, capture_output=True)
+
+    inside = tmp_path / "rlhf_jax" / "training" / "runs.py"
+    inside.parent.mkdir(parents=True)
+    inside.write_text("1")
+    monkeypatch.setattr(run_folders, "__file__", str(inside))
+    commit = run_folders.commit.__wrapped__
+    assert commit() is None  # no checkout
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    clean = commit()
+    assert clean is not None
+    assert len(clean) == 10
+    inside.write_text("2")
+    assert commit() == clean + "+"
+    deeper = tmp_path / "site-packages" / "rlhf_jax" / "training" / "runs.py"  # of another's checkout
+    monkeypatch.setattr(run_folders, "__file__", str(deeper))
+    assert commit() is None
 
 
 def test_files_that_cannot_be_written_are_named(tmp_path):
