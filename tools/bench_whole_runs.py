@@ -1,6 +1,6 @@
 """Whole runs of a language model side by side in one program, against one after the other.
 
-    python tools/bench_whole_runs.py                           # about five minutes on two cores
+    python tools/bench_whole_runs.py                           # some three minutes on one core
     python tools/bench_whole_runs.py --counts 1 2 4 8 16 32 64     # on an accelerator
 
 A run is GRPO on the style task: sampling, rewards, advantages, update and evaluation. The last column says
