@@ -9,7 +9,7 @@ from rlhf_jax.algorithms import group_members, nash_md, ppo, preference, sft, un
 from rlhf_jax.algorithms import preference_members as pairs
 from rlhf_jax.algorithms.group_members import Member, MemberFn
 from rlhf_jax.core.optimization import OptimizerConfig
-from rlhf_jax.data import arithmetic, countdown, style, tasks
+from rlhf_jax.data import arithmetic, calculator, countdown, style, tasks
 from rlhf_jax.data.tasks import Task
 from rlhf_jax.training import whole_methods as methods
 from rlhf_jax.training.whole_runs import Method, World
@@ -84,6 +84,17 @@ TASKS = (
         "countdown",
         lambda: countdown.countdown_task(3, 2, demonstrations=4000, solution_rate=0.7, heldout=128),
         base_steps=1200,
+        steps=60,
+    ),
+    TaskRow(
+        "calculator",
+        lambda: calculator.calculator_task(
+            train=4000,
+            heldout=128,
+            demonstrations=4000,
+            habits={"both": 0.4, "first": 0.3, "none": 0.3},
+        ),
+        base_steps=1600,
         steps=60,
     ),
 )

@@ -13,7 +13,7 @@ same rows as a dataset on disk. Rows made here have the fields that JSONL files 
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from rlhf_jax.data.tokenizers import Tokenizer, character_tokenizer
 
 Split = Literal["train", "heldout"]
 Row = dict[str, Any]
+Item = TypeVar("Item")
 
 BLOCK = 8
 """One problem in every block of this many consecutive indices is held out."""
@@ -136,6 +137,13 @@ def heldout_slot(block: Any) -> Any:
     mixed = (block ^ (block >> 16)) * np.uint32(0x7FEB352D)
     mixed = (mixed ^ (mixed >> 15)) * np.uint32(0x846CA68B)
     return (mixed ^ (mixed >> 16)) % BLOCK
+
+
+def in_split(everything: Sequence[Item], split: Split) -> list[Item]:
+    """The items of a split, of a list of all: one in every eight in a row is held out."""
+    places = np.arange(len(everything))
+    held = heldout_slot((places // BLOCK).astype(np.uint32)) == places % BLOCK
+    return [item for item, out in zip(everything, held, strict=True) if out == (split == "heldout")]
 
 
 def level_index(level: Level, split: Split, index: int) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Array, Bool, Float, Int
-from rlhf_jax.data.arithmetic import BLOCK, Split, heldout_slot
+from rlhf_jax.data.arithmetic import Split, in_split
 from rlhf_jax.data.tasks import Task, first_tokens, tabulate
 from rlhf_jax.data.tokenizers import Tokenizer, character_tokenizer
 
@@ -59,10 +59,7 @@ def solutions(count: int, used: int) -> dict[Problem, tuple[str, ...]]:
 
 def problems(count: int, used: int, split: Split) -> list[Problem]:
     """The problems of a split; one in every eight in a row is held out."""
-    everything = list(solutions(count, used))
-    blocks = np.arange(len(everything), dtype=np.uint32) // BLOCK
-    is_heldout = heldout_slot(blocks) == np.arange(len(everything)) % BLOCK
-    return [p for p, out in zip(everything, is_heldout, strict=True) if out == (split == "heldout")]
+    return in_split(list(solutions(count, used)), split)
 
 
 def prompt(problem: Problem) -> str:

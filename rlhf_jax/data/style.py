@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.core.types import Array, Bool, Float, Int, PRNGKeyArray, Scalar
-from rlhf_jax.data.arithmetic import BLOCK, Split, heldout_slot
+from rlhf_jax.data.arithmetic import Split, in_split
 from rlhf_jax.data.tasks import Task, tabulate
 from rlhf_jax.data.tokenizers import Tokenizer, character_tokenizer
 
@@ -68,10 +68,7 @@ def prefers_first(key: PRNGKeyArray, first: Float[Array, " B"], second: Float[Ar
 
 def prompts(split: Split) -> list[str]:
     """Wanted letters, in every order; one in every eight in a row is held out."""
-    everything = ["".join(letters) for letters in itertools.permutations(LETTERS, WANTED)]
-    blocks = np.arange(len(everything), dtype=np.uint32) // BLOCK
-    is_heldout = heldout_slot(blocks) == np.arange(len(everything)) % BLOCK
-    return [p for p, out in zip(everything, is_heldout, strict=True) if out == (split == "heldout")]
+    return in_split(["".join(letters) for letters in itertools.permutations(LETTERS, WANTED)], split)
 
 
 def style_tokenizer() -> Tokenizer:

@@ -21,6 +21,7 @@ from rlhf_jax.data.sources import Row
 from rlhf_jax.data.tokenizers import Tokenizer
 
 ScoreFn = Callable[[Int[Array, "B T"], Bool[Array, "B T"], Any], Float[Array, " B"]]
+ToolFn = Callable[[Int[Array, "B T"], Int[Array, " B"]], Int[Array, "B R"]]
 
 
 @pytree_dataclass
@@ -55,6 +56,8 @@ class Task:
       best: the highest score there is.
       completion_length: tokens of the longest answer, the end-of-sequence token included.
       tokenizer: how it is written.
+      tool_fn: a tool that writes into answers (`generation.generate`), whose tokens are out of the masks of
+        demonstrations and of what `score` gets; None where there is none.
     """
 
     name: str
@@ -65,6 +68,7 @@ class Task:
     best: float
     completion_length: int
     tokenizer: Tokenizer
+    tool_fn: ToolFn | None = None
 
     def draw(self, key: PRNGKeyArray, count: int) -> Prompts:
         """Training prompts, drawn uniformly with replacement."""

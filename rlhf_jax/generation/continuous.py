@@ -64,7 +64,7 @@ def generate_continuously(
     slots = min(slots, count)
     refill = min(refill, slots)
     keys = row_keys(key, count) if key.ndim == 0 else key
-    options = {"max_new_tokens": max_new_tokens, "pad_id": pad_id}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "pad_id": pad_id}
 
     def begin(which: Int[Array, "R"]) -> Generation:
         chosen = jnp.minimum(which, count - 1)

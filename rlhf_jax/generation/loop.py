@@ -21,6 +21,26 @@ from rlhf_jax.generation.processors import Context
 from rlhf_jax.generation.sampling import Sampling, process_logits, row_keys, sample_token, step_keys
 
 Carry = TypeVar("Carry")
+ToolFn = Callable[[Int[Array, "B T"], Int[Array, "B"]], Int[Array, "B R"]]
+"""(completions, their lengths) -> what a tool writes behind them, -1 beyond its end; pure and traceable."""
+
+
+@pytree_dataclass
+class ToolTurn:
+    """What a tool does in each row.
+
+    Attributes:
+      pending: what it has still to write, -1 beyond its end.
+      written: generated tokens that are its own.
+    """
+
+    pending: Int[Array, "B R"]
+    written: Bool[Array, "B T"]
+
+    @property
+    def writes(self) -> Bool[Array, "B"]:
+        """Rows whose next token is the tool's."""
+        return self.pending[:, 0] >= 0
 
 
 @pytree_dataclass
@@ -35,6 +55,7 @@ class Generation:
       finished: rows that have ended by themselves.
       logits: of the next token.
       cache: the model's.
+      tool: the tool's turn, where there is a tool.
     """
 
     keys: PRNGKeyArray
@@ -44,6 +65,7 @@ class Generation:
     finished: Bool[Array, "B"]
     logits: Float[Array, "B V"]
     cache: Any
+    tool: ToolTurn | None = None
 
     def running(self) -> Bool[Array, "B"]:
         """Rows that are to go on."""
@@ -120,6 +142,7 @@ def start(
     max_new_tokens: int,
     pad_id: int,
     group_size: int = 1,
+    tool_fn: ToolFn | None = None,
 ) -> Generation:
     """Reads the prompts, each once, and repeats what they left for every answer to them."""
 
@@ -135,7 +158,11 @@ def start(
         prompts, prompt_mask = prompts[repeated], prompt_mask[repeated]
     context = start_context(prompts, prompt_mask, sampling, max_new_tokens=max_new_tokens, pad_id=pad_id)
     zeros = jnp.zeros((prompts.shape[0], max_new_tokens), logits.dtype)
-    return Generation(keys, context, zeros, zeros, jnp.zeros(prompts.shape[0], bool), logits, cache)
+    rows = Generation(keys, context, zeros, zeros, jnp.zeros(prompts.shape[0], bool), logits, cache)
+    if tool_fn is None:
+        return rows
+    pending = tool_fn(context.tokens[:, prompts.shape[1] :], context.length)
+    return dataclasses.replace(rows, tool=ToolTurn(pending, jnp.zeros(zeros.shape, bool)))
 
 
 def sample_step(
@@ -145,20 +172,32 @@ def sample_step(
     *,
     eos_id: int,
     pad_id: int,
+    tool_fn: ToolFn | None = None,
 ) -> Generation:
-    """One more token in every running row.
+    """One more token in every running row, of a tool where one has still to write, else of the policy.
 
     Args:
       decode: `decode(cache, token, position, length) -> (logits, cache)`.
+      tool_fn: asked behind every token of the policy's.
     """
     active, length = rows.running(), rows.context.length
     processed = process_logits(rows.logits, sampling, rows.context, eos_id=eos_id)
     keys = step_keys(rows.keys, length)
     token, logp, filtered_logp = sample_token(keys, rows.logits, processed, sampling)
+    place = jnp.arange(length.shape[0]), jnp.where(active, length, rows.logp.shape[1])
+    if rows.tool is not None:
+        writes = rows.tool.writes
+        token = jnp.where(writes, rows.tool.pending[:, 0], token)
+        logp, filtered_logp = (jnp.where(writes, 0, drawn) for drawn in (logp, filtered_logp))
     token = jnp.where(active, token, pad_id)
     context, ended = append_token(rows.context, token, active, sampling, eos_id=eos_id)
+    tool = rows.tool
+    if tool is not None and tool_fn is not None:
+        asked = tool_fn(context.tokens[:, context.prompt.shape[1] :], context.length)
+        rest = jnp.roll(tool.pending, -1, axis=1).at[:, -1].set(-1)
+        written = tool.written.at[place].set(tool.writes, mode="drop")
+        tool = ToolTurn(jnp.where(tool.writes[:, None], rest, asked), written)
     logits, cache = decode(rows.cache, token, rows.position(), length)
-    place = jnp.arange(length.shape[0]), jnp.where(active, length, rows.logp.shape[1])
     return Generation(
         keys=rows.keys,
         context=context,
@@ -167,6 +206,7 @@ def sample_step(
         finished=rows.finished | ended,
         logits=logits,
         cache=cache,
+        tool=tool,
     )
 
 
@@ -184,6 +224,7 @@ def generate(
     sampling: Sampling = Sampling(),
     group_size: int = 1,
     early_end: bool = True,
+    tool_fn: ToolFn | None = None,
 ) -> Rollout:
     """Samples completions of each prompt.
 
@@ -199,6 +240,9 @@ def generate(
       group_size: completions of each prompt, which is read once; they stand together.
       early_end: stop when all rows have ended. False runs all `max_new_tokens` steps, to the same rollout:
         faster under `vmap`, where a loop that may end in one run copies its cache in all of them.
+      tool_fn: a tool, asked before the first token and behind every token of the policy's. What it writes is
+        read like any other token and counts as new, but has log-prob 0 and is out of the mask: nothing is
+        learned from it.
 
     Returns:
       A `Rollout` of N x group_size rows and T = P + max_new_tokens columns.
@@ -214,19 +258,20 @@ def generate(
         max_new_tokens=max_new_tokens,
         pad_id=pad_id,
         group_size=group_size,
+        tool_fn=tool_fn,
     )
 
     def step(rows: Generation) -> Generation:
         def decode_row(cache: Any, token: Array, position: Array, _: Array):
             return decode(params, cache, token, position)
 
-        return sample_step(decode_row, rows, sampling, eos_id=eos_id, pad_id=pad_id)
+        return sample_step(decode_row, rows, sampling, eos_id=eos_id, pad_id=pad_id, tool_fn=tool_fn)
 
     if early_end:
         end = run_loop(step, Generation.running, begun)
     else:
         end, _ = jax.lax.scan(lambda rows, _: (step(rows), None), begun, None, length=max_new_tokens)
-    return assemble(end.context, end.logp, end.filtered_logp, end.finished)
+    return assemble(end.context, end.logp, end.filtered_logp, end.finished, end.tool)
 
 
 def make_stream(
@@ -266,8 +311,10 @@ def assemble(
     logp: Float[Array, "B T"],
     filtered_logp: Float[Array, "B T"] | None,
     finished: Bool[Array, "B"],
+    tool: ToolTurn | None = None,
 ) -> Rollout:
     """A rollout of what the rows hold."""
+    pad = ((0, 0), (context.prompt.shape[1], 0))
     generated = context.generated()
     prompt = jnp.pad(context.prompt, ((0, 0), (0, logp.shape[1])))
     valid = prompt | generated
@@ -275,8 +322,7 @@ def assemble(
         tokens=context.tokens,
         positions=jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0),
         segment_ids=valid.astype(jnp.int32),
-        mask=generated,
+        mask=generated if tool is None else generated & ~jnp.pad(tool.written, pad),
     )
-    pad = ((0, 0), (context.prompt.shape[1], 0))
     padded = None if filtered_logp is None else jnp.pad(filtered_logp, pad)
     return Rollout(sequences, jnp.pad(logp, pad), finished, padded)

@@ -85,6 +85,7 @@ class World:
             pad_id=self.task.tokenizer.pad_id,
             sampling=Sampling(self.temperature if temperature is None else temperature),
             early_end=False,  # whole runs are there to be vmapped
+            tool_fn=self.task.tool_fn,
         )
 
     def rewards(self, rollout: Rollout, prompts: Prompts) -> Float[Array, " B"]:

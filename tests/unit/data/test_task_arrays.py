@@ -1,6 +1,7 @@
 """Traceable tasks agree with their text form."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.data import arithmetic, countdown, style, tasks
+from rlhf_jax.data import arithmetic, calculator, countdown, style, tasks
 
 
 @functools.cache
@@ -17,12 +18,15 @@ def small_tasks():
         "arithmetic": tasks.arithmetic_task(
             arithmetic.Level(3, 1, 9, "+"), train=64, heldout=32, demonstrations=40, slip_rate=0.5
         ),
+        "calculator": calculator.calculator_task(
+            train=64, heldout=32, demonstrations=60, habits={"both": 0.5, "first": 0.25, "none": 0.25}
+        ),
         "countdown": countdown.countdown_task(3, 3, demonstrations=200, solution_rate=0.3, heldout=64),
         "style": style.style_task(demonstrations=200),
     }
 
 
-NAMES = ["arithmetic", "countdown", "style"]
+NAMES = ["arithmetic", "calculator", "countdown", "style"]
 
 
 def spell(task, texts, *, end=True):
@@ -103,6 +107,97 @@ def test_countdown_takes_each_number_once_and_as_many_as_are_wanted():
     assert not countdown.is_solution("7+7", ((2, 5, 7), 14), 2)
     with pytest.raises(UserError, match="4 of 3 numbers"):
         countdown.countdown_task(3, 4, demonstrations=8, solution_rate=0.3)
+
+
+SAID = {"12+7": 19, "99*9": 891, "9999+0": 9999, "0*7": 0, "007+1": 8}
+SAID |= dict.fromkeys(("9999+1", "100*100", "12345+1", "1+2+3", "1*2+3", "1+2*3", "+3", "3+", ""))
+
+
+def test_the_calculator_on_arrays_writes_what_it_evaluates():
+    task, rng = small_tasks()["calculator"], np.random.default_rng(0)
+    lines = [*SAID, "12", "1?2", "1=2", "+", "*", "++"]
+    sizes = itertools.product("+*", range(1, 6), range(1, 6))
+    lines += [f"{rng.integers(10**i)}{sign}{rng.integers(10**j)}" for sign, i, j in sizes]
+    lines += ["".join(rng.choice(list("0123456789+*?="), rng.integers(1, 9))) for _ in range(200)]
+    begins = ["", "1+2=3\n", "5\n\n", "=?\n"]
+    texts = [begins[number % 4] + line + "=" for number, line in enumerate(lines)]
+    tokens, _ = spell(task, [text + "77" for text in texts], end=False)  # what follows is not there yet
+    lengths = jnp.asarray([len(text) for text in texts])
+    replies = task.tool_fn(tokens[:, 1:], lengths)
+    expected = [calculator.evaluate(line) for line in lines]
+    for line, number, reply in zip(lines, expected, np.asarray(replies), strict=True):
+        said = task.tokenizer.decode(reply[reply >= 0].tolist())
+        assert said == ("?" if number is None else str(number)) + "\n", line
+    assert sum(number is not None for number in expected) > 30
+    assert np.all(np.asarray(task.tool_fn(tokens[:, 1:], lengths + 1)) == -1)  # a 7 rings nothing
+    assert np.all(np.asarray(task.tool_fn(tokens[:, 1:], 0 * lengths)) == -1)
+
+
+def test_the_calculator_evaluates_one_sum_or_product():
+    assert {line: calculator.evaluate(line) for line in SAID} == SAID
+    assert calculator.steps("47*8+6") == ("47*8", "376+6")
+    assert calculator.answer("47*8+6") == 382
+    assert calculator.answer("47+8*6") == 330  # from left to right
+
+
+def test_calculator_problems_are_each_listed_once_and_fit():
+    everything = calculator.problems("train") + calculator.problems("heldout")
+    assert len(set(everything)) == len(everything) == 89 * 8 * 8 * 4
+    rng = np.random.default_rng(0)
+    longest = max(len(calculator.demonstration(problem, "both", rng)) for problem in everything)
+    assert longest + 1 == calculator.COMPLETION_LENGTH
+
+
+def test_nothing_is_learned_from_what_the_calculator_wrote():
+    task, asked = small_tasks()["calculator"], 0
+    for tokens, mask in zip(task.demonstrations.tokens, task.demonstrations.mask, strict=True):
+        begins = int(np.argmax(mask))
+        ends = int(np.flatnonzero(mask)[-1]) + 1
+        assert tokens[ends - 1] == task.tokenizer.eos_id
+        written, place = tokens[begins:ends], 0
+        while place < len(written):
+            assert mask[begins + place]
+            place += 1
+            reply = np.asarray(task.tool_fn(jnp.asarray(written[None]), jnp.asarray([place])))[0]
+            reply = reply[reply >= 0]
+            np.testing.assert_array_equal(written[place : place + len(reply)], reply)
+            assert not mask[begins + place : begins + place + len(reply)].any()
+            asked, place = asked + bool(len(reply)), place + len(reply)
+    assert asked > 30
+
+
+def test_calculator_scores_are_of_the_policy_s_own_last_line():
+    task, rng = small_tasks()["calculator"], np.random.default_rng(1)
+    texts, truths, expected = [], [], []
+    for row in range(len(task.heldout.tokens)):
+        prompt = task.tokenizer.decode(task.heldout.tokens[row].tolist())
+        problem = next(p for p in calculator.problems("heldout") if f"{p}?" in prompt)
+        right = calculator.answer(problem)
+        first, second = calculator.steps(problem)
+        for text in (
+            str(right),
+            f"{first}={second}={right}",
+            f"{first}={right}",
+            f"0{right}",
+            f"{right}0",
+            f"{right + 1}",
+            f"{first}={second}=",
+            f"{right}=",
+            f"{first}",
+            "",
+            calculator.demonstration(problem, "none", rng),
+        ):
+            texts.append(text)
+            truths.append(task.heldout.truth[row])
+            expected.append(text.rpartition("=")[2] == str(right))
+    scores = task.score(*spell(task, texts), jnp.asarray(truths))
+    np.testing.assert_array_equal(np.asarray(scores, bool), expected)
+    assert len(expected) / 5 < sum(expected) < len(expected) / 2
+    assert not np.any(task.score(*spell(task, texts, end=False), jnp.asarray(truths)))
+    # What a tool wrote is out of the mask: there may be anything.
+    tokens, mask = spell(task, [f"376\n{text}" for text in texts[:3]])
+    mask = mask.at[:, 1:5].set(False)
+    np.testing.assert_array_equal(task.score(tokens, mask, jnp.asarray(truths[:3])), [1, 1, 1])
 
 
 def test_style_scores_are_those_of_texts():
