@@ -21,6 +21,7 @@ import numpy as np
 import overoptimisation_page
 import table
 import table_rows
+from pages import PLAN, held_summary
 
 from rlhf_jax import kernels, models, search
 from rlhf_jax.algorithms import ppo, preference, reward
@@ -374,15 +375,15 @@ def check(options: Options) -> Path:
     for count in (max(options.pairs), options.held_out_pairs):
         if count > 256 and count % 256:
             raise UserError(f"{count} pairs: the largest amount and the held-out one are multiples of 256")
-    table.held_summary(options.out, plan(options))
+    held_summary(options.out, plan(options))
     return options.out
 
 
 def run(options: Options) -> None:
     """Every stage that is not done, and the page after each."""
     out = check(options)
-    if not (out / "plan.json").exists():
-        write_json(out / "plan.json", plan(options))
+    if not (out / PLAN).exists():
+        write_json(out / PLAN, plan(options))
     describe_run(out, common.to_json(options), stage="overoptimisation")
     page = options.page or out / "OVEROPTIMISATION.md"
     for done in stages(options, out):

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from pages import kept_remarks
+from pages import commands, kept_remarks, when_and_with
 
 from rlhf_jax import search
 from rlhf_jax.core.errors import UserError
@@ -271,15 +271,14 @@ def _ensembles(study: Study) -> list[str]:
 
 
 def _made(study: Study) -> list[str]:
-    versions = ", ".join(f"{name} {version}" for name, version in study.about["versions"].items())
     settings = ", ".join(f"`{name}` {value}" for name, value in study.plan.items())
     return [
         "## Made",
-        f"{study.about['started'][:10]}; {versions}. Settings: {settings}. Policies and reward models have "
+        f"{when_and_with([study.about])}. Settings: {settings}. Policies and reward models have "
         "two layers and four heads; the optimizer is AdamW with the linear schedule of "
         "`experiments/table.py`, PPO makes one pass over each batch of 64 answers, and what is not named has "
         "its default.",
-        f"```bash\n{study.about['command']}\n```",
+        commands([study.about]),
     ]
 
 

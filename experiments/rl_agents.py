@@ -105,14 +105,26 @@ def _changed(settings: Any, path: Sequence[str], text: str, change: str) -> Any:
         raise UserError(f"--set {change!r}: no setting {path[0]!r}: choose among {', '.join(names)}")
     value = getattr(settings, path[0])
     if path == ["body"]:
-        if text not in BODIES:
-            raise UserError(f"--set {change!r}: no body {text!r}: choose among {', '.join(BODIES)}")
-        return dataclasses.replace(settings, body=BODIES[text])
+        return dataclasses.replace(settings, body=_body(text, change))
     if len(path) > 1:
         if not dataclasses.is_dataclass(value):
             raise UserError(f"--set {change!r}: {path[0]!r} has no parts: leave out what follows it")
         return dataclasses.replace(settings, **{path[0]: _changed(value, path[1:], text, change)})
     return dataclasses.replace(settings, **{path[0]: _parsed(value, text, change)})
+
+
+def _body(text: str, change: str) -> nn.Module:
+    """`relu_mlp`, or with the widths of its layers `relu_mlp:256,256`."""
+    name, _, widths = text.partition(":")
+    if name not in BODIES:
+        raise UserError(f"--set {change!r}: no body {name!r}: choose among {', '.join(BODIES)}")
+    body = BODIES[name]
+    if not widths:
+        return body
+    numbers = widths.split(",")
+    if not isinstance(body, MLP) or not all(number.isdecimal() and int(number) for number in numbers):
+        raise UserError(f"--set {change!r}: give the widths of an MLP's layers, such as relu_mlp:256,256")
+    return body.clone(widths=tuple(map(int, numbers)))
 
 
 def _parsed(value: Any, text: str, change: str) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import rl_rows
+from pages import commands, when_and_with
 from rl_rows import Row
 
 from rlhf_jax.core.errors import UserError
@@ -71,18 +72,10 @@ def page_text(done: Mapping[str, Mapping[str, Any]]) -> str:
     if notes:
         lines += ["", "## Notes", "", *notes]
     if done:
-        dates = sorted(summary["started"][:10] for summary in done.values())
-        versions = {json_like(summary["versions"]) for summary in done.values()}
-        lines += ["", "## Made", "", f"{dates[0]} to {dates[-1]}; {'; or '.join(sorted(versions))}.", ""]
-        commands = sorted({summary["command"] for summary in done.values()})
-        lines += ["```bash", *commands, "```", "", f"![learning curves]({CURVES})"]
+        lines += ["", "## Made", "", f"{when_and_with(done.values())}.", "", commands(done.values())]
+        lines += ["", f"![learning curves]({CURVES})"]
         lines += ["", "Return of the episodes of training: IQM over seeds and its 95 % bootstrap interval."]
     return "\n".join(lines) + "\n"
-
-
-def json_like(versions: Mapping[str, str]) -> str:
-    """Names and versions in one line."""
-    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def read_curve(folder: Path) -> tuple[np.ndarray, np.ndarray]:

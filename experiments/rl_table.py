@@ -23,6 +23,7 @@ import numpy as np
 import rl_agents
 import rl_page
 import rl_rows
+from pages import PLAN, SUMMARY, held_summary, made
 from rl_rows import Row
 
 from rlhf_jax.core.errors import UserError
@@ -34,7 +35,6 @@ from rlhf_jax.rl.runs import Train, whole
 from rlhf_jax.sweep import product, sweep
 from rlhf_jax.training.runs import describe_run, write_json
 
-SUMMARY = "summary.json"
 TIMES = ("seconds", "cpu_seconds")
 
 
@@ -116,42 +116,22 @@ def plan(row: Row, options: Options) -> dict[str, Any]:
     }
 
 
-def held_summary(folder: Path, planned: dict[str, Any]) -> dict[str, Any] | None:
-    """The summary of a row that is done, with its seeds or with fewer.
-
-    Raises:
-      UserError: the folder holds the row with other settings.
-    """
-    path = folder / "plan.json"
-    if not path.exists():
-        return None
-    held = json.loads(path.read_text(encoding="utf-8"))
-    for name, value in planned.items():
-        if held.get(name) != value and not (name == "seeds" and held[name] < value):
-            raise UserError(
-                f"{folder} holds this row with {name} {held.get(name)}, not {value}: remove the folder, or "
-                "choose another --out"
-            )
-    done = folder / SUMMARY
-    return json.loads(done.read_text(encoding="utf-8")) if done.exists() else None
-
-
 def seconds_before(folder: Path, held: dict[str, Any] | None) -> dict[str, float | None]:
     """What the seeds of a row have taken so far; None after a stop, of which nothing is known."""
     if not (folder / "chunks").exists():
         return dict.fromkeys(TIMES, 0.0)
-    begun = json.loads((folder / "plan.json").read_text(encoding="utf-8"))["seeds"]
+    begun = json.loads((folder / PLAN).read_text(encoding="utf-8"))["seeds"]
     return held if held is not None and held["seeds"] == begun else dict.fromkeys(TIMES, None)
 
 
 def run_row(row: Row, options: Options, folder: Path) -> None:
     """Runs what is missing of a row, and leaves its summary."""
     planned = plan(row, options)
-    held = held_summary(folder, planned)
+    held = held_summary(folder, planned, growing="seeds")
     if held is not None and held["seeds"] == planned["seeds"]:
         return
     before = seconds_before(folder, held)
-    write_json(folder / "plan.json", planned)
+    write_json(folder / PLAN, planned)
     describe_run(folder, common.to_json(options), stage="rl_table", row=row.name)
     train, hyper = make_train(row, planned["steps"], options.eval_episodes)
     keys = jax.vmap(jax.random.key)(np.arange(planned["seeds"], dtype=np.uint32))
@@ -166,9 +146,7 @@ def run_row(row: Row, options: Options, folder: Path) -> None:
     }
     scores = {name: results.scores(name)[0].tolist() for name in results.metrics if "evaluation" in name}
     taken = int(results.scores("steps").mean())
-    described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    more = {name: described[name] for name in ("command", "started", "versions", "commit")}
-    write_json(folder / SUMMARY, {**planned, "steps_taken": taken, **times, **scores, **more})
+    write_json(folder / SUMMARY, {**planned, "steps_taken": taken, **times, **scores, **made(folder)})
     jax.clear_caches()  # or memory grows with every row
 
 

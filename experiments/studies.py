@@ -21,7 +21,7 @@ import jax
 import numpy as np
 import table
 import table_rows
-from pages import kept_remarks
+from pages import PLAN, SUMMARY, commands, held_summary, kept_remarks, made, when_and_with
 
 from rlhf_jax.algorithms import group, group_members, ppo, preference
 from rlhf_jax.core.errors import UserError
@@ -206,9 +206,9 @@ def run_study(study: Study, options: Options, world: World, starts: Start, folde
     """Every setting with every seed; leaves `summary.json`."""
     planned = {"study": study.name, "seeds": options.seeds, "steps": options.steps, "width": options.width}
     planned |= {"base_steps": options.base_steps, "settings": [x for v in study.variants for x in v.labels()]}
-    if table.held_summary(folder, planned) is not None:
+    if held_summary(folder, planned) is not None:
         return
-    write_json(folder / "plan.json", planned)
+    write_json(folder / PLAN, planned)
     describe_run(folder, common.to_json(options), stage="studies", cell=study.name)
     found: dict[str, list[Any]] = {name: [] for name in METRICS}
     for number, variant in enumerate(study.variants):
@@ -224,10 +224,8 @@ def run_study(study: Study, options: Options, world: World, starts: Start, folde
         for name, rows in found.items():
             rows.extend(results.scores(name).tolist())
         jax.clear_caches()
-    described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    more = {name: described[name] for name in ("command", "started", "versions", "commit")}
     hypers = [f"{variant.hyper}" for variant in study.variants[:1]]
-    write_json(folder / table.SUMMARY, {**planned, **found, **more, "hyper": hypers})
+    write_json(folder / SUMMARY, {**planned, **found, **made(folder), "hyper": hypers})
 
 
 # Page --------------------------------------------------------------------------------------------------
@@ -251,13 +249,11 @@ def page_text(done: Mapping[str, Mapping[str, Any]], remarks: str) -> str:
             parts += [f"## {study.setting[0].upper()}{study.setting[1:]}", _table(study, done[study.name])]
             parts.append(f"![{study.setting}](study_{study.name}.png)")
     first = next(iter(done.values()))
-    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-    made = (
-        f"{first['started'][:10]}; {versions}; {first['seeds']} seeds, {first['steps']} steps of 64 answers, "
+    how = (
+        f"{when_and_with(done.values())}; {first['seeds']} seeds, {first['steps']} steps of 64 answers, "
         f"{first['base_steps']} supervised steps before, width {first['width']}."
     )
-    commands = "\n".join(sorted({summary["command"] for summary in done.values()}))
-    return "\n\n".join([*parts, "## Made", made, f"```bash\n{commands}\n```"]) + "\n"
+    return "\n\n".join([*parts, "## Made", how, commands(done.values())]) + "\n"
 
 
 def _table(study: Study, summary: Mapping[str, Any]) -> str:
@@ -303,7 +299,7 @@ def write_page(page: Path, out: Path) -> None:
     Raises:
       UserError: the disk is full or read-only.
     """
-    paths = {study.name: out / study.name / table.SUMMARY for study in STUDIES}
+    paths = {study.name: out / study.name / SUMMARY for study in STUDIES}
     done = {name: json.loads(p.read_text(encoding="utf-8")) for name, p in paths.items() if p.exists()}
     try:
         page.parent.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import table_page
 import table_rows
+from pages import PLAN, SUMMARY, held_summary, made
 from table_rows import Algorithm, TaskRow
 
 from rlhf_jax import models
@@ -39,7 +40,6 @@ from rlhf_jax.training.runs import describe_run, write_json
 from rlhf_jax.training.whole_methods import supervised_method
 from rlhf_jax.training.whole_runs import Start, World, make_train
 
-SUMMARY = "summary.json"
 SEARCH_SEEDS_FROM = 1_000
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 FIRST_RATES = RATES[3:6]
@@ -169,26 +169,6 @@ def plan(row: TaskRow, algorithm: Algorithm, options: Options) -> dict[str, Any]
     }
 
 
-def held_summary(folder: Path, planned: dict[str, Any]) -> dict[str, Any] | None:
-    """The summary of a cell that is done.
-
-    Raises:
-      UserError: the folder holds the cell with other settings.
-    """
-    path = folder / "plan.json"
-    if not path.exists():
-        return None
-    held = json.loads(path.read_text(encoding="utf-8"))
-    for name, value in planned.items():
-        if held.get(name) != value:
-            raise UserError(
-                f"{folder} holds this cell with {name} {held.get(name)}, not {value}: remove the folder, or "
-                "choose another --out"
-            )
-    done = folder / SUMMARY
-    return json.loads(done.read_text(encoding="utf-8")) if done.exists() else None
-
-
 def run_cell(
     row: TaskRow,
     algorithm: Algorithm,
@@ -201,8 +181,8 @@ def run_cell(
     planned = plan(row, algorithm, options)
     if held_summary(folder, planned) is not None:
         return False
-    resumed = (folder / "plan.json").exists()
-    write_json(folder / "plan.json", planned)
+    resumed = (folder / PLAN).exists()
+    write_json(folder / PLAN, planned)
     describe_run(folder, common.to_json(options), stage="table", cell=f"{row.name}/{algorithm.name}")
     steps = planned["steps"]
     train = make_train(world, algorithm.make(world, schedule(steps)), steps=steps)
@@ -220,13 +200,11 @@ def run_cell(
         rate = best_rate(search)
     results = sweep_rates([rate], np.arange(options.seeds), folder / f"rate_{rate:g}")
     names = [name for name, values in results.metrics.items() if values.ndim == 2]
-    described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    more = {name: described[name] for name in ("command", "started", "versions", "commit")}
     scores = {name: results.scores(name)[0].tolist() for name in names}
     seconds = None if resumed else time.perf_counter() - began
     chosen_rate = {"learning_rate": rate, "search": {f"{r:g}": search[r] for r in sorted(search)}}
     chosen_rate["seconds"] = seconds
-    write_json(folder / SUMMARY, {**planned, **chosen_rate, **scores, **more})
+    write_json(folder / SUMMARY, {**planned, **chosen_rate, **scores, **made(folder)})
     jax.clear_caches()  # or memory grows with every cell
     return True
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import table_rows
-from pages import kept_remarks
+from pages import commands, kept_remarks, when_and_with
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.evaluation.statistics import (
@@ -83,20 +83,9 @@ def page_text(done: Summaries, starts: Mapping[str, Mapping[str, Any]], remarks:
             "",
         ]
     lines += _against_grpo(done, tasks)
-    dates = sorted(summary["started"][:10] for summary in done.values())
-    versions = {", ".join(f"{k} {v}" for k, v in summary["versions"].items()) for summary in done.values()}
     total = format_seconds(sum(summary["seconds"] or 0.0 for summary in done.values()))
-    commands = sorted({summary["command"] for summary in done.values()})
-    commits = sorted({summary.get("commit") or "not noted" for summary in done.values()})
-    lines += [
-        *_settings(tasks),
-        "## Made",
-        "",
-        f"{dates[0]} to {dates[-1]}, {total} in all; {'; or '.join(sorted(versions))}; "
-        f"commits: {', '.join(commits)}.",
-        "",
-    ]
-    lines += ["```bash", *commands, "```"]
+    how = when_and_with(done.values())
+    lines += [*_settings(tasks), "## Made", "", f"{how}; {total} in all.", "", commands(done.values())]
     return "\n".join(lines) + "\n"
 
 

@@ -90,6 +90,8 @@ def test_means_over_no_episode_are_left_out():
         ({"algo": "dqn", "env": "Pendulum-v1"}, "dqn is for discrete actions and Pendulum-v1"),
         ({"set": ("hyper.lr=1",)}, "no setting 'lr': choose among learning_rate"),
         ({"algo": "ppo", "set": ("network.body=mpl",)}, "no body 'mpl': choose among mlp, relu_mlp"),
+        ({"algo": "ppo", "set": ("network.body=mlp:8,a",)}, "mlp:8,a': give the widths of an MLP's layers"),
+        ({"algo": "ppo", "set": ("network.body=minatar_conv:8",)}, "give the widths of an MLP's layers"),
         ({"set": ("rollout.num_envs=many",)}, "'many' is no int"),
         ({"set": ("total_steps",)}, "write it as NAME=VALUE"),
         ({"out": None}, "--out is missing"),
