@@ -19,7 +19,7 @@ from common import RunOptions, flags, to_json
 
 from rlhf_jax import distributed
 from rlhf_jax.core.axes import GATHERED_SAMPLING, axis_rules
-from rlhf_jax.core.compilation import ensure_threads
+from rlhf_jax.core.compilation import choose_threads
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.training import Interrupted
 
@@ -27,11 +27,20 @@ Options = TypeVar("Options")
 EXIT_LOST_PEER = 75  # "try again later", as a scheduler that starts the run anew understands it
 
 
-def main(run: Callable[[Options], Any], options_type: type[Options], description: str | None) -> None:
+def main(
+    run: Callable[[Options], Any],
+    options_type: type[Options],
+    description: str | None,
+    *,
+    side_by_side: bool = False,
+) -> None:
     """Parses the command line, runs, and turns what went wrong into one sentence and an exit status.
 
     Status 2 for a mistake of the user, 130 after Ctrl-C, 0 after SIGTERM (the run was saved either way), 75
     where another process of the run was lost.
+
+    Args:
+      side_by_side: whole runs under `vmap` are all that is computed (`core.compilation.choose_threads`).
     """
     sys.unraisablehook = _print_unless_late
     logging.getLogger("asyncio").addFilter(is_not_late)
@@ -41,7 +50,7 @@ def main(run: Callable[[Options], Any], options_type: type[Options], description
         )
         if unknown:
             _refuse(unknown[0], [*flags(to_json(options)), "--help"])
-        ensure_threads()
+        choose_threads(side_by_side=side_by_side)
         use_compile_cache()
         run_options = getattr(options, "run", None)
         with on_mesh(run_options) if isinstance(run_options, RunOptions) else contextlib.nullcontext():

@@ -422,4 +422,4 @@ def sweep_policies(options: Options, train: Any, seeds: Seed, hypers: Setting, f
 
 
 if __name__ == "__main__":
-    command_line.main(run, Options, __doc__)
+    command_line.main(run, Options, __doc__, side_by_side=True)

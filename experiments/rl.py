@@ -277,4 +277,4 @@ def run(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    command_line.main(run, Options, __doc__)
+    command_line.main(run, Options, __doc__, side_by_side=True)

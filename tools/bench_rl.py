@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import tyro
 from flax import linen as nn
 
-from rlhf_jax.core.compilation import compiler_options, ensure_threads
+from rlhf_jax.core.compilation import choose_threads, compiler_options
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.optimization import make_optimizer
 from rlhf_jax.rl import dqn, environments, ppo
@@ -143,7 +143,7 @@ def show(name: str, count: int, compile_seconds: float | None, rate: float, firs
 
 def main(bench: Bench) -> None:
     """Prints one table; the last column compares with the first row of PPO, or of DQN."""
-    ensure_threads()
+    choose_threads(side_by_side=True)
     env, env_params = environments.make("CartPole-v1")
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}\n")
     print("| run | side by side | compile (s) | env steps / s | against the first |\n|---|---|---|---|---|")

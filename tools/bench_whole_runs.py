@@ -17,7 +17,7 @@ import tyro
 
 from rlhf_jax import models
 from rlhf_jax.algorithms import group_members
-from rlhf_jax.core.compilation import compiler_options, ensure_threads
+from rlhf_jax.core.compilation import choose_threads, compiler_options
 from rlhf_jax.core.optimization import OptimizerConfig
 from rlhf_jax.data.style import style_task
 from rlhf_jax.training.whole_methods import group_method
@@ -79,7 +79,7 @@ def measure(world: World, count: int, bench: Bench) -> tuple[float, float, float
 
 def main(bench: Bench) -> None:
     """Prints one table."""
-    ensure_threads()
+    choose_threads(side_by_side=True)
     world, first = make_world(bench.width), None
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}\n")
     print("| runs | compile (s) | all runs (s) | sampled tokens / s | against the first |")

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from rlhf_jax.core.compilation import compiler_options, ensure_threads
+from rlhf_jax.core.compilation import choose_threads, compiler_options
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, PRNGKeyArray
 from rlhf_jax.rl import dqn
@@ -119,7 +119,7 @@ def draw(options: Options) -> None:
     """Trains, and writes the figure."""
     from matplotlib.figure import Figure
 
-    ensure_threads()
+    choose_threads(side_by_side=True)
     figure = Figure(figsize=(5, 3.4), layout="constrained")
     axes = figure.subplots()
     for double, colour, label in ((False, "tab:red", "DQN"), (True, "tab:blue", "double DQN")):

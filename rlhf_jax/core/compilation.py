@@ -1,28 +1,43 @@
 """What whole runs need of the compiler and of the client, so that they end."""
 
 import os
+import re
 
 import jax
 
 LEAST_THREADS = 8
+"""Of a client with several devices."""
 
 
-def ensure_threads() -> None:
-    """Gives XLA's CPU client at least eight threads; call it before anything is computed.
+def choose_threads(*, side_by_side: bool = False) -> None:
+    """Sets how many threads XLA's CPU client has; call it before anything is computed.
 
-    By default it has one a core. On two cores they can come to wait for each other in large loops over
-    several runs side by side: every thread is idle and the program never ends. Seen with jax 0.10.2 for PPO
-    on Pendulum over 4 and over 8 seeds and on CartPole over 256; with eight threads the first and the last
-    were tried again, and end. A PJRT_NPROC that is set already stays.
+    By default it has one a core. Threads of such a pool can come to wait for each other in large loops over
+    several runs side by side: every thread is idle and the program never ends (jax 0.10.2, two cores: PPO on
+    Pendulum over 4 and over 8 seeds, on CartPole over 256). One thread has nobody to wait for, ends all of
+    these, and is the fastest for programs of small operations, which it costs more to hand over than to
+    compute. Several devices need more than one; with eight none was seen to hang.
+
+    Args:
+      side_by_side: the program will hold whole runs under `vmap`; else one device keeps JAX's default, which
+        is the fastest for models. A PJRT_NPROC that is set already stays.
     """
-    os.environ.setdefault("PJRT_NPROC", str(max(LEAST_THREADS, os.cpu_count() or 1)))
+    if _cpu_devices() > 1:
+        os.environ.setdefault("PJRT_NPROC", str(max(LEAST_THREADS, os.cpu_count() or 1)))
+    elif side_by_side:
+        os.environ.setdefault("PJRT_NPROC", "1")
+
+
+def _cpu_devices() -> int:
+    forced = re.search(r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    return int(forced[1]) if forced else jax.config.values["jax_num_cpu_devices"]
 
 
 def compiler_options() -> dict[str, bool | str]:
     """What `jax.jit(run, compiler_options=...)` needs so that the run does not hang; nothing off CPU.
 
     The scheduler that keeps memory low leaves the threads less to wait for: it lets most programs end also
-    where `ensure_threads` was not called in time, but not all (PPO on CartPole over 256 seeds).
+    where `choose_threads` was not called in time, but not all (PPO on CartPole over 256 seeds).
     """
     if jax.default_backend() != "cpu":
         return {}
