@@ -1,6 +1,6 @@
 """Two studies of what lies beneath: what gamma and lambda trade, and what importance weights cost.
 
-    python experiments/rl_studies.py --out runs/rl_studies             # eight minutes on a CPU core
+    python experiments/rl_studies.py --out runs/rl_studies             # some minutes on a CPU core
     python experiments/rl_studies.py --out runs/quick --seeds 2 --steps 20000
 
 Bias and variance of advantages are exact, by linear equations on a random walk; PPO is trained with every

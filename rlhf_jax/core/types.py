@@ -32,6 +32,7 @@ __all__ = [
     "Score",
     "ScoreFn",
     "Sequences",
+    "ToolFn",
 ]
 
 
@@ -87,3 +88,5 @@ class Score:
 
 
 ScoreFn: TypeAlias = Callable[[Params, Any], Score]
+ToolFn: TypeAlias = Callable[[Int[Array, "B T"], Int[Array, " B"]], Int[Array, "B R"]]
+"""(completions, their lengths) -> what a tool writes behind them, -1 beyond its end; pure and traceable."""

@@ -18,9 +18,9 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.core.types import Array, Bool, Float, Int, Sequences
+from rlhf_jax.core.types import Array, Bool, Float, Int, Sequences, ToolFn
 from rlhf_jax.data.arithmetic import Split, in_split
-from rlhf_jax.data.tasks import Task, ToolFn, first_tokens, tabulate
+from rlhf_jax.data.tasks import Task, first_tokens, tabulate
 from rlhf_jax.data.tokenizers import Tokenizer, character_tokenizer
 
 OPERATORS = "+*"

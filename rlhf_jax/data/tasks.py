@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.core.trees import pytree_dataclass
-from rlhf_jax.core.types import Array, Bool, Float, Int, PRNGKeyArray, Sequences
+from rlhf_jax.core.types import Array, Bool, Float, Int, PRNGKeyArray, Sequences, ToolFn
 from rlhf_jax.data import arithmetic, arithmetic_arrays
 from rlhf_jax.data.examples import PromptExample, prompt_examples, supervised_examples
 from rlhf_jax.data.packing import left_pad, pad_rows
@@ -21,7 +21,6 @@ from rlhf_jax.data.sources import Row
 from rlhf_jax.data.tokenizers import Tokenizer
 
 ScoreFn = Callable[[Int[Array, "B T"], Bool[Array, "B T"], Any], Float[Array, " B"]]
-ToolFn = Callable[[Int[Array, "B T"], Int[Array, " B"]], Int[Array, "B R"]]
 
 
 @pytree_dataclass

@@ -14,15 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.core.trees import pytree_dataclass
-from rlhf_jax.core.types import Array, Bool, Float, Int, Params, PRNGKeyArray, Rollout, Sequences
+from rlhf_jax.core.types import Array, Bool, Float, Int, Params, PRNGKeyArray, Rollout, Sequences, ToolFn
 from rlhf_jax.generation.automata import next_state
 from rlhf_jax.generation.caches import row_axes, take_rows
 from rlhf_jax.generation.processors import Context
 from rlhf_jax.generation.sampling import Sampling, process_logits, row_keys, sample_token, step_keys
 
 Carry = TypeVar("Carry")
-ToolFn = Callable[[Int[Array, "B T"], Int[Array, "B"]], Int[Array, "B R"]]
-"""(completions, their lengths) -> what a tool writes behind them, -1 beyond its end; pure and traceable."""
 
 
 @pytree_dataclass
