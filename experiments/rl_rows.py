@@ -116,10 +116,13 @@ ROWS = (
             "hyper.learning_rate=3e-4",
             "hyper.gae_lambda=0.98",
             "hyper.entropy_coef=0",
+            "hyper.value_clip=inf",
+            "optimizer.schedule=constant",
         ),
         note=(
-            "The settings of rl-zoo but for an annealed learning rate: eight other seeds gave -113.9 with it "
-            "and -113.1 with a constant one."
+            "rl-zoo's settings. An annealed learning rate and clipped values gave -113.2 [-115.2, -111.6] "
+            "over the same 16 seeds. Means over eight other seeds: -113.9 with both, -113.1 with clipped "
+            "values alone, -112.8 with the annealed rate alone, -111.0 with neither."
         ),
     ),
     Row(
@@ -171,8 +174,8 @@ ROWS = (
         chunk=4,
         note=(
             "rl-zoo's settings. A network of 120 x 84, double, squared errors and no clipping gave -80.5 "
-            "[-82.0, -79.0] over the same 16 seeds; on four other seeds -86 (with targets of 3 steps -99), and "
-            "rl-zoo's -71."
+            "[-82.0, -79.0] over the same 16 seeds; on four other seeds -86 (with targets of 3 steps -99), "
+            "and rl-zoo's -71."
         ),
     ),
     Row(
