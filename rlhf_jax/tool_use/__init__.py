@@ -1,18 +1,32 @@
 """Tools that a model may call, and the calls that it writes. Knows neither models nor tokens."""
 
 from rlhf_jax.tool_use.calls import Call, CallError, parse_calls
+from rlhf_jax.tool_use.passages import (
+    Answer,
+    Passage,
+    PassageIndex,
+    numbered_prompt,
+    read_answer,
+    split_document,
+)
 from rlhf_jax.tool_use.retrieval import Index
 from rlhf_jax.tool_use.tools import Tool, answer_calls, calculator, call_pattern, retriever, worker_tool
 
 __all__ = [
+    "Answer",
     "Call",
     "CallError",
     "Index",
+    "Passage",
+    "PassageIndex",
     "Tool",
     "answer_calls",
     "calculator",
     "call_pattern",
+    "numbered_prompt",
     "parse_calls",
+    "read_answer",
     "retriever",
+    "split_document",
     "worker_tool",
 ]

@@ -54,11 +54,15 @@ class Index:
                 total[places] += weights
         return total
 
-    def search(self, query: str, count: int = 3) -> list[tuple[float, str]]:
-        """(score, text) of the best texts that share a word with the query; the earlier one of equals."""
+    def places(self, query: str, count: int = 3) -> list[tuple[int, float]]:
+        """(place, score) of the best texts that share a word with the query; the earlier one of equals."""
         scores = self.scores(query)
         best = np.argsort(-scores, kind="stable")[:count]
-        return [(float(scores[place]), self.texts[place]) for place in best if scores[place] > 0]
+        return [(int(place), float(scores[place])) for place in best if scores[place] > 0]
+
+    def search(self, query: str, count: int = 3) -> list[tuple[float, str]]:
+        """(score, text) of the same texts."""
+        return [(score, self.texts[place]) for place, score in self.places(query, count)]
 
 
 def words(text: str) -> list[str]:

@@ -1,0 +1,128 @@
+"""The script of retrieval-augmented generation, from its command line."""
+
+import json
+
+import common
+import pytest
+import rag
+import tyro
+
+from rlhf_jax.tool_use import Passage
+
+_SMALL = (
+    "--model.width 16 --model.layers 1 --model.heads 2 --model.kv-heads 1 --people 4 --passages 1 "
+    "--max-new-tokens 4 --quiet"
+)
+
+
+@pytest.fixture(scope="module")
+def notes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("notes")
+    (folder / "cats.md").write_text("The cat is 7 years old. It eats fish.")
+    (folder / "dogs.txt").write_text("The dog is 12 years old.")
+    (folder / "left_out.csv").write_text("The dog is 13 years old.")
+    rows = [{"text": "Rain fell.", "source": "weather"}, {"text": "Snow fell."}]
+    (folder / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    questions = [{"question": "how old is the dog?", "answer": "12"}, {"question": "what fell?"}]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    return folder
+
+
+def test_questions_about_documents_of_ones_own(tiny, notes, tmp_path, monkeypatch, capsys):
+    usual = ["--init", tiny.finished("sft"), "--quiet", "--max-new-tokens", 4, "--passages", 1]
+    words = ["--out", tmp_path, *usual, "--documents", notes, notes / "more.jsonl"]
+    assert tiny.main("rag", [*words, "--questions", notes / "questions.jsonl"], monkeypatch) == 0
+    assert "answer among them" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [line["given"] for line in lines] == [[], [], ["dogs.txt#1"], ["weather#1"]]
+    assert [line.get("found") for line in lines] == [False, None, True, None]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [results[count]["found"] for count in ("0", "1")] == [0, 1]
+    assert (results["1"]["questions"], results["1"]["judged"]) == (2, 1)
+
+    again = [
+        "--out",
+        tmp_path / "again",
+        *usual,
+        "--index",
+        tmp_path / "index",
+        "--ask",
+        "how old is the cat?",
+    ]
+    assert tiny.main("rag", [*again, "--ask", "how old is the cat?"], monkeypatch) == 0
+    assert "[1] cats.md#1: The cat is 7 years old. It eats fish." in capsys.readouterr().out
+
+
+def test_mistakes_are_one_sentence(tiny, notes, tmp_path, monkeypatch, capsys):
+    def refused(*words):
+        assert tiny.main("rag", ["--out", tmp_path, *words], monkeypatch) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ")
+        assert "Traceback" not in said
+        return said
+
+    init = ("--init", tiny.finished("sft"))
+    assert "name it with --init" in refused("--documents", notes)
+    assert "nothing to answer" in refused(*init, "--documents", notes)
+    assert "exclude each other" in refused(*init, "--documents", notes, "--index", notes)
+    assert "no index" in refused(*init, "--index", notes, "--ask", "what?")
+    assert "no .txt or .md file" in refused(*init, "--documents", tmp_path, "--ask", "what?")
+    assert "no such file" in refused(*init, "--documents", notes / "x.jsonl", "--ask", "what?")
+    assert "128 who are held out" in refused("--people", "129")
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"words": "a"}\n')
+    assert "bad.jsonl:1: no field `text`" in refused(
+        *init, "--documents", tmp_path / "bad.jsonl", "--ask", "a"
+    )
+    wrong = ("--questions", bad)
+    assert "bad.jsonl:1: `question`" in refused(*init, "--documents", notes, *wrong)
+
+
+def test_what_the_policy_is_taught():
+    options = tyro.cli(rag.Options, args=["--passages", "2", "--missing-rate", "0.3"])
+    rows = rag.training_rows(options)
+    sourced = [row for row in rows if row["completion"] != "unknown"]
+    assert 0.2 < len(sourced) / len(rows) < 0.8
+    for row in sourced[::500]:
+        answer, number = row["completion"].removesuffix("]").split(" [")
+        *passages, question = row["prompt"].split("\n")
+        cited = passages[int(number) - 1]
+        assert answer in cited
+        assert cited.startswith(f"[{number}] ")
+        assert " ".join(cited.split()[1:3]) in question
+    assert rag.judge({"question": "who?", "answer": "Bo"}, [Passage("It is bo.", "a#1")], "bo [1] [2]") == {
+        "question": "who?",
+        "text": "bo",
+        "cited": ["a#1"],
+        "invented": 1,
+        "given": ["a#1"],
+        "answer": "Bo",
+        "found": True,
+        "right": True,
+        "sourced": True,
+        "unknown": False,
+    }
+
+
+def test_help_shows_every_option(tiny, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "110")
+    assert tiny.main("rag", ["--help"], monkeypatch) == 0
+    shown = capsys.readouterr().out
+    for flag in common.flags(common.to_json(rag.Options())):
+        assert flag in shown, flag
+
+
+@pytest.mark.slow
+def test_a_run_from_nothing(tmp_path):
+    rag.run(tyro.cli(rag.Options, args=f"--out {tmp_path} --sft-steps 4 {_SMALL}".split()))
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["0"]["questions"] == 16
+    assert results["0"]["found"] == 0 < results["1"]["found"]
+
+
+@pytest.mark.slow
+def test_people_it_has_never_met(tmp_path):
+    rag.run(tyro.cli(rag.Options, args=f"--out {tmp_path} --quiet".split()))
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["0"]["right"] < 0.2 * results["0"]["judged"]
+    assert results["3"]["right_and_sourced"] > 0.85 * results["3"]["judged"]
