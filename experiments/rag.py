@@ -5,7 +5,7 @@
         --instruction "Answer from the numbered passages and cite them as [1]." --ask "When does it open?"
 
 The first trains a small decoder to answer from passages about made-up people, then asks it about people it
-has never met: EXPECTED. The second asks a policy of yours (a run folder or a Hugging Face folder) about your
+has never met. The second asks a policy of yours (a run folder or a Hugging Face folder) about your
 documents (.txt, .md, or rows with `text`); with `--questions` (rows with `question`, and `answer` where it is
 known) it answers a file of them. The run folder gets `index/`, `answers.jsonl` and `results.json`.
 """
@@ -72,13 +72,13 @@ class Options:
     questions: str = ""
     ask: str = ""
     instruction: str = ""
-    passages: int = 3
-    passage_words: int = 12
+    passages: int = 4
+    passage_words: int = 6
     overlap: int = 0
     people: int = 128
     missing_rate: float = 0.15
-    sft_steps: int = 1200
-    max_new_tokens: int = 8
+    sft_steps: int = 800
+    max_new_tokens: int = 20
     batch_size: int = 64
     seed: int = 0
     resume: bool = False
@@ -155,18 +155,17 @@ def training_rows(options: Options) -> list[dict[str, str]]:
 
 
 def questions_about(people: Sequence[facts.Person]) -> list[dict[str, str]]:
-    """All questions about them, as rows of a file; `subject` is who it is about."""
+    """All questions about them, as rows of a file."""
     return [
-        {"question": question, "answer": answer, "subject": person.name}
+        {"question": question, "answer": answer}
         for person in people
         for question, answer in person.questions()
     ]
 
 
 def says(passage: Passage, question: dict[str, str]) -> bool:
-    """Whether the answer stands in a passage about the subject, or about anything where none is named."""
-    text = passage.text.casefold()
-    return question["answer"].casefold() in text and question.get("subject", "").casefold() in text
+    """Whether the answer stands in a passage."""
+    return question["answer"].casefold() in passage.text.casefold()
 
 
 def train_policy(options: Options) -> Path:
@@ -205,7 +204,7 @@ def read_questions(options: Options) -> list[dict[str, str]]:
         return questions_about(held_out(options))
     questions = []
     for row in read_rows(options.questions):
-        fields = {name: row.fields[name] for name in ("question", "answer", "subject") if name in row.fields}
+        fields = {name: row.fields[name] for name in ("question", "answer") if name in row.fields}
         if "question" not in fields or not all(isinstance(text, str) for text in fields.values()):
             raise UserError(f"{row.where}: `question` must be there, and it and `answer` text: mend the row")
         questions.append(fields)

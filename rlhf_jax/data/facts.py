@@ -2,7 +2,7 @@
 
     document  balo mike lives in oslo. balo mike works as a baker. balo mike likes figs. balo mike owns a cat.
     question  where does balo mike live?
-    answer    oslo
+    answer    balo mike lives in oslo
 
 People who are held out are met for the first time when their documents are read, so a right answer comes from
 there; a guess among the values of a relation is right once in `len(VALUES)`. First and last names are shared,
@@ -55,14 +55,13 @@ class Person:
 
     @property
     def document(self) -> str:
-        """All that is known."""
-        pairs = zip(_RELATIONS, self.values, strict=True)
-        return " ".join(f"{self.name} {verb} {value}." for (verb, _, _), value in pairs)
+        """All that is known, in a sentence for each relation."""
+        return " ".join(f"{answer}." for _, answer in self.questions())
 
     def questions(self) -> list[tuple[str, str]]:
-        """(question, answer) for each relation."""
+        """(question, answer) for each relation; the answer is the document's sentence."""
         pairs = zip(_RELATIONS, self.values, strict=True)
-        return [(form.format(self.name), value) for (_, form, _), value in pairs]
+        return [(form.format(self.name), f"{self.name} {verb} {value}") for (verb, form, _), value in pairs]
 
 
 def people(split: Split, count: int, seed: int) -> list[Person]:

@@ -23,13 +23,14 @@ def notes(tmp_path_factory):
     (folder / "left_out.csv").write_text("The dog is 13 years old.")
     rows = [{"text": "Rain fell.", "source": "weather"}, {"text": "Snow fell."}]
     (folder / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    questions = [{"question": "how old is the dog?", "answer": "12"}, {"question": "what fell?"}]
+    questions = [{"question": "how old is the dog?", "answer": "12 years"}, {"question": "what fell?"}]
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     return folder
 
 
 def test_questions_about_documents_of_ones_own(tiny, notes, tmp_path, monkeypatch, capsys):
     usual = ["--init", tiny.finished("sft"), "--quiet", "--max-new-tokens", 4, "--passages", 1]
+    usual += ["--passage-words", 12]
     words = ["--out", tmp_path, *usual, "--documents", notes, notes / "more.jsonl"]
     assert tiny.main("rag", [*words, "--questions", notes / "questions.jsonl"], monkeypatch) == 0
     assert "answer among them" in capsys.readouterr().out
@@ -87,9 +88,8 @@ def test_what_the_policy_is_taught():
         answer, number = row["completion"].removesuffix("]").split(" [")
         *passages, question = row["prompt"].split("\n")
         cited = passages[int(number) - 1]
-        assert answer in cited
-        assert cited.startswith(f"[{number}] ")
-        assert " ".join(cited.split()[1:3]) in question
+        assert cited == f"[{number}] {answer}."
+        assert " ".join(answer.split()[:2]) in question
     assert rag.judge({"question": "who?", "answer": "Bo"}, [Passage("It is bo.", "a#1")], "bo [1] [2]") == {
         "question": "who?",
         "text": "bo",
@@ -125,4 +125,4 @@ def test_people_it_has_never_met(tmp_path):
     rag.run(tyro.cli(rag.Options, args=f"--out {tmp_path} --quiet".split()))
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["0"]["right"] < 0.2 * results["0"]["judged"]
-    assert results["3"]["right_and_sourced"] > 0.85 * results["3"]["judged"]
+    assert results["4"]["right_and_sourced"] > 0.85 * results["4"]["judged"]

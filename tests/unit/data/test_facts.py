@@ -7,11 +7,12 @@ from rlhf_jax.data import facts
 
 def test_a_document_answers_every_question_about_its_person():
     for person in facts.people("heldout", 20, 0):
-        sentences = [f"{sentence}." for sentence in person.document.split(". ")]
-        for (question, answer), sentence in zip(person.questions(), sentences, strict=True):
+        answers = [answer for _, answer in person.questions()]
+        assert person.document == ". ".join(answers) + "."
+        for (question, answer), value in zip(person.questions(), person.values, strict=True):
             assert person.name in question
-            assert sentence.strip(".").startswith(person.name)
-            assert sentence.strip(".").endswith(answer)
+            assert answer.startswith(person.name)
+            assert answer.endswith(f" {value}")
 
 
 def test_nobody_is_in_both_splits():
