@@ -35,6 +35,7 @@ from rlhf_jax.training.runs import (
 )
 
 DType = Literal["float32", "bfloat16"]
+ModelKind = Literal["transformer", "rnn", "gru", "lstm"]
 Options = TypeVar("Options")
 
 
@@ -98,14 +99,19 @@ class RunOptions:
 
 @dataclasses.dataclass(frozen=True)
 class ModelOptions:
-    """A new decoder, for runs that do not start from another one.
+    """A new model, for runs that do not start from another one.
 
     Attributes:
+      kind: a transformer, or the recurrent network of that name: a cell a layer, nothing else.
       width: of the residual stream.
       layers: number of blocks.
       heads: query heads; divide the width.
       kv_heads: key-value heads; divide the heads.
       hidden: width of the feed-forward; 0 for 8/3 of the width.
+      experts: above 0, feed-forwards are mixtures of so many experts of the hidden width.
+      experts_per_token: how many of them each token goes through.
+      router: softmax, balanced by a loss, or sigmoid, whose biases balance the load without one.
+      further: modules that foresee tokens beyond the next one (experiments/pretrain.py trains them).
       tied: use the input embedding as output matrix.
       scan_layers: run the blocks as one scan: compile time independent of depth.
       remat: what the backward pass computes again, to save memory.
@@ -113,11 +119,16 @@ class ModelOptions:
       compute_dtype: dtype of matmuls and activations.
     """
 
+    kind: ModelKind = "transformer"
     width: int = 96
     layers: int = 2
     heads: int = 8
     kv_heads: int = 4
     hidden: int = 0
+    experts: int = 0
+    experts_per_token: int = 2
+    router: Literal["softmax", "sigmoid"] = "softmax"
+    further: int = 0
     tied: bool = True
     scan_layers: bool = False
     remat: models.Remat = "none"
@@ -130,21 +141,39 @@ class ModelOptions:
         Raises:
           UserError: the numbers do not fit each other.
         """
+        shape: dict[str, Any] = {
+            "vocab_size": tokenizer.vocab_size,
+            "width": self.width,
+            "num_layers": self.layers,
+            "tied_embeddings": self.tied,
+            "scan_layers": self.scan_layers,
+            "remat": self.remat,
+            "param_dtype": self.param_dtype,
+            "compute_dtype": self.compute_dtype,
+        }
+        if self.kind != "transformer":
+            if self.experts or self.further:
+                raise UserError(
+                    f"--model.experts and --model.further mean nothing to --model.kind {self.kind}: "
+                    "leave them out"
+                )
+            return models.recurrent_config(cell=self.kind, **shape)
         check_divides("--model.heads", self.heads, "--model.width", self.width)
         check_divides("--model.kv-heads", self.kv_heads, "--model.heads", self.heads)
-        return models.dense_config(
-            vocab_size=tokenizer.vocab_size,
-            width=self.width,
-            num_layers=self.layers,
+        dense = models.dense_config(
             num_heads=self.heads,
             num_kv_heads=self.kv_heads,
             hidden_dim=self.hidden or None,
-            tied_embeddings=self.tied,
-            scan_layers=self.scan_layers,
-            remat=self.remat,
-            param_dtype=self.param_dtype,
-            compute_dtype=self.compute_dtype,
+            further_depth=self.further,
+            **shape,
         )
+        if not self.experts:
+            return dense
+        (block,) = dense.pattern
+        assert isinstance(block.feed_forward, models.GatedFeedForward)
+        router = models.SoftmaxRouter() if self.router == "softmax" else models.SigmoidRouter()
+        mixture = models.MixtureOfExperts(self.experts, self.experts_per_token, block.feed_forward, router)
+        return dataclasses.replace(dense, pattern=(dataclasses.replace(block, feed_forward=mixture),))
 
 
 # Data ----------------------------------------------------------------------------------------------
@@ -239,15 +268,19 @@ def starting_model(
         if options != ModelOptions():
             check_same_architecture(options.config(model.tokenizer), model.config, f"--init {init}")
         return model
-    if isinstance(tokenizer, Tokenizer):
-        chosen = tokenizer
-    elif tokenizer:
-        chosen = load_tokenizer(tokenizer)
-    else:
-        chosen = arithmetic.arithmetic_tokenizer() if embedded_level(data) else byte_tokenizer()
+    chosen = find_tokenizer(tokenizer, data)
     config = options.config(chosen)
     params = distributed.born_sharded(functools.partial(models.init_params, config), jax.random.key(seed))
     return Model(config, params, chosen)
+
+
+def find_tokenizer(tokenizer: str | Tokenizer, data: str) -> Tokenizer:
+    """The tokenizer itself, or where it says; empty for that of the embedded task, or for bytes."""
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    if tokenizer:
+        return load_tokenizer(tokenizer)
+    return arithmetic.arithmetic_tokenizer() if embedded_level(data) else byte_tokenizer()
 
 
 def copied(params: Params) -> Params:
@@ -287,14 +320,14 @@ _WITHOUT_PREFIX = ("run", "pairs", "prompts")
 _POSITIVE = """
     --steps --keep --batch-size --micro-batches --minibatches --group-size --epochs --temperature
     --max-new-tokens --demonstrations --pair-count --prompt-count --eval-count --optimizer.clip-norm
-    --model.width --model.layers --model.heads --model.kv-heads
+    --model.width --model.layers --model.heads --model.kv-heads --length
     --rounds --prompts-per-round --samples-per-prompt
 """.split()  # noqa: SIM905 (a list of literals would fill the screen)
 # They change how a run is watched, or how long it is, and nothing of what it computes until then.
 _MAY_DIFFER = """
     --out --resume --steps --save-every --eval-every --keep --quiet --report --micro-batches
     --eval-data --eval-reward --eval-count --samples --mesh --gather-params --hosts
-    --start-timeout --lost-timeout --profile --peak-tflops
+    --start-timeout --lost-timeout --profile --peak-tflops --prompts --sample-tokens
 """.split()  # noqa: SIM905
 
 
@@ -389,7 +422,7 @@ def announce(options: RunOptions, model: Model, data: str) -> None:
     if options.quiet or not distributed.is_first_host():
         return
     size = sum(leaf.size for leaf in jax.tree.leaves(model.params))
-    print(f"{options.out}: {data}; a decoder of {size:,} parameters; {options.steps} steps")
+    print(f"{options.out}: {data}; a model of {size:,} parameters; {options.steps} steps")
     mesh = distributed.current_mesh()
     if mesh.size > 1:
         summary, whole = distributed.describe_shardings(mesh, model.params)

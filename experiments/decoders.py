@@ -211,11 +211,17 @@ def make_drafter(decoder: Speculative, model: Model) -> generation.Drafter:
     """
     if decoder.count < 1:
         raise UserError(f"--count {decoder.count} is below 1: raise it")
+    if model.config.is_recurrent:
+        raise UserError("speculative: a recurrent model cannot take back guesses: choose another decoder")
     if decoder.draft == "prompt":
         return generation.prompt_drafter(count=decoder.count)
     if decoder.draft == "lookahead":
         return generation.lookahead_drafter(count=decoder.count)
     draft = load_model(Path(decoder.draft))
+    if draft.config.is_recurrent:
+        raise UserError(
+            f"--draft {decoder.draft}: a recurrent model cannot take back guesses: choose another"
+        )
     if draft.tokenizer.backend.get_vocab() != model.tokenizer.backend.get_vocab():
         raise UserError(f"--draft {decoder.draft}: its tokenizer is not that of the model: choose another")
     return generation.model_drafter(

@@ -157,7 +157,7 @@ def run(options: Options) -> None:
     common.show_sample(options.run, model.tokenizer, examples[0])
 
     parts = adapting.take_apart(options.adapter, model, seed=options.run.seed, steps=options.run.steps)
-    score_fn = models.make_score_fn(model.config)
+    score_fn = models.make_likelihood_fn(model.config)
     tx = parts.optimizer(common.with_total_steps(options.optimizer, options.run.steps))
     state = adapting.new_state(
         lambda *x: sft.init(x[0], tx, x[1]),
@@ -166,7 +166,8 @@ def run(options: Options) -> None:
         jax.random.key(options.run.seed),
     )
     adapting.say_what_trains(options.run, state.learner)
-    update = common.jit_update(sft.make_update(sft.Config(options.micro_batches), score_fn, tx), state)
+    update = sft.make_update(sft.Config(options.micro_batches), score_fn, tx, models.rebalance)
+    update = common.jit_update(update, state)
     evaluate = held_out_loss(options, model, score_fn)
     hyper = sft.Hyper(learning_rate=jnp.float32(options.learning_rate))
     common.start(options, options.run, "sft", model, "policy", parts.adaptation)

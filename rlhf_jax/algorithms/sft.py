@@ -1,15 +1,38 @@
-"""Supervised fine-tuning: cross-entropy on the tokens of the response."""
+"""Learning by likelihood: cross-entropy on the tokens that count, of responses or of plain text.
+
+Where the score function tells more (`Score.further_logp`, `Score.routing`), losses on further tokens and on
+the load of experts come with it.
+"""
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
+import jax
 import optax
 
-from rlhf_jax.core.optimization import Learner, accumulate_gradients, apply_gradients, init_learner
-from rlhf_jax.core.trees import pytree_dataclass
-from rlhf_jax.core.types import Metrics, Params, PRNGKeyArray, Scalar, ScoreFn, Sequences
+from rlhf_jax.core.optimization import (
+    Learner,
+    accumulate_gradients,
+    apply_gradients,
+    init_learner,
+    sum_over_parts,
+)
+from rlhf_jax.core.trees import pytree_dataclass, tree_where
+from rlhf_jax.core.types import (
+    Array,
+    Metrics,
+    Params,
+    PRNGKeyArray,
+    Routing,
+    Scalar,
+    Score,
+    ScoreFn,
+    Sequences,
+)
 from rlhf_jax.losses.reductions import Reduction, token_mean
-from rlhf_jax.losses.supervised import cross_entropy_loss
+from rlhf_jax.losses.routing import load_balance_loss, load_violation, router_z_loss
+from rlhf_jax.losses.supervised import cross_entropy_loss, further_masks, further_token_loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +50,20 @@ class Config:
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary."""
+    """What a sweep may vary. All but the first matter only where the score function tells of them.
+
+    Attributes:
+      further_coef: weight of the loss on further tokens; DeepSeek-V3 began with 0.3 and ended with 0.1.
+      balance_coef: weight of the load-balance loss.
+      z_coef: weight of the routers' z-loss.
+      bias_rate: by how much the biases of routers move in a step.
+    """
 
     learning_rate: Scalar = 1e-3
+    further_coef: Scalar = 0.3
+    balance_coef: Scalar = 0.01
+    z_coef: Scalar = 0.001
+    bias_rate: Scalar = 0.001
 
 
 @pytree_dataclass
@@ -45,24 +79,71 @@ def init(params: Params, tx: optax.GradientTransformation, key: PRNGKeyArray, fr
     return State(init_learner(params, tx, frozen), key)
 
 
+RebalanceFn = Callable[[Params, dict[str, Routing], Scalar], Params]
+
+
 def make_update(
-    config: Config, score_fn: ScoreFn, tx: optax.GradientTransformation
+    config: Config,
+    score_fn: ScoreFn,
+    tx: optax.GradientTransformation,
+    rebalance_fn: RebalanceFn | None = None,
 ) -> Callable[[State, Hyper, Sequences], tuple[State, Metrics]]:
-    """`update(state, hyper, sequences) -> (state, metrics)`: one optimizer step."""
+    """`update(state, hyper, sequences) -> (state, metrics)`: one optimizer step.
+
+    With routing and micro-batches, the load of the whole batch is found by a pass of its own before the
+    gradient, so that the balance loss is that of the batch however it is split.
+
+    Args:
+      rebalance_fn: `rebalance_fn(params, routing, rate) -> params` moves the biases of routers after the
+        step, without a loss (`models.rebalance`); left out, as the step is, where the step is not finite.
+    """
 
     def update(state: State, hyper: Hyper, batch: Sequences) -> tuple[State, Metrics]:
-        denominator = config.reduce.total(batch.mask)
+        params = state.learner.all_params
+        routed = jax.eval_shape(score_fn, params, batch).routing is not None
+        whole = None
+        if routed and config.micro_batches > 1:
+            whole = sum_over_parts(
+                lambda part: score_fn(params, part).routing, batch, micro_batches=config.micro_batches
+            )
 
-        def loss_fn(params: Params, part: Sequences):
-            logp = score_fn(params, part).logp
-            return cross_entropy_loss(logp, part.mask, reduce=config.reduce, denominator=denominator)
+        def loss_fn(params: Params, part: Sequences) -> tuple[Array, Any]:
+            score = score_fn(params, part)
+            loss, metrics = _token_losses(config, hyper, score, part, batch)
+            if not routed:
+                return loss, (metrics, None)
+            balance, z = load_balance_loss(score.routing, whole), router_z_loss(score.routing, whole)
+            metrics |= jax.lax.stop_gradient({"balance_loss": balance, "router_z_loss": z})
+            return loss + hyper.balance_coef * balance + hyper.z_coef * z, (metrics, score.routing)
 
-        gradients, loss, metrics = accumulate_gradients(
+        gradients, loss, (metrics, routing) = accumulate_gradients(
             loss_fn, state.learner, batch, micro_batches=config.micro_batches
         )
         learner, guard = apply_gradients(
             state.learner, gradients, tx, learning_rate=hyper.learning_rate, loss=loss
         )
+        if routed:
+            metrics["load_violation"] = load_violation(routing)
+            if rebalance_fn is not None:
+                moved = rebalance_fn(learner.params, routing, hyper.bias_rate)
+                applied = learner.steps > state.learner.steps
+                learner = dataclasses.replace(learner, params=tree_where(applied, moved, learner.params))
         return dataclasses.replace(state, learner=learner), {**metrics, **guard, "tokens": batch.mask.sum()}
 
     return update
+
+
+def _token_losses(
+    config: Config, hyper: Hyper, score: Score, part: Sequences, batch: Sequences
+) -> tuple[Array, Metrics]:
+    """The loss on next tokens, and on further ones where they were foreseen, of a part of a batch."""
+    total = config.reduce.total(batch.mask)
+    loss, metrics = cross_entropy_loss(score.logp, part.mask, reduce=config.reduce, denominator=total)
+    if score.further_logp is None:
+        return loss, metrics
+    depth = score.further_logp.shape[0]
+    masks, all_masks = (further_masks(rows.mask, rows.segment_ids, depth) for rows in (part, batch))
+    further, more = further_token_loss(
+        score.further_logp, masks, reduce=config.reduce, denominators=[*map(config.reduce.total, all_masks)]
+    )
+    return loss + hyper.further_coef * further, {**metrics, **more}

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,8 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.trees import map_named, merge, pytree_dataclass, tree_add, tree_all_finite, tree_where
 from rlhf_jax.core.types import Array, Float, Int, Metrics, Params, Scalar
 
-Schedule = Literal["constant", "linear", "cosine"]
+T = TypeVar("T")
+Schedule = Literal["constant", "linear", "cosine", "wsd"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,10 +21,13 @@ class OptimizerConfig:
     """AdamW behind gradient clipping; the learning rate itself is a `Hyper`, so that sweeps can vary it.
 
     Attributes:
-      schedule: how the learning rate decays from 1 x to `final_share` x its value.
+      schedule: how the learning rate decays from 1 x to `final_share` x its value; `wsd` stays at 1 x until
+        the last `decay_share` of all steps, in which it decays linearly (warm-up, stable, decay; Hu et al.
+        2024).
       warmup_steps: optimizer steps of linear warm-up from 0.
       total_steps: optimizer steps until the end of the decay; needed by every schedule but constant.
       final_share: share of the learning rate left at the end.
+      decay_share: share of the steps in which `wsd` decays; other schedules ignore it.
       clip_norm: bound of the gradients' global norm.
       weight_decay: decoupled, on matrices only: not on what is called `scale`, `bias`, `magnitude` or
         `singular`.
@@ -36,11 +40,19 @@ class OptimizerConfig:
     warmup_steps: int = 0
     total_steps: int = 0
     final_share: float = 0.0
+    decay_share: float = 0.2
     clip_norm: float = 1.0
     weight_decay: float = 0.0
     b1: float = 0.9
     b2: float = 0.95
     epsilon: float = 1e-8
+
+    @property
+    def decay_start(self) -> int:
+        """The optimizer step from which the learning rate decays."""
+        if self.schedule != "wsd":
+            return self.warmup_steps
+        return max(self.total_steps - max(round(self.decay_share * self.total_steps), 1), self.warmup_steps)
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -67,16 +79,19 @@ def _share_of_learning_rate(config: OptimizerConfig) -> optax.Schedule:
             if warmup
             else optax.constant_schedule(1.0)
         )
-    decay_steps = config.total_steps - config.warmup_steps
-    if decay_steps <= 0:
+    decay_steps = config.total_steps - config.decay_start
+    if decay_steps <= 0 or config.total_steps <= config.warmup_steps:
         raise UserError(
             f"Optimizer: schedule={config.schedule} needs total_steps ({config.total_steps}) above "
             f"warmup_steps ({config.warmup_steps}): set both, or use schedule=constant."
         )
-    if config.schedule == "linear":
-        decay = optax.linear_schedule(1.0, config.final_share, decay_steps)
-    else:
+    if config.schedule == "cosine":
         decay = optax.cosine_decay_schedule(1.0, decay_steps, config.final_share)
+    else:
+        decay = optax.linear_schedule(1.0, config.final_share, decay_steps)
+    if config.schedule == "wsd":
+        stable = optax.constant_schedule(1.0)
+        decay = optax.join_schedules([stable, decay], [config.decay_start - config.warmup_steps])
     return optax.join_schedules([warmup, decay], [config.warmup_steps]) if warmup else decay
 
 
@@ -193,9 +208,23 @@ def accumulate_gradients(
         return loss_fn(dataclasses.replace(learner, params=params).all_params, part)
 
     value_and_grad = jax.value_and_grad(loss_of_trained, has_aux=True)
+    (loss, metrics), gradients = sum_over_parts(
+        lambda part: value_and_grad(params, part), batch, micro_batches=micro_batches
+    )
+    return gradients, loss, metrics
+
+
+def sum_over_parts(function: Callable[[Any], T], batch: Any, *, micro_batches: int) -> T:
+    """The sum of `function(part)` over `micro_batches` parts of a batch's rows, one after the other.
+
+    Args:
+      batch: a pytree whose leaves share a first axis that `micro_batches` divides.
+
+    Raises:
+      UserError: `micro_batches` does not divide the rows.
+    """
     if micro_batches == 1:
-        (loss, metrics), gradients = value_and_grad(params, batch)
-        return gradients, loss, metrics
+        return function(batch)
     rows = jax.tree.leaves(batch)[0].shape[0]
     if rows % micro_batches:
         raise UserError(
@@ -205,13 +234,12 @@ def accumulate_gradients(
     parts = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def step(total: Any, part: Any) -> tuple[Any, None]:
-        return tree_add(total, value_and_grad(params, part)), None
+        return tree_add(total, function(part)), None
 
-    shapes = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda x: x[0], parts))
+    shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, _sum_dtype(s.dtype)), shapes)
     total, _ = jax.lax.scan(step, zeros, parts)
-    (loss, metrics), gradients = jax.tree.map(lambda x, s: x.astype(s.dtype), total, shapes)
-    return gradients, loss, metrics
+    return jax.tree.map(lambda x, s: x.astype(s.dtype), total, shapes)
 
 
 def _sum_dtype(dtype: Any) -> Any:

@@ -28,6 +28,7 @@ __all__ = [
     "PRNGKeyArray",
     "Params",
     "Rollout",
+    "Routing",
     "Scalar",
     "Score",
     "ScoreFn",
@@ -73,6 +74,25 @@ class Rollout:
 
 
 @pytree_dataclass
+class Routing:
+    """What a router did, summed over tokens that are not padding; where layers are scanned, R of them each.
+
+    Every field is a sum, so those of parts of a batch add up to those of the batch.
+
+    Attributes:
+      assignments: how often each expert was chosen; no gradient.
+      probabilities: of each expert, before any choice; they sum to the number of tokens.
+      squared_normaliser: log-sum-exp of the router's logits, squared.
+      tokens: how many there were.
+    """
+
+    assignments: Float[Array, "*R E"]
+    probabilities: Float[Array, "*R E"]
+    squared_normaliser: Float[Array, "*R"]
+    tokens: Float[Array, ""]
+
+
+@pytree_dataclass
 class Score:
     """What a model says of given actions, [B, T] each; 0 where there is nothing to say.
 
@@ -80,11 +100,16 @@ class Score:
       logp: log-probability of the action taken, in nats.
       entropy: entropy of the distribution it was taken from, in nats.
       value: value of the state it was taken in (zeros where the model has no value head).
+      further_logp: log-probability of the action as the module of each depth k = 1 ... D foresaw it k steps
+        before; None where the model is not asked for it.
+      routing: what the routers of each mixture did, by the path of their parameters; None likewise.
     """
 
     logp: Float[Array, "B T"]
     entropy: Float[Array, "B T"]
     value: Float[Array, "B T"]
+    further_logp: Float[Array, "D B T"] | None = None
+    routing: dict[str, "Routing"] | None = None
 
 
 ScoreFn: TypeAlias = Callable[[Params, Any], Score]

@@ -85,6 +85,12 @@ class Tokenizer:
             for place, (index, counts) in rows
         )
 
+    def with_special(self, texts: Sequence[str]) -> "Tokenizer":
+        """The tokenizer with these special tokens; those that it lacks come behind its last id."""
+        backend = type(self.backend).from_str(self.backend.to_str())
+        backend.add_special_tokens([text for text in texts if text not in self.special_tokens])
+        return Tokenizer(backend, self.names, self.chat_template)
+
     def save(self, folder: str | Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json, the layout that Hugging Face tools read."""
         folder = Path(folder)

@@ -74,7 +74,8 @@ from rlhf_jax.losses.reductions import (
     token_mean,
 )
 from rlhf_jax.losses.reward import bradley_terry_loss, plackett_luce_loss, process_reward_loss
-from rlhf_jax.losses.supervised import cross_entropy_loss
+from rlhf_jax.losses.routing import load_balance_loss, load_violation, router_z_loss
+from rlhf_jax.losses.supervised import cross_entropy_loss, further_masks, further_token_loss
 from rlhf_jax.losses.value import (
     categorical_value_loss,
     clipped_value_loss,
@@ -108,6 +109,8 @@ __all__ = [
     "exo_loss",
     "forward_kl_loss",
     "forward_kl_score",
+    "further_masks",
+    "further_token_loss",
     "gaussian_histogram",
     "generalised_js_loss",
     "geometric_mean_surrogate",
@@ -121,6 +124,8 @@ __all__ = [
     "length_desensitised_logp",
     "length_normalised_dpo_loss",
     "length_weighted",
+    "load_balance_loss",
+    "load_violation",
     "masked_importance_weights",
     "nash_md_loss",
     "nca_loss",
@@ -136,6 +141,7 @@ __all__ = [
     "reinforce_loss",
     "reverse_kl_loss",
     "robust_dpo_loss",
+    "router_z_loss",
     "sampled_forward_kl_loss",
     "sampled_reverse_kl_loss",
     "sapo_surrogate",

@@ -1,8 +1,11 @@
 """Supervised losses on the log-probabilities of given tokens."""
 
-import jax
+from collections.abc import Sequence
 
-from rlhf_jax.core.types import Array, Bool, Float, Metrics, Scalar
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.core.types import Array, Bool, Float, Int, Metrics, Scalar
 from rlhf_jax.losses.preference_common import full_precision
 from rlhf_jax.losses.reductions import Reduction, token_mean
 
@@ -28,3 +31,42 @@ def cross_entropy_loss(
     """
     loss = reduce(-full_precision(logp), mask, denominator=denominator)
     return loss, {"loss": jax.lax.stop_gradient(loss)}
+
+
+def further_masks(
+    mask: Bool[Array, "B T"], segment_ids: Int[Array, "B T"], depth: int
+) -> list[Bool[Array, "B T"]]:
+    """Which of the tokens that count could be foreseen k = 1 ... `depth` steps before: not those whose k + 1
+    predecessors are not all in their segment.
+    """
+    column = jnp.arange(mask.shape[1])
+    return [
+        mask & (column > k) & (segment_ids == jnp.roll(segment_ids, k + 1, axis=1))
+        for k in range(1, depth + 1)
+    ]
+
+
+def further_token_loss(
+    further_logp: Float[Array, "D B T"],
+    masks: Sequence[Bool[Array, "B T"]],
+    *,
+    reduce: Reduction = token_mean,
+    denominators: Sequence[Scalar] | None = None,
+) -> tuple[Float[Array, ""], Metrics]:
+    """Multi-token prediction: the mean over depths of each depth's cross-entropy (DeepSeek-V3 report, section
+    2.2; its weight lambda is left to the caller).
+
+        1/D sum_k reduce(-log p_k(y_t | y_<t-k))
+
+    Args:
+      further_logp: log-probability of each token as depth k = 1 ... D foresaw it, in nats.
+      masks: tokens that count, for each depth (`further_masks`).
+      denominators: replace the reduction's own, for micro-batches and shards; one for each depth.
+    """
+    totals = [None] * len(masks) if denominators is None else denominators
+    losses = [
+        reduce(-full_precision(logp), mask, denominator=total)
+        for logp, mask, total in zip(further_logp, masks, totals, strict=True)
+    ]
+    loss = sum(losses[1:], losses[0]) / len(losses)
+    return loss, {"further_loss": jax.lax.stop_gradient(loss)}

@@ -33,6 +33,7 @@ class Context:
       mask: who sees whom, windows apart.
       start: the column of the cache that the first token goes to; of all rows, or of each.
       segment_ids: of the tokens read now, where no column but theirs may be attended to; else None.
+      present: which of the tokens read now are not padding.
     """
 
     positions: Int[Array, "B T"]
@@ -40,6 +41,7 @@ class Context:
     mask: Bool[Array, "B T S"]
     start: Int[Array, "*B"]
     segment_ids: Int[Array, "B T"] | None
+    present: Bool[Array, "B T"]
 
     def distance(self) -> Int[Array, "B T S"]:
         """How many tokens each column lies back."""

@@ -7,6 +7,7 @@ feed-forward) are patterns of more than one block.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
 from rlhf_jax.core.errors import UserError
@@ -125,6 +126,26 @@ class LatentAttention:
         return correction * (self.nope_dim + self.rope_dim) ** -0.5
 
 
+# Recurrence ----------------------------------------------------------------------------------------
+
+
+Cell = Literal["rnn", "gru", "lstm"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recurrence:
+    """A recurrent layer in the place of attention, with one state a row instead of columns.
+
+    Attributes:
+      cell: `rnn` (Elman 1990), `gru` (Cho et al. 2014, with the reset gate behind the product, as cuDNN has
+        it), or `lstm` (Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000).
+      hidden_dim: width of the state; another than the model's is projected back to it.
+    """
+
+    cell: Cell
+    hidden_dim: int
+
+
 # Feed-forward --------------------------------------------------------------------------------------
 
 
@@ -213,13 +234,15 @@ class Block:
       norm: the kind of every norm in the block.
       pre_norm: norm the inputs of attention and feed-forward.
       post_norm: norm their outputs before they are added (OLMo 2; Gemma 2 does both).
+      residual: add them; else they take the place of their inputs (recurrent networks of old).
     """
 
-    attention: Attention | LatentAttention
-    feed_forward: GatedFeedForward | FeedForward | MixtureOfExperts
+    attention: Attention | LatentAttention | Recurrence
+    feed_forward: GatedFeedForward | FeedForward | MixtureOfExperts | None
     norm: Norm = RMSNorm()
     pre_norm: bool = True
     post_norm: bool = False
+    residual: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,6 +262,8 @@ class ModelConfig:
       learned_positions: rows of a learned table of positions that is added to the embeddings (GPT-2).
       logit_softcap: bound c of c tanh(logits / c).
       context_length: tokens the model was made for; told to others on export, bounds nothing here.
+      further_depth: modules that foresee further tokens in training (`models.further`); generation and
+        other objectives leave them alone.
       architecture: the Hugging Face name of the family in which `hf.save` writes it; empty for the first
         that can express it.
       param_dtype: dtype in which parameters are kept.
@@ -263,6 +288,7 @@ class ModelConfig:
     learned_positions: int | None = None
     logit_softcap: float | None = None
     context_length: int | None = None
+    further_depth: int = 0
     architecture: str = ""
     param_dtype: str = "float32"
     compute_dtype: str = "float32"
@@ -284,9 +310,31 @@ class ModelConfig:
         return (self.num_layers - len(self.prefix)) // len(self.pattern)
 
     @property
+    def is_recurrent(self) -> bool:
+        """Whether a block keeps a state that cannot be taken back to an earlier token."""
+        return any(isinstance(block.attention, Recurrence) for block in self.blocks)
+
+    @property
     def blocks(self) -> tuple[Block, ...]:
         """Every block, in order."""
         return self.prefix + self.pattern * self.num_repeats
+
+
+def map_rope(config: ModelConfig, change: Callable[[Rope, int], Rope]) -> ModelConfig:
+    """The configuration with other rotations: `change(rope, rotating width)` of every block that has one."""
+
+    def changed(block: Block) -> Block:
+        attention = block.attention
+        if isinstance(attention, LatentAttention):
+            position = change(attention.position, attention.rope_dim)
+        elif isinstance(attention, Attention) and isinstance(attention.position, Rope):
+            position = change(attention.position, int(attention.head_dim * attention.position.fraction))
+        else:
+            return block
+        return dataclasses.replace(block, attention=dataclasses.replace(attention, position=position))
+
+    blocks = {name: tuple(map(changed, getattr(config, name))) for name in ("prefix", "pattern")}
+    return dataclasses.replace(config, **blocks)
 
 
 def dense_config(
@@ -316,3 +364,16 @@ def dense_config(
     attention = Attention(num_heads, num_kv_heads or num_heads, width // num_heads, Rope(theta))
     feed_forward = GatedFeedForward(hidden_dim or -(-width * 8 // 48) * 16)
     return ModelConfig(vocab_size, width, num_layers, (Block(attention, feed_forward),), **options)
+
+
+def recurrent_config(
+    *, vocab_size: int, width: int, num_layers: int, cell: Cell, **options: Any
+) -> ModelConfig:
+    """A recurrent language model as they were before transformers: layers one on another, without norms
+    between them, embeddings of unit variance. As in all models here, a norm stands before the output matrix.
+
+    Args:
+      options: further fields of `ModelConfig`.
+    """
+    block = Block(Recurrence(cell, width), None, pre_norm=False, residual=False)
+    return ModelConfig(vocab_size, width, num_layers, (block,), embedding_scale=50.0, **options)

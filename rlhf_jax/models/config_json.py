@@ -18,6 +18,7 @@ KINDS = (
     parts.LayerNorm,
     parts.Attention,
     parts.LatentAttention,
+    parts.Recurrence,
     parts.GatedFeedForward,
     parts.FeedForward,
     parts.SoftmaxRouter,

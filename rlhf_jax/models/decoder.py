@@ -13,9 +13,9 @@ from rlhf_jax.core.types import Array, Bool, Float, Int, Params, PRNGKeyArray
 from rlhf_jax.kernels.logprobs import softcapped
 from rlhf_jax.models.attend import ATTENTION_NAMES, Context
 from rlhf_jax.models.attention import LayerCache, write_columns
-from rlhf_jax.models.config import Block, ModelConfig, Norm
+from rlhf_jax.models.config import Block, ModelConfig, Norm, Recurrence
 from rlhf_jax.models.layers import norm_layer, normal_init
-from rlhf_jax.models.parts import attention_layer, empty_cache, feed_forward_layer
+from rlhf_jax.models.parts import empty_cache, feed_forward_layer, mixing_layer
 
 
 @pytree_dataclass
@@ -63,16 +63,21 @@ class ResidualBlocks(nn.Module):
                 layer = norm_layer(spec, dtypes["param_dtype"], name=f"{prefix}{name}") if wanted else None
                 return inputs if layer is None else layer(inputs)
 
-            attention = attention_layer(
-                block.attention, name=f"{prefix}attention", backend=config.attention_backend, **common
+            name = "recurrence" if isinstance(block.attention, Recurrence) else "attention"
+            mixer = mixing_layer(
+                block.attention, name=f"{prefix}{name}", backend=config.attention_backend, **common
             )
-            attended, cache = attention(norm(block.pre_norm, "attention_norm", hidden), context, cache)
-            hidden = laid_out(hidden + norm(block.post_norm, "attention_post_norm", attended))
+            mixed, cache = mixer(norm(block.pre_norm, f"{name}_norm", hidden), context, cache)
+            mixed = norm(block.post_norm, f"{name}_post_norm", mixed)
+            hidden = laid_out(hidden + mixed if block.residual else mixed)
+            new_caches.append(cache)
+            if block.feed_forward is None:
+                continue
             hidden = checkpoint_name(hidden, "feed_forward_input")
             feed_forward = feed_forward_layer(block.feed_forward, name=f"{prefix}feed_forward", **common)
             outputs = feed_forward(norm(block.pre_norm, "feed_forward_norm", hidden))
-            hidden = laid_out(hidden + norm(block.post_norm, "feed_forward_post_norm", outputs))
-            new_caches.append(cache)
+            outputs = norm(block.post_norm, "feed_forward_post_norm", outputs)
+            hidden = laid_out(hidden + outputs if block.residual else outputs)
         return hidden, tuple(new_caches)
 
 
@@ -123,7 +128,7 @@ class Decoder(nn.Module):
         if config.scan_layers:
             scanned = nn.scan(
                 body,
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, "routing": 0},
                 split_rngs={"params": True},
                 in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
                 length=config.num_repeats,
@@ -192,12 +197,17 @@ def _context(
         key_positions = write_columns(cache.positions, positions, start)
     if cache is None or fresh:
         mask = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (time[:, None] >= time)
-        context = Context(positions, positions, mask, start, segment_ids)
+        context = Context(positions, positions, mask, start, segment_ids, segment_ids > 0)
     else:
         same = segment_ids[:, :, None] == segments[:, None, :]
         mask = same & (start.reshape(-1, 1, 1) + time[:, None] >= jnp.arange(segments.shape[1]))
-        context = Context(positions, key_positions, mask, start, None)
+        context = Context(positions, key_positions, mask, start, None, segment_ids > 0)
     return context, (segments, key_positions)
+
+
+def whole_context(positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]) -> Context:
+    """Who sees whom in whole rows, without a cache."""
+    return _context(positions, segment_ids, None, True)[0]
 
 
 def init_params(config: ModelConfig, key: PRNGKeyArray) -> Params:

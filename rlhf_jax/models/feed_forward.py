@@ -74,13 +74,18 @@ class Routing(nn.Module):
         match self.spec.router:
             case SoftmaxRouter() as router:
                 scores = jax.nn.softmax(logits, axis=-1)
-                preference, ranked = scores, 1
+                preference, probabilities, ranked = scores, scores, 1
             case SigmoidRouter() as router:
                 scores = jax.nn.sigmoid(logits)
                 bias = self.param("bias", nn.initializers.zeros, shape[1:], jnp.float32)
                 preference, ranked = scores + jax.lax.stop_gradient(bias), 2
+                probabilities = scores / jnp.sum(scores, axis=-1, keepdims=True)
         preference = _within_best_groups(preference, router, ranked)
         chosen = jax.lax.top_k(preference, self.spec.experts_per_token)[1]
+        # Kept only where somebody asks for it (`models.routing`).
+        self.sow("routing", "chosen", chosen)
+        self.sow("routing", "probabilities", probabilities)
+        self.sow("routing", "normaliser", jax.nn.logsumexp(logits, axis=-1))
         weights = jnp.take_along_axis(scores, chosen, axis=-1)
         if router.renormalise:
             weights /= jnp.sum(weights, axis=-1, keepdims=True) + 1e-20

@@ -7,6 +7,7 @@ from rlhf_jax.models.config import (
     LatentAttention,
     MixtureOfExperts,
     ModelConfig,
+    Recurrence,
 )
 
 
@@ -15,8 +16,7 @@ def matmul_params(config: ModelConfig) -> int:
     included, the look-up of embeddings not.
     """
     blocks = sum(
-        _attention_params(block.attention, config.width)
-        + _feed_forward_params(block.feed_forward, config.width)
+        _mixing_params(block.attention, config.width) + _feed_forward_params(block.feed_forward, config.width)
         for block in config.blocks
     )
     return blocks + config.vocab_size * config.width
@@ -34,6 +34,8 @@ def forward_flops(config: ModelConfig, *, rows: int, length: int, start: int = 0
     seen = 0.0
     for block in config.blocks:
         attention = block.attention
+        if isinstance(attention, Recurrence):
+            continue  # nothing but products with parameters
         if isinstance(attention, LatentAttention):
             width = attention.num_heads * (attention.nope_dim + attention.rope_dim + attention.value_dim) / 2
             window = None
@@ -51,7 +53,11 @@ def training_flops(config: ModelConfig, *, rows: int, length: int) -> float:
     return 3 * forward_flops(config, rows=rows, length=length)
 
 
-def _attention_params(attention: Attention | LatentAttention, width: int) -> int:
+def _mixing_params(attention: Attention | LatentAttention | Recurrence, width: int) -> int:
+    if isinstance(attention, Recurrence):
+        hidden = attention.hidden_dim
+        projected = width * hidden if hidden != width else 0
+        return {"rnn": 1, "gru": 3, "lstm": 4}[attention.cell] * hidden * (width + hidden) + projected
     if isinstance(attention, Attention):
         return 2 * width * attention.head_dim * (attention.num_heads + attention.num_kv_heads)
     heads = attention.num_heads
@@ -63,7 +69,9 @@ def _attention_params(attention: Attention | LatentAttention, width: int) -> int
     return query + latent + expanded + heads * attention.value_dim * width
 
 
-def _feed_forward_params(part: GatedFeedForward | FeedForward | MixtureOfExperts, width: int) -> int:
+def _feed_forward_params(part: GatedFeedForward | FeedForward | MixtureOfExperts | None, width: int) -> int:
+    if part is None:
+        return 0
     if isinstance(part, MixtureOfExperts):
         experts = part.experts_per_token * _feed_forward_params(part.expert, width)
         shared = _feed_forward_params(part.shared, width) if part.shared else 0

@@ -17,17 +17,21 @@ from rlhf_jax.models.config import (
     GatedFeedForward,
     LatentAttention,
     MixtureOfExperts,
+    Recurrence,
 )
 from rlhf_jax.models.feed_forward import Gated, Mixture, Plain
+from rlhf_jax.models.recurrent import RecurrentLayer
 
 
-def attention_layer(spec: Attention | LatentAttention, **options: Any) -> nn.Module:
+def mixing_layer(spec: Attention | LatentAttention | Recurrence, **options: Any) -> nn.Module:
     """`layer(inputs, context, cache) -> (outputs, cache)`."""
     match spec:
         case Attention():
             return SelfAttention(spec, **options)
         case LatentAttention():
             return MultiHeadLatentAttention(spec, **options)
+        case Recurrence():
+            return RecurrentLayer(spec, **options)
 
 
 def feed_forward_layer(spec: GatedFeedForward | FeedForward | MixtureOfExperts, **options: Any) -> nn.Module:
@@ -51,3 +55,6 @@ def empty_cache(block: Block, shape: tuple[int, ...], dtype: Any) -> LayerCache:
         case LatentAttention(latent_dim=latent, rope_dim=rotated):
             latents, keys = jnp.zeros((*shape, latent), dtype), jnp.zeros((*shape, rotated), dtype)
             return constrain(latents, *rows, None, None), constrain(keys, *rows, None, None)
+        case Recurrence(cell=cell, hidden_dim=hidden):
+            state = constrain(jnp.zeros((*shape[:-1], hidden), dtype), *rows, None)
+            return (state, state) if cell == "lstm" else (state,)

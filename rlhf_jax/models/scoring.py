@@ -16,7 +16,9 @@ from rlhf_jax.core.types import Array, Float, Int, Params, Scalar, Score, ScoreF
 from rlhf_jax.kernels.logprobs import token_logprobs
 from rlhf_jax.models import decoder as decoders
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.further import further_hidden_states
 from rlhf_jax.models.heads import apply_scalar_head
+from rlhf_jax.models.routing import has_routers, routed_hidden_states
 
 
 def _hidden(config: ModelConfig, params: Params, sequences: Sequences) -> Float[Array, "B T D"]:
@@ -41,6 +43,33 @@ def make_score_fn(config: ModelConfig, *, temperature: Scalar = 1.0, chunk_size:
     def score(params: Params, sequences: Sequences) -> Score:
         hidden = _hidden(config, params, sequences)
         return _score_hidden(config, params, hidden, sequences, temperature, chunk_size)
+
+    return score
+
+
+def make_likelihood_fn(config: ModelConfig, *, chunk_size: int = 512) -> ScoreFn:
+    """`make_score_fn` that also says what only training by likelihood wants to know: `further_logp` where the
+    model has modules for it, `routing` where it has mixtures of experts.
+    """
+
+    def score(params: Params, sequences: Sequences) -> Score:
+        routing = None
+        if has_routers(config):
+            hidden, routing = routed_hidden_states(config, params, sequences)
+        else:
+            hidden = _hidden(config, params, sequences)
+        scored = _score_hidden(config, params, hidden, sequences, 1.0, chunk_size)
+        scored = dataclasses.replace(scored, routing=routing)
+        if not config.further_depth:
+            return scored
+        further = []
+        states = further_hidden_states(config, params, hidden, sequences)
+        for depth, foreseeing in enumerate(states, start=1):
+            # The state of depth k at t - 1 foresees t + k: told to `_score_hidden` by moving tokens.
+            moved = dataclasses.replace(sequences, tokens=jnp.roll(sequences.tokens, -depth, axis=1))
+            logp = _score_hidden(config, params, foreseeing, moved, 1.0, chunk_size).logp
+            further.append(jnp.pad(logp[:, :-depth], ((0, 0), (depth, 0))))
+        return dataclasses.replace(scored, further_logp=jnp.stack(further))
 
     return score
 

@@ -188,7 +188,7 @@ def check_same_architecture(config: models.ModelConfig, other: models.ModelConfi
     """
     ours, theirs = models.config_to_dict(config), models.config_to_dict(other)
     for name, value in ours.items():
-        if value != theirs.get(name):
+        if value != theirs.get(name) and name != "context_length":  # which bounds nothing
             inner = f" {theirs.get(name)}, not {value}" if isinstance(value, str | int) else ""
             raise UserError(
                 f"{where}: its model is of another architecture ({name}{inner}): "
