@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import distributed, models
+from rlhf_jax.algorithms import sft
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.optimization import OptimizerConfig
 from rlhf_jax.core.types import Params
@@ -174,6 +175,27 @@ class ModelOptions:
         router = models.SoftmaxRouter() if self.router == "softmax" else models.SigmoidRouter()
         mixture = models.MixtureOfExperts(self.experts, self.experts_per_token, block.feed_forward, router)
         return dataclasses.replace(dense, pattern=(dataclasses.replace(block, feed_forward=mixture),))
+
+
+@dataclasses.dataclass(frozen=True)
+class AuxiliaryOptions:
+    """What is learned beside the next token, by models that have parts for it.
+
+    Attributes:
+      further_coef: weight of the loss on further tokens (--model.further).
+      balance_coef: weight of the load-balance loss (--model.experts).
+      z_coef: weight of the z-loss of routers.
+      bias_rate: by how much the biases of sigmoid routers move in a step.
+    """
+
+    further_coef: float = 0.3
+    balance_coef: float = 0.01
+    z_coef: float = 0.001
+    bias_rate: float = 0.001
+
+    def hyper(self, learning_rate: float) -> sft.Hyper:
+        """The settings of an update."""
+        return sft.Hyper(*map(jnp.float32, (learning_rate, *dataclasses.astuple(self))))
 
 
 # Data ----------------------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ from typing import Any, Literal
 import command_line
 import common
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 
@@ -82,10 +81,6 @@ class Options:
       batch_size: rows a step.
       micro_batches: parts in which a batch is computed, to save memory.
       learning_rate: at its peak.
-      further_coef: weight of the loss on further tokens (--model.further).
-      balance_coef: weight of the load-balance loss (--model.experts).
-      z_coef: weight of the routers' z-loss.
-      bias_rate: by how much the biases of sigmoid routers move in a step.
       demonstrations: how many texts of the embedded task.
       prompts: what samples go on from, beside the beginning of the held-out text.
       sample_tokens: tokens of a sample; 0 for no samples.
@@ -98,6 +93,7 @@ class Options:
     optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", warmup_steps=20, final_share=0.1)
     fill: FillInTheMiddle = FillInTheMiddle(share=0.0)
     rope: RopeOptions = RopeOptions()
+    auxiliary: common.AuxiliaryOptions = common.AuxiliaryOptions()
     data: str = "arithmetic:1"
     eval_data: str = ""
     eval_share: float = 0.1
@@ -113,10 +109,6 @@ class Options:
     batch_size: int = 16
     micro_batches: int = 1
     learning_rate: float = 3e-3
-    further_coef: float = 0.3
-    balance_coef: float = 0.01
-    z_coef: float = 0.001
-    bias_rate: float = 0.001
     demonstrations: int = 8_000
     prompts: tuple[str, ...] = ()
     sample_tokens: int = 200
@@ -335,18 +327,7 @@ def run(options: Options) -> None:
     score_fn = models.make_likelihood_fn(model.config)
     update = sft.make_update(sft.Config(options.micro_batches), score_fn, tx, models.rebalance)
     update = common.jit_update(update, state)
-    hyper = sft.Hyper(
-        *map(
-            jnp.float32,
-            (
-                options.learning_rate,
-                options.further_coef,
-                options.balance_coef,
-                options.z_coef,
-                options.bias_rate,
-            ),
-        )
-    )
+    hyper = options.auxiliary.hyper(options.learning_rate)
     common.start(options, options.run, "pretrain", model, "policy")
     measure = (
         make_evaluate_fn(options, model, models.make_score_fn(model.config), held_out) if held_out else None

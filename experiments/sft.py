@@ -21,7 +21,6 @@ import command_line
 import common
 import inputs
 import jax
-import jax.numpy as jnp
 import tyro
 
 from rlhf_jax import distributed, models
@@ -66,6 +65,7 @@ class Options:
     model: common.ModelOptions = common.ModelOptions()
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
     optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", warmup_steps=20, final_share=0.02)
+    auxiliary: common.AuxiliaryOptions = common.AuxiliaryOptions()
     data: str = "arithmetic:1"
     eval_data: str = ""
     tokenizer: str = ""
@@ -169,7 +169,7 @@ def run(options: Options) -> None:
     update = sft.make_update(sft.Config(options.micro_batches), score_fn, tx, models.rebalance)
     update = common.jit_update(update, state)
     evaluate = held_out_loss(options, model, score_fn)
-    hyper = sft.Hyper(learning_rate=jnp.float32(options.learning_rate))
+    hyper = options.auxiliary.hyper(options.learning_rate)
     common.start(options, options.run, "sft", model, "policy", parts.adaptation)
 
     length = rows.tokens.shape[1]

@@ -1,5 +1,7 @@
 """Floating-point operations that a model needs, by its description alone."""
 
+import dataclasses
+
 from rlhf_jax.models.config import (
     Attention,
     FeedForward,
@@ -48,9 +50,17 @@ def forward_flops(config: ModelConfig, *, rows: int, length: int, start: int = 0
 
 def training_flops(config: ModelConfig, *, rows: int, length: int) -> float:
     """Operations of a gradient, twice those of a forward pass beside it (the 6 N D of scaling laws, with
-    attention); what is computed again to save memory does not count.
+    attention); what is computed again to save memory does not count. Modules for further tokens count, each
+    as a block, its projection and the output matrix.
     """
-    return 3 * forward_flops(config, rows=rows, length=length)
+    forward = forward_flops(config, rows=rows, length=length)
+    if config.further_depth:
+        module = dataclasses.replace(
+            config, prefix=(), pattern=config.pattern[-1:], num_layers=1, further_depth=0
+        )
+        projection = 4.0 * config.width**2 * rows * length
+        forward += config.further_depth * (projection + forward_flops(module, rows=rows, length=length))
+    return 3 * forward
 
 
 def _mixing_params(attention: Attention | LatentAttention | Recurrence, width: int) -> int:
