@@ -12,6 +12,8 @@ from rlhf_jax.metrics import read_metrics
 from rlhf_jax.training.runs import load_policy
 
 MODEL = "--model.width 8 --model.layers 1 --model.heads 2 --model.kv-heads 1 --model.hidden 16"
+OBJECTIVES = "--model.further 1 --model.experts 3 --model.router sigmoid --optimizer.schedule wsd"
+LSTM = "--model.kind lstm --model.width 64 --learning-rate 1e-2 --demonstrations 2000 --sample-tokens 0"
 SMALL = (
     "--length 24 --batch-size 4 --eval-rows 4 --optimizer.warmup-steps 1 --quiet --no-report --save-every 2"
 )

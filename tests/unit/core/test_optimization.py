@@ -58,6 +58,16 @@ def shares(config, steps):
             {"schedule": "cosine", "warmup_steps": 1, "total_steps": 5, "final_share": 0.1},
             [0, *(0.1 + 0.9 * (1 + math.cos(math.pi * t / 4)) / 2 for t in range(5)), 0.1],
         ),
+        (
+            {
+                "schedule": "wsd",
+                "warmup_steps": 2,
+                "total_steps": 10,
+                "decay_share": 0.4,
+                "final_share": 0.5,
+            },
+            [0, 0.5, 1, 1, 1, 1, 1, 0.875, 0.75, 0.625, 0.5, 0.5],
+        ),
     ],
 )
 def test_schedules_give_the_stated_share_at_each_step(options, expected):
@@ -73,6 +83,8 @@ def test_a_decay_without_an_end_is_refused():
     for options in ({}, {"total_steps": 5, "warmup_steps": 5}):
         with pytest.raises(UserError, match="total_steps"):
             make_optimizer(OptimizerConfig(schedule="cosine", **options))
+        with pytest.raises(UserError, match="total_steps"):
+            make_optimizer(OptimizerConfig(schedule="wsd", **options))
 
 
 def test_steps_equal_adamw_written_out():
