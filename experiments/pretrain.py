@@ -8,7 +8,7 @@
     python experiments/sft.py --out runs/sft --init runs/pretrain --data my.jsonl
 
 `--data` is a .txt file, a folder of them, rows with a field `text` (JSONL, JSON, Parquet, tfds:NAME), or
-arithmetic:LEVEL. The first trains a new decoder on 1.1 MB of Shakespeare, byte by byte; RESULT. Every
+arithmetic:LEVEL. The first trains a new decoder on 1.1 MB of Shakespeare, byte by byte. Every
 evaluation gives bits a byte on held-out text and leaves a page of samples in the run folder.
 """
 

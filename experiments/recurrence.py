@@ -3,7 +3,7 @@
     python experiments/recurrence.py --out runs/recurrence --data shakespeare/input.txt
 
 Every run is one of `pretrain.py`; those that are finished are not run again. The folder gets `table.md` and
-`curves.png`: bits a byte on held-out text against tokens seen, mean and 95 % t interval over seeds. RESULT
+`curves.png`: bits a byte on held-out text against tokens seen, mean and 95 % t interval over seeds.
 """
 
 import dataclasses
