@@ -291,7 +291,7 @@ def _expresses(family: Family, config: ModelConfig) -> bool:
 
 
 def _function(config: ModelConfig) -> ModelConfig:
-    """The config without what changes only how the function is computed or stored."""
+    """The config without what changes only how the function is computed, trained or stored."""
     return ModelConfig(
         **{
             **{field.name: getattr(config, field.name) for field in dataclasses.fields(config)},
@@ -303,5 +303,6 @@ def _function(config: ModelConfig) -> ModelConfig:
             "remat": "none",
             "attention_backend": "auto",
             "architecture": "",
+            "further_depth": 0,  # of training alone; their parameters are not written
         }
     )
