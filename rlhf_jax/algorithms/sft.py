@@ -110,7 +110,7 @@ def make_update(
         def loss_fn(params: Params, part: Sequences) -> tuple[Array, Any]:
             score = score_fn(params, part)
             loss, metrics = _token_losses(config, hyper, score, part, batch)
-            if not routed:
+            if score.routing is None:
                 return loss, (metrics, None)
             balance, z = load_balance_loss(score.routing, whole), router_z_loss(score.routing, whole)
             metrics |= jax.lax.stop_gradient({"balance_loss": balance, "router_z_loss": z})

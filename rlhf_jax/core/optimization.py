@@ -184,13 +184,13 @@ def apply_gradients(
     return new, metrics
 
 
-LossFn = Callable[[Params, Any], tuple[Float[Array, ""], Metrics]]
+LossFn = Callable[[Params, Any], tuple[Float[Array, ""], Any]]
 
 
 def accumulate_gradients(
     loss_fn: LossFn, learner: Learner, batch: Any, *, micro_batches: int = 1
-) -> tuple[Params, Float[Array, ""], Metrics]:
-    """Gradients, loss and metrics of a batch, computed `1 / micro_batches` of its rows at a time.
+) -> tuple[Params, Float[Array, ""], Any]:
+    """Gradients, loss and metrics (or any tree of sums) of a batch, computed `1 / micro_batches` of its rows at a time.
 
     Only `learner.params` are differentiated; the loss sees the whole model.
     `loss_fn(all_params, part)` must divide by the denominator of the *whole* batch; then parts sum to exactly
@@ -204,7 +204,7 @@ def accumulate_gradients(
     """
     params = learner.params
 
-    def loss_of_trained(params: Params, part: Any) -> tuple[Float[Array, ""], Metrics]:
+    def loss_of_trained(params: Params, part: Any) -> tuple[Float[Array, ""], Any]:
         return loss_fn(dataclasses.replace(learner, params=params).all_params, part)
 
     value_and_grad = jax.value_and_grad(loss_of_trained, has_aux=True)

@@ -98,7 +98,9 @@ def _inverse_square(scale: float) -> float:
 def write_gemma3(config: ModelConfig) -> dict[str, Any]:
     """config.json of a Gemma 3 text model."""
     positions = {
-        common.part(block.attention, Attention).window is None: block.attention.position
+        common.part(block.attention, Attention).window is None: common.part(
+            block.attention, Attention
+        ).position
         for block in config.blocks
     }
     every, local = positions.get(True, Rope()), positions.get(False, Rope())
