@@ -190,11 +190,12 @@ LossFn = Callable[[Params, Any], tuple[Float[Array, ""], Any]]
 def accumulate_gradients(
     loss_fn: LossFn, learner: Learner, batch: Any, *, micro_batches: int = 1
 ) -> tuple[Params, Float[Array, ""], Any]:
-    """Gradients, loss and metrics (or any tree of sums) of a batch, computed `1 / micro_batches` of its rows at a time.
+    """Gradients, loss and metrics of a batch, computed `1 / micro_batches` of its rows at a time.
 
     Only `learner.params` are differentiated; the loss sees the whole model.
     `loss_fn(all_params, part)` must divide by the denominator of the *whole* batch; then parts sum to exactly
-    what the whole would give, metrics included. Sums of parts are held in at least float32.
+    what the whole would give, metrics included, which may be any tree of sums. Sums of parts are held in at
+    least float32.
 
     Args:
       batch: a pytree whose leaves share a first axis that `micro_batches` divides.
