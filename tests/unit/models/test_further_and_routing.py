@@ -190,7 +190,7 @@ def test_a_step_that_is_not_finite_moves_no_bias(params, batch, updates):
 
 @pytest.mark.parametrize("way", ["loss", "bias"])
 def test_the_load_of_a_collapsed_router_evens_out(params, batch, updates, way):
-    """One expert is chosen by every token at first; either cure spreads the tokens, and nothing else does."""
+    """Two of four experts get every token at first; either cure spreads the tokens, and nothing else does."""
     tx, by_parts = updates
     collapsed = jax.tree.map(lambda x: x, params)
     router = collapsed["layer_0"]["feed_forward"]["router"]
