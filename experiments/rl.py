@@ -44,7 +44,7 @@ class Options:
     """Options of reinforcement learning.
 
     Attributes:
-      algo: ppo, ppo_penalty, a2c, trpo, reinforce, grpo, dqn, c51, qr_dqn, ddpg, td3 or sac.
+      algo: ppo, ppo_penalty, a2c, trpo, reinforce, grpo, dqn, c51, qr_dqn, ddpg, td3, sac or mpc.
       env: name of a gymnax environment; with --load, that of the saved agent.
       seeds: agents, trained side by side.
       seed: of the first of them.

@@ -17,7 +17,7 @@ from rlhf_jax.rl.networks import MLP, MinAtarConv
 from rlhf_jax.rl.runs import Run
 
 DISCRETE = ("dqn", "c51", "qr_dqn")
-CONTINUOUS = ("ddpg", "td3", "sac")
+CONTINUOUS = ("ddpg", "td3", "sac", "mpc")
 BODIES = {"mlp": MLP(), "relu_mlp": MLP(activation=nn.relu), "minatar_conv": MinAtarConv()}
 EITHER = ("ppo", "ppo_penalty", "a2c", "trpo", "reinforce", "grpo")
 

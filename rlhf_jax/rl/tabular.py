@@ -4,6 +4,8 @@ A terminal state ends the episode on arrival: its value is 0 and its own row of 
 All values are in units of reward, at the start of the transition whose reward comes first.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,7 +72,8 @@ def random_walk(states: int, *, left_reward: float = 0.0, right_reward: float = 
 LAKE_4X4 = ("SFFF", "FHFH", "FFFH", "HFFG")
 """Start, frozen, hole, goal."""
 
-_LAKE_MOVES = ((0, -1), (1, 0), (0, 1), (-1, 0))
+MOVES = ((0, -1), (1, 0), (0, 1), (-1, 0))
+"""(down, right) of the actions left, down, right, up."""
 
 
 def frozen_lake(rows: tuple[str, ...] = LAKE_4X4, *, slippery: bool = True) -> DecisionProcess:
@@ -94,7 +97,7 @@ def frozen_lake(rows: tuple[str, ...] = LAKE_4X4, *, slippery: bool = True) -> D
     for place in range(len(letters)):
         for action in range(4):
             for slip in slips:
-                down, right = _LAKE_MOVES[(action + slip) % 4]
+                down, right = MOVES[(action + slip) % 4]
                 row = min(max(place // width + down, 0), len(rows) - 1)
                 column = min(max(place % width + right, 0), width - 1)
                 transitions[place, action, row * width + column] += 1 / len(slips)
@@ -174,17 +177,31 @@ def value_iteration(
       (values, sweeps).
     """
 
+    def backup(values: Float[Array, " S"]) -> Float[Array, " S"]:
+        return jnp.max(action_values(process, values, gamma=gamma), axis=-1)
+
+    return fixed_point(backup, jnp.zeros_like(process.start), tolerance=tolerance, max_sweeps=max_sweeps)
+
+
+def fixed_point(
+    backup: Callable[[Float[Array, "..."]], Float[Array, "..."]],
+    values: Float[Array, "..."],
+    *,
+    tolerance: Scalar,
+    max_sweeps: int,
+) -> tuple[Float[Array, "..."], Int[Array, ""]]:
+    """(values, sweeps): `backup` again and again, until none moves by more than `tolerance`."""
+
     def moving(carry: tuple[Array, Array, Array]) -> Bool[Array, ""]:
         return (carry[1] > tolerance) & (carry[2] < max_sweeps)
 
     def sweep(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         values, _, sweeps = carry
-        new = jnp.max(action_values(process, values, gamma=gamma), axis=-1)
+        new = backup(values)
         return new, jnp.max(jnp.abs(new - values)), sweeps + 1
 
-    zeros = jnp.zeros_like(process.start)
-    infinity = jnp.asarray(jnp.inf, zeros.dtype)
-    values, _, sweeps = jax.lax.while_loop(moving, sweep, (zeros, infinity, jnp.int32(0)))
+    infinity = jnp.asarray(jnp.inf, values.dtype)
+    values, _, sweeps = jax.lax.while_loop(moving, sweep, (values, infinity, jnp.int32(0)))
     return values, sweeps
 
 

@@ -10,10 +10,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.core.trees import pytree_dataclass
+from rlhf_jax.core.trees import pytree_dataclass, tree_add
 from rlhf_jax.core.types import Array, Bool, Float, Int, Metrics, PRNGKeyArray, Scalar
 from rlhf_jax.rl.exploration import epsilon_greedy, linear_decay
 from rlhf_jax.rl.tabular import DecisionProcess
+from rlhf_jax.rl.tabular_steps import draw_start, make_take, no_sums
 
 TargetFn = Callable[[Float[Array, " A"], Int[Array, ""], Scalar], Float[Array, ""]]
 """(Q of the next state, the action taken there, epsilon) -> value of the next state."""
@@ -108,7 +109,7 @@ def init(process: DecisionProcess, key: PRNGKeyArray, hyper: Hyper) -> State:
     """The state at step 0, Q being 0."""
     key, start_key, action_key = jax.random.split(key, 3)
     zeros = jnp.zeros(process.rewards.shape[:2])
-    start = jax.random.categorical(start_key, jnp.log(process.start))
+    start = draw_start(process, start_key)
     action = epsilon_greedy(zeros[start], action_key, epsilon=hyper.epsilon_start)
     nothing = jnp.int32(0)
     return State(zeros, zeros, zeros.astype(jnp.int32), start, action, nothing, jnp.float32(0), nothing, key)
@@ -118,7 +119,7 @@ def make_step(
     config: Config, process: DecisionProcess, target_fn: TargetFn
 ) -> Callable[[State, Hyper], tuple[State, Metrics]]:
     """`step(state, hyper) -> (state, sums)`: one transition, and what it learns from it."""
-    log_transitions, log_start = jnp.log(process.transitions), jnp.log(process.start)
+    take = make_take(process, max_episode_steps=config.max_episode_steps)
 
     def step(state: State, hyper: Hyper) -> tuple[State, Metrics]:
         key, walk_key, action_key, start_key, first_key = jax.random.split(state.key, 5)
@@ -126,23 +127,20 @@ def make_step(
         epsilon = linear_decay(
             state.steps, start=hyper.epsilon_start, end=hyper.epsilon_end, steps=hyper.epsilon_steps
         )
-        reached = jax.random.categorical(walk_key, log_transitions[place])
-        reward = process.rewards[place][reached]
-        terminated = process.terminal[reached]
-        done = terminated | (state.episode_steps + 1 >= config.max_episode_steps)
+        taken = take((walk_key, start_key), *place, state.episode_steps)
+        next_values, done = q[taken.next_state], taken.done
 
-        next_action = epsilon_greedy(q[reached], action_key, epsilon=epsilon)
-        following = jnp.where(terminated, 0, target_fn(q[reached], next_action, epsilon))
+        next_action = epsilon_greedy(next_values, action_key, epsilon=epsilon)
+        following = jnp.where(taken.terminated, 0, target_fn(next_values, next_action, epsilon))
         visits = state.visits.at[place].add(1)
         rate = hyper.learning_rate * visits[place].astype(jnp.float32) ** -hyper.learning_rate_power
-        error = reward + hyper.gamma * following - q[place]
+        error = taken.reward + hyper.gamma * following - q[place]
         pending = state.pending.at[place].add(rate * error)
         apply = done | config.online
         q, pending = jnp.where(apply, q + pending, q), jnp.where(apply, 0, pending)
 
-        start = jax.random.categorical(start_key, log_start)
-        first_action = epsilon_greedy(q[start], first_key, epsilon=epsilon)
-        episode_return, length = state.episode_return + reward, state.episode_steps + 1
+        first_action = epsilon_greedy(q[taken.onwards], first_key, epsilon=epsilon)
+        episode_return, length = state.episode_return + taken.reward, state.episode_steps + 1
         sums = {
             "episodes": done.astype(jnp.int32),
             "return_sum": jnp.where(done, episode_return, 0),
@@ -153,7 +151,7 @@ def make_step(
             action_values=q,
             pending=pending,
             visits=visits,
-            state=jnp.where(done, start, reached),
+            state=taken.onwards,
             action=jnp.where(done, first_action, next_action),
             episode_steps=jnp.where(done, 0, length),
             episode_return=jnp.where(done, 0, episode_return),
@@ -181,11 +179,11 @@ def make_train(
 
     def train(key: PRNGKeyArray, hyper: Hyper) -> tuple[State, Metrics]:
         def report(state: State, _: None) -> tuple[State, Metrics]:
-            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(step, state, hyper)[1])
+            zeros = no_sums(step, state, hyper)
 
             def one(_: int, carry: tuple[State, Metrics]) -> tuple[State, Metrics]:
                 state, sums = step(carry[0], hyper)
-                return state, jax.tree.map(jnp.add, carry[1], sums)
+                return state, tree_add(carry[1], sums)
 
             return jax.lax.fori_loop(0, config.steps // config.reports, one, (state, zeros))
 
