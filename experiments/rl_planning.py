@@ -59,13 +59,13 @@ class Options:
     seeds: int = 32
     control_seeds: int = 8
     episodes: int = 50
-    eval_episodes: int = 8
+    eval_episodes: int = 4
     quiet: bool = False
 
 
 def cell(name: str, train: Any, hypers: Any, seeds: int, options: Options, **described: Any) -> Path:
     """Runs every setting with every seed unless that is done; leaves histories and `summary.json`."""
-    folder = options.out / name if options.out is not None else Path(name)
+    folder = Path(options.out or ".") / name
     planned = json.loads(json.dumps({"cell": name, "seeds": seeds, **described}))
     if held_summary(folder, planned) is None:
         write_json(folder / PLAN, planned)

@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Bool, Float, Int, Metrics, PRNGKeyArray, Scalar
@@ -144,11 +145,11 @@ def teach_manager(
     return manager_values.at[place].add(hyper.manager_learning_rate * error)
 
 
-def init(process: DecisionProcess, regions: Int[Array, " S"], key: PRNGKeyArray, hyper: Hyper) -> State:
+def init(process: DecisionProcess, regions: Int[np.ndarray, " S"], key: PRNGKeyArray, hyper: Hyper) -> State:
     """The state at step 0, both Q being 0.
 
     Args:
-      regions: number of the region of each state, from 0; not traced.
+      regions: number of the region of each state, from 0.
     """
     key, start_key, command_key = jax.random.split(key, 3)
     count = int(regions.max()) + 1
@@ -165,7 +166,7 @@ def init(process: DecisionProcess, regions: Int[Array, " S"], key: PRNGKeyArray,
 
 
 def make_step(
-    config: Config, process: DecisionProcess, regions: Int[Array, " S"]
+    config: Config, process: DecisionProcess, regions: Int[np.ndarray, " S"]
 ) -> Callable[[State, Hyper], tuple[State, Metrics]]:
     """`step(state, hyper) -> (state, sums)`: one transition, and what it teaches both."""
     take = make_take(process, max_episode_steps=config.max_episode_steps)
@@ -202,7 +203,7 @@ def make_step(
 
 
 def make_train(
-    config: Config, process: DecisionProcess, regions: Int[Array, " S"]
+    config: Config, process: DecisionProcess, regions: Int[np.ndarray, " S"]
 ) -> Callable[[PRNGKeyArray, Hyper], tuple[State, Metrics]]:
     """`train(key, hyper) -> (state, history)`: a whole run, pure; jit it, vmap it over keys and `Hyper`.
 

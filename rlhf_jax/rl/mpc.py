@@ -65,9 +65,9 @@ class Config:
     widths: tuple[int, ...] = (64, 64)
     members: int = 5
     horizon: int = 20
-    population: int = 48
-    elites: int = 6
-    iterations: int = 4
+    population: int = 40
+    elites: int = 5
+    iterations: int = 3
 
 
 @pytree_dataclass

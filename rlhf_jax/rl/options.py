@@ -323,6 +323,7 @@ def make_train(
     """`train(key, hyper) -> (state, history)`: a whole run, pure; jit it, vmap it over keys and `Hyper`.
 
     Args:
+      options: at least one may begin wherever another ends.
       rule: `smdp_learning`, `intra_option_learning`, or your own.
 
     Returns:
