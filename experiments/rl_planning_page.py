@@ -1,7 +1,7 @@
 """The page and the picture of the studies of planning ahead, from what their runs left behind."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
