@@ -1,12 +1,13 @@
-"""How sure a number is: intervals over seeds, over questions and over runs and tasks. NumPy only.
+"""How sure a number is: intervals over seeds, over examples and over runs and tasks. NumPy only.
 
-Scores of several runs on several tasks stand in arrays [runs, tasks].
+Scores of several runs on several tasks stand in arrays [runs, tasks]; what is known of examples stands in
+columns, arrays whose first axis counts examples.
 """
 
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -116,8 +117,111 @@ def stratified_bootstrap_interval(
         return np.take_along_axis(array, rng.integers(len(array), size=array.shape), axis=0)
 
     draws = [float(statistic_fn(*map(resampled, arrays))) for _ in range(resamples)]
-    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(statistic_fn(*arrays)), float(low), float(high))
+    return _percentile_interval(float(statistic_fn(*arrays)), np.array(draws), confidence)
+
+
+def bootstrap_interval(
+    *columns: ArrayLike,
+    statistic_fn: Callable[..., float],
+    groups: ArrayLike | None = None,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Percentile interval of a statistic of examples, which are drawn anew (Efron 1979), all columns alike.
+
+    Resamples on which the statistic is not defined (NaN: no example of a class, say) are left out.
+
+    Args:
+      columns: one or more arrays of one length, which are what `statistic_fn` takes.
+      statistic_fn: computes the metric of any examples: `text.bleu`, `classification.roc_auc`, `np.mean`, ...
+      groups: [N], such as the subject of a question: examples are drawn within their group, so that each
+        keeps its size.
+      resamples: how many times to draw; the time grows with it.
+      seed: the same seed gives the same interval.
+    """
+    arrays = _columns(columns)
+    draws = [
+        float(statistic_fn(*(array[rows] for array in arrays)))
+        for rows in _resampled_rows(len(arrays[0]), groups, resamples, seed)
+    ]
+    return _percentile_interval(float(statistic_fn(*arrays)), np.array(draws), confidence)
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Two systems on the same examples.
+
+    Attributes:
+      difference: of the second's metric to the first's; above 0 the second is better where more is better.
+      p_value: how often a difference as far from 0 would be seen if there were none, two-sided.
+    """
+
+    difference: Interval
+    p_value: float
+
+
+def paired_bootstrap(
+    first: Sequence[ArrayLike],
+    second: Sequence[ArrayLike],
+    *,
+    statistic_fn: Callable[..., float],
+    groups: ArrayLike | None = None,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Comparison:
+    """Does one system beat another: both are judged on the same resamples of examples (Koehn 2004).
+
+    What makes an example hard for both cancels, so that less separates systems than intervals of each of
+    them suggest. The p-value moves the differences of resamples to be 0 on average (Riezler & Maxwell 2005)
+    and counts the observed one among them.
+
+    Args:
+      first: columns of one system, as `bootstrap_interval` takes them.
+      second: columns of the other, the same examples in the same order.
+      statistic_fn, groups, confidence, resamples, seed: as `bootstrap_interval`.
+    """
+    ours, theirs = _columns(first), _columns(second)
+    if len(ours[0]) != len(theirs[0]):
+        raise ValueError(f"expected the same examples, not {len(ours[0])} and {len(theirs[0])}")
+
+    def difference(rows: np.ndarray) -> float:
+        return float(statistic_fn(*(x[rows] for x in theirs)) - statistic_fn(*(x[rows] for x in ours)))
+
+    draws = np.array(
+        [difference(rows) for rows in _resampled_rows(len(ours[0]), groups, resamples, seed)], np.float64
+    )
+    seen, defined = difference(np.arange(len(ours[0]))), draws[~np.isnan(draws)]
+    as_far = np.sum(np.abs(defined - np.mean(defined)) >= abs(seen)) if defined.size else 0
+    return Comparison(_percentile_interval(seen, draws, confidence), float((as_far + 1) / (defined.size + 1)))
+
+
+def _columns(columns: Sequence[ArrayLike]) -> list[np.ndarray]:
+    arrays = [np.asarray(column) for column in columns]
+    shapes = [array.shape for array in arrays]
+    if not arrays or any(not shape or shape[0] != len(arrays[0]) or not shape[0] for shape in shapes):
+        raise ValueError(f"expected columns of one length above 0, not {shapes}")
+    return arrays
+
+
+def _resampled_rows(count: int, groups: ArrayLike | None, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """Places of `count` examples drawn with replacement, within groups where there are any."""
+    rng = np.random.default_rng(seed)
+    names = np.zeros(count, np.int64) if groups is None else np.asarray(groups)
+    if names.shape != (count,):
+        raise ValueError(f"expected a group for each of {count} examples, not {names.shape}")
+    members = [np.flatnonzero(names == name) for name in np.unique(names)]
+    for _ in range(resamples):
+        yield np.concatenate([places[rng.integers(len(places), size=len(places))] for places in members])
+
+
+def _percentile_interval(value: float, draws: np.ndarray, confidence: float) -> Interval:
+    defined = draws[~np.isnan(draws)]
+    if not defined.size:
+        return Interval(value, math.nan, math.nan)
+    low, high = np.quantile(defined, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(value, float(low), float(high))
 
 
 def student_t_quantile(probability: float, degrees: int) -> float:

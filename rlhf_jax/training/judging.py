@@ -11,6 +11,7 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Rollout
 from rlhf_jax.data.examples import PromptExample
 from rlhf_jax.data.tokenizers import Tokenizer
+from rlhf_jax.evaluation.win_rate import both_orders, order_bias
 from rlhf_jax.rewards.functions import load_reward, score_rows
 from rlhf_jax.training.rollouts import RolloutReward, completion_texts, reward_fields
 
@@ -74,8 +75,7 @@ def compare_by_judge(path: str, tokenizer: Tokenizer) -> CompareFn:
 
     def compare(prompts: Sequence[PromptExample], first: Rollout, second: Rollout) -> Compared:
         forth, back = ask(prompts, first, second), ask(prompts, second, first)
-        preference = ((forth + 1 - back) / 2).astype(np.float32)
-        disagreement = float(np.mean(np.abs(forth + back - 1)))
-        return Compared(preference, {"order_bias": disagreement})
+        preference = both_orders(forth, back).astype(np.float32)
+        return Compared(preference, {"order_bias": order_bias(forth, back)})
 
     return compare

@@ -1,12 +1,27 @@
-"""Ranking and calibration against counting."""
+"""Counts, ranking and calibration against counting, and against scikit-learn (frozen)."""
 
 import itertools
+import json
 import math
+import pathlib
 
 import numpy as np
 import pytest
 
-from rlhf_jax.evaluation.classification import brier_score, reliability, roc_auc
+from rlhf_jax.evaluation import classification
+from rlhf_jax.evaluation.classification import (
+    average_precision,
+    brier_score,
+    confusion,
+    precision_recall_curve,
+    reliability,
+    roc_auc,
+)
+from rlhf_jax.evaluation.statistics import bootstrap_interval
+
+GOLDEN = json.loads(
+    (pathlib.Path(__file__).parents[2] / "golden" / "evaluation_peers.json").read_text(encoding="utf-8")
+)["labels"]
 
 
 def test_auc_counts_pairs():
@@ -19,6 +34,39 @@ def test_auc_counts_pairs():
         assert roc_auc(np.exp(scores), labels) == roc_auc(scores, labels)  # only the order counts
         assert roc_auc(-scores, labels) == pytest.approx(1 - np.mean(wins))
     assert math.isnan(roc_auc([1.0, 2.0], [True, True]))
+
+
+def test_numbers_are_those_of_sklearn():
+    scores, truth = GOLDEN["scores"], GOLDEN["truth"]
+    assert roc_auc(scores, truth) == pytest.approx(GOLDEN["roc_auc"])
+    assert average_precision(scores, truth) == pytest.approx(GOLDEN["average_precision"])
+    precisions, recalls = precision_recall_curve(scores, truth)
+    np.testing.assert_allclose(precisions, GOLDEN["curve_precision"])
+    np.testing.assert_allclose(recalls, GOLDEN["curve_recall"])
+    chances = 1 / (1 + np.exp(-np.array(scores)))
+    assert brier_score(chances, truth) == pytest.approx(GOLDEN["brier_score"])
+    counts = confusion(GOLDEN["answers"], truth)
+    for name in ("precision", "recall", "f1", "accuracy"):
+        assert getattr(classification, name)(counts) == pytest.approx(GOLDEN[name]), name
+
+
+def test_counts_at_the_edges():
+    none = confusion([False, False], [False, False])
+    assert classification.accuracy(none) == 1
+    assert all(math.isnan(fn(none)) for fn in (classification.precision, classification.recall))
+    assert math.isnan(classification.f1(none))
+    assert math.isnan(average_precision([0.1, 0.2], [False, False]))
+    assert average_precision([0.5] * 4, [True, False, False, False]) == 0.25  # ties are called alike
+
+
+def test_intervals_leave_out_resamples_of_one_class():
+    scores, labels = [0.1, 0.9, 0.5], [False, True, False]
+    interval = bootstrap_interval(scores, labels, statistic_fn=roc_auc, resamples=200)
+    assert interval.mean == 1.0
+    assert (interval.low, interval.high) == (1.0, 1.0)
+    hopeless = bootstrap_interval(scores, [True] * 3, statistic_fn=roc_auc, resamples=20)
+    assert math.isnan(hopeless.mean)
+    assert math.isnan(hopeless.low)
 
 
 def test_reliability_and_brier():

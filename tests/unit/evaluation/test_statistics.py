@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from rlhf_jax.evaluation.statistics import (
     Interval,
+    bootstrap_interval,
     interquartile_mean,
     mean_interval,
+    paired_bootstrap,
     probability_of_improvement,
     stratified_bootstrap_interval,
     student_t_quantile,
@@ -151,3 +153,50 @@ def test_formats():
     assert f"{interval:.2f}" == "0.62 [0.58, 0.66]"
     assert str(interval) == "0.621 [0.58, 0.662]"
     assert f"{mean_interval([0.5]):.0%}" == "50%"
+
+
+def test_bootstrap_of_a_mean_is_the_normal_interval():
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=400)
+    interval = bootstrap_interval(values, statistic_fn=np.mean)
+    error = values.std() / math.sqrt(len(values))
+    assert interval.mean == pytest.approx(values.mean())
+    assert (interval.high - interval.low) / (2 * 1.96 * error) == pytest.approx(1, abs=0.05)
+    assert interval == bootstrap_interval(values, statistic_fn=np.mean)
+    assert interval != bootstrap_interval(values, statistic_fn=np.mean, seed=1)
+
+
+def test_bootstrap_draws_columns_together_and_groups_apart():
+    values, groups = np.arange(30.0), np.repeat([0, 1, 2], [5, 10, 15])
+
+    def statistic(column, twice, names):
+        assert (twice == 2 * column).all()
+        assert np.bincount(names).tolist() == [5, 10, 15]
+        assert all(set(column[names == name]) <= set(values[groups == name]) for name in range(3))
+        return np.mean(column)
+
+    columns = values, 2 * values, groups
+    within = bootstrap_interval(*columns, statistic_fn=statistic, groups=groups, resamples=200)
+    free = bootstrap_interval(values, statistic_fn=np.mean, resamples=200)
+    assert within.high - within.low < free.high - free.low  # what differs between groups is no chance
+
+
+def test_paired_bootstrap_sees_what_intervals_of_each_do_not():
+    rng = np.random.default_rng(0)
+    hard = rng.normal(0, 3, size=100)
+    first, second = (hard + shift + rng.normal(0, 0.2, size=100) for shift in (0, 0.1))
+    found = paired_bootstrap([first], [second], statistic_fn=np.mean, resamples=1000)
+    assert found.difference.mean == pytest.approx(np.mean(second - first))
+    assert 0 < found.difference.low < found.difference.high < 0.25
+    assert found.p_value == pytest.approx(stats.ttest_rel(first, second).pvalue, abs=0.01)
+    alone = bootstrap_interval(first, statistic_fn=np.mean, resamples=200)
+    assert alone.low < np.mean(second) < alone.high
+    same = paired_bootstrap([first], [first], statistic_fn=np.mean, resamples=50)
+    assert same.p_value == 1
+    for columns in ([], [[1.0, 2.0], [1.0]], [[]]):
+        with pytest.raises(ValueError, match="columns of one length"):
+            bootstrap_interval(*columns, statistic_fn=np.mean)
+    with pytest.raises(ValueError, match="same examples"):
+        paired_bootstrap([first], [first[1:]], statistic_fn=np.mean)
+    with pytest.raises(ValueError, match="a group for each"):
+        bootstrap_interval(first, statistic_fn=np.mean, groups=[1])
