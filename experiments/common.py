@@ -338,7 +338,7 @@ def with_total_steps(optimizer: OptimizerConfig, steps: int) -> OptimizerConfig:
 
 # Options -------------------------------------------------------------------------------------------
 
-_WITHOUT_PREFIX = ("run", "pairs", "prompts")
+_WITHOUT_PREFIX = ("run", "pairs", "prompts", "task")
 _POSITIVE = """
     --steps --keep --batch-size --micro-batches --minibatches --group-size --epochs --temperature
     --max-new-tokens --demonstrations --pair-count --prompt-count --eval-count --optimizer.clip-norm
@@ -349,7 +349,7 @@ _POSITIVE = """
 _MAY_DIFFER = """
     --out --resume --steps --save-every --eval-every --keep --quiet --report --micro-batches
     --eval-data --eval-reward --eval-count --samples --mesh --gather-params --hosts
-    --start-timeout --lost-timeout --profile --peak-tflops --prompts --sample-tokens
+    --start-timeout --lost-timeout --profile --peak-tflops --prompts --sample-tokens --against
 """.split()  # noqa: SIM905
 
 

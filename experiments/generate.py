@@ -107,11 +107,6 @@ def make_decode(options: Options, model: Model) -> Decode:
 # Answers -------------------------------------------------------------------------------------------
 
 
-def cut(text: str, stops: Sequence[str]) -> str:
-    """The text before the first stop string."""
-    return text[: min((text.index(stop) for stop in stops if stop in text), default=len(text))]
-
-
 def describe(
     options: Options, model: Model, rollout: Rollout, scores: np.ndarray | None
 ) -> list[dict[str, Any]]:
@@ -122,7 +117,7 @@ def describe(
         ids = np.asarray(rollout.sequences.tokens)[row][mask].tolist()
         logp = np.asarray(rollout.logp)[row][mask].astype(float)
         answer = {
-            "text": cut(model.tokenizer.decode(ids), options.stop),
+            "text": generation.cut_at_stop(model.tokenizer.decode(ids), options.stop),
             "finished": bool(rollout.finished[row]),
             "tokens": len(ids),
             "logp": float(logp.sum()),
@@ -175,7 +170,7 @@ def make_stream(options: Options, model: Model, decoder: Sample) -> Callable[[Se
         for rollout in stream(model.params, *inputs, key, sampling):
             kept = np.asarray(rollout.sequences.mask[0])
             whole = model.tokenizer.decode(np.asarray(rollout.sequences.tokens[0])[kept])
-            text = cut(whole, options.stop)
+            text = generation.cut_at_stop(whole, options.stop)
             # A token may end within a character.
             end = 0 if text.endswith("\ufffd") else len(text) - held_back(text, options.stop)
             if end > shown:

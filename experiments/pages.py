@@ -1,4 +1,4 @@
-"""What pages of results have in common: cells that are not run twice, and a section that is written by hand
+"""What results have in common: lines and cells that are not made twice, and a section that is written by hand
 and outlives every rewriting.
 """
 
@@ -35,6 +35,16 @@ def held_summary(folder: Path, planned: dict[str, Any], *, growing: str = "") ->
             )
     done = folder / SUMMARY
     return json.loads(done.read_text(encoding="utf-8")) if done.exists() else None
+
+
+def whole_lines(path: Path) -> list[Any]:
+    """What a JSONL file holds, none if there is no such file; a line torn by a stop is cut off it."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")  # not splitlines, which splits within texts
+    if lines.pop():
+        path.write_bytes(b"".join(line + b"\n" for line in lines))
+    return [json.loads(line) for line in lines]
 
 
 def made(folder: Path) -> dict[str, Any]:

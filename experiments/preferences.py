@@ -23,6 +23,7 @@ import inputs
 import jax
 import numpy as np
 import tyro
+from pages import whole_lines
 from rounds import prompt_of, write_rows
 
 from rlhf_jax.core.errors import UserError
@@ -191,15 +192,9 @@ def sampled(options: Options, model: Model) -> list[Pair]:
 
 
 def _held(path: Path) -> Iterator[list[Pair]]:
-    """Batches that were judged before; a line torn by a stop is cut off."""
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith("\n")]
-    if len(whole) < len(lines):
-        path.write_text("".join(whole), encoding="utf-8")
-    for line in whole:
-        yield [Pair(**row) for row in json.loads(line)]
+    """Batches that were judged before."""
+    for batch in whole_lines(path):
+        yield [Pair(**row) for row in batch]
 
 
 # Rows ---------------------------------------------------------------------------------------------------

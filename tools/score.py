@@ -191,7 +191,7 @@ def pools(values: Sequence[Any], size: int) -> np.ndarray:
     counts, found = np.array([len(value) for value in values]), np.zeros(len(values))
     for count in np.unique(counts):
         places = np.flatnonzero(counts == count)
-        verdicts = np.stack([labels(values[place]) for place in places])
+        verdicts = np.stack([labels(values[int(place)]) for place in places])
         found[places] = np.asarray(pass_at_k(jnp.asarray(verdicts)))[:, size - 1]
     return found
 

@@ -316,6 +316,21 @@ def preference_rows(level: Level, split: Split, count: int, seed: int) -> list[R
     ]
 
 
+def choice_rows(level: Level, split: Split, count: int, seed: int, *, choices: int = 4) -> list[Row]:
+    """Multiple choice: `question`, `choices` of which one solution is right, the place of it as `answer`, and
+    as `subject` in how many steps a careless writer would slip.
+    """
+    rng, rows = _generator(seed, "choice"), []
+    for drawn in draw_problems(rng, level, split, count):
+        right, wrong = solution(drawn).text, dict[str, None]()
+        while len(wrong) < choices - 1:
+            wrong[wrong_solution(drawn, rng).text] = None
+        place, slips = int(rng.integers(choices)), len(_slippable_steps(drawn))
+        texts = [*list(wrong)[:place], right, *list(wrong)[place:]]
+        rows.append({"question": drawn.text, "choices": texts, "answer": place, "subject": f"slips: {slips}"})
+    return rows
+
+
 def step_rows(level: Level, split: Split, count: int, seed: int, *, slip_rate: float) -> list[Row]:
     """Rows for process rewards: `prompt`, `completions` (a list of steps) and `labels` (one bool each).
 

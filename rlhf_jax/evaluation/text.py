@@ -91,7 +91,7 @@ def bleu(statistics: Int[np.ndarray, "N 10"], *, smoothing: Smoothing = "exp") -
         first, second, ... such order (Chen & Cherry 2014, method 3; what sacreBLEU does), "add_one" adds one
         to both counts of every order above 1 (Lin & Och 2004), "none" is 0.
     """
-    sums = np.sum(statistics, axis=0, dtype=np.float64)
+    sums = np.asarray(np.sum(statistics, axis=0, dtype=np.float64))
     matches, totals = sums[:_BLEU_ORDERS].copy(), sums[_BLEU_ORDERS : 2 * _BLEU_ORDERS].copy()
     length, target = sums[-2:]
     if not matches.any():

@@ -1,6 +1,12 @@
 """Samplers, searches and decode loops over the callables `prefill`, `decode` and `extend`."""
 
-from rlhf_jax.generation.automata import Automaton, json_automaton, regex_automaton, stop_automaton
+from rlhf_jax.generation.automata import (
+    Automaton,
+    cut_at_stop,
+    json_automaton,
+    regex_automaton,
+    stop_automaton,
+)
 from rlhf_jax.generation.beam import beam_search
 from rlhf_jax.generation.continuous import generate_continuously
 from rlhf_jax.generation.contrastive import contrastive_search
@@ -25,6 +31,7 @@ __all__ = [
     "beam_search",
     "contrast_layers",
     "contrastive_search",
+    "cut_at_stop",
     "dola_fns",
     "generate",
     "generate_continuously",

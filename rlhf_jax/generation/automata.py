@@ -109,6 +109,11 @@ def stop_automaton(tokenizer: Tokenizer, strings: Sequence[str]) -> Automaton:
     return _automaton(token_class.reshape(-1), columns, final)
 
 
+def cut_at_stop(text: str, stops: Sequence[str]) -> str:
+    """The text before the first stop string."""
+    return text[: min((text.index(stop) for stop in stops if stop in text), default=len(text))]
+
+
 def _string_matcher(strings: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
     """(state after each byte [N, 256], final [N]): the state is the longest end of the text that begins a
     string; a final state is never left.

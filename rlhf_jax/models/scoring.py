@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.core.masks import last_unmasked_index
 from rlhf_jax.core.trees import merge
-from rlhf_jax.core.types import Array, Float, Int, Params, Scalar, Score, ScoreFn, Sequences
+from rlhf_jax.core.types import Array, Bool, Float, Int, Params, Scalar, Score, ScoreFn, Sequences
 from rlhf_jax.kernels.logprobs import token_logprobs
 from rlhf_jax.models import decoder as decoders
 from rlhf_jax.models.config import ModelConfig
@@ -72,6 +72,30 @@ def make_likelihood_fn(config: ModelConfig, *, chunk_size: int = 512) -> ScoreFn
         return dataclasses.replace(scored, further_logp=jnp.stack(further))
 
     return score
+
+
+def make_likeliest_fn(
+    config: ModelConfig, *, chunk_size: int = 512
+) -> Callable[[Params, Sequences], tuple[Float[Array, "B T"], Bool[Array, "B T"]]]:
+    """`likelihood(params, sequences) -> (logp, likeliest)`: log-probs in nats, as those of `make_score_fn`,
+    and whether each token is the most likely one where it stands.
+
+    Args:
+      chunk_size: tokens whose logits are held at once.
+    """
+
+    def likelihood(params: Params, sequences: Sequences) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
+        hidden = _hidden(config, params, sequences)
+        scored = _score_hidden(config, params, hidden, sequences, 1.0, chunk_size)
+
+        def most_likely(state: Float[Array, "D"]) -> Int[Array, ""]:
+            return jnp.argmax(decoders.logits(config, params, state[None])[0])
+
+        states = hidden.reshape(-1, hidden.shape[-1])
+        guesses = jax.lax.map(most_likely, states, batch_size=chunk_size).reshape(sequences.tokens.shape)
+        return scored.logp, _delay(guesses) == sequences.tokens
+
+    return likelihood
 
 
 def make_distribution_fn(
