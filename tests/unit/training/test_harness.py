@@ -46,8 +46,9 @@ def test_what_greedy_decoding_says_is_greedy(harness):
 def test_chains_of_likelihoods_add_up(harness):
     text = "1+2=3"
     whole = harness.loglikelihood_rolling([text])[0]
-    parts = harness.loglikelihood([(text[:place], text[place]) for place in range(len(text))])
-    assert whole == pytest.approx(sum(logp for logp, _ in parts), abs=1e-4)
+    assert whole == harness.loglikelihood([("", text)])[0][0]
+    parts = harness.loglikelihood([(text[:place], text[place:]) for place in (1, 2)] + [("1", "+")])
+    assert parts[0][0] == pytest.approx(parts[1][0] + parts[2][0], abs=1e-4)
     long = "1+2=3\n" * 6
     assert harness.loglikelihood_rolling([long, text])[1] == pytest.approx(whole, abs=1e-4)
     # A context loses its beginning where it is too long.
