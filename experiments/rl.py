@@ -79,8 +79,9 @@ class Options:
 def summed(history: Metrics) -> Metrics:
     """Metrics [S, U] of a chunk as one number each, over seeds too: sums add up, the rest are means."""
     means = {name: x.mean() for name, x in history.items() if not name.startswith(("episode", "skipped"))}
-    known = {"episodes": history["episodes"].sum()}
-    if known["episodes"] > 0:  # an average over no episode is no number, and not 0 either
+    # A run on a log has no episodes.
+    known = {"episodes": history["episodes"].sum()} if "episodes" in history else {}
+    if known.get("episodes", 0) > 0:  # an average over no episode is no number, and not 0 either
         known["episode_return"] = history["episode_return_sum"].sum() / known["episodes"]
         known["episode_length"] = history["episode_length_sum"].sum() / known["episodes"]
     skipped = {"skipped": history["skipped"][:, -1].sum()} if "skipped" in history else {}
@@ -99,7 +100,14 @@ def compiled_once(function: Any, donate: bool = True) -> Any:
 
 
 def train(
-    options: Options, folder: Path, run: Run, hyper: Any, keys: jax.Array, description: dict[str, Any]
+    options: Options,
+    folder: Path,
+    run: Run,
+    hyper: Any,
+    keys: jax.Array,
+    description: dict[str, Any],
+    *,
+    data_fingerprint: str | None = None,
 ) -> tuple[Any, float | None]:
     """The trained states of all seeds, and environment steps per second without compilation."""
 
@@ -131,6 +139,7 @@ def train(
         folder=folder,
         resume=options.resume,
         run_config=description,
+        data_fingerprint=data_fingerprint,
     )
     return state, sum(done) / sum(seconds) if seconds else None
 
@@ -160,6 +169,14 @@ def evaluations(
             np.asarray(compiled_once(jax.vmap(one), donate=False)(state, own)).astype(float).tolist()
         )
     return found
+
+
+def render_first(folder: Path, run: Run, state: Any, env: Environment, env_params: Any, seed: int) -> None:
+    """An episode of the first agent as `episode.gif`."""
+    first = jax.tree.map(lambda x: x[0], state)
+    path = folder / "episode.gif"
+    rl_render.render(env, *rl_render.record(run, first, env, env_params, seed), path)
+    print(f"Episode: {path}")
 
 
 def report(summary: dict[str, Any]) -> None:
@@ -202,13 +219,18 @@ def loaded(options: Options, folder: Path) -> dict[str, Any]:
     return description
 
 
-def described(options: Options, folder: Path) -> dict[str, Any]:
-    """The description of the agents about to be trained; written before anything else.
+def described(
+    options: Any,
+    folder: Path,
+    names: tuple[str, ...] = ("algo", "env", "seeds", "seed", "steps", "set", "chunks"),
+) -> dict[str, Any]:
+    """The description of the agents about to be trained, of `names` of the options.
 
     Raises:
-      UserError: the folder holds others, which --resume cannot go on with.
+      UserError: the folder holds others, which --resume cannot go on with, or any without --resume.
     """
-    names = ("algo", "env", "seeds", "seed", "steps", "set", "chunks")
+    if not (options.resume or CheckpointManager(folder / "checkpoints").latest_step() is None):
+        raise UserError(f"{folder} already holds a run: add --resume, or choose another --out")
     description = {name: common.to_json(getattr(options, name)) for name in names}
     if options.resume and (folder / AGENT).exists():
         before = read_description(folder)
@@ -221,17 +243,39 @@ def described(options: Options, folder: Path) -> dict[str, Any]:
     return description
 
 
-def check(options: Options) -> Path:
-    """The run folder, after a look at the options.
+def seed_keys(description: dict[str, Any]) -> jax.Array:
+    """The keys of the agents of a description, one a seed."""
+    seeds = range(description["seed"], description["seed"] + description["seeds"])
+    return jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32))
+
+
+def restored(folder: Path, run: Run, hyper: Any, keys: jax.Array) -> Any:
+    """The saved states of all seeds."""
+    like = jax.eval_shape(jax.vmap(lambda key: run.init(key, hyper)), keys)
+    with CheckpointManager(folder / "checkpoints") as checkpoints:
+        return checkpoints.restore(like)[1]
+
+
+def check_counts(options: Any) -> None:
+    """A look at the numbers among the options.
 
     Raises:
-      UserError: an option is missing or out of range.
+      UserError: one is out of range.
     """
     for name in ("seeds", "chunks", "eval_episodes"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least 1")
     if options.steps < 0:
         raise UserError(f"--steps {options.steps} is negative: give a positive number, or 0 for the usual")
+
+
+def check(options: Options) -> Path:
+    """The run folder, after a look at the options.
+
+    Raises:
+      UserError: an option is missing or out of range.
+    """
+    check_counts(options)
     folder = options.load or options.out
     if folder is None:
         raise UserError("--out is missing: name the folder to write to, or --load a run folder")
@@ -247,16 +291,11 @@ def run(options: Options) -> None:
     env, env_params = environments.make(description["env"])
     agent = rl_agents.make_agent(description["algo"], env, description["steps"], description["set"])
     course = agent.run(env, env_params)
-    seeds = range(description["seed"], description["seed"] + description["seeds"])
-    keys = jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32))
+    keys = seed_keys(description)
     speed = {}
     if options.load:
-        like = jax.eval_shape(jax.vmap(lambda key: course.init(key, agent.hyper)), keys)
-        with CheckpointManager(folder / "checkpoints") as checkpoints:
-            state = checkpoints.restore(like)[1]
+        state = restored(folder, course, agent.hyper, keys)
     else:
-        if not (options.resume or CheckpointManager(folder / "checkpoints").latest_step() is None):
-            raise UserError(f"{folder} already holds a run: add --resume, or choose another --out")
         write_json(folder / AGENT, description)
         describe_run(folder, common.to_json(options), stage="rl")
         state, rate = train(options, folder, course, agent.hyper, keys, description)
@@ -267,13 +306,7 @@ def run(options: Options) -> None:
     write_json(target / ("evaluation.json" if options.load else "summary.json"), summary)
     report(summary)
     if options.render:
-        first = jax.tree.map(lambda x: x[0], state)
-        rl_render.render(
-            env,
-            *rl_render.record(course, first, env, env_params, description["seed"]),
-            target / "episode.gif",
-        )
-        print(f"Episode: {target / 'episode.gif'}")
+        render_first(target, course, state, env, env_params, description["seed"])
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import rl_rows
 from flax import linen as nn
@@ -66,9 +67,25 @@ def make_agent(algo: str, env: Environment, steps: int, changes: Sequence[str]) 
         )
     module = importlib.import_module(f"rlhf_jax.rl.{name}")
     settings, usual_steps = rl_rows.settings_for(name, env.name)
+    config, hyper = configured(module, (*settings, *changes))
+    if not steps and not any(
+        change.partition("=")[0].endswith(("total_steps", "updates")) for change in changes
+    ):
+        steps = usual_steps
+    if steps:
+        config = _with_steps(config, env, steps)
+    return Agent(name, module, config, hyper)
+
+
+def configured(module: ModuleType, changes: Sequence[str]) -> tuple[Any, Any]:
+    """(config, hyper) of an algorithm, `changes` made one after the other; numbers of `hyper` as arrays.
+
+    Raises:
+      UserError: there is no such setting.
+    """
     config = module.Config()
     hyper = module.default_hyper() if hasattr(module, "default_hyper") else module.Hyper()
-    for change in (*settings, *changes):
+    for change in changes:
         path, sign, text = change.partition("=")
         if not sign:
             raise UserError(f"--set {change!r}: write it as NAME=VALUE")
@@ -76,14 +93,7 @@ def make_agent(algo: str, env: Environment, steps: int, changes: Sequence[str]) 
             hyper = _changed(hyper, path.removeprefix("hyper.").split("."), text, change)
         else:
             config = _changed(config, path.split("."), text, change)
-    if not steps and not any(
-        change.partition("=")[0].endswith(("total_steps", "updates")) for change in changes
-    ):
-        steps = usual_steps
-    if steps:
-        config = _with_steps(config, env, steps)
-    fields = {field.name: jnp.asarray(getattr(hyper, field.name)) for field in dataclasses.fields(hyper)}
-    return Agent(name, module, config, dataclasses.replace(hyper, **fields))
+    return config, jax.tree.map(jnp.asarray, hyper)
 
 
 def _with_steps(config: Any, env: Environment, steps: int) -> Any:

@@ -75,10 +75,17 @@ from rlhf_jax.losses.reductions import (
 )
 from rlhf_jax.losses.reward import bradley_terry_loss, plackett_luce_loss, process_reward_loss
 from rlhf_jax.losses.routing import load_balance_loss, load_violation, router_z_loss
-from rlhf_jax.losses.supervised import cross_entropy_loss, further_masks, further_token_loss
+from rlhf_jax.losses.supervised import (
+    advantage_weighted_loss,
+    cross_entropy_loss,
+    further_masks,
+    further_token_loss,
+)
 from rlhf_jax.losses.value import (
     categorical_value_loss,
     clipped_value_loss,
+    conservative_penalty,
+    expectile_value_loss,
     gaussian_histogram,
     huber_value_loss,
     project_categorical,
@@ -88,6 +95,7 @@ from rlhf_jax.losses.value import (
 
 __all__ = [
     "Reduction",
+    "advantage_weighted_loss",
     "alpha_divergence_score",
     "alpha_po_loss",
     "aot_loss",
@@ -101,12 +109,14 @@ __all__ = [
     "cispo_surrogate",
     "clip_surrogate",
     "clipped_value_loss",
+    "conservative_penalty",
     "constant_length",
     "cpo_loss",
     "cross_entropy_loss",
     "discopop_loss",
     "dpo_loss",
     "exo_loss",
+    "expectile_value_loss",
     "forward_kl_loss",
     "forward_kl_score",
     "further_masks",

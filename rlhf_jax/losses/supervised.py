@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.core.masks import clean
 from rlhf_jax.core.types import Array, Bool, Float, Int, Metrics, Scalar
 from rlhf_jax.losses.preference_common import full_precision
 from rlhf_jax.losses.reductions import Reduction, token_mean
@@ -70,3 +71,40 @@ def further_token_loss(
     ]
     loss = sum(losses[1:], losses[0]) / len(losses)
     return loss, {"further_loss": jax.lax.stop_gradient(loss)}
+
+
+def advantage_weighted_loss(
+    logp: Float[Array, "B T"],
+    advantages: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    inverse_temperature: Scalar = 1.0,
+    max_weight: Scalar = 100.0,
+    reduce: Reduction = token_mean,
+    denominator: Scalar | None = None,
+) -> tuple[Float[Array, ""], Metrics]:
+    """Advantage-weighted regression (Peng et al. 2019; as in Kostrikov et al. 2022, eq. 7).
+
+        -min(exp(beta A_t), w_max) log pi(a_t | s_t)
+
+    beta = 0 is `cross_entropy_loss`, that is behaviour cloning; the larger beta, the more the better actions
+    of a log count. It needs no log-probabilities of the policy that acted.
+
+    Args:
+      logp: log-probability in nats of each action of the log.
+      advantages: A, in units of reward; without gradient.
+      mask: actions that count; the others may hold NaN.
+      inverse_temperature: beta, in 1 / units of reward.
+      max_weight: w_max.
+      reduce: how actions become one number.
+      denominator: replaces the reduction's own, for micro-batches and shards.
+    Returns:
+      (loss, metrics): `loss`, and the mean `weight`.
+    """
+    advantages = clean(full_precision(advantages), mask)
+    weight = jax.lax.stop_gradient(jnp.minimum(jnp.exp(inverse_temperature * advantages), max_weight))
+    loss = reduce(-weight * clean(full_precision(logp), mask), mask, denominator=denominator)
+    return loss, {
+        "loss": jax.lax.stop_gradient(loss),
+        "weight": reduce(weight, mask, denominator=denominator),
+    }

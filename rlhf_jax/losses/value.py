@@ -1,4 +1,4 @@
-"""Losses of value functions: scalar, quantile and categorical.
+"""Losses of value functions: scalar, expectile, quantile and categorical, and the penalty of conservative ones.
 
 All take `(prediction, ..., target, mask, *, reduce=, denominator=)` and return `(loss, metrics)`. Targets
 carry no gradient; masked entries may hold anything. Computation is in at least float32.
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rlhf_jax.core.masks import clean
-from rlhf_jax.core.types import Array, Bool, Float, Metrics, Scalar
+from rlhf_jax.core.types import Array, Bool, Float, Int, Metrics, Scalar
 from rlhf_jax.losses.reductions import Reduction, token_mean
 
 
@@ -134,6 +134,73 @@ def huber_value_loss(
     error = values - returns
     per_step = {"value_loss": huber(error, delta), "value_error": error, "value_mean": values}
     return _reduced(per_step, mask, reduce, denominator)
+
+
+def expectile_value_loss(
+    values: Float[Array, "B T"],
+    returns: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    expectile: Scalar = 0.7,
+    reduce: Reduction = token_mean,
+    denominator: Scalar | None = None,
+) -> tuple[Float[Array, ""], Metrics]:
+    """Expectile regression (implicit Q-learning, Kostrikov et al. 2022, eq. 5).
+
+        loss_t = |tau - [R_t < V_t]| (R_t - V_t)^2
+
+    tau = 1/2 is `squared_value_loss`. With R = Q(s, a) for the actions of a log, V(s) goes from their mean
+    (tau = 1/2) towards the best of them (tau -> 1), and no other action is ever looked at.
+
+    Args:
+      values: V of the value function in training.
+      returns: targets R, in units of reward.
+      mask: steps that count.
+      expectile: tau, in (0, 1).
+      reduce: how steps become one number.
+      denominator: of the whole batch, when this is a part of it.
+
+    Returns:
+      (loss, metrics): `value_loss`, `value_error` (mean of V - R), `value_mean`.
+    """
+    values, returns = _cleaned(values, mask), _constant(returns, mask)
+    error = values - returns
+    weight = jnp.where(error > 0, 1 - expectile, expectile)
+    per_step = {"value_loss": weight * jnp.square(error), "value_error": error, "value_mean": values}
+    return _reduced(per_step, mask, reduce, denominator)
+
+
+def conservative_penalty(
+    action_values: Float[Array, "B T A"],
+    actions: Int[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    reduce: Reduction = token_mean,
+    denominator: Scalar | None = None,
+) -> tuple[Float[Array, ""], Metrics]:
+    """What keeps values of actions that a log lacks low: CQL(H)'s (Kumar et al. 2020, eq. 4).
+
+        penalty_t = log sum_a exp Q(s_t, a) - Q(s_t, a_t)
+
+    It is the cross-entropy of the actions taken under softmax(Q), and is added, times a weight, to any loss of
+    Q(s_t, a_t).
+
+    Args:
+      action_values: Q of every action, in units of reward.
+      actions: those taken in the log.
+      mask: steps that count.
+      reduce: how steps become one number.
+      denominator: of the whole batch, when this is a part of it.
+
+    Returns:
+      (penalty, metrics): `conservative_penalty`.
+    """
+    action_values = _cleaned(action_values, mask)
+    taken = jnp.arange(action_values.shape[-1]) == actions[..., None]
+    # A comparison rather than a gather: its gradient is no scatter, which CPUs and TPUs are slow at.
+    penalties = -jnp.sum(jnp.where(taken, jax.nn.log_softmax(action_values), 0), axis=-1)
+    penalty = reduce(penalties, mask, denominator=denominator)
+    return penalty, {"conservative_penalty": lax.stop_gradient(penalty)}
 
 
 def quantile_value_loss(

@@ -21,7 +21,7 @@ from rlhf_jax.core.types import Metrics, Params, PRNGKeyArray, ScoreFn
 from rlhf_jax.kernels.whitening import whiten
 from rlhf_jax.rl import on_policy
 from rlhf_jax.rl.environments import Environment
-from rlhf_jax.rl.on_policy import NetworkConfig
+from rlhf_jax.rl.on_policy import Learning, NetworkConfig
 from rlhf_jax.rl.rollout import (
     Experience,
     Network,
@@ -44,6 +44,7 @@ __all__ = [
     "default_hyper",
     "init",
     "make_batch",
+    "make_learning",
     "make_run",
     "make_train",
     "make_update",
@@ -95,10 +96,10 @@ def make_batch(
     return as_rows(network, batch)
 
 
-def make_run(
-    config: Config, env: Environment, env_params: Any, *, make_update: MakeUpdate = ppo.make_update
-) -> Run:
-    """A run as `init` and `step`."""
+def make_learning(
+    config: Config, env: Environment, *, make_update: MakeUpdate = ppo.make_update
+) -> tuple[Network, Learning]:
+    """(network, what a run needs to know), for a run of `config.total_steps`."""
     network = on_policy.make_network(config.network, env)
     updates = on_policy.count_updates(config.total_steps, config.rollout)
     optimizer_steps = updates * config.update.epochs * config.update.minibatches
@@ -111,7 +112,14 @@ def make_run(
     def learn(state: State, hyper: Hyper, experience: Experience) -> tuple[State, Metrics]:
         return update(state, hyper, make_batch(config, network, state.learner.params, hyper, experience))
 
-    learning = on_policy.Learning(init_agent, learn)
+    return network, Learning(init_agent, learn)
+
+
+def make_run(
+    config: Config, env: Environment, env_params: Any, *, make_update: MakeUpdate = ppo.make_update
+) -> Run:
+    """A run as `init` and `step`."""
+    network, learning = make_learning(config, env, make_update=make_update)
     return on_policy.make_run(
         network, env, env_params, config.rollout, learning, total_steps=config.total_steps
     )
