@@ -4,10 +4,9 @@
     python experiments/rl_offline.py --collect runs/cartpole:50 random:500 --data runs/cartpole.npz
     python experiments/rl_offline.py --data runs/cartpole.npz --algo iql --seeds 8 --out runs/cartpole_iql
 
-A source is the run folder of a saved agent, or `random`, with a number of whole episodes; actions are sampled.
-Only `gail` steps the environment while it learns, and none of them sees a reward from it: the Q-learners have
-those of the log. Evaluation has its own episodes. IQL with 8 seeds takes about two minutes on one CPU core and
-reaches 500 on CartPole from such a log.
+A source is the run folder of a saved agent, or `random`, with a number of whole episodes; actions are
+sampled. Only `gail` steps the environment while it learns, and looks at none of its rewards; the Q-learners
+have those of the log. Evaluation has its own episodes.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Losses of value functions: scalar, expectile, quantile and categorical, and the penalty of conservative ones.
+"""Losses of value functions: scalar, expectile, quantile, categorical, conservative.
 
 All take `(prediction, ..., target, mask, *, reduce=, denominator=)` and return `(loss, metrics)`. Targets
 carry no gradient; masked entries may hold anything. Computation is in at least float32.
@@ -182,7 +182,7 @@ def conservative_penalty(
 
         penalty_t = log sum_a exp Q(s_t, a) - Q(s_t, a_t)
 
-    It is the cross-entropy of the actions taken under softmax(Q), and is added, times a weight, to any loss of
+    It is the cross-entropy of the actions taken under softmax(Q); add it, times a weight, to any loss of
     Q(s_t, a_t).
 
     Args:

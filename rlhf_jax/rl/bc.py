@@ -1,6 +1,6 @@
 """Behaviour cloning (Pomerleau 1989): the policy that makes the actions of a log likeliest.
 
-The loss is the cross-entropy that trains language models on demonstrations, -log pi(a | s) in nats, of the same
+The loss is the cross-entropy that trains language models on demonstrations, -log pi(a | s) in nats, of the
 heads that the actor-critics have: categorical, or a Gaussian. Rewards are not looked at.
 """
 

@@ -68,7 +68,7 @@ class Hyper:
 def conservative_loss(
     every: Float[Array, "N A"], following: Float[Array, " N"], batch: Batch, hyper: Hyper, reduce: Reduction
 ) -> LossOutcome:
-    """TD error and penalty (Kumar et al. 2020, eq. 4): Huber(Q(s, a) - target) + conservatism penalty(s, a)."""
+    """Huber(Q(s, a) - target) + conservatism penalty(s, a) (Kumar et al. 2020, eq. 4)."""
     taken = jnp.arange(every.shape[-1]) == batch.action[:, None]
     chosen = jnp.sum(jnp.where(taken, every, 0), axis=-1)
     loss, (metrics, errors) = dqn.td_loss(chosen, following, batch, hyper, reduce)

@@ -1,4 +1,4 @@
-"""Whole episodes of an agent, and evaluation on episodes of its own: whole, unshaped, and never those the agent learned from."""
+"""Whole episodes of an agent, and evaluation: unshaped, and never on those the agent learned from."""
 
 from typing import Any
 

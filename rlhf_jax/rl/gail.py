@@ -1,7 +1,7 @@
 """Generative adversarial imitation learning (Ho & Ermon 2016): PPO on the reward of a discriminator.
 
-The discriminator tells state-action pairs of a log from the policy's own; the policy is paid for being taken for
-the log. The environment is stepped, but its reward is not looked at.
+The discriminator tells state-action pairs of a log from the policy's own; the policy is paid for being taken
+for the log. The environment is stepped, but its reward is not looked at.
 """
 
 import dataclasses
@@ -113,8 +113,8 @@ def init(
 def imitation_reward(logits: Float[Array, "..."]) -> Float[Array, "..."]:
     """-log(1 - D) = log(1 + exp(logit)), D being the chance of the log (Ho & Ermon 2016, Algorithm 1).
 
-    The paper's D is the chance of the policy and -log D what it earns, which is the same. It is never negative:
-    where episodes end early by mistake that helps, where they should end soon it harms.
+    The paper's D is the chance of the policy and -log D what it earns, which is the same. It is never
+    negative: where episodes end early by mistake that helps, where they should end soon it harms.
     """
     return jax.nn.softplus(logits)
 
@@ -149,7 +149,7 @@ def make_update(
 
 
 def make_discriminator(env: Environment, body: nn.Module) -> tuple[Any, LogitFn]:
-    """(init(key) -> params, logits) of one critic, whose actions are cut to the box as the environment cuts them."""
+    """(init(key) -> params, logits) of one critic; actions are cut to the box, as the environment does."""
     init_critic, critic_fn = offline.make_critics(env, body, count=1)
 
     def logit_fn(params: Params, obs: Array, action: Array) -> Float[Array, " N"]:

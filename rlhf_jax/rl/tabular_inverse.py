@@ -1,9 +1,9 @@
 """Inverse reinforcement learning by maximum entropy (Ziebart et al. 2008), exact on tabular processes.
 
-Which reward explains demonstrations? Of all policies that meet as many features as the demonstrators did, the one
-of most entropy is softmax-optimal for a reward linear in the features, and that reward's weights are what is
-looked for. Chances outside the policy are no choice of its own, so the entropy is the causal one (Ziebart et al.
-2010); where moves are certain it is the 2008 paper's over paths.
+Which reward explains demonstrations? Of all policies that meet as many features as the demonstrators did, the
+one of most entropy is softmax-optimal for a reward linear in the features, and that reward's weights are what
+is looked for. Chances outside the policy are no choice of its own, so the entropy is the causal one (Ziebart et
+al. 2010); where moves are certain it is the 2008 paper's over paths.
 
     r(s, a, s') = features(s') w                      reward on arrival
     loss(w)     = E_start[V_w] - w . counts of the demonstrations
@@ -201,7 +201,7 @@ def make_train(
     demonstrated: Float[Array, " S"],
     features: Float[Array, "S K"] | None = None,
 ) -> Callable[[Hyper], tuple[State, Metrics]]:
-    """`train(hyper) -> (state, history)`: the weights that explain the demonstrations; nothing is left to chance.
+    """`train(hyper) -> (state, history)`: the weights that explain the demonstrations; no key is needed.
 
     Args:
       demonstrated: from `demonstrated_arrivals`, with the gamma of `hyper`.

@@ -15,7 +15,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rlhf_jax.losses import policy, policy_ratios, policy_surrogates, policy_weights, value
+from rlhf_jax.losses import (
+    policy,
+    policy_ratios,
+    policy_surrogates,
+    policy_weights,
+    supervised,
+    value,
+)
 from rlhf_jax.losses.reductions import constant_length, packed_sequence_mean, sequence_mean, token_mean
 
 B, T, N = 4, 6, 5
@@ -89,6 +96,12 @@ def c51(x, mask, s, denominator):
     )
 
 
+def conservative(x, mask, s, denominator):
+    del s
+    actions = jnp.where(x["returns"] > 0, 3, 1)
+    return value.conservative_penalty(x["logits"], actions, mask, denominator=denominator)
+
+
 CASES = {
     "reinforce": plain(policy.reinforce_loss, "constant", "logp", "old_logp", "advantages"),
     "ppo_clip": plain(
@@ -119,6 +132,16 @@ CASES = {
         value.clipped_value_loss, "sequence", "values", "old_values", "returns", clip="clip_low"
     ),
     "huber": plain(value.huber_value_loss, "constant", "values", "returns", delta="clip_high"),
+    "expectile": plain(value.expectile_value_loss, "sequence", "values", "returns", expectile="clip_low"),
+    "conservative": (conservative, "token"),
+    "advantage_weighted": plain(
+        supervised.advantage_weighted_loss,
+        "sequence",
+        "logp",
+        "advantages",
+        inverse_temperature="clip_high",
+        max_weight="dual_clip",
+    ),
     "quantile": plain(value.quantile_value_loss, "token", "logits", "quantile_targets", delta="clip_high"),
     "c51": (c51, "token"),
     "hl_gauss": (hl_gauss, "token"),

@@ -53,3 +53,17 @@ def test_micro_batches_and_bfloat16(reduction: str) -> None:
     assert loss.dtype == jnp.float32
     assert float(loss) == pytest.approx(float(sum(parts)), rel=1e-6)
     assert float(loss) == pytest.approx(naive(reduction), rel=1e-2)
+
+
+def test_advantage_weights_match_a_loop_and_vanish_at_zero() -> None:
+    advantages = np.random.default_rng(1).normal(size=LOGP.shape) * 3
+    weights = np.minimum(np.exp(2.0 * advantages), 20.0)
+    with jax.enable_x64(True):
+        poisoned = [jnp.asarray(np.where(MASK, x, np.nan)) for x in (LOGP, advantages)]
+        loss, metrics = losses.advantage_weighted_loss(
+            *poisoned, jnp.asarray(MASK), inverse_temperature=2.0, max_weight=20.0
+        )
+        cloned, _ = losses.advantage_weighted_loss(*poisoned, jnp.asarray(MASK), inverse_temperature=0.0)
+    assert float(loss) == pytest.approx(-(weights * LOGP)[MASK].mean(), rel=1e-12)
+    assert float(metrics["weight"]) == pytest.approx(weights[MASK].mean(), rel=1e-12)
+    assert float(cloned) == pytest.approx(naive("token"), rel=1e-12)

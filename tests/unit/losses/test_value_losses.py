@@ -9,6 +9,8 @@ from jax.test_util import check_grads
 from rlhf_jax.losses.value import (
     categorical_value_loss,
     clipped_value_loss,
+    conservative_penalty,
+    expectile_value_loss,
     gaussian_histogram,
     huber_value_loss,
     project_categorical,
@@ -87,6 +89,53 @@ def test_huber_turns_linear_at_delta():
     np.testing.assert_allclose(
         grad(jnp.array([[-2.0, -0.2, 0.2, 2.0]])) * 4, [[-0.5, -0.2, 0.2, 0.5]], rtol=1e-6
     )
+
+
+def test_expectile_loss_matches_a_loop_and_is_squared_at_one_half(example):
+    values, _, returns, mask = example
+
+    def naive(b, t):
+        error = returns[b, t] - values[b, t]
+        return (0.9 if error > 0 else 1 - 0.9) * error**2
+
+    with jax.enable_x64(True):
+        dirty = [jnp.where(mask, x, jnp.nan) for x in (values, returns)]
+        loss, metrics = expectile_value_loss(*dirty, mask, expectile=0.9)
+        half, squared = expectile_value_loss(*dirty, mask, expectile=0.5), squared_value_loss(*dirty, mask)
+    np.testing.assert_allclose(loss, mean_over(mask, naive), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(metrics["value_error"], (values - returns)[mask].mean(), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(half[0], squared[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("expectile", "where"), [(0.5, 5.5), (0.9, 8.0)])
+def test_expectile_loss_is_least_at_the_expectile(expectile, where):
+    """For 1 ... 10, V = 8 has 0.9 (1 + 2) = 0.1 (1 + 2 + ... + 7) - 0.1, so the expectile lies close by."""
+    samples = jnp.arange(1.0, 11.0)[None]
+    places = jnp.linspace(1, 10, 1801)
+    losses = jax.vmap(
+        lambda v: expectile_value_loss(
+            jnp.full_like(samples, v), samples, jnp.ones((1, 10), bool), expectile=expectile
+        )[0]
+    )(places)
+    best = float(places[jnp.argmin(losses)])
+    pulls = np.where(np.arange(1, 11) > best, expectile, 1 - expectile) * (np.arange(1, 11) - best)
+    np.testing.assert_allclose(pulls.sum(), 0, atol=0.02)
+    assert abs(best - where) < 0.2
+
+
+def test_conservative_penalty_matches_a_loop(example):
+    mask = example[3]
+    rng = np.random.default_rng(1)
+    q, actions = 5 * rng.normal(size=(4, 5, 3)), rng.integers(0, 3, (4, 5))
+    expected = mean_over(mask, lambda b, t: np.log(np.exp(q[b, t]).sum()) - q[b, t, actions[b, t]])
+    with jax.enable_x64(True):
+        dirty = jnp.where(mask[..., None], q, jnp.nan)
+        penalty, grad = jax.value_and_grad(lambda x: conservative_penalty(x, actions, mask)[0])(dirty)
+    np.testing.assert_allclose(penalty, expected, rtol=0, atol=1e-12)
+    # It pushes down what softmax(Q) would take, and up what was taken, by as much.
+    np.testing.assert_allclose(grad.sum(-1), 0, atol=1e-12)
+    assert np.all(np.take_along_axis(np.asarray(grad), actions[..., None], -1)[mask] < 0)
+    np.testing.assert_array_equal(np.asarray(grad)[~mask], 0)
 
 
 def test_quantile_loss_matches_rlax():
