@@ -2,8 +2,8 @@
 
 Which reward explains demonstrations? Of all policies that meet as many features as the demonstrators did, the
 one of most entropy is softmax-optimal for a reward linear in the features, and that reward's weights are what
-is looked for. Chances outside the policy are no choice of its own, so the entropy is the causal one (Ziebart et
-al. 2010); where moves are certain it is the 2008 paper's over paths.
+is looked for. Chances outside the policy are no choice of its own, so the entropy is the causal one (Ziebart
+et al. 2010); where moves are certain it is the 2008 paper's over paths.
 
     r(s, a, s') = features(s') w                      reward on arrival
     loss(w)     = E_start[V_w] - w . counts of the demonstrations

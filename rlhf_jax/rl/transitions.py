@@ -1,7 +1,7 @@
 """Logs of transitions: collected from agents or from chance, kept in one file, read back with checks.
 
 A log is a `Transition` [N] of whole episodes, one after the other; an episode ends where `done` holds. Its
-file is an `.npz` that holds these arrays under their names, and as `description` what they come from, as JSON.
+file is an `.npz` with these arrays under their names and, as `description`, what they come from, as JSON.
 Observations and actions are in the environment's own units.
 """
 
