@@ -22,6 +22,7 @@ import numpy as np
 import rl
 import rl_agents
 import rl_page
+import rl_rows
 import tyro
 
 from rlhf_jax.core.errors import UserError
@@ -35,7 +36,7 @@ ALGORITHMS = ("bc", "cql", "iql", "gail")
 CHANCE = "random"
 NAMES = ("algo", "env", "data", "seeds", "seed", "steps", "set", "chunks")
 
-# Changes of the defaults for an environment, as after --set.
+# Changes of the defaults for an environment, as after --set; GAIL's policy has those of PPO in `rl_rows`.
 SETTINGS: dict[tuple[str, str], tuple[str, ...]] = {
     ("iql", "Pendulum-v1"): ("hyper.inverse_temperature=0.1",),
 }
@@ -138,6 +139,17 @@ def collect(options: Options, path: Path) -> None:
     final_table(title, ("source", "episodes", "transitions", "mean return", "least", "most"), rows)
 
 
+def settings_for(algo: str, env_name: str) -> tuple[str, ...]:
+    """Changes of the defaults for this environment."""
+    own = SETTINGS.get((algo, env_name), ())
+    if algo != "gail":
+        return own
+    settings, steps = rl_rows.settings_for("ppo", env_name)
+    changes = (*settings, *([f"total_steps={steps}"] if steps else []))
+    parts = (change.partition("hyper.") for change in changes)
+    return (*(f"hyper.policy.{end}" if sign else f"policy.{begin}" for begin, sign, end in parts), *own)
+
+
 def make_course(options: Options, env: Environment, env_params: Any, log: Transition) -> tuple[Any, Any]:
     """(run, hyper) of the algorithm on the log.
 
@@ -147,7 +159,7 @@ def make_course(options: Options, env: Environment, env_params: Any, log: Transi
     if options.algo not in ALGORITHMS:
         raise UserError(f"unknown algorithm {options.algo!r}: choose among {', '.join(ALGORITHMS)}")
     module = importlib.import_module(f"rlhf_jax.rl.{options.algo}")
-    changes = list(SETTINGS.get((options.algo, env.name), ()))
+    changes = list(settings_for(options.algo, env.name))
     stepping = options.algo == "gail"
     if options.steps:
         changes.append(f"{'policy.total_steps' if stepping else 'run.updates'}={options.steps}")

@@ -179,11 +179,9 @@ def test_gail_pays_for_looking_like_the_log(log):
     run = gail.make_run(tiny_gail(), CARTPOLE, CARTPOLE_PARAMS, log)
     shapes = jax.eval_shape(lambda key: whole(run)(key, gail.default_hyper()), jax.random.key(0))
     assert shapes[1]["imitation_reward"].shape == (2,)
+    normalised = dataclasses.replace(tiny_gail().policy, rollout=RolloutConfig(normalize_obs=True))
     with pytest.raises(UserError, match="normalize_obs"):
-        config = tiny_gail()
-        rollout = dataclasses.replace(config.policy.rollout, normalize_obs=True)
-        policy = dataclasses.replace(config.policy, rollout=rollout)
-        gail.make_run(dataclasses.replace(config, policy=policy), CARTPOLE, CARTPOLE_PARAMS, log)
+        gail.make_run(gail.Config(normalised), CARTPOLE, CARTPOLE_PARAMS, log)
 
 
 def test_the_script_collects_trains_and_resumes(tmp_path, capsys):
