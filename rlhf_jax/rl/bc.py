@@ -46,7 +46,7 @@ class Config:
       body: of the policy; None for the environment's usual one.
     """
 
-    run: RunConfig = RunConfig(updates=10_000)
+    run: RunConfig = RunConfig()
     optimizer: OptimizerConfig = OptimizerConfig(b2=0.999)
     body: nn.Module | None = None
 

@@ -57,11 +57,11 @@ class Hyper:
       huber_delta: error beyond which the loss is linear, in units of reward.
     """
 
-    learning_rate: Scalar = 5e-4
+    learning_rate: Scalar = 1e-3
     gamma: Scalar = 0.99
     conservatism: Scalar = 1.0
     target_every: Scalar = 1
-    target_rate: Scalar = 0.005
+    target_rate: Scalar = 0.01
     huber_delta: Scalar = 100.0
 
 

@@ -59,11 +59,11 @@ class Hyper:
       target_rate: how far target networks move at a time.
     """
 
-    learning_rate: Scalar = 3e-4
+    learning_rate: Scalar = 1e-3
     gamma: Scalar = 0.99
     expectile: Scalar = 0.8
     inverse_temperature: Scalar = 1.0
-    target_rate: Scalar = 0.005
+    target_rate: Scalar = 0.01
 
 
 @pytree_dataclass

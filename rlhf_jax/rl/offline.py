@@ -37,8 +37,8 @@ class RunConfig:
       reports: entries of the history.
     """
 
-    updates: int = 20_000
-    batch_size: int = 256
+    updates: int = 5_000
+    batch_size: int = 128
     reports: int = 20
 
     @property

@@ -81,7 +81,7 @@ def test_without_conservatism_cql_is_dqn(log):
     values = dqn.network_fns(network)
     state = dqn.init(network.init(jax.random.key(0), batch.obs)["params"], TX)
     hyper = cql.Hyper(conservatism=0.0)
-    plain = dqn.Hyper(learning_rate=5e-4, target_every=1, target_rate=0.005)
+    plain = dqn.Hyper(learning_rate=1e-3, target_every=1, target_rate=0.01)
     expected, _, _ = jax.jit(dqn.make_update(dqn.Config(), values, TX))(state, plain, batch)
     update = jax.jit(cql.make_update(cql.Config(), values, TX))
     found, metrics = update(state, hyper, batch)
