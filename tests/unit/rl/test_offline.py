@@ -11,9 +11,10 @@ import rl_offline
 from flax import linen as nn
 
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.optimization import OptimizerConfig, make_optimizer
+from rlhf_jax.core.optimization import OptimizerConfig, init_learner, make_optimizer
 from rlhf_jax.rl import bc, cql, dqn, environments, gail, iql, offline, ppo, transitions
 from rlhf_jax.rl.environments import Transition
+from rlhf_jax.rl.evaluation import evaluate
 from rlhf_jax.rl.networks import MLP
 from rlhf_jax.rl.q_networks import applied
 from rlhf_jax.rl.rollout import RolloutConfig
@@ -163,7 +164,7 @@ def tiny_gail(steps: int = 64) -> gail.Config:
 def test_gail_pays_for_looking_like_the_log(log):
     """The discriminator learns to tell two clusters; what is paid is -log(1 - D)."""
     init_fn, logit_fn = gail.make_discriminator(CARTPOLE, BODY)
-    learner = gail.init_learner(init_fn(jax.random.key(0)), TX)
+    learner = init_learner(init_fn(jax.random.key(0)), TX)
     action = jnp.zeros(16, jnp.int32)
     pairs = gail.Pairs(jnp.ones((16, 4)), action, -jnp.ones((16, 4)), action)
     hyper = dataclasses.replace(gail.default_hyper(), discriminator_learning_rate=1e-2)
@@ -234,3 +235,22 @@ def test_mistakes_of_the_script_are_one_sentence(tmp_path, changes, sentence):
     with pytest.raises(UserError, match=sentence):
         rl_offline.run(dataclasses.replace(options, **changes))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", [bc, cql, iql])
+def test_cartpole_from_a_log_of_half_blind_balancing(module):
+    """The log's policy balances, but half of its actions are anything."""
+
+    def act(state, obs, starts, memory, key, *, deterministic):
+        chance_key, action_key = jax.random.split(key)
+        balancing = (obs[:, 2] + obs[:, 3] > 0).astype(jnp.int32)
+        anything = jax.random.randint(action_key, balancing.shape, 0, 2)
+        return jnp.where(jax.random.bernoulli(chance_key, 0.5, balancing.shape), anything, balancing), memory
+
+    key = jax.random.key(0)
+    log = transitions.collect(act, None, CARTPOLE, CARTPOLE_PARAMS, key, episodes=200)
+    run = module.make_run(module.Config(), CARTPOLE, log)
+    state, _ = jax.jit(whole(run))(key, module.Hyper())
+    returns, _ = evaluate(run, state, CARTPOLE, CARTPOLE_PARAMS, key, episodes=16, deterministic=True)
+    assert returns.mean() > 1.5 * transitions.episode_returns(log).mean()
