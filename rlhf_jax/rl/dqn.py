@@ -127,9 +127,12 @@ def init(params: Params, tx: optax.GradientTransformation) -> State:
 
 
 def td_loss(
-    chosen: Float[Array, " N"], following: Float[Array, " N"], batch: Batch, hyper: Hyper, reduce: Reduction
+    chosen: Float[Array, " N"], following: Float[Array, " N"], batch: Batch, hyper: Any, reduce: Reduction
 ) -> LossOutcome:
-    """Huber loss of Q(s, a) - (r + discount Q'(s', a'))  (Mnih et al. 2015, Algorithm 1)."""
+    """Huber loss of Q(s, a) - (r + discount Q'(s', a'))  (Mnih et al. 2015, Algorithm 1).
+
+    `hyper` must have `huber_delta`.
+    """
     targets = batch.reward + batch.discount * following
     mask = jnp.ones_like(targets, bool)[None]
     loss, metrics = huber_value_loss(

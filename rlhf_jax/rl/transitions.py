@@ -101,13 +101,14 @@ def save(path: Path, log: Transition, description: dict[str, Any]) -> None:
     Raises:
       UserError: the file cannot be written.
     """
-    arrays = {name: np.asarray(getattr(log, name)) for name in FIELDS}
+    arrays: dict[str, Any] = {name: np.asarray(getattr(log, name)) for name in FIELDS}
+    arrays[DESCRIPTION] = np.array(json.dumps(description))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Under a name of its own first: a file that is there is whole.
         writing = path.with_name(f".{path.name}.writing")
         with writing.open("wb") as file:
-            np.savez_compressed(file, **arrays, **{DESCRIPTION: np.array(json.dumps(description))})
+            np.savez_compressed(file, **arrays)
         writing.replace(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}): free or unlock the disk") from error
