@@ -133,9 +133,10 @@ def test_conservative_penalty_matches_a_loop(example):
         penalty, grad = jax.value_and_grad(lambda x: conservative_penalty(x, actions, mask)[0])(dirty)
     np.testing.assert_allclose(penalty, expected, rtol=0, atol=1e-12)
     # It pushes down what softmax(Q) would take, and up what was taken, by as much.
+    grad = np.asarray(grad)
     np.testing.assert_allclose(grad.sum(-1), 0, atol=1e-12)
-    assert np.all(np.take_along_axis(np.asarray(grad), actions[..., None], -1)[mask] < 0)
-    np.testing.assert_array_equal(np.asarray(grad)[~mask], 0)
+    assert np.all(np.take_along_axis(grad, actions[..., None], -1)[mask] < 0)
+    np.testing.assert_array_equal(grad[~mask], 0)
 
 
 def test_quantile_loss_matches_rlax():

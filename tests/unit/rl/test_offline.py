@@ -116,6 +116,7 @@ def test_with_no_temperature_the_policy_of_iql_is_cloned(log):
     np.testing.assert_allclose(metrics["value_loss"], np.mean((q - targets) ** 2) / 2, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_iql_prefers_what_paid_where_cloning_does_as_was_done():
     """A bandit of which the log has the better arm one time in five."""
     actions = np.resize([0, 0, 0, 0, 1], 200).astype(np.int32)
