@@ -91,23 +91,21 @@ def parse_source(text: str) -> tuple[str, int]:
     return name, int(episodes)
 
 
-def collect_from(source: str, env_name: str, episodes: int, key: jax.Array) -> tuple[str, Transition]:
-    """(environment, log) of one source: the first agent of a folder, or chance."""
+def collect_from(source: str, env_name: str, episodes: int, key: jax.Array) -> Transition:
+    """The log of one source: the first agent of a folder, or chance."""
+    env, env_params = environments.make(env_name)
     if source == CHANCE:
-        env, env_params = environments.make(env_name)
         act_fn = transitions.random_act_fn(env)
-        return env_name, transitions.collect(act_fn, None, env, env_params, key, episodes=episodes)
+        return transitions.collect(act_fn, None, env, env_params, key, episodes=episodes)
     folder = Path(source)
     description = rl.read_description(folder)
-    env, env_params = environments.make(description["env"])
     agent = rl_agents.make_agent(description["algo"], env, description["steps"], description["set"])
     course = agent.run(env, env_params)
     states = rl.restored(folder, course, agent.hyper, rl.seed_keys(description))
     first = jax.tree.map(lambda x: x[0], states)
-    log = transitions.collect(
+    return transitions.collect(
         course.act, first, env, env_params, key, episodes=episodes, begin_fn=course.begin
     )
-    return description["env"], log
 
 
 def collect(options: Options, path: Path) -> None:
@@ -129,7 +127,7 @@ def collect(options: Options, path: Path) -> None:
     keys = jax.random.split(jax.random.key(options.seed), len(sources))
     logs, rows = [], []
     for (source, episodes), key in zip(sources, keys, strict=True):
-        logs.append(collect_from(source, env_name, episodes, key)[1])
+        logs.append(collect_from(source, env_name, episodes, key))
         returns = transitions.episode_returns(logs[-1])
         rows.append((source, episodes, len(logs[-1].reward), returns.mean(), returns.min(), returns.max()))
     log = transitions.concatenate(logs)

@@ -7,6 +7,7 @@ Observations and actions are in the environment's own units.
 
 import json
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def collect(
     key: PRNGKeyArray,
     *,
     episodes: int,
-    begin_fn: Any = remember_nothing,
+    begin_fn: Callable[[int], Any] = remember_nothing,
     deterministic: bool = False,
 ) -> Transition:
     """`episodes` whole episodes as a log, in NumPy arrays.
