@@ -195,7 +195,8 @@ class AuxiliaryOptions:
 
     def hyper(self, learning_rate: float) -> sft.Hyper:
         """The settings of an update."""
-        return sft.Hyper(*map(jnp.float32, (learning_rate, *dataclasses.astuple(self))))
+        weights = sft.Auxiliary(*map(jnp.float32, dataclasses.astuple(self)))
+        return sft.Hyper(jnp.float32(learning_rate), weights)
 
 
 # Data ----------------------------------------------------------------------------------------------

@@ -49,8 +49,8 @@ class Config:
 
 
 @pytree_dataclass
-class Hyper:
-    """What a sweep may vary. All but the first matter only where the score function tells of them.
+class Auxiliary:
+    """Weights of what is learned beside the next token, where the score function tells of it.
 
     Attributes:
       further_coef: weight of the loss on further tokens; DeepSeek-V3 began with 0.3 and ended with 0.1.
@@ -59,11 +59,22 @@ class Hyper:
       bias_rate: by how much the biases of routers move in a step.
     """
 
-    learning_rate: Scalar = 1e-3
     further_coef: Scalar = 0.3
     balance_coef: Scalar = 0.01
     z_coef: Scalar = 0.001
     bias_rate: Scalar = 0.001
+
+
+@pytree_dataclass
+class Hyper:
+    """What a sweep may vary.
+
+    Attributes:
+      auxiliary: None for the weights by default, and for models without anything to weigh.
+    """
+
+    learning_rate: Scalar = 1e-3
+    auxiliary: Auxiliary | None = None
 
 
 @pytree_dataclass
@@ -99,7 +110,7 @@ def make_update(
     """
 
     def update(state: State, hyper: Hyper, batch: Sequences) -> tuple[State, Metrics]:
-        params = state.learner.all_params
+        params, weights = state.learner.all_params, hyper.auxiliary or Auxiliary()
         routed = jax.eval_shape(score_fn, params, batch).routing is not None
         whole = None
         if routed and config.micro_batches > 1:
@@ -109,12 +120,12 @@ def make_update(
 
         def loss_fn(params: Params, part: Sequences) -> tuple[Array, Any]:
             score = score_fn(params, part)
-            loss, metrics = _token_losses(config, hyper, score, part, batch)
+            loss, metrics = _token_losses(config, weights, score, part, batch)
             if score.routing is None:
                 return loss, (metrics, None)
             balance, z = load_balance_loss(score.routing, whole), router_z_loss(score.routing, whole)
             metrics |= jax.lax.stop_gradient({"balance_loss": balance, "router_z_loss": z})
-            return loss + hyper.balance_coef * balance + hyper.z_coef * z, (metrics, score.routing)
+            return loss + weights.balance_coef * balance + weights.z_coef * z, (metrics, score.routing)
 
         gradients, loss, (metrics, routing) = accumulate_gradients(
             loss_fn, state.learner, batch, micro_batches=config.micro_batches
@@ -125,7 +136,7 @@ def make_update(
         if routed:
             metrics["load_violation"] = load_violation(routing)
             if rebalance_fn is not None:
-                moved = rebalance_fn(learner.params, routing, hyper.bias_rate)
+                moved = rebalance_fn(learner.params, routing, weights.bias_rate)
                 applied = learner.steps > state.learner.steps
                 learner = dataclasses.replace(learner, params=tree_where(applied, moved, learner.params))
         return dataclasses.replace(state, learner=learner), {**metrics, **guard, "tokens": batch.mask.sum()}
@@ -134,7 +145,7 @@ def make_update(
 
 
 def _token_losses(
-    config: Config, hyper: Hyper, score: Score, part: Sequences, batch: Sequences
+    config: Config, weights: Auxiliary, score: Score, part: Sequences, batch: Sequences
 ) -> tuple[Array, Metrics]:
     """The loss on next tokens, and on further ones where they were foreseen, of a part of a batch."""
     total = config.reduce.total(batch.mask)
@@ -146,4 +157,4 @@ def _token_losses(
     further, more = further_token_loss(
         score.further_logp, masks, reduce=config.reduce, denominators=[*map(config.reduce.total, all_masks)]
     )
-    return loss + hyper.further_coef * further, {**metrics, **more}
+    return loss + weights.further_coef * further, {**metrics, **more}
