@@ -232,8 +232,8 @@ class PromptOptions:
     Attributes:
       data: rows with `prompt`, `question` or `messages`: a path, tfds:NAME[:SPLIT], or arithmetic:LEVEL.
       eval_data: held-out prompts; empty for none (the embedded task brings its own).
-      rewards: functions by path (`module:function`) or run folders of reward models, each with =WEIGHT
-        behind it where the weight is not 1.
+      rewards: functions by path (`module:function`) or run folders of reward models, each with @KIND behind
+        it where it is meant only for rows with that `kind`, and =WEIGHT where the weight is not 1.
       eval_reward: the reward function of the evaluation; empty for the first of `rewards`.
       max_prompt_length: tokens of a prompt; 0 for the longest.
       too_long: whether longer prompts are an error, or dropped and counted.

@@ -36,9 +36,8 @@ from rlhf_jax.core.types import Params
 from rlhf_jax.generation import Sampling
 from rlhf_jax.losses import policy_weights
 from rlhf_jax.metrics import Thresholds
-from rlhf_jax.rewards.functions import Scored
 from rlhf_jax.training import Meter, run_loop
-from rlhf_jax.training.answers import Answers, draw_groups_that_differ
+from rlhf_jax.training.answers import Answers, draw_groups_that_differ, term_means
 from rlhf_jax.training.learning import make_group_learn
 from rlhf_jax.training.rollouts import make_generate_fn, make_reward_fn
 from rlhf_jax.training.runs import Model, load_policy
@@ -200,10 +199,10 @@ def make_draw_fn(
         if overlong_weight(options):
             penalties = penalise(answers.rollout, answers.prompts)
             metrics["overlong"] = float(np.mean(penalties))
-            scored = Scored(answers.rewards + penalties, answers.scored.unscorable)
+            scored = dataclasses.replace(answers.scored, rewards=answers.rewards + penalties)
             answers = dataclasses.replace(answers, scored=scored)
         unscorable = distributed.all_values(distributed.shard_batch(answers.scored.unscorable))
-        return answers, {**metrics, "unscorable": unscorable.sum()}
+        return answers, {**metrics, **term_means(answers.scored), "unscorable": unscorable.sum()}
 
     return draw
 

@@ -234,6 +234,7 @@ def make_answer_fn(
     meter = meter or Meter()
     sampler = BatchSampler(len(prompts), batch_size, seed)
     reward_fn = make_reward_fn(options.rewards, model.tokenizer)
+    reward_fn.check_kinds(prompts.train)
     generate = make_generate_fn(
         model.config,
         model.tokenizer,

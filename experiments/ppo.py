@@ -41,6 +41,7 @@ from rlhf_jax.generation import Sampling
 from rlhf_jax.kernels import ensembles
 from rlhf_jax.models import adapters
 from rlhf_jax.training import run_loop
+from rlhf_jax.training.answers import term_means
 from rlhf_jax.training.learning import make_ppo_learn
 from rlhf_jax.training.rollouts import (
     Evaluation,
@@ -298,7 +299,7 @@ def run(options: Options) -> None:
         scored = meter.timed("reward", reward_fn.score, rollout, chosen)
         rewards, unscorable = distributed.shard_batch((scored.rewards, scored.unscorable))
         state, metrics = meter.timed("update", learn, state, parts.original, rollout, rewards)
-        return state, {**metrics, "unscorable": jnp.sum(unscorable)}
+        return state, {**metrics, **term_means(scored), "unscorable": jnp.sum(unscorable)}
 
     def measured(state: ppo.State, evaluate: Callable[..., Evaluation]) -> dict[str, float]:
         whole = state.learner.all_params

@@ -10,8 +10,7 @@ CPU cores; held-out exact match over three seeds: SFT 44 %, PPO 96 %, DPO 97 %, 
 """
 
 import dataclasses
-import json
-import math
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,23 +20,22 @@ import command_line
 import common
 import dpo
 import grpo
-import jax
 import ppo
 import reward_model
 import sft
+import stages
 from inputs import load_rows
 
-from rlhf_jax.core.errors import UserError
 from rlhf_jax.data.arithmetic import Level, arithmetic_tokenizer, prompt_rows, widest_completion
 from rlhf_jax.data.examples import prompt_examples
-from rlhf_jax.evaluation.statistics import Interval, mean_interval, wilson_interval
 from rlhf_jax.metrics import TableRow, final_table, format_seconds, write_report
 from rlhf_jax.training.rollouts import Evaluation, make_evaluate_fn, make_reward_fn
 from rlhf_jax.training.runs import describe_run, load_policy, write_json
 
 EXACT_MATCH = "rlhf_jax.rewards.verifiers:exact_answer_reward"
-EVALUATIONS = 3
 POLICIES = ("sft", "ppo", "dpo", "grpo")
+SAMPLES = 8
+COUNTS = ("sft_steps", "reward_steps", "ppo_steps", "dpo_steps", "grpo_steps", "eval_prompts")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,15 +88,7 @@ def stage_runs(
     init, rewards = str(folder / "sft"), str(folder / "reward_model")
 
     def run(name: str, steps: int) -> common.RunOptions:
-        return common.RunOptions(
-            folder / name,
-            seed,
-            resume=options.resume,
-            steps=steps,
-            eval_every=math.ceil(steps / EVALUATIONS),
-            quiet=options.quiet,
-            report=False,
-        )
+        return stages.run_options(options, folder / name, seed, steps)
 
     sft_options = sft.Options(
         run=run("sft", options.sft_steps),
@@ -128,18 +118,12 @@ def stage_runs(
         prompts=prompts,
     )
     return {
-        "sft": lambda: sft.run(brief(sft_options)),
-        "reward_model": lambda: reward_model.run(brief(reward_options)),
-        "ppo": lambda: ppo.run(brief(ppo_options)),
-        "dpo": lambda: dpo.run(brief(dpo_options)),
-        "grpo": lambda: grpo.run(brief(grpo_options)),
+        "sft": lambda: sft.run(stages.brief(sft_options)),
+        "reward_model": lambda: reward_model.run(stages.brief(reward_options)),
+        "ppo": lambda: ppo.run(stages.brief(ppo_options)),
+        "dpo": lambda: dpo.run(stages.brief(dpo_options)),
+        "grpo": lambda: grpo.run(stages.brief(grpo_options)),
     }
-
-
-def brief(options: Any) -> Any:
-    """A stage's options; one far shorter than the script's own gets a shorter warm-up."""
-    warmup = min(options.optimizer.warmup_steps, options.run.steps // 4)
-    return dataclasses.replace(options, optimizer=dataclasses.replace(options.optimizer, warmup_steps=warmup))
 
 
 # Running and measuring -----------------------------------------------------------------------------
@@ -160,94 +144,28 @@ def held_out_evaluation(options: Options, policy: Path, max_new_tokens: int) -> 
     )
 
 
-def run_seed(options: Options, seed: int, max_new_tokens: int) -> dict[str, Any]:
-    """Trains all stages of one seed and measures their policies; what was measured is not run again."""
+def run_seed(options: Options, seed: int, max_new_tokens: int) -> stages.Results:
+    """Trains all stages of one seed and measures their policies."""
     folder = options.out / f"seed_{seed}"
-    results_file = folder / "results.json"
-    results = json.loads(results_file.read_text()) if results_file.exists() else {}
-    evaluate = None
-    for name, run in stage_runs(options, folder, seed, max_new_tokens).items():
-        if name in results:
-            continue
-        began = time.perf_counter()
-        run()
-        results[name] = {"seconds": time.perf_counter() - began}
-        if name in POLICIES:
-            evaluate = evaluate or held_out_evaluation(options, folder / "sft", max_new_tokens)
-            reference = load_policy(folder / "sft").params
-            found = evaluate(load_policy(folder / name).params, reference)
-            results[name] |= {"exact_match": found.score, "sampled_exact_match": found.sampled_score}
-            results[name] |= {"kl": found.kl, "length": found.length}
-            results[name]["completions"] = found.completions[:8]
-            results[name]["correct"] = [bool(reward) for reward in found.rewards[:8]]
-        else:
-            results[name]["pair_accuracy"] = last_metric(folder / name, "eval/pair_accuracy")
-        write_json(results_file, results)
-    return results
+    evaluate = functools.cache(lambda: held_out_evaluation(options, folder / "sft", max_new_tokens))
 
+    def measure(name: str) -> dict[str, Any]:
+        if name not in POLICIES:
+            return {"pair_accuracy": stages.last_metric(folder / name, "eval/pair_accuracy")}
+        found = evaluate()(load_policy(folder / name).params, load_policy(folder / "sft").params)
+        return {
+            "exact_match": found.score,
+            "sampled_exact_match": found.sampled_score,
+            "kl": found.kl,
+            "length": found.length,
+            "completions": found.completions[:SAMPLES],
+            "correct": [bool(reward) for reward in found.rewards[:SAMPLES]],
+        }
 
-def last_metric(folder: Path, name: str) -> float:
-    """The newest value of a metric of a stage."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return next(json.loads(line)[name] for line in reversed(lines) if f'"{name}"' in line)
+    return stages.run_seed(folder, stage_runs(options, folder, seed, max_new_tokens), measure)
 
 
 # What comes out ------------------------------------------------------------------------------------
-
-
-def summarise(results: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
-    """Method -> number -> one value a seed."""
-    texts = ("completions", "correct")
-    return {
-        stage: {name: [seed[stage][name] for seed in results] for name in numbers if name not in texts}
-        for stage, numbers in results[0].items()
-    }
-
-
-def table_rows(summary: dict[str, dict[str, list[float]]], eval_prompts: int) -> list[TableRow]:
-    """Means over seeds with a 95 % interval: over seeds, or with one seed over prompts."""
-
-    def interval(values: list[float]) -> Interval:
-        if len(values) > 1:
-            return mean_interval(values)
-        return wilson_interval(round(values[0] * eval_prompts), eval_prompts)
-
-    def mean(values: list[float]) -> float:
-        return sum(values) / len(values)
-
-    rows = []
-    for method in POLICIES:
-        numbers = summary[method]
-        match = interval(numbers["exact_match"])
-        rows.append(
-            TableRow(
-                method,
-                (match.mean, max(match.low, 0.0), min(match.high, 1.0)),
-                *(mean(numbers[name]) for name in ("kl", "length", "seconds")),
-            )
-        )
-    return rows
-
-
-def samples(options: Options, results: dict[str, Any]) -> list[dict[str, Any]]:
-    """The first held-out prompts with what every policy of the first seed says to them."""
-    level = common.embedded_level(f"arithmetic:{options.level}")
-    assert isinstance(level, Level)
-    prompts = prompt_rows(level, "heldout", options.eval_prompts, 0)[:8]
-    return [
-        {
-            "prompt": prompt["prompt"],
-            "answer": prompt["answer"],
-            "completions": {
-                method: {
-                    "text": results[method]["completions"][row],
-                    "correct": results[method]["correct"][row],
-                }
-                for method in POLICIES
-            },
-        }
-        for row, prompt in enumerate(prompts)
-    ]
 
 
 def show(options: Options, rows: list[TableRow], pair_accuracy: list[float], seconds: float) -> None:
@@ -272,42 +190,22 @@ def show(options: Options, rows: list[TableRow], pair_accuracy: list[float], sec
     print(f"Wall time: {format_seconds(seconds)}")
 
 
-def check(options: Options) -> None:
-    """Raises: UserError where the options make no sense, or the folder holds another run."""
-    for name in (
-        "seeds",
-        "sft_steps",
-        "reward_steps",
-        "ppo_steps",
-        "dpo_steps",
-        "grpo_steps",
-        "eval_prompts",
-    ):
-        if getattr(options, name) < 1:
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} {getattr(options, name)} is not positive: give at least 1")
-    if (options.out / "config.json").exists() and not options.resume:
-        raise UserError(f"{options.out} already holds a run: add --resume, or choose another --out")
-
-
 def run(options: Options) -> None:
     """All seeds, then the table and the report."""
     began = time.perf_counter()
-    check(options)
+    stages.check(options, COUNTS)
     level = common.embedded_level(f"arithmetic:{options.level}")
     assert isinstance(level, Level)
     max_new_tokens = len(arithmetic_tokenizer().encode(widest_completion(level))) + 1
     seeds = list(range(options.first_seed, options.first_seed + options.seeds))
     task = {"name": f"arithmetic:{options.level}", **dataclasses.asdict(level)}
     describe_run(options.out, common.to_json(options), stage="rlhf", seeds=seeds, task=task)
-    results = []
-    for seed in seeds:
-        results.append(run_seed(options, seed, max_new_tokens))
-        jax.clear_caches()  # or memory grows with every seed
-    summary = summarise(results)
-    rows = table_rows(summary, options.eval_prompts)
+    results = stages.run_seeds(options, lambda seed: run_seed(options, seed, max_new_tokens))
+    summary = stages.summarise(results)
+    rows = stages.table_rows(summary, POLICIES, options.eval_prompts)
     write_json(options.out / "summary.json", summary)
-    write_json(options.out / "samples.json", samples(options, results[0]))
+    prompts = prompt_rows(level, "heldout", options.eval_prompts, 0)[:SAMPLES]
+    write_json(options.out / "samples.json", stages.sample_cards(prompts, results[0], POLICIES))
     over = "seeds" if options.seeds > 1 else "prompts"
     report = write_report(options.out, rows, interval=f"95 % interval over {over}")
     show(options, rows, summary["reward_model"]["pair_accuracy"], time.perf_counter() - began)

@@ -36,10 +36,10 @@ from rlhf_jax.core.optimization import OptimizerConfig
 from rlhf_jax.core.types import Bool, Params, Sequences
 from rlhf_jax.data.examples import PromptExample, prompt_messages
 from rlhf_jax.data.pipeline import BatchSampler
-from rlhf_jax.data.sources import Row
+from rlhf_jax.data.sources import Row, read_rows
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.metrics import MetricsWriter, final_table
-from rlhf_jax.training.answers import Answers, concatenate
+from rlhf_jax.training.answers import Answers, concatenate, term_means
 from rlhf_jax.training.rollouts import check_same_vocabulary
 from rlhf_jax.training.runs import Model, describe_run, load_policy, write_json
 
@@ -66,6 +66,8 @@ class Options:
       learning_rate: at its peak, in each round.
       beta: strength of DPO's constraint, per nat.
       temperature: of sampling.
+      beside: more rows of the same kind that are learned from in every round, such as general conversations
+        beside those that rewards chose; empty for none.
     """
 
     run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/raft"), steps=60)
@@ -83,6 +85,7 @@ class Options:
     learning_rate: float = 3e-4
     beta: float = 0.5
     temperature: float = 1.0
+    beside: str = ""
 
 
 def check(options: Options) -> None:
@@ -227,7 +230,8 @@ def rounds(options: Options, model: Model, prompts: inputs.Prompts) -> Iterator[
                     "--at-least, or start from another policy"
                 )
             write_json(out / f"answered_{number + 1}.json", describe(answers, rows))
-            write_rows(data, rows)
+            more = read_rows(options.beside) if options.beside else []
+            write_rows(data, [*rows, *(dict(row.fields) for row in more)])
         train(options, data, folder, Path(options.init) if options.restart else before)
         found = json.loads((out / f"answered_{number + 1}.json").read_text(encoding="utf-8"))
         if prompts.evaluate is not None:
@@ -248,6 +252,7 @@ def describe(answers: Answers, rows: Sequence[Any]) -> dict[str, float]:
         "kept_share": len(rows) / len(answers.prompts),
         "tokens": int(mask.sum()),
         "unscorable": int(answers.scored.unscorable.sum()),
+        **term_means(answers.scored),
     }
 
 

@@ -71,6 +71,30 @@ def prompts(split: Split) -> list[str]:
     return in_split(["".join(letters) for letters in itertools.permutations(LETTERS, WANTED)], split)
 
 
+def prompt_row(wanted: str) -> dict[str, Any]:
+    """A prompt as rows hold it, with the letters that are wanted."""
+    return {"prompt": ",".join(wanted) + "?", "wanted": wanted}
+
+
+def demonstration(wanted: str, rng: np.random.Generator) -> str:
+    """What an average writer writes: 4 to 12 letters, half of them wanted ones."""
+    length = rng.integers(4, 13)
+    return "".join(rng.choice(list(wanted if rng.random() < 0.5 else LETTERS)) for _ in range(length))
+
+
+def preference_rows(split: Split, count: int, seed: int, *, noise: float) -> list[dict[str, Any]]:
+    """Pairs of demonstrations, `prompt`, `chosen` and `rejected`, as people with this much noise see them."""
+    rng = np.random.default_rng([seed, *b"style preference"])
+    everything, rows = prompts(split), []
+    for number in rng.integers(len(everything), size=count):
+        wanted = everything[number]
+        first, second = (demonstration(wanted, rng) for _ in range(2))
+        lead = (text_reward(first, wanted) - text_reward(second, wanted)) / noise
+        better, worse = (first, second) if rng.logistic() < lead else (second, first)
+        rows.append({"prompt": prompt_row(wanted)["prompt"], "chosen": better, "rejected": worse})
+    return rows
+
+
 def style_tokenizer() -> Tokenizer:
     """One token a character, and the names of roles."""
     return character_tokenizer("\n,?" + LETTERS, ["system", "user", "assistant", "tool"])
@@ -82,24 +106,18 @@ def style_task(*, demonstrations: int, seed: int = 0, name: str = "style") -> Ta
     rng = np.random.default_rng(seed)
     train = prompts("train")
 
-    def row(wanted: str) -> dict[str, Any]:
-        return {"prompt": ",".join(wanted) + "?", "wanted": wanted}
-
     def conversation(wanted: str) -> dict[str, Any]:
-        drawn = [
-            rng.choice(list(wanted if rng.random() < 0.5 else LETTERS)) for _ in range(rng.integers(4, 13))
-        ]
         turns = [
-            {"role": "user", "content": row(wanted)["prompt"]},
-            {"role": "assistant", "content": "".join(drawn)},
+            {"role": "user", "content": prompt_row(wanted)["prompt"]},
+            {"role": "assistant", "content": demonstration(wanted, rng)},
         ]
         return {"messages": turns}
 
     return tabulate(
         name,
         tokenizer,
-        train_rows=[row(wanted) for wanted in train],
-        heldout_rows=[row(wanted) for wanted in prompts("heldout")],
+        train_rows=[prompt_row(wanted) for wanted in train],
+        heldout_rows=[prompt_row(wanted) for wanted in prompts("heldout")],
         demonstration_rows=[conversation(train[i]) for i in rng.integers(len(train), size=demonstrations)],
         truth_fn=lambda fields: np.asarray([letter in fields["wanted"] for letter in LETTERS]),
         score=functools.partial(_score, _letter_numbers(tokenizer), tokenizer.eos_id),

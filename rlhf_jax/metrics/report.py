@@ -1,11 +1,12 @@
 """The report of a run: one HTML file made from the run folder alone, readable without a network."""
 
+import base64
+import dataclasses
 import json
 import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from rlhf_jax.metrics.writers import METRICS_FILE, read_metrics
 REPORT_FILE = "report.html"
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class TableRow:
     """One method's result on held-out prompts. NaN stands for what was not measured.
 
@@ -31,6 +32,7 @@ class TableRow:
       kl: KL divergence from the policy to its reference, in nats a completion.
       length: mean completion length in tokens.
       seconds: wall time.
+      shares: more numbers between 0 and 1, by the titles of their columns, which are those of all rows.
     """
 
     method: str
@@ -38,9 +40,10 @@ class TableRow:
     kl: float
     length: float
     seconds: float
+    shares: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Panel:
     """One small multiple: the metrics that may fill it, by the last part of their name, first found wins."""
 
@@ -61,6 +64,8 @@ PANELS = (
     Panel("Tokens a second", ("tokens_per_second",)),
     Panel("Share of peak FLOP/s (MFU)", ("mfu",), percent=True),
 )
+_TERM = "reward/"
+"""Before the names of rewards that are summed."""
 # What a step's time is divided into, in the order of a step.
 _PARTS = ("data", "rollout", "reward", "update", "save", "eval")
 
@@ -75,6 +80,7 @@ def write_report(
     table: Sequence[TableRow] = (),
     *,
     interval: str = "95 % interval over seeds",
+    pictures: Mapping[str, Path] = {},
 ) -> Path:
     """Writes `folder/report.html` from what the run folder holds; parts that are missing are left out.
 
@@ -85,6 +91,7 @@ def write_report(
       folder: the run folder.
       table: rows of the result table in order; intervals are computed by the caller.
       interval: what the intervals of `table` are.
+      pictures: caption -> PNG, which is copied into the page.
     Raises:
       UserError: a file of the folder is damaged, or the report cannot be written.
     """
@@ -97,7 +104,9 @@ def write_report(
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    html = environment.from_string(template).render(_view(folder, table, interval))
+    html = environment.from_string(template).render(
+        **_view(folder, table, interval), pictures=_picture_views(pictures)
+    )
     # JSON may hold lone surrogates, which UTF-8 cannot.
     data = html.encode("utf-8", errors="backslashreplace")
     path, part = folder / REPORT_FILE, folder / (REPORT_FILE + ".part")
@@ -143,6 +152,13 @@ def _view(folder: Path, table: Sequence[TableRow], interval: str) -> dict[str, A
     }
 
 
+def _picture_views(pictures: Mapping[str, Path]) -> list[dict[str, str]]:
+    return [
+        {"caption": caption, "data": base64.b64encode(path.read_bytes()).decode("ascii")}
+        for caption, path in pictures.items()
+    ]
+
+
 def _read_json(path: Path, kind: type) -> Any:
     if not path.exists():
         return kind()
@@ -162,9 +178,10 @@ def _read_curves(folder: Path) -> dict[str, dict[str, list[Curve]]]:
     seeds = sorted(folder.glob(f"seed_*/**/{METRICS_FILE}"), key=lambda path: _natural(str(path)))
     points: dict[str, dict[str, list[dict[int, float]]]] = {}
     for run in [folder, *(path.parent for path in seeds)]:
+        below = "/".join(run.relative_to(folder).parts[1:])  # two stages of a seed may run the same script
         of_run: dict[tuple[str, str], dict[int, float]] = {}
         for line in read_metrics(run):
-            stage, step = str(line.get("stage", "run")), line.get("step", 0)
+            stage, step = below or str(line.get("stage", "run")), line.get("step", 0)
             for name, value in line.items():
                 if name not in ("stage", "step", "time") and isinstance(value, int | float):
                     # A step written twice counts as written last.
@@ -246,6 +263,7 @@ def _table_view(
                 "base": 100 * base if math.isfinite(base) and row is not _base(table) else None,
                 "seeds": [100 * seed for seed in seeds] if len(seeds) > 1 else [],
                 "cells": [
+                    *((title, _or_dash(x, "{:.1%}".format), 100 * x) for title, x in row.shares.items()),
                     ("KL, nats", _or_dash(row.kl, "{:.2f}".format), share(row, "kl")),
                     ("Length, tokens", _or_dash(row.length, "{:.1f}".format), share(row, "length")),
                     ("Wall time", _or_dash(row.seconds, format_seconds), share(row, "seconds")),
@@ -289,7 +307,8 @@ def _stage_view(stage: str, metrics: Mapping[str, Sequence[Curve]], colour: str)
     for curves in metrics.values():
         steps = max(steps, *(int(curve.steps[-1]) for curve in curves))
         seeds = max(seeds, len(curves))
-    for panel in PANELS:
+    terms = [Panel(name.replace("_", " "), (name,)) for name in metrics if name.startswith(_TERM)]
+    for panel in (*PANELS, *terms):
         curves = _find(metrics, panel.names)
         if curves and any(len(curve.steps) > 1 for curve in curves):
             panels.append(
@@ -352,7 +371,7 @@ def _warnings(
 def _find(metrics: Mapping[str, Sequence[Curve]], names: Sequence[str]) -> Sequence[Curve] | None:
     for name in names:
         for full, curves in metrics.items():
-            if full.rsplit("/", 1)[-1] == name:
+            if name in (full, full.rsplit("/", 1)[-1]) and full.startswith(_TERM) <= (full == name):
                 return curves
     return None
 

@@ -40,10 +40,12 @@ class Scored:
     Attributes:
       rewards: [B] float32, all finite.
       unscorable: [B] bool, rows that could not be scored and have the stated score.
+      terms: name -> [B], what the rewards are the weighted sum of; NaN in rows that a term is not meant for.
     """
 
     rewards: np.ndarray
     unscorable: np.ndarray
+    terms: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 # Finding -------------------------------------------------------------------------------------------

@@ -23,6 +23,8 @@ _NGRAM = 4
 _ANSWER_LINE = re.compile(r"(?:\A|\n)#### -?\$?[0-9][0-9,]{0,30}(?:\.[0-9]{1,30})?\Z")
 # Words of LaTeX, tags and addresses are in Latin letters whatever language the text is in.
 _NO_LANGUAGE = re.compile(r"\\[A-Za-z]+|</?[A-Za-z_]+>|https?://[^\s]+")
+_END_OF_THOUGHT = re.compile(r"</think>")
+_DIGITS = frozenset("0123456789")
 _CODE = re.compile(
     r"```|~~~|^\s{0,32}(?:import\s+\w|from\s+[\w.]+\s+import\b|def\s+\w+\s*\(|class\s+\w+\s*[:(]|#include\b|"
     r"print\s*\(|return\b|for\s+\w+\s+in\s.{0,80}:$|while\s.{0,80}:$|(?:const|let|var)\s+\w+\s*=|function\s+\w+\()",
@@ -140,6 +142,44 @@ def language_reward(
     return [_script_share(text, name or _main_script(prompt)) for prompt, text, name in rows]
 
 
+def step_language_reward(
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    *,
+    script: Sequence[str | None] | None = None,
+    **_: object,
+) -> list[float]:
+    """Share of a completion's steps, its lines, that are wholly in the expected script; 0 where it has none.
+
+    As `language_reward`, but by steps, so that one foreign numeral costs a step as one foreign word does, and
+    an empty text earns nothing. Digits count too, but for those that all languages use, 0 to 9. Tags are
+    no part of a step, and `</think>` ends one.
+
+    Args:
+      script: as in `language_reward`.
+    """
+    expected = script if script is not None else [None] * len(completions)
+    rows = zip(prompts, completions, expected, strict=True)
+    return [_step_share(text, name or _main_script(prompt)) for prompt, text, name in rows]
+
+
+def _step_share(text: str, script: str | None) -> float:
+    lines = _NO_LANGUAGE.sub(" ", _END_OF_THOUGHT.sub("\n", text)).split("\n")
+    steps = [line for line in lines if any(map(_is_written, line))]
+    if not steps:
+        return 0.0
+    expected = {_family(script.upper())} if script else set[str]()
+    return sum(_step_scripts(step) <= expected for step in steps) / len(steps)
+
+
+def _step_scripts(step: str) -> set[str]:
+    return {_script(sign) for sign in set(step) - _DIGITS if _is_written(sign)}
+
+
+def _is_written(sign: str) -> bool:
+    return sign.isalpha() or sign.isdecimal()
+
+
 def _script_share(text: str, script: str | None) -> float:
     scripts = _scripts(text)
     total = scripts.total()
@@ -166,8 +206,9 @@ def _script(letter: str) -> str:
 
 
 def _family(script: str) -> str:
-    """Japanese mixes three scripts, which count as one."""
-    return "CJK" if script in ("HIRAGANA", "KATAKANA") else script
+    """Japanese mixes three scripts, which count as one, and Arabic's digits are called ARABIC-INDIC."""
+    first = script.partition("-")[0]
+    return "CJK" if first in ("HIRAGANA", "KATAKANA") else first
 
 
 # Code and repetition -------------------------------------------------------------------------------

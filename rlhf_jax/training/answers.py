@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax import distributed
 from rlhf_jax.algorithms.selection import groups_that_differ
 from rlhf_jax.core.types import Rollout
 from rlhf_jax.data.examples import PromptExample
@@ -35,6 +36,23 @@ class Answers:
     def grouped(self, group_size: int) -> np.ndarray:
         """Rewards as [N, G]."""
         return self.rewards.reshape(-1, group_size)
+
+
+def term_means(scored: Scored) -> dict[str, float]:
+    """`reward/NAME`: the mean of each term, without its weight, over all rows that it is meant for.
+
+    Empty where there is one term only, which is the reward.
+    """
+    if len(scored.terms) < 2:
+        return {}
+    found = {
+        name: distributed.all_values(distributed.shard_batch(values)) for name, values in scored.terms.items()
+    }
+    return {
+        f"reward/{name}": float(np.nanmean(values))
+        for name, values in found.items()
+        if not np.isnan(values).all()
+    }
 
 
 def draw_groups_that_differ(
@@ -74,12 +92,16 @@ def concatenate(parts: Sequence[Answers]) -> Answers:
     rewards, unscorable = (
         np.concatenate([getattr(part.scored, name) for part in parts]) for name in ("rewards", "unscorable")
     )
+    terms = {
+        name: np.concatenate([part.scored.terms[name] for part in parts]) for name in parts[0].scored.terms
+    }
     prompts = [prompt for part in parts for prompt in part.prompts]
-    return Answers(prompts, rollout, Scored(rewards, unscorable))
+    return Answers(prompts, rollout, Scored(rewards, unscorable, terms))
 
 
 def take(answers: Answers, rows: np.ndarray) -> Answers:
     """Some of them."""
-    scored = Scored(answers.rewards[rows], answers.scored.unscorable[rows])
+    terms = {name: values[rows] for name, values in answers.scored.terms.items()}
+    scored = Scored(answers.rewards[rows], answers.scored.unscorable[rows], terms)
     rollout = jax.tree.map(lambda leaf: leaf[rows], answers.rollout)
     return Answers([answers.prompts[row] for row in rows], rollout, scored)

@@ -19,10 +19,11 @@ from rlhf_jax.data.examples import PromptExample
 from rlhf_jax.data.packing import left_pad
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.generation import Sampling, generate, generate_continuously, row_keys
-from rlhf_jax.rewards.functions import Scored, load_reward, score_rows
+from rlhf_jax.rewards.functions import RewardFn, Scored, load_reward, score_rows
 from rlhf_jax.training.runs import load_reward_model
 
-RewardTerm = Callable[[Rollout, Sequence[PromptExample], Sequence[str]], Scored]
+TermFn = Callable[[Rollout, Sequence[PromptExample], Sequence[str], np.ndarray], Scored]
+"""(rollout, prompts, completions, rows) -> the scores of these rows."""
 
 
 class GenerateFn(Protocol):
@@ -176,15 +177,38 @@ def completion_texts(tokenizer: Tokenizer, rollout: Rollout, *, of_all: bool = F
 
 
 @dataclasses.dataclass(frozen=True)
+class RewardTerm:
+    """One of the rewards that are summed.
+
+    Attributes:
+      name: of the function, or of the folder of the reward model, with `@KIND` where it has a kind; no two are
+        the same.
+      score_fn: what it says of some rows.
+      weight: in the sum.
+      kind: it counts in rows whose field `kind` is this; None for all rows.
+    """
+
+    name: str
+    score_fn: TermFn
+    weight: float = 1.0
+    kind: str | None = None
+
+    def rows(self, prompts: Sequence[PromptExample]) -> np.ndarray:
+        """Numbers of the rows in which it counts."""
+        counts = [self.kind in (None, prompt.fields.get("kind")) for prompt in prompts]
+        return np.flatnonzero(counts)
+
+
+@dataclasses.dataclass(frozen=True)
 class RolloutReward:
     """`reward(rollout, prompts) -> [B]`, the weighted sum of its terms.
 
     Attributes:
-      terms: rewards of whole completions, with their weights.
+      terms: rewards of whole completions.
       tokenizer: what completions are read with.
     """
 
-    terms: tuple[tuple[RewardTerm, float], ...]
+    terms: tuple[RewardTerm, ...]
     tokenizer: Tokenizer
 
     def __call__(self, rollout: Rollout, prompts: Sequence[PromptExample]) -> np.ndarray:
@@ -192,26 +216,49 @@ class RolloutReward:
         return self.score(rollout, prompts).rewards
 
     def score(self, rollout: Rollout, prompts: Sequence[PromptExample]) -> Scored:
-        """The rewards, and which rows some term could not score."""
+        """The rewards, which rows some term could not score, and what each term says."""
         completions = completion_texts(self.tokenizer, rollout)
-        scored = [(term(rollout, prompts, completions), weight) for term, weight in self.terms]
-        rewards = np.sum([weight * part.rewards for part, weight in scored], axis=0)
-        return Scored(rewards, np.any([part.unscorable for part, _ in scored], axis=0))
+        rewards, unscorable = np.zeros(len(prompts), np.float32), np.zeros(len(prompts), bool)
+        terms: dict[str, np.ndarray] = {}
+        for term in self.terms:
+            rows = term.rows(prompts)
+            part = term.score_fn(rollout, prompts, completions, rows)
+            terms[term.name] = np.full(len(prompts), np.nan, np.float32)
+            terms[term.name][rows] = part.rewards
+            rewards[rows] += np.float32(term.weight) * part.rewards
+            unscorable[rows] |= part.unscorable
+        return Scored(rewards, unscorable, terms)
+
+    def check_kinds(self, prompts: Sequence[PromptExample]) -> None:
+        """Raises: UserError where a term is meant for a kind of prompts that none is of."""
+        for term in self.terms:
+            if not len(term.rows(prompts)):
+                known = sorted({str(prompt.fields.get("kind")) for prompt in prompts})
+                raise UserError(
+                    f"reward '{term.name}': no prompt has '{term.kind}' in its field kind (there are "
+                    f"{', '.join(known)}): mend the reward or the data"
+                )
 
 
 def make_reward_fn(specs: Sequence[str], tokenizer: Tokenizer) -> RolloutReward:
     """The weighted sum of what `specs` name.
 
     Args:
-      specs: each `module:function` or the folder of a reward-model run, with `=WEIGHT` behind it where
-        the weight is not 1.
+      specs: each `module:function` or the folder of a reward-model run, with `@KIND` behind it where it counts
+        only in rows whose field `kind` is this, and then `=WEIGHT` where the weight is not 1.
 
     Raises:
       UserError: there is no such function or run, or a weight is no number.
     """
     if not specs:
         raise UserError("no reward is given: name one, such as --rewards my_rewards:exact_match")
-    terms = [(_make_term(name, tokenizer), weight) for name, weight in map(_split_weight, specs)]
+    terms: list[RewardTerm] = []
+    for spec in specs:
+        term = _make_term(*_split_weight(spec), tokenizer)
+        names = {other.name for other in terms}
+        if term.name in names:  # such as reward models of two runs
+            term = dataclasses.replace(term, name=f"{term.name}_{len(terms) + 1}")
+        terms.append(term)
     return RolloutReward(tuple(terms), tokenizer)
 
 
@@ -226,12 +273,14 @@ def make_ensemble_fn(
     """
     members = [_model_term(folder, tokenizer) for folder in folders]
 
-    def term(rollout: Rollout, prompts: Sequence[PromptExample], completions: Sequence[str]) -> Scored:
-        scored = [member(rollout, prompts, completions) for member in members]
+    def ensemble(
+        rollout: Rollout, prompts: Sequence[PromptExample], completions: Sequence[str], rows: np.ndarray
+    ) -> Scored:
+        scored = [member(rollout, prompts, completions, rows) for member in members]
         rewards = combine_fn(jnp.stack([part.rewards for part in scored]))
         return Scored(np.asarray(rewards), np.any([part.unscorable for part in scored], axis=0))
 
-    return RolloutReward(((term, 1.0),), tokenizer)
+    return RolloutReward((RewardTerm("ensemble", ensemble),), tokenizer)
 
 
 def _split_weight(spec: str) -> tuple[str, float]:
@@ -247,14 +296,26 @@ def _split_weight(spec: str) -> tuple[str, float]:
     return name, weight
 
 
-def _make_term(name: str, tokenizer: Tokenizer) -> RewardTerm:
+def _make_term(spec: str, weight: float, tokenizer: Tokenizer) -> RewardTerm:
+    name, at, kind = (spec, "", "") if Path(spec).is_dir() else spec.partition("@")
     if ":" not in name or Path(name).is_dir():
-        return _model_term(Path(name), tokenizer)
-    reward_fn = load_reward(name)
+        short, term = Path(name).name, _model_term(Path(name), tokenizer)
+    else:
+        short, term = name.rpartition(":")[2], _function_term(load_reward(name))
+    return RewardTerm(f"{short}{at}{kind}", term, weight, kind if at else None)
 
-    def term(rollout: Rollout, prompts: Sequence[PromptExample], completions: Sequence[str]) -> Scored:
-        texts, fields = [prompt.text for prompt in prompts], reward_fields(rollout, prompts)
-        return score_rows(reward_fn, texts, completions, fields, where=[p.where for p in prompts])
+
+def _function_term(reward_fn: RewardFn) -> TermFn:
+    def term(
+        rollout: Rollout, prompts: Sequence[PromptExample], completions: Sequence[str], rows: np.ndarray
+    ) -> Scored:
+        fields = reward_fields(rollout, prompts)
+        chosen = {name: [values[row] for row in rows] for name, values in fields.items()}
+        asked = [prompts[row] for row in rows]
+        texts, said = [prompt.text for prompt in asked], [completions[row] for row in rows]
+        if not said:
+            return Scored(np.zeros(0, np.float32), np.zeros(0, bool))
+        return score_rows(reward_fn, texts, said, chosen, where=[p.where for p in asked])
 
     return term
 
@@ -271,14 +332,14 @@ def reward_fields(rollout: Rollout, prompts: Sequence[PromptExample]) -> dict[st
     return fields
 
 
-def _model_term(folder: Path, tokenizer: Tokenizer) -> RewardTerm:
+def _model_term(folder: Path, tokenizer: Tokenizer) -> TermFn:
     model = load_reward_model(folder)
     check_same_vocabulary(model.tokenizer, tokenizer, folder, "reward model")
     reward_fn = models.make_reward_fn(model.config)
     score = jax.jit(lambda params, rows: constrain(reward_fn(params, rows), "batch"))
 
-    def term(rollout: Rollout, _: Sequence[PromptExample], __: Sequence[str]) -> Scored:
-        rewards = distributed.local_values(score(model.params, rollout.sequences))
+    def term(rollout: Rollout, _: Sequence[PromptExample], __: Sequence[str], rows: np.ndarray) -> Scored:
+        rewards = distributed.local_values(score(model.params, rollout.sequences))[rows]
         return Scored(rewards, np.zeros(len(rewards), bool))
 
     return term
