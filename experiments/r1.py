@@ -61,6 +61,7 @@ SMALL = ("small_base", "student")
 SHARES = {"format": "Format", "language": "Language", "general": "General"}
 SAMPLES = 8
 COUNTS = (
+    "documents",
     "base_steps",
     "zero_steps",
     "cold_steps",
@@ -86,6 +87,7 @@ class Options:
       resume: go on with the run in the folder where it stopped.
       model: the base model.
       small_model: the base model of the student.
+      documents: solutions that the base models have read, beside a quarter as many general answers.
       base_steps: optimizer steps of both base models.
       zero_steps: rollouts of R1-Zero, with and without the reward for one language.
       cold_traces: good traces of the cold start.
@@ -96,7 +98,7 @@ class Options:
       reward_steps: optimizer steps of the reward model of general answers.
       final_steps: rollouts of the final RL, over both kinds of prompts.
       student_steps: optimizer steps of the student.
-      batch_size: rows of an optimizer step; prompts of a rollout are half as many, with 8 answers each.
+      batch_size: rows of an optimizer step; prompts of a rollout are a quarter of them, with 8 answers each.
       eval_prompts: held-out problems on which every policy is measured.
       quiet: show no progress.
     """
@@ -107,18 +109,19 @@ class Options:
     resume: bool = False
     model: common.ModelOptions = common.ModelOptions(width=64, heads=4, kv_heads=2)
     small_model: common.ModelOptions = common.ModelOptions(width=32, heads=4, kv_heads=2)
+    documents: int = 24_000
     base_steps: int = 500
-    zero_steps: int = 80
+    zero_steps: int = 60
     cold_traces: int = 64
     cold_steps: int = 30
-    reasoning_steps: int = 50
-    chosen_prompts: int = 1024
-    chosen_steps: int = 200
-    reward_steps: int = 100
-    final_steps: int = 40
-    student_steps: int = 200
+    reasoning_steps: int = 40
+    chosen_prompts: int = 512
+    chosen_steps: int = 150
+    reward_steps: int = 80
+    final_steps: int = 30
+    student_steps: int = 150
     batch_size: int = 64
-    eval_prompts: int = 512
+    eval_prompts: int = 162
     quiet: bool = False
 
 
@@ -127,16 +130,15 @@ class Options:
 
 def write_data(folder: Path, options: Options, seed: int) -> None:
     """The rows that the stages of a seed read, as files, and the tokenizer."""
-    count = max(32 * options.batch_size, 8_000)
-    general = reasoning.general_rows(count // 4, seed)
-    solutions = reasoning.solution_rows(count, seed, writers=reasoning.Writers())
-    prompts = reasoning.prompt_rows("train", count // 4, seed)
+    general = reasoning.general_rows(options.documents // 4, seed)
+    solutions = reasoning.solution_rows(options.documents, seed, writers=reasoning.Writers())
+    prompts = reasoning.prompt_rows("train", options.documents, seed)
     files = {
         "base": [*solutions, *general],
         "traces": reasoning.solution_rows(options.cold_traces, seed + 1, writers=reasoning.CAREFUL),
         "general": general[: max(options.chosen_prompts // 4, 1)],
         "prompts": prompts,
-        "all_prompts": [*prompts[:1155], *reasoning.general_prompt_rows("train", 1155)],
+        "all_prompts": [*prompts, *reasoning.general_prompt_rows("train", len(prompts))],
         "pairs": style.preference_rows("train", 2_000, seed, noise=0.5),
         "heldout_pairs": style.preference_rows("heldout", 256, seed, noise=0.5),
         "heldout": reasoning.prompt_rows("heldout", options.eval_prompts, 0),
@@ -197,7 +199,7 @@ def stage_runs(options: Options, folder: Path, seed: int) -> dict[str, Callable[
             run=run_options(name, steps),
             init=str(policy_folder(folder, init)),
             prompts=prompts,
-            batch_size=options.batch_size // 2,
+            batch_size=options.batch_size // 4,
             **more,
         )
         return lambda: grpo.run(stages.brief(reinforced))
@@ -248,7 +250,7 @@ def stage_runs(options: Options, folder: Path, seed: int) -> dict[str, Callable[
 # Running and measuring -----------------------------------------------------------------------------
 
 
-def make_look_fn(options: Options, small: bool, policy: Path) -> Callable[..., tuple[Evaluation, Evaluation]]:
+def make_look_fn(options: Options, policy: Path) -> Callable[..., tuple[Evaluation, Evaluation]]:
     """`look(params, reference)` -> (held-out problems, held-out prompts of the other kind)."""
     model = load_policy(policy)
     kinds = reasoning.prompt_rows("heldout", options.eval_prompts, 0), general_heldout()
@@ -296,7 +298,7 @@ def run_seed(options: Options, seed: int) -> stages.Results:
 
     @functools.cache
     def look(base: str):
-        return make_look_fn(options, base in SMALL, folder / base)
+        return make_look_fn(options, folder / base)
 
     def measure(name: str) -> dict[str, Any]:
         if name not in POLICIES:

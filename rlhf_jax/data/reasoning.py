@@ -1,13 +1,13 @@
 """A world to learn reasoning in: sums that are guessed at once or worked in steps, in two languages.
 
-    prompt      7+8+6+2=?
-    completion  <think>7+8=15
-                १५+६=२१
-                21+2=23</think><answer>23</answer>
+    prompt      5+4+3+2=?
+    completion  <think>5+4=9
+                ९+३=१२
+                12+2=14</think><answer>14</answer>
 
-A base model that has read all its writers guesses, thinks, mixes languages (European or Devanagari digits) and
-uses tags or not, as they do. Who writes a step in the second language is careful there, and careless in the
-first, so that rewards for right answers alone lead to mixed thoughts. Beside the sums stand prompts of
+A base model that has read all its writers guesses, thinks, mixes languages (European or Devanagari digits)
+and uses tags or not, as they do. Who writes a step in the second language is careful there, and careless in
+the first, so that rewards for right answers alone lead to mixed thoughts. Beside the sums stand prompts of
 another kind, those of `style`, whose answers only a taste can judge.
 """
 
@@ -28,7 +28,7 @@ from rlhf_jax.data.arithmetic import (
 )
 from rlhf_jax.data.tokenizers import Tokenizer, character_tokenizer
 
-LEVEL = Level(operands=4, low=0, high=9, operators="+")
+LEVEL = Level(operands=4, low=0, high=5, operators="+")
 SCRIPT = "LATIN"
 """Of the language that prompts are in, whose digits are 0 to 9."""
 REASONING, GENERAL = "reasoning", "general"
@@ -52,12 +52,12 @@ class Writers:
       guess_within: how far a guess may be off.
     """
 
-    thinking: float = 0.4
+    thinking: float = 0.5
     tagging: float = 0.4
     mixing: float = 0.5
     slip_rate: float = 0.6
     second_slip_rate: float = 0.05
-    guess_within: int = 4
+    guess_within: int = 6
 
 
 CAREFUL = Writers(1.0, 1.0, 0.0, 0.0, 0.0, 0)

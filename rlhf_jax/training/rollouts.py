@@ -181,7 +181,7 @@ class RewardTerm:
     """One of the rewards that are summed.
 
     Attributes:
-      name: of the function, or of the folder of the reward model, with `@KIND` where it has a kind; no two are
+      name: of the function or of the reward model's folder, with `@KIND` where it has a kind; no two are
         the same.
       score_fn: what it says of some rows.
       weight: in the sum.
@@ -244,8 +244,8 @@ def make_reward_fn(specs: Sequence[str], tokenizer: Tokenizer) -> RolloutReward:
     """The weighted sum of what `specs` name.
 
     Args:
-      specs: each `module:function` or the folder of a reward-model run, with `@KIND` behind it where it counts
-        only in rows whose field `kind` is this, and then `=WEIGHT` where the weight is not 1.
+      specs: each `module:function` or the folder of a reward-model run, with `@KIND` behind it where it
+        counts only in rows whose field `kind` is this, and then `=WEIGHT` where the weight is not 1.
 
     Raises:
       UserError: there is no such function or run, or a weight is no number.

@@ -90,6 +90,34 @@ def test_language(prompt, text, script, share):
 
 
 @pytest.mark.parametrize(
+    ("text", "share"),
+    [
+        ("<think>7+8=15\n15+6=21</think><answer>21</answer>", 1),
+        ("<think>7+8=15\n१५+६=२१</think><answer>21</answer>", 2 / 3),
+        ("<think>७+8=15\n१५+६=२१</think><answer>21</answer>", 1 / 3),  # one foreign digit costs its step
+        ("<think>seven and восемь</think>15", 1 / 2),
+        ("<think>\u0663+\u0662=\u0665</think><answer>\u0665</answer>", 0),
+        ("7+8=15\n\n  \n#### 15", 1),  # empty lines are no steps
+        ("", 0),
+        ("<think></think><answer></answer>", 0),
+        ("\n+-=\n", 0),
+        ("<think>" * 1000, 0),
+        ("x² = 4", 1),
+    ],
+)
+def test_steps_in_the_language_of_the_prompt(text, share):
+    assert one(rules.step_language_reward, text, script="LATIN") == pytest.approx(share)
+    assert one(rules.step_language_reward, text, "How much?") == pytest.approx(share)
+
+
+def test_steps_in_a_language_with_digits_of_its_own():
+    for text in ("७+८=१५ सात", "7+8=15"):
+        assert one(rules.step_language_reward, text, script="DEVANAGARI") == 1
+    assert one(rules.step_language_reward, "\u0663+\u0662=\u0665", script="ARABIC") == 1
+    assert one(rules.step_language_reward, "seven", script="DEVANAGARI") == 0
+
+
+@pytest.mark.parametrize(
     ("text", "reward"),
     [
         ("I import apples from Spain, and return home.", 1),
@@ -119,6 +147,7 @@ RULES = [
     "think_answer_reward",
     "think_reward",
     "language_reward",
+    "step_language_reward",
     "code_free_reward",
     "repetition_reward",
 ]

@@ -1,5 +1,6 @@
 """Rewards by name with weights, and evaluation of a policy on fixed prompts."""
 
+import dataclasses
 import functools
 import sys
 
@@ -97,6 +98,36 @@ def test_rewards_add_up_by_their_weights():
         ["toy_rewards:right=2", "toy_rewards:length=-0.5", "toy_rewards:sevens"], TOKENIZER
     )
     np.testing.assert_allclose(several(ANSWERS, PROMPTS), [1.5, 2.5, -1.5])
+
+
+KINDS = [
+    dataclasses.replace(prompt, fields=prompt.fields | {"kind": kind})
+    for prompt, kind in zip(PROMPTS, ("sum", "talk", "sum"), strict=True)
+]
+
+
+def test_a_reward_for_one_kind_of_prompts_never_sees_the_others():
+    specs = ["toy_rewards:right@sum=2", "toy_rewards:length", "toy_rewards:nan@talk=0"]
+    with pytest.raises(UserError, match=r"returned nan for row 0 \(a:2\)"):
+        make_reward_fn(specs, TOKENIZER)(ANSWERS, KINDS)
+    reward = make_reward_fn(specs[:2], TOKENIZER)
+    scored = reward.score(ANSWERS, KINDS)
+    np.testing.assert_array_equal(scored.rewards, [3, 1, 3])
+    np.testing.assert_array_equal(scored.terms["right@sum"], [1, np.nan, 0])
+    np.testing.assert_array_equal(scored.terms["length"], [1, 1, 3])
+    reward.check_kinds(KINDS)
+    with pytest.raises(
+        UserError, match=r"'right@sum': no prompt has 'sum' in its field kind \(there are None"
+    ):
+        reward.check_kinds(PROMPTS)
+
+
+def test_equal_names_of_rewards_are_told_apart():
+    scored = make_reward_fn(["toy_rewards:sevens", "toy_rewards:sevens=-1"], TOKENIZER).score(
+        ANSWERS, PROMPTS
+    )
+    np.testing.assert_array_equal(scored.rewards, 0)
+    assert list(scored.terms) == ["sevens", "sevens_2"]
 
 
 def test_what_cannot_be_scored_is_counted():
