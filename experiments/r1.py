@@ -87,7 +87,7 @@ class Options:
       resume: go on with the run in the folder where it stopped.
       model: the base model.
       small_model: the base model of the student.
-      documents: solutions that the base models have read, beside a quarter as many general answers.
+      documents: solutions that the base models have read, beside an eighth as many general answers.
       base_steps: optimizer steps of both base models.
       zero_steps: rollouts of R1-Zero, with and without the reward for one language.
       cold_traces: good traces of the cold start.
@@ -99,6 +99,7 @@ class Options:
       final_steps: rollouts of the final RL, over both kinds of prompts.
       student_steps: optimizer steps of the student.
       batch_size: rows of an optimizer step; prompts of a rollout are a quarter of them, with 8 answers each.
+      rl_learning_rate: of GRPO, at its peak.
       eval_prompts: held-out problems on which every policy is measured.
       quiet: show no progress.
     """
@@ -110,7 +111,7 @@ class Options:
     model: common.ModelOptions = common.ModelOptions(width=64, heads=4, kv_heads=2)
     small_model: common.ModelOptions = common.ModelOptions(width=32, heads=4, kv_heads=2)
     documents: int = 24_000
-    base_steps: int = 500
+    base_steps: int = 700
     zero_steps: int = 60
     cold_traces: int = 64
     cold_steps: int = 30
@@ -121,6 +122,7 @@ class Options:
     final_steps: int = 30
     student_steps: int = 150
     batch_size: int = 64
+    rl_learning_rate: float = 5e-4
     eval_prompts: int = 162
     quiet: bool = False
 
@@ -130,7 +132,7 @@ class Options:
 
 def write_data(folder: Path, options: Options, seed: int) -> None:
     """The rows that the stages of a seed read, as files, and the tokenizer."""
-    general = reasoning.general_rows(options.documents // 4, seed)
+    general = reasoning.general_rows(options.documents // 8, seed)
     solutions = reasoning.solution_rows(options.documents, seed, writers=reasoning.Writers())
     prompts = reasoning.prompt_rows("train", options.documents, seed)
     files = {
@@ -200,6 +202,7 @@ def stage_runs(options: Options, folder: Path, seed: int) -> dict[str, Callable[
             init=str(policy_folder(folder, init)),
             prompts=prompts,
             batch_size=options.batch_size // 4,
+            learning_rate=options.rl_learning_rate,
             **more,
         )
         return lambda: grpo.run(stages.brief(reinforced))

@@ -52,8 +52,8 @@ class Writers:
       guess_within: how far a guess may be off.
     """
 
-    thinking: float = 0.5
-    tagging: float = 0.4
+    thinking: float = 0.6
+    tagging: float = 0.3
     mixing: float = 0.5
     slip_rate: float = 0.6
     second_slip_rate: float = 0.05
