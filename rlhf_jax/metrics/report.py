@@ -371,7 +371,7 @@ def _warnings(
 def _find(metrics: Mapping[str, Sequence[Curve]], names: Sequence[str]) -> Sequence[Curve] | None:
     for name in names:
         for full, curves in metrics.items():
-            if name in (full, full.rsplit("/", 1)[-1]) and full.startswith(_TERM) <= (full == name):
+            if name == (full if full.startswith(_TERM) else full.rsplit("/", 1)[-1]):
                 return curves
     return None
 
