@@ -233,7 +233,7 @@ def stage_runs(options: Options, folder: Path, seed: int) -> dict[str, Callable[
         batch_size=options.batch_size,
     )
     both = (*rules(kind=f"@{reasoning.REASONING}"), f"{folder / 'reward_model'}@{reasoning.GENERAL}")
-    free = {"kl_coef": 0.001}  # as in the paper: the base is no policy to stay close to
+    free: dict[str, Any] = {"kl_coef": 0.001}  # as in the paper: the base is no policy to stay close to
     return {
         "base": pretrain("base", options.model),
         "zero": reinforce("zero", "base", options.zero_steps, rules(), **free),

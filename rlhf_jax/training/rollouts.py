@@ -309,10 +309,11 @@ def _function_term(reward_fn: RewardFn) -> TermFn:
     def term(
         rollout: Rollout, prompts: Sequence[PromptExample], completions: Sequence[str], rows: np.ndarray
     ) -> Scored:
+        numbers: list[int] = rows.tolist()
         fields = reward_fields(rollout, prompts)
-        chosen = {name: [values[row] for row in rows] for name, values in fields.items()}
-        asked = [prompts[row] for row in rows]
-        texts, said = [prompt.text for prompt in asked], [completions[row] for row in rows]
+        chosen = {name: [values[row] for row in numbers] for name, values in fields.items()}
+        asked = [prompts[row] for row in numbers]
+        texts, said = [prompt.text for prompt in asked], [completions[row] for row in numbers]
         if not said:
             return Scored(np.zeros(0, np.float32), np.zeros(0, bool))
         return score_rows(reward_fn, texts, said, chosen, where=[p.where for p in asked])
