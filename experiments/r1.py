@@ -63,6 +63,7 @@ SAMPLES = 8
 COUNTS = (
     "documents",
     "base_steps",
+    "small_base_steps",
     "zero_steps",
     "cold_steps",
     "cold_traces",
@@ -88,7 +89,8 @@ class Options:
       model: the base model.
       small_model: the base model of the student.
       documents: solutions that the base models have read, beside an eighth as many general answers.
-      base_steps: optimizer steps of both base models.
+      base_steps: optimizer steps of the base model.
+      small_base_steps: the same of the student's.
       zero_steps: rollouts of R1-Zero, with and without the reward for one language.
       cold_traces: good traces of the cold start.
       cold_steps: optimizer steps on them.
@@ -111,7 +113,8 @@ class Options:
     model: common.ModelOptions = common.ModelOptions(width=64, heads=4, kv_heads=2)
     small_model: common.ModelOptions = common.ModelOptions(width=32, heads=4, kv_heads=2)
     documents: int = 24_000
-    base_steps: int = 700
+    base_steps: int = 600
+    small_base_steps: int = 300
     zero_steps: int = 60
     cold_traces: int = 64
     cold_steps: int = 30
@@ -143,7 +146,6 @@ def write_data(folder: Path, options: Options, seed: int) -> None:
         "all_prompts": [*prompts, *reasoning.general_prompt_rows("train", len(prompts))],
         "pairs": style.preference_rows("train", 2_000, seed, noise=0.5),
         "heldout_pairs": style.preference_rows("heldout", 256, seed, noise=0.5),
-        "heldout": reasoning.prompt_rows("heldout", options.eval_prompts, 0),
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():
@@ -182,20 +184,14 @@ def stage_runs(options: Options, folder: Path, seed: int) -> dict[str, Callable[
         run, size = run_options(name, steps), min(options.batch_size, options.cold_traces)
         return lambda: sft.run(stages.brief(sft.Options(run=run, data=data[rows], batch_size=size, **more)))
 
-    def pretrain(name: str, model: common.ModelOptions) -> Callable[[], None]:
-        return imitate(
-            name, "base", options.base_steps, model=model, tokenizer=str(folder / "data" / "tokenizer")
-        )
+    def pretrain(name: str, model: common.ModelOptions, steps: int) -> Callable[[], None]:
+        return imitate(name, "base", steps, model=model, tokenizer=str(folder / "data" / "tokenizer"))
 
     def reinforce(
         name: str, init: str, steps: int, rewards: Sequence[str], rows: str = "prompts", **more: Any
     ) -> Callable[[], None]:
         prompts = common.PromptOptions(
-            data=data[rows],
-            eval_data=data["heldout"],
-            rewards=tuple(rewards),
-            eval_reward=ACCURACY,
-            max_new_tokens=longest_answer(),
+            data=data[rows], rewards=tuple(rewards), max_new_tokens=longest_answer(), samples=0
         )
         reinforced = grpo.Options(
             run=run_options(name, steps),
@@ -235,7 +231,7 @@ def stage_runs(options: Options, folder: Path, seed: int) -> dict[str, Callable[
     both = (*rules(kind=f"@{reasoning.REASONING}"), f"{folder / 'reward_model'}@{reasoning.GENERAL}")
     free: dict[str, Any] = {"kl_coef": 0.001}  # as in the paper: the base is no policy to stay close to
     return {
-        "base": pretrain("base", options.model),
+        "base": pretrain("base", options.model, options.base_steps),
         "zero": reinforce("zero", "base", options.zero_steps, rules(), **free),
         "zero_mixed": reinforce("zero_mixed", "base", options.zero_steps, rules(language=0.0), **free),
         "cold_start": imitate(
@@ -245,7 +241,7 @@ def stage_runs(options: Options, folder: Path, seed: int) -> dict[str, Callable[
         "chosen_sft": imitate_chosen("chosen_sft", "base", "reasoning", options.chosen_steps),
         "reward_model": lambda: reward_model.run(stages.brief(rank)),
         "r1": reinforce("r1", "chosen_sft", options.final_steps, both, "all_prompts"),
-        "small_base": pretrain("small_base", options.small_model),
+        "small_base": pretrain("small_base", options.small_model, options.small_base_steps),
         "student": imitate_chosen("student", "small_base", "r1", options.student_steps),
     }
 

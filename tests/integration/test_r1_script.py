@@ -16,6 +16,7 @@ TINY = common.ModelOptions(width=16, layers=1, heads=2, kv_heads=1)
 STEPS = {
     "documents": 80,
     "base_steps": 40,
+    "small_base_steps": 3,
     "zero_steps": 2,
     "cold_traces": 8,
     "cold_steps": 30,
