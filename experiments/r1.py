@@ -113,8 +113,8 @@ class Options:
     model: common.ModelOptions = common.ModelOptions(width=64, heads=4, kv_heads=2)
     small_model: common.ModelOptions = common.ModelOptions(width=32, heads=4, kv_heads=2)
     documents: int = 24_000
-    base_steps: int = 600
-    small_base_steps: int = 300
+    base_steps: int = 700
+    small_base_steps: int = 700
     zero_steps: int = 60
     cold_traces: int = 64
     cold_steps: int = 30
