@@ -121,7 +121,7 @@ class Options:
     reasoning_steps: int = 40
     chosen_prompts: int = 512
     chosen_steps: int = 150
-    reward_steps: int = 80
+    reward_steps: int = 160
     final_steps: int = 30
     student_steps: int = 150
     batch_size: int = 64
@@ -144,7 +144,7 @@ def write_data(folder: Path, options: Options, seed: int) -> None:
         "general": general[: max(options.chosen_prompts // 4, 1)],
         "prompts": prompts,
         "all_prompts": [*prompts, *reasoning.general_prompt_rows("train", len(prompts))],
-        "pairs": style.preference_rows("train", 2_000, seed, noise=0.5),
+        "pairs": style.preference_rows("train", 8_000, seed, noise=0.5),
         "heldout_pairs": style.preference_rows("heldout", 256, seed, noise=0.5),
     }
     folder.mkdir(parents=True, exist_ok=True)

@@ -76,19 +76,22 @@ def prompt_row(wanted: str) -> dict[str, Any]:
     return {"prompt": ",".join(wanted) + "?", "wanted": wanted}
 
 
-def demonstration(wanted: str, rng: np.random.Generator) -> str:
+def demonstration(wanted: str, rng: np.random.Generator, *, shortest: int = 4, longest: int = 12) -> str:
     """What an average writer writes: 4 to 12 letters, half of them wanted ones."""
-    length = rng.integers(4, 13)
+    length = rng.integers(shortest, longest + 1)
     return "".join(rng.choice(list(wanted if rng.random() < 0.5 else LETTERS)) for _ in range(length))
 
 
 def preference_rows(split: Split, count: int, seed: int, *, noise: float) -> list[dict[str, Any]]:
-    """Pairs of demonstrations, `prompt`, `chosen` and `rejected`, as people with this much noise see them."""
+    """Pairs of demonstrations, `prompt`, `chosen` and `rejected`, as people with this much noise see them.
+
+    They have 1 to 24 letters: a reward model that has seen no long answers takes them for the best.
+    """
     rng = np.random.default_rng([seed, *b"style preference"])
     everything, rows = prompts(split), []
     for number in rng.integers(len(everything), size=count):
         wanted = everything[number]
-        first, second = (demonstration(wanted, rng) for _ in range(2))
+        first, second = (demonstration(wanted, rng, shortest=1, longest=24) for _ in range(2))
         lead = (text_reward(first, wanted) - text_reward(second, wanted)) / noise
         better, worse = (first, second) if rng.logistic() < lead else (second, first)
         rows.append({"prompt": prompt_row(wanted)["prompt"], "chosen": better, "rejected": worse})
