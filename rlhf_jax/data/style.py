@@ -91,7 +91,9 @@ def preference_rows(split: Split, count: int, seed: int, *, noise: float) -> lis
     everything, rows = prompts(split), []
     for number in rng.integers(len(everything), size=count):
         wanted = everything[number]
-        first, second = (demonstration(wanted, rng, shortest=1, longest=24) for _ in range(2))
+        first = second = ""
+        while first == second:
+            first, second = (demonstration(wanted, rng, shortest=1, longest=24) for _ in range(2))
         lead = (text_reward(first, wanted) - text_reward(second, wanted)) / noise
         better, worse = (first, second) if rng.logistic() < lead else (second, first)
         rows.append({"prompt": prompt_row(wanted)["prompt"], "chosen": better, "rejected": worse})

@@ -73,5 +73,7 @@ def test_pairs_of_general_answers_follow_the_taste():
         for noise in (1e-6, 1.0, 1e6)
     ]
     assert shares[0] == 1 > shares[1] > shares[2] > 0.4
+    rows = style.preference_rows("train", 8_000, 0, noise=0.5)
+    assert all(row["chosen"] != row["rejected"] for row in rows)
     counts = collections.Counter(row["prompt"] for row in style.preference_rows("heldout", 50, 0, noise=1.0))
     assert counts.keys() <= {row["prompt"] for row in reasoning.general_prompt_rows("heldout", 10**6)}
