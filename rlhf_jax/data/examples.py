@@ -133,7 +133,7 @@ def supervised_examples(
     """
 
     def make(row: Row) -> SupervisedExample:
-        encoded = encode_conversation(tokenizer, _conversation(row))
+        encoded = encode_conversation(tokenizer, conversation_messages(row))
         ids, mask = np.array(encoded.ids, np.int32), np.array(encoded.mask, np.bool_)
         if not mask.any():
             raise UserError("messages have no assistant turn to learn from; add one or remove the row")
@@ -155,7 +155,7 @@ def preference_examples(
     """
 
     def make(row: Row) -> PreferenceExample:
-        prompt, chosen, rejected = _preference(row)
+        prompt, chosen, rejected = preference_messages(row)
         if chosen == rejected:
             raise UserError("chosen and rejected are the same; remove the row")
         prompt_ids = encode_prompt(tokenizer, prompt)
@@ -244,6 +244,39 @@ def prompt_messages(row: Row) -> Messages:
     return messages
 
 
+def conversation_messages(row: Row) -> Messages:
+    """What `supervised_examples` takes for the conversation of a row.
+
+    Raises:
+      UserError: the row has none, or an empty field.
+    """
+    answers = {"prompt": "completion", "question": "answer"}
+    wanted = "messages, prompt and completion, or question and answer"
+    field = _first_field(row, ("messages", *answers), wanted)
+    messages = _messages(row, field, "user")
+    return messages if field == "messages" else messages + _messages(row, answers[field], "assistant")
+
+
+def preference_messages(row: Row) -> tuple[Messages, Messages, Messages]:
+    """Prompt, chosen and rejected of a row, where either side may repeat the prompt.
+
+    Raises:
+      UserError: a side is missing or empty, or they do not begin with the same prompt.
+    """
+    chosen, rejected = _messages(row, "chosen", "assistant"), _messages(row, "rejected", "assistant")
+    if all(side[0]["role"] == "assistant" for side in (chosen, rejected)):
+        return _messages(row, "prompt", "user"), chosen, rejected
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+        shared += 1
+    if not shared or chosen[shared]["role"] != "assistant" or rejected[shared]["role"] != "assistant":
+        raise UserError(
+            "fields 'chosen' and 'rejected' differ before the assistant's turn; "
+            "let both begin with the same prompt"
+        )
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
 def _make_all(
     rows: Sequence[Row],
     make: Callable[[Row], Example],
@@ -277,30 +310,6 @@ def _make_all(
 
 
 # Fields ---------------------------------------------------------------------------------------------
-
-
-def _conversation(row: Row) -> Messages:
-    answers = {"prompt": "completion", "question": "answer"}
-    wanted = "messages, prompt and completion, or question and answer"
-    field = _first_field(row, ("messages", *answers), wanted)
-    messages = _messages(row, field, "user")
-    return messages if field == "messages" else messages + _messages(row, answers[field], "assistant")
-
-
-def _preference(row: Row) -> tuple[Messages, Messages, Messages]:
-    """Prompt, chosen and rejected, where either side may repeat the prompt."""
-    chosen, rejected = _messages(row, "chosen", "assistant"), _messages(row, "rejected", "assistant")
-    if all(side[0]["role"] == "assistant" for side in (chosen, rejected)):
-        return _messages(row, "prompt", "user"), chosen, rejected
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
-        shared += 1
-    if not shared or chosen[shared]["role"] != "assistant" or rejected[shared]["role"] != "assistant":
-        raise UserError(
-            "fields 'chosen' and 'rejected' differ before the assistant's turn; "
-            "let both begin with the same prompt"
-        )
-    return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
 def _first_field(row: Row, names: Sequence[str], wanted: str) -> str:

@@ -67,18 +67,41 @@ def solution_pairs(rows: Iterable[Row], *, most: int, seed: int) -> list[Pair]:
     """
     rng, pairs = np.random.default_rng(seed), []
     for row in rows:
-        found = [
-            x for x in row.fields.values() if isinstance(x, dict) and {"solution", "is_correct"} <= x.keys()
-        ]
-        question = row.fields.get("question")
-        if not found or not isinstance(question, str):
-            raise UserError(f"{row.where}: gives no `question`, or no object of `solution` and `is_correct`")
+        question, found = _solutions(row)
         right, wrong = (
-            rng.permutation([x["solution"] for x in found if x["is_correct"] is truth]).tolist()
+            rng.permutation([x["solution"] for x in found.values() if x["is_correct"] is truth]).tolist()
             for truth in (True, False)
         )
         pairs += [Pair(question, *sides, 1.0, 0.0) for sides in zip(right[:most], wrong[:most], strict=False)]
     return pairs
+
+
+def solution_rows(rows: Iterable[Row]) -> list[Row]:
+    """Each solution of such rows as a row of its own: `question`, `answer`, `is_correct` and its `writer`.
+
+    Raises: as `solution_pairs`.
+    """
+    return [
+        Row(
+            {"question": question, "answer": x["solution"], "is_correct": x["is_correct"], "writer": writer},
+            f"{row.where} ({writer})",
+        )
+        for row in rows
+        for question, found in [_solutions(row)]
+        for writer, x in found.items()
+    ]
+
+
+def _solutions(row: Row) -> tuple[str, dict[str, dict[str, Any]]]:
+    found = {
+        name: x
+        for name, x in row.fields.items()
+        if isinstance(x, dict) and {"solution", "is_correct"} <= x.keys()
+    }
+    question = row.fields.get("question")
+    if not found or not isinstance(question, str):
+        raise UserError(f"{row.where}: gives no `question`, or no object of `solution` and `is_correct`")
+    return question, found
 
 
 def clean(pairs: Iterable[Pair], *, min_margin: float = 0.0) -> tuple[list[Pair], dict[str, int]]:

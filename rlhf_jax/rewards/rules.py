@@ -5,11 +5,17 @@ Each is a reward function to name by path with a weight, such as
 Penalties are negative numbers, so that their weights are positive.
 """
 
-import functools
 import re
-import unicodedata
-from collections import Counter
 from collections.abc import Sequence
+
+from rlhf_jax.data.text import (
+    main_script,
+    repeated_share,
+    script_family,
+    script_of,
+    script_share,
+    without_markup,
+)
 
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
@@ -21,8 +27,6 @@ _NGRAM = 4
 
 # `search`, anchored at the end: a line by itself, with digits that may be grouped, signed and broken.
 _ANSWER_LINE = re.compile(r"(?:\A|\n)#### -?\$?[0-9][0-9,]{0,30}(?:\.[0-9]{1,30})?\Z")
-# Words of LaTeX, tags and addresses are in Latin letters whatever language the text is in.
-_NO_LANGUAGE = re.compile(r"\\[A-Za-z]+|</?[A-Za-z_]+>|https?://[^\s]+")
 _END_OF_THOUGHT = re.compile(r"</think>")
 _DIGITS = frozenset("0123456789")
 _CODE = re.compile(
@@ -139,7 +143,7 @@ def language_reward(
     """
     expected = script if script is not None else [None] * len(completions)
     rows = zip(prompts, completions, expected, strict=True)
-    return [_script_share(text, name or _main_script(prompt)) for prompt, text, name in rows]
+    return [script_share(text, name or main_script(prompt)) for prompt, text, name in rows]
 
 
 def step_language_reward(
@@ -160,55 +164,24 @@ def step_language_reward(
     """
     expected = script if script is not None else [None] * len(completions)
     rows = zip(prompts, completions, expected, strict=True)
-    return [_step_share(text, name or _main_script(prompt)) for prompt, text, name in rows]
+    return [_step_share(text, name or main_script(prompt)) for prompt, text, name in rows]
 
 
 def _step_share(text: str, script: str | None) -> float:
-    lines = _NO_LANGUAGE.sub(" ", _END_OF_THOUGHT.sub("\n", text)).split("\n")
+    lines = without_markup(_END_OF_THOUGHT.sub("\n", text)).split("\n")
     steps = [line for line in lines if any(map(_is_written, line))]
     if not steps:
         return 0.0
-    expected = {_family(script.upper())} if script else set[str]()
+    expected = {script_family(script.upper())} if script else set[str]()
     return sum(_step_scripts(step) <= expected for step in steps) / len(steps)
 
 
 def _step_scripts(step: str) -> set[str]:
-    return {_script(sign) for sign in set(step) - _DIGITS if _is_written(sign)}
+    return {script_of(sign) for sign in set(step) - _DIGITS if _is_written(sign)}
 
 
 def _is_written(sign: str) -> bool:
     return sign.isalpha() or sign.isdecimal()
-
-
-def _script_share(text: str, script: str | None) -> float:
-    scripts = _scripts(text)
-    total = scripts.total()
-    return scripts[_family(script.upper())] / total if total and script else 1.0
-
-
-def _main_script(text: str) -> str | None:
-    found = _scripts(text).most_common(1)
-    return found[0][0] if found else None
-
-
-def _scripts(text: str) -> Counter[str]:
-    letters = Counter(_NO_LANGUAGE.sub(" ", text))
-    scripts = Counter[str]()
-    for letter, count in letters.items():
-        if letter.isalpha():
-            scripts[_script(letter)] += count
-    return scripts
-
-
-@functools.lru_cache(maxsize=1 << 14)
-def _script(letter: str) -> str:
-    return _family(unicodedata.name(letter, "unknown").split()[0])
-
-
-def _family(script: str) -> str:
-    """Japanese mixes three scripts, which count as one, and Arabic's digits are called ARABIC-INDIC."""
-    first = script.partition("-")[0]
-    return "CJK" if first in ("HIRAGANA", "KATAKANA") else first
 
 
 # Code and repetition -------------------------------------------------------------------------------
@@ -224,13 +197,4 @@ def repetition_reward(prompts: Sequence[str], completions: Sequence[str], **_: o
 
     A text without spaces counts by characters, in runs of twenty.
     """
-    return [-_repeated_share(text[:_LONGEST]) for text in completions]
-
-
-def _repeated_share(text: str) -> float:
-    units: Sequence[str] = text.split()
-    size = _NGRAM
-    if len(units) <= len(text) / 64:
-        units, size = text, 5 * _NGRAM
-    runs = [tuple(units[start : start + size]) for start in range(len(units) - size + 1)]
-    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+    return [-repeated_share(text[:_LONGEST], _NGRAM) for text in completions]
