@@ -14,7 +14,7 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.optimization import Learner, OptimizerConfig, make_optimizer
 from rlhf_jax.core.trees import merge, named_leaves, partition
 from rlhf_jax.core.types import Params, PRNGKeyArray
-from rlhf_jax.models import adapters, reference_of
+from rlhf_jax.models import adapters, pruning, reference_of
 from rlhf_jax.training.runs import Adaptation, Model
 
 State = TypeVar("State")
@@ -23,7 +23,7 @@ Kind = Literal[
 ]
 LOW_RANK = ("rank", "alpha", "targets", "quantise")
 OPTIONS_OF = {
-    "none": (),
+    "none": ("keep_zeros",),
     "lora": LOW_RANK,
     "rslora": LOW_RANK,
     "dora": LOW_RANK,
@@ -32,7 +32,7 @@ OPTIONS_OF = {
     "prefix": ("length", "quantise"),
     "prompt": ("length", "quantise"),
     "bottleneck": ("width", "targets", "quantise"),
-    "partial": ("train",),
+    "partial": ("train", "keep_zeros"),
 }
 
 
@@ -52,6 +52,7 @@ class AdapterOptions:
       length: of a prefix or prompt, in tokens.
       width: of a bottleneck.
       quantise: keep the frozen kernels in few bits (QLoRA is lora with nf4).
+      keep_zeros: weights of linear layers that are zero in --init stay zero: fine-tuning of a pruned policy.
     """
 
     kind: Annotated[Kind, tyro.conf.arg(metavar="KIND")] = "none"
@@ -62,6 +63,7 @@ class AdapterOptions:
     length: int = 16
     width: int = 16
     quantise: Literal["none", "int8", "int4", "nf4", "fp8"] = "none"
+    keep_zeros: bool = False
 
     def adapter(self, steps: int) -> adapters.Adapter | None:
         """Its description, for a run of so many optimizer steps; None where everything is trained.
@@ -122,12 +124,14 @@ class Parts:
         None where everything is trained.
       original: what the frozen base lacks of the decoder as it was.
       adaptation: how the run describes itself; None where everything is trained.
+      keep_zeros: whether weights that are zero stay so.
     """
 
     trained: Params
     frozen: Params
     original: Params
     adaptation: Adaptation | None
+    keep_zeros: bool = False
 
     @property
     def base(self) -> Params:
@@ -162,8 +166,8 @@ class Parts:
         return reference_of({"base": base}, self.original if original is None else original)
 
     def optimizer(self, config: OptimizerConfig) -> optax.GradientTransformation:
-        """The optimizer, with the rank budget of an adapter that has one."""
-        tx = make_optimizer(config)
+        """The optimizer, with the rank budget of an adapter that has one, and under which zeros may stay."""
+        tx = pruning.keep_zeros(make_optimizer(config)) if self.keep_zeros else make_optimizer(config)
         adapter = self.adaptation and self.adaptation.adapter
         return adapters.with_rank_budget(adapter, tx) if isinstance(adapter, adapters.AdaLoRA) else tx
 
@@ -178,13 +182,15 @@ def take_apart(options: AdapterOptions, model: Model, *, seed: int, steps: int) 
       UserError: an option is wrong, there is no base to adapt, or nothing would be trained.
     """
     adapter = options.adapter(steps)
+    if options.keep_zeros and not pruning.zero_share(model.params)[""]:
+        raise UserError("--adapter.keep-zeros: the policy has no zero weights: prune it first (prune.py)")
     if [name for name in named_leaves(model.params) if adapters.is_adapter_leaf(name)]:
         raise UserError(
             "the policy in --init has a prefix, a prompt or bottlenecks, which cannot be merged into it, and "
             "nothing is trained on top of these: start from the run that it adapts"
         )
     if adapter is None:
-        return Parts(common.copied(model.params), None, model.params, None)
+        return Parts(common.copied(model.params), None, model.params, None, options.keep_zeros)
     if model.source is None:
         raise UserError(
             f"--adapter.kind {options.kind} needs a model to adapt, and this one is new: give one by --init"
@@ -199,7 +205,7 @@ def take_apart(options: AdapterOptions, model: Model, *, seed: int, steps: int) 
             f"names are such as {some}"
         )
     original = trained if isinstance(adapter, adapters.Partial) else {}
-    return Parts(common.copied(trained), frozen, original, adaptation)
+    return Parts(common.copied(trained), frozen, original, adaptation, options.keep_zeros)
 
 
 def new_state(init: Callable[..., State], trained: Params, frozen: Params, *keys: PRNGKeyArray) -> State:

@@ -19,6 +19,7 @@ from rlhf_jax.core.optimization import OptimizerConfig
 from rlhf_jax.core.types import Params
 from rlhf_jax.data import arithmetic
 from rlhf_jax.data.examples import SupervisedExample, TooLong
+from rlhf_jax.data.mixing import MixtureSampler
 from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.data.tokenizers import Tokenizer, byte_tokenizer, load_tokenizer
 from rlhf_jax.metrics import Thresholds, write_report
@@ -38,6 +39,7 @@ from rlhf_jax.training.runs import (
 DType = Literal["float32", "bfloat16"]
 ModelKind = Literal["transformer", "rnn", "gru", "lstm"]
 Options = TypeVar("Options")
+Batches = BatchSampler | MixtureSampler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,7 +318,7 @@ def jit_update(update: Callable[..., Any], state: Any) -> Callable[..., Any]:
     return jax.jit(update, donate_argnums=0, out_shardings=(distributed.shardings_of(state), None))
 
 
-def local_indices(sampler: BatchSampler, step: int, repeat: int = 1) -> np.ndarray:
+def local_indices(sampler: Batches, step: int, repeat: int = 1) -> np.ndarray:
     """Which examples this process brings to the batch of `step`, each of them `repeat` times."""
     indices = np.repeat(sampler.indices(step), repeat)
     return indices[distributed.local_rows(len(indices))]

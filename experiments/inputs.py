@@ -2,12 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import common
 import jax
 import numpy as np
 
+from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Params, Sequences
 from rlhf_jax.data import arithmetic, packing
 from rlhf_jax.data.examples import (
@@ -43,6 +45,30 @@ def load_rows(spec: str, make_rows: Callable[[arithmetic.Level], list[dict[str, 
     if level is None:
         return read_rows(spec)
     return [Row(row, f"{spec}:{number}") for number, row in enumerate(make_rows(level), start=1)]
+
+
+def split_mixture(spec: str) -> dict[str, float | None]:
+    """The sources that `a.jsonl=0.7,b.jsonl=0.3` names, with their weights, or None for by size.
+
+    Raises:
+      UserError: a source stands twice, a weight is no number, or only some sources have one.
+    """
+    found: dict[str, float | None] = {}
+    for part in [spec] if "," not in spec or Path(spec).exists() else spec.split(","):
+        name, equals, number = part.strip().rpartition("=")
+        try:
+            weight = float(number) if equals and "," in spec else None
+        except ValueError:
+            raise UserError(f"--data {part}: {number!r} is no weight: write SOURCE=0.5") from None
+        name = part.strip() if weight is None else name
+        if name in found or not name:
+            raise UserError(f"--data {spec}: a source is empty or stands twice: name each of them once")
+        found[name] = weight
+    if len({weight is None for weight in found.values()}) > 1:
+        raise UserError(
+            f"--data {spec}: some sources have a weight and some have none: give all or none of them"
+        )
+    return found
 
 
 def texts(rows: Sequence[Row]) -> list[str]:

@@ -9,8 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
+from rlhf_jax.core.masks import masked_sum
 from rlhf_jax.core.optimization import (
     Learner,
     accumulate_gradients,
@@ -21,6 +23,8 @@ from rlhf_jax.core.optimization import (
 from rlhf_jax.core.trees import pytree_dataclass, tree_where
 from rlhf_jax.core.types import (
     Array,
+    Bool,
+    Int,
     Metrics,
     Params,
     PRNGKeyArray,
@@ -42,10 +46,12 @@ class Config:
     Attributes:
       micro_batches: parts in which a batch is computed; changes memory, not the result.
       reduce: how tokens become one number.
+      sources: names of where rows come from; each has a loss of its own among the metrics.
     """
 
     micro_batches: int = 1
     reduce: Reduction = token_mean
+    sources: tuple[str, ...] = ()
 
 
 @pytree_dataclass
@@ -98,18 +104,23 @@ def make_update(
     score_fn: ScoreFn,
     tx: optax.GradientTransformation,
     rebalance_fn: RebalanceFn | None = None,
-) -> Callable[[State, Hyper, Sequences], tuple[State, Metrics]]:
+) -> Callable[..., tuple[State, Metrics]]:
     """`update(state, hyper, sequences) -> (state, metrics)`: one optimizer step.
 
     With routing and micro-batches, the load of the whole batch is found by a pass of its own before the
     gradient, so that the balance loss is that of the batch however it is split.
+
+    With `config.sources`, `update(state, hyper, sequences, sources)`, where `sources` [B] numbers each row's;
+    the metric `loss/NAME` is the mean over the tokens of that source, NaN in a batch that has none.
 
     Args:
       rebalance_fn: `rebalance_fn(params, routing, rate) -> params` moves the biases of routers after the
         step, without a loss (`models.rebalance`); left out, as the step is, where the step is not finite.
     """
 
-    def update(state: State, hyper: Hyper, batch: Sequences) -> tuple[State, Metrics]:
+    def update(
+        state: State, hyper: Hyper, batch: Sequences, sources: Int[Array, "B"] | None = None
+    ) -> tuple[State, Metrics]:
         params, weights = state.learner.all_params, hyper.auxiliary or Auxiliary()
         routed = jax.eval_shape(score_fn, params, batch).routing is not None
         whole = None
@@ -118,9 +129,14 @@ def make_update(
                 lambda part: score_fn(params, part).routing, batch, micro_batches=config.micro_batches
             )
 
-        def loss_fn(params: Params, part: Sequences) -> tuple[Array, Any]:
+        def loss_fn(
+            params: Params, part_and_sources: tuple[Sequences, Int[Array, "B"] | None]
+        ) -> tuple[Array, Any]:
+            part, of_rows = part_and_sources
             score = score_fn(params, part)
             loss, metrics = _token_losses(config, weights, score, part, batch)
+            if sources is not None:
+                metrics |= _source_losses(config, score, (part, of_rows), (batch, sources))
             if score.routing is None:
                 return loss, (metrics, None)
             balance, z = load_balance_loss(score.routing, whole), router_z_loss(score.routing, whole)
@@ -128,7 +144,7 @@ def make_update(
             return loss + weights.balance_coef * balance + weights.z_coef * z, (metrics, score.routing)
 
         gradients, loss, (metrics, routing) = accumulate_gradients(
-            loss_fn, state.learner, batch, micro_batches=config.micro_batches
+            loss_fn, state.learner, (batch, sources), micro_batches=config.micro_batches
         )
         learner, guard = apply_gradients(
             state.learner, gradients, tx, learning_rate=hyper.learning_rate, loss=loss
@@ -142,6 +158,21 @@ def make_update(
         return dataclasses.replace(state, learner=learner), {**metrics, **guard, "tokens": batch.mask.sum()}
 
     return update
+
+
+def _source_losses(
+    config: Config, score: Score, part: tuple[Sequences, Any], batch: tuple[Sequences, Any]
+) -> Metrics:
+    """The part's share of the loss of each source, rows and the numbers of their sources given."""
+
+    def mask_of(number: int, rows: Sequences, sources: Int[Array, "B"]) -> Bool[Array, "B T"]:
+        return rows.mask & (sources == number)[:, None]
+
+    losses = {
+        f"loss/{name}": -masked_sum(score.logp, mask_of(number, *part)) / jnp.sum(mask_of(number, *batch))
+        for number, name in enumerate(config.sources)
+    }
+    return jax.lax.stop_gradient(losses)
 
 
 def _token_losses(

@@ -55,6 +55,21 @@ def test_sft_gradient_is_that_of_the_mean_over_tokens():
     )
 
 
+def test_sft_says_the_loss_of_each_source():
+    """Means over the tokens of each source, however the batch is cut, and none where a source is absent."""
+    batch, params = tabular.rows(0, LENGTHS), tabular.init()
+    sources = jnp.asarray([0, 1, 1, 0, 0, 1, 0, 1])
+    config = sft.Config(micro_batches=2, sources=("a", "b", "c"))
+    state = sft.init(params, TX, jax.random.key(0))
+    _, metrics = sft.make_update(config, tabular.score, TX)(state, sft.Hyper(), batch, sources)
+    logp, mask = np.asarray(tabular.score(params, batch).logp), np.asarray(batch.mask)
+    for number, name in enumerate("ab"):
+        of_source = mask & (np.asarray(sources) == number)[:, None]
+        np.testing.assert_allclose(metrics[f"loss/{name}"], -logp[of_source].mean(), rtol=1e-5)
+    assert np.isnan(metrics["loss/c"])
+    np.testing.assert_allclose(metrics["loss"], -logp[mask].mean(), rtol=1e-5)
+
+
 def separable_pairs(count=64):
     """The response with more 4s is preferred."""
     a, b = tabular.rows(1, [4] * count), tabular.rows(2, [4] * count)
