@@ -14,6 +14,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import command_line
 import common
@@ -36,8 +37,11 @@ from rlhf_jax.metrics import Progress
 from rlhf_jax.models import pruning
 from rlhf_jax.training.runs import Model, check_same_architecture, describe_run, load_policy
 
-Cell = tuple[str, float, str]
+Cell = tuple[prune.Method, float, str]
 """Method, sparsity, run folder of the policy."""
+
+Cells = dict[Cell, dict[str, Any]]
+"""What was found in each."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,7 +133,7 @@ def grid(options: Options) -> list[Cell]:
     return [(method, sparsity, init) for method, sparsity in settings for init in options.init]
 
 
-def read_cells(path: Path) -> dict[Cell, dict[str, float]]:
+def read_cells(path: Path) -> Cells:
     """Cells that are done."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     cells = [json.loads(line) for line in lines]
@@ -139,9 +143,7 @@ def read_cells(path: Path) -> dict[Cell, dict[str, float]]:
 # Table and picture ------------------------------------------------------------------------------------
 
 
-def columns(
-    options: Options, done: dict[Cell, dict[str, float]]
-) -> dict[tuple[str, str], dict[float, list[float]]]:
+def columns(options: Options, done: Cells) -> dict[tuple[str, str], dict[float, list[float]]]:
     """Scores over seeds by sparsity, of each method before and after fine-tuning."""
     found: dict[tuple[str, str], dict[float, list[float]]] = {}
     for method in options.methods:
@@ -156,7 +158,7 @@ def columns(
     return found
 
 
-def table(options: Options, done: dict[Cell, dict[str, float]]) -> str:
+def table(options: Options, done: Cells) -> str:
     """Means with 95 % t intervals, in percent, and each seed."""
     found = columns(options, done)
     names = [f"{method}, {when}" for method, when in found]
@@ -176,7 +178,7 @@ def _cell(scores: Sequence[float] | None) -> str:
     return f"{mean:.1f}{interval}"
 
 
-def draw(path: Path, options: Options, done: dict[Cell, dict[str, float]]) -> None:
+def draw(path: Path, options: Options, done: Cells) -> None:
     """Score against sparsity, a line a method, dashed before fine-tuning; dots are seeds."""
     from matplotlib.figure import Figure
 
@@ -201,64 +203,73 @@ def draw(path: Path, options: Options, done: dict[Cell, dict[str, float]]) -> No
     figure.savefig(path, dpi=120)
 
 
-def run(options: Options) -> None:
-    """Does what is missing of the grid, then writes table and picture."""
+def check(options: Options) -> None:
+    """Raises: UserError where the options make no sense, or the folder holds cells of others."""
     if not options.init or options.steps < 0 or options.batch_size < 1:
         raise UserError("give at least one --init, 0 or more --steps and a --batch-size of at least 1")
     if common.embedded_level(options.data) is None:
         raise UserError(
             f"--data {options.data}: the study knows the embedded task alone: give arithmetic:LEVEL"
         )
+    if not (options.out / "cells.jsonl").exists():
+        return
+    held = json.loads((options.out / "config.json").read_text(encoding="utf-8"))["config"]
+    ours = common.to_json(options)
+    changed = [name for name in ours if name not in WATCHING and ours[name] != held.get(name)]
+    if changed:
+        raise UserError(f"{options.out} holds cells with other {', '.join(changed)}: choose another --out")
+
+
+def make_cell_fn(options: Options, policies: dict[str, Model]) -> Callable[[Cell], dict[str, Any]]:
+    """`compute(cell)`: prunes, scores, fine-tunes, scores again."""
+    first = policies[options.init[0]]
+    score = make_exact_match(options, first)
+    tune = make_tune_fn(options, first) if options.steps else None
+    sums: dict[str, Params] = {}
+    if "wanda" in options.methods:
+        rows = prune.calibration_rows(options.data, options.rows, options.seed, first)
+        sums = {init: prune.measure(model, rows) for init, model in policies.items()}
+
+    def compute(cell: Cell) -> dict[str, Any]:
+        method, sparsity, init = cell
+        params = policies[init].params
+        choice = prune.PruneOptions(method=method, sparsity=sparsity, scope=options.scope)
+        masks = choice.masks(params, sums[init] if method == "wanda" else None)
+        params = pruning.apply_masks(params, masks)
+        found = {"method": method, "sparsity": sparsity, "init": init, "before": score(params)}
+        if tune is not None:
+            params = tune(params)
+            found |= {"after": score(params)}
+        return {**found, "zeros": pruning.zero_share(params)[""]}
+
+    return compute
+
+
+def run(options: Options) -> None:
+    """Does what is missing of the grid, then writes table and picture."""
+    check(options)
     policies = {init: load_policy(Path(init)) for init in options.init}
     first = policies[options.init[0]]
     for init, model in policies.items():
         check_same_architecture(first.config, model.config, f"--init {init}")
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "cells.jsonl"
-    if path.exists():
-        held = json.loads((options.out / "config.json").read_text(encoding="utf-8"))["config"]
-        ours = common.to_json(options)
-        changed = [name for name in ours if name not in WATCHING and ours[name] != held.get(name)]
-        if changed:
-            raise UserError(
-                f"{options.out} holds cells with other {', '.join(changed)}: choose another --out"
-            )
     describe_run(options.out, common.to_json(options), stage="prune_study")
-    done, cells = read_cells(path), grid(options)
-    score = make_exact_match(options, first)
-    tune = make_tune_fn(options, first) if options.steps else None
-    rows = prune.calibration_rows(options.data, options.rows, options.seed, first)
-    sums = (
-        {init: prune.measure(model, rows) for init, model in policies.items()}
-        if "wanda" in options.methods
-        else {}
-    )
+    path, cells = options.out / "cells.jsonl", grid(options)
+    done, compute = read_cells(path), make_cell_fn(options, policies)
     with Progress("pruning", len(cells), quiet=options.quiet) as progress:
         for number, cell in enumerate(cells):
             if cell not in done:
-                method, sparsity, init = cell
-                params = policies[init].params
-                choice = prune.PruneOptions(method=method, sparsity=sparsity, scope=options.scope)
-                params = pruning.apply_masks(
-                    params, choice.masks(params, sums[init] if method == "wanda" else None)
-                )
-                found = {"method": method, "sparsity": sparsity, "init": init, "before": score(params)}
-                if tune is not None:
-                    params = tune(params)
-                    found |= {"after": score(params)}
-                found |= {"zeros": pruning.zero_share(params)[""]}
+                done[cell] = compute(cell)
                 with path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(found) + "\n")
-                done[cell] = found
-            progress.update(number + 1, {k: v for k, v in done[cell].items() if isinstance(v, float)})
-    text = table(options, done)
+                    file.write(json.dumps(done[cell]) + "\n")
+            shown = {name: value for name, value in done[cell].items() if isinstance(value, float)}
+            progress.update(number + 1, shown)
     note = made(options.out)
-    (options.out / "pruning.md").write_text(
-        f"{text}\n`{note['command']}`, {note['started'][:10]}, {note['versions']}\n", encoding="utf-8"
-    )
+    text = f"{table(options, done)}\n`{note['command']}`, {note['started'][:10]}, {note['versions']}\n"
+    (options.out / "pruning.md").write_text(text, encoding="utf-8")
     draw(options.out / "pruning.png", options, done)
     if not options.quiet:
-        print(text)
+        print(table(options, done))
 
 
 if __name__ == "__main__":

@@ -165,9 +165,9 @@ def apply_masks(params: Params, masks: Params) -> Params:
 def zero_share(params: Params) -> dict[str, float]:
     """Share of zeros in each kernel that may be pruned, by its name, and in all of them as `""`."""
     kernels = named_leaves(linear_kernels(params))
-    counts = {name: (int(jnp.sum(leaf == 0)), leaf.size) for name, leaf in kernels.items()}
-    counts[""] = tuple(map(sum, zip(*counts.values(), strict=True))) if counts else (0, 1)
-    return {name: zeros / size for name, (zeros, size) in counts.items()}
+    zeros = {name: int(jnp.sum(leaf == 0)) for name, leaf in kernels.items()}
+    shares = {name: zeros[name] / leaf.size for name, leaf in kernels.items()}
+    return {**shares, "": sum(zeros.values()) / max(sum(leaf.size for leaf in kernels.values()), 1)}
 
 
 # Training ------------------------------------------------------------------------------------------
