@@ -125,7 +125,7 @@ def make_exact_match(options: Options, model: Model) -> Callable[[Params], float
 
 def grid(options: Options) -> list[Cell]:
     """Cells, all seeds of one setting in a row; without sparsity the method makes no difference."""
-    settings = [
+    settings: list[tuple[prune.Method, float]] = [
         (method, sparsity)
         for sparsity in options.sparsities
         for method in (options.methods if sparsity else options.methods[:1])
