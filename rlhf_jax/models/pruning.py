@@ -36,7 +36,8 @@ def linear_kernels(params: Params) -> Params:
 
 def _is_linear_kernel(name: str, leaf: Any) -> bool:
     layer, _, word = name.rpartition("/")
-    return word == "kernel" and layer.rpartition("/")[2] != "router"
+    # Heads of scalar models have vectors; those start at zero and must be able to leave it.
+    return word == "kernel" and leaf.ndim > 1 and layer.rpartition("/")[2] != "router"
 
 
 # Scores --------------------------------------------------------------------------------------------
@@ -55,8 +56,14 @@ def wanda_scores(params: Params, square_sums: Params) -> Params:
 
     Args:
       square_sums: of `input_square_sums`, or its sum over several batches.
+
+    Raises:
+      UserError: a layer was not measured, such as those of modules for further tokens.
     """
     scores = magnitude_scores(params)
+    missing = sorted(named_leaves(scores).keys() - named_leaves(square_sums).keys())
+    if missing:
+        raise UserError(f"pruning: nothing goes into {missing[0]} in plain scoring: prune by magnitude")
     return jax.tree.map(lambda score, sums: score * jnp.sqrt(sums)[..., None], scores, square_sums)
 
 

@@ -133,7 +133,18 @@ def test_pruned_weights_stay_exactly_zero_and_the_others_learn(config, params):
     assert not np.array_equal(after["embedding"], before["embedding"])
 
 
+def test_heads_of_scalar_models_are_left_alone():
+    head = {"head": {"kernel": jnp.zeros(3), "bias": jnp.zeros(())}}
+    assert pruning.linear_kernels(head) == {}
+    updates, _ = pruning.keep_zeros(optax.sgd(1.0)).update(
+        head, pruning.keep_zeros(optax.sgd(1.0)).init(head)
+    )
+    assert jax.tree.structure(updates) == jax.tree.structure(head)
+
+
 def test_mistakes_are_said(scores):
+    with pytest.raises(UserError, match="nothing goes into layer_0/query/kernel"):
+        pruning.wanda_scores(scores, {"layer_1": {"down": {"kernel": jnp.ones(12)}}})
     with pytest.raises(UserError, match="no share of weights"):
         pruning.keep_masks(scores, sparsity=1.0)
     with pytest.raises(UserError, match="which 5 does not divide"):
