@@ -217,6 +217,7 @@ class PairOptions:
       too_long: whether longer pairs are an error, or dropped and counted.
       pair_count: how many pairs of the embedded task.
       eval_count: how many held-out pairs are evaluated at most.
+      soft_labels: learn from the rows' `preference`, how probably the chosen answer is the better one.
     """
 
     data: str = "arithmetic:1"
@@ -225,6 +226,7 @@ class PairOptions:
     too_long: TooLong = "error"
     pair_count: int = 8_000
     eval_count: int = 512
+    soft_labels: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,8 +236,9 @@ class PromptOptions:
     Attributes:
       data: rows with `prompt`, `question` or `messages`: a path, tfds:NAME[:SPLIT], or arithmetic:LEVEL.
       eval_data: held-out prompts; empty for none (the embedded task brings its own).
-      rewards: functions by path (`module:function`) or run folders of reward models, each with @KIND behind
-        it where it is meant only for rows with that `kind`, and =WEIGHT where the weight is not 1.
+      rewards: functions by path (`module:function`), run folders of reward models, or JSON files that
+        describe a model's ratings or rules, each with @KIND behind it where it is meant only for rows with
+        that `kind`, and =WEIGHT where the weight is not 1.
       eval_reward: the reward function of the evaluation; empty for the first of `rewards`.
       max_prompt_length: tokens of a prompt; 0 for the longest.
       too_long: whether longer prompts are an error, or dropped and counted.

@@ -79,6 +79,10 @@ def check(options: Options) -> None:
     common.check_divides("--micro-batches", options.micro_batches, "--batch-size", options.batch_size)
     if options.micro_batches > 1 and options.loss in members.SORTING:
         raise UserError(f"--loss {options.loss} compares pairs with each other: it needs --micro-batches 1")
+    if options.pairs.soft_labels and options.loss != "dpo":
+        raise UserError(
+            f"--loss {options.loss} has no soft labels: leave --soft-labels out, or take --loss dpo"
+        )
     if options.loss not in members.UNPAIRED and (options.desirable_weight, options.undesirable_weight) != (
         1,
         1,
@@ -111,7 +115,7 @@ def pair_objective(options: Options, loss: members.PairLoss, score_fn: ScoreFn, 
         lambda params, key: preference.init(params, tx, key),
         preference.make_update(config, score_fn, tx),
         preference.Hyper(jnp.float32(options.learning_rate), jnp.float32(options.beta)),
-        lambda rows, ref, _: preference.Batch(*rows, *ref),
+        lambda rows, ref, labels: preference.Batch(*rows, *ref, preference=labels),
     )
 
 

@@ -142,15 +142,27 @@ def _pair_examples(
 
 
 def load_pairs(options: common.PairOptions, tokenizer: Tokenizer, seed: int) -> tuple[Pairs, Pairs]:
-    """Training pairs and held-out pairs (chosen, rejected), in rows of one length."""
+    """Training pairs and held-out pairs (chosen, rejected), in rows of one length.
+
+    With `options.soft_labels` the labels of the training pairs are how probably the chosen one is better.
+
+    Raises:
+      UserError: soft labels are asked for, and no row has one.
+    """
     train, held_out = _pair_examples(options, tokenizer, seed, preference_examples)
+    labels = np.array([pair.preference for pair in train], np.float32) if options.soft_labels else None
+    if labels is not None and np.all(labels == 1):
+        raise UserError(
+            f"--soft-labels: no row of {options.data} has a `preference` below 1: make the pairs "
+            "with a judge (preferences.py --judge-model), or leave the option out"
+        )
     sizes = [len(side.ids) for pair in train + held_out for side in (pair.chosen, pair.rejected)]
     length = options.max_length or max(sizes)
 
-    def padded(pairs: list[PreferenceExample]) -> Pairs:
-        return Pairs([pair.chosen for pair in pairs], [pair.rejected for pair in pairs], length)
+    def padded(pairs: list[PreferenceExample], labels: np.ndarray | None = None) -> Pairs:
+        return Pairs([pair.chosen for pair in pairs], [pair.rejected for pair in pairs], length, labels)
 
-    return padded(train), padded(held_out)
+    return padded(train, labels), padded(held_out)
 
 
 def load_labelled(options: common.PairOptions, tokenizer: Tokenizer, seed: int) -> tuple[Pairs, Pairs]:

@@ -3,12 +3,16 @@
     python experiments/preferences.py --out runs/pairs --init runs/sft
     python experiments/preferences.py --out runs/pairs --init runs/sft --rewards runs/reward_model
     python experiments/preferences.py --out runs/pairs --init runs/sft --judge my_judges:shorter_is_better
+    python experiments/preferences.py --out runs/ai --init runs/constitutional/skills --data arithmetic:0 \\
+        --judge-model runs/constitutional/skills --constitution runs/constitutional/constitution.jsonl
     python experiments/preferences.py --out runs/pairs --solutions gsm8k/model_solutions.jsonl
 
 then, with `--data runs/pairs/pairs.jsonl --eval-data runs/pairs/held_out.jsonl`, `dpo.py` or
 `reward_model.py`. Rewards pair the best answer to a prompt with the worst; a judge compares two at a time, in
-both orders. What was judged is kept in `judged.jsonl`, batch by batch: a run that was stopped goes on from
-there, and other settings of the cleaning sample nothing anew.
+both orders. A judge's preference, averaged over both, is kept as the soft label of the pair (`--soft-labels`
+of `dpo.py` and `reward_model.py`); `counts.json` says how far the two orders are apart and, where rows have
+answers, how often the judge agrees with `--eval-reward`. What was judged is kept in `judged.jsonl`, batch by
+batch: a run that was stopped goes on from there, and other settings of the cleaning sample nothing anew.
 """
 
 import dataclasses
@@ -28,11 +32,13 @@ from rounds import prompt_of, write_rows
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Rollout
+from rlhf_jax.data.constitution import read_constitution
 from rlhf_jax.data.examples import PromptExample
-from rlhf_jax.data.pairs import Pair, best_against_worst, clean, solution_pairs
+from rlhf_jax.data.pairs import Pair, best_against_worst, clean, describe_judge, solution_pairs
 from rlhf_jax.data.sources import read_rows
 from rlhf_jax.generation import Sampling, row_keys
 from rlhf_jax.metrics import Progress, final_table
+from rlhf_jax.training.ai_feedback import make_model_judge
 from rlhf_jax.training.judging import compare_by_judge
 from rlhf_jax.training.rollouts import completion_texts, make_generate_fn, make_reward_fn
 from rlhf_jax.training.runs import Model, describe_run, load_policy, write_json
@@ -51,6 +57,8 @@ class Options:
       prompts: which prompts, and what their answers are worth.
       judge: function `module:function` that says which of two answers is preferred, instead of rewards: it
         takes `opponents`, the other answers, and returns probabilities.
+      judge_model: run folder of a model that is asked instead, by the principles of `constitution` (RLAIF).
+      constitution: text file with a principle a line, or JSONL, for `judge_model`.
       samples_per_prompt: answers to each prompt.
       pairs_per_prompt: of them, at most; a judge compares as many.
       batch_size: prompts that are answered at a time.
@@ -66,6 +74,8 @@ class Options:
     solutions: str = ""
     prompts: tyro.conf.OmitArgPrefixes[common.PromptOptions] = common.PromptOptions()
     judge: str = ""
+    judge_model: str = ""
+    constitution: str = ""
     samples_per_prompt: int = 4
     pairs_per_prompt: int = 1
     batch_size: int = 64
@@ -94,8 +104,13 @@ def check(options: Options) -> None:
         )
     if not 0 <= options.held_out_share < 1:
         raise UserError(f"--held-out-share {options.held_out_share}: give a share from 0 to below 1")
-    if options.judge and options.prompts.rewards != common.PromptOptions().rewards:
-        raise UserError("--judge excludes --rewards: give one of them")
+    if options.judge and options.judge_model:
+        raise UserError("--judge excludes --judge-model: give one of them")
+    if bool(options.judge_model) != bool(options.constitution):
+        raise UserError("--judge-model and --constitution go together: a judge is asked by principles")
+    judged = options.judge or options.judge_model
+    if judged and options.prompts.rewards != common.PromptOptions().rewards:
+        raise UserError("--judge and --judge-model exclude --rewards: give one of them")
     held = options.out / "config.json"
     if held.exists():
         ours, theirs = common.to_json(options), json.loads(held.read_text(encoding="utf-8"))["config"]
@@ -112,7 +127,7 @@ def check(options: Options) -> None:
 def make_pair_fn(options: Options, model: Model) -> PairFn:
     """`pairs(prompts, rollout)` of answers that stand together in groups, a prompt a row."""
     size, most = options.samples_per_prompt, options.pairs_per_prompt
-    if options.judge:
+    if options.judge or options.judge_model:
         return _judged_pairs(options, model)
     reward_fn = make_reward_fn(options.prompts.rewards, model.tokenizer)
 
@@ -134,7 +149,14 @@ def make_pair_fn(options: Options, model: Model) -> PairFn:
 
 def _judged_pairs(options: Options, model: Model) -> PairFn:
     size, most = options.samples_per_prompt, options.pairs_per_prompt
-    compare = compare_by_judge(options.judge, model.tokenizer)
+    judge = options.judge
+    if options.judge_model:
+        judge = make_model_judge(
+            load_policy(Path(options.judge_model)), read_constitution(options.constitution)
+        )
+    compare = compare_by_judge(judge, model.tokenizer)
+    verified = options.prompts.eval_reward
+    verifier = make_reward_fn([verified], model.tokenizer) if verified else None
 
     def pairs(prompts: Sequence[PromptExample], rollout: Rollout) -> list[Pair]:
         texts, finished = completion_texts(model.tokenizer, rollout), np.asarray(rollout.finished)
@@ -142,15 +164,19 @@ def _judged_pairs(options: Options, model: Model) -> PairFn:
         for number in range(most):
             first = np.arange(2 * number, len(prompts), size)
             second = first + 1
-            sides = (jax.tree.map(lambda x, rows=rows: x[rows], rollout) for rows in (first, second))
+            sides = [jax.tree.map(lambda x, rows=rows: x[rows], rollout) for rows in (first, second)]
             asked = prompts[2 * number :: size]
-            preference = np.where(
-                finished[first] & finished[second], compare(asked, *sides).preference, np.nan
-            )
-            for prompt, a, b, p in zip(asked, first, second, preference.tolist(), strict=True):
-                sides_of = ((texts[a], p), (texts[b], 1 - p))
-                better, worse = sides_of if not p < 0.5 else sides_of[::-1]
-                found.append(Pair(prompt_of(prompt), better[0], worse[0], better[1], worse[1]))
+            compared = compare(asked, *sides)
+            preference = np.where(finished[first] & finished[second], compared.preference, np.nan)
+            lead = np.zeros(len(asked))
+            if verifier is not None:
+                lead = verifier(sides[0], asked) - verifier(sides[1], asked)
+            rows = zip(asked, first, second, preference, compared.order_gap, lead, strict=True)
+            for prompt, a, b, p, gap, ahead in rows:
+                sides_of = ((texts[a], float(p)), (texts[b], 1 - float(p)))
+                (better, high), (worse, low) = sides_of if not p < 0.5 else sides_of[::-1]
+                agrees = bool((ahead > 0) == (p >= 0.5)) if ahead else None
+                found.append(Pair(prompt_of(prompt), better, worse, high, low, high, float(gap), agrees))
         return found
 
     return pairs
@@ -226,10 +252,12 @@ def run(options: Options) -> None:
     for name, side in sides.items():
         write_rows(options.out / f"{name}.jsonl", [pair.row() for pair in side])
     found = {"judged": len(pairs), **counts, **{name: len(side) for name, side in sides.items()}}
-    write_json(options.out / "counts.json", found)
+    judge = describe_judge(pairs)
+    write_json(options.out / "counts.json", found | ({"judge": judge} if judge else {}))
     if not options.quiet:
         margin = float(np.mean([pair.margin for pair in kept]))
-        rows = [*found.items(), ("mean margin", f"{margin:.3g}")]
+        judged = [(f"judge: {name}", f"{value:.3g}") for name, value in judge.items()]
+        rows = [*found.items(), ("mean margin", f"{margin:.3g}"), *judged]
         final_table("preferences", ["pairs", "count"], rows)
 
 

@@ -90,8 +90,10 @@ def run(options: Options) -> None:
     )
 
     def batch(number: int) -> reward.Pairs:
-        rows = train.rows(common.local_indices(sampler, number))
-        return reward.Pairs(*distributed.shard_batch(rows))
+        indices = common.local_indices(sampler, number)
+        labels = None if train.labels is None else train.labels[indices]
+        rows, labels = distributed.shard_batch((train.rows(indices), labels))
+        return reward.Pairs(*rows, preference=labels)
 
     def step(state: reward.State, number: int):
         return meter.timed("update", update, state, hyper, meter.timed("data", batch, number))

@@ -32,6 +32,7 @@ class PairLogps:
 
     Attributes:
       chosen_from_ref: where one response of each pair was sampled from the reference: whether it won (XPO).
+      preference: probability that the chosen response is the better one, of a judge; None for 1.
     """
 
     policy_chosen: Float[Array, "B"]
@@ -41,6 +42,7 @@ class PairLogps:
     chosen_length: Int[Array, "B"]
     rejected_length: Int[Array, "B"]
     chosen_from_ref: Bool[Array, "B"] | None = None
+    preference: Float[Array, "B"] | None = None
 
 
 class PairLossFn(Protocol):
@@ -56,13 +58,14 @@ class PairLossFn(Protocol):
 def dpo(
     pairs: PairLogps, /, *, beta: Scalar, mask: Bool[Array, "B"], denominator: Scalar
 ) -> tuple[Float[Array, ""], Metrics]:
-    """`losses.preference.dpo_loss`."""
+    """`losses.preference.dpo_loss`, by soft labels where there are any."""
     return dpo_loss(
         pairs.policy_chosen,
         pairs.policy_rejected,
         pairs.ref_chosen,
         pairs.ref_rejected,
         beta=beta,
+        label_smoothing=0.0 if pairs.preference is None else 1 - pairs.preference,
         mask=mask,
         denominator=denominator,
     )
@@ -110,6 +113,7 @@ class Batch:
     Attributes:
       mask: pairs that count; None for all. Ties of a judge do not.
       chosen_from_ref: see `PairLogps`.
+      preference: see `PairLogps`; the loss `dpo` minds it.
     """
 
     chosen: Sequences
@@ -118,6 +122,7 @@ class Batch:
     ref_rejected_logp: Float[Array, "B"]
     mask: Bool[Array, "B"] | None = None
     chosen_from_ref: Bool[Array, "B"] | None = None
+    preference: Float[Array, "B"] | None = None
 
 
 def init(params: Params, tx: optax.GradientTransformation, key: PRNGKeyArray, frozen: Params = None) -> State:
@@ -166,6 +171,7 @@ def make_update(
                 chosen_length=jnp.sum(part.chosen.mask, axis=-1),
                 rejected_length=jnp.sum(part.rejected.mask, axis=-1),
                 chosen_from_ref=part.chosen_from_ref,
+                preference=part.preference,
             )
             return config.loss_fn(pairs, beta=hyper.beta, mask=part_mask, denominator=count)
 

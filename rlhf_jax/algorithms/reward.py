@@ -50,10 +50,15 @@ class State:
 
 @pytree_dataclass
 class Pairs:
-    """Prompts with a chosen and a rejected response, one sample a row."""
+    """Prompts with a chosen and a rejected response, one sample a row.
+
+    Attributes:
+      preference: probability that the chosen response is the better one, of a judge; None for 1.
+    """
 
     chosen: Sequences
     rejected: Sequences
+    preference: Float[Array, "B"] | None = None
 
 
 def init(params: Params, tx: optax.GradientTransformation, key: PRNGKeyArray, frozen: Params = None) -> State:
@@ -81,7 +86,12 @@ def make_update(
         def loss_fn(params: Params, part: Pairs):
             chosen, rejected = score_pairs(reward_fn, params, part)
             return bradley_terry_loss(
-                chosen, rejected, margin=hyper.margin, centring=hyper.centring, denominator=count
+                chosen,
+                rejected,
+                margin=hyper.margin,
+                centring=hyper.centring,
+                label_smoothing=0.0 if part.preference is None else 1 - part.preference,
+                denominator=count,
             )
 
         gradients, loss, metrics = accumulate_gradients(

@@ -69,6 +69,7 @@ LEVELS = {
     1: Level(operands=5, low=0, high=5, operators="+"),
     2: Level(operands=4, low=1, high=9, operators="+-"),
     3: Level(operands=4, low=1, high=99, operators="+-"),
+    0: Level(operands=4, low=0, high=7, operators="+"),  # last, as the first is what tfds gives unasked
 }
 
 
@@ -296,15 +297,23 @@ def demonstration_rows(
         `slip_rate`. One well below 1/2 and one well above leave no doubt what greedy imitation does.
       split: `heldout` is for measuring a loss, never for training.
     """
-    late = slip_rate if late_slip_rate is None else late_slip_rate
-    steps = level.operands - 1
-    rates = np.where(np.arange(steps) < steps - steps // 2, slip_rate, late)
     rng, rows = _generator(seed, "demonstration"), []
     for drawn in draw_problems(rng, level, split, count):
-        written = solution(drawn, (rng.random(steps) < rates).tolist())
+        slips = demonstrator_slips(rng, level, slip_rate=slip_rate, late_slip_rate=late_slip_rate)
+        written = solution(drawn, slips)
         turns = [{"role": "user", "content": drawn.text}, {"role": "assistant", "content": written.text}]
         rows.append({"messages": turns, "answer": str(drawn.answer)})
     return rows
+
+
+def demonstrator_slips(
+    rng: np.random.Generator, level: Level, *, slip_rate: float, late_slip_rate: float | None = None
+) -> list[bool]:
+    """In which steps a demonstrator is careless; the rates are those of `demonstration_rows`."""
+    late = slip_rate if late_slip_rate is None else late_slip_rate
+    steps = level.operands - 1
+    rates = np.where(np.arange(steps) < steps - steps // 2, slip_rate, late)
+    return (rng.random(steps) < rates).tolist()
 
 
 def preference_rows(level: Level, split: Split, count: int, seed: int) -> list[Row]:

@@ -50,6 +50,7 @@ class PreferenceExample:
       chosen_mask: the assistant's tokens: all, unless the completion has tool turns within.
       rejected_mask: the same of the worse one.
       where: the row it came from.
+      preference: how probably the better one is better, in [0, 1]: the field `preference` of the row, or 1.
     """
 
     prompt_ids: Int[np.ndarray, " P"]
@@ -58,6 +59,7 @@ class PreferenceExample:
     chosen_mask: Bool[np.ndarray, " C"]
     rejected_mask: Bool[np.ndarray, " R"]
     where: str
+    preference: float = 1.0
 
     @property
     def chosen(self) -> SupervisedExample:
@@ -161,9 +163,8 @@ def preference_examples(
         prompt_ids = encode_prompt(tokenizer, prompt)
         chosen_ids, chosen_mask = _completion(tokenizer, prompt, prompt_ids, chosen)
         rejected_ids, rejected_mask = _completion(tokenizer, prompt, prompt_ids, rejected)
-        return PreferenceExample(
-            np.array(prompt_ids, np.int32), chosen_ids, rejected_ids, chosen_mask, rejected_mask, row.where
-        )
+        sides = chosen_ids, rejected_ids, chosen_mask, rejected_mask
+        return PreferenceExample(np.array(prompt_ids, np.int32), *sides, row.where, _probability(row))
 
     def size(example: PreferenceExample) -> int:
         return len(example.prompt_ids) + max(len(example.chosen_ids), len(example.rejected_ids))
@@ -310,6 +311,13 @@ def _make_all(
 
 
 # Fields ---------------------------------------------------------------------------------------------
+
+
+def _probability(row: Row) -> float:
+    value = row.fields.get("preference", 1.0)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise UserError(f"field 'preference' is {value!r}; give a probability from 0 to 1")
+    return float(value)
 
 
 def _first_field(row: Row, names: Sequence[str], wanted: str) -> str:

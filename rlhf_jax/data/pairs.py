@@ -24,6 +24,10 @@ class Pair:
       rejected: the worse one.
       chosen_score: what it was judged to be worth; NaN where it could not be judged.
       rejected_score: the same of the other.
+      preference: how probably the chosen answer is the better one, by a judge; None where there was none.
+      order_gap: the judge's advantage for what it sees first, from -1 to 1; 0 where the order does not
+        matter.
+      agrees: whether a verifier also finds the chosen answer better; None where it finds both alike.
     """
 
     prompt: Any
@@ -31,6 +35,9 @@ class Pair:
     rejected: str
     chosen_score: float
     rejected_score: float
+    preference: float | None = None
+    order_gap: float | None = None
+    agrees: bool | None = None
 
     @property
     def margin(self) -> float:
@@ -39,7 +46,7 @@ class Pair:
 
     def row(self) -> dict[str, Any]:
         """As a row of a file that `experiments/dpo.py` and `experiments/reward_model.py` read."""
-        return dataclasses.asdict(self)
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
 
 def best_against_worst(prompt: Any, answers: Sequence[tuple[str, float]], most: int) -> list[Pair]:
@@ -102,6 +109,33 @@ def _solutions(row: Row) -> tuple[str, dict[str, dict[str, Any]]]:
     if not found or not isinstance(question, str):
         raise UserError(f"{row.where}: gives no `question`, or no object of `solution` and `is_correct`")
     return question, found
+
+
+def describe_judge(pairs: Iterable[Pair]) -> dict[str, float]:
+    """What pairs of different answers say of the judge who compared them.
+
+    Returns:
+      `order_gap`, the mean distance between its preferences in the two orders; `first_advantage`, the same
+      with its sign, above 0 where what comes first is favoured; `inconsistent`, the share of pairs on which
+      the two orders give two verdicts; `accuracy`, the share on which a verifier agrees, of `verified` pairs.
+    """
+    judged = [
+        pair
+        for pair in pairs
+        if pair.order_gap is not None and pair.preference is not None and pair.chosen != pair.rejected
+    ]
+    judged = [pair for pair in judged if not math.isnan(pair.chosen_score)]
+    if not judged:
+        return {}
+    gaps = np.array([pair.order_gap for pair in judged])
+    sure = np.array([pair.preference for pair in judged]) - 0.5
+    told = [pair.agrees for pair in judged if pair.agrees is not None]
+    found = {
+        "order_gap": float(np.mean(np.abs(gaps))),
+        "first_advantage": float(np.mean(gaps)),
+        "inconsistent": float(np.mean((sure + gaps / 2) * (sure - gaps / 2) < 0)),
+    }
+    return found | ({"accuracy": float(np.mean(told)), "verified": len(told)} if told else {})
 
 
 def clean(pairs: Iterable[Pair], *, min_margin: float = 0.0) -> tuple[list[Pair], dict[str, int]]:

@@ -73,7 +73,12 @@ from rlhf_jax.losses.reductions import (
     sequence_mean,
     token_mean,
 )
-from rlhf_jax.losses.reward import bradley_terry_loss, plackett_luce_loss, process_reward_loss
+from rlhf_jax.losses.reward import (
+    bradley_terry_loss,
+    hinge_ranking_loss,
+    plackett_luce_loss,
+    process_reward_loss,
+)
 from rlhf_jax.losses.routing import load_balance_loss, load_violation, router_z_loss
 from rlhf_jax.losses.supervised import (
     advantage_weighted_loss,
@@ -126,6 +131,7 @@ __all__ = [
     "geometric_mean_surrogate",
     "grpo_loss",
     "hinge_loss",
+    "hinge_ranking_loss",
     "huber_value_loss",
     "ipo_loss",
     "js_score",

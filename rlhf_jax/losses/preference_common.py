@@ -60,7 +60,9 @@ def per_token(logp: Float[Array, "B"], length: Int[Array, "B"]) -> Float[Array, 
     return logp / jnp.where(length >= 1, length, 1).astype(logp.dtype)
 
 
-def smoothed_logistic(logits: Float[Array, "B"], label_smoothing: Scalar) -> Float[Array, "B"]:
+def smoothed_logistic(
+    logits: Float[Array, "B"], label_smoothing: Scalar | Float[Array, "B"]
+) -> Float[Array, "B"]:
     """-(1 - e) log s(x) - e log s(-x)."""
     log_sigmoid = jax.nn.log_sigmoid
     return -(1 - label_smoothing) * log_sigmoid(logits) - label_smoothing * log_sigmoid(-logits)

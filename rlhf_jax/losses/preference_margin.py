@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.core.types import Array, Bool, Float, Int, Metrics, Scalar
-from rlhf_jax.losses.preference_common import log_ratios, paired, per_token, smoothed_logistic
+from rlhf_jax.losses.preference_common import clean_rows, log_ratios, paired, per_token, smoothed_logistic
 
 
 def dpo_loss(
@@ -17,7 +17,7 @@ def dpo_loss(
     ref_rejected_logp: Float[Array, "B"],
     *,
     beta: Scalar = 0.1,
-    label_smoothing: Scalar = 0.0,
+    label_smoothing: Scalar | Float[Array, "B"] = 0.0,
     mask: Bool[Array, "B"] | None = None,
     weights: Float[Array, "B"] | None = None,
     denominator: Scalar | None = None,
@@ -28,7 +28,8 @@ def dpo_loss(
 
     Args:
       beta: strength b of the KL constraint, per nat.
-      label_smoothing: probability e that a label is flipped (conservative DPO, Mitchell 2023).
+      label_smoothing: probability e that a label is flipped (conservative DPO, Mitchell 2023): one number, or
+        one per pair, as one minus the preference of a judge is.
     Returns:
       (loss, metrics). `gradient_coefficient` is the mean of s(-b D), the weight of a pair's gradient.
     """
@@ -42,7 +43,8 @@ def dpo_loss(
         denominator,
     )
     logits = beta * (chosen - rejected)
-    losses = smoothed_logistic(logits, label_smoothing)
+    flipped = jnp.broadcast_to(jnp.asarray(label_smoothing), logits.shape)
+    losses = smoothed_logistic(logits, clean_rows(mask, flipped)[1][0])
     weight = jax.nn.sigmoid(-logits)
     return paired(losses, beta * chosen, beta * rejected, mean, gradient_coefficient=weight)
 

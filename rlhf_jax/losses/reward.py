@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.core.masks import clean
-from rlhf_jax.core.types import Array, Bool, Float, Metrics, Scalar
+from rlhf_jax.core.types import Array, Bool, Float, Int, Metrics, Scalar
 from rlhf_jax.losses.preference_common import clean_rows, full_precision, paired, row_mean
 from rlhf_jax.losses.reductions import Reduction, token_mean
 
@@ -15,12 +15,15 @@ def bradley_terry_loss(
     *,
     margin: Scalar | Float[Array, "B"] = 0.0,
     centring: Scalar = 0.0,
+    label_smoothing: Scalar | Float[Array, "B"] = 0.0,
     mask: Bool[Array, "B"] | None = None,
     denominator: Scalar | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
     """Bradley-Terry likelihood of pairs (Ouyang et al. 2022, eq. 1), with margin and centring.
 
-        -log s(R_c - R_r - m) + k (R_c + R_r)^2
+        -(1 - e) log s(R_c - R_r - m) - e log s(R_r - R_c - m) + k (R_c + R_r)^2
+
+    With e one minus a judge's preference, it is the cross-entropy of soft labels (Lee et al. 2023).
 
     Args:
       chosen_reward: scores R_c of the preferred responses.
@@ -28,15 +31,57 @@ def bradley_terry_loss(
       margin: m, by how much the preferred score must lead: one number or one per pair (Llama 2, Touvron
         et al. 2023, eq. 2).
       centring: coefficient k that draws scores towards mean 0 (Eisenstein et al. 2023).
+      label_smoothing: probability e that the rejected response is the better one: one number or one per pair.
       mask: pairs that count (all by default); the others may hold NaN.
       denominator: what the sum over pairs is divided by (their number by default).
     Returns:
       (loss, metrics), with the scores, their margin (R_c - R_r, without m) and the accuracy.
     """
-    margin = jnp.broadcast_to(jnp.asarray(margin), chosen_reward.shape)
-    mask, (chosen, rejected, margin) = clean_rows(mask, chosen_reward, rejected_reward, margin)
-    losses = -jax.nn.log_sigmoid(chosen - rejected - margin) + centring * (chosen + rejected) ** 2
+    margin, flipped = (
+        jnp.broadcast_to(x, chosen_reward.shape) for x in map(jnp.asarray, (margin, label_smoothing))
+    )
+    mask, (chosen, rejected, margin, flipped) = clean_rows(
+        mask, chosen_reward, rejected_reward, margin, flipped
+    )
+    lead, log_sigmoid = chosen - rejected, jax.nn.log_sigmoid
+    losses = -(1 - flipped) * log_sigmoid(lead - margin) - flipped * log_sigmoid(-lead - margin)
+    losses += centring * (chosen + rejected) ** 2
     return paired(losses, chosen, rejected, row_mean(mask, None, denominator))
+
+
+def hinge_ranking_loss(
+    rewards: Float[Array, "B K"],
+    ranks: Int[Array, "B K"],
+    mask: Bool[Array, "B K"] | None = None,
+    *,
+    margin: Scalar = 1.0,
+    denominator: Scalar | None = None,
+) -> tuple[Float[Array, ""], Metrics]:
+    """Hinge on the margins of ranked responses, to which rule-based rewards are fitted (Mu et al. 2024).
+
+        mean over pairs in which a ranks before b of  relu(m - (R_a - R_b))
+
+    Args:
+      rewards: total scores R of the K responses to each prompt.
+      ranks: the smaller the better; of equal ranks neither has to lead.
+      mask: responses there are (all by default); the others may hold NaN.
+      margin: m, by how much the better one must lead.
+      denominator: what the sum over pairs is divided by (their number by default).
+    Returns:
+      (loss, metrics): `accuracy` is the share of pairs that the scores order rightly.
+    """
+    mask = jnp.ones(rewards.shape, bool) if mask is None else mask
+    rewards = clean(full_precision(rewards), mask)
+    pairs = ranked_pairs(ranks, mask)
+    lead = rewards[:, :, None] - rewards[:, None, :]
+    mean = row_mean(pairs, None, denominator)
+    loss = mean(jax.nn.relu(margin - lead))
+    return loss, {"loss": jax.lax.stop_gradient(loss), "accuracy": mean((lead > 0).astype(lead.dtype))}
+
+
+def ranked_pairs(ranks: Int[Array, "B K"], mask: Bool[Array, "B K"]) -> Bool[Array, "B K K"]:
+    """Which responses [b, i] rank before which [b, j]."""
+    return mask[:, :, None] & mask[:, None, :] & (ranks[:, :, None] < ranks[:, None, :])
 
 
 def plackett_luce_loss(

@@ -20,6 +20,7 @@ from rlhf_jax.data.packing import left_pad
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.generation import Sampling, generate, generate_continuously, row_keys
 from rlhf_jax.rewards.functions import RewardFn, Scored, load_reward, score_rows
+from rlhf_jax.training.ai_feedback import load_reward_file
 from rlhf_jax.training.runs import load_reward_model
 
 TermFn = Callable[[Rollout, Sequence[PromptExample], Sequence[str], np.ndarray], Scored]
@@ -244,8 +245,9 @@ def make_reward_fn(specs: Sequence[str], tokenizer: Tokenizer) -> RolloutReward:
     """The weighted sum of what `specs` name.
 
     Args:
-      specs: each `module:function` or the folder of a reward-model run, with `@KIND` behind it where it
-        counts only in rows whose field `kind` is this, and then `=WEIGHT` where the weight is not 1.
+      specs: each `module:function`, the folder of a reward-model run, or a JSON file that describes a reward
+        (`ai_feedback.load_reward_file`), with `@KIND` behind it where it counts only in rows whose field `kind`
+        is this, and then `=WEIGHT` where the weight is not 1.
 
     Raises:
       UserError: there is no such function or run, or a weight is no number.
@@ -298,10 +300,14 @@ def _split_weight(spec: str) -> tuple[str, float]:
 
 def _make_term(spec: str, weight: float, tokenizer: Tokenizer) -> RewardTerm:
     name, at, kind = (spec, "", "") if Path(spec).is_dir() else spec.partition("@")
-    if ":" not in name or Path(name).is_dir():
+    is_file = name.endswith(".json")
+    if Path(name).is_dir() or not (":" in name or is_file):
         short, term = Path(name).name, _model_term(Path(name), tokenizer)
     else:
-        short, term = name.rpartition(":")[2], _function_term(load_reward(name))
+        short, term = (
+            name.rpartition(":")[2],
+            _function_term(load_reward_file(Path(name)) if is_file else load_reward(name)),
+        )
     return RewardTerm(f"{short}{at}{kind}", term, weight, kind if at else None)
 
 

@@ -104,3 +104,51 @@ def test_process_reward_follows_the_reduction() -> None:
     ]
     loss, _ = losses.process_reward_loss(logits, labels, jnp.asarray(ITEMS), reduce=losses.sequence_mean)
     assert float(loss) == pytest.approx(float(np.mean(rows)), rel=1e-6)
+
+
+RANKS = np.array([[0, 1, 1, 2, 0], [1, 0, 0, 0, 2], [0, 1, 2, 0, 1], [2, 0, 1, 0, 0]])
+
+
+def test_hinge_on_rankings_matches_the_naive_loop_and_skips_masked_items() -> None:
+    leads = [
+        row[a] - row[b]
+        for row, ranks, keep in zip(REWARDS, RANKS, ITEMS, strict=True)
+        for a, b in itertools.permutations(range(5), 2)
+        if keep[a] and keep[b] and ranks[a] < ranks[b]
+    ]
+
+    def loss_fn(rewards):
+        return losses.hinge_ranking_loss(rewards, jnp.asarray(RANKS), jnp.asarray(ITEMS), margin=0.5)
+
+    with jax.enable_x64(True):
+        (loss, metrics), grad = jax.value_and_grad(loss_fn, has_aux=True)(
+            jnp.asarray(np.where(ITEMS, REWARDS, np.nan))
+        )
+    assert float(loss) == pytest.approx(np.mean([max(0.0, 0.5 - lead) for lead in leads]), rel=1e-12)
+    assert float(metrics["accuracy"]) == pytest.approx(np.mean([lead > 0 for lead in leads]), rel=1e-12)
+    np.testing.assert_array_equal(grad[~ITEMS], 0)
+    assert np.isfinite(grad).all()
+
+
+def test_soft_labels_are_the_mean_of_both_verdicts() -> None:
+    first, second = jnp.asarray(REWARDS[:, 0]), jnp.asarray(REWARDS[:, 1])
+    preference = jnp.array([1.0, 0.8, 0.5, 0.1])
+
+    def bradley_terry(a, b, **options):
+        return losses.bradley_terry_loss(a, b, centring=0.3, **options)
+
+    def dpo(a, b, **options):
+        return losses.dpo_loss(a, b, 0 * a, 0 * b, beta=0.7, **options)
+
+    for loss_fn in (bradley_terry, dpo):
+        one = [float(loss_fn(first[i : i + 1], second[i : i + 1])[0]) for i in range(4)]
+        other = [float(loss_fn(second[i : i + 1], first[i : i + 1])[0]) for i in range(4)]
+        wanted = np.mean(preference * np.array(one) + (1 - preference) * np.array(other))
+        loss = loss_fn(first, second, label_smoothing=1 - preference)[0]
+        assert float(loss) == pytest.approx(float(wanted), rel=1e-6)
+        kept = jnp.array([True, True, True, False])
+        poisoned = (1 - preference).at[3].set(jnp.nan)
+        grad = jax.grad(lambda a, f=loss_fn, k=kept, p=poisoned: f(a, second, label_smoothing=p, mask=k)[0])(
+            first
+        )
+        assert np.isfinite(grad).all()

@@ -1,0 +1,121 @@
+"""AI feedback from the command line: skills, revisions, a judge's pairs, rules, and rewards from both."""
+
+import dataclasses
+import json
+
+import constitutional
+import preferences
+import pytest
+import rule_rewards
+import tyro
+
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.data.arithmetic_reviews import CONSTITUTION, PROPOSITIONS, REVIEW_LEVEL, ranked_rows
+from rlhf_jax.data.sources import read_rows
+from rlhf_jax.training.rollouts import make_reward_fn
+from rlhf_jax.training.runs import load_policy
+
+_PROMPTS = "--prompt-count 40 --eval-count 8 --samples 2 --max-new-tokens 6 --data arithmetic:0"
+
+
+def call(script, words):
+    script.run(tyro.cli(script.Options, args=words.split()))
+
+
+@pytest.fixture(scope="module")
+def revised(talker, tmp_path_factory):
+    """A tiny run of the supervised stage, by a policy that has never heard of critiques."""
+    folder = tmp_path_factory.mktemp("rlaif")
+    rows = [
+        dataclasses.asdict(CONSTITUTION[0]),
+        {"principle": "Be right.", "name": "right", "critique": "So?", "revision": "Say."},
+    ]
+    (folder / "principles.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = f"--out {folder / 'run'} --init {talker} --constitution {folder / 'principles.jsonl'} {_PROMPTS}"
+    words += " --steps 2 --revised 24 --batch-size 4 --answer-batch-size 16 --optimizer.warmup-steps 0"
+    words += " --review-temperature 1 --quiet --no-report"
+    call(constitutional, words)
+    return folder / "run", words
+
+
+def test_revisions_can_be_read_and_are_not_made_twice(revised):
+    out, words = revised
+    text = (out / "revisions.jsonl").read_text()
+    rows = [json.loads(line) for line in text.splitlines()]
+    assert len(rows) == 24
+    assert all(row["revision"] == row["turns"][-1]["revision"] for row in rows)
+    assert {row["turns"][0]["principle"] for row in rows} == {"lines", "right"}
+    learned = [row.fields["completion"] for row in read_rows(out / "rows.jsonl")]
+    assert learned == [row["revision"] for row in rows if row["finished"] and row["revision"].strip()]
+    results = json.loads((out / "results.json").read_text())
+    # The second batch is torn: it is made again as it was.
+    lines = text.splitlines(keepends=True)
+    (out / "revisions.jsonl").write_text("".join(lines[:20]) + lines[20][:9])
+    call(constitutional, words + " --resume")
+    assert (out / "revisions.jsonl").read_text() == text
+    assert json.loads((out / "results.json").read_text()) == results
+    with pytest.raises(UserError, match="already holds a run"):
+        call(constitutional, words)
+
+
+def test_a_model_judges_pairs_and_rewards_answers(revised, tmp_path, tiny, talker):
+    out, _ = revised
+    call(
+        preferences,
+        f"--out {tmp_path / 'pairs'} --init {talker} --judge-model {talker} {_PROMPTS} --quiet "
+        f"--constitution {out / 'constitution.jsonl'} --samples-per-prompt 2 --batch-size 40 "
+        "--eval-reward rlhf_jax.rewards.rules:repetition_reward",
+    )
+    counts = json.loads((tmp_path / "pairs" / "counts.json").read_text())
+    rows = [row.fields for row in read_rows(tmp_path / "pairs" / "pairs.jsonl")]
+    assert rows
+    assert all(0.5 < row["preference"] < 1 and -1 < row["order_gap"] < 1 for row in rows)
+    assert 0 <= counts["judge"]["inconsistent"] <= 1
+    assert counts["judge"]["order_gap"] >= abs(counts["judge"]["first_advantage"])
+    soft = ("--soft-labels", "--data", tmp_path / "pairs" / "pairs.jsonl", "--batch-size", 4)
+    tiny.run("dpo", tmp_path / "dpo", "--init", talker, *soft)
+    for words, said in ((("--loss", "simpo"), "simpo has no soft labels"), ((), "no row of arithmetic:1")):
+        with pytest.raises(UserError, match=said):
+            tiny.run("dpo", tmp_path / "refused", "--soft-labels", *words)
+
+    rules = [{"name": name, "question": text} for name, text in PROPOSITIONS.items()]
+    (tmp_path / "propositions.jsonl").write_text("".join(json.dumps(rule) + "\n" for rule in rules))
+    ranked = ranked_rows(REVIEW_LEVEL, "train", 12, 0)
+    (tmp_path / "ranked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ranked))
+    call(
+        rule_rewards,
+        f"--out {tmp_path / 'rules'} --grader {talker} --count 8 --steps 20 --quiet "
+        f"--propositions {tmp_path / 'propositions.jsonl'} --data {tmp_path / 'ranked.jsonl'}",
+    )
+    fitted = json.loads((tmp_path / "rules" / "rules.json").read_text())
+    assert [rule["name"] for rule in fitted["propositions"]] == ["steps", "follows"]
+    terms = make_reward_fn(
+        [str(out / "judge.json"), f"{tmp_path / 'rules' / 'rules.json'}=0.5"], load_policy(talker).tokenizer
+    ).terms
+    assert [term.weight for term in terms] == [1.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "said"),
+    [
+        (constitutional, "--init a", "--init and --constitution go together"),
+        (constitutional, "--data x.jsonl", "needs a policy"),
+        (constitutional, "--revisions 0", "--revisions 0"),
+        (preferences, "--init a --judge-model b", "--judge-model and --constitution go together"),
+        (preferences, "--init a --judge m:f --judge-model b --constitution c", "--judge excludes"),
+        (rule_rewards, "--data x.jsonl", "--propositions and --data go together"),
+        (rule_rewards, "--steps 0", "--steps 0"),
+    ],
+)
+def test_mistakes_are_one_sentence(tmp_path, script, words, said):
+    with pytest.raises(UserError, match=said):
+        call(script, f"--out {tmp_path / 'run'} {words}")
+
+
+@pytest.mark.slow
+def test_a_policy_learns_from_its_own_revisions(tmp_path):
+    words = f"--out {tmp_path / 'run'} --skill-steps 900 --revised 256 --eval-count 256 --quiet --no-report"
+    call(constitutional, words)
+    found = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert found["train"]["revisions"] > found["train"]["answers"] + 0.1
+    assert found["after"]["score"] > found["before"]["score"] + 0.1
