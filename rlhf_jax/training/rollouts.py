@@ -246,8 +246,8 @@ def make_reward_fn(specs: Sequence[str], tokenizer: Tokenizer) -> RolloutReward:
 
     Args:
       specs: each `module:function`, the folder of a reward-model run, or a JSON file that describes a reward
-        (`ai_feedback.load_reward_file`), with `@KIND` behind it where it counts only in rows whose field `kind`
-        is this, and then `=WEIGHT` where the weight is not 1.
+        (`ai_feedback.load_reward_file`), with `@KIND` behind it where it counts only in rows whose field
+        `kind` is this, and then `=WEIGHT` where the weight is not 1.
 
     Raises:
       UserError: there is no such function or run, or a weight is no number.
@@ -300,14 +300,12 @@ def _split_weight(spec: str) -> tuple[str, float]:
 
 def _make_term(spec: str, weight: float, tokenizer: Tokenizer) -> RewardTerm:
     name, at, kind = (spec, "", "") if Path(spec).is_dir() else spec.partition("@")
-    is_file = name.endswith(".json")
-    if Path(name).is_dir() or not (":" in name or is_file):
+    if name.endswith(".json") and not Path(name).is_dir():
+        short, term = Path(name).stem, _function_term(load_reward_file(Path(name)))
+    elif ":" not in name or Path(name).is_dir():
         short, term = Path(name).name, _model_term(Path(name), tokenizer)
     else:
-        short, term = (
-            name.rpartition(":")[2],
-            _function_term(load_reward_file(Path(name)) if is_file else load_reward(name)),
-        )
+        short, term = name.rpartition(":")[2], _function_term(load_reward(name))
     return RewardTerm(f"{short}{at}{kind}", term, weight, kind if at else None)
 
 
