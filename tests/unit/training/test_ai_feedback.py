@@ -54,8 +54,8 @@ def test_a_choice_is_the_models_distribution_where_it_would_speak(model, choose)
 
 
 def test_choices_that_begin_alike_are_refused(model):
-    with pytest.raises(UserError, match="'10' begin with the same token"):
-        ai_feedback.make_choose_fn(model, ("1", "2", "10"))
+    with pytest.raises(UserError, match="'1st' begin with the same token"):
+        ai_feedback.make_choose_fn(model, ("1", "2", "1st"))
 
 
 def test_ratings_are_expected_scores_and_judges_see_the_completion_first(model):
