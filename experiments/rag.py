@@ -77,7 +77,7 @@ class Options:
     overlap: int = 0
     people: int = 128
     missing_rate: float = 0.15
-    sft_steps: int = 800
+    sft_steps: int = 1400
     max_new_tokens: int = 20
     batch_size: int = 64
     seed: int = 0

@@ -148,8 +148,8 @@ ROWS = (
             "every 75 updates instead of 300, double, squared errors and a network of 120 x 84 instead of "
             "256 x 256. Two seeds each: 1 step at 4e-3 gave -148 and -200, 1 step at 1e-3 -100 and -124, 5 "
             "steps at 1e-3 -105 and -100, 10 steps -108 and -108. Four other seeds each: the row's settings "
-            "gave -109, every 300 updates -115, rl-zoo's all but for the network -136, 1 step at 1e-3 with "
-            "300, Huber's loss and the large network -157."
+            "gave -109, every 300 updates -115, rl-zoo's all but for the network -136, with it -144, 1 step "
+            "at 1e-3 with 300, Huber's loss and the large network -157."
         ),
     ),
     Row(

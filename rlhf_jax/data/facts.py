@@ -1,17 +1,18 @@
 """Made-up people and what is known of them: questions that only a document can answer.
 
-    document  balo mike lives in oslo. balo mike works as a baker. balo mike likes figs. balo mike owns a cat.
-    question  where does balo mike live?
-    answer    balo mike lives in oslo
+    document  balo mike lives in tasi. balo mike speaks nedo. balo mike trades lobi. balo mike fears mesa.
+    question  what does balo mike speak?
+    answer    balo mike speaks nedo
 
-People who are held out are met for the first time when their documents are read, so a right answer comes from
-there; a guess among the values of a relation is right once in `len(VALUES)`. First and last names are shared,
-so that passages about others look alike.
+People who are held out are met for the first time when their documents are read. All words for places and the
+like are made up too, drawn anew for each seed from a thousand, so a right answer comes from the documents.
+First and last names are shared, so that passages about others look alike.
 """
 
 import dataclasses
 import itertools
 import math
+import re
 
 import numpy as np
 
@@ -22,23 +23,14 @@ UNKNOWN = "unknown"
 """What is answered where no passage says."""
 
 _SYLLABLES = tuple(map("".join, itertools.product("bdklmnst", "aeio")))
-_FIRST = tuple(
-    first + second for first, second in zip(_SYLLABLES, _SYLLABLES[5:] + _SYLLABLES[:5], strict=True)
-)
-_LAST = tuple(
-    first + second for first, second in zip(_SYLLABLES, _SYLLABLES[11:] + _SYLLABLES[:11], strict=True)
-)
-_CITIES = ("oslo", "lima", "rome", "cairo", "delhi", "paris", "quito", "tokyo")
-_JOBS = ("baker", "judge", "pilot", "nurse", "clerk", "poet", "vet", "miner")
-_JOYS = ("figs", "chess", "jazz", "rugby", "opera", "yoga", "plums", "judo")
-_PETS = ("cat", "fox", "yak", "hen", "pug", "owl", "elk", "pig")
+_WORDS = tuple(map("".join, itertools.product(_SYLLABLES, repeat=2)))
+_FIRST, _LAST = _WORDS[5::31][:32], _WORDS[11::31][:32]
 _RELATIONS = (
-    ("lives in", "where does {} live?", _CITIES),
-    ("works as a", "what does {} work as?", _JOBS),
-    ("likes", "what does {} like?", _JOYS),
-    ("owns a", "what does {} own?", _PETS),
+    ("lives in", "where does {} live?"),
+    ("speaks", "what does {} speak?"),
+    ("trades", "what does {} trade?"),
+    ("fears", "what does {} fear?"),
 )
-VALUES = len(_RELATIONS[0][2])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +53,7 @@ class Person:
     def questions(self) -> list[tuple[str, str]]:
         """(question, answer) for each relation; the answer is the document's sentence."""
         pairs = zip(_RELATIONS, self.values, strict=True)
-        return [(form.format(self.name), f"{self.name} {verb} {value}") for (verb, form, _), value in pairs]
+        return [(form.format(self.name), f"{self.name} {verb} {value}") for (verb, form), value in pairs]
 
 
 def people(split: Split, count: int, seed: int) -> list[Person]:
@@ -75,13 +67,8 @@ def people(split: Split, count: int, seed: int) -> list[Person]:
         raise ValueError(f"{split} has {len(names)} people, not {count}")
     rng = np.random.default_rng([seed, *b"people", *split.encode()])
     chosen = rng.choice(len(names), count, replace=False)
-    values = rng.integers(VALUES, size=(count, len(_RELATIONS)))
-    return [
-        Person(
-            names[place], tuple(relation[2][value] for relation, value in zip(_RELATIONS, row, strict=True))
-        )
-        for place, row in zip(chosen, values, strict=True)
-    ]
+    values = rng.choice(_WORDS, size=(count, len(_RELATIONS)))
+    return [Person(names[place], tuple(row)) for place, row in zip(chosen, values.tolist(), strict=True)]
 
 
 def num_people(split: Split) -> int:
@@ -90,15 +77,9 @@ def num_people(split: Split) -> int:
 
 
 def facts_tokenizer() -> Tokenizer:
-    """One token for each letter, digit, sign, syllable of a name, and word of the task."""
-    words = {
-        word for verb, form, values in _RELATIONS for word in [*verb.split(), *values, *_question_words(form)]
-    }
+    """One token for each letter, digit, sign, syllable, word of the questions, and verb with its spaces."""
+    verbs = [f" {verb} " for verb, _ in _RELATIONS]
+    asked = sorted({word for _, form in _RELATIONS for word in re.findall("[a-z]{2,}", form)})
     alphabet = "abcdefghijklmnopqrstuvwxyz0123456789 \n.?[]{}"
     roles = ["system", "user", "assistant", "tool"]
-    longer = sorted(word for word in words if len(word) > 1)
-    return character_tokenizer(alphabet, [*roles, UNKNOWN, *longer, *_SYLLABLES])
-
-
-def _question_words(form: str) -> list[str]:
-    return [word.strip("?") for word in form.split() if word != "{}"]
+    return character_tokenizer(alphabet, [*roles, UNKNOWN, *verbs, *asked, *_SYLLABLES])

@@ -44,4 +44,4 @@ def test_the_tokenizer_writes_it_in_few_tokens():
             ids = tokenizer.encode(text)
             assert tokenizer.decode(ids) == text
         assert len(tokenizer.encode(person.name)) == 5
-        assert {len(tokenizer.encode(value)) for value in person.values} == {1}
+        assert {len(tokenizer.encode(value)) for value in person.values} == {2}
