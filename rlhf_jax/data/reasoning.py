@@ -53,7 +53,7 @@ class Writers:
     """
 
     thinking: float = 0.6
-    tagging: float = 0.3
+    tagging: float = 0.5
     mixing: float = 0.5
     slip_rate: float = 0.8
     second_slip_rate: float = 0.05
