@@ -197,6 +197,8 @@ def stage_runs(options: Options, folder: Path, seed: int) -> dict[str, Callable[
         reinforced = grpo.Options(
             run=run_options(name, steps),
             init=str(policy_folder(folder, init)),
+            # GRPO's division by the length of an answer loses the tags: see the README.
+            algorithm="dr_grpo",
             prompts=prompts,
             batch_size=options.batch_size // 4,
             learning_rate=options.rl_learning_rate,
