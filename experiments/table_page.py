@@ -1,6 +1,5 @@
 """The page of the table of post-training algorithms, and its pictures, from what the cells left behind."""
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import table_rows
 from pages import commands, kept_remarks, when_and_with
 
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.trees import named_leaves
 from rlhf_jax.evaluation.statistics import (
     Interval,
     interquartile_mean,
@@ -103,7 +103,7 @@ def _settings(tasks: list[str]) -> list[str]:
             lines.append(f"| {row.name} | {' | '.join(f'{number:g}' for number in numbers)} |")
     lines += ["", "| algorithm | besides the learning rate | answers a step |", "|---|---|---|"]
     for algorithm in table_rows.ALGORITHMS:
-        hyper = dataclasses.asdict(algorithm.hyper)
+        hyper = named_leaves(algorithm.hyper)
         named = (f"`{name}` {value:g}" for name, value in hyper.items() if name != "learning_rate")
         lines.append(f"| {algorithm.name} | {', '.join(named) or '-'} | {64 * algorithm.cost:g} |")
     return [

@@ -19,7 +19,7 @@ def product(base: H, **axes: Sequence[float]) -> H:
     """Every combination of the values given; the last axis varies fastest.
 
     Args:
-      base: a dataclass of scalars; fields that are not named keep its value.
+      base: a dataclass of scalars, or of trees of them; fields that are not named keep its value.
       axes: values of each field.
 
     Raises:
@@ -66,10 +66,12 @@ def _stack(base: Any, columns: dict[str, Any], *, count: int) -> Any:
         if len(values) == 0:
             raise UserError(f"{name}: no values to sweep over: give at least one")
 
-    def column(name: str) -> Array:
-        value = jnp.asarray(getattr(base, name))
-        values = jnp.asarray(columns[name]) if name in columns else jnp.broadcast_to(value, (count,))
+    def column(name: str) -> Any:
+        held = jax.tree.map(jnp.asarray, getattr(base, name))  # a scalar, or a tree of them
+        if name not in columns:
+            return jax.tree.map(lambda value: jnp.broadcast_to(value, (count, *value.shape)), held)
+        values = jnp.asarray(columns[name])
         # A whole number among the values of a float field must not make integers of them all.
-        return values.astype(value.dtype) if jnp.issubdtype(value.dtype, jnp.floating) else values
+        return values.astype(held.dtype) if jnp.issubdtype(held.dtype, jnp.floating) else values
 
     return dataclasses.replace(base, **{name: column(name) for name in fields})

@@ -52,6 +52,19 @@ def test_product_zip_and_draws():
     assert sweeping.product(Hyper()).rate.shape == (1,)
 
 
+def test_fields_may_hold_trees_or_nothing():
+    @pytree_dataclass
+    class Outer:
+        inner: Hyper
+        rate: Scalar = 0.1
+        absent: Hyper | None = None
+
+    grid = sweeping.product(Outer(Hyper(noise=2.0)), rate=[0.1, 0.2, 0.3])
+    np.testing.assert_allclose(grid.inner.noise, [2.0] * 3)
+    np.testing.assert_allclose(grid.rate, np.float32([0.1, 0.2, 0.3]))
+    assert grid.absent is None
+
+
 def test_mistakes_in_settings_are_one_sentence():
     with pytest.raises(UserError, match="Hyper has no field 'lr': choose among rate, noise"):
         sweeping.product(Hyper(), lr=[1.0])
