@@ -148,6 +148,7 @@ def training_rows(options: Options) -> list[dict[str, str]]:
             if rng.random() < options.missing_rate:
                 found = [passage for passage in found if not says(passage, question)]
             given = found[: rng.integers(options.passages + 1)]
+            given = [given[place] for place in rng.permutation(len(given))]
             sources = [number for number, passage in enumerate(given, 1) if says(passage, question)]
             completion = f"{question['answer']} [{sources[0]}]" if sources else facts.UNKNOWN
             rows.append({"prompt": numbered_prompt(question["question"], given), "completion": completion})
