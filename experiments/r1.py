@@ -4,12 +4,12 @@
     python experiments/r1.py --out runs/r1_three --seeds 3
 
 A base model has read writers who guess or think in steps, with tags or without, in one language or two
-(`rlhf_jax.data.reasoning`). Every seed trains from it R1-Zero, GRPO by rules alone (right answer, format, one
+(`rlhf_jax.data.reasoning`). Every seed trains from it R1-Zero, RL by rules alone (right answer, format, one
 language), the same without the reward for one language, and R1: a cold start on few good traces, reasoning
 RL, SFT of the base on what that RL wrote and rules accept together with general data, and RL over both kinds
 of prompts with rules and a reward model. A smaller student imitates the result. The run folder holds every
-stage's own run folder, `summary.json`, `curves.png` and `report.html`. About five minutes of CPU time a seed;
-held-out sampled answers right, one seed: base 35 %, R1-Zero 83 %, R1 89 %, in tags 0, 0 and 100 %.
+stage's own run folder, `summary.json`, `curves.png` and `report.html`. About four minutes of CPU time a seed;
+held-out answers right over three seeds, most likely and sampled: base 43 and 33 %, R1-Zero 90 and 83 %, R1 92 and 87 %.
 """
 
 import dataclasses

@@ -79,6 +79,7 @@ def check(folder, sft, grpo, *, least_fall, least_letters):
     assert letters >= least_letters * sum(map(len, texts))
 
 
+@pytest.mark.slow
 def test_a_few_steps_on_gsm8k(tmp_path):
     sft, grpo = train(tmp_path, rows=500, sft_steps=60, grpo_steps=2, new_tokens=32)
     # Too short a training for words in the likeliest answers: they need only be whole characters.

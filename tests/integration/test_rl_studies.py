@@ -40,6 +40,7 @@ def small(tmp_path, monkeypatch):
     return rl_studies.Options(out=tmp_path, seeds=2, steps=2048, chunk=8, episodes=500, quiet=True)
 
 
+@pytest.mark.slow
 def test_a_small_run_writes_the_page_and_is_not_done_again(small, monkeypatch):
     rl_studies.run(small)
     page = (small.out / rl_studies.PAGE).read_text()
