@@ -9,7 +9,8 @@ language), the same without the reward for one language, and R1: a cold start on
 RL, SFT of the base on what that RL wrote and rules accept together with general data, and RL over both kinds
 of prompts with rules and a reward model. A smaller student imitates the result. The run folder holds every
 stage's own run folder, `summary.json`, `curves.png` and `report.html`. About four minutes of CPU time a seed;
-held-out answers right over three seeds, most likely and sampled: base 43 and 33 %, R1-Zero 90 and 83 %, R1 92 and 87 %.
+held-out answers right over three seeds, most likely and sampled: base 43 and 33 %, R1-Zero 90 and 83 %,
+R1 92 and 87 %.
 """
 
 import dataclasses
