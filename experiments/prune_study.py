@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import prune
 import sft
-from pages import made
+from pages import made, when_and_with
 
 from rlhf_jax import models
 from rlhf_jax.algorithms import sft as supervised
@@ -265,7 +265,7 @@ def run(options: Options) -> None:
             shown = {name: value for name, value in done[cell].items() if isinstance(value, float)}
             progress.update(number + 1, shown)
     note = made(options.out)
-    text = f"{table(options, done)}\n`{note['command']}`, {note['started'][:10]}, {note['versions']}\n"
+    text = f"{table(options, done)}\n`{note['command']}`, {when_and_with([note])}\n"
     (options.out / "pruning.md").write_text(text, encoding="utf-8")
     draw(options.out / "pruning.png", options, done)
     if not options.quiet:
