@@ -324,7 +324,7 @@ def run(options: Options) -> None:
     state = distributed.born_sharded(
         lambda params, key: sft.init(params, tx, key), model.params, jax.random.key(options.run.seed)
     )
-    score_fn = models.make_likelihood_fn(model.config)
+    score_fn = models.make_training_score_fn(model.config)
     update = sft.make_update(sft.Config(options.micro_batches), score_fn, tx, models.rebalance)
     update = common.jit_update(update, state)
     hyper = options.auxiliary.hyper(options.learning_rate)

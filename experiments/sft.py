@@ -213,7 +213,7 @@ def run(options: Options) -> None:
     common.show_sample(options.run, model.tokenizer, examples[0])
 
     parts = adapting.take_apart(options.adapter, model, seed=options.run.seed, steps=options.run.steps)
-    score_fn = models.make_likelihood_fn(model.config)
+    score_fn = models.make_training_score_fn(model.config)
     tx = parts.optimizer(common.with_total_steps(options.optimizer, options.run.steps))
     state = adapting.new_state(
         lambda *x: sft.init(x[0], tx, x[1]),

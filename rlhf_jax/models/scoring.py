@@ -47,7 +47,7 @@ def make_score_fn(config: ModelConfig, *, temperature: Scalar = 1.0, chunk_size:
     return score
 
 
-def make_likelihood_fn(config: ModelConfig, *, chunk_size: int = 512) -> ScoreFn:
+def make_training_score_fn(config: ModelConfig, *, chunk_size: int = 512) -> ScoreFn:
     """`make_score_fn` that also says what only training by likelihood wants to know: `further_logp` where the
     model has modules for it, `routing` where it has mixtures of experts.
     """

@@ -33,7 +33,7 @@ def params(config):
 
 @pytest.fixture(scope="module")
 def score_fn(config):
-    return jax.jit(models.make_likelihood_fn(config))
+    return jax.jit(models.make_training_score_fn(config))
 
 
 def rows(tokens, segment_ids):
@@ -149,7 +149,7 @@ def test_routing_is_counted_over_tokens_that_are_there(config, params, batch, sc
 def test_scanned_layers_route_alike(config, params, batch, score_fn):
     scanned = dataclasses.replace(config, scan_layers=True, further_depth=0)
     stacked = models.stack_layers(config, params)
-    routing = jax.jit(lambda p: models.make_likelihood_fn(scanned)(p, batch).routing)(stacked)
+    routing = jax.jit(lambda p: models.make_training_score_fn(scanned)(p, batch).routing)(stacked)
     (sums,) = routing.values()
     assert list(routing) == ["layers/feed_forward/router"]
     for layer, one in enumerate(score_fn(params, batch).routing.values()):
@@ -161,7 +161,7 @@ def test_scanned_layers_route_alike(config, params, batch, score_fn):
 @pytest.fixture(scope="module")
 def updates(config):
     tx = make_optimizer(OptimizerConfig())
-    score = models.make_likelihood_fn(dataclasses.replace(config, further_depth=0))
+    score = models.make_training_score_fn(dataclasses.replace(config, further_depth=0))
     return tx, {
         parts: jax.jit(sft.make_update(sft.Config(parts), score, tx, models.rebalance)) for parts in (1, 2)
     }
