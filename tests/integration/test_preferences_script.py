@@ -91,7 +91,10 @@ def test_pairs_of_solutions(tmp_path):
         (["--init", "a", "--samples-per-prompt", 3, "--pairs-per-prompt", 2], "--samples-per-prompt 4"),
         (["--init", "a", "--held-out-share", 1.0], "--held-out-share 1.0"),
         (["--init", "a", "--batch-size", 0], "--batch-size 0"),
-        (["--init", "a", "--judge", "m:f", "--rewards", "m:g"], "--judge and --judge-model exclude --rewards"),
+        (
+            ["--init", "a", "--judge", "m:f", "--rewards", "m:g"],
+            "--judge and --judge-model exclude --rewards",
+        ),
     ],
 )
 def test_mistakes_are_one_sentence(tmp_path, words, said):
