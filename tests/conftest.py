@@ -10,7 +10,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault(
     "PJRT_NPROC", os.environ.get("TESTNPROC", "8")
-)  # see rlhf_jax.core.compilation.choose_threads
+)  # see rlhf_jax.distributed.runtime.choose_threads
 # Most of a test's time is spent compiling: optimised and fused code costs it more than it saves.
 os.environ.setdefault(
     "XLA_FLAGS",

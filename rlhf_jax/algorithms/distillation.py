@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from rlhf_jax.core.optimization import Learner, accumulate_gradients, apply_gradients, init_learner
+from rlhf_jax.core.train_state import Learner, accumulate_gradients, apply_gradients, init_learner
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Float, Metrics, Params, PRNGKeyArray, Scalar, Sequences
 from rlhf_jax.losses.distillation import forward_kl_loss

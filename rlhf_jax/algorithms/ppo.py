@@ -15,7 +15,7 @@ import optax
 
 from rlhf_jax.core.masks import last_unmasked_index, masked_mean, masked_sum
 from rlhf_jax.core.minibatches import scan_minibatches
-from rlhf_jax.core.optimization import Learner, accumulate_gradients, apply_gradients, init_learner
+from rlhf_jax.core.train_state import Learner, accumulate_gradients, apply_gradients, init_learner
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import (
     Array,

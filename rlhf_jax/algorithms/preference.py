@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from rlhf_jax.core.masks import masked_sum
-from rlhf_jax.core.optimization import Learner, accumulate_gradients, apply_gradients, init_learner
+from rlhf_jax.core.train_state import Learner, accumulate_gradients, apply_gradients, init_learner
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import (
     Array,

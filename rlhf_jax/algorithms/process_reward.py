@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import optax
 
-from rlhf_jax.core.optimization import Learner, accumulate_gradients, apply_gradients, init_learner
+from rlhf_jax.core.train_state import Learner, accumulate_gradients, apply_gradients, init_learner
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Float, Metrics, Params, PRNGKeyArray, Scalar, Sequences
 from rlhf_jax.losses.reward import process_reward_loss

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from rlhf_jax.core.masks import clean
-from rlhf_jax.core.optimization import Learner, accumulate_gradients, apply_gradients, init_learner
+from rlhf_jax.core.train_state import Learner, accumulate_gradients, apply_gradients, init_learner
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Bool, Float, Int, Metrics, Params, Scalar
 from rlhf_jax.losses.reward import hinge_ranking_loss, ranked_pairs

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from rlhf_jax.core.masks import masked_sum
-from rlhf_jax.core.optimization import (
+from rlhf_jax.core.train_state import (
     Learner,
     accumulate_gradients,
     apply_gradients,
@@ -34,8 +34,8 @@ from rlhf_jax.core.types import (
     ScoreFn,
     Sequences,
 )
+from rlhf_jax.losses.moe import load_balance_loss, load_violation, router_z_loss
 from rlhf_jax.losses.reductions import Reduction, token_mean
-from rlhf_jax.losses.routing import load_balance_loss, load_violation, router_z_loss
 from rlhf_jax.losses.supervised import cross_entropy_loss, further_masks, further_token_loss
 
 

@@ -20,6 +20,9 @@ from rlhf_jax.data.tokenizers import Tokenizer
 
 _log = logging.getLogger(__name__)
 
+ANSWER_MARK = "####"
+"""Stands before the final answer in the last line of a solution, as in GSM8K."""
+
 Messages: TypeAlias = list[dict[str, Any]]
 Example = TypeVar("Example")
 

@@ -15,8 +15,8 @@ import numpy as np
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Bool, Float, Int
-from rlhf_jax.data.arithmetic import ANSWER_MARK
 from rlhf_jax.data.chat import encode_prompt
+from rlhf_jax.data.examples import ANSWER_MARK
 from rlhf_jax.data.sources import Row
 from rlhf_jax.data.tokenizers import Tokenizer
 

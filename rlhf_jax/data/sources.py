@@ -219,8 +219,6 @@ def _read_tfds(spec: str) -> Iterator[Row]:
     split = match["split"] or "train"
     import tensorflow_datasets as tfds
 
-    import rlhf_jax.data.arithmetic_tfds  # noqa: F401 (makes the embedded data set known by name)
-
     try:
         builder: Any = tfds.builder(match["name"], file_format="array_record")
         builder.download_and_prepare()

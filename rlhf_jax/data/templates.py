@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.workers import LimitedWorker
+from rlhf_jax.sandbox.workers import LimitedWorker
 
 CHATML = """\
 {% for message in messages %}

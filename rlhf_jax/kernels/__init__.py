@@ -13,11 +13,6 @@ from rlhf_jax.kernels.advantages import (
     unit_scale,
 )
 from rlhf_jax.kernels.controllers import adaptive_kl_update, fixed_kl_update
-from rlhf_jax.kernels.ensembles import (
-    ensemble_mean,
-    ensemble_uncertainty_weighted,
-    ensemble_worst_case,
-)
 from rlhf_jax.kernels.kl import entropy, forward_kl, jensen_shannon, k1, k2, k3, reverse_kl
 from rlhf_jax.kernels.logprobs import dense_token_logprobs, token_logprobs
 from rlhf_jax.kernels.off_policy import VTrace, retrace, vtrace
@@ -55,9 +50,6 @@ __all__ = [
     "batch_std",
     "dense_token_logprobs",
     "discounted_returns",
-    "ensemble_mean",
-    "ensemble_uncertainty_weighted",
-    "ensemble_worst_case",
     "entropy",
     "fixed_kl_update",
     "following_unmasked",

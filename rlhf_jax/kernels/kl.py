@@ -14,7 +14,7 @@ Exact divergences take logits over the whole vocabulary; entries of -inf have pr
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.core.exponentials import exp_excess
+from rlhf_jax.core.numerics import exp_excess
 from rlhf_jax.core.types import Array, Float, Scalar
 
 

@@ -9,6 +9,7 @@ from rlhf_jax.losses.distillation import (
     sequence_reverse_kl_loss,
     top_k_distributions,
 )
+from rlhf_jax.losses.moe import load_balance_loss, load_violation, router_z_loss
 from rlhf_jax.losses.policy import (
     grpo_loss,
     length_weighted,
@@ -79,7 +80,6 @@ from rlhf_jax.losses.reward import (
     plackett_luce_loss,
     process_reward_loss,
 )
-from rlhf_jax.losses.routing import load_balance_loss, load_violation, router_z_loss
 from rlhf_jax.losses.supervised import (
     advantage_weighted_loss,
     cross_entropy_loss,

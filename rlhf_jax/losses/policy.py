@@ -19,8 +19,8 @@ from typing import Protocol
 import jax.numpy as jnp
 from jax import lax
 
-from rlhf_jax.core.exponentials import bounded_exp
 from rlhf_jax.core.masks import clean
+from rlhf_jax.core.numerics import bounded_exp
 from rlhf_jax.core.types import Array, Bool, Float, Metrics, Scalar
 from rlhf_jax.losses.policy_ratios import RatioFn, low_variance_kl, token_log_ratio
 from rlhf_jax.losses.policy_surrogates import clip_surrogate

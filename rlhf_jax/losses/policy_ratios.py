@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rlhf_jax.core.exponentials import exp_excess
 from rlhf_jax.core.masks import clean
+from rlhf_jax.core.numerics import exp_excess
 from rlhf_jax.core.types import Array, Bool, Float, Int
 
 RatioFn: TypeAlias = Callable[

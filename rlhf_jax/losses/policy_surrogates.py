@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rlhf_jax.core.exponentials import EXP_LIMIT, bounded_exp
+from rlhf_jax.core.numerics import EXP_LIMIT, bounded_exp
 from rlhf_jax.core.types import Array, Bool, Float, Int, Scalar
 from rlhf_jax.losses.policy_ratios import sequence_average, sequence_sum
 

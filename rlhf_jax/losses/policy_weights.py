@@ -8,8 +8,8 @@ into micro-batches.
 import jax.numpy as jnp
 from jax import lax
 
-from rlhf_jax.core.exponentials import bounded_exp
 from rlhf_jax.core.masks import clean
+from rlhf_jax.core.numerics import bounded_exp
 from rlhf_jax.core.types import Array, Bool, Float, Int, Scalar
 from rlhf_jax.losses.policy_ratios import RatioFn, sequence_average, token_log_ratio
 

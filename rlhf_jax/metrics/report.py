@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.metrics.monitoring import ALARM, TROUBLES
+from rlhf_jax.metrics.health import ALARM, TROUBLES
 from rlhf_jax.metrics.plots import Curve, curve_svg, trend
 from rlhf_jax.metrics.progress import format_number, format_seconds
 from rlhf_jax.metrics.writers import METRICS_FILE, read_metrics

@@ -38,12 +38,8 @@ from rlhf_jax.models.decoder import (
     unstack_layers,
 )
 from rlhf_jax.models.flops import forward_flops, matmul_params, training_flops
-from rlhf_jax.models.further import init_model as init_params
 from rlhf_jax.models.heads import init_scalar_head, init_scalar_model
-from rlhf_jax.models.positions import Alibi, LinearScaling, Llama3Scaling, Rope, YarnScaling, ntk_theta
-from rlhf_jax.models.presets import Preset, preset_config
-from rlhf_jax.models.routing import has_routers, rebalance
-from rlhf_jax.models.scoring import (
+from rlhf_jax.models.logprob_fns import (
     make_actor_critic_fn,
     make_decode_fns,
     make_distribution_fn,
@@ -61,6 +57,10 @@ from rlhf_jax.models.scoring import (
     on_base,
     reference_of,
 )
+from rlhf_jax.models.mtp import init_model as init_params
+from rlhf_jax.models.positions import Alibi, LinearScaling, Llama3Scaling, Rope, YarnScaling, ntk_theta
+from rlhf_jax.models.presets import Preset, preset_config
+from rlhf_jax.models.router_stats import has_routers, rebalance
 
 __all__ = [
     "Alibi",

@@ -11,11 +11,11 @@ from rlhf_jax.core.axes import constrain, gathered
 from rlhf_jax.core.trees import merge, pytree_dataclass
 from rlhf_jax.core.types import Array, Bool, Float, Int, Params, PRNGKeyArray
 from rlhf_jax.kernels.logprobs import softcapped
-from rlhf_jax.models.attend import ATTENTION_NAMES, Context
-from rlhf_jax.models.attention import LayerCache, write_columns
+from rlhf_jax.models.attention.backends import ATTENTION_NAMES, Context
+from rlhf_jax.models.attention.modules import LayerCache, write_columns
+from rlhf_jax.models.builders import empty_cache, feed_forward_layer, mixing_layer
 from rlhf_jax.models.config import Block, ModelConfig, Norm, Recurrence
 from rlhf_jax.models.layers import norm_layer, normal_init
-from rlhf_jax.models.parts import empty_cache, feed_forward_layer, mixing_layer
 
 
 @pytree_dataclass

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from rlhf_jax.core.types import Array, Bool, Float
-from rlhf_jax.models.attend import Context
+from rlhf_jax.models.attention.backends import Context
 from rlhf_jax.models.config import AttentionBackend, Cell, Recurrence
 from rlhf_jax.models.layers import Linear
 

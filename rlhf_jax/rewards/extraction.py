@@ -9,7 +9,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import TypeAlias
 
-from rlhf_jax.data.arithmetic import ANSWER_MARK
+from rlhf_jax.data.examples import ANSWER_MARK
 
 Rule: TypeAlias = Callable[[str], str | None]
 

@@ -8,7 +8,7 @@ Penalties are negative numbers, so that their weights are positive.
 import re
 from collections.abc import Sequence
 
-from rlhf_jax.data.text import (
+from rlhf_jax.data.cleaning.text import (
     main_script,
     repeated_share,
     script_family,

@@ -11,11 +11,11 @@ import importlib.util
 from collections.abc import Sequence
 
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.workers import LimitedWorker
-from rlhf_jax.data.arithmetic import ANSWER_MARK
+from rlhf_jax.data.examples import ANSWER_MARK
 from rlhf_jax.rewards.algebra import TooLarge
 from rlhf_jax.rewards.answers import answers_equal
 from rlhf_jax.rewards.extraction import Rule, boxed, final_answer, final_number, reference_answer, tagged
+from rlhf_jax.sandbox.workers import LimitedWorker
 
 MATH_VERIFY_SECONDS = 1.0
 MATH_VERIFY_CHARACTERS = 4096

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from rlhf_jax.core.compilation import compiler_options
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.trees import named_leaves
+from rlhf_jax.distributed.runtime import compiler_options
 from rlhf_jax.metrics.progress import Progress
 from rlhf_jax.sweep.results import Results
 

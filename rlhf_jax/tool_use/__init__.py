@@ -1,7 +1,7 @@
 """Tools that a model may call, and the calls that it writes. Knows neither models nor tokens."""
 
-from rlhf_jax.tool_use.calls import Call, CallError, parse_calls
-from rlhf_jax.tool_use.passages import (
+from rlhf_jax.retrieval.bm25 import Index
+from rlhf_jax.retrieval.chunks import (
     Answer,
     Passage,
     PassageIndex,
@@ -9,7 +9,7 @@ from rlhf_jax.tool_use.passages import (
     read_answer,
     split_document,
 )
-from rlhf_jax.tool_use.retrieval import Index
+from rlhf_jax.tool_use.calls import Call, CallError, parse_calls
 from rlhf_jax.tool_use.tools import Tool, answer_calls, calculator, call_pattern, retriever, worker_tool
 
 __all__ = [

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
-from rlhf_jax.core.workers import LimitedWorker
+from rlhf_jax.retrieval.bm25 import Index
 from rlhf_jax.rewards.algebra import Unreadable
 from rlhf_jax.rewards.expressions import calculate
+from rlhf_jax.sandbox.workers import LimitedWorker
 from rlhf_jax.tool_use.calls import CLOSING, MAX_CALLS, OPENING, Call, CallError, parse_calls
-from rlhf_jax.tool_use.retrieval import Index
 
 MAX_OUTPUT_CHARACTERS = 1000
 

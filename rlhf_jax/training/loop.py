@@ -18,13 +18,13 @@ import jax
 
 from rlhf_jax.checkpoint import CheckpointManager
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.optimization import with_frozen, without_frozen
+from rlhf_jax.core.train_state import with_frozen, without_frozen
 from rlhf_jax.core.types import Metrics
 from rlhf_jax.distributed import any_host, is_first_host
-from rlhf_jax.metrics.monitoring import Monitor, Thresholds
+from rlhf_jax.metrics.health import Monitor, Thresholds
 from rlhf_jax.metrics.progress import Progress
 from rlhf_jax.metrics.writers import MetricsWriter, read_metrics
-from rlhf_jax.training.meter import Meter, Trace, describe
+from rlhf_jax.training.timers import Meter, Trace, describe
 
 State = TypeVar("State")
 StepFn = Callable[[State, int], tuple[State, Metrics]]

@@ -51,7 +51,7 @@ class TinyRuns:
         for name in self.stages:
             if f"{{{name}}}" in _OPTIONS[stage]:
                 self.finished(name)
-        module = importlib.import_module(stage)
+        module = importlib.import_module(f"rlhf_jax.stages.{stage}")
         module.run(tyro.cli(module.Options, args=self.words(stage, out, *more)))
         return Path(out)
 
@@ -61,10 +61,10 @@ class TinyRuns:
         return folder if folder.exists() else self.run(stage, folder)
 
     def process(self, words, limit=""):
-        """A script in a process of its own, behind a shell command such as a `ulimit`."""
+        """`rlhf` in a process of its own, behind a shell command such as a `ulimit`."""
         command = f'{limit} exec "$0" "$@"'
         return subprocess.Popen(
-            ["bash", "-c", command, sys.executable, *map(str, words)],
+            ["bash", "-c", command, sys.executable, "-m", "rlhf_jax", *map(str, words)],
             cwd=ROOT,
             env=os.environ | _READ_ONLY_CACHE,
             stdout=subprocess.PIPE,
@@ -73,15 +73,14 @@ class TinyRuns:
         )
 
     def main(self, stage, words, monkeypatch):
-        """Runs a script's command line in this process; returns its exit status."""
-        import command_line
+        """Runs a command line in this process; returns its exit status."""
+        from rlhf_jax.cli.commands import main
 
         for name, value in _READ_ONLY_CACHE.items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr(sys, "argv", [f"experiments/{stage}.py", *map(str, words)])
-        module = importlib.import_module(stage)
+        monkeypatch.setattr(sys, "argv", sys.argv)
         try:
-            command_line.main(module.run, module.Options, module.__doc__)
+            main([stage.replace("_", "-"), *map(str, words)])
         except SystemExit as stop:
             return stop.code
         return 0

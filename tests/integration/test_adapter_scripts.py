@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,7 +11,7 @@ from rlhf_jax.checkpoint import read_manifest
 from rlhf_jax.core.trees import named_leaves
 from rlhf_jax.metrics import read_metrics
 from rlhf_jax.models import adapters, forward
-from rlhf_jax.training.runs import load_policy, load_reward_model
+from rlhf_jax.training.run_folder import load_policy, load_reward_model
 
 LORA = ("--adapter.kind", "lora", "--adapter.rank", 2, "--steps", 3)
 
@@ -95,7 +94,7 @@ def test_resumed_is_unbroken_to_the_bit(tiny, tmp_path):
 
 def test_four_models_on_one_frozen_base(tiny, tmp_path, lora_reward, monkeypatch):
     """Policy, value, reference and reward: the base stands in memory once, never moves, never changes."""
-    import ppo
+    from rlhf_jax.stages import ppo
 
     seen, run_loop = [], ppo.run_loop
 
@@ -191,15 +190,9 @@ def test_nothing_is_trained_on_what_cannot_be_merged(tiny, tmp_path, monkeypatch
 
 
 def test_an_adapter_goes_to_peft_and_comes_back(tiny, tmp_path, monkeypatch):
-    import sys
-
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-    import convert
-
     def converted(**options):
         command = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        monkeypatch.setattr(sys, "argv", ["tools/convert.py", *[w for w in command if w != "True"]])
-        convert.main()
+        assert tiny.main("convert", [w for w in command if w != "True"], monkeypatch) == 0
 
     base = tiny.finished("sft")
     first = tiny.run("dpo", tmp_path / "first", "--init", base, *LORA, "--learning-rate", 1e-2)

@@ -2,13 +2,13 @@
 
 import json
 
-import alphazero as script
 import numpy as np
 import pytest
 import tyro
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.metrics import read_metrics
+from rlhf_jax.stages import alphazero as script
 
 _TINY = "--games 8 --simulations 4 --play-simulations 4 --widths 16 --openings 4 --save-every 2 --quiet"
 

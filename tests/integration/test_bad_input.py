@@ -12,7 +12,7 @@ import time
 import pytest
 
 from rlhf_jax.metrics import read_metrics
-from rlhf_jax.training.runs import load_policy
+from rlhf_jax.training.run_folder import load_policy
 
 _HEADS = ["--model.heads", "2", "--model.kv-heads", "1"]
 MODEL = ["--model.width", "16", "--model.layers", "1", *_HEADS, "--demonstrations", "64"]
@@ -304,7 +304,7 @@ def test_a_full_disk(tiny, tmp_path):
     shutil.copytree(tiny.finished("sft"), out)
     before = tiny.digest(out / "checkpoints")
     words = tiny.words("sft", out, "--resume", "--steps", 15)
-    process = tiny.process(["experiments/sft.py", *words], limit="ulimit -f 20;")
+    process = tiny.process(["sft", *words], limit="ulimit -f 20;")
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2, errors
     sentence = next(line for line in errors.splitlines() if line.startswith("error: "))
@@ -316,7 +316,7 @@ def test_a_full_disk(tiny, tmp_path):
 
 @pytest.mark.parametrize(("error", "printed"), [("write failed [os_error_code='27']", 0), ("other", 1)])
 def test_what_ends_after_a_failed_save_says_nothing_more(error, printed, caplog):
-    import command_line
+    from rlhf_jax.cli import command_line
 
     record = logging.LogRecord(
         "asyncio", logging.ERROR, "", 0, "Task exception was never retrieved", (), None
@@ -330,7 +330,7 @@ def test_what_ends_after_a_failed_save_says_nothing_more(error, printed, caplog)
 
 def test_interrupted_and_continued(tiny, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
-    process = tiny.process(["experiments/sft.py", *tiny.words("sft", out, "--steps", 100_000)])
+    process = tiny.process(["sft", *tiny.words("sft", out, "--steps", 100_000)])
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline and len(read_metrics(out)) < 4:
         time.sleep(0.01)
@@ -338,10 +338,10 @@ def test_interrupted_and_continued(tiny, tmp_path, monkeypatch, capsys):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
-    stopped = re.search(r"Stopped after step (\d+), which is saved. To go on: python (.*)\n", errors)
+    stopped = re.search(r"Stopped after step (\d+), which is saved. To go on: rlhf (.*)\n", errors)
     assert stopped, errors
     step, (script, *words) = int(stopped[1]), shlex.split(stopped[2])
-    assert script == "experiments/sft.py"
+    assert script == "sft"
     assert (out / "checkpoints" / f"step_{step:08d}").is_dir()
     assert tiny.main("sft", [*words, "--steps", step + 2], monkeypatch) == 0, capsys.readouterr().err
     assert [line["step"] for line in read_metrics(out)] == list(range(1, step + 3))

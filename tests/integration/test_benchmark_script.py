@@ -1,4 +1,4 @@
-"""experiments/benchmark.py as a user meets it: both kinds of benchmarks, resumed, and mistakes."""
+"""rlhf_jax/stages/benchmark.py as a user meets it: both kinds of benchmarks, resumed, and mistakes."""
 
 import json
 

@@ -1,12 +1,12 @@
-"""experiments/clean_data.py: rows in, rows out, and a report that accounts for every row."""
+"""rlhf_jax/stages/clean.py: rows in, rows out, and a report that accounts for every row."""
 
 import json
 
-import clean_data
 import pytest
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.data.sources import read_rows
+from rlhf_jax.stages import clean
 
 QUESTION = "Janet has sixteen eggs and eats three of them, how many eggs are left for her friends?"
 
@@ -31,7 +31,7 @@ def files(tmp_path):
 def test_every_row_is_kept_or_accounted_for(files, tmp_path):
     bench = write(tmp_path / "bench.jsonl", [{"question": QUESTION, "answer": "13"}])
     out = tmp_path / "out"
-    clean_data.run(clean_data.Options(out=out, data=files, benchmarks=(bench,), quiet=True))
+    clean.run(clean.Options(out=out, data=files, benchmarks=(bench,), quiet=True))
     kept = [row.fields for row in read_rows(out / "rows.jsonl")]
     assert [row["source"] for row in kept] == [files[0], "elsewhere"]
     dropped = [row.fields for row in read_rows(out / "dropped.jsonl")]
@@ -48,17 +48,17 @@ def test_every_row_is_kept_or_accounted_for(files, tmp_path):
 
 def test_mistakes_are_one_sentence_with_the_place(files, tmp_path):
     with pytest.raises(UserError, match="give --data"):
-        clean_data.run(clean_data.Options(out=tmp_path / "out"))
+        clean.run(clean.Options(out=tmp_path / "out"))
     with pytest.raises(UserError, match=r"none of 1 rows is left \(1 too long\)"):
-        clean_data.run(
-            clean_data.Options(
-                out=tmp_path / "out", data=files[1:], limits=clean_data.Limits(longest_answer=1), quiet=True
+        clean.run(
+            clean.Options(
+                out=tmp_path / "out", data=files[1:], limits=clean.Limits(longest_answer=1), quiet=True
             )
         )
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"question": "q", "answer": NaN}\n')
     with pytest.raises(UserError, match=r"broken\.jsonl:1: NaN is not JSON"):
-        clean_data.run(clean_data.Options(out=tmp_path / "out", data=(str(broken),)))
+        clean.run(clean.Options(out=tmp_path / "out", data=(str(broken),)))
     empty = write(tmp_path / "empty.jsonl", [{"words": "w"}])
     with pytest.raises(UserError, match=r"empty\.jsonl:1: "):
-        clean_data.run(clean_data.Options(out=tmp_path / "out", data=files[1:], benchmarks=(empty,)))
+        clean.run(clean.Options(out=tmp_path / "out", data=files[1:], benchmarks=(empty,)))

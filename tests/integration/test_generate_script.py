@@ -1,4 +1,4 @@
-"""experiments/generate.py as a user meets it: every decoder, files, a chat, JSON, mistakes."""
+"""rlhf_jax/stages/generate.py as a user meets it: every decoder, files, a chat, JSON, mistakes."""
 
 import io
 import json

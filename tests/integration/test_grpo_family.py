@@ -2,12 +2,12 @@
 
 import typing
 
-import members
 import numpy as np
 import pytest
 
 from rlhf_jax.metrics import read_metrics
-from rlhf_jax.training.runs import load_policy
+from rlhf_jax.stages import members
+from rlhf_jax.training.run_folder import load_policy
 
 CONSTANT = ("--optimizer.schedule", "constant")
 

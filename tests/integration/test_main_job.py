@@ -4,16 +4,11 @@ import dataclasses
 import functools
 import json
 
-import common
-import dpo
-import grpo
-import ppo
 import pytest
-import reward_model
 import rlhf
-import sft
 
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.stages import common, dpo, grpo, ppo, reward_model, sft
 
 STEPS = {"sft_steps": 3, "reward_steps": 2, "ppo_steps": 1, "dpo_steps": 2, "grpo_steps": 1}
 

@@ -2,11 +2,11 @@
 
 import json
 
-import inputs
 import pytest
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.metrics import read_metrics
+from rlhf_jax.stages import inputs
 
 
 @pytest.fixture

@@ -4,12 +4,12 @@ import typing
 
 import jax
 import numpy as np
-import online_dpo
 import pytest
 import tyro
 
 from rlhf_jax.metrics import read_metrics
-from rlhf_jax.training.runs import load_policy
+from rlhf_jax.stages import online_dpo
+from rlhf_jax.training.run_folder import load_policy
 
 TINY = "--prompt-count 64 --eval-count 8 --max-new-tokens 8 --samples 2 --optimizer.warmup-steps 0"
 TINY += (
@@ -106,7 +106,7 @@ def test_mistakes_are_sentences(tiny, tmp_path, functions, monkeypatch, capsys):
 
 
 def test_help_shows_every_option(monkeypatch, capsys, tiny):
-    import common
+    from rlhf_jax.stages import common
 
     monkeypatch.setenv("COLUMNS", "110")
     assert tiny.main("online_dpo", ["--help"], monkeypatch) == 0

@@ -2,13 +2,13 @@
 
 import json
 
-import preferences
 import pytest
 import tyro
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.data.pairs import REASONS
 from rlhf_jax.data.sources import read_rows
+from rlhf_jax.stages import preferences
 
 SMALL = "--prompt-count 24 --max-new-tokens 8 --batch-size 16 --quiet"
 FUNCTIONS = """

@@ -2,14 +2,14 @@
 
 import jax
 import numpy as np
-import pretrain
 import pytest
 import tyro
 
 from rlhf_jax import models
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.metrics import read_metrics
-from rlhf_jax.training.runs import load_policy
+from rlhf_jax.stages import pretrain
+from rlhf_jax.training.run_folder import load_policy
 
 MODEL = "--model.width 8 --model.layers 1 --model.heads 2 --model.kv-heads 1 --model.hidden 16"
 OBJECTIVES = "--model.further 1 --model.experts 3 --model.router sigmoid --optimizer.schedule wsd"

@@ -2,13 +2,12 @@
 
 import json
 
-import common
-import process_reward
 import pytest
 import tyro
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.metrics import read_metrics
+from rlhf_jax.stages import common, process_reward
 
 _SMALL = (
     "--model.width 16 --model.layers 1 --model.heads 2 --model.kv-heads 1 --row-count 64 --eval-count 16 "

@@ -3,14 +3,14 @@
 import json
 
 import numpy as np
-import prune
-import prune_study
+import pruning as prune_study
 import pytest
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.trees import named_leaves
 from rlhf_jax.models import pruning
-from rlhf_jax.training.runs import load_policy
+from rlhf_jax.stages import prune
+from rlhf_jax.training.run_folder import load_policy
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,14 @@
 import dataclasses
 import json
 
-import common
+import pipeline_stages
 import pytest
 import r1
 import r1_page
-import stages
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.metrics import TableRow, write_report
+from rlhf_jax.stages import common
 
 TINY = common.ModelOptions(width=16, layers=1, heads=2, kv_heads=1)
 STEPS = {
@@ -96,7 +96,10 @@ def test_the_whole_job_writes_everything_and_resumes(tmp_path, monkeypatch):
 
 
 def test_one_seed_has_an_interval_over_its_prompts():
-    one, three = stages.share_interval([0.5], 100), stages.share_interval([0.9, 1.0, 1.0], 100)
+    one, three = (
+        pipeline_stages.share_interval([0.5], 100),
+        pipeline_stages.share_interval([0.9, 1.0, 1.0], 100),
+    )
     assert 0.4 < one.low < 0.5 < one.high < 0.6
     assert three.high == 1.0
     assert three.low < 0.9

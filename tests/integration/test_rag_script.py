@@ -2,11 +2,10 @@
 
 import json
 
-import common
 import pytest
-import rag
 import tyro
 
+from rlhf_jax.stages import common, rag
 from rlhf_jax.tool_use import Passage
 
 _SMALL = (

@@ -10,7 +10,7 @@ import pytest
 import tyro
 
 from rlhf_jax.metrics import read_metrics
-from rlhf_jax.training.runs import load_policy
+from rlhf_jax.training.run_folder import load_policy
 
 DATA = (
     Path(os.environ.get("RLHF_JAX_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data") / "gsm8k"
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def run(stage, words):
-    module = importlib.import_module(stage)
+    module = importlib.import_module(f"rlhf_jax.stages.{stage}")
     module.run(tyro.cli(module.Options, args=[str(word) for word in words.split()]))
 
 

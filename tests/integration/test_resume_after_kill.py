@@ -13,7 +13,7 @@ import pytest
 from rlhf_jax import models
 from rlhf_jax.checkpoint import restore_params
 from rlhf_jax.metrics import read_metrics
-from rlhf_jax.training.runs import load_policy, load_reward_model
+from rlhf_jax.training.run_folder import load_policy, load_reward_model
 
 
 def lines(folder):
@@ -67,7 +67,7 @@ def test_killed_and_restarted(tiny, stage, tmp_path):
     generator = random.Random(stage)
     for attempt in range(3):
         folder = tmp_path / f"killed_{attempt}"
-        words = [f"experiments/{stage}.py", *tiny.words(stage, folder)]
+        words = [stage.replace("_", "-"), *tiny.words(stage, folder)]
         if kill_once(tiny, words, folder, generator.randint(1, 8), generator.uniform(0, 0.02)):
             break
     reached = max((line["step"] for line in lines(folder)), default=0)
@@ -83,10 +83,10 @@ def test_killed_again_and_again(tiny, stage, seed, tmp_path):
     tiny.finished(stage)
     generator, folder, kills = random.Random(f"{stage} {seed}"), tmp_path / "run", 0
     for step in sorted(generator.sample(range(1, 12), 3)):
-        words = [f"experiments/{stage}.py", *tiny.words(stage, folder, "--resume")]
+        words = [stage.replace("_", "-"), *tiny.words(stage, folder, "--resume")]
         kills += kill_once(tiny, words, folder, step, generator.uniform(0, 0.03))
     assert kills
-    process = tiny.process([f"experiments/{stage}.py", *tiny.words(stage, folder, "--resume")])
+    process = tiny.process([stage.replace("_", "-"), *tiny.words(stage, folder, "--resume")])
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     check_equal(tiny, stage, folder)

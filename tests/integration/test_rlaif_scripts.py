@@ -3,17 +3,15 @@
 import dataclasses
 import json
 
-import constitutional
-import preferences
 import pytest
-import rule_rewards
 import tyro
 
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.data.arithmetic_reviews import CONSTITUTION, PROPOSITIONS, REVIEW_LEVEL, ranked_rows
 from rlhf_jax.data.sources import read_rows
-from rlhf_jax.training.rollouts import make_reward_fn
-from rlhf_jax.training.runs import load_policy
+from rlhf_jax.rollout.sampler import make_reward_fn
+from rlhf_jax.stages import constitutional, preferences, rule_rewards
+from rlhf_jax.tasks.arithmetic_reviews import CONSTITUTION, PROPOSITIONS, REVIEW_LEVEL, ranked_rows
+from rlhf_jax.training.run_folder import load_policy
 
 _PROMPTS = "--prompt-count 40 --eval-count 8 --samples 2 --max-new-tokens 6 --data arithmetic:0"
 

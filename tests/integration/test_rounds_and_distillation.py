@@ -2,22 +2,21 @@
 
 import shutil
 
-import distill
 import jax
 import numpy as np
 import pytest
-import rounds
 import tyro
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Rollout, Sequences
-from rlhf_jax.data.arithmetic import arithmetic_tokenizer
 from rlhf_jax.data.examples import PromptExample
 from rlhf_jax.data.sources import read_rows
 from rlhf_jax.metrics import read_metrics
 from rlhf_jax.rewards.functions import Scored
-from rlhf_jax.training.answers import Answers
-from rlhf_jax.training.runs import load_policy
+from rlhf_jax.rollout.dynamic_sampling import Answers
+from rlhf_jax.stages import distill, rounds
+from rlhf_jax.tasks.arithmetic import arithmetic_tokenizer
+from rlhf_jax.training.run_folder import load_policy
 
 SMALL = "--prompt-count 64 --eval-count 8 --samples 2 --optimizer.warmup-steps 0 --batch-size 8"
 SMALL += " --optimizer.schedule constant --save-every 3 --quiet --no-report --learning-rate 1e-2"
@@ -181,7 +180,7 @@ def test_mistakes_of_distillation(tmp_path):
 
 @pytest.mark.parametrize("script", [rounds, distill])
 def test_help_shows_every_option(script, tiny, monkeypatch, capsys):
-    import common
+    from rlhf_jax.stages import common
 
     monkeypatch.setenv("COLUMNS", "110")
     assert tiny.main(script.__name__, ["--help"], monkeypatch) == 0

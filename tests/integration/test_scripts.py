@@ -23,12 +23,12 @@ def without_time(folder):
 
 @pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo", "ppo", "grpo"])
 def test_help_shows_every_option(tiny, stage, monkeypatch, capsys):
-    import common
+    from rlhf_jax.stages import common
 
     monkeypatch.setenv("COLUMNS", "110")
     assert tiny.main(stage, ["--help"], monkeypatch) == 0
     shown = capsys.readouterr().out
-    module = importlib.import_module(stage)
+    module = importlib.import_module(f"rlhf_jax.stages.{stage}")
     options = tyro.cli(module.Options, args=tiny.words(stage, "out"))
     for flag in common.flags(common.to_json(options)):
         assert f"{flag} " in shown or f"{flag}," in shown, flag
@@ -43,7 +43,7 @@ def test_help_shows_every_option(tiny, stage, monkeypatch, capsys):
                 assert f"{field.name}: " in type(described).__doc__, field.name
 
     check_documented(options)
-    assert f"python experiments/{stage}.py --out" in module.__doc__
+    assert f"rlhf {stage.replace('_', '-')} --out" in module.__doc__
 
 
 def test_what_a_run_leaves_behind(tiny, tmp_path):

@@ -2,17 +2,16 @@
 
 import json
 
-import common
 import jax.numpy as jnp
 import numpy as np
-import process_reward
 import pytest
-import search as script
 import search_accuracy as accuracy
 import tyro
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.search import interface
+from rlhf_jax.stages import common, process_reward
+from rlhf_jax.stages import search as script
 
 _TINY = "--prompts 6 --samples 3 --batch-size 4 --max-new-tokens 12 --resamples 4 --quiet "
 _TINY += "--search.ways 2 --search.votes 2 --search.expansions 3 --search.simulations 1 --search.depth 2 "
@@ -138,7 +137,7 @@ def test_help_shows_every_option(tiny, monkeypatch, capsys):
         assert tiny.main(stage, ["--help"], monkeypatch) == 0
         shown = capsys.readouterr().out
         if options is None:
-            import alphazero
+            from rlhf_jax.stages import alphazero
 
             options = alphazero.Options()
         for flag in common.flags(common.to_json(options)):

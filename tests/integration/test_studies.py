@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-import studies
+import settings
 
 from rlhf_jax.core.errors import UserError
 
@@ -12,9 +12,9 @@ ABOUT = {"command": "python x.py", "started": "2026-11-21T00:00:00", "versions":
 
 
 def test_studies_are_well_formed():
-    names = [study.name for study in studies.STUDIES]
+    names = [study.name for study in settings.STUDIES]
     assert len(set(names)) == len(names)
-    for study in studies.STUDIES:
+    for study in settings.STUDIES:
         labels = [label for variant in study.variants for label in variant.labels()]
         assert study.usual in labels
         assert len(set(labels)) == len(labels) > 2
@@ -24,7 +24,7 @@ def test_studies_are_well_formed():
 
 
 def test_the_page_says_who_beats_the_usual_setting():
-    study = next(study for study in studies.STUDIES if study.name == "dpo_beta")
+    study = next(study for study in settings.STUDIES if study.name == "dpo_beta")
     score = np.array([[0.1, 0.2], [0.5, 0.6], [0.3, 0.4], [0.0, 0.9], [0.3, 0.4]])
     summary = {
         "settings": study.variants[0].labels(),
@@ -33,7 +33,7 @@ def test_the_page_says_who_beats_the_usual_setting():
     }
     done = {"dpo_beta": {**summary, **ABOUT, "sampled_score": score.tolist()}}
     done["dpo_beta"] |= {"seeds": 2, "steps": 1, "base_steps": 1, "width": 8}
-    text = studies.page_text(done, "## What it shows\n\nThat.")
+    text = settings.page_text(done, "## What it shows\n\nThat.")
     assert "That." in text
     rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("| ")}
     assert rows["0.03"].endswith("| 0.00 [0.00, 0.00] |")
@@ -50,12 +50,12 @@ def test_the_page_says_who_beats_the_usual_setting():
 )
 def test_bad_options(tmp_path, options, said):
     with pytest.raises(UserError, match=said):
-        studies.run(studies.Options(**{"out": tmp_path if options else None, **options}))
+        settings.run(settings.Options(**{"out": tmp_path if options else None, **options}))
 
 
 @pytest.mark.slow
 def test_a_small_study(tmp_path, monkeypatch):
-    options = studies.Options(
+    options = settings.Options(
         out=tmp_path,
         studies=("dpo_beta", "grpo_epochs"),
         seeds=2,
@@ -64,7 +64,7 @@ def test_a_small_study(tmp_path, monkeypatch):
         width=8,
         quiet=True,
     )
-    studies.run(options)
+    settings.run(options)
     swept = json.loads((tmp_path / "dpo_beta" / "summary.json").read_text())
     assert np.shape(swept["sampled_score"]) == (5, 2)
     kl = np.mean(swept["kl"], axis=1)
@@ -73,6 +73,6 @@ def test_a_small_study(tmp_path, monkeypatch):
     text = (tmp_path / "STUDIES.md").read_text()
     assert "study_dpo_beta.png" in text
     assert (tmp_path / "study_grpo_epochs.png").stat().st_size > 5_000
-    monkeypatch.setattr(studies, "sweep", None)  # what is done is not done again
-    studies.run(options)
+    monkeypatch.setattr(settings, "sweep", None)  # what is done is not done again
+    settings.run(options)
     assert (tmp_path / "STUDIES.md").read_text() == text

@@ -3,9 +3,9 @@
 import json
 
 import numpy as np
+import post_training
+import post_training_page
 import pytest
-import table
-import table_page
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.sweep import Results
@@ -19,13 +19,13 @@ FROZEN = {"raft": -0.20921, "dpo": -0.20862, "grpo": -0.21427}
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("table")
-    options = table.Options(out=out, tasks=("style",), algorithms=CELLS, quiet=True, **SMALL)
-    table.run(options)
+    options = post_training.Options(out=out, tasks=("style",), algorithms=CELLS, quiet=True, **SMALL)
+    post_training.run(options)
     return options
 
 
 def test_frozen_numbers(finished):
-    done = table.summaries(finished.out)
+    done = post_training.summaries(finished.out)
     assert {name for _, name in done} == set(CELLS)
     found = {name: float(np.mean(summary["sampled_score"])) for (_, name), summary in done.items()}
     assert found == pytest.approx(FROZEN, abs=3e-3)
@@ -45,37 +45,37 @@ def test_the_search_goes_on_until_the_best_is_between_others(peak):
         scores = -(np.log(np.asarray(rates) / peak) ** 2)
         return Results({}, {"sampled_score": np.stack([scores, scores + 0.1], axis=1)})
 
-    means = table.search_rate(sweep_rates)
-    best = table.best_rate(means)
+    means = post_training.search_rate(sweep_rates)
+    best = post_training.best_rate(means)
     if 1e-5 < peak < 0.1:
         assert min(means) < best < max(means)
         assert abs(np.log(best / peak)) < np.log(3.4) / 2 + 0.1
     else:  # nothing to find, or beyond all
-        assert best == table.RATES[0 if np.isnan(peak) else -1]
-    assert 3 <= len(means) == len(tried) <= len(table.RATES)
+        assert best == post_training.RATES[0 if np.isnan(peak) else -1]
+    assert 3 <= len(means) == len(tried) <= len(post_training.RATES)
 
 
 def test_what_is_done_is_not_done_again(finished, monkeypatch):
-    monkeypatch.setattr(table, "sweep", None)
+    monkeypatch.setattr(post_training, "sweep", None)
     path = finished.out / "RESULTS.md"
     by_hand = "## What it shows\n\nThat words stay."
     path.write_text(path.read_text().replace("## What it shows", by_hand))
-    table.run(finished)
+    post_training.run(finished)
     page = path.read_text()
     assert by_hand in page
     assert all(f" {name} |" in page for name in (*CELLS, "start"))
-    assert table_page.cell(table.summaries(finished.out)["style", "grpo"]) in page
-    assert (finished.out / table_page.FRONTIER).stat().st_size > 10_000
+    assert post_training_page.cell(post_training.summaries(finished.out)["style", "grpo"]) in page
+    assert (finished.out / post_training_page.FRONTIER).stat().st_size > 10_000
 
 
 def test_other_settings_in_the_same_folder_are_refused(finished):
-    other = table.Options(**{**vars(finished), "seeds": 5})
+    other = post_training.Options(**{**vars(finished), "seeds": 5})
     with pytest.raises(UserError, match=r"seeds 4, not 5.*choose another --out"):
-        table.run(other)
+        post_training.run(other)
 
 
 def test_list_runs_nothing(tmp_path, capsys):
-    table.run(table.Options(out=tmp_path, list=True))
+    post_training.run(post_training.Options(out=tmp_path, list=True))
     shown = capsys.readouterr().out
     assert "grpo" in shown
     assert not list(tmp_path.iterdir())
@@ -87,14 +87,14 @@ def test_list_runs_nothing(tmp_path, capsys):
 )
 def test_bad_options(tmp_path, options, said):
     with pytest.raises(UserError, match=said):
-        table.run(table.Options(**{"out": tmp_path if options else None, **options}))
+        post_training.run(post_training.Options(**{"out": tmp_path if options else None, **options}))
 
 
 def test_equal_budgets(finished):
-    rows = {algorithm.name: algorithm for algorithm in table.table_rows.ALGORITHMS}
-    task = table.table_rows.TASKS[0]
-    options = table.Options(out=finished.out, steps=100)
-    assert table.steps_of(task, rows["grpo"], options) == 100
-    assert table.steps_of(task, rows["dapo"], options) == 50  # it samples twice as much a step
-    plan = table.plan(task, rows["dapo"], options)
+    rows = {algorithm.name: algorithm for algorithm in post_training.post_training_rows.ALGORITHMS}
+    task = post_training.post_training_rows.TASKS[0]
+    options = post_training.Options(out=finished.out, steps=100)
+    assert post_training.steps_of(task, rows["grpo"], options) == 100
+    assert post_training.steps_of(task, rows["dapo"], options) == 50  # it samples twice as much a step
+    plan = post_training.plan(task, rows["dapo"], options)
     assert json.loads(json.dumps(plan)) == plan

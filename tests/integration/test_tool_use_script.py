@@ -2,12 +2,11 @@
 
 import json
 
-import common
 import pytest
-import tool_use
 import tyro
 
 from rlhf_jax.metrics import read_metrics
+from rlhf_jax.stages import common, tool_use
 
 _SMALL = (
     "--model.width 16 --model.layers 1 --model.heads 2 --model.kv-heads 1 --sft-steps 4 --demonstrations 64 "

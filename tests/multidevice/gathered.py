@@ -7,12 +7,12 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rlhf_jax import distributed, models
-from rlhf_jax.training import plans
+from rlhf_jax.planning import compiled
 
 if __name__ == "__main__":
     config = models.dense_config(vocab_size=512, width=64, num_layers=4, num_heads=4, scan_layers=True)
     mesh = distributed.make_mesh("fsdp=8")
-    program = plans.build(plans.Workload("sft", config, 16, 64), mesh)[1]["update"]
+    program = compiled.build(compiled.Workload("sft", config, 16, 64), mesh)[1]["update"]
     params = sum(leaf.size * 4 for leaf in jax.tree.leaves(program.arguments[0].learner.params))
     whole = NamedSharding(mesh, PartitionSpec())
 
@@ -21,8 +21,8 @@ if __name__ == "__main__":
         learner = dataclasses.replace(state.learner, opt_state=moments)
         return program.function(dataclasses.replace(state, learner=learner), *data)
 
-    as_it_is = plans.predict(program, mesh)
-    gathered = plans.predict(dataclasses.replace(program, function=broken), mesh)
+    as_it_is = compiled.predict(program, mesh)
+    gathered = compiled.predict(dataclasses.replace(program, function=broken), mesh)
     print(
         json.dumps(
             {

@@ -15,14 +15,14 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from rlhf_jax import distributed, models
-from rlhf_jax.algorithms import group, ppo, preference, sft
+from rlhf_jax.algorithms import grpo, ppo, preference, sft
 from rlhf_jax.core.axes import GATHERED_SAMPLING, RULES, axis_rules
-from rlhf_jax.core.optimization import OptimizerConfig, apply_gradients, make_optimizer
+from rlhf_jax.core.train_state import OptimizerConfig, apply_gradients, make_optimizer
 from rlhf_jax.core.types import Sequences
-from rlhf_jax.distributed.communication import by_kind, collectives
 from rlhf_jax.generation import Sampling
 from rlhf_jax.models import config as parts
-from rlhf_jax.training.rollouts import make_completion_fn
+from rlhf_jax.planning.hlo_collectives import by_kind, collectives
+from rlhf_jax.rollout.sampler import make_completion_fn
 
 # Programs that run a few times are compiled quickly rather than well.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -86,12 +86,12 @@ def case_dpo(config, dtype):
 
 
 def case_grpo(config, dtype):
-    settings = group.Config(group_size=4, minibatches=2)
-    update = group.make_update(settings, models.make_score_fn(config), TX)
+    settings = grpo.Config(group_size=4, minibatches=2)
+    update = grpo.make_update(settings, models.make_score_fn(config), TX)
     logps = (-3.7 + 0.3 * pool_of_numbers(seed, dtype) for seed in (1, 2))
-    pool = group.Batch(pool_of_rows(0), *logps, pool_of_numbers(3, dtype, (POOL,)))
-    hyper = group.Hyper(1e-2, entropy_coef=0.01, kl_coef=0.1)
-    return functools.partial(models.init_params, config), group.init, update, hyper, pool
+    pool = grpo.Batch(pool_of_rows(0), *logps, pool_of_numbers(3, dtype, (POOL,)))
+    hyper = grpo.Hyper(1e-2, entropy_coef=0.01, kl_coef=0.1)
+    return functools.partial(models.init_params, config), grpo.init, update, hyper, pool
 
 
 def case_ppo(config, dtype):

@@ -10,8 +10,8 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from rlhf_jax import distributed
-from rlhf_jax.kernels.ring_attention import ring_attention
-from rlhf_jax.models.attend import splash_attention
+from rlhf_jax.models.attention.backends import splash_attention
+from rlhf_jax.models.attention.ring import ring_attention
 
 ROWS, TIME, HEADS, KV_HEADS, WIDTH, VALUE = 2, 16, 4, 2, 6, 4
 

@@ -127,7 +127,7 @@ def test_optimizer_state_is_never_gathered():
 
 @pytest.mark.slow
 def test_layouts_send_what_they_should_on_paper():
-    process = run_on_eight("../../tools/comm_table.py")
+    process = run_on_eight("../../tools/tables/comm_table.py")
     assert "warning" not in process.stderr
     rows = [line.split("|") for line in process.stdout.splitlines()[2:]]
     ratios = {row[1].strip(): float(row[-3]) for row in rows}

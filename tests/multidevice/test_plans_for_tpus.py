@@ -6,14 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from rlhf_jax import models
 from rlhf_jax.models import config_to_dict
 
-PLAN = Path(__file__).parents[2] / "tools" / "plan.py"
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not here"),
@@ -21,13 +19,13 @@ pytestmark = [
 
 
 def plan(folder, *words):
-    """What tools/plan.py says of a decoder wide enough for the kernels, as JSON."""
+    """What `rlhf plan` says of a decoder wide enough for the kernels, as JSON."""
     config = models.dense_config(
         vocab_size=1024, width=512, num_layers=3, num_heads=4, num_kv_heads=4, hidden_dim=1024
     )
     (folder / "model.json").write_text(json.dumps({"kind": "policy", "config": config_to_dict(config)}))
     process = subprocess.run(
-        [sys.executable, str(PLAN), "--model", str(folder), "--json", "-", *words],
+        [sys.executable, "-m", "rlhf_jax", "plan", "--model", str(folder), "--json", "-", *words],
         capture_output=True,
         text=True,
         timeout=600,

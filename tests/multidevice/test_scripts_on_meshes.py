@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +14,6 @@ import pytest
 from rlhf_jax.checkpoint import read_manifest
 from rlhf_jax.checkpoint.manifest import list_steps, verify
 
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 COMMON = ("--steps", "4", "--save-every", "2", "--quiet", "--no-report")
 COMMON += ("--optimizer.warmup-steps", "0", "--optimizer.total-steps", "8")
 SFT = ("--demonstrations", "300", "--batch-size", "16", "--eval-count", "16", "--model.width", "32")
@@ -25,7 +23,7 @@ PROMPTS = ("--max-new-tokens", "6", "--prompt-count", "60", "--eval-count", "8",
 
 
 def command(script, out, *options):
-    return [sys.executable, str(EXPERIMENTS / script), "--out", str(out), *COMMON, *map(str, options)]
+    return [sys.executable, "-m", "rlhf_jax", script, "--out", str(out), *COMMON, *map(str, options)]
 
 
 def start(arguments, *, devices):
@@ -67,21 +65,21 @@ def test_every_stage_on_a_mesh(tmp_path):
         first = name == "mesh"
         here = tmp_path / name
         found[name] = [
-            run("sft.py", sft if first else here / "sft", *SFT, "--mesh", of_sft),
+            run("sft", sft if first else here / "sft", *SFT, "--mesh", of_sft),
             run(
-                "reward_model.py",
+                "reward-model",
                 rewards if first else here / "rewards",
                 *("--init", sft, *DPO, "--mesh", of_rewards),
             ),
-            run("dpo.py", here / "dpo", "--init", sft, *DPO, "--mesh", of_dpo),
-            run("dpo.py", here / "each", "--init", sft, *DPO, "--mesh", of_dpo, "--reference", "each_step"),
+            run("dpo", here / "dpo", "--init", sft, *DPO, "--mesh", of_dpo),
+            run("dpo", here / "each", "--init", sft, *DPO, "--mesh", of_dpo, "--reference", "each_step"),
             run(
-                "ppo.py",
+                "ppo",
                 here / "ppo",
                 *("--init", sft, "--reward-model", rewards, "--batch-size", "16", *PROMPTS, "--mesh", of_ppo),
             ),
             run(
-                "grpo.py",
+                "grpo",
                 here / "grpo",
                 *("--init", sft, "--batch-size", "4", "--group-size", "4", *PROMPTS, "--mesh", of_grpo),
             ),
@@ -92,10 +90,10 @@ def test_every_stage_on_a_mesh(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh_with_the_same_data(tmp_path):
-    whole = run("sft.py", tmp_path / "whole", *SFT, "--mesh", "fsdp=8")
+    whole = run("sft", tmp_path / "whole", *SFT, "--mesh", "fsdp=8")
     out = tmp_path / "moved"
-    run("sft.py", out, *SFT, "--mesh", "fsdp=8", "--steps", "2")
-    moved = run("sft.py", out, *SFT, "--mesh", "data=2,tensor=2", "--resume")
+    run("sft", out, *SFT, "--mesh", "fsdp=8", "--steps", "2")
+    moved = run("sft", out, *SFT, "--mesh", "data=2,tensor=2", "--resume")
     assert_same_metrics(moved[-1:], whole[-1:])
     held = read_manifest(out / "checkpoints")
     assert held.config["run"]["mesh"] == "data=2,tensor=2"
@@ -114,7 +112,7 @@ def hosts(count):
 def test_several_processes_learn_what_one_learns(tmp_path, count):
     out = tmp_path / "several"
     processes = [
-        start(command("sft.py", out, *SFT, "--mesh", "fsdp=4", "--hosts", host), devices=4 // count)
+        start(command("sft", out, *SFT, "--mesh", "fsdp=4", "--hosts", host), devices=4 // count)
         for host in hosts(count)
     ]
     try:
@@ -123,10 +121,10 @@ def test_several_processes_learn_what_one_learns(tmp_path, count):
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0] * count, errors
-    alone = run("sft.py", tmp_path / "alone", *SFT, "--mesh", "fsdp=4", devices=4)
+    alone = run("sft", tmp_path / "alone", *SFT, "--mesh", "fsdp=4", devices=4)
     assert_same_metrics(metrics_of(out), alone)
     # What several processes saved, one goes on with, on another mesh.
-    assert len(run("sft.py", out, *SFT, "--resume", "--steps", "5")) == 5
+    assert len(run("sft", out, *SFT, "--resume", "--steps", "5")) == 5
 
 
 def run_in_two(script, out, *options):
@@ -148,16 +146,16 @@ def run_in_two(script, out, *options):
 def test_stages_in_two_processes_are_those_in_one(tmp_path):
     """Pairs, rollouts and rewards of which each process has its own rows."""
     sft, judged = tmp_path / "sft", tmp_path / "rewards"
-    run("sft.py", sft, *SFT, devices=1)
-    run("reward_model.py", judged, "--init", sft, *DPO, devices=1)
+    run("sft", sft, *SFT, devices=1)
+    run("reward-model", judged, "--init", sft, *DPO, devices=1)
     from_sft = ("--init", sft)
     stages = {
-        "reward_model": ("reward_model.py", *from_sft, *DPO),
-        "process_reward": ("process_reward.py", *from_sft, "--batch-size", "8"),
-        "dpo": ("dpo.py", *from_sft, *DPO),
-        "dpo_each": ("dpo.py", *from_sft, *DPO, "--reference", "each_step"),
-        "ppo": ("ppo.py", *from_sft, "--reward-model", judged, "--batch-size", "8", *PROMPTS),
-        "grpo": ("grpo.py", *from_sft, "--batch-size", "4", "--group-size", "2", *PROMPTS),
+        "reward_model": ("reward-model", *from_sft, *DPO),
+        "process_reward": ("process-reward", *from_sft, "--batch-size", "8"),
+        "dpo": ("dpo", *from_sft, *DPO),
+        "dpo_each": ("dpo", *from_sft, *DPO, "--reference", "each_step"),
+        "ppo": ("ppo", *from_sft, "--reward-model", judged, "--batch-size", "8", *PROMPTS),
+        "grpo": ("grpo", *from_sft, "--batch-size", "4", "--group-size", "2", *PROMPTS),
     }
     for name, (script, *options) in stages.items():
         two = run_in_two(script, tmp_path / f"{name}_two", *options)
@@ -170,7 +168,7 @@ def test_a_lost_process_ends_the_others_and_leaves_a_whole_checkpoint(tmp_path):
     out = tmp_path / "run"
     processes = [
         start(
-            command("sft.py", out, *SFT, "--mesh", "fsdp=2", "--hosts", host, *ENDLESS),
+            command("sft", out, *SFT, "--mesh", "fsdp=2", "--hosts", host, *ENDLESS),
             devices=1,
         )
         for host in hosts(2)

@@ -23,7 +23,7 @@ from rlhf_jax.models.adapters.config import (
 )
 from rlhf_jax.models.adapters.describing import trainable_table
 from rlhf_jax.models.adapters.importance import BudgetState, budget_at, with_rank_budget
-from rlhf_jax.models.adapters.quantisation import dequantise, quantise
+from rlhf_jax.models.adapters.quantization import dequantise, quantise
 
 __all__ = [
     "AdaLoRA",

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.core.types import Array, Float, Params
-from rlhf_jax.models.adapters.quantisation import dequantised
+from rlhf_jax.models.adapters.quantization import dequantised
 
 LEAVES = (
     "kernel_values",

@@ -9,7 +9,7 @@ import pytest
 import tabular
 
 from rlhf_jax.algorithms import ppo
-from rlhf_jax.core.optimization import OptimizerConfig, make_optimizer
+from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
 from rlhf_jax.core.types import Score
 
 TX = make_optimizer(OptimizerConfig())

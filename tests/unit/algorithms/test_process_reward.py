@@ -6,7 +6,7 @@ import numpy as np
 import optax
 
 from rlhf_jax.algorithms import process_reward
-from rlhf_jax.core.optimization import OptimizerConfig, make_optimizer
+from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
 from rlhf_jax.core.types import Sequences
 
 TX = make_optimizer(OptimizerConfig(clip_norm=100.0))

@@ -10,7 +10,7 @@ import optax
 import tabular
 
 from rlhf_jax.algorithms import preference, reward, sft
-from rlhf_jax.core.optimization import OptimizerConfig, make_optimizer
+from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
 
 TX = make_optimizer(OptimizerConfig(clip_norm=100.0))
 LENGTHS = (5, 3, 4, 5, 2, 5, 4, 3)

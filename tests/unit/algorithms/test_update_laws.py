@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import tabular
 
-from rlhf_jax.algorithms import distillation, group, ppo, preference, reward, sft, unpaired
-from rlhf_jax.core.optimization import OptimizerConfig, make_optimizer
+from rlhf_jax.algorithms import distillation, grpo, ppo, preference, reward, sft, unpaired
+from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
 from rlhf_jax.core.types import Sequences
 from rlhf_jax.losses.reductions import constant_length, sequence_mean, token_mean
 
@@ -91,9 +91,9 @@ def ppo_case(dtype, **config):
 def group_case(dtype, reduce=sequence_mean, **config):
     sequences, old_logp, ref_logp = policy_arrays(dtype)
     advantages = jnp.asarray(np.random.default_rng(5).normal(size=ROWS), dtype)
-    update = group.make_update(group.Config(reduce=reduce, **config), tabular.score, TX)
-    hyper = group.Hyper(entropy_coef=0.01, kl_coef=0.1)
-    return update, hyper, group.Batch(sequences, old_logp, ref_logp, advantages)
+    update = grpo.make_update(grpo.Config(reduce=reduce, **config), tabular.score, TX)
+    hyper = grpo.Hyper(entropy_coef=0.01, kl_coef=0.1)
+    return update, hyper, grpo.Batch(sequences, old_logp, ref_logp, advantages)
 
 
 CASES = {

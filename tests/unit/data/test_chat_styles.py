@@ -1,4 +1,4 @@
-"""Five styles of chat against `apply_chat_template` of `transformers` (tools/make_goldens_chat.py)."""
+"""Styles of chat against `apply_chat_template` of `transformers` (tools/goldens/make_goldens_chat.py)."""
 
 import functools
 import json

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.data import arithmetic
+from rlhf_jax.data.examples import ANSWER_MARK
 from rlhf_jax.data.packing import pad_rows
 from rlhf_jax.data.process_rewards import (
     is_socratic,
@@ -14,6 +14,7 @@ from rlhf_jax.data.process_rewards import (
     until_first_mistake,
 )
 from rlhf_jax.data.sources import Row
+from rlhf_jax.tasks import arithmetic
 
 TOKENIZER = arithmetic.arithmetic_tokenizer()
 QUESTION = "Tom has 2 bags of 6 apples and eats 1. How many are left?"
@@ -51,7 +52,7 @@ def test_embedded_rows_judge_steps_or_the_answer(level):
         assert judged["completions"][:-1] == bare["completions"]
         assert judged["labels"] == [*bare["labels"], None]
         assert outcome["completions"] == judged["completions"]
-        first, *others = arithmetic.ANSWER_MARK, *outcome["completions"][-1].split()[1:]
+        first, *others = ANSWER_MARK, *outcome["completions"][-1].split()[1:]
         assert first == outcome["completions"][-1].split()[0]
         truth = int(others[0]) == eval_left_to_right(judged["prompt"])
         assert outcome["labels"] == [None] * len(bare["labels"]) + [truth]

@@ -11,7 +11,7 @@ from rlhf_jax import distributed, models
 from rlhf_jax.algorithms import sft
 from rlhf_jax.core.axes import MESH_AXES, axis_rules, constrain, gathered, partition_spec, shards
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.optimization import OptimizerConfig, make_optimizer
+from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
 from rlhf_jax.core.trees import named_leaves
 
 

@@ -3,7 +3,6 @@
 import pytest
 
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.data.arithmetic import LEVELS, choice_rows
 from rlhf_jax.data.sources import Row
 from rlhf_jax.evaluation.benchmarks import (
     chat_prompt,
@@ -13,6 +12,7 @@ from rlhf_jax.evaluation.benchmarks import (
     read_problems,
     read_questions,
 )
+from rlhf_jax.tasks.arithmetic import LEVELS, choice_rows
 
 
 def questions(*rows):

@@ -8,7 +8,6 @@ import pytest
 
 from rlhf_jax import models
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.data.arithmetic import arithmetic_tokenizer
 from rlhf_jax.data.packing import pad_rows
 from rlhf_jax.data.tokenizers import train_bpe
 from rlhf_jax.evaluation.likelihood import (
@@ -19,6 +18,7 @@ from rlhf_jax.evaluation.likelihood import (
     rolling_requests,
     score_requests,
 )
+from rlhf_jax.tasks.arithmetic import arithmetic_tokenizer
 
 TOKENIZER = arithmetic_tokenizer()
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from rlhf_jax import models
-from rlhf_jax.data import calculator
 from rlhf_jax.generation import Sampling, generate, token_bias
+from rlhf_jax.tasks import calculator
 
 CONFIG = models.dense_config(vocab_size=11, width=16, num_layers=2, num_heads=2)
 EOS, PAD, BELL = 1, 0, 3

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax import kernels
-from rlhf_jax.core.exponentials import bounded_exp
+from rlhf_jax.core.numerics import bounded_exp
 from rlhf_jax.losses.policy import grpo_loss, length_weighted, ppo_clip_loss, ppo_penalty_loss, reinforce_loss
 from rlhf_jax.losses.policy_ratios import (
     low_variance_kl,

@@ -1,4 +1,4 @@
-"""Preference, reward and distillation losses against TRL's, frozen by tools/make_goldens.py."""
+"""Preference, reward and distillation losses against TRL's, frozen by tools/goldens/make_goldens.py."""
 
 import functools
 import json

@@ -96,7 +96,7 @@ def write_run(folder, seeds=(0, 1, 2), scale=0.2):
         table.append(TableRow(method, interval, kl, length, seconds))
     summary["reward_model"] = {"pair_accuracy": [0.913, 0.902, 0.921][: len(seeds)]}
     config = {
-        "command": "python experiments/rlhf.py --seeds 3 --out runs/rlhf",
+        "command": "python experiments/pipelines/rlhf.py --seeds 3 --out runs/rlhf",
         "started": "2026-03-14T09:26:53+00:00",
         "seeds": list(seeds),
         "task": {"name": "arithmetic", "level": 2, "held_out": 512, "wrong_demonstrations": 0.3},
@@ -153,7 +153,13 @@ def test_a_whole_run_shows_every_part(tmp_path):
         assert f"{100 * row.exact_match[1]:.1f} to {100 * row.exact_match[2]:.1f}" in words
     for part in ("2 min 28 s", "26.2", "0.53", "91.2 %", "✓ right", "✗ wrong", "Reward margin", "4 more"):
         assert part in words
-    for part in ("python experiments/rlhf.py --seeds 3", "0, 1, 2", "flax", "ppo.clip.grad_norm", "What is"):
+    for part in (
+        "python experiments/pipelines/rlhf.py --seeds 3",
+        "0, 1, 2",
+        "flax",
+        "ppo.clip.grad_norm",
+        "What is",
+    ):
         assert part in words
     # sft 3, reward model 3, ppo and grpo 6, dpo 4
     assert page.tags.count("svg") == 22

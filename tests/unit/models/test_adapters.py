@@ -11,7 +11,7 @@ import pytest
 from rlhf_jax import models
 from rlhf_jax.algorithms import sft
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.optimization import OptimizerConfig, make_optimizer
+from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
 from rlhf_jax.core.trees import map_named, merge, named_leaves, partition
 from rlhf_jax.core.types import Sequences
 from rlhf_jax.generation import generate

@@ -9,8 +9,8 @@ import pytest
 
 from rlhf_jax import models
 from rlhf_jax.core.types import Sequences
-from rlhf_jax.distributed.programs import matmul_flops
 from rlhf_jax.models import config as parts
+from rlhf_jax.planning.hlo_analysis import matmul_flops
 
 SIZES = {"vocab_size": 50, "width": 16, "num_layers": 3, "num_heads": 4, "hidden_dim": 24}
 

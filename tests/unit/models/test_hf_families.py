@@ -1,4 +1,4 @@
-"""Every family against what `transformers` computed with the same checkpoint (tools/make_goldens_hf.py)."""
+"""Families against what `transformers` computed with the checkpoint (tools/goldens/make_goldens_hf.py)."""
 
 import dataclasses
 import functools

@@ -54,7 +54,7 @@ def test_logits_are_those_of_peft_and_the_folder_comes_back(case, base, tmp_path
 
 @pytest.mark.parametrize("kind", [adapters.PiSSA(3), adapters.AdaLoRA(4, 2)], ids=["pissa", "adalora"])
 def test_others_become_plain_lora_of_the_same_function(kind, base, tmp_path):
-    """Also checked against PEFT where PEFT_CHECK names a folder for tools/make_goldens_peft.py to look at."""
+    """Checked against PEFT where PEFT_CHECK names a folder for tools/goldens/make_goldens_peft.py."""
     config, params = base
     adapted = adapters.init_adapter(kind, params, jax.random.key(0))
     names = ("lora_a", "lora_b", "lora_singular")

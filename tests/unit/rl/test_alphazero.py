@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.core.compilation import compiler_options
-from rlhf_jax.rl import alphazero, games
+from rlhf_jax.distributed.runtime import compiler_options
+from rlhf_jax.rl import games
+from rlhf_jax.rl.algorithms import alphazero
 from rlhf_jax.rl.games import CONNECT_FOUR, TIC_TAC_TOE, Position
 
 VALUES = games.solve(TIC_TAC_TOE)

@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from rlhf_jax.core.compilation import compiler_options
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.optimization import OptimizerConfig, make_optimizer
-from rlhf_jax.rl import ddpg, environments, sac, td3
-from rlhf_jax.rl.continuous import Box, critic_fns
-from rlhf_jax.rl.evaluation import evaluate
-from rlhf_jax.rl.networks import MLP, Torso
-from rlhf_jax.rl.off_policy import RunConfig
-from rlhf_jax.rl.q_networks import DeterministicActor, applied
-from rlhf_jax.rl.replay import Batch
-from rlhf_jax.rl.runs import whole
+from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
+from rlhf_jax.distributed.runtime import compiler_options
+from rlhf_jax.rl.algorithms import ddpg, sac, td3
+from rlhf_jax.rl.envs import environments
+from rlhf_jax.rl.envs.evaluation import evaluate
+from rlhf_jax.rl.loops.continuous import Box, critic_fns
+from rlhf_jax.rl.loops.off_policy import RunConfig
+from rlhf_jax.rl.loops.replay import Batch
+from rlhf_jax.rl.loops.runs import whole
+from rlhf_jax.rl.networks.networks import MLP, Torso
+from rlhf_jax.rl.networks.q_networks import DeterministicActor, applied
 
 PENDULUM = environments.make("Pendulum-v1")
 BODY = MLP((16,), nn.relu)

@@ -8,17 +8,19 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from rlhf_jax.core.compilation import compiler_options
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.optimization import OptimizerConfig, make_optimizer
+from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
+from rlhf_jax.distributed.runtime import compiler_options
 from rlhf_jax.losses.reductions import token_mean
-from rlhf_jax.rl import c51, dqn, environments, qr_dqn, tabular
-from rlhf_jax.rl.evaluation import evaluate
-from rlhf_jax.rl.networks import MLP, Torso
-from rlhf_jax.rl.off_policy import RunConfig
-from rlhf_jax.rl.q_networks import ActionValues
-from rlhf_jax.rl.replay import Batch
-from rlhf_jax.rl.runs import whole
+from rlhf_jax.rl.algorithms import c51, dqn, qr_dqn
+from rlhf_jax.rl.envs import environments
+from rlhf_jax.rl.envs.evaluation import evaluate
+from rlhf_jax.rl.loops.off_policy import RunConfig
+from rlhf_jax.rl.loops.replay import Batch
+from rlhf_jax.rl.loops.runs import whole
+from rlhf_jax.rl.networks.networks import MLP, Torso
+from rlhf_jax.rl.networks.q_networks import ActionValues
+from rlhf_jax.rl.tabular import dynamic_programming
 
 CARTPOLE = environments.make("CartPole-v1")
 TX = make_optimizer(OptimizerConfig(clip_norm=1e6, b2=0.999))
@@ -84,7 +86,7 @@ def test_one_quantile_is_half_of_hubers_dqn():
         np.testing.assert_allclose(x, y, atol=2e-6)
 
 
-def lake_batch(lake: tabular.DecisionProcess, gamma: float) -> Batch:
+def lake_batch(lake: dynamic_programming.DecisionProcess, gamma: float) -> Batch:
     states, actions = np.meshgrid(np.flatnonzero(~np.asarray(lake.terminal)), np.arange(4), indexing="ij")
     states, actions = states.reshape(-1), actions.reshape(-1)
     following = np.argmax(np.asarray(lake.transitions)[states, actions], axis=-1)
@@ -100,9 +102,9 @@ def lake_batch(lake: tabular.DecisionProcess, gamma: float) -> Batch:
 
 @pytest.mark.parametrize("name", ["c51", "qr_dqn"])
 def test_means_are_the_exact_values_of_a_lake(name):
-    lake = tabular.frozen_lake(slippery=False)
-    exact, _ = tabular.value_iteration(lake, gamma=0.8)
-    q = tabular.action_values(lake, exact, gamma=0.8)
+    lake = dynamic_programming.frozen_lake(slippery=False)
+    exact, _ = dynamic_programming.value_iteration(lake, gamma=0.8)
+    q = dynamic_programming.action_values(lake, exact, gamma=0.8)
     batch = lake_batch(lake, 0.8)
     network = ActionValues(Torso(MLP(()), (), 16), 4, outputs=11)
     if name == "c51":

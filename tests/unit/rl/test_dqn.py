@@ -9,16 +9,18 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from rlhf_jax.core.compilation import compiler_options
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.optimization import OptimizerConfig, make_optimizer
-from rlhf_jax.rl import dqn, environments, tabular
-from rlhf_jax.rl.evaluation import evaluate
-from rlhf_jax.rl.networks import MLP, Torso
-from rlhf_jax.rl.off_policy import RunConfig
-from rlhf_jax.rl.q_networks import ActionInputValue, ActionValues
-from rlhf_jax.rl.replay import Batch
-from rlhf_jax.rl.runs import whole
+from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
+from rlhf_jax.distributed.runtime import compiler_options
+from rlhf_jax.rl.algorithms import dqn
+from rlhf_jax.rl.envs import environments
+from rlhf_jax.rl.envs.evaluation import evaluate
+from rlhf_jax.rl.loops.off_policy import RunConfig
+from rlhf_jax.rl.loops.replay import Batch
+from rlhf_jax.rl.loops.runs import whole
+from rlhf_jax.rl.networks.networks import MLP, Torso
+from rlhf_jax.rl.networks.q_networks import ActionInputValue, ActionValues
+from rlhf_jax.rl.tabular import dynamic_programming
 
 CARTPOLE = environments.make("CartPole-v1")
 SMALL = MLP((16,), nn.relu)
@@ -128,7 +130,7 @@ def test_a_batch_with_nan_leaves_everything_as_it_was():
     assert_trees_close(after.learner.params, state.learner.params, rtol=0)
 
 
-def lake_batch(lake: tabular.DecisionProcess, gamma: float) -> Batch:
+def lake_batch(lake: dynamic_programming.DecisionProcess, gamma: float) -> Batch:
     """Every state and action of a lake without slips once; observations are numbers of states."""
     states, actions = np.meshgrid(np.flatnonzero(~np.asarray(lake.terminal)), np.arange(4), indexing="ij")
     states, actions = states.reshape(-1), actions.reshape(-1)
@@ -155,9 +157,9 @@ def learned_lake(values: dqn.ValueFns, network: nn.Module, update, hyper, batch:
 
 @pytest.mark.parametrize("double", [False, True])
 def test_it_finds_the_exact_values_of_a_lake(double):
-    lake = tabular.frozen_lake(slippery=False)
-    exact, _ = tabular.value_iteration(lake, gamma=0.8)
-    q = tabular.action_values(lake, exact, gamma=0.8)
+    lake = dynamic_programming.frozen_lake(slippery=False)
+    exact, _ = dynamic_programming.value_iteration(lake, gamma=0.8)
+    q = dynamic_programming.action_values(lake, exact, gamma=0.8)
     network = ActionValues(Torso(MLP(()), (), 16), 4)  # linear in one-hot states: a table
     values = dqn.network_fns(network)
     update = dqn.make_update(dqn.Config(double=double), values, TX)

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.rl import dyna, mazes, tabular
-from rlhf_jax.rl.tabular_steps import Step
+from rlhf_jax.rl.algorithms import dyna
+from rlhf_jax.rl.envs import mazes
+from rlhf_jax.rl.tabular import dynamic_programming
+from rlhf_jax.rl.tabular.steps import Step
 from rlhf_jax.sweep import product
 
 CORRIDOR = mazes.maze(("S...G",))
@@ -19,7 +21,7 @@ RIGHT = 2
 PLANNERS = {"uniform": dyna.uniform_planning, "sweeping": dyna.prioritised_sweeping}
 
 
-def seen(process: tabular.DecisionProcess, visits: np.ndarray) -> dyna.Model:
+def seen(process: dynamic_programming.DecisionProcess, visits: np.ndarray) -> dyna.Model:
     """The model after `visits` [N, 3] of state, action and next state."""
 
     def one(model: dyna.Model, visit: jax.Array) -> tuple[dyna.Model, None]:
@@ -31,7 +33,7 @@ def seen(process: tabular.DecisionProcess, visits: np.ndarray) -> dyna.Model:
     return jax.jit(lambda model, visits: jax.lax.scan(one, model, visits)[0])(model, jnp.asarray(visits))
 
 
-def everywhere(process: tabular.DecisionProcess) -> np.ndarray:
+def everywhere(process: dynamic_programming.DecisionProcess) -> np.ndarray:
     """Each possible transition from where an episode goes on, once."""
     possible = (np.asarray(process.transitions) > 0) & ~np.asarray(process.terminal)[:, None, None]
     return np.argwhere(possible).astype(np.int32)
@@ -46,7 +48,7 @@ def plan(plan_fn, model: dyna.Model, q, priorities, hyper: dyna.Hyper, steps: in
 
 def test_the_maze_is_the_textbooks():
     maze = mazes.maze(mazes.DYNA_MAZE)
-    values, _ = tabular.value_iteration(maze, gamma=0.95)
+    values, _ = dynamic_programming.value_iteration(maze, gamma=0.95)
     np.testing.assert_allclose(jnp.sum(maze.start * values), 0.95**13, rtol=1e-5)
     slippery = mazes.maze(("S#G", "..."), slip=0.3)
     np.testing.assert_allclose(jnp.sum(slippery.transitions, axis=-1), 1, atol=1e-6)
@@ -86,8 +88,8 @@ def test_the_model_is_what_was_counted():
 @pytest.mark.parametrize("name", PLANNERS)
 def test_planning_long_enough_is_value_iteration_on_the_model(name):
     model = seen(CORRIDOR, everywhere(CORRIDOR))
-    values, _ = tabular.value_iteration(CORRIDOR, gamma=GAMMA)
-    exact = tabular.action_values(CORRIDOR, values, gamma=GAMMA)
+    values, _ = dynamic_programming.value_iteration(CORRIDOR, gamma=GAMMA)
+    exact = dynamic_programming.action_values(CORRIDOR, values, gamma=GAMMA)
     q = jnp.zeros_like(exact)
     # What was never computed may be anything: all pairs are due.
     q, priorities = plan(PLANNERS[name], model, q, jnp.ones_like(q), HYPER, 400)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.rl import environments
+from rlhf_jax.rl.envs import environments
 
 NAMES = [name for name in gymnax.registered_envs if name != "MNISTBandit-bsuite"]  # it needs a download
 

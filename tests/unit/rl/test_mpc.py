@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.optimization import make_optimizer
-from rlhf_jax.rl import environments, mpc
-from rlhf_jax.rl.continuous import Box
-from rlhf_jax.rl.planning import cross_entropy_method
-from rlhf_jax.rl.replay import Batch
+from rlhf_jax.core.train_state import make_optimizer
+from rlhf_jax.rl.algorithms import mpc
+from rlhf_jax.rl.envs import environments
+from rlhf_jax.rl.loops.continuous import Box
+from rlhf_jax.rl.loops.planning import cross_entropy_method
+from rlhf_jax.rl.loops.replay import Batch
 
 ENV, PARAMS = environments.make("Pendulum-v1")
 RUN = mpc.RunConfig(

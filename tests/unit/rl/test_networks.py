@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.rl import environments, networks
-from rlhf_jax.rl.distributions import Categorical, DiagonalGaussian, TanhGaussian
+from rlhf_jax.rl.envs import environments
+from rlhf_jax.rl.networks import networks
+from rlhf_jax.rl.networks.distributions import Categorical, DiagonalGaussian, TanhGaussian
 
 KEY = jax.random.key(0)
 

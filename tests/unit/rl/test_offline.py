@@ -7,18 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import rl_offline
 from flax import linen as nn
 
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.optimization import OptimizerConfig, init_learner, make_optimizer
-from rlhf_jax.rl import bc, cql, dqn, environments, gail, iql, offline, ppo, transitions
-from rlhf_jax.rl.environments import Transition
-from rlhf_jax.rl.evaluation import evaluate
-from rlhf_jax.rl.networks import MLP
-from rlhf_jax.rl.q_networks import applied
-from rlhf_jax.rl.rollout import RolloutConfig
-from rlhf_jax.rl.runs import whole
+from rlhf_jax.core.train_state import OptimizerConfig, init_learner, make_optimizer
+from rlhf_jax.rl.algorithms import bc, cql, dqn, gail, iql, ppo
+from rlhf_jax.rl.envs import environments, transitions
+from rlhf_jax.rl.envs.environments import Transition
+from rlhf_jax.rl.envs.evaluation import evaluate
+from rlhf_jax.rl.loops import offline
+from rlhf_jax.rl.loops.rollout import RolloutConfig
+from rlhf_jax.rl.loops.runs import whole
+from rlhf_jax.rl.networks.networks import MLP
+from rlhf_jax.rl.networks.q_networks import applied
+from rlhf_jax.stages import rl_offline
 
 CARTPOLE, CARTPOLE_PARAMS = environments.make("CartPole-v1")
 PENDULUM, PENDULUM_PARAMS = environments.make("Pendulum-v1")

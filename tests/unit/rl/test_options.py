@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.rl import feudal, mazes, options, tabular
-from rlhf_jax.rl.exploration import epsilon_greedy
-from rlhf_jax.rl.tabular_steps import Step
+from rlhf_jax.rl.algorithms import feudal, options
+from rlhf_jax.rl.envs import mazes
+from rlhf_jax.rl.loops.exploration import epsilon_greedy
+from rlhf_jax.rl.tabular import dynamic_programming
+from rlhf_jax.rl.tabular.steps import Step
 
 ROWS = ("#######", "#S.+..#", "#..#.G#", "#######")
 SLIP, GAMMA = 0.2, 0.9
@@ -18,7 +20,7 @@ FREE = mazes.free_cells(ROWS)
 HALLWAYS = options.hallway_options(ROWS, slip=SLIP, gamma=GAMMA)
 ACTIONS = options.primitive_options(PROCESS)
 BOTH = options.joined(HALLWAYS, ACTIONS)
-OPTIMUM = tabular.value_iteration(PROCESS, gamma=GAMMA)[0]
+OPTIMUM = dynamic_programming.value_iteration(PROCESS, gamma=GAMMA)[0]
 HYPER = options.Hyper(gamma=GAMMA, learning_rate=0.5)
 REGIONS = mazes.regions(ROWS)
 START, HALLWAY, GOAL = 8, 10, 19

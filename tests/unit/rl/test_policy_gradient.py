@@ -6,14 +6,17 @@ import numpy as np
 import optax
 import pytest
 
-from rlhf_jax.algorithms import group
+from rlhf_jax.algorithms import grpo as group
 from rlhf_jax.algorithms import ppo as shared
-from rlhf_jax.core.compilation import compiler_options
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.rl import a2c, environments, episodic, grpo, networks, ppo, reinforce, rollout, trpo
-from rlhf_jax.rl.evaluation import evaluate
-from rlhf_jax.rl.on_policy import NetworkConfig
-from rlhf_jax.rl.runs import advance
+from rlhf_jax.distributed.runtime import compiler_options
+from rlhf_jax.rl.algorithms import a2c, grpo, ppo, reinforce, trpo
+from rlhf_jax.rl.envs import environments
+from rlhf_jax.rl.envs.evaluation import evaluate
+from rlhf_jax.rl.loops import episodic, rollout
+from rlhf_jax.rl.loops.on_policy import NetworkConfig
+from rlhf_jax.rl.loops.runs import advance
+from rlhf_jax.rl.networks import networks
 
 KEY = jax.random.key(0)
 NETWORK = NetworkConfig(body=networks.MLP((8,)))

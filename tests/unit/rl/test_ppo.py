@@ -7,13 +7,15 @@ import pytest
 
 from rlhf_jax.algorithms import ppo as shared
 from rlhf_jax.checkpoint import CheckpointManager
-from rlhf_jax.core.compilation import compiler_options
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.rl import environments, networks, ppo, ppo_penalty
-from rlhf_jax.rl.evaluation import evaluate
-from rlhf_jax.rl.on_policy import NetworkConfig
-from rlhf_jax.rl.rollout import RolloutConfig
-from rlhf_jax.rl.runs import advance
+from rlhf_jax.distributed.runtime import compiler_options
+from rlhf_jax.rl.algorithms import ppo, ppo_penalty
+from rlhf_jax.rl.envs import environments
+from rlhf_jax.rl.envs.evaluation import evaluate
+from rlhf_jax.rl.loops.on_policy import NetworkConfig
+from rlhf_jax.rl.loops.rollout import RolloutConfig
+from rlhf_jax.rl.loops.runs import advance
+from rlhf_jax.rl.networks import networks
 
 SMALL = ppo.Config(
     total_steps=4 * 64,

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.rl import replay as replays
-from rlhf_jax.rl.environments import Transition
+from rlhf_jax.rl.envs.environments import Transition
+from rlhf_jax.rl.loops import replay as replays
 
 WEIGHTS = st.floats(0, 1e3, width=32, allow_subnormal=False)  # XLA's sums take subnormal numbers for 0
 

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.rl import environments, evaluation, networks, normalization, rollout
-from rlhf_jax.rl.environments import Transition
+from rlhf_jax.rl.envs import environments, evaluation, normalization
+from rlhf_jax.rl.envs.environments import Transition
+from rlhf_jax.rl.loops import rollout
+from rlhf_jax.rl.networks import networks
 
 KEY = jax.random.key(0)
 

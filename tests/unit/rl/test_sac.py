@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from rlhf_jax.core.optimization import OptimizerConfig, make_optimizer
-from rlhf_jax.rl import environments, sac
-from rlhf_jax.rl.continuous import Box, critic_fns
-from rlhf_jax.rl.networks import MLP, Torso
-from rlhf_jax.rl.off_policy import RunConfig
-from rlhf_jax.rl.q_networks import SquashedGaussianActor, applied
-from rlhf_jax.rl.replay import Batch
+from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
+from rlhf_jax.rl.algorithms import sac
+from rlhf_jax.rl.envs import environments
+from rlhf_jax.rl.loops.continuous import Box, critic_fns
+from rlhf_jax.rl.loops.off_policy import RunConfig
+from rlhf_jax.rl.loops.replay import Batch
+from rlhf_jax.rl.networks.networks import MLP, Torso
+from rlhf_jax.rl.networks.q_networks import SquashedGaussianActor, applied
 
 PENDULUM = environments.make("Pendulum-v1")
 BODY = MLP((16,), nn.relu)

@@ -7,28 +7,30 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.rl import exploration, tabular
-from rlhf_jax.rl import tabular_control as control
+from rlhf_jax.rl.loops import exploration
+from rlhf_jax.rl.tabular import control, dynamic_programming
 
-LAKE = tabular.frozen_lake()
+LAKE = dynamic_programming.frozen_lake()
 GAMMA = 0.95
 # Episodes that start anywhere visit everything often; the optimum is the same.
 ANYWHERE = dataclasses.replace(LAKE, start=jnp.where(LAKE.terminal, 0, 1 / 11))
-OPTIMUM = tabular.value_iteration(LAKE, gamma=GAMMA)[0]
+OPTIMUM = dynamic_programming.value_iteration(LAKE, gamma=GAMMA)[0]
 HYPER = control.Hyper(gamma=GAMMA)
 KEYS = jax.random.split(jax.random.key(0), 8)
 
 
 def greedy_values(action_values):
-    return tabular.policy_values(LAKE, tabular.greedy_policy(action_values), gamma=GAMMA)
+    return dynamic_programming.policy_values(
+        LAKE, dynamic_programming.greedy_policy(action_values), gamma=GAMMA
+    )
 
 
 def soft_values(hyper, epsilon: float):
     """Exact Q of the best epsilon-greedy policy: value iteration on the process that mixes actions."""
     mixed = epsilon / 4 * jnp.sum(LAKE.transitions, axis=1, keepdims=True)
     process = dataclasses.replace(LAKE, transitions=(1 - epsilon) * LAKE.transitions + mixed)
-    values, _ = tabular.value_iteration(process, gamma=GAMMA)
-    return tabular.action_values(LAKE, values, gamma=GAMMA)
+    values, _ = dynamic_programming.value_iteration(process, gamma=GAMMA)
+    return dynamic_programming.action_values(LAKE, values, gamma=GAMMA)
 
 
 @pytest.mark.parametrize("online", [True, pytest.param(False, marks=pytest.mark.slow)])
@@ -39,7 +41,7 @@ def test_q_learning_finds_the_optimum(online):
     state, _ = jax.jit(jax.vmap(control.make_train(config, ANYWHERE, control.q_learning_target), (0, None)))(
         KEYS, hyper
     )
-    exact = tabular.action_values(LAKE, OPTIMUM, gamma=GAMMA)
+    exact = dynamic_programming.action_values(LAKE, OPTIMUM, gamma=GAMMA)
     np.testing.assert_allclose(jnp.mean(state.action_values, axis=0), exact, atol=0.03)
     np.testing.assert_allclose(jax.vmap(greedy_values)(state.action_values)[:, 0], OPTIMUM[0], atol=0.02)
 
@@ -66,7 +68,7 @@ def test_history_counts_what_happened():
 
 def test_offline_control_waits_for_the_end_of_the_episode():
     config = control.Config(online=False, max_episode_steps=5)
-    certain = tabular.frozen_lake(("SFFFFFFFFG",), slippery=False)
+    certain = dynamic_programming.frozen_lake(("SFFFFFFFFG",), slippery=False)
     rewarded = dataclasses.replace(certain, rewards=jnp.ones_like(certain.rewards))
     step = jax.jit(control.make_step(config, rewarded, control.q_learning_target))
     state = control.init(rewarded, KEYS[0], HYPER)
@@ -82,7 +84,7 @@ def test_offline_control_waits_for_the_end_of_the_episode():
 
 def test_a_cut_episode_is_bootstrapped():
     """A certain lake with a reward at every step, cut after one: Q rises above the one reward."""
-    endless = tabular.DecisionProcess(
+    endless = dynamic_programming.DecisionProcess(
         jnp.ones((1, 1, 1)), jnp.ones((1, 1, 1)), jnp.ones(1), jnp.zeros(1, bool)
     )
     config = control.Config(steps=200, reports=1, max_episode_steps=1)
@@ -138,8 +140,8 @@ def test_log_learning_is_value_iteration_on_the_empirical_process():
     empirical = dataclasses.replace(
         LAKE, transitions=jnp.asarray(counts / counts.sum(-1, keepdims=True), jnp.float32)
     )
-    values, _ = tabular.value_iteration(empirical, gamma=GAMMA, tolerance=1e-7)
-    exact = tabular.action_values(empirical, values, gamma=GAMMA)
+    values, _ = dynamic_programming.value_iteration(empirical, gamma=GAMMA, tolerance=1e-7)
+    exact = dynamic_programming.action_values(empirical, values, gamma=GAMMA)
     log = control.Log(
         *(jnp.asarray(x) for x in (states, actions, rewards, following, LAKE.terminal[following]))
     )

@@ -7,19 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.rl import tabular, tabular_inverse
-from rlhf_jax.rl.tabular_prediction import sample_episodes
+from rlhf_jax.rl.tabular import dynamic_programming, inverse
+from rlhf_jax.rl.tabular.prediction import sample_episodes
 
-LAKE = tabular.frozen_lake(("SF", "FH", "FG"))
+LAKE = dynamic_programming.frozen_lake(("SF", "FH", "FG"))
 GAMMA = 0.9
 
 
 @pytest.fixture(scope="module")
 def demonstrators():
     """Arrivals of a soft-optimal policy of the lake, and that policy."""
-    q, _, _ = tabular_inverse.soft_value_iteration(LAKE, gamma=GAMMA, temperature=0.1)
+    q, _, _ = inverse.soft_value_iteration(LAKE, gamma=GAMMA, temperature=0.1)
     policy = jax.nn.softmax(q / 0.1)
-    return tabular_inverse.arrivals(LAKE, policy, gamma=GAMMA), policy
+    return inverse.arrivals(LAKE, policy, gamma=GAMMA), policy
 
 
 def test_the_gradient_is_that_of_finite_differences():
@@ -32,7 +32,7 @@ def test_the_gradient_is_that_of_finite_differences():
         demonstrated = jnp.asarray(rng.uniform(size=6))
         evaluate = jax.jit(
             functools.partial(
-                tabular_inverse.loss_and_gradient,
+                inverse.loss_and_gradient,
                 process,
                 features=features,
                 demonstrated=demonstrated,
@@ -48,29 +48,29 @@ def test_the_gradient_is_that_of_finite_differences():
 
 
 def test_soft_values_become_values_as_entropy_loses_worth():
-    values, _ = tabular.value_iteration(LAKE, gamma=GAMMA)
-    _, soft, _ = tabular_inverse.soft_value_iteration(LAKE, gamma=GAMMA, temperature=1e-3)
+    values, _ = dynamic_programming.value_iteration(LAKE, gamma=GAMMA)
+    _, soft, _ = inverse.soft_value_iteration(LAKE, gamma=GAMMA, temperature=1e-3)
     np.testing.assert_allclose(soft, values, atol=2e-2)
     assert soft[5] == 0
 
 
 def test_arrivals_are_those_of_sampled_episodes(demonstrators):
     expected, policy = demonstrators
-    chain = tabular.induced_chain(LAKE, policy)
+    chain = dynamic_programming.induced_chain(LAKE, policy)
     episodes = sample_episodes(chain, jax.random.key(0), episodes=2000, length=60)
-    found = tabular_inverse.demonstrated_arrivals(episodes, num_states=6, gamma=GAMMA)
+    found = inverse.demonstrated_arrivals(episodes, num_states=6, gamma=GAMMA)
     np.testing.assert_allclose(found, expected, atol=0.05)
 
 
 def test_the_reward_found_has_the_best_policy(demonstrators):
     demonstrated, _ = demonstrators
-    config = tabular_inverse.Config(updates=300, max_sweeps=200)
-    hyper = tabular_inverse.Hyper(gamma=GAMMA, learning_rate=0.05, temperature=0.1)
-    state, history = jax.jit(tabular_inverse.make_train(config, LAKE, demonstrated))(hyper)
+    config = inverse.Config(updates=300, max_sweeps=200)
+    hyper = inverse.Hyper(gamma=GAMMA, learning_rate=0.05, temperature=0.1)
+    state, history = jax.jit(inverse.make_train(config, LAKE, demonstrated))(hyper)
     assert history["counts_apart"][-1] < 0.02 < history["counts_apart"][0]
     assert jnp.argmax(state.params) == 5  # the goal
-    found = tabular_inverse.with_rewards(LAKE, state.params, jnp.eye(6))
-    actions, _, _ = tabular.policy_iteration(found, gamma=GAMMA)
-    best, _ = tabular.value_iteration(LAKE, gamma=GAMMA)
-    reached = tabular.policy_values(LAKE, jax.nn.one_hot(actions, 4), gamma=GAMMA)
+    found = inverse.with_rewards(LAKE, state.params, jnp.eye(6))
+    actions, _, _ = dynamic_programming.policy_iteration(found, gamma=GAMMA)
+    best, _ = dynamic_programming.value_iteration(LAKE, gamma=GAMMA)
+    reached = dynamic_programming.policy_values(LAKE, jax.nn.one_hot(actions, 4), gamma=GAMMA)
     np.testing.assert_allclose(reached[0], best[0], rtol=1e-4)

@@ -7,17 +7,17 @@ import pytest
 
 from rlhf_jax.core.masks import last_unmasked_index
 from rlhf_jax.kernels.returns import generalized_advantage_estimation
-from rlhf_jax.rl import tabular, tabular_prediction
-from rlhf_jax.rl.tabular_moments import advantage_moments, bias_and_variance
+from rlhf_jax.rl.tabular import dynamic_programming, prediction
+from rlhf_jax.rl.tabular.moments import advantage_moments, bias_and_variance
 
-WALK = tabular.random_walk(5, left_reward=-1.0)
-EXACT = tabular.chain_values(WALK, gamma=1.0)
+WALK = dynamic_programming.random_walk(5, left_reward=-1.0)
+EXACT = dynamic_programming.chain_values(WALK, gamma=1.0)
 ROUGH = jnp.where(WALK.terminal, 0, EXACT * 0.5 + jnp.sin(jnp.arange(7.0)) * 0.3)
 
 
 @pytest.mark.parametrize(("gamma", "gae_lambda"), [(1.0, 1.0), (0.9, 0.8), (1.0, 0.0), (0.95, 1.0)])
 def test_moments_are_those_of_sampled_estimates(gamma, gae_lambda):
-    episodes = tabular_prediction.sample_episodes(WALK, jax.random.key(0), episodes=40_000, length=80)
+    episodes = prediction.sample_episodes(WALK, jax.random.key(0), episodes=40_000, length=80)
     discounts = jnp.where(episodes.terminated, 0.0, gamma)
     rows = jnp.arange(len(discounts))
     last = episodes.next_states[rows, last_unmasked_index(episodes.mask)]

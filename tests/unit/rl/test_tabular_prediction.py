@@ -7,11 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.rl import tabular
-from rlhf_jax.rl import tabular_prediction as prediction
+from rlhf_jax.rl.tabular import dynamic_programming, prediction
 
-WALK = tabular.random_walk(5)
-EXACT = tabular.chain_values(WALK, gamma=1.0)
+WALK = dynamic_programming.random_walk(5)
+EXACT = dynamic_programming.chain_values(WALK, gamma=1.0)
 START = jnp.where(WALK.terminal, 0, 0.5)
 
 
@@ -153,9 +152,9 @@ def test_first_visit_monte_carlo_finds_the_exact_values():
 
 def test_lake_policy_is_predicted():
     """The uniform policy on the slippery lake, as the chain it induces."""
-    lake = tabular.frozen_lake()
-    chain = tabular.induced_chain(lake, jnp.full((16, 4), 0.25))
-    exact = tabular.chain_values(chain, gamma=1.0)
+    lake = dynamic_programming.frozen_lake()
+    chain = dynamic_programming.induced_chain(lake, jnp.full((16, 4), 0.25))
+    exact = dynamic_programming.chain_values(chain, gamma=1.0)
     episodes = prediction.sample_episodes(chain, jax.random.key(8), episodes=4000, length=100)
     rule = functools.partial(prediction.first_visit_monte_carlo, gamma=1.0)
     known, _ = jax.jit(lambda e: prediction.learn(rule, prediction.init_averages(16), e))(episodes)

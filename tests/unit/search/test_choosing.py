@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax import search
+from rlhf_jax.evaluation import pass_at_k
 
 ANSWERS = np.array([[3, 7, 7, 3, 9], [1, 2, 3, 4, 5], [5, 5, 5, 5, 5], [8, 1, 1, 8, 1]])
 CORRECT = np.array([[7], [2], [6], [8]]) == ANSWERS
@@ -67,9 +68,9 @@ def test_best_of_n_and_pass_at_k_against_all_subsets():
     rng = np.random.default_rng(1)
     scores = np.concatenate([SCORES, rng.integers(3, size=(20, 5))])
     correct, allowed = rng.random((24, 5)) < 0.5, rng.random((24, 5)) < 0.7
-    ours = np.asarray(search.best_of_n_accuracy(scores, correct, allowed))
-    unmasked = np.asarray(search.best_of_n_accuracy(scores, correct))
-    passes = np.asarray(search.pass_at_k(correct))
+    ours = np.asarray(pass_at_k.best_of_n_accuracy(scores, correct, allowed))
+    unmasked = np.asarray(pass_at_k.best_of_n_accuracy(scores, correct))
+    passes = np.asarray(pass_at_k.pass_at_k(correct))
     for row, size in itertools.product(range(24), range(1, 6)):
         found, plain, any_right = [], [], []
         for subset in map(list, subsets(5, size)):
@@ -85,7 +86,7 @@ def test_best_of_n_and_pass_at_k_against_all_subsets():
 def test_best_of_n_value_against_all_subsets():
     rng = np.random.default_rng(2)
     scores, gold = rng.normal(size=(2, 3, 6)).astype(np.float32)
-    ours, proxy = search.best_of_n_value(scores, gold), search.best_of_n_value(scores, scores)
+    ours, proxy = pass_at_k.best_of_n_value(scores, gold), pass_at_k.best_of_n_value(scores, scores)
     for row, size in itertools.product(range(3), range(1, 7)):
         best = [max(subset, key=lambda i: scores[row, i]) for subset in subsets(6, size)]
         assert ours[row, size - 1] == pytest.approx(gold[row, best].mean(), abs=1e-5)
@@ -95,7 +96,7 @@ def test_best_of_n_value_against_all_subsets():
 def test_best_of_n_kl_is_that_of_the_best_of_many_different_answers():
     """Against the exact divergence for M equally likely answers, which comes near the bound as M grows."""
     sizes = jnp.array([1, 2, 5, 16])
-    bound = np.asarray(search.best_of_n_kl(sizes))
+    bound = np.asarray(pass_at_k.best_of_n_kl(sizes))
     assert bound[0] == 0
     for total, room in ((8, 0.5), (4096, 0.005)):
         for size, most in zip(sizes.tolist(), bound, strict=True):
@@ -109,7 +110,7 @@ def test_best_of_n_kl_is_that_of_the_best_of_many_different_answers():
 def test_pass_at_k_is_the_formula(total):
     counts = [0, 1, total // 3, total - 1, total]
     correct = np.arange(total) < np.array(counts)[:, None]
-    passes = np.asarray(search.pass_at_k(correct))
+    passes = np.asarray(pass_at_k.pass_at_k(correct))
     for row, count in enumerate(counts):
         for k in (1, 2, total // 2, total):
             exact = 1 - math.comb(total - count, k) / math.comb(total, k)
@@ -121,7 +122,7 @@ def test_vote_accuracy_against_all_orders(weighted):
     weights = np.maximum(SCORES, 0.25) if weighted else np.ones_like(SCORES)
     given = {"weights": jnp.asarray(weights)} if weighted else {}
     ours = np.asarray(
-        search.vote_accuracy(ANSWERS, CORRECT, jax.random.key(0), mask=MASK, resamples=4000, **given)
+        pass_at_k.vote_accuracy(ANSWERS, CORRECT, jax.random.key(0), mask=MASK, resamples=4000, **given)
     )
     for row in range(4):
         exact = np.zeros(5)
@@ -140,9 +141,9 @@ def test_estimates_are_unbiased():
     for triple in itertools.product(range(3), repeat=3):
         exact += (naive_vote(triple, (1, 1, 1), (1, 1, 1)) == 0) * np.prod(probabilities[list(triple)])
     pools = np.random.default_rng(0).choice(3, size=(4000, 6), p=probabilities)
-    estimate = search.vote_accuracy(pools, pools == 0, jax.random.key(1), resamples=8)[:, 2]
+    estimate = pass_at_k.vote_accuracy(pools, pools == 0, jax.random.key(1), resamples=8)[:, 2]
     assert float(jnp.mean(estimate)) == pytest.approx(exact, abs=4 * 0.5 / math.sqrt(4000))
-    assert float(jnp.mean(search.pass_at_k(pools == 0)[:, 2])) == pytest.approx(1 - 0.55**3, abs=0.03)
+    assert float(jnp.mean(pass_at_k.pass_at_k(pools == 0)[:, 2])) == pytest.approx(1 - 0.55**3, abs=0.03)
 
 
 def test_scores_of_chains_and_steps():

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.data.chat import encode_conversation
 from rlhf_jax.data.tokenizers import byte_tokenizer
+from rlhf_jax.retrieval.bm25 import words
 from rlhf_jax.tool_use import (
     Call,
     CallError,
@@ -25,7 +26,6 @@ from rlhf_jax.tool_use import (
     retriever,
     worker_tool,
 )
-from rlhf_jax.tool_use.retrieval import words
 from rlhf_jax.tool_use.tools import write_number
 
 

@@ -1,0 +1,185 @@
+"""What jobs of several stages share: the stages of a seed in order, none run twice, and tables over seeds."""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.evaluation.statistics import Interval, mean_interval, wilson_interval
+from rlhf_jax.metrics import TableRow
+from rlhf_jax.stages import common
+from rlhf_jax.training.run_folder import write_json
+
+EVALUATIONS = 3
+"""Of every stage, on held-out data."""
+TEXTS = ("completions", "correct")
+"""Results that are no numbers."""
+
+Results = dict[str, dict[str, Any]]
+"""Stage -> what was measured of it."""
+
+
+class Job(Protocol):
+    """What the options of every such job have."""
+
+    @property
+    def out(self) -> Path:
+        """The folder of the job."""
+        ...
+
+    @property
+    def seeds(self) -> int:
+        """How many."""
+        ...
+
+    @property
+    def first_seed(self) -> int:
+        """The others follow it."""
+        ...
+
+    @property
+    def resume(self) -> bool:
+        """Whether to go on."""
+        ...
+
+    @property
+    def quiet(self) -> bool:
+        """Whether to show no progress."""
+        ...
+
+
+def check(job: Job, counts: Sequence[str]) -> None:
+    """Raises: UserError where a count is not positive, or the folder holds another run."""
+    for name in ("seeds", *counts):
+        if getattr(job, name) < 1:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} {getattr(job, name)} is not positive: give at least 1")
+    if (job.out / "config.json").exists() and not job.resume:
+        raise UserError(f"{job.out} already holds a run: add --resume, or choose another --out")
+
+
+def run_options(job: Job, folder: Path, seed: int, steps: int) -> common.RunOptions:
+    """How one of the stages runs."""
+    return common.RunOptions(
+        folder,
+        seed,
+        resume=job.resume,
+        steps=steps,
+        eval_every=math.ceil(steps / EVALUATIONS),
+        quiet=job.quiet,
+        report=False,
+    )
+
+
+def brief(options: Any) -> Any:
+    """A stage's options; one far shorter than the script's own gets a shorter warm-up."""
+    warmup = min(options.optimizer.warmup_steps, options.run.steps // 4)
+    return dataclasses.replace(options, optimizer=dataclasses.replace(options.optimizer, warmup_steps=warmup))
+
+
+def run_seed(
+    folder: Path, stages: Mapping[str, Callable[[], None]], measure: Callable[[str], dict[str, Any]]
+) -> Results:
+    """Runs and measures the stages of one seed in order; what was measured is not run again.
+
+    Args:
+      measure: name of a stage that was run -> its results.
+    """
+    results_file = folder / "results.json"
+    results = json.loads(results_file.read_text()) if results_file.exists() else {}
+    for name, run in stages.items():
+        if name in results:
+            continue
+        began = time.perf_counter()
+        run()
+        seconds = time.perf_counter() - began
+        results[name] = {"seconds": seconds, **measure(name)}
+        write_json(results_file, results)
+    return results
+
+
+def run_seeds(job: Job, run_one: Callable[[int], Results]) -> list[Results]:
+    """The results of every seed."""
+    results = []
+    for seed in range(job.first_seed, job.first_seed + job.seeds):
+        results.append(run_one(seed))
+        jax.clear_caches()  # or memory grows with every seed
+    return results
+
+
+def last_metric(folder: Path, name: str) -> float:
+    """The newest value of a metric of a stage."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return next(json.loads(line)[name] for line in reversed(lines) if f'"{name}"' in line)
+
+
+def summarise(results: Sequence[Results]) -> dict[str, dict[str, list[float]]]:
+    """Stage -> number -> one value a seed."""
+    return {
+        stage: {name: [seed[stage][name] for seed in results] for name in numbers if name not in TEXTS}
+        for stage, numbers in results[0].items()
+    }
+
+
+def share_interval(values: Sequence[float], trials: int) -> Interval:
+    """95 % interval of a share: over seeds, or with one seed over its trials."""
+    if len(values) == 1:
+        return wilson_interval(round(values[0] * trials), trials)
+    found = mean_interval(values)
+    return dataclasses.replace(found, low=max(found.low, 0.0), high=min(found.high, 1.0))
+
+
+def mean(values: Sequence[float]) -> float:
+    """Their mean."""
+    return sum(values) / len(values)
+
+
+def table_rows(
+    summary: Mapping[str, Mapping[str, Sequence[float]]],
+    policies: Sequence[str],
+    trials: int,
+    *,
+    shares: Mapping[str, str] = {},
+) -> list[TableRow]:
+    """A row for every policy, over seeds.
+
+    Args:
+      trials: held-out prompts of a seed.
+      shares: more numbers between 0 and 1, with the titles of their columns.
+    """
+    rows = []
+    for name in policies:
+        numbers = summary[name]
+        match = share_interval(numbers["exact_match"], trials)
+        rows.append(
+            TableRow(
+                name,
+                (match.mean, match.low, match.high),
+                *(mean(numbers[column]) for column in ("kl", "length", "seconds")),
+                shares={title: mean(numbers[share]) for share, title in shares.items()},
+            )
+        )
+    return rows
+
+
+def sample_cards(
+    prompts: Sequence[Mapping[str, Any]], results: Results, policies: Sequence[str]
+) -> list[dict[str, Any]]:
+    """What every policy of a seed says to the first held-out prompts, as `samples.json` has it."""
+    return [
+        {
+            "prompt": prompt["prompt"],
+            "answer": prompt["answer"],
+            "completions": {
+                name: {"text": results[name]["completions"][row], "correct": results[name]["correct"][row]}
+                for name in policies
+            },
+        }
+        for row, prompt in enumerate(prompts)
+    ]

@@ -1,0 +1,133 @@
+"""The page and the learning curves of the table of results, from what its rows left behind."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.evaluation.statistics import Interval, interquartile_mean, stratified_bootstrap_interval
+from rlhf_jax.metrics.pages import commands, when_and_with
+from rlhf_jax.metrics.progress import format_seconds
+from rlhf_jax.stages import rl_rows
+from rlhf_jax.stages.rl_rows import Row
+from rlhf_jax.sweep.plots import curve_with_band
+
+CURVES = "rl_curves.png"
+HEAD = """# Results in control
+
+Written by `experiments/studies/control/rl_table.py`; the settings of each row are in
+`rlhf_jax/stages/rl_rows.py`. Evaluation return: mean over {episodes} episodes of their own, actions
+deterministic, undiscounted; then the interquartile mean (IQM) over seeds with its 95 % bootstrap interval.
+Steps are environment steps of each seed. Times are those of all seeds of a row together, compilation and
+evaluation included; other work ran on the same cores, so CPU time says more.
+"""
+
+
+def iqm(summary: Mapping[str, Any], name: str = "evaluation_return") -> Interval:
+    """Interquartile mean over seeds with its bootstrap interval."""
+    return stratified_bootstrap_interval(np.asarray(summary[name])[:, None], statistic_fn=interquartile_mean)
+
+
+def verdict(row: Row, found: Interval) -> str:
+    """Whether the number to beat was reached: by the interval's ends, or else by the mean."""
+    if row.to_beat is None:
+        return ""
+    if found.low >= row.to_beat:
+        return "yes"
+    if found.mean >= row.to_beat:
+        return "yes, within the interval"
+    return "within the interval" if found.high >= row.to_beat else "no"
+
+
+def table_line(row: Row, summary: Mapping[str, Any] | None) -> str:
+    """One line of the Markdown table."""
+    what = f"{row.algo} ({row.variant})" if row.variant else row.algo
+    to_beat = "-" if row.to_beat is None else f"{row.to_beat:g}" + (f" ({row.source})" if row.source else "")
+    if summary is None:
+        return f"| {row.env} | {what} | {row.steps:,} | - | not run | - | {to_beat} | | | |"
+    steps, seeds = summary["steps"], summary["seeds"]
+    of = f"{steps:,}" if steps == row.steps else f"{steps:,} of {row.steps:,}"
+    found, sampled = iqm(summary), iqm(summary, "evaluation_return_sampled")
+    least = min(summary["evaluation_return"])
+    cpu, wall = (
+        "-" if summary[name] is None else format_seconds(summary[name]) for name in ("cpu_seconds", "seconds")
+    )
+    numbers = f"{found:.1f} | {least:.1f} | {to_beat} | {verdict(row, found)} | {sampled.mean:.1f}"
+    return f"| {row.env} | {what} | {of} | {seeds} | {numbers} | {cpu} / {wall} |"
+
+
+def page_text(done: Mapping[str, Mapping[str, Any]]) -> str:
+    """The page."""
+    episodes = sorted({summary["eval_episodes"] for summary in done.values()})
+    lines = [
+        HEAD.format(episodes=" or ".join(map(str, episodes))),
+        "| environment | algorithm | steps | seeds | IQM and 95 % interval | least seed | to beat | reached "
+        "| IQM, sampled actions | CPU / wall time |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        *(table_line(row, done.get(row.name)) for row in rl_rows.ROWS),
+    ]
+    notes = [f"- {row.name}: {row.note}" for row in rl_rows.ROWS if row.note]
+    if notes:
+        lines += ["", "## Notes", "", *notes]
+    if done:
+        lines += ["", "## Made", "", f"{when_and_with(done.values())}.", "", commands(done.values())]
+        lines += ["", f"![learning curves]({CURVES})"]
+        lines += ["", "Return of the episodes of training: IQM over seeds and its 95 % bootstrap interval."]
+    return "\n".join(lines) + "\n"
+
+
+def read_curve(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(steps [U], mean return of the episodes of training [S, U]) of a row; NaN where none finished."""
+    import pyarrow.parquet as pq
+
+    names = ("seed", "steps", "episodes", "episode_return_sum")
+    table = pq.read_table(folder / "results.parquet", columns=list(names))
+    seeds = int(np.max(table["seed"])) + 1
+    steps, episodes, sums = (np.asarray(table[name]).reshape(seeds, -1) for name in names[1:])
+    parts = np.array_split(np.arange(steps.shape[1]), min(steps.shape[1], 50))
+    count, total = (np.stack([x[:, part].sum(axis=1) for part in parts], axis=1) for x in (episodes, sums))
+    returns = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    return np.array([steps[:, part[-1]].mean() for part in parts]), returns
+
+
+def draw(path: Path, out: Path, names: list[str]) -> None:
+    """Learning curves, an environment a panel."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in rl_rows.ROWS if row.name in names]
+    panels = list(dict.fromkeys(row.env for row in rows))
+    columns = min(len(panels), 3)
+    height = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.2 * columns, 2.8 * height), layout="constrained")
+    grid = figure.subplots(height, columns, squeeze=False).reshape(-1)
+    for axes, env in zip(grid, panels, strict=False):
+        for row in rows:
+            if row.env == env:
+                steps, returns = read_curve(out / row.name)
+                middle, low, high = curve_with_band(returns)
+                (line,) = axes.plot(steps, middle, label=f"{row.algo} {row.variant}".strip(), linewidth=1)
+                axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+        axes.set_title(env, fontsize=9)
+        axes.set_xlabel("environment steps", fontsize=8)
+        axes.tick_params(labelsize=7)
+        axes.legend(fontsize=7, frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    figure.savefig(path, dpi=110)
+
+
+def write(path: Path, out: Path, done: Mapping[str, Mapping[str, Any]]) -> None:
+    """Writes the page, and the curves beside it.
+
+    Raises:
+      UserError: the disk is full or read-only.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(page_text(done), encoding="utf-8")
+        draw(path.with_name(CURVES), out, list(done))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}): free or unlock the disk") from error

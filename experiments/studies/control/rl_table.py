@@ -1,0 +1,189 @@
+"""The table of results in control: every row of `rl_rows.py`, one after the other, as one page with curves.
+
+    python experiments/studies/control/rl_table.py --out runs/rl_table  # everything: days on a CPU
+    python experiments/studies/control/rl_table.py --out runs/rl_table --rows 'CartPole-v1/*' --seeds 4
+    python experiments/studies/control/rl_table.py --out runs/rl_table --list
+
+A row that is done is not run again; where more seeds are asked for, those are added. One that was stopped
+goes on after its last chunk of seeds. Each row leaves `summary.json`, every seed apart, and
+`results.parquet`, every seed and update apart; `RL_RESULTS.md` and `rl_curves.png` show what there is so far.
+"""
+
+import dataclasses
+import fnmatch
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import rl_page
+
+from rlhf_jax.cli import command_line
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.types import Metrics
+from rlhf_jax.metrics.pages import PLAN, SUMMARY, held_summary, made
+from rlhf_jax.metrics.progress import final_table
+from rlhf_jax.rl.envs import environments
+from rlhf_jax.rl.envs.evaluation import evaluate
+from rlhf_jax.rl.loops.runs import Train, whole
+from rlhf_jax.stages import common, rl_agents, rl_rows
+from rlhf_jax.stages.rl_rows import Row
+from rlhf_jax.sweep import product, sweep
+from rlhf_jax.training.run_folder import describe_run, write_json
+
+TIMES = ("seconds", "cpu_seconds")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of the table.
+
+    Attributes:
+      out: folder of the rows, of the page and of the curves.
+      rows: patterns of names, such as 'CartPole-v1/*'; none for all.
+      seeds: of each row, unless the row has fewer.
+      steps: environment steps of each seed, for a quick look; 0 for each row's own.
+      eval_episodes: of each seed, for each of two evaluations, deterministic and sampled.
+      list: print the rows and what is done of them, and run nothing.
+      page: where the page goes, with the curves beside it; None for the folder of the rows.
+      quiet: show no progress.
+    """
+
+    out: Path | None = None
+    rows: tuple[str, ...] = ()
+    seeds: int = 16
+    steps: int = 0
+    eval_episodes: int = 32
+    list: bool = False
+    page: Path | None = None
+    quiet: bool = False
+
+
+def chosen(patterns: tuple[str, ...]) -> list[Row]:
+    """The rows whose names match.
+
+    Raises:
+      UserError: a pattern matches none.
+    """
+    for pattern in patterns:
+        if not any(fnmatch.fnmatch(row.name, pattern) for row in rl_rows.ROWS):
+            names = ", ".join(row.name for row in rl_rows.ROWS)
+            raise UserError(f"--rows {pattern!r} matches no row: choose among {names}")
+    return [
+        row for row in rl_rows.ROWS if not patterns or any(fnmatch.fnmatch(row.name, p) for p in patterns)
+    ]
+
+
+def make_train(row: Row, steps: int, eval_episodes: int) -> tuple[Train, Any]:
+    """(train, hyper) of a row; a history ends with the returns of its own evaluation episodes."""
+    env, env_params = environments.make(row.env)
+    agent = rl_agents.make_agent(row.algo, env, steps, row.settings)
+    course = agent.run(env, env_params)
+
+    def train(key: jax.Array, hyper: Any) -> tuple[Any, Metrics]:
+        run_key, *keys = jax.random.split(key, 3)
+        state, history = whole(course)(run_key, hyper)
+        for name, test_key in zip(("evaluation_return", "evaluation_return_sampled"), keys, strict=True):
+            returns, _ = evaluate(
+                course,
+                state,
+                env,
+                env_params,
+                test_key,
+                episodes=eval_episodes,
+                deterministic=name == "evaluation_return",
+            )
+            history = {**history, name: returns.mean()}
+        return state, history
+
+    return train, agent.hyper
+
+
+def plan(row: Row, options: Options) -> dict[str, Any]:
+    """What decides a row's numbers, as JSON."""
+    return {
+        "env": row.env,
+        "algo": row.algo,
+        "variant": row.variant,
+        "settings": list(row.settings),
+        "steps": options.steps or row.done_steps or row.steps,
+        "seeds": min(options.seeds, row.seeds or options.seeds),
+        "eval_episodes": options.eval_episodes,
+    }
+
+
+def seconds_before(folder: Path, held: dict[str, Any] | None) -> dict[str, float | None]:
+    """What the seeds of a row have taken so far; None after a stop, of which nothing is known."""
+    if not (folder / "chunks").exists():
+        return dict.fromkeys(TIMES, 0.0)
+    begun = json.loads((folder / PLAN).read_text(encoding="utf-8"))["seeds"]
+    return held if held is not None and held["seeds"] == begun else dict.fromkeys(TIMES, None)
+
+
+def run_row(row: Row, options: Options, folder: Path) -> None:
+    """Runs what is missing of a row, and leaves its summary."""
+    planned = plan(row, options)
+    held = held_summary(folder, planned, growing="seeds")
+    if held is not None and held["seeds"] == planned["seeds"]:
+        return
+    before = seconds_before(folder, held)
+    write_json(folder / PLAN, planned)
+    describe_run(folder, common.to_json(options), stage="rl_table", row=row.name)
+    train, hyper = make_train(row, planned["steps"], options.eval_episodes)
+    keys = jax.vmap(jax.random.key)(np.arange(planned["seeds"], dtype=np.uint32))
+    began = time.perf_counter(), time.process_time()
+    results = sweep(
+        train, keys, product(hyper), chunk_size=row.chunk or None, folder=folder, quiet=options.quiet
+    )
+    spent = time.perf_counter() - began[0], time.process_time() - began[1]
+    times = {
+        name: None if known is None else known + seconds
+        for name, seconds, known in zip(TIMES, spent, map(before.get, TIMES), strict=True)
+    }
+    scores = {name: results.scores(name)[0].tolist() for name in results.metrics if "evaluation" in name}
+    taken = int(results.scores("steps").mean())
+    write_json(folder / SUMMARY, {**planned, "steps_taken": taken, **times, **scores, **made(folder)})
+    jax.clear_caches()  # or memory grows with every row
+
+
+def summaries(out: Path, rows: list[Row]) -> dict[str, dict[str, Any]]:
+    """Of the rows that are done, by name."""
+    paths = {row.name: out / row.name / SUMMARY for row in rows}
+    return {
+        name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()
+    }
+
+
+def show(out: Path, rows: list[Row]) -> None:
+    """The rows on standard output."""
+    done = summaries(out, rows)
+    lines = []
+    for row in rows:
+        found = rl_page.iqm(done[row.name]) if row.name in done else None
+        lines.append((row.name, f"{row.steps:,}", row.to_beat, f"{found:.4g}" if found else "-"))
+    final_table("Evaluation return", ("row", "steps", "to beat", "IQM"), lines)
+
+
+def run(options: Options) -> None:
+    """All rows asked for, then the page."""
+    if options.out is None:
+        raise UserError("--out is missing: name the folder of the rows")
+    for name in ("seeds", "eval_episodes"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least 1")
+    rows = chosen(options.rows)
+    if not options.list:
+        for number, row in enumerate(rows, 1):
+            if not options.quiet:
+                print(f"[{number}/{len(rows)}] {row.name}", flush=True)
+            run_row(row, options, options.out / row.name)
+            page = options.page or options.out / "RL_RESULTS.md"
+            rl_page.write(page, options.out, summaries(options.out, list(rl_rows.ROWS)))
+        print(f"Page: {options.page or options.out / 'RL_RESULTS.md'}")
+    show(options.out, rows)
+
+
+if __name__ == "__main__":
+    command_line.run_command(run, Options, __doc__, side_by_side=True)

@@ -1,0 +1,394 @@
+"""The page of the study of overoptimisation, and its pictures, from what the stages left in a folder."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.evaluation import pass_at_k
+from rlhf_jax.evaluation.overoptimization import (
+    BEST_OF_N,
+    REINFORCEMENT_LEARNING,
+    Form,
+    SeedFit,
+    fit,
+    fit_seeds,
+)
+from rlhf_jax.evaluation.statistics import Interval, mean_interval
+from rlhf_jax.metrics.pages import commands, kept_remarks, when_and_with
+
+# What is made of the members of an ensemble; `single` is the first of them alone.
+RULES = ("single", "mean", "worst", "uncertainty")
+PICTURES = ("reward_models", "best_of_n", "ppo", "dpo", "ensembles")
+
+HEAD = """# Overoptimisation of learned rewards
+
+Written by `experiments/studies/overoptimization/overoptimization.py`. On the style task the gold reward of an
+answer is known in closed form (`rlhf_jax/tasks/style.py`). Reward models learn from pairs of
+answers of the start, judged by people who prefer by gold reward with noise; answers are chosen
+(best-of-n) and policies trained (PPO) against them, and DPO learns from the same pairs.
+All is on held-out prompts.
+
+Rewards are gains over the start in standard deviations of the start's answers: gold reward by its own
+deviation, a proxy by its own, so that a proxy that ranks and measures like gold would run on the gold line.
+KL is that to the start in nats an answer: of best-of-n by the bound log n - (n - 1)/n, of policies exactly
+at every sampled token. Fitted to the gold reward of all points are the forms of Gao et al. 2022, with d =
+sqrt(KL):
+
+    best-of-n        R(d) = d (alpha - beta d)
+    PPO and DPO      R(d) = d (alpha - beta log d)
+
+Intervals are of 95 % over seeds: Student's t, for peaks a bootstrap of whole seeds; `inf` where the form
+never bends down. Bands in the pictures are the same intervals.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """Gold and proxy reward along the distance to the start, [seeds, points]."""
+
+    label: str
+    distance: np.ndarray
+    gold: np.ndarray
+    proxy: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """What a folder holds.
+
+    Attributes:
+      rewards: held-out accuracy by size, [seeds, amounts of data].
+      curves: by method and reward model ("ppo/16"): a curve for each amount of data, or rule.
+      lengths: tokens of the last policies' answers, by the same names, [settings, seeds].
+    """
+
+    plan: dict[str, Any]
+    rewards: dict[str, np.ndarray]
+    curves: dict[str, list[Curve]]
+    lengths: dict[str, np.ndarray]
+    about: dict[str, Any]
+
+
+def read(folder: Path) -> Study:
+    """The study of a folder; stages that are not done are missing."""
+    plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    names = [*map(str, plan["sizes"]), "ensemble"]
+    amounts = [f"{count:,} pairs" for count in plan["pairs"]]
+    labels = {name: RULES if name == "ensemble" else amounts for name in names}
+    rewards, curves, deviation = {}, {}, np.ones((plan["seeds"], 1))
+    for name in names:
+        paths = [folder / "rewards" / f"{name}-{number}.npz" for number in range(len(labels[name]))]
+        held = [_arrays(path)["1/gold_accuracy"] for path in paths if path.exists()]
+        if name != "ensemble" and len(held) == len(amounts):
+            rewards[name] = np.stack(held, axis=1)
+        pool = _arrays(folder / "best_of_n" / f"{name}.npz")
+        if pool:
+            deviation = pool["deviation"][:, None]
+            curves[f"best_of_n/{name}"] = [
+                _best_of_n(label, pool["gold"][:, i] / deviation, pool["proxy"][:, i])
+                for i, label in enumerate(labels[name])
+            ]
+    lengths = {}
+    for name in [*(f"ppo/{name}" for name in names), "dpo"]:
+        path = folder / name / "results.parquet"
+        if path.exists():
+            table = _table(path)
+            lengths[name] = table["length"][..., -1]
+            curves[name] = [
+                Curve(
+                    label,
+                    np.sqrt(np.maximum(table["kl"][i], 0)),  # at the start, rounding may leave it below 0
+                    _gains(table["gold"][i]) / deviation,
+                    _gains(table["proxy"][i]),
+                )
+                for i, label in enumerate(labels.get(name.removeprefix("ppo/"), amounts))
+            ]
+    return Study(plan, rewards, curves, lengths, about)
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    if not path.exists():
+        return {}
+    with np.load(path) as held:
+        return dict(held)
+
+
+def _best_of_n(label: str, gold: np.ndarray, proxy: np.ndarray) -> Curve:
+    """Some of the n, [seeds, n] each."""
+    sizes = np.unique(np.geomspace(1, gold.shape[1], 25).round().astype(int))
+    distance = np.sqrt(np.asarray(pass_at_k.best_of_n_kl(jnp.asarray(sizes))))
+    everywhere = np.broadcast_to(distance, (len(gold), len(sizes)))
+    return Curve(label, everywhere, _gains(gold[:, sizes - 1]), _gains(proxy[:, sizes - 1]))
+
+
+def _gains(values: np.ndarray) -> np.ndarray:
+    return values - values[:, :1]
+
+
+def _table(path: Path) -> dict[str, np.ndarray]:
+    """Columns of a sweep as [settings, seeds, updates]."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path)
+    shape = [int(np.max(table[name])) + 1 for name in ("setting", "seed")]
+    return {name: np.asarray(table[name]).reshape(*shape, -1) for name in ("gold", "proxy", "kl", "length")}
+
+
+def form_of(name: str) -> Form:
+    """The form that is fitted to a curve."""
+    return BEST_OF_N if name.startswith("best_of_n") else REINFORCEMENT_LEARNING
+
+
+def fits(study: Study) -> dict[tuple[str, str], SeedFit]:
+    """Fits of all curves."""
+    return {
+        (name, curve.label): fit_seeds(form_of(name), curve.distance, curve.gold)
+        for name, curves in study.curves.items()
+        for curve in curves
+    }
+
+
+# Text --------------------------------------------------------------------------------------------------
+
+
+def page_text(study: Study, remarks: str) -> str:
+    """The page."""
+    return (
+        "\n\n".join(
+            [
+                HEAD.strip(),
+                remarks.strip(),
+                *_reward_models(study),
+                *_fitted(study),
+                *_ensembles(study),
+                *_made(study),
+            ]
+        )
+        + "\n"
+    )
+
+
+def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _percent(values: Any) -> str:
+    return f"{mean_interval(100 * np.asarray(values)):.1f}"
+
+
+def _reward_models(study: Study) -> list[str]:
+    amounts = study.plan["pairs"]
+    rows = []
+    for size in map(str, study.plan["sizes"]):
+        if size not in study.rewards:
+            continue
+        accuracy = study.rewards[size]
+        rows.append([size, *(_percent(accuracy[:, i]) for i in range(len(amounts)))])
+    head = ["width", *(f"{count:,} pairs" for count in amounts)]
+    return [
+        "## Reward models",
+        "Held-out pairs whose better answer, by gold reward, gets the higher score, in percent.",
+        _rows(head, rows),
+        "![accuracy of reward models](reward_models.png)",
+    ]
+
+
+def _shown(interval: Interval, spec: str = ".2f") -> str:
+    return f"{interval:{spec}}"
+
+
+def _fitted(study: Study) -> list[str]:
+    found, rows = fits(study), []
+    for name, curves in study.curves.items():
+        for number, curve in enumerate(curves):
+            fitted = found[name, curve.label]
+            highest = np.argmax(curve.gold.mean(axis=0))
+            rows.append(
+                [
+                    name.replace("/", ", "),
+                    curve.label,
+                    _shown(fitted.alpha),
+                    _shown(fitted.beta),
+                    _shown(fitted.peak_kl, ".2g"),
+                    f"{(curve.distance.mean(axis=0)[highest]) ** 2:.2g}",
+                    f"{(curve.distance[:, -1] ** 2).mean():.2g}",
+                    _shown(mean_interval(curve.gold[:, highest])),
+                    _shown(mean_interval(curve.gold[:, -1])),
+                    _shown(mean_interval(curve.proxy[:, -1])),
+                    f"{fitted.residual:.2f}",
+                    _shown(mean_interval(study.lengths[name][number]), ".1f")
+                    if name in study.lengths
+                    else "-",
+                ]
+            )
+    head = [
+        "method, width of reward model",
+        "preferences or rule",
+        "alpha",
+        "beta",
+        "KL at the fitted peak",
+        "KL where gold was highest",
+        "KL at the end",
+        "gold, highest",
+        "gold, end",
+        "proxy, end",
+        "residual",
+        "tokens, end",
+    ]
+    pictures = [
+        f"![{name.replace('_', ' ')}](overoptimisation_{name}.png)"
+        for name in ("best_of_n", "ppo", "dpo")
+        if any(curve.startswith(name) for curve in study.curves)
+    ]
+    return [
+        "## Gold and proxy reward against the distance",
+        "A fitted peak beyond the KL at the end is an extrapolation. The proxy of DPO, which it does not "
+        "see, is the reward model of the largest width from as many pairs.",
+        _rows(head, rows),
+        *pictures,
+    ]
+
+
+def _ensembles(study: Study) -> list[str]:
+    if not any(name.endswith("/ensemble") for name in study.curves):
+        return []
+    plan = study.plan
+    return [
+        "## Ensembles against one model",
+        f"{plan['members']} reward models of width {plan['sizes'][-1]} from the same "
+        f"{plan['pairs'][len(plan['pairs']) // 2]:,} pairs, with other initial heads and other orders of the "
+        "data: one of them, their mean, the worst of their scores, and the mean minus "
+        f"{plan['uncertainty_coef']:g} times their variance.",
+        "![ensembles](ensembles.png)",
+    ]
+
+
+def _made(study: Study) -> list[str]:
+    settings = ", ".join(f"`{name}` {value}" for name, value in study.plan.items())
+    return [
+        "## Made",
+        f"{when_and_with([study.about])}. Settings: {settings}. Policies and reward models have "
+        "two layers and four heads; the optimizer is AdamW with the linear schedule of "
+        "`experiments/studies/post_training/post_training.py`, PPO makes one pass over each batch of 64 "
+        "answers, and what is not named has its default.",
+        commands([study.about]),
+    ]
+
+
+# Pictures ----------------------------------------------------------------------------------------------
+
+
+def _panels(count: int) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.5 * count + 0.4, 3.1), layout="constrained")
+    grid = figure.subplots(1, count, squeeze=False, sharey=True).reshape(-1)
+    for axes in grid:
+        axes.tick_params(labelsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.axhline(0, color="0.85", linewidth=0.8, zorder=0)
+    return figure, grid
+
+
+def _band(axes: Any, x: np.ndarray, runs: np.ndarray, **style: Any) -> None:
+    """Mean over seeds, [seeds, points], with its interval."""
+    found = [mean_interval(column) for column in runs.T]
+    axes.plot(x, [i.mean for i in found], **style)
+    style = {"color": style["color"], "alpha": 0.13, "linewidth": 0}
+    axes.fill_between(x, [i.low for i in found], [i.high for i in found], **style)
+
+
+def draw_curves(path: Path, panels: Sequence[tuple[str, Form, list[Curve]]]) -> None:
+    """Gold (solid) with its fit (dotted), and proxy (dashed), against sqrt(KL)."""
+    figure, grid = _panels(len(panels))
+    for axes, (title, form, curves) in zip(grid, panels, strict=True):
+        for number, curve in enumerate(curves):
+            colour, middle = f"C{number}", curve.distance.mean(axis=0)
+            order = np.argsort(middle)
+            _band(axes, middle[order], curve.gold[:, order], color=colour, label=curve.label, linewidth=1.6)
+            axes.plot(
+                middle[order], curve.proxy.mean(axis=0)[order], color=colour, linestyle="--", linewidth=1
+            )
+            fine = np.linspace(0, middle.max(), 100)
+            fitted = form(fine, *fit(form, curve.distance, curve.gold))
+            axes.plot(fine, fitted, color=colour, linestyle=":", linewidth=1)
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("sqrt(KL to the start)", fontsize=8)
+    grid[0].set_ylabel("gain, deviations: gold -, fit ..., proxy --", fontsize=8)
+    grid[-1].legend(fontsize=7, frameon=False)
+    figure.savefig(path, dpi=100)
+
+
+def draw_reward_models(path: Path, study: Study) -> None:
+    """Accuracy against the amount of data, a line a size."""
+    figure, (axes,) = _panels(1)
+    for number, size in enumerate(map(str, study.plan["sizes"])):
+        if size not in study.rewards:
+            continue
+        accuracy = 100 * study.rewards[size]
+        _band(
+            axes,
+            np.asarray(study.plan["pairs"]),
+            accuracy,
+            color=f"C{number}",
+            label=f"width {size}",
+            marker="o",
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(bottom=45)
+    axes.set_xlabel("preferences", fontsize=8)
+    axes.set_ylabel("held-out pairs ranked as by gold, %", fontsize=8)
+    axes.legend(fontsize=7, frameon=False)
+    figure.savefig(path, dpi=100)
+
+
+def draw(folder: Path, study: Study) -> None:
+    """All pictures, beside the page."""
+
+    def path(name: str) -> Path:
+        return folder / f"{name}.png"
+
+    draw_reward_models(path("reward_models"), study)
+    sizes = [str(size) for size in study.plan["sizes"]]
+    for method in ("best_of_n", "ppo"):
+        names = [size for size in sizes if f"{method}/{size}" in study.curves]
+        if names:
+            panels = [
+                (f"reward model of width {s}", form_of(method), study.curves[f"{method}/{s}"]) for s in names
+            ]
+            draw_curves(path(method), panels)
+    if "dpo" in study.curves:
+        draw_curves(path("dpo"), [("DPO on the pairs", form_of("dpo"), study.curves["dpo"])])
+    panels = [
+        (title, form_of(method), study.curves[f"{method}/ensemble"])
+        for method, title in (("best_of_n", "best-of-n"), ("ppo", "PPO"))
+        if f"{method}/ensemble" in study.curves
+    ]
+    if panels:
+        draw_curves(path("ensembles"), panels)
+
+
+def write(page: Path, folder: Path, remarks: str = "") -> None:
+    """Writes the page of the study in `folder`, and the pictures beside it.
+
+    Args:
+      remarks: what the numbers show, in words; kept from the page that is there where it is empty.
+
+    Raises:
+      UserError: the disk is full or read-only.
+    """
+    study = read(folder)
+    try:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(page_text(study, remarks or kept_remarks(page)), encoding="utf-8")
+        draw(page.parent, study)
+    except OSError as error:
+        raise UserError(f"{page}: cannot be written ({error.strerror}): free or unlock the disk") from error

@@ -1,0 +1,296 @@
+"""The table: every post-training algorithm, same tasks, same budget, seeds and intervals.
+
+    # everything: hours on two cores
+    python experiments/studies/post_training/post_training.py --out runs/table
+    python experiments/studies/post_training/post_training.py --out runs/table --tasks style --algorithms dpo
+    grpo
+    python experiments/studies/post_training/post_training.py --out runs/table --list
+
+All algorithms start from the same policy of a seed and sample as many answers. Each takes the best of three
+learning rates on seeds of the search's own, which goes on as long as the best is the least or the greatest of
+those tried. A cell that is done is not run again, and one that was stopped goes on after its last chunk; each
+leaves `summary.json`, every seed apart, and `results.parquet`.
+"""
+
+import dataclasses
+import fnmatch
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import post_training_page
+import post_training_rows
+from post_training_rows import Algorithm, TaskRow
+
+from rlhf_jax import models
+from rlhf_jax.algorithms import sft
+from rlhf_jax.cli import command_line
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.train_state import OptimizerConfig
+from rlhf_jax.core.trees import map_named, named_leaves
+from rlhf_jax.distributed.runtime import compiler_options
+from rlhf_jax.jitted.methods import supervised_method
+from rlhf_jax.jitted.train import Start, World, make_train
+from rlhf_jax.metrics.pages import PLAN, SUMMARY, held_summary, made
+from rlhf_jax.metrics.progress import final_table
+from rlhf_jax.stages import common
+from rlhf_jax.sweep import Results, product, sweep
+from rlhf_jax.training.run_folder import describe_run, write_json
+
+SEARCH_SEEDS_FROM = 1_000
+RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+FIRST_RATES = RATES[3:6]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of the table.
+
+    Attributes:
+      out: folder of the cells, of the page and of its pictures.
+      tasks: patterns of names; none for all.
+      algorithms: patterns of names, such as 'grpo*'; none for all.
+      seeds: of each cell.
+      search_seeds: of each learning rate in the search, apart from those of the cell; 0 for no search and
+        1e-3.
+      steps: of an algorithm that samples 64 answers a step, for a quick look; 0 for each task's own.
+      base_steps: supervised steps before, for a quick look; 0 for each task's own.
+      width: of the model, for a quick look; 0 for each task's own.
+      layers: of the model, for a quick look; 0 for each task's own.
+      chunk: runs at once, in one program.
+      page: where the page goes, with its pictures beside it; None for the folder of the cells.
+      list: print the cells and what is done of them, and run nothing.
+      quiet: show no progress.
+    """
+
+    out: Path | None = None
+    tasks: tuple[str, ...] = ()
+    algorithms: tuple[str, ...] = ()
+    seeds: int = 16
+    search_seeds: int = 2
+    steps: int = 0
+    base_steps: int = 0
+    width: int = 0
+    layers: int = 0
+    chunk: int = 4
+    page: Path | None = None
+    list: bool = False
+    quiet: bool = False
+
+
+def chosen(name: str, patterns: tuple[str, ...], rows: Sequence[Any]) -> list[Any]:
+    """The rows whose names match.
+
+    Raises:
+      UserError: a pattern matches none.
+    """
+    for pattern in patterns:
+        if not any(fnmatch.fnmatch(row.name, pattern) for row in rows):
+            names = ", ".join(row.name for row in rows)
+            raise UserError(f"--{name} {pattern!r} matches nothing: choose among {names}")
+    return [row for row in rows if not patterns or any(fnmatch.fnmatch(row.name, p) for p in patterns)]
+
+
+# Policies to start from ------------------------------------------------------------------------------
+
+
+def make_world(row: TaskRow, options: Options) -> World:
+    """The task of a row with its model."""
+    task = row.make()
+    config = models.dense_config(
+        vocab_size=task.tokenizer.vocab_size,
+        width=options.width or row.width,
+        num_layers=options.layers or row.layers,
+        num_heads=4,
+        num_kv_heads=4,
+        tied_embeddings=True,
+    )
+    return World(task, config, prompts=64 // post_training_rows.GROUP, samples=post_training_rows.GROUP)
+
+
+def schedule(steps: int) -> OptimizerConfig:
+    """The optimizer of a run, the same for all algorithms."""
+    return OptimizerConfig(
+        "linear", warmup_steps=max(steps // 20, 1), total_steps=steps, b2=0.99, epsilon=1e-4
+    )
+
+
+def make_starts(row: TaskRow, world: World, options: Options, seeds: np.ndarray) -> Start:
+    """Each seed's policy after supervised training, [seeds]; kept in the folder of the task."""
+    steps = options.base_steps or row.base_steps
+    keys = jax.vmap(jax.random.key)(seeds.astype(np.uint32))
+    shapes = jax.eval_shape(lambda key: models.init_params(world.model, key), keys[0])
+    path = Path(str(options.out)) / row.name / f"base-{seeds[0]}-{len(seeds)}-{steps}.npz"
+    if path.exists():
+        with np.load(path) as held:
+            return Start(keys, map_named(lambda name, _: jnp.asarray(held[name]), shapes))
+    method = supervised_method(world, sft.Config(), schedule(steps))
+    train = make_train(world, method, steps=steps)
+
+    def begin(key: jax.Array) -> Any:
+        start = Start(key, models.init_params(world.model, jax.random.fold_in(key, 1)))
+        agent, history = train(start, sft.Hyper(learning_rate=row.base_learning_rate))
+        return agent.learner.params, history
+
+    params, history = jax.jit(jax.vmap(begin), compiler_options=compiler_options())(keys)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        leaves = {name: np.asarray(leaf) for name, leaf in named_leaves(params).items()}
+        np.savez(file, allow_pickle=False, **leaves)
+    scores = {name: np.asarray(history[name]).tolist() for name in ("score", "sampled_score", "length")}
+    write_json(path.with_suffix(".json"), {"seeds": len(seeds), **scores})
+    return Start(keys, params)
+
+
+# Cells -----------------------------------------------------------------------------------------------
+
+
+def steps_of(row: TaskRow, algorithm: Algorithm, options: Options) -> int:
+    """Steps in which an algorithm samples as much as the others."""
+    return max(round((options.steps or row.steps) / algorithm.cost), 1)
+
+
+def plan(row: TaskRow, algorithm: Algorithm, options: Options) -> dict[str, Any]:
+    """What decides a cell's numbers, as JSON."""
+    hyper = {name: float(leaf) for name, leaf in named_leaves(algorithm.hyper).items()}
+    return {
+        "task": row.name,
+        "algorithm": algorithm.name,
+        "hyper": {**hyper, "learning_rate": list(RATES)},
+        "steps": steps_of(row, algorithm, options),
+        "base_steps": options.base_steps or row.base_steps,
+        "width": options.width or row.width,
+        "layers": options.layers or row.layers,
+        "seeds": options.seeds,
+        "search_seeds": options.search_seeds,
+    }
+
+
+def run_cell(
+    row: TaskRow,
+    algorithm: Algorithm,
+    world: World,
+    starts_fn: Callable[[np.ndarray], Start],
+    options: Options,
+    folder: Path,
+) -> bool:
+    """Searches the learning rate, runs the seeds, and leaves the cell's summary; False where it was there."""
+    planned = plan(row, algorithm, options)
+    if held_summary(folder, planned) is not None:
+        return False
+    resumed = (folder / PLAN).exists()
+    write_json(folder / PLAN, planned)
+    describe_run(folder, common.to_json(options), stage="table", cell=f"{row.name}/{algorithm.name}")
+    steps = planned["steps"]
+    train = make_train(world, algorithm.make(world, schedule(steps)), steps=steps)
+    common_options: dict[str, Any] = {"chunk_size": options.chunk, "quiet": options.quiet}
+    began = time.perf_counter()
+
+    def sweep_rates(rates: Sequence[float], seeds: np.ndarray, folder: Path) -> Results:
+        hypers = product(as_floats(algorithm.hyper), learning_rate=rates)
+        return sweep(train, starts_fn(seeds), hypers, folder=folder, **common_options)
+
+    rate, search = FIRST_RATES[len(FIRST_RATES) // 2], {}
+    if options.search_seeds:
+        seeds = SEARCH_SEEDS_FROM + np.arange(options.search_seeds)
+        search = search_rate(lambda rates: sweep_rates(rates, seeds, folder / "search"))
+        rate = best_rate(search)
+    results = sweep_rates([rate], np.arange(options.seeds), folder / f"rate_{rate:g}")
+    names = [name for name, values in results.metrics.items() if values.ndim == 2]
+    scores = {name: results.scores(name)[0].tolist() for name in names}
+    seconds = None if resumed else time.perf_counter() - began
+    chosen_rate = {"learning_rate": rate, "search": {f"{r:g}": search[r] for r in sorted(search)}}
+    chosen_rate["seconds"] = seconds
+    write_json(folder / SUMMARY, {**planned, **chosen_rate, **scores, **made(folder)})
+    jax.clear_caches()  # or memory grows with every cell
+    return True
+
+
+def search_rate(sweep_rates: Callable[[Sequence[float]], Results]) -> dict[float, float]:
+    """Mean score of each learning rate that was tried; one that left the numbers scores -inf.
+
+    Begins with `FIRST_RATES`, and goes on along `RATES` as long as the best is at an end of what was tried.
+    """
+    rates = list(FIRST_RATES)
+    while True:
+        found = sweep_rates(rates).scores("sampled_score")
+        means = dict(zip(rates, np.nan_to_num(found, nan=-np.inf).mean(axis=1).tolist(), strict=True))
+        best = RATES.index(best_rate(means))
+        beside = [rate for rate in RATES[max(best - 1, 0) : best + 2] if rate not in means]
+        if not beside:
+            return means
+        rates += beside
+
+
+def best_rate(means: dict[float, float]) -> float:
+    """The learning rate of the highest score, the least of several."""
+    return max(means, key=lambda rate: (means[rate], -rate))
+
+
+def as_floats(hyper: Any) -> Any:
+    """Hyperparameters as float32 leaves."""
+    return jax.tree.map(jnp.float32, hyper)
+
+
+def summaries(out: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """Of the cells that are done, by task and algorithm."""
+    found = {}
+    for row in post_training_rows.TASKS:
+        for algorithm in post_training_rows.ALGORITHMS:
+            path = out / row.name / algorithm.name / SUMMARY
+            if path.exists():
+                found[row.name, algorithm.name] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def start_scores(out: Path) -> dict[str, dict[str, Any]]:
+    """What the policies to start from score, by task."""
+    paths = {row.name: sorted((out / row.name).glob("base-0-*.json")) for row in post_training_rows.TASKS}
+    return {name: json.loads(found[-1].read_text(encoding="utf-8")) for name, found in paths.items() if found}
+
+
+def run(options: Options) -> None:
+    """All cells asked for, then the page."""
+    if options.out is None:
+        raise UserError("--out is missing: name the folder of the cells")
+    for name, least in (("seeds", 1), ("search_seeds", 0), ("chunk", 1)):
+        if getattr(options, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least {least}")
+    rows = chosen("tasks", options.tasks, post_training_rows.TASKS)
+    algorithms = chosen("algorithms", options.algorithms, post_training_rows.ALGORITHMS)
+    page = options.page or options.out / "RESULTS.md"
+    for row in [] if options.list else rows:
+        world, held = make_world(row, options), {}
+
+        def starts_fn(
+            seeds: np.ndarray, row: TaskRow = row, world: World = world, held: dict = held
+        ) -> Start:
+            if seeds[0] not in held:
+                held[seeds[0]] = make_starts(row, world, options, seeds)
+            return held[seeds[0]]
+
+        for number, algorithm in enumerate(algorithms, 1):
+            if not options.quiet:
+                print(f"{row.name} [{number}/{len(algorithms)}] {algorithm.name}", flush=True)
+            folder = options.out / row.name / algorithm.name
+            if run_cell(row, algorithm, world, starts_fn, options, folder):
+                post_training_page.write(page, summaries(options.out), start_scores(options.out))
+    done = summaries(options.out)
+    if not options.list:
+        post_training_page.write(page, done, start_scores(options.out))
+    lines = [
+        (algorithm.name, *(post_training_page.cell(done.get((row.name, algorithm.name))) for row in rows))
+        for algorithm in algorithms
+    ]
+    final_table("Held-out score, IQM over seeds", ("algorithm", *(row.name for row in rows)), lines)
+    if not options.list:
+        print(f"Page: {page}")
+
+
+if __name__ == "__main__":
+    command_line.run_command(run, Options, __doc__, side_by_side=True)

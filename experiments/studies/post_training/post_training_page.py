@@ -1,0 +1,190 @@
+"""The page of the table of post-training algorithms, and its pictures, from what the cells left behind."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import post_training_rows
+
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.trees import named_leaves
+from rlhf_jax.evaluation.statistics import (
+    Interval,
+    interquartile_mean,
+    probability_of_improvement,
+    stratified_bootstrap_interval,
+)
+from rlhf_jax.metrics.pages import commands, kept_remarks, when_and_with
+from rlhf_jax.metrics.progress import format_seconds
+
+FRONTIER = "table_frontier.png"
+Summaries = Mapping[tuple[str, str], Mapping[str, Any]]
+
+HEAD = """# Post-training algorithms, one table
+
+Written by `experiments/studies/post_training/post_training.py`; tasks, algorithms and all settings are in
+`experiments/studies/post_training/post_training_rows.py`.
+
+A cell: held-out score of sampled answers as a share of the best there is, in percent: interquartile mean over
+seeds with its 95 % bootstrap interval; below it the KL to the policy all start from (nats an answer) and the
+learning rate that the search chose, and the time that the search and all seeds took together (other work ran
+on the same cores). All sample the same number of answers; `start` is where all begin.
+
+What it does not show: models of some ten thousand parameters on synthetic tasks with exact rewards say how
+the algorithms differ where everything else is equal and cheap to repeat, and nothing of how they scale.
+"""
+
+
+def iqm(summary: Mapping[str, Any], name: str = "sampled_score") -> Interval:
+    """Interquartile mean over seeds with its bootstrap interval."""
+    return stratified_bootstrap_interval(np.asarray(summary[name])[:, None], statistic_fn=interquartile_mean)
+
+
+def cell(summary: Mapping[str, Any] | None) -> str:
+    """The score of a cell in percent."""
+    if summary is None:
+        return "-"
+    found = iqm(summary)
+    return f"{100 * found.mean:.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
+
+
+def _full_cell(summary: Mapping[str, Any] | None) -> str:
+    if summary is None:
+        return "not run"
+    kl, seconds = np.mean(summary["kl"]), summary["seconds"]
+    took = f", {format_seconds(seconds)}" if seconds else ""  # not known where a cell was interrupted
+    return f"{cell(summary)}<br>KL {kl:.2g}, lr {summary['learning_rate']:g}{took}"
+
+
+def page_text(done: Summaries, starts: Mapping[str, Mapping[str, Any]], remarks: str) -> str:
+    """The page; `remarks` say in words what it shows."""
+    tasks = [row.name for row in post_training_rows.TASKS if any(task == row.name for task, _ in done)]
+    lines = [
+        HEAD,
+        remarks,
+        "",
+        "## Scores",
+        "",
+        f"| algorithm | {' | '.join(tasks)} | what it is |",
+        "|---" * (len(tasks) + 2) + "|",
+    ]
+    lines.append(f"| start | {' | '.join(cell(starts.get(task)) for task in tasks)} | where all begin |")
+    for number, algorithm in enumerate(post_training_rows.ALGORITHMS, 1):
+        cells = [_full_cell(done.get((task, algorithm.name))) for task in tasks]
+        if any(text != "not run" for text in cells):
+            lines.append(f"| {number} {algorithm.name} | {' | '.join(cells)} | {algorithm.what} |")
+    seeds = sorted({summary["seeds"] for summary in done.values()})
+    lines += ["", f"Seeds a cell: {' or '.join(map(str, seeds))}.", ""]
+    if ("style", "grpo") in done or len(done) > 1:
+        lines += [
+            f"![score against KL]({FRONTIER})",
+            "",
+            "Every seed's score against its KL, a task a panel; the numbers of the table stand at the means.",
+            "",
+        ]
+    lines += _against_grpo(done, tasks)
+    total = format_seconds(sum(summary["seconds"] or 0.0 for summary in done.values()))
+    how = when_and_with(done.values())
+    lines += [*_settings(tasks), "## Made", "", f"{how}; {total} in all.", "", commands(done.values())]
+    return "\n".join(lines) + "\n"
+
+
+def _settings(tasks: list[str]) -> list[str]:
+    """The numbers of `table_rows.py`, as tables; options for a quick look are not seen here."""
+    lines = [
+        "## Settings",
+        "",
+        "| task | width | layers | supervised steps before | their learning rate | steps |",
+        "|---" * 6 + "|",
+    ]
+    for row in post_training_rows.TASKS:
+        if row.name in tasks:
+            numbers = (row.width, row.layers, row.base_steps, row.base_learning_rate, row.steps)
+            lines.append(f"| {row.name} | {' | '.join(f'{number:g}' for number in numbers)} |")
+    lines += ["", "| algorithm | besides the learning rate | answers a step |", "|---|---|---|"]
+    for algorithm in post_training_rows.ALGORITHMS:
+        hyper = named_leaves(algorithm.hyper)
+        named = (f"`{name}` {value:g}" for name, value in hyper.items() if name != "learning_rate")
+        lines.append(f"| {algorithm.name} | {', '.join(named) or '-'} | {64 * algorithm.cost:g} |")
+    return [
+        *lines,
+        "",
+        f"A supervised step has 64 rows, a prompt {post_training_rows.GROUP} answers; who samples more than "
+        "64 answers a step takes fewer steps. The optimizer is Adam (b2 .99, epsilon 1e-4, gradients clipped "
+        "at a norm of 1), its learning rate linear to 0 after a warm-up of a twentieth of the steps.",
+        "",
+    ]
+
+
+def _against_grpo(done: Summaries, tasks: list[str]) -> list[str]:
+    """Probability that a run of each algorithm scores higher than one of GRPO."""
+    rows = []
+    for algorithm in post_training_rows.ALGORITHMS:
+        found = []
+        for task in tasks:
+            ours, grpo = done.get((task, algorithm.name)), done.get((task, "grpo"))
+            if ours is None or grpo is None or algorithm.name == "grpo":
+                found.append("-")
+                continue
+            scores = (np.asarray(side["sampled_score"])[:, None] for side in (ours, grpo))
+            interval = stratified_bootstrap_interval(*scores, statistic_fn=probability_of_improvement)
+            found.append(f"{interval.mean:.2f} [{interval.low:.2f}, {interval.high:.2f}]")
+        if any(text != "-" for text in found):
+            rows.append(f"| {algorithm.name} | {' | '.join(found)} |")
+    if not rows:
+        return []
+    head = [f"| algorithm | {' | '.join(tasks)} |", "|---" * (len(tasks) + 1) + "|"]
+    return ["## Probability that a run beats one of GRPO", "", *head, *rows, ""]
+
+
+def draw(path: Path, done: Summaries) -> None:
+    """Score against KL, every seed a point, a task a panel; means are numbered as in the table."""
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    tasks = [row.name for row in post_training_rows.TASKS if any(task == row.name for task, _ in done)]
+    figure = Figure(figsize=(6.0 * len(tasks) + 2.6, 5.0), layout="constrained")
+    shown: dict[int, post_training_rows.Algorithm] = {}
+    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False).reshape(-1), tasks, strict=True):
+        for number, algorithm in enumerate(post_training_rows.ALGORITHMS, 1):
+            summary = done.get((task, algorithm.name))
+            if summary is None:
+                continue
+            shown[number], colour = algorithm, _colour(algorithm)
+            kl, score = np.asarray(summary["kl"]), 100 * np.asarray(summary["sampled_score"])
+            axes.scatter(kl, score, s=5, alpha=0.25, color=colour, linewidths=0)
+            box = {"boxstyle": "circle,pad=0.15", "facecolor": colour, "edgecolor": "white", "linewidth": 0.6}
+            middle = {"ha": "center", "va": "center", "fontsize": 6, "color": "white", "bbox": box}
+            axes.text(kl.mean(), score.mean(), str(number), **middle)
+        axes.set_title(task, fontsize=10)
+        axes.set_xlabel("KL to the start, nats an answer", fontsize=8)
+        axes.set_ylabel("held-out score, %", fontsize=8)
+        axes.tick_params(labelsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles = [
+        Line2D([], [], marker="o", linestyle="", color=_colour(algorithm), label=f"{number} {algorithm.name}")
+        for number, algorithm in shown.items()
+    ]
+    figure.legend(handles=handles, fontsize=7, frameon=False, loc="outside right center", ncols=1)
+    figure.savefig(path, dpi=100)
+
+
+def _colour(algorithm: post_training_rows.Algorithm) -> str:
+    return f"C{post_training_rows.FAMILIES.index(algorithm.family)}"
+
+
+def write(path: Path, done: Summaries, starts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Writes the page, and the pictures beside it; what was written there by hand stays.
+
+    Raises:
+      UserError: the disk is full or read-only.
+    """
+    if not done:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(page_text(done, starts, kept_remarks(path)), encoding="utf-8")
+        draw(path.with_name(FRONTIER), done)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}): free or unlock the disk") from error

@@ -1,0 +1,249 @@
+"""What the table of post-training algorithms is made of: tasks, algorithms, and every setting of both."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from rlhf_jax.algorithms import grpo_variants, nash_md, ppo, preference, sft, unpaired
+from rlhf_jax.algorithms import preference_members as pairs
+from rlhf_jax.algorithms.grpo_variants import Member, MemberFn
+from rlhf_jax.core.train_state import OptimizerConfig
+from rlhf_jax.jitted import methods
+from rlhf_jax.jitted.train import Method, World
+from rlhf_jax.tasks import arithmetic, base, calculator, countdown, style
+from rlhf_jax.tasks.base import Task
+
+__all__ = ["ALGORITHMS", "TASKS", "Algorithm", "TaskRow"]
+
+
+IMITATION, OFFLINE, ONLINE, POLICY_GRADIENT = FAMILIES = (
+    "imitation",
+    "preferences, offline",
+    "preferences, online",
+    "policy gradient",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskRow:
+    """A task, and the policy that all algorithms start from.
+
+    Attributes:
+      make: the task as arrays.
+      base_steps: steps of supervised training on its demonstrations, of 64 rows each.
+      steps: of an algorithm that samples 64 answers a step; others get as many as sample as much.
+    """
+
+    name: str
+    make: Callable[[], Task]
+    base_steps: int
+    steps: int
+    width: int = 48
+    layers: int = 2
+    base_learning_rate: float = 3e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Algorithm:
+    """A row of the table.
+
+    Attributes:
+      make: (world, optimizer) -> method.
+      hyper: what it is published with, or usual; the learning rate is searched.
+      cost: answers it samples a step, as a multiple of 64.
+      what: in a few words.
+      family: what it learns from.
+    """
+
+    name: str
+    make: Callable[[World, OptimizerConfig], Method]
+    hyper: Any
+    what: str
+    family: str = POLICY_GRADIENT
+    cost: float = 1.0
+
+
+TASKS = (
+    TaskRow(
+        "arithmetic",
+        lambda: base.arithmetic_task(
+            arithmetic.Level(3, 1, 9, "+"), train=600, heldout=88, demonstrations=4000, slip_rate=0.5
+        ),
+        base_steps=800,
+        steps=60,
+    ),
+    TaskRow(
+        "style",
+        lambda: style.style_task(demonstrations=4000),
+        base_steps=400,
+        steps=50,
+        width=32,
+    ),
+    TaskRow(
+        "countdown",
+        lambda: countdown.countdown_task(3, 2, demonstrations=4000, solution_rate=0.7, heldout=128),
+        base_steps=1200,
+        steps=60,
+    ),
+    TaskRow(
+        "calculator",
+        lambda: calculator.calculator_task(
+            train=4000,
+            heldout=128,
+            demonstrations=4000,
+            habits={"both": 0.4, "first": 0.3, "none": 0.3},
+        ),
+        base_steps=1600,
+        steps=60,
+    ),
+)
+
+GROUP = 4
+"""Answers to each prompt."""
+
+
+def _group(make: MemberFn, *, behind: bool = False, **changes: Any) -> Callable[..., Method]:
+    def method(world: World, optimizer: OptimizerConfig) -> Method:
+        static = {"group_size": world.samples, **changes}
+        member: Member = make(**static)
+        if behind:
+            member = grpo_variants.corrected(member)
+        if static.get("epochs", 1) > 1:
+            steps = optimizer.total_steps * static["epochs"]
+            optimizer = dataclasses.replace(optimizer, total_steps=steps)
+        return methods.group_method(world, member, optimizer, behind=behind)
+
+    return method
+
+
+def _member(name: str, make: MemberFn, what: str, *, cost: float = 1.0, **changes: Any) -> Algorithm:
+    hyper = make(group_size=GROUP).hyper
+    return Algorithm(name, _group(make, **changes), hyper, what, cost=cost)
+
+
+def _dr_grpo(**static: Any) -> Member:
+    return grpo_variants.dr_grpo(max_length=16, **static)
+
+
+def _pairs(loss_fn: preference.PairLossFn, source: methods.Source) -> Callable[..., Method]:
+    config = preference.Config(loss_fn=loss_fn)
+    return functools.partial(_preference, config=config, source=source)
+
+
+def _preference(
+    world: World, optimizer: OptimizerConfig, *, config: preference.Config, source: methods.Source
+) -> Method:
+    return methods.preference_method(world, config, optimizer, source=source)
+
+
+def _unpaired(world: World, optimizer: OptimizerConfig, *, config: unpaired.Config) -> Method:
+    return methods.unpaired_method(world, config, optimizer, source="reference")
+
+
+def _imitation(world: World, optimizer: OptimizerConfig, **options: Any) -> Method:
+    return methods.imitation_method(world, sft.Config(), optimizer, **options)
+
+
+def _ppo(world: World, optimizer: OptimizerConfig) -> Method:
+    config = ppo.Config(epochs=1, minibatches=1)
+    return methods.ppo_method(world, config, optimizer)
+
+
+ALGORITHMS = (
+    Algorithm(
+        "sft",
+        lambda world, optimizer: methods.supervised_method(world, sft.Config(), optimizer),
+        sft.Hyper(),
+        "more supervised training on the demonstrations",
+        IMITATION,
+    ),
+    Algorithm(
+        "best_of_n",
+        functools.partial(_imitation, source="reference"),
+        sft.Hyper(),
+        "imitates the best of the reference's answers to each prompt",
+        IMITATION,
+    ),
+    Algorithm(
+        "raft",
+        functools.partial(_imitation, source="policy"),
+        sft.Hyper(),
+        "imitates the best of its own answers to each prompt",
+        IMITATION,
+    ),
+    Algorithm(
+        "expert_iteration",
+        functools.partial(_imitation, source="policy", every=True),
+        sft.Hyper(),
+        "imitates all of its own answers that are above the mean",
+        IMITATION,
+    ),
+    Algorithm(
+        "dpo", _pairs(pairs.dpo, "reference"), preference.Hyper(beta=0.5), "DPO, reference's answers", OFFLINE
+    ),
+    Algorithm(
+        "ipo", _pairs(pairs.ipo, "reference"), preference.Hyper(beta=0.5), "IPO, reference's answers", OFFLINE
+    ),
+    Algorithm(
+        "simpo",
+        _pairs(pairs.simpo, "reference"),
+        preference.Hyper(beta=2.0),
+        "SimPO, reference's answers",
+        OFFLINE,
+    ),
+    Algorithm(
+        "kto",
+        functools.partial(_unpaired, config=unpaired.Config()),
+        unpaired.Hyper(beta=0.5),
+        "KTO, reference's answers",
+        OFFLINE,
+    ),
+    Algorithm(
+        "bco",
+        functools.partial(_unpaired, config=unpaired.Config(shift_decay=0.9)),
+        unpaired.Hyper(beta=0.5),
+        "BCO, reference's answers",
+        OFFLINE,
+    ),
+    Algorithm(
+        "online_dpo",
+        _pairs(pairs.dpo, "policy"),
+        preference.Hyper(beta=0.5),
+        "DPO, the policy's answers",
+        ONLINE,
+    ),
+    Algorithm(
+        "xpo",
+        lambda world, optimizer: methods.xpo_method(world, preference.Config(loss_fn=pairs.xpo), optimizer),
+        preference.Hyper(beta=0.5),
+        "XPO: policy against reference, with optimism",
+        ONLINE,
+    ),
+    Algorithm(
+        "nash_md",
+        lambda world, optimizer: methods.nash_md_method(world, nash_md.Config(), optimizer),
+        nash_md.Hyper(beta=0.02),
+        "Nash-MD: policy against its mixture with the reference",
+        ONLINE,
+    ),
+    _member("reinforce", grpo_variants.reinforce, "REINFORCE, batch mean as baseline"),
+    _member("reinforce++", grpo_variants.reinforce_plus_plus, "REINFORCE++"),
+    _member("rloo", grpo_variants.rloo, "RLOO"),
+    _member("remax", grpo_variants.remax, "ReMax", cost=1 + 1 / GROUP),
+    _member("opo", grpo_variants.opo, "OPO"),
+    Algorithm("ppo", _ppo, ppo.Hyper(kl_coef=0.02), "PPO with a value model"),
+    _member("grpo", grpo_variants.grpo, "GRPO"),
+    _member("grpo_2_epochs", grpo_variants.grpo, "GRPO, every batch twice", epochs=2),
+    _member("grpo_behind", grpo_variants.grpo, "GRPO, rollouts one step behind, corrected", behind=True),
+    _member("dr_grpo", _dr_grpo, "Dr. GRPO"),
+    _member("dapo", grpo_variants.dapo, "DAPO, with resampling", cost=2.0),
+    # What sets these apart is what they make of ratios, which are 1 in the first pass over a batch.
+    _member("gspo", grpo_variants.gspo, "GSPO, every batch twice", epochs=2),
+    _member("luspo", grpo_variants.luspo, "LUSPO, every batch twice", epochs=2),
+    _member("gmpo", grpo_variants.gmpo, "GMPO, every batch twice", epochs=2),
+    _member("cispo", grpo_variants.cispo, "CISPO, every batch twice", epochs=2),
+    _member("sapo", grpo_variants.sapo, "SAPO, every batch twice", epochs=2),
+    _member("vespo", grpo_variants.vespo, "VESPO, every batch twice", epochs=2),
+)
+assert len({algorithm.name for algorithm in ALGORITHMS}) == len(ALGORITHMS)

@@ -1,0 +1,333 @@
+"""Small studies of one setting each: what it does to score, KL and length, over seeds, one picture a study.
+
+    python experiments/studies/settings/settings.py --out runs/studies
+    python experiments/studies/settings/settings.py --out runs/studies --studies dpo_beta 'grpo_*'
+
+All start from the same policies on the style task, sample 64 answers a step and take as many steps. Settings
+that are numbers of a `Hyper` are swept in one program; others take a program each. What is done is not done
+again.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import post_training
+import post_training_rows
+
+from rlhf_jax.algorithms import grpo, grpo_variants, ppo, preference
+from rlhf_jax.cli import command_line
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.train_state import OptimizerConfig
+from rlhf_jax.evaluation.statistics import (
+    mean_interval,
+    probability_of_improvement,
+    stratified_bootstrap_interval,
+)
+from rlhf_jax.jitted import methods
+from rlhf_jax.jitted.train import Method, Start, World, make_train
+from rlhf_jax.losses.reductions import constant_length, sequence_mean, token_mean
+from rlhf_jax.metrics.pages import PLAN, SUMMARY, commands, held_summary, kept_remarks, made, when_and_with
+from rlhf_jax.stages import common
+from rlhf_jax.sweep import sweep, zipped
+from rlhf_jax.training.run_folder import describe_run, write_json
+
+METRICS = {"sampled_score": "score, share of the best", "kl": "KL to the start, nats", "length": "tokens"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of the studies.
+
+    Attributes:
+      out: folder of what is done.
+      page: where the page goes, with its pictures beside it; None for the folder of what is done.
+      studies: patterns of names, such as 'grpo_*'; none for all.
+      seeds: of each setting.
+      steps: of 64 answers each.
+      base_steps: supervised steps before.
+      width: of the policy, two layers.
+      chunk: runs at once, in one program.
+      quiet: show no progress.
+    """
+
+    out: Path | None = None
+    page: Path | None = None
+    studies: tuple[str, ...] = ()
+    seeds: int = 4
+    steps: int = 50
+    base_steps: int = 400
+    width: int = 32
+    chunk: int = 4
+    quiet: bool = False
+
+
+MethodFn = Callable[[World, OptimizerConfig], Method]
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One program: a method, and what of its hyperparameters is swept.
+
+    Attributes:
+      label: of the setting, where nothing is swept.
+      swept: values of each field, going together; their number is that of settings.
+    """
+
+    make: MethodFn
+    hyper: Any
+    label: str = ""
+    swept: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
+
+    def labels(self) -> list[str]:
+        """A name for each setting."""
+        if not self.swept:
+            return [self.label]
+        return [f"{value:g}" for value in next(iter(self.swept.values()))]
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A picture.
+
+    Attributes:
+      setting: what is on its axis.
+      usual: label of the setting that the others are compared with.
+    """
+
+    name: str
+    setting: str
+    usual: str
+    variants: tuple[Variant, ...]
+
+
+# Studies -----------------------------------------------------------------------------------------------
+
+
+def _dpo(world: World, optimizer: OptimizerConfig) -> Method:
+    return methods.preference_method(world, preference.Config(), optimizer, source="reference")
+
+
+def _ppo(world: World, optimizer: OptimizerConfig) -> Method:
+    return methods.ppo_method(world, ppo.Config(epochs=1, minibatches=1), optimizer)
+
+
+def _grpo(
+    world: World, optimizer: OptimizerConfig, *, group_size: int = 4, member: Any = None, **static: Any
+) -> Method:
+    """GRPO with other static choices, at as many answers a step."""
+    epochs = static.get("epochs", 1)
+    optimizer = dataclasses.replace(optimizer, total_steps=optimizer.total_steps * epochs)
+    rows = world.prompts * world.samples
+    world = dataclasses.replace(world, prompts=rows // group_size, samples=group_size)
+    make = member or grpo_variants.grpo
+    return methods.group_method(world, make(group_size=group_size, **static), optimizer)
+
+
+_RATE = 3e-3
+_FREE = grpo.Hyper(learning_rate=_RATE, kl_coef=0.0)
+_LENGTH = 16
+
+
+def _static(label: str, **options: Any) -> Variant:
+    return Variant(functools.partial(_grpo, **options), _FREE, label)
+
+
+def _dr_grpo(**static: Any) -> grpo_variants.Member:
+    return grpo_variants.dr_grpo(max_length=_LENGTH, **static)
+
+
+def _bounds(*clips: float) -> dict[str, tuple[float, ...]]:
+    return {"clip_low": clips, "clip_high": clips}
+
+
+STUDIES = (
+    Study(
+        "dpo_beta",
+        "beta of DPO",
+        "0.3",
+        (Variant(_dpo, preference.Hyper(_RATE), swept={"beta": (0.03, 0.1, 0.3, 1.0, 3.0)}),),
+    ),
+    Study(
+        "ppo_kl_coef",
+        "KL coefficient of PPO",
+        "0.1",
+        (Variant(_ppo, ppo.Hyper(_RATE), swept={"kl_coef": (0.0, 0.03, 0.1, 0.3, 1.0)}),),
+    ),
+    Study(
+        "grpo_group_size",
+        "answers to each prompt, of 64 in all",
+        "4",
+        tuple(_static(str(size), group_size=size) for size in (2, 4, 8, 16)),
+    ),
+    Study(
+        "grpo_clip",
+        "clip range, four epochs",
+        "0.2",
+        (Variant(functools.partial(_grpo, epochs=4), _FREE, swept=_bounds(0.02, 0.1, 0.2, 0.5, 1e3)),),
+    ),
+    Study(
+        "grpo_epochs",
+        "epochs over each batch",
+        "1",
+        tuple(_static(str(epochs), epochs=epochs) for epochs in (1, 2, 4)),
+    ),
+    Study(
+        "grpo_normalisation",
+        "what the sum over tokens is divided by",
+        "sequence",
+        (
+            _static("sequence", reduce=sequence_mean),
+            _static("token", reduce=token_mean),
+            _static("constant", reduce=constant_length(_LENGTH)),
+            _static("Dr. GRPO", member=_dr_grpo),
+        ),
+    ),
+)
+
+
+# Runs --------------------------------------------------------------------------------------------------
+
+
+def make_starts(options: Options, out: Path) -> tuple[World, Start]:
+    """The style task of the table, and each seed's policy."""
+    row = next(row for row in post_training_rows.TASKS if row.name == "style")
+    same = post_training.Options(out=out / "base", width=options.width, base_steps=options.base_steps)
+    world = post_training.make_world(row, same)
+    return world, post_training.make_starts(row, world, same, np.arange(options.seeds))
+
+
+def run_study(study: Study, options: Options, world: World, starts: Start, folder: Path) -> None:
+    """Every setting with every seed; leaves `summary.json`."""
+    planned = {"study": study.name, "seeds": options.seeds, "steps": options.steps, "width": options.width}
+    planned |= {"base_steps": options.base_steps, "settings": [x for v in study.variants for x in v.labels()]}
+    if held_summary(folder, planned) is not None:
+        return
+    write_json(folder / PLAN, planned)
+    describe_run(folder, common.to_json(options), stage="studies", cell=study.name)
+    found: dict[str, list[Any]] = {name: [] for name in METRICS}
+    for number, variant in enumerate(study.variants):
+        method = variant.make(world, post_training.schedule(options.steps))
+        results = sweep(
+            make_train(world, method, steps=options.steps),
+            starts,
+            zipped(post_training.as_floats(variant.hyper), **variant.swept),
+            chunk_size=options.chunk,
+            folder=folder / str(number),
+            quiet=options.quiet,
+        )
+        for name, rows in found.items():
+            rows.extend(results.scores(name).tolist())
+        jax.clear_caches()
+    hypers = [f"{variant.hyper}" for variant in study.variants[:1]]
+    write_json(folder / SUMMARY, {**planned, **found, **made(folder), "hyper": hypers})
+
+
+# Page --------------------------------------------------------------------------------------------------
+
+HEAD = """# Studies of one setting each
+
+Written by `experiments/studies/settings/settings.py`. Style task, decoder of two layers; every run starts
+from the supervised policy of its seed. Score of sampled answers to held-out prompts as a share of the best
+there is, KL to the start in nats an answer, length in tokens: mean and 95 % t interval over seeds. The last
+column is the probability that a run scores higher than one of the usual setting, with its bootstrap
+interval. The learning rate is {rate:g} throughout, which the search of
+`experiments/studies/post_training/post_training.py` chose for DPO and PPO on this task (for
+GRPO 0.01); it is not searched for each setting, so a setting that wants another rate is at a disadvantage."""
+
+
+def page_text(done: Mapping[str, Mapping[str, Any]], remarks: str) -> str:
+    """The page; `remarks` say in words what it shows."""
+    parts = [HEAD.format(rate=_RATE), remarks]
+    for study in STUDIES:
+        if study.name in done:
+            parts += [f"## {study.setting[0].upper()}{study.setting[1:]}", _table(study, done[study.name])]
+            parts.append(f"![{study.setting}](study_{study.name}.png)")
+    first = next(iter(done.values()))
+    how = (
+        f"{when_and_with(done.values())}; {first['seeds']} seeds, {first['steps']} steps of 64 answers, "
+        f"{first['base_steps']} supervised steps before, width {first['width']}."
+    )
+    return "\n\n".join([*parts, "## Made", how, commands(done.values())]) + "\n"
+
+
+def _table(study: Study, summary: Mapping[str, Any]) -> str:
+    usual = summary["settings"].index(study.usual)
+    score = np.asarray(summary["sampled_score"])
+    lines = [
+        f"| {study.setting} | score, % | KL | length | better than {study.usual} |",
+        "|---|---|---|---|---|",
+    ]
+    for number, label in enumerate(summary["settings"]):
+        cells = [f"{mean_interval(100 * score[number]):.1f}"]
+        cells += [f"{mean_interval(summary[name][number]):.2f}" for name in ("kl", "length")]
+        sides = score[number][:, None], score[usual][:, None]
+        wins = stratified_bootstrap_interval(*sides, statistic_fn=probability_of_improvement)
+        lines.append(f"| {label} | {' | '.join(cells)} | {'-' if number == usual else f'{wins:.2f}'} |")
+    return "\n".join(lines)
+
+
+def draw(path: Path, study: Study, summary: Mapping[str, Any]) -> None:
+    """Score, KL and length against the setting: every seed a point, mean and interval."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 2.6), layout="constrained")
+    places = np.arange(len(summary["settings"]))
+    for axes, (name, title) in zip(figure.subplots(1, 3), METRICS.items(), strict=True):
+        values = np.asarray(summary[name])
+        axes.plot(np.repeat(places, values.shape[1]), values.reshape(-1), ".", color="0.7", markersize=4)
+        found = [mean_interval(row) for row in values]
+        middle = [i.mean for i in found]
+        errors = [[i.mean - i.low for i in found], [i.high - i.mean for i in found]]
+        axes.errorbar(places, middle, errors, color="C0", marker="o", markersize=4, linewidth=1.2, capsize=2)
+        axes.set_xticks(places, summary["settings"], fontsize=7)
+        axes.tick_params(axis="y", labelsize=7)
+        axes.set_title(title, fontsize=8)
+        axes.set_xlabel(study.setting, fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=100)
+
+
+def write_page(page: Path, out: Path) -> None:
+    """The page of all studies that are done, and their pictures beside it.
+
+    Raises:
+      UserError: the disk is full or read-only.
+    """
+    paths = {study.name: out / study.name / SUMMARY for study in STUDIES}
+    done = {name: json.loads(p.read_text(encoding="utf-8")) for name, p in paths.items() if p.exists()}
+    try:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(page_text(done, kept_remarks(page)), encoding="utf-8")
+        for study in STUDIES:
+            if study.name in done:
+                draw(page.with_name(f"study_{study.name}.png"), study, done[study.name])
+    except OSError as error:
+        raise UserError(f"{page}: cannot be written ({error.strerror}): free or unlock the disk") from error
+
+
+def run(options: Options) -> None:
+    """The studies asked for, then the page of all that are done."""
+    if options.out is None:
+        raise UserError("--out is missing: name the folder of the studies")
+    for name in ("seeds", "steps", "base_steps", "width", "chunk"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least 1")
+    studies = post_training.chosen("studies", options.studies, STUDIES)
+    world, starts = make_starts(options, options.out)
+    page = options.page or options.out / "STUDIES.md"
+    for number, study in enumerate(studies, 1):
+        if not options.quiet:
+            print(f"[{number}/{len(studies)}] {study.name}", flush=True)
+        run_study(study, options, world, starts, options.out / study.name)
+        write_page(page, options.out)
+    print(f"Page: {page}")
+
+
+if __name__ == "__main__":
+    command_line.run_command(run, Options, __doc__, side_by_side=True)

@@ -1,0 +1,1 @@
+"""The command line, `rlhf`: commands, options, mistakes in one sentence."""

@@ -1,0 +1,141 @@
+"""A script's command line: options in, one sentence and an exit status out where something went wrong."""
+
+import contextlib
+import difflib
+import logging
+import os
+import shlex
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import tyro
+
+from rlhf_jax import distributed
+from rlhf_jax.core.axes import GATHERED_SAMPLING, axis_rules
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.distributed.runtime import choose_threads
+from rlhf_jax.stages.common import RunOptions, flags, to_json
+from rlhf_jax.training import Interrupted
+from rlhf_jax.training.run_folder import command_words
+
+Options = TypeVar("Options")
+EXIT_LOST_PEER = 75  # "try again later", as a scheduler that starts the run anew understands it
+
+
+def run_command(
+    run: Callable[[Options], Any],
+    options_type: type[Options],
+    description: str | None,
+    *,
+    side_by_side: bool = False,
+    name: str | None = None,
+    arguments: Sequence[str] | None = None,
+) -> None:
+    """Parses the command line, runs, and turns what went wrong into one sentence and an exit status.
+
+    Status 2 for a mistake of the user, 130 after Ctrl-C, 0 after SIGTERM (the run was saved either way), 75
+    where another process of the run was lost.
+
+    Args:
+      side_by_side: whole runs under `vmap` are all that is computed (`core.compilation.choose_threads`).
+    """
+    sys.unraisablehook = _print_unless_late
+    logging.getLogger("asyncio").addFilter(is_not_late)
+    try:
+        options, unknown = tyro.cli(
+            options_type,
+            prog=name,
+            args=arguments,
+            description=_first_paragraph(description),
+            return_unknown_args=True,
+        )
+        if unknown:
+            _refuse(unknown[0], [*flags(to_json(options)), "--help"])
+        choose_threads(side_by_side=side_by_side)
+        use_compile_cache()
+        run_options = getattr(options, "run", None)
+        with on_mesh(run_options) if isinstance(run_options, RunOptions) else contextlib.nullcontext():
+            run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Interrupted as interrupted:
+        print(f"Stopped after step {interrupted.step}, which is saved. {_how_to_resume()}", file=sys.stderr)
+        sys.exit(0 if interrupted.signal_number == signal.SIGTERM else 130)
+    except KeyboardInterrupt:
+        print(f"Stopped at once; what was saved before is kept. {_how_to_resume()}", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if jax.process_count() == 1:
+            raise
+        _end_one_of_several(error)
+
+
+def use_compile_cache() -> None:
+    """Keeps compiled programs on disk, so that a second run starts at once.
+
+    The folder is $JAX_COMPILATION_CACHE_DIR, or .cache/jax under the current folder.
+    """
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(Path(".cache/jax").absolute()))
+    if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    # Where the disk is full, that is said once, of the file that matters.
+    warnings.filterwarnings("ignore", message="Error writing persistent compilation cache")
+
+
+@contextlib.contextmanager
+def on_mesh(options: RunOptions) -> Iterator[None]:
+    """Joins the other processes, if there are any, and enters the mesh: all that is jitted inside runs on it.
+
+    Raises:
+      UserError: the mesh or the hosts are not understood, or not there.
+    """
+    hosts = distributed.HostOptions(options.hosts, options.start_timeout, options.lost_timeout)
+    distributed.start_hosts(hosts)
+    rules = GATHERED_SAMPLING if options.gather_params else {}
+    with jax.set_mesh(distributed.make_mesh(options.mesh)), axis_rules(rules):
+        yield
+
+
+def _end_one_of_several(error: Exception) -> None:
+    """Ends this process at once: an orderly end would wait for others that wait for this one, or are gone."""
+    if distributed.is_lost_peer(error):
+        print(f"error: {distributed.lost_peer_message(error)}", file=sys.stderr, flush=True)
+        distributed.abandon(EXIT_LOST_PEER)
+    traceback.print_exc()
+    distributed.abandon(1)
+
+
+def _refuse(word: str, known: Sequence[str]) -> None:
+    given = word.split("=")[0]
+    near = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise UserError(f"there is no option {given}: {hint}--help lists them all")
+
+
+def is_not_late(record: logging.LogRecord) -> bool:
+    """Whether a line of asyncio's log is news: not if it tells of a write whose save has failed already."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not (error and "os_error_code" in str(error) and "never retrieved" in record.getMessage())
+
+
+def _print_unless_late(report: Any) -> None:
+    """TensorStore reports writes that end after their save has failed, which has been said already."""
+    if not (report.exc_type is RuntimeError and str(report.exc_value) == "Event loop is closed"):
+        sys.__unraisablehook__(report)
+
+
+def _how_to_resume() -> str:
+    words = [word for word in command_words() if word not in ("--resume", "--no-resume")] + ["--resume"]
+    return f"To go on: {shlex.join(words)}"
+
+
+def _first_paragraph(text: str | None) -> str:
+    return (text or "").strip().split("\n\n")[0]

@@ -1,0 +1,1 @@
+"""Cleaning of rows: rules, near duplicates, decontamination, languages."""

@@ -1,0 +1,1 @@
+"""Feedback from models: judges, pairwise comparisons, critiques and revisions, labels of steps."""

@@ -1,0 +1,86 @@
+"""Which of two answers is preferred: by their rewards, or by a judge who sees both."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.algorithms.nash_md import win_probability
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.types import Rollout
+from rlhf_jax.data.examples import PromptExample
+from rlhf_jax.data.tokenizers import Tokenizer
+from rlhf_jax.evaluation.win_rate import both_orders, order_bias
+from rlhf_jax.rewards.functions import RewardFn, load_reward, score_rows
+from rlhf_jax.rollout.sampler import RolloutReward, completion_texts, reward_fields
+
+
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """Two answers to each prompt.
+
+    Attributes:
+      preference: [N] float32, probability that the first is preferred; 1/2 is a tie.
+      metrics: what is known of the answers.
+      order_gap: [N] a judge's advantage for what it sees first, from -1 to 1: what the probabilities that it
+        gives in the two orders sum to, minus 1; zeros where nobody was asked twice.
+    """
+
+    preference: np.ndarray
+    metrics: dict[str, float]
+    order_gap: np.ndarray
+
+
+CompareFn = Callable[[Sequence[PromptExample], Rollout, Rollout], Compared]
+
+
+def compare_by_rewards(reward_fn: RolloutReward, *, noise: float) -> CompareFn:
+    """Bradley-Terry preferences, sigmoid(difference of rewards / noise)."""
+
+    def compare(prompts: Sequence[PromptExample], first: Rollout, second: Rollout) -> Compared:
+        scored = [reward_fn.score(rollout, prompts) for rollout in (first, second)]
+        ours, theirs = (jnp.asarray(side.rewards) for side in scored)
+        metrics = {
+            "reward": float(np.mean(scored[0].rewards)),
+            "opponent_reward": float(np.mean(scored[1].rewards)),
+            "unscorable": int(sum(side.unscorable.sum() for side in scored)),
+        }
+        preference = np.asarray(win_probability(ours, theirs, noise=noise))
+        return Compared(preference, metrics, np.zeros_like(preference))
+
+    return compare
+
+
+def compare_by_judge(judge: str | RewardFn, tokenizer: Tokenizer) -> CompareFn:
+    """Asks a judge function, in both orders, so that which answer comes first does not matter.
+
+    Args:
+      judge: a reward function, or `module:function` of one, that also takes `opponents`, the other answers,
+        and returns for each completion the probability that it is preferred to its opponent; None is a tie.
+
+    Raises:
+      UserError: there is no such function; when called, it returns something else.
+    """
+    judge_fn, name = (load_reward(judge), judge) if isinstance(judge, str) else (judge, "of the model")
+
+    def ask(prompts: Sequence[PromptExample], rollout: Rollout, others: Rollout) -> np.ndarray:
+        fields = reward_fields(rollout, prompts) | {"opponents": completion_texts(tokenizer, others)}
+        texts, where = [prompt.text for prompt in prompts], [prompt.where for prompt in prompts]
+        scored = score_rows(judge_fn, texts, completion_texts(tokenizer, rollout), fields, where=where)
+        said = np.where(scored.unscorable, 0.5, scored.rewards)
+        if said.min() < 0 or said.max() > 1:
+            row = int(np.argmax(np.abs(said - 0.5)))
+            raise UserError(
+                f"judge {name} returned {said[row]:g} for row {row} ({where[row]}): expected a probability, "
+                "from 0 to 1: that the completion is preferred to its opponent"
+            )
+        return said
+
+    def compare(prompts: Sequence[PromptExample], first: Rollout, second: Rollout) -> Compared:
+        forth, back = ask(prompts, first, second), ask(prompts, second, first)
+        preference = both_orders(forth, back).astype(np.float32)
+        gap = (forth + back - 1).astype(np.float32)
+        return Compared(preference, {"order_bias": order_bias(forth, back)}, gap)
+
+    return compare

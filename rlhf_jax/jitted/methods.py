@@ -1,0 +1,277 @@
+"""The methods of whole runs: where each takes its answers from, and what it makes of them."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax import models
+from rlhf_jax.algorithms import distillation, grpo, nash_md, ppo, preference, selection, sft, unpaired
+from rlhf_jax.algorithms.grpo_variants import Member
+from rlhf_jax.core.masks import masked_sum
+from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
+from rlhf_jax.core.types import Array, Float, Metrics, Params, PRNGKeyArray, Rollout
+from rlhf_jax.jitted.train import Method, World
+from rlhf_jax.tasks.base import Prompts
+
+Source = Literal["reference", "policy"]
+"""Who writes the answers that are learned from: offline or online."""
+
+
+def _described(rollout: Rollout, rewards: Float[Array, " B"]) -> Metrics:
+    lengths = jnp.sum(rollout.sequences.mask, axis=1)
+    return {"reward": jnp.mean(rewards), "length": jnp.mean(lengths), "tokens": jnp.sum(lengths)}
+
+
+def _grouped(world: World, rewards: Float[Array, " B"]) -> Float[Array, "N G"]:
+    return rewards.reshape(-1, world.samples)
+
+
+# Policy gradients ------------------------------------------------------------------------------------
+
+
+def group_method(world: World, member: Member, optimizer: OptimizerConfig, *, behind: bool = False) -> Method:
+    """GRPO and its family.
+
+    Args:
+      behind: answers come from the policy one step behind, as asynchronous rollouts do; give a member with
+        `weights_fn` (`group_members.corrected`) to make up for it.
+    """
+    score_fn, tx, config = world.score_fn, make_optimizer(optimizer), member.config
+    update = grpo.make_update(config, score_fn, tx)
+
+    def step(state: Any, hyper: Any, ref_params: Params, key: PRNGKeyArray) -> tuple[Any, Metrics]:
+        draw_key, answer_key = jax.random.split(key)
+        params = state.learner.all_params
+        prompts = world.draw(draw_key, prompts=world.prompts * member.oversampling)
+        rollout = world.answer(state.writer, prompts, answer_key)
+        rewards = world.rewards(rollout, prompts)
+        described = _described(rollout, rewards)
+        if member.oversampling > 1:
+            rollout, rewards = _keep_groups_that_differ(world, rollout, rewards)
+        greedy_rewards = None
+        if member.needs_greedy:
+            once = jax.tree.map(lambda leaf: leaf[:: world.samples], prompts)
+            greedy = world.answer(params, once, answer_key, temperature=0.0)
+            greedy_rewards = world.rewards(greedy, once)
+            described["tokens"] += jnp.sum(greedy.sequences.mask)
+        old_logp = score_fn(params, rollout.sequences).logp
+        ref_logp = score_fn(ref_params, rollout.sequences).logp
+        batch, more = grpo.make_batch(config, rollout, rewards, old_logp, ref_logp, greedy_rewards)
+        state, metrics = update(state, hyper, batch)
+        return state, {**more, **metrics, **described}
+
+    return Method(lambda params, key, _: grpo.init(params, tx, key, behind=behind), step)
+
+
+def _keep_groups_that_differ(
+    world: World, rollout: Rollout, rewards: Float[Array, " B"]
+) -> tuple[Rollout, Float[Array, " B"]]:
+    chosen, _ = selection.groups_that_differ(_grouped(world, rewards), world.prompts)
+    rows = (chosen[:, None] * world.samples + jnp.arange(world.samples)).reshape(-1)
+    return jax.tree.map(lambda leaf: leaf[rows], rollout), rewards[rows]
+
+
+def ppo_method(world: World, config: ppo.Config, optimizer: OptimizerConfig) -> Method:
+    """PPO with a value model of its own, which starts from the policy's body."""
+    score_fn = models.make_actor_critic_fn(world.model, temperature=world.temperature)
+    policy_fn, tx = world.score_fn, make_optimizer(optimizer)
+    update = ppo.make_update(config, score_fn, tx)
+
+    def init(params: Params, key: PRNGKeyArray, hyper: Any) -> ppo.State:
+        head_key, key = jax.random.split(key)
+        value = models.init_scalar_model(world.model, head_key, params)
+        return ppo.init({"policy": params, "value": value}, tx, key, hyper)
+
+    def step(state: ppo.State, hyper: Any, ref_params: Params, key: PRNGKeyArray) -> tuple[Any, Metrics]:
+        draw_key, answer_key = jax.random.split(key)
+        params = state.learner.all_params
+        prompts = world.draw(draw_key)
+        rollout = world.answer(params["policy"], prompts, answer_key)
+        rewards = world.rewards(rollout, prompts)
+        score = score_fn(params, rollout.sequences)
+        ref_logp = policy_fn(ref_params, rollout.sequences).logp
+        state, batch, more = ppo.language_batch(config, state, hyper, rollout, score, ref_logp, rewards)
+        state, metrics = update(state, hyper, batch)
+        return state, {**more, **metrics, **_described(rollout, rewards)}
+
+    return Method(init, step, lambda state: state.learner.all_params["policy"])
+
+
+# Preferences -----------------------------------------------------------------------------------------
+
+
+def preference_method(
+    world: World, config: preference.Config, optimizer: OptimizerConfig, *, source: Source
+) -> Method:
+    """The DPO family on the best and the worst of the answers to each prompt, offline or online."""
+    score_fn, tx = world.score_fn, make_optimizer(optimizer)
+    update = preference.make_update(config, score_fn, tx)
+
+    def step(state: Any, hyper: Any, ref_params: Params, key: PRNGKeyArray) -> tuple[Any, Metrics]:
+        writer = ref_params if source == "reference" else state.learner.all_params
+        _, rollout, rewards = _answers(world, writer, key)
+        pairs = selection.best_and_worst(rollout.sequences, _grouped(world, rewards))
+        batch = preference.make_batch(score_fn, ref_params, pairs.chosen, pairs.rejected, pairs.mask)
+        state, metrics = update(state, hyper, batch)
+        return state, {**metrics, **_described(rollout, rewards)}
+
+    return Method(lambda params, key, _: preference.init(params, tx, key), step)
+
+
+def xpo_method(world: World, config: preference.Config, optimizer: OptimizerConfig) -> Method:
+    """XPO: one answer of each pair is the policy's, the other the reference's (Xie et al. 2024)."""
+    score_fn, tx = world.score_fn, make_optimizer(optimizer)
+    update = preference.make_update(config, score_fn, tx)
+    half = dataclasses.replace(world, samples=world.samples // 2)
+
+    def step(state: Any, hyper: Any, ref_params: Params, key: PRNGKeyArray) -> tuple[Any, Metrics]:
+        draw_key, own_key, ref_key = jax.random.split(key, 3)
+        prompts = half.draw(draw_key)
+        own = world.answer(state.learner.all_params, prompts, own_key)
+        other = world.answer(ref_params, prompts, ref_key)
+        own_rewards, other_rewards = (world.rewards(rollout, prompts) for rollout in (own, other))
+        pairs = selection.judged(own.sequences, other.sequences, own_rewards >= other_rewards)
+        counts = own_rewards != other_rewards
+        batch = preference.make_batch(score_fn, ref_params, pairs.chosen, pairs.rejected, counts)
+        batch = dataclasses.replace(batch, chosen_from_ref=~pairs.first_is_chosen)
+        state, metrics = update(state, hyper, batch)
+        described = _described(own, own_rewards)
+        described["tokens"] += jnp.sum(other.sequences.mask)
+        return state, {**metrics, **described}
+
+    return Method(lambda params, key, _: preference.init(params, tx, key), step)
+
+
+def nash_md_method(
+    world: World, config: nash_md.Config, optimizer: OptimizerConfig, *, noise: float = 0.25
+) -> Method:
+    """Nash-MD against the mixture of the policy and the reference (Munos et al. 2023).
+
+    Args:
+      noise: of the judge, who prefers by rewards.
+    """
+    score_fn, tx = world.score_fn, make_optimizer(optimizer)
+    update = nash_md.make_update(config, score_fn, tx)
+    half = dataclasses.replace(world, samples=world.samples // 2)
+
+    def step(state: Any, hyper: Any, ref_params: Params, key: PRNGKeyArray) -> tuple[Any, Metrics]:
+        draw_key, own_key, other_key = jax.random.split(key, 3)
+        params, prompts = state.learner.all_params, half.draw(draw_key)
+        own = world.answer(params, prompts, own_key)
+        mixture = nash_md.mixture_fns(*models.make_decode_fns(world.model), mixing=hyper.mixing)
+        other = world.answer((params, ref_params), prompts, other_key, decode_fns=mixture)
+        rewards, other_rewards = (world.rewards(rollout, prompts) for rollout in (own, other))
+        wins = nash_md.win_probability(rewards, other_rewards, noise=noise)
+        ref_logp = masked_sum(score_fn(ref_params, own.sequences).logp, own.sequences.mask, axis=-1)
+        state, metrics = update(state, hyper, nash_md.Batch(own.sequences, ref_logp, wins))
+        described = _described(own, rewards)
+        described["tokens"] += jnp.sum(other.sequences.mask)
+        return state, {**metrics, **described}
+
+    return Method(lambda params, key, _: nash_md.init(params, tx, key), step)
+
+
+def unpaired_method(
+    world: World, config: unpaired.Config, optimizer: OptimizerConfig, *, source: Source
+) -> Method:
+    """KTO and BCO on single answers: desirable are those of more than the batch's mean reward."""
+    score_fn, tx = world.score_fn, make_optimizer(optimizer)
+    update = unpaired.make_update(config, score_fn, tx)
+
+    def step(state: Any, hyper: Any, ref_params: Params, key: PRNGKeyArray) -> tuple[Any, Metrics]:
+        writer = ref_params if source == "reference" else state.learner.all_params
+        prompts, rollout, rewards = _answers(world, writer, key)
+        mismatched = None
+        if config.shift_decay is None:
+            # One prompt's answers stand together: a whole group on is another prompt's.
+            mismatched = unpaired.mismatch(prompts.tokens.shape[1], rollout.sequences, shift=world.samples)
+        desirable = rewards > jnp.mean(rewards)
+        batch = unpaired.make_batch(score_fn, ref_params, rollout.sequences, desirable, mismatched)
+        state, metrics = update(state, hyper, batch)
+        return state, {**metrics, **_described(rollout, rewards)}
+
+    return Method(lambda params, key, _: unpaired.init(params, tx, key), step)
+
+
+def _answers(world: World, writer: Params, key: PRNGKeyArray) -> tuple[Prompts, Rollout, Float[Array, " B"]]:
+    draw_key, answer_key = jax.random.split(key)
+    prompts = world.draw(draw_key)
+    rollout = world.answer(writer, prompts, answer_key)
+    return prompts, rollout, world.rewards(rollout, prompts)
+
+
+# Imitation -------------------------------------------------------------------------------------------
+
+
+def imitation_method(
+    world: World, config: sft.Config, optimizer: OptimizerConfig, *, source: Source, every: bool = False
+) -> Method:
+    """Filtering: best-of-n distillation (of the reference), RAFT (policy), expert iteration (`every`).
+
+    Good is what is worth more than the mean reward of the batch, so where all are equal nothing is learned.
+    """
+    tx = make_optimizer(optimizer)
+    update = sft.make_update(config, world.score_fn, tx)
+
+    def step(state: Any, hyper: Any, ref_params: Params, key: PRNGKeyArray) -> tuple[Any, Metrics]:
+        writer = ref_params if source == "reference" else state.learner.all_params
+        _, rollout, rewards = _answers(world, writer, key)
+        bar = jnp.nextafter(jnp.mean(rewards), jnp.inf)
+        grouped, select = _grouped(world, rewards), selection.all_above if every else selection.best_of_group
+        chosen, _ = select(rollout.sequences, grouped, at_least=bar)
+        state, metrics = update(state, hyper, chosen)
+        return state, {**metrics, **_described(rollout, rewards)}
+
+    return Method(lambda params, key, _: sft.init(params, tx, key), step)
+
+
+def supervised_method(world: World, config: sft.Config, optimizer: OptimizerConfig) -> Method:
+    """SFT on the demonstrations of the task, as many rows a step as others sample."""
+    tx = make_optimizer(optimizer)
+    update = sft.make_update(config, world.score_fn, tx)
+    table = jax.tree.map(jnp.asarray, world.task.demonstrations)
+
+    def step(state: Any, hyper: Any, ref_params: Params, key: PRNGKeyArray) -> tuple[Any, Metrics]:
+        del ref_params
+        count = world.prompts * world.samples
+        rows = jax.random.randint(key, (count,), 0, table.tokens.shape[0])
+        state, metrics = update(state, hyper, selection.take_rows(table, rows))
+        return state, {**metrics, "tokens": jnp.int32(0)}
+
+    return Method(lambda params, key, _: sft.init(params, tx, key), step)
+
+
+def distillation_method(
+    world: World,
+    config: distillation.Config,
+    optimizer: OptimizerConfig,
+    *,
+    teacher: tuple[models.ModelConfig, Params],
+    writer: Literal["teacher", "student"],
+) -> Method:
+    """Distillation on the teacher's answers (soft labels), or on the student's own (GKD).
+
+    Args:
+      teacher: architecture and parameters; the same vocabulary.
+    """
+    tx = make_optimizer(optimizer)
+    teacher_config, teacher_params = teacher
+    student_fn, teacher_fn = (models.make_distribution_fn(c) for c in (world.model, teacher_config))
+    update = distillation.make_update(config, student_fn, tx)
+
+    def step(state: Any, hyper: Any, ref_params: Params, key: PRNGKeyArray) -> tuple[Any, Metrics]:
+        del ref_params
+        draw_key, answer_key = jax.random.split(key)
+        prompts = world.draw(draw_key)
+        if writer == "teacher":
+            fns = models.make_decode_fns(teacher_config)
+            rollout = world.answer(teacher_params, prompts, answer_key, decode_fns=fns)
+        else:
+            rollout = world.answer(state.learner.all_params, prompts, answer_key)
+        batch = distillation.Batch(rollout.sequences, teacher_fn(teacher_params, rollout.sequences))
+        state, metrics = update(state, hyper, batch)
+        return state, {**metrics, **_described(rollout, world.rewards(rollout, prompts))}
+
+    return Method(lambda params, key, _: distillation.init(params, tx, key), step)

@@ -1,0 +1,225 @@
+"""A whole post-training run as one pure function: prompts, answers, scores, updates, evaluation.
+
+    train = make_train(world, group_method(world, group_members.grpo(group_size=4)), steps=60)
+    state, history = jax.jit(train)(Start(key, params), hyper)
+
+Traced from end to end, so that `sweep` can run seeds x hyperparameters in one program. The methods are in
+`training.whole_methods`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax import models
+from rlhf_jax.core.trees import pytree_dataclass
+from rlhf_jax.core.types import Array, Float, Metrics, Params, PRNGKeyArray, Rollout, Scalar, ScoreFn
+from rlhf_jax.generation import Sampling, generate
+from rlhf_jax.kernels.kl import reverse_kl
+from rlhf_jax.tasks.base import Prompts, Task
+
+RewardFn = Callable[[Rollout, Prompts], Float[Array, " B"]]
+
+
+@pytree_dataclass
+class Start:
+    """What sets one seed apart.
+
+    Attributes:
+      params: the policy to start from, which is also the reference.
+    """
+
+    key: PRNGKeyArray
+    params: Params
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class World:
+    """A task, a model for it, and how much is sampled in a step.
+
+    Attributes:
+      prompts: prompts a step.
+      samples: answers to each of them.
+      temperature: of sampling and of the scorer.
+      heldout: prompts of the evaluation, at most.
+      reward_fn: what training sees in place of the task's own score, such as a reward model; may close over
+        traced parameters, in a world that is made inside the run.
+    """
+
+    task: Task
+    model: models.ModelConfig
+    prompts: int = 16
+    samples: int = 4
+    temperature: float = 1.0
+    heldout: int = 128
+    reward_fn: RewardFn | None = None
+
+    @property
+    def score_fn(self) -> ScoreFn:
+        """Log-probs of the policy."""
+        return models.make_score_fn(self.model, temperature=self.temperature)
+
+    def answer(
+        self,
+        params: Params,
+        prompts: Prompts,
+        key: PRNGKeyArray,
+        *,
+        temperature: Scalar | None = None,
+        decode_fns: tuple[Callable, Callable] | None = None,
+    ) -> Rollout:
+        """Answers of a policy, one a prompt."""
+        prefill, decode = decode_fns or models.make_decode_fns(self.model)
+        return generate(
+            prefill,
+            decode,
+            params,
+            jnp.asarray(prompts.tokens),
+            jnp.asarray(prompts.mask),
+            key,
+            max_new_tokens=self.task.completion_length,
+            eos_id=self.task.tokenizer.eos_id,
+            pad_id=self.task.tokenizer.pad_id,
+            sampling=Sampling(self.temperature if temperature is None else temperature),
+            early_end=False,  # whole runs are there to be vmapped
+            tool_fn=self.task.tool_fn,
+        )
+
+    def rewards(self, rollout: Rollout, prompts: Prompts) -> Float[Array, " B"]:
+        """What training sees of answers."""
+        return self.gold(rollout, prompts) if self.reward_fn is None else self.reward_fn(rollout, prompts)
+
+    def gold(self, rollout: Rollout, prompts: Prompts) -> Float[Array, " B"]:
+        """What the task says of answers."""
+        return self.task.score(rollout.sequences.tokens, rollout.sequences.mask, prompts.truth)
+
+    def draw(self, key: PRNGKeyArray, *, prompts: int | None = None, samples: int | None = None) -> Prompts:
+        """Training prompts, each `samples` times in a row."""
+        drawn = self.task.draw(key, prompts or self.prompts)
+        count = samples or self.samples
+        return jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=0), drawn)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """An algorithm as a whole run needs it.
+
+    Attributes:
+      init: (params, key, hyper) -> agent.
+      step: (agent, hyper, ref_params, key) -> (agent, metrics): samples, and learns; `tokens` among the
+        metrics are those generated.
+      policy: agent -> parameters of the policy.
+    """
+
+    init: Callable[[Params, PRNGKeyArray, Any], Any]
+    step: Callable[[Any, Any, Params, PRNGKeyArray], tuple[Any, Metrics]]
+    policy: Callable[[Any], Params] = lambda agent: agent.learner.all_params
+
+
+def make_train(
+    world: World, method: Method, *, steps: int
+) -> Callable[[Start, Any], tuple[Any, dict[str, Array]]]:
+    """`train(start, hyper) -> (agent, history)`.
+
+    The history holds what a step reports, [steps], and the evaluation on held-out prompts at the end:
+    `score` (greedy) and `sampled_score` as shares of the best there is, `kl` to the reference in nats an
+    answer, `length` in tokens, and `generated`, the tokens that training sampled.
+    """
+
+    def train(start: Start, hyper: Any) -> tuple[Any, dict[str, Array]]:
+        init_key, step_key, evaluation_key = jax.random.split(start.key, 3)
+
+        def step(agent: Any, number: Array) -> tuple[Any, Metrics]:
+            return method.step(agent, hyper, start.params, jax.random.fold_in(step_key, number))
+
+        agent = method.init(start.params, init_key, hyper)
+        agent, history = jax.lax.scan(step, agent, jnp.arange(steps))
+        history = {name: history[name] for name in ("reward", "length", "tokens") if name in history}
+        generated = {"generated": jnp.sum(history["tokens"])} if "tokens" in history else {}
+        final = evaluate(world, method.policy(agent), start.params, evaluation_key)
+        return agent, {**{f"train_{name}": values for name, values in history.items()}, **final, **generated}
+
+    return train
+
+
+def evaluate(world: World, params: Params, ref_params: Params, key: PRNGKeyArray) -> dict[str, Array]:
+    """Held-out scores of a policy."""
+    prompts = _heldout(world)
+    greedy = world.answer(params, prompts, key, temperature=0.0)
+    sampled = world.answer(params, prompts, key)
+    logp, ref_logp = (world.score_fn(side, sampled.sequences).logp for side in (params, ref_params))
+    mask = sampled.sequences.mask
+    return {
+        "score": jnp.mean(world.gold(greedy, prompts)) / world.task.best,
+        "sampled_score": jnp.mean(world.gold(sampled, prompts)) / world.task.best,
+        "kl": jnp.mean(jnp.sum(jnp.where(mask, logp - ref_logp, 0), axis=1)),
+        "length": jnp.mean(jnp.sum(mask, axis=1)),
+    }
+
+
+def _heldout(world: World) -> Prompts:
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf[: world.heldout]), world.task.heldout)
+
+
+# Watched runs ----------------------------------------------------------------------------------------
+
+
+def make_watched_train(
+    world: World, method: Method, *, steps: int, every: int
+) -> Callable[[Start, Any], tuple[Any, dict[str, Array]]]:
+    """`train(start, hyper) -> (agent, history)` that looks at the policy before training and every few steps.
+
+    Args:
+      every: steps between two looks; divides `steps`.
+
+    Returns:
+      A run whose history is that of `watch`, [1 + steps / every] each.
+
+    Raises:
+      ValueError: `every` does not divide `steps`.
+    """
+    if steps % every:
+        raise ValueError(f"{steps} steps cannot be looked at every {every}")
+
+    def train(start: Start, hyper: Any) -> tuple[Any, dict[str, Array]]:
+        init_key, step_key, watch_key = jax.random.split(start.key, 3)
+
+        def step(agent: Any, number: Array) -> tuple[Any, None]:
+            return method.step(agent, hyper, start.params, jax.random.fold_in(step_key, number))[0], None
+
+        def look(agent: Any, number: Array) -> dict[str, Array]:
+            return watch(world, method.policy(agent), start.params, jax.random.fold_in(watch_key, number))
+
+        def part(agent: Any, first: Array) -> tuple[Any, dict[str, Array]]:
+            seen = look(agent, first)
+            return jax.lax.scan(step, agent, first + jnp.arange(every))[0], seen
+
+        agent = method.init(start.params, init_key, hyper)
+        agent, history = jax.lax.scan(part, agent, jnp.arange(0, steps, every))
+        last = look(agent, jnp.int32(steps))
+        return agent, jax.tree.map(lambda seen, end: jnp.append(seen, end), history, last)
+
+    return train
+
+
+def watch(world: World, params: Params, ref_params: Params, key: PRNGKeyArray) -> dict[str, Array]:
+    """Means over one sampled answer to each held-out prompt, in the rewards' own units.
+
+    `gold` is the task's score, `proxy` what training sees, `length` in tokens, `kl` that to the reference in
+    nats an answer, exact over the vocabulary at each token: never negative, of less variance than log-ratios.
+    """
+    prompts = _heldout(world)
+    sampled = world.answer(params, prompts, key)
+    distribution = models.make_distribution_fn(world.model, temperature=world.temperature)
+    logp, ref_logp = (distribution(side, sampled.sequences) for side in (params, ref_params))
+    mask = sampled.sequences.mask
+    kl = jnp.sum(jnp.where(mask, reverse_kl(logp, ref_logp), 0), axis=1)
+    return {
+        "gold": jnp.mean(world.gold(sampled, prompts)),
+        "proxy": jnp.mean(world.rewards(sampled, prompts)),
+        "kl": jnp.mean(kl),
+        "length": jnp.mean(jnp.sum(mask, axis=1)),
+    }

@@ -1,0 +1,1 @@
+"""Attention: the modules, and the backends that compute them."""

@@ -1,0 +1,366 @@
+"""softmax(q k^T) v: `choose_backend` says how it is computed, `plain_attention` what it is."""
+
+import dataclasses
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+
+from rlhf_jax.core.axes import partition_spec, shards
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.trees import pytree_dataclass
+from rlhf_jax.core.types import Array, Bool, Float, Int
+from rlhf_jax.models.attention.blocked import ATTENDED, blocked_attention
+from rlhf_jax.models.attention.ring import ring_attention
+from rlhf_jax.models.config import AttentionBackend
+
+Backend = Literal["plain", "blocked", "cudnn", "splash", "ring"]
+
+ATTENTION_NAMES = ("query", "key", "value", ATTENDED)
+"""What the backward pass of attention reads, by the names under which `remat` policies keep it."""
+
+
+@pytree_dataclass
+class Context:
+    """What every layer of a pass shares.
+
+    Attributes:
+      positions: of the tokens read now.
+      key_positions: of every column that may be attended to.
+      mask: who sees whom, windows apart.
+      start: the column of the cache that the first token goes to; of all rows, or of each.
+      segment_ids: of the tokens read now, where no column but theirs may be attended to; else None.
+      present: which of the tokens read now are not padding.
+    """
+
+    positions: Int[Array, "B T"]
+    key_positions: Int[Array, "B S"]
+    mask: Bool[Array, "B T S"]
+    start: Int[Array, "*B"]
+    segment_ids: Int[Array, "B T"] | None
+    present: Bool[Array, "B T"]
+
+    def distance(self) -> Int[Array, "B T S"]:
+        """How many tokens each column lies back."""
+        return self.positions[:, :, None] - self.key_positions[:, None, :]
+
+    def seen(self, window: int | None) -> Bool[Array, "B T S"]:
+        """Who sees whom, `window` tokens back at most."""
+        return self.mask if window is None else self.mask & (self.distance() < window)
+
+    def behind_prompt(self, length: int) -> "Context":
+        """The same with a soft prompt before every sample: at the positions before 0, seen by all."""
+        before = ((0, 0), (length, 0))
+        positions = jnp.pad(self.key_positions, before).at[:, :length].set(jnp.arange(-length, 0))
+        mask = jnp.pad(self.mask, ((0, 0), *before), constant_values=True)
+        return dataclasses.replace(self, key_positions=positions, mask=mask, segment_ids=None)
+
+
+def attend(
+    query: Float[Array, "B T H d"],
+    key: Float[Array, "B S K d"],
+    value: Float[Array, "B S K v"],
+    context: Context,
+    *,
+    backend: AttentionBackend,
+    scale: float,
+    softcap: float | None = None,
+    bias: Float[Array, "B H T S"] | None = None,
+    window: int | None = None,
+) -> Float[Array, "B T H v"]:
+    """softmax(softcap(scale q k^T) + bias) v over the columns that each token sees.
+
+    Tokens of segment 0, which are padding, get something finite that depends on the backend.
+
+    Args:
+      window: how many tokens are seen, the current one included; None for all before.
+
+    Raises:
+      UserError: a backend was asked for that cannot serve this layer here.
+    """
+    query, key, value = (
+        checkpoint_name(heads, name)
+        for heads, name in zip((query, key, value), ATTENTION_NAMES, strict=False)
+    )
+    chosen = choose_backend(
+        backend, query, value, context, softcap=softcap, biased=bias is not None, platform=_platform()
+    )
+    segments, mask = context.segment_ids, context.seen(window)
+    if chosen == "plain" or segments is None:
+        return plain_attention(query, key, value, mask, scale=scale, softcap=softcap, bias=bias)
+    if chosen == "ring":
+        return attention_in_a_ring(
+            query, key, value, context.positions, segments, scale=scale, softcap=softcap, window=window
+        )
+    if chosen == "splash":
+        return splash_attention(query, key, value, segments, scale=scale, softcap=softcap, window=window)
+    if chosen == "cudnn":
+        return cudnn_attention(query, key, value, mask, segments, scale=scale, bias=bias, window=window)
+    return blocked_attention(query, key, value, mask, scale=scale, softcap=softcap, bias=bias, window=window)
+
+
+def choose_backend(
+    asked: AttentionBackend,
+    query: Float[Array, "B T H d"],
+    value: Float[Array, "B S K v"],
+    context: Context,
+    *,
+    softcap: float | None,
+    biased: bool,
+    platform: str,
+) -> Backend:
+    """The one place where it is decided how attention is computed.
+
+    `auto` takes cuDNN on NVIDIA GPUs and splash attention on TPUs where they apply and plain attention where
+    they do not, and blocks on CPU. Reading from a cache, a token at a time, is bound by memory and plain.
+    Where the columns are split over devices, keys and values go around in a ring.
+
+    Raises:
+      UserError: `asked` names a backend that does not apply.
+    """
+    if context.segment_ids is None:
+        return "plain"
+    if shards("time", query.shape[1]) > 1 and asked == "auto":
+        return "plain" if biased else "ring"
+    best: dict[str, Backend] = {"gpu": "cudnn", "tpu": "splash", "cpu": "blocked"}
+    backend = best.get(platform, "plain") if asked == "auto" else asked
+    obstacle = None
+    if backend == "cudnn":
+        obstacle = _cudnn_obstacle(query, value, softcap, platform)
+    elif backend == "splash":
+        obstacle = _splash_obstacle(biased, platform)
+    if obstacle is None:
+        return backend
+    if asked == "auto":
+        return "plain"
+    raise UserError(f"attention_backend={asked} cannot be used: {obstacle}; choose auto or another one.")
+
+
+def _platform() -> str:
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None and device.platform == "tpu":  # also where a program is compiled ahead of time
+        return "tpu"
+    if jax.default_backend() == "gpu" and "cuda" not in jax.devices()[0].client.platform_version:
+        return "rocm"
+    return jax.default_backend()
+
+
+def _cudnn_obstacle(query: Array, value: Array, softcap: float | None, platform: str) -> str | None:
+    """Why cuDNN's flash attention cannot serve (as `jax.nn.dot_product_attention` calls it), if so."""
+    width = query.shape[-1]
+    if platform != "gpu":
+        return f"it needs an NVIDIA GPU, and this runs on {platform}"
+    if query.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it computes in bfloat16 or float16, and compute_dtype is {query.dtype}"
+    if softcap is not None:
+        return "it has no soft-cap, and this model has one"
+    if value.shape[-1] != width:
+        return f"its values are as wide as its keys, and here they are {value.shape[-1]} and {width}"
+    capability = getattr(jax.devices()[0], "compute_capability", "8.0")
+    widest = 256 if float(capability) >= 9 else 128  # from Hopper on
+    if width % 8 or width > widest:
+        return f"heads must be a multiple of 8 wide, up to {widest} on this GPU, and here they are {width}"
+    return None
+
+
+def _splash_obstacle(biased: bool, platform: str) -> str | None:
+    """Why splash attention cannot serve, if so."""
+    if platform != "tpu":
+        return f"it needs a TPU, and this runs on {platform}"
+    if biased:
+        return "it has no bias of logits, and this model has one (ALiBi)"
+    return None
+
+
+# The ways ------------------------------------------------------------------------------------------
+
+
+def attention_in_a_ring(
+    query: Float[Array, "B T H d"],
+    key: Float[Array, "B T K d"],
+    value: Float[Array, "B T K v"],
+    positions: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+    *,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> Float[Array, "B T H v"]:
+    """`kernels.ring_attention` over the entered mesh; no device ever holds the keys of a whole row."""
+    mesh = jax.sharding.get_abstract_mesh()
+    # The heads of queries can be split only where those of their keys are split alike.
+    heads = "heads" if shards("heads", key.shape[2]) > 1 else None
+    of_heads = partition_spec(("batch", "time", heads, None), key.shape, mesh)[0]
+    of_columns = PartitionSpec(*of_heads[:2])
+    ring = functools.partial(
+        ring_attention, axis_name=of_heads[1], scale=scale, softcap=softcap, window=window
+    )
+    specs = (of_heads, of_heads, of_heads, of_columns, of_columns)
+    split = jax.shard_map(ring, in_specs=specs, out_specs=of_heads, check_vma=False)
+    return split(query, key, value, positions, segment_ids)
+
+
+def plain_attention(
+    query: Float[Array, "B T H d"],
+    key: Float[Array, "B S K d"],
+    value: Float[Array, "B S K v"],
+    mask: Bool[Array, "B T S"],
+    *,
+    scale: float,
+    softcap: float | None = None,
+    bias: Float[Array, "B H T S"] | None = None,
+) -> Float[Array, "B T H v"]:
+    """All logits at once, softmax in float32. Runs anywhere."""
+    batch, time, heads, width = query.shape
+    kv_heads = key.shape[2]
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    grouped = query.reshape(batch, time, kv_heads, heads // kv_heads, width)
+    logits = scale * jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=wide)
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    if bias is not None:
+        logits += bias.reshape(batch, kv_heads, -1, *bias.shape[2:])
+    logits = jnp.where(mask[:, None, None], logits, jnp.finfo(wide).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+    return jnp.einsum("bkgts,bskv->btkgv", weights, value).reshape(batch, time, heads, -1)
+
+
+def cudnn_attention(
+    query: Float[Array, "B T H d"],
+    key: Float[Array, "B T K d"],
+    value: Float[Array, "B T K d"],
+    mask: Bool[Array, "B T T"],
+    segment_ids: Int[Array, "B T"],
+    *,
+    scale: float,
+    bias: Float[Array, "B H T T"] | None = None,
+    window: int | None = None,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
+) -> Float[Array, "B T H d"]:
+    """cuDNN's flash attention through `jax.nn.dot_product_attention`.
+
+    Where every row begins with the only segment it has, causality says it all: padding at the end is seen
+    by padding alone. Whether that is so is looked up at run time; else the mask goes along as a bias.
+
+    Args:
+      implementation: `xla` computes the same on any machine (for tests).
+    """
+    time = query.shape[1]
+    fused = functools.partial(
+        jax.nn.dot_product_attention, scale=scale, is_causal=True, implementation=implementation
+    )
+
+    def causal(query: Array, key: Array, value: Array) -> Array:
+        return fused(query, key, value, local_window_size=None if window is None else (window - 1, 0))
+
+    def masked(query: Array, key: Array, value: Array) -> Array:
+        # With a bias, gradients need an even number of columns; the one that is added sees itself alone.
+        even = time % 2
+        query, key, value = (
+            jnp.pad(heads, ((0, 0), (0, even), (0, 0), (0, 0))) for heads in (query, key, value)
+        )
+        square = jnp.pad(mask, ((0, 0), (0, even), (0, even)))[:, None]
+        slanted = None if bias is None else jnp.pad(bias, ((0, 0), (0, 0), (0, even), (0, even)))
+        return fused(query, key, value, slanted, square)[:, :time]
+
+    if bias is not None:
+        return masked(query, key, value)
+    alone = (segment_ids == segment_ids[:, :1]) | (segment_ids == 0)
+    return jax.lax.cond(jnp.all(alone) & jnp.all(segment_ids[:, 0] > 0), causal, masked, query, key, value)
+
+
+def splash_attention(
+    query: Float[Array, "B T H d"],
+    key: Float[Array, "B T K d"],
+    value: Float[Array, "B T K v"],
+    segment_ids: Int[Array, "B T"],
+    *,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+    interpret: bool = False,
+) -> Float[Array, "B T H v"]:
+    """The TPU kernel that skips the blocks nobody sees. The columns of a segment follow one another.
+
+    On a mesh every device runs it on its own rows and heads.
+
+    Args:
+      interpret: runs the kernel's operations one by one, on any machine (for tests).
+    """
+    local = functools.partial(
+        _splash_on_one_device, scale=scale, softcap=softcap, window=window, interpret=interpret
+    )
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return local(query, key, value, segment_ids)
+    heads = "heads" if shards("heads", key.shape[2]) > 1 else None
+    of_heads = partition_spec(("batch", None, heads, None), key.shape, mesh)[0]
+    specs = (of_heads, of_heads, of_heads, PartitionSpec(of_heads[0]))
+    split = jax.shard_map(local, in_specs=specs, out_specs=of_heads, check_vma=False)
+    return split(query, key, value, segment_ids)
+
+
+def _splash_on_one_device(
+    query: Array,
+    key: Array,
+    value: Array,
+    segment_ids: Array,
+    *,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    interpret: bool,
+) -> Array:
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    time = query.shape[1]
+    padding = -time % 128
+    rows = [
+        jnp.pad(heads, ((0, 0), (0, padding), (0, 0), (0, 0))).swapaxes(1, 2)
+        for heads in (query * jnp.asarray(scale, query.dtype), key, value)
+    ]
+    segments = jnp.pad(segment_ids, ((0, 0), (0, padding)))
+    # On a mesh its tables are made within the program: outside, they would be put on the mesh's devices.
+    make = _splash_kernel if jax.sharding.get_abstract_mesh().empty else _make_splash_kernel
+    kernel = make(time + padding, query.shape[2], window, softcap, interpret)
+    outputs = jax.vmap(kernel)(*rows, splash.SegmentIds(segments, segments))
+    return outputs.swapaxes(1, 2)[:, :time].astype(value.dtype)
+
+
+@functools.lru_cache(maxsize=32)
+def _splash_kernel(*arguments: Any) -> Any:
+    # Its tables are constants, also where the kernel is made while a program is traced.
+    with jax.ensure_compile_time_eval():
+        return _make_splash_kernel(*arguments)
+
+
+def _make_splash_kernel(
+    time: int, heads: int, window: int | None, softcap: float | None, interpret: bool
+) -> Any:
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    square = (time, time)
+    mask = splash.CausalMask(square) if window is None else splash.LocalMask(square, (window - 1, 0), 0)
+    block = next(size for size in (512, 256, 128) if time % size == 0)
+    blocks = splash.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
+    return splash.make_splash_mha(
+        splash.MultiHeadMask([mask] * heads),
+        block_sizes=blocks,
+        attn_logits_soft_cap=softcap,
+        residual_checkpoint_name=ATTENDED,
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )

@@ -1,0 +1,1 @@
+"""Retrieval for generation: chunks of documents, and the index over them."""

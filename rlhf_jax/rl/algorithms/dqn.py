@@ -1,0 +1,257 @@
+"""Deep Q-learning (Mnih et al. 2015) with its common extensions, each a switch.
+
+Double (van Hasselt et al. 2016), dueling (Wang et al. 2016), prioritised replay (Schaul et al. 2016) and
+n-step targets (`Run.n_step`). The network is Q(s) -> all actions or Q(s, a) -> scalar. What C51 and QR-DQN
+share with it stands here too: they differ in what the network gives and in the loss.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.train_state import Learner, OptimizerConfig, apply_gradients, init_learner, make_optimizer
+from rlhf_jax.core.trees import pytree_dataclass, tree_where
+from rlhf_jax.core.types import Array, Float, Int, Metrics, Params, PRNGKeyArray, Scalar
+from rlhf_jax.losses.reductions import Reduction
+from rlhf_jax.losses.value import huber_value_loss
+from rlhf_jax.rl.envs.environments import Environment
+from rlhf_jax.rl.loops import off_policy
+from rlhf_jax.rl.loops.exploration import linear_decay
+from rlhf_jax.rl.loops.off_policy import Algorithm, RunConfig
+from rlhf_jax.rl.loops.replay import Batch, weighted_mean
+from rlhf_jax.rl.loops.runs import Run, Train, whole
+from rlhf_jax.rl.networks.q_networks import ActionInputValue, ActionValues, applied, make_value_torso
+
+Outputs: TypeAlias = Float[Array, "N A ..."]
+LossOutcome: TypeAlias = tuple[Float[Array, ""], tuple[Metrics, Float[Array, " N"]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Static choices.
+
+    Attributes:
+      run: its course.
+      optimizer: Adam behind gradient clipping.
+      body: of the network; None for the default of the environment.
+      double: the trained network chooses the next action, the target network values it.
+      dueling: values of states and advantages of actions apart.
+      prioritised: sample transitions by their error.
+      action_input: Q(s, a) -> scalar instead of Q(s) -> all actions.
+    """
+
+    run: RunConfig = RunConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(clip_norm=1e6, b2=0.999)
+    body: nn.Module | None = None
+    double: bool = True
+    dueling: bool = False
+    prioritised: bool = False
+    action_input: bool = False
+
+
+@pytree_dataclass
+class Hyper:
+    """What a sweep may vary.
+
+    Attributes:
+      gamma: discount per step.
+      epsilon_start: share of random actions at first.
+      epsilon_end: and at last.
+      epsilon_steps: steps over which it falls linearly.
+      target_every: updates between moves of the target network.
+      target_rate: how far it moves then; 1 copies.
+      huber_delta: error beyond which the loss is linear, in units of reward; a large number squares all. With
+        returns far above it values may grow without bound: an end of the episode pulls them down no harder
+        than any other error pulls them up.
+      priority_alpha: how much errors matter in sampling; 0 is uniform.
+      priority_beta: how much of that bias is corrected; 1 is all.
+    """
+
+    learning_rate: Scalar = 2.5e-4
+    gamma: Scalar = 0.99
+    epsilon_start: Scalar = 1.0
+    epsilon_end: Scalar = 0.05
+    epsilon_steps: Scalar = 250_000.0
+    target_every: Scalar = 50
+    target_rate: Scalar = 1.0
+    huber_delta: Scalar = 100.0
+    priority_alpha: Scalar = 0.6
+    priority_beta: Scalar = 0.4
+
+
+@pytree_dataclass
+class State:
+    """The agent; the whole run's state is `off_policy.RunState`."""
+
+    learner: Learner
+    target_params: Params
+
+
+@dataclasses.dataclass(frozen=True)
+class ValueFns:
+    """The network as callables.
+
+    Attributes:
+      every_fn: (params, obs) -> outputs of every action [N, A, ...].
+      chosen_fn: (params, obs, action) -> of one action each [N, ...].
+      rank_fn: outputs [N, A, ...] -> numbers [N, A] of which the highest is the best action.
+    """
+
+    every_fn: Callable[[Params, Array], Outputs]
+    chosen_fn: Callable[[Params, Array, Int[Array, " N"]], Float[Array, "N ..."]]
+    rank_fn: Callable[[Outputs], Float[Array, "N A"]]
+
+
+ErrorFn: TypeAlias = Callable[
+    [Float[Array, "N ..."], Float[Array, "N ..."], Batch, Any, Reduction], LossOutcome
+]
+"""(outputs of the action taken, of the next action by the target network, batch, hyper, reduction) ->
+(loss, (metrics, error of each transition))."""
+
+
+def init(params: Params, tx: optax.GradientTransformation) -> State:
+    """The state at step 0; the target network is the network."""
+    return State(init_learner(params, tx), params)
+
+
+def td_loss(
+    chosen: Float[Array, " N"], following: Float[Array, " N"], batch: Batch, hyper: Any, reduce: Reduction
+) -> LossOutcome:
+    """Huber loss of Q(s, a) - (r + discount Q'(s', a'))  (Mnih et al. 2015, Algorithm 1).
+
+    `hyper` must have `huber_delta`.
+    """
+    targets = batch.reward + batch.discount * following
+    mask = jnp.ones_like(targets, bool)[None]
+    loss, metrics = huber_value_loss(
+        chosen[None], targets[None], mask, delta=hyper.huber_delta, reduce=reduce
+    )
+    return loss, (metrics, chosen - targets)
+
+
+def make_value_update(
+    values: ValueFns, tx: optax.GradientTransformation, error_fn: ErrorFn, *, double: bool
+) -> Callable[[State, Any, Batch], tuple[State, Metrics, Float[Array, " N"]]]:
+    """`update(state, hyper, batch) -> (state, metrics, errors)`: one optimizer step.
+
+    The next action is the best by the target network, or, when `double`, by the network in training.
+    """
+
+    def update(state: State, hyper: Any, batch: Batch) -> tuple[State, Metrics, Float[Array, " N"]]:
+        params = state.learner.params
+        after = values.every_fn(state.target_params, batch.next_obs)
+        choosing = values.every_fn(params, batch.next_obs) if double else after
+        best = jnp.argmax(values.rank_fn(choosing), axis=1)
+        following = jax.vmap(lambda row, action: row[action])(after, best)
+        reduce = weighted_mean(batch.weight)
+
+        def loss_fn(params: Params) -> LossOutcome:
+            chosen = values.chosen_fn(params, batch.obs, batch.action)
+            return error_fn(chosen, following, batch, hyper, reduce)
+
+        (loss, (metrics, errors)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        learner, guard = apply_gradients(
+            state.learner, gradients, tx, learning_rate=hyper.learning_rate, loss=loss
+        )
+        target = optax.incremental_update(learner.params, state.target_params, hyper.target_rate)
+        due = learner.steps % jnp.asarray(hyper.target_every, jnp.int32) == 0
+        target = tree_where(due, target, state.target_params)
+        errors = jax.lax.stop_gradient(errors)
+        metrics = {**metrics, "error_size": jnp.mean(jnp.abs(errors)), **guard}
+        return State(learner, target), metrics, errors
+
+    return update
+
+
+def make_update(
+    config: Config, values: ValueFns, tx: optax.GradientTransformation
+) -> Callable[[State, Hyper, Batch], tuple[State, Metrics, Float[Array, " N"]]]:
+    """`update(state, hyper, batch) -> (state, metrics, errors)`, errors being those of each transition."""
+    return make_value_update(values, tx, td_loss, double=config.double)
+
+
+def make_network(config: Config, env: Environment) -> nn.Module:
+    """Q for this environment.
+
+    Raises:
+      UserError: its actions are continuous, or dueling was asked of Q(s, a) -> scalar.
+    """
+    torso = make_value_torso(env, config.body)
+    num_actions = discrete_actions(env, "DQN")
+    if not config.action_input:
+        return ActionValues(torso, num_actions, dueling=config.dueling)
+    if config.dueling:
+        raise UserError("DQN: dueling needs all actions at once; use action_input=False.")
+    return ActionInputValue(torso, num_actions)
+
+
+def discrete_actions(env: Environment, algorithm: str) -> int:
+    """How many actions there are.
+
+    Raises:
+      UserError: they are continuous.
+    """
+    if env.num_actions is None:
+        raise UserError(f"{algorithm} needs discrete actions and {env.name} has continuous ones: use SAC.")
+    return env.num_actions
+
+
+def network_fns(
+    network: nn.Module, rank_fn: Callable[[Outputs], Float[Array, "N A"]] = lambda outputs: outputs
+) -> ValueFns:
+    """The callables of a Flax network with a method `chosen`."""
+    return ValueFns(applied(network), applied(network, "chosen"), rank_fn)
+
+
+def make_algorithm(
+    env: Environment,
+    network: nn.Module,
+    values: ValueFns,
+    tx: optax.GradientTransformation,
+    update_fn: Callable[..., Any],
+) -> Algorithm:
+    """Epsilon-greedy exploration around `update_fn`."""
+    num_actions = discrete_actions(env, "DQN")
+
+    def init_fn(key: PRNGKeyArray, hyper: Any) -> State:
+        del hyper
+        return init(network.init(key, jnp.zeros((1, *env.obs_shape), env.obs_dtype))["params"], tx)
+
+    def greedy(state: State, obs: Array) -> Int[Array, " B"]:
+        return jnp.argmax(values.rank_fn(values.every_fn(state.learner.params, obs)), axis=-1)
+
+    def noise_fn(key: PRNGKeyArray, shape: tuple[int, int]) -> tuple[Array, Array]:
+        share_key, action_key = jax.random.split(key)
+        return jax.random.uniform(share_key, shape), jax.random.randint(action_key, shape, 0, num_actions)
+
+    def act_fn(state: State, hyper: Any, obs: Array, noise: tuple[Array, Array], steps: Array) -> Array:
+        shares, anything = noise
+        epsilon = linear_decay(
+            steps, start=hyper.epsilon_start, end=hyper.epsilon_end, steps=hyper.epsilon_steps
+        )
+        return jnp.where(shares < epsilon, anything, greedy(state, obs))
+
+    def policy_fn(state: State, obs: Array, key: PRNGKeyArray, deterministic: bool) -> Array:
+        del key, deterministic  # the policy learnt is the greedy one
+        return greedy(state, obs)
+
+    return Algorithm(init_fn, noise_fn, act_fn, act_fn, update_fn, policy_fn)
+
+
+def make_run(config: Config, env: Environment, env_params: Any) -> Run:
+    """A run as `init` and `step`."""
+    tx, network = make_optimizer(config.optimizer), make_network(config, env)
+    values = network_fns(network)
+    algorithm = make_algorithm(env, network, values, tx, make_update(config, values, tx))
+    return off_policy.make_run(config.run, env, env_params, algorithm, prioritised=config.prioritised)
+
+
+def make_train(config: Config, env: Environment, env_params: Any) -> Train:
+    """`train(key, hyper) -> (state, history)`: a whole run, pure; jit it, vmap it over keys and `Hyper`."""
+    return whole(make_run(config, env, env_params))

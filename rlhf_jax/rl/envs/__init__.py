@@ -1,0 +1,1 @@
+"""Environments behind one interface, evaluation in them, and logs of transitions."""

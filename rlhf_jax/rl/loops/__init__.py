@@ -1,0 +1,1 @@
+"""Training loops: on-policy, off-policy, episodic, offline; replay, rollouts and exploration."""

@@ -1,0 +1,144 @@
+"""The run that algorithms with a value function share: collect a rollout, learn from it, again and again."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.train_state import OptimizerConfig
+from rlhf_jax.core.trees import pytree_dataclass
+from rlhf_jax.core.types import Array, Int, Metrics, Params, PRNGKeyArray
+from rlhf_jax.rl.envs.environments import Environment
+from rlhf_jax.rl.loops.rollout import (
+    Experience,
+    Network,
+    RolloutConfig,
+    Worlds,
+    collect,
+    init_params,
+    init_worlds,
+    make_act_fn,
+)
+from rlhf_jax.rl.loops.runs import Run
+from rlhf_jax.rl.networks.networks import default_body, make_actor_critic, make_recurrent_actor_critic
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkConfig:
+    """The actor-critic.
+
+    Attributes:
+      body: what turns observations into features; None for the environment's usual one.
+      shared: actor and critic share their body.
+      memory_width: of a GRU between the body, then shared, and the heads; 0 for none.
+    """
+
+    body: nn.Module | None = None
+    shared: bool = False
+    memory_width: int = 0
+
+
+def make_network(config: NetworkConfig, env: Environment) -> Network:
+    """The actor-critic of `config` for this environment."""
+    body = config.body or default_body(env)
+    if config.memory_width:
+        return make_recurrent_actor_critic(env, body, width=config.memory_width)
+    return make_actor_critic(env, body, shared=config.shared)
+
+
+@pytree_dataclass
+class State:
+    """All that a resume needs.
+
+    Attributes:
+      agent: the algorithm's own state.
+      worlds: its environments.
+      steps: environment steps taken.
+    """
+
+    agent: Any
+    worlds: Worlds
+    key: PRNGKeyArray
+    steps: Int[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class Learning:
+    """What a run needs to know of an algorithm.
+
+    Attributes:
+      init_fn: (params, key, hyper) -> agent.
+      learn_fn: (agent, hyper, experience) -> (agent, metrics).
+      params_fn: agent -> parameters.
+    """
+
+    init_fn: Callable[[Params, PRNGKeyArray, Any], Any]
+    learn_fn: Callable[[Any, Any, Experience], tuple[Any, Metrics]]
+    params_fn: Callable[[Any], Params] = lambda agent: agent.learner.params
+
+
+def count_updates(total_steps: int, config: RolloutConfig) -> int:
+    """Whole rollouts in `total_steps`.
+
+    Raises:
+      UserError: there is none.
+    """
+    updates = total_steps // (config.num_envs * config.num_steps)
+    if updates < 1:
+        raise UserError(
+            f"total_steps={total_steps} is less than one rollout of num_envs={config.num_envs} x "
+            f"num_steps={config.num_steps}: raise it"
+        )
+    return updates
+
+
+def stretched(optimizer: OptimizerConfig, optimizer_steps: int) -> OptimizerConfig:
+    """The optimizer's schedule stretched over the run, unless its length was given."""
+    return optimizer if optimizer.total_steps else dataclasses.replace(optimizer, total_steps=optimizer_steps)
+
+
+def make_run(
+    network: Network,
+    env: Environment,
+    env_params: Any,
+    config: RolloutConfig,
+    learning: Learning,
+    *,
+    total_steps: int,
+) -> Run:
+    """A run of `learning`; `hyper` must have `gamma`."""
+
+    def init(key: PRNGKeyArray, hyper: Any) -> State:
+        key, params_key, agent_key, env_key = jax.random.split(key, 4)
+        params = init_params(network, env, params_key)
+        worlds = init_worlds(network, env, env_params, config, env_key)
+        return State(learning.init_fn(params, agent_key, hyper), worlds, key, jnp.int32(0))
+
+    def step(state: State, hyper: Any) -> tuple[State, Metrics]:
+        key, rollout_key = jax.random.split(state.key)
+        worlds, experience, episodes = collect(
+            network,
+            env,
+            env_params,
+            config,
+            learning.params_fn(state.agent),
+            state.worlds,
+            rollout_key,
+            gamma=hyper.gamma,
+        )
+        agent, metrics = learning.learn_fn(state.agent, hyper, experience)
+        steps = state.steps + config.num_envs * config.num_steps
+        return State(agent, worlds, key, steps), {"steps": steps, **episodes, **metrics}
+
+    return Run(
+        init=init,
+        step=step,
+        act=make_act_fn(network, lambda state: learning.params_fn(state.agent)),
+        updates=count_updates(total_steps, config),
+        steps_per_update=config.num_envs * config.num_steps,
+        begin=network.begin,
+    )

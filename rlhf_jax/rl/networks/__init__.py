@@ -1,0 +1,1 @@
+"""Networks of reinforcement learning: encoders, heads, distributions."""

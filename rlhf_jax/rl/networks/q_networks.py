@@ -1,0 +1,166 @@
+"""Networks of action values, in both forms, and actors and critics of continuous actions."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from rlhf_jax.core.types import Array, Float, Int
+from rlhf_jax.rl.envs.environments import Environment
+from rlhf_jax.rl.networks.distributions import TanhGaussian
+from rlhf_jax.rl.networks.networks import MLP, MinAtarConv, TanhGaussianHead, Torso, linear
+
+
+class ActionValues(nn.Module):
+    """Q(s) -> all actions, or N numbers for each.
+
+    Attributes:
+      torso: observation -> features.
+      num_actions: A.
+      outputs: N, of distributional values; 0 for plain values, without that axis.
+      dueling: a value of the state and advantages of mean 0 (Wang et al. 2016, eq. 9).
+    """
+
+    torso: nn.Module
+    num_actions: int
+    outputs: int = 0
+    dueling: bool = False
+
+    @nn.compact
+    def __call__(self, obs: Array) -> Float[Array, "B A ..."]:
+        """Values of every action."""
+        features = self.torso(obs)
+        width = max(self.outputs, 1)
+        values = linear(self.num_actions * width, 1.0, "actions")(features)
+        values = values.reshape(*features.shape[:-1], self.num_actions, width)
+        if self.dueling:
+            state_value = linear(width, 1.0, "state")(features)[..., None, :]
+            values = state_value + values - jnp.mean(values, axis=-2, keepdims=True)
+        return values if self.outputs else values[..., 0]
+
+    def chosen(self, obs: Array, action: Int[Array, " B"]) -> Float[Array, "B ..."]:
+        """Values of one action each."""
+        values = self(obs)
+        # A product with a one-hot code: its gradient is no scatter, which CPUs and TPUs are slow at.
+        code = jax.nn.one_hot(action, self.num_actions, dtype=values.dtype)
+        return jnp.einsum("ba,ba...->b...", code, values)
+
+
+class ActionInputValue(nn.Module):
+    """Q(s, a) -> scalar: the action is an input.
+
+    Attributes:
+      torso: observation -> features.
+      num_actions: A.
+      width: of the layer that joins features and action.
+    """
+
+    torso: nn.Module
+    num_actions: int
+    width: int = 64
+
+    def setup(self) -> None:
+        """Names the parts."""
+        self.body = self.torso.clone(parent=None)
+        self.join = MLP((self.width,), nn.relu, output=1)
+
+    def __call__(self, obs: Array) -> Float[Array, "B A"]:
+        """Values of every action, each by its own pass of the last layers."""
+        features = self.body(obs)
+        actions = jnp.arange(self.num_actions)
+        return jax.vmap(lambda action: self._value(features, action), out_axes=-1)(actions)
+
+    def chosen(self, obs: Array, action: Int[Array, " B"]) -> Float[Array, " B"]:
+        """Values of one action each."""
+        return self._value(self.body(obs), action)
+
+    def _value(self, features: Float[Array, "B D"], action: Int[Array, "..."]) -> Float[Array, " B"]:
+        code = jax.nn.one_hot(action, self.num_actions)
+        code = jnp.broadcast_to(code, (*features.shape[:-1], self.num_actions))
+        return self.join(jnp.concatenate([features, code], axis=-1))[..., 0]
+
+
+class DeterministicActor(nn.Module):
+    """mu(s), squashed into the box of actions.
+
+    Attributes:
+      torso: observation -> features.
+      low: of the box.
+      high: of the box.
+    """
+
+    torso: nn.Module
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+    @nn.compact
+    def __call__(self, obs: Array) -> Float[Array, "B A"]:
+        """An action each, in the environment's units."""
+        raw = linear(len(self.low), 0.01)(self.torso(obs))
+        low, high = jnp.asarray(self.low), jnp.asarray(self.high)
+        return (high + low) / 2 + (high - low) / 2 * jnp.tanh(raw)
+
+
+class SquashedGaussianActor(nn.Module):
+    """A Gaussian squashed into the box of actions.
+
+    Attributes:
+      torso: observation -> features.
+      low: of the box.
+      high: of the box.
+    """
+
+    torso: nn.Module
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+    @nn.compact
+    def __call__(self, obs: Array) -> TanhGaussian:
+        """The distribution of actions, in the environment's units."""
+        return TanhGaussianHead(self.low, self.high)(self.torso(obs))
+
+
+class Critics(nn.Module):
+    """Several independent Q(s, a) of continuous actions.
+
+    Attributes:
+      body: of each, [N, D] -> [N, D].
+      low: of the box of actions, which the critics see as [-1, 1].
+      high: of the box.
+      count: how many.
+    """
+
+    body: nn.Module
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    count: int
+
+    def setup(self) -> None:
+        """Names the parts."""
+        self.bodies = [self.body.clone(parent=None) for _ in range(self.count)]
+        self.heads = [linear(1, 1.0) for _ in range(self.count)]
+
+    def __call__(self, obs: Array, action: Float[Array, "B A"]) -> Float[Array, "C B"]:
+        """A value each."""
+        low, high = jnp.asarray(self.low), jnp.asarray(self.high)
+        unit = (2 * action - (high + low)) / (high - low)
+        inputs = jnp.concatenate([obs.reshape(obs.shape[0], -1).astype(jnp.float32), unit], axis=-1)
+        values = [head(body(inputs)) for head, body in zip(self.heads, self.bodies, strict=True)]
+        return jnp.stack(values)[..., 0]
+
+
+def applied(network: nn.Module, method: str | None = None) -> Callable[..., Any]:
+    """`(params, *inputs) -> outputs` of the network, or of one of its methods."""
+    return lambda params, *inputs: network.apply({"params": params}, *inputs, method=method)
+
+
+def default_value_body(env: Environment) -> nn.Module:
+    """The convolution for MinAtar's planes, a ReLU MLP of 120 and 84 for the rest."""
+    return MinAtarConv() if env.name.endswith("-MinAtar") else MLP((120, 84), nn.relu)
+
+
+def make_value_torso(env: Environment, body: nn.Module | None) -> Torso:
+    """`body`, or the default, behind the repair of this environment's observations."""
+    return Torso(body or default_value_body(env), env.obs_shape, env.num_states)

@@ -1,0 +1,1 @@
+"""Tabular reinforcement learning, where every value can be computed."""

@@ -1,0 +1,455 @@
+"""Prompts in, sampled completions and their rewards out: the part of RL that touches text."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax import distributed, models
+from rlhf_jax.core.axes import constrain
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.types import Params, PRNGKeyArray, Rollout
+from rlhf_jax.data.examples import PromptExample
+from rlhf_jax.data.packing import left_pad
+from rlhf_jax.data.tokenizers import Tokenizer
+from rlhf_jax.feedback.judges import load_reward_file
+from rlhf_jax.generation import Sampling, generate, generate_continuously, row_keys
+from rlhf_jax.rewards.functions import RewardFn, Scored, load_reward, score_rows
+from rlhf_jax.training.run_folder import load_reward_model
+
+TermFn = Callable[[Rollout, Sequence[PromptExample], Sequence[str], np.ndarray], Scored]
+"""(rollout, prompts, completions, rows) -> the scores of these rows."""
+
+
+class GenerateFn(Protocol):
+    """Completions of prompts; see `make_generate_fn`."""
+
+    def __call__(
+        self,
+        params: Params,
+        prompts: Sequence[PromptExample],
+        key: PRNGKeyArray,
+        sampling: Sampling = ...,
+        /,
+    ) -> Rollout:
+        """One completion for each prompt."""
+        ...
+
+
+def make_generate_fn(
+    config: models.ModelConfig,
+    tokenizer: Tokenizer,
+    *,
+    prompt_length: int,
+    max_new_tokens: int,
+    group_size: int = 1,
+    slots: int | None = None,
+    sampling: Sampling = Sampling(),
+    decode_fns: tuple[Callable, Callable] | None = None,
+) -> GenerateFn:
+    """`generate(params, prompts, key) -> Rollout`, compiled once for each number of prompts.
+
+    Where the devices of the entered mesh do not divide the prompts, the last one is repeated for them.
+
+    Args:
+      prompt_length: P; longer prompts are refused.
+      group_size: how often each prompt stands in `prompts`, one after the other; it is read once.
+      slots: answers on their way at a time; where one ends, the next prompt is read. All by default. With it,
+        prompts are read once for every answer.
+      sampling: unless the call says otherwise, which compiles nothing anew while the same filters are on.
+      decode_fns: (prefill, decode) where they are not the model's own; not with `slots`.
+    """
+    group_size = group_size if slots is None else 1
+
+    @functools.cache
+    def compiled(group_size: int) -> Callable[..., Rollout]:
+        options: dict[str, Any] = {
+            "eos_id": tokenizer.eos_id,
+            "pad_id": tokenizer.pad_id,
+            "max_new_tokens": max_new_tokens,
+            "group_size": group_size,
+            "slots": slots,
+            "decode_fns": decode_fns,
+        }
+        return jax.jit(make_completion_fn(config, **options))
+
+    def run(
+        params: Params, prompts: Sequence[PromptExample], key: PRNGKeyArray, sampling: Sampling = sampling, /
+    ) -> Rollout:
+        if any(prompt is not prompts[row - row % group_size] for row, prompt in enumerate(prompts)):
+            raise ValueError(f"prompts do not come in groups of {group_size} equal ones")
+        mesh = distributed.current_mesh()
+        parts = len(distributed.local_rows(distributed.shards_of_batch(mesh), mesh=mesh))
+        size = read_at_once(len(prompts), group_size, parts)
+        ids = [prompt.ids for prompt in prompts[::size]]
+        missing = -len(ids) % parts
+        if missing and jax.process_count() > 1:
+            raise ValueError(f"{len(ids)} rows cannot be split over the {parts} parts of this process")
+        batch = left_pad(ids + ids[-1:] * missing, prompt_length, pad_id=tokenizer.pad_id)
+        rollout = compiled(size)(params, *distributed.shard_batch(batch), key, sampling=sampling)
+        return jax.tree.map(lambda x: x[: len(prompts)], rollout) if missing else rollout
+
+    return run
+
+
+def read_at_once(rows: int, group_size: int, parts: int) -> int:
+    """For how many answers a prompt is read: its group, or 1 where only the answers can be split evenly."""
+    return 1 if rows % parts == 0 and rows // group_size % parts else group_size
+
+
+def answer_all(
+    generate: GenerateFn,
+    reward_fn: Callable[[Rollout, Sequence[PromptExample]], np.ndarray],
+    params: Params,
+    prompts: Sequence[PromptExample],
+    sampling: Sampling,
+    *,
+    first: int = 0,
+) -> tuple[Rollout, np.ndarray]:
+    """Answers to prompts that every process holds, of which each answers and judges its own.
+
+    Args:
+      first: number of the first prompt, which decides what is drawn for it.
+
+    Returns:
+      (rollout, rewards) of all prompts; in the rollout, repeats may follow to fill up the mesh.
+    """
+    rows = len(prompts) + -len(prompts) % distributed.shards_of_batch(distributed.current_mesh())
+    padded = [*prompts, *[prompts[-1]] * (rows - len(prompts))]
+    mine = [padded[row] for row in distributed.local_rows(rows)]
+    rollout = generate(params, mine, row_keys(jax.random.key(0), rows, first=first), sampling)
+    rewards = np.asarray(reward_fn(rollout, mine))
+    if jax.process_count() > 1:
+        rewards = distributed.all_values(distributed.shard_batch(rewards))
+    return rollout, rewards[: len(prompts)]
+
+
+def make_completion_fn(
+    config: models.ModelConfig,
+    *,
+    max_new_tokens: int,
+    eos_id: int,
+    pad_id: int,
+    group_size: int = 1,
+    slots: int | None = None,
+    decode_fns: tuple[Callable, Callable] | None = None,
+) -> Callable[..., Rollout]:
+    """`complete(params, prompts [N, P], prompt_mask, key, sampling=...) -> Rollout`, to be compiled.
+
+    Args:
+      group_size: answers to each prompt, which is read once.
+      slots: answers on their way at a time; with it, prompts are read for every answer.
+      decode_fns: (prefill, decode) where they are not the model's own; not with `slots`.
+    """
+    prefill, decode = decode_fns or models.make_decode_fns(config)
+    ends = {"max_new_tokens": max_new_tokens, "eos_id": eos_id, "pad_id": pad_id}
+    if slots is None:
+        sample = functools.partial(generate, prefill, decode, group_size=group_size, **ends)
+    else:
+        extend = models.make_extend_fn(config)
+        sample = functools.partial(generate_continuously, prefill, extend, slots=slots, **ends)
+
+    def complete(params: Params, *args: Any, **options: Any) -> Rollout:
+        rollout = sample(distributed.laid_out_for_sampling(params, config.compute_dtype), *args, **options)
+        # Each process finds its own rows in every array, whatever the compiler would have chosen.
+        return jax.tree.map(lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1)), rollout)
+
+    return complete
+
+
+def completion_texts(tokenizer: Tokenizer, rollout: Rollout, *, of_all: bool = False) -> list[str]:
+    """What was sampled in each row, without the end-of-sequence token.
+
+    Args:
+      of_all: the rows of every process rather than of this one.
+    """
+    values = distributed.all_values if of_all else distributed.local_values
+    tokens, mask = map(values, (rollout.sequences.tokens, rollout.sequences.mask))
+    return [tokenizer.decode(row[kept].tolist()) for row, kept in zip(tokens, mask, strict=True)]
+
+
+# Rewards -------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardTerm:
+    """One of the rewards that are summed.
+
+    Attributes:
+      name: of the function or of the reward model's folder, with `@KIND` where it has a kind; no two are
+        the same.
+      score_fn: what it says of some rows.
+      weight: in the sum.
+      kind: it counts in rows whose field `kind` is this; None for all rows.
+    """
+
+    name: str
+    score_fn: TermFn
+    weight: float = 1.0
+    kind: str | None = None
+
+    def rows(self, prompts: Sequence[PromptExample]) -> np.ndarray:
+        """Numbers of the rows in which it counts."""
+        counts = [self.kind in (None, prompt.fields.get("kind")) for prompt in prompts]
+        return np.flatnonzero(counts)
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutReward:
+    """`reward(rollout, prompts) -> [B]`, the weighted sum of its terms.
+
+    Attributes:
+      terms: rewards of whole completions.
+      tokenizer: what completions are read with.
+    """
+
+    terms: tuple[RewardTerm, ...]
+    tokenizer: Tokenizer
+
+    def __call__(self, rollout: Rollout, prompts: Sequence[PromptExample]) -> np.ndarray:
+        """The rewards alone."""
+        return self.score(rollout, prompts).rewards
+
+    def score(self, rollout: Rollout, prompts: Sequence[PromptExample]) -> Scored:
+        """The rewards, which rows some term could not score, and what each term says."""
+        completions = completion_texts(self.tokenizer, rollout)
+        rewards, unscorable = np.zeros(len(prompts), np.float32), np.zeros(len(prompts), bool)
+        terms: dict[str, np.ndarray] = {}
+        for term in self.terms:
+            rows = term.rows(prompts)
+            part = term.score_fn(rollout, prompts, completions, rows)
+            terms[term.name] = np.full(len(prompts), np.nan, np.float32)
+            terms[term.name][rows] = part.rewards
+            rewards[rows] += np.float32(term.weight) * part.rewards
+            unscorable[rows] |= part.unscorable
+        return Scored(rewards, unscorable, terms)
+
+    def check_kinds(self, prompts: Sequence[PromptExample]) -> None:
+        """Raises: UserError where a term is meant for a kind of prompts that none is of."""
+        for term in self.terms:
+            if not len(term.rows(prompts)):
+                known = sorted({str(prompt.fields.get("kind")) for prompt in prompts})
+                raise UserError(
+                    f"reward '{term.name}': no prompt has '{term.kind}' in its field kind (there are "
+                    f"{', '.join(known)}): mend the reward or the data"
+                )
+
+
+def make_reward_fn(specs: Sequence[str], tokenizer: Tokenizer) -> RolloutReward:
+    """The weighted sum of what `specs` name.
+
+    Args:
+      specs: each `module:function`, the folder of a reward-model run, or a JSON file that describes a reward
+        (`ai_feedback.load_reward_file`), with `@KIND` behind it where it counts only in rows whose field
+        `kind` is this, and then `=WEIGHT` where the weight is not 1.
+
+    Raises:
+      UserError: there is no such function or run, or a weight is no number.
+    """
+    if not specs:
+        raise UserError("no reward is given: name one, such as --rewards my_rewards:exact_match")
+    terms: list[RewardTerm] = []
+    for spec in specs:
+        term = _make_term(*_split_weight(spec), tokenizer)
+        names = {other.name for other in terms}
+        if term.name in names:  # such as reward models of two runs
+            term = dataclasses.replace(term, name=f"{term.name}_{len(terms) + 1}")
+        terms.append(term)
+    return RolloutReward(tuple(terms), tokenizer)
+
+
+def make_ensemble_fn(
+    folders: Sequence[Path], tokenizer: Tokenizer, combine_fn: Callable[[jax.Array], jax.Array]
+) -> RolloutReward:
+    """One reward from the scores of several reward models.
+
+    Args:
+      folders: of reward-model runs; their architectures may differ.
+      combine_fn: scores [N, B] -> rewards [B], such as `rewards.ensembles.ensemble_worst_case`.
+    """
+    members = [_model_term(folder, tokenizer) for folder in folders]
+
+    def ensemble(
+        rollout: Rollout, prompts: Sequence[PromptExample], completions: Sequence[str], rows: np.ndarray
+    ) -> Scored:
+        scored = [member(rollout, prompts, completions, rows) for member in members]
+        rewards = combine_fn(jnp.stack([part.rewards for part in scored]))
+        return Scored(np.asarray(rewards), np.any([part.unscorable for part in scored], axis=0))
+
+    return RolloutReward((RewardTerm("ensemble", ensemble),), tokenizer)
+
+
+def _split_weight(spec: str) -> tuple[str, float]:
+    name, equals, text = spec.rpartition("=")
+    if not equals or Path(spec).is_dir():
+        return spec, 1.0
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise UserError(f"reward {spec!r}: {text!r} is no weight, write for example {name}=0.5")
+    return name, weight
+
+
+def _make_term(spec: str, weight: float, tokenizer: Tokenizer) -> RewardTerm:
+    name, at, kind = (spec, "", "") if Path(spec).is_dir() else spec.partition("@")
+    if name.endswith(".json") and not Path(name).is_dir():
+        short, term = Path(name).stem, _function_term(load_reward_file(Path(name)))
+    elif ":" not in name or Path(name).is_dir():
+        short, term = Path(name).name, _model_term(Path(name), tokenizer)
+    else:
+        short, term = name.rpartition(":")[2], _function_term(load_reward(name))
+    return RewardTerm(f"{short}{at}{kind}", term, weight, kind if at else None)
+
+
+def _function_term(reward_fn: RewardFn) -> TermFn:
+    def term(
+        rollout: Rollout, prompts: Sequence[PromptExample], completions: Sequence[str], rows: np.ndarray
+    ) -> Scored:
+        numbers: list[int] = rows.tolist()
+        fields = reward_fields(rollout, prompts)
+        chosen = {name: [values[row] for row in numbers] for name, values in fields.items()}
+        asked = [prompts[row] for row in numbers]
+        texts, said = [prompt.text for prompt in asked], [completions[row] for row in numbers]
+        if not said:
+            return Scored(np.zeros(0, np.float32), np.zeros(0, bool))
+        return score_rows(reward_fn, texts, said, chosen, where=[p.where for p in asked])
+
+    return term
+
+
+def reward_fields(rollout: Rollout, prompts: Sequence[PromptExample]) -> dict[str, list[Any]]:
+    """What reward functions are given by name: fields of the rows, and what is known of each completion."""
+    names = {name for prompt in prompts for name in prompt.fields} - {"prompt"}
+    fields: dict[str, Any] = {name: [p.fields.get(name) for p in prompts] for name in sorted(names)}
+    mask, finished = map(distributed.local_values, (rollout.sequences.mask, rollout.finished))
+    fields["finished"] = finished.tolist()
+    fields["token_count"] = mask.sum(axis=1).tolist()
+    # Completions begin in one column, where each row has its first token.
+    fields["token_limit"] = [mask.shape[1] - int(mask.any(axis=0).argmax())] * len(prompts)
+    return fields
+
+
+def _model_term(folder: Path, tokenizer: Tokenizer) -> TermFn:
+    model = load_reward_model(folder)
+    check_same_vocabulary(model.tokenizer, tokenizer, folder, "reward model")
+    reward_fn = models.make_reward_fn(model.config)
+    score = jax.jit(lambda params, rows: constrain(reward_fn(params, rows), "batch"))
+
+    def term(rollout: Rollout, _: Sequence[PromptExample], __: Sequence[str], rows: np.ndarray) -> Scored:
+        rewards = distributed.local_values(score(model.params, rollout.sequences))[rows]
+        return Scored(rewards, np.zeros(len(rewards), bool))
+
+    return term
+
+
+def check_same_vocabulary(theirs: Tokenizer, ours: Tokenizer, folder: Path, kind: str) -> None:
+    """Compares the tokenizer of a model that another run trained with the policy's.
+
+    Args:
+      folder: of that run.
+      kind: what it is to this one, such as "reward model".
+
+    Raises:
+      UserError: they differ.
+    """
+    vocabularies = [side.backend.get_vocab(with_added_tokens=True) for side in (theirs, ours)]
+    if vocabularies[0] != vocabularies[1]:
+        raise UserError(
+            f"{folder}: the {kind}'s tokenizer ({theirs.vocab_size} tokens) is not the policy's "
+            f"({ours.vocab_size}): train the {kind} from a policy with the same tokenizer"
+        )
+
+
+# Evaluation ----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What held-out prompts say of a policy.
+
+    Attributes:
+      score: mean reward of the most likely completions.
+      sampled_score: mean reward of completions sampled at temperature 1.
+      kl: KL(policy || reference) in nats per completion, estimated from the sampled ones.
+      length: mean tokens of the most likely completions.
+      finished: share of them that ended by themselves.
+      completions: their texts, in the order of the prompts.
+      rewards: their rewards.
+    """
+
+    score: float
+    sampled_score: float
+    kl: float
+    length: float
+    finished: float
+    completions: list[str]
+    rewards: np.ndarray
+
+    def metrics(self) -> dict[str, float]:
+        """The numbers, for the log."""
+        return {
+            "score": self.score,
+            "sampled_score": self.sampled_score,
+            "kl": self.kl,
+            "length": self.length,
+            "finished": self.finished,
+        }
+
+
+def make_evaluate_fn(
+    config: models.ModelConfig,
+    tokenizer: Tokenizer,
+    prompts: Sequence[PromptExample],
+    reward_fn: Callable[[Rollout, Sequence[PromptExample]], np.ndarray],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 256,
+) -> Callable[[Params, Params | None], Evaluation]:
+    """`evaluate(params, ref_params) -> Evaluation` on fixed prompts, with fixed keys.
+
+    Args:
+      batch_size: prompts at a time.
+    """
+    length = max(len(prompt.ids) for prompt in prompts)
+    sample = make_generate_fn(config, tokenizer, prompt_length=length, max_new_tokens=max_new_tokens)
+    score_fn = models.make_score_fn(config)
+
+    @jax.jit
+    def total_kl(params: Params, ref_params: Params, rollout: Rollout) -> jax.Array:
+        log_ratio = score_fn(params, rollout.sequences).logp - score_fn(ref_params, rollout.sequences).logp
+        return jnp.sum(jnp.where(rollout.sequences.mask, log_ratio, 0), axis=1)
+
+    def evaluate(params: Params, ref_params: Params | None) -> Evaluation:
+        texts, rewards, sampled_rewards, kl, lengths, finished = [], [], [], [], [], []
+        for start in range(0, len(prompts), batch_size):
+            part = list(prompts[start : start + batch_size])
+            kept = len(part)
+            part += [part[-1]] * (min(batch_size, len(prompts)) - kept)  # one shape for every batch
+            ask = functools.partial(answer_all, sample, reward_fn, params, part, first=start)
+            (greedy, worth), (sampled, sampled_worth) = (ask(Sampling(temperature=t)) for t in (0.0, 1.0))
+            texts += completion_texts(tokenizer, greedy, of_all=True)[:kept]
+            rewards.append(worth[:kept])
+            sampled_rewards.append(sampled_worth[:kept])
+            lengths.append(distributed.all_values(greedy.sequences.mask).sum(axis=1)[:kept])
+            finished.append(distributed.all_values(greedy.finished)[:kept])
+            if ref_params is not None:
+                kl.append(distributed.all_values(total_kl(params, ref_params, sampled))[:kept])
+        return Evaluation(
+            score=float(np.mean(np.concatenate(rewards))),
+            sampled_score=float(np.mean(np.concatenate(sampled_rewards))),
+            kl=float(np.mean(np.concatenate(kl))) if kl else 0.0,
+            length=float(np.mean(np.concatenate(lengths))),
+            finished=float(np.mean(np.concatenate(finished))),
+            completions=texts,
+            rewards=np.concatenate(rewards),
+        )
+
+    return evaluate

@@ -1,0 +1,66 @@
+"""From a rollout and its rewards to a new state: what the scripts compile, and what plans are made of."""
+
+from collections.abc import Callable
+from typing import Any
+
+from rlhf_jax.algorithms import grpo, ppo
+from rlhf_jax.core.types import Array, Float, Metrics, Params, Rollout, ScoreFn
+
+ReferenceFn = Callable[[Any, Params], Params]
+"""(learner, original) -> the frozen reference; `original` is what the learner does not hold of it."""
+
+
+def make_group_learn(
+    config: grpo.Config,
+    score_fn: ScoreFn,
+    update: Callable[..., tuple[grpo.State, Metrics]],
+    hyper: grpo.Hyper,
+    reference_fn: ReferenceFn,
+) -> Callable[..., tuple[grpo.State, Metrics]]:
+    """`learn(state, original, rollout, rewards, greedy_rewards=None)` of GRPO's family: scores the answers
+    under the policy and the reference, compares them, and updates.
+    """
+
+    def learn(
+        state: grpo.State,
+        original: Params,
+        rollout: Rollout,
+        rewards: Float[Array, " B"],
+        greedy_rewards: Float[Array, " N"] | None = None,
+    ) -> tuple[grpo.State, Metrics]:
+        reference = reference_fn(state.learner, original)
+        old_logp = score_fn(state.learner.all_params, rollout.sequences).logp
+        ref_logp = score_fn(reference, rollout.sequences).logp
+        batch, described = grpo.make_batch(config, rollout, rewards, old_logp, ref_logp, greedy_rewards)
+        state, metrics = update(state, hyper, batch)
+        return state, {**described, **metrics}
+
+    return learn
+
+
+def make_ppo_learn(
+    config: ppo.Config,
+    score_fn: ScoreFn,
+    ref_score_fn: ScoreFn,
+    update: Callable[..., tuple[ppo.State, Metrics]],
+    hyper: ppo.Hyper,
+    reference_fn: ReferenceFn,
+) -> Callable[[ppo.State, Params, Rollout, Float[Array, " B"]], tuple[ppo.State, Metrics]]:
+    """`learn(state, original, rollout, rewards)` of PPO: log-probs and values of the answers, the KL to the
+    reference, advantages, and all epochs.
+
+    Args:
+      score_fn: of policy and value.
+      ref_score_fn: of the reference.
+    """
+
+    def learn(
+        state: ppo.State, original: Params, rollout: Rollout, rewards: Float[Array, " B"]
+    ) -> tuple[ppo.State, Metrics]:
+        score = score_fn(state.learner.all_params, rollout.sequences)
+        ref_logp = ref_score_fn(reference_fn(state.learner, original), rollout.sequences).logp
+        state, batch, described = ppo.language_batch(config, state, hyper, rollout, score, ref_logp, rewards)
+        state, metrics = update(state, hyper, batch)
+        return state, {**described, **metrics}
+
+    return learn

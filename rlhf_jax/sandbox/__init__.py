@@ -1,0 +1,1 @@
+"""Processes with limits, in which text of others is parsed, rendered and computed."""

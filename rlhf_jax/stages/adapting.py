@@ -1,0 +1,223 @@
+"""What the scripts train of a model: all of it, some of it, or an adapter beside a frozen base."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, TypeVar
+
+import jax
+import optax
+import tyro
+
+from rlhf_jax import distributed
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.train_state import Learner, OptimizerConfig, make_optimizer
+from rlhf_jax.core.trees import merge, named_leaves, partition
+from rlhf_jax.core.types import Params, PRNGKeyArray
+from rlhf_jax.models import adapters, pruning, reference_of
+from rlhf_jax.stages import common
+from rlhf_jax.training.run_folder import Adaptation, Model
+
+State = TypeVar("State")
+Kind = Literal[
+    "none", "lora", "rslora", "dora", "pissa", "adalora", "prefix", "prompt", "bottleneck", "partial"
+]
+LOW_RANK = ("rank", "alpha", "targets", "quantise")
+OPTIONS_OF = {
+    "none": ("keep_zeros",),
+    "lora": LOW_RANK,
+    "rslora": LOW_RANK,
+    "dora": LOW_RANK,
+    "pissa": LOW_RANK,
+    "adalora": LOW_RANK,
+    "prefix": ("length", "quantise"),
+    "prompt": ("length", "quantise"),
+    "bottleneck": ("width", "targets", "quantise"),
+    "partial": ("train", "keep_zeros"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterOptions:
+    """What is trained; the checkpoints of an adapter hold the adapter alone, and point to --init.
+
+    Attributes:
+      kind: none trains everything, partial some layers; lora, rslora, dora, pissa, adalora, prefix, prompt
+        and bottleneck train an adapter beside a frozen base.
+      rank: of lora, rslora, dora, pissa, and of adalora at the end (it starts from half as much again).
+      alpha: the low-rank product is multiplied with alpha / rank (rslora: alpha / its root).
+      targets: which linear layers, a regular expression for their whole path (layer_0/attention/query);
+        empty for all (bottleneck: those that write to the residual stream).
+      train: which parameters partial trains, a regular expression for their whole name
+        (layer_1/.*|final_norm.*).
+      length: of a prefix or prompt, in tokens.
+      width: of a bottleneck.
+      quantise: keep the frozen kernels in few bits (QLoRA is lora with nf4).
+      keep_zeros: weights of linear layers that are zero in --init stay zero: fine-tuning of a pruned policy.
+    """
+
+    kind: Annotated[Kind, tyro.conf.arg(metavar="KIND")] = "none"
+    rank: int = 8
+    alpha: float = 16.0
+    targets: str = ""
+    train: str = ""
+    length: int = 16
+    width: int = 16
+    quantise: Literal["none", "int8", "int4", "nf4", "fp8"] = "none"
+    keep_zeros: bool = False
+
+    def adapter(self, steps: int) -> adapters.Adapter | None:
+        """Its description, for a run of so many optimizer steps; None where everything is trained.
+
+        Raises:
+          UserError: an option that means nothing to the kind, or that it cannot do without.
+        """
+        self._check()
+        low_rank: dict[str, Any] = {"rank": self.rank, "alpha": self.alpha, "targets": self.targets or ".*"}
+        match self.kind:
+            case "none":
+                return None
+            case "lora":
+                return adapters.LoRA(**low_rank)
+            case "rslora":
+                return adapters.LoRA(**low_rank, rank_stabilised=True)
+            case "dora":
+                return adapters.DoRA(**low_rank)
+            case "pissa":
+                return adapters.PiSSA(**low_rank)
+            case "adalora":
+                return adapters.AdaLoRA(
+                    **{**low_rank, "rank": self.rank + -(-self.rank // 2)},
+                    target_rank=self.rank,
+                    total_steps=steps,
+                    warmup_steps=steps // 10,
+                    final_steps=3 * steps // 10,
+                )
+            case "prefix":
+                return adapters.PrefixTuning(self.length)
+            case "prompt":
+                return adapters.PromptTuning(self.length)
+            case "bottleneck":
+                return adapters.Bottleneck(self.width, self.targets or adapters.Bottleneck.targets)
+            case "partial":
+                return adapters.Partial(self.train)
+
+    def _check(self) -> None:
+        if self.kind == "partial" and not self.train:
+            raise UserError("--adapter.kind partial trains nothing yet: say what with --adapter.train")
+        for field in dataclasses.fields(self):
+            given = getattr(self, field.name) != field.default
+            if field.name != "kind" and given and field.name not in OPTIONS_OF[self.kind]:
+                fitting = ", ".join(kind for kind, names in OPTIONS_OF.items() if field.name in names)
+                raise UserError(
+                    f"--adapter.{field.name} means nothing to --adapter.kind {self.kind}: "
+                    f"leave it out, or choose one of {fitting}"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """A decoder as a script trains it.
+
+    Attributes:
+      trained: copies, or leaves of a fresh adapter: they may be donated.
+      frozen: the rest, shared with the model that was given, which must not be used once this is donated;
+        None where everything is trained.
+      original: what the frozen base lacks of the decoder as it was.
+      adaptation: how the run describes itself; None where everything is trained.
+      keep_zeros: whether weights that are zero stay so.
+    """
+
+    trained: Params
+    frozen: Params
+    original: Params
+    adaptation: Adaptation | None
+    keep_zeros: bool = False
+
+    @property
+    def base(self) -> Params:
+        """What the adapted models share; empty where everything is trained."""
+        return adapters.without_adapter(self.frozen or {})
+
+    @property
+    def own(self) -> Params:
+        """The decoder without what it shares."""
+        held = partition(self.frozen or {}, lambda name, leaf: adapters.is_adapter_leaf(name))[0]
+        return merge(self.trained, held)
+
+    def another(self, key: jax.Array) -> Params:
+        """The same for a second decoder on the base: a fresh adapter, or the original of what is trained."""
+        if self.original or self.adaptation is None:
+            return common.copied(self.original)
+        adapted = adapters.init_adapter(self.adaptation.adapter, self.base, key)
+        return partition(adapted, lambda name, leaf: adapters.is_adapter_leaf(name))[0]
+
+    def trains(self, name: str, leaf: jax.Array) -> bool:
+        """Whether a leaf that is not the base's is trained, by its name: heads are."""
+        is_frozen = adapters.is_adapter_leaf(name) and not adapters.is_trained(adapters.LoRA())(name, leaf)
+        return not is_frozen
+
+    def reference(self, learner: Learner, original: Params = None) -> Params:
+        """The decoder as it was, out of the base that a learner of it holds.
+
+        Args:
+          original: `self.original` where a jitted function got it as an argument, rather than as a constant.
+        """
+        base = adapters.without_adapter(learner.frozen or {})
+        return reference_of({"base": base}, self.original if original is None else original)
+
+    def optimizer(self, config: OptimizerConfig) -> optax.GradientTransformation:
+        """The optimizer, with the rank budget of an adapter that has one, and under which zeros may stay."""
+        tx = pruning.keep_zeros(make_optimizer(config)) if self.keep_zeros else make_optimizer(config)
+        adapter = self.adaptation and self.adaptation.adapter
+        return adapters.with_rank_budget(adapter, tx) if isinstance(adapter, adapters.AdaLoRA) else tx
+
+
+def take_apart(options: AdapterOptions, model: Model, *, seed: int, steps: int) -> Parts:
+    """What is trained of a model, and what is not.
+
+    Args:
+      steps: optimizer steps of the run.
+
+    Raises:
+      UserError: an option is wrong, there is no base to adapt, or nothing would be trained.
+    """
+    adapter = options.adapter(steps)
+    if options.keep_zeros and not pruning.zero_share(model.params)[""]:
+        raise UserError("--adapter.keep-zeros: the policy has no zero weights: prune it first (prune.py)")
+    if [name for name in named_leaves(model.params) if adapters.is_adapter_leaf(name)]:
+        raise UserError(
+            "the policy in --init has a prefix, a prompt or bottlenecks, which cannot be merged into it, and "
+            "nothing is trained on top of these: start from the run that it adapts"
+        )
+    if adapter is None:
+        return Parts(common.copied(model.params), None, model.params, None, options.keep_zeros)
+    if model.source is None:
+        raise UserError(
+            f"--adapter.kind {options.kind} needs a model to adapt, and this one is new: give one by --init"
+        )
+    quantisation = None if options.quantise == "none" else adapters.Quantisation(options.quantise)
+    adaptation = Adaptation(adapter, model.source, quantisation)
+    trained, frozen = adaptation.adapted(model.params, jax.random.key(seed))
+    if not trained:
+        some = ", ".join(list(named_leaves(model.params))[:3])
+        raise UserError(
+            f"--adapter.train {options.train!r} matches no parameter, so nothing would be trained: the "
+            f"names are such as {some}"
+        )
+    original = trained if isinstance(adapter, adapters.Partial) else {}
+    return Parts(common.copied(trained), frozen, original, adaptation, options.keep_zeros)
+
+
+def new_state(init: Callable[..., State], trained: Params, frozen: Params, *keys: PRNGKeyArray) -> State:
+    """`init(trained, *keys)`, every leaf made where it will live, beside what is frozen."""
+    state: Any = distributed.born_sharded(init, trained, *keys)
+    if frozen is None:
+        return state
+    learner = dataclasses.replace(state.learner, frozen=distributed.place(frozen))
+    return dataclasses.replace(state, learner=learner)
+
+
+def say_what_trains(run: common.RunOptions, learner: Learner) -> None:
+    """Prints which leaves are trained, where not all are."""
+    if not run.quiet and learner.frozen is not None and distributed.is_first_host():
+        print(adapters.trainable_table(learner.params, learner.frozen))

@@ -1,0 +1,185 @@
+"""The benchmarks that `benchmark.py` offers: their options, and their rows as requests and prompts."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import tyro
+
+from rlhf_jax.data.chat import encode_prompt
+from rlhf_jax.data.examples import SupervisedExample, labelled_examples
+from rlhf_jax.data.sources import Row
+from rlhf_jax.evaluation.benchmarks import (
+    NO_SUBJECT,
+    Form,
+    Problem,
+    Question,
+    chat_prompt,
+    choice_turns,
+    plain_prompt,
+    read_problems,
+    read_questions,
+)
+from rlhf_jax.evaluation.likelihood import opening_ids, plain_request
+from rlhf_jax.stages import common, inputs
+from rlhf_jax.tasks import arithmetic
+from rlhf_jax.training.run_folder import Model
+
+EMBEDDED_COUNT = 512
+QUESTION = "Question: "
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Choices:
+    """Which of several answers a model finds likeliest.
+
+    Attributes:
+      data: rows with `question`, `choices`, `answer` and perhaps `subject`: a path, tfds:NAME[:SPLIT], or
+        arithmetic:LEVEL (held-out problems; choices are whole solutions).
+      form: letters (choices are listed, a letter is the answer), answers (whole answers are compared), or
+        continuation (the question goes on as a choice).
+      shots: worked examples before each question.
+      shots_data: rows that they are taken from; empty for the others of `data`.
+      chat: lay prompts out with the model's chat template, whose end of turn then belongs to an answer.
+      count: items at most; 0 for all.
+    """
+
+    data: str
+    form: Form = "letters"
+    shots: int = 0
+    shots_data: str = ""
+    chat: bool = False
+    count: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Whether what a model writes is right.
+
+    Attributes:
+      data: rows with `question` or `prompt`, and `answer`: a path, tfds:NAME[:SPLIT], or arithmetic:LEVEL.
+      reward: the verifier, a reward function by path; empty for exact answers on the embedded task and
+        GSM8K's rule elsewhere.
+      shots: worked examples before each question.
+      shots_data: rows that they are taken from; empty for the others of `data`.
+      chat: lay prompts out with the model's chat template.
+      count: items at most; 0 for all.
+      max_new_tokens: tokens of an answer.
+      stop: texts at which an answer ends.
+    """
+
+    data: str
+    reward: str = ""
+    shots: int = 0
+    shots_data: str = ""
+    chat: bool = False
+    count: int = 0
+    max_new_tokens: int = 256
+    stop: tuple[str, ...] = (QUESTION.strip(),)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Harness:
+    """Tasks of lm-evaluation-harness (pip install lm_eval), which fetches their data itself.
+
+    Attributes:
+      tasks: their names.
+      shots: worked examples before each question; -1 for what the task says.
+      limit: items of a task at most; 0 for all.
+      include: folder with tasks of your own.
+      chat: lay prompts out with the model's chat template.
+      max_length: tokens of a prompt with what is scored; longer ones lose their beginning.
+    """
+
+    tasks: tuple[str, ...]
+    shots: int = -1
+    limit: int = 0
+    include: str = ""
+    chat: bool = False
+    max_length: int = 2048
+
+
+Task = (
+    Annotated[Choices, tyro.conf.subcommand("choices")]
+    | Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Harness, tyro.conf.subcommand("harness")]
+)
+
+
+# Multiple choice -----------------------------------------------------------------------------------
+
+
+def load_questions(task: Choices, seed: int) -> tuple[list[Question], list[Question]]:
+    """(questions, what shots are taken from)."""
+
+    def read(spec: str, split: arithmetic.Split) -> list[Question]:
+        count = task.count or EMBEDDED_COUNT
+        return read_questions(
+            inputs.load_rows(spec, lambda level: arithmetic.choice_rows(level, split, count, seed))
+        )
+
+    questions = read(task.data, "heldout")
+    pool = questions
+    if task.shots and (task.shots_data or common.embedded_level(task.data)):
+        pool = read(task.shots_data or task.data, "train")
+    return questions[: task.count or None], pool
+
+
+def choice_requests(
+    task: Choices, model: Model, question: Question, shots: Sequence[Question]
+) -> tuple[list[SupervisedExample], list[str]]:
+    """(a request for each choice, what each of them answers)."""
+    turns, asked, answers = choice_turns(question, shots, task.form)
+    if task.chat:
+        messages = chat_prompt(turns, asked)
+        rows = [
+            Row({"prompt": messages, "completion": said, "label": True}, question.where) for said in answers
+        ]
+        examples = labelled_examples(rows, model.tokenizer, max_length=inputs.UNBOUNDED)
+        return [example.after(example.prompt_ids) for example in examples], answers
+    words: dict[str, str] = {}
+    if task.form == "letters":
+        about = "" if question.subject == NO_SUBJECT else f" about {question.subject.replace('_', ' ')}"
+        words["opening"] = f"The following are multiple choice questions (with answers){about}.\n\n"
+    elif task.form == "answers":
+        words["question"] = QUESTION
+    else:
+        words["answer"] = ""
+    prompt = plain_prompt(turns, asked, **words)
+    return [plain_request(model.tokenizer, prompt, f" {said}", question.where) for said in answers], answers
+
+
+# Answers -------------------------------------------------------------------------------------------
+
+
+def load_problems(task: Generate, seed: int) -> tuple[list[Problem], list[Problem]]:
+    """(problems, what shots are taken from)."""
+    count = task.count or EMBEDDED_COUNT
+
+    def worked(level: arithmetic.Level) -> list[dict[str, Any]]:
+        rows = arithmetic.demonstration_rows(level, EMBEDDED_COUNT, seed, slip_rate=0)
+        texts = [[message["content"] for message in row["messages"]] for row in rows]
+        return [{"prompt": asked, "answer": said} for asked, said in texts]
+
+    problems = read_problems(
+        inputs.load_rows(task.data, lambda level: arithmetic.prompt_rows(level, "heldout", count, seed))
+    )
+    pool = problems
+    if task.shots and (task.shots_data or common.embedded_level(task.data)):
+        pool = read_problems(inputs.load_rows(task.shots_data or task.data, worked))
+    return problems[: task.count or None], pool
+
+
+def default_reward(data: str) -> str:
+    """The verifier where none is named."""
+    name = "exact_answer_reward" if common.embedded_level(data) else "gsm8k_reward"
+    return f"rlhf_jax.rewards.verifiers:{name}"
+
+
+def prompt_ids(task: Generate, model: Model, problem: Problem, shots: Sequence[Problem]) -> list[int]:
+    """The prompt of a problem."""
+    turns = [(shot.text, shot.solution) for shot in shots]
+    if task.chat:
+        return encode_prompt(model.tokenizer, chat_prompt(turns, problem.text))
+    ids = model.tokenizer.encode(plain_prompt(turns, problem.text, question=QUESTION))
+    return [*opening_ids(model.tokenizer, ids), *ids]

@@ -1,0 +1,111 @@
+"""Hugging Face folders to run folders, and back; low-rank adapters in the folders of PEFT likewise.
+
+    rlhf convert --source ~/Llama-3.2-1B --out runs/llama      # then: sft.py --init runs/llama ...
+    rlhf convert --source runs/dpo --out exported              # loads in transformers and vLLM
+    rlhf convert --source runs/lora --out adapter --adapter    # loads in peft, on its base
+    rlhf convert --source adapter --base runs/llama --out runs/lora
+
+A folder with model.json is a run; its policy is written (of PPO, the actor). A folder with config.json and
+safetensors is a Hugging Face checkpoint; its tokenizer comes along. A folder with adapter_config.json is an
+adapter of PEFT; it becomes a run that stands on the run of its base.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from rlhf_jax.checkpoint import CheckpointManager
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.trees import partition
+from rlhf_jax.data.tokenizers import load_tokenizer
+from rlhf_jax.models import hf
+from rlhf_jax.models.adapters import is_trained
+from rlhf_jax.models.hf import peft
+from rlhf_jax.training.run_folder import (
+    Adaptation,
+    describe_run,
+    load_policy,
+    load_unmerged_policy,
+    write_model_files,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to convert.
+
+    Attributes:
+      source: a Hugging Face folder or a run folder.
+      out: the folder to write, of the other kind.
+      dtype: of the parameters of a run; that of the files by default.
+      adapter: write the run's low-rank adapter alone rather than the model with it.
+      base: the run on which an adapter of PEFT stands.
+    """
+
+    source: Path
+    out: Path
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    adapter: bool = False
+    base: Path | None = None
+
+
+def to_run(options: Options) -> str:
+    """Writes a run folder that holds the checkpoint's parameters at step 0."""
+    tokenizer = load_tokenizer(options.source)
+    config, params = hf.load(options.source, dtype=options.dtype)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{options.source}: the tokenizer has {tokenizer.vocab_size} tokens and the model "
+            f"{config.vocab_size}: they are not of one model."
+        )
+    write_model_files(options.out, config, tokenizer, "policy")
+    describe_run(options.out, {"source": str(options.source), "dtype": options.dtype})
+    with CheckpointManager(options.out / "checkpoints") as manager:
+        manager.save(0, {"learner": {"params": params}}, wait=True)
+    return f"{options.out}: a run, for --init"
+
+
+def adapter_to_run(options: Options) -> str:
+    """Writes a run folder that holds an adapter of PEFT at step 0, on the run of its base."""
+    if options.base is None:
+        raise UserError(f"{options.source} is an adapter: name the run that it stands on with --base")
+    model = load_policy(options.base)
+    assert model.source is not None
+    adapter, params = peft.load(options.source, model.config, model.params)
+    trained = partition(params, is_trained(adapter))[0]
+    adaptation = Adaptation(adapter, model.source)
+    write_model_files(options.out, model.config, model.tokenizer, "policy", adaptation)
+    describe_run(options.out, {"source": str(options.source), "base": str(options.base)})
+    with CheckpointManager(options.out / "checkpoints") as manager:
+        manager.save(0, {"learner": {"params": trained}}, wait=True)
+    return f"{options.out}: an adapter on {options.base}, for --init"
+
+
+def to_hugging_face(options: Options) -> str:
+    """Writes the policy of a run as a Hugging Face folder."""
+    if options.dtype is not None:
+        raise UserError("--dtype is for runs: a run's parameters are exported as they are")
+    if options.adapter:
+        model, adaptation = load_unmerged_policy(options.source)
+        stabilised = adaptation is not None and getattr(adaptation.adapter, "rank_stabilised", False)
+        peft.save(options.out, model.config, model.params, stabilised=stabilised)
+        return f"{options.out}: an adapter, for peft and vLLM"
+    model = load_policy(options.source)
+    hf.save(options.out, model.config, model.params, model.tokenizer)
+    return f"{options.out}: {hf.load_config(options.out).architecture}, for transformers and vLLM"
+
+
+def run(options: Options) -> None:
+    """Converts, in the direction that the source tells.
+
+    Raises:
+      UserError: source and target are the same folder, or the source cannot be read.
+    """
+    if options.source.resolve() == options.out.resolve():
+        raise UserError(f"--out is --source ({options.out}): name another folder")
+    if (options.source / "model.json").is_file():
+        print(to_hugging_face(options))
+    elif (options.source / "adapter_config.json").is_file():
+        print(adapter_to_run(options))
+    else:
+        print(to_run(options))

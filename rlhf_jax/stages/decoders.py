@@ -1,0 +1,233 @@
+"""The decoders that `generate.py` offers: their options, and each as one compiled function of a model."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+import tyro
+
+from rlhf_jax import generation, models
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.types import Rollout
+from rlhf_jax.data.tokenizers import load_tokenizer
+from rlhf_jax.generation import Sampling
+from rlhf_jax.models import hf
+from rlhf_jax.training.run_folder import Model, load_policy
+
+Decode = Callable[..., tuple[Rollout, np.ndarray | None]]
+"""(prompts, mask, key) -> rollout of `count` rows a prompt, and their scores where the search has any."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Draws tokens.
+
+    Attributes:
+      temperature: divides the logits; 0 takes the most likely token.
+      top_k: keep the k most likely tokens; 0 for all.
+      top_p: keep the fewest most likely tokens whose probability reaches p.
+      min_p: keep tokens at least p times as likely as the most likely one.
+      typical_p: keep the most typical tokens, until they reach mass p.
+      repetition_penalty: divides positive logits of tokens already seen.
+      frequency_penalty: nats for every time that the answer holds a token.
+      presence_penalty: nats if the answer holds a token.
+      dola: contrast the last layer with those after so many blocks, such as 0 2; none for plain logits.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    dola: tuple[int, ...] = ()
+
+    def sampling(self) -> Sampling:
+        """The rules that differ from doing nothing."""
+        neutral = Sample()
+        names = [field.name for field in dataclasses.fields(self) if field.name != "dola"]
+        changed = {name: getattr(self, name) for name in names}
+        return Sampling(**{k: v for k, v in changed.items() if v != getattr(neutral, k)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Beam:
+    """Searches for the likeliest answers.
+
+    Attributes:
+      beams: open answers in each group.
+      groups: groups of beams, which take different ways.
+      diversity_penalty: nats for a token that another group took at the same step.
+      length_penalty: above 0 it favours long answers.
+      early_stopping: stop once so many answers are complete as there are beams.
+    """
+
+    beams: int = 4
+    groups: int = 1
+    diversity_penalty: float = 0.0
+    length_penalty: float = 1.0
+    early_stopping: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Contrastive:
+    """Takes likely tokens that are unlike what stands before them.
+
+    Attributes:
+      top_k: tokens considered at each step.
+      alpha: weight of the likeness; 0 is greedy.
+    """
+
+    top_k: int = 4
+    alpha: float = 0.6
+
+
+@dataclasses.dataclass(frozen=True)
+class Speculative:
+    """Draws tokens like `sample`, several a pass: guesses are checked.
+
+    Attributes:
+      draft: a run or Hugging Face folder of a smaller model; `prompt` for what the row has said before;
+        `lookahead` for the model's own passes.
+      count: tokens guessed at a time.
+      temperature: divides the logits; 0 takes the most likely token.
+    """
+
+    draft: str = "prompt"
+    count: int = 4
+    temperature: float = 1.0
+
+
+Decoder = (
+    Annotated[Sample, tyro.conf.subcommand("sample")]
+    | Annotated[Beam, tyro.conf.subcommand("beam")]
+    | Annotated[Contrastive, tyro.conf.subcommand("contrastive")]
+    | Annotated[Speculative, tyro.conf.subcommand("speculative")]
+)
+
+
+def load_model(folder: Path) -> Model:
+    """A policy from a run folder or a Hugging Face folder.
+
+    Raises:
+      UserError: it is neither.
+    """
+    if (folder / "model.json").is_file():
+        return load_policy(folder)
+    if (folder / "config.json").is_file():
+        tokenizer = load_tokenizer(folder)
+        return Model(*hf.load(folder), tokenizer)
+    raise UserError(f"--model {folder}: neither a run (model.json) nor a Hugging Face folder (config.json)")
+
+
+def answer_rules(model: Model, *, stop: Sequence[str], regex: str, json_schema: str) -> Sampling:
+    """What answers must look like and where they end, apart from how they are found.
+
+    Args:
+      stop: texts at which an answer ends.
+      regex: expression that an answer must match; empty for any answer.
+      json_schema: file with a schema that an answer must satisfy; empty for any answer.
+    """
+    constraint = None
+    if json_schema:
+        path = Path(json_schema)
+        try:
+            schema = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"--json-schema {path}: cannot be read ({error.strerror}): give a file"
+            ) from error
+        constraint = generation.json_automaton(model.tokenizer, schema)
+    if regex:
+        constraint = generation.regex_automaton(model.tokenizer, regex)
+    return Sampling(
+        constraint=constraint, stop=generation.stop_automaton(model.tokenizer, stop) if stop else None
+    )
+
+
+def make_decode(
+    decoder: Decoder, model: Model, rules: Sampling, *, count: int, max_new_tokens: int
+) -> Decode:
+    """`decode(tokens, mask, key) -> (rollout, scores or None)`, `count` rows a prompt."""
+    tokenizer = model.tokenizer
+    ends = {"max_new_tokens": max_new_tokens, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
+    if isinstance(decoder, Sample):
+        sample = functools.partial(generation.generate, *sampler_fns(decoder, model.config))
+        sampling = sampling_of(decoder, rules)
+        compiled = jax.jit(functools.partial(sample, group_size=count, sampling=sampling, **ends))
+        return lambda tokens, mask, key: (compiled(model.params, tokens, mask, key), None)
+    if isinstance(decoder, Contrastive):
+        fns = models.make_hidden_decode_fns(model.config)
+        search = functools.partial(generation.contrastive_search, *fns, sampling=rules, **ends)
+        compiled = jax.jit(functools.partial(search, **dataclasses.asdict(decoder)))
+        return lambda tokens, mask, key: (compiled(model.params, tokens, mask), None)
+    prefill, decode = models.make_decode_fns(model.config)
+    if isinstance(decoder, Beam):
+        search = functools.partial(generation.beam_search, prefill, decode, sampling=rules, **ends)
+        compiled = jax.jit(functools.partial(search, best=count, **dataclasses.asdict(decoder)))
+        return lambda tokens, mask, key: compiled(model.params, tokens, mask)
+    speculate = functools.partial(
+        generation.generate_speculatively,
+        prefill,
+        models.make_extend_fn(model.config),
+        drafter=make_drafter(decoder, model),
+        sampling=dataclasses.replace(rules, temperature=decoder.temperature),
+        **ends,
+    )
+    compiled = jax.jit(speculate)
+
+    def repeated(tokens: np.ndarray, mask: np.ndarray, key: Any) -> tuple[Rollout, None]:
+        rows = tokens.repeat(count, axis=0), mask.repeat(count, axis=0)
+        return compiled(model.params, *rows, key)[0], None
+
+    return repeated
+
+
+def sampling_of(decoder: Sample, rules: Sampling) -> Sampling:
+    """How `sample` draws, under what answers must look like."""
+    return dataclasses.replace(decoder.sampling(), constraint=rules.constraint, stop=rules.stop)
+
+
+def sampler_fns(decoder: Sample, config: models.ModelConfig) -> tuple[Callable, Callable]:
+    """(prefill, decode), contrasted where DoLa is wanted."""
+    if not decoder.dola:
+        return models.make_decode_fns(config)
+    if not all(0 <= layer < config.num_repeats for layer in decoder.dola):
+        raise UserError(f"--dola {decoder.dola}: the model has layers 0 to {config.num_repeats - 1}")
+    return generation.dola_fns(*models.make_layer_decode_fns(config, decoder.dola))
+
+
+def make_drafter(decoder: Speculative, model: Model) -> generation.Drafter:
+    """Where guesses come from.
+
+    Raises:
+      UserError: the draft model has another vocabulary.
+    """
+    if decoder.count < 1:
+        raise UserError(f"--count {decoder.count} is below 1: raise it")
+    if model.config.is_recurrent:
+        raise UserError("speculative: a recurrent model cannot take back guesses: choose another decoder")
+    if decoder.draft == "prompt":
+        return generation.prompt_drafter(count=decoder.count)
+    if decoder.draft == "lookahead":
+        return generation.lookahead_drafter(count=decoder.count)
+    draft = load_model(Path(decoder.draft))
+    if draft.config.is_recurrent:
+        raise UserError(
+            f"--draft {decoder.draft}: a recurrent model cannot take back guesses: choose another"
+        )
+    if draft.tokenizer.backend.get_vocab() != model.tokenizer.backend.get_vocab():
+        raise UserError(f"--draft {decoder.draft}: its tokenizer is not that of the model: choose another")
+    return generation.model_drafter(
+        models.make_decode_fns(draft.config)[0],
+        models.make_extend_fn(draft.config),
+        draft.params,
+        count=decoder.count,
+        eos_id=model.tokenizer.eos_id,
+    )

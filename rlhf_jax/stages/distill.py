@@ -1,0 +1,210 @@
+"""Distillation: a student learns what a teacher, the policy of another run, says of answers.
+
+    rlhf distill --out runs/soft --init runs/small --teacher runs/large
+    rlhf distill --out runs/gkd --init runs/small --teacher runs/large --loss js \\
+        --student-share 1
+    rlhf distill --out runs/texts --init runs/small --teacher runs/large --loss sequence
+
+Soft labels on the teacher's answers (`forward_kl`), on-policy distillation on the student's (GKD,
+`--student-share 1`), a mixture of the two, or the teacher's answers alone (`sequence`), worked steps
+included. Without --init the student is a new model (--model.width ...) with the tokenizer of the teacher.
+Rows hold `prompt`, `question` or `messages`. `forward_kl`, `reverse_kl` and `js` hold the log-probs of the
+whole vocabulary at every token.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from rlhf_jax import distributed, losses, models
+from rlhf_jax.algorithms import distillation
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.train_state import OptimizerConfig
+from rlhf_jax.core.types import Array, Float, Params, Rollout
+from rlhf_jax.rollout.sampler import check_same_vocabulary
+from rlhf_jax.stages import adapting, common, inputs
+from rlhf_jax.training import run_loop
+from rlhf_jax.training.run_folder import Model, load_policy
+
+Loss = Literal["forward_kl", "reverse_kl", "js", "sequence", "sampled_reverse_kl", "sequence_reverse_kl"]
+WHOLE: dict[Loss, distillation.DivergenceFn] = {
+    "forward_kl": losses.forward_kl_loss,
+    "reverse_kl": losses.reverse_kl_loss,
+    "js": losses.generalised_js_loss,
+}
+"""Over the whole vocabulary."""
+SAMPLED: dict[Loss, distillation.DivergenceFn] = {
+    "sequence": losses.sampled_forward_kl_loss,
+    "sampled_reverse_kl": losses.sampled_reverse_kl_loss,
+    "sequence_reverse_kl": losses.sequence_reverse_kl_loss,
+}
+"""On the tokens that stand there."""
+STUDENT_SHARE: dict[Loss, float] = {"sequence": 0.0, "sampled_reverse_kl": 1.0, "sequence_reverse_kl": 1.0}
+"""Who must write the answers, for the losses that are true of that writer only."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of distillation.
+
+    Attributes:
+      teacher: run folder of the policy to learn from, of any architecture.
+      init: run folder of the student to start from; empty for a new model.
+      prompts: which prompts; what answers are worth is only looked at.
+      loss: forward_kl, reverse_kl or js over the vocabulary; sequence (imitates the teacher's answers),
+        sampled_reverse_kl or sequence_reverse_kl (MiniLLM) on the tokens that were sampled.
+      student_share: share of steps in which the student writes the answers (GKD's lambda); None for what
+        the loss needs, and 0 where either may write.
+      batch_size: prompts a step, one answer to each.
+      micro_batches: parts in which a batch is computed, to save memory.
+      learning_rate: at its peak.
+    """
+
+    run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/distill"), steps=200)
+    teacher: str
+    init: str = ""
+    prompts: tyro.conf.OmitArgPrefixes[common.PromptOptions] = common.PromptOptions()
+    model: common.ModelOptions = common.ModelOptions()
+    adapter: adapting.AdapterOptions = adapting.AdapterOptions()
+    optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", warmup_steps=10, final_share=0.1)
+    loss: Loss = "forward_kl"
+    student_share: float | None = None
+    batch_size: int = 64
+    micro_batches: int = 1
+    learning_rate: float = 1e-3
+
+
+def check(options: Options) -> float:
+    """The share of steps in which the student writes.
+
+    Raises:
+      UserError: the options do not fit each other.
+    """
+    common.check(options, options.run, "distill")
+    common.check_divides("--micro-batches", options.micro_batches, "--batch-size", options.batch_size)
+    needed, given = STUDENT_SHARE.get(options.loss), options.student_share
+    if given is not None and not 0 <= given <= 1:
+        raise UserError(f"--student-share {given} is no share: give a number from 0 to 1")
+    if needed is not None and given not in (None, needed):
+        writer = "student" if needed else "teacher"
+        raise UserError(
+            f"--loss {options.loss} needs answers of the {writer}: give --student-share {needed:g}"
+        )
+    return given if given is not None else needed or 0.0
+
+
+def start_from(options: Options, teacher: Model) -> Model:
+    """The student."""
+    if options.init:
+        student = common.starting_model(options.init, "", "", options.model, options.run.seed)
+        check_same_vocabulary(teacher.tokenizer, student.tokenizer, Path(options.teacher), "teacher")
+        return student
+    return common.starting_model("", teacher.tokenizer, "", options.model, options.run.seed)
+
+
+def make_write_fn(
+    options: Options, student: Model, teacher: Model, prompts: inputs.Prompts, share: float
+) -> Callable[[Params, int], tuple[Rollout, dict[str, float]]]:
+    """`write(student's params, number) -> (answers, metrics)`; who writes is a function of the number."""
+
+    def make(model: Model):
+        return inputs.make_answer_fn(
+            options.prompts,
+            model,
+            prompts,
+            batch_size=options.batch_size,
+            group_size=1,
+            seed=options.run.seed,
+        )
+
+    ours, theirs = make(student), make(teacher)
+
+    def write(params: Params, number: int) -> tuple[Rollout, dict[str, float]]:
+        by_student = np.random.default_rng((options.run.seed, number)).random() < share
+        answers = ours(params, number) if by_student else theirs(teacher.params, number)
+        return answers.rollout, {
+            "student_writes": float(by_student),
+            "reward": float(np.mean(answers.rewards)),
+            "unscorable": int(answers.scored.unscorable.sum()),
+        }
+
+    return write
+
+
+def make_logp_fn(options: Options, model: Model) -> distillation.LogpFn:
+    """(params, sequences) -> log-probs as the loss takes them."""
+    if options.loss in WHOLE:
+        return models.make_distribution_fn(model.config)
+    score_fn = models.make_score_fn(model.config)
+
+    def logp(params: Params, sequences: Any) -> Float[Array, "B T"]:
+        return score_fn(params, sequences).logp
+
+    return logp
+
+
+def run(options: Options) -> None:
+    """Trains, and leaves a run folder."""
+    seed, share = options.run.seed, check(options)
+    teacher = load_policy(Path(options.teacher))
+    model = start_from(options, teacher)
+    prompts = inputs.load_prompts(options.prompts, model, options.prompts.rewards[:1], seed)
+    size = sum(leaf.size for leaf in jax.tree.leaves(teacher.params))
+    common.announce(options.run, model, f"{len(prompts):,} prompts; a teacher of {size:,} parameters")
+    write = make_write_fn(options, model, teacher, prompts, share)
+
+    parts = adapting.take_apart(options.adapter, model, seed=seed, steps=options.run.steps)
+    tx = parts.optimizer(common.with_total_steps(options.optimizer, options.run.steps))
+    config = distillation.Config(options.micro_batches, (WHOLE | SAMPLED)[options.loss])
+    student_fn, teacher_fn = make_logp_fn(options, model), make_logp_fn(options, teacher)
+    update = distillation.make_update(config, student_fn, tx)
+    hyper = distillation.Hyper(jnp.float32(options.learning_rate))
+    evaluate = prompts.evaluate
+
+    def learn(state: distillation.State, teacher_params: Params, rollout: Rollout) -> Any:
+        sequences = rollout.sequences
+        batch = distillation.Batch(sequences, teacher_fn(teacher_params, sequences))
+        state, metrics = update(state, hyper, batch)
+        length, finished = jnp.mean(jnp.sum(sequences.mask, axis=1)), jnp.mean(rollout.finished)
+        return state, {**metrics, "length": length, "finished": finished}
+
+    state = adapting.new_state(
+        lambda *x: distillation.init(x[0], tx, x[1]), parts.trained, parts.frozen, jax.random.key(seed)
+    )
+    adapting.say_what_trains(options.run, state.learner)
+    learn = common.jit_update(learn, state)
+    teacher_params, meter = distributed.place(teacher.params), options.run.meter()
+
+    def step(state: distillation.State, number: int):
+        with meter.timing("rollout"):
+            rollout, described = write(state.learner.all_params, number)
+        state, metrics = meter.timed("update", learn, state, teacher_params, rollout)
+        return state, {**metrics, **described}
+
+    def held_out(state: distillation.State) -> dict[str, float]:
+        assert evaluate is not None
+        numbers = evaluate(state.learner.all_params, None).metrics()
+        return {name: value for name, value in numbers.items() if name != "kl"}
+
+    before = prompts.answer(model.params)
+    common.start(options, options.run, "distill", model, "policy", parts.adaptation)
+    state = run_loop(
+        state,
+        step,
+        options.run.loop(),
+        stage="distill",
+        folder=options.run.out,
+        resume=options.run.resume,
+        run_config=common.to_json(options),
+        data_fingerprint=prompts.fingerprint(),
+        eval_fn=evaluate and held_out,
+        meter=meter,
+    )
+    after = prompts.answer(state.learner.all_params)
+    common.finish(options.run, inputs.before_and_after("distill", before, after))

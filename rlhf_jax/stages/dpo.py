@@ -1,0 +1,242 @@
+"""Direct preference optimisation and its family: a policy from pairs, against a frozen reference.
+
+    rlhf dpo --out runs/dpo --init runs/sft
+    rlhf dpo --out runs/mine --init runs/sft --data pairs.jsonl --beta 0.3
+    rlhf dpo --out runs/simpo --init runs/sft --loss simpo
+    rlhf dpo --out runs/kto --init runs/sft --loss kto --data labelled.jsonl
+
+The first takes about 30 s on two CPU cores and answers 95 to 98 % of held-out problems right over three seeds
+(the policy it starts from: 44 to 45 %).
+Rows hold `prompt`, `chosen` and `rejected`: plain strings, or lists of messages. KTO and BCO, which learn
+from single responses, take both sides of such rows, or rows of `prompt`, `completion` and a boolean `label`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from rlhf_jax import distributed, models
+from rlhf_jax.algorithms import preference, unpaired
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.train_state import OptimizerConfig
+from rlhf_jax.core.types import Metrics, Params, ScoreFn, Sequences
+from rlhf_jax.data.pipeline import BatchSampler
+from rlhf_jax.evaluation.classification import roc_auc
+from rlhf_jax.stages import adapting, common, inputs, members
+from rlhf_jax.training import Meter, run_loop
+from rlhf_jax.training.run_folder import load_policy
+
+Sides = tuple[Sequences, Sequences]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of direct preference optimisation.
+
+    Attributes:
+      init: run folder of the policy to start from, which is also the reference.
+      pairs: which preference pairs, or labelled completions.
+      batch_size: pairs a step; for KTO and BCO, responses.
+      micro_batches: parts in which a batch is computed, to save memory.
+      learning_rate: at its peak.
+      loss: what is made of the pairs: DPO, or another of its family; kto and bco for single responses.
+      beta: strength of the KL constraint, per nat; for losses without a reference, the scale of log-probs.
+      desirable_weight: of the desirable responses in KTO and BCO.
+      undesirable_weight: of the others.
+      reference: score pairs with the reference once and keep the numbers, or at every step with a second
+        model in memory (with an adapter: the same one, adapter off). Both give the same training.
+    """
+
+    run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/dpo"), steps=60)
+    init: str
+    pairs: tyro.conf.OmitArgPrefixes[common.PairOptions] = common.PairOptions()
+    adapter: adapting.AdapterOptions = adapting.AdapterOptions()
+    optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", warmup_steps=10, final_share=0.1)
+    batch_size: int = 64
+    micro_batches: int = 1
+    learning_rate: float = 1e-4
+    loss: Annotated[members.PairLoss | members.UnpairedLoss, tyro.conf.arg(metavar="NAME")] = "dpo"
+    beta: float = 2.0
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+    reference: Literal["stored", "each_step"] = "stored"
+
+
+def check(options: Options) -> None:
+    """Raises: UserError where the options do not fit each other."""
+    common.check(options, options.run, "dpo")
+    common.check_divides("--micro-batches", options.micro_batches, "--batch-size", options.batch_size)
+    if options.micro_batches > 1 and options.loss in members.SORTING:
+        raise UserError(f"--loss {options.loss} compares pairs with each other: it needs --micro-batches 1")
+    if options.pairs.soft_labels and options.loss != "dpo":
+        raise UserError(
+            f"--loss {options.loss} has no soft labels: leave --soft-labels out, or take --loss dpo"
+        )
+    if options.loss not in members.UNPAIRED and (options.desirable_weight, options.undesirable_weight) != (
+        1,
+        1,
+    ):
+        raise UserError(
+            f"--loss {options.loss} learns from pairs: --desirable-weight and its other go with kto"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """A loss with its update, its state at step 0, and the batch that it takes.
+
+    Attributes:
+      init: (params, key) -> state.
+      update: (state, hyper, batch) -> (state, metrics).
+      make_batch: (both sides, the reference's log-probs of both, labels) -> batch.
+    """
+
+    init: Callable[..., Any]
+    update: Callable[..., Any]
+    hyper: Any
+    make_batch: Callable[..., Any]
+
+
+def pair_objective(options: Options, loss: members.PairLoss, score_fn: ScoreFn, tx: Any) -> Objective:
+    """DPO and its family, on pairs."""
+    config = preference.Config(options.micro_batches, members.PAIR_LOSSES[loss])
+    return Objective(
+        lambda params, key: preference.init(params, tx, key),
+        preference.make_update(config, score_fn, tx),
+        preference.Hyper(jnp.float32(options.learning_rate), jnp.float32(options.beta)),
+        lambda rows, ref, labels: preference.Batch(*rows, *ref, preference=labels),
+    )
+
+
+def unpaired_objective(options: Options, loss: members.UnpairedLoss, score_fn: ScoreFn, tx: Any) -> Objective:
+    """KTO and BCO, on single responses; KTO's reference point comes from the mismatched ones beside them."""
+    config = dataclasses.replace(members.UNPAIRED[loss], micro_batches=options.micro_batches)
+    numbers = options.learning_rate, options.beta, options.desirable_weight, options.undesirable_weight
+
+    def make_batch(rows: Sides, ref: tuple[Any, Any], labels: Any) -> unpaired.Batch:
+        mismatched = (rows[1], ref[1]) if config.shift_decay is None else (None, None)
+        return unpaired.Batch(rows[0], labels, ref[0], *mismatched)
+
+    return Objective(
+        lambda params, key: unpaired.init(params, tx, key),
+        unpaired.make_update(config, score_fn, tx),
+        unpaired.Hyper(*map(jnp.float32, numbers)),
+        make_batch,
+    )
+
+
+def reference_logp(
+    score_fn: ScoreFn, params: Params, pairs: inputs.Pairs, batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The reference's log-probs of the responses on both sides, in nats."""
+    score = jax.jit(functools.partial(preference.response_logp, score_fn))
+    parts = [score(params, *pairs.rows(indices)) for indices in inputs.parts(len(pairs), batch_size)]
+    first, second = (
+        np.concatenate([distributed.all_values(x) for x in side]) for side in zip(*parts, strict=True)
+    )
+    return first[: len(pairs)], second[: len(pairs)]
+
+
+def make_step_fn(
+    options: Options,
+    objective: Objective,
+    score_fn: ScoreFn,
+    parts: adapting.Parts,
+    state: Any,
+    train: inputs.Pairs,
+    meter: Meter,
+) -> Callable[[Any, int], tuple[Any, Metrics]]:
+    """`step(state, number)`, with the reference's log-probs stored, or computed at every step."""
+    sampler = BatchSampler(len(train), options.batch_size, options.run.seed)
+    stored = None
+    if options.reference == "stored":
+        stored = reference_logp(score_fn, parts.reference(state.learner), train, options.batch_size)
+
+    def score_and_update(state: Any, original: Params, rows: Sides, ref: Any, labels: Any):
+        if ref is None:
+            ref = preference.response_logp(score_fn, parts.reference(state.learner, original), *rows)
+        return objective.update(state, objective.hyper, objective.make_batch(rows, ref, labels))
+
+    update = common.jit_update(score_and_update, state)
+
+    def batch(number: int) -> tuple[Any, ...]:
+        indices = common.local_indices(sampler, number)
+        ref = None if stored is None else tuple(side[indices] for side in stored)
+        labels = None if train.labels is None else train.labels[indices]
+        return distributed.shard_batch((train.rows(indices), ref, labels))
+
+    def step(state: Any, number: int) -> tuple[Any, Metrics]:
+        # With stored log-probs nothing of the reference goes in.
+        original = parts.original if stored is None else None
+        return meter.timed("update", update, state, original, *meter.timed("data", batch, number))
+
+    return step
+
+
+def make_evaluate_fn(
+    options: Options, score_fn: ScoreFn, reference: Params, held_out: inputs.Pairs
+) -> Callable[[Any], dict[str, float]] | None:
+    """How well implicit rewards tell the better response from the worse, on held-out data."""
+    if not len(held_out):
+        return None
+    ref = reference_logp(score_fn, reference, held_out, options.batch_size)
+
+    def evaluate(state: Any) -> dict[str, float]:
+        logp = reference_logp(score_fn, state.learner.all_params, held_out, options.batch_size)
+        first, second = (options.beta * (ours - theirs) for ours, theirs in zip(logp, ref, strict=True))
+        labels = held_out.labels
+        if labels is None:
+            return {"accuracy": float(np.mean(first > second)), "margin": float(np.mean(first - second))}
+        means = [float(np.mean(first[side])) if side.any() else np.nan for side in (labels, ~labels)]
+        return {"auc": roc_auc(first, labels), "margin": means[0] - means[1]}
+
+    return evaluate
+
+
+def run(options: Options) -> None:
+    """Trains, and leaves a run folder."""
+    seed, loss = options.run.seed, options.loss
+    check(options)
+    model = load_policy(Path(options.init))
+    load = inputs.load_labelled if loss in members.UNPAIRED else inputs.load_pairs
+    train, held_out = load(options.pairs, model.tokenizer, seed)
+    what = "responses" if loss in members.UNPAIRED else "pairs"
+    common.announce(options.run, model, f"{len(train):,} {what}, {len(held_out):,} held out")
+
+    parts = adapting.take_apart(options.adapter, model, seed=seed, steps=options.run.steps)
+    score_fn = models.make_score_fn(model.config)
+    tx = parts.optimizer(common.with_total_steps(options.optimizer, options.run.steps))
+    if loss == "kto" or loss == "bco":
+        objective = unpaired_objective(options, loss, score_fn, tx)
+    else:
+        objective = pair_objective(options, loss, score_fn, tx)
+    state = adapting.new_state(objective.init, parts.trained, parts.frozen, jax.random.key(seed))
+    adapting.say_what_trains(options.run, state.learner)
+    # Both sides, and the reference's pass over them where it is made at every step.
+    sizes = {"rows": 2 * options.batch_size, "length": train.length}
+    passes = models.forward_flops(model.config, **sizes) if options.reference == "each_step" else 0.0
+    meter = options.run.meter(models.training_flops(model.config, **sizes) + passes)
+    step = make_step_fn(options, objective, score_fn, parts, state, train, meter)
+    evaluate = make_evaluate_fn(options, score_fn, parts.reference(state.learner), held_out)
+
+    common.start(options, options.run, "dpo", model, "policy", parts.adaptation)
+    run_loop(
+        state,
+        step,
+        options.run.loop(),
+        stage="dpo",
+        folder=options.run.out,
+        resume=options.run.resume,
+        run_config=common.to_json(options),
+        data_fingerprint=train.fingerprint(),
+        eval_fn=evaluate,
+        meter=meter,
+    )
+    common.finish(options.run)

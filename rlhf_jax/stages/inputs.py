@@ -1,0 +1,305 @@
+"""Preference pairs and prompts, from the embedded task or by path, as the scripts take them."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.types import Params, Sequences
+from rlhf_jax.data import packing
+from rlhf_jax.data.examples import (
+    LabelledExample,
+    PreferenceExample,
+    PromptExample,
+    SupervisedExample,
+    labelled_examples,
+    preference_examples,
+    prompt_examples,
+)
+from rlhf_jax.data.pipeline import BatchSampler, fingerprint
+from rlhf_jax.data.sources import Row, read_rows
+from rlhf_jax.data.tokenizers import Tokenizer
+from rlhf_jax.generation import Sampling
+from rlhf_jax.rollout.dynamic_sampling import Answers
+from rlhf_jax.rollout.sampler import Evaluation, make_evaluate_fn, make_generate_fn, make_reward_fn
+from rlhf_jax.rollout.samples import Sample, make_samples_fn
+from rlhf_jax.stages import common
+from rlhf_jax.tasks import arithmetic
+from rlhf_jax.training import Meter
+from rlhf_jax.training.run_folder import Model
+
+UNBOUNDED = 1 << 30
+
+
+def load_rows(spec: str, make_rows: Callable[[arithmetic.Level], list[dict[str, Any]]]) -> list[Row]:
+    """Rows of a file, of a tfds data set, or of the embedded task.
+
+    Args:
+      spec: a path, `tfds:NAME[:SPLIT]` or `arithmetic:LEVEL`.
+      make_rows: makes the rows of a level of the embedded task.
+    """
+    level = common.embedded_level(spec)
+    if level is None:
+        return read_rows(spec)
+    return [Row(row, f"{spec}:{number}") for number, row in enumerate(make_rows(level), start=1)]
+
+
+def split_mixture(spec: str) -> dict[str, float | None]:
+    """The sources that `a.jsonl=0.7,b.jsonl=0.3` names, with their weights, or None for by size.
+
+    Raises:
+      UserError: a source stands twice, a weight is no number, or only some sources have one.
+    """
+    found: dict[str, float | None] = {}
+    for part in [spec] if "," not in spec or Path(spec).exists() else spec.split(","):
+        name, equals, number = part.strip().rpartition("=")
+        try:
+            weight = float(number) if equals and "," in spec else None
+        except ValueError:
+            raise UserError(f"--data {part}: {number!r} is no weight: write SOURCE=0.5") from None
+        name = part.strip() if weight is None else name
+        if name in found or not name:
+            raise UserError(f"--data {spec}: a source is empty or stands twice: name each of them once")
+        found[name] = weight
+    if len({weight is None for weight in found.values()}) > 1:
+        raise UserError(
+            f"--data {spec}: some sources have a weight and some have none: give all or none of them"
+        )
+    return found
+
+
+def texts(rows: Sequence[Row]) -> list[str]:
+    """Every text in the rows, messages included, for a tokenizer to learn from."""
+
+    def find(value: Any) -> list[str]:
+        if isinstance(value, list | dict):
+            inner = value.values() if isinstance(value, dict) else value
+            return [text for item in inner for text in find(item)]
+        return [value] if isinstance(value, str) else []
+
+    return [text for row in rows for text in find(row.fields)]
+
+
+# Preference pairs ----------------------------------------------------------------------------------
+
+
+class Pairs:
+    """Two samples to each number, as padded rows; `rows(indices)` gives both sides.
+
+    Attributes:
+      labels: one to each pair; None where the sides say it all.
+    """
+
+    def __init__(
+        self,
+        first: Sequence[SupervisedExample],
+        second: Sequence[SupervisedExample],
+        length: int,
+        labels: np.ndarray | None = None,
+    ) -> None:
+        self._count, self.labels = len(first), labels
+        if first:
+            self._sides = packing.pad_rows(first, length), packing.pad_rows(second, length)
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def length(self) -> int:
+        """Tokens a row."""
+        return self._sides[0].tokens.shape[1]
+
+    def fingerprint(self) -> str:
+        """Changes with any token of any pair, and with any label."""
+        return fingerprint(jax.tree.leaves((self._sides, self.labels)))
+
+    def rows(self, indices: np.ndarray) -> tuple[Sequences, Sequences]:
+        """Some of the pairs."""
+        first, second = (jax.tree.map(lambda x: x[indices], side) for side in self._sides)
+        return first, second
+
+
+Example = TypeVar("Example")
+
+
+def _pair_examples(
+    options: common.PairOptions, tokenizer: Tokenizer, seed: int, make: Callable[..., list[Example]]
+) -> tuple[list[Example], list[Example]]:
+    """Examples for training, and held-out ones, of rows that hold pairs."""
+
+    def examples(spec: str, split: arithmetic.Split, count: int) -> list[Example]:
+        rows = load_rows(spec, lambda level: arithmetic.preference_rows(level, split, count, seed))
+        longest = options.max_length or UNBOUNDED
+        return make(rows, tokenizer, max_length=longest, too_long=options.too_long)
+
+    train, held_out = examples(options.data, "train", options.pair_count), []
+    if options.eval_data or common.embedded_level(options.data):
+        held_out = examples(options.eval_data or options.data, "heldout", options.eval_count)
+    return train, held_out[: options.eval_count]
+
+
+def load_pairs(options: common.PairOptions, tokenizer: Tokenizer, seed: int) -> tuple[Pairs, Pairs]:
+    """Training pairs and held-out pairs (chosen, rejected), in rows of one length.
+
+    With `options.soft_labels` the labels of the training pairs are how probably the chosen one is better.
+
+    Raises:
+      UserError: soft labels are asked for, and no row has one.
+    """
+    train, held_out = _pair_examples(options, tokenizer, seed, preference_examples)
+    labels = np.array([pair.preference for pair in train], np.float32) if options.soft_labels else None
+    if labels is not None and np.all(labels == 1):
+        raise UserError(
+            f"--soft-labels: no row of {options.data} has a `preference` below 1: make the pairs "
+            "with a judge (preferences.py --judge-model), or leave the option out"
+        )
+    sizes = [len(side.ids) for pair in train + held_out for side in (pair.chosen, pair.rejected)]
+    length = options.max_length or max(sizes)
+
+    def padded(pairs: list[PreferenceExample], labels: np.ndarray | None = None) -> Pairs:
+        return Pairs([pair.chosen for pair in pairs], [pair.rejected for pair in pairs], length, labels)
+
+    return padded(train, labels), padded(held_out)
+
+
+def load_labelled(options: common.PairOptions, tokenizer: Tokenizer, seed: int) -> tuple[Pairs, Pairs]:
+    """Completions beside mismatched ones, which stand after another's prompt, labelled as desirable or not.
+
+    The other is half the data set away, so that it is never the other side of the same pair.
+    """
+    train, held_out = _pair_examples(options, tokenizer, seed, labelled_examples)
+    sizes = [len(e.prompt_ids) + len(e.completion_ids) for e in train + held_out]
+    length = options.max_length or max(sizes)
+
+    def padded(examples: list[LabelledExample]) -> Pairs:
+        half = len(examples) // 2
+        mismatched = [
+            examples[(place + half) % len(examples)].after(example.prompt_ids)
+            for place, example in enumerate(examples)
+        ]
+        cut = [dataclasses.replace(e, ids=e.ids[:length], mask=e.mask[:length]) for e in mismatched]
+        own = [example.after(example.prompt_ids) for example in examples]
+        return Pairs(own, cut, length, np.array([example.desirable for example in examples]))
+
+    return padded(train), padded(held_out)
+
+
+def parts(count: int, size: int) -> list[np.ndarray]:
+    """Indices 0 ... count - 1 in parts of one size; the last repeats the last index to fill up."""
+    starts = range(0, count, size)
+    return [np.minimum(np.arange(start, start + size), count - 1) for start in starts]
+
+
+# Prompts -------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Prompts to train on, and how to look at what comes of it.
+
+    Attributes:
+      train: the prompts.
+      evaluate: (params, reference) -> Evaluation on held-out prompts; None where there are none.
+      answer: params -> most likely answers to a few prompts, held-out ones where there are any.
+    """
+
+    train: list[PromptExample]
+    evaluate: Callable[[Params, Params | None], Evaluation] | None
+    answer: Callable[[Params], list[Sample]]
+
+    def __len__(self) -> int:
+        return len(self.train)
+
+    def fingerprint(self) -> str:
+        """Changes with any token of any prompt to train on."""
+        return fingerprint(np.asarray(prompt.ids) for prompt in self.train)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest prompt to train on."""
+        return max(len(prompt.ids) for prompt in self.train)
+
+
+def load_prompts(options: common.PromptOptions, model: Model, rewards: Sequence[str], seed: int) -> Prompts:
+    """The prompts that the options name.
+
+    Args:
+      rewards: what the answers are worth where `options.eval_reward` says nothing else.
+    """
+
+    def examples(spec: str, split: arithmetic.Split, count: int) -> list[PromptExample]:
+        rows = load_rows(spec, lambda level: arithmetic.prompt_rows(level, split, count, seed))
+        longest = options.max_prompt_length or UNBOUNDED
+        return prompt_examples(rows, model.tokenizer, max_length=longest, too_long=options.too_long)
+
+    train, held_out = examples(options.data, "train", options.prompt_count), []
+    if options.eval_data or common.embedded_level(options.data):
+        held_out = examples(options.eval_data or options.data, "heldout", options.eval_count)
+        held_out = held_out[: options.eval_count]
+    reward_fn = make_reward_fn([options.eval_reward] if options.eval_reward else rewards, model.tokenizer)
+    look = {"reward_fn": reward_fn, "max_new_tokens": options.max_new_tokens}
+    shown = (held_out or train)[: options.samples]
+    return Prompts(
+        train,
+        make_evaluate_fn(model.config, model.tokenizer, held_out, **look) if held_out else None,
+        make_samples_fn(model.config, model.tokenizer, shown, **look),
+    )
+
+
+def make_answer_fn(
+    options: common.PromptOptions,
+    model: Model,
+    prompts: Prompts,
+    *,
+    batch_size: int,
+    group_size: int,
+    seed: int,
+    slots: int = 0,
+    temperature: float = 1.0,
+    meter: Meter | None = None,
+) -> Callable[[Params, int], Answers]:
+    """`answer(params, number) -> Answers` to the prompts of one draw, which are a function of its number.
+
+    Args:
+      batch_size: prompts in a draw.
+      group_size: answers to each.
+      slots: answers on their way at a time; 0 for all.
+      meter: takes the time of answers and rewards.
+    """
+    meter = meter or Meter()
+    sampler = BatchSampler(len(prompts), batch_size, seed)
+    reward_fn = make_reward_fn(options.rewards, model.tokenizer)
+    reward_fn.check_kinds(prompts.train)
+    generate = make_generate_fn(
+        model.config,
+        model.tokenizer,
+        prompt_length=prompts.length,
+        max_new_tokens=options.max_new_tokens,
+        group_size=group_size,
+        slots=slots or None,
+        sampling=Sampling(temperature=temperature),
+    )
+    key = jax.random.key(seed + 1)
+
+    def answer(params: Params, number: int) -> Answers:
+        chosen = [prompts.train[i] for i in common.local_indices(sampler, number, group_size)]
+        rollout = meter.timed("rollout", generate, params, chosen, jax.random.fold_in(key, number))
+        return Answers(chosen, rollout, meter.timed("reward", reward_fn.score, rollout, chosen))
+
+    return answer
+
+
+def before_and_after(stage: str, before: Sequence[Sample], after: Sequence[Sample]) -> list[dict[str, Any]]:
+    """Entries of samples.json."""
+    return [
+        {
+            "prompt": first.prompt,
+            "answer": first.answer,
+            "completions": {"before": first.completion(), stage: second.completion()},
+        }
+        for first, second in zip(before, after, strict=True)
+    ]

@@ -1,0 +1,320 @@
+"""PPO with four models: policy, value, frozen reference and a reward (a trained model, or functions).
+
+With an adapter, all of them stand on one frozen base: policy and value have adapters of their own, the
+reference is the base with adapters off, and a reward model that adapts the same base brings no more than its
+adapter and head.
+
+    rlhf ppo --out runs/ppo --init runs/sft --reward-model runs/reward_model
+    rlhf ppo --out runs/mine --init runs/sft --reward-model runs/rm2 --data my.jsonl \\
+        --adaptive-kl --kl-target 4
+    rlhf ppo --out runs/safer --init runs/sft --reward-model runs/rm1 runs/rm2 runs/rm3 \\
+        --ensemble worst
+
+The first takes about 45 s on two CPU cores and answers 94 to 98 % of held-out problems right over three seeds
+(the policy it starts from: 44 to 45 %).
+Rows hold `prompt`, `question` or `messages`; their other fields go to reward functions by name.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import tyro
+
+from rlhf_jax import distributed, models
+from rlhf_jax.algorithms import ppo
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.train_state import Learner, OptimizerConfig
+from rlhf_jax.core.trees import merge, partition
+from rlhf_jax.core.types import Params
+from rlhf_jax.data.pipeline import BatchSampler
+from rlhf_jax.data.tokenizers import Tokenizer
+from rlhf_jax.generation import Sampling
+from rlhf_jax.models import adapters
+from rlhf_jax.rewards import ensembles
+from rlhf_jax.rollout.dynamic_sampling import term_means
+from rlhf_jax.rollout.sampler import (
+    Evaluation,
+    RolloutReward,
+    make_ensemble_fn,
+    make_generate_fn,
+    make_reward_fn,
+)
+from rlhf_jax.rollout.step import make_ppo_learn
+from rlhf_jax.stages import adapting, common, inputs
+from rlhf_jax.training import run_loop
+from rlhf_jax.training.run_folder import (
+    Model,
+    check_same_architecture,
+    load_policy,
+    load_reward_model,
+    load_unmerged_reward_model,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of PPO.
+
+    Attributes:
+      init: run folder of the policy to start from, which is also the reference.
+      reward_model: run folder of a reward model: the reward, and the start of the value model; of several,
+        the first is that start. None: the reward is what `rewards` names, and the value model starts from
+        the policy.
+      ensemble: what several reward models make of an answer: their mean, the worst of their scores, or the
+        mean minus `uncertainty_coef` times the variance.
+      uncertainty_coef: weight of that variance.
+      value: a value model of its own, or a second head that reads the policy's hidden states.
+      prompts: which prompts, and what their answers are worth in evaluation.
+      batch_size: prompts a step, one answer to each.
+      epochs: passes over each batch of answers.
+      minibatches: optimizer steps in each pass.
+      micro_batches: parts in which a mini-batch is computed, to save memory.
+      learning_rate: at its peak.
+      temperature: of sampling; the scorer uses the same.
+      policy_loss: what keeps the policy near the old one: the clip, or a penalty on the KL (PPO-penalty).
+      clip: how far a ratio may go from 1.
+      penalty_coef: weight of that KL, in nats per token.
+      value_clip: how far a value may move in one update, in units of reward.
+      value_coef: weight of the value loss.
+      entropy_coef: weight of the entropy bonus.
+      gamma: discount per token.
+      gae_lambda: lambda of GAE.
+      kl_coef: weight of the KL to the reference, taken from the reward at every token.
+      adaptive_kl: move that weight so that the KL stays near `kl_target`.
+      kl_target: nats per answer.
+      kl_horizon: answers over which the weight reacts.
+      missing_eos_penalty: taken from the reward of an answer that did not end.
+      max_kl: a mini-batch further than this from the old policy (nats per token) ends the update.
+      whiten_advantages: bring advantages to mean 0 and variance 1.
+      scale_rewards: divide rewards by the standard deviation of all rewards seen.
+    """
+
+    run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/ppo"), steps=25)
+    init: str
+    reward_model: tuple[str, ...] = ()
+    ensemble: Literal["mean", "worst", "uncertainty"] = "mean"
+    uncertainty_coef: float = 0.5
+    value: Literal["separate", "shared"] = "separate"
+    prompts: tyro.conf.OmitArgPrefixes[common.PromptOptions] = common.PromptOptions()
+    adapter: adapting.AdapterOptions = adapting.AdapterOptions()
+    optimizer: OptimizerConfig = OptimizerConfig("linear", warmup_steps=5, b2=0.99, epsilon=1e-4)
+    batch_size: int = 256
+    epochs: int = 1
+    minibatches: int = 2
+    micro_batches: int = 1
+    learning_rate: float = 3e-4
+    temperature: float = 1.0
+    policy_loss: Literal["clip", "penalty"] = "clip"
+    clip: float = 0.2
+    penalty_coef: float = 1.0
+    value_clip: float = 0.5
+    value_coef: float = 0.5
+    entropy_coef: float = 0.0
+    gamma: float = 1.0
+    gae_lambda: float = 0.95
+    kl_coef: float = 0.2
+    adaptive_kl: bool = False
+    kl_target: float = 6.0
+    kl_horizon: float = 10_000.0
+    missing_eos_penalty: float = 1.0
+    max_kl: float = float("inf")
+    whiten_advantages: bool = True
+    scale_rewards: bool = False
+
+
+def reward_on_base(options: Options, policy: Model, parts: adapting.Parts) -> Params | None:
+    """What a reward model has of its own, where it is an adapter beside the same base; else None."""
+    if len(options.reward_model) != 1 or parts.adaptation is None:
+        return None
+    (folder,) = options.reward_model
+    model, theirs = load_unmerged_reward_model(Path(folder))
+    check_same_architecture(policy.config, model.config, folder)
+    ours = parts.adaptation
+    if theirs is None or theirs.base.digest != ours.base.digest or theirs.quantisation != ours.quantisation:
+        return None
+    if isinstance(theirs.adapter, adapters.Partial) or isinstance(ours.adapter, adapters.Partial):
+        return None
+    own = partition(model.params["decoder"], lambda name, leaf: adapters.is_adapter_leaf(name))[0]
+    return {"decoder": own, "head": model.params["head"]}
+
+
+def initial_params(
+    options: Options, policy: Model, parts: adapting.Parts, reward: Params | None, key: jax.Array
+) -> tuple[Params, Params]:
+    """(trained, frozen) of policy and value, and of a reward model on the same base.
+
+    The value model starts from the reward model where both are whole or on one base, else from the policy.
+    """
+    adapter_key, head_key = jax.random.split(key)
+    if options.value == "shared":
+        value = {"head": models.init_scalar_head(policy.config, head_key)}
+    elif reward is not None:
+        value = common.copied(reward)
+    elif options.reward_model and parts.adaptation is None:
+        reward_model = load_reward_model(Path(options.reward_model[0]))
+        check_same_architecture(policy.config, reward_model.config, options.reward_model[0])
+        value = common.copied(reward_model.params)
+    else:
+        head = models.init_scalar_head(policy.config, head_key)
+        value = {"decoder": parts.another(adapter_key), "head": head}
+    params = {"policy": parts.own, "value": value}
+    if parts.adaptation is None:
+        return params, None
+    rest = {} if reward is None else {"reward": reward}
+    trained, held = partition(params, parts.trains)
+    return trained, merge(held, {"base": parts.base, **rest})
+
+
+def make_rollout_reward(options: Options, tokenizer: Tokenizer) -> RolloutReward:
+    """What an answer is worth: by reward functions, by a reward model, or by several."""
+    if len(options.reward_model) < 2:
+        return make_reward_fn(options.reward_model or options.prompts.rewards, tokenizer)
+    combine_fn = {
+        "mean": ensembles.ensemble_mean,
+        "worst": ensembles.ensemble_worst_case,
+        "uncertainty": functools.partial(
+            ensembles.ensemble_uncertainty_weighted, coef=options.uncertainty_coef
+        ),
+    }[options.ensemble]
+    return make_ensemble_fn([Path(folder) for folder in options.reward_model], tokenizer, combine_fn)
+
+
+def make_hyper(options: Options) -> ppo.Hyper:
+    """The numbers of `options` that a sweep could vary."""
+    return ppo.Hyper(
+        learning_rate=jnp.float32(options.learning_rate),
+        clip_low=options.clip,
+        clip_high=options.clip,
+        penalty_coef=options.penalty_coef,
+        value_clip=options.value_clip,
+        value_coef=options.value_coef,
+        entropy_coef=options.entropy_coef,
+        gamma=options.gamma,
+        gae_lambda=options.gae_lambda,
+        kl_coef=options.kl_coef,
+        kl_target=options.kl_target,
+        kl_horizon=options.kl_horizon,
+        missing_eos_penalty=options.missing_eos_penalty,
+        max_kl=options.max_kl,
+    )
+
+
+def update_flops(options: Options, model: Model, prompt_length: int) -> float:
+    """Operations of scoring with policy, value and reference, and of all epochs of policy and value."""
+    sizes = {"rows": options.batch_size, "length": prompt_length + options.prompts.max_new_tokens}
+    trained = 1 if options.value == "shared" else 2
+    scored = (trained + 1) * models.forward_flops(model.config, **sizes)
+    return scored + trained * options.epochs * models.training_flops(model.config, **sizes)
+
+
+def check(options: Options) -> None:
+    """Refuses options that exclude or need each other, before anything is read.
+
+    Raises:
+      UserError: naming the options.
+    """
+    common.check(options, options.run, "ppo")
+    common.check_divides("--minibatches", options.minibatches, "--batch-size", options.batch_size)
+    rows = options.batch_size // options.minibatches
+    common.check_divides("--micro-batches", options.micro_batches, "the size of a mini-batch,", rows)
+    if options.reward_model and options.prompts.rewards != common.PromptOptions().rewards:
+        raise UserError("--reward-model excludes --rewards: name the reward model in --rewards to mix them")
+    if options.ensemble != "mean" and len(options.reward_model) < 2:
+        raise UserError(
+            f"--ensemble {options.ensemble} needs several reward models: give --reward-model more"
+        )
+
+
+def make_config(options: Options) -> ppo.Config:
+    """The static choices of `options`."""
+    return ppo.Config(
+        epochs=options.epochs,
+        minibatches=options.minibatches,
+        micro_batches=options.micro_batches,
+        whiten_advantages=options.whiten_advantages,
+        adaptive_kl=options.adaptive_kl,
+        scale_rewards=options.scale_rewards,
+        policy_loss_fn=ppo.penalised if options.policy_loss == "penalty" else ppo.clipped,
+    )
+
+
+def run(options: Options) -> None:
+    """Trains, and leaves a run folder."""
+    check(options)
+    seed, config = options.run.seed, make_config(options)
+    model = load_policy(Path(options.init))
+    prompts = inputs.load_prompts(options.prompts, model, options.prompts.rewards[:1], seed)
+    sampler = BatchSampler(len(prompts), options.batch_size, seed)
+    rewards = options.reward_model or options.prompts.rewards
+    common.announce(options.run, model, f"{len(prompts):,} prompts, rewards from {', '.join(rewards)}")
+    steps = options.run.steps * options.epochs * options.minibatches
+    parts = adapting.take_apart(options.adapter, model, seed=seed, steps=steps)
+    reward = reward_on_base(options, model, parts)
+    value_key, state_key = jax.random.split(jax.random.key(seed))
+    params, frozen = initial_params(options, model, parts, reward, value_key)
+
+    generate = make_generate_fn(
+        model.config,
+        model.tokenizer,
+        prompt_length=prompts.length,
+        max_new_tokens=options.prompts.max_new_tokens,
+        sampling=Sampling(temperature=options.temperature),
+    )
+    make_score_fn = models.make_two_headed_fn if options.value == "shared" else models.make_actor_critic_fn
+    score_fn = make_score_fn(model.config, temperature=options.temperature)
+    ref_score_fn = models.make_score_fn(model.config, temperature=options.temperature)
+    tx = parts.optimizer(common.with_total_steps(options.optimizer, steps))
+    update = ppo.make_update(config, score_fn, tx)
+    hyper, evaluate = make_hyper(options), prompts.evaluate
+
+    def reference(learner: Learner, original: Params) -> Params:
+        return models.reference_of(learner.all_params, original)
+
+    learn = make_ppo_learn(config, score_fn, ref_score_fn, update, hyper, reference)
+    state = adapting.new_state(lambda *x: ppo.init(x[0], tx, x[1], hyper), params, frozen, state_key)
+    adapting.say_what_trains(options.run, state.learner)
+    learn = common.jit_update(learn, state)
+    rollout_key = jax.random.key(seed + 1)
+    meter = options.run.meter(update_flops(options, model, prompts.length))
+
+    reward_fn = make_rollout_reward(options, model.tokenizer) if reward is None else None
+    score_reward = jax.jit(models.make_shared_reward_fn(model.config))
+
+    def step(state: ppo.State, number: int):
+        chosen = [prompts.train[i] for i in common.local_indices(sampler, number)]
+        whole = state.learner.all_params
+        key = jax.random.fold_in(rollout_key, number)
+        rollout = meter.timed("rollout", generate, models.on_base(whole, "policy"), chosen, key)
+        if reward_fn is None:
+            rewards = meter.timed("reward", score_reward, whole, rollout.sequences)
+            return meter.timed("update", learn, state, parts.original, rollout, rewards)
+        scored = meter.timed("reward", reward_fn.score, rollout, chosen)
+        rewards, unscorable = distributed.shard_batch((scored.rewards, scored.unscorable))
+        state, metrics = meter.timed("update", learn, state, parts.original, rollout, rewards)
+        return state, {**metrics, **term_means(scored), "unscorable": jnp.sum(unscorable)}
+
+    def measured(state: ppo.State, evaluate: Callable[..., Evaluation]) -> dict[str, float]:
+        whole = state.learner.all_params
+        return evaluate(models.on_base(whole, "policy"), models.reference_of(whole, parts.original)).metrics()
+
+    before = prompts.answer(model.params)
+    common.start(options, options.run, "ppo", model, "actor_critic", parts.adaptation)
+    state = run_loop(
+        state,
+        step,
+        options.run.loop(),
+        stage="ppo",
+        folder=options.run.out,
+        resume=options.run.resume,
+        run_config=common.to_json(options),
+        data_fingerprint=prompts.fingerprint(),
+        eval_fn=evaluate and (lambda state: measured(state, evaluate)),
+        meter=meter,
+    )
+    after = prompts.answer(models.on_base(state.learner.all_params, "policy"))
+    common.finish(options.run, inputs.before_and_after("ppo", before, after))

@@ -1,0 +1,302 @@
+"""A process or outcome reward model: is each step of a solution right, or is its answer?
+
+    rlhf process-reward --out runs/prm --init runs/sft
+    rlhf process-reward --out runs/orm --init runs/sft --outcome
+    rlhf process-reward --out runs/prm_rollouts --init runs/sft --labels rollouts
+    rlhf process-reward --out runs/gsm8k_prm --data gsm8k/test_socratic.jsonl \\
+        --model.width 128 --steps 400
+
+Rows hold `prompt`, `completions` (the steps) and `labels` (true, false, a share, or null for a step nobody
+judged), or are GSM8K's socratic solutions, whose results are made wrong here and there. Where there are no
+held-out rows, an eighth of the data is held out. With `--labels rollouts` nobody needs to judge: a step is
+right where the policy still reaches the right `answer` from it; the labels go to `labelled.jsonl`. An outcome
+model scores whole answers, so that `rlhf ppo --reward-model` and `rlhf_jax/stages/grpo.py
+--rewards` take its folder.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from rlhf_jax import distributed, models
+from rlhf_jax.algorithms import process_reward
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
+from rlhf_jax.core.types import Params, PRNGKeyArray
+from rlhf_jax.data import packing
+from rlhf_jax.data.pipeline import BatchSampler, fingerprint
+from rlhf_jax.data.process_rewards import (
+    ProcessExample,
+    is_socratic,
+    pad_labels,
+    process_examples,
+    socratic_rows,
+    until_first_mistake,
+)
+from rlhf_jax.data.sources import Row, read_rows
+from rlhf_jax.data.tokenizers import Tokenizer, train_bpe
+from rlhf_jax.evaluation.classification import brier_score, reliability, roc_auc
+from rlhf_jax.feedback.step_labels import label_by_rollouts
+from rlhf_jax.rollout.sampler import make_reward_fn
+from rlhf_jax.stages import common, inputs
+from rlhf_jax.tasks import arithmetic
+from rlhf_jax.training import run_loop
+from rlhf_jax.training.run_folder import Model, write_json
+
+HELD_OUT_PART = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of process reward modelling.
+
+    Attributes:
+      data: judged solutions: a path, tfds:NAME[:SPLIT], or arithmetic:LEVEL.
+      eval_data: held-out ones; empty for an eighth of the data (the embedded task brings its own).
+      outcome: judge only the answer of the embedded task, not the steps.
+      tokenizer: folder or tokenizer.json; empty for that of `init`, of the embedded task, or for bytes.
+      labels: `given` by the rows, or made by `rollouts` of the policy `init`.
+      rollouts: continuations of each step, of which one that is right makes it right.
+      label_reward: which continuations are right: a reward function by path, above 0.5.
+      max_new_tokens: tokens of a continuation.
+      train_tokenizer: learn a byte-level BPE vocabulary of this size from the data; 0 for none.
+      init: run folder of the policy whose body is taken; empty for a new model.
+      batch_size: solutions a step.
+      micro_batches: parts in which a batch is computed, to save memory.
+      learning_rate: at its peak.
+      slip_rate: share of carries that the writers of the embedded solutions forget.
+      row_count: how many solutions of the embedded task.
+      eval_count: how many held-out solutions are evaluated at most.
+    """
+
+    run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(
+        Path("runs/process_reward"), steps=150
+    )
+    model: common.ModelOptions = common.ModelOptions()
+    optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", warmup_steps=10, final_share=0.1)
+    data: str = "arithmetic:1"
+    eval_data: str = ""
+    outcome: bool = False
+    labels: Literal["given", "rollouts"] = "given"
+    rollouts: int = 8
+    label_reward: str = "rlhf_jax.rewards.verifiers:exact_answer_reward"
+    max_new_tokens: int = 40
+    tokenizer: str = ""
+    train_tokenizer: int = 0
+    init: str = ""
+    batch_size: int = 64
+    micro_batches: int = 1
+    learning_rate: float = 1e-3
+    slip_rate: float = 0.5
+    row_count: int = 8_000
+    eval_count: int = 512
+
+
+# Data ----------------------------------------------------------------------------------------------
+
+
+def load_rows(options: Options) -> tuple[list[Row], list[Row]]:
+    """Judged solutions to train on, and held-out ones."""
+    seed = options.run.seed
+    if options.outcome and not common.embedded_level(options.data):
+        raise UserError(
+            "--outcome is for the embedded task: in rows of your own, judge only the last step "
+            "(labels null, null, ..., true)"
+        )
+
+    def read(spec: str, split: arithmetic.Split, count: int) -> list[Row]:
+        def make(level: arithmetic.Level) -> list[arithmetic.Row]:
+            return arithmetic.judged_rows(
+                level, split, count, seed, slip_rate=options.slip_rate, outcome=options.outcome
+            )
+
+        rows = inputs.load_rows(spec, make)
+        return socratic_rows(rows, seed) if all(map(is_socratic, rows)) else rows
+
+    train = read(options.data, "train", options.row_count)
+    if options.eval_data or common.embedded_level(options.data):
+        held_out = read(options.eval_data or options.data, "heldout", options.eval_count)
+    else:
+        train, held_out = _split(train)
+    return train, held_out[: options.eval_count]
+
+
+def label(options: Options, policy: Model, rows: tuple[list[Row], list[Row]]) -> tuple[list[Row], list[Row]]:
+    """Rows labelled by rollouts. Held-out rows of the embedded task keep the truth, of whole beginnings."""
+    train, held_out = rows
+    reward_fn = make_reward_fn([options.label_reward], policy.tokenizer)
+
+    def by_rollouts(rows: list[Row], seed: int) -> list[Row]:
+        return label_by_rollouts(
+            rows,
+            policy,
+            reward_fn,
+            rollouts=options.rollouts,
+            max_new_tokens=options.max_new_tokens,
+            batch_size=options.batch_size,
+            seed=seed,
+            quiet=options.run.quiet,
+        )
+
+    path, seed = options.run.out / "labelled.jsonl", options.run.seed
+    if options.run.resume and path.exists():
+        train = read_rows(str(path))
+    else:
+        train = by_rollouts(train, seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row.fields) + "\n" for row in train), encoding="utf-8")
+    if common.embedded_level(options.eval_data or options.data):
+        return train, list(map(until_first_mistake, held_out))
+    return train, by_rollouts(held_out, seed + 1)
+
+
+def _split(rows: list[Row]) -> tuple[list[Row], list[Row]]:
+    if len(rows) < HELD_OUT_PART:
+        raise UserError(f"{len(rows)} rows leave nothing to hold out: give {HELD_OUT_PART}, or --eval-data")
+    held_out = rows[::HELD_OUT_PART]
+    return [row for number, row in enumerate(rows) if number % HELD_OUT_PART], held_out
+
+
+class Solutions:
+    """Judged solutions as padded rows."""
+
+    def __init__(self, examples: list[ProcessExample], length: int) -> None:
+        self._rows = packing.pad_rows(examples, length)
+        self._labels = pad_labels(examples, length)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    @property
+    def length(self) -> int:
+        """Tokens a row."""
+        return self._labels.shape[1]
+
+    def fingerprint(self) -> str:
+        """Changes with any token or label of any solution."""
+        return fingerprint([*jax.tree.leaves(self._rows), self._labels])
+
+    def batch(self, indices: np.ndarray) -> process_reward.Batch:
+        """Some of them: this process's rows of a batch."""
+        rows = jax.tree.map(lambda x: x[indices], self._rows)
+        return process_reward.Batch(*distributed.shard_batch((rows, self._labels[indices])))
+
+
+def load(options: Options, tokenizer: Tokenizer, rows: list[list[Row]]) -> list[Solutions]:
+    """Both parts in rows of one length."""
+    examples = [process_examples(part, tokenizer) for part in rows]
+    length = max(len(example.ids) for part in examples for example in part)
+    return [Solutions(part, length) for part in examples]
+
+
+def choose_tokenizer(options: Options, rows: list[Row]) -> str | Tokenizer:
+    """The tokenizer that the options name, or one learnt from the rows."""
+    if not options.train_tokenizer:
+        return options.tokenizer
+    if options.tokenizer or options.init:
+        raise UserError(
+            "--train-tokenizer excludes --tokenizer and --init, which bring one: give one of them"
+        )
+    return train_bpe(inputs.texts(rows), options.train_tokenizer)
+
+
+# Evaluation ----------------------------------------------------------------------------------------
+
+
+def make_eval_fn(
+    options: Options, step_reward_fn: process_reward.StepRewardFn, held_out: Solutions
+) -> Callable[[process_reward.State], dict[str, float]]:
+    """Accuracy, ranking and calibration on the judged steps of the held-out solutions.
+
+    The curve of calibration goes to `calibration.json`.
+    """
+    score = jax.jit(step_reward_fn)
+
+    def evaluate(state: process_reward.State) -> dict[str, float]:
+        logits, labels = [], []
+        for indices in inputs.parts(len(held_out), options.batch_size):
+            # The last part repeats its last row to fill up: each row counts once.
+            first = np.unique(indices, return_index=True)[1]
+            batch = held_out.batch(indices[distributed.local_rows(len(indices))])
+            judged = distributed.all_values(batch.sequences.mask)[first]
+            scores = distributed.all_values(score(state.learner.params, batch.sequences))
+            logits.append(scores[first][judged])
+            labels.append(distributed.all_values(batch.labels)[first][judged])
+        chances = 1 / (1 + np.exp(-np.concatenate(logits).astype(np.float64)))
+        truth = np.concatenate(labels) > 0.5
+        curve = reliability(chances, truth)
+        if distributed.is_first_host():
+            write_json(
+                options.run.out / "calibration.json",
+                {name: values.tolist() for name, values in dataclasses.asdict(curve).items()},
+            )
+        return {
+            "step_accuracy": float(np.mean((chances > 0.5) == truth)),
+            "right_share": float(np.mean(truth)),
+            "auc": roc_auc(chances, truth),
+            "brier": brier_score(chances, truth),
+            "calibration_error": curve.error,
+        }
+
+    return evaluate
+
+
+def run(options: Options) -> None:
+    """Trains, and leaves a run folder."""
+    seed = options.run.seed
+    common.check(options, options.run, "process_reward")
+    common.check_divides("--micro-batches", options.micro_batches, "--batch-size", options.batch_size)
+    if options.labels == "rollouts" and (options.outcome or not options.init):
+        raise UserError("--labels rollouts is of steps and by a policy: give --init, and no --outcome")
+    if options.rollouts < 1:
+        raise UserError(f"--rollouts {options.rollouts} is below 1: raise it")
+    rows = load_rows(options)
+    tokenizer = choose_tokenizer(options, rows[0])
+    model = common.starting_model(options.init, tokenizer, options.data, options.model, seed)
+    if options.labels == "rollouts":
+        rows = label(options, model, rows)
+    train, held_out = load(options, model.tokenizer, list(rows))
+    sampler = BatchSampler(len(train), options.batch_size, seed)
+    common.announce(options.run, model, f"{len(train):,} solutions, {len(held_out):,} held out")
+
+    step_reward_fn = models.make_process_reward_fn(model.config)
+    tx = make_optimizer(common.with_total_steps(options.optimizer, options.run.steps))
+    init_key, state_key = jax.random.split(jax.random.key(seed))
+
+    def init(params: Params, init_key: PRNGKeyArray, state_key: PRNGKeyArray) -> process_reward.State:
+        return process_reward.init(models.init_scalar_model(model.config, init_key, params), tx, state_key)
+
+    state = distributed.born_sharded(init, model.params, init_key, state_key)
+    update = common.jit_update(
+        process_reward.make_update(process_reward.Config(options.micro_batches), step_reward_fn, tx), state
+    )
+    meter = options.run.meter(
+        models.training_flops(model.config, rows=options.batch_size, length=train.length)
+    )
+    hyper = process_reward.Hyper(jnp.float32(options.learning_rate))
+    common.start(options, options.run, "process_reward", model, "reward_model")
+
+    def step(state: process_reward.State, number: int):
+        batch = meter.timed("data", train.batch, common.local_indices(sampler, number))
+        return meter.timed("update", update, state, hyper, batch)
+
+    run_loop(
+        state,
+        step,
+        options.run.loop(),
+        stage="process_reward",
+        folder=options.run.out,
+        resume=options.run.resume,
+        run_config=common.to_json(options),
+        data_fingerprint=train.fingerprint(),
+        eval_fn=make_eval_fn(options, step_reward_fn, held_out),
+        meter=meter,
+    )
+    common.finish(options.run)

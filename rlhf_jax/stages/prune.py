@@ -1,0 +1,132 @@
+"""Pruning: a policy whose linear layers have lost the weights that matter least, as a run to start from.
+
+    rlhf prune --out runs/pruned --init runs/sft --method wanda --sparsity 0.5
+    rlhf prune --out runs/pruned --init runs/sft --pattern 2:4
+    rlhf sft --out runs/tuned --init runs/pruned --adapter.keep-zeros --steps 100
+
+Takes seconds. Wanda weighs each weight by what goes into it, which is measured on a few rows of `--data`.
+Every stage with `--adapter.keep-zeros` trains the weights that are left alone; `prune_study.py` draws score
+against sparsity.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import jax
+import tyro
+
+from rlhf_jax.checkpoint import CheckpointManager
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.trees import tree_add
+from rlhf_jax.core.types import Params, Sequences
+from rlhf_jax.data import packing
+from rlhf_jax.metrics import final_table
+from rlhf_jax.models import pruning
+from rlhf_jax.stages import common, sft
+from rlhf_jax.training.run_folder import Model, describe_run, load_policy, write_json, write_model_files
+
+Method = Literal["wanda", "magnitude"]
+_BATCH = 32  # rows measured at a time
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PruneOptions:
+    """Which weights go.
+
+    Attributes:
+      method: wanda (weight times the norm of its input) or magnitude (weight alone).
+      sparsity: share of the weights of linear layers that go.
+      pattern: N:M to keep N of every M consecutive inputs of an output instead, such as 2:4.
+      scope: which weights compete: those of an output, of a layer, or all.
+    """
+
+    method: Method = "wanda"
+    sparsity: float = 0.5
+    pattern: str = ""
+    scope: pruning.Scope = "output"
+
+    def masks(self, params: Params, square_sums: Params | None) -> Params:
+        """True for the weights that stay.
+
+        Args:
+          square_sums: what `measure` found; None where the method asks for none.
+
+        Raises:
+          UserError: the numbers make no sense, or not for this model.
+        """
+        scores = (
+            pruning.magnitude_scores(params)
+            if square_sums is None
+            else pruning.wanda_scores(params, square_sums)
+        )
+        if not self.pattern:
+            return pruning.keep_masks(scores, sparsity=self.sparsity, scope=self.scope)
+        numbers = self.pattern.split(":")
+        if len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
+            raise UserError(f"--pattern {self.pattern!r} is not N:M: write it as 2:4")
+        return pruning.keep_n_of_m(scores, n=int(numbers[0]), m=int(numbers[1]))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is pruned, and how.
+
+    Attributes:
+      out: folder of the pruned policy.
+      init: run folder of the policy.
+      data: rows to measure inputs on, as for SFT.
+      rows: how many of them.
+      seed: of the rows of the embedded task.
+      quiet: print nothing.
+    """
+
+    out: Path
+    init: str
+    prune: tyro.conf.OmitArgPrefixes[PruneOptions] = PruneOptions()
+    data: str = "arithmetic:1"
+    rows: int = 128
+    seed: int = 0
+    quiet: bool = False
+
+
+def measure(model: Model, rows: Sequences) -> Params:
+    """Sums of squared inputs over all rows, a batch at a time."""
+    add = jax.jit(lambda params, part: pruning.input_square_sums(model.config, params, part))
+    total = None
+    for first in range(0, len(rows.tokens), _BATCH):
+        part = packing.pad_batch(jax.tree.map(lambda x, i=first: x[i : i + _BATCH], rows), _BATCH)
+        found = add(model.params, part)
+        total = found if total is None else tree_add(total, found)
+    return total
+
+
+def calibration_rows(data: str, count: int, seed: int, model: Model) -> Sequences:
+    """Conversations to measure on."""
+    run = common.RunOptions(Path(), seed=seed)
+    options = sft.Options(run=run, data=data, demonstrations=count, slip_rate=0, late_slip_rate=0)
+    rows = sft.load_rows(options, held_out=False)[:count]
+    return sft.lay_out(options, sft.make_examples(options, rows, model.tokenizer))
+
+
+def run(options: Options) -> None:
+    """Measures, prunes and writes a run folder."""
+    if options.rows < 1:
+        raise UserError(f"--rows {options.rows} measures nothing: give at least 1")
+    if CheckpointManager(options.out / "checkpoints").latest_step() is not None:
+        raise UserError(f"{options.out} already holds a run: choose another --out")
+    model = load_policy(Path(options.init))
+    sums = None
+    if options.prune.method == "wanda":
+        sums = measure(model, calibration_rows(options.data, options.rows, options.seed, model))
+    params = pruning.apply_masks(model.params, options.prune.masks(model.params, sums))
+    write_model_files(options.out, model.config, model.tokenizer, "policy")
+    describe_run(options.out, common.to_json(options), stage="prune")
+    with CheckpointManager(options.out / "checkpoints") as manager:
+        manager.save(0, {"learner": {"params": params}}, wait=True)
+    shares = pruning.zero_share(params)
+    write_json(options.out / "zeros.json", shares)
+    if not options.quiet:
+        rows = [(name or "all linear layers", f"{share:.1%}") for name, share in shares.items()]
+        final_table("pruned", ["kernel", "zeros"], rows)
+        print(f"{options.out}: a run, for --init; train what is left with --adapter.keep-zeros")

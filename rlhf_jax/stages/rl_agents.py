@@ -1,0 +1,153 @@
+"""Algorithms by name, their settings for each environment, and changes to them from the command line."""
+
+import dataclasses
+import difflib
+import importlib
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.rl.envs.environments import Environment
+from rlhf_jax.rl.loops.runs import Run
+from rlhf_jax.rl.networks.networks import MLP, MinAtarConv
+from rlhf_jax.stages import rl_rows
+
+DISCRETE = ("dqn", "c51", "qr_dqn")
+CONTINUOUS = ("ddpg", "td3", "sac", "mpc")
+BODIES = {"mlp": MLP(), "relu_mlp": MLP(activation=nn.relu), "minatar_conv": MinAtarConv()}
+EITHER = ("ppo", "ppo_penalty", "a2c", "trpo", "reinforce", "grpo")
+
+
+@dataclasses.dataclass(frozen=True)
+class Agent:
+    """An algorithm with its settings.
+
+    Attributes:
+      config: static.
+      hyper: numbers, as arrays.
+    """
+
+    algo: str
+    module: ModuleType
+    config: Any
+    hyper: Any
+
+    def run(self, env: Environment, env_params: Any) -> Run:
+        """A run on an environment."""
+        return self.module.make_run(self.config, env, env_params)
+
+
+def make_agent(algo: str, env: Environment, steps: int, changes: Sequence[str]) -> Agent:
+    """The algorithm with its settings for this environment.
+
+    Args:
+      steps: environment steps; 0 for those of the table of results, or the algorithm's own.
+      changes: `hyper.NAME=VALUE`, or `NAME=VALUE` and `PART.NAME=VALUE` for the config; made after those that
+        `rl_rows` has for this environment.
+
+    Raises:
+      UserError: there is no such algorithm or setting, or it does not fit the environment's actions.
+    """
+    known = (*EITHER, *DISCRETE, *CONTINUOUS)
+    name = algo.replace("-", "_").lower()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+        raise UserError(f"unknown algorithm {algo!r}: the nearest name is {near!r}")
+    if name in (DISCRETE if not env.discrete else CONTINUOUS):
+        kinds = ("continuous", "discrete") if env.discrete else ("discrete", "continuous")
+        fitting = EITHER + (DISCRETE if env.discrete else CONTINUOUS)
+        raise UserError(
+            f"{name} is for {kinds[0]} actions and {env.name} has {kinds[1]} ones: choose one of "
+            f"{', '.join(fitting)}"
+        )
+    module = importlib.import_module(f"rlhf_jax.rl.algorithms.{name}")
+    settings, usual_steps = rl_rows.settings_for(name, env.name)
+    config, hyper = configured(module, (*settings, *changes))
+    if not steps and not any(
+        change.partition("=")[0].endswith(("total_steps", "updates")) for change in changes
+    ):
+        steps = usual_steps
+    if steps:
+        config = _with_steps(config, env, steps)
+    return Agent(name, module, config, hyper)
+
+
+def configured(module: ModuleType, changes: Sequence[str]) -> tuple[Any, Any]:
+    """(config, hyper) of an algorithm, `changes` made one after the other; numbers of `hyper` as arrays.
+
+    Raises:
+      UserError: there is no such setting.
+    """
+    config = module.Config()
+    hyper = module.default_hyper() if hasattr(module, "default_hyper") else module.Hyper()
+    for change in changes:
+        path, sign, text = change.partition("=")
+        if not sign:
+            raise UserError(f"--set {change!r}: write it as NAME=VALUE")
+        if path.startswith("hyper."):
+            hyper = _changed(hyper, path.removeprefix("hyper.").split("."), text, change)
+        else:
+            config = _changed(config, path.split("."), text, change)
+    return config, jax.tree.map(jnp.asarray, hyper)
+
+
+def _with_steps(config: Any, env: Environment, steps: int) -> Any:
+    if hasattr(config, "run"):
+        return dataclasses.replace(config, run=dataclasses.replace(config.run, total_steps=steps))
+    if hasattr(config, "total_steps"):
+        return dataclasses.replace(config, total_steps=steps)
+    episodes = config.episodes if hasattr(config, "episodes") else config.groups * config.update.group_size
+    updates = steps // (episodes * (config.max_steps or env.max_steps))
+    if updates < 1:
+        raise UserError(f"--steps {steps} is less than one update of {episodes} whole episodes: raise it")
+    return dataclasses.replace(config, updates=updates)
+
+
+def _changed(settings: Any, path: Sequence[str], text: str, change: str) -> Any:
+    """`settings` with the field at `path` set to what `text` says, in the type it had."""
+    names = [field.name for field in dataclasses.fields(settings)]
+    if path[0] not in names:
+        raise UserError(f"--set {change!r}: no setting {path[0]!r}: choose among {', '.join(names)}")
+    value = getattr(settings, path[0])
+    if path == ["body"]:
+        return dataclasses.replace(settings, body=_body(text, change))
+    if len(path) > 1:
+        if not dataclasses.is_dataclass(value):
+            raise UserError(f"--set {change!r}: {path[0]!r} has no parts: leave out what follows it")
+        return dataclasses.replace(settings, **{path[0]: _changed(value, path[1:], text, change)})
+    return dataclasses.replace(settings, **{path[0]: _parsed(value, text, change)})
+
+
+def _body(text: str, change: str) -> nn.Module:
+    """`relu_mlp`, or with the widths of its layers `relu_mlp:256,256`."""
+    name, _, widths = text.partition(":")
+    if name not in BODIES:
+        raise UserError(f"--set {change!r}: no body {name!r}: choose among {', '.join(BODIES)}")
+    body = BODIES[name]
+    if not widths:
+        return body
+    numbers = widths.split(",")
+    if not isinstance(body, MLP) or not all(number.isdecimal() and int(number) for number in numbers):
+        raise UserError(f"--set {change!r}: give the widths of an MLP's layers, such as relu_mlp:256,256")
+    return body.clone(widths=tuple(map(int, numbers)))
+
+
+def _parsed(value: Any, text: str, change: str) -> Any:
+    if isinstance(value, bool):
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        raise UserError(f"--set {change!r}: give true or false")
+    if isinstance(value, str):
+        return text
+    dtype = getattr(value, "dtype", None)
+    kind = int if value is None or isinstance(value, int) else float  # such as max_steps
+    try:
+        number = kind(text)
+    except ValueError as error:
+        raise UserError(f"--set {change!r}: {text!r} is no {kind.__name__}") from error
+    return number if dtype is None else jnp.asarray(number, dtype)

@@ -1,0 +1,229 @@
+"""Learning from a log: behaviour cloning, conservative and implicit Q-learning, GAIL; several seeds at once.
+
+    rlhf rl --algo ppo --env CartPole-v1 --out runs/cartpole
+    rlhf rl-offline --collect runs/cartpole:50 random:500 --data runs/cartpole.npz
+    rlhf rl-offline --data runs/cartpole.npz --algo iql --seeds 8 --out runs/cartpole_iql
+
+A source is the run folder of a saved agent, or `random`, with a number of whole episodes; actions are
+sampled. Only `gail` steps the environment while it learns, and looks at none of its rewards; the Q-learners
+have those of the log. Evaluation has its own episodes.
+"""
+
+import dataclasses
+import hashlib
+import importlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import rl_page
+import tyro
+
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.evaluation.statistics import mean_interval
+from rlhf_jax.metrics.progress import final_table
+from rlhf_jax.rl.envs import environments, transitions
+from rlhf_jax.rl.envs.environments import Environment, Transition
+from rlhf_jax.stages import common, rl, rl_agents, rl_rows
+from rlhf_jax.training.run_folder import describe_run, write_json
+
+ALGORITHMS = ("bc", "cql", "iql", "gail")
+CHANCE = "random"
+NAMES = ("algo", "env", "data", "seeds", "seed", "steps", "set", "chunks")
+
+# Changes of the defaults for an environment, as after --set; GAIL's policy has those of PPO in `rl_rows`.
+SETTINGS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("iql", "Pendulum-v1"): ("hyper.inverse_temperature=0.1",),
+}
+
+SIDE_BY_SIDE = True
+"""Whole runs under `vmap` are all that is computed (`distributed.runtime.choose_threads`)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of learning from a log.
+
+    Attributes:
+      data: the log, an .npz; with --collect, where it goes.
+      collect: sources SOURCE:EPISODES of a new log, a source being the run folder of rl.py or `random`.
+      algo: bc, cql (discrete actions), iql or gail (which steps the environment, and sees no rewards).
+      env: name of a gymnax environment, needed where all sources are `random`.
+      seeds: agents, trained side by side on the same log.
+      seed: of the first of them, and of the collection.
+      steps: optimizer steps of each, environment steps with gail; 0 for the usual number.
+      set: changes of settings, such as hyper.expectile=0.9 or run.batch_size=64.
+      out: the run folder; without it, --collect only collects.
+      render: write the first agent's episode as episode.gif.
+      resume: go on from the newest whole checkpoint in the run folder, if there is one.
+      chunks: parts of the run; metrics are written and agents saved after each.
+      eval_episodes: of each agent, for each of two evaluations, deterministic and sampled.
+      quiet: show no progress.
+    """
+
+    data: Path | None = None
+    collect: tuple[str, ...] = ()
+    algo: str = "iql"
+    env: str = ""
+    seeds: int = 1
+    seed: int = 0
+    steps: int = 0
+    set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    out: Path | None = None
+    render: bool = False
+    resume: bool = False
+    chunks: int = 5
+    eval_episodes: int = 32
+    quiet: bool = False
+
+
+def parse_source(text: str) -> tuple[str, int]:
+    """(folder or `random`, episodes).
+
+    Raises:
+      UserError: it is not written so.
+    """
+    name, _, episodes = text.rpartition(":")
+    if not name or not episodes.isdecimal() or not int(episodes):
+        raise UserError(f"--collect {text!r}: write SOURCE:EPISODES, such as runs/cartpole:50 or random:500")
+    return name, int(episodes)
+
+
+def collect_from(source: str, env_name: str, episodes: int, key: jax.Array) -> Transition:
+    """The log of one source: the first agent of a folder, or chance."""
+    env, env_params = environments.make(env_name)
+    if source == CHANCE:
+        act_fn = transitions.random_act_fn(env)
+        return transitions.collect(act_fn, None, env, env_params, key, episodes=episodes)
+    folder = Path(source)
+    description = rl.read_description(folder)
+    agent = rl_agents.make_agent(description["algo"], env, description["steps"], description["set"])
+    course = agent.run(env, env_params)
+    states = rl.restored(folder, course, agent.hyper, rl.seed_keys(description))
+    first = jax.tree.map(lambda x: x[0], states)
+    return transitions.collect(
+        course.act, first, env, env_params, key, episodes=episodes, begin_fn=course.begin
+    )
+
+
+def collect(options: Options, path: Path) -> None:
+    """Collects a log from all sources, and tells what is in it.
+
+    Raises:
+      UserError: sources are of different environments, or of none.
+    """
+    sources = [parse_source(text) for text in options.collect]
+    env_name = options.env
+    for source, _ in sources:
+        if source != CHANCE:
+            of = rl.read_description(Path(source))["env"]
+            if env_name not in ("", of):
+                raise UserError(f"--collect {source}: its agent is for {of}, not for {env_name}")
+            env_name = of
+    if not env_name:
+        raise UserError("--env is missing: chance alone does not tell which environment it is for")
+    keys = jax.random.split(jax.random.key(options.seed), len(sources))
+    logs, rows = [], []
+    for (source, episodes), key in zip(sources, keys, strict=True):
+        logs.append(collect_from(source, env_name, episodes, key))
+        returns = transitions.episode_returns(logs[-1])
+        rows.append((source, episodes, len(logs[-1].reward), returns.mean(), returns.min(), returns.max()))
+    log = transitions.concatenate(logs)
+    description = {"env": env_name, "sources": list(options.collect), "seed": options.seed}
+    transitions.save(path, log, description)
+    title = f"{path}: {env_name}, {len(log.reward):,} transitions"
+    final_table(title, ("source", "episodes", "transitions", "mean return", "least", "most"), rows)
+
+
+def settings_for(algo: str, env_name: str) -> tuple[str, ...]:
+    """Changes of the defaults for this environment."""
+    own = SETTINGS.get((algo, env_name), ())
+    if algo != "gail":
+        return own
+    settings, steps = rl_rows.settings_for("ppo", env_name)
+    changes = (*settings, *([f"total_steps={steps}"] if steps else []))
+    parts = (change.partition("hyper.") for change in changes)
+    return (*(f"hyper.policy.{end}" if sign else f"policy.{begin}" for begin, sign, end in parts), *own)
+
+
+def make_course(options: Options, env: Environment, env_params: Any, log: Transition) -> tuple[Any, Any]:
+    """(run, hyper) of the algorithm on the log.
+
+    Raises:
+      UserError: there is no such algorithm or setting, or it does not fit the environment's actions.
+    """
+    if options.algo not in ALGORITHMS:
+        raise UserError(f"unknown algorithm {options.algo!r}: choose among {', '.join(ALGORITHMS)}")
+    module = importlib.import_module(f"rlhf_jax.rl.algorithms.{options.algo}")
+    changes = list(settings_for(options.algo, env.name))
+    stepping = options.algo == "gail"
+    if options.steps:
+        changes.append(f"{'policy.total_steps' if stepping else 'run.updates'}={options.steps}")
+    config, hyper = rl_agents.configured(module, (*changes, *options.set))
+    return module.make_run(config, env, *((env_params,) if stepping else ()), log), hyper
+
+
+def train(options: Options, path: Path, folder: Path) -> None:
+    """Trains all seeds on the log, evaluates them, and leaves a summary."""
+    log, about = transitions.load(path)
+    env, env_params = environments.make(about["env"])
+    transitions.check(log, env, of=options.env or about["env"], path=path)
+    options = dataclasses.replace(options, env=env.name)
+    description = rl.described(options, folder, NAMES)
+    course, hyper = make_course(options, env, env_params, log)
+    keys = rl.seed_keys(description)
+    write_json(folder / rl.AGENT, description)
+    describe_run(folder, common.to_json(options), stage="rl")
+    control = rl.Options(
+        seeds=options.seeds,
+        resume=options.resume,
+        chunks=options.chunks,
+        eval_episodes=options.eval_episodes,
+        quiet=options.quiet,
+    )
+    fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
+    state, rate = rl.train(control, folder, course, hyper, keys, description, data_fingerprint=fingerprint)
+    found = rl.evaluations(control, course, state, env, env_params, keys)
+    returns = transitions.episode_returns(log)
+    summary = {
+        **description,
+        "steps_per_second": rate,
+        "steps_taken": course.updates * course.steps_per_update,
+        "data_sources": about["sources"],
+        "data_transitions": len(log.reward),
+        "data_return": float(returns.mean()),
+        "data_best_return": float(returns.max()),
+        "eval_episodes": options.eval_episodes,
+        **found,
+    }
+    write_json(folder / "summary.json", summary)
+    report(summary)
+    if options.render:
+        rl.render_first(folder, course, state, env, env_params, options.seed)
+
+
+def report(summary: dict[str, Any]) -> None:
+    """The numbers on standard output, a line a seed, then all together beside the log's."""
+    both = ("evaluation_return", "evaluation_return_sampled")
+    scores = np.array([summary[name] for name in both])
+    rows: list[tuple[Any, ...]] = [
+        (f"seed {summary['seed'] + i}", *(f"{x:.4g}" for x in column)) for i, column in enumerate(scores.T)
+    ]
+    rows.append(("mean", *(f"{mean_interval(row):.4g}" for row in scores)))
+    rows.append(("IQM", *(f"{rl_page.iqm(summary, name):.4g}" for name in both)))
+    rows.append(("log: mean, best", f"{summary['data_return']:.4g}", f"{summary['data_best_return']:.4g}"))
+    final_table(f"{summary['algo']} on {summary['data']}", ("", "deterministic", "sampled"), rows)
+
+
+def run(options: Options) -> None:
+    """Collects, trains, or both."""
+    rl.check_counts(options)
+    if options.data is None:
+        raise UserError("--data is missing: name the log, or with --collect where it goes")
+    if options.out is None and not options.collect:
+        raise UserError("--out is missing: name the folder to write to, or --collect sources for a log")
+    if options.collect:
+        collect(options, options.data)
+    if options.out is not None:
+        train(options, options.data, options.out)

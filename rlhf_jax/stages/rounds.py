@@ -1,0 +1,276 @@
+"""Rounds of answering and learning: RAFT, best-of-n, expert iteration, iterated DPO, distillation of texts.
+
+    rlhf rounds --out runs/raft --init runs/sft
+    rlhf rounds --out runs/best_of_16 --init runs/sft --rounds 1 --samples-per-prompt 16
+    rlhf rounds --out runs/star --init runs/sft --method expert_iteration --restart
+    rlhf rounds --out runs/iterated --init runs/sft --method dpo --rewards runs/reward_model
+    rlhf rounds --out runs/student --init runs/small --writer runs/teacher --rounds 1
+
+In each round a policy answers prompts, rewards say which answers are good, and `sft.py` or `dpo.py` trains on
+them. The rows are kept beside the rounds' run folders, so they can be read, and what was done is not
+done again by --resume. The first takes about 55 s on two CPU cores and answers 98 % of held-out problems
+right (one seed; 97 % after its first round). Rows hold `prompt`, `question` or `messages`; other fields go to
+the rewards by name.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from rlhf_jax.algorithms import selection
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.train_state import OptimizerConfig
+from rlhf_jax.core.types import Bool, Params, Sequences
+from rlhf_jax.data.examples import PromptExample, prompt_messages
+from rlhf_jax.data.pipeline import BatchSampler
+from rlhf_jax.data.sources import Row, read_rows
+from rlhf_jax.data.tokenizers import Tokenizer
+from rlhf_jax.metrics import MetricsWriter, final_table
+from rlhf_jax.rollout.dynamic_sampling import Answers, concatenate, term_means
+from rlhf_jax.rollout.sampler import check_same_vocabulary
+from rlhf_jax.stages import common, dpo, inputs, sft
+from rlhf_jax.training.run_folder import Model, describe_run, load_policy, write_json
+
+Rows = list[dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of learning in rounds; --steps and --save-every are those of a round.
+
+    Attributes:
+      init: run folder of the policy to start from.
+      writer: run folder of the model that answers in every round, such as a larger teacher; empty for the
+        policy that the round before left.
+      prompts: which prompts, and what their answers are worth.
+      method: raft imitates the best answer to each prompt, expert_iteration all that are good enough, and dpo
+        learns from the best and the worst as a pair, against the policy that the round starts from.
+      rounds: how many.
+      restart: train each round from `init`, not from the policy of the round before.
+      prompts_per_round: different ones in the next round, as long as there are any.
+      samples_per_prompt: answers to each.
+      at_least: reward of an answer that is worth imitating; None for more than the mean of its round.
+      batch_size: rows of a training step; prompts that are answered at a time.
+      learning_rate: at its peak, in each round.
+      beta: strength of DPO's constraint, per nat.
+      temperature: of sampling.
+      beside: more rows of the same kind that are learned from in every round, such as general conversations
+        beside those that rewards chose; empty for none.
+    """
+
+    run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/raft"), steps=60)
+    init: str
+    writer: str = ""
+    prompts: tyro.conf.OmitArgPrefixes[common.PromptOptions] = common.PromptOptions()
+    optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", warmup_steps=5, final_share=0.1)
+    method: Literal["raft", "expert_iteration", "dpo"] = "raft"
+    rounds: int = 3
+    restart: bool = False
+    prompts_per_round: int = 512
+    samples_per_prompt: int = 4
+    at_least: float | None = None
+    batch_size: int = 64
+    learning_rate: float = 3e-4
+    beta: float = 0.5
+    temperature: float = 1.0
+    beside: str = ""
+
+
+def check(options: Options) -> None:
+    """Raises: UserError where the options do not fit each other."""
+    common.check(options, options.run, options.method)
+    common.check_divides("--batch-size", options.batch_size, "--prompts-per-round", options.prompts_per_round)
+    if options.method == "dpo" and options.samples_per_prompt < 2:
+        raise UserError("--method dpo compares answers to one prompt: give --samples-per-prompt 2 or more")
+    if options.method == "dpo" and options.at_least is not None:
+        raise UserError("--at-least means nothing to --method dpo, which takes the best and the worst")
+    if jax.process_count() > 1:
+        raise UserError("rounds are run by one process: run without --hosts")
+    held = options.run.out / "config.json"
+    if held.exists():
+        if not options.run.resume:
+            raise UserError(f"{options.run.out} already holds a run: add --resume, or choose another --out")
+        theirs = json.loads(held.read_text(encoding="utf-8"))["config"]
+        common.check_same_options(options, theirs, options.run.out)
+
+
+# Answers to rows ------------------------------------------------------------------------------------
+
+
+def selected(options: Options, answers: Answers) -> dict[str, tuple[Sequences, Bool[np.ndarray, " N"]]]:
+    """Which answers are learned from, by the name of their field in the rows, and which of them count.
+
+    An answer that was cut at its limit is never taken: it would teach to end there.
+    """
+    finished = np.asarray(answers.rollout.finished)
+    sequences, size = answers.rollout.sequences, options.samples_per_prompt
+    bar = options.at_least
+    if bar is None:
+        bar = np.nextafter(np.mean(answers.rewards, where=finished), np.inf) if finished.any() else np.inf
+    rewards = jnp.where(finished, answers.rewards, -jnp.inf).reshape(-1, size)
+    if options.method == "dpo":
+        pairs = selection.best_and_worst(sequences, rewards)
+        counts = np.asarray(pairs.mask & jnp.all(jnp.isfinite(rewards), axis=1))
+        return {"chosen": (pairs.chosen, counts), "rejected": (pairs.rejected, counts)}
+    select = selection.best_of_group if options.method == "raft" else selection.all_above
+    chosen, counts = select(sequences, rewards, at_least=bar)
+    return {"completion": (chosen, np.asarray(counts))}
+
+
+def to_rows(options: Options, answers: Answers, tokenizer: Tokenizer) -> Rows:
+    """Rows to train on: prompts with the texts of what was selected, each of them once."""
+    sides = selected(options, answers)
+    count = len(next(iter(sides.values()))[1])
+    prompts = answers.prompts[:: len(answers.prompts) // count]
+    rows: dict[str, dict[str, Any]] = {}
+    texts = {name: _texts(tokenizer, *side) for name, side in sides.items()}
+    for place, prompt in enumerate(prompts):
+        said = {name: side[place] for name, side in texts.items()}
+        # Torn bytes do not come back from a file as they were, and two equal texts are no pair.
+        is_whole = all(text and text.strip() and "\ufffd" not in text for text in said.values())
+        if is_whole and len(set(said.values())) == len(said):
+            row = {"prompt": prompt_of(prompt), **said}
+            rows[json.dumps(row, sort_keys=True)] = row
+    return list(rows.values())
+
+
+def _texts(tokenizer: Tokenizer, sequences: Sequences, counts: np.ndarray) -> list[str | None]:
+    tokens, mask = np.asarray(sequences.tokens), np.asarray(sequences.mask)
+    return [
+        tokenizer.decode(row[kept].tolist()) if counted else None
+        for row, kept, counted in zip(tokens, mask, counts, strict=True)
+    ]
+
+
+def prompt_of(example: PromptExample) -> Any:
+    """The prompt as a row holds it: the words of a lone user's message, else messages."""
+    messages = prompt_messages(Row(example.fields, example.where))
+    plain = len(messages) == 1 and messages[0].keys() == {"role", "content"}
+    return messages[0]["content"] if plain and messages[0]["role"] == "user" else messages
+
+
+def write_rows(path: Path, rows: Rows) -> None:
+    """Writes rows, whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    os.replace(part, path)
+
+
+# Rounds ---------------------------------------------------------------------------------------------
+
+
+def make_round_fn(
+    options: Options, model: Model, prompts: inputs.Prompts
+) -> Callable[[Params, int], Answers]:
+    """`answer(params, round) -> Answers` to the prompts of a round, counted from 0."""
+    draws = options.prompts_per_round // options.batch_size
+    answer = inputs.make_answer_fn(
+        options.prompts,
+        model,
+        prompts,
+        batch_size=options.batch_size,
+        group_size=options.samples_per_prompt,
+        temperature=options.temperature,
+        seed=options.run.seed,
+    )
+
+    def answer_all(params: Params, number: int) -> Answers:
+        return concatenate([answer(params, number * draws + draw) for draw in range(draws)])
+
+    return answer_all
+
+
+def train(options: Options, data: Path, folder: Path, init: Path) -> None:
+    """Trains on the rows of a round, from where it stopped."""
+    rows = len(data.read_text(encoding="utf-8").splitlines())
+    batch = min(options.batch_size, rows)
+    run = dataclasses.replace(options.run, out=folder, report=False, resume=(folder / "checkpoints").exists())
+    shared: dict[str, Any] = {"optimizer": options.optimizer, "learning_rate": options.learning_rate}
+    if options.method == "dpo":
+        pairs = common.PairOptions(data=str(data))
+        dpo.run(
+            dpo.Options(run=run, init=str(init), pairs=pairs, batch_size=batch, beta=options.beta, **shared)
+        )
+    else:
+        sft.run(sft.Options(run=run, init=str(init), data=str(data), batch_size=batch, **shared))
+
+
+def rounds(options: Options, model: Model, prompts: inputs.Prompts) -> Iterator[dict[str, float]]:
+    """What each round was like, and how good the policy is that it leaves; past ones are looked up."""
+    out, writer = options.run.out, load_policy(Path(options.writer)) if options.writer else None
+    if writer is not None:
+        check_same_vocabulary(writer.tokenizer, model.tokenizer, Path(options.writer), "writer")
+    answer = make_round_fn(options, writer or model, prompts)
+    for number in range(options.rounds):
+        folder, data = out / f"round_{number + 1}", out / f"rows_{number + 1}.jsonl"
+        result = out / f"result_{number + 1}.json"
+        before = out / f"round_{number}" if number else Path(options.init)
+        if result.exists():
+            yield json.loads(result.read_text(encoding="utf-8"))
+            continue
+        if not data.exists():
+            answers = answer((writer or load_policy(before)).params, number)
+            rows = to_rows(options, answers, model.tokenizer)
+            if not rows:
+                raise UserError(
+                    f"round {number + 1}: none of {len(answers.prompts)} answers stands out (rewards from "
+                    f"{answers.rewards.min():g} to {answers.rewards.max():g}): answer more prompts, give "
+                    "--at-least, or start from another policy"
+                )
+            write_json(out / f"answered_{number + 1}.json", describe(answers, rows))
+            more = read_rows(options.beside) if options.beside else []
+            write_rows(data, [*rows, *(dict(row.fields) for row in more)])
+        train(options, data, folder, Path(options.init) if options.restart else before)
+        found = json.loads((out / f"answered_{number + 1}.json").read_text(encoding="utf-8"))
+        if prompts.evaluate is not None:
+            params = load_policy(folder).params
+            found |= {f"eval/{k}": v for k, v in prompts.evaluate(params, model.params).metrics().items()}
+        write_json(result, found)
+        yield found
+
+
+def describe(answers: Answers, rows: Sequence[Any]) -> dict[str, float]:
+    """A round's answers in numbers."""
+    mask = np.asarray(answers.rollout.sequences.mask)
+    return {
+        "reward": float(np.mean(answers.rewards)),
+        "length": float(np.mean(mask.sum(axis=1))),
+        "finished": float(np.mean(answers.rollout.finished)),
+        "kept": len(rows),
+        "kept_share": len(rows) / len(answers.prompts),
+        "tokens": int(mask.sum()),
+        "unscorable": int(answers.scored.unscorable.sum()),
+        **term_means(answers.scored),
+    }
+
+
+def run(options: Options) -> None:
+    """All rounds; leaves a run folder with one in it for each."""
+    check(options)
+    model = load_policy(Path(options.init))
+    prompts = inputs.load_prompts(options.prompts, model, options.prompts.rewards[:1], options.run.seed)
+    BatchSampler(len(prompts), options.prompts_per_round, options.run.seed)  # refuses more than there are
+    common.announce(options.run, model, f"{len(prompts):,} prompts, {options.rounds} rounds")
+    before = prompts.answer(model.params)
+    describe_run(options.run.out, common.to_json(options), stage=options.method)
+    results = []
+    with MetricsWriter(options.run.out, stage=options.method, resume_step=-1) as log:
+        for number, found in enumerate(rounds(options, model, prompts), start=1):
+            log.write(number, found)
+            results.append(
+                [number, *(found.get(name) for name in ("reward", "kept", "eval/score", "eval/kl"))]
+            )
+    last = load_policy(options.run.out / f"round_{options.rounds}")
+    after = prompts.answer(last.params)
+    common.finish(options.run, inputs.before_and_after(options.method, before, after))
+    if not options.run.quiet:
+        columns = ["round", "reward of its answers", "rows kept", "held-out score", "KL to the start, nats"]
+        final_table(f"{options.method}: {options.run.out / f'round_{options.rounds}'}", columns, results)

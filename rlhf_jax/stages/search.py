@@ -1,0 +1,428 @@
+"""More compute at inference: votes, best-of-n and searches over steps, compared at equal tokens generated.
+
+    rlhf sft --out runs/sft
+    rlhf process-reward --out runs/prm --init runs/sft
+    rlhf process-reward --out runs/orm --init runs/sft --outcome --steps 300
+    rlhf search --out runs/search --init runs/sft \\
+        --process-reward runs/prm --outcome-reward runs/orm
+    rlhf search --out runs/gsm8k --init runs/my_policy --data gsm8k/test.jsonl \\
+        --max-new-tokens 300 --prompts 64
+
+The run folder gets `results.json`, `search.png` (accuracy against samples and against tokens) and `pool.npz`.
+Without reward models, what needs none is compared. A run that was stopped goes on with --resume.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax import models, search
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.types import Rollout
+from rlhf_jax.data.examples import PromptExample, TooLong, prompt_examples
+from rlhf_jax.evaluation import pass_at_k
+from rlhf_jax.evaluation.statistics import Interval, stratified_bootstrap_interval
+from rlhf_jax.generation import Sampling
+from rlhf_jax.metrics.progress import Progress, final_table
+from rlhf_jax.rewards.verifiers import exact_answer, final_number, gsm8k_answer
+from rlhf_jax.rollout.sampler import completion_texts, make_generate_fn
+from rlhf_jax.stages import common, inputs, search_methods
+from rlhf_jax.stages.search_methods import METHODS, Judges, SearchOptions
+from rlhf_jax.tasks.arithmetic import prompt_rows
+from rlhf_jax.training.run_folder import Model, describe_run, load_policy, load_reward_model, write_json
+
+CURVES = {
+    "pass@k (some sample is right)": "any",
+    "best-of-n, process reward": "process",
+    "best-of-n, outcome reward": "outcome",
+    "best-of-n, likelihood": "likelihood",
+    "majority vote": "vote",
+    "vote weighted by likelihood": "chain",
+    "vote weighted by process reward": "weighted",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of the comparison.
+
+    Attributes:
+      out: the run folder.
+      init: run folder of the policy.
+      process_reward: run folder of a process reward model; empty for none.
+      outcome_reward: run folder of an outcome reward model; empty for none.
+      data: problems with an `answer`: a path, tfds:NAME[:SPLIT], or arithmetic:LEVEL (held-out ones).
+      prompts: how many of them.
+      max_prompt_length: tokens of a prompt; 0 for the longest.
+      too_long: whether longer prompts are an error, or dropped and counted.
+      samples: N, of each prompt, for votes and best-of-n.
+      temperature: of all samples, of whole answers and of steps.
+      max_new_tokens: tokens of an answer.
+      resamples: orders of the pool that the votes' accuracy is a mean of.
+      batch_size: prompts at a time.
+      seed: decides problems and samples.
+      resume: go on with the run in the folder.
+      quiet: show no progress.
+    """
+
+    out: Path = Path("runs/search")
+    init: str
+    process_reward: str = ""
+    outcome_reward: str = ""
+    data: str = "arithmetic:1"
+    prompts: int = 256
+    max_prompt_length: int = 0
+    too_long: TooLong = "error"
+    samples: int = 32
+    temperature: float = 1.0
+    max_new_tokens: int = 40
+    resamples: int = 50
+    batch_size: int = 64
+    seed: int = 0
+    resume: bool = False
+    quiet: bool = False
+    search: SearchOptions = SearchOptions()
+
+
+@dataclasses.dataclass(frozen=True)
+class Pool:
+    """N samples of each prompt, [prompts, N] each.
+
+    Attributes:
+      answers: ids of the numbers they end with, equal within a prompt where the numbers are.
+      answered: whether there is a number.
+      correct: whether the sample is right.
+      tokens: sampled.
+      likelihood: mean logp of a token, in nats.
+      process: score by the process reward model; 0 where there is none.
+      outcome: score by the outcome reward model; 0 where there is none.
+    """
+
+    answers: np.ndarray
+    answered: np.ndarray
+    correct: np.ndarray
+    tokens: np.ndarray
+    likelihood: np.ndarray
+    process: np.ndarray
+    outcome: np.ndarray
+
+
+# The problems and the pool -------------------------------------------------------------------------
+
+
+def load_problems(options: Options, policy: Model) -> list[PromptExample]:
+    """The problems, each with an answer."""
+    rows = inputs.load_rows(
+        options.data, lambda level: prompt_rows(level, "heldout", options.prompts, options.seed)
+    )[: options.prompts]
+    for row in rows:
+        if row.fields.get("answer") is None:
+            raise UserError(
+                f"{row.where}: field 'answer' is missing: add the right answer, or remove the row"
+            )
+    longest = options.max_prompt_length or inputs.UNBOUNDED
+    return prompt_examples(rows, policy.tokenizer, max_length=longest, too_long=options.too_long)
+
+
+def is_right(options: Options, prompt: PromptExample, text: str, finished: bool) -> bool:
+    """Strict on the embedded task; by the final number elsewhere."""
+    answer = prompt.fields["answer"]
+    if common.embedded_level(options.data):
+        return exact_answer(text, answer, finished=finished)
+    return gsm8k_answer(text, answer)
+
+
+def batches(options: Options, count: int) -> list[np.ndarray]:
+    """Indices of prompts, in parts of one size."""
+    return inputs.parts(count, min(options.batch_size, count))
+
+
+def make_score_fn(policy: Model, judges: Judges) -> Callable[[Rollout], dict[str, np.ndarray]]:
+    """Scores of whole samples, by name as in `Pool`."""
+    newline = jnp.asarray(search_methods.step_end_ids(policy.tokenizer))
+
+    def logits(judge: Model, params: Any, rollout: Rollout) -> jax.Array:
+        return models.make_process_reward_fn(judge.config)(params, rollout.sequences)
+
+    @jax.jit
+    def score(rollout: Rollout, process_params: Any, outcome_params: Any) -> dict[str, jax.Array]:
+        mask, tokens = rollout.sequences.mask, rollout.sequences.tokens
+        found = {
+            "likelihood": search.likelihood_scores(rollout.logp, mask),
+            "tokens": jnp.sum(mask, axis=1),
+            "process": jnp.zeros(len(tokens)),
+            "outcome": jnp.zeros(len(tokens)),
+        }
+        if judges.process:
+            ends = mask & jnp.isin(tokens, newline)
+            found["process"] = search.process_scores(logits(judges.process, process_params, rollout), ends)
+        if judges.outcome:
+            last = jnp.max(jnp.where(mask, jnp.arange(mask.shape[1]), 0), axis=1)
+            odds = logits(judges.outcome, outcome_params, rollout)
+            chances = jax.nn.sigmoid(jnp.take_along_axis(odds, last[:, None], axis=1)[:, 0])
+            found["outcome"] = jnp.where(rollout.finished, chances, 0)
+        return found
+
+    params = [judge.params if judge else None for judge in (judges.process, judges.outcome)]
+    return lambda rollout: jax.device_get(score(rollout, *params))
+
+
+def sample_pool(
+    options: Options, policy: Model, judges: Judges, problems: Sequence[PromptExample]
+) -> tuple[Pool, np.ndarray, np.ndarray]:
+    """The pool, and of greedy answers which are right, and their tokens."""
+    generate = make_generate_fn(
+        policy.config,
+        policy.tokenizer,
+        prompt_length=max(len(problem.ids) for problem in problems),
+        max_new_tokens=options.max_new_tokens,
+        sampling=Sampling(temperature=options.temperature),
+    )
+    score = make_score_fn(policy, judges)
+    columns: list[dict[str, np.ndarray]] = []
+    greedy: list[dict[str, np.ndarray]] = []
+    numbers: list[dict[Any, int]] = [{} for _ in problems]
+
+    def judged(rollout: Rollout, indices: np.ndarray) -> dict[str, np.ndarray]:
+        texts, finished = completion_texts(policy.tokenizer, rollout), np.asarray(rollout.finished)
+        found: list[tuple[int, bool, bool]] = []
+        for index, text, ended in zip(indices, texts, finished, strict=True):
+            number, known = final_number(text), numbers[index]
+            right = is_right(options, problems[index], text, bool(ended))
+            found.append((known.setdefault(number, len(known)), number is not None, right))
+        answers, answered, correct = map(np.asarray, zip(*found, strict=True))
+        return score(rollout) | {"answers": answers, "answered": answered, "correct": correct}
+
+    parts = batches(options, len(problems))
+    with Progress("sample", len(parts) * (options.samples + 1), quiet=options.quiet) as progress:
+        for start, indices in enumerate(parts):
+            part = [problems[index] for index in indices]
+            key = jax.random.fold_in(jax.random.key(options.seed), start)
+            done = start * (options.samples + 1)
+            greedy.append(judged(generate(policy.params, part, key, Sampling(temperature=0.0)), indices))
+            rows = []
+            for sample in range(options.samples):
+                rows.append(judged(generate(policy.params, part, jax.random.fold_in(key, sample)), indices))
+                progress.update(done + sample + 2)
+            columns.append({name: np.stack([row[name] for row in rows], axis=1) for name in rows[0]})
+
+    def joined(of: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        return {name: np.concatenate([part[name] for part in of])[: len(problems)] for name in of[0]}
+
+    first = joined(greedy)
+    return Pool(**joined(columns)), first["correct"], first["tokens"]
+
+
+def accuracy_curves(options: Options, pool: Pool, judges: Judges) -> dict[str, np.ndarray]:
+    """For each method [prompts, N]: expected accuracy with n = 1 ... N samples."""
+    key = jax.random.key(options.seed)
+
+    def vote(weights: np.ndarray | None) -> np.ndarray:
+        given = None if weights is None else jnp.asarray(weights, jnp.float32)
+        return np.asarray(
+            pass_at_k.vote_accuracy(
+                jnp.asarray(pool.answers),
+                jnp.asarray(pool.correct),
+                key,
+                weights=given,
+                mask=jnp.asarray(pool.answered),
+                resamples=options.resamples,
+            )
+        )
+
+    def best(scores: np.ndarray) -> np.ndarray:
+        return np.asarray(pass_at_k.best_of_n_accuracy(jnp.asarray(scores), jnp.asarray(pool.correct)))
+
+    curves = {
+        "any": np.asarray(pass_at_k.pass_at_k(jnp.asarray(pool.correct))),
+        "likelihood": best(pool.likelihood),
+        "vote": vote(None),
+        "chain": vote(np.exp(pool.likelihood)),
+    }
+    if judges.process:
+        curves |= {"process": best(pool.process), "weighted": vote(pool.process)}
+    if judges.outcome:
+        curves["outcome"] = best(pool.outcome)
+    return curves
+
+
+# Searches and what comes out -----------------------------------------------------------------------
+
+
+def run_search(
+    options: Options, policy: Model, judges: Judges, problems: Sequence[PromptExample], name: str
+) -> dict[str, Any]:
+    """Which problems a search solves, and the tokens it generates for each."""
+    run = search_methods.make_run(
+        METHODS[name][0],
+        options.search,
+        policy,
+        judges,
+        temperature=options.temperature,
+        prompt_length=max(len(problem.ids) for problem in problems),
+        max_new_tokens=options.max_new_tokens,
+    )
+    correct, tokens, texts = [], [], []
+    parts = batches(options, len(problems))
+    with Progress(name, len(parts), quiet=options.quiet) as progress:
+        for number, indices in enumerate(parts):
+            part = [problems[index] for index in indices]
+            found, finished, cost = run(part, jax.random.fold_in(jax.random.key(options.seed + 1), number))
+            rows = zip(part, found, finished, strict=True)
+            correct += [is_right(options, problem, text, bool(end)) for problem, text, end in rows]
+            tokens += cost.tolist()
+            texts += found
+            progress.update(number + 1)
+    count = len(problems)
+    return {"correct": correct[:count], "tokens": tokens[:count], "completions": texts[:4]}
+
+
+def interval(values: Any) -> Interval:
+    """Mean over prompts with a 95 % bootstrap interval."""
+    column = np.asarray(values, np.float64)[:, None]
+    return stratified_bootstrap_interval(column, statistic_fn=np.mean)
+
+
+def at_tokens(curve: np.ndarray, sample_tokens: float, tokens: float) -> np.ndarray:
+    """[prompts]: a curve at the number of samples that cost so many tokens, between whole n by a line."""
+    place = min(max(tokens / sample_tokens, 1), curve.shape[1]) - 1
+    low = int(place)
+    high = min(low + 1, curve.shape[1] - 1)
+    return curve[:, low] + (place - low) * (curve[:, high] - curve[:, low])
+
+
+def table_rows(
+    methods: dict[str, dict[str, Any]], curves: dict[str, np.ndarray], sample_tokens: float
+) -> list[dict[str, Any]]:
+    """Each method beside votes and best-of-n (both by process reward) for as many tokens."""
+    rows = []
+    for name, found in methods.items():
+        tokens = float(np.mean(found["tokens"]))
+        beside = {"vote": "vote", "best_of_n": "process", "weighted_vote": "weighted"}
+        rows.append({"method": name, "tokens": tokens, "accuracy": interval(found["correct"])})
+        rows[-1] |= {
+            column: interval(at_tokens(curves[curve], sample_tokens, tokens))
+            for column, curve in beside.items()
+            if curve in curves
+        }
+    return rows
+
+
+def plot(
+    path: Path, curves: dict[str, np.ndarray], methods: dict[str, dict[str, Any]], sample_tokens: float
+) -> None:
+    """Accuracy against samples, and against tokens with the searches as points."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 5.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, sharey=True)
+    for label, name in CURVES.items():
+        if name not in curves:
+            continue
+        mean = curves[name].mean(axis=0)
+        count = np.arange(1, len(mean) + 1)
+        style = {"linestyle": ":", "color": "grey"} if name == "any" else {}
+        (line,) = left.plot(count, mean, label=label, **style)
+        right.plot(
+            count * sample_tokens, mean, color=line.get_color(), alpha=0.5, linestyle=line.get_linestyle()
+        )
+    for marker, (name, found) in zip("osD^v*Px", methods.items(), strict=False):
+        accuracy = interval(found["correct"])
+        error = [[accuracy.mean - accuracy.low], [accuracy.high - accuracy.mean]]
+        right.errorbar(np.mean(found["tokens"]), accuracy.mean, yerr=error, fmt=marker, capsize=3, label=name)
+    left.set(xlabel="samples, n", ylabel="accuracy", xscale="log", title="One pool of samples")
+    right.set(xlabel="tokens generated a prompt", xscale="log", title="Equal compute")
+    for axes in (left, right):
+        axes.legend(frameon=False, fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.13))
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Prints the table."""
+    names = {"vote": "vote", "best_of_n": "best-of-n", "weighted_vote": "weighted vote"}
+    beside = [column for column in names if column in rows[0]]
+    final_table(
+        "Accuracy with 95 % bootstrap intervals over prompts; beside it that of samples for as many tokens",
+        ["method", "tokens", "accuracy", *(names[column] for column in beside)],
+        [
+            [row["method"], f"{row['tokens']:.0f}", f"{row['accuracy']:.1%}"]
+            + [f"{row[column]:.1%}" for column in beside]
+            for row in rows
+        ],
+    )
+
+
+def check(options: Options, held: dict[str, Any]) -> None:
+    """Raises: UserError where the options make no sense, or the folder holds another comparison."""
+    chosen = options.search
+    positive = {f"search.{f.name}": getattr(chosen, f.name) for f in dataclasses.fields(chosen)}
+    del positive["search.refinements"]
+    positive |= {name: getattr(options, name) for name in ("prompts", "samples", "batch_size", "resamples")}
+    for name, value in positive.items():
+        if value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value} is not positive: give at least 1")
+    if chosen.thoughts % 2:
+        raise UserError(
+            f"--search.thoughts {chosen.thoughts} is odd, and two are merged: give an even number"
+        )
+    if not options.temperature > 0:
+        raise UserError(f"--temperature {options.temperature} gives equal samples: give a number above 0")
+    if held and not options.resume:
+        raise UserError(f"{options.out} already holds a comparison: add --resume, or choose another --out")
+    ours = common.to_json(options)
+    for name in ours.keys() - {"out", "resume", "quiet"}:
+        if held and held["config"].get(name) != ours[name]:
+            raise UserError(
+                f"{options.out}: its comparison has another {name.replace('_', '-')}: give --resume the same "
+                "options, or choose another --out"
+            )
+
+
+def run(options: Options) -> None:
+    """Samples, searches, and writes what came out; what was done before is kept."""
+    path, pool_path = options.out / "results.json", options.out / "pool.npz"
+    held = json.loads(path.read_text()) if path.exists() else {}
+    check(options, held)
+    policy = load_policy(Path(options.init))
+    judges = Judges(
+        *(load_reward_model(Path(f)) if f else None for f in (options.process_reward, options.outcome_reward))
+    )
+    problems = load_problems(options, policy)
+    describe_run(options.out, common.to_json(options), stage="search")
+    results = held or {"config": common.to_json(options), "methods": {}}
+    if "greedy" in results["methods"] and pool_path.exists():
+        with np.load(pool_path) as stored:
+            pool = Pool(**stored)
+    else:
+        pool, correct, tokens = sample_pool(options, policy, judges, problems)
+        np.savez_compressed(pool_path, **dataclasses.asdict(pool))
+        results["methods"]["greedy"] = {"correct": correct.tolist(), "tokens": tokens.tolist()}
+        write_json(path, results)
+    for name, (_, needs_process, needs_outcome) in METHODS.items():
+        missing = (needs_process and not judges.process) or (needs_outcome and not judges.outcome)
+        if name not in results["methods"] and not missing:
+            results["methods"][name] = run_search(options, policy, judges, problems, name)
+            write_json(path, results)
+            jax.clear_caches()  # each search is a program of its own, and large
+    curves = accuracy_curves(options, pool, judges)
+    sample_tokens = float(pool.tokens.mean())
+    rows = table_rows(results["methods"], curves, sample_tokens)
+    means = {label: curves[name].mean(axis=0).tolist() for label, name in CURVES.items() if name in curves}
+    results |= {"tokens_a_sample": sample_tokens, "accuracy_against_n": means}
+    results["table"] = [
+        {k: dataclasses.asdict(v) if isinstance(v, Interval) else v for k, v in row.items()} for row in rows
+    ]
+    write_json(path, results)
+    plot(options.out / "search.png", curves, results["methods"], sample_tokens)
+    if not options.quiet:
+        show(rows)
+        print(f"Figure: {options.out / 'search.png'}")

@@ -1,0 +1,257 @@
+"""The searches that `search.py` compares, each as one compiled program over a batch of prompts."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from rlhf_jax import models
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.types import Array, Params, PRNGKeyArray
+from rlhf_jax.data.examples import PromptExample
+from rlhf_jax.data.packing import left_pad
+from rlhf_jax.data.process_rewards import STEP_END
+from rlhf_jax.data.tokenizers import Tokenizer
+from rlhf_jax.generation import Sampling, generate
+from rlhf_jax.search import graph, interface, mcts, steps, tree
+from rlhf_jax.search.interface import EvaluateFn, Found, ProposeFn
+from rlhf_jax.training.run_folder import Model
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchOptions:
+    """How the searches look around; the defaults cost two to sixteen whole samples each.
+
+    Attributes:
+      ways: samples of the next step, of beam search, depth-first search and tree search.
+      votes: samples of each step of breadth-first search with votes.
+      width: beams.
+      expansions: of depth-first search, at most.
+      simulations: of tree search, for each step.
+      thoughts: solutions that the graph of thoughts begins with; an even number.
+      refinements: how often it writes doubtful ones anew.
+      depth: steps of a solution, at most.
+      step_length: tokens of a step, at most.
+    """
+
+    ways: int = 4
+    votes: int = 4
+    width: int = 2
+    expansions: int = 10
+    simulations: int = 2
+    thoughts: int = 2
+    refinements: int = 1
+    depth: int = 6
+    step_length: int = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Judges:
+    """Reward models; None where there is none.
+
+    Attributes:
+      process: scores steps.
+      outcome: scores finished answers.
+    """
+
+    process: Model | None
+    outcome: Model | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Tools:
+    """What a search is made of, for given parameters.
+
+    Attributes:
+      propose: (ways) -> candidates of the next step.
+      process: value by the process reward model.
+      outcome: value of finished answers by the outcome reward model.
+      step_logits: of the process reward model.
+      end_ids: tokens that end a step.
+    """
+
+    propose: Callable[[int], ProposeFn]
+    process: EvaluateFn
+    outcome: EvaluateFn
+    step_logits: steps.StepLogitsFn
+    end_ids: list[int]
+
+
+SearchFn = Callable[[SearchOptions, Tools, steps.Solution, PRNGKeyArray], Found]
+
+
+def beam(options: SearchOptions, tools: Tools, roots: steps.Solution, key: PRNGKeyArray) -> Found:
+    """Step beam search by the process reward model."""
+    judge = tree.by_value(tools.process)
+    propose = tools.propose(options.ways)
+    return tree.breadth_first(
+        propose, judge, steps.is_done, roots, key, width=options.width, depth=options.depth
+    )
+
+
+def tree_vote(options: SearchOptions, tools: Tools, roots: steps.Solution, key: PRNGKeyArray) -> Found:
+    """Tree of thoughts, breadth first: the step that most samples agree on. No reward model."""
+    propose = tools.propose(options.votes)
+    return tree.breadth_first(propose, tree.by_votes, steps.is_done, roots, key, width=1, depth=options.depth)
+
+
+def tree_depth(options: SearchOptions, tools: Tools, roots: steps.Solution, key: PRNGKeyArray) -> Found:
+    """Tree of thoughts, depth first, back from steps that the process reward model doubts."""
+    return tree.depth_first(
+        tools.propose(options.ways),
+        tools.process,
+        steps.is_done,
+        roots,
+        key,
+        expansions=options.expansions,
+        threshold=0.5,
+        accept=0.5,
+    )
+
+
+def graph_thoughts(options: SearchOptions, tools: Tools, roots: steps.Solution, key: PRNGKeyArray) -> Found:
+    """Graph of thoughts: several solutions, doubtful ones written anew, neighbours merged, the best kept."""
+    keys = jax.random.split(key, 3)
+    propose = tools.propose(1)
+
+    def split(state: steps.Solution, key: PRNGKeyArray) -> tuple[steps.Solution, Array]:
+        many = jax.tree.map(lambda x: x.repeat(options.thoughts, axis=0), state)
+        ends, cost = interface.follow(propose, steps.is_done, many, key, steps=options.depth)
+        shape = (len(state.length), options.thoughts)
+        return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), ends), cost.reshape(shape).sum(axis=1)
+
+    parts = (propose, tools.step_logits, tools.end_ids)
+    rewrite = steps.make_rewrite_fn(*parts, depth=options.depth)
+    join = steps.make_join_fn(*parts, depth=options.depth)
+    thoughts = graph.branch(split, tools.process, roots, keys[0])
+    thoughts = graph.refine(rewrite, tools.process, thoughts, keys[1], rounds=options.refinements)
+    thoughts = graph.merge(join, tools.process, thoughts, keys[2], size=2)
+    best = graph.keep_best(thoughts, count=1)
+    state = jax.tree.map(lambda x: x[:, 0], best.states)
+    return Found(state, best.values[:, 0], state.done, best.cost)
+
+
+def tree_search(options: SearchOptions, tools: Tools, roots: steps.Solution, key: PRNGKeyArray) -> Found:
+    """Monte Carlo tree search with values by the process reward model."""
+    return mcts.monte_carlo_tree_search(
+        tools.propose(options.ways),
+        tools.process,
+        steps.is_done,
+        roots,
+        key,
+        simulations=options.simulations,
+        depth=options.depth,
+    )
+
+
+def tree_search_rollouts(
+    options: SearchOptions, tools: Tools, roots: steps.Solution, key: PRNGKeyArray
+) -> Found:
+    """Monte Carlo tree search with values by one rollout each, which the outcome reward model judges."""
+    evaluate = interface.make_rollout_fn(tools.propose(1), tools.outcome, steps.is_done, steps=options.depth)
+    return mcts.monte_carlo_tree_search(
+        tools.propose(options.ways),
+        evaluate,
+        steps.is_done,
+        roots,
+        key,
+        simulations=options.simulations,
+        depth=options.depth,
+    )
+
+
+METHODS: dict[str, tuple[SearchFn, bool, bool]] = {
+    "tree of thoughts, votes": (tree_vote, False, False),
+    "beam, process reward": (beam, True, False),
+    "tree of thoughts, depth first": (tree_depth, True, False),
+    "graph of thoughts": (graph_thoughts, True, False),
+    "MCTS, process reward": (tree_search, True, False),
+    "MCTS, rollouts": (tree_search_rollouts, False, True),
+}
+"""Search, and whether it needs the process and the outcome reward model."""
+
+
+def make_run(
+    search: SearchFn,
+    options: SearchOptions,
+    policy: Model,
+    judges: Judges,
+    *,
+    temperature: float,
+    prompt_length: int,
+    max_new_tokens: int,
+) -> Callable[[Sequence[PromptExample], PRNGKeyArray], tuple[list[str], np.ndarray, np.ndarray]]:
+    """`run(prompts, key) -> (texts, finished, tokens)`, compiled once for each number of prompts."""
+    tokenizer = policy.tokenizer
+    end_ids = step_end_ids(tokenizer)
+    prefill, decode = models.make_decode_fns(policy.config)
+    params: dict[str, Params] = {"policy": policy.params}
+    params |= {
+        name: judge.params
+        for name, judge in (("process", judges.process), ("outcome", judges.outcome))
+        if judge
+    }
+
+    def program(params: dict[str, Params], tokens: Array, mask: Array, key: PRNGKeyArray) -> Any:
+        def sample(tokens: Array, mask: Array, key: PRNGKeyArray):
+            return generate(
+                prefill,
+                decode,
+                params["policy"],
+                tokens,
+                mask,
+                key,
+                max_new_tokens=options.step_length,
+                eos_id=end_ids[0],
+                pad_id=tokenizer.pad_id,
+                sampling=Sampling(temperature=temperature),
+            )
+
+        def propose(ways: int) -> ProposeFn:
+            return steps.make_propose_fn(
+                sample,
+                ways=ways,
+                step_length=options.step_length,
+                end_ids=end_ids,
+                eos_id=tokenizer.eos_id,
+            )
+
+        def scores(name: str, judge: Model | None) -> steps.StepLogitsFn:
+            score = models.make_process_reward_fn((judge or policy).config)
+            return lambda sequences: score(params[name], sequences)
+
+        process = scores("process", judges.process)
+        outcome = steps.make_outcome_value_fn(scores("outcome", judges.outcome))
+        value = steps.make_process_value_fn(process, end_ids=end_ids)
+        tools = Tools(propose, value, outcome, process, end_ids)
+        roots = steps.begin(tokens, mask, room=max_new_tokens)
+        found = search(options, tools, roots, key)
+        return found.states, steps.solution_mask(found.states), found.cost
+
+    compiled = jax.jit(program)
+
+    def run(prompts: Sequence[PromptExample], key: PRNGKeyArray) -> tuple[list[str], np.ndarray, np.ndarray]:
+        ids, mask = left_pad([prompt.ids for prompt in prompts], prompt_length, pad_id=tokenizer.pad_id)
+        states, written, cost = jax.device_get(compiled(params, ids, mask, key))
+        rows = zip(states.tokens, written, strict=True)
+        texts = [tokenizer.decode(row[kept].tolist()) for row, kept in rows]
+        return texts, states.done & ~states.failed, cost
+
+    return run
+
+
+def step_end_ids(tokenizer: Tokenizer) -> list[int]:
+    """The token that ends a step.
+
+    Raises:
+      UserError: the tokenizer has no token for a new line alone.
+    """
+    ids = tokenizer.encode(STEP_END)
+    if len(ids) != 1:
+        raise UserError(
+            f"the policy's tokenizer writes a new line as {len(ids)} tokens, and steps end with one: "
+            "use a policy whose tokenizer has a token for it"
+        )
+    return ids

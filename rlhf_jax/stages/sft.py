@@ -1,0 +1,252 @@
+"""Supervised fine-tuning on conversations.
+
+    rlhf sft --out runs/sft
+    rlhf sft --out runs/lora --init runs/llama --data my.jsonl --adapter.kind lora
+    rlhf sft --out runs/mine --data my.jsonl --train-tokenizer 4096 \\
+        --packing --max-length 512
+    rlhf sft --out runs/mixed --init runs/llama --data chat.jsonl=0.7,math.jsonl=0.3
+
+The first trains a new model on the embedded arithmetic task: about 75 s on two CPU cores, then 44 to 45 %
+of held-out problems right over three seeds. The second trains an adapter beside the frozen policy of a run.
+Rows of the others hold `messages`, or `prompt` and `completion`,
+or `question` and `answer`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+
+from rlhf_jax import distributed, models
+from rlhf_jax.algorithms import sft
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.train_state import OptimizerConfig
+from rlhf_jax.core.types import Params, ScoreFn, Sequences
+from rlhf_jax.data import packing
+from rlhf_jax.data.examples import SupervisedExample, TooLong, supervised_examples
+from rlhf_jax.data.mixing import MixtureSampler, mixing_shares
+from rlhf_jax.data.pipeline import BatchSampler, fingerprint
+from rlhf_jax.data.sources import Row
+from rlhf_jax.data.tokenizers import Tokenizer, train_bpe
+from rlhf_jax.losses.supervised import cross_entropy_loss
+from rlhf_jax.metrics import final_table
+from rlhf_jax.stages import adapting, common, inputs
+from rlhf_jax.tasks.arithmetic import Level, demonstration_rows
+from rlhf_jax.training import run_loop
+from rlhf_jax.training.run_folder import Model
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of supervised fine-tuning.
+
+    Attributes:
+      data: rows to imitate: a path, tfds:NAME[:SPLIT], or arithmetic:LEVEL; several with commas between them,
+        each with =WEIGHT behind it, or none for by size.
+      mixture_temperature: several sources without weights: shares are sizes to the power of 1 over this.
+      mixture_cap: several sources without weights: rows above this count for nothing in a source's share; 0
+        for no cap.
+      eval_data: held-out rows whose loss is logged; empty for none (the embedded task brings its own).
+      tokenizer: folder or tokenizer.json; empty for the embedded task's own, or for bytes.
+      train_tokenizer: learn a byte-level BPE vocabulary of this size from the data; 0 for none.
+      init: run folder of a stage to start from; empty for a new model.
+      batch_size: rows a step.
+      micro_batches: parts in which a batch is computed, to save memory.
+      max_length: tokens a row; 0 for the longest conversation.
+      too_long: whether longer conversations are an error, or dropped and counted.
+      packing: put several conversations in a row.
+      learning_rate: at its peak.
+      demonstrations: how many conversations of the embedded task.
+      slip_rate: how careless its writers are: the share of carries they forget.
+      late_slip_rate: the same in the second half of a solution, where they are tired.
+      eval_count: how many held-out conversations are evaluated at most.
+    """
+
+    run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/sft"), steps=600)
+    model: common.ModelOptions = common.ModelOptions()
+    adapter: adapting.AdapterOptions = adapting.AdapterOptions()
+    optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", warmup_steps=20, final_share=0.02)
+    auxiliary: common.AuxiliaryOptions = common.AuxiliaryOptions()
+    data: str = "arithmetic:1"
+    mixture_temperature: float = 1.0
+    mixture_cap: int = 0
+    eval_data: str = ""
+    tokenizer: str = ""
+    train_tokenizer: int = 0
+    init: str = ""
+    batch_size: int = 64
+    micro_batches: int = 1
+    max_length: int = 0
+    too_long: TooLong = "error"
+    packing: bool = False
+    learning_rate: float = 3e-3
+    demonstrations: int = 32_000
+    slip_rate: float = 0.3
+    late_slip_rate: float = 0.7
+    eval_count: int = 256
+
+
+def load_rows(options: Options, *, held_out: bool, source: str = "") -> list[Row]:
+    """Conversations for training, or the held-out ones.
+
+    Args:
+      source: one of several in `options.data`; empty for the only one.
+    """
+
+    def make(level: Level) -> list[dict[str, Any]]:
+        split, count = ("heldout", options.eval_count) if held_out else ("train", options.demonstrations)
+        rates = {"slip_rate": options.slip_rate, "late_slip_rate": options.late_slip_rate}
+        return demonstration_rows(level, count, options.run.seed, split=split, **rates)
+
+    source = source or options.data
+    spec = (options.eval_data or source) if held_out else source
+    rows = inputs.load_rows(spec, make)
+    return rows[: options.eval_count] if held_out else rows
+
+
+def choose_tokenizer(options: Options, rows: list[Row]) -> str | Tokenizer:
+    """The tokenizer that the options name, or one learnt from the rows."""
+    if not options.train_tokenizer:
+        return options.tokenizer
+    if options.tokenizer or options.init:
+        raise UserError(
+            "--train-tokenizer excludes --tokenizer and --init, which bring one: give one of them"
+        )
+    return train_bpe(inputs.texts(rows), options.train_tokenizer)
+
+
+def make_examples(options: Options, rows: list[Row], tokenizer: Tokenizer) -> list[SupervisedExample]:
+    """Rows as tokens."""
+    longest = options.max_length or inputs.UNBOUNDED
+    return supervised_examples(rows, tokenizer, max_length=longest, too_long=options.too_long)
+
+
+def lay_out(options: Options, examples: list[SupervisedExample], length: int = 0) -> Sequences:
+    """All examples as rows of one length, which is that of the longest where none is given."""
+    length = length or options.max_length or max(len(example.ids) for example in examples)
+    return (packing.pack_rows if options.packing else packing.pad_rows)(examples, length)
+
+
+def make_batches(
+    options: Options, sources: Mapping[str, float | None], sizes: Sequence[int]
+) -> common.Batches:
+    """Which rows make up each step's batch; says what a mixture comes to.
+
+    Args:
+      sources: of `inputs.split_mixture`.
+      sizes: rows of each.
+    """
+    if len(sizes) == 1:
+        if options.mixture_temperature != 1 or options.mixture_cap:
+            raise UserError("--mixture-temperature and --mixture-cap are for several sources in --data")
+        return BatchSampler(sizes[0], options.batch_size, options.run.seed)
+    weights = [weight for weight in sources.values() if weight is not None]
+    how = {"temperature": options.mixture_temperature, "cap": options.mixture_cap}
+    shares = mixing_shares(sizes, weights=weights or None, **how)
+    sampler = MixtureSampler(tuple(sizes), tuple(shares.tolist()), options.batch_size, options.run.seed)
+    if not options.run.quiet and distributed.is_first_host():
+        seen = sampler.epochs(options.run.steps)
+        columns = ["source", "rows", "share of batches", "times seen"]
+        cells = zip(sources, sizes, shares.tolist(), seen.tolist(), strict=True)
+        final_table(
+            "mixture", columns, [(name, size, f"{share:.1%}", time) for name, size, share, time in cells]
+        )
+    return sampler
+
+
+def source_names(sources: Sequence[str]) -> tuple[str, ...]:
+    """Sources as metrics name them: files without their folders, where that tells them apart."""
+    short = tuple(Path(source).name for source in sources)
+    return short if len(set(short)) == len(sources) else tuple(sources)
+
+
+def held_out_loss(
+    options: Options, model: Model, score_fn: ScoreFn
+) -> Callable[[sft.State], dict[str, float]] | None:
+    """Evaluates the loss on held-out conversations, where there are any."""
+    alone = len(inputs.split_mixture(options.data)) == 1
+    if not (options.eval_data or (alone and common.embedded_level(options.data))):
+        return None
+    rows = lay_out(options, make_examples(options, load_rows(options, held_out=True), model.tokenizer))
+    size, total = options.batch_size, int(rows.mask.sum())
+
+    def part(first: int) -> Sequences:
+        return packing.pad_batch(jax.tree.map(lambda x: x[first : first + size], rows), size)
+
+    @jax.jit
+    def loss(params: Params, some: Sequences) -> jax.Array:
+        return cross_entropy_loss(score_fn(params, some).logp, some.mask, denominator=total)[0]
+
+    def evaluate(state: sft.State) -> dict[str, float]:
+        params = state.learner.all_params
+        firsts = range(0, len(rows.tokens), size)
+        return {"loss": sum(float(loss(params, part(first))) for first in firsts)}
+
+    return evaluate
+
+
+def run(options: Options) -> None:
+    """Trains, and leaves a run folder."""
+    common.check(options, options.run, "sft")
+    common.check_divides("--micro-batches", options.micro_batches, "--batch-size", options.batch_size)
+    sources = inputs.split_mixture(options.data)
+    data = [load_rows(options, held_out=False, source=source) for source in sources]
+    tokenizer = choose_tokenizer(options, [row for rows in data for row in rows])
+    model = common.starting_model(
+        options.init, tokenizer, next(iter(sources)), options.model, options.run.seed
+    )
+    by_source = [make_examples(options, rows, model.tokenizer) for rows in data]
+    examples = [example for some in by_source for example in some]
+    length = options.max_length or max(len(example.ids) for example in examples)
+    # Each source is packed by itself, so that a row has one source.
+    parts_of_rows = [lay_out(options, some, length) for some in by_source]
+    rows = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts_of_rows)
+    sampler = make_batches(options, sources, [len(part.tokens) for part in parts_of_rows])
+    common.announce(options.run, model, f"{len(examples):,} conversations in {len(rows.tokens):,} rows")
+    common.show_sample(options.run, model.tokenizer, examples[0])
+
+    parts = adapting.take_apart(options.adapter, model, seed=options.run.seed, steps=options.run.steps)
+    score_fn = models.make_training_score_fn(model.config)
+    tx = parts.optimizer(common.with_total_steps(options.optimizer, options.run.steps))
+    state = adapting.new_state(
+        lambda *x: sft.init(x[0], tx, x[1]),
+        parts.trained,
+        parts.frozen,
+        jax.random.key(options.run.seed),
+    )
+    adapting.say_what_trains(options.run, state.learner)
+    names = source_names(list(sources)) if len(sources) > 1 else ()
+    config = sft.Config(options.micro_batches, sources=names)
+    update = common.jit_update(sft.make_update(config, score_fn, tx, models.rebalance), state)
+    evaluate = held_out_loss(options, model, score_fn)
+    hyper = options.auxiliary.hyper(options.learning_rate)
+    common.start(options, options.run, "sft", model, "policy", parts.adaptation)
+
+    meter = options.run.meter(models.training_flops(model.config, rows=options.batch_size, length=length))
+
+    def batch(number: int) -> tuple[Any, ...]:
+        indices = common.local_indices(sampler, number)
+        chosen = (jax.tree.map(lambda x: x[indices], rows),)
+        own = (sampler.source_of(indices),) if isinstance(sampler, MixtureSampler) else ()
+        return distributed.shard_batch(chosen + own)
+
+    def step(state: sft.State, number: int):
+        return meter.timed("update", update, state, hyper, *meter.timed("data", batch, number))
+
+    run_loop(
+        state,
+        step,
+        options.run.loop(),
+        stage="sft",
+        folder=options.run.out,
+        resume=options.run.resume,
+        run_config=common.to_json(options),
+        data_fingerprint=fingerprint(jax.tree.leaves(rows)),
+        eval_fn=evaluate,
+        meter=meter,
+    )
+    common.finish(options.run)

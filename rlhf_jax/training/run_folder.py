@@ -1,0 +1,362 @@
+"""The run folder: what a stage leaves behind, and how the next one reads it.
+
+run/
+  config.json    what was run: command, options, versions, commit, seed, start
+  model.json     the architecture, which kind of parameters the checkpoints hold, and where these are an
+                 adapter's: its description and the base it stands on
+  tokenizer/     in the Hugging Face layout
+  checkpoints/   see `rlhf_jax.checkpoint`
+  metrics.jsonl  one line a step; tensorboard/ has the same
+"""
+
+import dataclasses
+import datetime
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import jax
+
+from rlhf_jax import distributed, models
+from rlhf_jax.checkpoint import CheckpointManager, read_manifest, restore_params
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.trees import merge, partition
+from rlhf_jax.core.types import Params, PRNGKeyArray
+from rlhf_jax.data.tokenizers import Tokenizer, load_tokenizer
+from rlhf_jax.models import adapters
+
+Kind = Literal["policy", "actor_critic", "reward_model"]
+"""Whether `learner/params` is a decoder, `{"policy": decoder, "value": scalar model}`, or a scalar model."""
+
+PACKAGES = ("rlhf_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where parameters were read.
+
+    Attributes:
+      folder: of the run.
+      step: of the checkpoint.
+      digest: of the checkpoint's files.
+    """
+
+    folder: Path
+    step: int
+    digest: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """An architecture with its parameters and tokenizer.
+
+    Attributes:
+      source: where it comes from; None where it is new.
+    """
+
+    config: models.ModelConfig
+    params: Params
+    tokenizer: Tokenizer
+    source: Source | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Adaptation:
+    """How a run's model comes out of another's, whose parameters its checkpoints do not repeat.
+
+    Attributes:
+      adapter: what is trained.
+      base: the run whose policy is adapted.
+      quantisation: how the base's kernels are kept; None for as they are.
+    """
+
+    adapter: adapters.Adapter
+    base: Source
+    quantisation: adapters.Quantisation | None = None
+
+    def adapted(self, base: Params, key: PRNGKeyArray) -> tuple[Params, Params]:
+        """(what is trained, what is frozen) of the base's parameters with a fresh adapter."""
+        base = adapters.quantise(self.quantisation, base) if self.quantisation else base
+        tree = adapters.init_adapter(self.adapter, base, key)
+        return partition(tree, adapters.is_trained(self.adapter))
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes JSON for people to read, whole or not at all; the folder is made if missing.
+
+    Raises:
+      UserError: the disk is full or read-only.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(data, indent=2, default=str) + "\n", encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}): free or unlock the disk, or choose another --out"
+        ) from error
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the numbers."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@functools.cache
+def commit() -> str | None:
+    """The commit of the checkout that this package runs from, with `+` where files differ from it."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(root), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) != root:  # installed into another project's folder
+            return None
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short=10", "HEAD") + "+" * bool(changed)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def command_words() -> list[str]:
+    """The command that runs, as a person would type it."""
+    script = Path(sys.argv[0])
+    name = ["rlhf"] if script.name in ("rlhf", "__main__.py") else ["python", sys.argv[0]]
+    return [*name, *sys.argv[1:]]
+
+
+def describe_run(folder: Path, config: Mapping[str, Any], **more: Any) -> None:
+    """Writes `folder/config.json`."""
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    write_json(
+        folder / "config.json",
+        {
+            "command": shlex.join(command_words()),
+            "started": started,
+            "config": config,
+            "versions": versions(),
+            "commit": commit(),
+            **more,
+        },
+    )
+
+
+def read_held_run(folder: Path, stage: str, *, resume: bool) -> Mapping[str, Any]:
+    """The configuration of the run that `folder` holds; empty where it holds no checkpoint.
+
+    Raises:
+      UserError: it holds one and `resume` is False, or that of another stage.
+    """
+    latest = CheckpointManager(folder / "checkpoints").latest_step()
+    path = folder / "config.json"
+    if latest is None or (resume and not path.exists()):
+        return {}
+    if not resume:
+        raise UserError(
+            f"{folder} already holds a run at step {latest}: add --resume to go on with it, "
+            "or choose another --out"
+        )
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        held_stage, config = held.get("stage", stage), dict(held["config"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: not a run's description ({error}): remove it, or choose another --out"
+        ) from error
+    if held_stage != stage:
+        raise UserError(f"{folder} holds a run of {held_stage}, not of {stage}: choose another --out")
+    return config
+
+
+def check_same_architecture(config: models.ModelConfig, other: models.ModelConfig, where: str) -> None:
+    """Compares the architecture `other`, read from `where`, with that of this run.
+
+    Raises:
+      UserError: they differ; names the first field that does.
+    """
+    ours, theirs = models.config_to_dict(config), models.config_to_dict(other)
+    for name, value in ours.items():
+        if value != theirs.get(name) and name != "context_length":  # which bounds nothing
+            inner = f" {theirs.get(name)}, not {value}" if isinstance(value, str | int) else ""
+            raise UserError(
+                f"{where}: its model is of another architecture ({name}{inner}): "
+                "give one with the architecture of this run, or this run the options of that"
+            )
+
+
+def write_model_files(
+    folder: Path,
+    config: models.ModelConfig,
+    tokenizer: Tokenizer,
+    kind: Kind,
+    adaptation: Adaptation | None = None,
+) -> None:
+    """Writes `folder/model.json` and `folder/tokenizer`, without which checkpoints are only numbers.
+
+    Where there are checkpoints, what describes them stays as it is.
+
+    Raises:
+      UserError: the folder holds checkpoints of another architecture, tokenizer or base, or is read-only.
+    """
+    path = folder / "model.json"
+    if path.exists() and CheckpointManager(folder / "checkpoints").latest_step() is not None:
+        _, held_config, held_tokenizer, held = _read_model_files(folder)
+        if adaptation is not None and held is not None and held.base.digest != adaptation.base.digest:
+            raise UserError(
+                f"{folder}: its adapter was trained on another model than {adaptation.base.folder} holds at "
+                f"step {adaptation.base.step}: give the one it had, or choose another --out"
+            )
+        check_same_architecture(config, held_config, f"{folder}")
+        if held_tokenizer.backend.get_vocab() != tokenizer.backend.get_vocab():
+            raise UserError(
+                f"{folder}: its run used another tokenizer: give that one, or choose another --out"
+            )
+        return
+    description = {"kind": kind, "config": models.config_to_dict(config)}
+    if adaptation is not None:
+        base = adaptation.base
+        description["adapter"] = models.adapter_to_dict(adaptation.adapter)
+        description["quantisation"] = models.adapter_to_dict(adaptation.quantisation)
+        # Relative, so that both folders may be moved together.
+        where = os.path.relpath(base.folder.resolve(), folder.resolve())
+        description["base"] = {"folder": where, "step": base.step, "digest": base.digest}
+    write_json(path, description)
+    try:
+        tokenizer.save(folder / "tokenizer")
+    except Exception as error:  # the tokenizers library raises bare Exception for a full disk
+        raise UserError(
+            f"{folder / 'tokenizer'}: cannot be written ({error}): free or unlock the disk, "
+            "or choose another --out"
+        ) from error
+
+
+def load_policy(folder: Path) -> Model:
+    """The policy that a run ended with: of SFT, DPO, GRPO, or the actor of PPO.
+
+    An adapter is merged into its base; one that cannot be stands in the parameters as leaves of its own.
+
+    Raises:
+      UserError: there is no such run, it trained a reward model, or the base of its adapter is gone or is
+        another.
+    """
+    model, _ = load_unmerged_policy(folder)
+    return dataclasses.replace(model, params=_merged(model.params))
+
+
+def load_unmerged_policy(folder: Path) -> tuple[Model, Adaptation | None]:
+    """The same, in which the leaves of an adapter still stand, and how it came out of its base."""
+    kind, config, tokenizer, adaptation = _read_model_files(folder)
+    if kind == "reward_model":
+        raise UserError(f"{folder} holds a reward model, not a policy: give the run of another stage")
+    name = "learner/params/policy" if kind == "actor_critic" else "learner/params"
+    if adaptation is None:
+        like = jax.eval_shape(functools.partial(models.init_params, config), jax.random.key(0))
+        params = _restore(folder, name, like)
+    else:
+        params = _restore_adapted(folder, name, adaptation)
+    return Model(config, params, tokenizer, _source(folder)), adaptation
+
+
+def load_reward_model(folder: Path) -> Model:
+    """The reward model that a run ended with, its adapter merged.
+
+    Raises:
+      UserError: there is no such run, it trained a policy, or the base of its adapter is gone or is another.
+    """
+    model, _ = load_unmerged_reward_model(folder)
+    return dataclasses.replace(model, params={**model.params, "decoder": _merged(model.params["decoder"])})
+
+
+def load_unmerged_reward_model(folder: Path) -> tuple[Model, Adaptation | None]:
+    """The same, in whose decoder the leaves of an adapter still stand, and how it came out of its base."""
+    kind, config, tokenizer, adaptation = _read_model_files(folder)
+    if kind != "reward_model":
+        raise UserError(f"{folder} holds a policy, not a reward model: give a run of reward_model.py")
+    like = jax.eval_shape(functools.partial(models.init_scalar_model, config), jax.random.key(0))
+    if adaptation is None:
+        params = _restore(folder, "learner/params", like)
+    else:
+        decoder = _restore_adapted(folder, "learner/params/decoder", adaptation)
+        params = {"decoder": decoder, "head": _restore(folder, "learner/params/head", like["head"])}
+    return Model(config, params, tokenizer, _source(folder)), adaptation
+
+
+def _restore(folder: Path, name: str, like: Any) -> Params:
+    shardings = distributed.tree_shardings(distributed.current_mesh(), like)
+    like = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like, shardings
+    )
+    return restore_params(folder / "checkpoints", like, name=name)[1]
+
+
+def _restore_adapted(folder: Path, name: str, adaptation: Adaptation) -> Params:
+    """The decoder of an adapter's run: its base with what was trained."""
+    base = _load_base(folder, adaptation.base).params
+    trained, frozen = adaptation.adapted(base, jax.random.key(0))  # of what is frozen, nothing is random
+    return merge(_restore(folder, name, jax.eval_shape(lambda: trained)), frozen)
+
+
+def _load_base(folder: Path, base: Source) -> Model:
+    if not (base.folder / "model.json").is_file():
+        raise UserError(
+            f"{folder} holds an adapter, and the run that it adapts is not at {base.folder}: "
+            "put that run back, with the adapter's folder as far from it as it was"
+        )
+    model = load_policy(base.folder)
+    assert model.source is not None
+    if model.source.digest != base.digest:
+        raise UserError(
+            f"{folder} holds an adapter of what {base.folder} held at step {base.step}, which now holds "
+            f"another model (step {model.source.step}): put the old one back, or train the adapter again"
+        )
+    return model
+
+
+def _merged(params: Params) -> Params:
+    return adapters.merge_adapter(params) if adapters.can_merge(params) else params
+
+
+def _source(folder: Path) -> Source:
+    manifest = read_manifest(folder / "checkpoints")
+    files = json.dumps(manifest.files, sort_keys=True).encode()
+    return Source(folder, manifest.step, hashlib.sha256(files).hexdigest())
+
+
+def _read_model_files(folder: Path) -> tuple[Kind, models.ModelConfig, Tokenizer, Adaptation | None]:
+    path = folder / "model.json"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        kind, config = data["kind"], models.config_from_dict(data["config"])
+        if kind not in get_args(Kind):
+            raise ValueError(f"kind {kind!r} is none of {', '.join(get_args(Kind))}")
+        adaptation = _read_adaptation(folder, data) if data.get("adapter") else None
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file: give the folder that a stage wrote with --out") from error
+    except (OSError, ValueError, KeyError, TypeError, UserError) as error:
+        raise UserError(f"{path}: not a model description ({error}): run the stage again") from error
+    return kind, config, load_tokenizer(folder / "tokenizer"), adaptation
+
+
+def _read_adaptation(folder: Path, data: Mapping[str, Any]) -> Adaptation:
+    base = data["base"]
+    source = Source(Path(os.path.normpath(folder / base["folder"])), int(base["step"]), str(base["digest"]))
+    adapter, quantisation = (models.adapter_from_dict(data[name]) for name in ("adapter", "quantisation"))
+    return Adaptation(adapter, source, quantisation)

@@ -1,0 +1,130 @@
+"""Whole runs: traced from end to end, the same alone and together."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax import models
+from rlhf_jax.algorithms import (
+    distillation,
+    grpo_variants,
+    nash_md,
+    ppo,
+    preference,
+    preference_members,
+    sft,
+    unpaired,
+)
+from rlhf_jax.algorithms import grpo as group
+from rlhf_jax.core.train_state import OptimizerConfig
+from rlhf_jax.distributed.runtime import compiler_options
+from rlhf_jax.jitted import methods
+from rlhf_jax.jitted.train import Start, World, make_train
+from rlhf_jax.tasks import style
+
+# An epsilon above the rounding of gradients: without it, noise of 1e-9 would move parameters by whole steps.
+OPTIMIZER = OptimizerConfig(epsilon=1e-4)
+STEPS = 2
+
+
+@functools.cache
+def world():
+    task = style.style_task(demonstrations=64)
+    config = models.dense_config(
+        vocab_size=task.tokenizer.vocab_size, width=8, num_layers=1, num_heads=2, num_kv_heads=1
+    )
+    return World(task, config, prompts=2, samples=2, heldout=8)
+
+
+def start(seed):
+    key = jax.random.key(seed)
+    return Start(key, models.init_params(world().model, key))
+
+
+def grpo(**options):
+    return methods.group_method(world(), grpo_variants.grpo(group_size=2), OPTIMIZER, **options)
+
+
+METHODS = {
+    "group": (grpo, group.Hyper()),
+    "behind": (
+        lambda: methods.group_method(
+            world(), grpo_variants.corrected(grpo_variants.grpo(group_size=2)), OPTIMIZER, behind=True
+        ),
+        group.Hyper(),
+    ),
+    "remax": (
+        lambda: methods.group_method(world(), grpo_variants.remax(group_size=2), OPTIMIZER),
+        group.Hyper(),
+    ),
+    "dapo": (
+        lambda: methods.group_method(world(), grpo_variants.dapo(group_size=2), OPTIMIZER),
+        group.Hyper(),
+    ),
+    "ppo": (lambda: methods.ppo_method(world(), ppo.Config(minibatches=2), OPTIMIZER), ppo.Hyper()),
+    "preference": (
+        lambda: methods.preference_method(world(), preference.Config(), OPTIMIZER, source="reference"),
+        preference.Hyper(),
+    ),
+    "xpo": (
+        lambda: methods.xpo_method(world(), preference.Config(loss_fn=preference_members.xpo), OPTIMIZER),
+        preference.Hyper(),
+    ),
+    "nash_md": (lambda: methods.nash_md_method(world(), nash_md.Config(), OPTIMIZER), nash_md.Hyper()),
+    "kto": (
+        lambda: methods.unpaired_method(world(), unpaired.Config(), OPTIMIZER, source="policy"),
+        unpaired.Hyper(),
+    ),
+    "imitation": (
+        lambda: methods.imitation_method(world(), sft.Config(), OPTIMIZER, source="policy", every=True),
+        sft.Hyper(),
+    ),
+    "sft": (lambda: methods.supervised_method(world(), sft.Config(), OPTIMIZER), sft.Hyper()),
+    "distillation": (
+        lambda: methods.distillation_method(
+            world(),
+            distillation.Config(),
+            OPTIMIZER,
+            teacher=(world().model, start(7).params),
+            writer="student",
+        ),
+        distillation.Hyper(),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_traceable_from_end_to_end(name):
+    """What a run needs and returns, by shapes alone."""
+    make, hyper = METHODS[name]
+    train = make_train(world(), make(), steps=STEPS)
+    agent, history = jax.eval_shape(train, start(0), jax.tree.map(jnp.float32, hyper))
+    assert {"score", "sampled_score", "kl", "length", "generated"} <= history.keys()
+    assert history["train_tokens"].shape == (STEPS,)
+    policy = make().policy(agent)
+    assert jax.tree.structure(policy) == jax.tree.structure(start(0).params)
+
+
+def test_a_run_among_others_is_the_run_alone():
+    train = make_train(world(), grpo(), steps=STEPS)
+    hyper = group.Hyper(learning_rate=jnp.float32(3e-3))
+    starts = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(start(seed) for seed in range(3)))
+    options = {"compiler_options": compiler_options()}
+    agents, together = jax.jit(jax.vmap(train, (0, None)), **options)(starts, hyper)
+    alone = jax.jit(train, **options)
+    assert np.all(np.abs(together["kl"]) > 1e-4)  # all have moved
+    for seed in range(3):
+        agent, history = alone(start(seed), hyper)
+        for name, values in history.items():
+            np.testing.assert_allclose(together[name][seed], values, rtol=1e-5, atol=1e-5, err_msg=name)
+        for a, b in zip(
+            jax.tree.leaves(agent.learner.params),
+            jax.tree.leaves(agents.learner.params),
+            strict=True,
+        ):
+            np.testing.assert_allclose(b[seed], a, atol=1e-5)
+    assert alone._cache_size() == 1
+    assert len(np.unique(np.asarray(together["length"]).round(6))) > 1  # seeds are not copies

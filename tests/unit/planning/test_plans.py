@@ -1,0 +1,162 @@
+"""Plans: bytes that are known, what the compiler says, verdicts, and sentences for mistakes."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from rlhf_jax import distributed, models
+from rlhf_jax.core.axes import GATHERED_SAMPLING, axis_rules
+from rlhf_jax.distributed.accelerator_specs import chip_of
+from rlhf_jax.planning import compiled
+from rlhf_jax.planning.analytic import plan_by_formula
+
+CONFIG = models.dense_config(
+    vocab_size=64, width=16, num_layers=2, num_heads=4, hidden_dim=32, scan_layers=True, remat="full"
+)
+PARAMS = 64 * 16 + 2 * (4 * 16 * 16 + 3 * 16 * 32 + 2 * 16) + 16
+SPLIT = PARAMS - 5 * 16  # norms are whole on every device
+
+
+def tool(name):
+    path = Path(__file__).parents[3] / "tools" / "tables" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def work(algorithm, **options):
+    options = {"batch": 8, "length": 12, "new_tokens": 4, "group_size": 2, **options}
+    return compiled.Workload(algorithm, CONFIG, **options)
+
+
+def test_what_is_resident_on_each_device():
+    resident, found = compiled.build(work("ppo"), distributed.abstract_mesh("fsdp=4"))
+    decoder = 4 * (SPLIT / 4 + 5 * 16)
+    head = 4 * (16 + 1)
+    assert resident["parameters"] == 2 * decoder + head
+    assert resident["reference"] == decoder
+    assert resident["reward model"] == decoder + head
+    # Two moments, and the counters of optax.
+    assert 0 <= resident["optimizer"] - 2 * resident["parameters"] <= 16
+    assert list(found) == ["update", "generation", "reward"]
+    assert list(compiled.build(work("sft"), distributed.abstract_mesh("fsdp=4"))[1]) == ["update"]
+
+
+def test_the_cache_of_keys_and_values():
+    whole = 2 * 2 * 8 * 12 * 16 * 4
+    books = 2 * 8 * 12 * 4 + 4  # segments, positions, the length
+    assert compiled.cache_bytes(work("grpo"), distributed.abstract_mesh("fsdp=4")) == pytest.approx(
+        (whole + books) / 4
+    )
+    assert compiled.cache_bytes(work("grpo"), distributed.abstract_mesh("data=2,tensor=4")) == pytest.approx(
+        (whole + books) / 8
+    )
+    assert compiled.cache_bytes(work("dpo"), distributed.abstract_mesh("fsdp=4")) == 0
+
+
+def test_a_step_compiled_for_the_device_at_hand(tmp_path):
+    plan = compiled.make_plan(work("sft", micro_batches=2), distributed.make_mesh(), tmp_path)
+    update = plan.programs["update"]
+    assert update.argument_bytes == pytest.approx(sum(plan.resident.values()), abs=64)
+    # Forward, again for the backward pass, and twice in it; the output matrix's chunks are made twice.
+    forward = models.forward_flops(CONFIG, rows=8, length=12)
+    assert 3 * forward < update.flops < 5 * forward
+    assert update.temporary_bytes > 4 * PARAMS
+    assert update.traffic_bytes > 2 * 12 * PARAMS
+    assert update.collectives == {}
+    assert "ENTRY" in (tmp_path / "update.hlo.txt").read_text()
+    assert plan.peak_bytes == sum(plan.resident.values()) + update.temporary_bytes + update.output_bytes
+
+
+def test_plans_on_paper():
+    plan = plan_by_formula(work("grpo", batch=16), distributed.abstract_mesh("fsdp=8"))
+    # Gathered forward and backward, scattered, and gathered for two scorings.
+    sent = 5 * 7 / 8 * plan.resident["parameters"] * 8
+    assert plan.programs["update"].sent_bytes == pytest.approx(sent)
+    assert plan.programs["generation"].flops > 0
+    assert plan.peak_bytes > sum(plan.resident.values()) + plan.kv_cache_bytes
+
+
+def test_parameters_gathered_once_on_paper():
+    mesh = distributed.abstract_mesh("fsdp=8")
+    often = plan_by_formula(work("grpo", batch=16), mesh).programs["generation"]
+    with axis_rules(GATHERED_SAMPLING):
+        once = plan_by_formula(work("grpo", batch=16), mesh).programs["generation"]
+    assert once.sent_bytes == pytest.approx(often.sent_bytes / 4)  # of the 4 new tokens
+    assert once.temporary_bytes > often.temporary_bytes
+
+
+REFUSAL = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 22.50G of 15.75G hbm. Exceeded."
+
+
+def test_temporaries_alone_that_find_no_room(monkeypatch):
+    def refuse(self, *_):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
+            "(34.08G) exceeds available HBM (31.25G)."
+        )
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+    plan = compiled.make_plan(work("sft"), distributed.make_mesh())
+    assert plan.peak_bytes == pytest.approx(34.08 * 2**30 + sum(plan.resident.values()))
+
+
+def test_a_program_that_finds_no_room(monkeypatch):
+    def refuse(self, *_):
+        raise jax.errors.JaxRuntimeError(REFUSAL)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+    plan = compiled.make_plan(work("sft"), distributed.make_mesh())
+    assert "Used 22.50G of 15.75G" in plan.too_big
+    small = sum(plan.resident.values())
+    assert plan.peak_bytes == pytest.approx(22.5 * 2**30, abs=2 * small)
+    said = tool("plan").verdict(plan, chip_of("TPU v5 lite"))
+    assert said == "Does not fit: 22.50 GiB of 15.75 GiB on each device, 6.75 GiB too much."
+
+
+def test_verdicts_and_json():
+    command = tool("plan")
+    prediction = compiled.Prediction(10, 2**30, 3 * 2**30, 197e12, 0.0, {"all-gather": (4, 100e9)}, 1.0)
+    plan = compiled.Plan({"parameters": 2.0**30}, {"update": prediction}, 0.0)
+    chip = chip_of("TPU v5 lite")
+    assert command.verdict(plan, chip) == "Fits: 5.00 GiB of 15.75 GiB on each device, 10.75 GiB free."
+    assert command.verdict(plan, None) == "Needs 5.00 GiB on each device, whose memory is not known here."
+    data = json.loads(json.dumps(command.to_json(command.Options(), plan, distributed.make_mesh(), chip)))
+    assert data["predicted"]
+    assert data["fits"]
+    least = data["programs"]["update"]["roofline_seconds"]
+    assert (least["compute"], least["communication"]) == (1.0, 0.5)
+    unknown = dataclasses.replace(prediction, temporary_bytes=math.nan)
+    lost = compiled.Plan({}, {"update": unknown}, 0.0)
+    assert command.to_json(command.Options(), lost, distributed.make_mesh(), chip)["fits"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--model nowhere", "--model nowhere: no such folder, and no preset: give one, or llama-1b"),
+        ("--batch 0", "--batch 0 is not positive"),
+        ("--batch 6 --micro-batches 4", "--batch 6 cannot be computed in 4 equal parts"),
+        ("--algo ppo --length 512", "--new-tokens 512 leaves nothing of --length 512 for the prompt"),
+        ("--algo grpo --batch 12", "--batch 12 is no multiple of --group-size 8"),
+        ("--mesh fsdp=3", "--mesh fsdp=3 needs 3 devices"),
+        ("--chip h100", "--mesh auto has no devices to count here: write axes and sizes"),
+        ("--chip h100 --mesh fsdp=8 --remat none", "a plan by formula is for remat full, and this is none"),
+        ("--chip h100 --topology v5e:8x8", "--chip goes by formula and excludes --topology"),
+        ("--topology v5e-64", "--topology 'v5e-64' is not understood: write a generation and its shape"),
+    ],
+)
+def test_mistakes_are_one_sentence(words, sentence, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["plan.py", *words.split()])
+    with pytest.raises(SystemExit) as ended:
+        tool("plan").main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {sentence}")
