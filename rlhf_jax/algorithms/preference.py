@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,7 @@ class PairLogps:
     preference: Float[Array, "B"] | None = None
 
 
+@runtime_checkable
 class PairLossFn(Protocol):
     """A loss on pairs; `algorithms.preference_members` has the family's."""
 

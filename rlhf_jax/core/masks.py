@@ -1,12 +1,11 @@
 """Sums over the unmasked entries of an array, safe against NaN and infinity in the masked ones."""
 
-import jax
 import jax.numpy as jnp
 
-from rlhf_jax.core.types import Array, Bool, Float
+from rlhf_jax.core.types import Array, Bool, Float, Int, Shaped
 
 
-def clean(values: Float[Array, "..."], mask: Bool[Array, "..."], fill: float = 0.0) -> Float[Array, "..."]:
+def clean(values: Shaped[Array, "..."], mask: Bool[Array, "..."], fill: float = 0.0) -> Shaped[Array, "..."]:
     """Replaces masked entries by `fill`. Apply it *before* `exp`, `log` and products.
 
     A `where` after them would still let NaN through into gradients (0 * NaN = NaN).
@@ -15,8 +14,8 @@ def clean(values: Float[Array, "..."], mask: Bool[Array, "..."], fill: float = 0
 
 
 def masked_sum(
-    values: Float[Array, "..."], mask: Bool[Array, "..."], axis: int | tuple[int, ...] | None = None
-) -> Float[Array, "..."]:
+    values: Shaped[Array, "..."], mask: Bool[Array, "..."], axis: int | tuple[int, ...] | None = None
+) -> Shaped[Array, "..."]:
     """Sum over the unmasked entries."""
     return jnp.sum(clean(values, mask), axis=axis)
 
@@ -30,7 +29,7 @@ def masked_mean(
     return masked_sum(wide, mask, axis) / jnp.maximum(count, 1)
 
 
-def last_unmasked_index(mask: Bool[Array, "B T"]) -> jax.Array:
-    """[B] int: index of the last True of each row; 0 where there is none."""
+def last_unmasked_index(mask: Bool[Array, "*B T"]) -> Int[Array, "*B"]:
+    """Index of the last True of each row; 0 where there is none."""
     time = jnp.arange(mask.shape[-1])
     return jnp.max(jnp.where(mask, time, 0), axis=-1)

@@ -1,7 +1,7 @@
 """Dataclasses as pytrees, and small functions over trees of arrays."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
@@ -12,8 +12,29 @@ T = TypeVar("T")
 
 @dataclass_transform(frozen_default=True, kw_only_default=False)
 def pytree_dataclass(cls: type[T]) -> type[T]:
-    """A frozen dataclass whose fields are all pytree children (use `dataclasses.replace` to change one)."""
-    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+    """A frozen dataclass whose fields are all pytree children (use `dataclasses.replace` to change one).
+
+    JAX builds trees of anything (None, shardings, names of axes), not only of what the fields are annotated
+    with; so unflattening sets the fields without calling `__init__`, and whoever checks the types of its
+    arguments sees only what people construct.
+    """
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    names = tuple(field.name for field in dataclasses.fields(cls))  # pyright: ignore[reportArgumentType]
+    keys = tuple(jax.tree_util.GetAttrKey(name) for name in names)
+
+    def flatten(node: T) -> tuple[tuple[Any, ...], None]:
+        return tuple(getattr(node, name) for name in names), None
+
+    def flatten_with_keys(node: T) -> tuple[tuple[tuple[Any, Any], ...], None]:
+        return tuple((key, getattr(node, name)) for key, name in zip(keys, names, strict=True)), None
+
+    def unflatten(_: None, children: Iterable[Any]) -> T:
+        node = object.__new__(cls)
+        node.__dict__.update(zip(names, children, strict=True))
+        return node
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    return cls
 
 
 def tree_where(condition: jax.Array, if_true: T, if_false: T) -> T:

@@ -8,15 +8,23 @@ is scored.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+import numpy as np
+from jaxtyping import Bool, Float, Int, Key, PRNGKeyArray, Shaped, UInt32
 
 from rlhf_jax.core.trees import pytree_dataclass
 
-Scalar: TypeAlias = float | int | Float[Array, ""]
-Metrics: TypeAlias = dict[str, jax.Array]
+# NumPy's arrays serve wherever JAX's do: batches still on the host, what was fetched, a user's own. Static
+# checkers see JAX's alone, which have more (`.at`), so that host code says where it hands NumPy's on.
+if TYPE_CHECKING:
+    from jaxtyping import Array
+else:
+    Array = jax.Array | np.ndarray
+
+Scalar: TypeAlias = float | int | Float[Array, ""] | Int[Array, ""]
+Metrics: TypeAlias = dict[str, Array]
 Params: TypeAlias = Any
 
 __all__ = [
@@ -24,6 +32,7 @@ __all__ = [
     "Bool",
     "Float",
     "Int",
+    "Key",
     "Metrics",
     "PRNGKeyArray",
     "Params",
@@ -33,7 +42,9 @@ __all__ = [
     "Score",
     "ScoreFn",
     "Sequences",
+    "Shaped",
     "ToolFn",
+    "UInt32",
 ]
 
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import numpy as np
@@ -15,6 +15,7 @@ _log = logging.getLogger(__name__)
 TooLong: TypeAlias = Literal["error", "drop"]
 
 
+@runtime_checkable
 class Sample(Protocol):
     """What a row is made of: token ids and a mask of equal length, and where the sample came from."""
 

@@ -8,7 +8,7 @@ goes on (HellaSwag). Shots are worked examples before the question; none is ever
 import dataclasses
 import string
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.data.sources import Row
@@ -55,6 +55,7 @@ class Problem:
     where: str
 
 
+@runtime_checkable
 class Item(Protocol):
     """What shots are chosen by."""
 

@@ -92,7 +92,7 @@ def vote_accuracy(
     allowed = jnp.ones(answers.shape, bool) if mask is None else mask
     cast = clean(jnp.ones(answers.shape) if weights is None else weights, allowed)
 
-    def one_order(row: tuple[Array, ...], key: PRNGKeyArray) -> Float[Array, "N"]:
+    def one_order(row: tuple[Array, ...], key: PRNGKeyArray) -> Bool[Array, "N"]:
         order = jax.random.permutation(key, total)
         answer, right, vote, counts = (x[order] for x in row)
         agree = (answer[:, None] == answer[None]) & counts[:, None] & counts[None]

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlhf_jax.core.types import PRNGKeyArray
+from rlhf_jax.core.types import Array, Key
 from rlhf_jax.data.chat import encode_prompt
 from rlhf_jax.data.examples import Messages, PromptExample, prompt_messages
 from rlhf_jax.data.sources import Row
@@ -96,7 +96,7 @@ def make_review_fn(
         )
 
     def say(
-        conversations: Sequence[Messages], keys: PRNGKeyArray, sampling: Sampling
+        conversations: Sequence[Messages], keys: Key[Array, "B"], sampling: Sampling
     ) -> tuple[list[str], np.ndarray]:
         ids = [np.array(encode_prompt(model.tokenizer, messages), np.int32) for messages in conversations]
         examples = [PromptExample(row, "", {}, "") for row in ids]
@@ -109,7 +109,7 @@ def make_review_fn(
         asked = [prompt_messages(Row(prompt.fields, prompt.where)) for prompt in prompts]
         keys = row_keys(key, len(prompts), first=number)
 
-        def turn_keys(turn: int) -> PRNGKeyArray:
+        def turn_keys(turn: int) -> Key[Array, "B"]:
             return jax.vmap(lambda one: jax.random.fold_in(one, turn))(keys)
 
         answers, finished = say(asked, turn_keys(0), sampling)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.core.trees import pytree_dataclass
-from rlhf_jax.core.types import Array, Bool, Float, Int, Params, PRNGKeyArray, Rollout
+from rlhf_jax.core.types import Array, Bool, Float, Int, Key, Params, PRNGKeyArray, Rollout
 from rlhf_jax.generation.caches import put_rows, row_axes
 from rlhf_jax.generation.loop import Generation, assemble, run_loop, sample_step, start
 from rlhf_jax.generation.processors import Context
@@ -41,7 +41,7 @@ def generate_continuously(
     params: Params,
     prompts: Int[Array, "N P"],
     prompt_mask: Bool[Array, "N P"],
-    key: PRNGKeyArray,
+    key: PRNGKeyArray | Key[Array, "N"],
     *,
     slots: int,
     max_new_tokens: int,

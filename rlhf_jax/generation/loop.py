@@ -14,7 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.core.trees import pytree_dataclass
-from rlhf_jax.core.types import Array, Bool, Float, Int, Params, PRNGKeyArray, Rollout, Sequences, ToolFn
+from rlhf_jax.core.types import (
+    Array,
+    Bool,
+    Float,
+    Int,
+    Key,
+    Params,
+    PRNGKeyArray,
+    Rollout,
+    Sequences,
+    ToolFn,
+    UInt32,
+)
 from rlhf_jax.generation.automata import next_state
 from rlhf_jax.generation.caches import row_axes, take_rows
 from rlhf_jax.generation.processors import Context
@@ -46,7 +58,7 @@ class Generation:
     """Rows on their way.
 
     Attributes:
-      keys: one a row.
+      keys: one a row; their words where rows are written in place (`generation.continuous`).
       context: what each row has read and written.
       logp: see `Rollout`; of generated tokens only.
       filtered_logp: the same.
@@ -56,7 +68,7 @@ class Generation:
       tool: the tool's turn, where there is a tool.
     """
 
-    keys: PRNGKeyArray
+    keys: Key[Array, "B"] | UInt32[Array, "B W"]
     context: Context
     logp: Float[Array, "B T"]
     filtered_logp: Float[Array, "B T"]
@@ -132,9 +144,9 @@ def append_token(
 def start(
     prefill: Callable,
     params: Params,
-    prompts: Int[Array, "B P"],
-    prompt_mask: Bool[Array, "B P"],
-    keys: PRNGKeyArray,
+    prompts: Int[Array, "N P"],
+    prompt_mask: Bool[Array, "N P"],
+    keys: Key[Array, "B"],
     sampling: Sampling,
     *,
     max_new_tokens: int,
@@ -144,7 +156,7 @@ def start(
 ) -> Generation:
     """Reads the prompts, each once, and repeats what they left for every answer to them."""
 
-    def read(tokens: Int[Array, "N P"], mask: Bool[Array, "N P"]):
+    def read(tokens: Int[Array, "R P"], mask: Bool[Array, "R P"]):
         return prefill(params, tokens, *prompt_inputs(mask), tokens.shape[1] + max_new_tokens)
 
     prompts, prompt_mask = jnp.asarray(prompts), jnp.asarray(prompt_mask)
@@ -214,7 +226,7 @@ def generate(
     params: Params,
     prompts: Int[Array, "N P"],
     prompt_mask: Bool[Array, "N P"],
-    key: PRNGKeyArray,
+    key: PRNGKeyArray | Key[Array, "B"],
     *,
     max_new_tokens: int,
     eos_id: int,
@@ -292,7 +304,7 @@ def make_stream(
         params: Params,
         prompts: Int[Array, "B P"],
         prompt_mask: Bool[Array, "B P"],
-        key: PRNGKeyArray,
+        key: PRNGKeyArray | Key[Array, "B"],
         sampling: Sampling = Sampling(),
     ) -> Iterator[Rollout]:
         keys = row_keys(key, prompts.shape[0]) if key.ndim == 0 else key

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.core.trees import pytree_dataclass
-from rlhf_jax.core.types import Array, Float, Int, PRNGKeyArray, Scalar
+from rlhf_jax.core.types import Array, Float, Int, Key, PRNGKeyArray, Scalar
 from rlhf_jax.generation import processors
 from rlhf_jax.generation.automata import Automaton, allowed_tokens
 from rlhf_jax.generation.processors import Context
@@ -106,7 +106,7 @@ def target_logp(processed: Float[Array, "*B V"], sampling: Sampling) -> Float[Ar
 
 
 def sample_token(
-    keys: PRNGKeyArray, logits: Float[Array, "B V"], processed: Float[Array, "B V"], sampling: Sampling
+    keys: Key[Array, "B"], logits: Float[Array, "B V"], processed: Float[Array, "B V"], sampling: Sampling
 ) -> tuple[Int[Array, "B"], Float[Array, "B"], Float[Array, "B"]]:
     """Draws one token a row.
 
@@ -127,11 +127,11 @@ def sample_token(
     return token, logp[rows, token], filtered[rows, token]
 
 
-def row_keys(key: PRNGKeyArray, rows: int, *, first: int = 0) -> PRNGKeyArray:
+def row_keys(key: PRNGKeyArray, rows: int, *, first: int = 0) -> Key[Array, "B"]:
     """A key for each row, by its number, so that what a row draws does not depend on its neighbours."""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(first, first + rows))
 
 
-def step_keys(keys: PRNGKeyArray, length: Int[Array, "B"]) -> PRNGKeyArray:
+def step_keys(keys: Key[Array, "B"], length: Int[Array, "B"]) -> Key[Array, "B"]:
     """The keys with which rows draw their next token after `length` of them."""
     return jax.vmap(jax.random.fold_in)(keys, length)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.core.trees import pytree_dataclass
-from rlhf_jax.core.types import Array, Bool, Float, Int, Params, PRNGKeyArray, Rollout
+from rlhf_jax.core.types import Array, Bool, Float, Int, Key, Params, PRNGKeyArray, Rollout
 from rlhf_jax.generation.loop import Generation, append_token, assemble, run_loop, start
 from rlhf_jax.generation.processors import Context
 from rlhf_jax.generation.sampling import (
@@ -76,7 +76,7 @@ def generate_speculatively(
     params: Params,
     prompts: Int[Array, "B P"],
     prompt_mask: Bool[Array, "B P"],
-    key: PRNGKeyArray,
+    key: PRNGKeyArray | Key[Array, "B"],
     *,
     drafter: Drafter,
     max_new_tokens: int,
@@ -214,7 +214,7 @@ def _check(
     return rows, accepted
 
 
-def _fold(keys: PRNGKeyArray, number: int) -> PRNGKeyArray:
+def _fold(keys: Key[Array, "B"], number: int) -> Key[Array, "B"]:
     return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
 
 
@@ -234,7 +234,7 @@ def model_drafter(prefill: Callable, extend: Callable, params: Params, *, count:
         rows = start(prefill, params, prompts, prompt_mask, keys, Sampling(), max_new_tokens=room, pad_id=0)
         return rows.cache
 
-    def propose(cache: Any, context: Context, keys: PRNGKeyArray, sampling: Sampling):
+    def propose(cache: Any, context: Context, keys: Key[Array, "B"], sampling: Sampling):
         # The token before the last may not have been read: the last check can have kept every guess.
         read = jnp.stack([last_token(context, back=1), last_token(context)], axis=1)
         column = context.prompt.shape[1] + context.length - 2
@@ -266,7 +266,7 @@ def prompt_drafter(*, count: int, longest: int = 3) -> Drafter:
         of them is taken, and of equals the last.
     """
 
-    def propose(state: None, context: Context, _: PRNGKeyArray, __: Sampling):
+    def propose(state: None, context: Context, _: Key[Array, "B"], __: Sampling):
         return _followers(context, count, longest), None, state
 
     return Drafter(count, lambda *_: None, propose)
@@ -326,7 +326,7 @@ def lookahead_drafter(*, count: int, slots: int = 512) -> Drafter:
             jnp.zeros((batch, slots, count), prompts.dtype),
         )
 
-    def propose(pool: _Pool, context: Context, _: PRNGKeyArray, __: Sampling):
+    def propose(pool: _Pool, context: Context, _: Key[Array, "B"], __: Sampling):
         token = last_token(context)
         rows = jnp.arange(token.shape[0])
         known = pool.keys[rows, token % slots] == token

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rlhf_jax.core.masks import clean, last_unmasked_index
-from rlhf_jax.core.types import Array, Bool, Float, Scalar
+from rlhf_jax.core.types import Array, Bool, Float, Int, Scalar
 from rlhf_jax.kernels.recurrence import following_unmasked, next_unmasked
 
 
@@ -123,7 +123,7 @@ def n_step_returns(
         mask, bootstrap_value, rewards, values, discounts
     )
 
-    def backup(_: int, returns: Float[Array, "B T"]) -> Float[Array, "B T"]:
+    def backup(_: Int[Array, ""], returns: Float[Array, "B T"]) -> Float[Array, "B T"]:
         return rewards + discounts * next_unmasked(returns, bootstrap_value, mask)
 
     return lax.fori_loop(0, n, backup, values)

@@ -38,15 +38,17 @@ def whiten(
 class Moments:
     """Count, mean and sum of squared deviations of all values seen; merges exactly.
 
+    Of one quantity, or of an array of them [*S], each with its own.
+
     Attributes:
       count: how many values.
       mean: their mean, 0 when there are none.
       squares: sum of (x - mean)^2.
     """
 
-    count: Float[Array, ""]
-    mean: Float[Array, ""]
-    squares: Float[Array, ""]
+    count: Float[Array, "*S"]
+    mean: Float[Array, "*S"]
+    squares: Float[Array, "*S"]
 
 
 def init_moments() -> Moments:
@@ -75,7 +77,7 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
     )
 
 
-def moments_variance(moments: Moments) -> Float[Array, ""]:
+def moments_variance(moments: Moments) -> Float[Array, "*S"]:
     """Population variance; 1 before anything was seen, so that dividing by it does nothing."""
     return jnp.where(moments.count > 0, moments.squares / jnp.maximum(moments.count, 1), 1.0)
 

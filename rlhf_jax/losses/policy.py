@@ -14,7 +14,7 @@ those of the batch. All losses report
                     `clip_fraction_low`, `clip_fraction_high`, its two sides (losses with bounds)
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jax import lax
@@ -30,6 +30,7 @@ length_weighted: Reduction = constant_length(1)
 """Mean over rows of each row's token *sum* (LUSPO, arXiv 2602.05261): GSPO with rows weighted by length."""
 
 
+@runtime_checkable
 class SurrogateFn(Protocol):
     """A surrogate objective; see `policy_surrogates`."""
 
@@ -48,6 +49,7 @@ class SurrogateFn(Protocol):
         ...
 
 
+@runtime_checkable
 class KLFn(Protocol):
     """An estimate of KL(pi || ref) at each token."""
 

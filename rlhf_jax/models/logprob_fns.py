@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.core.masks import last_unmasked_index
 from rlhf_jax.core.trees import merge
-from rlhf_jax.core.types import Array, Bool, Float, Int, Params, Scalar, Score, ScoreFn, Sequences
+from rlhf_jax.core.types import Array, Bool, Float, Int, Params, Scalar, Score, ScoreFn, Sequences, Shaped
 from rlhf_jax.kernels.logprobs import token_logprobs
 from rlhf_jax.models import decoder as decoders
 from rlhf_jax.models.config import ModelConfig
@@ -27,7 +27,7 @@ def _hidden(config: ModelConfig, params: Params, sequences: Sequences) -> Float[
     )
 
 
-def _delay(values: Float[Array, "B T"]) -> Float[Array, "B T"]:
+def _delay(values: Shaped[Array, "B T"]) -> Shaped[Array, "B T"]:
     """Moves column t-1 to column t; column 0 has no state before it and gets 0."""
     return jnp.pad(values[:, :-1], ((0, 0), (1, 0)))
 

@@ -165,15 +165,27 @@ def _rows(mesh: Mesh | AbstractMesh, rows: int, *columns: int, dtype: Any) -> An
     return jax.ShapeDtypeStruct((rows, *columns), dtype, sharding=batch_sharding(mesh, rows))
 
 
-def _sequences(mesh: Mesh | AbstractMesh, rows: int, length: int) -> Sequences:
-    return Sequences(
-        *(_rows(mesh, rows, length, dtype=dtype) for dtype in (jnp.int32, jnp.int32, jnp.int32, jnp.bool_))
-    )
+def _blank_sequences(rows: int, length: int) -> Sequences:
+    ints = jnp.zeros((rows, length), jnp.int32)
+    return Sequences(ints, ints, ints, jnp.zeros((rows, length), jnp.bool_))
 
 
-def _rollout(mesh: Mesh | AbstractMesh, rows: int, length: int) -> Rollout:
-    logp = _rows(mesh, rows, length, dtype=jnp.float32)
-    return Rollout(_sequences(mesh, rows, length), logp, _rows(mesh, rows, dtype=jnp.bool_), logp)
+def _blank_rollout(rows: int, length: int) -> Rollout:
+    logp = jnp.zeros((rows, length), jnp.float32)
+    return Rollout(_blank_sequences(rows, length), logp, jnp.zeros(rows, jnp.bool_), logp)
+
+
+def _shapes_of_rows(mesh: Mesh | AbstractMesh, make: Callable[[], Any]) -> Any:
+    """Shapes of what `make` makes, which has one entry a row, and where they live."""
+    return jax.tree.map(lambda x: _rows(mesh, *x.shape, dtype=x.dtype), jax.eval_shape(make))
+
+
+def _sequences(mesh: Mesh | AbstractMesh, rows: int, length: int) -> Any:
+    return _shapes_of_rows(mesh, functools.partial(_blank_sequences, rows, length))
+
+
+def _rollout(mesh: Mesh | AbstractMesh, rows: int, length: int) -> Any:
+    return _shapes_of_rows(mesh, functools.partial(_blank_rollout, rows, length))
 
 
 def _original(learner: Learner, original: Params) -> Params:

@@ -9,7 +9,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from rlhf_jax.models import ModelConfig, hf
 from rlhf_jax.rollout.sampler import GenerateFn
 
 
+@runtime_checkable
 class RolloutEngine(Protocol):
     """Answers prompts with the parameters that it was given last."""
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from rlhf_jax import models
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.types import Array, Bool, Int, Params, PRNGKeyArray, Rollout, Sequences
+from rlhf_jax.core.types import Array, Bool, Int, Key, Params, PRNGKeyArray, Rollout, Sequences
 from rlhf_jax.data.chat import encode_conversation, encode_prompt
 from rlhf_jax.data.examples import PromptExample
 from rlhf_jax.data.packing import left_pad
@@ -26,7 +26,7 @@ from rlhf_jax.rollout.sampler import GenerateFn
 from rlhf_jax.tool_use import Tool, answer_calls
 
 SampleFn = Callable[
-    [Params, Int[np.ndarray, "B P"], Bool[np.ndarray, "B P"], PRNGKeyArray, Sampling], Rollout
+    [Params, Int[np.ndarray, "B P"], Bool[np.ndarray, "B P"], Key[Array, "B"], Sampling], Rollout
 ]
 
 _BUCKET = 32
@@ -68,7 +68,7 @@ def make_sample_fn(config: models.ModelConfig, tokenizer: Tokenizer, *, max_new_
         params: Params,
         tokens: Int[np.ndarray, "B P"],
         mask: Bool[np.ndarray, "B P"],
-        key: PRNGKeyArray,
+        key: Key[Array, "B"],
         sampling: Sampling,
     ) -> Rollout:
         return compiled(params, tokens, mask, key, sampling=sampling)
@@ -114,7 +114,7 @@ def make_multi_turn_fn(
         )
     between_turns = make_tool_turn_fn(tokenizer)
 
-    def take_turn(params: Params, rows: list[_Row], keys: PRNGKeyArray, sampling: Sampling) -> None:
+    def take_turn(params: Params, rows: list[_Row], keys: Key[Array, "B"], sampling: Sampling) -> None:
         """One turn more of the rows that go on; the last of them fills the batch up to its size."""
         numbers = [number for number, row in enumerate(rows) if not row.done]
         filled = numbers + numbers[-1:] * (len(rows) - len(numbers))
@@ -145,7 +145,11 @@ def make_multi_turn_fn(
             row.append(ids)
 
     def run(
-        params: Params, prompts: Sequence[PromptExample], key: PRNGKeyArray, sampling: Sampling = sampling, /
+        params: Params,
+        prompts: Sequence[PromptExample],
+        key: PRNGKeyArray | Key[Array, "B"],
+        sampling: Sampling = sampling,
+        /,
     ) -> Rollout:
         rows = [_Row(np.asarray(prompt.ids).tolist(), len(prompt.ids)) for prompt in prompts]
         keys = row_keys(key, len(rows)) if key.ndim == 0 else key

@@ -5,7 +5,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import numpy as np
 from rlhf_jax import distributed, models
 from rlhf_jax.core.axes import constrain
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.types import Params, PRNGKeyArray, Rollout
+from rlhf_jax.core.types import Array, Key, Params, PRNGKeyArray, Rollout
 from rlhf_jax.data.examples import PromptExample
 from rlhf_jax.data.packing import left_pad
 from rlhf_jax.data.tokenizers import Tokenizer
@@ -27,6 +27,7 @@ TermFn = Callable[[Rollout, Sequence[PromptExample], Sequence[str], np.ndarray],
 """(rollout, prompts, completions, rows) -> the scores of these rows."""
 
 
+@runtime_checkable
 class GenerateFn(Protocol):
     """Completions of prompts; see `make_generate_fn`."""
 
@@ -34,7 +35,7 @@ class GenerateFn(Protocol):
         self,
         params: Params,
         prompts: Sequence[PromptExample],
-        key: PRNGKeyArray,
+        key: PRNGKeyArray | Key[Array, "B"],
         sampling: Sampling = ...,
         /,
     ) -> Rollout:
@@ -80,7 +81,11 @@ def make_generate_fn(
         return jax.jit(make_completion_fn(config, **options))
 
     def run(
-        params: Params, prompts: Sequence[PromptExample], key: PRNGKeyArray, sampling: Sampling = sampling, /
+        params: Params,
+        prompts: Sequence[PromptExample],
+        key: PRNGKeyArray | Key[Array, "B"],
+        sampling: Sampling = sampling,
+        /,
     ) -> Rollout:
         if any(prompt is not prompts[row - row % group_size] for row, prompt in enumerate(prompts)):
             raise ValueError(f"prompts do not come in groups of {group_size} equal ones")

@@ -33,7 +33,7 @@ class Candidates:
 
     states: Any
     logp: Float[Array, "*N K"]
-    count: Float[Array, "*N K"]
+    count: Int[Array, "*N K"] | Float[Array, "*N K"]
     mask: Bool[Array, "*N K"]
     cost: Float[Array, "*N"]
 

@@ -19,7 +19,7 @@ def product(base: H, **axes: Sequence[float]) -> H:
     """Every combination of the values given; the last axis varies fastest.
 
     Args:
-      base: a dataclass of scalars, or of trees of them; fields that are not named keep its value.
+      base: a pytree dataclass of scalars, or of trees of them; fields that are not named keep its value.
       axes: values of each field.
 
     Raises:
@@ -65,13 +65,15 @@ def _stack(base: Any, columns: dict[str, Any], *, count: int) -> Any:
             raise UserError(f"{type(base).__name__} has no field {name!r}: choose among {', '.join(fields)}")
         if len(values) == 0:
             raise UserError(f"{name}: no values to sweep over: give at least one")
+        if not jax.tree.leaves(getattr(base, name)):
+            raise UserError(f"{type(base).__name__}.{name} is None: give the base a number to sweep over it")
 
-    def column(name: str) -> Any:
-        held = jax.tree.map(jnp.asarray, getattr(base, name))  # a scalar, or a tree of them
+    def column(path: tuple[Any, ...], held: Any) -> Array:
+        name, held = path[0].name, jnp.asarray(held)
         if name not in columns:
-            return jax.tree.map(lambda value: jnp.broadcast_to(value, (count, *value.shape)), held)
+            return jnp.broadcast_to(held, (count, *held.shape))
         values = jnp.asarray(columns[name])
         # A whole number among the values of a float field must not make integers of them all.
         return values.astype(held.dtype) if jnp.issubdtype(held.dtype, jnp.floating) else values
 
-    return dataclasses.replace(base, **{name: column(name) for name in fields})
+    return jax.tree_util.tree_map_with_path(column, base)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from rlhf_jax.core.axes import constrain
-from rlhf_jax.core.types import Array, Float, Int
+from rlhf_jax.core.types import Array, Float, Int, Shaped
 from rlhf_jax.models.attention.backends import Context, attend, plain_attention
 from rlhf_jax.models.config import Attention, AttentionBackend, LatentAttention
 from rlhf_jax.models.layers import Linear, Scale, norm_layer
@@ -20,8 +20,8 @@ LayerCache = tuple[Array, ...]
 
 
 def write_columns(
-    old: Float[Array, "B S ..."], new: Float[Array, "B T ..."], start: Int[Array, "*B"]
-) -> Float[Array, "B S ..."]:
+    old: Shaped[Array, "B S ..."], new: Shaped[Array, "B T ..."], start: Int[Array, "*B"]
+) -> Shaped[Array, "B S ..."]:
     """`old` with `new` written from column `start` on; of all rows, or of each."""
     new = new.astype(old.dtype)
     if start.ndim == 0:

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,7 @@ FAMILIES = (
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
+@runtime_checkable
 class SavesItself(Protocol):
     """A tokenizer, as far as `save` knows one."""
 

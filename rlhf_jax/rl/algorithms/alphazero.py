@@ -246,8 +246,8 @@ def self_play(
         step, positions, jax.random.split(key, config.plies)
     )
     outcome, ended = outcomes(reward, over)
-    moves = Batch(obs, legal, policy, outcome, ended)
-    return positions, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), moves)
+    moves = (obs, legal, policy, outcome, ended)
+    return positions, Batch(*(x.reshape(-1, *x.shape[2:]) for x in moves))
 
 
 def new_games(config: Config, game: Game, key: PRNGKeyArray) -> Position:

@@ -19,7 +19,7 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.minibatches import scan_minibatches
 from rlhf_jax.core.train_state import Learner, OptimizerConfig, apply_gradients, init_learner, make_optimizer
 from rlhf_jax.core.trees import pytree_dataclass
-from rlhf_jax.core.types import Array, Float, Metrics, Params, PRNGKeyArray, Scalar
+from rlhf_jax.core.types import Array, Float, Int, Metrics, Params, PRNGKeyArray, Scalar
 from rlhf_jax.kernels.whitening import whiten
 from rlhf_jax.losses.value import squared_value_loss
 from rlhf_jax.rl.envs.environments import Environment
@@ -119,7 +119,7 @@ def conjugate_gradients(product_fn: Callable[[Vector], Vector], target: Vector, 
       iterations: at most; once the residual has vanished, the rest change nothing.
     """
 
-    def step(_: int, carry: tuple[Vector, Vector, Vector]) -> tuple[Vector, Vector, Vector]:
+    def step(_: Int[Array, ""], carry: tuple[Vector, Vector, Vector]) -> tuple[Vector, Vector, Vector]:
         solution, residual, direction = carry
         product, size = product_fn(direction), residual @ residual
         # Relative to the target: below this the quotients are rounding errors of one another.

@@ -1,6 +1,6 @@
 """What a game is to players, matches and AlphaZero: pure functions of one position; `vmap` gives many."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Bool, Float, Int
@@ -8,7 +8,7 @@ from rlhf_jax.core.types import Array, Bool, Float, Int
 
 @pytree_dataclass
 class Position:
-    """A position, and whether the game is over.
+    """A position, or an array of them [*B], and whether the game is over.
 
     Attributes:
       board: where everything stands, as the game has it.
@@ -18,11 +18,12 @@ class Position:
     """
 
     board: Any
-    player: Int[Array, ""]
-    winner: Int[Array, ""]
-    terminated: Bool[Array, ""]
+    player: Int[Array, "*B"]
+    winner: Int[Array, "*B"]
+    terminated: Bool[Array, "*B"]
 
 
+@runtime_checkable
 class Game(Protocol):
     """A game of two players, 1, who begins, and -1, who move in turn, with full information and no chance."""
 

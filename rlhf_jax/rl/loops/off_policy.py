@@ -160,7 +160,7 @@ def make_run(
             key=key,
         )
 
-        def warm_up(_: int, state: RunState) -> RunState:
+        def warm_up(_: Int[Array, ""], state: RunState) -> RunState:
             return _collect(config, env, env_params, algorithm.noise_fn, algorithm.explore_fn, state, hyper)
 
         return jax.lax.fori_loop(0, config.warm_ups, warm_up, state)
@@ -173,7 +173,7 @@ def make_run(
         shapes = jax.eval_shape(train, state, hyper)[1]
         blank = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
-        def one(_: int, carry: tuple[RunState, Metrics]) -> tuple[RunState, Metrics]:
+        def one(_: Int[Array, ""], carry: tuple[RunState, Metrics]) -> tuple[RunState, Metrics]:
             state, metrics = train(carry[0], hyper)
             return state, jax.tree.map(_sum_or_last, carry[1], metrics)
 

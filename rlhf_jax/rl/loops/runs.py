@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
@@ -11,6 +11,7 @@ from rlhf_jax.core.types import Array, Bool, Metrics, PRNGKeyArray
 Train = Callable[[PRNGKeyArray, Any], tuple[Any, Metrics]]
 
 
+@runtime_checkable
 class ActFn(Protocol):
     """How a trained agent acts in [B] environments."""
 

@@ -181,7 +181,7 @@ def make_train(
         def report(state: State, _: None) -> tuple[State, Metrics]:
             zeros = no_sums(step, state, hyper)
 
-            def one(_: int, carry: tuple[State, Metrics]) -> tuple[State, Metrics]:
+            def one(_: Int[Array, ""], carry: tuple[State, Metrics]) -> tuple[State, Metrics]:
                 state, sums = step(carry[0], hyper)
                 return state, tree_add(carry[1], sums)
 
@@ -229,7 +229,7 @@ def learn_from_log(
     place = (log.states, log.actions)
     counts = jnp.zeros(action_values.shape).at[place].add(1)
 
-    def sweep(_: int, q: Float[Array, "S A"]) -> Float[Array, "S A"]:
+    def sweep(_: Int[Array, ""], q: Float[Array, "S A"]) -> Float[Array, "S A"]:
         following = jnp.where(log.terminated, 0, jnp.max(q[log.next_states], axis=-1))
         errors = log.rewards + gamma * following - q[place]
         total = jnp.zeros_like(q).at[place].add(errors)

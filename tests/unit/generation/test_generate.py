@@ -1,5 +1,6 @@
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -138,3 +139,30 @@ def test_temperature_and_top_p_do_not_recompile():
     for temperature in (0.5, 0.9):
         _generate(params, prompts, mask, jax.random.key(0), Sampling(temperature=jnp.float32(temperature)))
     assert _generate._cache_size() == 1
+
+
+def test_scalars_of_all_sampling_rules_do_not_trace_anew(toy):
+    @jit
+    @chex.assert_max_traces(n=1)
+    def run(sampling, key):
+        prompts = jnp.full((4, 2), 2)
+        fns = toy.prefill, toy.decode, toy.table
+        return generate(
+            *fns, prompts, prompts > 0, key, max_new_tokens=6, eos_id=EOS, pad_id=PAD, sampling=sampling
+        )
+
+    drawn = []
+    for number, temperature in enumerate((0.0, 0.7, 1.0)):
+        sampling = Sampling(
+            temperature=temperature,
+            top_k=5 - number,
+            top_p=0.8 + 0.1 * number,
+            min_p=0.01 * number,
+            typical_p=0.9 + 0.05 * number,
+            repetition_penalty=1.0 + 0.2 * number,
+            frequency_penalty=0.1 * number,
+            presence_penalty=0.2 * number,
+            min_new_tokens=number,
+        )
+        drawn.append(run(sampling, jax.random.key(number)).sequences.tokens)
+    assert not jnp.array_equal(drawn[0], drawn[2])  # so the scalars did reach the program
