@@ -2,7 +2,7 @@
 
 soft labels                 sequences of data,            `forward_kl_loss`
 sequence level              what the teacher wrote,       `sft` on it (Kim and Rush 2016)
-on policy (GKD)             what the student wrote,       `generalised_js_loss` or `reverse_kl_loss`
+on policy (GKD)             what the student wrote,       `generalized_js_loss` or `reverse_kl_loss`
 on policy, sampled tokens   what the student wrote,       `sampled_reverse_kl_loss` on [B, T] log-probs
 """
 

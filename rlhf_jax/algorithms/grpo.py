@@ -1,7 +1,7 @@
-"""GRPO and its family: policy gradients whose baseline is the other answers to the same prompt.
+"""Group-relative policy optimization (GRPO) and its family: the baseline is the other answers to the prompt.
 
-The members differ in small functions (advantage scale, ratio, surrogate, KL, reduction), all of them fields
-of `Config`; Shao et al. 2024 (GRPO) are the defaults.
+The variants (`algorithms.group_members`) differ in small functions (advantage scale, ratio, surrogate, KL,
+reduction), all of them fields of `Config`; Shao et al. 2024 (GRPO) are the defaults.
 """
 
 import dataclasses
@@ -37,8 +37,10 @@ from rlhf_jax.losses.reductions import Reduction, sequence_mean
 
 
 @pytree_dataclass
-class Groups:
-    """What an advantage may look at: N prompts with G answers each, in rows B = N x G.
+class GroupStats:
+    """Rewards and lengths of groups, from which advantages are computed.
+
+    N prompts have G answers each, in rows B = N x G.
 
     Attributes:
       rewards: one for each answer.
@@ -55,16 +57,16 @@ class Groups:
     greedy_rewards: Float[Array, " N"] | None
 
 
-AdvantageFn = Callable[[Groups], Float[Array, "..."]]
-"""Groups -> advantages, [N, G] (one for each answer) or [B, T]."""
+AdvantageFn = Callable[[GroupStats], Float[Array, "..."]]
+"""GroupStats -> advantages, [N, G] (one for each answer) or [B, T]."""
 
 WeightsFn = Callable[[Float[Array, "B T"], Float[Array, "B T"], Bool[Array, "B T"]], Float[Array, "B T"]]
 """(old_logp, sampler_logp, mask) -> weights of tokens; see `losses.policy_weights`."""
 
 
-def relative_to_group(groups: Groups) -> Float[Array, "N G"]:
-    """GRPO's advantages, `kernels.group_relative_advantages`."""
-    return group_relative_advantages(groups.rewards)
+def grpo_advantages(stats: GroupStats) -> Float[Array, "N G"]:
+    """GRPO's advantages: `kernels.group_relative_advantages`."""
+    return group_relative_advantages(stats.rewards)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,10 +75,10 @@ class Config:
 
     Attributes:
       group_size: answers to each prompt; rows of one group stand together.
-      epochs: passes over each batch.
-      minibatches: optimizer steps in each pass; divides the rows of a batch.
+      num_iterations: passes over each batch.
+      num_minibatches: optimizer steps in each pass; divides the rows of a batch.
       micro_batches: parts in which a mini-batch is computed; changes memory, not the result.
-      advantage_fn: what answers are compared with (`algorithms.group_members` has the family's).
+      advantage_fn: advantages of a group's answers (`algorithms.group_members` has the family's).
       ratio_fn: token or sequence level (`losses.policy_ratios`).
       surrogate_fn: what the ratio and the advantage become (`losses.policy_surrogates`).
       weights_fn: corrects for a sampler that is not the policy at the start of the update (another
@@ -86,10 +88,10 @@ class Config:
     """
 
     group_size: int = 8
-    epochs: int = 1
-    minibatches: int = 1
+    num_iterations: int = 1
+    num_minibatches: int = 1
     micro_batches: int = 1
-    advantage_fn: AdvantageFn = relative_to_group
+    advantage_fn: AdvantageFn = grpo_advantages
     ratio_fn: RatioFn = token_log_ratio
     surrogate_fn: SurrogateFn = clip_surrogate
     weights_fn: WeightsFn | None = None
@@ -102,15 +104,15 @@ class Hyper:
     """What a sweep may vary.
 
     Attributes:
-      clip_low: how far below 1 a ratio may go.
-      clip_high: how far above 1.
+      epsilon_low: how far below 1 a ratio may go.
+      epsilon_high: how far above 1.
       kl_coef: weight of the KL to the reference in the loss.
       entropy_coef: weight of the entropy bonus.
     """
 
     learning_rate: Scalar = 1e-4
-    clip_low: Scalar = 0.2
-    clip_high: Scalar = 0.2
+    epsilon_low: Scalar = 0.2
+    epsilon_high: Scalar = 0.2
     kl_coef: Scalar = 0.02
     entropy_coef: Scalar = 0.0
 
@@ -120,19 +122,20 @@ class State:
     """All that a resume needs.
 
     Attributes:
-      behind: what was trained before the last update, where answers are written one step behind; else None.
+      stale_params: trained parameters before the last update, where training is one step off policy; else
+        None.
     """
 
     learner: Learner
     key: PRNGKeyArray
-    behind: Params = None
+    stale_params: Params = None
 
     @property
-    def writer(self) -> Params:
-        """The policy that writes the next answers."""
-        if self.behind is None:
+    def rollout_params(self) -> Params:
+        """The policy that samples the next answers."""
+        if self.stale_params is None:
             return self.learner.all_params
-        return dataclasses.replace(self.learner, params=self.behind).all_params
+        return dataclasses.replace(self.learner, params=self.stale_params).all_params
 
 
 @pytree_dataclass
@@ -159,19 +162,20 @@ def init(
     key: PRNGKeyArray,
     frozen: Params = None,
     *,
-    behind: bool = False,
+    one_step_off_policy: bool = False,
 ) -> State:
     """The state at step 0.
 
     Args:
       frozen: the part of the model that does not train.
-      behind: answers are written by the policy of one update before, as by a sampler beside the trainer; give
-        the configuration a `weights_fn` to make up for it.
+      one_step_off_policy: answers are sampled from the policy of one update before, as by a sampler beside
+        the trainer (asynchronous rollouts); give the configuration a `weights_fn` to make up for it.
     """
-    return State(init_learner(params, tx, frozen), key, jax.tree.map(jnp.copy, params) if behind else None)
+    stale = jax.tree.map(jnp.copy, params) if one_step_off_policy else None
+    return State(init_learner(params, tx, frozen), key, stale)
 
 
-def compare(
+def compute_advantages(
     config: Config,
     rewards: Float[Array, "B"],
     mask: Bool[Array, "B T"],
@@ -181,10 +185,10 @@ def compare(
     """Advantages within each group of `config.group_size` neighbouring rows, and the share of idle groups."""
     grouped = rewards.reshape(-1, config.group_size)
     lengths = jnp.sum(mask, axis=1).reshape(grouped.shape)
-    advantages = config.advantage_fn(Groups(grouped, lengths, mask, kl, greedy_rewards))
+    advantages = config.advantage_fn(GroupStats(grouped, lengths, mask, kl, greedy_rewards))
     if advantages.shape == grouped.shape:
         advantages = advantages.reshape(-1)
-    return advantages, {"zero_std_groups": jnp.mean(jnp.ptp(grouped, axis=1) == 0)}
+    return advantages, {"frac_reward_zero_std": jnp.mean(jnp.ptp(grouped, axis=1) == 0)}
 
 
 def make_batch(
@@ -202,12 +206,12 @@ def make_batch(
       greedy_rewards: for advantages that compare with the most likely answer (ReMax).
 
     Returns:
-      (batch, metrics). `zero_std_groups` is the share of groups whose rewards are all equal, which teach
-      nothing; `mismatch` the mean |delta log-prob| between sampler and scorer, in nats per token.
+      (batch, metrics). `frac_reward_zero_std` is the share of groups whose rewards are all equal, which teach
+      nothing; `sampling_logp_diff` the mean |delta log-prob| between sampler and scorer, in nats per token.
     """
     mask = rollout.sequences.mask
     log_ratio = jnp.zeros_like(old_logp) if ref_logp is None else jnp.where(mask, old_logp - ref_logp, 0)
-    advantages, described = compare(config, rewards, mask, log_ratio, greedy_rewards)
+    advantages, described = compute_advantages(config, rewards, mask, log_ratio, greedy_rewards)
     weights = None if config.weights_fn is None else config.weights_fn(old_logp, rollout.logp, mask)
     metrics = {
         "reward": jnp.mean(rewards),
@@ -215,13 +219,13 @@ def make_batch(
         **described,
         "length": jnp.mean(jnp.sum(mask, axis=1)),
         "finished": jnp.mean(rollout.finished),
-        "mismatch": masked_mean(jnp.abs(old_logp - rollout.logp), mask),
+        "sampling_logp_diff": masked_mean(jnp.abs(old_logp - rollout.logp), mask),
         "tokens": jnp.sum(mask),
     }
     if ref_logp is not None:
         metrics["kl"] = jnp.mean(jnp.sum(log_ratio, axis=1))
     if weights is not None:
-        metrics["sampler_weight"] = masked_mean(weights, mask)
+        metrics["is_ratio"] = masked_mean(weights, mask)
     return Batch(rollout.sequences, old_logp, ref_logp, advantages, weights), metrics
 
 
@@ -244,8 +248,8 @@ def make_update(
                     rows.ref_logp,
                     rows.advantages,
                     rows.sequences.mask,
-                    clip_low=hyper.clip_low,
-                    clip_high=hyper.clip_high,
+                    epsilon_low=hyper.epsilon_low,
+                    epsilon_high=hyper.epsilon_high,
                     kl_coef=hyper.kl_coef,
                     entropy=score.entropy,
                     entropy_coef=hyper.entropy_coef,
@@ -274,10 +278,10 @@ def make_update(
             state.learner,
             batch,
             shuffle_key,
-            epochs=config.epochs,
-            minibatches=config.minibatches,
+            epochs=config.num_iterations,
+            minibatches=config.num_minibatches,
         )
-        behind = None if state.behind is None else state.learner.params
-        return State(learner, key, behind), metrics
+        stale = None if state.stale_params is None else state.learner.params
+        return State(learner, key, stale), metrics
 
     return update

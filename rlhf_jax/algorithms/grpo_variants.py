@@ -1,21 +1,23 @@
-"""The GRPO family and its relatives, each as a `group.Config`: what differs is an advantage, a ratio, a
-surrogate, a reduction, or a bound.
+"""Variants of GRPO, and its relatives: all that differs between them, in one function each.
 
-A member takes the static choices that are not its own (`group_size=`, `epochs=`, ...) and returns its
-`Config`; the bounds it is published with are in `hyper`.
+A variant function takes the static choices of `group.Config` that are not its own (`group_size=`, ...), and
+what it needs of its own, and returns a `GRPOVariant`. A new one is in `grpo_variants()`, and so in the
+choices of every command, once it is written here.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
-from rlhf_jax.algorithms.grpo import Config, Groups, Hyper
+from rlhf_jax.algorithms.grpo import Config, GroupStats, Hyper
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.importing import is_import_path, load_function, nearest_name
 from rlhf_jax.core.types import Array, Float
 from rlhf_jax.kernels import advantages as baselines
-from rlhf_jax.losses.policy import length_weighted
 from rlhf_jax.losses.policy_ratios import sequence_log_ratio
 from rlhf_jax.losses.policy_surrogates import (
     cispo_surrogate,
@@ -24,170 +26,266 @@ from rlhf_jax.losses.policy_surrogates import (
     vespo_surrogate,
 )
 from rlhf_jax.losses.policy_weights import truncated_importance_weights
-from rlhf_jax.losses.reductions import constant_length, token_mean
+from rlhf_jax.losses.reductions import constant_length, length_weighted, token_mean
 
 
 @dataclasses.dataclass(frozen=True)
-class Member:
-    """An algorithm of the family.
+class GRPOVariant:
+    """A variant of GRPO: all that differs from the others. Whoever trains with one obeys every field.
 
     Attributes:
       config: its static choices.
-      hyper: the hyperparameters it is published with, where it says something of them.
-      needs_greedy: it compares with the reward of the most likely answer.
-      oversampling: it draws this many times the prompts, and keeps those whose answers differ in reward.
+      hyper: the hyperparameters it is published with, where its paper says something of them.
+      needs_greedy: it compares with the reward of the greedy answer.
+      needs_no_group: it does not compare the answers to one prompt, so a group may be a single one.
+      dynamic_sampling_max_rounds: rounds of sampling in a step at most, until the batch is full of prompts
+        whose answers differ in reward; 1 for none of it.
+      oversampling: in whole runs under `jit`, where rounds cannot depend on rewards, how many times the
+        prompts are drawn of which those whose answers differ are kept.
+      overlong_penalty_coef: weight of the soft penalty on overlong answers, which is a part of the reward.
     """
 
     config: Config
     hyper: Hyper = Hyper()
     needs_greedy: bool = False
+    needs_no_group: bool = False
+    dynamic_sampling_max_rounds: int = 1
     oversampling: int = 1
+    overlong_penalty_coef: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuses groups of one where answers are compared with each other."""
+        if self.config.group_size == 1 and not self.needs_no_group:
+            raise UserError(
+                "group_size 1: the algorithm compares the answers to one prompt, so give 2 or more, or take "
+                "one that compares none (reinforce, reinforce++, remax)"
+            )
 
 
-MemberFn = Callable[..., Member]
+VariantFn = Callable[..., GRPOVariant]
 
 
-def _no_baseline(groups: Groups) -> Float[Array, "N G"]:
-    return groups.rewards
+def grpo_variants() -> dict[str, VariantFn]:
+    """Variant functions by name: `grpo`, `dapo`, `reinforce++`, ...
+
+    They are the public functions of this module that return a `GRPOVariant` and are called by keywords alone.
+    """
+    return {
+        name.replace("_plus_plus_", "++-").replace("_plus_plus", "++"): function
+        for name, function in globals().items()
+        if inspect.isfunction(function) and not name.startswith("_") and _is_variant(function)
+    }
 
 
-def _batch_baseline(groups: Groups) -> Float[Array, "N G"]:
-    return groups.rewards - jnp.mean(groups.rewards)
+def _is_variant(function: VariantFn) -> bool:
+    signature = inspect.signature(function)
+    kinds = {parameter.kind for parameter in signature.parameters.values()}
+    keywords = {inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD}
+    return signature.return_annotation is GRPOVariant and bool(kinds) and kinds <= keywords
 
 
-def _unscaled(groups: Groups) -> Float[Array, "N G"]:
-    return baselines.group_relative_advantages(groups.rewards, scale_fn=baselines.unit_scale)
+def find_variant(variant: str | VariantFn) -> VariantFn:
+    """A variant's function by its name, by a path `module:function`, or itself.
 
-
-def _leave_one_out(groups: Groups) -> Float[Array, "N G"]:
-    return baselines.leave_one_out_advantages(groups.rewards)
-
-
-def _greedy_baseline(groups: Groups) -> Float[Array, "N G"]:
-    if groups.greedy_rewards is None:
-        raise ValueError("ReMax compares with the most likely answer: give make_batch greedy_rewards=")
-    return baselines.remax_advantages(groups.rewards, groups.greedy_rewards)
-
-
-def _optimal_baseline(groups: Groups) -> Float[Array, "N G"]:
-    return baselines.optimal_baseline_advantages(groups.rewards, groups.lengths)
-
-
-def _whitened_returns(kl_coef: float, groups: Groups) -> Float[Array, "B T"]:
-    return baselines.reinforce_plus_plus_advantages(
-        groups.rewards.reshape(-1), groups.kl, groups.mask, kl_coef=kl_coef
+    Raises:
+      UserError: no such name or path; with the nearest name.
+    """
+    if not isinstance(variant, str):
+        return variant
+    table = grpo_variants()
+    if variant in table:
+        return table[variant]
+    if is_import_path(variant):
+        return load_function(variant, kind="algorithm", example="my_variants:mine")
+    raise UserError(
+        f"algorithm '{variant}' is neither one of {', '.join(table)} nor a path module:function"
+        + nearest_name(variant, table)
     )
 
 
-def _whitened_within_groups(groups: Groups) -> Float[Array, "N G"]:
-    return baselines.reinforce_plus_plus_baseline_advantages(groups.rewards)
+def make_variant(
+    variant: str | VariantFn,
+    *,
+    changes: Mapping[str, Any] | None = None,
+    max_completion_length: int | None = None,
+    **static: Any,
+) -> GRPOVariant:
+    """A variant of GRPO with changes, by name, by a path `module:function`, or by its function.
+
+    Args:
+      changes: what replaces the published hyperparameters and fields; None leaves one as it is. What the
+        variant's function takes itself goes there: the KL of REINFORCE++ stands in the reward, so its
+        `kl_coef` does.
+      max_completion_length: tokens of the longest answer, for variants that need it (Dr. GRPO).
+      static: fields of `group.Config`.
+    """
+    function = find_variant(variant)
+    own = inspect.signature(function).parameters
+    given = {name: value for name, value in (changes or {}).items() if value is not None}
+    if "max_completion_length" in own:
+        static["max_completion_length"] = max_completion_length
+    made = function(**static, **{name: given.pop(name) for name in [*given] if name in own})
+    fields = {field.name for field in dataclasses.fields(GRPOVariant)}
+    made = dataclasses.replace(made, **{name: given.pop(name) for name in [*given] if name in fields})
+    return dataclasses.replace(made, hyper=dataclasses.replace(made.hyper, **given))
+
+
+def _no_baseline(stats: GroupStats) -> Float[Array, "N G"]:
+    return stats.rewards
+
+
+def _batch_baseline(stats: GroupStats) -> Float[Array, "N G"]:
+    return stats.rewards - jnp.mean(stats.rewards)
+
+
+def _unscaled(stats: GroupStats) -> Float[Array, "N G"]:
+    return baselines.group_relative_advantages(stats.rewards, scale_fn=baselines.unit_scale)
+
+
+def _leave_one_out(stats: GroupStats) -> Float[Array, "N G"]:
+    return baselines.leave_one_out_advantages(stats.rewards)
+
+
+def _greedy_baseline(stats: GroupStats) -> Float[Array, "N G"]:
+    if stats.greedy_rewards is None:
+        raise ValueError("ReMax compares with the most likely answer: give make_batch greedy_rewards=")
+    return baselines.remax_advantages(stats.rewards, stats.greedy_rewards)
+
+
+def _optimal_baseline(stats: GroupStats) -> Float[Array, "N G"]:
+    return baselines.optimal_baseline_advantages(stats.rewards, stats.lengths)
+
+
+def _whitened_returns(kl_coef: float, stats: GroupStats) -> Float[Array, "B T"]:
+    return baselines.reinforce_plus_plus_advantages(
+        stats.rewards.reshape(-1), stats.kl, stats.mask, kl_coef=kl_coef
+    )
+
+
+def _whitened_within_groups(stats: GroupStats) -> Float[Array, "N G"]:
+    return baselines.reinforce_plus_plus_baseline_advantages(stats.rewards)
 
 
 # Policy gradients, one step on policy: the clip of the surrogate never acts, so it is REINFORCE's gradient.
 
 
-def reinforce(**static: Any) -> Member:
+def reinforce(**static: Any) -> GRPOVariant:
     """REINFORCE (Williams 1992), with the mean reward of the batch as baseline."""
-    return Member(Config(advantage_fn=_batch_baseline, **static), Hyper(kl_coef=0.0))
+    config = Config(advantage_fn=_batch_baseline, **static)
+    return GRPOVariant(config, Hyper(kl_coef=0.0), needs_no_group=True)
 
 
-def reinforce_without_baseline(**static: Any) -> Member:
+def reinforce_without_baseline(**static: Any) -> GRPOVariant:
     """REINFORCE (Williams 1992) on bare rewards."""
-    return Member(Config(advantage_fn=_no_baseline, **static), Hyper(kl_coef=0.0))
+    config = Config(advantage_fn=_no_baseline, **static)
+    return GRPOVariant(config, Hyper(kl_coef=0.0), needs_no_group=True)
 
 
-def reinforce_plus_plus(*, kl_coef: float = 0.01, **static: Any) -> Member:
+def reinforce_plus_plus(*, kl_coef: float = 0.01, **static: Any) -> GRPOVariant:
     """REINFORCE++ (Hu et al. 2025): the KL in the reward, by `kl_coef`; returns whitened over the batch."""
     advantage_fn = functools.partial(_whitened_returns, kl_coef)
-    return Member(Config(advantage_fn=advantage_fn, reduce=token_mean, **static), Hyper(kl_coef=0.0))
+    config = Config(advantage_fn=advantage_fn, reduce=token_mean, **static)
+    return GRPOVariant(config, Hyper(kl_coef=0.0), needs_no_group=True)
 
 
-def reinforce_plus_plus_baseline(**static: Any) -> Member:
+def reinforce_plus_plus_baseline(**static: Any) -> GRPOVariant:
     """REINFORCE++ with the group's mean as baseline (Hu et al. 2025)."""
-    return Member(Config(advantage_fn=_whitened_within_groups, reduce=token_mean, **static))
+    return GRPOVariant(Config(advantage_fn=_whitened_within_groups, reduce=token_mean, **static))
 
 
-def rloo(**static: Any) -> Member:
+def rloo(**static: Any) -> GRPOVariant:
     """RLOO (Ahmadian et al. 2024): the baseline is the mean of the other answers."""
-    return Member(Config(advantage_fn=_leave_one_out, **static))
+    return GRPOVariant(Config(advantage_fn=_leave_one_out, **static))
 
 
-def remax(**static: Any) -> Member:
+def remax(**static: Any) -> GRPOVariant:
     """ReMax (Li et al. 2024): the baseline is the reward of the most likely answer."""
-    return Member(Config(advantage_fn=_greedy_baseline, **static), needs_greedy=True)
+    return GRPOVariant(
+        Config(advantage_fn=_greedy_baseline, **static), needs_greedy=True, needs_no_group=True
+    )
 
 
-def opo(**static: Any) -> Member:
+def opo(**static: Any) -> GRPOVariant:
     """OPO (Hao et al. 2025): the length-weighted baseline, exactly on policy, no KL."""
-    return Member(Config(advantage_fn=_optimal_baseline, **static), Hyper(kl_coef=0.0))
+    return GRPOVariant(Config(advantage_fn=_optimal_baseline, **static), Hyper(kl_coef=0.0))
 
 
-# The family of GRPO ---------------------------------------------------------------------------------
+# GRPO and its descendants ---------------------------------------------------------------------------------
 
 
-def grpo(**static: Any) -> Member:
+def grpo(**static: Any) -> GRPOVariant:
     """GRPO (Shao et al. 2024)."""
-    return Member(Config(**static))
+    return GRPOVariant(Config(**static))
 
 
-def bnpo(**static: Any) -> Member:
+def bnpo(**static: Any) -> GRPOVariant:
     """GRPO with the mean over all tokens of the batch instead of within each answer."""
-    return Member(Config(reduce=token_mean, **static))
+    return GRPOVariant(Config(reduce=token_mean, **static))
 
 
-def dr_grpo(*, max_length: int, **static: Any) -> Member:
+def dr_grpo(*, max_completion_length: int, **static: Any) -> GRPOVariant:
     """Dr. GRPO (Liu et al. 2025): neither lengths nor the spread of a group's rewards are divided by.
 
     Args:
-      max_length: the constant that replaces lengths.
+      max_completion_length: the constant that replaces lengths, in tokens.
     """
-    config = Config(advantage_fn=_unscaled, reduce=constant_length(max_length), **static)
-    return Member(config, Hyper(kl_coef=0.0))
+    config = Config(advantage_fn=_unscaled, reduce=constant_length(max_completion_length), **static)
+    return GRPOVariant(config, Hyper(kl_coef=0.0))
 
 
-def dapo(**static: Any) -> Member:
-    """DAPO (Yu et al. 2025): clip-higher, token mean, no KL, prompts resampled until their answers differ.
+def dapo(
+    *, dynamic_sampling_max_rounds: int = 8, overlong_penalty_coef: float = 1.0, **static: Any
+) -> GRPOVariant:
+    """DAPO (Yu et al. 2025): clip-higher, token mean, no KL, dynamic sampling, soft overlong punishment.
 
-    Its penalty on overlong answers is a reward (`rewards`).
+    Args:
+      dynamic_sampling_max_rounds: rounds of sampling in a step at most; the paper sets no bound.
+      overlong_penalty_coef: weight of the penalty (eq. 13 there).
     """
-    return Member(Config(reduce=token_mean, **static), Hyper(clip_high=0.28, kl_coef=0.0), oversampling=2)
+    return GRPOVariant(
+        Config(reduce=token_mean, **static),
+        Hyper(epsilon_high=0.28, kl_coef=0.0),
+        dynamic_sampling_max_rounds=dynamic_sampling_max_rounds,
+        oversampling=2,
+        overlong_penalty_coef=overlong_penalty_coef,
+    )
 
 
-def gspo(**static: Any) -> Member:
+def gspo(**static: Any) -> GRPOVariant:
     """GSPO (Zheng et al. 2025): one ratio for a whole answer."""
-    hyper = Hyper(clip_low=3e-4, clip_high=4e-4, kl_coef=0.0)
-    return Member(Config(ratio_fn=sequence_log_ratio, **static), hyper)
+    hyper = Hyper(epsilon_low=3e-4, epsilon_high=4e-4, kl_coef=0.0)
+    return GRPOVariant(Config(ratio_fn=sequence_log_ratio, **static), hyper)
 
 
-def luspo(**static: Any) -> Member:
+def luspo(**static: Any) -> GRPOVariant:
     """LUSPO (arXiv 2602.05261): GSPO with answers weighted by their length."""
-    hyper = Hyper(clip_low=3e-4, clip_high=4e-4, kl_coef=0.0)
-    return Member(Config(ratio_fn=sequence_log_ratio, reduce=length_weighted, **static), hyper)
+    hyper = Hyper(epsilon_low=3e-4, epsilon_high=4e-4, kl_coef=0.0)
+    return GRPOVariant(Config(ratio_fn=sequence_log_ratio, reduce=length_weighted, **static), hyper)
 
 
-def gmpo(**static: Any) -> Member:
+def gmpo(**static: Any) -> GRPOVariant:
     """GMPO (Zhao et al. 2025): the geometric mean of an answer's ratios, bounds in log space."""
-    hyper = Hyper(clip_low=0.4, clip_high=0.4)
-    return Member(Config(surrogate_fn=geometric_mean_surrogate, **static), hyper)
+    hyper = Hyper(epsilon_low=0.4, epsilon_high=0.4)
+    return GRPOVariant(Config(surrogate_fn=geometric_mean_surrogate, **static), hyper)
 
 
-def cispo(**static: Any) -> Member:
+def cispo(**static: Any) -> GRPOVariant:
     """CISPO (Chen et al. 2025): the weight is clipped, no token loses its gradient."""
-    hyper = Hyper(clip_low=1.0, clip_high=0.28, kl_coef=0.0)
-    return Member(Config(surrogate_fn=cispo_surrogate, reduce=token_mean, **static), hyper)
+    hyper = Hyper(epsilon_low=1.0, epsilon_high=0.28, kl_coef=0.0)
+    return GRPOVariant(Config(surrogate_fn=cispo_surrogate, reduce=token_mean, **static), hyper)
 
 
-def sapo(**static: Any) -> Member:
+def sapo(**static: Any) -> GRPOVariant:
     """SAPO (Gao et al. 2025): a soft gate instead of a clip."""
-    return Member(Config(surrogate_fn=sapo_surrogate, **static), Hyper(kl_coef=0.0))
+    return GRPOVariant(Config(surrogate_fn=sapo_surrogate, **static), Hyper(kl_coef=0.0))
 
 
-def vespo(**static: Any) -> Member:
+def vespo(**static: Any) -> GRPOVariant:
     """VESPO (arXiv 2602.10693): a smooth weight of the whole answer's ratio."""
-    return Member(Config(surrogate_fn=vespo_surrogate, reduce=token_mean, **static), Hyper(kl_coef=0.0))
+    return GRPOVariant(Config(surrogate_fn=vespo_surrogate, reduce=token_mean, **static), Hyper(kl_coef=0.0))
 
 
-def corrected(member: Member) -> Member:
-    """The member for rollouts of an older policy, or another sampler: truncated importance weights."""
-    config = dataclasses.replace(member.config, weights_fn=truncated_importance_weights)
-    return dataclasses.replace(member, config=config)
+def with_truncated_is(variant: GRPOVariant) -> GRPOVariant:
+    """Truncated importance sampling (TIS) added to a variant, for rollouts of an older policy."""
+    config = dataclasses.replace(variant.config, weights_fn=truncated_importance_weights)
+    return dataclasses.replace(variant, config=config)

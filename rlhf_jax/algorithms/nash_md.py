@@ -12,7 +12,7 @@ from rlhf_jax.core.masks import masked_sum
 from rlhf_jax.core.train_state import Learner, accumulate_gradients, apply_gradients, init_learner
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Float, Metrics, Params, PRNGKeyArray, Scalar, ScoreFn, Sequences
-from rlhf_jax.losses.preference import nash_md_loss
+from rlhf_jax.losses.preference_online import nash_md_loss
 
 
 @dataclasses.dataclass(frozen=True)

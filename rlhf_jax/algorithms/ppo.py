@@ -47,8 +47,8 @@ PolicyLossFn = Callable[..., tuple[Float[Array, ""], Metrics]]
 
 
 def clipped(hyper: "Hyper", *args: Array, **reduction: Any) -> tuple[Float[Array, ""], Metrics]:
-    """PPO-clip: ratios stay within `clip_low` and `clip_high`."""
-    return ppo_clip_loss(*args, clip_low=hyper.clip_low, clip_high=hyper.clip_high, **reduction)
+    """PPO-clip: ratios stay within `epsilon_low` and `epsilon_high`."""
+    return ppo_clip_loss(*args, epsilon_low=hyper.epsilon_low, epsilon_high=hyper.epsilon_high, **reduction)
 
 
 def penalised(hyper: "Hyper", *args: Array, **reduction: Any) -> tuple[Float[Array, ""], Metrics]:
@@ -61,8 +61,8 @@ class Config:
     """Static choices.
 
     Attributes:
-      epochs: passes over each batch.
-      minibatches: optimizer steps in each pass; divides the rows of a batch.
+      num_ppo_epochs: passes over each batch.
+      num_minibatches: optimizer steps in each pass; divides the rows of a batch.
       micro_batches: parts in which a mini-batch is computed; changes memory, not the result.
       whiten_advantages: bring advantages to mean 0 and variance 1 over the batch.
       adaptive_kl: move the KL coefficient so that the KL stays near `Hyper.kl_target`.
@@ -72,8 +72,8 @@ class Config:
         keeps the policy near the old one: `clipped` or `penalised`.
     """
 
-    epochs: int = 2
-    minibatches: int = 4
+    num_ppo_epochs: int = 2
+    num_minibatches: int = 4
     micro_batches: int = 1
     whiten_advantages: bool = True
     adaptive_kl: bool = False
@@ -87,10 +87,10 @@ class Hyper:
     """What a sweep may vary.
 
     Attributes:
-      clip_low: how far below 1 a ratio may go.
-      clip_high: how far above 1.
+      epsilon_low: how far below 1 a ratio may go.
+      epsilon_high: how far above 1.
       penalty_coef: weight of the KL from the old policy, in `penalised`.
-      value_clip: how far a value may move in one update; infinity for no bound.
+      cliprange_value: how far a value may move in one update; infinity for no bound.
       value_coef: weight of the value loss.
       entropy_coef: weight of the entropy bonus.
       gamma: discount per step.
@@ -99,14 +99,14 @@ class Hyper:
       kl_target: KL per answer in nats that the controller aims at.
       kl_horizon: answers over which the controller reacts.
       missing_eos_penalty: taken from the reward of an answer that did not end.
-      max_kl: a mini-batch whose KL from the old policy (nats per token) is above this ends the update.
+      target_kl: a mini-batch whose KL from the old policy (nats per token) is above this ends the update.
     """
 
     learning_rate: Scalar = 1e-4
-    clip_low: Scalar = 0.2
-    clip_high: Scalar = 0.2
+    epsilon_low: Scalar = 0.2
+    epsilon_high: Scalar = 0.2
     penalty_coef: Scalar = 1.0
-    value_clip: Scalar = 0.2
+    cliprange_value: Scalar = 0.2
     value_coef: Scalar = 0.5
     entropy_coef: Scalar = 0.0
     gamma: Scalar = 1.0
@@ -115,7 +115,7 @@ class Hyper:
     kl_target: Scalar = 6.0
     kl_horizon: Scalar = 10_000.0
     missing_eos_penalty: Scalar = 1.0
-    max_kl: Scalar = jnp.inf
+    target_kl: Scalar = jnp.inf
 
 
 @pytree_dataclass
@@ -184,15 +184,15 @@ def make_update(
             learner, guard = apply_gradients(
                 learner, gradients, tx, learning_rate=hyper.learning_rate, loss=loss
             )
-            return learner, {**metrics, **guard}, metrics["approx_kl"] > hyper.max_kl
+            return learner, {**metrics, **guard}, metrics["approx_kl"] > hyper.target_kl
 
         learner, metrics = scan_minibatches(
             step,
             state.learner,
             batch,
             shuffle_key,
-            epochs=config.epochs,
-            minibatches=config.minibatches,
+            epochs=config.num_ppo_epochs,
+            minibatches=config.num_minibatches,
         )
         return dataclasses.replace(state, learner=learner, key=key), metrics
 
@@ -208,7 +208,7 @@ def _loss(
         hyper, score.logp, rows.old_logp, rows.advantages, rows.mask, **reduction
     )
     value_loss, value_metrics = clipped_value_loss(
-        score.value, rows.old_values, rows.returns, rows.mask, clip=hyper.value_clip, **reduction
+        score.value, rows.old_values, rows.returns, rows.mask, clip=hyper.cliprange_value, **reduction
     )
     entropy = config.reduce(score.entropy, rows.mask, denominator=denominator)
     loss = policy_loss + hyper.value_coef * value_loss - hyper.entropy_coef * entropy
@@ -235,7 +235,7 @@ def language_batch(
 
     Returns:
       (state, batch, metrics). `kl` is the mean over answers of the summed log-ratio to the reference, in
-      nats; `mismatch` the mean |delta log-prob| between sampler and scorer, in nats per token.
+      nats; `sampling_logp_diff` the mean |delta log-prob| between sampler and scorer, in nats per token.
     """
     mask = rollout.sequences.mask
     moments = merge_moments(state.reward_moments, batch_moments(rewards, jnp.ones_like(rewards, bool)))
@@ -270,7 +270,7 @@ def language_batch(
         "advantage_std": raw_std,
         "length": jnp.mean(jnp.sum(mask, axis=1)),
         "finished": jnp.mean(rollout.finished),
-        "mismatch": masked_mean(jnp.abs(score.logp - rollout.logp), mask),
+        "sampling_logp_diff": masked_mean(jnp.abs(score.logp - rollout.logp), mask),
         "tokens": masked_sum(jnp.ones_like(mask, jnp.int32), mask),
     }
     batch = Batch(rollout.sequences, mask, score.logp, score.value, advantages, returns)

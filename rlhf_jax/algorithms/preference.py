@@ -1,13 +1,16 @@
-"""Direct preference optimisation and its family: a policy from pairs, without a reward model."""
+"""Direct preference optimization (DPO) and its family: a policy from pairs, without a reward model."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.importing import is_import_path, load_function, nearest_name
 from rlhf_jax.core.masks import masked_sum
 from rlhf_jax.core.train_state import Learner, accumulate_gradients, apply_gradients, init_learner
 from rlhf_jax.core.trees import pytree_dataclass
@@ -15,7 +18,6 @@ from rlhf_jax.core.types import (
     Array,
     Bool,
     Float,
-    Int,
     Metrics,
     Params,
     PRNGKeyArray,
@@ -23,31 +25,17 @@ from rlhf_jax.core.types import (
     ScoreFn,
     Sequences,
 )
+from rlhf_jax.losses import preference as with_reference
+from rlhf_jax.losses import preference_online, preference_reference_free
+from rlhf_jax.losses.pair_logps import PairLogps, traits_of
 from rlhf_jax.losses.preference import dpo_loss
 
-
-@pytree_dataclass
-class PairLogps:
-    """What is known of pairs: log-probs in nats summed over responses, and lengths in tokens.
-
-    Attributes:
-      chosen_from_ref: where one response of each pair was sampled from the reference: whether it won (XPO).
-      preference: probability that the chosen response is the better one, of a judge; None for 1.
-    """
-
-    policy_chosen: Float[Array, "B"]
-    policy_rejected: Float[Array, "B"]
-    ref_chosen: Float[Array, "B"]
-    ref_rejected: Float[Array, "B"]
-    chosen_length: Int[Array, "B"]
-    rejected_length: Int[Array, "B"]
-    chosen_from_ref: Bool[Array, "B"] | None = None
-    preference: Float[Array, "B"] | None = None
+_LOSS_MODULES = with_reference, preference_reference_free, preference_online
 
 
 @runtime_checkable
 class PairLossFn(Protocol):
-    """A loss on pairs; `algorithms.preference_members` has the family's."""
+    """A loss on preference pairs, such as `losses.dpo_loss`."""
 
     def __call__(
         self, pairs: PairLogps, /, *, beta: Scalar, mask: Bool[Array, "B"], denominator: Scalar
@@ -56,19 +44,46 @@ class PairLossFn(Protocol):
         ...
 
 
-def dpo(
-    pairs: PairLogps, /, *, beta: Scalar, mask: Bool[Array, "B"], denominator: Scalar
-) -> tuple[Float[Array, ""], Metrics]:
-    """`losses.preference.dpo_loss`, by soft labels where there are any."""
-    return dpo_loss(
-        pairs.policy_chosen,
-        pairs.policy_rejected,
-        pairs.ref_chosen,
-        pairs.ref_rejected,
-        beta=beta,
-        label_smoothing=0.0 if pairs.preference is None else 1 - pairs.preference,
-        mask=mask,
-        denominator=denominator,
+def pair_losses() -> dict[str, PairLossFn]:
+    """Losses on preference pairs by their short names: `dpo`, `ipo`, `simpo`, ...
+
+    They are the public functions of `losses.preference*` that take one `PairLogps`: a new one is in the
+    table, and so in the choices of every command, once it is written. XPO, which needs pairs of its own kind,
+    is not.
+    """
+    functions = [value for module in _LOSS_MODULES for value in vars(module).values() if callable(value)]
+    modules = {module.__name__ for module in _LOSS_MODULES}
+    return {
+        function.__name__.removesuffix("_loss").removesuffix("_dpo"): function
+        for function in functions
+        if getattr(function, "__module__", "") in modules
+        and not function.__name__.startswith("_")
+        and _takes_pairs(function)
+        and not traits_of(function).needs_chosen_from_ref
+    }
+
+
+def _takes_pairs(function: Callable[..., Any]) -> bool:
+    parameters = list(inspect.signature(function).parameters.values())
+    return bool(parameters) and parameters[0].annotation is PairLogps
+
+
+def find_pair_loss(loss: str | PairLossFn) -> PairLossFn:
+    """A loss by its short name, by a path `module:function`, or itself.
+
+    Raises:
+      UserError: no such name or path; with the nearest name.
+    """
+    if not isinstance(loss, str):
+        return loss
+    table = pair_losses()
+    if loss in table:
+        return table[loss]
+    if is_import_path(loss):
+        return load_function(loss, kind="loss", example="my_losses:margin_loss")
+    raise UserError(
+        f"loss '{loss}' is neither one of {', '.join(table)} nor a path module:function"
+        + nearest_name(loss, table)
     )
 
 
@@ -78,11 +93,17 @@ class Config:
 
     Attributes:
       micro_batches: parts in which a batch is computed; changes memory, not the result.
-      loss_fn: what is made of the pairs.
+      loss_fn: a loss on `PairLogps`, of `losses` or of your own; options by `functools.partial`, as in
+        `partial(simpo_loss, gamma=0.5)`.
     """
 
     micro_batches: int = 1
-    loss_fn: PairLossFn = dpo
+    loss_fn: PairLossFn = dpo_loss
+
+    def __post_init__(self) -> None:
+        """Refuses micro-batches where the loss compares all pairs of a batch."""
+        if self.micro_batches > 1 and traits_of(self.loss_fn).uses_batch_sort:
+            raise UserError("the loss compares pairs with each other: it needs micro_batches 1")
 
 
 @pytree_dataclass
@@ -114,7 +135,7 @@ class Batch:
     Attributes:
       mask: pairs that count; None for all. Ties of a judge do not.
       chosen_from_ref: see `PairLogps`.
-      preference: see `PairLogps`; the loss `dpo` minds it.
+      preference: see `PairLogps`; `dpo_loss` minds it.
     """
 
     chosen: Sequences

@@ -1,4 +1,4 @@
-"""KTO and BCO: a policy from single responses, each marked desirable or not."""
+"""Kahneman-Tversky optimization (KTO) and BCO: a policy from single responses, each desirable or not."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from rlhf_jax.core.masks import masked_sum
 from rlhf_jax.core.train_state import Learner, accumulate_gradients, apply_gradients, init_learner
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Bool, Float, Metrics, Params, PRNGKeyArray, Scalar, ScoreFn, Sequences
-from rlhf_jax.losses.preference import bco_loss, kto_kl, kto_loss
+from rlhf_jax.losses.unpaired import bco_loss, kto_kl, kto_loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +24,10 @@ class Config:
 
     micro_batches: int = 1
     shift_decay: float | None = None
+
+
+UNPAIRED_LOSSES: dict[str, Config] = {"kto": Config(), "bco": Config(shift_decay=0.9)}
+"""Losses on single responses by their short names."""
 
 
 @pytree_dataclass

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 
 from rlhf_jax import models
 from rlhf_jax.algorithms import distillation, grpo, nash_md, ppo, preference, selection, sft, unpaired
-from rlhf_jax.algorithms.grpo_variants import Member
+from rlhf_jax.algorithms.grpo_variants import GRPOVariant
 from rlhf_jax.core.masks import masked_sum
 from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
 from rlhf_jax.core.types import Array, Float, Metrics, Params, PRNGKeyArray, Rollout
 from rlhf_jax.jitted.train import Method, World
+from rlhf_jax.rewards.rules import overlong_penalties
 from rlhf_jax.tasks.base import Prompts
 
 Source = Literal["reference", "policy"]
@@ -31,27 +32,33 @@ def _grouped(world: World, rewards: Float[Array, " B"]) -> Float[Array, "N G"]:
 # Policy gradients ------------------------------------------------------------------------------------
 
 
-def group_method(world: World, member: Member, optimizer: OptimizerConfig, *, behind: bool = False) -> Method:
-    """GRPO and its family.
+def group_method(
+    world: World, variant: GRPOVariant, optimizer: OptimizerConfig, *, one_step_off_policy: bool = False
+) -> Method:
+    """GRPO and its variants.
 
     Args:
-      behind: answers come from the policy one step behind, as asynchronous rollouts do; give a member with
-        `weights_fn` (`group_members.corrected`) to make up for it.
+      one_step_off_policy: answers come from the policy of one step before, as of asynchronous rollouts; give
+        a variant with `weights_fn` (`group_members.with_truncated_is`) to make up for it.
     """
-    score_fn, tx, config = world.score_fn, make_optimizer(optimizer), member.config
+    score_fn, tx, config = world.score_fn, make_optimizer(optimizer), variant.config
     update = grpo.make_update(config, score_fn, tx)
 
     def step(state: Any, hyper: Any, ref_params: Params, key: PRNGKeyArray) -> tuple[Any, Metrics]:
         draw_key, answer_key = jax.random.split(key)
         params = state.learner.all_params
-        prompts = world.draw(draw_key, prompts=world.prompts * member.oversampling)
-        rollout = world.answer(state.writer, prompts, answer_key)
+        prompts = world.draw(draw_key, prompts=world.prompts * variant.oversampling)
+        rollout = world.answer(state.rollout_params, prompts, answer_key)
         rewards = world.rewards(rollout, prompts)
         described = _described(rollout, rewards)
-        if member.oversampling > 1:
+        if variant.oversampling > 1:
             rollout, rewards = _keep_groups_that_differ(world, rollout, rewards)
+        if variant.overlong_penalty_coef:
+            lengths = jnp.sum(rollout.sequences.mask, axis=1)
+            penalties = overlong_penalties(lengths, world.task.completion_length)
+            rewards = rewards + variant.overlong_penalty_coef * penalties
         greedy_rewards = None
-        if member.needs_greedy:
+        if variant.needs_greedy:
             once = jax.tree.map(lambda leaf: leaf[:: world.samples], prompts)
             greedy = world.answer(params, once, answer_key, temperature=0.0)
             greedy_rewards = world.rewards(greedy, once)
@@ -62,7 +69,9 @@ def group_method(world: World, member: Member, optimizer: OptimizerConfig, *, be
         state, metrics = update(state, hyper, batch)
         return state, {**more, **metrics, **described}
 
-    return Method(lambda params, key, _: grpo.init(params, tx, key, behind=behind), step)
+    return Method(
+        lambda params, key, _: grpo.init(params, tx, key, one_step_off_policy=one_step_off_policy), step
+    )
 
 
 def _keep_groups_that_differ(

@@ -9,23 +9,27 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 import jax.numpy as jnp
-from jax import lax
 
 from rlhf_jax.core.masks import clean, masked_mean
+from rlhf_jax.core.shapes import check_shapes
 from rlhf_jax.core.types import Array, Bool, Float, Int, Scalar
+from rlhf_jax.kernels.prepare import cleaned_constant, constant, mask_or_all
 from rlhf_jax.kernels.returns import discounted_returns, token_rewards
 from rlhf_jax.kernels.whitening import whiten
 
 ScaleFn: TypeAlias = Callable[[Float[Array, "N G"], Bool[Array, "N G"]], Float[Array, "N 1"]]
 
 
+GROUPS_HINT = "give one row of completions for each prompt, as rewards.reshape(-1, group_size) does"
+
+
 def _prepare(
-    rewards: Float[Array, "N G"], mask: Bool[Array, "N G"] | None
+    name: str, rewards: Float[Array, "N G"], mask: Bool[Array, "N G"] | None
 ) -> tuple[Float[Array, "N G"], Bool[Array, "N G"]]:
-    """Cleaned rewards without gradient, in at least float32, and a mask."""
-    mask = jnp.ones(rewards.shape, bool) if mask is None else mask
-    wide = lax.stop_gradient(rewards).astype(jnp.promote_types(rewards.dtype, jnp.float32))
-    return clean(wide, mask), mask
+    """Cleaned rewards without gradient, and the mask."""
+    rewards, mask = check_shapes(name, rewards=(rewards, "N G", GROUPS_HINT), mask=(mask, "N G"))
+    mask = mask_or_all(mask, rewards)
+    return cleaned_constant(rewards, mask), mask
 
 
 def _group_mean(values: Float[Array, "N G"], mask: Bool[Array, "N G"]) -> Float[Array, "N 1"]:
@@ -74,7 +78,7 @@ def group_relative_advantages(
     Returns:
       Advantages, 0 where masked; no gradient.
     """
-    rewards, mask = _prepare(rewards, mask)
+    rewards, mask = _prepare("group_relative_advantages", rewards, mask)
     return clean((rewards - _group_mean(rewards, mask)) / scale_fn(rewards, mask), mask)
 
 
@@ -92,7 +96,7 @@ def leave_one_out_advantages(
     Returns:
       Advantages, 0 where masked; no gradient.
     """
-    rewards, mask = _prepare(rewards, mask)
+    rewards, mask = _prepare("leave_one_out_advantages", rewards, mask)
     count = jnp.sum(mask, axis=-1, keepdims=True)
     return clean((rewards - _group_mean(rewards, mask)) * count / jnp.maximum(count - 1, 1), mask)
 
@@ -114,8 +118,11 @@ def remax_advantages(
     Returns:
       Advantages, 0 where masked; no gradient.
     """
-    rewards, mask = _prepare(rewards, mask)
-    return clean(rewards - lax.stop_gradient(greedy_rewards)[:, None], mask)
+    rewards, mask = _prepare("remax_advantages", rewards, mask)
+    _, greedy_rewards = check_shapes(
+        "remax_advantages", rewards=(rewards, "N G"), greedy_rewards=(greedy_rewards, "N")
+    )
+    return clean(rewards - constant(greedy_rewards)[:, None], mask)
 
 
 def optimal_baseline_advantages(
@@ -137,7 +144,10 @@ def optimal_baseline_advantages(
     Returns:
       Advantages, 0 where masked; no gradient.
     """
-    rewards, mask = _prepare(rewards, mask)
+    rewards, mask = _prepare("optimal_baseline_advantages", rewards, mask)
+    _, lengths = check_shapes(
+        "optimal_baseline_advantages", rewards=(rewards, "N G"), lengths=(lengths, "N G")
+    )
     weights = clean(lengths.astype(rewards.dtype), mask)
     total = jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1)
     return clean(rewards - jnp.sum(weights * rewards, axis=-1, keepdims=True) / total, mask)
@@ -177,7 +187,10 @@ def pass_at_k_advantages(
     Returns:
       Advantages, 0 where masked; no gradient.
     """
-    mask = jnp.ones(correct.shape, bool) if mask is None else mask
+    correct, mask = check_shapes(
+        "pass_at_k_advantages", correct=(correct, "N G", GROUPS_HINT), mask=(mask, "N G")
+    )
+    mask = mask_or_all(mask, correct)
     wrong = jnp.sum(~correct & mask, axis=-1, keepdims=True)
     count = jnp.sum(mask, axis=-1, keepdims=True)
     all_wrong = _all_drawn_from(wrong, count, k)
@@ -207,6 +220,9 @@ def reinforce_plus_plus_advantages(
     Returns:
       Advantages [B, T] of mean 0 and variance 1 over the unmasked tokens, 0 where masked; no gradient.
     """
+    rewards, kl, mask = check_shapes(
+        "reinforce_plus_plus_advantages", rewards=(rewards, "B"), kl=(kl, "B T"), mask=(mask, "B T")
+    )
     of_tokens = token_rewards(rewards, kl, mask, kl_coef=kl_coef)
     nothing = jnp.zeros(mask.shape[0], of_tokens.dtype)
     return whiten(discounted_returns(of_tokens, jnp.ones_like(of_tokens), nothing, mask), mask)
@@ -226,5 +242,5 @@ def reinforce_plus_plus_baseline_advantages(
     Returns:
       Advantages, 0 where masked; no gradient.
     """
-    rewards, mask = _prepare(rewards, mask)
+    rewards, mask = _prepare("reinforce_plus_plus_baseline_advantages", rewards, mask)
     return whiten(rewards - _group_mean(rewards, mask), mask)

@@ -15,11 +15,13 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.core.numerics import exp_excess
+from rlhf_jax.core.shapes import check_shapes
 from rlhf_jax.core.types import Array, Float, Scalar
+from rlhf_jax.kernels.prepare import full_precision
 
 
 def k1(logp: Float[Array, "..."], ref_logp: Float[Array, "..."]) -> Float[Array, "..."]:
-    """log pi(a) - log ref(a): for reporting and for KL in the reward.
+    """k1 estimator of the KL, log pi(a) - log ref(a): for reporting and for KL in the reward.
 
     Value: unbiased for KL(pi || ref), high variance, may be negative.
     Gradient: that of log pi(a), whose expectation is zero: as a loss term k1 does nothing but add noise.
@@ -28,11 +30,12 @@ def k1(logp: Float[Array, "..."], ref_logp: Float[Array, "..."]) -> Float[Array,
       logp: log-probability in nats of the sampled action under the policy that sampled it.
       ref_logp: of the same action under the reference.
     """
+    logp, ref_logp = check_shapes("k1", logp=(logp, "*S"), ref_logp=(ref_logp, "*S"))
     return logp - ref_logp
 
 
 def k2(logp: Float[Array, "..."], ref_logp: Float[Array, "..."]) -> Float[Array, "..."]:
-    """(log pi(a) - log ref(a))^2 / 2: for use as a loss term.
+    """k2 estimator of the KL, (log pi(a) - log ref(a))^2 / 2: for use as a loss term.
 
     Value: biased for KL(pi || ref) (equal to second order as pi approaches ref), never negative.
     Gradient: (log pi - log ref) grad log pi, an unbiased estimate of the gradient of KL(pi || ref).
@@ -41,11 +44,14 @@ def k2(logp: Float[Array, "..."], ref_logp: Float[Array, "..."]) -> Float[Array,
       logp: log-probability in nats of the sampled action under the policy that sampled it.
       ref_logp: of the same action under the reference.
     """
+    logp, ref_logp = check_shapes("k2", logp=(logp, "*S"), ref_logp=(ref_logp, "*S"))
     return 0.5 * jnp.square(logp - ref_logp)
 
 
 def k3(logp: Float[Array, "..."], ref_logp: Float[Array, "..."]) -> Float[Array, "..."]:
-    """exp(l) - 1 - l with l = log ref(a) - log pi(a): for reporting, and GRPO's choice of loss term.
+    """k3 (low-variance) estimator of the KL, exp(l) - 1 - l with l = log ref(a) - log pi(a).
+
+    For reporting, and GRPO's choice of loss term.
 
     Value: unbiased for KL(pi || ref) where ref has no mass outside the support of pi, never negative,
     lower variance than k1.
@@ -57,11 +63,12 @@ def k3(logp: Float[Array, "..."], ref_logp: Float[Array, "..."]) -> Float[Array,
       logp: log-probability in nats of the sampled action under the policy that sampled it.
       ref_logp: of the same action under the reference.
     """
+    logp, ref_logp = check_shapes("k3", logp=(logp, "*S"), ref_logp=(ref_logp, "*S"))
     return exp_excess(ref_logp - logp)
 
 
 def _log_softmax(logits: Float[Array, "... V"]) -> Float[Array, "... V"]:
-    return jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+    return jax.nn.log_softmax(full_precision(logits))
 
 
 def _expectation(log_probs: Float[Array, "... V"], values: Float[Array, "... V"]) -> Float[Array, "..."]:
@@ -72,7 +79,8 @@ def _expectation(log_probs: Float[Array, "... V"], values: Float[Array, "... V"]
 
 
 def entropy(logits: Float[Array, "... V"]) -> Float[Array, "..."]:
-    """H = -sum_v p_v log p_v, in nats, exact over the vocabulary."""
+    """Entropy H = -sum_v p_v log p_v, in nats, exact over the vocabulary."""
+    (logits,) = check_shapes("entropy", logits=(logits, "*S V"))
     log_probs = _log_softmax(logits)
     return -_expectation(log_probs, log_probs)
 
@@ -86,6 +94,7 @@ def reverse_kl(logits: Float[Array, "... V"], ref_logits: Float[Array, "... V"])
       logits: of the policy pi; gradient flows.
       ref_logits: of the reference; gradient flows.
     """
+    logits, ref_logits = check_shapes("reverse_kl", logits=(logits, "*S V"), ref_logits=(ref_logits, "*S V"))
     log_probs, ref_log_probs = _log_softmax(logits), _log_softmax(ref_logits)
     return _expectation(log_probs, log_probs - ref_log_probs)
 
@@ -97,6 +106,7 @@ def forward_kl(logits: Float[Array, "... V"], ref_logits: Float[Array, "... V"])
       logits: of the policy pi; gradient flows.
       ref_logits: of the reference; gradient flows.
     """
+    logits, ref_logits = check_shapes("forward_kl", logits=(logits, "*S V"), ref_logits=(ref_logits, "*S V"))
     return reverse_kl(ref_logits, logits)
 
 
@@ -112,6 +122,9 @@ def jensen_shannon(
       ref_logits: of the reference; gradient flows.
       mixture: weight of the policy, in (0, 1).
     """
+    logits, ref_logits = check_shapes(
+        "jensen_shannon", logits=(logits, "*S V"), ref_logits=(ref_logits, "*S V")
+    )
     log_probs, ref_log_probs = _log_softmax(logits), _log_softmax(ref_logits)
     possible = jnp.maximum(log_probs, ref_log_probs) > -jnp.inf
     # Where neither has mass, logaddexp(-inf, -inf) would have no gradient.

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.core.axes import constrain, shards
+from rlhf_jax.core.shapes import check_shapes
 from rlhf_jax.core.types import Array, Float, Int, Scalar
 
 
@@ -46,6 +47,9 @@ def token_logprobs(
     Returns:
       (logp, entropy), each in the shape of `targets`.
     """
+    hidden, unembedding, targets = check_shapes(
+        "token_logprobs", hidden=(hidden, "*S D"), unembedding=(unembedding, "V D"), targets=(targets, "*S")
+    )
     chunked, restored = _chunking(targets.shape, chunk_size)
     logp, entropy = _chunked(  # pyright: ignore[reportGeneralTypeIssues] (custom_vjp hides the type)
         softcap,
@@ -94,6 +98,12 @@ def dense_token_logprobs(
     softcap: float | None = None,
 ) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
     """The same numbers with all logits in memory: the oracle of `token_logprobs`, and its benchmark."""
+    hidden, unembedding, targets = check_shapes(
+        "dense_token_logprobs",
+        hidden=(hidden, "*S D"),
+        unembedding=(unembedding, "V D"),
+        targets=(targets, "*S"),
+    )
     logits = softcapped(_logits(hidden, unembedding), softcap) / temperature
     logp = jax.nn.log_softmax(logits)
     taken = jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0]

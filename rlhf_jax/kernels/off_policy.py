@@ -7,10 +7,12 @@ holds log pi(a_t) - log mu(a_t), with pi the policy to be evaluated and mu the o
 import jax.numpy as jnp
 
 from rlhf_jax.core.masks import clean
+from rlhf_jax.core.shapes import check_shapes
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Bool, Float, Scalar
+from rlhf_jax.kernels.prepare import cleaned_constant, constant
 from rlhf_jax.kernels.recurrence import following_unmasked, next_unmasked
-from rlhf_jax.kernels.returns import constant
+from rlhf_jax.kernels.returns import DISCOUNTS_HINT
 
 
 @pytree_dataclass
@@ -66,8 +68,17 @@ def vtrace(
       clip_c: c bar, which sets how fast it is reached.
       clip_pg_rho: bound of the advantages' ratio.
     """
+    log_rhos, rewards, values, discounts, mask, bootstrap_value = check_shapes(
+        "vtrace",
+        log_rhos=(log_rhos, "B T"),
+        rewards=(rewards, "B T"),
+        values=(values, "B T"),
+        discounts=(discounts, "B T", DISCOUNTS_HINT),
+        mask=(mask, "B T"),
+        bootstrap_value=(bootstrap_value, "B"),
+    )
     log_rhos, rewards, values, discounts = (
-        clean(constant(x), mask) for x in (log_rhos, rewards, values, discounts)
+        cleaned_constant(x, mask) for x in (log_rhos, rewards, values, discounts)
     )
     last = constant(bootstrap_value).astype(values.dtype)
     following = next_unmasked(values, last, mask)
@@ -109,8 +120,18 @@ def retrace(
     Returns:
       Targets for `q_values`, 0 where masked; no gradient.
     """
+    log_rhos, rewards, q_values, values, discounts, mask, bootstrap_value = check_shapes(
+        "retrace",
+        log_rhos=(log_rhos, "B T"),
+        rewards=(rewards, "B T"),
+        q_values=(q_values, "B T"),
+        values=(values, "B T"),
+        discounts=(discounts, "B T", DISCOUNTS_HINT),
+        mask=(mask, "B T"),
+        bootstrap_value=(bootstrap_value, "B"),
+    )
     log_rhos, rewards, q_values, values, discounts = (
-        clean(constant(x), mask) for x in (log_rhos, rewards, q_values, values, discounts)
+        cleaned_constant(x, mask) for x in (log_rhos, rewards, q_values, values, discounts)
     )
     last = constant(bootstrap_value).astype(values.dtype)
     traces = lambda_ * _clipped_ratio(log_rhos, 1.0)

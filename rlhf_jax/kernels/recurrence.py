@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from rlhf_jax.core.shapes import check_shapes
 from rlhf_jax.core.types import Array, Bool, Float
 
 Result = TypeVar("Result")
@@ -63,6 +64,13 @@ def following_unmasked(
       last: x after the last unmasked step.
       mask: steps that count.
     """
+    coefficients, offsets, last, mask = check_shapes(
+        "following_unmasked",
+        coefficients=(coefficients, "B T"),
+        offsets=(offsets, "B T"),
+        last=(last, "B"),
+        mask=(mask, "B T"),
+    )
     return lax.platform_dependent(
         jnp.where(mask, coefficients, 1),
         jnp.where(mask, offsets, 0),
@@ -76,6 +84,9 @@ def next_unmasked(
     values: Float[Array, "B T"], last: Float[Array, " B"], mask: Bool[Array, "B T"]
 ) -> Float[Array, "B T"]:
     """At t, the value at the first unmasked step after t; `last` where there is none."""
+    values, last, mask = check_shapes(
+        "next_unmasked", values=(values, "B T"), last=(last, "B"), mask=(mask, "B T")
+    )
 
     def shift(_: None) -> Float[Array, "B T"]:
         return jnp.concatenate([values[:, 1:], last[:, None]], axis=1)

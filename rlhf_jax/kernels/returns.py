@@ -11,21 +11,32 @@ import jax.numpy as jnp
 from jax import lax
 
 from rlhf_jax.core.masks import clean, last_unmasked_index
+from rlhf_jax.core.shapes import check_shapes
 from rlhf_jax.core.types import Array, Bool, Float, Int, Scalar
+from rlhf_jax.kernels.prepare import cleaned_constant, constant
 from rlhf_jax.kernels.recurrence import following_unmasked, next_unmasked
 
-
-def constant(values: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Without gradient, in at least float32."""
-    return lax.stop_gradient(values).astype(jnp.promote_types(values.dtype, jnp.float32))
+DISCOUNTS_HINT = "give one discount for each step, 0 where an episode ends"
 
 
 def _prepare(
-    mask: Bool[Array, "B T"], bootstrap_value: Float[Array, " B"], *arrays: Float[Array, "B T"]
-) -> tuple[Float[Array, " B"], list[Float[Array, "B T"]]]:
-    """The bootstrap value and the cleaned arrays, all constants of one dtype."""
-    cleaned = [clean(constant(x), mask) for x in arrays]
-    return constant(bootstrap_value).astype(cleaned[0].dtype), cleaned
+    name: str,
+    mask: Bool[Array, "B T"],
+    bootstrap_value: Float[Array, " B"],
+    **arrays: Float[Array, "B T"],
+) -> tuple[Bool[Array, "B T"], Float[Array, " B"], list[Float[Array, "B T"]]]:
+    """The mask, the bootstrap value and the cleaned arrays, all constants of one dtype.
+
+    Raises:
+      UserError: an array has another shape than [B, T], or the bootstrap value than [B].
+    """
+    hints = {"discounts": (DISCOUNTS_HINT,)}
+    checks = {key: (value, "B T", *hints.get(key, ())) for key, value in arrays.items()}
+    *checked, mask, bootstrap_value = check_shapes(
+        name, **checks, mask=(mask, "B T"), bootstrap_value=(bootstrap_value, "B")
+    )
+    prepared = [cleaned_constant(x, mask) for x in checked]
+    return mask, constant(bootstrap_value).astype(prepared[0].dtype), prepared
 
 
 def discounted_returns(
@@ -45,7 +56,9 @@ def discounted_returns(
     Returns:
       Returns, 0 where masked; no gradient.
     """
-    bootstrap_value, (rewards, discounts) = _prepare(mask, bootstrap_value, rewards, discounts)
+    mask, bootstrap_value, (rewards, discounts) = _prepare(
+        "discounted_returns", mask, bootstrap_value, rewards=rewards, discounts=discounts
+    )
     return rewards + discounts * following_unmasked(discounts, rewards, bootstrap_value, mask)
 
 
@@ -87,8 +100,8 @@ def lambda_returns(
     Returns:
       Returns, 0 where masked; no gradient.
     """
-    bootstrap_value, (rewards, values, discounts) = _prepare(
-        mask, bootstrap_value, rewards, values, discounts
+    mask, bootstrap_value, (rewards, values, discounts) = _prepare(
+        "lambda_returns", mask, bootstrap_value, rewards=rewards, values=values, discounts=discounts
     )
     return _lambda_returns(rewards, values, discounts, bootstrap_value, mask, lambda_)
 
@@ -119,8 +132,8 @@ def n_step_returns(
     Returns:
       Returns, 0 where masked; no gradient.
     """
-    bootstrap_value, (rewards, values, discounts) = _prepare(
-        mask, bootstrap_value, rewards, values, discounts
+    mask, bootstrap_value, (rewards, values, discounts) = _prepare(
+        "n_step_returns", mask, bootstrap_value, rewards=rewards, values=values, discounts=discounts
     )
 
     def backup(_: Int[Array, ""], returns: Float[Array, "B T"]) -> Float[Array, "B T"]:
@@ -153,8 +166,8 @@ def upgo_returns(
     Returns:
       Returns, 0 where masked; no gradient.
     """
-    bootstrap_value, (rewards, values, discounts) = _prepare(
-        mask, bootstrap_value, rewards, values, discounts
+    mask, bootstrap_value, (rewards, values, discounts) = _prepare(
+        "upgo_returns", mask, bootstrap_value, rewards=rewards, values=values, discounts=discounts
     )
     following = next_unmasked(values, bootstrap_value, mask)
     went_up = rewards + discounts * following >= values
@@ -192,8 +205,13 @@ def generalized_advantage_estimation(
     Returns:
       (advantages, returns), not whitened, 0 where masked, no gradient.
     """
-    bootstrap_value, (rewards, values, discounts) = _prepare(
-        mask, bootstrap_value, rewards, values, discounts
+    mask, bootstrap_value, (rewards, values, discounts) = _prepare(
+        "generalized_advantage_estimation",
+        mask,
+        bootstrap_value,
+        rewards=rewards,
+        values=values,
+        discounts=discounts,
     )
     returns = _lambda_returns(rewards, values, discounts, bootstrap_value, mask, gae_lambda)
     return returns - values, returns
@@ -219,5 +237,8 @@ def token_rewards(
     Returns:
       Rewards [B, T], 0 where masked; no gradient.
     """
+    rewards, kl, mask = check_shapes(
+        "token_rewards", rewards=(rewards, "B"), kl=(kl, "B T"), mask=(mask, "B T")
+    )
     last = jnp.arange(mask.shape[1]) == last_unmasked_index(mask)[:, None]
     return clean(jnp.where(last, constant(rewards)[:, None], 0) - kl_coef * constant(kl), mask)

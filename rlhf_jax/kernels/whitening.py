@@ -4,8 +4,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from rlhf_jax.core.masks import clean, masked_mean, masked_sum
+from rlhf_jax.core.shapes import check_shapes
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Bool, Float, Scalar
+from rlhf_jax.kernels.prepare import cleaned_constant
 
 
 def whiten(
@@ -27,7 +29,8 @@ def whiten(
     Returns:
       Whitened values, 0 where masked; no gradient.
     """
-    wide = clean(lax.stop_gradient(values), mask).astype(jnp.promote_types(values.dtype, jnp.float32))
+    values, mask = check_shapes("whiten", values=(values, "*S"), mask=(mask, "*S"))
+    wide = cleaned_constant(values, mask)
     mean = masked_mean(wide, mask)
     variance = masked_mean(jnp.square(wide - mean), mask)
     whitened = (wide - mean) * lax.rsqrt(variance + epsilon)
@@ -58,7 +61,8 @@ def init_moments() -> Moments:
 
 def batch_moments(values: Float[Array, "..."], mask: Bool[Array, "..."]) -> Moments:
     """Moments of the unmasked entries of one batch; no gradient."""
-    wide = clean(lax.stop_gradient(values), mask).astype(jnp.promote_types(values.dtype, jnp.float32))
+    values, mask = check_shapes("batch_moments", values=(values, "*S"), mask=(mask, "*S"))
+    wide = cleaned_constant(values, mask)
     mean = masked_mean(wide, mask)
     return Moments(
         count=jnp.sum(mask).astype(wide.dtype), mean=mean, squares=masked_sum(jnp.square(wide - mean), mask)

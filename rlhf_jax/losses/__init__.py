@@ -2,7 +2,7 @@
 
 from rlhf_jax.losses.distillation import (
     forward_kl_loss,
-    generalised_js_loss,
+    generalized_js_loss,
     reverse_kl_loss,
     sampled_forward_kl_loss,
     sampled_reverse_kl_loss,
@@ -10,9 +10,9 @@ from rlhf_jax.losses.distillation import (
     top_k_distributions,
 )
 from rlhf_jax.losses.moe import load_balance_loss, load_violation, router_z_loss
+from rlhf_jax.losses.pair_logps import PairLogps
 from rlhf_jax.losses.policy import (
     grpo_loss,
-    length_weighted,
     ppo_clip_loss,
     ppo_penalty_loss,
     reinforce_loss,
@@ -37,39 +37,35 @@ from rlhf_jax.losses.policy_weights import (
     truncated_importance_weights,
 )
 from rlhf_jax.losses.preference import (
-    alpha_divergence_score,
-    alpha_po_loss,
     aot_loss,
     aot_unpaired_loss,
     apo_down_loss,
     apo_zero_loss,
-    bco_loss,
     bco_pair_loss,
-    cpo_loss,
     discopop_loss,
     dpo_loss,
     exo_loss,
-    forward_kl_score,
     hinge_loss,
     ipo_loss,
-    js_score,
-    kto_kl,
-    kto_loss,
-    length_desensitised_logp,
-    length_normalised_dpo_loss,
-    nash_md_loss,
+    length_normalized_dpo_loss,
     nca_loss,
-    orpo_loss,
     robust_dpo_loss,
-    simpo_loss,
     sppo_loss,
+)
+from rlhf_jax.losses.preference_modifiers import (
+    alpha_divergence_score,
+    forward_kl_score,
+    js_score,
+    length_desensitized_logp,
     weighted_sum,
     wpo_weight,
-    xpo_loss,
 )
+from rlhf_jax.losses.preference_online import nash_md_loss, xpo_loss
+from rlhf_jax.losses.preference_reference_free import alpha_po_loss, cpo_loss, orpo_loss, simpo_loss
 from rlhf_jax.losses.reductions import (
     Reduction,
     constant_length,
+    length_weighted,
     packed_sequence_mean,
     sequence_mean,
     token_mean,
@@ -86,6 +82,7 @@ from rlhf_jax.losses.supervised import (
     further_masks,
     further_token_loss,
 )
+from rlhf_jax.losses.unpaired import bco_loss, kto_kl, kto_loss
 from rlhf_jax.losses.value import (
     categorical_value_loss,
     clipped_value_loss,
@@ -99,6 +96,7 @@ from rlhf_jax.losses.value import (
 )
 
 __all__ = [
+    "PairLogps",
     "Reduction",
     "advantage_weighted_loss",
     "alpha_divergence_score",
@@ -127,7 +125,7 @@ __all__ = [
     "further_masks",
     "further_token_loss",
     "gaussian_histogram",
-    "generalised_js_loss",
+    "generalized_js_loss",
     "geometric_mean_surrogate",
     "grpo_loss",
     "hinge_loss",
@@ -137,8 +135,8 @@ __all__ = [
     "js_score",
     "kto_kl",
     "kto_loss",
-    "length_desensitised_logp",
-    "length_normalised_dpo_loss",
+    "length_desensitized_logp",
+    "length_normalized_dpo_loss",
     "length_weighted",
     "load_balance_loss",
     "load_violation",

@@ -2,7 +2,7 @@
 
 Shared arguments, beside those of each function:
 
-  student_logp, teacher_logp: log-probabilities in nats, normalised over the last axis (use a log-softmax
+  student_logp, teacher_logp: log-probabilities in nats, normalized over the last axis (use a log-softmax
     at the temperature wanted). The teacher's carry no gradient. -inf, a token that a truncated
     distribution rules out, counts as -1e4, so that every divergence stays finite.
   mask: tokens that count; the others may hold NaN.
@@ -17,9 +17,9 @@ Sequence-level distillation on the teacher's own outputs (Kim and Rush 2016) is 
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.core.masks import clean
+from rlhf_jax.core.shapes import check_shapes
 from rlhf_jax.core.types import Array, Bool, Float, Int, Metrics, Scalar
-from rlhf_jax.losses.preference_common import full_precision
+from rlhf_jax.kernels.prepare import cleaned, cleaned_constant
 from rlhf_jax.losses.reductions import Reduction, token_mean
 
 
@@ -27,10 +27,8 @@ def _pair(
     student_logp: Float[Array, "B T *V"], teacher_logp: Float[Array, "B T *V"], mask: Bool[Array, "B T"]
 ) -> tuple[Float[Array, "B T *V"], Float[Array, "B T *V"]]:
     """Both in full precision, 0 where masked, at least -1e4; the teacher without gradient."""
-    entries = mask.reshape(mask.shape + (1,) * (student_logp.ndim - 2))
-    student = jnp.maximum(clean(full_precision(student_logp), entries), -1e4)
-    teacher = jnp.maximum(clean(full_precision(teacher_logp), entries), -1e4)
-    return student, jax.lax.stop_gradient(teacher)
+    student = jnp.maximum(cleaned(student_logp, mask), -1e4)
+    return student, jnp.maximum(cleaned_constant(teacher_logp, mask), -1e4)
 
 
 def _reduced(
@@ -56,6 +54,12 @@ def forward_kl_loss(
 
     sum_v p_T(v) [log p_T(v) - log p_S(v)]
     """
+    student_logp, teacher_logp, mask = check_shapes(
+        "forward_kl_loss",
+        student_logp=(student_logp, "B T V"),
+        teacher_logp=(teacher_logp, "B T V"),
+        mask=(mask, "B T"),
+    )
     student, teacher = _pair(student_logp, teacher_logp, mask)
     return _reduced(_kl(teacher, student), mask, reduce, denominator)
 
@@ -72,11 +76,17 @@ def reverse_kl_loss(
 
     sum_v p_S(v) [log p_S(v) - log p_T(v)]
     """
+    student_logp, teacher_logp, mask = check_shapes(
+        "reverse_kl_loss",
+        student_logp=(student_logp, "B T V"),
+        teacher_logp=(teacher_logp, "B T V"),
+        mask=(mask, "B T"),
+    )
     student, teacher = _pair(student_logp, teacher_logp, mask)
     return _reduced(_kl(student, teacher), mask, reduce, denominator)
 
 
-def generalised_js_loss(
+def generalized_js_loss(
     student_logp: Float[Array, "B T V"],
     teacher_logp: Float[Array, "B T V"],
     mask: Bool[Array, "B T"],
@@ -85,7 +95,7 @@ def generalised_js_loss(
     reduce: Reduction = token_mean,
     denominator: Scalar | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """Generalised Jensen-Shannon divergence per token (GKD, Agarwal et al. 2024, eq. 1).
+    """Generalized Jensen-Shannon divergence per token (GKD, Agarwal et al. 2024, eq. 1).
 
         b KL(p_T || m) + (1 - b) KL(p_S || m),    m = b p_T + (1 - b) p_S
 
@@ -95,6 +105,12 @@ def generalised_js_loss(
     Args:
       beta: weight b of the teacher, in (0, 1); may be traced.
     """
+    student_logp, teacher_logp, mask = check_shapes(
+        "generalized_js_loss",
+        student_logp=(student_logp, "B T V"),
+        teacher_logp=(teacher_logp, "B T V"),
+        mask=(mask, "B T"),
+    )
     student, teacher = _pair(student_logp, teacher_logp, mask)
     weight = jnp.asarray(beta, student.dtype)
     mixture = jnp.logaddexp(jnp.log(weight) + teacher, jnp.log1p(-weight) + student)
@@ -116,9 +132,16 @@ def top_k_distributions(
     bound of the one over the vocabulary, and is 0 only where the two agree on the K tokens.
 
     Args:
-      teacher_logp: the teacher's log-probabilities of its K likeliest tokens, *not* renormalised.
+      teacher_logp: the teacher's log-probabilities of its K likeliest tokens, *not* renormalized.
       token_ids: which tokens those are, distinct.
     """
+    student_logp, teacher_logp, token_ids, mask = check_shapes(
+        "top_k_distributions",
+        student_logp=(student_logp, "B T V"),
+        teacher_logp=(teacher_logp, "B T K"),
+        token_ids=(token_ids, "B T K"),
+        mask=(mask, "B T"),
+    )
     student_top = jnp.take_along_axis(student_logp, jnp.where(mask[..., None], token_ids, 0), axis=-1)
     student, teacher = _pair(student_top, teacher_logp, mask)
     return _with_rest(student), _with_rest(teacher)
@@ -147,6 +170,12 @@ def sampled_forward_kl_loss(
       student_logp: log-probability of each sampled token, in nats.
       teacher_logp: the teacher's.
     """
+    student_logp, teacher_logp, mask = check_shapes(
+        "sampled_forward_kl_loss",
+        student_logp=(student_logp, "B T"),
+        teacher_logp=(teacher_logp, "B T"),
+        mask=(mask, "B T"),
+    )
     student, teacher = _pair(student_logp, teacher_logp, mask)
     return _reduced(teacher - student, mask, reduce, denominator)
 
@@ -170,6 +199,12 @@ def sampled_reverse_kl_loss(
       student_logp: log-probability of each sampled token, in nats.
       teacher_logp: the teacher's.
     """
+    student_logp, teacher_logp, mask = check_shapes(
+        "sampled_reverse_kl_loss",
+        student_logp=(student_logp, "B T"),
+        teacher_logp=(teacher_logp, "B T"),
+        mask=(mask, "B T"),
+    )
     student, teacher = _pair(student_logp, teacher_logp, mask)
     log_ratio = jax.lax.stop_gradient(student - teacher)
     surrogate = log_ratio * (student - jax.lax.stop_gradient(student))
@@ -195,6 +230,12 @@ def sequence_reverse_kl_loss(
       student_logp: log-probability of each sampled token, in nats.
       teacher_logp: the teacher's.
     """
+    student_logp, teacher_logp, mask = check_shapes(
+        "sequence_reverse_kl_loss",
+        student_logp=(student_logp, "B T"),
+        teacher_logp=(teacher_logp, "B T"),
+        mask=(mask, "B T"),
+    )
     student, teacher = _pair(student_logp, teacher_logp, mask)
     log_ratio = jax.lax.stop_gradient(student - teacher)
     to_go = jnp.cumsum(log_ratio[:, ::-1], axis=1)[:, ::-1]

@@ -19,15 +19,14 @@ from typing import Protocol, runtime_checkable
 import jax.numpy as jnp
 from jax import lax
 
-from rlhf_jax.core.masks import clean
 from rlhf_jax.core.numerics import bounded_exp
+from rlhf_jax.core.shapes import check_shapes
 from rlhf_jax.core.types import Array, Bool, Float, Metrics, Scalar
-from rlhf_jax.losses.policy_ratios import RatioFn, low_variance_kl, token_log_ratio
+from rlhf_jax.kernels.kl import k3
+from rlhf_jax.kernels.prepare import cleaned, cleaned_constant
+from rlhf_jax.losses.policy_ratios import RatioFn, token_log_ratio
 from rlhf_jax.losses.policy_surrogates import clip_surrogate
-from rlhf_jax.losses.reductions import Reduction, constant_length, sequence_mean, token_mean
-
-length_weighted: Reduction = constant_length(1)
-"""Mean over rows of each row's token *sum* (LUSPO, arXiv 2602.05261): GSPO with rows weighted by length."""
+from rlhf_jax.losses.reductions import Reduction, sequence_mean, token_mean
 
 
 @runtime_checkable
@@ -42,8 +41,8 @@ class SurrogateFn(Protocol):
         mask: Bool[Array, "B T"],
         /,
         *,
-        clip_low: Scalar,
-        clip_high: Scalar,
+        epsilon_low: Scalar,
+        epsilon_high: Scalar,
     ) -> Float[Array, "B T"]:
         """The objective to maximise at each token."""
         ...
@@ -58,32 +57,21 @@ class KLFn(Protocol):
         ...
 
 
-def _cleaned(values: Float[Array, "..."], mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:
-    """[B] broadcast over time, masked entries zeroed, in at least float32."""
-    values = values[:, None] if values.ndim < mask.ndim else values
-    return clean(values.astype(jnp.promote_types(values.dtype, jnp.float32)), mask)
-
-
-def _constant(values: Float[Array, "..."], mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:
-    """`_cleaned`, without gradient."""
-    return lax.stop_gradient(_cleaned(values, mask))
-
-
 def _drift(token_ratio: Float[Array, "B T"], log_ratio: Float[Array, "B T"]) -> dict[str, Array]:
     """How far the policy has moved at each token; `log_ratio` is at the loss's own level."""
     return {
         "ratio": bounded_exp(log_ratio),
-        "approx_kl": low_variance_kl(jnp.zeros_like(token_ratio), token_ratio),
+        "approx_kl": k3(jnp.zeros_like(token_ratio), token_ratio),
     }
 
 
 def _clipping(
-    log_ratio: Float[Array, "B T"], advantages: Float[Array, "B T"], clip_low: Scalar, clip_high: Scalar
+    log_ratio: Float[Array, "B T"], advantages: Float[Array, "B T"], epsilon_low: Scalar, epsilon_high: Scalar
 ) -> dict[str, Array]:
     """Where the bounds hold the policy back, at each token."""
     ratio = bounded_exp(log_ratio)
-    low = (ratio < 1 - clip_low) & (advantages < 0)
-    high = (ratio > 1 + clip_high) & (advantages > 0)
+    low = (ratio < 1 - epsilon_low) & (advantages < 0)
+    high = (ratio > 1 + epsilon_high) & (advantages > 0)
     sides = {"clip_fraction": low | high, "clip_fraction_low": low, "clip_fraction_high": high}
     return {name: side.astype(ratio.dtype) for name, side in sides.items()}
 
@@ -127,9 +115,16 @@ def reinforce_loss(
     Returns:
       (loss, metrics): `policy_loss`, `ratio`, `approx_kl`.
     """
-    logp = _cleaned(logp, mask)
-    log_ratio = logp - _constant(old_logp, mask)
-    loss_per_token = -_constant(advantages, mask) * logp
+    logp, old_logp, advantages, mask = check_shapes(
+        "reinforce_loss",
+        logp=(logp, "B T"),
+        old_logp=(old_logp, "B T"),
+        advantages=(advantages, "B T|B"),
+        mask=(mask, "B T"),
+    )
+    logp = cleaned(logp, mask)
+    log_ratio = logp - cleaned_constant(old_logp, mask)
+    loss_per_token = -cleaned_constant(advantages, mask) * logp
     per_token = {"policy_loss": loss_per_token, **_drift(log_ratio, log_ratio)}
     return _reduced(loss_per_token, per_token, mask, reduce, denominator)
 
@@ -140,8 +135,8 @@ def ppo_clip_loss(
     advantages: Float[Array, "..."],
     mask: Bool[Array, "B T"],
     *,
-    clip_low: Scalar = 0.2,
-    clip_high: Scalar = 0.2,
+    epsilon_low: Scalar = 0.2,
+    epsilon_high: Scalar = 0.2,
     dual_clip: Scalar | None = None,
     reduce: Reduction = token_mean,
     denominator: Scalar | None = None,
@@ -149,7 +144,7 @@ def ppo_clip_loss(
     """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), with two bounds and optional dual clip.
 
         w_t    = pi(a_t) / pi_old(a_t)
-        loss_t = -min(w_t A_t, clip(w_t, 1 - clip_low, 1 + clip_high) A_t)
+        loss_t = -min(w_t A_t, clip(w_t, 1 - epsilon_low, 1 + epsilon_high) A_t)
 
     The dual clip (Ye et al. 2020, "Mastering Complex Control in MOBA Games") bounds the objective of
     negative advantages from below by dual_clip A_t.
@@ -159,25 +154,32 @@ def ppo_clip_loss(
       old_logp: under the policy at the start of the update.
       advantages: [B, T] or [B].
       mask: tokens that count.
-      clip_low: how far below 1 the ratio may go, > 0.
-      clip_high: how far above 1.
-      dual_clip: > 1 + clip_high; None for none.
+      epsilon_low: how far below 1 the ratio may go, > 0.
+      epsilon_high: how far above 1.
+      dual_clip: > 1 + epsilon_high; None for none.
       reduce: how tokens become one number.
       denominator: of the whole batch, when this is a part of it.
 
     Returns:
       (loss, metrics): `policy_loss`, `ratio`, `approx_kl`, `clip_fraction` and its two sides.
     """
-    logp = _cleaned(logp, mask)
-    log_ratio = logp - _constant(old_logp, mask)
-    advantages = _constant(advantages, mask)
+    logp, old_logp, advantages, mask = check_shapes(
+        "ppo_clip_loss",
+        logp=(logp, "B T"),
+        old_logp=(old_logp, "B T"),
+        advantages=(advantages, "B T|B"),
+        mask=(mask, "B T"),
+    )
+    logp = cleaned(logp, mask)
+    log_ratio = logp - cleaned_constant(old_logp, mask)
+    advantages = cleaned_constant(advantages, mask)
     objective = clip_surrogate(
-        logp, log_ratio, advantages, mask, clip_low=clip_low, clip_high=clip_high, delta=dual_clip
+        logp, log_ratio, advantages, mask, epsilon_low=epsilon_low, epsilon_high=epsilon_high, delta=dual_clip
     )
     per_token = {
         "policy_loss": -objective,
         **_drift(log_ratio, log_ratio),
-        **_clipping(log_ratio, advantages, clip_low, clip_high),
+        **_clipping(log_ratio, advantages, epsilon_low, epsilon_high),
     }
     return _reduced(-objective, per_token, mask, reduce, denominator)
 
@@ -211,9 +213,16 @@ def ppo_penalty_loss(
     Returns:
       (loss, metrics): `policy_loss` (without the penalty), `ratio`, `approx_kl`.
     """
-    log_ratio = _cleaned(logp, mask) - _constant(old_logp, mask)
+    logp, old_logp, advantages, mask = check_shapes(
+        "ppo_penalty_loss",
+        logp=(logp, "B T"),
+        old_logp=(old_logp, "B T"),
+        advantages=(advantages, "B T|B"),
+        mask=(mask, "B T"),
+    )
+    log_ratio = cleaned(logp, mask) - cleaned_constant(old_logp, mask)
     drift = _drift(log_ratio, log_ratio)
-    surrogate_loss = -drift["ratio"] * _constant(advantages, mask)
+    surrogate_loss = -drift["ratio"] * cleaned_constant(advantages, mask)
     loss_per_token = surrogate_loss + kl_coef * drift["approx_kl"]
     return _reduced(loss_per_token, {"policy_loss": surrogate_loss, **drift}, mask, reduce, denominator)
 
@@ -225,15 +234,15 @@ def grpo_loss(
     advantages: Float[Array, "..."],
     mask: Bool[Array, "B T"],
     *,
-    clip_low: Scalar = 0.2,
-    clip_high: Scalar = 0.2,
+    epsilon_low: Scalar = 0.2,
+    epsilon_high: Scalar = 0.2,
     kl_coef: Scalar = 0.0,
     entropy: Float[Array, "B T"] | None = None,
     entropy_coef: Scalar = 0.0,
     weights: Float[Array, "B T"] | Bool[Array, "B T"] | None = None,
     ratio_fn: RatioFn = token_log_ratio,
     surrogate_fn: SurrogateFn = clip_surrogate,
-    kl_fn: KLFn = low_variance_kl,
+    kl_fn: KLFn = k3,
     kl_ratio_correction: bool = False,
     reduce: Reduction = sequence_mean,
     denominator: Scalar | None = None,
@@ -244,13 +253,13 @@ def grpo_loss(
 
     | algorithm | what differs from the defaults |
     |---|---|
-    | BNPO, DAPO | `reduce=token_mean`; for DAPO `clip_high=0.28` |
+    | BNPO, DAPO | `reduce=token_mean`; for DAPO `epsilon_high=0.28` |
     | Dr. GRPO | `reduce=constant_length(L)`, advantages with `unit_scale` |
-    | GSPO | `ratio_fn=sequence_log_ratio`, `clip_low=3e-4`, `clip_high=4e-4` |
+    | GSPO | `ratio_fn=sequence_log_ratio`, `epsilon_low=3e-4`, `epsilon_high=4e-4` |
     | GSPO-token | `ratio_fn=sequence_token_log_ratio`, bounds as GSPO |
     | LUSPO | as GSPO, with `reduce=length_weighted` |
-    | GMPO | `surrogate_fn=geometric_mean_surrogate`, `clip_low=0.4`, `clip_high=0.4` |
-    | CISPO | `surrogate_fn=cispo_surrogate`, `clip_low=1`, `reduce=token_mean` |
+    | GMPO | `surrogate_fn=geometric_mean_surrogate`, `epsilon_low=0.4`, `epsilon_high=0.4` |
+    | CISPO | `surrogate_fn=cispo_surrogate`, `epsilon_low=1`, `reduce=token_mean` |
     | SAPO | `surrogate_fn=sapo_surrogate` |
     | VESPO | `surrogate_fn=vespo_surrogate`, `reduce=token_mean` |
 
@@ -263,17 +272,18 @@ def grpo_loss(
       ref_logp: under the reference; None for no KL term, which then needs no reference model.
       advantages: [B, T] or [B].
       mask: tokens that count.
-      clip_low: how far below 1 the ratio may go, > 0.
-      clip_high: how far above 1.
+      epsilon_low: how far below 1 the ratio may go, > 0.
+      epsilon_high: how far above 1.
       kl_coef: weight of the KL term.
       entropy: of the policy at each token, in nats, with gradient; None for no bonus.
       entropy_coef: weight of the entropy bonus.
       weights: multiply the surrogate at each token, without gradient and without changing the denominator;
         those of `policy_weights`, or their product.
       ratio_fn: (logp, old_logp, mask) -> log-ratios; see `policy_ratios`.
-      surrogate_fn: (logp, log_ratio, advantages, mask, *, clip_low, clip_high) -> objective; see
+      surrogate_fn: (logp, log_ratio, advantages, mask, *, epsilon_low, epsilon_high) -> objective; see
         `policy_surrogates`.
-      kl_fn: (logp, ref_logp) -> KL of each token: `low_variance_kl`, or k1, k2, k3 of `kernels`.
+      kl_fn: (logp, ref_logp) -> KL of each token: k1, k2 or k3 of `kernels`, whose docstrings state
+        their biases.
       kl_ratio_correction: multiply the KL by the loss's ratio, so that samples of an older policy estimate
         the KL of this one (DeepSeek-V3.2, 2025; TRL's `use_bias_correction_kl`). With token ratios the
         gradient of k1 and k3 is then that of KL(pi || ref), on policy or off; that of k2 is not.
@@ -284,25 +294,37 @@ def grpo_loss(
       (loss, metrics): `policy_loss`, `ratio`, `approx_kl`, `clip_fraction` and its two sides; `kl` with a
       reference, `entropy` with entropy.
     """
-    logp = _cleaned(logp, mask)
-    old_logp, advantages = _constant(old_logp, mask), _constant(advantages, mask)
+    logp, old_logp, ref_logp, advantages, mask, entropy, weights = check_shapes(
+        "grpo_loss",
+        logp=(logp, "B T"),
+        old_logp=(old_logp, "B T"),
+        ref_logp=(ref_logp, "B T"),
+        advantages=(advantages, "B T|B"),
+        mask=(mask, "B T"),
+        entropy=(entropy, "B T"),
+        weights=(weights, "B T"),
+    )
+    logp = cleaned(logp, mask)
+    old_logp, advantages = cleaned_constant(old_logp, mask), cleaned_constant(advantages, mask)
     log_ratio = ratio_fn(logp, old_logp, mask)
-    objective = surrogate_fn(logp, log_ratio, advantages, mask, clip_low=clip_low, clip_high=clip_high)
+    objective = surrogate_fn(
+        logp, log_ratio, advantages, mask, epsilon_low=epsilon_low, epsilon_high=epsilon_high
+    )
     if weights is not None:
-        objective = objective * _constant(weights, mask)
+        objective = objective * cleaned_constant(weights, mask)
     loss_per_token = -objective
     per_token = {
         "policy_loss": loss_per_token,
         **_drift(logp - old_logp, log_ratio),
-        **_clipping(log_ratio, advantages, clip_low, clip_high),
+        **_clipping(log_ratio, advantages, epsilon_low, epsilon_high),
     }
     if ref_logp is not None:
-        kl = kl_fn(logp, _constant(ref_logp, mask))
+        kl = kl_fn(logp, cleaned_constant(ref_logp, mask))
         if kl_ratio_correction:
             kl = bounded_exp(log_ratio) * kl
         loss_per_token = loss_per_token + kl_coef * kl
         per_token["kl"] = kl
     if entropy is not None:
-        per_token["entropy"] = _cleaned(entropy, mask)
+        per_token["entropy"] = cleaned(entropy, mask)
         loss_per_token = loss_per_token - entropy_coef * per_token["entropy"]
     return _reduced(loss_per_token, per_token, mask, reduce, denominator)

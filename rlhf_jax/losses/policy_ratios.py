@@ -15,24 +15,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from rlhf_jax.core.masks import clean
-from rlhf_jax.core.numerics import exp_excess
 from rlhf_jax.core.types import Array, Bool, Float, Int
 
 RatioFn: TypeAlias = Callable[
     [Float[Array, "B T"], Float[Array, "B T"], Bool[Array, "B T"]], Float[Array, "B T"]
 ]
-
-
-def low_variance_kl(logp: Float[Array, "..."], ref_logp: Float[Array, "..."]) -> Float[Array, "..."]:
-    """exp(l) - 1 - l with l = ref_logp - logp, the KL term of GRPO (Shao et al. 2024, eq. 4).
-
-    It is `kernels.k3`, whose docstring states its biases.
-
-    Args:
-      logp: log-probability in nats of the sampled tokens under the policy.
-      ref_logp: under the reference.
-    """
-    return exp_excess(ref_logp - logp)
 
 
 def sequence_sum(
@@ -66,7 +53,7 @@ def sequence_average(
 def token_log_ratio(
     logp: Float[Array, "B T"], old_logp: Float[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> Float[Array, "B T"]:
-    """log pi(y_t) - log pi_old(y_t): one ratio a token (PPO, Schulman et al. 2017, section 3; GRPO)."""
+    """Token-level log-ratio, log pi(y_t) - log pi_old(y_t) (PPO, Schulman et al. 2017, section 3; GRPO)."""
     del mask
     return logp - old_logp
 
@@ -78,7 +65,7 @@ def sequence_log_ratio(
     *,
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T"]:
-    """The sequence's mean log-ratio at every token (GSPO, Zheng et al. 2025, eq. 7).
+    """Sequence-level log-ratio, the mean over tokens, at every token (GSPO, Zheng et al. 2025, eq. 7).
 
         log s_i = (1 / |y_i|) sum_t [log pi(y_t) - log pi_old(y_t)]
 
@@ -94,7 +81,7 @@ def sequence_token_log_ratio(
     *,
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T"]:
-    """The sequence's ratio in value, each token's own in gradient (GSPO-token, section 4.3 there).
+    """GSPO-token's log-ratio: the sequence's in value, each token's own in gradient (section 4.3).
 
         log s_{i,t} = sg[log s_i] + log pi(y_t) - sg[log pi(y_t)]
 

@@ -1,7 +1,7 @@
 """Surrogate objectives of policy-gradient losses: what replaces ratio x advantage.
 
-A surrogate takes `(logp, log_ratio, advantages, mask, *, clip_low, clip_high)`, [B, T] each and clean of
-NaN, and returns the objective to *maximise* at each token. Pass it to `grpo_loss` as `surrogate_fn=`, its
+A surrogate takes `(logp, log_ratio, advantages, mask, *, epsilon_low, epsilon_high)`, [B, T] each and clean
+of NaN, and returns the objective to *maximise* at each token. Pass it to `grpo_loss` as `surrogate_fn=`, its
 own options set with `functools.partial`. Below, w is the ratio exp(log_ratio), A the advantage, and sg
 stops the gradient.
 """
@@ -21,22 +21,24 @@ def clip_surrogate(
     advantages: Float[Array, "B T"],
     mask: Bool[Array, "B T"],
     *,
-    clip_low: Scalar,
-    clip_high: Scalar,
+    epsilon_low: Scalar,
+    epsilon_high: Scalar,
     delta: Scalar | None = None,
 ) -> Float[Array, "B T"]:
-    """min(w A, clip(w, 1 - clip_low, 1 + clip_high) A) (PPO, Schulman et al. 2017, eq. 7).
+    """PPO's clipped surrogate, min(w A, clip(w, 1 - epsilon_low, 1 + epsilon_high) A).
 
-    Two bounds: clip_high > clip_low is DAPO's clip-higher (Yu et al. 2025, eq. 10). `delta` caps the
+    Schulman et al. 2017, eq. 7.
+
+    Two bounds: epsilon_high > epsilon_low is DAPO's clip-higher (Yu et al. 2025, eq. 10). `delta` caps the
     ratio of the unclipped side, which min leaves unbounded for A < 0: min(min(w, delta) A, ...)
     (two-sided clipping, INTELLECT-2, 2025; TRL's `delta`). It equals PPO's dual clip.
 
     Args:
-      delta: > 1 + clip_high; None for no cap.
+      delta: > 1 + epsilon_high; None for no cap.
     """
     del logp, mask
     ratio = bounded_exp(log_ratio)
-    clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
+    clipped = jnp.clip(ratio, 1 - epsilon_low, 1 + epsilon_high)
     capped = ratio if delta is None else jnp.minimum(ratio, delta)
     return jnp.minimum(capped * advantages, clipped * advantages)
 
@@ -47,16 +49,16 @@ def cispo_surrogate(
     advantages: Float[Array, "B T"],
     mask: Bool[Array, "B T"],
     *,
-    clip_low: Scalar,
-    clip_high: Scalar,
+    epsilon_low: Scalar,
+    epsilon_high: Scalar,
 ) -> Float[Array, "B T"]:
-    """sg[clip(w, 1 - clip_low, 1 + clip_high)] A log pi (CISPO, MiniMax-M1, Chen et al. 2025, eq. 4-5).
+    """CISPO's surrogate, sg[clip(w, 1 - epsilon_low, 1 + epsilon_high)] A log pi (MiniMax-M1, eq. 4-5).
 
     The weight is clipped, not the update: every token keeps a gradient. The paper sets no lower bound:
-    clip_low = 1. TRL has the upper one only, as an absolute weight: its `epsilon_high` is 1 + clip_high.
+    epsilon_low = 1. TRL has the upper one only, as an absolute weight: its number is 1 + epsilon_high.
     """
     del mask
-    weight = lax.stop_gradient(jnp.clip(bounded_exp(log_ratio), 1 - clip_low, 1 + clip_high))
+    weight = lax.stop_gradient(jnp.clip(bounded_exp(log_ratio), 1 - epsilon_low, 1 + epsilon_high))
     return weight * advantages * logp
 
 
@@ -66,12 +68,12 @@ def sapo_surrogate(
     advantages: Float[Array, "B T"],
     mask: Bool[Array, "B T"],
     *,
-    clip_low: Scalar,
-    clip_high: Scalar,
+    epsilon_low: Scalar,
+    epsilon_high: Scalar,
     temperature_positive: Scalar = 1.0,
     temperature_negative: Scalar = 1.05,
 ) -> Float[Array, "B T"]:
-    """(4 / tau) sigmoid(tau (w - 1)) A: a soft gate for a clip (SAPO, Gao et al. 2025, arXiv 2511.20347).
+    """SAPO's surrogate, a soft gate for a clip: (4 / tau) sigmoid(tau (w - 1)) A (arXiv 2511.20347).
 
     The gradient weight is 1 at w = 1 and decays smoothly on both sides, the faster the larger tau. The
     clipping bounds only set what `clip_fraction` counts.
@@ -80,7 +82,7 @@ def sapo_surrogate(
       temperature_positive: tau where A > 0.
       temperature_negative: tau elsewhere.
     """
-    del logp, mask, clip_low, clip_high
+    del logp, mask, epsilon_low, epsilon_high
     temperature = jnp.where(advantages > 0, temperature_positive, temperature_negative)
     gate = jax.nn.sigmoid(temperature * (bounded_exp(log_ratio) - 1)) * 4 / temperature
     return gate * advantages
@@ -92,13 +94,13 @@ def geometric_mean_surrogate(
     advantages: Float[Array, "B T"],
     mask: Bool[Array, "B T"],
     *,
-    clip_low: Scalar,
-    clip_high: Scalar,
+    epsilon_low: Scalar,
+    epsilon_high: Scalar,
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T"]:
-    """A times the geometric mean of the sequence's clipped ratios (GMPO, Zhao et al. 2025, arXiv 2507.20673).
+    """GMPO's surrogate, A times the geometric mean of the sequence's clipped ratios (arXiv 2507.20673).
 
-        A_i exp((1 / |y_i|) sum_t sgn(A_i) min(sgn(A_i) l_t, sgn(A_i) clip(l_t, -clip_low, clip_high)))
+        A_i exp((1 / |y_i|) sum_t sgn(A_i) min(sgn(A_i) l_t, sgn(A_i) clip(l_t, -epsilon_low, epsilon_high)))
 
     with l = log_ratio of the tokens: use it with `token_log_ratio` and `sequence_mean`. The bounds are in
     log space; the paper has 0.4 for both. Advantages are meant to be equal within a sequence.
@@ -108,7 +110,7 @@ def geometric_mean_surrogate(
     """
     del logp
     sign = jnp.sign(advantages)
-    clipped = jnp.clip(log_ratio, -clip_low, clip_high)
+    clipped = jnp.clip(log_ratio, -epsilon_low, epsilon_high)
     pessimistic = sign * jnp.minimum(sign * log_ratio, sign * clipped)
     return bounded_exp(sequence_average(pessimistic, mask, segment_ids)) * advantages
 
@@ -119,15 +121,15 @@ def vespo_surrogate(
     advantages: Float[Array, "B T"],
     mask: Bool[Array, "B T"],
     *,
-    clip_low: Scalar,
-    clip_high: Scalar,
+    epsilon_low: Scalar,
+    epsilon_high: Scalar,
     k_positive: Scalar = 2.0,
     lambda_positive: Scalar = 3.0,
     k_negative: Scalar = 3.0,
     lambda_negative: Scalar = 2.0,
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T"]:
-    """sg[phi(w)] A log pi with phi(w) = w^k exp(lambda (1 - w)) (VESPO, arXiv 2602.10693).
+    """VESPO's surrogate, sg[phi(w)] A log pi with phi(w) = w^k exp(lambda (1 - w)) (arXiv 2602.10693).
 
     w is the ratio of the whole sequence, without length normalisation; phi(1) = 1. Clamps of log w are
     those of TRL: each token's to +-20, the sum to [log 1e-8, 20]. To correct for the sampler as well, give
@@ -140,7 +142,7 @@ def vespo_surrogate(
       lambda_negative: decay where A < 0.
       segment_ids: for packed rows; None when a row is a sequence.
     """
-    del clip_low, clip_high
+    del epsilon_low, epsilon_high
     clamped = jnp.clip(lax.stop_gradient(log_ratio), -EXP_LIMIT, EXP_LIMIT)
     log_w = jnp.clip(sequence_sum(clamped, mask, segment_ids), jnp.log(1e-8), EXP_LIMIT)
     gains = advantages >= 0

@@ -6,17 +6,13 @@ into micro-batches.
 """
 
 import jax.numpy as jnp
-from jax import lax
 
 from rlhf_jax.core.masks import clean
 from rlhf_jax.core.numerics import bounded_exp
+from rlhf_jax.core.shapes import check_shapes
 from rlhf_jax.core.types import Array, Bool, Float, Int, Scalar
+from rlhf_jax.kernels.prepare import cleaned_constant
 from rlhf_jax.losses.policy_ratios import RatioFn, sequence_average, token_log_ratio
-
-
-def _constant(values: Float[Array, "..."], mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:
-    wide = lax.stop_gradient(values).astype(jnp.promote_types(values.dtype, jnp.float32))
-    return clean(wide[:, None] if wide.ndim < mask.ndim else wide, mask)
 
 
 def top_entropy_mask(
@@ -31,7 +27,8 @@ def top_entropy_mask(
       mask: tokens that count.
       fraction: share to keep, in (0, 1].
     """
-    entropy = _constant(entropy, mask)
+    entropy, mask = check_shapes("top_entropy_mask", entropy=(entropy, "B T"), mask=(mask, "B T"))
+    entropy = cleaned_constant(entropy, mask)
     ordered = jnp.sort(jnp.where(mask, entropy, jnp.inf), axis=None)
     position = (1 - fraction) * jnp.maximum(jnp.sum(mask) - 1, 0)
     below = jnp.floor(position).astype(jnp.int32)
@@ -63,8 +60,17 @@ def off_policy_mask(
       threshold: in nats a token.
       segment_ids: for packed rows; None when a row is a sequence.
     """
-    drift = sequence_average(_constant(sampler_logp, mask) - _constant(logp, mask), mask, segment_ids)
-    return mask & ((_constant(advantages, mask) >= 0) | (drift <= threshold))
+    logp, sampler_logp, advantages, mask = check_shapes(
+        "off_policy_mask",
+        logp=(logp, "B T"),
+        sampler_logp=(sampler_logp, "B T"),
+        advantages=(advantages, "B T|B"),
+        mask=(mask, "B T"),
+    )
+    drift = sequence_average(
+        cleaned_constant(sampler_logp, mask) - cleaned_constant(logp, mask), mask, segment_ids
+    )
+    return mask & ((cleaned_constant(advantages, mask) >= 0) | (drift <= threshold))
 
 
 def _sampler_ratio(
@@ -73,7 +79,7 @@ def _sampler_ratio(
     mask: Bool[Array, "B T"],
     ratio_fn: RatioFn,
 ) -> Float[Array, "B T"]:
-    return bounded_exp(ratio_fn(_constant(old_logp, mask), _constant(sampler_logp, mask), mask))
+    return bounded_exp(ratio_fn(cleaned_constant(old_logp, mask), cleaned_constant(sampler_logp, mask), mask))
 
 
 def truncated_importance_weights(
@@ -85,10 +91,10 @@ def truncated_importance_weights(
     high: Scalar = 2.0,
     ratio_fn: RatioFn = token_log_ratio,
 ) -> Float[Array, "B T"]:
-    """clip(pi_old / pi_sampler, low, high): corrects for a sampler whose numbers differ from the trainer's.
+    """Truncated importance sampling (TIS) weights: clip(pi_old / pi_sampler, low, high).
 
-    Truncated importance sampling (Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You
-    Off-Policy RL Training").
+    They correct for a sampler whose numbers differ from the trainer's (Yao et al. 2025, "Your Efficient RL
+    Framework Secretly Brings You Off-Policy RL Training").
 
     Args:
       old_logp: log-probability in nats under the policy that sampled, computed by the trainer.
@@ -101,6 +107,12 @@ def truncated_importance_weights(
     Returns:
       Weights, 0 where masked; no gradient.
     """
+    old_logp, sampler_logp, mask = check_shapes(
+        "truncated_importance_weights",
+        old_logp=(old_logp, "B T"),
+        sampler_logp=(sampler_logp, "B T"),
+        mask=(mask, "B T"),
+    )
     return clean(jnp.clip(_sampler_ratio(old_logp, sampler_logp, mask, ratio_fn), low, high), mask)
 
 
@@ -113,9 +125,9 @@ def masked_importance_weights(
     high: Scalar = 2.0,
     ratio_fn: RatioFn = token_log_ratio,
 ) -> Float[Array, "B T"]:
-    """pi_old / pi_sampler where it lies within [low, high], 0 elsewhere: outliers are dropped, not truncated.
+    """Masked importance sampling (MIS) weights: pi_old / pi_sampler within [low, high], 0 elsewhere.
 
-    Masked importance sampling, as in TRL's `token_mask` and `sequence_mask`.
+    Outliers are dropped, not truncated, as by TRL's `token_mask` and `sequence_mask`.
 
     Args:
       old_logp: log-probability in nats under the policy that sampled, computed by the trainer.
@@ -128,5 +140,11 @@ def masked_importance_weights(
     Returns:
       Weights, 0 where masked; no gradient.
     """
+    old_logp, sampler_logp, mask = check_shapes(
+        "masked_importance_weights",
+        old_logp=(old_logp, "B T"),
+        sampler_logp=(sampler_logp, "B T"),
+        mask=(mask, "B T"),
+    )
     ratio = _sampler_ratio(old_logp, sampler_logp, mask, ratio_fn)
     return clean(jnp.where((ratio >= low) & (ratio <= high), ratio, 0), mask)

@@ -1,10 +1,10 @@
-"""Small functions that change what a preference loss sees, or mix several.
+"""Modifiers of preference losses: f-divergence scores (f-DPO), WPO weights, LD-DPO, weighted sums (MPO).
 
 f-divergence scores replace log-ratios. DPO under another divergence is
 
     score = functools.partial(alpha_divergence_score, alpha=0.5)
-    zeros = jnp.zeros_like(ref_chosen_logp)
-    dpo_loss(score(chosen_log_ratio), score(rejected_log_ratio), zeros, zeros, beta=beta)
+    zeros = jnp.zeros_like(chosen_log_ratio)
+    dpo_loss(PairLogps(score(chosen_log_ratio), score(rejected_log_ratio), zeros, zeros), beta=beta)
 
 and so with every loss that takes log-ratios.
 """
@@ -15,13 +15,15 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.masks import clean, masked_mean
+from rlhf_jax.core.masks import masked_mean
+from rlhf_jax.core.shapes import check_shapes
 from rlhf_jax.core.types import Array, Bool, Float, Int, Metrics, Scalar
-from rlhf_jax.losses.preference_common import full_precision, power_score
+from rlhf_jax.kernels.prepare import cleaned, full_precision
+from rlhf_jax.losses.pair_logps import power_score
 
 
 def forward_kl_score(log_ratio: Float[Array, "B"]) -> Float[Array, "B"]:
-    """f'(u) = 1 - 1 / u of the forward KL divergence (Wang et al. 2023, f-DPO), u = exp(log_ratio).
+    """f-DPO score of the forward KL divergence (Wang et al. 2023): f'(u) = 1 - 1 / u, u = exp(log_ratio).
 
     The paper drops the constant; with it, a ratio of 1 scores 0. Below a log-ratio of -30 the score goes
     on along its tangent, to stay finite with a gradient.
@@ -33,7 +35,7 @@ def forward_kl_score(log_ratio: Float[Array, "B"]) -> Float[Array, "B"]:
 
 
 def js_score(log_ratio: Float[Array, "B"]) -> Float[Array, "B"]:
-    """f'(u) = log(2 u / (1 + u)) of the Jensen-Shannon divergence (Wang et al. 2023, f-DPO).
+    """f-DPO score of the Jensen-Shannon divergence (Wang et al. 2023): f'(u) = log(2 u / (1 + u)).
 
     Args:
       log_ratio: policy minus reference log-probability, in nats.
@@ -42,7 +44,7 @@ def js_score(log_ratio: Float[Array, "B"]) -> Float[Array, "B"]:
 
 
 def alpha_divergence_score(log_ratio: Float[Array, "B"], *, alpha: Scalar) -> Float[Array, "B"]:
-    """f'(u) = (1 - u^-alpha) / alpha of the alpha divergence (Wang et al. 2023, f-DPO).
+    """f-DPO score of the alpha divergence (Wang et al. 2023): f'(u) = (1 - u^-alpha) / alpha.
 
     alpha = 0 is reverse KL (DPO itself), alpha = 1 forward KL. TRL's `f_alpha_divergence_coef` is 1 - alpha.
     Above -alpha log_ratio = 30 the score goes on along its tangent.
@@ -57,7 +59,7 @@ def alpha_divergence_score(log_ratio: Float[Array, "B"], *, alpha: Scalar) -> Fl
 def wpo_weight(
     logp: Float[Array, "B T"], log_collision: Float[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> Float[Array, "B"]:
-    """How on-policy a response is: WPO's aligned weight (Zhou et al. 2024, eq. 2).
+    """WPO's aligned weight of a response: how on-policy it is (Zhou et al. 2024, eq. 2).
 
         exp(1/|y| sum_t [log p(y_t) - log sum_v p(v)^2])
 
@@ -70,14 +72,17 @@ def wpo_weight(
     Returns:
       Weights, without gradient; 1 for an empty response.
     """
-    aligned = clean(full_precision(logp), mask) - clean(full_precision(log_collision), mask)
+    logp, log_collision, mask = check_shapes(
+        "wpo_weight", logp=(logp, "B T"), log_collision=(log_collision, "B T"), mask=(mask, "B T")
+    )
+    aligned = cleaned(logp, mask) - cleaned(log_collision, mask)
     return jax.lax.stop_gradient(jnp.exp(masked_mean(aligned, mask, axis=-1)))
 
 
-def length_desensitised_logp(
+def length_desensitized_logp(
     logp: Float[Array, "B T"], mask: Bool[Array, "B T"], shared_length: Int[Array, "B"], *, alpha: Scalar
 ) -> Float[Array, "B"]:
-    """Sum of token log-probabilities in which the tail counts less (LD-DPO, Liu et al. 2024).
+    """LD-DPO's log-probability of a response, in which the tail counts less (Liu et al. 2024).
 
         sum_{t <= l} log p(y_t) + a sum_{t > l} log p(y_t)
 
@@ -89,8 +94,14 @@ def length_desensitised_logp(
       shared_length: l, tokens that count fully.
       alpha: a in [0, 1], weight of the tokens beyond; 1 is the plain sum.
     """
+    logp, mask, shared_length = check_shapes(
+        "length_desensitized_logp",
+        logp=(logp, "B T"),
+        mask=(mask, "B T"),
+        shared_length=(shared_length, "B"),
+    )
     shared = jnp.cumsum(mask, axis=-1) <= shared_length[:, None]
-    return jnp.sum(clean(full_precision(logp), mask) * jnp.where(shared, 1, alpha), axis=-1)
+    return jnp.sum(cleaned(logp, mask) * jnp.where(shared, 1, alpha), axis=-1)
 
 
 def weighted_sum(

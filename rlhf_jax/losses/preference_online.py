@@ -1,21 +1,21 @@
-"""Preference losses on responses sampled during training.
+"""Online preference losses, on responses sampled during training: XPO, Nash-MD.
 
-Notation and shared arguments: `rlhf_jax.losses.preference`.
+Notation and shared arguments: `rlhf_jax.losses.pair_logps`.
 """
 
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.core.shapes import check_shapes
 from rlhf_jax.core.types import Array, Bool, Float, Metrics, Scalar
-from rlhf_jax.losses.preference_common import clean_rows, paired, row_mean
+from rlhf_jax.kernels.prepare import cleaned, mask_or_all
+from rlhf_jax.losses.pair_logps import REFERENCED, PairLogps, pair_loss_traits, pair_rows, paired
+from rlhf_jax.losses.reductions import row_mean
 
 
+@pair_loss_traits(needs_chosen_from_ref=True)
 def xpo_loss(
-    policy_chosen_logp: Float[Array, "B"],
-    policy_rejected_logp: Float[Array, "B"],
-    ref_chosen_logp: Float[Array, "B"],
-    ref_rejected_logp: Float[Array, "B"],
-    chosen_from_ref: Bool[Array, "B"],
+    pairs: PairLogps,
     *,
     beta: Scalar = 0.1,
     alpha: Scalar = 1e-5,
@@ -23,26 +23,25 @@ def xpo_loss(
     weights: Float[Array, "B"] | None = None,
     denominator: Scalar | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """Exploratory preference optimisation (XPO, Xie et al. 2024, algorithm 1): DPO with optimism.
+    """Exploratory preference optimization (XPO, Xie et al. 2024, algorithm 1): DPO with optimism.
 
         -log s(b D) + a log p(y~),    y~ ~ p_ref
 
     One response of each pair was sampled from the policy, the other, y~, from the reference; its
-    log-probability is pushed down, towards what neither data nor reference has shown.
+    log-probability is pushed down, towards what neither data nor reference has shown. `pairs.chosen_from_ref`
+    says where y~ is the chosen one (in the other pairs the rejected one is).
 
     Args:
-      chosen_from_ref: pairs whose chosen response is y~ (in the others the rejected one is).
       beta: strength b of the KL constraint, per nat.
       alpha: weight a of the exploration bonus.
     Returns:
       (loss, metrics), with the mean `exploration_logp` log p(y~).
     """
-    mask, (policy_chosen, policy_rejected, ref_chosen, ref_rejected) = clean_rows(
-        mask, policy_chosen_logp, policy_rejected_logp, ref_chosen_logp, ref_rejected_logp
-    )
+    fields = (*REFERENCED, "chosen_from_ref")
+    _, mean, rows = pair_rows("xpo_loss", pairs, fields, mask, weights, denominator)
+    policy_chosen, policy_rejected, ref_chosen, ref_rejected, _ = rows
     chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
-    exploration = jnp.where(chosen_from_ref, policy_chosen, policy_rejected)
-    mean = row_mean(mask, weights, denominator)
+    exploration = jnp.where(jnp.asarray(pairs.chosen_from_ref), policy_chosen, policy_rejected)
     losses = -jax.nn.log_sigmoid(beta * (chosen - rejected)) + alpha * exploration
     return paired(losses, beta * chosen, beta * rejected, mean, exploration_logp=exploration)
 
@@ -72,7 +71,15 @@ def nash_md_loss(
     Returns:
       (loss, metrics), with the mean `preference` and `kl` z.
     """
-    mask, (policy, ref, preference) = clean_rows(mask, policy_logp, ref_logp, preference)
+    policy, ref, preference, mask = check_shapes(
+        "nash_md_loss",
+        policy_logp=(policy_logp, "B"),
+        ref_logp=(ref_logp, "B"),
+        preference=(preference, "B"),
+        mask=(mask, "B"),
+    )
+    mask = mask_or_all(mask, policy)
+    policy, ref, preference = (cleaned(row, mask) for row in (policy, ref, preference))
     kl = policy - ref
     score = jax.lax.stop_gradient(preference - 0.5 - beta * kl)
     losses = -score * policy

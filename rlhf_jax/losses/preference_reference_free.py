@@ -1,20 +1,20 @@
-"""Losses on pairs that need no reference policy.
+"""Preference losses without a reference policy: ORPO, CPO, SimPO, AlphaPO.
 
-Notation and shared arguments: `rlhf_jax.losses.preference`. Log-probabilities are sums over the response;
-a bar means per token: lbar_c = log p(y_c) / len_c. Where a loss adds the negative log-likelihood of the
-chosen response, `nll` is a metric of its own.
+Notation and shared arguments: `rlhf_jax.losses.pair_logps`; lbar_c = log p(y_c) / len_c. Where a loss adds
+the negative log-likelihood of the chosen response, `nll` is a metric of its own.
 """
 
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.core.types import Array, Bool, Float, Int, Metrics, Scalar
-from rlhf_jax.losses.preference_common import (
-    clean_rows,
+from rlhf_jax.core.types import Array, Bool, Float, Metrics, Scalar
+from rlhf_jax.losses.pair_logps import (
+    PairLogps,
     paired,
     per_token,
+    policy_logps,
     power_score,
-    row_mean,
+    row_values,
     smoothed_logistic,
 )
 
@@ -33,10 +33,7 @@ def _log_odds(logp: Float[Array, "B"]) -> Float[Array, "B"]:
 
 
 def orpo_loss(
-    policy_chosen_logp: Float[Array, "B"],
-    policy_rejected_logp: Float[Array, "B"],
-    chosen_length: Int[Array, "B"],
-    rejected_length: Int[Array, "B"],
+    pairs: PairLogps,
     *,
     beta: Scalar = 0.1,
     nll_weight: Scalar = 1.0,
@@ -44,7 +41,7 @@ def orpo_loss(
     weights: Float[Array, "B"] | None = None,
     denominator: Scalar | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """Odds ratio preference optimisation (ORPO, Hong et al. 2024, eqs. 6 and 7).
+    """Odds ratio preference optimization (ORPO, Hong et al. 2024, eqs. 6 and 7).
 
         w (-lbar_c) - b log s(log odds(lbar_c) - log odds(lbar_r)),    odds(l) = exp(l) / (1 - exp(l))
 
@@ -52,25 +49,21 @@ def orpo_loss(
     tokens of the batch, prompts included.
 
     Args:
-      chosen_length: number of response tokens summed in the chosen log-probabilities.
-      rejected_length: the same for the rejected ones.
       beta: weight b of the odds ratio (the paper's lambda).
       nll_weight: weight w of the likelihood of the chosen response.
     Returns:
       (loss, metrics), with b lbar as rewards and the mean `log_odds_ratio`.
     """
-    mask, (chosen, rejected) = clean_rows(mask, policy_chosen_logp, policy_rejected_logp)
-    chosen, rejected = per_token(chosen, chosen_length), per_token(rejected, rejected_length)
+    chosen, rejected, mean = policy_logps("orpo_loss", pairs, mask, weights, denominator)
+    chosen, rejected = per_token("orpo_loss", pairs, chosen, rejected)
     log_odds_ratio = _log_odds(chosen) - _log_odds(rejected)
     losses = -nll_weight * chosen - beta * jax.nn.log_sigmoid(log_odds_ratio)
-    mean = row_mean(mask, weights, denominator)
     extra = {"nll": -chosen, "log_odds_ratio": log_odds_ratio}
     return paired(losses, beta * chosen, beta * rejected, mean, **extra)
 
 
 def cpo_loss(
-    policy_chosen_logp: Float[Array, "B"],
-    policy_rejected_logp: Float[Array, "B"],
+    pairs: PairLogps,
     *,
     beta: Scalar = 0.1,
     label_smoothing: Scalar = 0.0,
@@ -79,7 +72,7 @@ def cpo_loss(
     weights: Float[Array, "B"] | None = None,
     denominator: Scalar | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """Contrastive preference optimisation (CPO, Xu et al. 2024).
+    """Contrastive preference optimization (CPO, Xu et al. 2024).
 
         -(1 - e) log s(x) - e log s(-x) - w log p(y_c),    x = b (log p(y_c) - log p(y_r))
 
@@ -91,20 +84,14 @@ def cpo_loss(
       nll_weight: weight w of the chosen response's negative log-likelihood, which is a sum over its
         tokens as in the paper; one weight per pair, such as 1 / chosen_length, makes it per token.
     """
-    nll_weight = jnp.broadcast_to(jnp.asarray(nll_weight), policy_chosen_logp.shape)
-    mask, (chosen, rejected, nll_weight) = clean_rows(
-        mask, policy_chosen_logp, policy_rejected_logp, nll_weight
-    )
+    chosen, rejected, mean = policy_logps("cpo_loss", pairs, mask, weights, denominator)
+    nll_weight = row_values("cpo_loss", "nll_weight", nll_weight, chosen, mask)
     losses = smoothed_logistic(beta * (chosen - rejected), label_smoothing) - nll_weight * chosen
-    mean = row_mean(mask, weights, denominator)
     return paired(losses, beta * chosen, beta * rejected, mean, nll=-chosen)
 
 
 def simpo_loss(
-    policy_chosen_logp: Float[Array, "B"],
-    policy_rejected_logp: Float[Array, "B"],
-    chosen_length: Int[Array, "B"],
-    rejected_length: Int[Array, "B"],
+    pairs: PairLogps,
     *,
     beta: Scalar = 2.0,
     gamma: Scalar = 1.0,
@@ -114,32 +101,26 @@ def simpo_loss(
     weights: Float[Array, "B"] | None = None,
     denominator: Scalar | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """Simple preference optimisation (SimPO, Meng et al. 2024, eq. 6).
+    """Simple preference optimization (SimPO, Meng et al. 2024, eq. 6).
 
         -(1 - e) log s(x) - e log s(-x) - w lbar_c,    x = b (lbar_c - lbar_r) - g
 
     The paper has e = w = 0; w > 0 is CPO-SimPO. Its gamma is g here; TRL's `simpo_gamma` is the same number.
 
     Args:
-      chosen_length: number of response tokens summed in the chosen log-probabilities.
-      rejected_length: the same for the rejected ones.
       beta: scale b of the log-probabilities per token.
       gamma: margin g by which the chosen reward must lead.
       label_smoothing: probability e that a label is flipped.
       nll_weight: weight w of the chosen response's negative log-likelihood per token.
     """
-    mask, (chosen, rejected) = clean_rows(mask, policy_chosen_logp, policy_rejected_logp)
-    chosen, rejected = per_token(chosen, chosen_length), per_token(rejected, rejected_length)
+    chosen, rejected, mean = policy_logps("simpo_loss", pairs, mask, weights, denominator)
+    chosen, rejected = per_token("simpo_loss", pairs, chosen, rejected)
     losses = smoothed_logistic(beta * (chosen - rejected) - gamma, label_smoothing) - nll_weight * chosen
-    mean = row_mean(mask, weights, denominator)
     return paired(losses, beta * chosen, beta * rejected, mean, nll=-chosen)
 
 
 def alpha_po_loss(
-    policy_chosen_logp: Float[Array, "B"],
-    policy_rejected_logp: Float[Array, "B"],
-    chosen_length: Int[Array, "B"],
-    rejected_length: Int[Array, "B"],
+    pairs: PairLogps,
     *,
     beta: Scalar = 2.0,
     gamma: Scalar = 1.0,
@@ -155,14 +136,12 @@ def alpha_po_loss(
     alpha = 0 is SimPO. Above -a lbar = 30 the exponential goes on along its tangent, to stay finite.
 
     Args:
-      chosen_length: number of response tokens summed in the chosen log-probabilities.
-      rejected_length: the same for the rejected ones.
       beta: scale b of the rewards.
       gamma: margin g by which the chosen reward must lead.
       alpha: shape a of the reward; positive values punish unlikely responses more.
     """
-    mask, (chosen, rejected) = clean_rows(mask, policy_chosen_logp, policy_rejected_logp)
-    chosen = beta * power_score(per_token(chosen, chosen_length), alpha)
-    rejected = beta * power_score(per_token(rejected, rejected_length), alpha)
+    chosen, rejected, mean = policy_logps("alpha_po_loss", pairs, mask, weights, denominator)
+    chosen, rejected = per_token("alpha_po_loss", pairs, chosen, rejected)
+    chosen, rejected = beta * power_score(chosen, alpha), beta * power_score(rejected, alpha)
     losses = -jax.nn.log_sigmoid(chosen - rejected - gamma)
-    return paired(losses, chosen, rejected, row_mean(mask, weights, denominator))
+    return paired(losses, chosen, rejected, mean)

@@ -1,4 +1,4 @@
-"""How a [B, T] array of per-token losses becomes one number.
+"""Reductions of per-token losses [B, T] to one number: token mean, sequence mean, constant length.
 
 Every reduction is a weighted sum over a denominator:
 
@@ -11,11 +11,13 @@ the whole batch, and so do the gradients. Masked entries of `values` may hold an
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import TypeAlias
 
 import jax.numpy as jnp
 
 from rlhf_jax.core.masks import clean
 from rlhf_jax.core.types import Array, Bool, Float, Int, Scalar
+from rlhf_jax.kernels.prepare import cleaned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +74,27 @@ sequence_mean = Reduction(weights=_row_weights, total=_row_count)
 def constant_length(length: int) -> Reduction:
     """Token sum over rows x a fixed `length` (Dr. GRPO, Liu et al. 2025): no length enters the gradient."""
     return Reduction(weights=_token_weights, total=lambda mask: _row_count(mask) * length)
+
+
+length_weighted = constant_length(1)
+"""Mean over rows of each row's token *sum* (LUSPO, arXiv 2602.05261): GSPO with rows weighted by length."""
+
+
+RowMean: TypeAlias = Callable[[Float[Array, "B"]], Float[Array, ""]]
+"""Rows -> their mean, for losses on rows rather than tokens."""
+
+
+def row_mean(
+    mask: Bool[Array, "..."], weights: Float[Array, "..."] | None = None, denominator: Scalar | None = None
+) -> RowMean:
+    """The function rows -> sum of weighted unmasked rows / `denominator` (their number by default)."""
+
+    def mean(values: Float[Array, "B"]) -> Float[Array, ""]:
+        total = jnp.asarray(jnp.sum(mask) if denominator is None else denominator, values.dtype)
+        scaled = values if weights is None else values * cleaned(weights, mask)
+        return jnp.sum(clean(scaled, mask)) / jnp.maximum(total, jnp.finfo(values.dtype).tiny)
+
+    return mean
 
 
 def packed_sequence_mean(segment_ids: Int[Array, "B T"], num_segments: int) -> Reduction:

@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.core.masks import clean
+from rlhf_jax.core.shapes import check_shapes
 from rlhf_jax.core.types import Array, Bool, Float, Int, Metrics, Scalar
-from rlhf_jax.losses.preference_common import clean_rows, full_precision, paired, row_mean
-from rlhf_jax.losses.reductions import Reduction, token_mean
+from rlhf_jax.kernels.prepare import cleaned, mask_or_all
+from rlhf_jax.losses.pair_logps import paired, row_values
+from rlhf_jax.losses.reductions import Reduction, row_mean, token_mean
 
 
 def bradley_terry_loss(
@@ -37,12 +38,16 @@ def bradley_terry_loss(
     Returns:
       (loss, metrics), with the scores, their margin (R_c - R_r, without m) and the accuracy.
     """
-    margin, flipped = (
-        jnp.broadcast_to(x, chosen_reward.shape) for x in map(jnp.asarray, (margin, label_smoothing))
+    chosen, rejected, mask = check_shapes(
+        "bradley_terry_loss",
+        chosen_reward=(chosen_reward, "B"),
+        rejected_reward=(rejected_reward, "B"),
+        mask=(mask, "B"),
     )
-    mask, (chosen, rejected, margin, flipped) = clean_rows(
-        mask, chosen_reward, rejected_reward, margin, flipped
-    )
+    mask = mask_or_all(mask, chosen)
+    chosen, rejected = cleaned(chosen, mask), cleaned(rejected, mask)
+    margin = row_values("bradley_terry_loss", "margin", margin, chosen, mask)
+    flipped = row_values("bradley_terry_loss", "label_smoothing", label_smoothing, chosen, mask)
     lead, log_sigmoid = chosen - rejected, jax.nn.log_sigmoid
     losses = -(1 - flipped) * log_sigmoid(lead - margin) - flipped * log_sigmoid(-lead - margin)
     losses += centring * (chosen + rejected) ** 2
@@ -70,8 +75,11 @@ def hinge_ranking_loss(
     Returns:
       (loss, metrics): `accuracy` is the share of pairs that the scores order rightly.
     """
-    mask = jnp.ones(rewards.shape, bool) if mask is None else mask
-    rewards = clean(full_precision(rewards), mask)
+    rewards, ranks, mask = check_shapes(
+        "hinge_ranking_loss", rewards=(rewards, "B K"), ranks=(ranks, "B K"), mask=(mask, "B K")
+    )
+    mask = mask_or_all(mask, rewards)
+    rewards = cleaned(rewards, mask)
     pairs = ranked_pairs(ranks, mask)
     lead = rewards[:, :, None] - rewards[:, None, :]
     mean = row_mean(pairs, None, denominator)
@@ -103,8 +111,9 @@ def plackett_luce_loss(
     Returns:
       (loss, metrics): `accuracy` is the mean share of a ranking's pairs that the scores order rightly.
     """
-    mask = jnp.ones(rewards.shape, bool) if mask is None else mask
-    rewards = clean(full_precision(rewards), mask)
+    rewards, mask = check_shapes("plackett_luce_loss", rewards=(rewards, "B K"), mask=(mask, "B K"))
+    mask = mask_or_all(mask, rewards)
+    rewards = cleaned(rewards, mask)
     # The lowest finite number stands for -inf, whose logsumexp with itself has a NaN gradient.
     lowest = jnp.asarray(jnp.finfo(rewards.dtype).min, rewards.dtype)
     normaliser = jax.lax.cumlogsumexp(jnp.where(mask, rewards, lowest), axis=1, reverse=True)
@@ -139,7 +148,10 @@ def process_reward_loss(
     Returns:
       (loss, metrics): `accuracy` of z > 0 against y > 1/2.
     """
-    logits, labels = clean(full_precision(step_logits), mask), clean(full_precision(labels), mask)
+    logits, labels, mask = check_shapes(
+        "process_reward_loss", step_logits=(step_logits, "B T"), labels=(labels, "B T"), mask=(mask, "B T")
+    )
+    logits, labels = cleaned(logits, mask), cleaned(labels, mask)
     losses = -labels * jax.nn.log_sigmoid(logits) - (1 - labels) * jax.nn.log_sigmoid(-logits)
     right = ((logits > 0) == (labels > 0.5)).astype(losses.dtype)
     loss = reduce(losses, mask, denominator=denominator)

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.core.masks import clean
+from rlhf_jax.core.shapes import check_shapes
 from rlhf_jax.core.types import Array, Bool, Float, Int, Metrics, Scalar
-from rlhf_jax.losses.preference_common import full_precision
+from rlhf_jax.kernels.prepare import cleaned, cleaned_constant, full_precision
 from rlhf_jax.losses.reductions import Reduction, token_mean
 
 
@@ -30,6 +30,7 @@ def cross_entropy_loss(
     Returns:
       (loss, metrics). Perplexity is exp(loss) of the whole batch; it does not sum, so it is no metric.
     """
+    logp, mask = check_shapes("cross_entropy_loss", logp=(logp, "B T"), mask=(mask, "B T"))
     loss = reduce(-full_precision(logp), mask, denominator=denominator)
     return loss, {"loss": jax.lax.stop_gradient(loss)}
 
@@ -40,6 +41,7 @@ def further_masks(
     """Which of the tokens that count could be foreseen k = 1 ... `depth` steps before: not those whose k + 1
     predecessors are not all in their segment.
     """
+    mask, segment_ids = check_shapes("further_masks", mask=(mask, "B T"), segment_ids=(segment_ids, "B T"))
     column = jnp.arange(mask.shape[1])
     return [
         mask & (column > k) & (segment_ids == jnp.roll(segment_ids, k + 1, axis=1))
@@ -101,9 +103,12 @@ def advantage_weighted_loss(
     Returns:
       (loss, metrics): `loss`, and the mean `weight`.
     """
-    advantages = clean(full_precision(advantages), mask)
-    weight = jax.lax.stop_gradient(jnp.minimum(jnp.exp(inverse_temperature * advantages), max_weight))
-    loss = reduce(-weight * clean(full_precision(logp), mask), mask, denominator=denominator)
+    logp, advantages, mask = check_shapes(
+        "advantage_weighted_loss", logp=(logp, "B T"), advantages=(advantages, "B T"), mask=(mask, "B T")
+    )
+    advantages = cleaned_constant(advantages, mask)
+    weight = jnp.minimum(jnp.exp(inverse_temperature * advantages), max_weight)
+    loss = reduce(-weight * cleaned(logp, mask), mask, denominator=denominator)
     return loss, {
         "loss": jax.lax.stop_gradient(loss),
         "weight": reduce(weight, mask, denominator=denominator),

@@ -8,22 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rlhf_jax.core.masks import clean
+from rlhf_jax.core.shapes import check_shapes
 from rlhf_jax.core.types import Array, Bool, Float, Int, Metrics, Scalar
+from rlhf_jax.kernels.prepare import cleaned, cleaned_constant, full_precision
 from rlhf_jax.losses.reductions import Reduction, token_mean
-
-
-def _full_precision(values: Float[Array, "..."]) -> Float[Array, "..."]:
-    return values.astype(jnp.promote_types(values.dtype, jnp.float32))
-
-
-def _cleaned(values: Float[Array, "B T ..."], mask: Bool[Array, "B T"]) -> Float[Array, "B T ..."]:
-    mask = mask[..., None] if values.ndim > mask.ndim else mask
-    return clean(_full_precision(values), mask)
-
-
-def _constant(values: Float[Array, "B T ..."], mask: Bool[Array, "B T"]) -> Float[Array, "B T ..."]:
-    return lax.stop_gradient(_cleaned(values, mask))
 
 
 def _reduced(
@@ -55,7 +43,10 @@ def squared_value_loss(
     Returns:
       (loss, metrics): `value_loss`, `value_error` (mean of V - R), `value_mean`.
     """
-    values, returns = _cleaned(values, mask), _constant(returns, mask)
+    values, returns, mask = check_shapes(
+        "squared_value_loss", values=(values, "B T"), returns=(returns, "B T"), mask=(mask, "B T")
+    )
+    values, returns = cleaned(values, mask), cleaned_constant(returns, mask)
     error = values - returns
     per_step = {"value_loss": 0.5 * jnp.square(error), "value_error": error, "value_mean": values}
     return _reduced(per_step, mask, reduce, denominator)
@@ -88,8 +79,15 @@ def clipped_value_loss(
     Returns:
       (loss, metrics): `value_loss`, `value_clip_fraction`, `value_error` (mean of V - R), `value_mean`.
     """
-    values = _cleaned(values, mask)
-    old_values, returns = _constant(old_values, mask), _constant(returns, mask)
+    values, old_values, returns, mask = check_shapes(
+        "clipped_value_loss",
+        values=(values, "B T"),
+        old_values=(old_values, "B T"),
+        returns=(returns, "B T"),
+        mask=(mask, "B T"),
+    )
+    values = cleaned(values, mask)
+    old_values, returns = cleaned_constant(old_values, mask), cleaned_constant(returns, mask)
     clipped = jnp.clip(values, old_values - clip, old_values + clip)
     plain_error, clipped_error = jnp.square(values - returns), jnp.square(clipped - returns)
     per_step = {
@@ -130,7 +128,10 @@ def huber_value_loss(
     Returns:
       (loss, metrics): `value_loss`, `value_error` (mean of V - R), `value_mean`.
     """
-    values, returns = _cleaned(values, mask), _constant(returns, mask)
+    values, returns, mask = check_shapes(
+        "huber_value_loss", values=(values, "B T"), returns=(returns, "B T"), mask=(mask, "B T")
+    )
+    values, returns = cleaned(values, mask), cleaned_constant(returns, mask)
     error = values - returns
     per_step = {"value_loss": huber(error, delta), "value_error": error, "value_mean": values}
     return _reduced(per_step, mask, reduce, denominator)
@@ -163,7 +164,10 @@ def expectile_value_loss(
     Returns:
       (loss, metrics): `value_loss`, `value_error` (mean of V - R), `value_mean`.
     """
-    values, returns = _cleaned(values, mask), _constant(returns, mask)
+    values, returns, mask = check_shapes(
+        "expectile_value_loss", values=(values, "B T"), returns=(returns, "B T"), mask=(mask, "B T")
+    )
+    values, returns = cleaned(values, mask), cleaned_constant(returns, mask)
     error = values - returns
     weight = jnp.where(error > 0, 1 - expectile, expectile)
     per_step = {"value_loss": weight * jnp.square(error), "value_error": error, "value_mean": values}
@@ -178,12 +182,12 @@ def conservative_penalty(
     reduce: Reduction = token_mean,
     denominator: Scalar | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """What keeps values of actions that a log lacks low: CQL(H)'s (Kumar et al. 2020, eq. 4).
+    """Conservative Q-learning's regularizer, CQL(H) (Kumar et al. 2020, eq. 4).
 
         penalty_t = log sum_a exp Q(s_t, a) - Q(s_t, a_t)
 
-    It is the cross-entropy of the actions taken under softmax(Q); add it, times a weight, to any loss of
-    Q(s_t, a_t).
+    It keeps the values of actions that a log lacks low. It is the cross-entropy of the actions taken under
+    softmax(Q); add it, times a weight, to any loss of Q(s_t, a_t).
 
     Args:
       action_values: Q of every action, in units of reward.
@@ -195,7 +199,13 @@ def conservative_penalty(
     Returns:
       (penalty, metrics): `conservative_penalty`.
     """
-    action_values = _cleaned(action_values, mask)
+    action_values, actions, mask = check_shapes(
+        "conservative_penalty",
+        action_values=(action_values, "B T A"),
+        actions=(actions, "B T"),
+        mask=(mask, "B T"),
+    )
+    action_values = cleaned(action_values, mask)
     taken = jnp.arange(action_values.shape[-1]) == actions[..., None]
     # A comparison rather than a gather: its gradient is no scatter, which CPUs and TPUs are slow at.
     penalties = -jnp.sum(jnp.where(taken, jax.nn.log_softmax(action_values), 0), axis=-1)
@@ -228,7 +238,10 @@ def quantile_value_loss(
     Returns:
       (loss, metrics): `value_loss`, `value_error` (mean of prediction - target), `value_mean`.
     """
-    quantiles, targets = _cleaned(quantiles, mask), _constant(targets, mask)
+    quantiles, targets, mask = check_shapes(
+        "quantile_value_loss", quantiles=(quantiles, "B T N"), targets=(targets, "B T M"), mask=(mask, "B T")
+    )
+    quantiles, targets = cleaned(quantiles, mask), cleaned_constant(targets, mask)
     count = quantiles.shape[-1]
     levels = (jnp.arange(count, dtype=quantiles.dtype) + 0.5) / count
     errors = targets[..., None, :] - quantiles[..., :, None]
@@ -256,7 +269,10 @@ def project_categorical(
       probs: mass of each position.
       atoms: ascending, evenly spaced.
     """
-    positions, probs, atoms = map(_full_precision, (positions, probs, atoms))
+    positions, probs, atoms = check_shapes(
+        "project_categorical", positions=(positions, "*S M"), probs=(probs, "*S M"), atoms=(atoms, "N")
+    )
+    positions, probs, atoms = map(full_precision, (positions, probs, atoms))
     spacing = (atoms[-1] - atoms[0]) / (atoms.shape[0] - 1)
     clipped = jnp.clip(positions, atoms[0], atoms[-1])
     share = jnp.clip(1 - jnp.abs(clipped[..., None] - atoms) / spacing, 0, 1)
@@ -275,7 +291,8 @@ def gaussian_histogram(
       edges: N + 1 ascending bin edges, in units of reward.
       sigma: of the normal; three quarters of a bin's width in the paper.
     """
-    inside = jnp.clip(_full_precision(returns), edges[0], edges[-1])
+    returns, edges = check_shapes("gaussian_histogram", returns=(returns, "*S"), edges=(edges, "N_plus_1"))
+    inside = jnp.clip(full_precision(returns), edges[0], edges[-1])
     below = jax.scipy.special.ndtr((edges - inside[..., None]) / sigma)
     return jnp.diff(below) / (below[..., -1:] - below[..., :1])
 
@@ -305,7 +322,14 @@ def categorical_value_loss(
     Returns:
       (loss, metrics): `value_loss`, `value_error` (mean of prediction - target), `value_mean`.
     """
-    logits, target_probs = _cleaned(logits, mask), _constant(target_probs, mask)
+    logits, target_probs, atoms, mask = check_shapes(
+        "categorical_value_loss",
+        logits=(logits, "B T N"),
+        target_probs=(target_probs, "B T N"),
+        atoms=(atoms, "N"),
+        mask=(mask, "B T"),
+    )
+    logits, target_probs = cleaned(logits, mask), cleaned_constant(target_probs, mask)
     mean = jnp.sum(jax.nn.softmax(logits) * atoms, axis=-1)
     per_step = {
         "value_loss": -jnp.sum(target_probs * jax.nn.log_softmax(logits), axis=-1),

@@ -14,7 +14,7 @@ from typing import Any
 ALARM = "alarm/"
 """Before the name of a trouble in the metrics: 1 at each step of an episode."""
 
-_WATCHED = ("zero_std_groups", "kl", "entropy", "length", "mismatch", "clip_fraction")
+_WATCHED = ("frac_reward_zero_std", "kl", "entropy", "length", "sampling_logp_diff", "clip_fraction")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Thresholds:
       kl: to the reference, in nats per token.
       entropy_share: entropy, as a share of the start's.
       length_factor: length, or its inverse, as a multiple of the start's.
-      mismatch: mean |delta log-prob| between sampler and trainer, in nats per token.
+      sampling_logp_diff: mean |delta log-prob| between sampler and trainer, in nats per token.
       clip_fraction: share of tokens whose ratio has passed a bound.
     """
 
@@ -38,7 +38,7 @@ class Thresholds:
     kl: float = 0.3
     entropy_share: float = 0.1
     length_factor: float = 2.0
-    mismatch: float = 0.05
+    sampling_logp_diff: float = 0.05
     clip_fraction: float = 0.5
 
 
@@ -52,7 +52,7 @@ A metric that a run does not have is in neither; the first means come when the f
 
 def idle_groups(recent: Means, first: Means, limits: Thresholds) -> str | None:
     """Groups whose rewards are all equal have no advantage, and teach nothing."""
-    share = recent.get("zero_std_groups", 0.0)
+    share = recent.get("frac_reward_zero_std", 0.0)
     if share < limits.idle_groups:
         return None
     return (
@@ -90,10 +90,10 @@ def length_drift(recent: Means, first: Means, limits: Thresholds) -> str | None:
 
 def sampler_mismatch(recent: Means, first: Means, limits: Thresholds) -> str | None:
     """The sampler is not the policy that the trainer takes it for."""
-    mismatch = recent.get("mismatch", 0.0)
-    if mismatch <= limits.mismatch:
+    sampling_logp_diff = recent.get("sampling_logp_diff", 0.0)
+    if sampling_logp_diff <= limits.sampling_logp_diff:
         return None
-    return f"sampler and trainer differ by {mismatch:.2g} nats a token"
+    return f"sampler and trainer differ by {sampling_logp_diff:.2g} nats a token"
 
 
 def clipped_ratios(recent: Means, first: Means, limits: Thresholds) -> str | None:
@@ -124,7 +124,7 @@ TROUBLES = (
         "idle_groups",
         "groups of equal rewards",
         "raise --group-size or --temperature, choose prompts that are neither solved nor hopeless, give a "
-        "finer reward, or draw again until answers differ (--max-draws)",
+        "finer reward, or draw again until answers differ (--dynamic-sampling-max-rounds)",
         idle_groups,
     ),
     Trouble(
@@ -136,8 +136,8 @@ TROUBLES = (
     Trouble(
         "entropy_collapse",
         "entropy collapse",
-        "raise --clip-high, --temperature or --entropy-coef, or stop: where the score is as good as it gets, "
-        "this is how it looks",
+        "raise --epsilon-high, --temperature or --entropy-coef, or stop: where the score is as good as it "
+        "gets, this is how it looks",
         entropy_collapse,
     ),
     Trouble(
@@ -151,13 +151,14 @@ TROUBLES = (
         "sampler_mismatch",
         "sampler and trainer differ",
         "sample and score at the same temperature and dtype, update the sampler's parameters, or correct "
-        "with --correction truncated",
+        "with --importance-sampling-correction tis",
         sampler_mismatch,
     ),
     Trouble(
         "clipped_ratios",
         "clipped ratios",
-        "lower the learning rate, --epochs or --minibatches, or widen --clip-low and --clip-high",
+        "lower the learning rate, --num-iterations (PPO: --num-ppo-epochs) or --num-minibatches, or widen "
+        "--epsilon-low and --epsilon-high (PPO: --epsilon)",
         clipped_ratios,
     ),
 )

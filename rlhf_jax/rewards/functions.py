@@ -11,20 +11,14 @@ counted.
 """
 
 import dataclasses
-import difflib
-import importlib
 import inspect
-import os
-import pkgutil
-import sys
-import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import ModuleType
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.errors import UserError, error_place, error_summary, shortened
+from rlhf_jax.core.importing import load_function
 
 RewardFn: TypeAlias = Callable[..., Any]
 
@@ -52,55 +46,8 @@ class Scored:
 
 
 def load_reward(path: str) -> RewardFn:
-    """Imports `module:function`, from the current folder or any installed package.
-
-    Raises:
-      UserError: the path is not of that form, or names nothing that can be called; with the nearest name.
-    """
-    module_name, colon, function_name = path.partition(":")
-    if not (colon and all(part.isidentifier() for part in [*module_name.split("."), function_name])):
-        raise UserError(f"reward '{path}' is not of the form module:function, such as my_rewards:exact_match")
-    module = _import_module(module_name, path)
-    function = getattr(module, function_name, None)
-    if callable(function):
-        return function
-    problem = "is not a function" if hasattr(module, function_name) else "does not exist"
-    names = [name for name, value in vars(module).items() if callable(value) and not isinstance(value, type)]
-    hint = _nearest(function_name, names)
-    raise UserError(f"reward '{path}': {function_name} {problem} in {module.__file__ or module_name}{hint}")
-
-
-def _import_module(name: str, path: str) -> ModuleType:
-    folder = os.getcwd()
-    if folder not in sys.path:
-        sys.path.append(folder)  # last, so that a file of the user's never hides an installed package
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        missing = error.name or ""
-        if name != missing and not name.startswith(missing + "."):
-            raise UserError(f"reward '{path}': {name} needs the module {missing}: install it") from error
-        hint = _nearest(missing, _sibling_modules(missing, folder))
-        raise UserError(f"reward '{path}': no module {missing} in {folder} or installed{hint}") from error
-    except Exception as error:
-        raise UserError(
-            f"reward '{path}': importing {name} fails{_place(error)} with {_said(error)}"
-        ) from error
-
-
-def _sibling_modules(name: str, folder: str) -> list[str]:
-    """Full names of the modules that stand where `name` would."""
-    parent = name.rpartition(".")[0]
-    if not parent:
-        return [module.name for module in pkgutil.iter_modules([folder])]
-    package = sys.modules.get(parent)  # imported on the way to the module that is missing
-    paths = getattr(package, "__path__", [])
-    return [module.name for module in pkgutil.iter_modules(paths, parent + ".")]
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
-    found = difflib.get_close_matches(name, list(names), n=1)
-    return f"; the nearest name is {found[0]}" if found else ""
+    """Reward function by its path `module:function`; see `core.importing.load_function`."""
+    return load_function(path, kind="reward", example="my_rewards:exact_match")
 
 
 # Calling -------------------------------------------------------------------------------------------
@@ -148,7 +95,8 @@ def score_rows(
         row = _first_failing_row(reward_fn, *texts, lists)
         at = "" if row is None else f" on {_row_name(row, where)}, completion {_shown(texts[1][row])}"
         raise UserError(
-            f"reward function {_name(reward_fn)} raised {_said(error)}{_place(error)}{at}: mend the function"
+            f"reward function {_name(reward_fn)} raised {error_summary(error)}{error_place(error)}{at}: "
+            "mend the function"
         ) from error
     unscorable = np.zeros(len(texts[1]), bool)
     if isinstance(returned, Scored):  # of functions that call others
@@ -218,26 +166,9 @@ def _row_name(row: int, where: Sequence[str] | None) -> str:
     return f"row {row}" if where is None else f"row {row} ({where[row]})"
 
 
-def _said(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return type(error).__name__ + (f" ({_cut(lines[0])})" if lines else "")
-
-
-def _place(error: Exception) -> str:
-    """` at file:line` of the innermost Python line that ran; of the source itself for a syntax error."""
-    if isinstance(error, SyntaxError) and error.filename:
-        return f" at {error.filename}:{error.lineno}"
-    frames = traceback.extract_tb(error.__traceback__)
-    return f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
-
-
 def _shown(value: Any) -> str:
     """A value in one short line, whatever it is."""
-    return _cut(repr(value[:100] if isinstance(value, str) else value))
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= 100 else text[:97] + "..."
+    return shortened(repr(value[:100] if isinstance(value, str) else value))
 
 
 # Combining -----------------------------------------------------------------------------------------

@@ -7,6 +7,9 @@ Penalties are negative numbers, so that their weights are positive.
 
 import re
 from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 
 from rlhf_jax.data.cleaning.text import (
     main_script,
@@ -97,13 +100,13 @@ def soft_overlong_reward(
       token_count: |y|, tokens of each completion, which training gives.
       token_limit: L_max, the most tokens that a completion may have, which training gives.
     """
-    pairs = zip(token_count, token_limit, strict=True)
-    return [overlong_penalty(count, limit, limit * OVERLONG_SHARE) for count, limit in pairs]
+    return overlong_penalties(np.asarray(token_count), np.asarray(token_limit)).tolist()
 
 
-def overlong_penalty(length: float, longest: float, cache: float) -> float:
-    """The formula of `soft_overlong_reward` for lengths in any unit."""
-    return max(-1.0, min(0.0, (longest - cache - length) / cache))
+def overlong_penalties(lengths: Any, longest: Any) -> Any:
+    """Soft overlong punishment of lengths, as NumPy or JAX arrays; see `soft_overlong_reward`."""
+    cache = longest * OVERLONG_SHARE
+    return ((longest - cache - lengths) / cache).clip(-1.0, 0.0)
 
 
 def target_length_reward(

@@ -69,7 +69,7 @@ def draw_groups_that_differ(
 
     Returns:
       (answers to `groups` prompts, metrics): `draws`, and of all that was drawn `drawn_reward`, the mean,
-      and `drawn_zero_std_groups`, the share of groups that teach nothing.
+      and `drawn_frac_reward_zero_std`, the share of groups that teach nothing.
     """
     drawn = [draw(0)]
     rewards = drawn[0].grouped(group_size)
@@ -81,7 +81,7 @@ def draw_groups_that_differ(
     metrics = {
         "draws": len(drawn),
         "drawn_reward": float(np.mean(rewards)),
-        "drawn_zero_std_groups": float(np.mean(np.ptp(rewards, axis=1) == 0)),
+        "drawn_frac_reward_zero_std": float(np.mean(np.ptp(rewards, axis=1) == 0)),
     }
     return take(concatenate(drawn), rows), metrics
 

@@ -346,7 +346,8 @@ def with_total_steps(optimizer: OptimizerConfig, steps: int) -> OptimizerConfig:
 
 _WITHOUT_PREFIX = ("run", "pairs", "prompts", "task")
 _POSITIVE = """
-    --steps --keep --batch-size --micro-batches --minibatches --group-size --epochs --temperature
+    --steps --keep --batch-size --micro-batches --minibatches --num-minibatches --group-size --epochs
+    --num-iterations --num-ppo-epochs --temperature
     --max-new-tokens --demonstrations --pair-count --prompt-count --eval-count --optimizer.clip-norm
     --model.width --model.layers --model.heads --model.kv-heads --length
     --rounds --prompts-per-round --samples-per-prompt

@@ -36,7 +36,7 @@ Loss = Literal["forward_kl", "reverse_kl", "js", "sequence", "sampled_reverse_kl
 WHOLE: dict[Loss, distillation.DivergenceFn] = {
     "forward_kl": losses.forward_kl_loss,
     "reverse_kl": losses.reverse_kl_loss,
-    "js": losses.generalised_js_loss,
+    "js": losses.generalized_js_loss,
 }
 """Over the whole vocabulary."""
 SAMPLED: dict[Loss, distillation.DivergenceFn] = {

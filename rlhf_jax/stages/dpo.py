@@ -24,16 +24,26 @@ import tyro
 
 from rlhf_jax import distributed, models
 from rlhf_jax.algorithms import preference, unpaired
+from rlhf_jax.algorithms.unpaired import UNPAIRED_LOSSES
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.core.types import Metrics, Params, ScoreFn, Sequences
 from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.evaluation.classification import roc_auc
-from rlhf_jax.stages import adapting, common, inputs, members
+from rlhf_jax.losses.pair_logps import PairLossTraits, traits_of
+from rlhf_jax.stages import adapting, common, inputs
 from rlhf_jax.training import Meter, run_loop
 from rlhf_jax.training.run_folder import load_policy
 
 Sides = tuple[Sequences, Sequences]
+LossName = Annotated[
+    str,
+    tyro.conf.arg(
+        metavar="NAME",
+        help=f"what is made of the pairs: {', '.join(preference.pair_losses())}; of single responses: "
+        f"{', '.join(UNPAIRED_LOSSES)}; or a loss of your own on pairs, by its path module:function.",
+    ),
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +56,7 @@ class Options:
       batch_size: pairs a step; for KTO and BCO, responses.
       micro_batches: parts in which a batch is computed, to save memory.
       learning_rate: at its peak.
-      loss: what is made of the pairs: DPO, or another of its family; kto and bco for single responses.
+      loss: DPO, or another of its family; kto and bco for single responses.
       beta: strength of the KL constraint, per nat; for losses without a reference, the scale of log-probs.
       desirable_weight: of the desirable responses in KTO and BCO.
       undesirable_weight: of the others.
@@ -62,7 +72,7 @@ class Options:
     batch_size: int = 64
     micro_batches: int = 1
     learning_rate: float = 1e-4
-    loss: Annotated[members.PairLoss | members.UnpairedLoss, tyro.conf.arg(metavar="NAME")] = "dpo"
+    loss: LossName = "dpo"
     beta: float = 2.0
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
@@ -73,16 +83,15 @@ def check(options: Options) -> None:
     """Raises: UserError where the options do not fit each other."""
     common.check(options, options.run, "dpo")
     common.check_divides("--micro-batches", options.micro_batches, "--batch-size", options.batch_size)
-    if options.micro_batches > 1 and options.loss in members.SORTING:
+    on_pairs = options.loss not in UNPAIRED_LOSSES
+    traits = traits_of(preference.find_pair_loss(options.loss)) if on_pairs else PairLossTraits()
+    if options.micro_batches > 1 and traits.uses_batch_sort:
         raise UserError(f"--loss {options.loss} compares pairs with each other: it needs --micro-batches 1")
-    if options.pairs.soft_labels and options.loss != "dpo":
+    if options.pairs.soft_labels and not traits.uses_soft_labels:
         raise UserError(
             f"--loss {options.loss} has no soft labels: leave --soft-labels out, or take --loss dpo"
         )
-    if options.loss not in members.UNPAIRED and (options.desirable_weight, options.undesirable_weight) != (
-        1,
-        1,
-    ):
+    if on_pairs and (options.desirable_weight, options.undesirable_weight) != (1, 1):
         raise UserError(
             f"--loss {options.loss} learns from pairs: --desirable-weight and its other go with kto"
         )
@@ -104,9 +113,9 @@ class Objective:
     make_batch: Callable[..., Any]
 
 
-def pair_objective(options: Options, loss: members.PairLoss, score_fn: ScoreFn, tx: Any) -> Objective:
+def pair_objective(options: Options, loss: str, score_fn: ScoreFn, tx: Any) -> Objective:
     """DPO and its family, on pairs."""
-    config = preference.Config(options.micro_batches, members.PAIR_LOSSES[loss])
+    config = preference.Config(options.micro_batches, preference.find_pair_loss(loss))
     return Objective(
         lambda params, key: preference.init(params, tx, key),
         preference.make_update(config, score_fn, tx),
@@ -115,9 +124,9 @@ def pair_objective(options: Options, loss: members.PairLoss, score_fn: ScoreFn, 
     )
 
 
-def unpaired_objective(options: Options, loss: members.UnpairedLoss, score_fn: ScoreFn, tx: Any) -> Objective:
+def unpaired_objective(options: Options, loss: str, score_fn: ScoreFn, tx: Any) -> Objective:
     """KTO and BCO, on single responses; KTO's reference point comes from the mismatched ones beside them."""
-    config = dataclasses.replace(members.UNPAIRED[loss], micro_batches=options.micro_batches)
+    config = dataclasses.replace(UNPAIRED_LOSSES[loss], micro_batches=options.micro_batches)
     numbers = options.learning_rate, options.beta, options.desirable_weight, options.undesirable_weight
 
     def make_batch(rows: Sides, ref: tuple[Any, Any], labels: Any) -> unpaired.Batch:
@@ -205,15 +214,15 @@ def run(options: Options) -> None:
     seed, loss = options.run.seed, options.loss
     check(options)
     model = load_policy(Path(options.init))
-    load = inputs.load_labelled if loss in members.UNPAIRED else inputs.load_pairs
+    load = inputs.load_labelled if loss in UNPAIRED_LOSSES else inputs.load_pairs
     train, held_out = load(options.pairs, model.tokenizer, seed)
-    what = "responses" if loss in members.UNPAIRED else "pairs"
+    what = "responses" if loss in UNPAIRED_LOSSES else "pairs"
     common.announce(options.run, model, f"{len(train):,} {what}, {len(held_out):,} held out")
 
     parts = adapting.take_apart(options.adapter, model, seed=seed, steps=options.run.steps)
     score_fn = models.make_score_fn(model.config)
     tx = parts.optimizer(common.with_total_steps(options.optimizer, options.run.steps))
-    if loss == "kto" or loss == "bco":
+    if loss in UNPAIRED_LOSSES:
         objective = unpaired_objective(options, loss, score_fn, tx)
     else:
         objective = pair_objective(options, loss, score_fn, tx)

@@ -1,8 +1,8 @@
 """GRPO and its family: several answers to each prompt, scored by a verifier and compared with each other.
 
     rlhf grpo --out runs/grpo --init runs/sft
-    rlhf grpo --out runs/dapo --init runs/sft --algorithm dapo --minibatches 4
-    rlhf grpo --out runs/behind --init runs/sft --algorithm rloo --behind
+    rlhf grpo --out runs/dapo --init runs/sft --algorithm dapo --num-minibatches 4
+    rlhf grpo --out runs/stale --init runs/sft --algorithm rloo --one-step-off-policy
     rlhf grpo --out runs/mine --init runs/sft --data gsm8k.jsonl --max-new-tokens 256 \\
         --rewards rlhf_jax.rewards.verifiers:gsm8k_reward my_rewards:short=0.1
 
@@ -24,7 +24,7 @@ import tyro
 
 from rlhf_jax import distributed, models
 from rlhf_jax.algorithms import grpo
-from rlhf_jax.algorithms.grpo_variants import Member
+from rlhf_jax.algorithms.grpo_variants import GRPOVariant, grpo_variants, make_variant
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.core.types import Params
@@ -34,18 +34,24 @@ from rlhf_jax.metrics import Thresholds
 from rlhf_jax.rollout.dynamic_sampling import Answers, draw_groups_that_differ, term_means
 from rlhf_jax.rollout.sampler import make_generate_fn, make_reward_fn
 from rlhf_jax.rollout.step import make_group_learn
-from rlhf_jax.stages import adapting, common, inputs, members
+from rlhf_jax.stages import adapting, common, inputs
 from rlhf_jax.training import Meter, run_loop
 from rlhf_jax.training.run_folder import Model, load_policy
 
 CORRECTIONS = {
     "none": None,
-    "truncated": policy_weights.truncated_importance_weights,
-    "masked": policy_weights.masked_importance_weights,
+    "tis": policy_weights.truncated_importance_weights,
+    "mis": policy_weights.masked_importance_weights,
 }
 OVERLONG = "rlhf_jax.rewards.rules:soft_overlong_reward"
-DRAWS = 8
-"""Of DAPO in a step, at most."""
+AlgorithmName = Annotated[
+    str,
+    tyro.conf.arg(
+        metavar="NAME",
+        help=f"sets advantage, surrogate and bounds: {', '.join(grpo_variants())}; or a variant of your "
+        "own by its path module:function.",
+    ),
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,25 +61,26 @@ class Options:
     Attributes:
       init: run folder of the policy to start from, which is also the reference.
       prompts: which prompts, and what their answers are worth.
-      algorithm: a member of the family, which sets advantage, ratio, surrogate, reduction and bounds.
+      algorithm: the variant of GRPO.
       batch_size: prompts a step.
       group_size: answers to each.
-      epochs: passes over each batch of answers.
-      minibatches: optimizer steps in each pass.
+      num_iterations: passes over each batch of answers.
+      num_minibatches: optimizer steps in each pass.
       micro_batches: parts in which a mini-batch is computed, to save memory.
       learning_rate: at its peak.
       temperature: of sampling; the scorer uses the same.
       slots: answers on their way at a time, each of which makes room for the next; 0 for all at once, which
         reads each prompt once for its whole group.
-      behind: answers are written by the policy of one step before, as by a sampler beside the trainer.
-      correction: importance weights of tokens against what the sampler reported, truncated or masked at 2;
-        None for truncated with --behind, and none without.
-      max_draws: draws of prompts in a step at most, until the batch is full of prompts whose answers differ
-        in reward (dynamic sampling); None for 8 with DAPO, and one draw with the others.
-      overlong: weight of the penalty on answers in the last fifth of the length, which does not count where
-        answers are asked to differ; None for 1 with DAPO, and 0 with the others.
-      clip_low: how far below 1 a ratio may go.
-      clip_high: how far above 1.
+      one_step_off_policy: answers are sampled from the policy of one step before, as by a sampler beside the
+        trainer (asynchronous rollouts).
+      importance_sampling_correction: weights of tokens against what the sampler reported, truncated (tis) or
+        masked (mis) at 2; None for tis with --one-step-off-policy, and none without.
+      dynamic_sampling_max_rounds: rounds of sampling in a step at most, until the batch is full of prompts
+        whose answers differ in reward; None for 8 with DAPO, and one round with the others.
+      overlong_penalty_coef: weight of the penalty on answers in the last fifth of the length, which does not
+        count where answers are asked to differ; None for 1 with DAPO, and 0 with the others.
+      epsilon_low: how far below 1 a ratio may go.
+      epsilon_high: how far above 1.
       kl_coef: weight of the KL to the reference, in the loss (REINFORCE++: in the reward).
       entropy_coef: weight of the entropy bonus.
     """
@@ -83,21 +90,21 @@ class Options:
     prompts: tyro.conf.OmitArgPrefixes[common.PromptOptions] = common.PromptOptions()
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
     optimizer: OptimizerConfig = OptimizerConfig("linear", warmup_steps=5, b2=0.99, epsilon=1e-4)
-    algorithm: Annotated[members.GroupAlgorithm, tyro.conf.arg(metavar="NAME")] = "grpo"
+    algorithm: AlgorithmName = "grpo"
     batch_size: int = 32
     group_size: int = 8
-    epochs: int = 1
-    minibatches: int = 1
+    num_iterations: int = 1
+    num_minibatches: int = 1
     micro_batches: int = 1
     learning_rate: float = 3e-4
     temperature: float = 1.0
     slots: int = 0
-    behind: bool = False
-    correction: Literal["none", "truncated", "masked"] | None = None
-    max_draws: int | None = None
-    overlong: float | None = None
-    clip_low: float | None = None
-    clip_high: float | None = None
+    one_step_off_policy: bool = False
+    importance_sampling_correction: Literal["none", "tis", "mis"] | None = None
+    dynamic_sampling_max_rounds: int | None = None
+    overlong_penalty_coef: float | None = None
+    epsilon_low: float | None = None
+    epsilon_high: float | None = None
     kl_coef: float | None = None
     entropy_coef: float = 0.0
 
@@ -106,53 +113,50 @@ def check(options: Options) -> None:
     """Raises: UserError where the options do not fit each other."""
     rows = options.batch_size * options.group_size
     common.check(options, options.run, "grpo")
-    common.check_divides("--minibatches", options.minibatches, "--batch-size x --group-size", rows)
+    common.check_divides("--num-minibatches", options.num_minibatches, "--batch-size x --group-size", rows)
     common.check_divides(
-        "--micro-batches", options.micro_batches, "the size of a mini-batch,", rows // options.minibatches
+        "--micro-batches", options.micro_batches, "the size of a mini-batch,", rows // options.num_minibatches
     )
     if options.slots < 0:
         raise UserError(f"--slots {options.slots} is below 0: give 0 for all at once")
-    if options.group_size == 1 and options.algorithm not in members.LONE:
+    rounds = options.dynamic_sampling_max_rounds
+    if rounds is not None and rounds < 1:
+        raise UserError(f"--dynamic-sampling-max-rounds {rounds} is not positive: give a number above 0")
+    if variant_of(options).dynamic_sampling_max_rounds > 1 and jax.process_count() > 1:
         raise UserError(
-            f"--algorithm {options.algorithm} compares the answers to one prompt: give --group-size 2 or "
-            f"more, or one of {', '.join(members.LONE)}"
-        )
-    if options.max_draws is not None and options.max_draws < 1:
-        raise UserError(f"--max-draws {options.max_draws} is not positive: give a number above 0")
-    if draws(options) > 1 and jax.process_count() > 1:
-        raise UserError(
-            "answers are drawn again in one process only: give --max-draws 1, or run without --hosts"
+            "answers are sampled again in one process only: give --dynamic-sampling-max-rounds 1, or run "
+            "without --hosts"
         )
 
 
-def make_member(options: Options) -> Member:
-    """The algorithm with what the options change in it."""
-    changes = {name: getattr(options, name) for name in ("clip_low", "clip_high", "kl_coef", "entropy_coef")}
-    member = members.group_member(
+PUBLISHED = (
+    "epsilon_low",
+    "epsilon_high",
+    "kl_coef",
+    "entropy_coef",
+    "dynamic_sampling_max_rounds",
+    "overlong_penalty_coef",
+)
+"""Options that are the variant's own where they are None."""
+
+
+def variant_of(options: Options) -> GRPOVariant:
+    """The variant with what the options change in it."""
+    variant = make_variant(
         options.algorithm,
-        max_length=options.prompts.max_new_tokens,
-        changes=changes,
+        changes={name: getattr(options, name) for name in PUBLISHED},
+        max_completion_length=options.prompts.max_new_tokens,
         group_size=options.group_size,
-        epochs=options.epochs,
-        minibatches=options.minibatches,
+        num_iterations=options.num_iterations,
+        num_minibatches=options.num_minibatches,
         micro_batches=options.micro_batches,
     )
-    correction = options.correction or ("truncated" if options.behind else "none")
+    correction = options.importance_sampling_correction or ("tis" if options.one_step_off_policy else "none")
     return dataclasses.replace(
-        member,
-        config=dataclasses.replace(member.config, weights_fn=CORRECTIONS[correction]),
-        hyper=dataclasses.replace(member.hyper, learning_rate=jnp.float32(options.learning_rate)),
+        variant,
+        config=dataclasses.replace(variant.config, weights_fn=CORRECTIONS[correction]),
+        hyper=dataclasses.replace(variant.hyper, learning_rate=jnp.float32(options.learning_rate)),
     )
-
-
-def draws(options: Options) -> int:
-    """How often prompts are drawn in a step, at most."""
-    return options.max_draws or (DRAWS if options.algorithm == "dapo" else 1)
-
-
-def overlong_weight(options: Options) -> float:
-    """Weight of the overlong penalty."""
-    return float(options.algorithm == "dapo") if options.overlong is None else options.overlong
 
 
 def update_flops(options: Options, model: Model, prompt_length: int) -> float:
@@ -160,13 +164,13 @@ def update_flops(options: Options, model: Model, prompt_length: int) -> float:
     rows = options.batch_size * options.group_size
     sizes = {"rows": rows, "length": prompt_length + options.prompts.max_new_tokens}
     scored = 2 * models.forward_flops(model.config, **sizes)
-    return scored + options.epochs * models.training_flops(model.config, **sizes)
+    return scored + options.num_iterations * models.training_flops(model.config, **sizes)
 
 
 def make_draw_fn(
-    options: Options, model: Model, prompts: inputs.Prompts, meter: Meter
+    options: Options, variant: GRPOVariant, model: Model, prompts: inputs.Prompts, meter: Meter
 ) -> Callable[[Params, int], tuple[Answers, dict[str, float]]]:
-    """`draw(writer, number) -> (answers, metrics)` of a step, a function of its number and of who writes."""
+    """`draw(params, number) -> (answers, metrics)` of a step, a function of its number and of the sampler."""
     answer = inputs.make_answer_fn(
         options.prompts,
         model,
@@ -178,22 +182,22 @@ def make_draw_fn(
         seed=options.run.seed,
         meter=meter,
     )
-    most = draws(options)
-    penalise = make_reward_fn([f"{OVERLONG}={overlong_weight(options)}"], model.tokenizer)
+    rounds, coef = variant.dynamic_sampling_max_rounds, variant.overlong_penalty_coef
+    penalty_fn = make_reward_fn([f"{OVERLONG}={coef}"], model.tokenizer)
 
-    def draw(writer: Params, number: int) -> tuple[Answers, dict[str, float]]:
+    def draw(params: Params, number: int) -> tuple[Answers, dict[str, float]]:
         metrics: dict[str, float] = {}
-        if most == 1:
-            answers = answer(writer, number)
+        if rounds == 1:
+            answers = answer(params, number)
         else:
             answers, metrics = draw_groups_that_differ(
-                lambda again: answer(writer, number * most + again),
+                lambda again: answer(params, number * rounds + again),
                 groups=options.batch_size,
                 group_size=options.group_size,
-                most=most,
+                most=rounds,
             )
-        if overlong_weight(options):
-            penalties = penalise(answers.rollout, answers.prompts)
+        if coef:
+            penalties = penalty_fn(answers.rollout, answers.prompts)
             metrics["overlong"] = float(np.mean(penalties))
             scored = dataclasses.replace(answers.scored, rewards=answers.rewards + penalties)
             answers = dataclasses.replace(answers, scored=scored)
@@ -206,7 +210,7 @@ def make_draw_fn(
 def make_greedy_fn(
     options: Options, model: Model, prompts: inputs.Prompts
 ) -> Callable[[Params, Answers], np.ndarray]:
-    """`greedy(writer, answers) -> [N]`: rewards of the most likely answers to the same prompts, for ReMax."""
+    """`greedy(params, answers) -> [N]`: rewards of the most likely answers to the same prompts, for ReMax."""
     generate = make_generate_fn(
         model.config,
         model.tokenizer,
@@ -216,9 +220,9 @@ def make_greedy_fn(
     )
     reward_fn = make_reward_fn(options.prompts.rewards, model.tokenizer)
 
-    def greedy(writer: Params, answers: Answers) -> np.ndarray:
+    def greedy(params: Params, answers: Answers) -> np.ndarray:
         chosen = answers.prompts[:: options.group_size]
-        return reward_fn(generate(writer, chosen, jax.random.key(0)), chosen)
+        return reward_fn(generate(params, chosen, jax.random.key(0)), chosen)
 
     return greedy
 
@@ -230,19 +234,20 @@ def run(options: Options) -> None:
     model = load_policy(Path(options.init))
     prompts = inputs.load_prompts(options.prompts, model, options.prompts.rewards[:1], seed)
     common.announce(options.run, model, f"{len(prompts):,} prompts")
-    member = make_member(options)
+    variant = variant_of(options)
     meter = options.run.meter(update_flops(options, model, prompts.length))
-    draw, greedy = make_draw_fn(options, model, prompts, meter), make_greedy_fn(options, model, prompts)
+    draw = make_draw_fn(options, variant, model, prompts, meter)
+    greedy = make_greedy_fn(options, model, prompts)
     score_fn = models.make_score_fn(model.config, temperature=options.temperature)
-    steps = options.run.steps * options.epochs * options.minibatches
+    steps = options.run.steps * options.num_iterations * options.num_minibatches
     parts = adapting.take_apart(options.adapter, model, seed=seed, steps=steps)
     tx = parts.optimizer(common.with_total_steps(options.optimizer, steps))
-    update = grpo.make_update(member.config, score_fn, tx)
+    update = grpo.make_update(variant.config, score_fn, tx)
     evaluate = prompts.evaluate
 
-    learn = make_group_learn(member.config, score_fn, update, member.hyper, parts.reference)
+    learn = make_group_learn(variant.config, score_fn, update, variant.hyper, parts.reference)
     state = adapting.new_state(
-        lambda *x: grpo.init(x[0], tx, x[1], behind=options.behind),
+        lambda *x: grpo.init(x[0], tx, x[1], one_step_off_policy=options.one_step_off_policy),
         parts.trained,
         parts.frozen,
         jax.random.key(seed),
@@ -251,14 +256,14 @@ def run(options: Options) -> None:
     learn = common.jit_update(learn, state)
 
     def step(state: grpo.State, number: int):
-        answers, drawn = draw(state.writer, number)
-        rewards = [answers.rewards, greedy(state.writer, answers) if member.needs_greedy else None]
+        answers, drawn = draw(state.rollout_params, number)
+        rewards = [answers.rewards, greedy(state.rollout_params, answers) if variant.needs_greedy else None]
         data = (parts.original, answers.rollout, *distributed.shard_batch(rewards))
         state, metrics = meter.timed("update", learn, state, *data)
         return state, {**metrics, **drawn}
 
-    # One step behind, sampler and trainer differ by design.
-    thresholds = Thresholds(mismatch=math.inf) if options.behind else Thresholds()
+    # One step off policy, sampler and trainer differ by design.
+    thresholds = Thresholds(sampling_logp_diff=math.inf) if options.one_step_off_policy else Thresholds()
     before = prompts.answer(model.params)
     common.start(options, options.run, "grpo", model, "policy", parts.adaptation)
     state = run_loop(

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from rlhf_jax import distributed, models
-from rlhf_jax.algorithms import nash_md, preference, preference_members, selection
+from rlhf_jax import distributed, losses, models
+from rlhf_jax.algorithms import nash_md, preference, selection
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.masks import masked_sum
 from rlhf_jax.core.train_state import OptimizerConfig
@@ -28,10 +28,20 @@ from rlhf_jax.core.types import Array, Bool, Float, Metrics, Params, Rollout, Sc
 from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.feedback.pairwise import CompareFn, compare_by_judge, compare_by_rewards
 from rlhf_jax.generation import Sampling
+from rlhf_jax.losses.pair_logps import traits_of
 from rlhf_jax.rollout.sampler import make_generate_fn, make_reward_fn
-from rlhf_jax.stages import adapting, common, inputs, members
+from rlhf_jax.stages import adapting, common, inputs
 from rlhf_jax.training import run_loop
 from rlhf_jax.training.run_folder import Model, load_policy
+
+LossName = Annotated[
+    str,
+    tyro.conf.arg(
+        metavar="NAME",
+        help=f"what dpo makes of the pairs: {', '.join(preference.pair_losses())}, or a loss of your own by "
+        "its path module:function.",
+    ),
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +53,7 @@ class Options:
       prompts: which prompts, and what their answers are worth.
       method: who writes the other answer: dpo the policy again, xpo the reference (with optimism), nash_md
         the mixture of the two.
-      loss: what dpo makes of the pairs, a loss of `rlhf_jax/stages/dpo.py`.
+      loss: what dpo makes of the pairs.
       judge: a function by path that says how probably a completion is preferred to its opponent; empty for
         the rewards.
       batch_size: prompts a step, two answers to each.
@@ -63,7 +73,7 @@ class Options:
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
     optimizer: OptimizerConfig = OptimizerConfig("linear", warmup_steps=5, b2=0.99, epsilon=1e-4)
     method: Literal["dpo", "xpo", "nash_md"] = "dpo"
-    loss: Annotated[members.PairLoss, tyro.conf.arg(metavar="NAME")] = "dpo"
+    loss: LossName = "dpo"
     judge: str = ""
     batch_size: int = 128
     micro_batches: int = 1
@@ -82,7 +92,7 @@ def check(options: Options) -> None:
     """Raises: UserError where the options do not fit each other."""
     common.check(options, options.run, "online_dpo")
     common.check_divides("--micro-batches", options.micro_batches, "--batch-size", options.batch_size)
-    if options.micro_batches > 1 and options.loss in members.SORTING:
+    if options.micro_batches > 1 and traits_of(preference.find_pair_loss(options.loss)).uses_batch_sort:
         raise UserError(f"--loss {options.loss} compares pairs with each other: it needs --micro-batches 1")
     defaults = {field.name: field.default for field in dataclasses.fields(Options)}
     for name, method in METHOD_OF.items():
@@ -144,9 +154,9 @@ def describe(first: Rollout, ref_logp: Float[Array, " N"]) -> Metrics:
 def pair_update(options: Options, score_fn: ScoreFn, tx: Any) -> tuple[Callable[..., Any], Any]:
     """(init, learn) of online DPO and XPO: learn(state, reference, first, second, preference)."""
     is_xpo = options.method == "xpo"
-    loss_fn = members.PAIR_LOSSES[options.loss]
+    loss_fn = preference.find_pair_loss(options.loss)
     if is_xpo:
-        loss_fn = functools.partial(preference_members.xpo, alpha=options.alpha)
+        loss_fn = functools.partial(losses.xpo_loss, alpha=options.alpha)
     beta = 0.5 if options.beta is None else options.beta
     hyper = preference.Hyper(jnp.float32(options.learning_rate), jnp.float32(beta))
     update = preference.make_update(preference.Config(options.micro_batches, loss_fn), score_fn, tx)

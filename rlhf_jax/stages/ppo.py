@@ -71,15 +71,15 @@ class Options:
       value: a value model of its own, or a second head that reads the policy's hidden states.
       prompts: which prompts, and what their answers are worth in evaluation.
       batch_size: prompts a step, one answer to each.
-      epochs: passes over each batch of answers.
-      minibatches: optimizer steps in each pass.
+      num_ppo_epochs: passes over each batch of answers.
+      num_minibatches: optimizer steps in each pass.
       micro_batches: parts in which a mini-batch is computed, to save memory.
       learning_rate: at its peak.
       temperature: of sampling; the scorer uses the same.
       policy_loss: what keeps the policy near the old one: the clip, or a penalty on the KL (PPO-penalty).
-      clip: how far a ratio may go from 1.
+      epsilon: how far a ratio may go from 1.
       penalty_coef: weight of that KL, in nats per token.
-      value_clip: how far a value may move in one update, in units of reward.
+      cliprange_value: how far a value may move in one update, in units of reward.
       value_coef: weight of the value loss.
       entropy_coef: weight of the entropy bonus.
       gamma: discount per token.
@@ -89,7 +89,7 @@ class Options:
       kl_target: nats per answer.
       kl_horizon: answers over which the weight reacts.
       missing_eos_penalty: taken from the reward of an answer that did not end.
-      max_kl: a mini-batch further than this from the old policy (nats per token) ends the update.
+      target_kl: a mini-batch further than this from the old policy (nats per token) ends the update.
       whiten_advantages: bring advantages to mean 0 and variance 1.
       scale_rewards: divide rewards by the standard deviation of all rewards seen.
     """
@@ -104,15 +104,15 @@ class Options:
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
     optimizer: OptimizerConfig = OptimizerConfig("linear", warmup_steps=5, b2=0.99, epsilon=1e-4)
     batch_size: int = 256
-    epochs: int = 1
-    minibatches: int = 2
+    num_ppo_epochs: int = 1
+    num_minibatches: int = 2
     micro_batches: int = 1
     learning_rate: float = 3e-4
     temperature: float = 1.0
     policy_loss: Literal["clip", "penalty"] = "clip"
-    clip: float = 0.2
+    epsilon: float = 0.2
     penalty_coef: float = 1.0
-    value_clip: float = 0.5
+    cliprange_value: float = 0.5
     value_coef: float = 0.5
     entropy_coef: float = 0.0
     gamma: float = 1.0
@@ -122,7 +122,7 @@ class Options:
     kl_target: float = 6.0
     kl_horizon: float = 10_000.0
     missing_eos_penalty: float = 1.0
-    max_kl: float = float("inf")
+    target_kl: float = float("inf")
     whiten_advantages: bool = True
     scale_rewards: bool = False
 
@@ -188,10 +188,10 @@ def make_hyper(options: Options) -> ppo.Hyper:
     """The numbers of `options` that a sweep could vary."""
     return ppo.Hyper(
         learning_rate=jnp.float32(options.learning_rate),
-        clip_low=options.clip,
-        clip_high=options.clip,
+        epsilon_low=options.epsilon,
+        epsilon_high=options.epsilon,
         penalty_coef=options.penalty_coef,
-        value_clip=options.value_clip,
+        cliprange_value=options.cliprange_value,
         value_coef=options.value_coef,
         entropy_coef=options.entropy_coef,
         gamma=options.gamma,
@@ -200,7 +200,7 @@ def make_hyper(options: Options) -> ppo.Hyper:
         kl_target=options.kl_target,
         kl_horizon=options.kl_horizon,
         missing_eos_penalty=options.missing_eos_penalty,
-        max_kl=options.max_kl,
+        target_kl=options.target_kl,
     )
 
 
@@ -209,7 +209,7 @@ def update_flops(options: Options, model: Model, prompt_length: int) -> float:
     sizes = {"rows": options.batch_size, "length": prompt_length + options.prompts.max_new_tokens}
     trained = 1 if options.value == "shared" else 2
     scored = (trained + 1) * models.forward_flops(model.config, **sizes)
-    return scored + trained * options.epochs * models.training_flops(model.config, **sizes)
+    return scored + trained * options.num_ppo_epochs * models.training_flops(model.config, **sizes)
 
 
 def check(options: Options) -> None:
@@ -219,8 +219,8 @@ def check(options: Options) -> None:
       UserError: naming the options.
     """
     common.check(options, options.run, "ppo")
-    common.check_divides("--minibatches", options.minibatches, "--batch-size", options.batch_size)
-    rows = options.batch_size // options.minibatches
+    common.check_divides("--num-minibatches", options.num_minibatches, "--batch-size", options.batch_size)
+    rows = options.batch_size // options.num_minibatches
     common.check_divides("--micro-batches", options.micro_batches, "the size of a mini-batch,", rows)
     if options.reward_model and options.prompts.rewards != common.PromptOptions().rewards:
         raise UserError("--reward-model excludes --rewards: name the reward model in --rewards to mix them")
@@ -233,8 +233,8 @@ def check(options: Options) -> None:
 def make_config(options: Options) -> ppo.Config:
     """The static choices of `options`."""
     return ppo.Config(
-        epochs=options.epochs,
-        minibatches=options.minibatches,
+        num_ppo_epochs=options.num_ppo_epochs,
+        num_minibatches=options.num_minibatches,
         micro_batches=options.micro_batches,
         whiten_advantages=options.whiten_advantages,
         adaptive_kl=options.adaptive_kl,
@@ -252,7 +252,7 @@ def run(options: Options) -> None:
     sampler = BatchSampler(len(prompts), options.batch_size, seed)
     rewards = options.reward_model or options.prompts.rewards
     common.announce(options.run, model, f"{len(prompts):,} prompts, rewards from {', '.join(rewards)}")
-    steps = options.run.steps * options.epochs * options.minibatches
+    steps = options.run.steps * options.num_ppo_epochs * options.num_minibatches
     parts = adapting.take_apart(options.adapter, model, seed=seed, steps=steps)
     reward = reward_on_base(options, model, parts)
     value_key, state_key = jax.random.split(jax.random.key(seed))

@@ -54,7 +54,7 @@ ZOO = "rl-zoo"
 MINATAR_PPO = (
     "rollout.num_envs=64",
     "rollout.num_steps=128",
-    "update.minibatches=8",
+    "update.num_minibatches=8",
     "hyper.learning_rate=5e-3",
     "network.body=relu_mlp",
 )
@@ -65,11 +65,11 @@ BREAKOUT_NOTE = f"{MINATAR_NOTE} Seeds end between 27 and 88; nothing else was t
 PENDULUM_PPO = (
     "rollout.num_envs=16",
     "rollout.num_steps=128",
-    "update.epochs=10",
-    "update.minibatches=16",
+    "update.num_ppo_epochs=10",
+    "update.num_minibatches=16",
     "hyper.learning_rate=1e-3",
     "hyper.entropy_coef=0",
-    "hyper.value_clip=inf",
+    "hyper.cliprange_value=inf",
 )
 # Noise held for 16 steps reaches the goal by chance, which noise drawn anew at each step does not.
 HELD_NOISE = ("run.train_every=32", "run.updates=32", "run.noise_hold=16", "run.capacity=50000")
@@ -117,7 +117,7 @@ ROWS = (
             "hyper.learning_rate=3e-4",
             "hyper.gae_lambda=0.98",
             "hyper.entropy_coef=0",
-            "hyper.value_clip=inf",
+            "hyper.cliprange_value=inf",
             "optimizer.schedule=constant",
         ),
         note=(

@@ -20,9 +20,9 @@ _OPTIONS = {
     "sft": f"{_MODEL} --demonstrations 64 --eval-count 16 --batch-size 8 --optimizer.warmup-steps 2",
     "reward_model": f"--init {{sft}} {_PAIRS}",
     "dpo": f"--init {{sft}} {_PAIRS}",
-    "ppo": f"--init {{sft}} --reward-model {{reward_model}} {_PROMPTS} --batch-size 8 --minibatches 2 "
+    "ppo": f"--init {{sft}} --reward-model {{reward_model}} {_PROMPTS} --batch-size 8 --num-minibatches 2 "
     "--adaptive-kl --scale-rewards",
-    "grpo": f"--init {{sft}} {_PROMPTS} --batch-size 4 --group-size 2 --minibatches 2",
+    "grpo": f"--init {{sft}} {_PROMPTS} --batch-size 4 --group-size 2 --num-minibatches 2",
 }
 # The scripts only read the tests' cache: one that is killed, or whose disk is full, would leave torn entries.
 _READ_ONLY_CACHE = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9"}

@@ -144,13 +144,13 @@ IMPOSSIBLE = {
     "two tokenizers": ("sft", "--tokenizer a --train-tokenizer 300", "--train-tokenizer excludes"),
     "a small vocabulary": ("sft", "--train-tokenizer 100", "vocab_size 100"),
     "pairs": ("dpo", "--init {sft} --batch-size 8 --micro-batches 3", "--micro-batches 3"),
-    "mini-batches": ("grpo", "--init {sft} --batch-size 3 --minibatches 5", "--minibatches 5"),
+    "mini-batches": ("grpo", "--init {sft} --batch-size 3 --num-minibatches 5", "--num-minibatches 5"),
     "groups": ("grpo", "--init {sft} --group-size 0", "--group-size 0"),
     "two rewards": ("ppo", "--init {sft} --reward-model x --rewards my:own", "--reward-model excludes"),
     "temperature": ("ppo", "--init {sft} --temperature 0", "--temperature 0.0 is not positive"),
     "PPO's parts": (
         "ppo",
-        "--init {sft} --batch-size 8 --minibatches 2 --micro-batches 3",
+        "--init {sft} --batch-size 8 --num-minibatches 2 --micro-batches 3",
         "--micro-batches 3",
     ),
 }

@@ -1,12 +1,10 @@
-"""Every member of the GRPO family from the command line, dynamic sampling, and answers one step behind."""
-
-import typing
+"""Every variant of GRPO from the command line, dynamic sampling, and answers one step behind."""
 
 import numpy as np
 import pytest
 
+from rlhf_jax.algorithms.grpo_variants import grpo_variants, make_variant
 from rlhf_jax.metrics import read_metrics
-from rlhf_jax.stages import members
 from rlhf_jax.training.run_folder import load_policy
 
 CONSTANT = ("--optimizer.schedule", "constant")
@@ -51,10 +49,10 @@ def check_resume(tiny, tmp_path, *words):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", typing.get_args(members.GroupAlgorithm))
+@pytest.mark.parametrize("algorithm", grpo_variants())
 def test_every_member_learns_from_its_own_numbers(algorithm, tiny, tmp_path, rewards):
-    words = ("--rewards", rewards, "--steps", 3, "--algorithm", algorithm, "--max-draws", 2)
-    out = tiny.run("grpo", tmp_path / "run", *words, "--learning-rate", 1e-2, "--epochs", 2)
+    words = ("--rewards", rewards, "--steps", 3, "--algorithm", algorithm, "--dynamic-sampling-max-rounds", 2)
+    out = tiny.run("grpo", tmp_path / "run", *words, "--learning-rate", 1e-2, "--num-iterations", 2)
     found = lines(out)
     assert [line["step"] for line in found] == [1, 2, 3]
     assert all(np.isfinite(line["loss"]) and line["skipped"] == 0 for line in found)
@@ -65,29 +63,37 @@ def test_every_member_learns_from_its_own_numbers(algorithm, tiny, tmp_path, rew
 
 @pytest.mark.slow
 def test_dynamic_sampling_draws_again_and_resumes_to_the_bit(tiny, tmp_path, rewards):
-    words = ("--rewards", "family_rewards:rare", "--algorithm", "dapo", "--max-draws", 4)
+    words = ("--rewards", "family_rewards:rare", "--algorithm", "dapo", "--dynamic-sampling-max-rounds", 4)
     found = check_resume(tiny, tmp_path, *words)
     assert max(line["draws"] for line in found) > 1
     for line in found:
-        assert line["zero_std_groups"] <= line["drawn_zero_std_groups"]
+        assert line["frac_reward_zero_std"] <= line["drawn_frac_reward_zero_std"]
         assert line["overlong"] <= 0
 
 
 @pytest.mark.slow
 def test_one_step_behind_is_corrected_and_resumes_to_the_bit(tiny, tmp_path, rewards):
-    words = ("--rewards", rewards, "--behind", "--learning-rate", 1e-2, "--optimizer.epsilon", 1e-8)
+    words = (
+        "--rewards",
+        rewards,
+        "--one-step-off-policy",
+        "--learning-rate",
+        1e-2,
+        "--optimizer.epsilon",
+        1e-8,
+    )
     found = check_resume(tiny, tmp_path, *words)
-    assert found[0]["mismatch"] < 1e-4  # the first answers are the policy's own
-    assert all(line["mismatch"] > 1e-3 for line in found[1:])
-    assert found[0]["sampler_weight"] == pytest.approx(1, abs=1e-4)
-    assert all(line["sampler_weight"] != pytest.approx(1, abs=1e-4) for line in found[1:])
+    assert found[0]["sampling_logp_diff"] < 1e-4  # the first answers are the policy's own
+    assert all(line["sampling_logp_diff"] > 1e-3 for line in found[1:])
+    assert found[0]["is_ratio"] == pytest.approx(1, abs=1e-4)
+    assert all(line["is_ratio"] != pytest.approx(1, abs=1e-4) for line in found[1:])
 
 
 @pytest.mark.slow
 def test_one_step_behind_with_an_adapter_keeps_the_adapter_alone(tiny, tmp_path, rewards):
-    words = ("--rewards", rewards, "--behind", "--adapter.kind", "lora", "--adapter.rank", 2)
+    words = ("--rewards", rewards, "--one-step-off-policy", "--adapter.kind", "lora", "--adapter.rank", 2)
     found = check_resume(tiny, tmp_path, *words, "--learning-rate", 1e-2)
-    assert found[-1]["mismatch"] > 1e-5
+    assert found[-1]["sampling_logp_diff"] > 1e-5
 
 
 @pytest.mark.slow
@@ -98,24 +104,22 @@ def test_a_run_that_goes_wrong_says_so(tiny, tmp_path, rewards, capfd):
     assert capfd.readouterr().err.count("warning: step 5: groups of equal rewards: in 100%") == 1
     assert "groups of equal rewards</b>, steps 5 to 6" in (out / "report.html").read_text()
 
-    wild = ("--learning-rate", 1.0, "--kl-coef", 0, "--epochs", 2, "--optimizer.warmup-steps", 0)
+    wild = ("--learning-rate", 1.0, "--kl-coef", 0, "--num-iterations", 2, "--optimizer.warmup-steps", 0)
     out = tiny.run("grpo", tmp_path / "wild", "--rewards", rewards, *wild, *CONSTANT, "--steps", 8)
     assert any(line.get("alarm/kl_explosion") for line in read_metrics(out))
 
 
 def test_published_numbers_hold_unless_they_are_replaced(tmp_path):
     def hyper(name, **changes):
-        return members.group_member(name, max_length=8, changes=changes, group_size=2).hyper
+        return make_variant(name, max_completion_length=8, changes=changes, group_size=2).hyper
 
-    assert hyper("dapo").clip_high == 0.28
-    assert hyper("dapo", clip_high=None, kl_coef=0.1).kl_coef == 0.1
-    assert hyper("dapo", clip_high=0.4).clip_high == 0.4
-    assert hyper("gspo").clip_low == 3e-4
+    assert hyper("dapo").epsilon_high == 0.28
+    assert hyper("dapo", epsilon_high=None, kl_coef=0.1).kl_coef == 0.1
+    assert hyper("dapo", epsilon_high=0.4).epsilon_high == 0.4
+    assert hyper("gspo").epsilon_low == 3e-4
     # Its KL is in the reward, so the loss has none.
     assert hyper("reinforce++", kl_coef=0.5).kl_coef == 0
-    advantage_fn = members.group_member(
-        "reinforce++", max_length=8, changes={"kl_coef": 0.5}, group_size=2
-    ).config.advantage_fn
+    advantage_fn = make_variant("reinforce++", changes={"kl_coef": 0.5}, group_size=2).config.advantage_fn
     assert getattr(advantage_fn, "args", ()) == (0.5,)
 
 
@@ -124,6 +128,6 @@ def test_impossible_options_of_the_family(tiny, tmp_path, monkeypatch, capsys):
         assert tiny.main("grpo", ["--init", "x", "--out", tmp_path / "out", *words], monkeypatch) == 2
         return capsys.readouterr().err
 
-    assert "--algorithm rloo compares" in refused("--algorithm", "rloo", "--group-size", 1)
-    assert "--max-draws 0 is not positive" in refused("--max-draws", 0)
+    assert "compares the answers to one prompt" in refused("--algorithm", "rloo", "--group-size", 1)
+    assert "--dynamic-sampling-max-rounds 0 is not positive" in refused("--dynamic-sampling-max-rounds", 0)
     assert "nowhere" in refused("--algorithm", "remax", "--group-size", 1, "--init", "nowhere")

@@ -10,10 +10,12 @@ pytestmark = pytest.mark.slow
 def test_slots_and_corrections_change_nothing_where_sampler_and_scorer_agree(tiny, tmp_path):
     plain = read_metrics(tiny.run("grpo", tmp_path / "plain", "--steps", 4))
     other = read_metrics(
-        tiny.run("grpo", tmp_path / "other", "--steps", 4, "--slots", 3, "--correction", "truncated")
+        tiny.run(
+            "grpo", tmp_path / "other", "--steps", 4, "--slots", 3, "--importance-sampling-correction", "tis"
+        )
     )
     for ours, theirs in zip(plain, other, strict=True):
-        assert theirs["sampler_weight"] == pytest.approx(1, abs=1e-4)
-        assert theirs["mismatch"] < 1e-4
+        assert theirs["is_ratio"] == pytest.approx(1, abs=1e-4)
+        assert theirs["sampling_logp_diff"] < 1e-4
         for name in ("reward", "length", "loss", "kl"):
             assert theirs[name] == pytest.approx(ours[name], rel=1e-3, abs=1e-4), name

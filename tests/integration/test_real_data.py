@@ -58,7 +58,7 @@ def check(folder, sft, grpo, *, least_fall, least_letters):
     for line in grpo:
         assert 0 <= line["reward"] <= 1
         assert line["reward"] * 16 == pytest.approx(round(line["reward"] * 16))
-        assert line["mismatch"] < 1e-4
+        assert line["sampling_logp_diff"] < 1e-4
         assert line["loss"] is not None
     tokenizer = load_policy(folder / "grpo").tokenizer
     assert 900 < tokenizer.vocab_size <= 1000

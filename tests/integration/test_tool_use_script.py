@@ -20,7 +20,7 @@ def test_a_run_from_nothing(tmp_path):
     words = f"--out {tmp_path} --steps 2 {_SMALL}".split()
     tool_use.run(tyro.cli(tool_use.Options, args=words))
     last = read_metrics(tmp_path)[-1]
-    assert last["mismatch"] < 1e-4
+    assert last["sampling_logp_diff"] < 1e-4
     assert 0 <= last["eval/tool_use"] <= 1
     assert len(json.loads((tmp_path / "samples.json").read_text())) == 2
     assert json.loads((tmp_path / "sft" / "model.json").read_text())["kind"] == "policy"

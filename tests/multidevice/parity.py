@@ -86,7 +86,7 @@ def case_dpo(config, dtype):
 
 
 def case_grpo(config, dtype):
-    settings = grpo.Config(group_size=4, minibatches=2)
+    settings = grpo.Config(group_size=4, num_minibatches=2)
     update = grpo.make_update(settings, models.make_score_fn(config), TX)
     logps = (-3.7 + 0.3 * pool_of_numbers(seed, dtype) for seed in (1, 2))
     pool = grpo.Batch(pool_of_rows(0), *logps, pool_of_numbers(3, dtype, (POOL,)))
@@ -95,7 +95,9 @@ def case_grpo(config, dtype):
 
 
 def case_ppo(config, dtype):
-    update = ppo.make_update(ppo.Config(epochs=1, minibatches=2), models.make_actor_critic_fn(config), TX)
+    update = ppo.make_update(
+        ppo.Config(num_ppo_epochs=1, num_minibatches=2), models.make_actor_critic_fn(config), TX
+    )
     rows, hyper = pool_of_rows(0), ppo.Hyper(1e-2, entropy_coef=0.01)
     old_logp = -3.7 + 0.3 * pool_of_numbers(1, dtype)
     pool = ppo.Batch(rows, rows.mask, old_logp, *(pool_of_numbers(seed, dtype) for seed in (2, 3, 4)))

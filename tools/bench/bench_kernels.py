@@ -27,7 +27,7 @@ import tyro
 from rlhf_jax import kernels
 from rlhf_jax.core.types import Sequences
 from rlhf_jax.kernels import returns
-from rlhf_jax.losses import policy, policy_ratios, policy_surrogates, preference, value
+from rlhf_jax.losses import PairLogps, policy, policy_ratios, policy_surrogates, preference, value
 from rlhf_jax.models import dense_config, init_params, make_score_fn
 
 Section = Literal["logprobs", "returns", "losses"]
@@ -312,7 +312,7 @@ def loss_calls(shape: tuple[int, int]) -> Calls:
         "vespo": grpo(surrogate_fn=policy_surrogates.vespo_surrogate),
         "clipped value": (grad(value.clipped_value_loss), (logp, old_logp, returns_, mask)),
         "huber value": (grad(value.huber_value_loss), (logp, returns_, mask)),
-        "dpo": (grad(preference.dpo_loss), tuple(rows)),
+        "dpo": (grad(preference.dpo_loss), (PairLogps(*rows),)),
         "GAE": (kernels.generalized_advantage_estimation, (logp, ref_logp, returns_, rows[0], mask)),
         "whiten": (kernels.whiten, (logp, mask)),
     }

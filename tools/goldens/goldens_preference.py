@@ -27,7 +27,7 @@ DPO_CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "apo_zero": ("apo_zero_loss", "apo_zero", {}, {}),
     "apo_down": ("apo_down_loss", "apo_down", {}, {}),
     "discopop": ("discopop_loss", "discopop", {}, {}),
-    "length_normalised_dpo": ("length_normalised_dpo_loss", "sigmoid_norm", {}, {}),
+    "length_normalised_dpo": ("length_normalized_dpo_loss", "sigmoid_norm", {}, {}),
     "dpo_forward_kl": ("dpo_loss", "sigmoid", {"score": "forward_kl"}, {"f_divergence_type": "forward_kl"}),
     "dpo_js": ("dpo_loss", "sigmoid", {"score": "js"}, {"f_divergence_type": "js_divergence"}),
     "dpo_alpha": (

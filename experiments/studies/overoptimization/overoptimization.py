@@ -302,7 +302,7 @@ def ppo_fn(options: Options) -> Callable[[World, Seed, Setting], tuple[Any, Any]
 
     def make(world: World, seed: Seed, setting: Setting) -> tuple[Any, Any]:
         del seed, setting
-        config = ppo.Config(epochs=1, minibatches=1)
+        config = ppo.Config(num_ppo_epochs=1, num_minibatches=1)
         # An answer that does not end is the reward model's to judge, as all others.
         hyper = ppo.Hyper(
             learning_rate=options.ppo_learning_rate, kl_coef=options.kl_coef, missing_eos_penalty=0.0

@@ -5,9 +5,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from rlhf_jax import losses
 from rlhf_jax.algorithms import grpo_variants, nash_md, ppo, preference, sft, unpaired
-from rlhf_jax.algorithms import preference_members as pairs
-from rlhf_jax.algorithms.grpo_variants import Member, MemberFn
+from rlhf_jax.algorithms.grpo_variants import VariantFn, make_variant, with_truncated_is
 from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.jitted import methods
 from rlhf_jax.jitted.train import Method, World
@@ -103,27 +103,31 @@ GROUP = 4
 """Answers to each prompt."""
 
 
-def _group(make: MemberFn, *, behind: bool = False, **changes: Any) -> Callable[..., Method]:
+LENGTH = 16
+"""Of the longest completion, for Dr. GRPO."""
+
+
+def _group(make: VariantFn, *, one_step_off_policy: bool = False, **changes: Any) -> Callable[..., Method]:
     def method(world: World, optimizer: OptimizerConfig) -> Method:
         static = {"group_size": world.samples, **changes}
-        member: Member = make(**static)
-        if behind:
-            member = grpo_variants.corrected(member)
-        if static.get("epochs", 1) > 1:
-            steps = optimizer.total_steps * static["epochs"]
+        variant = make_variant(make, max_completion_length=LENGTH, **static)
+        if one_step_off_policy:
+            variant = with_truncated_is(variant)
+        if static.get("num_iterations", 1) > 1:
+            steps = optimizer.total_steps * static["num_iterations"]
             optimizer = dataclasses.replace(optimizer, total_steps=steps)
-        return methods.group_method(world, member, optimizer, behind=behind)
+        return methods.group_method(world, variant, optimizer, one_step_off_policy=one_step_off_policy)
 
     return method
 
 
-def _member(name: str, make: MemberFn, what: str, *, cost: float = 1.0, **changes: Any) -> Algorithm:
-    hyper = make(group_size=GROUP).hyper
+def _variant(name: str, make: VariantFn, what: str, *, cost: float = 1.0, **changes: Any) -> Algorithm:
+    hyper = make_variant(make, max_completion_length=LENGTH, group_size=GROUP).hyper
     return Algorithm(name, _group(make, **changes), hyper, what, cost=cost)
 
 
-def _dr_grpo(**static: Any) -> Member:
-    return grpo_variants.dr_grpo(max_length=16, **static)
+# DAPO here is without its penalty on overlong answers, which these short tasks do not need.
+_dapo = functools.partial(grpo_variants.dapo, overlong_penalty_coef=0.0)
 
 
 def _pairs(loss_fn: preference.PairLossFn, source: methods.Source) -> Callable[..., Method]:
@@ -146,7 +150,7 @@ def _imitation(world: World, optimizer: OptimizerConfig, **options: Any) -> Meth
 
 
 def _ppo(world: World, optimizer: OptimizerConfig) -> Method:
-    config = ppo.Config(epochs=1, minibatches=1)
+    config = ppo.Config(num_ppo_epochs=1, num_minibatches=1)
     return methods.ppo_method(world, config, optimizer)
 
 
@@ -180,14 +184,22 @@ ALGORITHMS = (
         IMITATION,
     ),
     Algorithm(
-        "dpo", _pairs(pairs.dpo, "reference"), preference.Hyper(beta=0.5), "DPO, reference's answers", OFFLINE
+        "dpo",
+        _pairs(losses.dpo_loss, "reference"),
+        preference.Hyper(beta=0.5),
+        "DPO, reference's answers",
+        OFFLINE,
     ),
     Algorithm(
-        "ipo", _pairs(pairs.ipo, "reference"), preference.Hyper(beta=0.5), "IPO, reference's answers", OFFLINE
+        "ipo",
+        _pairs(losses.ipo_loss, "reference"),
+        preference.Hyper(beta=0.5),
+        "IPO, reference's answers",
+        OFFLINE,
     ),
     Algorithm(
         "simpo",
-        _pairs(pairs.simpo, "reference"),
+        _pairs(losses.simpo_loss, "reference"),
         preference.Hyper(beta=2.0),
         "SimPO, reference's answers",
         OFFLINE,
@@ -208,14 +220,16 @@ ALGORITHMS = (
     ),
     Algorithm(
         "online_dpo",
-        _pairs(pairs.dpo, "policy"),
+        _pairs(losses.dpo_loss, "policy"),
         preference.Hyper(beta=0.5),
         "DPO, the policy's answers",
         ONLINE,
     ),
     Algorithm(
         "xpo",
-        lambda world, optimizer: methods.xpo_method(world, preference.Config(loss_fn=pairs.xpo), optimizer),
+        lambda world, optimizer: methods.xpo_method(
+            world, preference.Config(loss_fn=losses.xpo_loss), optimizer
+        ),
         preference.Hyper(beta=0.5),
         "XPO: policy against reference, with optimism",
         ONLINE,
@@ -227,23 +241,28 @@ ALGORITHMS = (
         "Nash-MD: policy against its mixture with the reference",
         ONLINE,
     ),
-    _member("reinforce", grpo_variants.reinforce, "REINFORCE, batch mean as baseline"),
-    _member("reinforce++", grpo_variants.reinforce_plus_plus, "REINFORCE++"),
-    _member("rloo", grpo_variants.rloo, "RLOO"),
-    _member("remax", grpo_variants.remax, "ReMax", cost=1 + 1 / GROUP),
-    _member("opo", grpo_variants.opo, "OPO"),
+    _variant("reinforce", grpo_variants.reinforce, "REINFORCE, batch mean as baseline"),
+    _variant("reinforce++", grpo_variants.reinforce_plus_plus, "REINFORCE++"),
+    _variant("rloo", grpo_variants.rloo, "RLOO"),
+    _variant("remax", grpo_variants.remax, "ReMax", cost=1 + 1 / GROUP),
+    _variant("opo", grpo_variants.opo, "OPO"),
     Algorithm("ppo", _ppo, ppo.Hyper(kl_coef=0.02), "PPO with a value model"),
-    _member("grpo", grpo_variants.grpo, "GRPO"),
-    _member("grpo_2_epochs", grpo_variants.grpo, "GRPO, every batch twice", epochs=2),
-    _member("grpo_behind", grpo_variants.grpo, "GRPO, rollouts one step behind, corrected", behind=True),
-    _member("dr_grpo", _dr_grpo, "Dr. GRPO"),
-    _member("dapo", grpo_variants.dapo, "DAPO, with resampling", cost=2.0),
+    _variant("grpo", grpo_variants.grpo, "GRPO"),
+    _variant("grpo_2_epochs", grpo_variants.grpo, "GRPO, every batch twice", num_iterations=2),
+    _variant(
+        "grpo_behind",
+        grpo_variants.grpo,
+        "GRPO, rollouts one step behind, corrected",
+        one_step_off_policy=True,
+    ),
+    _variant("dr_grpo", grpo_variants.dr_grpo, "Dr. GRPO"),
+    _variant("dapo", _dapo, "DAPO, with resampling", cost=2.0),
     # What sets these apart is what they make of ratios, which are 1 in the first pass over a batch.
-    _member("gspo", grpo_variants.gspo, "GSPO, every batch twice", epochs=2),
-    _member("luspo", grpo_variants.luspo, "LUSPO, every batch twice", epochs=2),
-    _member("gmpo", grpo_variants.gmpo, "GMPO, every batch twice", epochs=2),
-    _member("cispo", grpo_variants.cispo, "CISPO, every batch twice", epochs=2),
-    _member("sapo", grpo_variants.sapo, "SAPO, every batch twice", epochs=2),
-    _member("vespo", grpo_variants.vespo, "VESPO, every batch twice", epochs=2),
+    _variant("gspo", grpo_variants.gspo, "GSPO, every batch twice", num_iterations=2),
+    _variant("luspo", grpo_variants.luspo, "LUSPO, every batch twice", num_iterations=2),
+    _variant("gmpo", grpo_variants.gmpo, "GMPO, every batch twice", num_iterations=2),
+    _variant("cispo", grpo_variants.cispo, "CISPO, every batch twice", num_iterations=2),
+    _variant("sapo", grpo_variants.sapo, "SAPO, every batch twice", num_iterations=2),
+    _variant("vespo", grpo_variants.vespo, "VESPO, every batch twice", num_iterations=2),
 )
 assert len({algorithm.name for algorithm in ALGORITHMS}) == len(ALGORITHMS)

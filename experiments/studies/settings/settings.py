@@ -21,6 +21,7 @@ import post_training
 import post_training_rows
 
 from rlhf_jax.algorithms import grpo, grpo_variants, ppo, preference
+from rlhf_jax.algorithms.grpo_variants import VariantFn, make_variant
 from rlhf_jax.cli import command_line
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.train_state import OptimizerConfig
@@ -114,19 +115,24 @@ def _dpo(world: World, optimizer: OptimizerConfig) -> Method:
 
 
 def _ppo(world: World, optimizer: OptimizerConfig) -> Method:
-    return methods.ppo_method(world, ppo.Config(epochs=1, minibatches=1), optimizer)
+    return methods.ppo_method(world, ppo.Config(num_ppo_epochs=1, num_minibatches=1), optimizer)
 
 
 def _grpo(
-    world: World, optimizer: OptimizerConfig, *, group_size: int = 4, member: Any = None, **static: Any
+    world: World,
+    optimizer: OptimizerConfig,
+    *,
+    group_size: int = 4,
+    variant: VariantFn = grpo_variants.grpo,
+    **static: Any,
 ) -> Method:
     """GRPO with other static choices, at as many answers a step."""
-    epochs = static.get("epochs", 1)
+    epochs = static.get("num_iterations", 1)
     optimizer = dataclasses.replace(optimizer, total_steps=optimizer.total_steps * epochs)
     rows = world.prompts * world.samples
     world = dataclasses.replace(world, prompts=rows // group_size, samples=group_size)
-    make = member or grpo_variants.grpo
-    return methods.group_method(world, make(group_size=group_size, **static), optimizer)
+    made = make_variant(variant, group_size=group_size, max_completion_length=_LENGTH, **static)
+    return methods.group_method(world, made, optimizer)
 
 
 _RATE = 3e-3
@@ -138,12 +144,8 @@ def _static(label: str, **options: Any) -> Variant:
     return Variant(functools.partial(_grpo, **options), _FREE, label)
 
 
-def _dr_grpo(**static: Any) -> grpo_variants.Member:
-    return grpo_variants.dr_grpo(max_length=_LENGTH, **static)
-
-
 def _bounds(*clips: float) -> dict[str, tuple[float, ...]]:
-    return {"clip_low": clips, "clip_high": clips}
+    return {"epsilon_low": clips, "epsilon_high": clips}
 
 
 STUDIES = (
@@ -169,13 +171,17 @@ STUDIES = (
         "grpo_clip",
         "clip range, four epochs",
         "0.2",
-        (Variant(functools.partial(_grpo, epochs=4), _FREE, swept=_bounds(0.02, 0.1, 0.2, 0.5, 1e3)),),
+        (
+            Variant(
+                functools.partial(_grpo, num_iterations=4), _FREE, swept=_bounds(0.02, 0.1, 0.2, 0.5, 1e3)
+            ),
+        ),
     ),
     Study(
         "grpo_epochs",
         "epochs over each batch",
         "1",
-        tuple(_static(str(epochs), epochs=epochs) for epochs in (1, 2, 4)),
+        tuple(_static(str(epochs), num_iterations=epochs) for epochs in (1, 2, 4)),
     ),
     Study(
         "grpo_normalisation",
@@ -185,7 +191,7 @@ STUDIES = (
             _static("sequence", reduce=sequence_mean),
             _static("token", reduce=token_mean),
             _static("constant", reduce=constant_length(_LENGTH)),
-            _static("Dr. GRPO", member=_dr_grpo),
+            _static("Dr. GRPO", variant=grpo_variants.dr_grpo),
         ),
     ),
 )

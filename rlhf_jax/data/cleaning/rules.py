@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.data.cleaning import text as statistics
 from rlhf_jax.data.cleaning.decontamination import overlaps
 from rlhf_jax.data.cleaning.dedup import Repeat, exact_duplicates, near_duplicates
-from rlhf_jax.data.cleaning import text as statistics
 from rlhf_jax.data.examples import Messages, conversation_messages, preference_messages, prompt_messages
 from rlhf_jax.data.sources import Row
 

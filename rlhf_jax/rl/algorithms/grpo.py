@@ -53,7 +53,7 @@ class Config:
     updates: int = 120
     groups: int = 2
     max_steps: int | None = None
-    update: grpo.Config = grpo.Config(group_size=8, epochs=4, reduce=token_mean)
+    update: grpo.Config = grpo.Config(group_size=8, num_iterations=4, reduce=token_mean)
     network: NetworkConfig = NetworkConfig()
     optimizer: OptimizerConfig = OptimizerConfig(schedule="linear", clip_norm=0.5, b2=0.999, epsilon=1e-5)
 
@@ -79,7 +79,7 @@ def make_starts(env: Environment, env_params: Any, key: PRNGKeyArray, *, groups:
 
 def make_batch(config: grpo.Config, seen: Episodes) -> tuple[Batch, Metrics]:
     """Advantages within each group of neighbouring episodes."""
-    advantages, metrics = grpo.compare(config, seen.returns, seen.mask, jnp.zeros_like(seen.logp))
+    advantages, metrics = grpo.compute_advantages(config, seen.returns, seen.mask, jnp.zeros_like(seen.logp))
     sequences: Any = Actions(seen.inputs, seen.mask)
     return Batch(sequences, seen.logp, None, advantages), metrics
 
@@ -88,7 +88,7 @@ def make_run(config: Config, env: Environment, env_params: Any) -> Run:
     """A run as `init` and `step`."""
     network = on_policy.make_network(config.network, env)
     score_inputs = make_score_fn(network)
-    steps = config.updates * config.update.epochs * config.update.minibatches
+    steps = config.updates * config.update.num_iterations * config.update.num_minibatches
     tx = make_optimizer(on_policy.stretched(config.optimizer, steps))
 
     def score_fn(params: Params, actions: Actions) -> Score:

@@ -60,7 +60,7 @@ class Config:
     total_steps: int = 500_000
     rollout: RolloutConfig = RolloutConfig()
     network: NetworkConfig = NetworkConfig()
-    update: ppo.Config = ppo.Config(epochs=4, minibatches=4)
+    update: ppo.Config = ppo.Config(num_ppo_epochs=4, num_minibatches=4)
     optimizer: OptimizerConfig = OptimizerConfig(schedule="linear", clip_norm=0.5, b2=0.999, epsilon=1e-5)
 
 
@@ -95,7 +95,7 @@ def make_learning(
     """(network, what a run needs to know), for a run of `config.total_steps`."""
     network = on_policy.make_network(config.network, env)
     updates = on_policy.count_updates(config.total_steps, config.rollout)
-    optimizer_steps = updates * config.update.epochs * config.update.minibatches
+    optimizer_steps = updates * config.update.num_ppo_epochs * config.update.num_minibatches
     tx = make_optimizer(on_policy.stretched(config.optimizer, optimizer_steps))
     update = make_update(config.update, make_score_fn(network), tx)
 

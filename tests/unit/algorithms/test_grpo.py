@@ -41,10 +41,10 @@ def test_advantages_compare_the_answers_of_one_group():
     numbers = {
         "reward": 7 / 6,
         "reward_std": np.std([1, 0, 0, 2, 2, 2]),
-        "zero_std_groups": 0.5,
+        "frac_reward_zero_std": 0.5,
         "length": 3.0,
         "finished": 5 / 6,
-        "mismatch": 0.0,
+        "sampling_logp_diff": 0.0,
         "tokens": 18,
         "kl": np.where(mask, logp - ref_logp, 0).sum() / 6,
     }
@@ -60,7 +60,7 @@ def test_another_advantage_function_is_a_field():
 
 def test_groups_whose_rewards_are_equal_teach_nothing():
     batch, metrics = make_batch(rewards=jnp.full(6, 0.7))
-    assert float(metrics["zero_std_groups"]) == 1.0
+    assert float(metrics["frac_reward_zero_std"]) == 1.0
     params, metrics = one_step(grpo.Config(group_size=3), PLAIN, batch, optax.identity())
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), params, tabular.init())
     assert float(metrics["gradient_norm"]) < 1e-4
@@ -115,7 +115,10 @@ def test_without_a_reference_there_is_no_kl():
 
 def test_answers_that_are_rewarded_become_likely():
     """Single-token answers, 8 to each prompt token; a reward for repeating the prompt."""
-    tx, config = make_optimizer(OptimizerConfig()), grpo.Config(group_size=8, epochs=2, minibatches=2)
+    tx, config = (
+        make_optimizer(OptimizerConfig()),
+        grpo.Config(group_size=8, num_iterations=2, num_minibatches=2),
+    )
     update = grpo.make_update(config, tabular.score, tx)
     hyper = grpo.Hyper(learning_rate=0.05)
     reference = tabular.init()

@@ -90,7 +90,7 @@ def test_metrics_of_a_batch():
         "reward_std": REWARDS.std(),
         "length": 2.5,
         "finished": 0.5,
-        "mismatch": 0.0,
+        "sampling_logp_diff": 0.0,
         "tokens": 10,
     }
     for name, number in expected.items():
@@ -104,7 +104,7 @@ def test_mismatch_is_the_mean_difference_from_the_sampler():
     _, _, metrics = ppo.language_batch(
         ppo.Config(), state, ppo.Hyper(), rollout, score, ref_logp, jnp.asarray(REWARDS)
     )
-    np.testing.assert_allclose(metrics["mismatch"], 0.05, rtol=1e-5)
+    np.testing.assert_allclose(metrics["sampling_logp_diff"], 0.05, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("target", "direction"), [(1e-3, 1), (1e3, -1)])
@@ -176,7 +176,7 @@ def bandit_state(hyper):
 def test_ppo_finds_the_arm_that_pays_and_its_value():
     hyper = ppo.Hyper(learning_rate=0.05)
     step, keys = (
-        make_bandit_step(ppo.Config(epochs=2, minibatches=2), hyper),
+        make_bandit_step(ppo.Config(num_ppo_epochs=2, num_minibatches=2), hyper),
         jax.random.split(jax.random.key(1), 100),
     )
     state, metrics = jax.jit(lambda s: jax.lax.scan(step, s, keys))(bandit_state(hyper))
@@ -191,19 +191,19 @@ def test_a_penalty_holds_back_and_none_is_no_clip():
     start, key = bandit_state(ppo.Hyper()), jax.random.key(2)
 
     def run(policy_loss_fn, **numbers):
-        config = ppo.Config(epochs=8, minibatches=2, policy_loss_fn=policy_loss_fn)
+        config = ppo.Config(num_ppo_epochs=8, num_minibatches=2, policy_loss_fn=policy_loss_fn)
         hyper = jax.tree.map(jnp.float32, ppo.Hyper(learning_rate=0.2, **numbers))
         state, _ = jax.jit(make_bandit_step(config, hyper))(start, key)
         return state.learner.params["logits"]
 
     free = run(ppo.penalised, penalty_coef=0.0)
-    np.testing.assert_allclose(free, run(ppo.clipped, clip_low=1.0, clip_high=jnp.inf), rtol=1e-5)
+    np.testing.assert_allclose(free, run(ppo.clipped, epsilon_low=1.0, epsilon_high=jnp.inf), rtol=1e-5)
     assert jnp.abs(run(ppo.penalised, penalty_coef=10.0)).max() < 0.3 * jnp.abs(free).max()
 
 
 def test_max_kl_ends_the_update_before_it_goes_too_far():
-    free, bound = ppo.Hyper(learning_rate=0.2), ppo.Hyper(learning_rate=0.2, max_kl=0.02)
-    config = ppo.Config(epochs=8, minibatches=2)
+    free, bound = ppo.Hyper(learning_rate=0.2), ppo.Hyper(learning_rate=0.2, target_kl=0.02)
+    config = ppo.Config(num_ppo_epochs=8, num_minibatches=2)
     key, start = jax.random.key(2), bandit_state(free)
 
     @jax.jit
@@ -222,6 +222,6 @@ def test_max_kl_ends_the_update_before_it_goes_too_far():
     # Steps were taken in order until one asked to stop, which was undone.
     np.testing.assert_allclose(near_metrics["epochs_done"], 8 * steps / 16)
     assert drift(near) < drift(far)
-    again, metrics = run(ppo.Hyper(learning_rate=0.2, max_kl=-1.0))
+    again, metrics = run(ppo.Hyper(learning_rate=0.2, target_kl=-1.0))
     jax.tree.map(np.testing.assert_array_equal, again.learner, start.learner)
     assert float(metrics["epochs_done"]) == 0.0

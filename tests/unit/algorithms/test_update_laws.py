@@ -82,9 +82,9 @@ def ppo_case(dtype, **config):
     sequences, old_logp, _ = policy_arrays(dtype)
     rng, mask = np.random.default_rng(4), np.asarray(sequences.mask)
     arrays = [dirty(rng, mask, dtype) for _ in range(3)]
-    config = ppo.Config(epochs=1, minibatches=1, **config)
+    config = ppo.Config(num_ppo_epochs=1, num_minibatches=1, **config)
     update = ppo.make_update(config, tabular.score, TX)
-    hyper = ppo.Hyper(entropy_coef=0.01, clip_low=0.1)
+    hyper = ppo.Hyper(entropy_coef=0.01, epsilon_low=0.1)
     return update, hyper, ppo.Batch(sequences, sequences.mask, old_logp, *arrays)
 
 
@@ -191,7 +191,7 @@ def test_hyperparameters_do_not_recompile_and_all_have_an_effect(case):
             continue  # acts in the other policy loss: see test_ppo
         if field.name == "auxiliary":
             continue  # for models that tell of more than log-probs: see test_further_and_routing
-        smaller = 0.05 * getattr(hyper, field.name) if field.name != "max_kl" else jnp.float32(1e-9)
+        smaller = 0.05 * getattr(hyper, field.name) if field.name != "target_kl" else jnp.float32(1e-9)
         changed, _ = update(state, dataclasses.replace(hyper, **{field.name: smaller}), batch)
         same = jax.tree.map(jnp.array_equal, changed.learner.params, expected.learner.params)
         assert not jax.tree.all(same), field.name

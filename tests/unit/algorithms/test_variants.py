@@ -1,5 +1,6 @@
-"""The families: every member learns what its rewards say, and is the loss that it names."""
+"""Families: every GRPO variant learns what its rewards say, every pair loss is what its name says."""
 
+import contextlib
 import functools
 
 import jax
@@ -9,80 +10,69 @@ import optax
 import pytest
 import tabular
 
-from rlhf_jax.algorithms import grpo, grpo_variants, preference, preference_members, selection, unpaired
-from rlhf_jax.losses import preference as losses
+from rlhf_jax import losses
+from rlhf_jax.algorithms import grpo, grpo_variants, preference, selection, unpaired
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.losses.pair_logps import traits_of
+from rlhf_jax.losses.reductions import constant_length
 
 N, G, WIDTH = 3, 4, 6
 REWARDS = jnp.asarray(np.random.default_rng(0).normal(size=N * G), jnp.float32)
-MEMBERS = {
-    "reinforce": grpo_variants.reinforce,
-    "bare": grpo_variants.reinforce_without_baseline,
-    "reinforce++": grpo_variants.reinforce_plus_plus,
-    "reinforce++-baseline": grpo_variants.reinforce_plus_plus_baseline,
-    "rloo": grpo_variants.rloo,
-    "remax": grpo_variants.remax,
-    "opo": grpo_variants.opo,
-    "grpo": grpo_variants.grpo,
-    "bnpo": grpo_variants.bnpo,
-    "dr_grpo": functools.partial(grpo_variants.dr_grpo, max_length=WIDTH),
-    "dapo": grpo_variants.dapo,
-    "gspo": grpo_variants.gspo,
-    "luspo": grpo_variants.luspo,
-    "gmpo": grpo_variants.gmpo,
-    "cispo": grpo_variants.cispo,
-    "sapo": grpo_variants.sapo,
-    "vespo": grpo_variants.vespo,
-}
+VARIANTS = grpo_variants.grpo_variants()
+
+
+def variant_of(name, **options):
+    return grpo_variants.make_variant(name, group_size=G, max_completion_length=WIDTH, **options)
 
 
 def rollout_of(params, lengths=(1, 5, 2, 4, 3, 3, 5, 1, 2, 2, 4, 5)):
     return tabular.rollout(params, tabular.rows(1, lengths), jnp.ones(len(lengths), bool))
 
 
-def gradient_of(member, *, ref=None, rollout=None, rewards=REWARDS):
+def gradient_of(variant, *, ref=None, rollout=None, rewards=REWARDS):
     """Gradient at the policy that sampled, by the step of an optimizer that hands it through."""
     params, tx = tabular.init(), optax.identity()
     rollout = rollout_of(params) if rollout is None else rollout
     logp = tabular.score(params, rollout.sequences).logp
-    greedy = jnp.zeros(N) if member.needs_greedy else None
-    batch, _ = grpo.make_batch(member.config, rollout, rewards, logp, ref, greedy)
-    update = grpo.make_update(member.config, tabular.score, tx)
-    hyper = grpo.Hyper(**{**vars(member.hyper), "learning_rate": 1.0})
+    greedy = jnp.zeros(N) if variant.needs_greedy else None
+    batch, _ = grpo.make_batch(variant.config, rollout, rewards, logp, ref, greedy)
+    update = grpo.make_update(variant.config, tabular.score, tx)
+    hyper = grpo.Hyper(**{**vars(variant.hyper), "learning_rate": 1.0})
     state, metrics = update(grpo.init(params, tx, jax.random.key(0)), hyper, batch)
     return params["logits"] - state.learner.params["logits"], batch, metrics
 
 
-@pytest.mark.parametrize("name", MEMBERS)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_on_policy_the_gradient_is_that_of_the_weighted_log_probs(name):
-    """At ratio 1 no bound acts: what is left is -sum of weights x advantages x d log p, with the member's own
-    weights and advantages.
+    """At ratio 1 no bound acts: what is left is -sum of weights x advantages x d log p, with the
+    variant's own weights and advantages.
     """
-    member = MEMBERS[name](group_size=G)
-    gradient, batch, _ = gradient_of(member)
+    variant = variant_of(name)
+    gradient, batch, _ = gradient_of(variant)
     params, mask = tabular.init(), batch.sequences.mask
     advantages = batch.advantages if batch.advantages.ndim == 2 else batch.advantages[:, None] * mask
 
     def objective(logits):
         logp = tabular.score({**params, "logits": logits}, batch.sequences).logp
         # One ratio for an answer has a token's mean log-prob in its gradient, the same for all its tokens.
-        return member.config.reduce(-advantages * jnp.where(mask, logp, 0), mask)
+        return variant.config.reduce(-advantages * jnp.where(mask, logp, 0), mask)
 
     np.testing.assert_allclose(gradient, jax.grad(objective)(params["logits"]), rtol=1e-4, atol=1e-5)
 
 
-def test_advantages_of_members_are_what_their_names_say():
+def test_advantages_of_variants_are_what_their_names_say():
     rewards = np.asarray(REWARDS, np.float64).reshape(N, G)
     mean = rewards.mean(axis=1, keepdims=True)
     expected = {
         "reinforce": rewards - rewards.mean(),
-        "bare": rewards,
+        "reinforce_without_baseline": rewards,
         "rloo": (rewards - mean) * G / (G - 1),
         "remax": rewards,  # the greedy answers are worth 0 here
         "dr_grpo": rewards - mean,
         "grpo": (rewards - mean) / (rewards.std(axis=1, ddof=1, keepdims=True) + 1e-4),
     }
     for name, advantages in expected.items():
-        _, batch, _ = gradient_of(MEMBERS[name](group_size=G))
+        _, batch, _ = gradient_of(variant_of(name))
         np.testing.assert_allclose(batch.advantages, advantages.reshape(-1), rtol=1e-4, atol=1e-5)
 
 
@@ -107,38 +97,69 @@ def test_reinforce_plus_plus_charges_the_kl_in_the_reward():
     assert np.abs(without - charged).max() > 1e-2
 
 
-def test_corrected_members_weigh_tokens_by_the_sampler():
+def test_truncated_importance_sampling_weighs_tokens_by_the_sampler():
     params = tabular.init()
     rollout = rollout_of(params)
     older = rollout.__class__(rollout.sequences, rollout.logp + 0.3, rollout.finished)
-    member = grpo_variants.corrected(grpo_variants.grpo(group_size=G))
-    gradient, _, _ = gradient_of(member, rollout=older)
+    variant = grpo_variants.with_truncated_is(grpo_variants.grpo(group_size=G))
+    gradient, _, _ = gradient_of(variant, rollout=older)
     plain, _, _ = gradient_of(grpo_variants.grpo(group_size=G), rollout=older)
     np.testing.assert_allclose(gradient, np.exp(-0.3) * plain, rtol=1e-4, atol=1e-6)
 
 
-# Preferences ---------------------------------------------------------------------------------------
+def test_names_of_variants_are_those_of_their_functions():
+    assert list(VARIANTS)[:5] == [
+        "reinforce",
+        "reinforce_without_baseline",
+        "reinforce++",
+        "reinforce++-baseline",
+        "rloo",
+    ]
+    assert len(VARIANTS) == 17
+    assert {"with_truncated_is", "make_variant", "find_variant"}.isdisjoint(VARIANTS)
 
-PAIRED = [
-    (preference_members.dpo, losses.dpo_loss),
-    (preference_members.robust, losses.robust_dpo_loss),
-    (preference_members.hinge, losses.hinge_loss),
-    (preference_members.exo, losses.exo_loss),
-    (preference_members.nca, losses.nca_loss),
-    (preference_members.bco_pair, losses.bco_pair_loss),
-    (preference_members.sppo, losses.sppo_loss),
-    (preference_members.aot, losses.aot_loss),
-    (preference_members.aot_unpaired, losses.aot_unpaired_loss),
-    (preference_members.apo_zero, losses.apo_zero_loss),
-    (preference_members.apo_down, losses.apo_down_loss),
-    (preference_members.discopop, losses.discopop_loss),
-    (preference_members.ipo, losses.ipo_loss),
-    (preference_members.length_normalised, losses.length_normalised_dpo_loss),
-    (preference_members.orpo, losses.orpo_loss),
-    (preference_members.simpo, losses.simpo_loss),
-    (preference_members.alpha_po, losses.alpha_po_loss),
-    (preference_members.cpo, losses.cpo_loss),
-]
+
+def test_a_variant_carries_what_it_is_published_with():
+    dapo = variant_of("dapo")
+    assert (dapo.dynamic_sampling_max_rounds, dapo.overlong_penalty_coef) == (8, 1.0)
+    changes = {"dynamic_sampling_max_rounds": 2, "overlong_penalty_coef": None, "kl_coef": 0.5}
+    changed = variant_of("dapo", changes=changes)
+    assert changed.dynamic_sampling_max_rounds == 2
+    assert changed.overlong_penalty_coef == 1.0
+    assert changed.hyper.kl_coef == 0.5
+    assert variant_of("grpo", changes={"overlong_penalty_coef": 0.3}).overlong_penalty_coef == 0.3
+    assert variant_of("dr_grpo").config.reduce is constant_length(WIDTH)
+
+
+def test_a_group_of_one_is_refused_where_answers_are_compared():
+    for name in VARIANTS:
+        lone = name in ("reinforce", "reinforce_without_baseline", "reinforce++", "remax")
+        with contextlib.nullcontext() if lone else pytest.raises(UserError, match="group_size 1"):
+            grpo_variants.make_variant(name, group_size=1, max_completion_length=WIDTH)
+
+
+def test_variants_and_losses_of_ones_own_are_found_by_path_and_as_callables(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_methods.py").write_text(
+        "from rlhf_jax.algorithms.group_members import grpo\n"
+        "from rlhf_jax.losses import dpo_loss\n"
+        "def variant(**static):\n    return grpo(**static)\n"
+        "def loss(pairs, **options):\n    return dpo_loss(pairs, **options)\n"
+    )
+    own = grpo_variants.find_variant("own_methods:variant")
+    assert grpo_variants.make_variant(own, group_size=G).config == variant_of("grpo").config
+    assert grpo_variants.make_variant("own_methods:variant", group_size=G).config.group_size == G
+    loss = preference.find_pair_loss("own_methods:loss")
+    assert preference.find_pair_loss(loss) is loss
+    with pytest.raises(UserError, match="nearest name is grpo"):
+        grpo_variants.find_variant("grpoo")
+    with pytest.raises(UserError, match="nearest name is simpo"):
+        preference.find_pair_loss("sinpo")
+    with pytest.raises(UserError, match=r"loss 'own_methods:los': los does not exist .*nearest name is loss"):
+        preference.find_pair_loss("own_methods:los")
+
+
+# Preferences ---------------------------------------------------------------------------------------
 
 
 def pair_batch(mask=None):
@@ -147,24 +168,57 @@ def pair_batch(mask=None):
     return preference.make_batch(tabular.score, tabular.init(7), chosen, rejected, mask)
 
 
-@pytest.mark.parametrize(("member", "loss_fn"), PAIRED, ids=[fn.__name__ for _, fn in PAIRED])
-def test_a_member_is_its_loss_with_arguments_by_their_names(member, loss_fn):
+def test_names_of_losses_are_those_of_their_functions():
+    assert list(preference.pair_losses()) == [
+        "dpo",
+        "robust",
+        "hinge",
+        "ipo",
+        "exo",
+        "nca",
+        "bco_pair",
+        "sppo",
+        "aot",
+        "aot_unpaired",
+        "apo_zero",
+        "apo_down",
+        "discopop",
+        "length_normalized",
+        "orpo",
+        "cpo",
+        "simpo",
+        "alpha_po",
+    ]
+
+
+@pytest.mark.parametrize("name", preference.pair_losses())
+def test_an_update_gives_its_loss_the_pairs_of_the_batch(name):
+    loss_fn = preference.find_pair_loss(name)
     batch, params = pair_batch(), tabular.init()
     chosen, rejected = preference.response_logp(tabular.score, params, batch.chosen, batch.rejected)
-    known = {
-        "policy_chosen_logp": chosen,
-        "policy_rejected_logp": rejected,
-        "ref_chosen_logp": batch.ref_chosen_logp,
-        "ref_rejected_logp": batch.ref_rejected_logp,
-        "chosen_length": jnp.asarray([1, 5, 2, 4]),
-        "rejected_length": jnp.asarray([4, 2, 5, 1]),
-    }
-    names = loss_fn.__code__.co_varnames[: loss_fn.__code__.co_argcount]
-    expected, _ = loss_fn(**{name: known[name] for name in names}, beta=0.3)
-    update = preference.make_update(preference.Config(loss_fn=member), tabular.score, optax.identity())
+    pairs = losses.PairLogps(
+        policy_chosen=chosen,
+        policy_rejected=rejected,
+        ref_chosen=batch.ref_chosen_logp,
+        ref_rejected=batch.ref_rejected_logp,
+        chosen_length=jnp.asarray([1, 5, 2, 4]),
+        rejected_length=jnp.asarray([4, 2, 5, 1]),
+    )
+    expected, _ = loss_fn(pairs, beta=0.3)
+    update = preference.make_update(preference.Config(loss_fn=loss_fn), tabular.score, optax.identity())
     state = preference.init(params, optax.identity(), jax.random.key(0))
     _, metrics = update(state, preference.Hyper(beta=0.3), batch)
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+
+
+def test_losses_that_sort_a_batch_refuse_micro_batches():
+    sorting = [n for n, fn in preference.pair_losses().items() if traits_of(fn).uses_batch_sort]
+    assert sorting == ["aot", "aot_unpaired"]
+    for name in sorting:
+        loss_fn = functools.partial(preference.find_pair_loss(name), label_smoothing=0.1)
+        with pytest.raises(UserError, match="micro_batches 1"):
+            preference.Config(micro_batches=2, loss_fn=loss_fn)
+    assert preference.Config(micro_batches=2, loss_fn=losses.simpo_loss).micro_batches == 2
 
 
 def test_masked_pairs_do_not_count():

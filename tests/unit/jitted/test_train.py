@@ -7,17 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import models
-from rlhf_jax.algorithms import (
-    distillation,
-    grpo_variants,
-    nash_md,
-    ppo,
-    preference,
-    preference_members,
-    sft,
-    unpaired,
-)
+from rlhf_jax import losses, models
+from rlhf_jax.algorithms import distillation, grpo_variants, nash_md, ppo, preference, sft, unpaired
 from rlhf_jax.algorithms import grpo as group
 from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.distributed.runtime import compiler_options
@@ -52,7 +43,10 @@ METHODS = {
     "group": (grpo, group.Hyper()),
     "behind": (
         lambda: methods.group_method(
-            world(), grpo_variants.corrected(grpo_variants.grpo(group_size=2)), OPTIMIZER, behind=True
+            world(),
+            grpo_variants.with_truncated_is(grpo_variants.grpo(group_size=2)),
+            OPTIMIZER,
+            one_step_off_policy=True,
         ),
         group.Hyper(),
     ),
@@ -64,13 +58,13 @@ METHODS = {
         lambda: methods.group_method(world(), grpo_variants.dapo(group_size=2), OPTIMIZER),
         group.Hyper(),
     ),
-    "ppo": (lambda: methods.ppo_method(world(), ppo.Config(minibatches=2), OPTIMIZER), ppo.Hyper()),
+    "ppo": (lambda: methods.ppo_method(world(), ppo.Config(num_minibatches=2), OPTIMIZER), ppo.Hyper()),
     "preference": (
         lambda: methods.preference_method(world(), preference.Config(), OPTIMIZER, source="reference"),
         preference.Hyper(),
     ),
     "xpo": (
-        lambda: methods.xpo_method(world(), preference.Config(loss_fn=preference_members.xpo), OPTIMIZER),
+        lambda: methods.xpo_method(world(), preference.Config(loss_fn=losses.xpo_loss), OPTIMIZER),
         preference.Hyper(),
     ),
     "nash_md": (lambda: methods.nash_md_method(world(), nash_md.Config(), OPTIMIZER), nash_md.Hyper()),

@@ -30,7 +30,7 @@ def js(student: np.ndarray, teacher: np.ndarray, beta: float) -> float:
 DIVERGENCES = {
     "forward_kl": (losses.forward_kl_loss, lambda s, t: kl(t, s)),
     "reverse_kl": (losses.reverse_kl_loss, lambda s, t: kl(s, t)),
-    "js_0.3": (functools.partial(losses.generalised_js_loss, beta=0.3), lambda s, t: js(s, t, 0.3)),
+    "js_0.3": (functools.partial(losses.generalized_js_loss, beta=0.3), lambda s, t: js(s, t, 0.3)),
 }
 EACH = pytest.mark.parametrize("name", DIVERGENCES)
 
@@ -88,17 +88,17 @@ def test_divergence_stays_finite_where_tokens_are_ruled_out(name: str, dtype) ->
     assert np.isfinite(np.asarray(grad, np.float32)).all()
 
 
-def test_generalised_js_tends_to_both_kls_and_may_be_traced() -> None:
+def test_generalized_js_tends_to_both_kls_and_may_be_traced() -> None:
     with jax.enable_x64(True):
         student, teacher, mask = jnp.asarray(STUDENT), jnp.asarray(TEACHER), jnp.asarray(MASK)
         betas = jnp.array([1e-5, 0.5, 1 - 1e-5])
         low, middle, high = jax.jit(
-            jax.vmap(lambda beta: losses.generalised_js_loss(student, teacher, mask, beta=beta)[0])
+            jax.vmap(lambda beta: losses.generalized_js_loss(student, teacher, mask, beta=beta)[0])
         )(betas)
         forward, reverse = (
             f(student, teacher, mask)[0] for f in (losses.forward_kl_loss, losses.reverse_kl_loss)
         )
-        swapped = losses.generalised_js_loss(teacher, student, mask, beta=0.5)[0]
+        swapped = losses.generalized_js_loss(teacher, student, mask, beta=0.5)[0]
     assert float(low) / 1e-5 == pytest.approx(float(forward), rel=1e-3)
     assert float(high) / 1e-5 == pytest.approx(float(reverse), rel=1e-3)
     assert float(middle) == pytest.approx(float(swapped), rel=1e-12)

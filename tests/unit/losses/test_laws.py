@@ -23,16 +23,22 @@ from rlhf_jax.losses import (
     supervised,
     value,
 )
-from rlhf_jax.losses.reductions import constant_length, packed_sequence_mean, sequence_mean, token_mean
+from rlhf_jax.losses.reductions import (
+    constant_length,
+    length_weighted,
+    packed_sequence_mean,
+    sequence_mean,
+    token_mean,
+)
 
 B, T, N = 4, 6, 5
 REDUCTIONS = {
     "token": token_mean,
     "sequence": sequence_mean,
     "constant": constant_length(10),
-    "length": policy.length_weighted,
+    "length": length_weighted,
 }
-SCALARS = {"clip_low": 0.2, "clip_high": 0.28, "kl_coef": 0.1, "entropy_coef": 0.02, "dual_clip": 3.0}
+SCALARS = {"epsilon_low": 0.2, "epsilon_high": 0.28, "kl_coef": 0.1, "entropy_coef": 0.02, "dual_clip": 3.0}
 ATOMS = np.linspace(-2, 2, N)
 
 
@@ -41,8 +47,8 @@ def grpo(reduce, **options):
         return policy.grpo_loss(
             *(x[name] for name in ("logp", "old_logp", "ref_logp", "advantages")),
             mask,
-            clip_low=s["clip_low"],
-            clip_high=s["clip_high"],
+            epsilon_low=s["epsilon_low"],
+            epsilon_high=s["epsilon_high"],
             kl_coef=s["kl_coef"],
             entropy=x["entropy"],
             entropy_coef=s["entropy_coef"],
@@ -61,7 +67,7 @@ def weighted(x, mask, s, denominator):
         x["old_logp"], x["sampler_logp"], mask, ratio_fn=policy_ratios.sequence_total_log_ratio
     )
     weights *= policy_weights.off_policy_mask(
-        x["logp"], x["sampler_logp"], x["advantages"], mask, threshold=s["clip_high"]
+        x["logp"], x["sampler_logp"], x["advantages"], mask, threshold=s["epsilon_high"]
     )
     return grpo("token", weights=weights)[0](x, mask, s, denominator)
 
@@ -80,7 +86,7 @@ def plain(loss_fn, reduce, *names, **scalars):
 
 def hl_gauss(x, mask, s, denominator):
     edges = jnp.linspace(-2.5, 2.5, N + 1)
-    target = value.gaussian_histogram(x["returns"], edges, sigma=s["clip_low"])
+    target = value.gaussian_histogram(x["returns"], edges, sigma=s["epsilon_low"])
     return value.categorical_value_loss(
         x["logits"], target, jnp.asarray(ATOMS), mask, denominator=denominator
     )
@@ -110,8 +116,8 @@ CASES = {
         "logp",
         "old_logp",
         "advantages",
-        clip_low="clip_low",
-        clip_high="clip_high",
+        epsilon_low="epsilon_low",
+        epsilon_high="epsilon_high",
         dual_clip="dual_clip",
     ),
     "ppo_penalty": plain(
@@ -129,20 +135,20 @@ CASES = {
     "weighted": (weighted, "token"),
     "squared": plain(value.squared_value_loss, "token", "values", "returns"),
     "clipped": plain(
-        value.clipped_value_loss, "sequence", "values", "old_values", "returns", clip="clip_low"
+        value.clipped_value_loss, "sequence", "values", "old_values", "returns", clip="epsilon_low"
     ),
-    "huber": plain(value.huber_value_loss, "constant", "values", "returns", delta="clip_high"),
-    "expectile": plain(value.expectile_value_loss, "sequence", "values", "returns", expectile="clip_low"),
+    "huber": plain(value.huber_value_loss, "constant", "values", "returns", delta="epsilon_high"),
+    "expectile": plain(value.expectile_value_loss, "sequence", "values", "returns", expectile="epsilon_low"),
     "conservative": (conservative, "token"),
     "advantage_weighted": plain(
         supervised.advantage_weighted_loss,
         "sequence",
         "logp",
         "advantages",
-        inverse_temperature="clip_high",
+        inverse_temperature="epsilon_high",
         max_weight="dual_clip",
     ),
-    "quantile": plain(value.quantile_value_loss, "token", "logits", "quantile_targets", delta="clip_high"),
+    "quantile": plain(value.quantile_value_loss, "token", "logits", "quantile_targets", delta="epsilon_high"),
     "c51": (c51, "token"),
     "hl_gauss": (hl_gauss, "token"),
 }

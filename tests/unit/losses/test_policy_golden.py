@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.losses.policy import grpo_loss, length_weighted
+from rlhf_jax.losses.policy import grpo_loss
 from rlhf_jax.losses.policy_ratios import sequence_log_ratio, token_log_ratio
 from rlhf_jax.losses.policy_surrogates import (
     cispo_surrogate,
@@ -19,7 +19,7 @@ from rlhf_jax.losses.policy_surrogates import (
     vespo_surrogate,
 )
 from rlhf_jax.losses.policy_weights import off_policy_mask, top_entropy_mask
-from rlhf_jax.losses.reductions import constant_length, sequence_mean, token_mean
+from rlhf_jax.losses.reductions import constant_length, length_weighted, sequence_mean, token_mean
 
 PATH = pathlib.Path(__file__).parents[2] / "golden" / "losses_policy_trl.npz"
 GOLDEN = dict(np.load(PATH))
@@ -62,8 +62,8 @@ def weights_of(settings, inputs):
 def loss_of(settings, inputs, logp, entropy):
     cispo = settings["loss_type"] == "cispo"
     # TRL's CISPO has one bound, and it is the weight itself.
-    clip_low = 1.0 if cispo else settings["epsilon_low"]
-    clip_high = settings["epsilon_high"] - 1 if cispo else settings["epsilon_high"]
+    epsilon_low = 1.0 if cispo else settings["epsilon_low"]
+    epsilon_high = settings["epsilon_high"] - 1 if cispo else settings["epsilon_high"]
     sequence_level = settings["importance_sampling_level"] == "sequence"
     policy_loss, _ = grpo_loss(
         logp,
@@ -71,8 +71,8 @@ def loss_of(settings, inputs, logp, entropy):
         inputs["ref_logp"],
         inputs["advantages"],
         inputs["mask"],
-        clip_low=clip_low,
-        clip_high=clip_high,
+        epsilon_low=epsilon_low,
+        epsilon_high=epsilon_high,
         kl_coef=settings["beta"],
         weights=weights_of(settings, inputs),
         ratio_fn=sequence_log_ratio if sequence_level else token_log_ratio,

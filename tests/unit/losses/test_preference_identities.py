@@ -11,6 +11,7 @@ from jax.test_util import check_grads
 
 from rlhf_jax import losses
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.losses import PairLogps
 
 ZEROS = jnp.zeros(3)
 LOG2 = math.log(2)
@@ -36,7 +37,7 @@ def random_pairs(seed: int = 0, count: int = 5) -> list[jax.Array]:
 @pytest.mark.parametrize("loss", AT_EQUALITY, ids=lambda loss: loss.__name__)
 def test_value_where_policy_equals_reference(loss) -> None:
     policy = random_pairs()[:2]
-    value, metrics = loss(*policy, *policy, beta=0.1)
+    value, metrics = loss(PairLogps(*policy, *policy), beta=0.1)
     assert float(value) == pytest.approx(AT_EQUALITY[loss], rel=1e-6)
     assert float(metrics["margin"]) == 0
     assert float(metrics["accuracy"]) == 0
@@ -44,7 +45,7 @@ def test_value_where_policy_equals_reference(loss) -> None:
 
 def test_metrics_of_dpo() -> None:
     chosen, rejected = jnp.array([1.0, -2.0, 3.0]), jnp.array([0.0, 0.0, 4.0])
-    loss, metrics = losses.dpo_loss(chosen, rejected, ZEROS, ZEROS, beta=0.5)
+    loss, metrics = losses.dpo_loss(PairLogps(chosen, rejected, ZEROS, ZEROS), beta=0.5)
     margins = 0.5 * np.array([1.0, -2.0, -1.0])
     assert float(loss) == pytest.approx(np.mean(np.log1p(np.exp(-margins))), rel=1e-6)
     assert float(metrics["chosen_reward"]) == pytest.approx(0.5 * 2 / 3)
@@ -58,8 +59,8 @@ def test_metrics_of_dpo() -> None:
 
 def test_gradient_coefficient_is_the_gradient_over_beta() -> None:
     pairs = random_pairs()
-    grad = jax.grad(lambda chosen: losses.dpo_loss(chosen, *pairs[1:], beta=0.3)[0])(pairs[0])
-    coefficient = losses.dpo_loss(*pairs, beta=0.3)[1]["gradient_coefficient"]
+    grad = jax.grad(lambda chosen: losses.dpo_loss(PairLogps(chosen, *pairs[1:]), beta=0.3)[0])(pairs[0])
+    coefficient = losses.dpo_loss(PairLogps(*pairs), beta=0.3)[1]["gradient_coefficient"]
     assert float(-jnp.sum(grad) / 0.3) == pytest.approx(float(coefficient), rel=1e-5)
 
 
@@ -67,64 +68,66 @@ def test_robust_dpo_is_unbiased_under_flips() -> None:
     pairs, flip = random_pairs(), 0.2
     swapped = [pairs[1], pairs[0], pairs[3], pairs[2]]
     robust = functools.partial(losses.robust_dpo_loss, label_smoothing=flip)
-    expected = (1 - flip) * robust(*pairs)[0] + flip * robust(*swapped)[0]
-    assert float(expected) == pytest.approx(float(losses.dpo_loss(*pairs)[0]), rel=1e-5)
+    expected = (1 - flip) * robust(PairLogps(*pairs))[0] + flip * robust(PairLogps(*swapped))[0]
+    assert float(expected) == pytest.approx(float(losses.dpo_loss(PairLogps(*pairs))[0]), rel=1e-5)
 
 
 def test_exo_vanishes_where_the_preferences_are_the_labels() -> None:
     smoothing, beta = 0.1, 0.5
     margin = math.log((1 - smoothing) / smoothing) / beta
-    loss, _ = losses.exo_loss(ZEROS + margin, ZEROS, ZEROS, ZEROS, beta=beta, label_smoothing=smoothing)
+    pairs = PairLogps(ZEROS + margin, ZEROS, ZEROS, ZEROS)
+    loss, _ = losses.exo_loss(pairs, beta=beta, label_smoothing=smoothing)
     assert float(loss) == pytest.approx(0, abs=1e-6)
 
 
 def test_ipo_vanishes_at_its_margin() -> None:
     length = jnp.array([4, 2, 5])
     chosen = length * (1 / (2 * 0.1))
-    assert float(losses.ipo_loss(chosen, ZEROS, ZEROS, ZEROS, length, length, beta=0.1)[0]) == pytest.approx(
-        0, abs=1e-10
-    )
+    assert float(
+        losses.ipo_loss(PairLogps(chosen, ZEROS, ZEROS, ZEROS, length, length), beta=0.1)[0]
+    ) == pytest.approx(0, abs=1e-10)
 
 
 def test_aot_is_dpo_where_the_orders_agree() -> None:
     ordered = [jnp.sort(x) for x in random_pairs()]
     chosen, _, ref, _ = ordered
     zeros = jnp.zeros_like(chosen)
-    aot = losses.aot_loss(chosen, zeros, ref, zeros, beta=0.3)[0]
-    assert float(aot) == pytest.approx(
-        float(losses.dpo_loss(chosen, zeros, ref, zeros, beta=0.3)[0]), rel=1e-6
-    )
+    pairs = PairLogps(chosen, zeros, ref, zeros)
+    aot = losses.aot_loss(pairs, beta=0.3)[0]
+    assert float(aot) == pytest.approx(float(losses.dpo_loss(pairs, beta=0.3)[0]), rel=1e-6)
 
 
 def test_alpha_po_tends_to_simpo() -> None:
     chosen, rejected = random_pairs()[:2]
     length = jnp.full(5, 4)
-    simpo = losses.simpo_loss(chosen, rejected, length, length)[0]
+    pairs = PairLogps(chosen, rejected, chosen_length=length, rejected_length=length)
+    simpo = losses.simpo_loss(pairs)[0]
     for alpha, tolerance in ((0.0, 1e-7), (1e-3, 1e-2)):
-        alpha_po = losses.alpha_po_loss(chosen, rejected, length, length, alpha=alpha)[0]
+        alpha_po = losses.alpha_po_loss(pairs, alpha=alpha)[0]
         assert float(alpha_po) == pytest.approx(float(simpo), rel=tolerance)
 
 
 def test_cpo_is_dpo_with_a_uniform_reference() -> None:
     chosen, rejected = random_pairs()[:2]
     uniform = jnp.full(5, -7.0)
-    cpo = losses.cpo_loss(chosen, rejected, nll_weight=0.0)[0]
+    cpo = losses.cpo_loss(PairLogps(chosen, rejected), nll_weight=0.0)[0]
     assert float(cpo) == pytest.approx(
-        float(losses.dpo_loss(chosen, rejected, uniform, uniform)[0]), rel=1e-6
+        float(losses.dpo_loss(PairLogps(chosen, rejected, uniform, uniform))[0]), rel=1e-6
     )
 
 
 def test_orpo_keeps_its_digits_at_both_ends() -> None:
     one = jnp.ones(1, int)
     for chosen in (-1e-5, -1e-3, -0.69, -0.7, -50.0):
-        _, metrics = losses.orpo_loss(jnp.array([chosen]), jnp.array([-1.0]), one, one)
+        pairs = PairLogps(jnp.array([chosen]), jnp.array([-1.0]), chosen_length=one, rejected_length=one)
+        _, metrics = losses.orpo_loss(pairs)
         log_odds = [x - math.log(-math.expm1(x)) for x in (float(np.float32(chosen)), -1.0)]
         assert float(metrics["log_odds_ratio"]) == pytest.approx(log_odds[0] - log_odds[1], rel=1e-5)
 
 
 def test_discopop_is_right_where_its_factors_overflow() -> None:
     # At b D = -200 the mixing weight is exp(-4000) and the exponential exp(200): their product is 0.
-    loss, _ = losses.discopop_loss(ZEROS - 2000.0, ZEROS, ZEROS, ZEROS, beta=0.1)
+    loss, _ = losses.discopop_loss(PairLogps(ZEROS - 2000.0, ZEROS, ZEROS, ZEROS), beta=0.1)
     assert float(loss) == pytest.approx(200.0, rel=1e-6)
 
 
@@ -202,21 +205,21 @@ def test_wpo_weight_is_the_geometric_mean_of_aligned_probabilities() -> None:
     np.testing.assert_array_equal(jax.grad(lambda x: losses.wpo_weight(x, collision, mask)[0])(logp), 0)
 
 
-def test_length_desensitised_logp_discounts_the_tail() -> None:
+def test_length_desensitized_logp_discounts_the_tail() -> None:
     logp = jnp.array([[jnp.nan, -1.0, -2.0, -4.0, -8.0]])
     mask = jnp.array([[False, True, True, False, True]])
     value, grad = jax.value_and_grad(
-        lambda x: losses.length_desensitised_logp(x, mask, jnp.array([2]), alpha=0.25)[0]
+        lambda x: losses.length_desensitized_logp(x, mask, jnp.array([2]), alpha=0.25)[0]
     )(logp)
     assert float(value) == -1 - 2 - 0.25 * 8
     np.testing.assert_array_equal(grad, [[0, 1, 1, 0, 0.25]])
-    plain = losses.length_desensitised_logp(logp, mask, jnp.array([1]), alpha=1.0)
+    plain = losses.length_desensitized_logp(logp, mask, jnp.array([1]), alpha=1.0)
     assert float(plain[0]) == -11
 
 
 def test_weighted_sum_adds_losses_and_keeps_their_metrics() -> None:
-    pairs = random_pairs()
-    parts = {"dpo": losses.dpo_loss(*pairs), "bco": losses.bco_pair_loss(*pairs)}
+    pairs = PairLogps(*random_pairs())
+    parts = {"dpo": losses.dpo_loss(pairs), "bco": losses.bco_pair_loss(pairs)}
     loss, metrics = losses.weighted_sum(parts, {"bco": 0.5, "dpo": 2.0})
     assert float(loss) == pytest.approx(float(2 * parts["dpo"][0] + 0.5 * parts["bco"][0]), rel=1e-6)
     assert float(metrics["bco/accuracy"]) == float(parts["bco"][1]["accuracy"])
@@ -227,6 +230,6 @@ def test_weighted_sum_adds_losses_and_keeps_their_metrics() -> None:
 
 def test_no_valid_pair_gives_zero_and_no_gradient() -> None:
     nan, mask = jnp.full(3, jnp.nan), jnp.zeros(3, bool)
-    loss, grad = jax.value_and_grad(lambda x: losses.dpo_loss(x, nan, nan, nan, mask=mask)[0])(nan)
+    loss, grad = jax.value_and_grad(lambda x: losses.dpo_loss(PairLogps(x, nan, nan, nan), mask=mask)[0])(nan)
     assert float(loss) == 0
     np.testing.assert_array_equal(grad, 0)

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_jax import losses
+from rlhf_jax.algorithms import preference
 
 BETA, SMOOTHING = 0.3, 0.1
 COLUMNS = ("pc", "pr", "rc", "rr")
@@ -62,12 +63,20 @@ class Case:
     takes_weights: bool = True
 
 
-def four(loss: Callable[..., Any], **fixed: Any) -> Callable[..., Any]:
-    return lambda x, **kwargs: loss(*(x[name] for name in COLUMNS), **fixed, **kwargs)
+def pairs_of(x: Rows) -> losses.PairLogps:
+    return losses.PairLogps(*(x[name] for name in COLUMNS), x["nc"], x["nr"], x["flag"])
 
 
-def lengths(loss: Callable[..., Any], columns: tuple[str, ...] = COLUMNS, **fixed: Any) -> Callable[..., Any]:
-    return lambda x, **kwargs: loss(*(x[n] for n in (*columns, "nc", "nr")), **fixed, **kwargs)
+def on_pairs(loss: Callable[..., Any], **fixed: Any) -> Callable[..., Any]:
+    return lambda x, **kwargs: loss(pairs_of(x), **fixed, **kwargs)
+
+
+def reference_free(loss: Callable[..., Any], **fixed: Any) -> Callable[..., Any]:
+    def without_reference(x: Rows, **kwargs: Any) -> Any:
+        pairs = dataclasses.replace(pairs_of(x), ref_chosen=None, ref_rejected=None)
+        return loss(pairs, **fixed, **kwargs)
+
+    return without_reference
 
 
 def bradley_terry(x: Rows, beta: Any, **kwargs: Any) -> Any:
@@ -75,7 +84,9 @@ def bradley_terry(x: Rows, beta: Any, **kwargs: Any) -> Any:
 
 
 def nll_and_contrast(x: Rows, **kwargs: Any) -> Any:
-    return losses.cpo_loss(x["pc"], x["pr"], nll_weight=1 / x["nc"], label_smoothing=SMOOTHING, **kwargs)
+    return losses.cpo_loss(
+        losses.PairLogps(x["pc"], x["pr"]), nll_weight=1 / x["nc"], label_smoothing=SMOOTHING, **kwargs
+    )
 
 
 def discopop(p: Pair, b: float) -> float:
@@ -87,53 +98,56 @@ def alpha_reward(mean_logp: float, alpha: float = 0.25) -> float:
     return (1 - math.exp(-alpha * mean_logp)) / alpha
 
 
-FREE = ("pc", "pr")
 E = SMOOTHING
 CASES = {
-    "dpo": Case(four(losses.dpo_loss, label_smoothing=E), lambda p, b: smoothed(b * p.d)),
+    "dpo": Case(on_pairs(losses.dpo_loss, label_smoothing=E), lambda p, b: smoothed(b * p.d)),
     "robust": Case(
-        four(losses.robust_dpo_loss, label_smoothing=E),
+        on_pairs(losses.robust_dpo_loss, label_smoothing=E),
         lambda p, b: (-(1 - E) * log_sigmoid(b * p.d) + E * log_sigmoid(-b * p.d)) / (1 - 2 * E),
     ),
-    "hinge": Case(four(losses.hinge_loss), lambda p, b: max(0, 1 - b * p.d)),
-    "ipo": Case(lengths(losses.ipo_loss), lambda p, b: (p.c / p.nc - p.r / p.nr - 1 / (2 * b)) ** 2),
+    "hinge": Case(on_pairs(losses.hinge_loss), lambda p, b: max(0, 1 - b * p.d)),
+    "ipo": Case(on_pairs(losses.ipo_loss), lambda p, b: (p.c / p.nc - p.r / p.nr - 1 / (2 * b)) ** 2),
     "exo": Case(
-        four(losses.exo_loss, label_smoothing=E),
+        on_pairs(losses.exo_loss, label_smoothing=E),
         lambda p, b: (
             sigmoid(b * p.d) * (log_sigmoid(b * p.d) - math.log(1 - E))
             + sigmoid(-b * p.d) * (log_sigmoid(-b * p.d) - math.log(E))
         ),
     ),
     "nca": Case(
-        four(losses.nca_loss),
+        on_pairs(losses.nca_loss),
         lambda p, b: -log_sigmoid(b * p.c) - 0.5 * log_sigmoid(-b * p.c) - 0.5 * log_sigmoid(-b * p.r),
     ),
-    "bco_pair": Case(four(losses.bco_pair_loss), lambda p, b: -log_sigmoid(b * p.c) - log_sigmoid(-b * p.r)),
-    "sppo": Case(four(losses.sppo_loss), lambda p, b: (p.c - 1 / (2 * b)) ** 2 + (p.r + 1 / (2 * b)) ** 2),
-    "apo_zero": Case(four(losses.apo_zero_loss), lambda p, b: 1 - sigmoid(b * p.c) + sigmoid(b * p.r)),
-    "apo_down": Case(four(losses.apo_down_loss), lambda p, b: sigmoid(b * p.c) + 1 - sigmoid(b * p.d)),
-    "discopop": Case(four(losses.discopop_loss, tau=0.5), discopop),
-    "length_normalised_dpo": Case(
-        lengths(losses.length_normalised_dpo_loss),
+    "bco_pair": Case(
+        on_pairs(losses.bco_pair_loss), lambda p, b: -log_sigmoid(b * p.c) - log_sigmoid(-b * p.r)
+    ),
+    "sppo": Case(
+        on_pairs(losses.sppo_loss), lambda p, b: (p.c - 1 / (2 * b)) ** 2 + (p.r + 1 / (2 * b)) ** 2
+    ),
+    "apo_zero": Case(on_pairs(losses.apo_zero_loss), lambda p, b: 1 - sigmoid(b * p.c) + sigmoid(b * p.r)),
+    "apo_down": Case(on_pairs(losses.apo_down_loss), lambda p, b: sigmoid(b * p.c) + 1 - sigmoid(b * p.d)),
+    "discopop": Case(on_pairs(losses.discopop_loss, tau=0.5), discopop),
+    "length_normalized": Case(
+        on_pairs(losses.length_normalized_dpo_loss),
         lambda p, b: -log_sigmoid(b * (p.c / p.nc - p.r / p.nr)),
     ),
     "orpo": Case(
-        lengths(losses.orpo_loss, FREE, nll_weight=0.7),
+        reference_free(losses.orpo_loss, nll_weight=0.7),
         lambda p, b: (
             -0.7 * p.mean_c - b * log_sigmoid(math.log(odds(math.exp(p.mean_c)) / odds(math.exp(p.mean_r))))
         ),
     ),
     "cpo": Case(nll_and_contrast, lambda p, b: smoothed(b * (p.pc - p.pr)) - p.mean_c),
     "simpo": Case(
-        lengths(losses.simpo_loss, FREE, gamma=0.5, nll_weight=0.2, label_smoothing=E),
+        reference_free(losses.simpo_loss, gamma=0.5, nll_weight=0.2, label_smoothing=E),
         lambda p, b: smoothed(b * (p.mean_c - p.mean_r) - 0.5) - 0.2 * p.mean_c,
     ),
     "alpha_po": Case(
-        lengths(losses.alpha_po_loss, FREE, gamma=0.5, alpha=0.25),
+        reference_free(losses.alpha_po_loss, gamma=0.5, alpha=0.25),
         lambda p, b: -log_sigmoid(b * (alpha_reward(p.mean_c) - alpha_reward(p.mean_r)) - 0.5),
     ),
     "xpo": Case(
-        lambda x, **kwargs: losses.xpo_loss(*(x[n] for n in COLUMNS), x["flag"], alpha=0.1, **kwargs),
+        on_pairs(losses.xpo_loss, alpha=0.1),
         lambda p, b: -log_sigmoid(b * p.d) + 0.1 * (p.pc if p.flag else p.pr),
     ),
     "kto": Case(
@@ -159,13 +173,13 @@ CASES = {
         takes_weights=False,
     ),
     "aot": Case(
-        four(losses.aot_loss, label_smoothing=E),
+        on_pairs(losses.aot_loss, label_smoothing=E),
         lambda p, b: math.nan,
         couples_rows=True,
         takes_weights=False,
     ),
     "aot_unpaired": Case(
-        four(losses.aot_unpaired_loss), lambda p, b: math.nan, couples_rows=True, takes_weights=False
+        on_pairs(losses.aot_unpaired_loss), lambda p, b: math.nan, couples_rows=True, takes_weights=False
     ),
 }
 EACH = pytest.mark.parametrize("name", CASES)
@@ -392,3 +406,7 @@ def test_laws_hold_for_any_batch(
             jax.tree.map(
                 lambda whole, *parts: close(sum(parts), whole), dirty[name], *(h[name] for h in halves)
             )
+
+
+def test_every_pair_loss_has_its_oracle() -> None:
+    assert preference.pair_losses().keys() <= CASES.keys()

@@ -7,19 +7,19 @@ import pytest
 from rlhf_jax.metrics.health import TROUBLES, Monitor, Thresholds
 
 HEALTHY = {
-    "zero_std_groups": 0.3,
+    "frac_reward_zero_std": 0.3,
     "kl": 2.0,
     "length": 30.0,
     "entropy": 0.5,
-    "mismatch": 1e-6,
+    "sampling_logp_diff": 1e-6,
     "clip_fraction": 0.1,
 }
 PROVOKED = {
-    "idle_groups": {"zero_std_groups": 1.0},
+    "idle_groups": {"frac_reward_zero_std": 1.0},
     "kl_explosion": {"kl": 40.0},
     "entropy_collapse": {"entropy": 0.01},
     "length_drift": {"length": 90.0},
-    "sampler_mismatch": {"mismatch": 0.2},
+    "sampler_mismatch": {"sampling_logp_diff": 0.2},
     "clipped_ratios": {"clip_fraction": 0.9},
 }
 
@@ -38,7 +38,7 @@ def test_all_is_well():
     assert watch(*[HEALTHY] * 50) == ([], [])
     assert watch(*[{"loss": 1.0}] * 50) == ([], [])
     noisy = [
-        {**HEALTHY, "zero_std_groups": step % 2, "entropy": 0.3 + 0.2 * (step % 2)} for step in range(50)
+        {**HEALTHY, "frac_reward_zero_std": step % 2, "entropy": 0.3 + 0.2 * (step % 2)} for step in range(50)
     ]
     assert watch(*noisy) == ([], [])
 
@@ -65,7 +65,7 @@ def test_shorter_answers_are_a_drift_too():
 
 def test_the_sentence_says_what_and_how_to_mend_it():
     monitor = Monitor()
-    said = [str(alarm) for _ in range(5) for alarm in monitor.see({"zero_std_groups": 0.95})[0]]
+    said = [str(alarm) for _ in range(5) for alarm in monitor.see({"frac_reward_zero_std": 0.95})[0]]
     assert said == [said[0]]
     assert "in 95% of the groups" in said[0]
     assert "raise --group-size" in said[0]
@@ -73,14 +73,16 @@ def test_the_sentence_says_what_and_how_to_mend_it():
 
 
 def test_thresholds_move_and_infinity_switches_off():
-    bad = [{"mismatch": 0.2}] * 6
+    bad = [{"sampling_logp_diff": 0.2}] * 6
     assert watch(*bad)[0] == [(4, "sampler_mismatch")]
     assert watch(*bad, window=2)[0] == [(1, "sampler_mismatch")]
-    assert watch(*bad, mismatch=math.inf)[0] == []
+    assert watch(*bad, sampling_logp_diff=math.inf)[0] == []
 
 
 def test_what_is_missing_or_not_finite_is_left_out():
-    steps = [{"mismatch": value} for value in (None, math.nan, 0.2, math.inf, 0.2, 0.2, None, 0.2, 0.2)]
+    steps = [
+        {"sampling_logp_diff": value} for value in (None, math.nan, 0.2, math.inf, 0.2, 0.2, None, 0.2, 0.2)
+    ]
     assert watch(*steps)[0] == [(8, "sampler_mismatch")]
 
 

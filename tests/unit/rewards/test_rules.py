@@ -2,6 +2,7 @@
 
 import time
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -58,7 +59,7 @@ def test_thought_that_the_prompt_opens(text, reward):
     [(0, 0), (16_384, 0), (16_385, -1 / 4096), (18_432, -0.5), (20_480, -1), (30_000, -1)],
 )
 def test_soft_overlong_punishment_of_the_paper(length, penalty):
-    assert rules.overlong_penalty(length, 20_480, 4096) == pytest.approx(penalty)
+    assert float(rules.overlong_penalties(np.asarray(length), 20_480)) == pytest.approx(penalty)
     reward = one(rules.soft_overlong_reward, "", token_count=length, token_limit=20_480)
     assert reward == pytest.approx(penalty)
 

@@ -160,7 +160,7 @@ def test_runs_on_continuous_actions_and_mistakes(log):
 
 def tiny_gail(steps: int = 64) -> gail.Config:
     rollout = RolloutConfig(num_envs=2, num_steps=16)
-    update = ppo.ppo.Config(epochs=1, minibatches=1)
+    update = ppo.ppo.Config(num_ppo_epochs=1, num_minibatches=1)
     return gail.Config(ppo.Config(total_steps=steps, rollout=rollout, update=update), BODY, batch_size=16)
 
 

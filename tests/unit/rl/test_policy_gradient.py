@@ -41,8 +41,8 @@ def test_a2c_is_ppo_with_one_step_and_no_clip(name):
     network = networks.make_actor_critic(env, networks.MLP((8,)))
     score_fn, tx = rollout.make_score_fn(network), optax.identity()
     params, batch = random_batch(env, network)
-    free = ppo.default_hyper(clip_low=jnp.inf, clip_high=jnp.inf, value_clip=jnp.inf)
-    as_ppo = ppo.make_update(shared.Config(epochs=1, minibatches=1), score_fn, tx)
+    free = ppo.default_hyper(epsilon_low=jnp.inf, epsilon_high=jnp.inf, cliprange_value=jnp.inf)
+    as_ppo = ppo.make_update(shared.Config(num_ppo_epochs=1, num_minibatches=1), score_fn, tx)
     expected, _ = as_ppo(ppo.init(params, tx, KEY, free), free, batch)
     hyper = a2c.default_hyper(learning_rate=free.learning_rate, entropy_coef=free.entropy_coef)
     state, _ = a2c.make_update(score_fn, tx)(a2c.init(params, tx), hyper, batch)
@@ -120,7 +120,7 @@ def test_a_group_of_one_teaches_nothing():
     run, hyper = grpo.make_run(config, env, params), grpo.default_hyper()
     start = run.init(KEY, hyper)
     after, history = advance(run, start, hyper, updates=2)
-    np.testing.assert_array_equal(history["zero_std_groups"], 1.0)
+    np.testing.assert_array_equal(history["frac_reward_zero_std"], 1.0)
     for before, now in zip(
         jax.tree.leaves(start.agent.learner.params), jax.tree.leaves(after.agent.learner.params), strict=True
     ):

@@ -21,7 +21,7 @@ SMALL = ppo.Config(
     total_steps=4 * 64,
     rollout=RolloutConfig(num_envs=2, num_steps=32, normalize_obs=True, normalize_rewards=True),
     network=NetworkConfig(body=networks.MLP((8,))),
-    update=shared.Config(epochs=2, minibatches=2),
+    update=shared.Config(num_ppo_epochs=2, num_minibatches=2),
 )
 KEYS = jax.random.split(jax.random.key(0), 3)
 
@@ -46,7 +46,7 @@ def test_each_seed_of_many_is_the_run_alone():
 def test_every_number_can_be_swept():
     env, params = environments.make("CartPole-v1")
     train = ppo.make_train(SMALL, env, params)
-    hypers = jax.tree.map(lambda x: jnp.stack([x, x * 0.5]), ppo.default_hyper(max_kl=1.0))
+    hypers = jax.tree.map(lambda x: jnp.stack([x, x * 0.5]), ppo.default_hyper(target_kl=1.0))
     _, history = jax.eval_shape(jax.vmap(train, (None, 0)), KEYS[0], hypers)
     assert history["loss"].shape == (2, 4)
 
@@ -117,9 +117,9 @@ def test_pendulum_is_learned_with_the_bootstrap_alone():
     config = ppo.Config(
         total_steps=300_000,
         rollout=RolloutConfig(num_envs=16, num_steps=128),
-        update=shared.Config(epochs=10, minibatches=16),
+        update=shared.Config(num_ppo_epochs=10, num_minibatches=16),
     )
-    hyper = ppo.default_hyper(learning_rate=1e-3, entropy_coef=0.0, value_clip=jnp.inf)
+    hyper = ppo.default_hyper(learning_rate=1e-3, entropy_coef=0.0, cliprange_value=jnp.inf)
 
     def score(bootstrap):
         rollout = dataclasses.replace(config.rollout, bootstrap_truncation=bootstrap)

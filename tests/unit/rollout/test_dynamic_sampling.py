@@ -53,7 +53,7 @@ def test_it_draws_until_enough_groups_differ():
     assert metrics == {
         "draws": 3,
         "drawn_reward": pytest.approx(float(REWARDS[:3].mean())),
-        "drawn_zero_std_groups": pytest.approx(5 / 9),
+        "drawn_frac_reward_zero_std": pytest.approx(5 / 9),
     }
 
 

@@ -260,7 +260,7 @@ def updated(name, rollout):
         state = grpo.init(params, tx, key)
         state, _ = jax.jit(grpo.make_update(config, score_fn, tx))(state, grpo.Hyper(1.0), batch)
     else:
-        config, hyper = ppo.Config(epochs=1, minibatches=1), ppo.Hyper(1.0)
+        config, hyper = ppo.Config(num_ppo_epochs=1, num_minibatches=1), ppo.Hyper(1.0)
         state = ppo.init(params, tx, key, hyper)
         score = Score(rollout.logp, jnp.zeros_like(old), jnp.zeros_like(old))
         _, batch, _ = ppo.language_batch(config, state, hyper, rollout, score, old + 0.02, rewards)

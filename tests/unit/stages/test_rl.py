@@ -12,8 +12,8 @@ from rlhf_jax.stages import rl, rl_agents
 TINY = (
     "rollout.num_envs=2",
     "rollout.num_steps=16",
-    "update.epochs=1",
-    "update.minibatches=1",
+    "update.num_ppo_epochs=1",
+    "update.num_minibatches=1",
     "hyper.learning_rate=1e-3",
 )
 

@@ -227,7 +227,7 @@ def test_a_save_that_fails_is_said_in_one_sentence(tmp_path):
 def test_trouble_is_said_once_and_kept_in_the_metrics_across_a_resume(tmp_path, capfd):
     def step(state, number):
         state, metrics = take_step(state, number)
-        return state, {**metrics, "zero_std_groups": jnp.float32(1.0 if 2 <= number < 9 else 0.1)}
+        return state, {**metrics, "frac_reward_zero_std": jnp.float32(1.0 if 2 <= number < 9 else 0.1)}
 
     run(tmp_path / "whole", step, steps=16, quiet=False)
     said = capfd.readouterr().err

@@ -1,15 +1,32 @@
-"""Losses on single responses marked desirable or not.
+"""Losses on single responses marked desirable or not: KTO, BCO.
 
-Notation and shared arguments: `rlhf_jax.losses.preference`; rows are responses, z the policy-minus-reference
+Notation and shared arguments: `rlhf_jax.losses.pair_logps`; rows are responses, z the policy-minus-reference
 log-ratio of one. Metrics are sums over the rows they concern / the loss's denominator, so that they add
 up over micro-batches: the mean reward of desirable responses is `chosen_reward` / `desirable_fraction`.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.core.shapes import check_shapes
 from rlhf_jax.core.types import Array, Bool, Float, Metrics, Scalar
-from rlhf_jax.losses.preference_common import RowMean, clean_rows, row_mean
+from rlhf_jax.kernels.prepare import cleaned, mask_or_all
+from rlhf_jax.losses.reductions import RowMean, row_mean
+
+
+def _rows(name: str, policy_logp: Any, ref_logp: Any, mask: Any, **others: Any) -> tuple[Any, ...]:
+    """(mask, both log-probs, others): shapes checked, log-probs in full precision and 0 where masked."""
+    policy, ref, mask, *rest = check_shapes(
+        name,
+        policy_logp=(policy_logp, "B"),
+        ref_logp=(ref_logp, "B"),
+        mask=(mask, "B"),
+        **{option: (value, "B") for option, value in others.items()},
+    )
+    mask = mask_or_all(mask, policy)
+    return mask, cleaned(policy, mask), cleaned(ref, mask), *rest
 
 
 def _unpaired(
@@ -49,7 +66,7 @@ def kto_kl(
     Returns:
       Nats, at least 0, without gradient.
     """
-    mask, (policy, ref) = clean_rows(mask, policy_logp, ref_logp)
+    mask, policy, ref = _rows("kto_kl", policy_logp, ref_logp, mask)
     return jax.lax.stop_gradient(jnp.maximum(row_mean(mask)(policy - ref), 0))
 
 
@@ -65,7 +82,7 @@ def kto_loss(
     mask: Bool[Array, "B"] | None = None,
     denominator: Scalar | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """Kahneman-Tversky optimisation (KTO, Ethayarajh et al. 2024, section 4).
+    """Kahneman-Tversky optimization (KTO, Ethayarajh et al. 2024, section 4).
 
         w_d [1 - s(b (z - kl))]   desirable
         w_u [1 - s(b (kl - z))]   undesirable
@@ -82,7 +99,7 @@ def kto_loss(
     Returns:
       (loss, metrics), with the mean `reward` b z of all rows and `kl`.
     """
-    mask, (policy, ref) = clean_rows(mask, policy_logp, ref_logp)
+    mask, policy, ref, desirable = _rows("kto_loss", policy_logp, ref_logp, mask, desirable=desirable)
     ratio, kl = policy - ref, jax.lax.stop_gradient(kl)
     sign = jnp.where(desirable, 1, -1)
     class_weight = jnp.where(desirable, desirable_weight, undesirable_weight)
@@ -102,7 +119,7 @@ def bco_loss(
     weights: Float[Array, "B"] | None = None,
     denominator: Scalar | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """Binary classifier optimisation with reward shift (BCO, Jung et al. 2024).
+    """Binary classifier optimization with reward shift (BCO, Jung et al. 2024).
 
         -log s(b z - delta)     desirable
         -log s(-(b z - delta))  undesirable
@@ -119,7 +136,9 @@ def bco_loss(
     Returns:
       (loss, metrics), with the mean `reward` b z of all rows.
     """
-    mask, (policy, ref) = clean_rows(mask, policy_logp, ref_logp)
+    mask, policy, ref, desirable, weights = _rows(
+        "bco_loss", policy_logp, ref_logp, mask, desirable=desirable, weights=weights
+    )
     reward = beta * (policy - ref)
     sign = jnp.where(desirable, 1, -1)
     losses = -jax.nn.log_sigmoid(sign * (reward - jax.lax.stop_gradient(shift)))
