@@ -1,8 +1,8 @@
-"""Watches the metrics of a run for the known ways in which it goes wrong, and says what to do.
+"""Health checks of a training run: the known ways in which it goes wrong, found in its metrics, with advice.
 
-Detection is pure: a trouble is a function of the means of metrics over the last steps and over the first
-ones, and of thresholds. A `Monitor` remembers those means. Shown the lines of `metrics.jsonl` again, it is in
-the state in which the run was, so a resumed run says what an unbroken one does.
+Detection is pure: a check is a function of the means of metrics over the last steps and over the first
+ones, and of thresholds. A `HealthMonitor` remembers those means. Shown the lines of `metrics.jsonl` again,
+it is in the state in which the run was, so a resumed run says what an unbroken one does.
 """
 
 import collections
@@ -11,20 +11,20 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-ALARM = "alarm/"
-"""Before the name of a trouble in the metrics: 1 at each step of an episode."""
+HEALTH = "health/"
+"""Before the name of a check in the metrics: 1 at each step at which it fails."""
 
 _WATCHED = ("frac_reward_zero_std", "kl", "entropy", "length", "sampling_logp_diff", "clip_fraction")
 
 
 @dataclasses.dataclass(frozen=True)
 class Thresholds:
-    """When a run is in trouble; infinity (for shares of the start, 0) for never.
+    """Bounds of the health checks; infinity (for shares of the start, 0) for never.
 
     Attributes:
       window: steps over whose mean metrics are judged; an episode ends after as many without trouble.
       start: first steps, whose mean is what entropy and length are compared with.
-      idle_groups: share of groups whose rewards are all equal.
+      zero_std_groups: share of groups whose rewards are all equal.
       kl: to the reference, in nats per token.
       entropy_share: entropy, as a share of the start's.
       length_factor: length, or its inverse, as a multiple of the start's.
@@ -34,7 +34,7 @@ class Thresholds:
 
     window: int = 5
     start: int = 5
-    idle_groups: float = 0.9
+    zero_std_groups: float = 0.9
     kl: float = 0.3
     entropy_share: float = 0.1
     length_factor: float = 2.0
@@ -50,10 +50,10 @@ A metric that a run does not have is in neither; the first means come when the f
 """
 
 
-def idle_groups(recent: Means, first: Means, limits: Thresholds) -> str | None:
+def zero_std_groups(recent: Means, first: Means, limits: Thresholds) -> str | None:
     """Groups whose rewards are all equal have no advantage, and teach nothing."""
     share = recent.get("frac_reward_zero_std", 0.0)
-    if share < limits.idle_groups:
+    if share < limits.zero_std_groups:
         return None
     return (
         f"in {share:.0%} of the groups all answers are worth the same, so that nothing is learned from them"
@@ -103,11 +103,11 @@ def clipped_ratios(recent: Means, first: Means, limits: Thresholds) -> str | Non
 
 
 @dataclasses.dataclass(frozen=True)
-class Trouble:
-    """A known failure.
+class HealthCheck:
+    """One known failure.
 
     Attributes:
-      name: in the metrics, behind `alarm/`.
+      name: in the metrics, behind `health/`.
       title: in a few words.
       advice: what to do about it.
       detect: whether it is there.
@@ -119,82 +119,81 @@ class Trouble:
     detect: DetectFn
 
 
-TROUBLES = (
-    Trouble(
-        "idle_groups",
+HEALTH_CHECKS = (
+    HealthCheck(
+        "zero_std_groups",
         "groups of equal rewards",
-        "raise --group-size or --temperature, choose prompts that are neither solved nor hopeless, give a "
-        "finer reward, or draw again until answers differ (--dynamic-sampling-max-rounds)",
-        idle_groups,
+        "raise group_size or temperature, choose prompts that are neither solved nor hopeless, give a "
+        "finer reward, or draw again until answers differ (dynamic_sampling_max_rounds)",
+        zero_std_groups,
     ),
-    Trouble(
+    HealthCheck(
         "kl_explosion",
         "KL explosion",
-        "lower the learning rate, raise --kl-coef (or --beta), and read the samples for a hacked reward",
+        "lower the learning rate, raise kl_coef (or beta), and read the samples for a hacked reward",
         kl_explosion,
     ),
-    Trouble(
+    HealthCheck(
         "entropy_collapse",
         "entropy collapse",
-        "raise --epsilon-high, --temperature or --entropy-coef, or stop: where the score is as good as it "
-        "gets, this is how it looks",
+        "raise epsilon_high, temperature or entropy_coef, or stop: where the score is as good as it gets, "
+        "this is how it looks",
         entropy_collapse,
     ),
-    Trouble(
+    HealthCheck(
         "length_drift",
         "length drift",
-        "read the samples; give --max-new-tokens that fit, a penalty on length, or an algorithm without a "
-        "bias of length (--algorithm dr_grpo)",
+        "read the samples; give max_new_tokens that fit, a penalty on length, or an algorithm without a "
+        "bias of length (dr_grpo)",
         length_drift,
     ),
-    Trouble(
+    HealthCheck(
         "sampler_mismatch",
         "sampler and trainer differ",
         "sample and score at the same temperature and dtype, update the sampler's parameters, or correct "
-        "with --importance-sampling-correction tis",
+        "with truncated importance sampling (importance_sampling_correction)",
         sampler_mismatch,
     ),
-    Trouble(
+    HealthCheck(
         "clipped_ratios",
         "clipped ratios",
-        "lower the learning rate, --num-iterations (PPO: --num-ppo-epochs) or --num-minibatches, or widen "
-        "--epsilon-low and --epsilon-high (PPO: --epsilon)",
+        "lower the learning rate, num_iterations or num_minibatches, or widen epsilon_low and epsilon_high",
         clipped_ratios,
     ),
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class Alarm:
-    """A trouble that has just begun.
+class HealthWarning:
+    """A health check that has begun to fail.
 
     Attributes:
-      trouble: which.
+      check: which.
       found: what is wrong, in a sentence.
     """
 
-    trouble: Trouble
+    check: HealthCheck
     found: str
 
     def __str__(self) -> str:
         """In one line, with the advice."""
-        return f"{self.trouble.title}: {self.found}: {self.trouble.advice}"
+        return f"{self.check.title}: {self.found}: {self.check.advice}"
 
 
-class Monitor:
-    """Sees the metrics of one step after the other."""
+class HealthMonitor:
+    """Runs all health checks on the metrics of one step after the other."""
 
     def __init__(self, thresholds: Thresholds = Thresholds()) -> None:
         self._limits = thresholds
         self._last = {name: collections.deque[float](maxlen=thresholds.window) for name in _WATCHED}
         self._first: dict[str, list[float]] = {name: [] for name in _WATCHED}
-        self._quiet_for: dict[str, int] = {}  # troubles under way -> steps since they were last there
+        self._quiet_for: dict[str, int] = {}  # failing checks -> steps since they last failed
 
-    def see(self, metrics: Mapping[str, Any]) -> tuple[list[Alarm], dict[str, int]]:
+    def see(self, metrics: Mapping[str, Any]) -> tuple[list[HealthWarning], dict[str, int]]:
         """Takes the metrics of a step; what is missing or not finite is left out.
 
         Returns:
-          (troubles that begin, `alarm/...` metrics of those under way).
+          (checks that begin to fail, `health/...` metrics of those that fail).
         """
         for name in _WATCHED:
             value = math.nan if metrics.get(name) is None else float(metrics[name])
@@ -205,17 +204,17 @@ class Monitor:
         recent = _means(self._last, self._limits.window)
         first = _means(self._first, self._limits.start)
         begun = []
-        for trouble in TROUBLES:
-            found = trouble.detect(recent, first, self._limits)
+        for check in HEALTH_CHECKS:
+            found = check.detect(recent, first, self._limits)
             if found is not None:
-                if trouble.name not in self._quiet_for:
-                    begun.append(Alarm(trouble, found))
-                self._quiet_for[trouble.name] = 0
-            elif trouble.name in self._quiet_for:
-                self._quiet_for[trouble.name] += 1
-                if self._quiet_for[trouble.name] >= self._limits.window:
-                    del self._quiet_for[trouble.name]
-        return begun, {f"{ALARM}{name}": 1 for name in self._quiet_for}
+                if check.name not in self._quiet_for:
+                    begun.append(HealthWarning(check, found))
+                self._quiet_for[check.name] = 0
+            elif check.name in self._quiet_for:
+                self._quiet_for[check.name] += 1
+                if self._quiet_for[check.name] >= self._limits.window:
+                    del self._quiet_for[check.name]
+        return begun, {f"{HEALTH}{name}": 1 for name in self._quiet_for}
 
 
 def _means(values: Mapping[str, Any], count: int) -> dict[str, float]:

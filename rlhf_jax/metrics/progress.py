@@ -10,8 +10,24 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
+
+SAMPLED_METRICS = ("reward", "win_rate", "eval/score", "kl", "length")
+"""What is shown of a stage whose answers are rewarded or judged, in this order. Its loss says nothing."""
+FITTED_METRICS = (
+    "episode_return",
+    "loss",
+    "accuracy",
+    "margin",
+    "eval/score",
+    "kl",
+    "length",
+    "time/tokens_per_second",
+)
+"""What is shown of every other stage: those that it has, in this order."""
+_MOST_SHOWN = 4
+_LABELS = {"time/tokens_per_second": "tokens/s"}
 
 _RATE_WINDOW_SECONDS = 30.0
 _SECONDS_BETWEEN_FRAMES = 0.1
@@ -20,14 +36,15 @@ _SECONDS_BETWEEN_FRAMES = 0.1
 class Progress:
     """One stage's progress: share done, steps a second, time left and a few live metrics.
 
-    The rate is that of the last half minute and starts at the first update, so that compilation, which
-    comes before it, does not spoil it.
+    The rate is that of the last half minute and starts at the first step, so that compilation, which
+    comes before it, does not spoil it. In a narrow terminal words are cut off, never the bar and the steps.
 
     Args:
       stage: what is running, such as "sft".
       total: number of steps at the end.
       completed: steps already done, on resume.
-      shown: names of the metrics to show, in this order; None shows the first four that come.
+      shown: names of the metrics to show, in this order; None shows those that matter to the stage
+        (`choose_shown`).
       quiet: show nothing.
       seconds_between_lines: how often a plain line is printed where there is no terminal.
       console: where to write; standard error by default, which leaves standard output to results.
@@ -56,8 +73,9 @@ class Progress:
         self._seconds_between = _SECONDS_BETWEEN_FRAMES if self._bar else seconds_between_lines
         self._shown_at = self._started
         self._task = self._bar and self._bar.add_task(
-            stage, total=total, completed=completed, text="starting"
+            stage, total=total, completed=completed, text="compiling the first step"
         )
+        self._evaluated: dict[str, Any] = {}  # shown until the next evaluation
 
     def __enter__(self) -> "Progress":
         if self._bar:
@@ -72,8 +90,12 @@ class Progress:
         """Says that `step` steps are done. Device arrays are fetched only when they are about to be shown.
 
         Args:
+          metrics: by name; those of an evaluation (`eval/...`) stay until the next one.
           note: words that are shown behind the metrics.
         """
+        self._evaluated |= {name: x for name, x in (metrics or {}).items() if name.startswith("eval/")}
+        if step == 0:  # an evaluation before the first step
+            return
         now = self._clock()
         self._completed = step
         self._marks.append((now, step))
@@ -83,7 +105,7 @@ class Progress:
         if self._quiet or (step < self._total and now - self._shown_at < self._seconds_between):
             return
         self._shown_at = now
-        self._show(now, metrics or {}, note)
+        self._show(now, self._evaluated | dict(metrics or {}), note)
 
     def log(self, text: str) -> None:
         """Prints a line above the bar, such as the result of an evaluation."""
@@ -99,17 +121,17 @@ class Progress:
         return (last_step - first_step) / max(last_time - first_time, 1e-9)
 
     def _show(self, now: float, metrics: Mapping[str, Any], note: str) -> None:
-        names = (
-            list(metrics)[:4] if self._shown is None else [name for name in self._shown if name in metrics]
+        names = choose_shown(metrics) if self._shown is None else [n for n in self._shown if n in metrics]
+        live = "  ".join(
+            f"{_label(name)} {format_number(float(np.asarray(metrics[name])))}" for name in names
         )
-        live = "  ".join(f"{name} {format_number(float(np.asarray(metrics[name])))}" for name in names)
         rate = self.steps_per_second
         if self._completed >= self._total:
             when = f"done in {format_seconds(now - self._started)}"
         elif rate > 0:
             when = f"{format_seconds((self._total - self._completed) / rate)} left"
         else:
-            when = "starting"
+            when = "compiling"  # the second step may compile, too
         parts = [_format_rate(rate) if rate > 0 else "", when, live, note]
         text = "  ".join(part for part in parts if part)
         if self._bar is not None and self._task is not None:
@@ -117,6 +139,14 @@ class Progress:
         else:
             share = 100 * self._completed // max(self._total, 1)
             self.log(f"{self._stage:<12} {self._completed}/{self._total}  {share:3d} %  {text}")
+
+
+def choose_shown(metrics: Mapping[str, Any]) -> list[str]:
+    """The few metrics that tell how a stage is going; the first ones where none of them is known."""
+    sampled = "length" in metrics and not metrics.keys().isdisjoint(("reward", "win_rate"))
+    known = [name for name in (SAMPLED_METRICS if sampled else FITTED_METRICS) if name in metrics]
+    others = [name for name in metrics if not name.startswith(("time/", "health/"))]
+    return (known or others)[:_MOST_SHOWN]
 
 
 def final_table(
@@ -180,6 +210,10 @@ def _format_rate(steps_per_second: float) -> str:
     return f"{1 / steps_per_second:.1f} s/step"
 
 
+def _label(name: str) -> str:
+    return _LABELS.get(name, name.rpartition("/")[2].replace("_", " "))
+
+
 def _cell(cell: Any) -> str:
     if cell is None:
         return "-"
@@ -188,10 +222,17 @@ def _cell(cell: Any) -> str:
 
 def _make_bar(console: Console) -> RichProgress:
     return RichProgress(
-        TextColumn("[bold]{task.description:<12}", markup=True),
-        BarColumn(bar_width=28),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-        TextColumn("{task.fields[text]}", markup=False, style="dim"),
+        TextColumn("[bold]{task.description:<12}", markup=True, table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=28 if console.width >= 100 else 12),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}", table_column=Column(no_wrap=True)),
+        # The only column that may shrink.
+        TextColumn(
+            "{task.fields[text]}",
+            markup=False,
+            style="dim",
+            table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
+        ),
         console=console,
         refresh_per_second=8,
+        expand=True,
     )

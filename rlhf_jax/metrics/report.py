@@ -14,33 +14,13 @@ from typing import Any
 import numpy as np
 
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.metrics.health import ALARM, TROUBLES
-from rlhf_jax.metrics.plots import Curve, curve_svg, trend
-from rlhf_jax.metrics.progress import format_number, format_seconds
+from rlhf_jax.metrics.headline import STAGE_NAMES, TableRow, base_row, display, headline
+from rlhf_jax.metrics.health import HEALTH, HEALTH_CHECKS
+from rlhf_jax.metrics.plots import Curve, curve_svg
+from rlhf_jax.metrics.progress import format_seconds
 from rlhf_jax.metrics.writers import METRICS_FILE, read_metrics
 
 REPORT_FILE = "report.html"
-
-
-@dataclasses.dataclass(frozen=True)
-class TableRow:
-    """One method's result on held-out prompts. NaN stands for what was not measured.
-
-    Attributes:
-      method: its key in `summary.json`, such as "grpo".
-      exact_match: mean and interval (mean, low, high), shares between 0 and 1.
-      kl: KL divergence from the policy to its reference, in nats a completion.
-      length: mean completion length in tokens.
-      seconds: wall time.
-      shares: more numbers between 0 and 1, by the titles of their columns, which are those of all rows.
-    """
-
-    method: str
-    exact_match: tuple[float, float, float]
-    kl: float
-    length: float
-    seconds: float
-    shares: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +49,6 @@ _TERM = "reward/"
 # What a step's time is divided into, in the order of a step.
 _PARTS = ("data", "rollout", "reward", "update", "save", "eval")
 
-_NAMES = {"sft": "SFT", "reward_model": "Reward model", "ppo": "PPO", "dpo": "DPO", "grpo": "GRPO"}
 _COLOURS = 8  # --c0 to --c7 in the template; the first five belong to the names above
 _MOST_TEXT = 4000
 _MOST_SAMPLES = 40
@@ -131,7 +110,7 @@ def _view(folder: Path, table: Sequence[TableRow], interval: str) -> dict[str, A
     rows = _table_view(table, summary, colours)
     stages = [_stage_view(stage, metrics, colours[stage]) for stage, metrics in curves.items()]
     return {
-        "title": _headline(table, curves),
+        "title": headline(table, curves),
         "folder": folder.resolve().name,
         "command": config.get("command"),
         "started": str(config.get("started", ""))[:16].replace("T", " "),
@@ -188,7 +167,7 @@ def _read_curves(folder: Path) -> dict[str, dict[str, list[Curve]]]:
                     of_run.setdefault((stage, name), {})[step] = float(value)
         for (stage, name), values in of_run.items():
             points.setdefault(stage, {}).setdefault(name, []).append(values)
-    known = [stage for stage in _NAMES if stage in points]
+    known = [stage for stage in STAGE_NAMES if stage in points]
     return {
         stage: {name: [_to_curve(values) for values in seeds] for name, seeds in points[stage].items()}
         for stage in dict.fromkeys([*known, *points])
@@ -204,41 +183,12 @@ def _natural(name: str) -> list[Any]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
-def _display(method: str) -> str:
-    return _NAMES.get(method, method.replace("_", " "))
-
-
 def _assign_colours(methods: Sequence[str]) -> dict[str, str]:
-    known = {name: index for index, name in enumerate(_NAMES)}
+    known = {name: index for index, name in enumerate(STAGE_NAMES)}
     others = [method for method in methods if method not in known]
     spare = _COLOURS - len(known)
     known |= {method: len(known) + index % spare for index, method in enumerate(others)}
     return {method: f"var(--c{index})" for method, index in known.items()}
-
-
-def _base(rows: Sequence[TableRow]) -> TableRow:
-    """The row that the others are compared with: where they started from."""
-    return next((row for row in rows if row.method == "sft"), rows[0])
-
-
-def _headline(table: Sequence[TableRow], curves: Mapping[str, Mapping[str, Sequence[Curve]]]) -> str:
-    """The result in one sentence."""
-    rows = [row for row in table if math.isfinite(row.exact_match[0])]
-    if rows:
-        first = _base(rows)
-        best = max(rows, key=lambda row: row.exact_match[0])
-        share = f"{100 * best.exact_match[0]:.0f}\u00a0%"
-        said = f"{_display(best.method)} answers {share} of the held-out prompts right"
-        gain = 100 * (best.exact_match[0] - first.exact_match[0])
-        return said if best is first else f"{said}, {gain:.0f} points more than {_display(first.method)}"
-    for stage, metrics in reversed(list(curves.items())):
-        for name in ("exact_match", "loss"):
-            if name in metrics:
-                before = float(np.mean([curve.values[0] for curve in metrics[name]]))
-                after = float(trend(metrics[name]).values[-1])
-                words = f"{_display(stage)}: {name.replace('_', ' ')}"
-                return f"{words} {format_number(before)} at first, {format_number(after)} at the end"
-    return "Run report"
 
 
 def _table_view(
@@ -250,17 +200,17 @@ def _table_view(
         return 100 * value / most if most and math.isfinite(value) else 0.0
 
     views = []
-    base = _base(table).exact_match[0] if table else math.nan
+    base = base_row(table).exact_match[0] if table else math.nan
     for row in table:
         mean, low, high = row.exact_match
         seeds = [seed for seed in summary.get(row.method, {}).get("exact_match", []) if math.isfinite(seed)]
         views.append(
             {
-                "name": _display(row.method),
+                "name": display(row.method),
                 "colour": colours[row.method],
                 "mean": 100 * mean if math.isfinite(mean) else None,
                 "interval": (100 * low, 100 * high) if math.isfinite(low + high) and low < high else None,
-                "base": 100 * base if math.isfinite(base) and row is not _base(table) else None,
+                "base": 100 * base if math.isfinite(base) and row is not base_row(table) else None,
                 "seeds": [100 * seed for seed in seeds] if len(seeds) > 1 else [],
                 "cells": [
                     *((title, _or_dash(x, "{:.1%}".format), 100 * x) for title, x in row.shares.items()),
@@ -315,7 +265,7 @@ def _stage_view(stage: str, metrics: Mapping[str, Sequence[Curve]], colour: str)
                 {"title": panel.title, "svg": markupsafe.Markup(curve_svg(curves, percent=panel.percent))}
             )
     return {
-        "name": _display(stage),
+        "name": display(stage),
         "colour": colour,
         "steps": steps,
         "seeds": seeds,
@@ -348,20 +298,20 @@ def _time_by_part(metrics: Mapping[str, Sequence[Curve]]) -> str:
 def _warnings(
     stage: str, metrics: Mapping[str, Sequence[Curve]], colours: Mapping[str, str]
 ) -> list[dict[str, Any]]:
-    """Known troubles of a stage, with the steps at which they were there, over all seeds."""
+    """Failed health checks of a stage, with the steps at which they failed, over all seeds."""
     views = []
-    for trouble in TROUBLES:
-        steps = sorted({int(s) for curve in metrics.get(f"{ALARM}{trouble.name}", ()) for s in curve.steps})
+    for check in HEALTH_CHECKS:
+        steps = sorted({int(s) for curve in metrics.get(f"{HEALTH}{check.name}", ()) for s in curve.steps})
         if steps:
             gaps = [place for place in range(1, len(steps)) if steps[place] > steps[place - 1] + 1]
             ends = zip([0, *gaps], [*gaps, len(steps)], strict=True)
             episodes = [(steps[first], steps[last - 1]) for first, last in ends]
             views.append(
                 {
-                    "stage": _display(stage),
+                    "stage": display(stage),
                     "colour": colours[stage],
-                    "title": trouble.title,
-                    "advice": trouble.advice,
+                    "title": check.title,
+                    "advice": check.advice,
                     "steps": ", ".join(f"{a}" if a == b else f"{a} to {b}" for a, b in episodes),
                 }
             )
@@ -370,6 +320,8 @@ def _warnings(
 
 def _find(metrics: Mapping[str, Sequence[Curve]], names: Sequence[str]) -> Sequence[Curve] | None:
     for name in names:
+        if name in metrics:  # before `eval/NAME`, which may stand first
+            return metrics[name]
         for full, curves in metrics.items():
             if name == (full if full.startswith(_TERM) else full.rsplit("/", 1)[-1]):
                 return curves
@@ -383,7 +335,7 @@ def _sample_view(sample: Mapping[str, Any], colours: Mapping[str, str]) -> dict[
         "answer": _shorten(sample.get("answer", "")),
         "completions": [
             {
-                "name": _display(method),
+                "name": display(method),
                 "colour": colours.get(method, "var(--c0)"),
                 "text": _shorten(completion.get("text", "")),
                 "correct": completion.get("correct"),

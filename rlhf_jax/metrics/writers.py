@@ -1,4 +1,4 @@
-"""Metrics of a run on disk: one JSON object a line, and TensorBoard events."""
+"""Metrics of a run on disk as JSON Lines: the record that the report, the health checks and a resume read."""
 
 import json
 import math
@@ -18,10 +18,10 @@ METRICS_FILE = "metrics.jsonl"
 _OWN_FIELDS = ("stage", "step", "time")
 
 
-class MetricsWriter:
-    """Appends the metrics of one stage to `folder/metrics.jsonl` and `folder/tensorboard/<stage>`.
+class JSONLLogger:
+    """JSON Lines logger: appends the metrics of one stage to `folder/metrics.jsonl`.
 
-    Every line is strict JSON (NaN and infinity become null) and is on disk when `write` returns, so that
+    Every line is strict JSON (NaN and infinity become null) and is on disk when `log` returns, so that
     a run killed at any moment loses at most the line it was writing. Floats keep all their digits: equal
     text means equal bits.
 
@@ -33,6 +33,7 @@ class MetricsWriter:
       stage: name of the stage, such as "sft"; written on every line.
       resume_step: the step the stage goes on from; its lines with a greater step are dropped (-1 drops all
         of them). None keeps every whole line.
+
     Raises:
       UserError: the folder cannot be written to.
     """
@@ -41,48 +42,50 @@ class MetricsWriter:
         self.folder = Path(folder)
         self.stage = stage
         self._path = self.folder / METRICS_FILE
-        with _disk_errors(self.folder):
+        with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             _drop_lines(self._path, stage, resume_step)
             # Unbuffered: nothing is left in the process for a kill to lose or for `close` to fail on.
             self._lines = open(self._path, "ab", buffering=0)  # noqa: SIM115 (closed by `close`)
-            try:
-                self._events = _EventLog(self.folder / "tensorboard" / stage, resume_step)
-            except BaseException:
-                self._lines.close()
-                raise
 
-    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """Writes the metrics of one step.
 
         Args:
-          step: the step they belong to; several lines may share one.
           metrics: numbers and 0-d arrays by name; arrays are fetched from the device here.
+          step: the step they belong to; several lines may share one.
+
         Raises:
           UserError: the disk is full or cannot be written to.
           ValueError: a metric is not one number, or is called `stage`, `step` or `time`.
         """
-        # One fetch for all: a transfer per metric would wait for the device as many times.
-        values = jax.device_get(list(metrics.values()))
-        numbers = {name: _to_number(name, value) for name, value in zip(metrics, values, strict=True)}
-        now = time.time()
-        record = {"stage": self.stage, "step": int(step), "time": now}
+        numbers = to_numbers(metrics)
+        record = {"stage": self.stage, "step": int(step), "time": time.time()}
         record |= {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        with _disk_errors(self._path):
+        with disk_errors(self._path):
             _write_all(self._lines, json.dumps(record, allow_nan=False).encode() + b"\n")
-            self._events.write(int(step), now, numbers)
 
     def close(self) -> None:
-        """Closes both files; a second call does nothing."""
-        with _disk_errors(self.folder):
+        """Closes the file; a second call does nothing."""
+        with disk_errors(self.folder):
             self._lines.close()
-            self._events.close()
 
-    def __enter__(self) -> "MetricsWriter":
+    def __enter__(self) -> "JSONLLogger":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def to_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Metrics as Python numbers.
+
+    Raises:
+      ValueError: a metric is not one number, or is called `stage`, `step` or `time`.
+    """
+    # One fetch for all: a transfer per metric would wait for the device as many times.
+    values = jax.device_get(list(metrics.values()))
+    return {name: _to_number(name, value) for name, value in zip(metrics, values, strict=True)}
 
 
 def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -153,7 +156,8 @@ def _write_all(file: Any, data: bytes) -> None:
 
 
 @contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns errors of the file system into a `UserError` that names `path`."""
     try:
         yield
     except OSError as error:
@@ -161,49 +165,3 @@ def _disk_errors(path: Path) -> Iterator[None]:
             f"{path}: cannot write metrics ({error.strerror or error}); free or unlock the disk, or give "
             "another run folder, and start the same command again"
         ) from error
-
-
-class _EventLog:
-    """TensorBoard events written in this thread.
-
-    tensorboardX's own SummaryWriter hands events to a thread through a bounded queue; when the disk is
-    full that thread dies and the training loop waits for it for ever.
-    """
-
-    _seconds_between_flushes = 10.0
-
-    def __init__(self, folder: Path, resume_step: int | None) -> None:
-        from tensorboardX.event_file_writer import EventsWriter
-
-        folder.mkdir(parents=True, exist_ok=True)
-        # The suffix keeps two writers of the same second from truncating each other's file.
-        self._writer = EventsWriter(str(folder / "events"), f".{time.time_ns()}.{os.getpid()}")
-        if resume_step is not None:
-            # A start event tells TensorBoard to hide what earlier files hold from this step on.
-            self._writer.write_event(_event(time.time(), resume_step + 1, session_log={"status": "START"}))
-        self._writer.flush()
-        self._flushed_at = time.monotonic()
-        self._closed = False
-
-    def write(self, step: int, wall_time: float, numbers: Mapping[str, float]) -> None:
-        values = [
-            {"tag": name, "simple_value": float(number)}
-            for name, number in numbers.items()
-            if math.isfinite(number)
-        ]
-        self._writer.write_event(_event(wall_time, step, summary={"value": values}))
-        # A flush of this writer also syncs the disk: too slow for every step.
-        if time.monotonic() - self._flushed_at > self._seconds_between_flushes:
-            self._writer.flush()
-            self._flushed_at = time.monotonic()
-
-    def close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            self._writer.close()
-
-
-def _event(wall_time: float, step: int, **what: Any) -> Any:
-    from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
-
-    return Event(wall_time=wall_time, step=step, **what)

@@ -38,6 +38,28 @@ class Answers:
         return self.rewards.reshape(-1, group_size)
 
 
+def without_failed(scored: Scored, failed: np.ndarray, group_size: int = 1) -> Scored:
+    """Rewards in which rows without an answer are unscorable, and worth what the rest of their group is.
+
+    Such a row has no token to learn from. With the mean of the others in its place it moves no baseline
+    either, as a reward of 0 would.
+
+    Args:
+      failed: [B] bool.
+      group_size: neighbouring rows that are compared; 1 for the mean of all.
+    """
+    if not failed.any():
+        return scored
+    grouped, gone = (
+        x.reshape(-1, group_size if group_size > 1 else len(failed)) for x in (scored.rewards, failed)
+    )
+    count = np.maximum(np.sum(~gone, axis=1, keepdims=True), 1)
+    means = np.sum(np.where(gone, 0, grouped), axis=1, keepdims=True) / count
+    rewards = np.where(gone, means, grouped).reshape(-1).astype(scored.rewards.dtype)
+    terms = {name: np.where(failed, np.nan, values) for name, values in scored.terms.items()}
+    return Scored(rewards, scored.unscorable | failed, terms)
+
+
 def term_means(scored: Scored) -> dict[str, float]:
     """`reward/NAME`: the mean of each term, without its weight, over all rows that it is meant for.
 

@@ -156,6 +156,7 @@ def train(options: Options, game: games.Game, config: alphazero.Config) -> dict[
         folder=options.run.out,
         resume=options.run.resume,
         run_config=common.to_json(options),
+        loggers=common.loggers(options, "alphazero"),
         meter=meter,
     )
     folder = options.run.out / "checkpoints"

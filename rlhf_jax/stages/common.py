@@ -21,7 +21,7 @@ from rlhf_jax.data.examples import SupervisedExample, TooLong
 from rlhf_jax.data.mixing import MixtureSampler
 from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.data.tokenizers import Tokenizer, byte_tokenizer, load_tokenizer
-from rlhf_jax.metrics import Thresholds, write_report
+from rlhf_jax.metrics import Logger, Thresholds, make_loggers, write_report
 from rlhf_jax.tasks import arithmetic
 from rlhf_jax.training import LoopConfig, Meter
 from rlhf_jax.training.run_folder import (
@@ -67,6 +67,7 @@ class RunOptions:
       profile: steps to record for a profiler, into the folder profile of the run (XProf, Perfetto).
       peak_tflops: bfloat16 TFLOP/s of all devices together, for MFU where the device is not known; 0 for
         what is known of it.
+      log: where metrics go besides metrics.jsonl: any of tensorboard, wandb, trackio, mlflow.
     """
 
     out: Path
@@ -85,6 +86,7 @@ class RunOptions:
     lost_timeout: int = 60
     profile: int = 0
     peak_tflops: float = 0.0
+    log: tuple[str, ...] = ("tensorboard",)
 
     def loop(self, thresholds: Thresholds = Thresholds()) -> LoopConfig:
         """The part of it that the training loop knows."""
@@ -356,7 +358,7 @@ _POSITIVE = """
 _MAY_DIFFER = """
     --out --resume --steps --save-every --eval-every --keep --quiet --report --micro-batches
     --eval-data --eval-reward --eval-count --samples --mesh --gather-params --hosts
-    --start-timeout --lost-timeout --profile --peak-tflops --prompts --sample-tokens --against
+    --start-timeout --lost-timeout --profile --peak-tflops --log --engine --prompts --sample-tokens --against
 """.split()  # noqa: SIM905
 
 
@@ -400,6 +402,7 @@ def check(options: Any, run: RunOptions, stage: str) -> None:
             raise UserError(f"{name} {value} is not positive: give a number above 0")
         if name in ("--profile", "--peak-tflops") and value < 0:
             raise UserError(f"{name} {value} is below 0: give 0 for none")
+    make_loggers(run.log, run.out, stage=stage)  # refuses names that are none, before anything is read
     if not 0 <= run.seed < 2**32:
         raise UserError(f"--seed {run.seed} is out of range: give one from 0 to {2**32 - 1}")
     check_same_options(options, read_held_run(run.out, stage, resume=run.resume), run.out)
@@ -432,6 +435,12 @@ def start(
         return
     write_model_files(run.out, model.config, model.tokenizer, kind, adaptation)
     describe_run(run.out, to_json(options), stage=stage)
+
+
+def loggers(options: Any, stage: str) -> list[Logger]:
+    """What --log names, for the stage of a script whose options hold `run`."""
+    run: RunOptions = options.run
+    return make_loggers(run.log, run.out, stage=stage, config=to_json(options), resume=run.resume)
 
 
 def finish(run: RunOptions, samples: Sequence[Mapping[str, Any]] = ()) -> None:

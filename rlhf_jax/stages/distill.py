@@ -187,7 +187,7 @@ def run(options: Options) -> None:
         state, metrics = meter.timed("update", learn, state, teacher_params, rollout)
         return state, {**metrics, **described}
 
-    def held_out(state: distillation.State) -> dict[str, float]:
+    def held_out(state: distillation.State, _: int) -> dict[str, float]:
         assert evaluate is not None
         numbers = evaluate(state.learner.all_params, None).metrics()
         return {name: value for name, value in numbers.items() if name != "kl"}
@@ -202,6 +202,7 @@ def run(options: Options) -> None:
         folder=options.run.out,
         resume=options.run.resume,
         run_config=common.to_json(options),
+        loggers=common.loggers(options, "distill"),
         data_fingerprint=prompts.fingerprint(),
         eval_fn=evaluate and held_out,
         meter=meter,

@@ -197,7 +197,7 @@ def make_evaluate_fn(
         return None
     ref = reference_logp(score_fn, reference, held_out, options.batch_size)
 
-    def evaluate(state: Any) -> dict[str, float]:
+    def evaluate(state: Any, _: int) -> dict[str, float]:
         logp = reference_logp(score_fn, state.learner.all_params, held_out, options.batch_size)
         first, second = (options.beta * (ours - theirs) for ours, theirs in zip(logp, ref, strict=True))
         labels = held_out.labels
@@ -244,6 +244,7 @@ def run(options: Options) -> None:
         folder=options.run.out,
         resume=options.run.resume,
         run_config=common.to_json(options),
+        loggers=common.loggers(options, "dpo"),
         data_fingerprint=train.fingerprint(),
         eval_fn=evaluate,
         meter=meter,

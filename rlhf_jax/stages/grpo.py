@@ -69,6 +69,8 @@ class Options:
       micro_batches: parts in which a mini-batch is computed, to save memory.
       learning_rate: at its peak.
       temperature: of sampling; the scorer uses the same.
+      engine: what writes the answers: local (this process), or the server vllm:URL, sglang:URL or openai:URL,
+        with #NAME behind it where it does not call the model default. openai servers keep their weights.
       slots: answers on their way at a time, each of which makes room for the next; 0 for all at once, which
         reads each prompt once for its whole group.
       one_step_off_policy: answers are sampled from the policy of one step before, as by a sampler beside the
@@ -98,6 +100,7 @@ class Options:
     micro_batches: int = 1
     learning_rate: float = 3e-4
     temperature: float = 1.0
+    engine: str = "local"
     slots: int = 0
     one_step_off_policy: bool = False
     importance_sampling_correction: Literal["none", "tis", "mis"] | None = None
@@ -177,6 +180,8 @@ def make_draw_fn(
         prompts,
         batch_size=options.batch_size,
         group_size=options.group_size,
+        engine=options.engine,
+        folder=options.run.out,
         slots=options.slots,
         temperature=options.temperature,
         seed=options.run.seed,
@@ -274,9 +279,10 @@ def run(options: Options) -> None:
         folder=options.run.out,
         resume=options.run.resume,
         run_config=common.to_json(options),
+        loggers=common.loggers(options, "grpo"),
         data_fingerprint=prompts.fingerprint(),
         eval_fn=evaluate
-        and (lambda state: evaluate(state.learner.all_params, parts.reference(state.learner)).metrics()),
+        and (lambda state, _: evaluate(state.learner.all_params, parts.reference(state.learner)).metrics()),
         meter=meter,
     )
     after = prompts.answer(state.learner.all_params)

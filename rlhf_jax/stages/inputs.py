@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
+from rlhf_jax import models
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Params, Sequences
 from rlhf_jax.data import packing
@@ -24,8 +25,17 @@ from rlhf_jax.data.pipeline import BatchSampler, fingerprint
 from rlhf_jax.data.sources import Row, read_rows
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.generation import Sampling
-from rlhf_jax.rollout.dynamic_sampling import Answers
-from rlhf_jax.rollout.sampler import Evaluation, make_evaluate_fn, make_generate_fn, make_reward_fn
+from rlhf_jax.models import hf
+from rlhf_jax.models.adapters import merge_adapter
+from rlhf_jax.rollout.dynamic_sampling import Answers, without_failed
+from rlhf_jax.rollout.engines import failed_rows, make_engine, parse_engine
+from rlhf_jax.rollout.sampler import (
+    Evaluation,
+    GenerateFn,
+    make_evaluate_fn,
+    make_generate_fn,
+    make_reward_fn,
+)
 from rlhf_jax.rollout.samples import Sample, make_samples_fn
 from rlhf_jax.stages import common
 from rlhf_jax.tasks import arithmetic
@@ -250,6 +260,44 @@ def load_prompts(options: common.PromptOptions, model: Model, rewards: Sequence[
     )
 
 
+def make_sampler(
+    engine: str,
+    model: Model,
+    *,
+    prompt_length: int,
+    max_new_tokens: int,
+    folder: Path,
+    group_size: int = 1,
+    slots: int = 0,
+    sampling: Sampling = Sampling(),
+) -> GenerateFn:
+    """What answers prompts: our own sampler, or the server that --engine names.
+
+    Args:
+      engine: local, vllm:URL, sglang:URL or openai:URL.
+      folder: the run folder, in which weights for a server are written.
+      slots: answers on their way at a time, of the own sampler; 0 for all.
+    """
+    shared: dict[str, Any] = {
+        "prompt_length": prompt_length,
+        "max_new_tokens": max_new_tokens,
+        "group_size": group_size,
+        "sampling": sampling,
+    }
+    if parse_engine(engine)[0] == "local":
+        return make_generate_fn(model.config, model.tokenizer, slots=slots or None, **shared)
+    if slots:
+        raise UserError(f"--slots is for --engine local: the server of {engine} has its own way")
+    score_fn = models.make_score_fn(model.config)
+
+    def write(path: Path, params: Params) -> None:
+        hf.save(path, model.config, merge_adapter(params), model.tokenizer)
+
+    return make_engine(
+        engine, model.tokenizer, score_fn=score_fn, write=write, folder=folder / "weights", **shared
+    )
+
+
 def make_answer_fn(
     options: common.PromptOptions,
     model: Model,
@@ -258,6 +306,8 @@ def make_answer_fn(
     batch_size: int,
     group_size: int,
     seed: int,
+    engine: str = "local",
+    folder: Path = Path(),
     slots: int = 0,
     temperature: float = 1.0,
     meter: Meter | None = None,
@@ -267,20 +317,21 @@ def make_answer_fn(
     Args:
       batch_size: prompts in a draw.
       group_size: answers to each.
-      slots: answers on their way at a time; 0 for all.
+      engine: what writes them, and `folder`, `slots`: see `make_sampler`.
       meter: takes the time of answers and rewards.
     """
     meter = meter or Meter()
     sampler = BatchSampler(len(prompts), batch_size, seed)
     reward_fn = make_reward_fn(options.rewards, model.tokenizer)
     reward_fn.check_kinds(prompts.train)
-    generate = make_generate_fn(
-        model.config,
-        model.tokenizer,
+    generate = make_sampler(
+        engine,
+        model,
         prompt_length=prompts.length,
         max_new_tokens=options.max_new_tokens,
+        folder=folder,
         group_size=group_size,
-        slots=slots or None,
+        slots=slots,
         sampling=Sampling(temperature=temperature),
     )
     key = jax.random.key(seed + 1)
@@ -288,7 +339,10 @@ def make_answer_fn(
     def answer(params: Params, number: int) -> Answers:
         chosen = [prompts.train[i] for i in common.local_indices(sampler, number, group_size)]
         rollout = meter.timed("rollout", generate, params, chosen, jax.random.fold_in(key, number))
-        return Answers(chosen, rollout, meter.timed("reward", reward_fn.score, rollout, chosen))
+        scored = meter.timed("reward", reward_fn.score, rollout, chosen)
+        if engine != "local":
+            scored = without_failed(scored, failed_rows(rollout), group_size)
+        return Answers(chosen, rollout, scored)
 
     return answer
 

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tyro
 
 from rlhf_jax import distributed, losses, models
@@ -29,6 +30,7 @@ from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.feedback.pairwise import CompareFn, compare_by_judge, compare_by_rewards
 from rlhf_jax.generation import Sampling
 from rlhf_jax.losses.pair_logps import traits_of
+from rlhf_jax.rollout.engines import failed_rows
 from rlhf_jax.rollout.sampler import make_generate_fn, make_reward_fn
 from rlhf_jax.stages import adapting, common, inputs
 from rlhf_jax.training import run_loop
@@ -60,6 +62,8 @@ class Options:
       micro_batches: parts in which a batch is computed, to save memory.
       learning_rate: at its peak.
       temperature: of sampling; the scorer uses the same.
+      engine: what writes the answers: local (this process), or the server vllm:URL, sglang:URL or openai:URL,
+        with #NAME behind it where it does not call the model default. openai servers keep their weights.
       beta: strength of the KL constraint, per nat; None for 0.5, and for 0.02 with nash_md.
       alpha: weight of the optimism of xpo.
       mixing: share of the reference in the opponent of nash_md.
@@ -79,6 +83,7 @@ class Options:
     micro_batches: int = 1
     learning_rate: float = 3e-4
     temperature: float = 1.0
+    engine: str = "local"
     beta: float | None = None
     alpha: float = 1e-3
     mixing: float = 0.125
@@ -112,21 +117,18 @@ def make_write_fn(
 ) -> Callable[..., tuple[Rollout, Rollout]]:
     """`write(state, chosen, key) -> (first, second)`: the policy's answers, and those of its opponent."""
 
-    def make(decode_fns: tuple[Callable, Callable] | None = None):
-        return make_generate_fn(
-            model.config,
-            model.tokenizer,
-            prompt_length=prompts.length,
-            max_new_tokens=options.prompts.max_new_tokens,
-            sampling=Sampling(temperature=options.temperature),
-            decode_fns=decode_fns,
-        )
-
-    generate = make()
+    shared: dict[str, Any] = {
+        "prompt_length": prompts.length,
+        "max_new_tokens": options.prompts.max_new_tokens,
+        "sampling": Sampling(temperature=options.temperature),
+    }
+    generate = inputs.make_sampler(options.engine, model, folder=options.run.out, **shared)
     generate_other = generate
-    if options.method == "nash_md":
+    if options.method == "nash_md":  # a server knows no mixture of two models
         fns = nash_md.mixture_fns(*models.make_decode_fns(model.config), mixing=options.mixing)
-        generate_other = make(fns)
+        generate_other = make_generate_fn(model.config, model.tokenizer, decode_fns=fns, **shared)
+    elif options.method == "xpo" and options.engine != "local":  # weights would go to and fro
+        generate_other = make_generate_fn(model.config, model.tokenizer, **shared)
 
     def write(state: Any, chosen: list[Any], key: jax.Array) -> tuple[Rollout, Rollout]:
         policy, ref = state.learner.all_params, reference(state)
@@ -228,7 +230,11 @@ def run(options: Options) -> None:
         answers = meter.timed("rollout", write, state, chosen, jax.random.fold_in(rollout_key, number))
         with meter.timing("reward"):
             compared = compare(chosen, *answers)
-        wins = distributed.shard_batch(compared.preference)
+        preference = compared.preference
+        if options.engine != "local":  # where an answer is missing, neither is better
+            missing = failed_rows(answers[0]) | failed_rows(answers[1])
+            preference = np.where(missing, 0.5, preference).astype(preference.dtype)
+        wins = distributed.shard_batch(preference)
         state, metrics = meter.timed("update", learn, state, parts.original, *answers, wins)
         return state, {**metrics, **compared.metrics, "win_rate": compared.preference.mean()}
 
@@ -242,9 +248,10 @@ def run(options: Options) -> None:
         folder=options.run.out,
         resume=options.run.resume,
         run_config=common.to_json(options),
+        loggers=common.loggers(options, "online_dpo"),
         data_fingerprint=prompts.fingerprint(),
         eval_fn=evaluate
-        and (lambda state: evaluate(state.learner.all_params, parts.reference(state.learner)).metrics()),
+        and (lambda state, _: evaluate(state.learner.all_params, parts.reference(state.learner)).metrics()),
         meter=meter,
     )
     after = prompts.answer(state.learner.all_params)

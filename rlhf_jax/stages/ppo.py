@@ -23,6 +23,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tyro
 
 from rlhf_jax import distributed, models
@@ -36,14 +37,10 @@ from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.generation import Sampling
 from rlhf_jax.models import adapters
 from rlhf_jax.rewards import ensembles
-from rlhf_jax.rollout.dynamic_sampling import term_means
-from rlhf_jax.rollout.sampler import (
-    Evaluation,
-    RolloutReward,
-    make_ensemble_fn,
-    make_generate_fn,
-    make_reward_fn,
-)
+from rlhf_jax.rewards.functions import Scored
+from rlhf_jax.rollout.dynamic_sampling import term_means, without_failed
+from rlhf_jax.rollout.engines import failed_rows
+from rlhf_jax.rollout.sampler import Evaluation, RolloutReward, make_ensemble_fn, make_reward_fn
 from rlhf_jax.rollout.step import make_ppo_learn
 from rlhf_jax.stages import adapting, common, inputs
 from rlhf_jax.training import run_loop
@@ -76,6 +73,8 @@ class Options:
       micro_batches: parts in which a mini-batch is computed, to save memory.
       learning_rate: at its peak.
       temperature: of sampling; the scorer uses the same.
+      engine: what writes the answers: local (this process), or the server vllm:URL, sglang:URL or openai:URL,
+        with #NAME behind it where it does not call the model default. openai servers keep their weights.
       policy_loss: what keeps the policy near the old one: the clip, or a penalty on the KL (PPO-penalty).
       epsilon: how far a ratio may go from 1.
       penalty_coef: weight of that KL, in nats per token.
@@ -109,6 +108,7 @@ class Options:
     micro_batches: int = 1
     learning_rate: float = 3e-4
     temperature: float = 1.0
+    engine: str = "local"
     policy_loss: Literal["clip", "penalty"] = "clip"
     epsilon: float = 0.2
     penalty_coef: float = 1.0
@@ -258,11 +258,12 @@ def run(options: Options) -> None:
     value_key, state_key = jax.random.split(jax.random.key(seed))
     params, frozen = initial_params(options, model, parts, reward, value_key)
 
-    generate = make_generate_fn(
-        model.config,
-        model.tokenizer,
+    generate = inputs.make_sampler(
+        options.engine,
+        model,
         prompt_length=prompts.length,
         max_new_tokens=options.prompts.max_new_tokens,
+        folder=options.run.out,
         sampling=Sampling(temperature=options.temperature),
     )
     make_score_fn = models.make_two_headed_fn if options.value == "shared" else models.make_actor_critic_fn
@@ -290,10 +291,16 @@ def run(options: Options) -> None:
         whole = state.learner.all_params
         key = jax.random.fold_in(rollout_key, number)
         rollout = meter.timed("rollout", generate, models.on_base(whole, "policy"), chosen, key)
-        if reward_fn is None:
+        if reward_fn is None and options.engine == "local":
             rewards = meter.timed("reward", score_reward, whole, rollout.sequences)
             return meter.timed("update", learn, state, parts.original, rollout, rewards)
-        scored = meter.timed("reward", reward_fn.score, rollout, chosen)
+        if reward_fn is None:
+            rewards = np.asarray(meter.timed("reward", score_reward, whole, rollout.sequences))
+            scored = Scored(rewards, np.zeros(len(rewards), bool))
+        else:
+            scored = meter.timed("reward", reward_fn.score, rollout, chosen)
+        if options.engine != "local":
+            scored = without_failed(scored, failed_rows(rollout))
         rewards, unscorable = distributed.shard_batch((scored.rewards, scored.unscorable))
         state, metrics = meter.timed("update", learn, state, parts.original, rollout, rewards)
         return state, {**metrics, **term_means(scored), "unscorable": jnp.sum(unscorable)}
@@ -312,8 +319,9 @@ def run(options: Options) -> None:
         folder=options.run.out,
         resume=options.run.resume,
         run_config=common.to_json(options),
+        loggers=common.loggers(options, "ppo"),
         data_fingerprint=prompts.fingerprint(),
-        eval_fn=evaluate and (lambda state: measured(state, evaluate)),
+        eval_fn=evaluate and (lambda state, _: measured(state, evaluate)),
         meter=meter,
     )
     after = prompts.answer(models.on_base(state.learner.all_params, "policy"))

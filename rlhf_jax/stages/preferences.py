@@ -36,7 +36,7 @@ from rlhf_jax.feedback.pairwise import compare_by_judge
 from rlhf_jax.generation import Sampling, row_keys
 from rlhf_jax.metrics import Progress, final_table
 from rlhf_jax.metrics.pages import whole_lines
-from rlhf_jax.rollout.sampler import completion_texts, make_generate_fn, make_reward_fn
+from rlhf_jax.rollout.sampler import completion_texts, make_reward_fn
 from rlhf_jax.stages import common, inputs
 from rlhf_jax.stages.rounds import prompt_of, write_rows
 from rlhf_jax.training.run_folder import Model, describe_run, load_policy, write_json
@@ -61,6 +61,8 @@ class Options:
       pairs_per_prompt: of them, at most; a judge compares as many.
       batch_size: prompts that are answered at a time.
       temperature: of sampling.
+      engine: what writes the answers: local (this process), or the server vllm:URL, sglang:URL or openai:URL,
+        with #NAME behind it where it does not call the model default. openai servers keep their weights.
       min_margin: least difference of rewards, or of a judge's probabilities, that is no tie.
       held_out_share: share of the prompts whose pairs go to `held_out.jsonl` instead.
       seed: decides what is sampled and which prompts are held out.
@@ -78,6 +80,7 @@ class Options:
     pairs_per_prompt: int = 1
     batch_size: int = 64
     temperature: float = 1.0
+    engine: str = "local"
     min_margin: float = 0.0
     held_out_share: float = 0.1
     seed: int = 0
@@ -189,11 +192,12 @@ def sampled(options: Options, model: Model) -> list[Pair]:
     """Pairs of all prompts, judged now or before."""
     prompts = inputs.load_prompts(options.prompts, model, options.prompts.rewards[:1], options.seed).train
     size, pair_fn = options.samples_per_prompt, make_pair_fn(options, model)
-    generate = make_generate_fn(
-        model.config,
-        model.tokenizer,
+    generate = inputs.make_sampler(
+        options.engine,
+        model,
         prompt_length=max(len(prompt.ids) for prompt in prompts),
         max_new_tokens=options.prompts.max_new_tokens,
+        folder=options.out,
         group_size=size,
         sampling=Sampling(temperature=options.temperature),
     )

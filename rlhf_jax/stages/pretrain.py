@@ -340,12 +340,12 @@ def run(options: Options) -> None:
         batch = meter.timed("data", lambda: distributed.shard_batch(batches.at(number)))
         return meter.timed("update", update, state, hyper, batch)
 
-    def evaluate(state: sft.State) -> dict[str, float]:
+    def evaluate(state: sft.State, done: int) -> dict[str, float]:
         params = state.learner.all_params
         if sample is not None:
             samples = sample(params)
             if distributed.is_first_host():
-                write_samples(options.run.out, int(state.learner.steps + state.learner.skipped), samples)
+                write_samples(options.run.out, done, samples)
         return measure(params) if measure is not None else {}
 
     run_loop(
@@ -356,6 +356,7 @@ def run(options: Options) -> None:
         folder=options.run.out,
         resume=options.run.resume,
         run_config=common.to_json(options),
+        loggers=common.loggers(options, "pretrain"),
         data_fingerprint=fingerprint(jax.tree.leaves(batches.rows)),
         eval_fn=evaluate,
         meter=meter,

@@ -219,7 +219,7 @@ def make_eval_fn(
     """
     score = jax.jit(step_reward_fn)
 
-    def evaluate(state: process_reward.State) -> dict[str, float]:
+    def evaluate(state: process_reward.State, _: int) -> dict[str, float]:
         logits, labels = [], []
         for indices in inputs.parts(len(held_out), options.batch_size):
             # The last part repeats its last row to fill up: each row counts once.
@@ -295,6 +295,7 @@ def run(options: Options) -> None:
         folder=options.run.out,
         resume=options.run.resume,
         run_config=common.to_json(options),
+        loggers=common.loggers(options, "process_reward"),
         data_fingerprint=train.fingerprint(),
         eval_fn=make_eval_fn(options, step_reward_fn, held_out),
         meter=meter,

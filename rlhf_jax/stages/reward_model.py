@@ -95,7 +95,7 @@ def run(options: Options) -> None:
     def step(state: reward.State, number: int):
         return meter.timed("update", update, state, hyper, meter.timed("data", batch, number))
 
-    def accuracy(state: reward.State) -> dict[str, float]:
+    def accuracy(state: reward.State, _: int) -> dict[str, float]:
         leads = []
         for indices in inputs.parts(len(held_out), options.batch_size):
             chosen, rejected = score(state.learner.all_params, reward.Pairs(*held_out.rows(indices)))
@@ -118,6 +118,7 @@ def run(options: Options) -> None:
         folder=options.run.out,
         resume=options.run.resume,
         run_config=common.to_json(options),
+        loggers=common.loggers(options, "reward_model"),
         data_fingerprint=train.fingerprint(),
         eval_fn=accuracy if len(held_out) else None,
         meter=meter,

@@ -24,7 +24,7 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Metrics
 from rlhf_jax.distributed.runtime import compiler_options
 from rlhf_jax.evaluation.statistics import interquartile_mean, mean_interval
-from rlhf_jax.metrics.progress import final_table
+from rlhf_jax.metrics import final_table, make_loggers
 from rlhf_jax.rl.envs import environments
 from rlhf_jax.rl.envs.environments import Environment
 from rlhf_jax.rl.envs.evaluation import evaluate
@@ -58,6 +58,7 @@ class Options:
       eval_episodes: of each agent, for each of two evaluations, deterministic and sampled.
       debug: check every action; slower.
       quiet: show no progress.
+      log: where metrics go besides metrics.jsonl: any of tensorboard, wandb, trackio, mlflow.
     """
 
     algo: str = "ppo"
@@ -74,6 +75,7 @@ class Options:
     eval_episodes: int = 32
     debug: bool = False
     quiet: bool = False
+    log: tuple[str, ...] = ("tensorboard",)
 
 
 def summed(history: Metrics) -> Metrics:
@@ -140,6 +142,7 @@ def train(
         resume=options.resume,
         run_config=description,
         data_fingerprint=data_fingerprint,
+        loggers=make_loggers(options.log, folder, stage="rl", config=description, resume=options.resume),
     )
     return state, sum(done) / sum(seconds) if seconds else None
 

@@ -60,6 +60,7 @@ class Options:
       chunks: parts of the run; metrics are written and agents saved after each.
       eval_episodes: of each agent, for each of two evaluations, deterministic and sampled.
       quiet: show no progress.
+      log: where metrics go besides metrics.jsonl: any of tensorboard, wandb, trackio, mlflow.
     """
 
     data: Path | None = None
@@ -76,6 +77,7 @@ class Options:
     chunks: int = 5
     eval_episodes: int = 32
     quiet: bool = False
+    log: tuple[str, ...] = ("tensorboard",)
 
 
 def parse_source(text: str) -> tuple[str, int]:
@@ -181,6 +183,7 @@ def train(options: Options, path: Path, folder: Path) -> None:
         chunks=options.chunks,
         eval_episodes=options.eval_episodes,
         quiet=options.quiet,
+        log=options.log,
     )
     fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
     state, rate = rl.train(control, folder, course, hyper, keys, description, data_fingerprint=fingerprint)

@@ -33,7 +33,7 @@ from rlhf_jax.data.examples import PromptExample, prompt_messages
 from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.data.sources import Row, read_rows
 from rlhf_jax.data.tokenizers import Tokenizer
-from rlhf_jax.metrics import MetricsWriter, final_table
+from rlhf_jax.metrics import JSONLLogger, final_table
 from rlhf_jax.rollout.dynamic_sampling import Answers, concatenate, term_means
 from rlhf_jax.rollout.sampler import check_same_vocabulary
 from rlhf_jax.stages import common, dpo, inputs, sft
@@ -62,6 +62,8 @@ class Options:
       learning_rate: at its peak, in each round.
       beta: strength of DPO's constraint, per nat.
       temperature: of sampling.
+      engine: what writes the answers: local (this process), or the server vllm:URL, sglang:URL or openai:URL,
+        with #NAME behind it where it does not call the model default. openai servers keep their weights.
       beside: more rows of the same kind that are learned from in every round, such as general conversations
         beside those that rewards chose; empty for none.
     """
@@ -81,6 +83,7 @@ class Options:
     learning_rate: float = 3e-4
     beta: float = 0.5
     temperature: float = 1.0
+    engine: str = "local"
     beside: str = ""
 
 
@@ -178,6 +181,8 @@ def make_round_fn(
         prompts,
         batch_size=options.batch_size,
         group_size=options.samples_per_prompt,
+        engine=options.engine,
+        folder=options.run.out,
         temperature=options.temperature,
         seed=options.run.seed,
     )
@@ -262,9 +267,9 @@ def run(options: Options) -> None:
     before = prompts.answer(model.params)
     describe_run(options.run.out, common.to_json(options), stage=options.method)
     results = []
-    with MetricsWriter(options.run.out, stage=options.method, resume_step=-1) as log:
+    with JSONLLogger(options.run.out, stage=options.method, resume_step=-1) as log:
         for number, found in enumerate(rounds(options, model, prompts), start=1):
-            log.write(number, found)
+            log.log(found, number)
             results.append(
                 [number, *(found.get(name) for name in ("reward", "kept", "eval/score", "eval/kl"))]
             )

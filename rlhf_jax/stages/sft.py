@@ -181,7 +181,7 @@ def held_out_loss(
     def loss(params: Params, some: Sequences) -> jax.Array:
         return cross_entropy_loss(score_fn(params, some).logp, some.mask, denominator=total)[0]
 
-    def evaluate(state: sft.State) -> dict[str, float]:
+    def evaluate(state: sft.State, _: int) -> dict[str, float]:
         params = state.learner.all_params
         firsts = range(0, len(rows.tokens), size)
         return {"loss": sum(float(loss(params, part(first))) for first in firsts)}
@@ -245,6 +245,7 @@ def run(options: Options) -> None:
         folder=options.run.out,
         resume=options.run.resume,
         run_config=common.to_json(options),
+        loggers=common.loggers(options, "sft"),
         data_fingerprint=fingerprint(jax.tree.leaves(rows)),
         eval_fn=evaluate,
         meter=meter,

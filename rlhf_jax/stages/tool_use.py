@@ -221,7 +221,8 @@ def run(options: Options) -> None:
         folder=options.run.out,
         resume=options.run.resume,
         run_config=common.to_json(options),
-        eval_fn=lambda state: evaluate(state.learner.params)[0],
+        loggers=common.loggers(options, "tool_use"),
+        eval_fn=lambda state, _: evaluate(state.learner.params)[0],
         meter=meter,
     )
     _, after = evaluate(state.learner.params)

@@ -1,4 +1,4 @@
-"""The one training loop: state in, state out; it logs, warns, evaluates, saves, resumes and stops cleanly.
+"""Training loop: state in, state out; it logs, warns, evaluates, saves, resumes and stops cleanly.
 
 A step is atomic: whatever it samples or buffers lives and dies within it, and its inputs are functions of
 the step's number and of the state. The state saved between two steps is therefore all that a resume needs,
@@ -6,11 +6,12 @@ and a run that was killed continues bit for bit as one that was not. What a lear
 the script that goes on with a run brings it again.
 """
 
+import contextlib
 import dataclasses
+import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,14 +22,19 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.train_state import with_frozen, without_frozen
 from rlhf_jax.core.types import Metrics
 from rlhf_jax.distributed import any_host, is_first_host
-from rlhf_jax.metrics.health import Monitor, Thresholds
+from rlhf_jax.metrics.health import HealthMonitor, Thresholds
+from rlhf_jax.metrics.loggers import Logger, as_logger
 from rlhf_jax.metrics.progress import Progress
-from rlhf_jax.metrics.writers import MetricsWriter, read_metrics
+from rlhf_jax.metrics.writers import JSONLLogger, read_metrics, to_numbers
 from rlhf_jax.training.timers import Meter, Trace, describe
 
 State = TypeVar("State")
 StepFn = Callable[[State, int], tuple[State, Metrics]]
-EvalFn = Callable[[State], Mapping[str, Any]]
+EvalFn = Callable[[State, int], Mapping[str, Any]]
+"""(state, steps done) -> numbers."""
+OnStepFn = Callable[[State, Mapping[str, Any], int], Any]
+"""(state, metrics, steps done); what it returns is not looked at. A jitted step donates the state's buffers:
+copy what is to be kept."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +44,8 @@ class LoopConfig:
     Attributes:
       steps: steps in all, those before a resume included.
       save_every: steps between checkpoints; one is always saved at the end.
-      eval_every: steps between evaluations, 0 for none before the end.
+      eval_every: steps between evaluations, 0 for none between the first and the last.
+      eval_at_start: evaluate before the first step, too, so that curves begin where the run did.
       keep: newest checkpoints that are kept.
       max_skipped_in_a_row: give up after this many steps in a row were not finite.
       quiet: show no progress.
@@ -49,6 +56,7 @@ class LoopConfig:
     steps: int
     save_every: int = 100
     eval_every: int = 0
+    eval_at_start: bool = True
     keep: int = 2
     max_skipped_in_a_row: int = 10
     quiet: bool = False
@@ -75,11 +83,13 @@ def run_loop(
     config: LoopConfig,
     *,
     stage: str,
-    folder: Path,
+    folder: str | os.PathLike[str],
     resume: bool = False,
     run_config: dict[str, Any] | None = None,
     data_fingerprint: str | None = None,
     eval_fn: EvalFn[State] | None = None,
+    on_step: OnStepFn[State] | Sequence[OnStepFn[State]] = (),
+    loggers: Sequence[Logger | Callable[..., Any]] = (),
     meter: Meter | None = None,
 ) -> State:
     """Runs `step_fn` until `config.steps` steps are done.
@@ -89,11 +99,14 @@ def run_loop(
       step_fn: (state, step) -> (state, metrics), with steps counted from 0. A metric `tokens` becomes a
         rate; `skipped_in_a_row` above the limit ends the run with an error.
       stage: the name of the metrics' lines and of the progress bar.
-      folder: `folder/checkpoints`, `folder/metrics.jsonl` and `folder/tensorboard` are written.
+      folder: `folder/checkpoints` and `folder/metrics.jsonl` are written.
       resume: go on from the newest whole checkpoint, if there is one.
       run_config: kept in each checkpoint's manifest.
       data_fingerprint: kept in each checkpoint, and compared on resuming: a run goes on with its own data.
-      eval_fn: state -> numbers, logged as `eval/NAME`.
+      eval_fn: (state, steps done) -> numbers, logged as `eval/NAME`.
+      on_step: called after each step with (state, metrics, steps done), in every process.
+      loggers: take the metrics that go to `metrics.jsonl` (`metrics.as_logger` says what may stand here);
+        closed at the end.
       meter: what `step_fn` times its parts with; the step as a whole is always timed.
 
     Raises:
@@ -101,51 +114,62 @@ def run_loop(
         many steps were not finite.
       Interrupted: on SIGINT or SIGTERM, after the step under way was finished and saved.
     """
-    with CheckpointManager(folder / "checkpoints", keep=config.keep, config=run_config) as checkpoints:
+    folder, meter, first = Path(folder), meter or Meter(), is_first_host()
+    calls = [on_step] if callable(on_step) else list(on_step)
+    with contextlib.ExitStack() as stack:
+        others = [as_logger(logger) for logger in loggers]
+        for logger in others:
+            stack.callback(logger.close)
+        checkpoints = CheckpointManager(folder / "checkpoints", keep=config.keep, config=run_config)
+        stack.enter_context(checkpoints)
         start, state = _restore(state, checkpoints, folder, resume, data_fingerprint)
-        first, meter = is_first_host(), meter or Meter()
+        log = _open_log(stack, folder, stage, start, others)
+        progress = Progress(stage, config.steps, completed=start, quiet=config.quiet or not first)
+        stack.enter_context(progress)
+        received = stack.enter_context(_signals())
         # The two first steps compile; a run of fewer is recorded as it is.
         warm = min(start + 2, max(config.steps - config.profile, start))
         trace = Trace(folder / "profile", first=warm, count=config.profile if first else 0)
-        with (
-            MetricsWriter(folder, stage=stage, resume_step=start) if first else nullcontext() as writer,
-            Progress(stage, config.steps, completed=start, quiet=config.quiet or not first) as progress,
-            _signals() as received,
-            closing(trace),
-        ):
-            monitor = _recall(Monitor(config.thresholds), folder, stage, start)
-            for step in range(start, config.steps):
-                began = time.perf_counter()
-                with trace.step(step):
-                    state, metrics = step_fn(state, step)
-                    metrics = jax.device_get(dict(metrics))
-                done, seconds = step + 1, time.perf_counter() - began
-                _stop_if_diverged(metrics, config, done, folder)
-                alarms, under_way = monitor.see(metrics)
-                metrics |= under_way
-                for alarm in alarms:
-                    progress.log(f"warning: step {done}: {alarm}")
-                if _is_due(done, config.eval_every, config.steps) and eval_fn is not None:
-                    with meter.timing("eval"):
-                        metrics |= {f"eval/{name}": value for name, value in eval_fn(state).items()}
-                times = meter.read(seconds, float(metrics["tokens"]) if "tokens" in metrics else None)
-                if writer is not None:
-                    writer.write(done, metrics | times)
-                progress.update(done, metrics, note=describe(times))
-                stopping = any_host(bool(received))
-                if stopping or _is_due(done, config.save_every, config.steps):
-                    # Its seconds stand in the next step's line: a step is logged before it is saved.
-                    with meter.timing("save"):
-                        checkpoints.save(
-                            done,
-                            without_frozen(state),
-                            extra={"data": data_fingerprint},
-                            wait=stopping or done == config.steps,
-                        )
-                # A signal that came during the last save has no later step to be seen at.
-                if stopping or (received and done == config.steps):
-                    # Where another process was asked to stop, this one ends as after SIGTERM.
-                    raise Interrupted(received[0] if received else signal.SIGTERM, done)
+        stack.enter_context(contextlib.closing(trace))
+        monitor = _recall(HealthMonitor(config.thresholds), folder, stage, start)
+
+        def evaluation(done: int) -> dict[str, Any]:
+            if eval_fn is None:
+                return {}
+            with meter.timing("eval"):
+                return {f"eval/{name}": value for name, value in eval_fn(state, done).items()}
+
+        if start == 0 < config.steps and config.eval_at_start and (evaluated := evaluation(0)):
+            log(evaluated, 0)
+            progress.update(0, evaluated)
+        for step in range(start, config.steps):
+            began = time.perf_counter()
+            with trace.step(step):
+                state, metrics = step_fn(state, step)
+                metrics = jax.device_get(dict(metrics))
+            done, seconds = step + 1, time.perf_counter() - began
+            _stop_if_diverged(metrics, config, done, folder)
+            warnings, under_way = monitor.see(metrics)
+            metrics |= under_way
+            for warning in warnings:
+                progress.log(f"warning: step {done}: {warning}")
+            if _is_due(done, config.eval_every, config.steps):
+                metrics |= evaluation(done)
+            times = meter.read(seconds, float(metrics["tokens"]) if "tokens" in metrics else None)
+            log(metrics | times, done)
+            progress.update(done, metrics | times, note=describe(times))
+            for call in calls:
+                call(state, metrics | times, done)
+            stopping = any_host(bool(received))
+            if stopping or _is_due(done, config.save_every, config.steps):
+                saved, wait = without_frozen(state), stopping or done == config.steps
+                # Its seconds stand in the next step's line: a step is logged before it is saved.
+                with meter.timing("save"):
+                    checkpoints.save(done, saved, extra={"data": data_fingerprint}, wait=wait)
+            # A signal that came during the last save has no later step to be seen at.
+            if stopping or (received and done == config.steps):
+                # Where another process was asked to stop, this one ends as after SIGTERM.
+                raise Interrupted(received[0] if received else signal.SIGTERM, done)
     return state
 
 
@@ -157,19 +181,37 @@ def _restore(
     if not resume:
         raise UserError(
             f"{folder} already holds a run at step {checkpoints.latest_step()}: "
-            "add --resume to go on with it, or choose another --out"
+            "give resume=True to go on with it, or choose another folder"
         )
     start, restored, extra = checkpoints.restore(without_frozen(state))
     held = (extra or {}).get("data")
     if held and data_fingerprint and held != data_fingerprint:
         raise UserError(
             f"{folder}: the data is not that of its checkpoint at step {start} (fingerprint "
-            f"{data_fingerprint[:12]}, not {held[:12]}): give --resume the same data, or choose another --out"
+            f"{data_fingerprint[:12]}, not {held[:12]}): resume with the same data, or choose another folder"
         )
     return start, with_frozen(restored, state)
 
 
-def _recall(monitor: Monitor, folder: Path, stage: str, start: int) -> Monitor:
+def _open_log(
+    stack: contextlib.ExitStack, folder: Path, stage: str, start: int, loggers: Sequence[Logger]
+) -> Callable[[Mapping[str, Any], int], None]:
+    """`log(metrics, steps done)` to `metrics.jsonl` and to the loggers, in the first process alone."""
+    if not is_first_host():
+        return lambda metrics, done: None
+    # A run that begins anew writes its first evaluation again.
+    writer = stack.enter_context(JSONLLogger(folder, stage=stage, resume_step=start or -1))
+
+    def log(metrics: Mapping[str, Any], done: int) -> None:
+        writer.log(metrics, done)
+        numbers = to_numbers(metrics) if loggers else {}
+        for logger in loggers:
+            logger.log(numbers, done)
+
+    return log
+
+
+def _recall(monitor: HealthMonitor, folder: Path, stage: str, start: int) -> HealthMonitor:
     """The monitor as it was after step `start`."""
     for line in read_metrics(folder) if start else []:
         if line.get("stage") == stage and line.get("step", 0) <= start:
@@ -191,7 +233,7 @@ def _stop_if_diverged(metrics: Mapping[str, Any], config: LoopConfig, done: int,
         )
 
 
-@contextmanager
+@contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
     """Collects SIGINT and SIGTERM; a second one of them takes its usual course."""
     received: list[int] = []

@@ -17,7 +17,9 @@ LORA = ("--adapter.kind", "lora", "--adapter.rank", 2, "--steps", 3)
 
 
 def lines(folder):
-    return [{k: v for k, v in line.items() if not k.startswith("time")} for line in read_metrics(folder)]
+    """Of the steps; the first evaluation, before them, has a line of its own."""
+    steps = [line for line in read_metrics(folder) if line["step"]]
+    return [{k: v for k, v in line.items() if not k.startswith("time")} for line in steps]
 
 
 def saved(folder):

@@ -14,7 +14,7 @@ def test_slots_and_corrections_change_nothing_where_sampler_and_scorer_agree(tin
             "grpo", tmp_path / "other", "--steps", 4, "--slots", 3, "--importance-sampling-correction", "tis"
         )
     )
-    for ours, theirs in zip(plain, other, strict=True):
+    for ours, theirs in zip(plain[1:], other[1:], strict=True):
         assert theirs["is_ratio"] == pytest.approx(1, abs=1e-4)
         assert theirs["sampling_logp_diff"] < 1e-4
         for name in ("reward", "length", "loss", "kl"):

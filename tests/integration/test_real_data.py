@@ -47,7 +47,8 @@ def train(folder, *, rows, sft_steps, grpo_steps, new_tokens):
         f"--batch-size 4 --group-size 4 --eval-count 4 --samples 4 "
         f"--optimizer.warmup-steps 0 --steps {grpo_steps} --quiet",
     )
-    return read_metrics(folder / "sft"), read_metrics(folder / "grpo")
+    # The first line of each is the evaluation before the first step.
+    return read_metrics(folder / "sft")[1:], read_metrics(folder / "grpo")[1:]
 
 
 def check(folder, sft, grpo, *, least_fall, least_letters):

@@ -135,21 +135,21 @@ def test_rewards_by_path_with_weights(tiny, tmp_path, monkeypatch):
     )
     rewards = ["weighed_rewards:one", "weighed_rewards:answered=0.25", "weighed_rewards:unsure"]
     out = tiny.run("grpo", tmp_path / "functions", "--steps", 2, "--rewards", *rewards)
-    assert [line["reward"] for line in read_metrics(out)] == [1.5, 1.5]
-    assert [line["unscorable"] for line in read_metrics(out)] == [1, 1]
+    assert [line["reward"] for line in read_metrics(out)[1:]] == [1.5, 1.5]
+    assert [line["unscorable"] for line in read_metrics(out)[1:]] == [1, 1]
     assert read_metrics(out)[-1]["eval/score"] == 1.0
 
     model = tiny.finished("reward_model")
     alone = tiny.run("grpo", tmp_path / "model", "--steps", 1, "--rewards", model)
     mixed = tiny.run("grpo", tmp_path / "mixed", "--steps", 1, "--rewards", f"{model}=0.5", *rewards)
-    expected = 0.5 * read_metrics(alone)[0]["reward"] + 1.5
-    assert read_metrics(mixed)[0]["reward"] == pytest.approx(expected, rel=1e-5)
+    expected = 0.5 * read_metrics(alone)[1]["reward"] + 1.5
+    assert read_metrics(mixed)[1]["reward"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_ppo_with_reward_functions(tiny, tmp_path):
     functions = ("--reward-model", "--rewards", "rlhf_jax.rewards.verifiers:exact_answer_reward")
     out = tiny.run("ppo", tmp_path / "ppo", "--steps", 3, "--policy-loss", "penalty", *functions)
-    for line in read_metrics(out):
+    for line in read_metrics(out)[1:]:
         assert 0 <= line["reward"] <= 1
         assert "clip_fraction" not in line
         assert line["unscorable"] == 0
@@ -163,7 +163,7 @@ def test_a_stored_reference_is_the_reference(tiny, tmp_path):
     losses = {}
     for reference in ("stored", "each_step"):
         out = tiny.run("dpo", tmp_path / reference, "--reference", reference, "--learning-rate", 1e-2)
-        losses[reference] = [line["loss"] for line in read_metrics(out)]
+        losses[reference] = [line["loss"] for line in read_metrics(out)[1:]]
     assert losses["stored"] == pytest.approx(losses["each_step"], abs=1e-5)
     assert losses["stored"][-1] < losses["stored"][0] - 1e-3
 

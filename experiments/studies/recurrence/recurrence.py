@@ -104,7 +104,7 @@ def train(options: Options, model: common.ModelOptions, seed: int, learning_rate
                 sample_tokens=0,
             )
         )
-        done = [line for line in read_metrics(out) if "eval/bits_per_byte" in line]
+        done = [line for line in read_metrics(out) if "eval/bits_per_byte" in line and line["step"]]
     lines = [line for line in read_metrics(out) if "time/update_seconds" in line]
     return {
         "steps": [line["step"] for line in done],

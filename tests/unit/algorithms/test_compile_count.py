@@ -26,7 +26,7 @@ def test_grpo_over_several_steps():
     update = jax.jit(chex.assert_max_traces(grpo.make_update(config, tabular.score, tx), n=1))
     state = grpo.init(tabular.init(), tx, jax.random.key(0))
     for step in range(4):
-        hyper = grpo.Hyper(learning_rate=1e-2 / (step + 1), clip_high=0.2 + 0.1 * step, kl_coef=0.1 * step)
+        hyper = grpo.Hyper(learning_rate=1e-2 / (step + 1), epsilon_high=0.2 + 0.1 * step, kl_coef=0.1 * step)
         state, metrics = update(state, hyper, _batch(config, step))
         assert jnp.isfinite(metrics["loss"])
     assert int(state.learner.steps) == 4 * 2 * 2  # so it did train, in the one program

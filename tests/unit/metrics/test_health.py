@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from rlhf_jax.metrics.health import TROUBLES, Monitor, Thresholds
+from rlhf_jax.metrics.health import HEALTH_CHECKS, HealthMonitor, Thresholds
 
 HEALTHY = {
     "frac_reward_zero_std": 0.3,
@@ -15,7 +15,7 @@ HEALTHY = {
     "clip_fraction": 0.1,
 }
 PROVOKED = {
-    "idle_groups": {"frac_reward_zero_std": 1.0},
+    "zero_std_groups": {"frac_reward_zero_std": 1.0},
     "kl_explosion": {"kl": 40.0},
     "entropy_collapse": {"entropy": 0.01},
     "length_drift": {"length": 90.0},
@@ -25,12 +25,12 @@ PROVOKED = {
 
 
 def watch(*steps, **thresholds):
-    """(steps and alarms, steps at which there is an alarm metric)"""
-    monitor, begun, under_way = Monitor(Thresholds(**thresholds)), [], []
+    """(steps and warnings, steps at which there is a health metric)"""
+    monitor, begun, under_way = HealthMonitor(Thresholds(**thresholds)), [], []
     for number, metrics in enumerate(steps):
-        alarms, found = monitor.see(metrics)
-        begun += [(number, alarm.trouble.name) for alarm in alarms]
-        under_way += [(number, name.removeprefix("alarm/")) for name in found]
+        warnings, found = monitor.see(metrics)
+        begun += [(number, warning.check.name) for warning in warnings]
+        under_way += [(number, name.removeprefix("health/")) for name in found]
     return begun, under_way
 
 
@@ -43,7 +43,7 @@ def test_all_is_well():
     assert watch(*noisy) == ([], [])
 
 
-@pytest.mark.parametrize("name", [trouble.name for trouble in TROUBLES])
+@pytest.mark.parametrize("name", [check.name for check in HEALTH_CHECKS])
 def test_each_trouble_is_found_once_an_episode(name):
     bad = {**HEALTHY, **PROVOKED[name]}
     begun, under_way = watch(*[HEALTHY] * 10, *[bad] * 10, *[HEALTHY] * 20, *[bad] * 10)
@@ -64,12 +64,12 @@ def test_shorter_answers_are_a_drift_too():
 
 
 def test_the_sentence_says_what_and_how_to_mend_it():
-    monitor = Monitor()
-    said = [str(alarm) for _ in range(5) for alarm in monitor.see({"frac_reward_zero_std": 0.95})[0]]
+    monitor = HealthMonitor()
+    said = [str(warning) for _ in range(5) for warning in monitor.see({"frac_reward_zero_std": 0.95})[0]]
     assert said == [said[0]]
     assert "in 95% of the groups" in said[0]
-    assert "raise --group-size" in said[0]
-    assert len({trouble.advice for trouble in TROUBLES}) == len(TROUBLES)
+    assert "raise group_size" in said[0]
+    assert len({check.advice for check in HEALTH_CHECKS}) == len(HEALTH_CHECKS)
 
 
 def test_thresholds_move_and_infinity_switches_off():
@@ -89,10 +89,10 @@ def test_what_is_missing_or_not_finite_is_left_out():
 def test_shown_the_same_again_it_goes_on_the_same():
     steps = [{**HEALTHY, **PROVOKED["kl_explosion"]}] * 3 + [HEALTHY] * 9 + [{**HEALTHY, "kl": 90.0}] * 5
     whole = watch(*steps)
-    monitor = Monitor()
+    monitor = HealthMonitor()
     for metrics in steps[:8]:
         monitor.see(metrics)
     found = [set(monitor.see(metrics)[1]) for metrics in steps[8:]]
-    expected = [{f"alarm/{name}" for at, name in whole[1] if at == step} for step in range(8, len(steps))]
+    expected = [{f"health/{name}" for at, name in whole[1] if at == step} for step in range(8, len(steps))]
     assert found == expected
     assert any(expected)

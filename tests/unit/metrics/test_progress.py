@@ -5,6 +5,7 @@ import pytest
 from rich.console import Console
 
 from rlhf_jax.metrics import Progress, final_table, format_number, format_seconds
+from rlhf_jax.metrics.progress import choose_shown
 
 
 class Clock:
@@ -87,6 +88,70 @@ def test_a_terminal_gets_a_bar_and_lines_above_it():
     text = console.file.getvalue()
     for word in ("━", "loss 0.5", "2/2", "exact match [held out] 41 %"):
         assert word in text
+
+
+def rendered(width, metrics, steps=(21,), note="", total=60):
+    """The last frame of a bar in a terminal of this width, as plain text."""
+    console, clock = Console(file=io.StringIO(), force_terminal=True, width=width, _environ={}), Clock()
+    progress = Progress("grpo", total, console=console, clock=clock)
+    for step in steps:
+        clock.now += 1.2
+        progress.update(step, metrics, note=note)
+    plain = Console(file=io.StringIO(), width=width, _environ={})
+    plain.print(progress._bar.make_tasks_table(progress._bar.tasks))
+    (line,) = plain.file.getvalue().splitlines()
+    return line
+
+
+RL = {"approx_kl": 1.24e-15, "clip_fraction": 0.0, "kl": 0.25, "length": 21.5, "loss": 3e-8, "reward": 0.75}
+RL |= {"eval/score": 0.5, "eval/kl": 9.0, "time/tokens_per_second": 1000.0}
+
+
+@pytest.mark.parametrize("width", [80, 120, 200])
+def test_bar_and_steps_stay_at_any_width(width):
+    line = rendered(width, RL, steps=(20, 21), note="rollout 61%, update 30%, MFU 0.412")
+    assert len(line) <= width
+    assert line.startswith("grpo")
+    assert "━" in line
+    assert line.index("21/60") == len("grpo".ljust(12)) + (12 if width < 100 else 28) + 2
+    assert ("…" in line) == (width < 200)
+    assert "1.2 s/step" in line
+    if width >= 120:
+        assert "reward 0.75" in line
+
+
+def test_the_first_step_is_said_to_compile():
+    assert "0/60 compiling the first step" in rendered(80, {}, steps=())
+    evaluated = rendered(80, {"eval/score": 0.5}, steps=(0,))
+    assert "0/60 compiling the first step" in evaluated
+
+
+@pytest.mark.parametrize(
+    ("metrics", "shown"),
+    [
+        (RL, ["reward", "eval/score", "kl", "length"]),
+        ({"kl": 1, "length": 2, "reward": 3, "loss": 4}, ["reward", "kl", "length"]),
+        ({"loss": 1, "win_rate": 2, "length": 3, "kl": 4, "accuracy": 5}, ["win_rate", "kl", "length"]),
+        ({"accuracy": 1, "chosen_reward": 2, "loss": 3, "margin": 4}, ["loss", "accuracy", "margin"]),
+        ({"reward": 1, "loss": 2, "margin": 3}, ["loss", "margin"]),
+        ({"gradient_norm": 1, "loss": 2, "time/tokens_per_second": 3}, ["loss", "time/tokens_per_second"]),
+        ({"a": 1, "time/step_seconds": 2, "health/x": 3, "b": 4}, ["a", "b"]),
+    ],
+)
+def test_what_matters_to_a_stage_is_shown(metrics, shown):
+    assert choose_shown(metrics) == shown
+
+
+def test_the_last_evaluation_stays_in_sight():
+    console, clock = plain_console(), Clock()
+    progress = Progress("grpo", 3, console=console, clock=clock, seconds_between_lines=0.5)
+    progress.update(0, {"eval/score": 0.25})
+    run(progress, clock, [1], 1.0, {"reward": 1.0, "length": 2.0})
+    run(progress, clock, [2], 1.0, {"reward": 1.0, "length": 2.0, "eval/score": 0.5})
+    run(progress, clock, [3], 1.0, {"reward": 1.0, "length": 2.0})
+    lines = console.file.getvalue().splitlines()
+    assert [line.partition("score ")[2].split()[0] for line in lines] == ["0.25", "0.5", "0.5"]
+    assert progress.steps_per_second == pytest.approx(1.0)
 
 
 def test_the_final_table_keeps_every_cell_whole(capsys):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.metrics import MetricsWriter
-from rlhf_jax.metrics.report import TableRow, _read_curves, write_report
+from rlhf_jax.metrics import JSONLLogger
+from rlhf_jax.metrics.report import TableRow, _find, _read_curves, write_report
 
 METHODS = ("sft", "ppo", "dpo", "grpo")
 HOSTILE = "</p><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7 * 7 }} $x$ \u202e\x00\ud800 & \"'"
@@ -19,9 +19,9 @@ def rise(rng, steps, low, high, pace, noise):
 
 
 def write_stage(folder, stage, steps, **metrics):
-    with MetricsWriter(folder, stage=stage) as writer:
+    with JSONLLogger(folder, stage=stage) as writer:
         for index in range(steps):
-            writer.write(index + 1, {name: values[index] for name, values in metrics.items()})
+            writer.log({name: values[index] for name, values in metrics.items()}, index + 1)
 
 
 def write_seed(folder, seed, scale=1.0):
@@ -211,6 +211,38 @@ def test_a_single_stage_run_without_table_or_samples(tmp_path):
         assert part not in words
 
 
+def test_the_headline_of_reinforcement_is_no_loss(tmp_path):
+    steps = np.arange(5.0)
+    policy = {"loss": 1e-8 * steps, "length": 20 + steps, "reward": 0.25 + 0.125 * steps}
+    write_stage(tmp_path / "a", "grpo", 5, **policy)
+    _, page = report_page(tmp_path / "a")
+    assert "GRPO: reward 0.25 at first, " in page.words
+    with JSONLLogger(tmp_path / "b", stage="grpo") as writer:
+        writer.log({"eval/score": 0.4375, "eval/length": 7.0}, 0)
+        for step in range(5):
+            held_out = {"eval/score": 0.96875, "eval/length": 8.0} if step == 4 else {}
+            writer.log({name: values[step] for name, values in policy.items()} | held_out, step + 1)
+    _, page = report_page(tmp_path / "b")
+    assert "GRPO: held-out score 0.4375 at first, 0.9688 at the end" in page.words
+    curves = _read_curves(tmp_path / "b")["grpo"]
+    assert list(curves["eval/score"][0].steps) == [0, 5]
+    assert _find(curves, ("length",)) is curves["length"]
+
+
+def test_equals_are_named_together(tmp_path):
+    rows = [("sft", 0.45, 0.4, 0.5), ("ppo", 0.97, 0.96, 0.98), ("dpo", 0.965, 0.95, 0.98)]
+    rows += [("grpo", 0.97, 0.96, 0.98)]
+    table = [TableRow(name, tuple(shares), 0.1, 20.0, 9.0) for name, *shares in rows]
+    _, page = report_page(tmp_path, table)
+    said = (
+        "PPO and GRPO answer 97\u00a0% of the held-out prompts right, 52 points more than SFT; DPO is within"
+    )
+    assert said in page.words
+    _, page = report_page(tmp_path, table[:2])
+    assert "PPO answers 97\u00a0% of the held-out prompts right, 52 points more than SFT" in page.words
+    assert "within" not in page.words
+
+
 def test_an_empty_folder_and_missing_numbers_still_make_a_page(tmp_path):
     _, page = report_page(tmp_path)
     assert "Run report" in page.words
@@ -255,10 +287,10 @@ def test_a_missing_run_folder_is_a_user_error(tmp_path):
 
 
 def test_troubles_stand_in_the_report_with_their_steps_and_what_to_do(tmp_path):
-    with MetricsWriter(tmp_path, stage="grpo") as writer:
+    with JSONLLogger(tmp_path, stage="grpo") as writer:
         for step in range(1, 13):
-            found = {"alarm/kl_explosion": 1} if 4 <= step <= 6 or step == 9 else {}
-            writer.write(step, {"loss": 1.0 / step, **found})
+            found = {"health/kl_explosion": 1} if 4 <= step <= 6 or step == 9 else {}
+            writer.log({"loss": 1.0 / step, **found}, step)
     page = write_report(tmp_path).read_text()
     assert "Warnings" in page
     assert re.search(r"GRPO: KL explosion</b>, steps 4 to 6, 9\.", page)

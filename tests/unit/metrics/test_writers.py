@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.metrics import METRICS_FILE, MetricsWriter, read_metrics
+from rlhf_jax.metrics import METRICS_FILE, JSONLLogger, TensorBoardLogger, read_metrics
 
 
 def without_time(lines):
@@ -25,15 +25,15 @@ def read_events(path):
 
 
 def write_steps(folder, steps, stage="sft", **options):
-    with MetricsWriter(folder, stage=stage, **options) as writer:
+    with JSONLLogger(folder, stage=stage, **options) as writer:
         for step in steps:
-            writer.write(step, {"loss": 1 / (step + 3), "count": step})
+            writer.log({"loss": 1 / (step + 3), "count": step}, step)
 
 
 def test_floats_keep_all_their_bits(tmp_path):
     value = np.float32(0.1) * np.float32(1.0000001)
-    with MetricsWriter(tmp_path, stage="sft") as writer:
-        writer.write(1, {"a": jnp.asarray(value), "b": float(np.nextafter(0.3, 1)), "c": jnp.bfloat16(0.3)})
+    with JSONLLogger(tmp_path, stage="sft") as writer:
+        writer.log({"a": jnp.asarray(value), "b": float(np.nextafter(0.3, 1)), "c": jnp.bfloat16(0.3)}, 1)
     (line,) = read_metrics(tmp_path)
     assert np.float32(line["a"]).tobytes() == value.tobytes()
     assert line["b"] == np.nextafter(0.3, 1)
@@ -41,8 +41,8 @@ def test_floats_keep_all_their_bits(tmp_path):
 
 
 def test_every_line_is_strict_json_whatever_the_values(tmp_path):
-    with MetricsWriter(tmp_path, stage="sft") as writer:
-        writer.write(1, {"nan": jnp.nan, "inf": -jnp.inf, "count": jnp.int32(3), "done": True})
+    with JSONLLogger(tmp_path, stage="sft") as writer:
+        writer.log({"nan": jnp.nan, "inf": -jnp.inf, "count": jnp.int32(3), "done": True}, 1)
 
     def refuse(name):
         raise AssertionError(name)
@@ -52,9 +52,9 @@ def test_every_line_is_strict_json_whatever_the_values(tmp_path):
     assert list(line) == ["stage", "step", "time", "nan", "inf", "count", "done"]
 
 
-def test_a_line_is_on_disk_when_write_returns(tmp_path):
-    with MetricsWriter(tmp_path, stage="sft") as writer:
-        writer.write(1, {"loss": 0.5})
+def test_a_line_is_on_disk_when_log_returns(tmp_path):
+    with JSONLLogger(tmp_path, stage="sft") as writer:
+        writer.log({"loss": 0.5}, 1)
         assert read_metrics(tmp_path)[0]["loss"] == 0.5
 
 
@@ -71,7 +71,7 @@ def test_resumed_file_equals_an_unbroken_one(tmp_path):
     killed, unbroken = read_metrics(tmp_path / "killed"), read_metrics(tmp_path / "unbroken")
     assert without_time(killed) == without_time(unbroken)
     assert [line["step"] for line in killed] == [1, 2, 3, 1, 2, 3, 4, 5, 6, 7]
-    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == [METRICS_FILE, "tensorboard"]
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == [METRICS_FILE]
 
 
 def test_without_resume_step_whole_lines_stay_and_the_torn_one_goes(tmp_path):
@@ -92,7 +92,7 @@ def test_a_damaged_line_is_named_and_left_alone(tmp_path):
     with pytest.raises(UserError, match=r"metrics\.jsonl:1: not a JSON object"):
         read_metrics(tmp_path)
     with pytest.raises(UserError, match=r"metrics\.jsonl:1"):
-        MetricsWriter(tmp_path, stage="sft", resume_step=1)
+        JSONLLogger(tmp_path, stage="sft", resume_step=1)
     assert (tmp_path / METRICS_FILE).read_bytes() == damaged
 
 
@@ -105,16 +105,17 @@ def test_a_folder_without_metrics_has_no_lines(tmp_path):
     [("loss", np.zeros(2), r"shape \(2,\)"), ("step", 1.0, "taken by the writer")],
 )
 def test_a_metric_that_cannot_be_written_is_refused(tmp_path, name, value, message):
-    with MetricsWriter(tmp_path, stage="sft") as writer, pytest.raises(ValueError, match=message):
-        writer.write(1, {name: value})
+    with JSONLLogger(tmp_path, stage="sft") as writer, pytest.raises(ValueError, match=message):
+        writer.log({name: value}, 1)
     assert read_metrics(tmp_path) == []
 
 
 def test_tensorboard_events_can_be_read_back(tmp_path):
-    with MetricsWriter(tmp_path, stage="sft") as writer:
-        writer.write(1, {"loss": 0.5, "bad": float("nan")})
-        writer.write(2, {"loss": jnp.float32(0.25)})
-    (path,) = (tmp_path / "tensorboard" / "sft").iterdir()
+    logger = TensorBoardLogger(tmp_path / "sft")
+    logger.log({"loss": 0.5, "bad": float("nan")}, 1)
+    logger.log({"loss": 0.25}, 2)
+    logger.close()
+    (path,) = (tmp_path / "sft").iterdir()
     assert ".tfevents." in path.name
     version, *events = read_events(path)
     assert version.file_version == "brain.Event:2"
@@ -123,18 +124,26 @@ def test_tensorboard_events_can_be_read_back(tmp_path):
 
 
 def test_tensorboard_hides_what_a_resumed_run_repeats(tmp_path):
-    write_steps(tmp_path, [1, 2, 3])
-    write_steps(tmp_path, [2, 3], resume_step=1)
-    first, second = sorted((tmp_path / "tensorboard" / "sft").iterdir())
-    assert not any(event.HasField("session_log") for event in read_events(first))
-    start = read_events(second)[1]
-    assert (start.step, start.session_log.status) == (2, start.session_log.START)
+    for steps in ([1, 2, 3], [2, 3]):
+        logger = TensorBoardLogger(tmp_path)
+        for step in steps:
+            logger.log({"loss": 1 / step}, step)
+        logger.close()
+    files = sorted(tmp_path.iterdir())
+    starts = [[e.step for e in read_events(file) if e.HasField("session_log")] for file in files]
+    assert starts == [[1], [2]]
+    assert read_events(files[1])[1].session_log.status == read_events(files[1])[1].session_log.START
+
+
+def test_tensorboard_writes_nothing_before_the_first_step(tmp_path):
+    TensorBoardLogger(tmp_path / "sft").close()
+    assert not (tmp_path / "sft").exists()
 
 
 def test_a_file_where_the_folder_should_be_is_a_user_error(tmp_path):
     (tmp_path / "run").write_text("not a folder")
     with pytest.raises(UserError, match="cannot write metrics"):
-        MetricsWriter(tmp_path / "run", stage="sft")
+        JSONLLogger(tmp_path / "run", stage="sft")
 
 
 class FullDisk:
@@ -155,11 +164,11 @@ class FullDisk:
 
 
 def test_a_full_disk_is_a_user_error_and_short_writes_are_finished(tmp_path):
-    with MetricsWriter(tmp_path, stage="sft") as writer:
+    with JSONLLogger(tmp_path, stage="sft") as writer:
         writer._lines.close()
         writer._lines = disk = FullDisk(room=150)
-        writer.write(1, {"loss": 0.5})
+        writer.log({"loss": 0.5}, 1)
         assert json.loads(disk.taken)["loss"] == 0.5
         disk.room = len(disk.taken) + 10
         with pytest.raises(UserError, match="No space left"):
-            writer.write(2, {"loss": 0.5})
+            writer.log({"loss": 0.5}, 2)

@@ -11,6 +11,7 @@ import pytest
 
 from rlhf_jax.checkpoint import CheckpointManager
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.distributed import born_sharded, shardings_of
 from rlhf_jax.metrics.writers import read_metrics
 from rlhf_jax.training import Interrupted, LoopConfig, run_loop
 from rlhf_jax.training import loop as loop_module
@@ -41,11 +42,10 @@ def with_signals(*signals, at):
     return step
 
 
-def run(folder, step_fn=take_step, *, resume=False, eval_fn=None, **config):
+def run(folder, step_fn=take_step, *, resume=False, eval_fn=None, on_step=(), loggers=(), **config):
     config = LoopConfig(**{"steps": STEPS, "quiet": True, **config})
-    return run_loop(
-        initial_state(), step_fn, config, stage="toy", folder=folder, resume=resume, eval_fn=eval_fn
-    )
+    calls = {"eval_fn": eval_fn, "on_step": on_step, "loggers": loggers}
+    return run_loop(initial_state(), step_fn, config, stage="toy", folder=folder, resume=resume, **calls)
 
 
 def without_times(folder):
@@ -158,7 +158,7 @@ def test_another_thread_may_run_it(tmp_path):
 def test_a_folder_with_checkpoints_needs_resume(unbroken, tmp_path):
     folder = unbroken[0]
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    with pytest.raises(UserError, match=r"step 7: add --resume .* or choose another --out"):
+    with pytest.raises(UserError, match=r"step 7: give resume=True .* or choose another folder"):
         run(folder)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     run(tmp_path, resume=True, steps=1)  # and resume needs none
@@ -195,19 +195,113 @@ def test_too_many_steps_in_a_row_that_are_not_finite_end_the_run(tmp_path):
     run(tmp_path / "other", skipping(0, 1, 2, 0, 1, 2, 0), max_skipped_in_a_row=3)
 
 
-@pytest.mark.parametrize(("every", "expected"), [(3, [3, 6, 7]), (0, [7]), (7, [7])])
-def test_evaluations_come_at_their_steps_and_at_the_end(tmp_path, every, expected):
-    seen = []
+@pytest.mark.parametrize(("every", "expected"), [(3, [0, 3, 6, 7]), (0, [0, 7]), (7, [0, 7])])
+def test_evaluations_come_at_the_start_at_their_steps_and_at_the_end(tmp_path, every, expected):
+    seen, told = [], []
 
-    def evaluate(state):
+    def evaluate(state, step):
         seen.append(float(state["weights"][0]))
+        told.append(step)
         return {"score": seen[-1]}
 
     final = run(tmp_path, eval_every=every, eval_fn=evaluate)
     lines = [line for line in read_metrics(tmp_path) if "eval/score" in line]
     assert [line["step"] for line in lines] == expected
     assert [line["eval/score"] for line in lines] == seen
+    assert told == expected
+    assert set(lines[0]) == {"stage", "step", "time", "eval/score"}
+    assert seen[0] == float(initial_state()["weights"][0])
     assert seen[-1] == float(final["weights"][0])
+
+
+def test_no_evaluation_at_the_start_where_none_is_wanted(tmp_path):
+    run(tmp_path, eval_at_start=False, eval_fn=lambda state, step: {"score": 1.0})
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("stop", [2, 5])  # before the first checkpoint, and after it
+def test_a_resumed_run_has_the_first_evaluation_once(tmp_path, stop):
+    def evaluate(state, step):
+        return {"score": float(state["weights"][0])}
+
+    def dies(state, number):
+        if number == stop:
+            raise MemoryError
+        return take_step(state, number)
+
+    state = run(tmp_path / "whole", eval_fn=evaluate, eval_every=2, save_every=3)
+    with pytest.raises(MemoryError):
+        run(tmp_path / "broken", dies, eval_fn=evaluate, eval_every=2, save_every=3)
+    broken = run(tmp_path / "broken", eval_fn=evaluate, eval_every=2, save_every=3, resume=True)
+    assert without_times(tmp_path / "broken") == without_times(tmp_path / "whole")
+    assert np.asarray(broken["weights"]).tobytes() == np.asarray(state["weights"]).tobytes()
+
+
+def test_an_evaluation_at_the_start_compiles_nothing_anew(tmp_path):
+    """Where the step is jitted as the stages do it, the first state is laid out as the later ones are."""
+
+    @jax.jit
+    def measure(state):
+        return {"score": jnp.sum(state["weights"])}
+
+    state = born_sharded(initial_state)
+    step = jax.jit(take_step, donate_argnums=0, out_shardings=(shardings_of(state), None))
+    config = LoopConfig(steps=4, eval_every=2, quiet=True)
+    run_loop(state, step, config, stage="toy", folder=tmp_path, eval_fn=lambda state, _: measure(state))
+    assert (measure._cache_size(), step._cache_size()) == (1, 1)
+
+
+# Callbacks and loggers -------------------------------------------------------------------------------
+
+
+def test_each_step_calls_back_with_its_state_and_what_is_logged(tmp_path):
+    seen, more = [], []
+    state = run(
+        str(tmp_path / "one"),
+        on_step=lambda state, metrics, step: seen.append((float(state["weights"][0]), metrics, step)),
+    )
+    assert [step for *_, step in seen] == [1, 2, 3, 4, 5, 6, 7]
+    assert seen[-1][0] == float(state["weights"][0])
+    lines = read_metrics(tmp_path / "one")
+    assert [float(metrics["loss"]) for _, metrics, _ in seen] == [line["loss"] for line in lines]
+    assert seen[0][1]["time/step_seconds"] == lines[0]["time/step_seconds"]
+    run(tmp_path / "two", on_step=[lambda *_: more.append("a"), lambda *_: more.append("b")])
+    assert more == ["a", "b"] * STEPS
+
+
+class Kept:
+    def __init__(self):
+        self.lines, self.closed = [], 0
+
+    def log(self, metrics, step):
+        self.lines.append((step, metrics))
+
+    def close(self):
+        self.closed += 1
+
+
+def test_loggers_get_what_the_file_gets_as_numbers_and_are_closed(tmp_path):
+    kept, seen = Kept(), []
+    run(tmp_path, loggers=[kept, seen.append], eval_fn=lambda state, step: {"score": jnp.float32(0.5)})
+    own = ("stage", "step", "time")
+    expected = [
+        (line["step"], {name: value for name, value in line.items() if name not in own})
+        for line in read_metrics(tmp_path)
+    ]
+    assert kept.lines == expected
+    assert seen == [metrics for _, metrics in expected]
+    assert {type(value) for _, metrics in kept.lines for value in metrics.values()} <= {float, int}
+    assert kept.closed == 1
+
+
+def test_loggers_are_closed_where_a_run_is_refused_or_dies(tmp_path, unbroken):
+    kept, other = Kept(), Kept()
+    with pytest.raises(UserError):
+        run(unbroken[0], loggers=[kept])
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path, loggers=[other], on_step=lambda *_: 1 / 0)
+    assert (kept.closed, kept.lines) == (1, [])
+    assert (other.closed, len(other.lines)) == (1, 1)
 
 
 def test_a_save_that_fails_is_said_in_one_sentence(tmp_path):
@@ -237,5 +331,5 @@ def test_trouble_is_said_once_and_kept_in_the_metrics_across_a_resume(tmp_path, 
     run(tmp_path / "broken", step, steps=16, resume=True, quiet=False)
     assert "warning:" not in capfd.readouterr().err  # the episode goes on
     assert without_times(tmp_path / "broken") == without_times(tmp_path / "whole")
-    steps = [line["step"] for line in read_metrics(tmp_path / "whole") if line.get("alarm/idle_groups")]
+    steps = [line["step"] for line in read_metrics(tmp_path / "whole") if line.get("health/zero_std_groups")]
     assert steps == list(range(7, 14))

@@ -1,0 +1,74 @@
+"""TensorBoard event files, written in the thread of the run."""
+
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf_jax.metrics.writers import disk_errors
+
+
+class TensorBoardLogger:
+    """TensorBoard logger: one event file in `folder`, opened at the first step that is logged.
+
+    A start event at that step tells TensorBoard to hide what earlier files hold from there on, so that a
+    resumed run shows each step once.
+
+    tensorboardX's own SummaryWriter hands events to a thread through a bounded queue; when the disk is
+    full that thread dies and the training loop waits for it for ever.
+    """
+
+    _seconds_between_flushes = 10.0
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self._folder = Path(folder)
+        self._writer: Any = None
+        self._flushed_at = 0.0
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Writes the metrics of one step; those that are not finite are left out.
+
+        Raises:
+          UserError: the disk is full or cannot be written to.
+        """
+        values = [
+            {"tag": name, "simple_value": float(number)}
+            for name, number in metrics.items()
+            if math.isfinite(number)
+        ]
+        with disk_errors(self._folder):
+            if self._writer is None:
+                self._writer = self._open(step)
+            self._writer.write_event(_event(step, summary={"value": values}))
+            # A flush of this writer also syncs the disk: too slow for every step.
+            if time.monotonic() - self._flushed_at > self._seconds_between_flushes:
+                self._flush()
+
+    def close(self) -> None:
+        """Closes the file; a second call does nothing."""
+        if self._writer is not None:
+            with disk_errors(self._folder):
+                self._writer.close()
+            self._writer = None
+
+    def _open(self, step: int) -> Any:
+        from tensorboardX.event_file_writer import EventsWriter
+
+        self._folder.mkdir(parents=True, exist_ok=True)
+        # The suffix keeps two writers of the same second from truncating each other's file.
+        self._writer = EventsWriter(str(self._folder / "events"), f".{time.time_ns()}.{os.getpid()}")
+        self._writer.write_event(_event(step, session_log={"status": "START"}))
+        self._flush()
+        return self._writer
+
+    def _flush(self) -> None:
+        self._writer.flush()
+        self._flushed_at = time.monotonic()
+
+
+def _event(step: int, **what: Any) -> Any:
+    from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+
+    return Event(wall_time=time.time(), step=step, **what)
