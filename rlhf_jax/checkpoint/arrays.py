@@ -62,14 +62,26 @@ def to_storage(tree: Any) -> dict[str, Any]:
     return {name: x for name, x in stored.items() if x.size > 0}
 
 
-def start_writing(path: Path, stored: dict[str, Any]) -> ocp.AsyncCheckpointer | None:
+def start_writing(path: Path, stored: dict[str, Any], *, shared: bool = True) -> ocp.AsyncCheckpointer | None:
     """Copies arrays off the devices and starts to write them; `close()` of the result waits and raises.
 
     A checkpointer serves one save: one that has failed leaves nothing behind for the next.
+
+    Args:
+      path: the folder of the files, in which they are written at once: whether they are whole is for the
+        manifest to say.
+      shared: all processes see one `path`; else each writes to its own, and what they have written makes up
+        the checkpoint when it is laid into one folder.
     """
     if not stored:
         return None
-    checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+    # Without a common disk every process makes its own folder, with a file for each of its shards.
+    options = ocp.options.MultiprocessingOptions(primary_host=0 if shared else None)
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=shared, multiprocessing_options=options)
+    in_place = ocp.path.atomicity.CommitFileTemporaryPath
+    checkpointer = ocp.AsyncCheckpointer(
+        handler, multiprocessing_options=options, temporary_path_class=in_place
+    )
     checkpointer.save(path, args=ocp.args.PyTreeSave(stored))
     return checkpointer
 

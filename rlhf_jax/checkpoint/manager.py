@@ -1,9 +1,12 @@
 """Checkpoints of whole training states: atomic, asynchronous, verified when they are restored.
 
 run/checkpoints/
-  step_00000100/manifest.json     what the step must hold (see `manifest`)
-  step_00000100/arrays/           the leaves, in Orbax's format
-  .saving_00000200/               a save under way, or one that was killed; renamed when whole
+  step_00000100/manifest.json  what the step must hold (see `manifest`); written last, and what makes it count
+  step_00000100/arrays/        the leaves, in Orbax's format; `arrays_2` and so on where it was saved again
+  step_00000200/unfinished     beside the arrays of a save under way, or of one that was killed
+
+Nothing is renamed, so the folder may be in an object store (`s3://`, `gs://`) or on a mount of one. Arrays
+pass through $TMPDIR then, on their way there and back, and what a killed save has written stays behind in it.
 """
 
 import concurrent.futures
@@ -11,39 +14,37 @@ import contextlib
 import json
 import logging
 import os
+import pathlib
 import re
-import shutil
-import time
+import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from rlhf_jax.checkpoint import arrays
+from rlhf_jax.checkpoint import arrays, drafts
+from rlhf_jax.checkpoint.drafts import Draft, commit, is_sealed
 from rlhf_jax.checkpoint.manifest import (
-    MANIFEST_NAME,
     DamagedError,
     Manifest,
     Warn,
+    bring,
     check_leaves,
     current_versions,
     find_whole,
     list_steps,
     load_manifest,
     print_warning,
-    seal,
-    step_name,
     verify,
 )
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.files import Path
 from rlhf_jax.core.trees import map_named, named_leaves
 
 T = TypeVar("T")
-_ARRAYS = "arrays"
-_SAVING = ".saving_"
 _OS_ERROR_CODE = re.compile(r"os_error_code='(\d+)'")
 
 
@@ -52,11 +53,12 @@ class CheckpointManager:
 
     One manager writes to a folder at a time; any number may read. A state is copied off the devices
     before `save` returns, so its buffers may be donated at once; files are written in a thread. A step
-    appears under its name only when it is whole. With several processes, all must call `save`, `wait`
-    and `restore` together, on one shared folder; the first process keeps the manifest.
+    counts only when it is whole. With several processes, all must call `save`, `wait` and `restore` together,
+    on one shared folder or object store; the first process keeps the manifest.
 
     Args:
-      folder: where the steps live; made at the first save.
+      folder: where the steps live, a local path or an address such as `s3://bucket/run/checkpoints`; made at
+        the first save.
       keep: how many of the newest steps remain when a new one is whole.
       config: the run's configuration, as JSON types, for the manifest.
       warn: receives one sentence about each damaged step that is passed over.
@@ -72,7 +74,7 @@ class CheckpointManager:
     ):
         if keep < 1:
             raise UserError(f"keep={keep} would leave no checkpoint: keep at least 1")
-        self._folder = Path(folder)
+        self._folder = files.as_path(folder)
         self._keep = keep
         self._config = config
         self._warn = warn
@@ -92,7 +94,7 @@ class CheckpointManager:
 
     def steps(self) -> list[int]:
         """Steps whose manifest is whole, ascending; their arrays are hashed only when restored."""
-        return [step for step, path in list_steps(self._folder).items() if _is_sealed(path)]
+        return [step for step, path in list_steps(self._folder).items() if is_sealed(path)]
 
     def latest_step(self) -> int | None:
         """The newest of `steps()`; None where there is none."""
@@ -117,15 +119,12 @@ class CheckpointManager:
         manifest = Manifest(step, arrays.describe(state), {}, current_versions(), self._config, extra)
         json.dumps([self._config, extra])  # raises here rather than in the thread
         self._refuse_older_than_whole(step)
-        saving = self._folder.absolute() / f"{_SAVING}{step:08d}"
-        with self._attributed(step, saving):
-            if jax.process_index() == 0:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                for leftover in self._folder.glob(f"{_SAVING}*"):
-                    _remove(leftover)
-                saving.mkdir()
-            checkpointer = arrays.start_writing(saving / _ARRAYS, arrays.to_storage(state))
-        self._pending = _in_thread(self._finish, manifest, saving, checkpointer)
+        with self._attributed(step):
+            draft = drafts.begin(self._folder, step)
+        with self._attributed(step, draft):
+            shared = draft.is_local or jax.process_count() == 1
+            checkpointer = arrays.start_writing(draft.place, arrays.to_storage(state), shared=shared)
+        self._pending = _in_thread(self._finish, manifest, draft, checkpointer)
         if wait:
             self.wait()
 
@@ -161,11 +160,11 @@ class CheckpointManager:
           UserError: no step is whole, or the step has other leaves, shapes or dtypes than `like`.
         """
         self.wait()
-        path, manifest = _find(self._folder, step, self._warn)
-        check_leaves(
-            manifest.leaves, arrays.describe(like), where=f"step {manifest.step} in `{self._folder}`"
-        )
-        return manifest.step, _read(path, like), manifest.extra
+        with _found(self._folder, step, self._warn) as (path, manifest):
+            check_leaves(
+                manifest.leaves, arrays.describe(like), where=f"step {manifest.step} in `{self._folder}`"
+            )
+            return manifest.step, _read(path / manifest.arrays, like), manifest.extra
 
     def _refuse_older_than_whole(self, step: int) -> None:
         """A step saved below a newer whole one would never be resumed from, and that silently."""
@@ -173,7 +172,8 @@ class CheckpointManager:
             if later <= step or later in self._known_damaged:
                 continue
             try:
-                verify(path)
+                with tempfile.TemporaryDirectory(prefix="rlhf_jax_verify_") as scratch:
+                    verify(bring(path, pathlib.Path(scratch)))
             except DamagedError:
                 self._known_damaged.add(later)
                 continue
@@ -182,38 +182,34 @@ class CheckpointManager:
                 "resume from that, remove it, or name another folder"
             )
 
-    def _finish(self, manifest: Manifest, saving: Path, checkpointer: Any) -> None:
-        with self._attributed(manifest.step, saving):
+    def _finish(self, manifest: Manifest, draft: Draft, checkpointer: Any) -> None:
+        with self._attributed(manifest.step, draft):
             if checkpointer is not None:
                 checkpointer.close()
-            if jax.process_index() == 0:
-                seal(saving, manifest)
-                _publish(saving, saving.parent / step_name(manifest.step))
-                self._known_damaged.discard(manifest.step)
-                self._prune(manifest.step)
+            commit(draft, manifest)
+        if jax.process_index() == 0:
+            self._known_damaged.discard(manifest.step)
+            self._prune(manifest.step)
 
     def _prune(self, saved: int) -> None:
         """Removes all but the newest `keep` steps up to the one just saved; newer ones it leaves alone."""
         steps = {step: path for step, path in list_steps(self._folder).items() if step <= saved}
-        kept = [step for step, path in steps.items() if _is_sealed(path)][-self._keep :]
+        kept = [step for step, path in steps.items() if is_sealed(path)][-self._keep :]
         for step in steps.keys() - set(kept):
             try:
-                # The manifest goes first, so that a kill half-way leaves nothing that looks whole.
-                (steps[step] / MANIFEST_NAME).unlink(missing_ok=True)
-                shutil.rmtree(steps[step])
+                drafts.remove(steps[step])
             except OSError as error:
                 self._warn(f"old step {step} in `{self._folder}` could not be removed ({error.strerror})")
 
     @contextlib.contextmanager
-    def _attributed(self, step: int, saving: Path) -> Iterator[None]:
+    def _attributed(self, step: int, draft: Draft | None = None) -> Iterator[None]:
         """Turns a failure into a `UserError` that names the step, and removes what had been written of it."""
         try:
             with _quiet_orbax():
                 yield
         except Exception as error:
-            if jax.process_index() == 0:
-                with contextlib.suppress(OSError):
-                    _remove(saving)
+            if draft is not None:
+                drafts.discard(draft)
             what = f"step {step} could not be saved in `{self._folder}` (those already saved are untouched)"
             reason = _system_error(error)
             if reason is None:
@@ -241,25 +237,37 @@ def restore_params(
     Raises:
       UserError: no step is whole, it has no such subtree, or the subtree is of another architecture.
     """
-    path, manifest = _find(Path(folder), step, warn)
-    prefix = f"{name}/"
-    saved = {leaf[len(prefix) :]: spec for leaf, spec in manifest.leaves.items() if leaf.startswith(prefix)}
-    if not saved:
-        present = ", ".join(dict.fromkeys(leaf.split("/")[0] for leaf in manifest.leaves))
-        raise UserError(f"step {manifest.step} in `{folder}` holds no `{name}`: it holds {present}")
-    where = f"`{name}` of step {manifest.step} in `{folder}`"
-    check_leaves(saved, arrays.describe(like), where=where, hint="this run's model")
-    return manifest.step, _read(path, like, prefix=prefix)
+    with _found(files.as_path(folder), step, warn) as (path, manifest):
+        prefix = f"{name}/"
+        saved = {
+            leaf[len(prefix) :]: spec for leaf, spec in manifest.leaves.items() if leaf.startswith(prefix)
+        }
+        if not saved:
+            present = ", ".join(dict.fromkeys(leaf.split("/")[0] for leaf in manifest.leaves))
+            raise UserError(f"step {manifest.step} in `{folder}` holds no `{name}`: it holds {present}")
+        where = f"`{name}` of step {manifest.step} in `{folder}`"
+        check_leaves(saved, arrays.describe(like), where=where, hint="this run's model")
+        return manifest.step, _read(path / manifest.arrays, like, prefix=prefix)
 
 
-def _find(folder: Path, step: int | None, warn: Warn) -> tuple[Path, Manifest]:
+@contextlib.contextmanager
+def _found(folder: Path, step: int | None, warn: Warn) -> Iterator[tuple[pathlib.Path, Manifest]]:
+    """The step to restore on a local disk, and its manifest, for as long as it is read."""
+    if isinstance(folder, pathlib.Path):
+        yield _find(folder, step, warn, folder)
+        return
+    with tempfile.TemporaryDirectory(prefix="rlhf_jax_restore_") as scratch:
+        yield _find(folder, step, warn, pathlib.Path(scratch))
+
+
+def _find(folder: Path, step: int | None, warn: Warn, scratch: pathlib.Path) -> tuple[pathlib.Path, Manifest]:
     """`find_whole`, where several processes take the word of the first: they must not choose differently."""
     if jax.process_count() == 1:
-        return find_whole(folder, step, warn)
+        return find_whole(folder, step, warn, scratch)
     found, failure = None, None
     if jax.process_index() == 0:
         try:
-            found = find_whole(folder, step, warn)
+            found = find_whole(folder, step, warn, scratch)
         except UserError as error:
             failure = error
     chosen = int(multihost_utils.broadcast_one_to_all(np.int32(found[1].step if found else -1)))
@@ -269,43 +277,13 @@ def _find(folder: Path, step: int | None, warn: Warn) -> tuple[Path, Manifest]:
         raise failure or UserError(
             f"the first process found no step to restore in `{folder}`: see its message"
         )
-    path = list_steps(folder)[chosen]
+    path = bring(list_steps(folder)[chosen], scratch)
     return path, load_manifest(path)
 
 
-def _read(path: Path, like: T, *, prefix: str = "") -> T:
-    values = arrays.read_arrays(path.absolute() / _ARRAYS, named_leaves(like), prefix=prefix)
+def _read(folder: pathlib.Path, like: T, *, prefix: str = "") -> T:
+    values = arrays.read_arrays(folder.absolute(), named_leaves(like), prefix=prefix)
     return map_named(lambda name, _: values[name], like)
-
-
-def _is_sealed(path: Path) -> bool:
-    try:
-        load_manifest(path)
-    except DamagedError:
-        return False
-    return True
-
-
-def _publish(saving: Path, final: Path) -> None:
-    """Gives a whole step its name; an older copy is set aside first and removed last."""
-    replaced = final.with_name(final.name + ".replaced")
-    if final.exists():
-        if replaced.exists():
-            shutil.rmtree(replaced)
-        final.rename(replaced)
-    saving.rename(final)
-    if replaced.exists():
-        shutil.rmtree(replaced)
-
-
-def _remove(folder: Path) -> None:
-    """Removes what a failed save left, whose writing threads may still be at work for a moment."""
-    for _ in range(20):
-        shutil.rmtree(folder, ignore_errors=True)
-        if not folder.exists():
-            return
-        time.sleep(0.1)
-    shutil.rmtree(folder)
 
 
 def _system_error(error: Exception) -> str | None:

@@ -1,8 +1,9 @@
-"""What a checkpoint is meant to hold, so that a damaged one cannot pass for a whole one.
+"""What a checkpoint is meant to hold, so that neither a torn nor a damaged one can pass for a whole one.
 
 Array files carry no checksum of their own: a flipped bit loads without a word. So beside the arrays
 of each step stands `manifest.json`: the SHA-256 of every file, name, shape and dtype of every leaf,
-the versions and the configuration of the run, and a digest of the manifest itself.
+the versions and the configuration of the run, and a digest of the manifest itself. It is written last, whole
+and at once, and makes a checkpoint of the folder: nothing is renamed but that file, if at all.
 """
 
 import concurrent.futures
@@ -11,16 +12,21 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import pathlib
 import platform
 import re
 import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.files import Path
 
 MANIFEST_NAME = "manifest.json"
+UNFINISHED_NAME = "unfinished"
+"""A file that stands in a step's folder from the first moment of a save until its manifest does."""
+
 _STEP_NAME = re.compile(r"step_(\d+)(\.replaced)?")
 _PACKAGES = ("rlhf_jax", "jax", "jaxlib", "numpy", "optax", "flax", "orbax-checkpoint")
 
@@ -53,6 +59,7 @@ class Manifest:
       versions: package -> version at the time of saving, Python and platform among them.
       config: the run's configuration as JSON, or None.
       extra: what the caller gave at that step as JSON (data fingerprint, iterator state), or None.
+      arrays: the folder within the step's that holds the leaves.
     """
 
     step: int
@@ -61,6 +68,7 @@ class Manifest:
     versions: dict[str, str]
     config: dict[str, Any] | None
     extra: dict[str, Any] | None
+    arrays: str = "arrays"
 
 
 def print_warning(message: str) -> None:
@@ -87,46 +95,45 @@ def step_name(step: int) -> str:
 def list_steps(folder: Path) -> dict[int, Path]:
     """Step folders by step, ascending, whole or not.
 
-    While a step is saved again, its older copy stands aside as `step_N.replaced`; that copy counts only
-    where a kill left nothing else of the step.
+    Earlier versions set the older copy of a step aside as `step_N.replaced` while it was saved again; that
+    copy counts where nothing whole of the step stands beside it.
 
     Raises:
       UserError: the folder is there but cannot be read.
     """
     found: dict[int, Path] = {}
     try:
-        entries = sorted(folder.iterdir()) if folder.is_dir() else []
+        for path in files.list_folder(folder):  # in order of names `step_N` comes before `step_N.replaced`
+            match = _STEP_NAME.fullmatch(path.name)
+            if match and (files.is_remote(path) or path.is_dir()):
+                if (
+                    match[2]
+                    and int(match[1]) in found
+                    and files.is_file(found[int(match[1])] / MANIFEST_NAME)
+                ):
+                    continue
+                found[int(match[1])] = path
     except OSError as error:
         raise UserError(f"`{folder}` cannot be read ({error.strerror}): mend its permissions") from None
-    for path in entries:  # in sorted order `step_N` comes before `step_N.replaced`
-        match = _STEP_NAME.fullmatch(path.name)
-        if match and path.is_dir():
-            found.setdefault(int(match[1]), path)
     return dict(sorted(found.items()))
 
 
-def seal(step_folder: Path, manifest: Manifest) -> None:
-    """Hashes every file below `step_folder`, flushes them to the disk and writes the manifest.
-
-    Args:
-      manifest: its `files` are replaced by the hashes.
-    """
-    paths = sorted(step_folder.rglob("*"))
-    files = {path.relative_to(step_folder).as_posix(): path for path in paths if path.is_file()}
+def hash_files(folder: pathlib.Path) -> dict[str, str]:
+    """SHA-256 of every file below a local folder, by relative path; the files are flushed to the disk."""
+    names = files.list_files(folder)
     with concurrent.futures.ThreadPoolExecutor() as threads:  # hashing lets go of the interpreter's lock
-        hashes = dict(
-            zip(files, threads.map(lambda path: _sha256(path, flush=True), files.values()), strict=True)
-        )
-    for path in paths:
+        hashes = list(threads.map(lambda name: _sha256(folder / name, flush=True), names))
+    for path in [folder, *folder.rglob("*")]:
         if path.is_dir():
-            _flush(path)
-    body = json.loads(json.dumps(dataclasses.asdict(dataclasses.replace(manifest, files=hashes))))
-    path = step_folder / MANIFEST_NAME
-    with path.open("w", encoding="ascii") as file:
-        json.dump({"digest": _digest(body), **body}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    _flush(step_folder)
+            files.sync_folder(path)
+    return dict(zip(names, hashes, strict=True))
+
+
+def seal(step_folder: Path, manifest: Manifest) -> None:
+    """Writes the manifest, which makes a checkpoint of what has been written."""
+    body = json.loads(json.dumps(dataclasses.asdict(manifest)))
+    text = json.dumps({"digest": _digest(body), **body}, indent=1)
+    files.write_whole(step_folder / MANIFEST_NAME, text)
 
 
 def load_manifest(step_folder: Path) -> Manifest:
@@ -136,7 +143,7 @@ def load_manifest(step_folder: Path) -> Manifest:
       DamagedError: it is missing, unreadable, changed, or belongs to another step.
     """
     try:
-        body = json.loads((step_folder / MANIFEST_NAME).read_text(encoding="ascii"))
+        body = json.loads(files.read_bytes(step_folder / MANIFEST_NAME).decode("ascii"))
         digest = body.pop("digest")
         if digest != _digest(body):
             raise DamagedError(f"{MANIFEST_NAME} has changed since it was saved")
@@ -154,11 +161,11 @@ def load_manifest(step_folder: Path) -> Manifest:
     return manifest
 
 
-def verify(step_folder: Path) -> Manifest:
+def verify(step_folder: pathlib.Path) -> Manifest:
     """The manifest of a step of which every file has been hashed anew.
 
     Raises:
-      DamagedError: names the first file that is missing or differs.
+      DamagedError: names the first file that is missing, differs, or does not belong to the step.
     """
     manifest = load_manifest(step_folder)
     with concurrent.futures.ThreadPoolExecutor() as threads:
@@ -166,10 +173,14 @@ def verify(step_folder: Path) -> Manifest:
         problem = next(filter(None, problems), None)
     if problem:
         raise DamagedError(problem)
+    arrays = step_folder / manifest.arrays
+    for name in files.list_files(arrays) if arrays.is_dir() else []:
+        if f"{manifest.arrays}/{name}" not in manifest.files and not name.rpartition("/")[2].startswith("."):
+            raise DamagedError(f"{manifest.arrays}/{name} is not of this step")
     return manifest
 
 
-def _problem(step_folder: Path, name: str, expected: str) -> str | None:
+def _problem(step_folder: pathlib.Path, name: str, expected: str) -> str | None:
     try:
         return None if _sha256(step_folder / name) == expected else f"{name} has changed since it was saved"
     except FileNotFoundError:
@@ -178,25 +189,54 @@ def _problem(step_folder: Path, name: str, expected: str) -> str | None:
         return f"{name} cannot be read ({error.strerror})"
 
 
-def find_whole(folder: Path, step: int | None, warn: Warn) -> tuple[Path, Manifest]:
+def bring(step_folder: Path, scratch: pathlib.Path) -> pathlib.Path:
+    """The step's folder itself, or a copy in `scratch` where it is in an object store.
+
+    Raises:
+      DamagedError: the manifest, or a file that it names, cannot be had.
+    """
+    if isinstance(step_folder, pathlib.Path):
+        return step_folder
+    manifest, local = load_manifest(step_folder), scratch / step_folder.name
+    try:
+        missing = sorted(manifest.files.keys() - set(files.list_files(step_folder)))
+        if missing:
+            raise DamagedError(f"{missing[0]} is missing")
+        files.download(step_folder, local, [*manifest.files, MANIFEST_NAME])
+    except OSError as error:
+        raise DamagedError(f"its files cannot be read ({error.strerror})") from None
+    return local
+
+
+def find_whole(
+    folder: Path, step: int | None, warn: Warn, scratch: pathlib.Path
+) -> tuple[pathlib.Path, Manifest]:
     """The step to restore: `step`, or the newest whole one, each damaged one before it named by `warn`.
+
+    A step whose save was killed is passed over silently: it never was a checkpoint.
+
+    Args:
+      scratch: a local folder for copies from an object store.
+
+    Returns:
+      (its folder on a local disk, its manifest)
 
     Raises:
       UserError: `step` is not there or damaged, or no step is whole.
     """
-    steps = list_steps(folder)
+    steps = {number: path for number, path in list_steps(folder).items() if not is_unfinished(path)}
     if step is not None:
         if step not in steps:
             raise UserError(f"`{folder}` holds no step {step}: choose one of {_enumerate(steps)}")
         try:
-            return steps[step], verify(steps[step])
+            return _verified(steps[step], scratch)
         except DamagedError as error:
             raise UserError(
                 f"step {step} in `{folder}` is damaged ({error}): name another, or none for the newest whole"
             ) from None
     for number in reversed(steps):
         try:
-            return steps[number], verify(steps[number])
+            return _verified(steps[number], scratch)
         except DamagedError as error:
             warn(f"step {number} in `{folder}` is damaged ({error}) and is skipped")
     if steps:
@@ -206,13 +246,24 @@ def find_whole(folder: Path, step: int | None, warn: Warn) -> tuple[Path, Manife
     raise UserError(f"`{folder}` holds no checkpoint: name the folder that a run saved to")
 
 
+def is_unfinished(step_folder: Path) -> bool:
+    """Whether the folder is what a save left that is under way or was killed."""
+    names = {path.name for path in files.list_folder(step_folder)}
+    return not names or (UNFINISHED_NAME in names and MANIFEST_NAME not in names)
+
+
+def _verified(step_folder: Path, scratch: pathlib.Path) -> tuple[pathlib.Path, Manifest]:
+    local = bring(step_folder, scratch)
+    return local, verify(local)
+
+
 def read_manifest(folder: str | os.PathLike[str], step: int | None = None) -> Manifest:
     """The manifest of `step`, or of the newest step whose manifest is whole. Array files are not hashed.
 
     Raises:
       UserError: there is none.
     """
-    steps = list_steps(Path(folder))
+    steps = list_steps(files.as_path(folder))
     for number in [step] if step is not None else reversed(steps):
         try:
             return load_manifest(steps[number])
@@ -268,17 +319,8 @@ def _digest(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def _sha256(path: Path, *, flush: bool = False) -> str:
+def _sha256(path: pathlib.Path, *, flush: bool = False) -> str:
     with path.open("rb") as file:
         if flush:
             os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(folder: Path) -> None:
-    """Makes the names in a folder outlast a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -19,13 +19,35 @@ import tyro
 from rlhf_jax import distributed
 from rlhf_jax.core.axes import GATHERED_SAMPLING, axis_rules
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.files import as_path
 from rlhf_jax.distributed.runtime import choose_threads
 from rlhf_jax.stages.common import RunOptions, flags, to_json
 from rlhf_jax.training import Interrupted
 from rlhf_jax.training.run_folder import command_words
 
 Options = TypeVar("Options")
-EXIT_LOST_PEER = 75  # "try again later", as a scheduler that starts the run anew understands it
+EXIT_NOT_FINISHED = 75
+"""The run is saved and not at its end: the same command with `--resume` goes on with it. The number is that
+of "try again later" (sysexits.h), at which schedulers are told to start the run anew."""
+
+_PATHS = tyro.constructors.ConstructorRegistry()
+"""How options of type `Path` are read: as local paths, or addresses of object stores."""
+
+
+@_PATHS.primitive_rule
+def _path_rule(info: Any) -> Any:
+    if info.type is not Path:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: as_path(words[0]),
+        is_instance=lambda value: isinstance(value, os.PathLike),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+_RESUME = {"auto": "--resume", "never": "--no-resume"}
 
 
 def run_command(
@@ -39,8 +61,8 @@ def run_command(
 ) -> None:
     """Parses the command line, runs, and turns what went wrong into one sentence and an exit status.
 
-    Status 2 for a mistake of the user, 130 after Ctrl-C, 0 after SIGTERM (the run was saved either way), 75
-    where another process of the run was lost.
+    Status 2 for a mistake of the user; 130 after Ctrl-C; 75, not finished, after SIGTERM or SIGUSR1 and where
+    another process of the run was lost. The run was saved before it ended by a signal.
 
     Args:
       side_by_side: whole runs under `vmap` are all that is computed (`core.compilation.choose_threads`).
@@ -51,8 +73,9 @@ def run_command(
         options, unknown = tyro.cli(
             options_type,
             prog=name,
-            args=arguments,
+            args=with_plain_resume(sys.argv[1:] if arguments is None else arguments),
             description=_first_paragraph(description),
+            registry=_PATHS,
             return_unknown_args=True,
         )
         if unknown:
@@ -67,7 +90,7 @@ def run_command(
         sys.exit(2)
     except Interrupted as interrupted:
         print(f"Stopped after step {interrupted.step}, which is saved. {_how_to_resume()}", file=sys.stderr)
-        sys.exit(0 if interrupted.signal_number == signal.SIGTERM else 130)
+        sys.exit(130 if interrupted.signal_number == signal.SIGINT else EXIT_NOT_FINISHED)
     except KeyboardInterrupt:
         print(f"Stopped at once; what was saved before is kept. {_how_to_resume()}", file=sys.stderr)
         sys.exit(130)
@@ -108,7 +131,7 @@ def _end_one_of_several(error: Exception) -> None:
     """Ends this process at once: an orderly end would wait for others that wait for this one, or are gone."""
     if distributed.is_lost_peer(error):
         print(f"error: {distributed.lost_peer_message(error)}", file=sys.stderr, flush=True)
-        distributed.abandon(EXIT_LOST_PEER)
+        distributed.abandon(EXIT_NOT_FINISHED)
     traceback.print_exc()
     distributed.abandon(1)
 
@@ -133,8 +156,28 @@ def _print_unless_late(report: Any) -> None:
 
 
 def _how_to_resume() -> str:
-    words = [word for word in command_words() if word not in ("--resume", "--no-resume")] + ["--resume"]
-    return f"To go on: {shlex.join(words)}"
+    words = [word for word in with_plain_resume(command_words()) if word not in ("--resume", "--no-resume")]
+    return f"To go on: {shlex.join([*words, '--resume'])}"
+
+
+def with_plain_resume(words: Sequence[str]) -> list[str]:
+    """Words of a command line in which `--resume auto` is `--resume`, and `--resume never` is `--no-resume`.
+
+    Raises:
+      UserError: another word follows it.
+    """
+    plain, rest = [], list(words)
+    while rest:
+        name, equals, value = rest.pop(0).partition("=")
+        if name != "--resume":
+            plain.append(name + equals + value)
+            continue
+        if not equals:
+            value = rest.pop(0) if rest and not rest[0].startswith("-") else "auto"
+        if value not in _RESUME:
+            raise UserError(f"--resume {value}: there is no such way to resume: give auto or never")
+        plain.append(_RESUME[value])
+    return plain
 
 
 def _first_paragraph(text: str | None) -> str:

@@ -3,13 +3,14 @@
 import bisect
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
 import jax
 import numpy as np
 
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.files import Path, PathLike
 from rlhf_jax.core.types import Bool, Int, PRNGKeyArray, Sequences
 from rlhf_jax.data.sources import read_rows
 from rlhf_jax.data.tokenizers import Tokenizer
@@ -60,7 +61,7 @@ class FillInTheMiddle:
 # Reading -------------------------------------------------------------------------------------------
 
 
-def read_documents(spec: str | Path, *, separator: str = "") -> list[Document]:
+def read_documents(spec: PathLike, *, separator: str = "") -> list[Document]:
     """Documents of text files, or of rows with a field `text`.
 
     Args:
@@ -71,12 +72,14 @@ def read_documents(spec: str | Path, *, separator: str = "") -> list[Document]:
     Raises:
       UserError: nothing to read, text that is not UTF-8, or a row without `text`.
     """
-    path = Path(spec)
-    files = sorted(path.glob("*.txt")) if path.is_dir() else [path] if path.suffix.lower() == ".txt" else []
-    if path.is_dir() and not files:
+    path = files.as_path(spec)
+    is_folder = files.is_folder(path)
+    found = files.list_folder(path) if is_folder else [path]
+    texts = [file for file in found if file.suffix.lower() == ".txt"]
+    if is_folder and not texts:
         raise UserError(f"{path}: the folder holds no .txt file; name a file, or put text files into it")
-    if files:
-        documents = [document for file in files for document in _read_text(file, separator)]
+    if texts:
+        documents = [document for file in texts for document in _read_text(file, separator)]
     else:
         documents = []
         for row in read_rows(spec):
@@ -93,7 +96,7 @@ def read_documents(spec: str | Path, *, separator: str = "") -> list[Document]:
 
 def _read_text(path: Path, separator: str) -> list[Document]:
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = files.read_text(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None
     except UnicodeDecodeError as error:

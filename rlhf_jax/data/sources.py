@@ -6,16 +6,19 @@ twice, half a surrogate pair) is refused here, by file and line.
 
 import dataclasses
 import difflib
+import io
 import json
 import math
+import pathlib
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.files import Path, PathLike
 
 _TFDS_SPEC = re.compile(r"tfds:(?P<name>[^:]+(?::\d+\.\d+\.\d+)?)(?::(?P<split>.+))?")
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -38,12 +41,13 @@ class _Malformed(ValueError):
     """What is wrong with a value, as the middle of a sentence."""
 
 
-def read_rows(spec: str | Path) -> list[Row]:
+def read_rows(spec: PathLike) -> list[Row]:
     """Reads all rows of a data set.
 
     Args:
-      spec: a path that ends in .jsonl, .json (an array of objects, or an object a line) or .parquet; or
-        `tfds:NAME[:SPLIT]` (split `train` unless named), prepared first where it is not yet on disk.
+      spec: a path, or an address such as s3://BUCKET/FILE, that ends in .jsonl, .json (an array of objects,
+        or an object a line) or .parquet; or `tfds:NAME[:SPLIT]` (split `train` unless named), prepared first
+        where it is not yet on disk.
 
     Raises:
       UserError: a missing, unreadable or empty file, or a malformed row.
@@ -51,7 +55,7 @@ def read_rows(spec: str | Path) -> list[Row]:
     if isinstance(spec, str) and spec.startswith("tfds:"):
         rows = list(_read_tfds(spec))
     else:
-        rows = _read_file(Path(spec))
+        rows = _read_file(files.as_path(spec))
     if not rows:
         raise UserError(f"{spec}: the data set is empty; give one with at least one row")
     return rows
@@ -59,20 +63,20 @@ def read_rows(spec: str | Path) -> list[Row]:
 
 def _read_file(path: Path) -> list[Row]:
     readers = {".jsonl": _read_json, ".json": _read_json, ".parquet": _read_parquet}
-    if path.is_dir():
-        raise UserError(f"{path}: a folder, not a file; name the .jsonl, .json or .parquet file in it")
-    if not path.exists():
-        raise UserError(f"{path}: no such file; {_suggestion(path)}")
-    if path.suffix.lower() not in readers:
-        raise UserError(f"{path}: cannot read a file of this kind; give a .jsonl, .json or .parquet file")
     try:
+        if files.is_folder(path):
+            raise UserError(f"{path}: a folder, not a file; name the .jsonl, .json or .parquet file in it")
+        if not files.exists(path):
+            raise UserError(f"{path}: no such file; {_suggestion(path)}")
+        if path.suffix.lower() not in readers:
+            raise UserError(f"{path}: cannot read a file of this kind; give a .jsonl, .json or .parquet file")
         return list(readers[path.suffix.lower()](path))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the file") from None
 
 
 def _suggestion(path: Path) -> str:
-    names = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+    names = [file.name for file in files.list_folder(path.parent)]
     near = difflib.get_close_matches(path.name, names, n=1)
     return f"did you mean {path.parent / near[0]}?" if near else "check the path"
 
@@ -81,7 +85,7 @@ def _suggestion(path: Path) -> str:
 
 
 def _read_json(path: Path) -> Iterator[Row]:
-    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    content = files.read_bytes(path).removeprefix(b"\xef\xbb\xbf")
     if path.suffix.lower() == ".json" and content.lstrip()[:1] == b"[":
         yield from _read_array(path, content)
         return
@@ -200,7 +204,8 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(path)
+        local = isinstance(path, pathlib.Path)
+        table = pyarrow.parquet.read_table(path if local else io.BytesIO(files.read_bytes(path)))
     except pyarrow.ArrowException as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: not a Parquet file that can be read ({reason}); write it again") from None

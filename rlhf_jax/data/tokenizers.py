@@ -4,10 +4,11 @@ import functools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.files import Path, PathLike
 from rlhf_jax.data.templates import CHATML, TemplateError, render
 
 PAD, TURN_START, TURN_END = "<|pad|>", "<|im_start|>", "<|im_end|>"
@@ -91,11 +92,10 @@ class Tokenizer:
         backend.add_special_tokens([text for text in texts if text not in self.special_tokens])
         return Tokenizer(backend, self.names, self.chat_template)
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: PathLike) -> None:
         """Writes tokenizer.json and tokenizer_config.json, the layout that Hugging Face tools read."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.backend.save(str(folder / "tokenizer.json"))
+        folder = files.as_path(folder)
+        files.write_whole(folder / "tokenizer.json", self.backend.to_str(pretty=True))
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
@@ -103,7 +103,7 @@ class Tokenizer:
             **self.names,
         }
         text = json.dumps(config, indent=2, ensure_ascii=False)
-        (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+        files.write_whole(folder / "tokenizer_config.json", text + "\n")
 
     @functools.cached_property
     def special_pattern(self) -> re.Pattern[str]:
@@ -236,7 +236,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return Tokenizer(backend, {"eos_token": TURN_END, "pad_token": PAD})
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: PathLike) -> Tokenizer:
     """Reads a Hugging Face tokenizer: a folder, or its tokenizer.json.
 
     From tokenizer_config.json beside it come the names of special tokens and the chat template, which a
@@ -248,12 +248,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     from tokenizers import Tokenizer as Backend
 
-    path = Path(path)
-    file = path / "tokenizer.json" if path.is_dir() else path
-    if not file.is_file():
+    path = files.as_path(path)
+    file = path / "tokenizer.json" if files.is_folder(path) else path
+    if not files.is_file(file):
         raise UserError(f"{file}: no such tokenizer; give a folder that holds tokenizer.json")
     try:
-        backend = Backend.from_file(str(file))
+        backend = Backend.from_str(files.read_text(file))
     except Exception as error:  # the library raises bare Exception for a malformed file
         raise UserError(f"{file}: not a tokenizer.json ({error}); fetch it again") from None
     config = _read_config(file.with_name("tokenizer_config.json"))
@@ -286,10 +286,10 @@ def _turn_end(tokenizer: Tokenizer) -> int:
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    if not file.is_file():
+    if not files.is_file(file):
         return {}
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(files.read_text(file))
     except ValueError as error:
         raise UserError(f"{file}: not JSON ({error}); fetch the file again") from None
     if not isinstance(config, dict):
@@ -306,8 +306,8 @@ def _token_text(item: tuple[str, Any]) -> tuple[str, str | None]:
 
 
 def _chat_template(config: dict[str, Any], file: Path) -> str:
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
+    if files.is_file(file):
+        return files.read_text(file)
     template = config.get("chat_template")
     if isinstance(template, list):  # several named ones: take the default
         named = {entry["name"]: entry["template"] for entry in template if isinstance(entry, dict)}

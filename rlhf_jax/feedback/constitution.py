@@ -10,10 +10,11 @@ each is asked:
 import dataclasses
 import string
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.files import PathLike
 from rlhf_jax.data.sources import read_rows
 
 _PLACES = {"comparison": {"prompt", "first", "second"}, "rating": {"prompt", "answer"}}
@@ -66,17 +67,17 @@ def principle_of(text: str, name: str = "") -> Principle:
     )
 
 
-def read_constitution(path: str | Path) -> list[Principle]:
+def read_constitution(path: PathLike) -> list[Principle]:
     """Principles of a file: a line each, or JSONL rows (see the module's text).
 
     Raises:
       UserError: the file cannot be read, has no principle, or one that cannot be asked; with its line.
     """
-    path = Path(path)
+    path = files.as_path(path)
     if path.suffix in (".jsonl", ".json"):
         return [_checked(_from_row(row.fields, row.where), row.where) for row in read_rows(path)]
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = files.read_text(path).split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"{path}: cannot be read ({error}): give a text file with a principle a line"

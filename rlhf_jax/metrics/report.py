@@ -8,12 +8,13 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.files import Path
 from rlhf_jax.metrics.headline import STAGE_NAMES, TableRow, base_row, display, headline
 from rlhf_jax.metrics.health import HEALTH, HEALTH_CHECKS
 from rlhf_jax.metrics.plots import Curve, curve_svg
@@ -76,8 +77,8 @@ def write_report(
     """
     import jinja2
 
-    folder = Path(folder)
-    if not folder.is_dir():
+    folder = files.as_path(folder)
+    if not files.is_folder(folder):
         raise UserError(f"{folder}: no such run folder; give the folder that the run was told with --out")
     template = (resources.files("rlhf_jax.metrics") / "report.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(
@@ -88,10 +89,9 @@ def write_report(
     )
     # JSON may hold lone surrogates, which UTF-8 cannot.
     data = html.encode("utf-8", errors="backslashreplace")
-    path, part = folder / REPORT_FILE, folder / (REPORT_FILE + ".part")
+    path = folder / REPORT_FILE
     try:
-        part.write_bytes(data)
-        os.replace(part, path)
+        files.write_whole(path, data)
     except OSError as error:
         raise UserError(
             f"{path}: cannot write the report ({error.strerror}); free or unlock the disk"
@@ -139,10 +139,10 @@ def _picture_views(pictures: Mapping[str, Path]) -> list[dict[str, str]]:
 
 
 def _read_json(path: Path, kind: type) -> Any:
-    if not path.exists():
-        return kind()
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(files.read_text(path))
+    except FileNotFoundError:
+        return kind()
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); mend or remove the file") from error
     if not isinstance(value, kind):
@@ -154,7 +154,11 @@ def _read_json(path: Path, kind: type) -> Any:
 
 def _read_curves(folder: Path) -> dict[str, dict[str, list[Curve]]]:
     """Stage -> metric -> one curve a seed: the stages of RLHF in their order, then others as they come."""
-    seeds = sorted(folder.glob(f"seed_*/**/{METRICS_FILE}"), key=lambda path: _natural(str(path)))
+    below = [path for path in files.list_folder(folder) if path.name.startswith("seed_")]
+    found = [path / name for path in below for name in files.list_files(path)]
+    seeds = sorted(
+        (path for path in found if path.name == METRICS_FILE), key=lambda path: _natural(str(path))
+    )
     points: dict[str, dict[str, list[dict[int, float]]]] = {}
     for run in [folder, *(path.parent for path in seeds)]:
         below = "/".join(run.relative_to(folder).parts[1:])  # two stages of a seed may run the same script

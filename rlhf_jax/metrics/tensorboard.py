@@ -2,12 +2,15 @@
 
 import math
 import os
+import pathlib
+import shutil
+import tempfile
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from rlhf_jax.metrics.writers import disk_errors
+from rlhf_jax.core import files
+from rlhf_jax.metrics.writers import SECONDS_BETWEEN_UPLOADS, disk_errors
 
 
 class TensorBoardLogger:
@@ -23,7 +26,9 @@ class TensorBoardLogger:
     _seconds_between_flushes = 10.0
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self._folder = Path(folder)
+        self._folder = files.as_path(folder)
+        # Events are written here: beside the folder's address where that is in an object store.
+        self._local = self._folder if isinstance(self._folder, pathlib.Path) else None
         self._writer: Any = None
         self._flushed_at = 0.0
 
@@ -43,7 +48,9 @@ class TensorBoardLogger:
                 self._writer = self._open(step)
             self._writer.write_event(_event(step, summary={"value": values}))
             # A flush of this writer also syncs the disk: too slow for every step.
-            if time.monotonic() - self._flushed_at > self._seconds_between_flushes:
+            remote = files.is_remote(self._folder)
+            pause = SECONDS_BETWEEN_UPLOADS if remote else self._seconds_between_flushes
+            if time.monotonic() - self._flushed_at > pause:
                 self._flush()
 
     def close(self) -> None:
@@ -51,21 +58,31 @@ class TensorBoardLogger:
         if self._writer is not None:
             with disk_errors(self._folder):
                 self._writer.close()
+                self._upload()
             self._writer = None
+            if files.is_remote(self._folder) and self._local is not None:
+                shutil.rmtree(self._local, ignore_errors=True)
 
     def _open(self, step: int) -> Any:
         from tensorboardX.event_file_writer import EventsWriter
 
-        self._folder.mkdir(parents=True, exist_ok=True)
+        if self._local is None:
+            self._local = pathlib.Path(tempfile.mkdtemp())
+        self._local.mkdir(parents=True, exist_ok=True)
         # The suffix keeps two writers of the same second from truncating each other's file.
-        self._writer = EventsWriter(str(self._folder / "events"), f".{time.time_ns()}.{os.getpid()}")
+        self._writer = EventsWriter(str(self._local / "events"), f".{time.time_ns()}.{os.getpid()}")
         self._writer.write_event(_event(step, session_log={"status": "START"}))
         self._flush()
         return self._writer
 
     def _flush(self) -> None:
         self._writer.flush()
+        self._upload()
         self._flushed_at = time.monotonic()
+
+    def _upload(self) -> None:
+        if files.is_remote(self._folder) and self._local is not None:
+            files.upload(self._local, self._folder, files.list_files(self._local))
 
 
 def _event(step: int, **what: Any) -> Any:

@@ -3,18 +3,22 @@
 import json
 import math
 import os
+import pathlib
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.files import Path
 
 METRICS_FILE = "metrics.jsonl"
+SECONDS_BETWEEN_UPLOADS = 30.0
+"""How long lines may wait before they are in an object store, to whose files nothing can be appended."""
 _OWN_FIELDS = ("stage", "step", "time")
 
 
@@ -28,6 +32,9 @@ class JSONLLogger:
     On resume, lines that the killed run wrote after the checkpoint are dropped first, so that apart from
     `time` the file ends up equal to that of a run never killed. One writer at a time may be open on a folder.
 
+    In an object store both files are written anew as a whole, every `SECONDS_BETWEEN_UPLOADS` and on `flush`.
+    Call that before a checkpoint is saved: what a kill then loses is what a resume does again.
+
     Args:
       folder: the run folder, made if missing.
       stage: name of the stage, such as "sft"; written on every line.
@@ -39,14 +46,12 @@ class JSONLLogger:
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, stage: str, resume_step: int | None = None) -> None:
-        self.folder = Path(folder)
+        self.folder = files.as_path(folder)
         self.stage = stage
         self._path = self.folder / METRICS_FILE
         with disk_errors(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _drop_lines(self._path, stage, resume_step)
-            # Unbuffered: nothing is left in the process for a kill to lose or for `close` to fail on.
-            self._lines = open(self._path, "ab", buffering=0)  # noqa: SIM115 (closed by `close`)
+            kept = _drop_lines(self._path, stage, resume_step)
+            self._lines = _open_lines(self._path, kept)
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """Writes the metrics of one step.
@@ -64,6 +69,15 @@ class JSONLLogger:
         record |= {name: value if math.isfinite(value) else None for name, value in numbers.items()}
         with disk_errors(self._path):
             _write_all(self._lines, json.dumps(record, allow_nan=False).encode() + b"\n")
+
+    def flush(self) -> None:
+        """Returns when all lines are where they belong, which on a local disk they are already.
+
+        Raises:
+          UserError: the disk is full, or the object store does not answer.
+        """
+        with disk_errors(self._path):
+            self._lines.flush()
 
     def close(self) -> None:
         """Closes the file; a second call does nothing."""
@@ -96,11 +110,13 @@ def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Raises:
       UserError: another line is not a JSON object.
     """
-    path = Path(folder) / METRICS_FILE
-    if not path.exists():
+    path = files.as_path(folder) / METRICS_FILE
+    try:
+        content = files.read_bytes(path)
+    except (FileNotFoundError, NotADirectoryError):
         return []
     # Split on the newline byte only: str.splitlines also splits at U+2028.
-    *lines, _torn = path.read_bytes().split(b"\n")
+    *lines, _torn = content.split(b"\n")
     return [_parse(line, path, number) for number, line in enumerate(lines, start=1)]
 
 
@@ -124,11 +140,16 @@ def _to_number(name: str, value: Any) -> bool | int | float:
     return kind(array[()])
 
 
-def _drop_lines(path: Path, stage: str, resume_step: int | None) -> None:
-    """Drops a torn last line, and lines of `stage` after `resume_step`, in one atomic replacement."""
-    if not path.exists():
-        return
-    before = path.read_bytes()
+def _drop_lines(path: Path, stage: str, resume_step: int | None) -> bytes:
+    """Drops a torn last line, and lines of `stage` after `resume_step`, in one atomic replacement.
+
+    Returns:
+      the lines that are left.
+    """
+    try:
+        before = files.read_bytes(path)
+    except FileNotFoundError:
+        return b""
     *lines, _torn = before.split(b"\n")
     kept: list[bytes] = []
     for number, line in enumerate(lines, start=1):
@@ -139,14 +160,40 @@ def _drop_lines(path: Path, stage: str, resume_step: int | None) -> None:
         if not late:
             kept.append(line + b"\n")
     after = b"".join(kept)
-    if after == before:
-        return
-    temporary = path.with_name(path.name + ".part")
-    with open(temporary, "wb") as file:
-        file.write(after)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    if after != before:
+        files.write_whole(path, after)
+    return after
+
+
+def _open_lines(path: Path, kept: bytes) -> Any:
+    """What lines are appended to."""
+    if not isinstance(path, pathlib.Path):
+        return _UploadedLines(path, kept)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Unbuffered: nothing is left in the process for a kill to lose or for `close` to fail on.
+    return open(path, "ab", buffering=0)
+
+
+class _UploadedLines:
+    """A file of an object store that grows: it is sent anew as a whole, now and then."""
+
+    def __init__(self, path: Path, kept: bytes) -> None:
+        self._path, self._content, self._sent = path, bytearray(kept), len(kept)
+        self._sent_at = time.monotonic()
+
+    def write(self, data: bytes) -> int:
+        self._content += data
+        if time.monotonic() - self._sent_at > SECONDS_BETWEEN_UPLOADS:
+            self.flush()
+        return len(data)
+
+    def flush(self) -> None:
+        if self._sent < len(self._content):
+            files.write_whole(self._path, bytes(self._content))
+            self._sent, self._sent_at = len(self._content), time.monotonic()
+
+    def close(self) -> None:
+        self.flush()
 
 
 def _write_all(file: Any, data: bytes) -> None:

@@ -47,9 +47,10 @@ class RunOptions:
     """Where a run writes, and how it goes on.
 
     Attributes:
-      out: the run folder.
+      out: the run folder: a local one, or an address such as s3://BUCKET/RUN or gs://BUCKET/RUN.
       seed: decides initial weights, order of the data, and sampling.
-      resume: go on from the newest whole checkpoint in the run folder, if there is one.
+      resume: go on from the newest whole checkpoint in the run folder, if there is one, and start otherwise;
+        --resume auto says the same, --resume never the opposite.
       steps: steps in all.
       save_every: steps between checkpoints.
       eval_every: steps between evaluations on the held-out data; 0 for one at the end.

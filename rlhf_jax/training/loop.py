@@ -12,13 +12,14 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 
 from rlhf_jax.checkpoint import CheckpointManager
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.files import Path
 from rlhf_jax.core.train_state import with_frozen, without_frozen
 from rlhf_jax.core.types import Metrics
 from rlhf_jax.distributed import any_host, is_first_host
@@ -68,7 +69,7 @@ class Interrupted(Exception):
     """The loop was asked to stop, and saved.
 
     Attributes:
-      signal_number: SIGINT or SIGTERM.
+      signal_number: SIGINT, SIGTERM or SIGUSR1.
       step: the last step done, which the newest checkpoint holds.
     """
 
@@ -99,7 +100,8 @@ def run_loop(
       step_fn: (state, step) -> (state, metrics), with steps counted from 0. A metric `tokens` becomes a
         rate; `skipped_in_a_row` above the limit ends the run with an error.
       stage: the name of the metrics' lines and of the progress bar.
-      folder: `folder/checkpoints` and `folder/metrics.jsonl` are written.
+      folder: local, or an address such as `s3://BUCKET/RUN`; `folder/checkpoints` and
+        `folder/metrics.jsonl` are written.
       resume: go on from the newest whole checkpoint, if there is one.
       run_config: kept in each checkpoint's manifest.
       data_fingerprint: kept in each checkpoint, and compared on resuming: a run goes on with its own data.
@@ -112,9 +114,9 @@ def run_loop(
     Raises:
       UserError: the folder holds checkpoints and `resume` is False, or those of a run on other data; too
         many steps were not finite.
-      Interrupted: on SIGINT or SIGTERM, after the step under way was finished and saved.
+      Interrupted: on SIGINT, SIGTERM or SIGUSR1, after the step under way was finished and saved.
     """
-    folder, meter, first = Path(folder), meter or Meter(), is_first_host()
+    folder, meter, first = files.as_path(folder), meter or Meter(), is_first_host()
     calls = [on_step] if callable(on_step) else list(on_step)
     with contextlib.ExitStack() as stack:
         others = [as_logger(logger) for logger in loggers]
@@ -123,7 +125,7 @@ def run_loop(
         checkpoints = CheckpointManager(folder / "checkpoints", keep=config.keep, config=run_config)
         stack.enter_context(checkpoints)
         start, state = _restore(state, checkpoints, folder, resume, data_fingerprint)
-        log = _open_log(stack, folder, stage, start, others)
+        log, flush = _open_log(stack, folder, stage, start, others)
         progress = Progress(stage, config.steps, completed=start, quiet=config.quiet or not first)
         stack.enter_context(progress)
         received = stack.enter_context(_signals())
@@ -163,6 +165,7 @@ def run_loop(
             stopping = any_host(bool(received))
             if stopping or _is_due(done, config.save_every, config.steps):
                 saved, wait = without_frozen(state), stopping or done == config.steps
+                flush()  # a checkpoint whose lines are lost would leave a gap in them
                 # Its seconds stand in the next step's line: a step is logged before it is saved.
                 with meter.timing("save"):
                     checkpoints.save(done, saved, extra={"data": data_fingerprint}, wait=wait)
@@ -195,10 +198,10 @@ def _restore(
 
 def _open_log(
     stack: contextlib.ExitStack, folder: Path, stage: str, start: int, loggers: Sequence[Logger]
-) -> Callable[[Mapping[str, Any], int], None]:
-    """`log(metrics, steps done)` to `metrics.jsonl` and to the loggers, in the first process alone."""
+) -> tuple[Callable[[Mapping[str, Any], int], None], Callable[[], None]]:
+    """(`log(metrics, steps done)`, `flush()`) to `metrics.jsonl` and to the loggers, in the first process alone."""
     if not is_first_host():
-        return lambda metrics, done: None
+        return lambda metrics, done: None, lambda: None
     # A run that begins anew writes its first evaluation again.
     writer = stack.enter_context(JSONLLogger(folder, stage=stage, resume_step=start or -1))
 
@@ -208,7 +211,7 @@ def _open_log(
         for logger in loggers:
             logger.log(numbers, done)
 
-    return log
+    return log, writer.flush
 
 
 def _recall(monitor: HealthMonitor, folder: Path, stage: str, start: int) -> HealthMonitor:
@@ -235,9 +238,12 @@ def _stop_if_diverged(metrics: Mapping[str, Any], config: LoopConfig, done: int,
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM; a second one of them takes its usual course."""
+    """Collects the signals that ask for an end; a second one of them takes its usual course.
+
+    SIGTERM is what Kubernetes and preempted machines send, SIGUSR1 what SLURM is told to send ahead of time.
+    """
     received: list[int] = []
-    watched = (signal.SIGINT, signal.SIGTERM)
+    watched = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     try:
         previous: dict[int, Any] = {int(number): signal.getsignal(number) for number in watched}
 

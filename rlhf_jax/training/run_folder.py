@@ -16,19 +16,21 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import pathlib
 import platform
 import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import jax
 
 from rlhf_jax import distributed, models
 from rlhf_jax.checkpoint import CheckpointManager, read_manifest, restore_params
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.files import Path
 from rlhf_jax.core.trees import merge, partition
 from rlhf_jax.core.types import Params, PRNGKeyArray
 from rlhf_jax.data.tokenizers import Tokenizer, load_tokenizer
@@ -94,13 +96,10 @@ def write_json(path: Path, data: Any) -> None:
     """Writes JSON for people to read, whole or not at all; the folder is made if missing.
 
     Raises:
-      UserError: the disk is full or read-only.
+      UserError: the disk is full or read-only, or the object store does not answer.
     """
-    part = path.with_name(path.name + ".part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(data, indent=2, default=str) + "\n", encoding="utf-8")
-        os.replace(part, path)
+        files.write_whole(path, json.dumps(data, indent=2, default=str) + "\n")
     except OSError as error:
         raise UserError(
             f"{path}: cannot be written ({error.strerror}): free or unlock the disk, or choose another --out"
@@ -121,14 +120,16 @@ def versions() -> dict[str, str]:
 @functools.cache
 def commit() -> str | None:
     """The commit of the checkout that this package runs from, with `+` where files differ from it."""
-    root = Path(__file__).resolve().parents[2]
+    root = pathlib.Path(__file__).resolve().parents[2]
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(root), *words]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        if Path(git("rev-parse", "--show-toplevel")) != root:  # installed into another project's folder
+        if (
+            pathlib.Path(git("rev-parse", "--show-toplevel")) != root
+        ):  # installed into another project's folder
             return None
         changed = git("status", "--porcelain", "--untracked-files=no")
         return git("rev-parse", "--short=10", "HEAD") + "+" * bool(changed)
@@ -145,6 +146,7 @@ def command_words() -> list[str]:
 
 def describe_run(folder: Path, config: Mapping[str, Any], **more: Any) -> None:
     """Writes `folder/config.json`."""
+    folder = files.as_path(folder)
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     write_json(
         folder / "config.json",
@@ -165,9 +167,10 @@ def read_held_run(folder: Path, stage: str, *, resume: bool) -> Mapping[str, Any
     Raises:
       UserError: it holds one and `resume` is False, or that of another stage.
     """
+    folder = files.as_path(folder)
     latest = CheckpointManager(folder / "checkpoints").latest_step()
     path = folder / "config.json"
-    if latest is None or (resume and not path.exists()):
+    if latest is None or (resume and not files.is_file(path)):
         return {}
     if not resume:
         raise UserError(
@@ -175,7 +178,7 @@ def read_held_run(folder: Path, stage: str, *, resume: bool) -> Mapping[str, Any
             "or choose another --out"
         )
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
+        held = json.loads(files.read_text(path))
         held_stage, config = held.get("stage", stage), dict(held["config"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
@@ -216,8 +219,9 @@ def write_model_files(
     Raises:
       UserError: the folder holds checkpoints of another architecture, tokenizer or base, or is read-only.
     """
+    folder = files.as_path(folder)
     path = folder / "model.json"
-    if path.exists() and CheckpointManager(folder / "checkpoints").latest_step() is not None:
+    if files.is_file(path) and CheckpointManager(folder / "checkpoints").latest_step() is not None:
         _, held_config, held_tokenizer, held = _read_model_files(folder)
         if adaptation is not None and held is not None and held.base.digest != adaptation.base.digest:
             raise UserError(
@@ -235,8 +239,7 @@ def write_model_files(
         base = adaptation.base
         description["adapter"] = models.adapter_to_dict(adaptation.adapter)
         description["quantisation"] = models.adapter_to_dict(adaptation.quantisation)
-        # Relative, so that both folders may be moved together.
-        where = os.path.relpath(base.folder.resolve(), folder.resolve())
+        where = _way(folder, base.folder)
         description["base"] = {"folder": where, "step": base.step, "digest": base.digest}
     write_json(path, description)
     try:
@@ -246,6 +249,25 @@ def write_model_files(
             f"{folder / 'tokenizer'}: cannot be written ({error}): free or unlock the disk, "
             "or choose another --out"
         ) from error
+
+
+def _way(folder: Path, other: Path) -> str:
+    """How to get from a run's folder to another: relative, so that both may be moved together."""
+    if isinstance(folder, pathlib.Path) and isinstance(other, pathlib.Path):
+        return os.path.relpath(other.resolve(), folder.resolve())
+    if files.is_remote(folder) and files.is_remote(other) and folder.parts[:3] == other.parts[:3]:
+        return os.path.relpath("/".join(other.parts[3:]), "/".join(folder.parts[3:]))
+    return str(other.resolve())
+
+
+def _go(folder: Path, way: str) -> Path:
+    """The folder that `_way` leads to."""
+    if files.is_remote(way) or os.path.isabs(way):
+        return files.as_path(way)
+    if isinstance(folder, pathlib.Path):
+        return pathlib.Path(os.path.normpath(folder / way))
+    scheme, _, rest = str(folder).partition("://")
+    return files.as_path(f"{scheme}://{os.path.normpath(f'{rest}/{way}')}")
 
 
 def load_policy(folder: Path) -> Model:
@@ -304,7 +326,7 @@ def _restore(folder: Path, name: str, like: Any) -> Params:
     like = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like, shardings
     )
-    return restore_params(folder / "checkpoints", like, name=name)[1]
+    return restore_params(files.as_path(folder) / "checkpoints", like, name=name)[1]
 
 
 def _restore_adapted(folder: Path, name: str, adaptation: Adaptation) -> Params:
@@ -315,7 +337,7 @@ def _restore_adapted(folder: Path, name: str, adaptation: Adaptation) -> Params:
 
 
 def _load_base(folder: Path, base: Source) -> Model:
-    if not (base.folder / "model.json").is_file():
+    if not files.is_file(base.folder / "model.json"):
         raise UserError(
             f"{folder} holds an adapter, and the run that it adapts is not at {base.folder}: "
             "put that run back, with the adapter's folder as far from it as it was"
@@ -335,15 +357,17 @@ def _merged(params: Params) -> Params:
 
 
 def _source(folder: Path) -> Source:
+    folder = files.as_path(folder)
     manifest = read_manifest(folder / "checkpoints")
-    files = json.dumps(manifest.files, sort_keys=True).encode()
-    return Source(folder, manifest.step, hashlib.sha256(files).hexdigest())
+    content = json.dumps(manifest.files, sort_keys=True).encode()
+    return Source(folder, manifest.step, hashlib.sha256(content).hexdigest())
 
 
 def _read_model_files(folder: Path) -> tuple[Kind, models.ModelConfig, Tokenizer, Adaptation | None]:
+    folder = files.as_path(folder)
     path = folder / "model.json"
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(files.read_text(path))
         kind, config = data["kind"], models.config_from_dict(data["config"])
         if kind not in get_args(Kind):
             raise ValueError(f"kind {kind!r} is none of {', '.join(get_args(Kind))}")
@@ -357,6 +381,6 @@ def _read_model_files(folder: Path) -> tuple[Kind, models.ModelConfig, Tokenizer
 
 def _read_adaptation(folder: Path, data: Mapping[str, Any]) -> Adaptation:
     base = data["base"]
-    source = Source(Path(os.path.normpath(folder / base["folder"])), int(base["step"]), str(base["digest"]))
+    source = Source(_go(folder, base["folder"]), int(base["step"]), str(base["digest"]))
     adapter, quantisation = (models.adapter_from_dict(data[name]) for name in ("adapter", "quantisation"))
     return Adaptation(adapter, source, quantisation)

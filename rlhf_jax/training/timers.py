@@ -1,13 +1,17 @@
 """Where a step's time goes, what share of the devices' peak it uses, and a trace of it for a profiler."""
 
 import contextlib
+import pathlib
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 
+from rlhf_jax.core import files
+from rlhf_jax.core.files import Path
 from rlhf_jax.distributed.accelerator_specs import chip_of
 
 PARTS = ("data", "rollout", "reward", "update", "save", "eval")
@@ -94,13 +98,16 @@ class Trace:
 
     def __init__(self, folder: Path, *, first: int, count: int) -> None:
         self._folder, self._steps = folder, range(first, first + count)
+        # The profiler writes to local disks.
+        elsewhere = bool(count) and files.is_remote(folder)
+        self._local: Path = pathlib.Path(tempfile.mkdtemp()) if elsewhere else folder
         self._open = False
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
         """Around one step."""
         if self._steps and number >= self._steps[0] and not self._open and number in self._steps:
-            jax.profiler.start_trace(str(self._folder))
+            jax.profiler.start_trace(str(self._local))
             self._open = True
         with jax.profiler.StepTraceAnnotation("step", step_num=number):
             yield
@@ -112,3 +119,6 @@ class Trace:
         if self._open:
             self._open = False
             jax.profiler.stop_trace()
+            if isinstance(self._local, pathlib.Path) and self._local is not self._folder:
+                files.upload(self._local, self._folder, files.list_files(self._local))
+                shutil.rmtree(self._local)

@@ -1,6 +1,8 @@
 """Damage is found and named, failures belong to their step, and what was whole stays whole."""
 
 import errno
+import hashlib
+import json
 import os
 import random
 import resource
@@ -13,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.checkpoint import CheckpointManager, manager, manifest
+from rlhf_jax.checkpoint import CheckpointManager, drafts, manager, manifest
 from rlhf_jax.core.errors import UserError
 
 
@@ -205,6 +207,81 @@ def test_a_kill_between_the_renames_of_a_replacement_loses_nothing(damaged):
     assert [path.name for path in damaged.iterdir()] == ["step_00000020"]
 
 
+def test_steps_of_earlier_versions_are_read(damaged):
+    """Their manifests name no folder for the arrays; what their killed saves left goes with the next save."""
+    path = damaged / "step_00000020" / "manifest.json"
+    body = json.loads(path.read_text())
+    assert body.pop("digest")
+    assert body.pop("arrays") == "arrays"
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps({"digest": digest, **body}))
+    shutil.copytree(damaged / "step_00000010", damaged / ".saving_00000030")
+    with CheckpointManager(damaged) as saver:
+        step, state, extra = saver.restore(make_state(0))
+        assert (step, extra) == (20, {"position": 20})
+        assert_is_state(state, 20)
+        saver.save(30, make_state(30), wait=True)
+    assert sorted(path.name for path in damaged.iterdir()) == [f"step_{n:08d}" for n in (10, 20, 30)]
+
+
+def test_a_step_that_was_never_finished_is_no_checkpoint_and_goes_with_the_next_save(damaged):
+    """As a kill leaves it: the mark and the arrays are there, the manifest is not."""
+    torn = damaged / "step_00000020"
+    (torn / "manifest.json").unlink()
+    (torn / "unfinished").write_text("")
+    warnings: list[str] = []
+    with CheckpointManager(damaged, warn=warnings.append) as saver:
+        step, state, _ = saver.restore(make_state(0))
+        assert_is_state(state, step)
+        assert (step, saver.steps(), warnings) == (10, [10], [])
+        saver.save(15, make_state(15), wait=True)
+    assert sorted(path.name for path in damaged.iterdir()) == ["step_00000010", "step_00000015"]
+
+
+def test_a_step_saved_again_is_whole_at_every_moment(damaged, monkeypatch):
+    """The older copy counts until the manifest of the newer one replaces its own."""
+    seen = []
+    seal = drafts.seal
+
+    def looked_at(*args):
+        seen.append(CheckpointManager(damaged).restore(make_state(0)))
+        seal(*args)
+
+    monkeypatch.setattr(drafts, "seal", looked_at)
+    with CheckpointManager(damaged) as saver:
+        saver.save(20, make_state(21), wait=True)
+        step, state, _ = saver.restore(make_state(0))
+    assert (seen[0][0], step) == (20, 20)
+    assert_is_state(seen[0][1], 20)
+    assert_is_state(state, 21)
+    assert {path.name for path in (damaged / "step_00000020").iterdir()} == {"manifest.json", "arrays_2"}
+
+
+def test_a_failure_after_the_manifest_is_written_takes_nothing_from_the_step(damaged, monkeypatch):
+    """As where the answer of a store is lost on its way: what the manifest names must stay."""
+    seal = drafts.seal
+
+    def no_answer(*args):
+        seal(*args)
+        raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+
+    monkeypatch.setattr(drafts, "seal", no_answer)
+    with CheckpointManager(damaged) as saver:
+        fail_to_save(saver, 20, make_state(21), "Connection timed out")
+        step, state, _ = saver.restore(make_state(0))
+    assert step == 20
+    assert_is_state(state, 21)
+
+
+def test_a_file_that_no_manifest_names_is_damage(damaged):
+    (damaged / "step_00000020" / "arrays" / "checkpoint").write_bytes(b"\xff")
+    warnings: list[str] = []
+    step, state, _ = CheckpointManager(damaged, warn=warnings.append).restore(make_state(0))
+    assert step == 10
+    assert_is_state(state, 10)
+    assert "arrays/checkpoint is not of this step" in warnings[0]
+
+
 def fail_to_save(saver: CheckpointManager, step: int, state: dict, reason: str) -> None:
     with pytest.raises(UserError, match=rf"step {step} could not be saved in `.*: {reason}; make") as error:
         saver.save(step, state, wait=True)
@@ -234,7 +311,7 @@ def test_a_file_that_cannot_grow_fails_its_step_and_no_other(damaged, capfd):
 
 
 @pytest.mark.parametrize(
-    ("module", "name"), [(manager, "seal"), (manager, "_publish"), (os, "fsync"), (Path, "mkdir")]
+    ("module", "name"), [(drafts, "seal"), (manager, "commit"), (os, "fsync"), (Path, "mkdir")]
 )
 def test_a_full_disk_at_any_stage_fails_that_step_alone(damaged, monkeypatch, module, name):
     before = {k: v[1] for k, v in snapshot(damaged).items()}
@@ -282,7 +359,7 @@ def test_an_old_step_that_cannot_be_removed_is_only_a_warning(damaged, monkeypat
 
     warnings: list[str] = []
     with CheckpointManager(damaged, keep=1, warn=warnings.append) as saver:
-        monkeypatch.setattr(manager.shutil, "rmtree", refuse)
+        monkeypatch.setattr(shutil, "rmtree", refuse)
         saver.save(30, make_state(30), wait=True)
         assert saver.steps() == [30]
     assert len(warnings) == 2
@@ -310,7 +387,7 @@ def test_a_failed_save_does_not_hide_what_broke_the_loop(damaged, monkeypatch):
             raise ZeroDivisionError
 
     warnings: list[str] = []
-    monkeypatch.setattr(manager, "seal", disk_full)
+    monkeypatch.setattr(drafts, "seal", disk_full)
     with pytest.raises(ZeroDivisionError):
         loop()
     assert len(warnings) == 1

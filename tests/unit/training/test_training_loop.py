@@ -90,13 +90,13 @@ def test_a_run_writes_a_line_a_step_and_its_last_checkpoint(unbroken):
     np.testing.assert_array_equal(saved["weights"], state["weights"])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_finishes_the_step_saves_and_can_be_resumed_bit_for_bit(tmp_path, unbroken, number):
-    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
     with pytest.raises(Interrupted) as stopped:
         run(tmp_path, with_signals(number, at=3))
     assert (stopped.value.signal_number, stopped.value.step) == (number, 4)
-    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == handlers
     assert latest(tmp_path) == 4
     assert len(read_metrics(tmp_path)) == 4
     numbers = []
@@ -123,10 +123,10 @@ def test_steps_done_after_the_checkpoint_are_done_again_with_the_same_result(tmp
 
 
 def test_a_second_signal_takes_its_usual_course(tmp_path, usual_signals):
-    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, with_signals(signal.SIGINT, signal.SIGINT, at=2))
-    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == handlers
     assert latest(tmp_path) is None
 
 

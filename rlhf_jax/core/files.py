@@ -1,0 +1,243 @@
+"""Files and folders on local disks and in object stores (`gs://`, `s3://`, `az://`).
+
+Local paths are `pathlib.Path`, addresses of object stores `etils.epath.Path`; `as_path` makes either. What a
+run writes goes through `write_whole`: a reader, and whoever comes after a kill, finds the old file or the new
+one. Object stores have no folders to make or to rename; a file is seen in them when all of it has arrived.
+
+Whatever a store's client raises comes out as an `OSError` with a `strerror`, as from a disk.
+"""
+
+import contextlib
+import errno
+import importlib.util
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeAlias
+
+from etils import epath
+
+from rlhf_jax.core.errors import UserError
+
+Path: TypeAlias = pathlib.Path | epath.Path
+PathLike: TypeAlias = str | os.PathLike[str]
+
+STORES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}
+"""Scheme of an object store -> the package that speaks to it."""
+
+# `pathlib.Path` makes `s3:/a` of `s3://a`, and `s3:` of `s3://`: addresses are known by that, too.
+_ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):(?:/{1,2}(?P<rest>.*))?", re.DOTALL)
+
+
+def as_path(path: PathLike) -> Path:
+    """A local path, or that of an object store.
+
+    Raises:
+      UserError: the address is of another kind, names no bucket, or its store's package is not installed.
+    """
+    text = os.fspath(path)
+    match = _ADDRESS.fullmatch(text)
+    if match is None:
+        return path if isinstance(path, pathlib.Path) else pathlib.Path(text)
+    scheme, rest = match["scheme"].lower(), (match["rest"] or "").strip("/")
+    if scheme not in STORES:
+        known = ", ".join(f"{name}://" for name in STORES)
+        raise UserError(
+            f"{text}: addresses of this kind are not read or written: give a local path, or {known}"
+        )
+    if not rest:
+        raise UserError(f"{text}: the address names no bucket: write {scheme}://BUCKET/FOLDER")
+    if importlib.util.find_spec(STORES[scheme]) is None:
+        raise UserError(f"{text}: {scheme}:// needs a package that is not here: pip install {STORES[scheme]}")
+    # Where TensorFlow is installed, epath would ask it, whose builds for pip know nothing of s3://.
+    os.environ.setdefault("EPATH_USE_TF", "false")
+    return epath.Path(f"{scheme}://{rest}")
+
+
+def is_remote(path: PathLike) -> bool:
+    """Whether the path is in an object store."""
+    return _ADDRESS.fullmatch(os.fspath(path)) is not None
+
+
+# Writing --------------------------------------------------------------------------------------------
+
+
+def write_whole(path: PathLike, data: bytes | str) -> None:
+    """Writes a file whole or not at all, and durably; folders above it are made.
+
+    Locally it is written under another name, synced and renamed. An object store shows a file once all of it
+    has arrived.
+
+    Raises:
+      OSError: the disk is full, a permission is missing, the store does not answer; the old file stays.
+    """
+    path, content = as_path(path), data.encode("utf-8") if isinstance(data, str) else data
+    if isinstance(path, pathlib.Path):
+        _write_local(path, content)
+        return
+    with _store_errors(path):
+        _store(path).pipe_file(str(path), content)
+
+
+def _write_local(path: pathlib.Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: pathlib.Path) -> None:
+    """Makes the names in a local folder outlast a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def upload(local: pathlib.Path, folder: Path, names: Iterable[str]) -> None:
+    """Copies files of a local folder, by their paths within it, into a folder of an object store."""
+    names = list(names)
+    if not names:
+        return
+    with _store_errors(folder):
+        _store(folder).put([str(local / name) for name in names], [f"{folder}/{name}" for name in names])
+
+
+def download(folder: Path, local: pathlib.Path, names: Iterable[str]) -> None:
+    """Copies files of a folder of an object store into a local one."""
+    names = list(names)
+    for name in names:
+        (local / name).parent.mkdir(parents=True, exist_ok=True)
+    with _store_errors(folder):
+        _store(folder).get([f"{folder}/{name}" for name in names], [str(local / name) for name in names])
+
+
+def remove_file(path: Path) -> None:
+    """Removes a file, if it is there."""
+    if isinstance(path, pathlib.Path):
+        path.unlink(missing_ok=True)
+        return
+    with _store_errors(path), contextlib.suppress(FileNotFoundError):
+        _store(path).rm_file(str(path))
+
+
+def remove_tree(path: Path) -> None:
+    """Removes a file, or a folder with all that is in it, if it is there."""
+    if isinstance(path, pathlib.Path):
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return
+    with _store_errors(path), contextlib.suppress(FileNotFoundError):
+        _store(path).rm(str(path), recursive=True)
+
+
+# Reading --------------------------------------------------------------------------------------------
+
+
+def read_bytes(path: PathLike) -> bytes:
+    """The content of a file.
+
+    Raises:
+      OSError: it is not there (FileNotFoundError), or cannot be read.
+    """
+    path = as_path(path)
+    if isinstance(path, pathlib.Path):
+        return path.read_bytes()
+    with _store_errors(path):
+        return _store(path).cat_file(str(path))
+
+
+def read_text(path: PathLike) -> str:
+    """The content of a file in UTF-8.
+
+    Raises:
+      OSError: as `read_bytes`.
+      UnicodeDecodeError: it is not UTF-8.
+    """
+    return read_bytes(path).decode("utf-8")
+
+
+def exists(path: PathLike) -> bool:
+    """Whether there is such a file or folder. Raises: OSError where the store does not say."""
+    path = as_path(path)
+    if isinstance(path, pathlib.Path):
+        return path.exists()
+    with _store_errors(path):
+        return _store(path).exists(str(path))
+
+
+def is_file(path: PathLike) -> bool:
+    """Whether there is such a file. Raises: OSError where the store does not say."""
+    path = as_path(path)
+    if isinstance(path, pathlib.Path):
+        return path.is_file()
+    with _store_errors(path):
+        return _store(path).isfile(str(path))
+
+
+def is_folder(path: PathLike) -> bool:
+    """Whether there is such a folder; one without files does not exist in an object store."""
+    path = as_path(path)
+    if isinstance(path, pathlib.Path):
+        return path.is_dir()
+    with _store_errors(path):
+        return _store(path).isdir(str(path))
+
+
+def list_folder(folder: Path) -> list[Path]:
+    """What stands in a folder, in order of names; nothing where there is no folder."""
+    if isinstance(folder, pathlib.Path):
+        return sorted(folder.iterdir()) if folder.is_dir() else []
+    with _store_errors(folder):
+        try:
+            found = _store(folder).ls(str(folder), detail=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+    return [folder / name for name in sorted({path.rstrip("/").rpartition("/")[2] for path in found})]
+
+
+def list_files(folder: Path) -> list[str]:
+    """Paths of all files below a folder, relative to it, in order."""
+    if isinstance(folder, pathlib.Path):
+        return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    prefix = str(folder).partition("://")[2] + "/"
+    with _store_errors(folder):
+        return sorted(path.partition(prefix)[2] for path in _store(folder).find(str(folder)))
+
+
+# Object stores --------------------------------------------------------------------------------------
+
+
+def _store(path: Path) -> Any:
+    """The client of a path's store, which then sees what others have written since."""
+    import fsspec
+
+    store = fsspec.filesystem(str(path).partition("://")[0])
+    store.invalidate_cache()
+    return store
+
+
+@contextlib.contextmanager
+def _store_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from error
+    except Exception as error:  # each client, and the HTTP library below it, has exceptions of its own
+        if isinstance(error, OSError) and error.strerror is not None:
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        code = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
+        raise OSError(code, reason, str(path)) from error

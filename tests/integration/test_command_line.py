@@ -1,0 +1,97 @@
+"""How a script reads its options and how it ends: statuses that a scheduler understands."""
+
+import dataclasses
+import pathlib
+import signal
+import sys
+
+import pytest
+
+from rlhf_jax.cli import command_line
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.training import Interrupted
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of a script.
+
+    Attributes:
+      out: the run folder.
+      resume: go on.
+    """
+
+    out: pathlib.Path
+    resume: bool = False
+
+
+@pytest.fixture
+def main(monkeypatch):
+    def call(run, *words):
+        monkeypatch.setattr(sys, "argv", ["script.py", *words])
+        monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+        monkeypatch.setattr(command_line, "use_compile_cache", lambda: None)
+        monkeypatch.setattr(command_line, "choose_threads", lambda **_: None)
+        command_line.main(run, Options, "A script.")
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (Interrupted(signal.SIGINT, 3), 130),
+        (Interrupted(signal.SIGTERM, 3), 75),
+        (Interrupted(signal.SIGUSR1, 3), 75),
+        (KeyboardInterrupt(), 130),
+        (UserError("wrong"), 2),
+    ],
+)
+def test_how_a_run_ended_is_its_status(main, capsys, error, status):
+    def run(_):
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        main(run, "--out", "a folder", "--resume", "auto")
+    assert ended.value.code == status
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    if status != 2:
+        assert "To go on: python script.py --out 'a folder' --resume\n" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "resume"),
+    [
+        ("", False),
+        ("--resume", True),
+        ("--resume auto", True),
+        ("--resume=auto", True),
+        ("--resume never", False),
+        ("--no-resume", False),
+    ],
+)
+@pytest.mark.parametrize("last", [False, True])
+def test_ways_to_resume(main, words, resume, last):
+    seen = []
+    out = ["--out", "x"]
+    main(seen.append, *([*out, *words.split()] if last else [*words.split(), *out]))
+    assert seen == [Options(pathlib.Path("x"), resume)]
+
+
+def test_an_unknown_way_to_resume_is_a_sentence(main, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(print, "--out", "x", "--resume", "sometimes")
+    assert ended.value.code == 2
+    assert "give auto or never" in capsys.readouterr().err
+
+
+def test_addresses_are_paths_and_other_schemes_are_refused(main, capsys):
+    pytest.importorskip("s3fs")
+    seen = []
+    main(seen.append, "--out", "s3://bucket/run")
+    assert str(seen[0].out / "config.json") == "s3://bucket/run/config.json"
+    with pytest.raises(SystemExit) as ended:
+        main(seen.append, "--out", "memory://x")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("error: memory://x: ")
