@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from rlhf_jax.core.train_state import Learner, accumulate_gradients, apply_gradients, init_learner
+from rlhf_jax.core.train_state import TrainState, accumulate_gradients, apply_gradients, init_train_state
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Float, Metrics, Params, PRNGKeyArray, Scalar, Sequences
 from rlhf_jax.losses.distillation import forward_kl_loss
@@ -49,7 +49,7 @@ class Hyper:
 class State:
     """All that a resume needs; the teacher is not in it."""
 
-    learner: Learner
+    learner: TrainState
     key: PRNGKeyArray
 
 
@@ -68,7 +68,7 @@ class Batch:
 
 def init(params: Params, tx: optax.GradientTransformation, key: PRNGKeyArray, frozen: Params = None) -> State:
     """The state at step 0; `frozen` is the part of the model that does not train."""
-    return State(init_learner(params, tx, frozen), key)
+    return State(init_train_state(params, tx, frozen), key)
 
 
 def make_update(

@@ -13,19 +13,19 @@ import optax
 
 from rlhf_jax.core.masks import masked_mean
 from rlhf_jax.core.minibatches import scan_minibatches
-from rlhf_jax.core.train_state import Learner, accumulate_gradients, apply_gradients, init_learner
+from rlhf_jax.core.train_state import TrainState, accumulate_gradients, apply_gradients, init_train_state
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import (
     Array,
     Bool,
     Float,
     Int,
+    LogprobFn,
     Metrics,
     Params,
     PRNGKeyArray,
     Rollout,
     Scalar,
-    ScoreFn,
     Sequences,
 )
 from rlhf_jax.kernels.advantages import group_relative_advantages
@@ -126,7 +126,7 @@ class State:
         None.
     """
 
-    learner: Learner
+    learner: TrainState
     key: PRNGKeyArray
     stale_params: Params = None
 
@@ -172,7 +172,7 @@ def init(
         the trainer (asynchronous rollouts); give the configuration a `weights_fn` to make up for it.
     """
     stale = jax.tree.map(jnp.copy, params) if one_step_off_policy else None
-    return State(init_learner(params, tx, frozen), key, stale)
+    return State(init_train_state(params, tx, frozen), key, stale)
 
 
 def compute_advantages(
@@ -230,18 +230,18 @@ def make_batch(
 
 
 def make_update(
-    config: Config, score_fn: ScoreFn, tx: optax.GradientTransformation
+    config: Config, logprob_fn: LogprobFn, tx: optax.GradientTransformation
 ) -> Callable[[State, Hyper, Batch], tuple[State, Metrics]]:
     """`update(state, hyper, batch) -> (state, metrics)`: all epochs over one batch."""
 
     def update(state: State, hyper: Hyper, batch: Batch) -> tuple[State, Metrics]:
         key, shuffle_key = jax.random.split(state.key)
 
-        def step(learner: Learner, part: Batch):
+        def step(learner: TrainState, part: Batch):
             denominator = config.reduce.total(part.sequences.mask)
 
             def loss_fn(params: Params, rows: Batch):
-                score = score_fn(params, rows.sequences)
+                score = logprob_fn(params, rows.sequences)
                 loss, metrics = grpo_loss(
                     score.logp,
                     rows.old_logp,

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from rlhf_jax.core.masks import masked_sum
-from rlhf_jax.core.train_state import Learner, accumulate_gradients, apply_gradients, init_learner
+from rlhf_jax.core.train_state import TrainState, accumulate_gradients, apply_gradients, init_train_state
 from rlhf_jax.core.trees import pytree_dataclass
-from rlhf_jax.core.types import Array, Float, Metrics, Params, PRNGKeyArray, Scalar, ScoreFn, Sequences
+from rlhf_jax.core.types import Array, Float, LogprobFn, Metrics, Params, PRNGKeyArray, Scalar, Sequences
 from rlhf_jax.losses.preference_online import nash_md_loss
 
 
@@ -44,7 +44,7 @@ class Hyper:
 class State:
     """All that a resume needs."""
 
-    learner: Learner
+    learner: TrainState
     key: PRNGKeyArray
 
 
@@ -64,11 +64,11 @@ class Batch:
 
 def init(params: Params, tx: optax.GradientTransformation, key: PRNGKeyArray, frozen: Params = None) -> State:
     """The state at step 0; `frozen` is the part of the model that does not train."""
-    return State(init_learner(params, tx, frozen), key)
+    return State(init_train_state(params, tx, frozen), key)
 
 
 def make_update(
-    config: Config, score_fn: ScoreFn, tx: optax.GradientTransformation
+    config: Config, logprob_fn: LogprobFn, tx: optax.GradientTransformation
 ) -> Callable[[State, Hyper, Batch], tuple[State, Metrics]]:
     """`update(state, hyper, batch) -> (state, metrics)`: one optimizer step."""
 
@@ -76,7 +76,7 @@ def make_update(
         count = batch.ref_logp.shape[0]
 
         def loss_fn(params: Params, part: Batch) -> Any:
-            logp = masked_sum(score_fn(params, part.answers).logp, part.answers.mask, axis=-1)
+            logp = masked_sum(logprob_fn(params, part.answers).logp, part.answers.mask, axis=-1)
             return nash_md_loss(logp, part.ref_logp, part.preference, beta=hyper.beta, denominator=count)
 
         gradients, loss, metrics = accumulate_gradients(

@@ -15,19 +15,19 @@ import optax
 
 from rlhf_jax.core.masks import last_unmasked_index, masked_mean, masked_sum
 from rlhf_jax.core.minibatches import scan_minibatches
-from rlhf_jax.core.train_state import Learner, accumulate_gradients, apply_gradients, init_learner
+from rlhf_jax.core.train_state import TrainState, accumulate_gradients, apply_gradients, init_train_state
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import (
     Array,
     Bool,
     Float,
+    LogprobFn,
     Metrics,
     Params,
     PRNGKeyArray,
     Rollout,
     Scalar,
-    Score,
-    ScoreFn,
+    TokenLogprobs,
 )
 from rlhf_jax.kernels.controllers import adaptive_kl_update
 from rlhf_jax.kernels.returns import generalized_advantage_estimation
@@ -127,7 +127,7 @@ class State:
       reward_moments: of all rewards seen, for their scaling.
     """
 
-    learner: Learner
+    learner: TrainState
     key: PRNGKeyArray
     kl_coef: Float[Array, ""]
     reward_moments: Moments
@@ -161,22 +161,22 @@ def init(
 ) -> State:
     """The state at step 0; `frozen` is the part of the models that does not train."""
     kl_coef = jnp.asarray(hyper.kl_coef, jnp.float32)
-    return State(init_learner(params, tx, frozen), key, kl_coef, init_moments())
+    return State(init_train_state(params, tx, frozen), key, kl_coef, init_moments())
 
 
 def make_update(
-    config: Config, score_fn: ScoreFn, tx: optax.GradientTransformation
+    config: Config, logprob_fn: LogprobFn, tx: optax.GradientTransformation
 ) -> Callable[[State, Hyper, Batch], tuple[State, Metrics]]:
     """`update(state, hyper, batch) -> (state, metrics)`: all epochs over one batch."""
 
     def update(state: State, hyper: Hyper, batch: Batch) -> tuple[State, Metrics]:
         key, shuffle_key = jax.random.split(state.key)
 
-        def step(learner: Learner, part: Batch):
+        def step(learner: TrainState, part: Batch):
             denominator = config.reduce.total(part.mask)
 
             def loss_fn(params: Params, rows: Batch):
-                return _loss(config, hyper, score_fn(params, rows.inputs), rows, denominator)
+                return _loss(config, hyper, logprob_fn(params, rows.inputs), rows, denominator)
 
             gradients, loss, metrics = accumulate_gradients(
                 loss_fn, learner, part, micro_batches=config.micro_batches
@@ -200,7 +200,7 @@ def make_update(
 
 
 def _loss(
-    config: Config, hyper: Hyper, score: Score, rows: Batch, denominator: Scalar
+    config: Config, hyper: Hyper, score: TokenLogprobs, rows: Batch, denominator: Scalar
 ) -> tuple[Float[Array, ""], Metrics]:
     """Policy loss + value loss - entropy bonus (Schulman et al. 2017, eq. 9)."""
     reduction = {"reduce": config.reduce, "denominator": denominator}
@@ -220,7 +220,7 @@ def language_batch(
     state: State,
     hyper: Hyper,
     rollout: Rollout,
-    score: Score,
+    score: TokenLogprobs,
     ref_logp: Float[Array, "B T"],
     rewards: Float[Array, "B"],
 ) -> tuple[State, Batch, Metrics]:

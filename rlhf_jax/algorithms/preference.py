@@ -12,17 +12,17 @@ import optax
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.importing import is_import_path, load_function, nearest_name
 from rlhf_jax.core.masks import masked_sum
-from rlhf_jax.core.train_state import Learner, accumulate_gradients, apply_gradients, init_learner
+from rlhf_jax.core.train_state import TrainState, accumulate_gradients, apply_gradients, init_train_state
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import (
     Array,
     Bool,
     Float,
+    LogprobFn,
     Metrics,
     Params,
     PRNGKeyArray,
     Scalar,
-    ScoreFn,
     Sequences,
 )
 from rlhf_jax.losses import preference as with_reference
@@ -122,7 +122,7 @@ class Hyper:
 class State:
     """All that a resume needs. The reference is not in it: its log-probs are in the batch."""
 
-    learner: Learner
+    learner: TrainState
     key: PRNGKeyArray
 
 
@@ -149,32 +149,32 @@ class Batch:
 
 def init(params: Params, tx: optax.GradientTransformation, key: PRNGKeyArray, frozen: Params = None) -> State:
     """The state at step 0; `frozen` is the part of the model that does not train."""
-    return State(init_learner(params, tx, frozen), key)
+    return State(init_train_state(params, tx, frozen), key)
 
 
 def response_logp(
-    score_fn: ScoreFn, params: Params, chosen: Sequences, rejected: Sequences
+    logprob_fn: LogprobFn, params: Params, chosen: Sequences, rejected: Sequences
 ) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
     """Log-probs of chosen and rejected responses, in one forward pass."""
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), chosen, rejected)
-    summed = masked_sum(score_fn(params, both).logp, both.mask, axis=-1)
+    summed = masked_sum(logprob_fn(params, both).logp, both.mask, axis=-1)
     chosen_logp, rejected_logp = jnp.split(summed, 2)
     return chosen_logp, rejected_logp
 
 
 def make_batch(
-    score_fn: ScoreFn,
+    logprob_fn: LogprobFn,
     ref_params: Params,
     chosen: Sequences,
     rejected: Sequences,
     mask: Bool[Array, "B"] | None = None,
 ) -> Batch:
     """Pairs with reference log-probs computed on the fly."""
-    return Batch(chosen, rejected, *response_logp(score_fn, ref_params, chosen, rejected), mask)
+    return Batch(chosen, rejected, *response_logp(logprob_fn, ref_params, chosen, rejected), mask)
 
 
 def make_update(
-    config: Config, score_fn: ScoreFn, tx: optax.GradientTransformation
+    config: Config, logprob_fn: LogprobFn, tx: optax.GradientTransformation
 ) -> Callable[[State, Hyper, Batch], tuple[State, Metrics]]:
     """`update(state, hyper, batch) -> (state, metrics)`: one optimizer step."""
 
@@ -184,7 +184,7 @@ def make_update(
 
         def loss_fn(params: Params, rows: tuple[Batch, Bool[Array, "B"]]):
             part, part_mask = rows
-            chosen, rejected = response_logp(score_fn, params, part.chosen, part.rejected)
+            chosen, rejected = response_logp(logprob_fn, params, part.chosen, part.rejected)
             pairs = PairLogps(
                 chosen,
                 rejected,

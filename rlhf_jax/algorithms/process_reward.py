@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import optax
 
-from rlhf_jax.core.train_state import Learner, accumulate_gradients, apply_gradients, init_learner
+from rlhf_jax.core.train_state import TrainState, accumulate_gradients, apply_gradients, init_train_state
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Float, Metrics, Params, PRNGKeyArray, Scalar, Sequences
 from rlhf_jax.losses.reward import process_reward_loss
@@ -36,7 +36,7 @@ class Hyper:
 class State:
     """All that a resume needs."""
 
-    learner: Learner
+    learner: TrainState
     key: PRNGKeyArray
 
 
@@ -55,7 +55,7 @@ class Batch:
 
 def init(params: Params, tx: optax.GradientTransformation, key: PRNGKeyArray, frozen: Params = None) -> State:
     """The state at step 0; `frozen` is the part of the model that does not train."""
-    return State(init_learner(params, tx, frozen), key)
+    return State(init_train_state(params, tx, frozen), key)
 
 
 def make_update(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rlhf_jax.core.train_state import Learner, accumulate_gradients, apply_gradients, init_learner
+from rlhf_jax.core.train_state import TrainState, accumulate_gradients, apply_gradients, init_train_state
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Float, Metrics, Params, PRNGKeyArray, Scalar, Sequences
 from rlhf_jax.losses.reward import bradley_terry_loss
@@ -44,7 +44,7 @@ class Hyper:
 class State:
     """All that a resume needs."""
 
-    learner: Learner
+    learner: TrainState
     key: PRNGKeyArray
 
 
@@ -63,7 +63,7 @@ class Pairs:
 
 def init(params: Params, tx: optax.GradientTransformation, key: PRNGKeyArray, frozen: Params = None) -> State:
     """The state at step 0; `frozen` is the part of the model that does not train."""
-    return State(init_learner(params, tx, frozen), key)
+    return State(init_train_state(params, tx, frozen), key)
 
 
 def score_pairs(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from rlhf_jax.core.masks import clean
-from rlhf_jax.core.train_state import Learner, accumulate_gradients, apply_gradients, init_learner
+from rlhf_jax.core.train_state import TrainState, accumulate_gradients, apply_gradients, init_train_state
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Bool, Float, Int, Metrics, Params, Scalar
 from rlhf_jax.losses.reward import hinge_ranking_loss, ranked_pairs
@@ -43,7 +43,7 @@ class Hyper:
 class State:
     """All that a resume needs; the weights are `learner.params["weights"]`, one per proposition."""
 
-    learner: Learner
+    learner: TrainState
 
 
 @pytree_dataclass
@@ -65,7 +65,7 @@ class Rankings:
 
 def init(count: int, tx: optax.GradientTransformation) -> State:
     """The state at step 0: `count` propositions that weigh nothing."""
-    return State(init_learner({"weights": jnp.zeros(count)}, tx))
+    return State(init_train_state({"weights": jnp.zeros(count)}, tx))
 
 
 def total_scores(params: Params, rankings: Rankings) -> Float[Array, "B K"]:

@@ -1,6 +1,6 @@
 """Learning by likelihood: cross-entropy on the tokens that count, of responses or of plain text.
 
-Where the score function tells more (`Score.further_logp`, `Score.routing`), losses on further tokens and on
+Where the score function tells more (`TokenLogprobs.further_logp`, `TokenLogprobs.routing`), losses on further tokens and on
 the load of experts come with it.
 """
 
@@ -14,10 +14,10 @@ import optax
 
 from rlhf_jax.core.masks import masked_sum
 from rlhf_jax.core.train_state import (
-    Learner,
+    TrainState,
     accumulate_gradients,
     apply_gradients,
-    init_learner,
+    init_train_state,
     sum_over_parts,
 )
 from rlhf_jax.core.trees import pytree_dataclass, tree_where
@@ -25,14 +25,14 @@ from rlhf_jax.core.types import (
     Array,
     Bool,
     Int,
+    LogprobFn,
     Metrics,
     Params,
     PRNGKeyArray,
     Routing,
     Scalar,
-    Score,
-    ScoreFn,
     Sequences,
+    TokenLogprobs,
 )
 from rlhf_jax.losses.moe import load_balance_loss, load_violation, router_z_loss
 from rlhf_jax.losses.reductions import Reduction, token_mean
@@ -87,13 +87,13 @@ class Hyper:
 class State:
     """All that a resume needs."""
 
-    learner: Learner
+    learner: TrainState
     key: PRNGKeyArray
 
 
 def init(params: Params, tx: optax.GradientTransformation, key: PRNGKeyArray, frozen: Params = None) -> State:
     """The state at step 0; `frozen` is the part of the model that does not train."""
-    return State(init_learner(params, tx, frozen), key)
+    return State(init_train_state(params, tx, frozen), key)
 
 
 RebalanceFn = Callable[[Params, dict[str, Routing], Scalar], Params]
@@ -101,7 +101,7 @@ RebalanceFn = Callable[[Params, dict[str, Routing], Scalar], Params]
 
 def make_update(
     config: Config,
-    score_fn: ScoreFn,
+    logprob_fn: LogprobFn,
     tx: optax.GradientTransformation,
     rebalance_fn: RebalanceFn | None = None,
 ) -> Callable[..., tuple[State, Metrics]]:
@@ -122,18 +122,18 @@ def make_update(
         state: State, hyper: Hyper, batch: Sequences, sources: Int[Array, "B"] | None = None
     ) -> tuple[State, Metrics]:
         params, weights = state.learner.all_params, hyper.auxiliary or Auxiliary()
-        routed = jax.eval_shape(score_fn, params, batch).routing is not None
+        routed = jax.eval_shape(logprob_fn, params, batch).routing is not None
         whole = None
         if routed and config.micro_batches > 1:
             whole = sum_over_parts(
-                lambda part: score_fn(params, part).routing, batch, micro_batches=config.micro_batches
+                lambda part: logprob_fn(params, part).routing, batch, micro_batches=config.micro_batches
             )
 
         def loss_fn(
             params: Params, part_and_sources: tuple[Sequences, Int[Array, "B"] | None]
         ) -> tuple[Array, Any]:
             part, of_rows = part_and_sources
-            score = score_fn(params, part)
+            score = logprob_fn(params, part)
             loss, metrics = _token_losses(config, weights, score, part, batch)
             if sources is not None:
                 metrics |= _source_losses(config, score, (part, of_rows), (batch, sources))
@@ -161,7 +161,7 @@ def make_update(
 
 
 def _source_losses(
-    config: Config, score: Score, part: tuple[Sequences, Any], batch: tuple[Sequences, Any]
+    config: Config, score: TokenLogprobs, part: tuple[Sequences, Any], batch: tuple[Sequences, Any]
 ) -> Metrics:
     """The part's share of the loss of each source, rows and the numbers of their sources given."""
 
@@ -176,7 +176,7 @@ def _source_losses(
 
 
 def _token_losses(
-    config: Config, weights: Auxiliary, score: Score, part: Sequences, batch: Sequences
+    config: Config, weights: Auxiliary, score: TokenLogprobs, part: Sequences, batch: Sequences
 ) -> tuple[Array, Metrics]:
     """The loss on next tokens, and on further ones where they were foreseen, of a part of a batch."""
     total = config.reduce.total(batch.mask)

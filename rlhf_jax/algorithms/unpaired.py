@@ -7,9 +7,19 @@ import jax.numpy as jnp
 import optax
 
 from rlhf_jax.core.masks import masked_sum
-from rlhf_jax.core.train_state import Learner, accumulate_gradients, apply_gradients, init_learner
+from rlhf_jax.core.train_state import TrainState, accumulate_gradients, apply_gradients, init_train_state
 from rlhf_jax.core.trees import pytree_dataclass
-from rlhf_jax.core.types import Array, Bool, Float, Metrics, Params, PRNGKeyArray, Scalar, ScoreFn, Sequences
+from rlhf_jax.core.types import (
+    Array,
+    Bool,
+    Float,
+    LogprobFn,
+    Metrics,
+    Params,
+    PRNGKeyArray,
+    Scalar,
+    Sequences,
+)
 from rlhf_jax.losses.unpaired import bco_loss, kto_kl, kto_loss
 
 
@@ -54,7 +64,7 @@ class State:
       shift: BCO's running mean reward; 0 throughout for KTO.
     """
 
-    learner: Learner
+    learner: TrainState
     key: PRNGKeyArray
     shift: Float[Array, ""]
 
@@ -78,29 +88,29 @@ class Batch:
 
 def init(params: Params, tx: optax.GradientTransformation, key: PRNGKeyArray, frozen: Params = None) -> State:
     """The state at step 0; `frozen` is the part of the model that does not train."""
-    return State(init_learner(params, tx, frozen), key, jnp.float32(0))
+    return State(init_train_state(params, tx, frozen), key, jnp.float32(0))
 
 
-def response_logp(score_fn: ScoreFn, params: Params, responses: Sequences) -> Float[Array, "B"]:
+def response_logp(logprob_fn: LogprobFn, params: Params, responses: Sequences) -> Float[Array, "B"]:
     """Log-probs of responses, in nats."""
-    return masked_sum(score_fn(params, responses).logp, responses.mask, axis=-1)
+    return masked_sum(logprob_fn(params, responses).logp, responses.mask, axis=-1)
 
 
 def make_batch(
-    score_fn: ScoreFn,
+    logprob_fn: LogprobFn,
     ref_params: Params,
     responses: Sequences,
     desirable: Bool[Array, "B"],
     mismatched: Sequences | None = None,
 ) -> Batch:
     """Responses with reference log-probs computed on the fly."""
-    ref_logp = response_logp(score_fn, ref_params, responses)
-    ref_mismatched = None if mismatched is None else response_logp(score_fn, ref_params, mismatched)
+    ref_logp = response_logp(logprob_fn, ref_params, responses)
+    ref_mismatched = None if mismatched is None else response_logp(logprob_fn, ref_params, mismatched)
     return Batch(responses, desirable, ref_logp, mismatched, ref_mismatched)
 
 
 def make_update(
-    config: Config, score_fn: ScoreFn, tx: optax.GradientTransformation
+    config: Config, logprob_fn: LogprobFn, tx: optax.GradientTransformation
 ) -> Callable[[State, Hyper, Batch], tuple[State, Metrics]]:
     """`update(state, hyper, batch) -> (state, metrics)`: one optimizer step.
 
@@ -111,13 +121,13 @@ def make_update(
         count = batch.ref_logp.shape[0]
         kl = jnp.float32(0)
         if batch.mismatched is not None and batch.ref_mismatched_logp is not None:
-            policy = response_logp(score_fn, state.learner.all_params, batch.mismatched)
+            policy = response_logp(logprob_fn, state.learner.all_params, batch.mismatched)
             kl = kto_kl(policy, batch.ref_mismatched_logp)
         elif config.shift_decay is None:
             raise ValueError("KTO needs mismatched pairs for its reference point: make_batch(mismatched=)")
 
         def loss_fn(params: Params, part: Batch):
-            logp = response_logp(score_fn, params, part.responses)
+            logp = response_logp(logprob_fn, params, part.responses)
             common = {"beta": hyper.beta, "denominator": count}
             if config.shift_decay is not None:
                 weights = jnp.where(part.desirable, hyper.desirable_weight, hyper.undesirable_weight)

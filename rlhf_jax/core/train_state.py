@@ -21,13 +21,13 @@ class OptimizerConfig:
     """AdamW behind gradient clipping; the learning rate itself is a `Hyper`, so that sweeps can vary it.
 
     Attributes:
-      schedule: how the learning rate decays from 1 x to `final_share` x its value; `wsd` stays at 1 x until
-        the last `decay_share` of all steps, in which it decays linearly (warm-up, stable, decay; Hu et al.
+      schedule: how the learning rate decays from 1 x to `end_lr_ratio` x its value; `wsd` stays at 1 x until
+        the last `decay_fraction` of all steps, in which it decays linearly (warm-up, stable, decay; Hu et al.
         2024).
       warmup_steps: optimizer steps of linear warm-up from 0.
       total_steps: optimizer steps until the end of the decay; needed by every schedule but constant.
-      final_share: share of the learning rate left at the end.
-      decay_share: share of the steps in which `wsd` decays; other schedules ignore it.
+      end_lr_ratio: share of the learning rate left at the end.
+      decay_fraction: share of the steps in which `wsd` decays; other schedules ignore it.
       clip_norm: bound of the gradients' global norm.
       weight_decay: decoupled, on matrices only: not on what is called `scale`, `bias`, `magnitude` or
         `singular`.
@@ -39,8 +39,8 @@ class OptimizerConfig:
     schedule: Schedule = "constant"
     warmup_steps: int = 0
     total_steps: int = 0
-    final_share: float = 0.0
-    decay_share: float = 0.2
+    end_lr_ratio: float = 0.0
+    decay_fraction: float = 0.2
     clip_norm: float = 1.0
     weight_decay: float = 0.0
     b1: float = 0.9
@@ -52,7 +52,9 @@ class OptimizerConfig:
         """The optimizer step from which the learning rate decays."""
         if self.schedule != "wsd":
             return self.warmup_steps
-        return max(self.total_steps - max(round(self.decay_share * self.total_steps), 1), self.warmup_steps)
+        return max(
+            self.total_steps - max(round(self.decay_fraction * self.total_steps), 1), self.warmup_steps
+        )
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -86,9 +88,9 @@ def _share_of_learning_rate(config: OptimizerConfig) -> optax.Schedule:
             f"warmup_steps ({config.warmup_steps}): set both, or use schedule=constant."
         )
     if config.schedule == "cosine":
-        decay = optax.cosine_decay_schedule(1.0, decay_steps, config.final_share)
+        decay = optax.cosine_decay_schedule(1.0, decay_steps, config.end_lr_ratio)
     else:
-        decay = optax.linear_schedule(1.0, config.final_share, decay_steps)
+        decay = optax.linear_schedule(1.0, config.end_lr_ratio, decay_steps)
     if config.schedule == "wsd":
         stable = optax.constant_schedule(1.0)
         decay = optax.join_schedules([stable, decay], [config.decay_start - config.warmup_steps])
@@ -96,7 +98,7 @@ def _share_of_learning_rate(config: OptimizerConfig) -> optax.Schedule:
 
 
 @pytree_dataclass
-class Learner:
+class TrainState:
     """Parameters and all that an optimizer step changes with them.
 
     Attributes:
@@ -104,7 +106,7 @@ class Learner:
       opt_state: optax's state.
       steps: optimizer steps applied.
       skipped: steps left out because loss or gradients were not finite.
-      skipped_in_a_row: of those, the latest unbroken run.
+      consecutive_skipped: of those, the latest unbroken run.
       frozen: the rest of the model, in nested dictionaries beside those of `params`; None where all is
         trained. No gradient, no moments, and no copy of it is ever made.
     """
@@ -113,7 +115,7 @@ class Learner:
     opt_state: Any
     steps: Int[Array, ""]
     skipped: Int[Array, ""]
-    skipped_in_a_row: Int[Array, ""]
+    consecutive_skipped: Int[Array, ""]
     frozen: Params = None
 
     @property
@@ -122,9 +124,9 @@ class Learner:
         return self.params if self.frozen is None else merge(self.params, self.frozen)
 
 
-def init_learner(params: Params, tx: optax.GradientTransformation, frozen: Params = None) -> Learner:
+def init_train_state(params: Params, tx: optax.GradientTransformation, frozen: Params = None) -> TrainState:
     """A learner at step 0."""
-    return Learner(params, tx.init(params), jnp.int32(0), jnp.int32(0), jnp.int32(0), frozen)
+    return TrainState(params, tx.init(params), jnp.int32(0), jnp.int32(0), jnp.int32(0), frozen)
 
 
 def without_frozen(state: Any) -> Any:
@@ -137,9 +139,9 @@ def with_frozen(state: Any, other: Any) -> Any:
     return _map_learners(lambda learner, of: dataclasses.replace(learner, frozen=of.frozen), state, other)
 
 
-def _map_learners(function: Callable[..., Learner], *states: Any) -> Any:
+def _map_learners(function: Callable[..., TrainState], *states: Any) -> Any:
     def is_learner(node: Any) -> bool:
-        return isinstance(node, Learner)
+        return isinstance(node, TrainState)
 
     def change(*nodes: Any) -> Any:
         return function(*nodes) if is_learner(nodes[0]) else nodes[0]
@@ -148,13 +150,13 @@ def _map_learners(function: Callable[..., Learner], *states: Any) -> Any:
 
 
 def apply_gradients(
-    learner: Learner,
+    learner: TrainState,
     gradients: Params,
     tx: optax.GradientTransformation,
     *,
     learning_rate: Scalar,
     loss: Float[Array, ""],
-) -> tuple[Learner, Metrics]:
+) -> tuple[TrainState, Metrics]:
     """One optimizer step; left out, and counted, when the loss, a gradient or their norm is not finite.
 
     `tx` gives updates for a learning rate of 1, and is told the learning rate where it takes extra arguments.
@@ -168,18 +170,18 @@ def apply_gradients(
     updates = jax.tree.map(lambda u: (-learning_rate * u).astype(u.dtype), updates)
     params = optax.apply_updates(learner.params, updates)
     skip = jnp.where(finite, 0, 1)
-    new = Learner(
+    new = TrainState(
         params=tree_where(finite, params, learner.params),
         opt_state=tree_where(finite, opt_state, learner.opt_state),
         steps=learner.steps + 1 - skip,
         skipped=learner.skipped + skip,
-        skipped_in_a_row=jnp.where(finite, 0, learner.skipped_in_a_row + 1),
+        consecutive_skipped=jnp.where(finite, 0, learner.consecutive_skipped + 1),
         frozen=learner.frozen,
     )
     metrics = {
         "gradient_norm": norm,
         "skipped": new.skipped,
-        "skipped_in_a_row": new.skipped_in_a_row,
+        "consecutive_skipped": new.consecutive_skipped,
     }
     return new, metrics
 
@@ -188,7 +190,7 @@ LossFn = Callable[[Params, Any], tuple[Float[Array, ""], Any]]
 
 
 def accumulate_gradients(
-    loss_fn: LossFn, learner: Learner, batch: Any, *, micro_batches: int = 1
+    loss_fn: LossFn, learner: TrainState, batch: Any, *, micro_batches: int = 1
 ) -> tuple[Params, Float[Array, ""], Any]:
     """Gradients, loss and metrics of a batch, computed `1 / micro_batches` of its rows at a time.
 

@@ -33,16 +33,16 @@ __all__ = [
     "Float",
     "Int",
     "Key",
+    "LogprobFn",
     "Metrics",
     "PRNGKeyArray",
     "Params",
     "Rollout",
     "Routing",
     "Scalar",
-    "Score",
-    "ScoreFn",
     "Sequences",
     "Shaped",
+    "TokenLogprobs",
     "ToolFn",
     "UInt32",
 ]
@@ -104,7 +104,7 @@ class Routing:
 
 
 @pytree_dataclass
-class Score:
+class TokenLogprobs:
     """What a model says of given actions, [B, T] each; 0 where there is nothing to say.
 
     Attributes:
@@ -123,6 +123,6 @@ class Score:
     routing: dict[str, "Routing"] | None = None
 
 
-ScoreFn: TypeAlias = Callable[[Params, Any], Score]
+LogprobFn: TypeAlias = Callable[[Params, Any], TokenLogprobs]
 ToolFn: TypeAlias = Callable[[Int[Array, "B T"], Int[Array, " B"]], Int[Array, "B R"]]
 """(completions, their lengths) -> what a tool writes behind them, -1 beyond its end; pure and traceable."""

@@ -20,7 +20,7 @@ from rlhf_jax.evaluation.likelihood import (
     score_requests,
 )
 from rlhf_jax.generation import Sampling
-from rlhf_jax.models import make_likeliest_fn
+from rlhf_jax.models import make_greedy_match_fn
 from rlhf_jax.rollout.texts import make_answer_texts_fn
 from rlhf_jax.training.run_folder import Model
 
@@ -43,7 +43,7 @@ class HarnessModel:
         self.chat = False
         self._model, self._batch_size = model, batch_size
         self._max_length, self._max_new_tokens = max_length, max_new_tokens
-        self._score = jax.jit(make_continuation_fn(make_likeliest_fn(model.config)))
+        self._score = jax.jit(make_continuation_fn(make_greedy_match_fn(model.config)))
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """Of each (context, continuation): log-probability in nats, and whether greedy decoding says it.

@@ -41,8 +41,8 @@ def group_method(
       one_step_off_policy: answers come from the policy of one step before, as of asynchronous rollouts; give
         a variant with `weights_fn` (`group_members.with_truncated_is`) to make up for it.
     """
-    score_fn, tx, config = world.score_fn, make_optimizer(optimizer), variant.config
-    update = grpo.make_update(config, score_fn, tx)
+    logprob_fn, tx, config = world.logprob_fn, make_optimizer(optimizer), variant.config
+    update = grpo.make_update(config, logprob_fn, tx)
 
     def step(state: Any, hyper: Any, ref_params: Params, key: PRNGKeyArray) -> tuple[Any, Metrics]:
         draw_key, answer_key = jax.random.split(key)
@@ -63,8 +63,8 @@ def group_method(
             greedy = world.answer(params, once, answer_key, temperature=0.0)
             greedy_rewards = world.rewards(greedy, once)
             described["tokens"] += jnp.sum(greedy.sequences.mask)
-        old_logp = score_fn(params, rollout.sequences).logp
-        ref_logp = score_fn(ref_params, rollout.sequences).logp
+        old_logp = logprob_fn(params, rollout.sequences).logp
+        ref_logp = logprob_fn(ref_params, rollout.sequences).logp
         batch, more = grpo.make_batch(config, rollout, rewards, old_logp, ref_logp, greedy_rewards)
         state, metrics = update(state, hyper, batch)
         return state, {**more, **metrics, **described}
@@ -84,9 +84,9 @@ def _keep_groups_that_differ(
 
 def ppo_method(world: World, config: ppo.Config, optimizer: OptimizerConfig) -> Method:
     """PPO with a value model of its own, which starts from the policy's body."""
-    score_fn = models.make_actor_critic_fn(world.model, temperature=world.temperature)
-    policy_fn, tx = world.score_fn, make_optimizer(optimizer)
-    update = ppo.make_update(config, score_fn, tx)
+    logprob_fn = models.make_actor_critic_fn(world.model, temperature=world.temperature)
+    policy_fn, tx = world.logprob_fn, make_optimizer(optimizer)
+    update = ppo.make_update(config, logprob_fn, tx)
 
     def init(params: Params, key: PRNGKeyArray, hyper: Any) -> ppo.State:
         head_key, key = jax.random.split(key)
@@ -99,7 +99,7 @@ def ppo_method(world: World, config: ppo.Config, optimizer: OptimizerConfig) -> 
         prompts = world.draw(draw_key)
         rollout = world.answer(params["policy"], prompts, answer_key)
         rewards = world.rewards(rollout, prompts)
-        score = score_fn(params, rollout.sequences)
+        score = logprob_fn(params, rollout.sequences)
         ref_logp = policy_fn(ref_params, rollout.sequences).logp
         state, batch, more = ppo.language_batch(config, state, hyper, rollout, score, ref_logp, rewards)
         state, metrics = update(state, hyper, batch)
@@ -115,14 +115,14 @@ def preference_method(
     world: World, config: preference.Config, optimizer: OptimizerConfig, *, source: Source
 ) -> Method:
     """The DPO family on the best and the worst of the answers to each prompt, offline or online."""
-    score_fn, tx = world.score_fn, make_optimizer(optimizer)
-    update = preference.make_update(config, score_fn, tx)
+    logprob_fn, tx = world.logprob_fn, make_optimizer(optimizer)
+    update = preference.make_update(config, logprob_fn, tx)
 
     def step(state: Any, hyper: Any, ref_params: Params, key: PRNGKeyArray) -> tuple[Any, Metrics]:
         writer = ref_params if source == "reference" else state.learner.all_params
         _, rollout, rewards = _answers(world, writer, key)
         pairs = selection.best_and_worst(rollout.sequences, _grouped(world, rewards))
-        batch = preference.make_batch(score_fn, ref_params, pairs.chosen, pairs.rejected, pairs.mask)
+        batch = preference.make_batch(logprob_fn, ref_params, pairs.chosen, pairs.rejected, pairs.mask)
         state, metrics = update(state, hyper, batch)
         return state, {**metrics, **_described(rollout, rewards)}
 
@@ -131,8 +131,8 @@ def preference_method(
 
 def xpo_method(world: World, config: preference.Config, optimizer: OptimizerConfig) -> Method:
     """XPO: one answer of each pair is the policy's, the other the reference's (Xie et al. 2024)."""
-    score_fn, tx = world.score_fn, make_optimizer(optimizer)
-    update = preference.make_update(config, score_fn, tx)
+    logprob_fn, tx = world.logprob_fn, make_optimizer(optimizer)
+    update = preference.make_update(config, logprob_fn, tx)
     half = dataclasses.replace(world, samples=world.samples // 2)
 
     def step(state: Any, hyper: Any, ref_params: Params, key: PRNGKeyArray) -> tuple[Any, Metrics]:
@@ -143,7 +143,7 @@ def xpo_method(world: World, config: preference.Config, optimizer: OptimizerConf
         own_rewards, other_rewards = (world.rewards(rollout, prompts) for rollout in (own, other))
         pairs = selection.judged(own.sequences, other.sequences, own_rewards >= other_rewards)
         counts = own_rewards != other_rewards
-        batch = preference.make_batch(score_fn, ref_params, pairs.chosen, pairs.rejected, counts)
+        batch = preference.make_batch(logprob_fn, ref_params, pairs.chosen, pairs.rejected, counts)
         batch = dataclasses.replace(batch, chosen_from_ref=~pairs.first_is_chosen)
         state, metrics = update(state, hyper, batch)
         described = _described(own, own_rewards)
@@ -161,8 +161,8 @@ def nash_md_method(
     Args:
       noise: of the judge, who prefers by rewards.
     """
-    score_fn, tx = world.score_fn, make_optimizer(optimizer)
-    update = nash_md.make_update(config, score_fn, tx)
+    logprob_fn, tx = world.logprob_fn, make_optimizer(optimizer)
+    update = nash_md.make_update(config, logprob_fn, tx)
     half = dataclasses.replace(world, samples=world.samples // 2)
 
     def step(state: Any, hyper: Any, ref_params: Params, key: PRNGKeyArray) -> tuple[Any, Metrics]:
@@ -173,7 +173,7 @@ def nash_md_method(
         other = world.answer((params, ref_params), prompts, other_key, decode_fns=mixture)
         rewards, other_rewards = (world.rewards(rollout, prompts) for rollout in (own, other))
         wins = nash_md.win_probability(rewards, other_rewards, noise=noise)
-        ref_logp = masked_sum(score_fn(ref_params, own.sequences).logp, own.sequences.mask, axis=-1)
+        ref_logp = masked_sum(logprob_fn(ref_params, own.sequences).logp, own.sequences.mask, axis=-1)
         state, metrics = update(state, hyper, nash_md.Batch(own.sequences, ref_logp, wins))
         described = _described(own, rewards)
         described["tokens"] += jnp.sum(other.sequences.mask)
@@ -186,8 +186,8 @@ def unpaired_method(
     world: World, config: unpaired.Config, optimizer: OptimizerConfig, *, source: Source
 ) -> Method:
     """KTO and BCO on single answers: desirable are those of more than the batch's mean reward."""
-    score_fn, tx = world.score_fn, make_optimizer(optimizer)
-    update = unpaired.make_update(config, score_fn, tx)
+    logprob_fn, tx = world.logprob_fn, make_optimizer(optimizer)
+    update = unpaired.make_update(config, logprob_fn, tx)
 
     def step(state: Any, hyper: Any, ref_params: Params, key: PRNGKeyArray) -> tuple[Any, Metrics]:
         writer = ref_params if source == "reference" else state.learner.all_params
@@ -197,7 +197,7 @@ def unpaired_method(
             # One prompt's answers stand together: a whole group on is another prompt's.
             mismatched = unpaired.mismatch(prompts.tokens.shape[1], rollout.sequences, shift=world.samples)
         desirable = rewards > jnp.mean(rewards)
-        batch = unpaired.make_batch(score_fn, ref_params, rollout.sequences, desirable, mismatched)
+        batch = unpaired.make_batch(logprob_fn, ref_params, rollout.sequences, desirable, mismatched)
         state, metrics = update(state, hyper, batch)
         return state, {**metrics, **_described(rollout, rewards)}
 
@@ -222,7 +222,7 @@ def imitation_method(
     Good is what is worth more than the mean reward of the batch, so where all are equal nothing is learned.
     """
     tx = make_optimizer(optimizer)
-    update = sft.make_update(config, world.score_fn, tx)
+    update = sft.make_update(config, world.logprob_fn, tx)
 
     def step(state: Any, hyper: Any, ref_params: Params, key: PRNGKeyArray) -> tuple[Any, Metrics]:
         writer = ref_params if source == "reference" else state.learner.all_params
@@ -239,7 +239,7 @@ def imitation_method(
 def supervised_method(world: World, config: sft.Config, optimizer: OptimizerConfig) -> Method:
     """SFT on the demonstrations of the task, as many rows a step as others sample."""
     tx = make_optimizer(optimizer)
-    update = sft.make_update(config, world.score_fn, tx)
+    update = sft.make_update(config, world.logprob_fn, tx)
     table = jax.tree.map(jnp.asarray, world.task.demonstrations)
 
     def step(state: Any, hyper: Any, ref_params: Params, key: PRNGKeyArray) -> tuple[Any, Metrics]:

@@ -241,12 +241,12 @@ def stored_pairs_method(
       count: how many of the pairs are learned from, the first ones; may be traced, as the pairs may.
     """
     tx = make_optimizer(optimizer)
-    update = preference.make_update(config, world.score_fn, tx)
+    update = preference.make_update(config, world.logprob_fn, tx)
 
     def step(state: Any, hyper: Any, ref_params: Params, key: PRNGKeyArray) -> tuple[Any, Metrics]:
         rows = jax.random.randint(key, (world.prompts * world.samples // 2,), 0, count)
         part = pairs.take(rows)
-        batch = preference.make_batch(world.score_fn, ref_params, part.chosen, part.rejected)
+        batch = preference.make_batch(world.logprob_fn, ref_params, part.chosen, part.rejected)
         state, metrics = update(state, hyper, batch)
         return state, {**metrics, "tokens": jnp.int32(0)}
 

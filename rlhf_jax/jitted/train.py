@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from rlhf_jax import models
 from rlhf_jax.core.trees import pytree_dataclass
-from rlhf_jax.core.types import Array, Float, Metrics, Params, PRNGKeyArray, Rollout, Scalar, ScoreFn
+from rlhf_jax.core.types import Array, Float, LogprobFn, Metrics, Params, PRNGKeyArray, Rollout, Scalar
 from rlhf_jax.generation import Sampling, generate
 from rlhf_jax.kernels.kl import reverse_kl
 from rlhf_jax.tasks.base import Prompts, Task
@@ -58,9 +58,9 @@ class World:
     reward_fn: RewardFn | None = None
 
     @property
-    def score_fn(self) -> ScoreFn:
+    def logprob_fn(self) -> LogprobFn:
         """Log-probs of the policy."""
-        return models.make_score_fn(self.model, temperature=self.temperature)
+        return models.make_logprob_fn(self.model, temperature=self.temperature)
 
     def answer(
         self,
@@ -150,7 +150,7 @@ def evaluate(world: World, params: Params, ref_params: Params, key: PRNGKeyArray
     prompts = _heldout(world)
     greedy = world.answer(params, prompts, key, temperature=0.0)
     sampled = world.answer(params, prompts, key)
-    logp, ref_logp = (world.score_fn(side, sampled.sequences).logp for side in (params, ref_params))
+    logp, ref_logp = (world.logprob_fn(side, sampled.sequences).logp for side in (params, ref_params))
     mask = sampled.sequences.mask
     return {
         "score": jnp.mean(world.gold(greedy, prompts)) / world.task.best,

@@ -351,7 +351,7 @@ def forward(
     positions: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T V"]:
     """Logits after every token of whole rows: the plain way to call a model. Training and sampling use
-    `make_score_fn` and `make_decode_fns`, which never hold all logits.
+    `make_logprob_fn` and `make_decode_fns`, which never hold all logits.
 
     Args:
       mask: where there is a token rather than padding, on either side; everywhere by default.

@@ -12,7 +12,18 @@ import jax.numpy as jnp
 
 from rlhf_jax.core.masks import last_unmasked_index
 from rlhf_jax.core.trees import merge
-from rlhf_jax.core.types import Array, Bool, Float, Int, Params, Scalar, Score, ScoreFn, Sequences, Shaped
+from rlhf_jax.core.types import (
+    Array,
+    Bool,
+    Float,
+    Int,
+    LogprobFn,
+    Params,
+    Scalar,
+    Sequences,
+    Shaped,
+    TokenLogprobs,
+)
 from rlhf_jax.kernels.logprobs import token_logprobs
 from rlhf_jax.models import decoder as decoders
 from rlhf_jax.models.config import ModelConfig
@@ -32,27 +43,27 @@ def _delay(values: Shaped[Array, "B T"]) -> Shaped[Array, "B T"]:
     return jnp.pad(values[:, :-1], ((0, 0), (1, 0)))
 
 
-def make_score_fn(config: ModelConfig, *, temperature: Scalar = 1.0, chunk_size: int = 512) -> ScoreFn:
-    """`score(params, sequences) -> Score` of a policy without a value head (values are 0).
+def make_logprob_fn(config: ModelConfig, *, temperature: Scalar = 1.0, chunk_size: int = 512) -> LogprobFn:
+    """`score(params, sequences) -> TokenLogprobs` of a policy without a value head (values are 0).
 
     Args:
       temperature: the one that rollouts were sampled at, so that scores are the sampler's.
       chunk_size: tokens whose logits are held at once.
     """
 
-    def score(params: Params, sequences: Sequences) -> Score:
+    def score(params: Params, sequences: Sequences) -> TokenLogprobs:
         hidden = _hidden(config, params, sequences)
         return _score_hidden(config, params, hidden, sequences, temperature, chunk_size)
 
     return score
 
 
-def make_training_score_fn(config: ModelConfig, *, chunk_size: int = 512) -> ScoreFn:
-    """`make_score_fn` that also says what only training by likelihood wants to know: `further_logp` where the
+def make_logprob_fn_with_auxiliaries(config: ModelConfig, *, chunk_size: int = 512) -> LogprobFn:
+    """`make_logprob_fn` that also says what only training by likelihood wants to know: `further_logp` where the
     model has modules for it, `routing` where it has mixtures of experts.
     """
 
-    def score(params: Params, sequences: Sequences) -> Score:
+    def score(params: Params, sequences: Sequences) -> TokenLogprobs:
         routing = None
         if has_routers(config):
             hidden, routing = routed_hidden_states(config, params, sequences)
@@ -74,10 +85,10 @@ def make_training_score_fn(config: ModelConfig, *, chunk_size: int = 512) -> Sco
     return score
 
 
-def make_likeliest_fn(
+def make_greedy_match_fn(
     config: ModelConfig, *, chunk_size: int = 512
 ) -> Callable[[Params, Sequences], tuple[Float[Array, "B T"], Bool[Array, "B T"]]]:
-    """`likelihood(params, sequences) -> (logp, likeliest)`: log-probs in nats, as those of `make_score_fn`,
+    """`likelihood(params, sequences) -> (logp, likeliest)`: log-probs in nats, as those of `make_logprob_fn`,
     and whether each token is the most likely one where it stands.
 
     Args:
@@ -122,7 +133,7 @@ def _score_hidden(
     sequences: Sequences,
     temperature: Scalar,
     chunk_size: int,
-) -> Score:
+) -> TokenLogprobs:
     # The last state predicts nothing that is there: its number is dropped by the delay. Columns stay as
     # many as they are, so that they can be split evenly.
     logp, entropy = token_logprobs(
@@ -133,7 +144,7 @@ def _score_hidden(
         softcap=config.logit_softcap,
         chunk_size=chunk_size,
     )
-    return Score(_delay(logp), _delay(entropy), jnp.zeros_like(logp))
+    return TokenLogprobs(_delay(logp), _delay(entropy), jnp.zeros_like(logp))
 
 
 def make_value_fn(
@@ -151,35 +162,39 @@ def make_value_fn(
     return value
 
 
-def make_actor_critic_fn(config: ModelConfig, *, temperature: Scalar = 1.0, chunk_size: int = 512) -> ScoreFn:
+def make_actor_critic_fn(
+    config: ModelConfig, *, temperature: Scalar = 1.0, chunk_size: int = 512
+) -> LogprobFn:
     """`score(params, sequences)` of a policy and a separate value model.
 
     `params` is `{"policy": decoder, "value": scalar model}`; with a `"base"` beside them, each holds what is
     its own, and the base the rest of both (`on_base`).
     """
-    policy = make_score_fn(config, temperature=temperature, chunk_size=chunk_size)
+    policy = make_logprob_fn(config, temperature=temperature, chunk_size=chunk_size)
     value = make_value_fn(config)
 
-    def score(params: Params, sequences: Sequences) -> Score:
+    def score(params: Params, sequences: Sequences) -> TokenLogprobs:
         scored = policy(on_base(params, "policy"), sequences)
         value_model = {**params["value"], "decoder": on_base(params, "value", "decoder")}
-        return Score(scored.logp, scored.entropy, value(value_model, sequences))
+        return TokenLogprobs(scored.logp, scored.entropy, value(value_model, sequences))
 
     return score
 
 
-def make_two_headed_fn(config: ModelConfig, *, temperature: Scalar = 1.0, chunk_size: int = 512) -> ScoreFn:
+def make_shared_trunk_actor_critic_fn(
+    config: ModelConfig, *, temperature: Scalar = 1.0, chunk_size: int = 512
+) -> LogprobFn:
     """`score(params, sequences)` of a policy and a value that read the same hidden states.
 
     `params` is `{"policy": decoder, "value": {"head": scalar head}}`, with or without a `"base"`.
     """
 
-    def score(params: Params, sequences: Sequences) -> Score:
+    def score(params: Params, sequences: Sequences) -> TokenLogprobs:
         decoder = on_base(params, "policy")
         hidden = _hidden(config, decoder, sequences)
         scored = _score_hidden(config, decoder, hidden, sequences, temperature, chunk_size)
         value = _delay(apply_scalar_head(params["value"]["head"], hidden))
-        return Score(scored.logp, scored.entropy, value)
+        return TokenLogprobs(scored.logp, scored.entropy, value)
 
     return score
 

@@ -23,8 +23,8 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax import distributed, models
 from rlhf_jax.algorithms import grpo, ppo, preference, sft
-from rlhf_jax.core.train_state import Learner, OptimizerConfig, make_optimizer
-from rlhf_jax.core.types import Params, Rollout, ScoreFn, Sequences
+from rlhf_jax.core.train_state import OptimizerConfig, TrainState, make_optimizer
+from rlhf_jax.core.types import LogprobFn, Params, Rollout, Sequences
 from rlhf_jax.distributed.placement import batch_sharding
 from rlhf_jax.planning import hlo_analysis as programs
 from rlhf_jax.planning import hlo_collectives
@@ -188,7 +188,7 @@ def _rollout(mesh: Mesh | AbstractMesh, rows: int, length: int) -> Any:
     return _shapes_of_rows(mesh, functools.partial(_blank_rollout, rows, length))
 
 
-def _original(learner: Learner, original: Params) -> Params:
+def _original(learner: TrainState, original: Params) -> Params:
     return original
 
 
@@ -206,7 +206,7 @@ def build(workload: Workload, mesh: Mesh | AbstractMesh) -> tuple[dict[str, floa
     key = jax.eval_shape(lambda: jax.random.key(0))
     policy = jax.eval_shape(functools.partial(models.init_params, config), key)
     scalar = jax.eval_shape(functools.partial(models.init_scalar_model, config), key)
-    score_fn = models.make_score_fn(config)
+    logprob_fn = models.make_logprob_fn(config)
     rewards = _rows(mesh, rows, dtype=jnp.float32)
     split = workload.minibatches, workload.micro_batches
     reference, frozen = on_mesh(mesh, policy), {}
@@ -214,20 +214,20 @@ def build(workload: Workload, mesh: Mesh | AbstractMesh) -> tuple[dict[str, floa
     match workload.algorithm:
         case "sft":
             params, init = policy, sft.init
-            update = sft.make_update(sft.Config(workload.micro_batches), score_fn, tx)
+            update = sft.make_update(sft.Config(workload.micro_batches), logprob_fn, tx)
             learn = lambda state, rows: update(state, sft.Hyper(), rows)  # noqa: E731
             data: tuple[Any, ...] = (_sequences(mesh, rows, length),)
         case "dpo":
             params, init = policy, preference.init
-            update = preference.make_update(preference.Config(workload.micro_batches), score_fn, tx)
-            learn = _preference_learn(score_fn, update)
+            update = preference.make_update(preference.Config(workload.micro_batches), logprob_fn, tx)
+            learn = _preference_learn(logprob_fn, update)
             data = (reference, _sequences(mesh, rows, length), _sequences(mesh, rows, length))
             frozen = {"reference": reference}
         case "grpo":
             params, init = policy, grpo.init
             settings = grpo.Config(workload.group_size, workload.epochs, *split)
-            update = grpo.make_update(settings, score_fn, tx)
-            learn = make_group_learn(settings, score_fn, update, grpo.Hyper(), _original)
+            update = grpo.make_update(settings, logprob_fn, tx)
+            learn = make_group_learn(settings, logprob_fn, update, grpo.Hyper(), _original)
             data = (reference, _rollout(mesh, rows, length), rewards)
             frozen = {"reference": reference}
         case "ppo":
@@ -236,7 +236,7 @@ def build(workload: Workload, mesh: Mesh | AbstractMesh) -> tuple[dict[str, floa
             of_ppo = ppo.Config(workload.epochs, *split)
             both_fn = models.make_actor_critic_fn(config)
             update = ppo.make_update(of_ppo, both_fn, tx)
-            learn = make_ppo_learn(of_ppo, both_fn, score_fn, update, ppo.Hyper(), _original)
+            learn = make_ppo_learn(of_ppo, both_fn, logprob_fn, update, ppo.Hyper(), _original)
             data = (reference, _rollout(mesh, rows, length), rewards)
             frozen = {"reference": reference, "reward model": on_mesh(mesh, scalar)}
     state = on_mesh(mesh, jax.eval_shape(lambda params, key: init(params, tx, key), params, key))
@@ -257,11 +257,11 @@ def build(workload: Workload, mesh: Mesh | AbstractMesh) -> tuple[dict[str, floa
     return resident, found
 
 
-def _preference_learn(score_fn: ScoreFn, update: Callable[..., Any]) -> Callable[..., Any]:
+def _preference_learn(logprob_fn: LogprobFn, update: Callable[..., Any]) -> Callable[..., Any]:
     """DPO whose reference scores every batch."""
 
     def learn(state: Any, original: Params, chosen: Sequences, rejected: Sequences) -> Any:
-        batch = preference.make_batch(score_fn, original, chosen, rejected)
+        batch = preference.make_batch(logprob_fn, original, chosen, rejected)
         return update(state, preference.Hyper(), batch)
 
     return learn

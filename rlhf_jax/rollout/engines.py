@@ -19,7 +19,7 @@ import numpy as np
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.masks import masked_mean
-from rlhf_jax.core.types import Array, Float, Params, PRNGKeyArray, Rollout, ScoreFn, Sequences
+from rlhf_jax.core.types import Array, Float, LogprobFn, Params, PRNGKeyArray, Rollout, Sequences
 from rlhf_jax.data.examples import PromptExample
 from rlhf_jax.data.packing import left_pad
 from rlhf_jax.data.tokenizers import Tokenizer
@@ -38,9 +38,9 @@ PublishFn = Callable[[Params, int], None]
 _PROBES = 4
 
 
-def sampler_mismatch(score_fn: ScoreFn, params: Params, rollout: Rollout) -> Float[Array, ""]:
+def sampler_mismatch(logprob_fn: LogprobFn, params: Params, rollout: Rollout) -> Float[Array, ""]:
     """Mean |delta log-prob| between a rollout and its rescoring, in nats a token."""
-    rescored = score_fn(params, rollout.sequences).logp
+    rescored = logprob_fn(params, rollout.sequences).logp
     return masked_mean(jnp.abs(rescored - rollout.logp), rollout.sequences.mask)
 
 
@@ -70,7 +70,7 @@ class HTTPEngine:
         group_size: int = 1,
         sampling: Sampling = Sampling(),
         publish: PublishFn | None = None,
-        score_fn: ScoreFn | None = None,
+        logprob_fn: LogprobFn | None = None,
         tolerance: float = 0.05,
     ) -> None:
         """Sets up the client; nothing is sent.
@@ -78,14 +78,16 @@ class HTTPEngine:
         Args:
           group_size: how often each prompt stands in `prompts`, one after the other; it is sent once.
           publish: None for a server whose weights never change.
-          score_fn: our own log-probs at temperature 1, against which published weights are proven; None to
+          logprob_fn: our own log-probs at temperature 1, against which published weights are proven; None to
             take the server's word.
           tolerance: mean |delta log-prob| between us and the server that still passes, in nats a token.
         """
         self._options, self._tokenizer, self._publish = options, tokenizer, publish
         self._prompt_length, self._new_tokens, self._group_size = prompt_length, max_new_tokens, group_size
         self._sampling = sampling
-        self._score = None if score_fn is None else jax.jit(lambda params, rows: score_fn(params, rows).logp)
+        self._score = (
+            None if logprob_fn is None else jax.jit(lambda params, rows: logprob_fn(params, rows).logp)
+        )
         self._tolerance, self._probe = tolerance, None
         self._held: list[Any] | None = None
         self._problem = NoAnswer("nothing was asked")
@@ -318,7 +320,7 @@ def make_engine(
     max_new_tokens: int,
     group_size: int = 1,
     sampling: Sampling = Sampling(),
-    score_fn: ScoreFn | None = None,
+    logprob_fn: LogprobFn | None = None,
     write: Callable[[Path, Params], None] | None = None,
     folder: Path | None = None,
 ) -> HTTPEngine:
@@ -328,7 +330,7 @@ def make_engine(
       spec: `vllm:URL`, `sglang:URL` or `openai:URL`, each with `#MODEL` behind it where the server's name of
         the model is not `default`. An `openai` server keeps its weights. OPENAI_API_KEY is sent where it is
         set.
-      score_fn: our log-probs at temperature 1, which prove that weights arrived.
+      logprob_fn: our log-probs at temperature 1, which prove that weights arrived.
       write: (folder, params) writes a Hugging Face folder; needed by vllm and sglang.
       folder: where weights are written; the server must see it, too.
 
@@ -353,5 +355,5 @@ def make_engine(
         group_size=group_size,
         sampling=sampling,
         publish=publish,
-        score_fn=score_fn,
+        logprob_fn=logprob_fn,
     )

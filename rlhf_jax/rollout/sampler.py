@@ -425,7 +425,7 @@ def make_evaluate_fn(
     """
     length = max(len(prompt.ids) for prompt in prompts)
     sample = make_generate_fn(config, tokenizer, prompt_length=length, max_new_tokens=max_new_tokens)
-    score_fn = models.make_score_fn(config)
+    score_fn = models.make_logprob_fn(config)
 
     @jax.jit
     def total_kl(params: Params, ref_params: Params, rollout: Rollout) -> jax.Array:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rlhf_jax.algorithms import grpo, ppo
-from rlhf_jax.core.types import Array, Float, Metrics, Params, Rollout, ScoreFn
+from rlhf_jax.core.types import Array, Float, LogprobFn, Metrics, Params, Rollout
 
 ReferenceFn = Callable[[Any, Params], Params]
 """(learner, original) -> the frozen reference; `original` is what the learner does not hold of it."""
@@ -12,7 +12,7 @@ ReferenceFn = Callable[[Any, Params], Params]
 
 def make_group_learn(
     config: grpo.Config,
-    score_fn: ScoreFn,
+    logprob_fn: LogprobFn,
     update: Callable[..., tuple[grpo.State, Metrics]],
     hyper: grpo.Hyper,
     reference_fn: ReferenceFn,
@@ -29,8 +29,8 @@ def make_group_learn(
         greedy_rewards: Float[Array, " N"] | None = None,
     ) -> tuple[grpo.State, Metrics]:
         reference = reference_fn(state.learner, original)
-        old_logp = score_fn(state.learner.all_params, rollout.sequences).logp
-        ref_logp = score_fn(reference, rollout.sequences).logp
+        old_logp = logprob_fn(state.learner.all_params, rollout.sequences).logp
+        ref_logp = logprob_fn(reference, rollout.sequences).logp
         batch, described = grpo.make_batch(config, rollout, rewards, old_logp, ref_logp, greedy_rewards)
         state, metrics = update(state, hyper, batch)
         return state, {**described, **metrics}
@@ -40,8 +40,8 @@ def make_group_learn(
 
 def make_ppo_learn(
     config: ppo.Config,
-    score_fn: ScoreFn,
-    ref_score_fn: ScoreFn,
+    logprob_fn: LogprobFn,
+    ref_logprob_fn: LogprobFn,
     update: Callable[..., tuple[ppo.State, Metrics]],
     hyper: ppo.Hyper,
     reference_fn: ReferenceFn,
@@ -50,15 +50,15 @@ def make_ppo_learn(
     reference, advantages, and all epochs.
 
     Args:
-      score_fn: of policy and value.
-      ref_score_fn: of the reference.
+      logprob_fn: of policy and value.
+      ref_logprob_fn: of the reference.
     """
 
     def learn(
         state: ppo.State, original: Params, rollout: Rollout, rewards: Float[Array, " B"]
     ) -> tuple[ppo.State, Metrics]:
-        score = score_fn(state.learner.all_params, rollout.sequences)
-        ref_logp = ref_score_fn(reference_fn(state.learner, original), rollout.sequences).logp
+        score = logprob_fn(state.learner.all_params, rollout.sequences)
+        ref_logp = ref_logprob_fn(reference_fn(state.learner, original), rollout.sequences).logp
         state, batch, described = ppo.language_batch(config, state, hyper, rollout, score, ref_logp, rewards)
         state, metrics = update(state, hyper, batch)
         return state, {**described, **metrics}

@@ -10,7 +10,7 @@ import tyro
 
 from rlhf_jax import distributed
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.train_state import Learner, OptimizerConfig, make_optimizer
+from rlhf_jax.core.train_state import OptimizerConfig, TrainState, make_optimizer
 from rlhf_jax.core.trees import merge, named_leaves, partition
 from rlhf_jax.core.types import Params, PRNGKeyArray
 from rlhf_jax.models import adapters, pruning, reference_of
@@ -156,7 +156,7 @@ class Parts:
         is_frozen = adapters.is_adapter_leaf(name) and not adapters.is_trained(adapters.LoRA())(name, leaf)
         return not is_frozen
 
-    def reference(self, learner: Learner, original: Params = None) -> Params:
+    def reference(self, learner: TrainState, original: Params = None) -> Params:
         """The decoder as it was, out of the base that a learner of it holds.
 
         Args:
@@ -217,7 +217,7 @@ def new_state(init: Callable[..., State], trained: Params, frozen: Params, *keys
     return dataclasses.replace(state, learner=learner)
 
 
-def say_what_trains(run: common.RunOptions, learner: Learner) -> None:
+def say_what_trains(run: common.RunOptions, learner: TrainState) -> None:
     """Prints which leaves are trained, where not all are."""
     if not run.quiet and learner.frozen is not None and distributed.is_first_host():
         print(adapters.trainable_table(learner.params, learner.frozen))

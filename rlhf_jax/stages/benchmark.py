@@ -88,7 +88,7 @@ def run_choices(
     requests = [request for several, _ in parts for request in several]
     check_same_data(options.out, [request.ids for request in requests])
     found: list[dict[int, Likelihood]] = [{} for _ in questions]
-    score = jax.jit(make_continuation_fn(models.make_likeliest_fn(model.config)))
+    score = jax.jit(make_continuation_fn(models.make_greedy_match_fn(model.config)))
 
     def line(item: int) -> dict[str, Any]:
         question, answers = questions[item], parts[item][1]

@@ -67,7 +67,7 @@ class Options:
         Path("runs/constitutional"), steps=60
     )
     model: common.ModelOptions = common.ModelOptions()
-    optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", warmup_steps=5, final_share=0.1)
+    optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", warmup_steps=5, end_lr_ratio=0.1)
     init: str = ""
     constitution: str = ""
     prompts: tyro.conf.OmitArgPrefixes[common.PromptOptions] = common.PromptOptions(

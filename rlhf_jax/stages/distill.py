@@ -72,7 +72,7 @@ class Options:
     prompts: tyro.conf.OmitArgPrefixes[common.PromptOptions] = common.PromptOptions()
     model: common.ModelOptions = common.ModelOptions()
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
-    optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", warmup_steps=10, final_share=0.1)
+    optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", warmup_steps=10, end_lr_ratio=0.1)
     loss: Loss = "forward_kl"
     student_share: float | None = None
     batch_size: int = 64
@@ -141,10 +141,10 @@ def make_logp_fn(options: Options, model: Model) -> distillation.LogpFn:
     """(params, sequences) -> log-probs as the loss takes them."""
     if options.loss in WHOLE:
         return models.make_distribution_fn(model.config)
-    score_fn = models.make_score_fn(model.config)
+    logprob_fn = models.make_logprob_fn(model.config)
 
     def logp(params: Params, sequences: Any) -> Float[Array, "B T"]:
-        return score_fn(params, sequences).logp
+        return logprob_fn(params, sequences).logp
 
     return logp
 

@@ -27,7 +27,7 @@ from rlhf_jax.algorithms import preference, unpaired
 from rlhf_jax.algorithms.unpaired import UNPAIRED_LOSSES
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.train_state import OptimizerConfig
-from rlhf_jax.core.types import Metrics, Params, ScoreFn, Sequences
+from rlhf_jax.core.types import LogprobFn, Metrics, Params, Sequences
 from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.evaluation.classification import roc_auc
 from rlhf_jax.losses.pair_logps import PairLossTraits, traits_of
@@ -68,7 +68,7 @@ class Options:
     init: str
     pairs: tyro.conf.OmitArgPrefixes[common.PairOptions] = common.PairOptions()
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
-    optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", warmup_steps=10, final_share=0.1)
+    optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", warmup_steps=10, end_lr_ratio=0.1)
     batch_size: int = 64
     micro_batches: int = 1
     learning_rate: float = 1e-4
@@ -113,18 +113,18 @@ class Objective:
     make_batch: Callable[..., Any]
 
 
-def pair_objective(options: Options, loss: str, score_fn: ScoreFn, tx: Any) -> Objective:
+def pair_objective(options: Options, loss: str, logprob_fn: LogprobFn, tx: Any) -> Objective:
     """DPO and its family, on pairs."""
     config = preference.Config(options.micro_batches, preference.find_pair_loss(loss))
     return Objective(
         lambda params, key: preference.init(params, tx, key),
-        preference.make_update(config, score_fn, tx),
+        preference.make_update(config, logprob_fn, tx),
         preference.Hyper(jnp.float32(options.learning_rate), jnp.float32(options.beta)),
         lambda rows, ref, labels: preference.Batch(*rows, *ref, preference=labels),
     )
 
 
-def unpaired_objective(options: Options, loss: str, score_fn: ScoreFn, tx: Any) -> Objective:
+def unpaired_objective(options: Options, loss: str, logprob_fn: LogprobFn, tx: Any) -> Objective:
     """KTO and BCO, on single responses; KTO's reference point comes from the mismatched ones beside them."""
     config = dataclasses.replace(UNPAIRED_LOSSES[loss], micro_batches=options.micro_batches)
     numbers = options.learning_rate, options.beta, options.desirable_weight, options.undesirable_weight
@@ -135,17 +135,17 @@ def unpaired_objective(options: Options, loss: str, score_fn: ScoreFn, tx: Any) 
 
     return Objective(
         lambda params, key: unpaired.init(params, tx, key),
-        unpaired.make_update(config, score_fn, tx),
+        unpaired.make_update(config, logprob_fn, tx),
         unpaired.Hyper(*map(jnp.float32, numbers)),
         make_batch,
     )
 
 
 def reference_logp(
-    score_fn: ScoreFn, params: Params, pairs: inputs.Pairs, batch_size: int
+    logprob_fn: LogprobFn, params: Params, pairs: inputs.Pairs, batch_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The reference's log-probs of the responses on both sides, in nats."""
-    score = jax.jit(functools.partial(preference.response_logp, score_fn))
+    score = jax.jit(functools.partial(preference.response_logp, logprob_fn))
     parts = [score(params, *pairs.rows(indices)) for indices in inputs.parts(len(pairs), batch_size)]
     first, second = (
         np.concatenate([distributed.all_values(x) for x in side]) for side in zip(*parts, strict=True)
@@ -156,7 +156,7 @@ def reference_logp(
 def make_step_fn(
     options: Options,
     objective: Objective,
-    score_fn: ScoreFn,
+    logprob_fn: LogprobFn,
     parts: adapting.Parts,
     state: Any,
     train: inputs.Pairs,
@@ -166,11 +166,11 @@ def make_step_fn(
     sampler = BatchSampler(len(train), options.batch_size, options.run.seed)
     stored = None
     if options.reference == "stored":
-        stored = reference_logp(score_fn, parts.reference(state.learner), train, options.batch_size)
+        stored = reference_logp(logprob_fn, parts.reference(state.learner), train, options.batch_size)
 
     def score_and_update(state: Any, original: Params, rows: Sides, ref: Any, labels: Any):
         if ref is None:
-            ref = preference.response_logp(score_fn, parts.reference(state.learner, original), *rows)
+            ref = preference.response_logp(logprob_fn, parts.reference(state.learner, original), *rows)
         return objective.update(state, objective.hyper, objective.make_batch(rows, ref, labels))
 
     update = common.jit_update(score_and_update, state)
@@ -190,15 +190,15 @@ def make_step_fn(
 
 
 def make_evaluate_fn(
-    options: Options, score_fn: ScoreFn, reference: Params, held_out: inputs.Pairs
+    options: Options, logprob_fn: LogprobFn, reference: Params, held_out: inputs.Pairs
 ) -> Callable[[Any], dict[str, float]] | None:
     """How well implicit rewards tell the better response from the worse, on held-out data."""
     if not len(held_out):
         return None
-    ref = reference_logp(score_fn, reference, held_out, options.batch_size)
+    ref = reference_logp(logprob_fn, reference, held_out, options.batch_size)
 
     def evaluate(state: Any, _: int) -> dict[str, float]:
-        logp = reference_logp(score_fn, state.learner.all_params, held_out, options.batch_size)
+        logp = reference_logp(logprob_fn, state.learner.all_params, held_out, options.batch_size)
         first, second = (options.beta * (ours - theirs) for ours, theirs in zip(logp, ref, strict=True))
         labels = held_out.labels
         if labels is None:
@@ -220,20 +220,20 @@ def run(options: Options) -> None:
     common.announce(options.run, model, f"{len(train):,} {what}, {len(held_out):,} held out")
 
     parts = adapting.take_apart(options.adapter, model, seed=seed, steps=options.run.steps)
-    score_fn = models.make_score_fn(model.config)
+    logprob_fn = models.make_logprob_fn(model.config)
     tx = parts.optimizer(common.with_total_steps(options.optimizer, options.run.steps))
     if loss in UNPAIRED_LOSSES:
-        objective = unpaired_objective(options, loss, score_fn, tx)
+        objective = unpaired_objective(options, loss, logprob_fn, tx)
     else:
-        objective = pair_objective(options, loss, score_fn, tx)
+        objective = pair_objective(options, loss, logprob_fn, tx)
     state = adapting.new_state(objective.init, parts.trained, parts.frozen, jax.random.key(seed))
     adapting.say_what_trains(options.run, state.learner)
     # Both sides, and the reference's pass over them where it is made at every step.
     sizes = {"rows": 2 * options.batch_size, "length": train.length}
     passes = models.forward_flops(model.config, **sizes) if options.reference == "each_step" else 0.0
     meter = options.run.meter(models.training_flops(model.config, **sizes) + passes)
-    step = make_step_fn(options, objective, score_fn, parts, state, train, meter)
-    evaluate = make_evaluate_fn(options, score_fn, parts.reference(state.learner), held_out)
+    step = make_step_fn(options, objective, logprob_fn, parts, state, train, meter)
+    evaluate = make_evaluate_fn(options, logprob_fn, parts.reference(state.learner), held_out)
 
     common.start(options, options.run, "dpo", model, "policy", parts.adaptation)
     run_loop(

@@ -243,14 +243,14 @@ def run(options: Options) -> None:
     meter = options.run.meter(update_flops(options, model, prompts.length))
     draw = make_draw_fn(options, variant, model, prompts, meter)
     greedy = make_greedy_fn(options, model, prompts)
-    score_fn = models.make_score_fn(model.config, temperature=options.temperature)
+    logprob_fn = models.make_logprob_fn(model.config, temperature=options.temperature)
     steps = options.run.steps * options.num_iterations * options.num_minibatches
     parts = adapting.take_apart(options.adapter, model, seed=seed, steps=steps)
     tx = parts.optimizer(common.with_total_steps(options.optimizer, steps))
-    update = grpo.make_update(variant.config, score_fn, tx)
+    update = grpo.make_update(variant.config, logprob_fn, tx)
     evaluate = prompts.evaluate
 
-    learn = make_group_learn(variant.config, score_fn, update, variant.hyper, parts.reference)
+    learn = make_group_learn(variant.config, logprob_fn, update, variant.hyper, parts.reference)
     state = adapting.new_state(
         lambda *x: grpo.init(x[0], tx, x[1], one_step_off_policy=options.one_step_off_policy),
         parts.trained,

@@ -288,7 +288,7 @@ def make_sampler(
         return make_generate_fn(model.config, model.tokenizer, slots=slots or None, **shared)
     if slots:
         raise UserError(f"--slots is for --engine local: the server of {engine} has its own way")
-    score_fn = models.make_score_fn(model.config)
+    score_fn = models.make_logprob_fn(model.config)
 
     def write(path: Path, params: Params) -> None:
         hf.save(path, model.config, merge_adapter(params), model.tokenizer)

@@ -25,7 +25,7 @@ from rlhf_jax.algorithms import nash_md, preference, selection
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.masks import masked_sum
 from rlhf_jax.core.train_state import OptimizerConfig
-from rlhf_jax.core.types import Array, Bool, Float, Metrics, Params, Rollout, ScoreFn
+from rlhf_jax.core.types import Array, Bool, Float, LogprobFn, Metrics, Params, Rollout
 from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.feedback.pairwise import CompareFn, compare_by_judge, compare_by_rewards
 from rlhf_jax.generation import Sampling
@@ -153,7 +153,7 @@ def describe(first: Rollout, ref_logp: Float[Array, " N"]) -> Metrics:
     }
 
 
-def pair_update(options: Options, score_fn: ScoreFn, tx: Any) -> tuple[Callable[..., Any], Any]:
+def pair_update(options: Options, logprob_fn: LogprobFn, tx: Any) -> tuple[Callable[..., Any], Any]:
     """(init, learn) of online DPO and XPO: learn(state, reference, first, second, preference)."""
     is_xpo = options.method == "xpo"
     loss_fn = preference.find_pair_loss(options.loss)
@@ -161,13 +161,13 @@ def pair_update(options: Options, score_fn: ScoreFn, tx: Any) -> tuple[Callable[
         loss_fn = functools.partial(losses.xpo_loss, alpha=options.alpha)
     beta = 0.5 if options.beta is None else options.beta
     hyper = preference.Hyper(jnp.float32(options.learning_rate), jnp.float32(beta))
-    update = preference.make_update(preference.Config(options.micro_batches, loss_fn), score_fn, tx)
+    update = preference.make_update(preference.Config(options.micro_batches, loss_fn), logprob_fn, tx)
 
     def learn(state: preference.State, reference: Params, first: Rollout, second: Rollout, wins: Any):
         first_wins: Bool[Array, " N"] = wins > 0.5
         pairs = selection.judged(first.sequences, second.sequences, first_wins)
         counts = wins != 0.5
-        batch = preference.make_batch(score_fn, reference, pairs.chosen, pairs.rejected, counts)
+        batch = preference.make_batch(logprob_fn, reference, pairs.chosen, pairs.rejected, counts)
         if is_xpo:
             batch = dataclasses.replace(batch, chosen_from_ref=~first_wins)
         state, metrics = update(state, hyper, batch)
@@ -177,16 +177,16 @@ def pair_update(options: Options, score_fn: ScoreFn, tx: Any) -> tuple[Callable[
     return lambda params, key: preference.init(params, tx, key), learn
 
 
-def nash_update(options: Options, score_fn: ScoreFn, tx: Any) -> tuple[Callable[..., Any], Any]:
+def nash_update(options: Options, logprob_fn: LogprobFn, tx: Any) -> tuple[Callable[..., Any], Any]:
     """(init, learn) of Nash-MD."""
     beta = 0.02 if options.beta is None else options.beta
     hyper = nash_md.Hyper(jnp.float32(options.learning_rate), jnp.float32(beta), options.mixing)
-    update = nash_md.make_update(nash_md.Config(options.micro_batches), score_fn, tx)
+    update = nash_md.make_update(nash_md.Config(options.micro_batches), logprob_fn, tx)
 
     def learn(state: nash_md.State, reference: Params, first: Rollout, second: Rollout, wins: Any):
         del second
         sequences = first.sequences
-        ref_logp = masked_sum(score_fn(reference, sequences).logp, sequences.mask, axis=-1)
+        ref_logp = masked_sum(logprob_fn(reference, sequences).logp, sequences.mask, axis=-1)
         state, metrics = update(state, hyper, nash_md.Batch(sequences, ref_logp, wins))
         return state, {**metrics, **describe(first, ref_logp)}
 
@@ -211,9 +211,9 @@ def run(options: Options) -> None:
     common.announce(options.run, model, f"{len(prompts):,} prompts")
 
     parts = adapting.take_apart(options.adapter, model, seed=seed, steps=options.run.steps)
-    score_fn = models.make_score_fn(model.config, temperature=options.temperature)
+    logprob_fn = models.make_logprob_fn(model.config, temperature=options.temperature)
     tx = parts.optimizer(common.with_total_steps(options.optimizer, options.run.steps))
-    init, learn_from = (nash_update if options.method == "nash_md" else pair_update)(options, score_fn, tx)
+    init, learn_from = (nash_update if options.method == "nash_md" else pair_update)(options, logprob_fn, tx)
     state = adapting.new_state(init, parts.trained, parts.frozen, jax.random.key(seed))
     adapting.say_what_trains(options.run, state.learner)
     write = make_write_fn(options, model, prompts, lambda state: parts.reference(state.learner))

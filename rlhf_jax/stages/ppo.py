@@ -29,7 +29,7 @@ import tyro
 from rlhf_jax import distributed, models
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.train_state import Learner, OptimizerConfig
+from rlhf_jax.core.train_state import OptimizerConfig, TrainState
 from rlhf_jax.core.trees import merge, partition
 from rlhf_jax.core.types import Params
 from rlhf_jax.data.pipeline import BatchSampler
@@ -266,17 +266,19 @@ def run(options: Options) -> None:
         folder=options.run.out,
         sampling=Sampling(temperature=options.temperature),
     )
-    make_score_fn = models.make_two_headed_fn if options.value == "shared" else models.make_actor_critic_fn
-    score_fn = make_score_fn(model.config, temperature=options.temperature)
-    ref_score_fn = models.make_score_fn(model.config, temperature=options.temperature)
+    make_logprob_fn = (
+        models.make_shared_trunk_actor_critic_fn if options.value == "shared" else models.make_actor_critic_fn
+    )
+    logprob_fn = make_logprob_fn(model.config, temperature=options.temperature)
+    ref_logprob_fn = models.make_logprob_fn(model.config, temperature=options.temperature)
     tx = parts.optimizer(common.with_total_steps(options.optimizer, steps))
-    update = ppo.make_update(config, score_fn, tx)
+    update = ppo.make_update(config, logprob_fn, tx)
     hyper, evaluate = make_hyper(options), prompts.evaluate
 
-    def reference(learner: Learner, original: Params) -> Params:
+    def reference(learner: TrainState, original: Params) -> Params:
         return models.reference_of(learner.all_params, original)
 
-    learn = make_ppo_learn(config, score_fn, ref_score_fn, update, hyper, reference)
+    learn = make_ppo_learn(config, logprob_fn, ref_logprob_fn, update, hyper, reference)
     state = adapting.new_state(lambda *x: ppo.init(x[0], tx, x[1], hyper), params, frozen, state_key)
     adapting.say_what_trains(options.run, state.learner)
     learn = common.jit_update(learn, state)

@@ -26,7 +26,7 @@ from rlhf_jax import distributed, models
 from rlhf_jax.algorithms import sft
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
-from rlhf_jax.core.types import Params, ScoreFn, Sequences
+from rlhf_jax.core.types import LogprobFn, Params, Sequences
 from rlhf_jax.data import documents as texts
 from rlhf_jax.data import packing
 from rlhf_jax.data.documents import Document, FillInTheMiddle
@@ -89,7 +89,7 @@ class Options:
         Path("runs/pretrain"), steps=400, eval_every=200
     )
     model: common.ModelOptions = common.ModelOptions()
-    optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", warmup_steps=20, final_share=0.1)
+    optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", warmup_steps=20, end_lr_ratio=0.1)
     fill: FillInTheMiddle = FillInTheMiddle(share=0.0)
     rope: RopeOptions = RopeOptions()
     auxiliary: common.AuxiliaryOptions = common.AuxiliaryOptions()
@@ -243,7 +243,7 @@ class Batches:
 
 
 def make_evaluate_fn(
-    options: Options, model: Model, score_fn: ScoreFn, held_out: list[Document]
+    options: Options, model: Model, logprob_fn: LogprobFn, held_out: list[Document]
 ) -> Callable[[Params], dict[str, float]]:
     """Loss in nats a token and bits a byte of held-out text, as it stands, without middles moved."""
     rows = texts.full_rows(texts.token_runs(held_out, model.tokenizer), options.length, apart=options.apart)
@@ -255,7 +255,7 @@ def make_evaluate_fn(
 
     @jax.jit
     def loss(params: Params, some: Sequences) -> jax.Array:
-        return cross_entropy_loss(score_fn(params, some).logp, some.mask, denominator=total)[0]
+        return cross_entropy_loss(logprob_fn(params, some).logp, some.mask, denominator=total)[0]
 
     def evaluate(params: Params) -> dict[str, float]:
         nats = 0.0
@@ -323,13 +323,13 @@ def run(options: Options) -> None:
     state = distributed.born_sharded(
         lambda params, key: sft.init(params, tx, key), model.params, jax.random.key(options.run.seed)
     )
-    score_fn = models.make_training_score_fn(model.config)
-    update = sft.make_update(sft.Config(options.micro_batches), score_fn, tx, models.rebalance)
+    logprob_fn = models.make_logprob_fn_with_auxiliaries(model.config)
+    update = sft.make_update(sft.Config(options.micro_batches), logprob_fn, tx, models.rebalance)
     update = common.jit_update(update, state)
     hyper = options.auxiliary.hyper(options.learning_rate)
     common.start(options, options.run, "pretrain", model, "policy")
     measure = (
-        make_evaluate_fn(options, model, models.make_score_fn(model.config), held_out) if held_out else None
+        make_evaluate_fn(options, model, models.make_logprob_fn(model.config), held_out) if held_out else None
     )
     sample = make_sample_fn(options, model, held_out or documents) if options.sample_tokens else None
     meter = options.run.meter(

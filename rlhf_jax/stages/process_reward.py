@@ -80,7 +80,7 @@ class Options:
         Path("runs/process_reward"), steps=150
     )
     model: common.ModelOptions = common.ModelOptions()
-    optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", warmup_steps=10, final_share=0.1)
+    optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", warmup_steps=10, end_lr_ratio=0.1)
     data: str = "arithmetic:1"
     eval_data: str = ""
     outcome: bool = False

@@ -46,7 +46,7 @@ class Options:
     pairs: tyro.conf.OmitArgPrefixes[common.PairOptions] = common.PairOptions()
     model: common.ModelOptions = common.ModelOptions()
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
-    optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", warmup_steps=10, final_share=0.1)
+    optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", warmup_steps=10, end_lr_ratio=0.1)
     tokenizer: str = ""
     init: str = ""
     batch_size: int = 64

@@ -72,7 +72,7 @@ class Options:
     init: str
     writer: str = ""
     prompts: tyro.conf.OmitArgPrefixes[common.PromptOptions] = common.PromptOptions()
-    optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", warmup_steps=5, final_share=0.1)
+    optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", warmup_steps=5, end_lr_ratio=0.1)
     method: Literal["raft", "expert_iteration", "dpo"] = "raft"
     rounds: int = 3
     restart: bool = False

@@ -143,7 +143,7 @@ def batches(options: Options, count: int) -> list[np.ndarray]:
     return inputs.parts(count, min(options.batch_size, count))
 
 
-def make_score_fn(policy: Model, judges: Judges) -> Callable[[Rollout], dict[str, np.ndarray]]:
+def make_logprob_fn(policy: Model, judges: Judges) -> Callable[[Rollout], dict[str, np.ndarray]]:
     """Scores of whole samples, by name as in `Pool`."""
     newline = jnp.asarray(search_methods.step_end_ids(policy.tokenizer))
 
@@ -184,7 +184,7 @@ def sample_pool(
         max_new_tokens=options.max_new_tokens,
         sampling=Sampling(temperature=options.temperature),
     )
-    score = make_score_fn(policy, judges)
+    score = make_logprob_fn(policy, judges)
     columns: list[dict[str, np.ndarray]] = []
     greedy: list[dict[str, np.ndarray]] = []
     numbers: list[dict[Any, int]] = [{} for _ in problems]

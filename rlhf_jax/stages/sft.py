@@ -25,7 +25,7 @@ from rlhf_jax import distributed, models
 from rlhf_jax.algorithms import sft
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.train_state import OptimizerConfig
-from rlhf_jax.core.types import Params, ScoreFn, Sequences
+from rlhf_jax.core.types import LogprobFn, Params, Sequences
 from rlhf_jax.data import packing
 from rlhf_jax.data.examples import SupervisedExample, TooLong, supervised_examples
 from rlhf_jax.data.mixing import MixtureSampler, mixing_shares
@@ -69,7 +69,7 @@ class Options:
     run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/sft"), steps=600)
     model: common.ModelOptions = common.ModelOptions()
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
-    optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", warmup_steps=20, final_share=0.02)
+    optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", warmup_steps=20, end_lr_ratio=0.02)
     auxiliary: common.AuxiliaryOptions = common.AuxiliaryOptions()
     data: str = "arithmetic:1"
     mixture_temperature: float = 1.0
@@ -165,7 +165,7 @@ def source_names(sources: Sequence[str]) -> tuple[str, ...]:
 
 
 def held_out_loss(
-    options: Options, model: Model, score_fn: ScoreFn
+    options: Options, model: Model, logprob_fn: LogprobFn
 ) -> Callable[[sft.State], dict[str, float]] | None:
     """Evaluates the loss on held-out conversations, where there are any."""
     alone = len(inputs.split_mixture(options.data)) == 1
@@ -179,7 +179,7 @@ def held_out_loss(
 
     @jax.jit
     def loss(params: Params, some: Sequences) -> jax.Array:
-        return cross_entropy_loss(score_fn(params, some).logp, some.mask, denominator=total)[0]
+        return cross_entropy_loss(logprob_fn(params, some).logp, some.mask, denominator=total)[0]
 
     def evaluate(state: sft.State, _: int) -> dict[str, float]:
         params = state.learner.all_params
@@ -210,7 +210,7 @@ def run(options: Options) -> None:
     common.show_sample(options.run, model.tokenizer, examples[0])
 
     parts = adapting.take_apart(options.adapter, model, seed=options.run.seed, steps=options.run.steps)
-    score_fn = models.make_training_score_fn(model.config)
+    logprob_fn = models.make_logprob_fn_with_auxiliaries(model.config)
     tx = parts.optimizer(common.with_total_steps(options.optimizer, options.run.steps))
     state = adapting.new_state(
         lambda *x: sft.init(x[0], tx, x[1]),
@@ -221,8 +221,8 @@ def run(options: Options) -> None:
     adapting.say_what_trains(options.run, state.learner)
     names = source_names(list(sources)) if len(sources) > 1 else ()
     config = sft.Config(options.micro_batches, sources=names)
-    update = common.jit_update(sft.make_update(config, score_fn, tx, models.rebalance), state)
-    evaluate = held_out_loss(options, model, score_fn)
+    update = common.jit_update(sft.make_update(config, logprob_fn, tx, models.rebalance), state)
+    evaluate = held_out_loss(options, model, logprob_fn)
     hyper = options.auxiliary.hyper(options.learning_rate)
     common.start(options, options.run, "sft", model, "policy", parts.adaptation)
 

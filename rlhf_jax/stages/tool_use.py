@@ -180,16 +180,16 @@ def run(options: Options) -> None:
         sampling=sampling,
     )
     evaluate = make_evaluate_fn(generate, model.tokenizer, held_out, sampling)
-    score_fn = models.make_score_fn(model.config, temperature=options.temperature)
+    logprob_fn = models.make_logprob_fn(model.config, temperature=options.temperature)
     tx = make_optimizer(common.with_total_steps(options.optimizer, options.run.steps))
     config = grpo.Config(options.group_size, micro_batches=options.micro_batches)
-    update = grpo.make_update(config, score_fn, tx)
+    update = grpo.make_update(config, logprob_fn, tx)
     hyper = grpo.Hyper(learning_rate=jnp.float32(options.learning_rate), kl_coef=options.kl_coef)
     ref_params = model.params
 
     def learn(state: grpo.State, ref_params: Params, rollout: Rollout, rewards: Float[Array, " B"]):
-        old_logp = score_fn(state.learner.params, rollout.sequences).logp
-        ref_logp = score_fn(ref_params, rollout.sequences).logp
+        old_logp = logprob_fn(state.learner.params, rollout.sequences).logp
+        ref_logp = logprob_fn(ref_params, rollout.sequences).logp
         batch, described = grpo.make_batch(config, rollout, rewards, old_logp, ref_logp)
         state, metrics = update(state, hyper, batch)
         described["tool_use"] = jnp.mean(jnp.any(tool_tokens(rollout), axis=1))

@@ -48,7 +48,7 @@ class LoopConfig:
       eval_every: steps between evaluations, 0 for none between the first and the last.
       eval_at_start: evaluate before the first step, too, so that curves begin where the run did.
       keep: newest checkpoints that are kept.
-      max_skipped_in_a_row: give up after this many steps in a row were not finite.
+      max_consecutive_skipped: give up after this many steps in a row were not finite.
       quiet: show no progress.
       profile: steps that are recorded for a profiler in `folder/profile`, after the two first ones.
       thresholds: when a run is warned of: see `metrics.monitoring`.
@@ -59,7 +59,7 @@ class LoopConfig:
     eval_every: int = 0
     eval_at_start: bool = True
     keep: int = 2
-    max_skipped_in_a_row: int = 10
+    max_consecutive_skipped: int = 10
     quiet: bool = False
     profile: int = 0
     thresholds: Thresholds = Thresholds()
@@ -98,7 +98,7 @@ def run_loop(
     Args:
       state: the state at step 0; donated to `step_fn` if that is jitted so.
       step_fn: (state, step) -> (state, metrics), with steps counted from 0. A metric `tokens` becomes a
-        rate; `skipped_in_a_row` above the limit ends the run with an error.
+        rate; `consecutive_skipped` above the limit ends the run with an error.
       stage: the name of the metrics' lines and of the progress bar.
       folder: local, or an address such as `s3://BUCKET/RUN`; `folder/checkpoints` and
         `folder/metrics.jsonl` are written.
@@ -199,7 +199,7 @@ def _restore(
 def _open_log(
     stack: contextlib.ExitStack, folder: Path, stage: str, start: int, loggers: Sequence[Logger]
 ) -> tuple[Callable[[Mapping[str, Any], int], None], Callable[[], None]]:
-    """(`log(metrics, steps done)`, `flush()`) to `metrics.jsonl` and to the loggers, in the first process alone."""
+    """(`log(metrics, steps done)`, `flush()`) to `metrics.jsonl` and the loggers, in the first process alone."""
     if not is_first_host():
         return lambda metrics, done: None, lambda: None
     # A run that begins anew writes its first evaluation again.
@@ -227,8 +227,8 @@ def _is_due(done: int, every: int, steps: int) -> bool:
 
 
 def _stop_if_diverged(metrics: Mapping[str, Any], config: LoopConfig, done: int, folder: Path) -> None:
-    in_a_row = int(metrics.get("skipped_in_a_row", 0))
-    if in_a_row >= config.max_skipped_in_a_row:
+    in_a_row = int(metrics.get("consecutive_skipped", 0))
+    if in_a_row >= config.max_consecutive_skipped:
         raise UserError(
             f"step {done}: loss or gradients were not finite {in_a_row} times in a row, so training stopped "
             f"(the checkpoints in {folder / 'checkpoints'} are untouched): lower the learning rate or look "

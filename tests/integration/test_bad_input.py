@@ -352,4 +352,4 @@ def test_divergence(refused, tiny, tmp_path):
     words = tiny.words("sft", out, "--learning-rate", 1e38, "--steps", 40, "--save-every", 100)
     refused("sft", words, "not finite 10 times in a row", "untouched", "lower the learning rate")
     last = read_metrics(out)[-1]
-    assert last["loss"] is None or last["skipped_in_a_row"] == 9
+    assert last["loss"] is None or last["consecutive_skipped"] == 9

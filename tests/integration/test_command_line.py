@@ -32,7 +32,7 @@ def main(monkeypatch):
         monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
         monkeypatch.setattr(command_line, "use_compile_cache", lambda: None)
         monkeypatch.setattr(command_line, "choose_threads", lambda **_: None)
-        command_line.main(run, Options, "A script.")
+        command_line.run_command(run, Options, "A script.")
 
     return call
 

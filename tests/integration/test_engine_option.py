@@ -38,7 +38,7 @@ class Server(http.server.ThreadingHTTPServer):
         if len(self.loaded) == 1:
             shared = {"prompt_length": PROMPT, "max_new_tokens": NEW}
             self.sample = make_generate_fn(config, self.tokenizer, **shared)
-            self.score = jax.jit(models.make_score_fn(config))
+            self.score = jax.jit(models.make_logprob_fn(config))
 
 
 class Handler(http.server.BaseHTTPRequestHandler):

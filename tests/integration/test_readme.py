@@ -29,10 +29,10 @@ def test_own_loss_in_20_lines_trains():
     ]
     assert len(block.split("def margin_dpo_loss")[1].splitlines()) <= 20
     config = models.dense_config(vocab_size=11, width=16, num_layers=1, num_heads=2)
-    score_fn = models.make_score_fn(config)
+    logprob_fn = models.make_logprob_fn(config)
     params = models.init_params(config, jax.random.key(0))
-    batch = preference.make_batch(score_fn, params, *_pairs())
-    names = {"score_fn": score_fn, "params": params, "batch": batch}
+    batch = preference.make_batch(logprob_fn, params, *_pairs())
+    names = {"logprob_fn": logprob_fn, "params": params, "batch": batch}
     exec(block, names)
     first = float(names["metrics"]["loss"])
     np.testing.assert_allclose(first, np.log1p(np.exp(0.5)), rtol=1e-5)  # no lead yet, a margin of 0.5

@@ -72,12 +72,12 @@ def pool_of_numbers(seed, dtype, shape=(POOL, TIME)):
 
 
 def case_sft(config, dtype):
-    update = sft.make_update(sft.Config(micro_batches=2), models.make_score_fn(config, chunk_size=24), TX)
+    update = sft.make_update(sft.Config(micro_batches=2), models.make_logprob_fn(config, chunk_size=24), TX)
     return functools.partial(models.init_params, config), sft.init, update, sft.Hyper(1e-2), pool_of_rows(0)
 
 
 def case_dpo(config, dtype):
-    score = models.make_score_fn(config)
+    score = models.make_logprob_fn(config)
     update = preference.make_update(preference.Config(), score, TX)
     numbers = (-20 + pool_of_numbers(seed, dtype, (POOL,)) for seed in (1, 2))
     pool = preference.Batch(pool_of_rows(0), pool_of_rows(1), *numbers)
@@ -87,7 +87,7 @@ def case_dpo(config, dtype):
 
 def case_grpo(config, dtype):
     settings = grpo.Config(group_size=4, num_minibatches=2)
-    update = grpo.make_update(settings, models.make_score_fn(config), TX)
+    update = grpo.make_update(settings, models.make_logprob_fn(config), TX)
     logps = (-3.7 + 0.3 * pool_of_numbers(seed, dtype) for seed in (1, 2))
     pool = grpo.Batch(pool_of_rows(0), *logps, pool_of_numbers(3, dtype, (POOL,)))
     hyper = grpo.Hyper(1e-2, entropy_coef=0.01, kl_coef=0.1)
@@ -149,7 +149,7 @@ def broken_update(gradient_of_rows):
     """SFT whose gradient is taken by `gradient_of_rows(loss_of, params, rows)` on each device of `data`."""
 
     def make(config):
-        score = models.make_score_fn(config)
+        score = models.make_logprob_fn(config)
 
         def sums(params, rows):
             logp = jnp.where(rows.mask, score(params, rows).logp, 0)

@@ -28,7 +28,7 @@ from rlhf_jax import kernels
 from rlhf_jax.core.types import Sequences
 from rlhf_jax.kernels import returns
 from rlhf_jax.losses import PairLogps, policy, policy_ratios, policy_surrogates, preference, value
-from rlhf_jax.models import dense_config, init_params, make_score_fn
+from rlhf_jax.models import dense_config, init_params, make_logprob_fn
 
 Section = Literal["logprobs", "returns", "losses"]
 Calls = dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]
@@ -326,7 +326,7 @@ def bench_losses(bench: Bench) -> None:
     params = init_params(config, jax.random.key(0))
     ones = jnp.ones(shape, jnp.int32)
     sequences = Sequences(ones, jnp.cumsum(ones, axis=1) - 1, ones, ones.astype(bool))
-    decoder: Calls = {"decoder forward": (make_score_fn(config), (params, sequences))}
+    decoder: Calls = {"decoder forward": (make_logprob_fn(config), (params, sequences))}
     title = f"{list(shape)} tokens; decoder of {sizes.num_layers} layers of width {sizes.width}"
     print_times(title, decoder | loss_calls(shape), bench, against="decoder forward")
 

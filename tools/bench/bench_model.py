@@ -131,7 +131,7 @@ def our_training(options: Options) -> Task:
     tokens = jax.random.randint(jax.random.key(1), shape, 1, config.vocab_size)
     positions = jnp.broadcast_to(jnp.arange(shape[1]), shape)
     batch = Sequences(tokens, positions, jnp.ones(shape, jnp.int32), positions > 0)
-    update = jax.jit(sft.make_update(sft.Config(), models.make_score_fn(config), tx), donate_argnums=0)
+    update = jax.jit(sft.make_update(sft.Config(), models.make_logprob_fn(config), tx), donate_argnums=0)
 
     def step() -> float:
         nonlocal state

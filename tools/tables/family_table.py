@@ -72,7 +72,7 @@ def decoding(config: models.ModelConfig, params: Any, expected: dict[str, np.nda
             pad_id=0,
             sampling=Sampling(temperature=0.0),
         )
-        return rollout, models.make_score_fn(config)(params, rollout.sequences).logp
+        return rollout, models.make_logprob_fn(config)(params, rollout.sequences).logp
 
     rollout, logp = sample_and_score(params, expected["left_tokens"], expected["left_mask"])
     wrong = int(np.sum(np.asarray(rollout.sequences.tokens)[:, -NEW:] != expected["greedy"]))

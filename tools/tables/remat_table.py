@@ -70,7 +70,7 @@ def gradient_of(options: Options, remat: models.Remat) -> tuple[Callable[..., An
         scan_layers=options.scan,
         remat=remat,
     )
-    score = models.make_score_fn(config)
+    score = models.make_logprob_fn(config)
 
     def gradient(params: Any, tokens: jax.Array) -> Any:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)

@@ -92,10 +92,10 @@ def make_tune_fn(options: Options, model: Model) -> Callable[[Params], Params]:
         source, sft.make_examples(source, sft.load_rows(source, held_out=False), model.tokenizer)
     )
     sampler = BatchSampler(len(rows.tokens), options.batch_size, options.seed)
-    schedule = OptimizerConfig(schedule="cosine", warmup_steps=min(5, options.steps - 1), final_share=0.02)
+    schedule = OptimizerConfig(schedule="cosine", warmup_steps=min(5, options.steps - 1), end_lr_ratio=0.02)
     tx = pruning.keep_zeros(make_optimizer(common.with_total_steps(schedule, options.steps)))
-    score_fn = models.make_score_fn(model.config)
-    update = jax.jit(supervised.make_update(supervised.Config(), score_fn, tx), donate_argnums=0)
+    logprob_fn = models.make_logprob_fn(model.config)
+    update = jax.jit(supervised.make_update(supervised.Config(), logprob_fn, tx), donate_argnums=0)
     hyper = supervised.Hyper(learning_rate=jnp.float32(options.learning_rate))
 
     def batch(step: int) -> Sequences:

@@ -94,7 +94,7 @@ def train(options: Options, model: common.ModelOptions, seed: int, learning_rate
                 run=run,
                 model=model,
                 optimizer=OptimizerConfig(
-                    schedule="cosine", warmup_steps=options.steps // 10, final_share=0.1
+                    schedule="cosine", warmup_steps=options.steps // 10, end_lr_ratio=0.1
                 ),
                 data=options.data,
                 length=options.length,

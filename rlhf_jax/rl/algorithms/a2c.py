@@ -12,16 +12,22 @@ import jax.numpy as jnp
 import optax
 
 from rlhf_jax.algorithms.ppo import Batch
-from rlhf_jax.core.train_state import Learner, OptimizerConfig, apply_gradients, init_learner, make_optimizer
+from rlhf_jax.core.train_state import (
+    OptimizerConfig,
+    TrainState,
+    apply_gradients,
+    init_train_state,
+    make_optimizer,
+)
 from rlhf_jax.core.trees import pytree_dataclass
-from rlhf_jax.core.types import Array, Float, Metrics, Params, PRNGKeyArray, Scalar, ScoreFn
+from rlhf_jax.core.types import Array, Float, LogprobFn, Metrics, Params, PRNGKeyArray, Scalar
 from rlhf_jax.kernels.whitening import whiten
 from rlhf_jax.losses.policy import reinforce_loss
 from rlhf_jax.losses.value import squared_value_loss
 from rlhf_jax.rl.envs.environments import Environment
 from rlhf_jax.rl.loops import on_policy
 from rlhf_jax.rl.loops.on_policy import NetworkConfig
-from rlhf_jax.rl.loops.rollout import Experience, RolloutConfig, as_rows, estimate, make_score_fn
+from rlhf_jax.rl.loops.rollout import Experience, RolloutConfig, as_rows, estimate, make_logprob_fn
 from rlhf_jax.rl.loops.runs import Run, Train, whole
 
 __all__ = [
@@ -78,7 +84,7 @@ class Hyper:
 class State:
     """The agent."""
 
-    learner: Learner
+    learner: TrainState
 
 
 def default_hyper(**changes: Any) -> Hyper:
@@ -88,11 +94,11 @@ def default_hyper(**changes: Any) -> Hyper:
 
 def init(params: Params, tx: optax.GradientTransformation) -> State:
     """The state at step 0."""
-    return State(init_learner(params, tx))
+    return State(init_train_state(params, tx))
 
 
 def make_update(
-    score_fn: ScoreFn, tx: optax.GradientTransformation
+    logprob_fn: LogprobFn, tx: optax.GradientTransformation
 ) -> Callable[[State, Hyper, Batch], tuple[State, Metrics]]:
     """`update(state, hyper, batch) -> (state, metrics)`: one optimizer step.
 
@@ -101,7 +107,7 @@ def make_update(
 
     def update(state: State, hyper: Hyper, batch: Batch) -> tuple[State, Metrics]:
         def loss_fn(params: Params) -> tuple[Float[Array, ""], Metrics]:
-            score = score_fn(params, batch.inputs)
+            score = logprob_fn(params, batch.inputs)
             policy_loss, policy_metrics = reinforce_loss(
                 score.logp, batch.old_logp, batch.advantages, batch.mask
             )
@@ -124,7 +130,7 @@ def make_run(config: Config, env: Environment, env_params: Any) -> Run:
     network = on_policy.make_network(config.network, env)
     updates = on_policy.count_updates(config.total_steps, config.rollout)
     tx = make_optimizer(on_policy.stretched(config.optimizer, updates))
-    update = make_update(make_score_fn(network), tx)
+    update = make_update(make_logprob_fn(network), tx)
 
     def learn(state: State, hyper: Hyper, experience: Experience) -> tuple[State, Metrics]:
         values, advantages, returns = estimate(

@@ -21,11 +21,11 @@ from flax import linen as nn
 from rlhf_jax.core.masks import clean, masked_mean
 from rlhf_jax.core.minibatches import scan_minibatches
 from rlhf_jax.core.train_state import (
-    Learner,
     OptimizerConfig,
+    TrainState,
     accumulate_gradients,
     apply_gradients,
-    init_learner,
+    init_train_state,
     make_optimizer,
 )
 from rlhf_jax.core.trees import pytree_dataclass, tree_where
@@ -92,7 +92,7 @@ class Hyper:
 class State:
     """All that a resume needs; the games go on from iteration to iteration."""
 
-    learner: Learner
+    learner: TrainState
     positions: Position
     key: PRNGKeyArray
 
@@ -294,7 +294,7 @@ def init(
 ) -> State:
     """The state at iteration 0."""
     key, game_key = jax.random.split(key)
-    return State(init_learner(params, tx), new_games(config, game, game_key), key)
+    return State(init_train_state(params, tx), new_games(config, game, game_key), key)
 
 
 def make_update(
@@ -306,7 +306,7 @@ def make_update(
         def loss_fn(params: Params, part: Batch):
             return alphazero_loss(*apply(params, part.obs), part, value_coef=hyper.value_coef)
 
-        def step(learner: Learner, part: Batch):
+        def step(learner: TrainState, part: Batch):
             gradients, loss, metrics = accumulate_gradients(loss_fn, learner, part)
             learner, guard = apply_gradients(
                 learner, gradients, tx, learning_rate=hyper.learning_rate, loss=loss

@@ -12,7 +12,13 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from rlhf_jax.core.train_state import Learner, OptimizerConfig, apply_gradients, init_learner, make_optimizer
+from rlhf_jax.core.train_state import (
+    OptimizerConfig,
+    TrainState,
+    apply_gradients,
+    init_train_state,
+    make_optimizer,
+)
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Float, Metrics, Params, PRNGKeyArray, Scalar
 from rlhf_jax.losses.supervised import cross_entropy_loss
@@ -27,7 +33,7 @@ from rlhf_jax.rl.networks.q_networks import applied
 PolicyFn = Callable[[Params, Array], Distribution]
 """(params, obs) -> distribution of actions."""
 
-State = Learner
+State = TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +60,7 @@ class Hyper:
 
 def init(params: Params, tx: optax.GradientTransformation) -> State:
     """The state at step 0."""
-    return init_learner(params, tx)
+    return init_train_state(params, tx)
 
 
 def make_update(

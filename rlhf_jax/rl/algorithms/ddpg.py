@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from rlhf_jax.core.train_state import Learner, OptimizerConfig, init_learner, make_optimizer
+from rlhf_jax.core.train_state import OptimizerConfig, TrainState, init_train_state, make_optimizer
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Float, Metrics, Params, PRNGKeyArray, Scalar
 from rlhf_jax.rl.envs.environments import Environment
@@ -69,15 +69,15 @@ class Hyper:
 class State:
     """The agent; the whole run's state is `off_policy.RunState`."""
 
-    actor: Learner
-    critic: Learner
+    actor: TrainState
+    critic: TrainState
     target_actor: Params
     target_critic: Params
 
 
 def init(actor: Params, critic: Params, tx: optax.GradientTransformation) -> State:
     """The state at step 0; target networks are copies."""
-    return State(init_learner(actor, tx), init_learner(critic, tx), actor, critic)
+    return State(init_train_state(actor, tx), init_train_state(critic, tx), actor, critic)
 
 
 def make_update(

@@ -15,7 +15,13 @@ import optax
 from flax import linen as nn
 
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.train_state import Learner, OptimizerConfig, apply_gradients, init_learner, make_optimizer
+from rlhf_jax.core.train_state import (
+    OptimizerConfig,
+    TrainState,
+    apply_gradients,
+    init_train_state,
+    make_optimizer,
+)
 from rlhf_jax.core.trees import pytree_dataclass, tree_where
 from rlhf_jax.core.types import Array, Float, Int, Metrics, Params, PRNGKeyArray, Scalar
 from rlhf_jax.losses.reductions import Reduction
@@ -89,7 +95,7 @@ class Hyper:
 class State:
     """The agent; the whole run's state is `off_policy.RunState`."""
 
-    learner: Learner
+    learner: TrainState
     target_params: Params
 
 
@@ -117,7 +123,7 @@ ErrorFn: TypeAlias = Callable[
 
 def init(params: Params, tx: optax.GradientTransformation) -> State:
     """The state at step 0; the target network is the network."""
-    return State(init_learner(params, tx), params)
+    return State(init_train_state(params, tx), params)
 
 
 def td_loss(

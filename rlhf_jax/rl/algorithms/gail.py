@@ -14,7 +14,13 @@ import optax
 from flax import linen as nn
 
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.train_state import Learner, OptimizerConfig, apply_gradients, init_learner, make_optimizer
+from rlhf_jax.core.train_state import (
+    OptimizerConfig,
+    TrainState,
+    apply_gradients,
+    init_train_state,
+    make_optimizer,
+)
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Float, Metrics, Params, PRNGKeyArray, Scalar
 from rlhf_jax.losses.reward import process_reward_loss
@@ -72,7 +78,7 @@ class State:
     """The agent; the whole run's state is `on_policy.State`."""
 
     policy: ppo.State
-    discriminator: Learner
+    discriminator: TrainState
     key: PRNGKeyArray
 
 
@@ -102,7 +108,7 @@ def init(
     policy: ppo.State, discriminator: Params, tx: optax.GradientTransformation, key: PRNGKeyArray
 ) -> State:
     """The state at step 0."""
-    return State(policy, init_learner(discriminator, tx), key)
+    return State(policy, init_train_state(discriminator, tx), key)
 
 
 def imitation_reward(logits: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -116,7 +122,7 @@ def imitation_reward(logits: Float[Array, "..."]) -> Float[Array, "..."]:
 
 def make_update(
     logit_fn: LogitFn, tx: optax.GradientTransformation
-) -> Callable[[Learner, Hyper, Pairs], tuple[Learner, Metrics]]:
+) -> Callable[[TrainState, Hyper, Pairs], tuple[TrainState, Metrics]]:
     """`update(discriminator, hyper, pairs) -> (discriminator, metrics)`; the policy's is PPO's.
 
         loss = -log D(log's pair) - log(1 - D(policy's pair))
@@ -124,7 +130,7 @@ def make_update(
     averaged over both kinds. It is the binary cross-entropy of `process_reward_loss`, with labels 1 and 0.
     """
 
-    def update(learner: Learner, hyper: Hyper, pairs: Pairs) -> tuple[Learner, Metrics]:
+    def update(learner: TrainState, hyper: Hyper, pairs: Pairs) -> tuple[TrainState, Metrics]:
         obs = jnp.concatenate([pairs.obs, pairs.policy_obs])
         action = jnp.concatenate([pairs.action, pairs.policy_action])
         labels = jnp.arange(len(obs)) < len(pairs.obs)
@@ -178,7 +184,7 @@ def make_run(config: Config, env: Environment, env_params: Any, data: Transition
         seen = experience.transition
         obs, action = (x.reshape(-1, *x.shape[2:]) for x in (seen.obs, seen.action))
 
-        def step(learner: Learner, key: PRNGKeyArray) -> tuple[Learner, Metrics]:
+        def step(learner: TrainState, key: PRNGKeyArray) -> tuple[TrainState, Metrics]:
             log_key, own_key = jax.random.split(key)
             batch = offline.sample(log, log_key, batch_size=config.batch_size, gamma=1.0)
             own = jax.random.randint(own_key, (config.batch_size,), 0, len(obs))

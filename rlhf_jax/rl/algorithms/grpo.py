@@ -15,13 +15,13 @@ from rlhf_jax.algorithms import grpo
 from rlhf_jax.algorithms.grpo import Batch, Hyper, State, init, make_update
 from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
 from rlhf_jax.core.trees import pytree_dataclass
-from rlhf_jax.core.types import Array, Bool, Metrics, Params, PRNGKeyArray, Score
+from rlhf_jax.core.types import Array, Bool, Metrics, Params, PRNGKeyArray, TokenLogprobs
 from rlhf_jax.losses.reductions import token_mean
 from rlhf_jax.rl.envs.environments import Environment, EnvState
 from rlhf_jax.rl.loops import episodic, on_policy
 from rlhf_jax.rl.loops.episodic import Episodes
 from rlhf_jax.rl.loops.on_policy import NetworkConfig
-from rlhf_jax.rl.loops.rollout import Inputs, make_score_fn
+from rlhf_jax.rl.loops.rollout import Inputs, make_logprob_fn
 from rlhf_jax.rl.loops.runs import Run, Train, whole
 
 __all__ = [
@@ -87,14 +87,14 @@ def make_batch(config: grpo.Config, seen: Episodes) -> tuple[Batch, Metrics]:
 def make_run(config: Config, env: Environment, env_params: Any) -> Run:
     """A run as `init` and `step`."""
     network = on_policy.make_network(config.network, env)
-    score_inputs = make_score_fn(network)
+    score_inputs = make_logprob_fn(network)
     steps = config.updates * config.update.num_iterations * config.update.num_minibatches
     tx = make_optimizer(on_policy.stretched(config.optimizer, steps))
 
-    def score_fn(params: Params, actions: Actions) -> Score:
+    def logprob_fn(params: Params, actions: Actions) -> TokenLogprobs:
         return score_inputs(params, actions.inputs)
 
-    update = make_update(config.update, score_fn, tx)
+    update = make_update(config.update, logprob_fn, tx)
 
     def start(key: PRNGKeyArray) -> EnvState:
         return make_starts(env, env_params, key, groups=config.groups, size=config.update.group_size)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from rlhf_jax.core.train_state import Learner, OptimizerConfig, init_learner, make_optimizer
+from rlhf_jax.core.train_state import OptimizerConfig, TrainState, init_train_state, make_optimizer
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Float, Metrics, Params, PRNGKeyArray, Scalar
 from rlhf_jax.losses.supervised import advantage_weighted_loss
@@ -70,15 +70,17 @@ class Hyper:
 class State:
     """The agent; the whole run's state is `offline.State`."""
 
-    policy: Learner
-    value: Learner
-    critics: Learner
+    policy: TrainState
+    value: TrainState
+    critics: TrainState
     target_critics: Params
 
 
 def init(policy: Params, value: Params, critics: Params, tx: optax.GradientTransformation) -> State:
     """The state at step 0; target networks are copies."""
-    return State(*(init_learner(params, tx) for params in (policy, value, critics)), target_critics=critics)
+    return State(
+        *(init_train_state(params, tx) for params in (policy, value, critics)), target_critics=critics
+    )
 
 
 def make_update(

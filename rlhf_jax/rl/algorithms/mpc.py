@@ -20,7 +20,13 @@ import optax
 from flax import linen as nn
 
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.train_state import Learner, OptimizerConfig, apply_gradients, init_learner, make_optimizer
+from rlhf_jax.core.train_state import (
+    OptimizerConfig,
+    TrainState,
+    apply_gradients,
+    init_train_state,
+    make_optimizer,
+)
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Float, Metrics, Params, PRNGKeyArray, Scalar
 from rlhf_jax.kernels.whitening import Moments, moments_variance
@@ -94,7 +100,7 @@ class State:
       gamma: of plans; here because a trained agent plans without `Hyper`.
     """
 
-    ensemble: Learner
+    ensemble: TrainState
     inputs: Moments
     outputs: Moments
     gamma: Float[Array, ""]
@@ -169,7 +175,7 @@ def init(
 ) -> State:
     """The state at step 0; `params` are those of all members, [M, ...] each."""
     return State(
-        ensemble=init_learner(params, tx),
+        ensemble=init_train_state(params, tx),
         inputs=init_observation_moments((obs_size + action_size,)),
         outputs=init_observation_moments((obs_size + 1,)),
         gamma=jnp.asarray(hyper.gamma, jnp.float32),

@@ -17,17 +17,17 @@ import optax
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.algorithms.ppo import Batch, Hyper, State, init
 from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
-from rlhf_jax.core.types import Metrics, Params, PRNGKeyArray, ScoreFn
+from rlhf_jax.core.types import LogprobFn, Metrics, Params, PRNGKeyArray
 from rlhf_jax.kernels.whitening import whiten
 from rlhf_jax.rl.envs.environments import Environment
 from rlhf_jax.rl.loops import on_policy
 from rlhf_jax.rl.loops.on_policy import Learning, NetworkConfig
-from rlhf_jax.rl.loops.rollout import Experience, Network, RolloutConfig, as_rows, estimate, make_score_fn
+from rlhf_jax.rl.loops.rollout import Experience, Network, RolloutConfig, as_rows, estimate, make_logprob_fn
 from rlhf_jax.rl.loops.runs import Run, Train, whole
 
 make_update = ppo.make_update
 UpdateFn = Callable[[State, Hyper, Batch], tuple[State, Metrics]]
-MakeUpdate = Callable[[ppo.Config, ScoreFn, optax.GradientTransformation], UpdateFn]
+MakeUpdate = Callable[[ppo.Config, LogprobFn, optax.GradientTransformation], UpdateFn]
 
 __all__ = [
     "Batch",
@@ -97,7 +97,7 @@ def make_learning(
     updates = on_policy.count_updates(config.total_steps, config.rollout)
     optimizer_steps = updates * config.update.num_ppo_epochs * config.update.num_minibatches
     tx = make_optimizer(on_policy.stretched(config.optimizer, optimizer_steps))
-    update = make_update(config.update, make_score_fn(network), tx)
+    update = make_update(config.update, make_logprob_fn(network), tx)
 
     def init_agent(params: Params, key: PRNGKeyArray, hyper: Hyper) -> State:
         return init(params, tx, key, hyper)

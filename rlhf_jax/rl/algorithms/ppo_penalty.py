@@ -13,7 +13,7 @@ import optax
 
 from rlhf_jax.algorithms import ppo as shared
 from rlhf_jax.core.masks import masked_mean
-from rlhf_jax.core.types import Array, Float, Metrics, Scalar, ScoreFn
+from rlhf_jax.core.types import Array, Float, LogprobFn, Metrics, Scalar
 from rlhf_jax.kernels.kl import k3
 from rlhf_jax.rl.algorithms import ppo
 from rlhf_jax.rl.algorithms.ppo import Batch, Config, Hyper, State, init
@@ -53,16 +53,16 @@ def next_penalty(coef: Scalar, kl: Scalar, *, target: Scalar) -> Float[Array, ""
 
 
 def make_update(
-    config: shared.Config, score_fn: ScoreFn, tx: optax.GradientTransformation
+    config: shared.Config, logprob_fn: LogprobFn, tx: optax.GradientTransformation
 ) -> Callable[[State, Hyper, Batch], tuple[State, Metrics]]:
     """`update(state, hyper, batch) -> (state, metrics)`: all epochs over one batch, then the coefficient."""
     penalised = dataclasses.replace(config, policy_loss_fn=shared.penalised)
-    learn = shared.make_update(penalised, score_fn, tx)
+    learn = shared.make_update(penalised, logprob_fn, tx)
 
     def update(state: State, hyper: Hyper, batch: Batch) -> tuple[State, Metrics]:
         learnt, metrics = learn(state, dataclasses.replace(hyper, penalty_coef=state.kl_coef), batch)
         # The whole batch under the new policy: what the mini-batches saw was still moving.
-        after = score_fn(learnt.learner.all_params, batch.inputs).logp
+        after = logprob_fn(learnt.learner.all_params, batch.inputs).logp
         kl = masked_mean(k3(batch.old_logp, after), batch.mask)
         kl_coef = next_penalty(state.kl_coef, kl, target=hyper.kl_target)
         return dataclasses.replace(learnt, kl_coef=kl_coef), {**metrics, "kl": kl, "kl_coef": state.kl_coef}

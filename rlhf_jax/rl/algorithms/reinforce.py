@@ -22,7 +22,7 @@ from rlhf_jax.rl.envs.environments import Environment
 from rlhf_jax.rl.loops import episodic, on_policy
 from rlhf_jax.rl.loops.episodic import Episodes
 from rlhf_jax.rl.loops.on_policy import NetworkConfig
-from rlhf_jax.rl.loops.rollout import Network, call, make_score_fn
+from rlhf_jax.rl.loops.rollout import Network, call, make_logprob_fn
 from rlhf_jax.rl.loops.runs import Run, Train, whole
 
 __all__ = [
@@ -105,7 +105,7 @@ def make_run(config: Config, env: Environment, env_params: Any) -> Run:
     """A run as `init` and `step`."""
     network = on_policy.make_network(config.network, env)
     tx = make_optimizer(on_policy.stretched(config.optimizer, config.updates))
-    update = make_update(make_score_fn(network), tx)
+    update = make_update(make_logprob_fn(network), tx)
 
     def start(key: PRNGKeyArray):
         return jax.vmap(env.reset, (0, None))(jax.random.split(key, config.episodes), env_params)

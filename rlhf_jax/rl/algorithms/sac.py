@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from rlhf_jax.core.train_state import Learner, OptimizerConfig, init_learner, make_optimizer
+from rlhf_jax.core.train_state import OptimizerConfig, TrainState, init_train_state, make_optimizer
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Float, Metrics, Params, PRNGKeyArray, Scalar
 from rlhf_jax.rl.envs.environments import Environment
@@ -81,9 +81,9 @@ class State:
       temperature: its params are the temperature's logarithm.
     """
 
-    actor: Learner
-    critics: Learner
-    temperature: Learner
+    actor: TrainState
+    critics: TrainState
+    temperature: TrainState
     target_critics: Params
     key: PRNGKeyArray
 
@@ -94,9 +94,9 @@ def init(
     """The state at step 0; target networks are copies."""
     log_temperature = jnp.log(jnp.asarray(hyper.temperature, jnp.float32))
     return State(
-        actor=init_learner(actor, tx),
-        critics=init_learner(critics, tx),
-        temperature=init_learner(log_temperature, tx),
+        actor=init_train_state(actor, tx),
+        critics=init_train_state(critics, tx),
+        temperature=init_train_state(log_temperature, tx),
         target_critics=critics,
         key=key,
     )
@@ -122,7 +122,7 @@ def make_update(
 
         return policy_step(state.actor, loss_fn, tx, learning_rate=hyper.actor_learning_rate)
 
-    def adjust(state: State, hyper: Hyper, logp: Float[Array, ""]) -> Learner:
+    def adjust(state: State, hyper: Hyper, logp: Float[Array, ""]) -> TrainState:
         # Densities are per unit of action: a wider box has more entropy for the same shape.
         goal = len(box.low) * hyper.target_entropy + jnp.sum(jnp.log(box.half_range))
 

@@ -10,7 +10,7 @@ import optax
 from flax import linen as nn
 
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.train_state import Learner, OptimizerConfig, init_learner, make_optimizer
+from rlhf_jax.core.train_state import OptimizerConfig, TrainState, init_train_state, make_optimizer
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Float, Metrics, Params, PRNGKeyArray, Scalar
 from rlhf_jax.rl.envs.environments import Environment
@@ -80,8 +80,8 @@ class Hyper:
 class State:
     """The agent; the whole run's state is `off_policy.RunState`."""
 
-    actor: Learner
-    critics: Learner
+    actor: TrainState
+    critics: TrainState
     target_actor: Params
     target_critics: Params
     key: PRNGKeyArray
@@ -89,7 +89,7 @@ class State:
 
 def init(actor: Params, critics: Params, tx: optax.GradientTransformation, key: PRNGKeyArray) -> State:
     """The state at step 0; target networks are copies."""
-    learners = init_learner(actor, tx), init_learner(critics, tx)
+    learners = init_train_state(actor, tx), init_train_state(critics, tx)
     return State(*learners, target_actor=actor, target_critics=critics, key=key)
 
 

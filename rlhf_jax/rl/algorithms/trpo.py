@@ -17,7 +17,13 @@ from jax.flatten_util import ravel_pytree
 from rlhf_jax.algorithms.ppo import Batch
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.minibatches import scan_minibatches
-from rlhf_jax.core.train_state import Learner, OptimizerConfig, apply_gradients, init_learner, make_optimizer
+from rlhf_jax.core.train_state import (
+    OptimizerConfig,
+    TrainState,
+    apply_gradients,
+    init_train_state,
+    make_optimizer,
+)
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Float, Int, Metrics, Params, PRNGKeyArray, Scalar
 from rlhf_jax.kernels.whitening import whiten
@@ -90,7 +96,7 @@ class State:
     """
 
     actor: Params
-    critic: Learner
+    critic: TrainState
     key: PRNGKeyArray
 
     @property
@@ -108,7 +114,7 @@ def init(params: Params, tx: optax.GradientTransformation, key: PRNGKeyArray) ->
     """The state at step 0; parameters called `critic...` are the value function's."""
     critic = {name: value for name, value in params.items() if name.startswith("critic")}
     actor = {name: value for name, value in params.items() if name not in critic}
-    return State(actor, init_learner(critic, tx), key)
+    return State(actor, init_train_state(critic, tx), key)
 
 
 def conjugate_gradients(product_fn: Callable[[Vector], Vector], target: Vector, *, iterations: int) -> Vector:
@@ -198,7 +204,7 @@ def make_update(
       tx: of the critic.
     """
 
-    def fit(learner: Learner, hyper: Hyper, part: Batch):
+    def fit(learner: TrainState, hyper: Hyper, part: Batch):
         def loss_fn(critic: Params):
             return squared_value_loss(value_fn(critic, part.inputs), part.returns, part.mask)
 

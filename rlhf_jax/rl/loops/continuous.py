@@ -10,7 +10,7 @@ import optax
 from flax import linen as nn
 
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.train_state import Learner, apply_gradients
+from rlhf_jax.core.train_state import TrainState, apply_gradients
 from rlhf_jax.core.types import Array, Float, Metrics, Params, PRNGKeyArray, Scalar
 from rlhf_jax.losses.value import squared_value_loss
 from rlhf_jax.rl.envs.environments import Environment
@@ -94,14 +94,14 @@ def critic_fns(env: Environment, body: nn.Module, box: Box, *, count: int) -> tu
 
 
 def critic_step(
-    learner: Learner,
+    learner: TrainState,
     critic_fn: CriticFn,
     batch: Batch,
     targets: Float[Array, " N"],
     tx: optax.GradientTransformation,
     *,
     learning_rate: Scalar,
-) -> tuple[Learner, Metrics, Float[Array, " N"]]:
+) -> tuple[TrainState, Metrics, Float[Array, " N"]]:
     """One optimizer step of all critics towards the same targets: (learner, metrics, errors)."""
 
     def loss_fn(params: Params) -> tuple[Array, tuple[Metrics, Array]]:
@@ -117,12 +117,12 @@ def critic_step(
 
 
 def policy_step(
-    learner: Learner,
+    learner: TrainState,
     loss_fn: Callable[[Params], tuple[Float[Array, ""], Any]],
     tx: optax.GradientTransformation,
     *,
     learning_rate: Scalar,
-) -> tuple[Learner, Float[Array, ""], Any]:
+) -> tuple[TrainState, Float[Array, ""], Any]:
     """One optimizer step of an actor, or of a temperature: (learner, loss, what else the loss returned)."""
     (loss, extra), gradients = jax.value_and_grad(loss_fn, has_aux=True)(learner.params)
     learner, _ = apply_gradients(learner, gradients, tx, learning_rate=learning_rate, loss=loss)

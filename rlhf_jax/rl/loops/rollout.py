@@ -12,12 +12,12 @@ from rlhf_jax.core.types import (
     Array,
     Bool,
     Float,
+    LogprobFn,
     Metrics,
     Params,
     PRNGKeyArray,
     Scalar,
-    Score,
-    ScoreFn,
+    TokenLogprobs,
 )
 from rlhf_jax.kernels.returns import generalized_advantage_estimation
 from rlhf_jax.kernels.whitening import Moments
@@ -231,12 +231,12 @@ def as_rows(network: Network, tree: Any) -> Any:
     return jax.tree.map(lambda x: x.reshape(-1, 1, *x.shape[2:]), tree)
 
 
-def make_score_fn(network: Network) -> ScoreFn:
-    """`score_fn(params, inputs: Inputs) -> Score`."""
+def make_logprob_fn(network: Network) -> LogprobFn:
+    """`logprob_fn(params, inputs: Inputs) -> TokenLogprobs`."""
 
-    def score(params: Params, inputs: Inputs) -> Score:
+    def score(params: Params, inputs: Inputs) -> TokenLogprobs:
         distribution, values = call(network, params, inputs.obs, inputs.starts, inputs.memory)
-        return Score(distribution.logp(inputs.action), distribution.entropy(), values)
+        return TokenLogprobs(distribution.logp(inputs.action), distribution.entropy(), values)
 
     return score
 

@@ -20,13 +20,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rlhf_jax.core.train_state import Learner, OptimizerConfig, apply_gradients, init_learner, make_optimizer
+from rlhf_jax.core.train_state import (
+    OptimizerConfig,
+    TrainState,
+    apply_gradients,
+    init_train_state,
+    make_optimizer,
+)
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Bool, Float, Int, Metrics, Scalar
 from rlhf_jax.rl.tabular.dynamic_programming import DecisionProcess, action_values, induced_chain
 from rlhf_jax.rl.tabular.prediction import Episode
 
-State = Learner
+State = TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +167,7 @@ def loss_and_gradient(
 
 def init(features: Float[Array, "S K"], tx: optax.GradientTransformation) -> State:
     """The state at step 0: no state is better than another."""
-    return init_learner(jnp.zeros(features.shape[1], features.dtype), tx)
+    return init_train_state(jnp.zeros(features.shape[1], features.dtype), tx)
 
 
 def make_update(

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.core.types import Rollout, Score, Sequences
+from rlhf_jax.core.types import Rollout, Sequences, TokenLogprobs
 
 VOCAB = 5
 
@@ -30,7 +30,7 @@ def score(params, sequences):
     entropy = -jnp.sum(jnp.exp(logits) * logits, axis=-1)
     value = params["value"][before]
     sound = sequences.mask & (sequences.positions >= 0)
-    return Score(*(jnp.where(sound, x, jnp.nan) for x in (logp, entropy, value)))
+    return TokenLogprobs(*(jnp.where(sound, x, jnp.nan) for x in (logp, entropy, value)))
 
 
 def reward(params, sequences):

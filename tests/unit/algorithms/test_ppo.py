@@ -10,7 +10,7 @@ import tabular
 
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
-from rlhf_jax.core.types import Score
+from rlhf_jax.core.types import TokenLogprobs
 
 TX = make_optimizer(OptimizerConfig())
 LENGTHS = (5, 2, 3, 1)
@@ -150,7 +150,7 @@ def bandit_score(params, actions):
     logp = jax.nn.log_softmax(params["logits"])
     shape = actions.shape
     entropy = jnp.broadcast_to(-jnp.sum(jnp.exp(logp) * logp), shape)
-    return Score(logp[actions], entropy, jnp.broadcast_to(params["value"], shape))
+    return TokenLogprobs(logp[actions], entropy, jnp.broadcast_to(params["value"], shape))
 
 
 def make_bandit_step(config, hyper):

@@ -167,13 +167,13 @@ def test_a_batch_that_gives_nan_is_skipped_and_forgotten(case):
     state, _ = update(initial_state(hyper), hyper, batch)
     spoilt = map_sequences(lambda s: dataclasses.replace(s, positions=s.positions.at[2].set(-1)), batch)
     after, metrics = update(state, hyper, spoilt)
-    assert int(metrics["skipped"]) == int(metrics["skipped_in_a_row"]) == 1
+    assert int(metrics["skipped"]) == int(metrics["consecutive_skipped"]) == 1
     assert_same(after.learner.params, state.learner.params, rtol=0)
     assert_same(after.learner.opt_state, state.learner.opt_state, rtol=0)
     resumed, metrics = update(after, hyper, batch)
     unbroken, _ = update(state, hyper, batch)
     assert_same(resumed.learner.params, unbroken.learner.params, rtol=0)
-    assert (int(metrics["skipped"]), int(metrics["skipped_in_a_row"])) == (1, 0)
+    assert (int(metrics["skipped"]), int(metrics["consecutive_skipped"])) == (1, 0)
     assert int(resumed.learner.steps) == 2
 
 

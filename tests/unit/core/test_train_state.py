@@ -15,7 +15,7 @@ from rlhf_jax.core.train_state import (
     OptimizerConfig,
     accumulate_gradients,
     apply_gradients,
-    init_learner,
+    init_train_state,
     make_optimizer,
     with_frozen,
     without_frozen,
@@ -33,7 +33,7 @@ def draw_gradients(steps):
 def shares(config, steps):
     """How far a weight moves under a gradient of 1 and a learning rate of 1, step by step."""
     tx = make_optimizer(config)
-    learner, seen = init_learner({"w": jnp.zeros(())}, tx), []
+    learner, seen = init_train_state({"w": jnp.zeros(())}, tx), []
     step = jax.jit(
         lambda s: apply_gradients(s, {"w": jnp.ones(())}, tx, learning_rate=1.0, loss=jnp.zeros(()))
     )
@@ -49,13 +49,13 @@ def shares(config, steps):
     [
         ({}, [1, 1, 1]),
         ({"warmup_steps": 4}, [0, 0.25, 0.5, 0.75, 1, 1]),
-        ({"schedule": "linear", "total_steps": 4, "final_share": 0.2}, [1, 0.8, 0.6, 0.4, 0.2, 0.2]),
+        ({"schedule": "linear", "total_steps": 4, "end_lr_ratio": 0.2}, [1, 0.8, 0.6, 0.4, 0.2, 0.2]),
         (
             {"schedule": "linear", "warmup_steps": 2, "total_steps": 6},
             [0, 0.5, 1, 0.75, 0.5, 0.25, 0, 0],
         ),
         (
-            {"schedule": "cosine", "warmup_steps": 1, "total_steps": 5, "final_share": 0.1},
+            {"schedule": "cosine", "warmup_steps": 1, "total_steps": 5, "end_lr_ratio": 0.1},
             [0, *(0.1 + 0.9 * (1 + math.cos(math.pi * t / 4)) / 2 for t in range(5)), 0.1],
         ),
         (
@@ -63,8 +63,8 @@ def shares(config, steps):
                 "schedule": "wsd",
                 "warmup_steps": 2,
                 "total_steps": 10,
-                "decay_share": 0.4,
-                "final_share": 0.5,
+                "decay_fraction": 0.4,
+                "end_lr_ratio": 0.5,
             },
             [0, 0.5, 1, 1, 1, 1, 1, 0.875, 0.75, 0.625, 0.5, 0.5],
         ),
@@ -105,7 +105,7 @@ def test_steps_equal_adamw_written_out():
     assert min(norms) < 7.0 < max(norms)  # some are clipped, others not
     with jax.enable_x64(True):
         tx = make_optimizer(config)
-        learner = init_learner(jax.tree.map(jnp.asarray, PARAMS), tx)
+        learner = init_train_state(jax.tree.map(jnp.asarray, PARAMS), tx)
         for gradient, norm in zip(gradients, norms, strict=True):
             learner, metrics = apply_gradients(
                 learner,
@@ -126,7 +126,9 @@ def test_stacked_scales_and_biases_do_not_decay():
     params = {"layer": {n: jnp.ones((3, 2)) for n in ("scale", "bias", "kernel")}, "kernel": jnp.ones(2)}
     tx = make_optimizer(OptimizerConfig(weight_decay=0.5))
     zeros = jax.tree.map(jnp.zeros_like, params)
-    learner, _ = apply_gradients(init_learner(params, tx), zeros, tx, learning_rate=1.0, loss=jnp.zeros(()))
+    learner, _ = apply_gradients(
+        init_train_state(params, tx), zeros, tx, learning_rate=1.0, loss=jnp.zeros(())
+    )
     for name, expected in (("scale", 1.0), ("bias", 1.0), ("kernel", 0.5)):
         np.testing.assert_array_equal(learner.params["layer"][name], expected, err_msg=name)
     np.testing.assert_array_equal(learner.params["kernel"], 1.0)
@@ -149,11 +151,11 @@ def test_a_step_that_is_not_finite_leaves_no_trace(spoilt):
 
     zero = jnp.zeros(())
     plan = [(good[0], zero), (bad, loss), (bad, loss), (good[1], zero), (bad, loss), (good[2], zero)]
-    learner = init_learner(jax.tree.map(jnp.float32, PARAMS), tx)
+    learner = init_train_state(jax.tree.map(jnp.float32, PARAMS), tx)
     unbroken, counts = learner, []
     for gradients, of_step in plan:
         learner, metrics = step(learner, gradients, of_step)
-        counts.append((int(learner.steps), int(metrics["skipped"]), int(metrics["skipped_in_a_row"])))
+        counts.append((int(learner.steps), int(metrics["skipped"]), int(metrics["consecutive_skipped"])))
     for gradients in good[:3]:
         unbroken, _ = step(unbroken, gradients, zero)
     assert counts == [(1, 0, 0), (1, 1, 1), (1, 2, 2), (2, 2, 0), (2, 3, 1), (3, 3, 0)]
@@ -162,7 +164,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace(spoilt):
 
 
 def learner_of(params, frozen=None):
-    return init_learner(params, optax.identity(), frozen)
+    return init_train_state(params, optax.identity(), frozen)
 
 
 def mean_square(params, rows):
@@ -237,7 +239,7 @@ def test_what_is_frozen_is_neither_moved_nor_copied_nor_saved():
     trained, frozen = partition(two_layers(), lambda name, leaf: name.endswith("scale"))
     expected = jax.tree.map(np.array, frozen)  # a copy: what NumPy looks at cannot be donated
     tx = make_optimizer(OptimizerConfig(weight_decay=0.1))
-    learner = init_learner(trained, tx, frozen)
+    learner = init_train_state(trained, tx, frozen)
     assert named_leaves(learner.opt_state).keys() & {"1/mu/layer_1/scale"}
     assert not [name for name in named_leaves(learner.opt_state) if "kernel" in name]
 

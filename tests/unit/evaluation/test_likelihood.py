@@ -29,7 +29,7 @@ def model():
     config = models.dense_config(vocab_size=TOKENIZER.vocab_size, width=16, num_layers=1, num_heads=2)
     params = models.init_params(config, jax.random.key(0))
     params = jax.tree.map(lambda x: 3 * x, params)  # far from uniform
-    score_fn = jax.jit(make_continuation_fn(models.make_likeliest_fn(config, chunk_size=24)))
+    score_fn = jax.jit(make_continuation_fn(models.make_greedy_match_fn(config, chunk_size=24)))
     everything = jax.jit(models.make_distribution_fn(config))
 
     def score(requests, wanted=lambda place: True):

@@ -49,7 +49,7 @@ def _generate(params, prompts, mask, key, sampling, max_new_tokens=12, early_end
 
 @functools.partial(jit, static_argnames="temperature")
 def _score(params, sequences, temperature=1.0):
-    return models.make_score_fn(CONFIG, temperature=temperature)(params, sequences)
+    return models.make_logprob_fn(CONFIG, temperature=temperature)(params, sequences)
 
 
 def test_steps_after_the_end_of_all_rows_change_nothing():

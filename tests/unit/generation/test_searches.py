@@ -184,7 +184,7 @@ def test_contrastive_search_is_that_of_transformers(top_k, alpha):
 
     found = search(params, alpha)
     np.testing.assert_array_equal(found.sequences.tokens[:, 12:], expected[f"contrastive_{top_k}_{alpha}"])
-    score = jit(models.make_score_fn(config))(params, found.sequences)
+    score = jit(models.make_logprob_fn(config))(params, found.sequences)
     np.testing.assert_allclose(found.logp, jnp.where(found.sequences.mask, score.logp, 0), atol=1e-4)
 
 

@@ -90,7 +90,7 @@ def test_a_tool_writes_behind_what_rings_it_and_only_there():
 def test_log_probs_are_of_own_tokens_and_agree_with_rescoring():
     params, _, _ = setup()
     rollout = sample(echo, jax.random.key(3))
-    score = jit(models.make_score_fn(CONFIG))(params, rollout.sequences)
+    score = jit(models.make_logprob_fn(CONFIG))(params, rollout.sequences)
     own = rollout.sequences.mask
     np.testing.assert_allclose(rollout.logp, jnp.where(own, score.logp, 0), atol=1e-5)
     assert np.all(np.asarray(rollout.filtered_logp)[~np.asarray(own)] == 0)

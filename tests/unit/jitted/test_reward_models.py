@@ -116,7 +116,7 @@ def test_dpo_on_stored_pairs_raises_their_margin():
     agent, history = jax.jit(run, compiler_options=compiler_options())(start(), hyper)
 
     def margin(params):
-        logps = preference.response_logp(world().score_fn, params, pairs.chosen, pairs.rejected)
+        logps = preference.response_logp(world().logprob_fn, params, pairs.chosen, pairs.rejected)
         return float(jnp.mean(logps[0] - logps[1]))
 
     assert margin(method.policy(agent)) > margin(start().params) + 0.5

@@ -138,7 +138,7 @@ def test_cached_equals_full(kind, params):
     prefill, decode = models.make_decode_fns(CONFIG)
     greedy = jax.jit(functools.partial(generate, prefill, decode, max_new_tokens=2, eos_id=0, pad_id=0))
     rollout = greedy(adapted, sequences.tokens, sequences.mask, jax.random.key(0))
-    score = jax.jit(models.make_score_fn(CONFIG))(adapted, rollout.sequences)
+    score = jax.jit(models.make_logprob_fn(CONFIG))(adapted, rollout.sequences)
     mask = rollout.sequences.mask
     np.testing.assert_allclose(rollout.logp[mask], score.logp[mask], atol=1e-4)
 
@@ -149,7 +149,7 @@ def test_gradients_are_those_of_a_dense_change_of_the_kernel(params):
         wide = dataclasses.replace(CONFIG, param_dtype="float64", compute_dtype="float64")
         base = jax.tree.map(lambda x: x.astype(jnp.float64), params)
         adapted = stirred(adapters.init_adapter(KINDS["lora"], base, jax.random.key(1)))
-        score, sequences = models.make_score_fn(wide), rows()
+        score, sequences = models.make_logprob_fn(wide), rows()
 
         def loss(tree):
             return -jnp.sum(jnp.where(sequences.mask, score(tree, sequences).logp, 0))
@@ -223,7 +223,7 @@ def test_only_what_is_trained_moves_and_the_loss_falls(kind, params):
     tx = make_optimizer(OptimizerConfig())
     if isinstance(config, adapters.AdaLoRA):
         tx = adapters.with_rank_budget(config, tx)
-    update = jax.jit(sft.make_update(sft.Config(), models.make_score_fn(CONFIG), tx), donate_argnums=0)
+    update = jax.jit(sft.make_update(sft.Config(), models.make_logprob_fn(CONFIG), tx), donate_argnums=0)
     expected = jax.tree.map(np.array, frozen)
     state = sft.init(jax.tree.map(jnp.copy, trained), tx, jax.random.key(0), jax.tree.map(jnp.copy, frozen))
     losses = []

@@ -73,7 +73,7 @@ def test_scanned_and_rematerialised_layers_equal_unrolled(tied, remats):
     rows = _rows([6, 4], width=6)
 
     def loss(config, params):
-        return -jnp.sum(jnp.where(rows.mask, models.make_score_fn(config)(params, rows).logp, 0))
+        return -jnp.sum(jnp.where(rows.mask, models.make_logprob_fn(config)(params, rows).logp, 0))
 
     value_and_grad = jax.jit(jax.value_and_grad(loss, argnums=1), static_argnums=0)
     value, gradient = value_and_grad(config, params)
@@ -118,7 +118,7 @@ def test_packed_equals_unpacked_in_loss_and_gradient():
             segments[target, span] = segment
             mask[target, span] = rows.mask[row, :length]
         packed = Sequences(*map(jnp.asarray, (tokens, positions, segments, mask)))
-        score = models.make_score_fn(config)
+        score = models.make_logprob_fn(config)
         for plain, for_packed in (
             (token_mean, token_mean),
             (sequence_mean, packed_sequence_mean(packed.segment_ids, 2)),
@@ -155,7 +155,7 @@ def test_left_padding_right_padding_and_none_agree():
     params = init_params(CONFIG, jax.random.key(0))
     right = _rows([5], width=8)
     left = jax.tree.map(lambda x: jnp.roll(x, 3, axis=1), right)
-    score = jax.jit(models.make_score_fn(CONFIG))
+    score = jax.jit(models.make_logprob_fn(CONFIG))
     expected = score(params, jax.tree.map(lambda x: x[:, :5], right)).logp[0, 1:]
     np.testing.assert_allclose(score(params, right).logp[0, 1:5], expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(score(params, left).logp[0, 4:], expected, rtol=1e-5, atol=1e-6)
@@ -175,9 +175,9 @@ def test_heads_read_the_state_before_and_the_last_token():
 def test_bfloat16_compute_keeps_float32_log_probs():
     config = dataclasses.replace(CONFIG, compute_dtype="bfloat16")
     params = init_params(config, jax.random.key(0))
-    scored = jax.jit(models.make_score_fn(config))(params, _rows([6], width=6))
+    scored = jax.jit(models.make_logprob_fn(config))(params, _rows([6], width=6))
     assert scored.logp.dtype == jnp.float32
-    full = jax.jit(models.make_score_fn(CONFIG))(params, _rows([6], width=6))
+    full = jax.jit(models.make_logprob_fn(CONFIG))(params, _rows([6], width=6))
     np.testing.assert_allclose(scored.logp, full.logp, atol=0.05)
 
 

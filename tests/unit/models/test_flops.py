@@ -36,7 +36,7 @@ def test_a_forward_pass_as_it_is_traced(name):
     columns = jax.ShapeDtypeStruct((rows, length), jnp.int32)
     batch = Sequences(columns, columns, columns, jax.ShapeDtypeStruct((rows, length), jnp.bool_))
     params = jax.eval_shape(functools.partial(models.init_params, config), jax.random.key(0))
-    found = matmul_flops(jax.make_jaxpr(models.make_score_fn(config))(params, batch))
+    found = matmul_flops(jax.make_jaxpr(models.make_logprob_fn(config))(params, batch))
     formula = models.forward_flops(config, rows=rows, length=length)
     products = 2 * rows * length * models.matmul_params(config)
     assert found == products + (formula - products) * 2 * length / (length + 1)

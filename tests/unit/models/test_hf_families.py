@@ -61,7 +61,7 @@ def test_cached_generation_is_greedy_and_agrees_with_the_whole_pass(case):
             pad_id=0,
             sampling=greedy,
         )
-        return rollout, models.make_score_fn(config)(params, rollout.sequences).logp
+        return rollout, models.make_logprob_fn(config)(params, rollout.sequences).logp
 
     rollout, logp = sample_and_score(params, expected["left_tokens"], expected["left_mask"])
     np.testing.assert_array_equal(rollout.sequences.tokens[:, 12:], expected["greedy"])

@@ -32,8 +32,8 @@ def params(config):
 
 
 @pytest.fixture(scope="module")
-def score_fn(config):
-    return jax.jit(models.make_training_score_fn(config))
+def logprob_fn(config):
+    return jax.jit(models.make_logprob_fn_with_auxiliaries(config))
 
 
 def rows(tokens, segment_ids):
@@ -53,7 +53,7 @@ def batch():
     return rows(tokens, segment_ids)
 
 
-def test_modules_are_those_of_the_report(config, params, batch, score_fn):
+def test_modules_are_those_of_the_report(config, params, batch, logprob_fn):
     """Depth by depth, from the equations, on the unpacked first row."""
     from rlhf_jax.models.decoder import ResidualBlocks, whole_context
 
@@ -79,7 +79,7 @@ def test_modules_are_those_of_the_report(config, params, batch, score_fn):
             found.append(jax.nn.log_softmax(hidden @ params["embedding"].T))
         return found
 
-    got = jax.device_get(score_fn(params, batch))
+    got = jax.device_get(logprob_fn(params, batch))
     hidden = jax.jit(lambda p: models.hidden_states(config, p, *inputs))(params)
     plain = jax.nn.log_softmax(hidden @ params["embedding"].T)
     tokens = np.asarray(inputs[0][0])
@@ -90,13 +90,13 @@ def test_modules_are_those_of_the_report(config, params, batch, score_fn):
         np.testing.assert_allclose(ours[0, columns], wanted, rtol=2e-4, atol=2e-5)
 
 
-def test_packed_samples_foresee_what_they_foresee_alone(params, batch, score_fn):
-    packed = score_fn(params, batch).further_logp
+def test_packed_samples_foresee_what_they_foresee_alone(params, batch, logprob_fn):
+    packed = logprob_fn(params, batch).further_logp
     masks = further_masks(batch.mask, batch.segment_ids, 2)
     alone = rows(
         jnp.roll(batch.tokens, -7, axis=1), jnp.where(jnp.arange(12) < 5, 1, 0) * jnp.ones((4, 1), int)
     )
-    unpacked = score_fn(params, alone).further_logp
+    unpacked = logprob_fn(params, alone).further_logp
     for depth, mask in enumerate(masks, start=1):
         np.testing.assert_array_equal(
             mask[1], [column > depth and column != 7 and not 7 <= column <= 7 + depth for column in range(12)]
@@ -125,12 +125,12 @@ def test_further_loss_splits_and_ignores_what_is_masked(batch):
     assert bool(jnp.all(jnp.isfinite(gradient)))
 
 
-def test_routing_is_counted_over_tokens_that_are_there(config, params, batch, score_fn):
-    routing = score_fn(params, batch).routing
+def test_routing_is_counted_over_tokens_that_are_there(config, params, batch, logprob_fn):
+    routing = logprob_fn(params, batch).routing
     assert set(routing) == {"layer_0/feed_forward/router"}
     present = int((batch.segment_ids > 0).sum())
     other = dataclasses.replace(batch, tokens=jnp.where(batch.segment_ids > 0, batch.tokens, 1))
-    changed = score_fn(params, other).routing
+    changed = logprob_fn(params, other).routing
     for path, sums in routing.items():
         assert float(sums.tokens) == present
         assert float(sums.assignments.sum()) == 2 * present
@@ -146,13 +146,13 @@ def test_routing_is_counted_over_tokens_that_are_there(config, params, batch, sc
     assert float(router_z_loss(routing)) > 0
 
 
-def test_scanned_layers_route_alike(config, params, batch, score_fn):
+def test_scanned_layers_route_alike(config, params, batch, logprob_fn):
     scanned = dataclasses.replace(config, scan_layers=True, further_depth=0)
     stacked = models.stack_layers(config, params)
-    routing = jax.jit(lambda p: models.make_training_score_fn(scanned)(p, batch).routing)(stacked)
+    routing = jax.jit(lambda p: models.make_logprob_fn_with_auxiliaries(scanned)(p, batch).routing)(stacked)
     (sums,) = routing.values()
     assert list(routing) == ["layers/feed_forward/router"]
-    for layer, one in enumerate(score_fn(params, batch).routing.values()):
+    for layer, one in enumerate(logprob_fn(params, batch).routing.values()):
         np.testing.assert_array_equal(sums.assignments[layer], one.assignments)
     moved = models.rebalance(stacked, routing, 0.1)["layers"]["feed_forward"]["router"]["bias"]
     np.testing.assert_allclose(jnp.abs(moved).max(), 0.1, rtol=1e-6)
@@ -161,7 +161,7 @@ def test_scanned_layers_route_alike(config, params, batch, score_fn):
 @pytest.fixture(scope="module")
 def updates(config):
     tx = make_optimizer(OptimizerConfig())
-    score = models.make_training_score_fn(dataclasses.replace(config, further_depth=0))
+    score = models.make_logprob_fn_with_auxiliaries(dataclasses.replace(config, further_depth=0))
     return tx, {
         parts: jax.jit(sft.make_update(sft.Config(parts), score, tx, models.rebalance)) for parts in (1, 2)
     }

@@ -109,7 +109,7 @@ def test_descriptions(made):
 def test_a_first_token_forgets_and_has_a_gradient(made):
     """What stands in another segment of the row has no gradient, what stands before in the same one has."""
     config, params = made["lstm"]
-    score = models.make_score_fn(config)
+    score = models.make_logprob_fn(config)
     shape = (1, 6)
     segments = jnp.array([[1, 1, 1, 2, 2, 2]])
     positions = jnp.array([[0, 1, 2, 0, 1, 2]])

@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.train_state import OptimizerConfig, init_learner, make_optimizer
+from rlhf_jax.core.train_state import OptimizerConfig, init_train_state, make_optimizer
 from rlhf_jax.rl.algorithms import bc, cql, dqn, gail, iql, ppo
 from rlhf_jax.rl.envs import environments, transitions
 from rlhf_jax.rl.envs.environments import Transition
@@ -167,7 +167,7 @@ def tiny_gail(steps: int = 64) -> gail.Config:
 def test_gail_pays_for_looking_like_the_log(log):
     """The discriminator learns to tell two clusters; what is paid is -log(1 - D)."""
     init_fn, logit_fn = gail.make_discriminator(CARTPOLE, BODY)
-    learner = init_learner(init_fn(jax.random.key(0)), TX)
+    learner = init_train_state(init_fn(jax.random.key(0)), TX)
     action = jnp.zeros(16, jnp.int32)
     pairs = gail.Pairs(jnp.ones((16, 4)), action, -jnp.ones((16, 4)), action)
     hyper = dataclasses.replace(gail.default_hyper(), discriminator_learning_rate=1e-2)

@@ -39,13 +39,13 @@ def random_batch(env, network, rows=24):
 def test_a2c_is_ppo_with_one_step_and_no_clip(name):
     env, _ = environments.make(name)
     network = networks.make_actor_critic(env, networks.MLP((8,)))
-    score_fn, tx = rollout.make_score_fn(network), optax.identity()
+    logprob_fn, tx = rollout.make_logprob_fn(network), optax.identity()
     params, batch = random_batch(env, network)
     free = ppo.default_hyper(epsilon_low=jnp.inf, epsilon_high=jnp.inf, cliprange_value=jnp.inf)
-    as_ppo = ppo.make_update(shared.Config(num_ppo_epochs=1, num_minibatches=1), score_fn, tx)
+    as_ppo = ppo.make_update(shared.Config(num_ppo_epochs=1, num_minibatches=1), logprob_fn, tx)
     expected, _ = as_ppo(ppo.init(params, tx, KEY, free), free, batch)
     hyper = a2c.default_hyper(learning_rate=free.learning_rate, entropy_coef=free.entropy_coef)
-    state, _ = a2c.make_update(score_fn, tx)(a2c.init(params, tx), hyper, batch)
+    state, _ = a2c.make_update(logprob_fn, tx)(a2c.init(params, tx), hyper, batch)
     moved = jax.tree.map(
         lambda a, b, p: (np.asarray(a - p), np.asarray(b - p)),
         state.learner.params,

@@ -93,7 +93,7 @@ def test_rollouts_go_on_where_they_stopped_and_are_scored_as_they_were_acted():
     np.testing.assert_array_equal(seen.next_obs[:, :-1][going_on], seen.obs[:, 1:][going_on])
     np.testing.assert_array_equal(first.starts[:, 1:], seen.done[:, :-1])
     assert first.starts[:, 0].all()
-    score = rollout.make_score_fn(network)(weights, rollout.as_rows(network, first.inputs))
+    score = rollout.make_logprob_fn(network)(weights, rollout.as_rows(network, first.inputs))
     np.testing.assert_allclose(score.logp.reshape(first.logp.shape), first.logp, atol=1e-6)
     assert int(statistics["episodes"]) == int(seen.done.sum()) > 0
     # CartPole pays 1 a step: return and length of an episode are the same.

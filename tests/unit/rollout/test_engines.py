@@ -40,7 +40,7 @@ PROMPTS = [
 PROMPT, NEW = 6, 5
 
 
-SCORE = jax.jit(models.make_score_fn(CONFIG))
+SCORE = jax.jit(models.make_logprob_fn(CONFIG))
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import pytest
 
 from rlhf_jax.algorithms import grpo, ppo, sft
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.types import Rollout, Score, Sequences
+from rlhf_jax.core.types import Rollout, Sequences, TokenLogprobs
 from rlhf_jax.data.chat import encode_conversation, encode_prompt
 from rlhf_jax.data.examples import PromptExample
 from rlhf_jax.data.tokenizers import Tokenizer
@@ -236,10 +236,10 @@ def test_demonstrations_call_as_often_as_asked():
 # Learning ------------------------------------------------------------------------------------------
 
 
-def score_fn(params, inputs):
+def logprob_fn(params, inputs):
     """A model whose parameters are the log-probs and values themselves."""
     rows = inputs.positions[:, -1]  # the number of the row, which shuffling carries along
-    return Score(params["logp"][rows], jnp.zeros_like(params["logp"])[rows], params["value"][rows])
+    return TokenLogprobs(params["logp"][rows], jnp.zeros_like(params["logp"])[rows], params["value"][rows])
 
 
 def updated(name, rollout):
@@ -253,18 +253,18 @@ def updated(name, rollout):
     rewards, key, tx = jnp.array([1.0, 0.0, 0.0, 1.0]), jax.random.key(0), optax.sgd(1.0)
     if name == "sft":
         state, hyper = sft.init(params, tx, key), sft.Hyper(1.0)
-        state, _ = jax.jit(sft.make_update(sft.Config(), score_fn, tx))(state, hyper, sequences)
+        state, _ = jax.jit(sft.make_update(sft.Config(), logprob_fn, tx))(state, hyper, sequences)
     elif name == "grpo":
         config = grpo.Config(group_size=2)
         batch, _ = grpo.make_batch(config, rollout, rewards, rollout.logp, old + 0.02)
         state = grpo.init(params, tx, key)
-        state, _ = jax.jit(grpo.make_update(config, score_fn, tx))(state, grpo.Hyper(1.0), batch)
+        state, _ = jax.jit(grpo.make_update(config, logprob_fn, tx))(state, grpo.Hyper(1.0), batch)
     else:
         config, hyper = ppo.Config(num_ppo_epochs=1, num_minibatches=1), ppo.Hyper(1.0)
         state = ppo.init(params, tx, key, hyper)
-        score = Score(rollout.logp, jnp.zeros_like(old), jnp.zeros_like(old))
+        score = TokenLogprobs(rollout.logp, jnp.zeros_like(old), jnp.zeros_like(old))
         _, batch, _ = ppo.language_batch(config, state, hyper, rollout, score, old + 0.02, rewards)
-        state, _ = jax.jit(ppo.make_update(config, score_fn, tx))(state, hyper, batch)
+        state, _ = jax.jit(ppo.make_update(config, logprob_fn, tx))(state, hyper, batch)
     return params, state.learner.params
 
 

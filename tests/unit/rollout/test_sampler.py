@@ -257,7 +257,7 @@ def test_kl_is_zero_to_itself_and_that_of_the_samples_to_another():
     generate = make_generate_fn(CONFIG, TOKENIZER, prompt_length=6, max_new_tokens=5)
     sampled = generate(params, PROMPTS, jax.random.key(0))
     mask = np.asarray(sampled.sequences.mask)
-    ref_logp = np.asarray(jax.jit(models.make_score_fn(CONFIG))(other, sampled.sequences).logp)
+    ref_logp = np.asarray(jax.jit(models.make_logprob_fn(CONFIG))(other, sampled.sequences).logp)
     expected = np.where(mask, np.asarray(sampled.logp) - ref_logp, 0).sum(axis=1).mean()
     np.testing.assert_allclose(different.kl, expected, rtol=1e-3)
     assert abs(different.kl) > 0.1

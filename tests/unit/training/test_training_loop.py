@@ -182,17 +182,17 @@ def test_more_steps_go_on_from_a_finished_run(tmp_path):
 def skipping(*counts):
     def step(state, number):
         state, metrics = take_step(state, number)
-        return state, {**metrics, "skipped_in_a_row": jnp.int32(counts[number])}
+        return state, {**metrics, "consecutive_skipped": jnp.int32(counts[number])}
 
     return step
 
 
 def test_too_many_steps_in_a_row_that_are_not_finite_end_the_run(tmp_path):
     with pytest.raises(UserError, match=r"step 6: .* not finite 3 times in a row"):
-        run(tmp_path, skipping(0, 1, 0, 1, 2, 3, 4), max_skipped_in_a_row=3, save_every=2)
+        run(tmp_path, skipping(0, 1, 0, 1, 2, 3, 4), max_consecutive_skipped=3, save_every=2)
     assert latest(tmp_path) == 4
     assert len(read_metrics(tmp_path)) == 5
-    run(tmp_path / "other", skipping(0, 1, 2, 0, 1, 2, 0), max_skipped_in_a_row=3)
+    run(tmp_path / "other", skipping(0, 1, 2, 0, 1, 2, 0), max_consecutive_skipped=3)
 
 
 @pytest.mark.parametrize(("every", "expected"), [(3, [0, 3, 6, 7]), (0, [0, 7]), (7, [0, 7])])
