@@ -1,7 +1,7 @@
 """Learning by likelihood: cross-entropy on the tokens that count, of responses or of plain text.
 
-Where the score function tells more (`TokenLogprobs.further_logp`, `TokenLogprobs.routing`), losses on further tokens and on
-the load of experts come with it.
+Where the score function tells more (`TokenLogprobs.further_logp`, `TokenLogprobs.routing`), losses on further
+tokens and on the load of experts come with it.
 """
 
 import dataclasses

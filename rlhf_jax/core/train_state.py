@@ -1,6 +1,7 @@
-"""What every update shares: the learner's state, gradient accumulation, and a guarded optimizer step."""
+"""What every update shares: the train state, gradient accumulation, and a guarded optimizer step."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
@@ -9,6 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.optimizers import OPTIMIZERS, Optimizer, is_matrix
+from rlhf_jax.core.rounding import Rounding, in_float32, narrow_leaves, rounded, widened
 from rlhf_jax.core.trees import map_named, merge, pytree_dataclass, tree_add, tree_all_finite, tree_where
 from rlhf_jax.core.types import Array, Float, Int, Metrics, Params, Scalar
 
@@ -18,13 +21,16 @@ Schedule = Literal["constant", "linear", "cosine", "wsd"]
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW behind gradient clipping; the learning rate itself is a `Hyper`, so that sweeps can vary it.
+    """An optimizer behind gradient clipping; the learning rate itself is a `Hyper`, which sweeps can vary.
 
     Attributes:
       schedule: how the learning rate decays from 1 x to `end_lr_ratio` x its value; `wsd` stays at 1 x until
         the last `decay_fraction` of all steps, in which it decays linearly (warm-up, stable, decay; Hu et al.
         2024).
-      warmup_steps: optimizer steps of linear warm-up from 0.
+      optimizer: one of `OPTIMIZERS`.
+      warmup_ratio: share of all steps in which the learning rate rises from 0.
+      warmup_steps: the same in optimizer steps, in the place of `warmup_ratio` where it is given; a run that
+        is shorter warms up until its last step.
       total_steps: optimizer steps until the end of the decay; needed by every schedule but constant.
       end_lr_ratio: share of the learning rate left at the end.
       decay_fraction: share of the steps in which `wsd` decays; other schedules ignore it.
@@ -34,10 +40,13 @@ class OptimizerConfig:
       b1: decay of the first moment.
       b2: decay of the second moment.
       epsilon: added to the root of the second moment.
+      rounding: how parameters of 16 bits take up an update (`core.rounding`); `nearest` suits float32.
     """
 
     schedule: Schedule = "constant"
-    warmup_steps: int = 0
+    optimizer: Optimizer = "adamw"
+    warmup_ratio: float = 0.03
+    warmup_steps: int | None = None
     total_steps: int = 0
     end_lr_ratio: float = 0.0
     decay_fraction: float = 0.2
@@ -46,55 +55,106 @@ class OptimizerConfig:
     b1: float = 0.9
     b2: float = 0.95
     epsilon: float = 1e-8
+    rounding: Rounding = "nearest"
+
+    @property
+    def warmup(self) -> int:
+        """Optimizer steps of warm-up; a schedule that decays keeps at least one step for it."""
+        if self.warmup_steps is None:
+            return round(self.warmup_ratio * self.total_steps)
+        if self.schedule == "constant" or not self.total_steps:
+            return self.warmup_steps
+        return min(self.warmup_steps, self.total_steps - 1)
 
     @property
     def decay_start(self) -> int:
         """The optimizer step from which the learning rate decays."""
         if self.schedule != "wsd":
-            return self.warmup_steps
-        return max(
-            self.total_steps - max(round(self.decay_fraction * self.total_steps), 1), self.warmup_steps
-        )
+            return self.warmup
+        decaying = max(round(self.decay_fraction * self.total_steps), 1)
+        return max(self.total_steps - decaying, self.warmup)
+
+
+def with_total_steps(config: OptimizerConfig, steps: int) -> OptimizerConfig:
+    """The schedule stretched over a run of so many optimizer steps, unless its length was given."""
+    return dataclasses.replace(config, total_steps=config.total_steps or steps)
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """The optax chain of `config`; its updates are for a learning rate of 1."""
-    return optax.chain(
+    """The optax chain of `config`; its updates are for a learning rate of 1, its moments at least float32.
+
+    Raises:
+      UserError: a number that no optimizer can have, or a decay without an end.
+    """
+    _check(config)
+    chain = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.scale_by_adam(config.b1, config.b2, config.epsilon),
-        optax.add_decayed_weights(config.weight_decay, mask=lambda params: map_named(_is_matrix, params)),
+        OPTIMIZERS[config.optimizer](config.b1, config.b2, config.epsilon),
+        optax.add_decayed_weights(config.weight_decay, mask=lambda params: map_named(is_matrix, params)),
         optax.scale_by_schedule(_share_of_learning_rate(config)),
+    )
+    return rounded(in_float32(chain), config.rounding)
+
+
+def check_parameters_can_move(params: Params, config: OptimizerConfig) -> None:
+    """Refuses to train parameters whose spacing would swallow the updates.
+
+    Args:
+      params: what is trained, without what is frozen.
+
+    Raises:
+      UserError: some have 16 bits or fewer, and sums are rounded to the nearest.
+    """
+    narrow = narrow_leaves(params)
+    if not narrow or config.rounding != "nearest":
+        return
+    name, leaf = next(iter(narrow.items()))
+    raise UserError(
+        f"Optimizer: {len(narrow)} of {len(jax.tree.leaves(params))} trained parameters ({name}, ...) are "
+        f"{leaf.dtype}, which rounds updates away, so that training would not move them: load the model with "
+        "param_dtype='float32', or choose rounding='kahan' or rounding='stochastic'."
     )
 
 
-def _is_matrix(name: str, leaf: Array) -> bool:
-    # By name too: layers that are scanned stack their scales and biases into arrays of two axes.
-    word = name.rpartition("/")[2].rpartition("_")[2]
-    return leaf.ndim > 1 and word not in ("scale", "bias", "magnitude", "singular")
+def _check(config: OptimizerConfig) -> None:
+    wrong = {
+        "b1": not 0 <= config.b1 < 1,
+        "b2": not 0 <= config.b2 < 1,
+        "epsilon": not 0 <= config.epsilon < math.inf,
+        "clip_norm": not config.clip_norm > 0,
+        "weight_decay": not 0 <= config.weight_decay < math.inf,
+        "end_lr_ratio": not 0 <= config.end_lr_ratio <= 1,
+        "decay_fraction": not 0 < config.decay_fraction <= 1,
+        "warmup_ratio": not 0 <= config.warmup_ratio < 1,
+        "warmup_steps": (config.warmup_steps or 0) < 0,
+        "total_steps": config.total_steps < 0,
+    }
+    for name in (name for name, is_wrong in wrong.items() if is_wrong):
+        raise UserError(
+            f"Optimizer: {name}={getattr(config, name)} is out of range: b1 and b2 lie in [0, 1), shares in "
+            "[0, 1], clip_norm is above 0, and nothing is negative or infinite."
+        )
 
 
 def _share_of_learning_rate(config: OptimizerConfig) -> optax.Schedule:
-    warmup = optax.linear_schedule(0.0, 1.0, config.warmup_steps) if config.warmup_steps else None
+    start = config.warmup
+    warmup = optax.linear_schedule(0.0, 1.0, start) if start else None
     if config.schedule == "constant":
-        return (
-            optax.join_schedules([warmup, optax.constant_schedule(1.0)], [config.warmup_steps])
-            if warmup
-            else optax.constant_schedule(1.0)
+        stable = optax.constant_schedule(1.0)
+        return optax.join_schedules([warmup, stable], [start]) if warmup else stable
+    if not config.total_steps:
+        raise UserError(
+            f"Optimizer: schedule={config.schedule} needs total_steps: set it, or use schedule=constant."
         )
     decay_steps = config.total_steps - config.decay_start
-    if decay_steps <= 0 or config.total_steps <= config.warmup_steps:
-        raise UserError(
-            f"Optimizer: schedule={config.schedule} needs total_steps ({config.total_steps}) above "
-            f"warmup_steps ({config.warmup_steps}): set both, or use schedule=constant."
-        )
     if config.schedule == "cosine":
         decay = optax.cosine_decay_schedule(1.0, decay_steps, config.end_lr_ratio)
     else:
         decay = optax.linear_schedule(1.0, config.end_lr_ratio, decay_steps)
     if config.schedule == "wsd":
         stable = optax.constant_schedule(1.0)
-        decay = optax.join_schedules([stable, decay], [config.decay_start - config.warmup_steps])
-    return optax.join_schedules([warmup, decay], [config.warmup_steps]) if warmup else decay
+        decay = optax.join_schedules([stable, decay], [config.decay_start - start])
+    return optax.join_schedules([warmup, decay], [start]) if warmup else decay
 
 
 @pytree_dataclass
@@ -125,28 +185,28 @@ class TrainState:
 
 
 def init_train_state(params: Params, tx: optax.GradientTransformation, frozen: Params = None) -> TrainState:
-    """A learner at step 0."""
+    """The train state at step 0."""
     return TrainState(params, tx.init(params), jnp.int32(0), jnp.int32(0), jnp.int32(0), frozen)
 
 
 def without_frozen(state: Any) -> Any:
-    """A state whose learners have lost their frozen parts: what a checkpoint holds."""
-    return _map_learners(lambda learner: dataclasses.replace(learner, frozen=None), state)
+    """A state whose train states have lost their frozen parts: what a checkpoint holds."""
+    return _map_train_states(lambda learner: dataclasses.replace(learner, frozen=None), state)
 
 
 def with_frozen(state: Any, other: Any) -> Any:
-    """A state whose learners have the frozen parts of those of `other`: the inverse of `without_frozen`."""
-    return _map_learners(lambda learner, of: dataclasses.replace(learner, frozen=of.frozen), state, other)
+    """A state whose train states have the frozen parts of those of `other`: undoes `without_frozen`."""
+    return _map_train_states(lambda learner, of: dataclasses.replace(learner, frozen=of.frozen), state, other)
 
 
-def _map_learners(function: Callable[..., TrainState], *states: Any) -> Any:
-    def is_learner(node: Any) -> bool:
+def _map_train_states(function: Callable[..., TrainState], *states: Any) -> Any:
+    def is_train_state(node: Any) -> bool:
         return isinstance(node, TrainState)
 
     def change(*nodes: Any) -> Any:
-        return function(*nodes) if is_learner(nodes[0]) else nodes[0]
+        return function(*nodes) if is_train_state(nodes[0]) else nodes[0]
 
-    return jax.tree.map(change, *states, is_leaf=is_learner)
+    return jax.tree.map(change, *states, is_leaf=is_train_state)
 
 
 def apply_gradients(
@@ -162,7 +222,7 @@ def apply_gradients(
     `tx` gives updates for a learning rate of 1, and is told the learning rate where it takes extra arguments.
     The choice is a `where` over whole trees, so not one NaN reaches parameters or moments.
     """
-    norm = optax.global_norm(gradients)
+    norm = optax.global_norm(widened(gradients))
     finite = tree_all_finite((gradients, norm, loss))
     safe = jax.tree.map(lambda g: jnp.where(finite, g, 0).astype(g.dtype), gradients)
     update = optax.with_extra_args_support(tx).update

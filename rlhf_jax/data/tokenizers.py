@@ -265,11 +265,11 @@ def load_tokenizer(path: PathLike) -> Tokenizer:
         tokenizer = Tokenizer(backend, names, template)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
-    tokenizer.eos_id = _turn_end(tokenizer)
+    tokenizer.eos_id = turn_end(tokenizer)
     return tokenizer
 
 
-def _turn_end(tokenizer: Tokenizer) -> int:
+def turn_end(tokenizer: Tokenizer) -> int:
     """The special token that the template writes after an assistant's words; else the named eos_token.
 
     They differ where a chat model is made from a base model: Gemma's turns end in `<end_of_turn>`, while

@@ -60,6 +60,7 @@ from rlhf_jax.models.logprob_fns import (
 from rlhf_jax.models.mtp import init_model as init_params
 from rlhf_jax.models.positions import Alibi, LinearScaling, Llama3Scaling, Rope, YarnScaling, ntk_theta
 from rlhf_jax.models.presets import Preset, preset_config
+from rlhf_jax.models.reconfiguring import default_dtype, reconfigure, scans_by_default
 from rlhf_jax.models.router_stats import has_routers, rebalance
 
 __all__ = [
@@ -89,6 +90,7 @@ __all__ = [
     "adapter_to_dict",
     "config_from_dict",
     "config_to_dict",
+    "default_dtype",
     "dense_config",
     "expand_prompt",
     "forward",
@@ -120,8 +122,10 @@ __all__ = [
     "on_base",
     "preset_config",
     "rebalance",
+    "reconfigure",
     "recurrent_config",
     "reference_of",
+    "scans_by_default",
     "stack_layers",
     "training_flops",
     "unembedding",

@@ -59,8 +59,8 @@ def make_logprob_fn(config: ModelConfig, *, temperature: Scalar = 1.0, chunk_siz
 
 
 def make_logprob_fn_with_auxiliaries(config: ModelConfig, *, chunk_size: int = 512) -> LogprobFn:
-    """`make_logprob_fn` that also says what only training by likelihood wants to know: `further_logp` where the
-    model has modules for it, `routing` where it has mixtures of experts.
+    """`make_logprob_fn` that also says what only training by likelihood wants to know: `further_logp` where
+    the model has modules for it, `routing` where it has mixtures of experts.
     """
 
     def score(params: Params, sequences: Sequences) -> TokenLogprobs:

@@ -157,7 +157,7 @@ class Parts:
         return not is_frozen
 
     def reference(self, learner: TrainState, original: Params = None) -> Params:
-        """The decoder as it was, out of the base that a learner of it holds.
+        """The decoder as it was, out of the base that its train state holds.
 
         Args:
           original: `self.original` where a jitted function got it as an argument, rather than as a constant.

@@ -15,7 +15,6 @@ import numpy as np
 from rlhf_jax import distributed, models
 from rlhf_jax.algorithms import sft
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.core.types import Params
 from rlhf_jax.data.examples import SupervisedExample, TooLong
 from rlhf_jax.data.mixing import MixtureSampler
@@ -328,21 +327,6 @@ def local_indices(sampler: Batches, step: int, repeat: int = 1) -> np.ndarray:
     """Which examples this process brings to the batch of `step`, each of them `repeat` times."""
     indices = np.repeat(sampler.indices(step), repeat)
     return indices[distributed.local_rows(len(indices))]
-
-
-def with_total_steps(optimizer: OptimizerConfig, steps: int) -> OptimizerConfig:
-    """The optimizer's schedule stretched over the run, unless its length was given.
-
-    Raises:
-      UserError: the warm-up leaves nothing of it.
-    """
-    total = optimizer.total_steps or steps
-    if optimizer.schedule != "constant" and optimizer.warmup_steps >= total:
-        raise UserError(
-            f"--optimizer.warmup-steps {optimizer.warmup_steps} leaves none of {total} optimizer steps "
-            f"for the {optimizer.schedule} schedule: lower it, or give --optimizer.schedule constant"
-        )
-    return dataclasses.replace(optimizer, total_steps=total)
 
 
 # Options -------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pipeline_stages
 import tyro
 
 from rlhf_jax.core.errors import UserError
@@ -136,8 +137,7 @@ def train_skills(options: Options) -> Path:
         max_length=208,
         batch_size=options.skill_batch_size,
     )
-    warmup = min(stage.optimizer.warmup_steps, options.skill_steps // 4)
-    sft.run(dataclasses.replace(stage, optimizer=dataclasses.replace(stage.optimizer, warmup_steps=warmup)))
+    sft.run(pipeline_stages.brief(stage))
     return out
 
 

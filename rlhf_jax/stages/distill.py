@@ -25,7 +25,7 @@ import tyro
 from rlhf_jax import distributed, losses, models
 from rlhf_jax.algorithms import distillation
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.train_state import OptimizerConfig
+from rlhf_jax.core.train_state import OptimizerConfig, with_total_steps
 from rlhf_jax.core.types import Array, Float, Params, Rollout
 from rlhf_jax.rollout.sampler import check_same_vocabulary
 from rlhf_jax.stages import adapting, common, inputs
@@ -160,7 +160,7 @@ def run(options: Options) -> None:
     write = make_write_fn(options, model, teacher, prompts, share)
 
     parts = adapting.take_apart(options.adapter, model, seed=seed, steps=options.run.steps)
-    tx = parts.optimizer(common.with_total_steps(options.optimizer, options.run.steps))
+    tx = parts.optimizer(with_total_steps(options.optimizer, options.run.steps))
     config = distillation.Config(options.micro_batches, (WHOLE | SAMPLED)[options.loss])
     student_fn, teacher_fn = make_logp_fn(options, model), make_logp_fn(options, teacher)
     update = distillation.make_update(config, student_fn, tx)

@@ -26,7 +26,7 @@ from rlhf_jax import distributed, models
 from rlhf_jax.algorithms import preference, unpaired
 from rlhf_jax.algorithms.unpaired import UNPAIRED_LOSSES
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.train_state import OptimizerConfig
+from rlhf_jax.core.train_state import OptimizerConfig, with_total_steps
 from rlhf_jax.core.types import LogprobFn, Metrics, Params, Sequences
 from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.evaluation.classification import roc_auc
@@ -221,7 +221,7 @@ def run(options: Options) -> None:
 
     parts = adapting.take_apart(options.adapter, model, seed=seed, steps=options.run.steps)
     logprob_fn = models.make_logprob_fn(model.config)
-    tx = parts.optimizer(common.with_total_steps(options.optimizer, options.run.steps))
+    tx = parts.optimizer(with_total_steps(options.optimizer, options.run.steps))
     if loss in UNPAIRED_LOSSES:
         objective = unpaired_objective(options, loss, logprob_fn, tx)
     else:

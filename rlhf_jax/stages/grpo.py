@@ -26,7 +26,7 @@ from rlhf_jax import distributed, models
 from rlhf_jax.algorithms import grpo
 from rlhf_jax.algorithms.grpo_variants import GRPOVariant, grpo_variants, make_variant
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.train_state import OptimizerConfig
+from rlhf_jax.core.train_state import OptimizerConfig, with_total_steps
 from rlhf_jax.core.types import Params
 from rlhf_jax.generation import Sampling
 from rlhf_jax.losses import policy_weights
@@ -246,7 +246,7 @@ def run(options: Options) -> None:
     logprob_fn = models.make_logprob_fn(model.config, temperature=options.temperature)
     steps = options.run.steps * options.num_iterations * options.num_minibatches
     parts = adapting.take_apart(options.adapter, model, seed=seed, steps=steps)
-    tx = parts.optimizer(common.with_total_steps(options.optimizer, steps))
+    tx = parts.optimizer(with_total_steps(options.optimizer, steps))
     update = grpo.make_update(variant.config, logprob_fn, tx)
     evaluate = prompts.evaluate
 

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf_jax import models
+from rlhf_jax.core.optimizers import OPTIMIZERS
 from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
 from rlhf_jax.core.trees import named_leaves
 from rlhf_jax.models import hf
@@ -53,14 +54,6 @@ class Options:
     rank: int = 16
     attention: Literal["blocked", "plain"] = "blocked"
     parameters: bool = True
-
-
-OPTIMIZERS: dict[str, optax.GradientTransformation] = {
-    "AdamW": make_optimizer(OptimizerConfig()),
-    "Lion": optax.lion(1.0),
-    "Adafactor": optax.adafactor(1.0),
-    "SGD": optax.sgd(1.0),
-}
 
 
 def read_config(options: Options) -> models.ModelConfig:
@@ -151,11 +144,13 @@ def memory_table(options: Options, config: models.ModelConfig, params: Any) -> T
     adapters = {"full": params, f"LoRA {options.rank}": lora_params(params, options.rank)}
     for adapter, trained in adapters.items():
         count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trained))
-        for name, tx in OPTIMIZERS.items():
+        *_, last = OPTIMIZERS
+        for name in OPTIMIZERS:
+            tx = make_optimizer(OptimizerConfig(optimizer=name))
             fixed = [part / options.devices for part in fixed_bytes(params, trained, tx)]
             totals = [sum(fixed) + activations for activations in kept]
             cells = [f"{number / 2**30:.2f}" for number in (*fixed, *totals)]
-            table.add_row(adapter, name, f"{count / 1e6:,.1f}M", *cells, end_section=name == "SGD")
+            table.add_row(adapter, name, f"{count / 1e6:,.1f}M", *cells, end_section=name == last)
     return table
 
 

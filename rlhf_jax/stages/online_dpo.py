@@ -24,7 +24,7 @@ from rlhf_jax import distributed, losses, models
 from rlhf_jax.algorithms import nash_md, preference, selection
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.masks import masked_sum
-from rlhf_jax.core.train_state import OptimizerConfig
+from rlhf_jax.core.train_state import OptimizerConfig, with_total_steps
 from rlhf_jax.core.types import Array, Bool, Float, LogprobFn, Metrics, Params, Rollout
 from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.feedback.pairwise import CompareFn, compare_by_judge, compare_by_rewards
@@ -212,7 +212,7 @@ def run(options: Options) -> None:
 
     parts = adapting.take_apart(options.adapter, model, seed=seed, steps=options.run.steps)
     logprob_fn = models.make_logprob_fn(model.config, temperature=options.temperature)
-    tx = parts.optimizer(common.with_total_steps(options.optimizer, options.run.steps))
+    tx = parts.optimizer(with_total_steps(options.optimizer, options.run.steps))
     init, learn_from = (nash_update if options.method == "nash_md" else pair_update)(options, logprob_fn, tx)
     state = adapting.new_state(init, parts.trained, parts.frozen, jax.random.key(seed))
     adapting.say_what_trains(options.run, state.learner)

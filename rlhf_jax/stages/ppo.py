@@ -29,7 +29,7 @@ import tyro
 from rlhf_jax import distributed, models
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.train_state import OptimizerConfig, TrainState
+from rlhf_jax.core.train_state import OptimizerConfig, TrainState, with_total_steps
 from rlhf_jax.core.trees import merge, partition
 from rlhf_jax.core.types import Params
 from rlhf_jax.data.pipeline import BatchSampler
@@ -271,7 +271,7 @@ def run(options: Options) -> None:
     )
     logprob_fn = make_logprob_fn(model.config, temperature=options.temperature)
     ref_logprob_fn = models.make_logprob_fn(model.config, temperature=options.temperature)
-    tx = parts.optimizer(common.with_total_steps(options.optimizer, steps))
+    tx = parts.optimizer(with_total_steps(options.optimizer, steps))
     update = ppo.make_update(config, logprob_fn, tx)
     hyper, evaluate = make_hyper(options), prompts.evaluate
 

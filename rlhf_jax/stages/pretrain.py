@@ -25,7 +25,7 @@ import tyro
 from rlhf_jax import distributed, models
 from rlhf_jax.algorithms import sft
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
+from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer, with_total_steps
 from rlhf_jax.core.types import LogprobFn, Params, Sequences
 from rlhf_jax.data import documents as texts
 from rlhf_jax.data import packing
@@ -311,7 +311,7 @@ def run(options: Options) -> None:
     check(options)
     documents, held_out = split(options)
     model = starting_model(options, documents)
-    optimizer = common.with_total_steps(options.optimizer, options.run.steps)
+    optimizer = with_total_steps(options.optimizer, options.run.steps)
     batches = Batches(options, model.tokenizer, documents, optimizer.decay_start)
     tokens = sum(int(rows.mask.sum()) for rows in batches.rows)
     common.announce(

@@ -28,7 +28,7 @@ import tyro
 from rlhf_jax import distributed, models
 from rlhf_jax.algorithms import process_reward
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
+from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer, with_total_steps
 from rlhf_jax.core.types import Params, PRNGKeyArray
 from rlhf_jax.data import packing
 from rlhf_jax.data.pipeline import BatchSampler, fingerprint
@@ -267,7 +267,7 @@ def run(options: Options) -> None:
     common.announce(options.run, model, f"{len(train):,} solutions, {len(held_out):,} held out")
 
     step_reward_fn = models.make_process_reward_fn(model.config)
-    tx = make_optimizer(common.with_total_steps(options.optimizer, options.run.steps))
+    tx = make_optimizer(with_total_steps(options.optimizer, options.run.steps))
     init_key, state_key = jax.random.split(jax.random.key(seed))
 
     def init(params: Params, init_key: PRNGKeyArray, state_key: PRNGKeyArray) -> process_reward.State:

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pipeline_stages
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.data.examples import PromptExample, prompt_examples
@@ -183,8 +184,7 @@ def train_policy(options: Options) -> Path:
         data=str(data),
         tokenizer=str(options.out / "tokenizer"),
     )
-    warmup = min(stage.optimizer.warmup_steps, options.sft_steps // 4)
-    sft.run(dataclasses.replace(stage, optimizer=dataclasses.replace(stage.optimizer, warmup_steps=warmup)))
+    sft.run(pipeline_stages.brief(stage))
     return out
 
 

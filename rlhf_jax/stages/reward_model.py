@@ -18,7 +18,7 @@ import tyro
 
 from rlhf_jax import distributed, models
 from rlhf_jax.algorithms import reward
-from rlhf_jax.core.train_state import OptimizerConfig
+from rlhf_jax.core.train_state import OptimizerConfig, with_total_steps
 from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.evaluation.classification import reliability
 from rlhf_jax.stages import adapting, common, inputs
@@ -68,7 +68,7 @@ def run(options: Options) -> None:
 
     parts = adapting.take_apart(options.adapter, model, seed=seed, steps=options.run.steps)
     reward_fn = models.make_reward_fn(model.config)
-    tx = parts.optimizer(common.with_total_steps(options.optimizer, options.run.steps))
+    tx = parts.optimizer(with_total_steps(options.optimizer, options.run.steps))
     state = adapting.new_state(
         lambda params, *keys: reward.init(
             models.init_scalar_model(model.config, keys[0], params), tx, keys[1]

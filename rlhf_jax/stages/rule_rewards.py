@@ -170,7 +170,7 @@ def run(options: Options) -> None:
     describe_run(options.out, common.to_json(options), stage="rule_rewards")
     rankings, others = (graded(rows, propositions, grader, options.reward_model) for rows in (fit, held_out))
     config = rule_reward.Config(steps=options.steps)
-    tx = make_optimizer(OptimizerConfig("linear", total_steps=options.steps))
+    tx = make_optimizer(OptimizerConfig("linear", warmup_steps=0, total_steps=options.steps))
     hyper = rule_reward.Hyper(jnp.float32(options.learning_rate), jnp.float32(options.margin))
     state, _ = jax.jit(rule_reward.make_train(config, tx))(rankings, hyper)
     weights = np.asarray(state.learner.params["weights"]).tolist()

@@ -24,7 +24,7 @@ import tyro
 from rlhf_jax import distributed, models
 from rlhf_jax.algorithms import sft
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.train_state import OptimizerConfig
+from rlhf_jax.core.train_state import OptimizerConfig, with_total_steps
 from rlhf_jax.core.types import LogprobFn, Params, Sequences
 from rlhf_jax.data import packing
 from rlhf_jax.data.examples import SupervisedExample, TooLong, supervised_examples
@@ -211,7 +211,7 @@ def run(options: Options) -> None:
 
     parts = adapting.take_apart(options.adapter, model, seed=options.run.seed, steps=options.run.steps)
     logprob_fn = models.make_logprob_fn_with_auxiliaries(model.config)
-    tx = parts.optimizer(common.with_total_steps(options.optimizer, options.run.steps))
+    tx = parts.optimizer(with_total_steps(options.optimizer, options.run.steps))
     state = adapting.new_state(
         lambda *x: sft.init(x[0], tx, x[1]),
         parts.trained,

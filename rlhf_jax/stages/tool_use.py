@@ -18,11 +18,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pipeline_stages
 import tyro
 
 from rlhf_jax import models
 from rlhf_jax.algorithms import grpo
-from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
+from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer, with_total_steps
 from rlhf_jax.core.types import Array, Float, Params, Rollout
 from rlhf_jax.data.examples import PromptExample, prompt_examples
 from rlhf_jax.data.pipeline import BatchSampler
@@ -107,8 +108,7 @@ def train_sft(options: Options) -> str:
         data=str(data),
         tokenizer=str(options.run.out / "tokenizer"),
     )
-    warmup = min(stage.optimizer.warmup_steps, options.sft_steps // 4)
-    sft.run(dataclasses.replace(stage, optimizer=dataclasses.replace(stage.optimizer, warmup_steps=warmup)))
+    sft.run(pipeline_stages.brief(stage))
     return str(out)
 
 
@@ -181,7 +181,7 @@ def run(options: Options) -> None:
     )
     evaluate = make_evaluate_fn(generate, model.tokenizer, held_out, sampling)
     logprob_fn = models.make_logprob_fn(model.config, temperature=options.temperature)
-    tx = make_optimizer(common.with_total_steps(options.optimizer, options.run.steps))
+    tx = make_optimizer(with_total_steps(options.optimizer, options.run.steps))
     config = grpo.Config(options.group_size, micro_batches=options.micro_batches)
     update = grpo.make_update(config, logprob_fn, tx)
     hyper = grpo.Hyper(learning_rate=jnp.float32(options.learning_rate), kl_coef=options.kl_coef)

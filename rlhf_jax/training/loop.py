@@ -199,7 +199,7 @@ def _restore(
 def _open_log(
     stack: contextlib.ExitStack, folder: Path, stage: str, start: int, loggers: Sequence[Logger]
 ) -> tuple[Callable[[Mapping[str, Any], int], None], Callable[[], None]]:
-    """(`log(metrics, steps done)`, `flush()`) to `metrics.jsonl` and the loggers, in the first process alone."""
+    """(`log(metrics, steps done)`, `flush()`) to `metrics.jsonl` and the loggers, in the first process."""
     if not is_first_host():
         return lambda metrics, done: None, lambda: None
     # A run that begins anew writes its first evaluation again.

@@ -139,7 +139,6 @@ IMPOSSIBLE = {
     "no batch": ("sft", "--batch-size 0", "--batch-size 0 is not positive"),
     "no steps": ("sft", "--steps 0", "--steps 0 is not positive"),
     "seed": ("sft", "--seed -1", "seed -1"),
-    "warm-up": ("sft", "--steps 10", "--optimizer.warmup-steps 20"),
     "not a number": ("sft", "--learning-rate nan", "--learning-rate is not a number"),
     "two tokenizers": ("sft", "--tokenizer a --train-tokenizer 300", "--train-tokenizer excludes"),
     "a small vocabulary": ("sft", "--train-tokenizer 100", "vocab_size 100"),

@@ -30,7 +30,7 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 STEPS, ROWS, POOL, TIME, VOCAB, WIDTH = 20, 16, 48, 16, 40, 16
 # A larger epsilon than in training: Adam's division by the root of a vanishing moment turns the last bits
 # of a gradient into steps of full size, on one device as on many.
-TX = make_optimizer(OptimizerConfig("cosine", total_steps=40, weight_decay=0.1, epsilon=1e-3))
+TX = make_optimizer(OptimizerConfig("cosine", warmup_steps=0, total_steps=40, weight_decay=0.1, epsilon=1e-3))
 
 
 def decoder_config(dtype, *, experts=False, **options):

@@ -24,7 +24,7 @@ from rlhf_jax import models
 from rlhf_jax.algorithms import sft as supervised
 from rlhf_jax.cli import command_line
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
+from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer, with_total_steps
 from rlhf_jax.core.types import Params, Sequences
 from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.evaluation.statistics import mean_interval
@@ -93,7 +93,7 @@ def make_tune_fn(options: Options, model: Model) -> Callable[[Params], Params]:
     )
     sampler = BatchSampler(len(rows.tokens), options.batch_size, options.seed)
     schedule = OptimizerConfig(schedule="cosine", warmup_steps=min(5, options.steps - 1), end_lr_ratio=0.02)
-    tx = pruning.keep_zeros(make_optimizer(common.with_total_steps(schedule, options.steps)))
+    tx = pruning.keep_zeros(make_optimizer(with_total_steps(schedule, options.steps)))
     logprob_fn = models.make_logprob_fn(model.config)
     update = jax.jit(supervised.make_update(supervised.Config(), logprob_fn, tx), donate_argnums=0)
     hyper = supervised.Hyper(learning_rate=jnp.float32(options.learning_rate))

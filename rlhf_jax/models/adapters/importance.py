@@ -46,6 +46,8 @@ def with_rank_budget(config: AdaLoRA, tx: optax.GradientTransformation) -> optax
     all matrices together, to zero (eq. 6), to rounding. A triplet that gets important again comes back.
     """
 
+    tx = optax.with_extra_args_support(tx)
+
     def init(params: Params) -> Any:
         importance, uncertainty = (jax.tree.map(jnp.zeros_like, _triplets(params)) for _ in range(2))
         return BudgetState(jnp.int32(0), importance, uncertainty, tx.init(params))
@@ -58,7 +60,7 @@ def with_rank_budget(config: AdaLoRA, tx: optax.GradientTransformation) -> optax
         uncertainty = jax.tree.map(
             lambda u, i, s: keep * u + (1 - keep) * jnp.abs(s - i), state.uncertainty, importance, sensitivity
         )
-        updates, inner = tx.update(gradients, state.inner, params)
+        updates, inner = tx.update(gradients, state.inner, params, learning_rate=learning_rate)
         scores = jax.tree.map(jnp.multiply, importance, uncertainty)
         updates = _prune(config, updates, params, scores, state.steps + 1, learning_rate)
         return updates, BudgetState(state.steps + 1, importance, uncertainty, inner)

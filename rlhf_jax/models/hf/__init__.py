@@ -1,30 +1,28 @@
 """Hugging Face checkpoints in and out. A family is one file here, of a config's fields and tensors' names."""
 
 import dataclasses
-import functools
 import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import safetensors
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.trees import map_named, named_leaves
+from rlhf_jax.core.trees import named_leaves
 from rlhf_jax.core.types import Params
-from rlhf_jax.distributed import tree_shardings
 from rlhf_jax.models.adapters import is_adapter_leaf
 from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.models.decoder import init_params, unstack_layers
+from rlhf_jax.models.decoder import unstack_layers
 from rlhf_jax.models.hf import bloom, deepseek, gemma, gpt2, llama, mistral, olmo, phi, qwen
 from rlhf_jax.models.hf.fields import Fields
 from rlhf_jax.models.hf.files import CONFIG, Checkpoint, Writer, read_json
-from rlhf_jax.models.hf.mapping import Family, InexpressibleError, Tensor
+from rlhf_jax.models.hf.mapping import Family, InexpressibleError
+from rlhf_jax.models.hf.reading import read_params, stored_name
+from rlhf_jax.models.reconfiguring import check_dtype
 
 FAMILIES = (
     llama.LLAMA,
@@ -42,7 +40,6 @@ FAMILIES = (
     deepseek.V2,
     deepseek.V3,
 )
-DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @runtime_checkable
@@ -71,7 +68,11 @@ def load_config(path: str | os.PathLike[str]) -> ModelConfig:
 
 
 def load(
-    path: str | os.PathLike[str], *, dtype: str | None = None, mesh: Mesh | None = None
+    path: str | os.PathLike[str],
+    *,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    scan_layers: bool = False,
 ) -> tuple[ModelConfig, Params]:
     """A model from a Hugging Face folder: config.json and safetensors, in one file or many with an index.
 
@@ -82,33 +83,23 @@ def load(
       dtype: of parameters and computation; that of the embedding in the files by default.
       mesh: every parameter goes to where `distributed.tree_shardings` puts it; the default device holds
         everything by default.
+      scan_layers: whether layers are stacked; they are read straight into their places.
 
     Returns:
-      (config, params), layers unrolled (`models.stack_layers` stacks them).
+      (config, params)
 
     Raises:
       UserError: the architecture is not supported, or a file or tensor is missing, superfluous, of another
         shape or dtype, malformed or truncated.
     """
     folder = Path(path)
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"dtype={dtype!r} is none of {', '.join(DTYPES)}: choose one of them.")
+    check_dtype("dtype", dtype)
     family, config = _read_config(folder)
     checkpoint = Checkpoint(folder)
-    rules = _rules_by_stored_name(family, config, checkpoint)
     if dtype is None:
-        embedding = next(name for name, rule in rules.items() if rule.params == ("embedding",))
-        dtype = checkpoint.dtype(embedding)
-    config = dataclasses.replace(config, param_dtype=dtype, compute_dtype=dtype)
-    shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
-    wanted = named_leaves(shapes)
-    shardings = named_leaves(tree_shardings(mesh, shapes)) if mesh is not None else {}
-    placed: dict[str, jax.Array] = {}
-    for name, tensor in checkpoint.read(set(rules)):
-        rule = rules[name]
-        for param, piece in _unpack(rule, tensor, wanted, f"{checkpoint.where(name)}: tensor `{name}`"):
-            placed[param] = _place(piece, wanted[param], rule.slot, placed.get(param), shardings.get(param))
-    return config, map_named(lambda name, _: placed[name], shapes)
+        dtype = checkpoint.dtype(stored_name(family, config, checkpoint, "embedding"))
+    config = dataclasses.replace(config, param_dtype=dtype, compute_dtype=dtype, scan_layers=scan_layers)
+    return config, read_params(family, config, checkpoint, mesh=mesh)
 
 
 def _read_config(folder: Path) -> tuple[Family, ModelConfig]:
@@ -124,77 +115,6 @@ def _read_config(folder: Path) -> tuple[Family, ModelConfig]:
             return family, dataclasses.replace(config, architecture=architecture)
     known = ", ".join(family.architecture for family in FAMILIES)
     raise UserError(f"{path}: architecture {architecture!r} is not supported: choose one of {known}.")
-
-
-def _rules_by_stored_name(family: Family, config: ModelConfig, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The family's tensors by the name they have in this checkpoint; neither more nor fewer than it holds."""
-    rules = {rule.name: rule for rule in family.tensors(config)}
-    stored, prefix = checkpoint.names(), family.optional_prefix
-    if not any(name.startswith(prefix) for name in stored):
-        rules = {name.removeprefix(prefix): rule for name, rule in rules.items()}
-    missing = sorted(rules.keys() - stored)
-    if missing:
-        others = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise UserError(
-            f"{checkpoint.folder}: tensor `{missing[0]}`{others} is in none of the safetensors files, though "
-            f"{CONFIG} asks for it: download the folder again or mend {CONFIG}."
-        )
-    tied_copy = {"lm_head.weight"} if config.tied_embeddings else set()
-    extra = sorted(n for n in stored - rules.keys() - tied_copy if not family.ignores(n, config))
-    if extra:
-        others = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
-        raise UserError(
-            f"{checkpoint.where(extra[0])}: tensor `{extra[0]}`{others} has no place in the architecture of "
-            f"{CONFIG}: mend {CONFIG} or choose another checkpoint."
-        )
-    return rules
-
-
-def _unpack(
-    rule: Tensor, tensor: np.ndarray, wanted: Mapping[str, Any], where: str
-) -> list[tuple[str, np.ndarray]]:
-    """The parameters in a tensor, each of the right shape."""
-    shapes = [wanted[param].shape[0 if rule.slot is None else 1 :] for param in rule.params]
-    try:
-        pieces = rule.layout.unpack(tensor)
-    except (ValueError, IndexError):
-        pieces = []
-    if [piece.shape for piece in pieces] != shapes:
-        # Broadcast zeros cost nothing, and packing them says what the tensor should have looked like.
-        expected = rule.layout.pack([np.broadcast_to(np.zeros((), bool), shape) for shape in shapes]).shape
-        raise UserError(
-            f"{where} has shape {list(tensor.shape)}, and {CONFIG} asks for {list(expected)}: mend it or "
-            "choose another checkpoint."
-        )
-    return list(zip(rule.params, pieces, strict=True))
-
-
-def _place(
-    piece: np.ndarray,
-    wanted: jax.ShapeDtypeStruct,
-    slot: int | None,
-    stack: jax.Array | None,
-    sharding: NamedSharding | None,
-) -> jax.Array:
-    """The parameter on its devices: the piece itself, or `stack` with the piece in its slot."""
-    if slot is None:
-        return _put(piece, wanted.dtype, sharding)
-    if stack is None:
-        stack = jnp.zeros(wanted.shape, wanted.dtype, device=sharding)
-    of_piece = sharding and NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-    return _write_slot(stack, _put(piece, wanted.dtype, of_piece), slot, sharding)
-
-
-@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
-def _write_slot(stack: jax.Array, piece: jax.Array, slot: int, sharding: NamedSharding | None) -> jax.Array:
-    stack = stack.at[slot].set(piece)
-    return stack if sharding is None else jax.lax.with_sharding_constraint(stack, sharding)
-
-
-def _put(piece: np.ndarray, dtype: Any, sharding: NamedSharding | None) -> jax.Array:
-    if sharding is None:
-        return jax.device_put(piece).astype(dtype)
-    return jax.make_array_from_callback(piece.shape, sharding, lambda index: piece[index].astype(dtype))
 
 
 # Out -----------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from rlhf_jax.core.train_state import (
     apply_gradients,
     init_train_state,
     make_optimizer,
+    with_total_steps,
 )
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Float, LogprobFn, Metrics, Params, PRNGKeyArray, Scalar
@@ -58,7 +59,9 @@ class Config:
     total_steps: int = 500_000
     rollout: RolloutConfig = RolloutConfig(num_envs=8, num_steps=8)
     network: NetworkConfig = NetworkConfig()
-    optimizer: OptimizerConfig = OptimizerConfig(schedule="linear", clip_norm=0.5, b2=0.999, epsilon=1e-5)
+    optimizer: OptimizerConfig = OptimizerConfig(
+        schedule="linear", warmup_steps=0, clip_norm=0.5, b2=0.999, epsilon=1e-5
+    )
     whiten_advantages: bool = False
 
 
@@ -129,7 +132,7 @@ def make_run(config: Config, env: Environment, env_params: Any) -> Run:
     """A run as `init` and `step`."""
     network = on_policy.make_network(config.network, env)
     updates = on_policy.count_updates(config.total_steps, config.rollout)
-    tx = make_optimizer(on_policy.stretched(config.optimizer, updates))
+    tx = make_optimizer(with_total_steps(config.optimizer, updates))
     update = make_update(make_logprob_fn(network), tx)
 
     def learn(state: State, hyper: Hyper, experience: Experience) -> tuple[State, Metrics]:

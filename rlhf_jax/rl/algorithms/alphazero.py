@@ -68,7 +68,9 @@ class Config:
     widths: tuple[int, ...] = (128, 128)
     epochs: int = 2
     minibatches: int = 4
-    optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", b2=0.999, weight_decay=1e-4)
+    optimizer: OptimizerConfig = OptimizerConfig(
+        schedule="cosine", warmup_steps=0, b2=0.999, weight_decay=1e-4
+    )
 
     @property
     def optimizer_steps(self) -> int:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.algorithms import grpo
 from rlhf_jax.algorithms.grpo import Batch, Hyper, State, init, make_update
-from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
+from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer, with_total_steps
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Bool, Metrics, Params, PRNGKeyArray, TokenLogprobs
 from rlhf_jax.losses.reductions import token_mean
@@ -55,7 +55,9 @@ class Config:
     max_steps: int | None = None
     update: grpo.Config = grpo.Config(group_size=8, num_iterations=4, reduce=token_mean)
     network: NetworkConfig = NetworkConfig()
-    optimizer: OptimizerConfig = OptimizerConfig(schedule="linear", clip_norm=0.5, b2=0.999, epsilon=1e-5)
+    optimizer: OptimizerConfig = OptimizerConfig(
+        schedule="linear", warmup_steps=0, clip_norm=0.5, b2=0.999, epsilon=1e-5
+    )
 
 
 @pytree_dataclass
@@ -89,7 +91,7 @@ def make_run(config: Config, env: Environment, env_params: Any) -> Run:
     network = on_policy.make_network(config.network, env)
     score_inputs = make_logprob_fn(network)
     steps = config.updates * config.update.num_iterations * config.update.num_minibatches
-    tx = make_optimizer(on_policy.stretched(config.optimizer, steps))
+    tx = make_optimizer(with_total_steps(config.optimizer, steps))
 
     def logprob_fn(params: Params, actions: Actions) -> TokenLogprobs:
         return score_inputs(params, actions.inputs)

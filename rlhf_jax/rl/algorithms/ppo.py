@@ -16,7 +16,7 @@ import optax
 
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.algorithms.ppo import Batch, Hyper, State, init
-from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
+from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer, with_total_steps
 from rlhf_jax.core.types import LogprobFn, Metrics, Params, PRNGKeyArray
 from rlhf_jax.kernels.whitening import whiten
 from rlhf_jax.rl.envs.environments import Environment
@@ -61,7 +61,9 @@ class Config:
     rollout: RolloutConfig = RolloutConfig()
     network: NetworkConfig = NetworkConfig()
     update: ppo.Config = ppo.Config(num_ppo_epochs=4, num_minibatches=4)
-    optimizer: OptimizerConfig = OptimizerConfig(schedule="linear", clip_norm=0.5, b2=0.999, epsilon=1e-5)
+    optimizer: OptimizerConfig = OptimizerConfig(
+        schedule="linear", warmup_steps=0, clip_norm=0.5, b2=0.999, epsilon=1e-5
+    )
 
 
 def default_hyper(**changes: Any) -> Hyper:
@@ -96,7 +98,7 @@ def make_learning(
     network = on_policy.make_network(config.network, env)
     updates = on_policy.count_updates(config.total_steps, config.rollout)
     optimizer_steps = updates * config.update.num_ppo_epochs * config.update.num_minibatches
-    tx = make_optimizer(on_policy.stretched(config.optimizer, optimizer_steps))
+    tx = make_optimizer(with_total_steps(config.optimizer, optimizer_steps))
     update = make_update(config.update, make_logprob_fn(network), tx)
 
     def init_agent(params: Params, key: PRNGKeyArray, hyper: Hyper) -> State:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
+from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer, with_total_steps
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Metrics, Params, PRNGKeyArray, Scalar
 from rlhf_jax.kernels.returns import discounted_returns
@@ -59,7 +59,9 @@ class Config:
     baseline: bool = True
     whiten_advantages: bool = False
     network: NetworkConfig = NetworkConfig()
-    optimizer: OptimizerConfig = OptimizerConfig(schedule="linear", clip_norm=0.5, b2=0.999, epsilon=1e-5)
+    optimizer: OptimizerConfig = OptimizerConfig(
+        schedule="linear", warmup_steps=0, clip_norm=0.5, b2=0.999, epsilon=1e-5
+    )
 
 
 @pytree_dataclass
@@ -104,7 +106,7 @@ def make_batch(config: Config, network: Network, params: Params, hyper: Hyper, s
 def make_run(config: Config, env: Environment, env_params: Any) -> Run:
     """A run as `init` and `step`."""
     network = on_policy.make_network(config.network, env)
-    tx = make_optimizer(on_policy.stretched(config.optimizer, config.updates))
+    tx = make_optimizer(with_total_steps(config.optimizer, config.updates))
     update = make_update(make_logprob_fn(network), tx)
 
     def start(key: PRNGKeyArray):

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Int, Metrics, Params, PRNGKeyArray
 from rlhf_jax.rl.envs.environments import Environment
@@ -94,11 +93,6 @@ def count_updates(total_steps: int, config: RolloutConfig) -> int:
             f"num_steps={config.num_steps}: raise it"
         )
     return updates
-
-
-def stretched(optimizer: OptimizerConfig, optimizer_steps: int) -> OptimizerConfig:
-    """The optimizer's schedule stretched over the run, unless its length was given."""
-    return optimizer if optimizer.total_steps else dataclasses.replace(optimizer, total_steps=optimizer_steps)
 
 
 def make_run(

@@ -18,6 +18,7 @@ from rlhf_jax.core.train_state import (
     init_train_state,
     make_optimizer,
     with_frozen,
+    with_total_steps,
     without_frozen,
 )
 from rlhf_jax.core.trees import merge, named_leaves, partition
@@ -80,11 +81,48 @@ def test_schedules_give_the_stated_share_at_each_step(options, expected):
 
 
 def test_a_decay_without_an_end_is_refused():
-    for options in ({}, {"total_steps": 5, "warmup_steps": 5}):
+    for schedule in ("cosine", "linear", "wsd"):
         with pytest.raises(UserError, match="total_steps"):
-            make_optimizer(OptimizerConfig(schedule="cosine", **options))
-        with pytest.raises(UserError, match="total_steps"):
-            make_optimizer(OptimizerConfig(schedule="wsd", **options))
+            make_optimizer(OptimizerConfig(schedule=schedule))
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
+@pytest.mark.parametrize("total_steps", [1, 2, 5])
+def test_a_run_shorter_than_its_warm_up_rises_until_its_last_step(schedule, total_steps):
+    config = with_total_steps(OptimizerConfig(schedule=schedule, warmup_steps=20, epsilon=0.0), total_steps)
+    expected = [step / max(total_steps - 1, 1) for step in range(total_steps)] if total_steps > 1 else [1]
+    np.testing.assert_allclose(shares(config, total_steps), expected, atol=1e-6)
+
+
+def test_warm_up_is_a_share_of_the_run_and_its_length_is_not_overruled():
+    config = OptimizerConfig(schedule="linear")
+    assert [with_total_steps(config, steps).warmup for steps in (1, 10, 100, 1000)] == [0, 0, 3, 30]
+    assert with_total_steps(config, 100).decay_start == 3
+    given = OptimizerConfig(schedule="linear", total_steps=200, warmup_ratio=0.1)
+    assert with_total_steps(given, 100) == given
+    assert given.warmup == 20
+    assert OptimizerConfig().warmup == 0
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"b1": 1.0},
+        {"b2": -0.5},
+        {"epsilon": -1.0},
+        {"clip_norm": 0.0},
+        {"weight_decay": math.inf},
+        {"weight_decay": math.nan},
+        {"end_lr_ratio": 5.0},
+        {"decay_fraction": 0.0},
+        {"warmup_ratio": 1.5},
+        {"warmup_steps": -5},
+        {"total_steps": -1},
+    ],
+)
+def test_numbers_that_no_optimizer_can_have_are_refused(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        make_optimizer(OptimizerConfig(**wrong))
 
 
 def test_steps_equal_adamw_written_out():

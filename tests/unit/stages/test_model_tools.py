@@ -12,6 +12,8 @@ from safetensors.numpy import load_file
 
 from rlhf_jax import models
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.optimizers import OPTIMIZERS
+from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
 from rlhf_jax.data.tokenizers import character_tokenizer, load_tokenizer
 from rlhf_jax.models import hf
 from rlhf_jax.models.positions import Llama3Scaling, Rope, YarnScaling, ntk_theta, rotary_frequencies
@@ -61,19 +63,22 @@ def test_inspected_activations_shrink_with_remat_and_grow_with_rows(folder):
 
 
 def test_inspected_memory_of_optimizers_and_adapters(folder):
-    """Against sums by hand: 2 bytes a number, two moments for AdamW, one for Lion, none for SGD."""
+    """Against sums by hand: 2 bytes a number, 4 a moment, of which AdamW has two, Lion and SGD one."""
     config = inspect.read_config(inspect.Options(folder))
     params = jax.eval_shape(lambda: models.init_params(config, jax.random.key(0)))
     numbers = sum(leaf.size for leaf in jax.tree.leaves(params))
-    state = {name: inspect.fixed_bytes(params, params, tx)[2] for name, tx in inspect.OPTIMIZERS.items()}
-    assert inspect.fixed_bytes(params, params, inspect.OPTIMIZERS["SGD"]) == (2 * numbers, 2 * numbers, 0)
-    assert 0 <= state["AdamW"] - 4 * numbers < 64  # beside two step counters
-    assert 0 <= state["Lion"] - 2 * numbers < 64
+    optimizers = {name: make_optimizer(OptimizerConfig(optimizer=name)) for name in OPTIMIZERS}
+    state = {name: inspect.fixed_bytes(params, params, tx)[2] for name, tx in optimizers.items()}
+    assert inspect.fixed_bytes(params, params, optimizers["sgd"])[:2] == (2 * numbers, 2 * numbers)
+    assert 0 <= state["sgd"] - 4 * numbers < 64  # beside step counters
+    assert 0 <= state["adamw"] - 8 * numbers < 64
+    assert 0 <= state["lion"] - 4 * numbers < 64
+    assert state["adafactor"] < state["muon"] < state["adamw"]
     factors = inspect.lora_params(params, 3)
     # Two layers of query and output (32 -> 32), key and value (32 -> 16), gate, up and down (32 and 48).
     sides = 2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48)
     assert sum(leaf.size for leaf in factors.values()) == 2 * 3 * sides
-    whole, trained, _ = inspect.fixed_bytes(params, factors, inspect.OPTIMIZERS["SGD"])
+    whole, trained, _ = inspect.fixed_bytes(params, factors, optimizers["sgd"])
     assert whole == 2 * numbers + trained
 
 

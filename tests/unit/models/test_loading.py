@@ -1,0 +1,340 @@
+"""Published checkpoints at the precision and in the layout asked for: folders, GGUF files, the hub cache."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+import string
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from rlhf_jax import models
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.trees import named_leaves
+from rlhf_jax.data.tokenizers import character_tokenizer
+from rlhf_jax.models import adapters, hf
+from rlhf_jax.models.loading import find_in_hub_cache, kind_of_checkpoint, load_checkpoint
+
+GOLDEN = pathlib.Path(__file__).resolve().parents[2] / "golden"
+TOKENS = np.array([[3, 14, 15, 9, 2, 6, 5, 35]])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A Llama with a tokenizer, which `transformers` wrote but for that."""
+    shutil.copytree(GOLDEN / "hf_llama", tmp_path / "llama")
+    character_tokenizer(string.digits + string.ascii_lowercase).save(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+def deep_folder(path, *, dtype="float32", layers=10):
+    config = models.dense_config(
+        vocab_size=64, width=16, num_layers=layers, num_heads=2, param_dtype=dtype, compute_dtype=dtype
+    )
+    params = models.init_params(config, jax.random.key(0))
+    hf.save(path, config, params, character_tokenizer(string.digits + string.ascii_lowercase))
+    return config, params
+
+
+def logits_of(config, params):
+    return models.forward(config, params, TOKENS)
+
+
+# Precision and layout -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float16"])
+def test_files_of_16_bits_get_parameters_that_move(tmp_path, stored):
+    _, original = deep_folder(tmp_path, dtype=stored, layers=2)
+    config, params, _ = load_checkpoint(tmp_path)
+    assert (config.param_dtype, config.compute_dtype) == ("float32", "float32")  # on CPU
+    for name, leaf in named_leaves(params).items():
+        assert leaf.dtype == jnp.float32, name
+        np.testing.assert_array_equal(leaf, named_leaves(original)[name].astype(jnp.float32))
+    config, params, _ = load_checkpoint(tmp_path, dtype="bfloat16", param_dtype="bfloat16", remat="dots")
+    assert (config.param_dtype, config.compute_dtype, config.remat) == ("bfloat16", "bfloat16", "dots")
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
+
+
+def test_deep_models_are_scanned_and_shallow_ones_are_not(tmp_path):
+    _, original = deep_folder(tmp_path / "deep")
+    config, params, _ = load_checkpoint(tmp_path / "deep")
+    assert config.scan_layers
+    unrolled, flat, _ = load_checkpoint(tmp_path / "deep", scan_layers=False)
+    assert not unrolled.scan_layers
+    jax.tree.map(np.testing.assert_array_equal, flat, original)
+    jax.tree.map(np.testing.assert_array_equal, params, models.stack_layers(unrolled, flat))
+    np.testing.assert_allclose(logits_of(config, params), logits_of(unrolled, flat), atol=1e-5)
+    deep_folder(tmp_path / "shallow", layers=8)
+    assert not load_checkpoint(tmp_path / "shallow")[0].scan_layers
+
+
+@pytest.mark.parametrize("case", ["gemma3", "deepseek_v3", "mixtral", "phi3", "gpt2", "bloom"])
+def test_stacked_layers_are_read_into_place_and_written_back_bit_for_bit(tmp_path, case):
+    """Patterns of several blocks, a prefix, experts in slots, and projections that share a tensor."""
+    source = GOLDEN / f"hf_{case}"
+    config, params = hf.load(source, scan_layers=True)
+    unrolled, flat = hf.load(source)
+    jax.tree.map(np.testing.assert_array_equal, params, models.stack_layers(unrolled, flat))
+    hf.save(tmp_path / "stacked", config, params)
+    hf.save(tmp_path / "flat", unrolled, flat)
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "stacked" / name).read_bytes() == (tmp_path / "flat" / name).read_bytes()
+
+
+def test_a_model_that_exists_changes_precision_and_layout_and_back(tmp_path):
+    config, params = deep_folder(tmp_path, layers=3)
+    changed, stacked = models.reconfigure(config, params, scan_layers=True, remat="full", dtype="bfloat16")
+    assert (changed.scan_layers, changed.remat, changed.compute_dtype) == (True, "full", "bfloat16")
+    assert changed.param_dtype == "float32"
+    back, flat = models.reconfigure(changed, stacked, scan_layers=False, remat="none", dtype="float32")
+    assert back == config
+    jax.tree.map(np.testing.assert_array_equal, flat, params)
+    nested = {"policy": params, "value": {"decoder": params, "head": {"kernel": jnp.ones(3)}}}
+    _, both = models.reconfigure(config, nested, scan_layers=True)
+    jax.tree.map(np.testing.assert_array_equal, both["policy"], stacked)
+    jax.tree.map(np.testing.assert_array_equal, both["value"]["decoder"], stacked)
+
+
+def test_adapters_and_kernels_of_few_bits_keep_their_dtype_and_follow_the_layout(tmp_path):
+    config, params = deep_folder(tmp_path, layers=3)
+    base = adapters.quantise(adapters.Quantisation("nf4"), params)
+    adapted = adapters.init_adapter(adapters.DoRA(4, 8.0), base, jax.random.key(1))
+    adapted = jax.tree.map(lambda x: x + 0.01 if x.dtype == jnp.float32 and x.ndim > 1 else x, adapted)
+    stacked_config, stacked = models.reconfigure(config, adapted, scan_layers=True)
+    np.testing.assert_allclose(
+        logits_of(stacked_config, stacked), logits_of(config, adapted), rtol=1e-4, atol=1e-5
+    )
+    _, narrow = models.reconfigure(stacked_config, stacked, param_dtype="bfloat16")
+    for name, leaf in named_leaves(narrow).items():
+        held = adapters.is_adapter_leaf(name) or name.endswith(("kernel_values", "kernel_scale"))
+        before = named_leaves(stacked)[name].dtype
+        assert leaf.dtype == (before if held else jnp.bfloat16), name
+
+
+def test_an_adapter_on_some_layers_is_not_stacked(tmp_path):
+    config, params = deep_folder(tmp_path, layers=3)
+    adapted = adapters.init_adapter(adapters.LoRA(2, 4.0, "layer_1/.*"), params, jax.random.key(0))
+    with pytest.raises(UserError, match="not on every layer"):
+        models.reconfigure(config, adapted, scan_layers=True)
+
+
+# Where checkpoints are ------------------------------------------------------------------------------
+
+
+def test_kinds_are_told_apart(tmp_path, folder):
+    assert kind_of_checkpoint(folder) == "hf"
+    assert kind_of_checkpoint("org/model-1.5B") == "hub"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model.json").write_text("{}")
+    (tmp_path / "run" / "config.json").write_text("{}")
+    assert kind_of_checkpoint(tmp_path / "run") == "run"
+    with pytest.raises(UserError, match="run folder"):
+        load_checkpoint(tmp_path / "run")
+    (tmp_path / "some.gguf").write_bytes(b"GGUF")
+    assert kind_of_checkpoint(tmp_path / "some.gguf") == "gguf"
+    (tmp_path / "other.bin").write_bytes(b"else")
+    for wrong, word in (("other.bin", "not a GGUF"), ("", "neither a run"), ("a/b/c", "no such file")):
+        with pytest.raises(UserError, match=word):
+            kind_of_checkpoint(tmp_path / wrong)
+
+
+@pytest.mark.parametrize("variable", ["HF_HUB_CACHE", "HF_HOME", "HOME"])
+def test_a_name_is_found_in_the_hub_cache_by_its_branch(tmp_path, monkeypatch, folder, variable):
+    for name in ("HF_HUB_CACHE", "HF_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, str(tmp_path))
+    inner = {"HF_HUB_CACHE": "", "HF_HOME": "hub", "HOME": ".cache/huggingface/hub"}[variable]
+    held = tmp_path / inner / "models--some-org--llama"
+    with pytest.raises(UserError, match="huggingface-cli download some-org/llama"):
+        load_checkpoint("some-org/llama")
+    shutil.copytree(folder, held / "snapshots" / "abc")
+    (held / "refs").mkdir()
+    (held / "refs" / "main").write_text("abc\n")
+    assert find_in_hub_cache("some-org/llama") == held / "snapshots" / "abc"
+    config, params, tokenizer = load_checkpoint("some-org/llama")
+    expected = hf.load(folder)
+    assert config == expected[0]
+    jax.tree.map(np.testing.assert_array_equal, params, expected[1])
+    assert tokenizer.decode(tokenizer.encode("abc9")) == "abc9"
+
+
+@pytest.mark.parametrize("field", ["dtype", "param_dtype"])
+def test_a_dtype_that_is_none_is_refused(folder, field):
+    with pytest.raises(UserError, match=f"{field}='int7'"):
+        load_checkpoint(folder, **{field: "int7"})
+
+
+# GGUF -----------------------------------------------------------------------------------------------
+
+NAMES = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+LAYER = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+GEMMA = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+
+
+def gguf_name(arch, name):
+    if name in NAMES:
+        return NAMES[name]
+    _, _, layer, *middle, kind = name.split(".")
+    table = {**LAYER, **GEMMA} if arch.startswith("gemma") else LAYER
+    return f"blk.{layer}.{table['.'.join(middle)]}.{kind}"
+
+
+def interleaved(tensor, heads):
+    """What llama.cpp's converter makes of a Llama's queries and keys, row by row."""
+    rows = tensor.reshape(heads, -1, *tensor.shape[1:])
+    half = rows.shape[1] // 2
+    order = [place for pair in range(half) for place in (pair, pair + half)]
+    return rows[:, order].reshape(tensor.shape)
+
+
+def write_gguf(path, arch, source, *, quantise=None):
+    """A GGUF file of a Hugging Face folder, as its format says."""
+    data = json.loads((source / "config.json").read_text())
+    writer = gguf.GGUFWriter(path, arch)
+    heads = data["num_attention_heads"]
+    kv_heads = data.get("num_key_value_heads") or heads
+    writer.add_block_count(data["num_hidden_layers"])
+    writer.add_context_length(data["max_position_embeddings"])
+    writer.add_embedding_length(data["hidden_size"])
+    writer.add_feed_forward_length(data["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_layer_norm_rms_eps(data["rms_norm_eps"])
+    rope = data.get("rope_parameters") or {}
+    rope = rope.get("full_attention", rope)
+    writer.add_rope_freq_base(rope.get("rope_theta") or data["rope_theta"])
+    writer.add_key_length(data.get("head_dim") or data["hidden_size"] // heads)
+    if arch.startswith("gemma"):
+        writer.add_sliding_window(data["sliding_window"])
+    if rope.get("rope_type") == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    for field in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if data.get(field):
+            getattr(writer, f"add_{field}")(data[field])
+    add_vocabulary(writer, data["vocab_size"])
+    for name, tensor in load_file(source / "model.safetensors").items():
+        tensor = tensor.astype(np.float32)
+        if arch == "llama" and ".q_proj." in name:
+            tensor = interleaved(tensor, heads)
+        if arch == "llama" and ".k_proj." in name:
+            tensor = interleaved(tensor, kv_heads)
+        if arch.startswith("gemma") and "norm" in name:
+            tensor = tensor + 1
+        if quantise is None or tensor.ndim == 1:
+            writer.add_tensor(gguf_name(arch, name), tensor)
+        else:
+            kind = gguf.GGMLQuantizationType[quantise]
+            writer.add_tensor(gguf_name(arch, name), gguf.quantize(tensor, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def add_vocabulary(writer, size):
+    """A vocabulary of letters and the space as GPT-2 writes it, filled up to `size`, with one merge."""
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *string.ascii_lowercase, "Ġ", "ab"]
+    tokens += [f"[unused{number}]" for number in range(size - len(tokens))]
+    types = [3, 3, 3, *(1 for _ in tokens[3:])]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(0)
+    writer.add_bos_token_id(1)
+
+
+def with_scale_of(config, blocks):
+    scale = config.pattern[0].attention.scale
+    return tuple(
+        dataclasses.replace(block, attention=dataclasses.replace(block.attention, scale=scale))
+        for block in blocks
+    )
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gemma2", "gemma3"])
+def test_a_gguf_file_computes_what_the_folder_does(tmp_path, arch):
+    source = GOLDEN / f"hf_{arch}"
+    write_gguf(tmp_path / "model.gguf", arch, source)
+    expected_config, expected = hf.load(source)
+    config, params, _ = load_checkpoint(tmp_path / "model.gguf", scan_layers=False)
+    with np.load(source / "expected.npz") as frozen:
+        tokens, logits = frozen["none_tokens"], frozen["none_logits"]
+    if arch.startswith("gemma"):  # GGUF has no field for the scale; released Gemmas have that of a head
+        assert config.pattern[0].attention.scale == config.pattern[0].attention.head_dim ** -0.5
+        blocks = {
+            name: with_scale_of(expected_config, getattr(config, name)) for name in ("prefix", "pattern")
+        }
+        config = dataclasses.replace(config, **blocks)
+    assert config == expected_config
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params, expected)
+    np.testing.assert_allclose(models.forward(config, params, tokens), logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "BF16", "F16"])
+def test_quantised_tensors_come_out_of_their_blocks(tmp_path, kind):
+    source = GOLDEN / "hf_llama"
+    write_gguf(tmp_path / "model.gguf", "llama", source, quantise=kind)
+    _, params, _ = load_checkpoint(tmp_path / "model.gguf")
+    _, expected = hf.load(source)
+    kernel, exact = (p["layer_0"]["feed_forward"]["down"]["kernel"] for p in (params, expected))
+    steps = {"Q8_0": 254, "Q4_0": 14, "Q4_1": 14, "BF16": 256, "F16": 2048}[kind]
+    assert 0 < np.abs(kernel - exact).max() <= 2 * np.abs(exact).max() / steps
+    assert jax.tree.all(jax.tree.map(lambda x: x.dtype == jnp.float32, params))
+
+
+def test_the_tokenizer_of_a_gguf_file_reads_and_writes_text(tmp_path):
+    write_gguf(tmp_path / "model.gguf", "llama", GOLDEN / "hf_llama")
+    _, _, tokenizer = load_checkpoint(tmp_path / "model.gguf")
+    ids = tokenizer.encode("abba ab", special=True)
+    assert [tokenizer.token(index) for index in ids] == ["ab", "b", "a", "Ġ", "ab"]
+    assert tokenizer.decode(ids) == "abba ab"
+    # ChatML stands in for the template that is missing, and ends turns otherwise than the file's eos says.
+    assert tokenizer.special_tokens["<|im_end|>"] == tokenizer.eos_id == 2
+    assert tokenizer.bos_id == 1
+    character_tokenizer(string.digits + string.ascii_lowercase).save(tmp_path)
+    assert load_checkpoint(tmp_path / "model.gguf")[2].encode("12") != ids[:2]
+
+
+def test_gguf_that_is_damaged_or_unknown_is_refused(tmp_path):
+    write_gguf(tmp_path / "model.gguf", "llama", GOLDEN / "hf_llama")
+    whole = (tmp_path / "model.gguf").read_bytes()
+    (tmp_path / "cut.gguf").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="not a whole GGUF file"):
+        load_checkpoint(tmp_path / "cut.gguf")
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "mamba")
+    writer.add_block_count(1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UserError, match="'mamba' is not supported in GGUF"):
+        load_checkpoint(tmp_path / "other.gguf")
