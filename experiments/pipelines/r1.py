@@ -259,8 +259,7 @@ def make_look_fn(options: Options, policy: Path) -> Callable[..., tuple[Evaluati
     worth = make_reward_fn([ACCURACY], model.tokenizer), make_gold_fn(model.tokenizer)
     looks = [
         make_evaluate_fn(
-            model.config,
-            model.tokenizer,
+            model,
             prompt_examples(list(map(Row, rows, map(str, range(len(rows))))), model.tokenizer, max_length=64),
             reward_fn,
             max_new_tokens=longest_answer(),

@@ -131,8 +131,7 @@ def held_out_evaluation(options: Options, policy: Path, max_new_tokens: int) -> 
         f"arithmetic:{options.level}", lambda level: prompt_rows(level, "heldout", options.eval_prompts, 0)
     )
     return make_evaluate_fn(
-        load_policy(policy).config,
-        tokenizer,
+        load_policy(policy),
         prompt_examples(rows, tokenizer, max_length=1 << 30),
         make_reward_fn([EXACT_MATCH], tokenizer),
         max_new_tokens=max_new_tokens,

@@ -13,6 +13,7 @@ import optax
 
 from rlhf_jax.core.masks import masked_mean
 from rlhf_jax.core.minibatches import scan_minibatches
+from rlhf_jax.core.protocols import LogprobFn
 from rlhf_jax.core.train_state import TrainState, accumulate_gradients, apply_gradients, init_train_state
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import (
@@ -20,7 +21,6 @@ from rlhf_jax.core.types import (
     Bool,
     Float,
     Int,
-    LogprobFn,
     Metrics,
     Params,
     PRNGKeyArray,

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from rlhf_jax.core.masks import masked_sum
+from rlhf_jax.core.protocols import DecodeFn, LogprobFn, PrefillFn
 from rlhf_jax.core.train_state import TrainState, accumulate_gradients, apply_gradients, init_train_state
 from rlhf_jax.core.trees import pytree_dataclass
-from rlhf_jax.core.types import Array, Float, LogprobFn, Metrics, Params, PRNGKeyArray, Scalar, Sequences
+from rlhf_jax.core.types import Array, Float, Metrics, Params, PRNGKeyArray, Scalar, Sequences
 from rlhf_jax.losses.preference_online import nash_md_loss
 
 
@@ -90,7 +91,7 @@ def make_update(
     return update
 
 
-def mixture_fns(prefill: Callable, decode: Callable, *, mixing: Scalar) -> tuple[Callable, Callable]:
+def mixture_fns(prefill: PrefillFn, decode: DecodeFn, *, mixing: Scalar) -> tuple[PrefillFn, DecodeFn]:
     """(prefill, decode) of the opponent: the geometric mixture p^(1-m) ref^m, one token at a time.
 
     Their params are the pair (policy's, reference's), their cache the pair of caches.

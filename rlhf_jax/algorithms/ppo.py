@@ -15,13 +15,13 @@ import optax
 
 from rlhf_jax.core.masks import last_unmasked_index, masked_mean, masked_sum
 from rlhf_jax.core.minibatches import scan_minibatches
+from rlhf_jax.core.protocols import LogprobFn
 from rlhf_jax.core.train_state import TrainState, accumulate_gradients, apply_gradients, init_train_state
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import (
     Array,
     Bool,
     Float,
-    LogprobFn,
     Metrics,
     Params,
     PRNGKeyArray,

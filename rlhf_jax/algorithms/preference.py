@@ -12,19 +12,10 @@ import optax
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.importing import is_import_path, load_function, nearest_name
 from rlhf_jax.core.masks import masked_sum
+from rlhf_jax.core.protocols import LogprobFn
 from rlhf_jax.core.train_state import TrainState, accumulate_gradients, apply_gradients, init_train_state
 from rlhf_jax.core.trees import pytree_dataclass
-from rlhf_jax.core.types import (
-    Array,
-    Bool,
-    Float,
-    LogprobFn,
-    Metrics,
-    Params,
-    PRNGKeyArray,
-    Scalar,
-    Sequences,
-)
+from rlhf_jax.core.types import Array, Bool, Float, Metrics, Params, PRNGKeyArray, Scalar, Sequences
 from rlhf_jax.losses import preference as with_reference
 from rlhf_jax.losses import preference_online, preference_reference_free
 from rlhf_jax.losses.pair_logps import PairLogps, traits_of

@@ -1,7 +1,7 @@
 """Learning by likelihood: cross-entropy on the tokens that count, of responses or of plain text.
 
-Where the score function tells more (`TokenLogprobs.further_logp`, `TokenLogprobs.routing`), losses on further
-tokens and on the load of experts come with it.
+Where the log-prob function tells more (`TokenLogprobs.further_logp`, `TokenLogprobs.routing`), losses on
+further tokens and on the load of experts come with it.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from rlhf_jax.core.masks import masked_sum
+from rlhf_jax.core.protocols import LogprobFn
 from rlhf_jax.core.train_state import (
     TrainState,
     accumulate_gradients,
@@ -25,7 +26,6 @@ from rlhf_jax.core.types import (
     Array,
     Bool,
     Int,
-    LogprobFn,
     Metrics,
     Params,
     PRNGKeyArray,

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import optax
 
 from rlhf_jax.core.masks import masked_sum
+from rlhf_jax.core.protocols import LogprobFn
 from rlhf_jax.core.train_state import TrainState, accumulate_gradients, apply_gradients, init_train_state
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import (
     Array,
     Bool,
     Float,
-    LogprobFn,
     Metrics,
     Params,
     PRNGKeyArray,

@@ -33,7 +33,6 @@ __all__ = [
     "Float",
     "Int",
     "Key",
-    "LogprobFn",
     "Metrics",
     "PRNGKeyArray",
     "Params",
@@ -105,7 +104,7 @@ class Routing:
 
 @pytree_dataclass
 class TokenLogprobs:
-    """What a model says of given actions, [B, T] each; 0 where there is nothing to say.
+    """Log-probability, entropy and value of given actions, [B, T] each; 0 where there is nothing to say.
 
     Attributes:
       logp: log-probability of the action taken, in nats.
@@ -123,6 +122,5 @@ class TokenLogprobs:
     routing: dict[str, "Routing"] | None = None
 
 
-LogprobFn: TypeAlias = Callable[[Params, Any], TokenLogprobs]
 ToolFn: TypeAlias = Callable[[Int[Array, "B T"], Int[Array, " B"]], Int[Array, "B R"]]
 """(completions, their lengths) -> what a tool writes behind them, -1 beyond its end; pure and traceable."""

@@ -51,7 +51,7 @@ def shardings_of(tree: T) -> T:
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
-def laid_out_for_sampling(params: T, dtype: Any) -> T:
+def laid_out_for_sampling(params: T, dtype: Any, *, table: Sequence[tuple[str, Axes]] = PARAMETER_AXES) -> T:
     """Parameters of a traced program, split along `embed_sampling` where the table splits them along `embed`.
 
     Where the rules put the two on the same mesh axes, as they do unless told otherwise, nothing happens.
@@ -64,7 +64,7 @@ def laid_out_for_sampling(params: T, dtype: Any) -> T:
         return params
 
     def lay_out(name: str, leaf: jax.Array) -> jax.Array:
-        axes = logical_axes(name, leaf.ndim)
+        axes = logical_axes(name, leaf.ndim, table)
         chosen = tuple("embed_sampling" if axis == "embed" else axis for axis in axes)
         if partition_spec(axes, leaf.shape, mesh) == partition_spec(chosen, leaf.shape, mesh):
             return leaf

@@ -51,10 +51,14 @@ PARAMETER_AXES: Sequence[tuple[str, Axes]] = (
 
 def logical_axes(name: str, ndim: int, table: Sequence[tuple[str, Axes]] = PARAMETER_AXES) -> Axes:
     """Logical axes of the leaf called `name` (`learner/params/layers/attention/query/kernel`)."""
-    for pattern, axes in table:
-        if fnmatch.fnmatchcase(name, f"*{pattern}"):
-            return (None,) * (ndim - len(axes)) + axes if ndim >= len(axes) else (None,) * ndim
-    return (None,) * ndim
+    axes = _named_axes(name, table)
+    if axes is None or ndim < len(axes):
+        return (None,) * ndim
+    return (None,) * (ndim - len(axes)) + axes
+
+
+def _named_axes(name: str, table: Sequence[tuple[str, Axes]]) -> Axes | None:
+    return next((axes for pattern, axes in table if fnmatch.fnmatchcase(name, f"*{pattern}")), None)
 
 
 def tree_shardings(
@@ -82,7 +86,8 @@ def describe_shardings(
 
     Returns:
       (summary, fallbacks): a line with the bytes in all and on one device, and one line for each kind of
-      leaf that has an axis meant to be split which the mesh's axes do not divide.
+      leaf that has an axis meant to be split which the mesh's axes do not divide, or that is held whole
+      because a table other than `PARAMETER_AXES`, which is complete, names no axes for it.
     """
     total = local = 0
     fallbacks: dict[str, int] = {}
@@ -92,9 +97,11 @@ def describe_shardings(
         size = math.prod(leaf.shape) * leaf.dtype.itemsize
         total += size
         local += size // split_of(spec, mesh)
-        if refused:
-            last = "/".join(name.split("/")[-2:])
-            line = f"{last} {list(leaf.shape)} is whole along {', '.join(refused)}"
+        what = f"{'/'.join(name.split('/')[-2:])} {list(leaf.shape)} is whole"
+        line = f"{what} along {', '.join(refused)}" if refused else ""
+        if table is not PARAMETER_AXES and leaf.shape and _named_axes(name, table) is None:
+            line = f"{what}: no axes are named for it"
+        if line:
             fallbacks[line] = fallbacks.get(line, 0) + 1
     summary = f"{total:,} bytes in all, {local:,} on each of {mesh.size} devices"
     return summary, [f"{line} ({count} such)" if count > 1 else line for line, count in fallbacks.items()]

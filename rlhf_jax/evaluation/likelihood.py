@@ -132,7 +132,7 @@ def make_continuation_fn(
     """`score(params, sequences) -> (logp, greedy)` of each row's masked tokens, in nats.
 
     Args:
-      likelihood_fn: `models.make_greedy_match_fn(config)`.
+      likelihood_fn: `Policy.make_greedy_match_fn()`.
     """
 
     def score(params: Params, sequences: Sequences) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:

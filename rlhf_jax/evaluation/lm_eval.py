@@ -20,9 +20,8 @@ from rlhf_jax.evaluation.likelihood import (
     score_requests,
 )
 from rlhf_jax.generation import Sampling
-from rlhf_jax.models import make_greedy_match_fn
+from rlhf_jax.models import Policy
 from rlhf_jax.rollout.texts import make_answer_texts_fn
-from rlhf_jax.training.run_folder import Model
 
 _KNOWN = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "min_p")
 
@@ -35,7 +34,7 @@ class HarnessModel:
     """
 
     def __init__(
-        self, model: Model, *, batch_size: int = 16, max_length: int = 2048, max_new_tokens: int = 256
+        self, model: Policy, *, batch_size: int = 16, max_length: int = 2048, max_new_tokens: int = 256
     ) -> None:
         """Args: longer contexts than `max_length` tokens lose their beginning, as the harness has it;
         `max_new_tokens` is what a request that names no limit gets.
@@ -43,7 +42,7 @@ class HarnessModel:
         self.chat = False
         self._model, self._batch_size = model, batch_size
         self._max_length, self._max_new_tokens = max_length, max_new_tokens
-        self._score = jax.jit(make_continuation_fn(make_greedy_match_fn(model.config)))
+        self._score = jax.jit(make_continuation_fn(model.make_greedy_match_fn()))
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """Of each (context, continuation): log-probability in nats, and whether greedy decoding says it.
@@ -136,7 +135,7 @@ def _sampling(options: Mapping[str, Any]) -> Sampling:
     return Sampling(temperature=temperature, **filters)
 
 
-def lm_eval_model(model: Model, *, name: str, **options: Any) -> Any:
+def lm_eval_model(model: Policy, *, name: str, **options: Any) -> Any:
     """`model` as an `lm_eval.api.model.LM`, for `lm_eval.simple_evaluate(model=..., tasks=[...])`.
 
     Args:

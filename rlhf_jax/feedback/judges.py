@@ -16,15 +16,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import distributed, models
+from rlhf_jax import distributed
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Array, Bool, Float, Int, Params
 from rlhf_jax.data.chat import encode_prompt
 from rlhf_jax.data.packing import left_pad
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.feedback.constitution import Principle, check_template, read_constitution
+from rlhf_jax.models import Policy
 from rlhf_jax.rewards.functions import RewardFn, call_reward, load_reward
-from rlhf_jax.training.run_folder import Model, load_policy
+from rlhf_jax.training.run_folder import load_policy
 
 ChooseFn = Callable[[Sequence[str]], np.ndarray]
 
@@ -35,7 +36,7 @@ _COLUMNS = 16
 # Choices -------------------------------------------------------------------------------------------
 
 
-def make_choose_fn(model: Model, choices: Sequence[str], *, batch_size: int = 256) -> ChooseFn:
+def make_choose_fn(model: Policy, choices: Sequence[str], *, batch_size: int = 256) -> ChooseFn:
     """`choose(questions) -> [N, C]`: how probably the model answers each question by each choice.
 
     Args:
@@ -48,7 +49,7 @@ def make_choose_fn(model: Model, choices: Sequence[str], *, batch_size: int = 25
     if jax.process_count() > 1:
         raise UserError("a model that judges is asked by one process: run without --hosts")
     ids = _first_ids(model.tokenizer, choices)
-    choose = jax.jit(_make_choice_fn(model.config, ids))
+    choose = jax.jit(_make_choice_fn(model, ids))
 
     def run(questions: Sequence[str]) -> np.ndarray:
         prompts = [encode_prompt(model.tokenizer, question) for question in questions]
@@ -76,12 +77,10 @@ def _first_ids(tokenizer: Tokenizer, choices: Sequence[str]) -> list[int]:
     return ids
 
 
-def _make_choice_fn(config: models.ModelConfig, ids: Sequence[int]) -> Callable[..., Float[Array, "B C"]]:
-    prefill, _ = models.make_decode_fns(config)
-
+def _make_choice_fn(model: Policy, ids: Sequence[int]) -> Callable[..., Float[Array, "B C"]]:
     def choose(params: Params, tokens: Int[Array, "B P"], mask: Bool[Array, "B P"]) -> Float[Array, "B C"]:
         positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-        logits, _ = prefill(params, tokens, positions, mask.astype(jnp.int32), tokens.shape[1])
+        logits, _ = model.prefill(params, tokens, positions, mask.astype(jnp.int32), tokens.shape[1])
         return jax.nn.softmax(logits[:, jnp.asarray(ids)].astype(jnp.float32), axis=-1)
 
     return choose
@@ -90,7 +89,7 @@ def _make_choice_fn(config: models.ModelConfig, ids: Sequence[int]) -> Callable[
 # Comparisons and ratings ------------------------------------------------------------------------------
 
 
-def make_model_judge(model: Model, principles: Sequence[Principle]) -> RewardFn:
+def make_model_judge(model: Policy, principles: Sequence[Principle]) -> RewardFn:
     """A judge as `judging.compare_by_judge` takes one: how probably a completion beats its opponent.
 
     The completion stands first in the question; asking the other way around as well, and averaging, is left
@@ -108,7 +107,7 @@ def make_model_judge(model: Model, principles: Sequence[Principle]) -> RewardFn:
     return judge
 
 
-def make_rating_reward(model: Model, principles: Sequence[Principle]) -> RewardFn:
+def make_rating_reward(model: Policy, principles: Sequence[Principle]) -> RewardFn:
     """The score that a judge expects to give, as a reward (direct RLAIF, Lee et al. 2023), in [-1, 1].
 
         sum_i v_i P(rating i | prompt, completion),    v from -1, the worst rating, to 1 in equal steps
@@ -150,7 +149,7 @@ class Proposition:
 FeaturesFn = Callable[[Sequence[str], Sequence[str], Mapping[str, Sequence[Any]]], np.ndarray]
 
 
-def make_features_fn(propositions: Sequence[Proposition], grader: Model | None) -> FeaturesFn:
+def make_features_fn(propositions: Sequence[Proposition], grader: Policy | None) -> FeaturesFn:
     """`features(prompts, completions, fields) -> [N, F]`, one number per proposition.
 
     Raises:
@@ -178,7 +177,7 @@ def make_features_fn(propositions: Sequence[Proposition], grader: Model | None) 
     return features
 
 
-def make_rules_reward(propositions: Sequence[Proposition], grader: Model | None) -> RewardFn:
+def make_rules_reward(propositions: Sequence[Proposition], grader: Policy | None) -> RewardFn:
     """sum_i w_i phi_i(prompt, completion): the rules' part of the reward; a reward model is added by name."""
     features, weights = make_features_fn(propositions, grader), np.array([p.weight for p in propositions])
 

@@ -14,8 +14,8 @@ from rlhf_jax.data.examples import Messages, PromptExample, prompt_messages
 from rlhf_jax.data.sources import Row
 from rlhf_jax.feedback.constitution import Principle
 from rlhf_jax.generation import Sampling, row_keys
+from rlhf_jax.models import Policy
 from rlhf_jax.rollout.sampler import completion_texts, make_generate_fn
-from rlhf_jax.training.run_folder import Model
 
 _COLUMNS = 32
 """Widths of prompts are multiples of this, so that few are compiled."""
@@ -66,7 +66,7 @@ ReviewFn = Callable[[Sequence[PromptExample], int], list[Review]]
 
 
 def make_review_fn(
-    model: Model,
+    model: Policy,
     principles: Sequence[Principle],
     *,
     rounds: int,
@@ -91,9 +91,7 @@ def make_review_fn(
 
     @functools.cache
     def generate_fn(width: int):
-        return make_generate_fn(
-            model.config, model.tokenizer, prompt_length=width, max_new_tokens=max_new_tokens
-        )
+        return make_generate_fn(model, prompt_length=width, max_new_tokens=max_new_tokens)
 
     def say(
         conversations: Sequence[Messages], keys: Key[Array, "B"], sampling: Sampling

@@ -12,13 +12,13 @@ from rlhf_jax.data.examples import PromptExample
 from rlhf_jax.data.process_rewards import STEP_END
 from rlhf_jax.data.sources import Row
 from rlhf_jax.metrics.progress import Progress
+from rlhf_jax.models import Policy
 from rlhf_jax.rollout.sampler import make_generate_fn
-from rlhf_jax.training.run_folder import Model
 
 
 def label_by_rollouts(
     rows: Sequence[Row],
-    policy: Model,
+    policy: Policy,
     reward_fn: Callable[[Rollout, Sequence[PromptExample]], np.ndarray],
     *,
     rollouts: int,
@@ -47,8 +47,7 @@ def label_by_rollouts(
     """
     steps = [step for row in rows for step in _unfinished(row, policy)]
     generate = make_generate_fn(
-        policy.config,
-        policy.tokenizer,
+        policy,
         prompt_length=max(len(step.ids) for step in steps),
         max_new_tokens=max_new_tokens,
         group_size=rollouts,
@@ -70,7 +69,7 @@ def label_by_rollouts(
     ]
 
 
-def _unfinished(row: Row, policy: Model) -> list[PromptExample]:
+def _unfinished(row: Row, policy: Policy) -> list[PromptExample]:
     """The solution up to the end of each step but the last, as prompts."""
     prompt, steps = row.fields["prompt"], row.fields["completions"]
     if len(steps) < 2:

@@ -1,12 +1,12 @@
 """Beam search and diverse beam search: the likeliest answers rather than drawn ones."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.core.protocols import DecodeFn, PrefillFn
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Bool, Float, Int, Params, Rollout, Scalar
 from rlhf_jax.generation.caches import row_axes, take_rows
@@ -102,8 +102,8 @@ def _candidates(
 
 
 def beam_search(
-    prefill: Callable,
-    decode: Callable,
+    prefill: PrefillFn,
+    decode: DecodeFn,
     params: Params,
     prompts: Int[Array, "B P"],
     prompt_mask: Bool[Array, "B P"],
@@ -152,7 +152,12 @@ def beam_search(
         pad_id=pad_id,
         group_size=beams * groups,
     )
-    axes = row_axes(lambda rows: prefill(params, *(jnp.zeros((rows, 1), jnp.int32),) * 3, 2)[1])
+
+    def empty_cache(rows: int) -> Any:
+        zeros = jnp.zeros((rows, 1), jnp.int32)
+        return prefill(params, zeros, zeros, zeros, 2)[1]
+
+    axes = row_axes(empty_cache)
     carry = _first(begun, shape)
 
     def step(carry: _Beams) -> _Beams:

@@ -1,12 +1,12 @@
 """Continuous batching: a row that ends makes room for the next prompt, so that long ones hold up nobody."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.core.protocols import ExtendFn, PrefillFn
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Bool, Float, Int, Key, Params, PRNGKeyArray, Rollout
 from rlhf_jax.generation.caches import put_rows, row_axes
@@ -36,8 +36,8 @@ class _Carry:
 
 
 def generate_continuously(
-    prefill: Callable,
-    extend: Callable,
+    prefill: PrefillFn,
+    extend: ExtendFn,
     params: Params,
     prompts: Int[Array, "N P"],
     prompt_mask: Bool[Array, "N P"],

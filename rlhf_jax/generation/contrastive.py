@@ -1,11 +1,11 @@
 """Contrastive search: likely tokens that are unlike what stands before them."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.core.protocols import HiddenExtendFn, HiddenPrefillFn
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Bool, Float, Int, Params, Rollout, Scalar
 from rlhf_jax.generation.caches import row_axes, take_rows
@@ -28,8 +28,8 @@ class _Carry:
 
 
 def contrastive_search(
-    prefill: Callable,
-    extend: Callable,
+    prefill: HiddenPrefillFn,
+    extend: HiddenExtendFn,
     params: Params,
     prompts: Int[Array, "B P"],
     prompt_mask: Bool[Array, "B P"],
@@ -63,7 +63,12 @@ def contrastive_search(
     batch, width = prompts.shape
     length = width + max_new_tokens
     logits, hidden, cache = prefill(params, prompts, *prompt_inputs(prompt_mask), length)
-    axes = row_axes(lambda rows: prefill(params, *(jnp.zeros((rows, 1), jnp.int32),) * 3, 2)[2])
+
+    def empty_cache(rows: int) -> Any:
+        zeros = jnp.zeros((rows, 1), jnp.int32)
+        return prefill(params, zeros, zeros, zeros, 2)[2]
+
+    axes = row_axes(empty_cache)
     # Every row has k copies of its cache, one for each candidate.
     copies = jnp.repeat(jnp.arange(batch), top_k)
     room = jnp.zeros((batch, max_new_tokens, hidden.shape[-1]), hidden.dtype)

@@ -1,12 +1,12 @@
 """DoLa: what the last layers add to the prediction of an earlier one."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.core.protocols import DecodeFn, PrefillFn
 from rlhf_jax.core.types import Array, Float, Int, Params
 
 
@@ -33,7 +33,9 @@ def contrast_layers(logits: Float[Array, "L B V"], *, relative_top: float = 0.1)
     return jnp.where(plausible, contrast, -jnp.inf)
 
 
-def dola_fns(prefill: Callable, decode: Callable, *, relative_top: float = 0.1) -> tuple[Callable, Callable]:
+def dola_fns(
+    prefill: PrefillFn, decode: DecodeFn, *, relative_top: float = 0.1
+) -> tuple[PrefillFn, DecodeFn]:
     """(prefill, decode) of contrasted logits, for `generate` and the others.
 
     Args:

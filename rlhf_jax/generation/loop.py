@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax.core.protocols import DecodeFn, PrefillFn
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import (
     Array,
@@ -142,7 +143,7 @@ def append_token(
 
 
 def start(
-    prefill: Callable,
+    prefill: PrefillFn,
     params: Params,
     prompts: Int[Array, "N P"],
     prompt_mask: Bool[Array, "N P"],
@@ -221,8 +222,8 @@ def sample_step(
 
 
 def generate(
-    prefill: Callable,
-    decode: Callable,
+    prefill: PrefillFn,
+    decode: DecodeFn,
     params: Params,
     prompts: Int[Array, "N P"],
     prompt_mask: Bool[Array, "N P"],
@@ -285,7 +286,7 @@ def generate(
 
 
 def make_stream(
-    prefill: Callable, decode: Callable, *, max_new_tokens: int, eos_id: int, pad_id: int
+    prefill: PrefillFn, decode: DecodeFn, *, max_new_tokens: int, eos_id: int, pad_id: int
 ) -> Callable[..., Iterator[Rollout]]:
     """`stream(params, prompts, prompt_mask, key, sampling)`: what `generate` samples, after every token. The
     steps are the same, each a call from the host; they are compiled once for each shape.

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.core.protocols import ExtendFn, PrefillFn
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Bool, Float, Int, Key, Params, PRNGKeyArray, Rollout
 from rlhf_jax.generation.loop import Generation, append_token, assemble, run_loop, start
@@ -71,8 +72,8 @@ class _Carry:
 
 
 def generate_speculatively(
-    prefill: Callable,
-    extend: Callable,
+    prefill: PrefillFn,
+    extend: ExtendFn,
     params: Params,
     prompts: Int[Array, "B P"],
     prompt_mask: Bool[Array, "B P"],
@@ -221,7 +222,9 @@ def _fold(keys: Key[Array, "B"], number: int) -> Key[Array, "B"]:
 # Drafters ------------------------------------------------------------------------------------------
 
 
-def model_drafter(prefill: Callable, extend: Callable, params: Params, *, count: int, eos_id: int) -> Drafter:
+def model_drafter(
+    prefill: PrefillFn, extend: ExtendFn, params: Params, *, count: int, eos_id: int
+) -> Drafter:
     """Guesses of a smaller model with the same tokens, drawn under the same rules.
 
     Args:

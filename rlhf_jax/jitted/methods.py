@@ -6,7 +6,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax import models
 from rlhf_jax.algorithms import distillation, grpo, nash_md, ppo, preference, selection, sft, unpaired
 from rlhf_jax.algorithms.grpo_variants import GRPOVariant
 from rlhf_jax.core.masks import masked_sum
@@ -84,13 +83,13 @@ def _keep_groups_that_differ(
 
 def ppo_method(world: World, config: ppo.Config, optimizer: OptimizerConfig) -> Method:
     """PPO with a value model of its own, which starts from the policy's body."""
-    logprob_fn = models.make_actor_critic_fn(world.model, temperature=world.temperature)
+    logprob_fn = world.policy.make_actor_critic_fn(temperature=world.temperature)
     policy_fn, tx = world.logprob_fn, make_optimizer(optimizer)
     update = ppo.make_update(config, logprob_fn, tx)
 
     def init(params: Params, key: PRNGKeyArray, hyper: Any) -> ppo.State:
         head_key, key = jax.random.split(key)
-        value = models.init_scalar_model(world.model, head_key, params)
+        value = world.policy.init_scalar_model(head_key, params)
         return ppo.init({"policy": params, "value": value}, tx, key, hyper)
 
     def step(state: ppo.State, hyper: Any, ref_params: Params, key: PRNGKeyArray) -> tuple[Any, Metrics]:
@@ -169,7 +168,7 @@ def nash_md_method(
         draw_key, own_key, other_key = jax.random.split(key, 3)
         params, prompts = state.learner.all_params, half.draw(draw_key)
         own = world.answer(params, prompts, own_key)
-        mixture = nash_md.mixture_fns(*models.make_decode_fns(world.model), mixing=hyper.mixing)
+        mixture = nash_md.mixture_fns(world.policy.prefill, world.policy.decode, mixing=hyper.mixing)
         other = world.answer((params, ref_params), prompts, other_key, decode_fns=mixture)
         rewards, other_rewards = (world.rewards(rollout, prompts) for rollout in (own, other))
         wins = nash_md.win_probability(rewards, other_rewards, noise=noise)
@@ -257,17 +256,16 @@ def distillation_method(
     config: distillation.Config,
     optimizer: OptimizerConfig,
     *,
-    teacher: tuple[models.ModelConfig, Params],
+    teacher: Policy,
     writer: Literal["teacher", "student"],
 ) -> Method:
     """Distillation on the teacher's answers (soft labels), or on the student's own (GKD).
 
     Args:
-      teacher: architecture and parameters; the same vocabulary.
+      teacher: with its parameters; of the same vocabulary.
     """
     tx = make_optimizer(optimizer)
-    teacher_config, teacher_params = teacher
-    student_fn, teacher_fn = (models.make_distribution_fn(c) for c in (world.model, teacher_config))
+    student_fn, teacher_fn = (model.make_distribution_fn() for model in (world.policy, teacher))
     update = distillation.make_update(config, student_fn, tx)
 
     def step(state: Any, hyper: Any, ref_params: Params, key: PRNGKeyArray) -> tuple[Any, Metrics]:
@@ -275,11 +273,11 @@ def distillation_method(
         draw_key, answer_key = jax.random.split(key)
         prompts = world.draw(draw_key)
         if writer == "teacher":
-            fns = models.make_decode_fns(teacher_config)
-            rollout = world.answer(teacher_params, prompts, answer_key, decode_fns=fns)
+            fns = teacher.prefill, teacher.decode
+            rollout = world.answer(teacher.params, prompts, answer_key, decode_fns=fns)
         else:
             rollout = world.answer(state.learner.all_params, prompts, answer_key)
-        batch = distillation.Batch(rollout.sequences, teacher_fn(teacher_params, rollout.sequences))
+        batch = distillation.Batch(rollout.sequences, teacher_fn(teacher.params, rollout.sequences))
         state, metrics = update(state, hyper, batch)
         return state, {**metrics, **_described(rollout, world.rewards(rollout, prompts))}
 

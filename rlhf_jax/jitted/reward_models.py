@@ -1,8 +1,9 @@
 """Learned rewards inside whole runs: preferences of noisy people, reward models from them, and ensembles.
 
     pairs = draw_pairs(world, params, key, 1024, noise=0.5)
-    model, seen = make_reward_train(config, steps=300)(RewardStart(key, decoder, pairs, held_out), hyper)
-    learned = dataclasses.replace(world, reward_fn=learned_reward_fn(config, model))
+    start = RewardStart(key, decoder, pairs, held_out)
+    model, seen = make_reward_train(policy, optimizer, steps=300)(start, hyper)
+    learned = dataclasses.replace(world, reward_fn=learned_reward_fn(policy, model))
 
 Everything is traceable: reward models of many seeds are trained side by side, and a policy against each.
 """
@@ -13,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax import models
 from rlhf_jax.algorithms import preference, reward, selection
 from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
 from rlhf_jax.core.trees import pytree_dataclass, tree_where
@@ -31,6 +31,7 @@ from rlhf_jax.core.types import (
 )
 from rlhf_jax.jitted.train import Method, RewardFn, World
 from rlhf_jax.losses.reward import bradley_terry_loss
+from rlhf_jax.models import Policy
 from rlhf_jax.tasks.base import Prompts
 from rlhf_jax.tasks.style import prefers_first
 
@@ -130,7 +131,7 @@ class RewardHyper:
 
 
 def make_reward_train(
-    config: models.ModelConfig,
+    policy: Policy,
     optimizer: OptimizerConfig,
     *,
     steps: int,
@@ -147,7 +148,7 @@ def make_reward_train(
     Args:
       every: steps between two looks at the held-out pairs; divides `steps`.
     """
-    reward_fn, tx = models.make_reward_fn(config), make_optimizer(optimizer)
+    reward_fn, tx = policy.make_reward_fn(), make_optimizer(optimizer)
     update = reward.make_update(reward.Config(), reward_fn, tx)
 
     def described(params: Params, pairs: JudgedPairs) -> dict[str, Array]:
@@ -158,7 +159,7 @@ def make_reward_train(
 
     def train(start: RewardStart, hyper: RewardHyper) -> tuple[RewardModel, dict[str, Array]]:
         head_key, state_key, data_key = jax.random.split(start.key, 3)
-        params = models.init_scalar_model(config, head_key, start.decoder)
+        params = policy.init_scalar_model(head_key, start.decoder)
         state = reward.init(params, tx, state_key)
 
         def step(state: reward.State, number: Array) -> tuple[reward.State, None]:
@@ -188,25 +189,23 @@ def make_reward_train(
 # Rewards of worlds -----------------------------------------------------------------------------------
 
 
-def score_sequences(
-    config: models.ModelConfig, model: RewardModel, sequences: Sequences
-) -> Float[Array, " B"]:
+def score_sequences(policy: Policy, model: RewardModel, sequences: Sequences) -> Float[Array, " B"]:
     """Standardised scores of a reward model."""
-    return (models.make_reward_fn(config)(model.params, sequences) - model.mean) / model.scale
+    return (policy.make_reward_fn()(model.params, sequences) - model.mean) / model.scale
 
 
-def learned_reward_fn(config: models.ModelConfig, model: RewardModel) -> RewardFn:
+def learned_reward_fn(policy: Policy, model: RewardModel) -> RewardFn:
     """A reward model as the reward of a `World`."""
 
     def reward_fn(rollout: Rollout, prompts: Prompts) -> Float[Array, " B"]:
         del prompts
-        return score_sequences(config, model, rollout.sequences)
+        return score_sequences(policy, model, rollout.sequences)
 
     return reward_fn
 
 
 def ensemble_reward_fn(
-    config: models.ModelConfig,
+    policy: Policy,
     members: RewardModel,
     combine_fn: Callable[[Float[Array, "N B"]], Float[Array, " B"]],
 ) -> RewardFn:
@@ -219,7 +218,7 @@ def ensemble_reward_fn(
 
     def reward_fn(rollout: Rollout, prompts: Prompts) -> Float[Array, " B"]:
         del prompts
-        return combine_fn(jax.vmap(lambda model: score_sequences(config, model, rollout.sequences))(members))
+        return combine_fn(jax.vmap(lambda model: score_sequences(policy, model, rollout.sequences))(members))
 
     return reward_fn
 

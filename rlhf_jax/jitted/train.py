@@ -14,11 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax import models
+from rlhf_jax.core.protocols import DecodeFn, LogprobFn, PrefillFn
 from rlhf_jax.core.trees import pytree_dataclass
-from rlhf_jax.core.types import Array, Float, LogprobFn, Metrics, Params, PRNGKeyArray, Rollout, Scalar
+from rlhf_jax.core.types import Array, Float, Metrics, Params, PRNGKeyArray, Rollout, Scalar
 from rlhf_jax.generation import Sampling, generate
 from rlhf_jax.kernels.kl import reverse_kl
+from rlhf_jax.models import Policy
 from rlhf_jax.tasks.base import Prompts, Task
 
 RewardFn = Callable[[Rollout, Prompts], Float[Array, " B"]]
@@ -41,6 +42,7 @@ class World:
     """A task, a model for it, and how much is sampled in a step.
 
     Attributes:
+      policy: the model's callables; parameters come with each seed's `Start`.
       prompts: prompts a step.
       samples: answers to each of them.
       temperature: of sampling and of the scorer.
@@ -50,7 +52,7 @@ class World:
     """
 
     task: Task
-    model: models.ModelConfig
+    policy: Policy
     prompts: int = 16
     samples: int = 4
     temperature: float = 1.0
@@ -60,7 +62,7 @@ class World:
     @property
     def logprob_fn(self) -> LogprobFn:
         """Log-probs of the policy."""
-        return models.make_logprob_fn(self.model, temperature=self.temperature)
+        return self.policy.make_logprob_fn(temperature=self.temperature)
 
     def answer(
         self,
@@ -69,10 +71,10 @@ class World:
         key: PRNGKeyArray,
         *,
         temperature: Scalar | None = None,
-        decode_fns: tuple[Callable, Callable] | None = None,
+        decode_fns: tuple[PrefillFn, DecodeFn] | None = None,
     ) -> Rollout:
         """Answers of a policy, one a prompt."""
-        prefill, decode = decode_fns or models.make_decode_fns(self.model)
+        prefill, decode = decode_fns or (self.policy.prefill, self.policy.decode)
         return generate(
             prefill,
             decode,
@@ -213,7 +215,7 @@ def watch(world: World, params: Params, ref_params: Params, key: PRNGKeyArray) -
     """
     prompts = _heldout(world)
     sampled = world.answer(params, prompts, key)
-    distribution = models.make_distribution_fn(world.model, temperature=world.temperature)
+    distribution = world.policy.make_distribution_fn(temperature=world.temperature)
     logp, ref_logp = (distribution(side, sampled.sequences) for side in (params, ref_params))
     mask = sampled.sequences.mask
     kl = jnp.sum(jnp.where(mask, reverse_kl(logp, ref_logp), 0), axis=1)

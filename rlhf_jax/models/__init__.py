@@ -23,8 +23,15 @@ from rlhf_jax.models.config import (
 from rlhf_jax.models.config_json import (
     adapter_from_dict,
     adapter_to_dict,
+    check_same_architecture,
     config_from_dict,
     config_to_dict,
+)
+from rlhf_jax.models.decode_fns import (
+    make_decode_fns,
+    make_extend_fn,
+    make_hidden_decode_fns,
+    make_layer_decode_fns,
 )
 from rlhf_jax.models.decoder import (
     Cache,
@@ -38,15 +45,17 @@ from rlhf_jax.models.decoder import (
     unstack_layers,
 )
 from rlhf_jax.models.flops import forward_flops, matmul_params, training_flops
-from rlhf_jax.models.heads import init_scalar_head, init_scalar_model
+from rlhf_jax.models.heads import init_head, init_scalar_head, init_scalar_model
 from rlhf_jax.models.logprob_fns import (
+    actor_critic_of,
+    distribution_from_logits_fn,
+    greedy_match_from_logits_fn,
+    logprobs_from_logits_fn,
     make_actor_critic_fn,
-    make_decode_fns,
     make_distribution_fn,
-    make_extend_fn,
     make_greedy_match_fn,
-    make_hidden_decode_fns,
-    make_layer_decode_fns,
+    make_hidden_fn,
+    make_logits_fn,
     make_logprob_fn,
     make_logprob_fn_with_auxiliaries,
     make_process_reward_fn,
@@ -56,12 +65,16 @@ from rlhf_jax.models.logprob_fns import (
     make_value_fn,
     on_base,
     reference_of,
+    shared_trunk_actor_critic_of,
+    shift,
 )
 from rlhf_jax.models.mtp import init_model as init_params
+from rlhf_jax.models.policy import Policy, ScalarModel, Source, make_policy
 from rlhf_jax.models.positions import Alibi, LinearScaling, Llama3Scaling, Rope, YarnScaling, ntk_theta
 from rlhf_jax.models.presets import Preset, preset_config
 from rlhf_jax.models.reconfiguring import default_dtype, reconfigure, scans_by_default
 from rlhf_jax.models.router_stats import has_routers, rebalance
+from rlhf_jax.models.wrap import wrap
 
 __all__ = [
     "Alibi",
@@ -78,39 +91,51 @@ __all__ = [
     "Llama3Scaling",
     "MixtureOfExperts",
     "ModelConfig",
+    "Policy",
     "Preset",
     "RMSNorm",
     "Recurrence",
     "Remat",
     "Rope",
+    "ScalarModel",
     "SigmoidRouter",
     "SoftmaxRouter",
+    "Source",
     "YarnScaling",
+    "actor_critic_of",
     "adapter_from_dict",
     "adapter_to_dict",
+    "check_same_architecture",
     "config_from_dict",
     "config_to_dict",
     "default_dtype",
     "dense_config",
+    "distribution_from_logits_fn",
     "expand_prompt",
     "forward",
     "forward_flops",
+    "greedy_match_from_logits_fn",
     "has_routers",
     "hidden_states",
     "init_cache",
+    "init_head",
     "init_params",
     "init_scalar_head",
     "init_scalar_model",
     "logits",
+    "logprobs_from_logits_fn",
     "make_actor_critic_fn",
     "make_decode_fns",
     "make_distribution_fn",
     "make_extend_fn",
     "make_greedy_match_fn",
     "make_hidden_decode_fns",
+    "make_hidden_fn",
     "make_layer_decode_fns",
+    "make_logits_fn",
     "make_logprob_fn",
     "make_logprob_fn_with_auxiliaries",
+    "make_policy",
     "make_process_reward_fn",
     "make_reward_fn",
     "make_shared_reward_fn",
@@ -126,8 +151,11 @@ __all__ = [
     "recurrent_config",
     "reference_of",
     "scans_by_default",
+    "shared_trunk_actor_critic_of",
+    "shift",
     "stack_layers",
     "training_flops",
     "unembedding",
     "unstack_layers",
+    "wrap",
 ]

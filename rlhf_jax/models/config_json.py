@@ -93,3 +93,19 @@ def _from_json(value: Any) -> Any:
         kind = {kind.__name__: kind for kind in KINDS}[value["kind"]]
         return kind(**{name: _from_json(item) for name, item in value.items() if name != "kind"})
     return tuple(map(_from_json, value)) if isinstance(value, list | tuple) else value
+
+
+def check_same_architecture(config: ModelConfig, other: ModelConfig, where: str) -> None:
+    """Compares the architecture `other`, read from `where`, with that of this run.
+
+    Raises:
+      UserError: they differ; names the first field that does.
+    """
+    ours, theirs = config_to_dict(config), config_to_dict(other)
+    for name, value in ours.items():
+        if value != theirs.get(name) and name != "context_length":  # which bounds nothing
+            inner = f" {theirs.get(name)}, not {value}" if isinstance(value, str | int) else ""
+            raise UserError(
+                f"{where}: its model is of another architecture ({name}{inner}): "
+                "give one with the architecture of this run, or this run the options of that"
+            )

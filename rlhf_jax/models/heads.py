@@ -1,5 +1,7 @@
 """Scalar heads on a decoder: rewards after a token, values before one."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -9,9 +11,17 @@ from rlhf_jax.models.decoder import init_params
 
 
 def init_scalar_head(config: ModelConfig, key: PRNGKeyArray) -> Params:
-    """A linear head D -> 1, weights of variance 1 / (D + 1) (Stiennon et al. 2020, appendix B.1)."""
-    std = (config.width + 1) ** -0.5
-    kernel = std * jax.random.normal(key, (config.width,), jnp.dtype(config.param_dtype))
+    """`init_head` for a decoder of ours."""
+    return init_head(config.width, key, jnp.dtype(config.param_dtype))
+
+
+def init_head(width: int, key: PRNGKeyArray, dtype: Any = jnp.float32) -> Params:
+    """A linear head D -> 1, weights of variance 1 / (D + 1) (Stiennon et al. 2020, appendix B.1).
+
+    Args:
+      width: D.
+    """
+    kernel = (width + 1) ** -0.5 * jax.random.normal(key, (width,), dtype)
     return {"kernel": kernel, "bias": jnp.zeros((), kernel.dtype)}
 
 

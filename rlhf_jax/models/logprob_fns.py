@@ -1,29 +1,28 @@
-"""Models as the callables that updates and samplers know: score, reward, prefill, decode.
+"""Models as the callables that updates know: log-probs, values, rewards.
 
 This is the one place where tokens are shifted against hidden states: the hidden state at t-1 predicts the
 token at t, and is the state in which that token is chosen.
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Shaped
 
 from rlhf_jax.core.masks import last_unmasked_index
-from rlhf_jax.core.trees import merge
-from rlhf_jax.core.types import (
-    Array,
-    Bool,
-    Float,
-    Int,
+from rlhf_jax.core.protocols import (
+    DistributionFn,
+    GreedyMatchFn,
+    HiddenFn,
+    LogitsFn,
     LogprobFn,
-    Params,
-    Scalar,
-    Sequences,
-    Shaped,
-    TokenLogprobs,
+    RewardFn,
+    ValueFn,
 )
+from rlhf_jax.core.trees import merge
+from rlhf_jax.core.types import Array, Bool, Float, Int, Params, Scalar, Sequences, TokenLogprobs
 from rlhf_jax.kernels.logprobs import token_logprobs
 from rlhf_jax.models import decoder as decoders
 from rlhf_jax.models.config import ModelConfig
@@ -32,15 +31,74 @@ from rlhf_jax.models.mtp import further_hidden_states
 from rlhf_jax.models.router_stats import has_routers, routed_hidden_states
 
 
-def _hidden(config: ModelConfig, params: Params, sequences: Sequences) -> Float[Array, "B T D"]:
-    return decoders.hidden_states(
-        config, params, sequences.tokens, sequences.positions, sequences.segment_ids
-    )
+def make_hidden_fn(config: ModelConfig) -> HiddenFn:
+    """`hidden(params, tokens, positions, segment_ids) -> [B, T, D]`: final hidden states of whole rows."""
+    return functools.partial(decoders.hidden_states, config)
 
 
-def _delay(values: Shaped[Array, "B T"]) -> Shaped[Array, "B T"]:
-    """Moves column t-1 to column t; column 0 has no state before it and gets 0."""
-    return jnp.pad(values[:, :-1], ((0, 0), (1, 0)))
+def make_logits_fn(config: ModelConfig) -> LogitsFn:
+    """`logits(params, tokens, positions, segment_ids) -> [B, T, V]`, float32; meaningless at padding."""
+
+    def logits(params: Params, *inputs: Array) -> Float[Array, "B T V"]:
+        return decoders.logits(config, params, decoders.hidden_states(config, params, *inputs))
+
+    return logits
+
+
+def _hidden(model: ModelConfig | HiddenFn, params: Params, sequences: Sequences) -> Float[Array, "B T D"]:
+    hidden_fn = make_hidden_fn(model) if isinstance(model, ModelConfig) else model
+    return hidden_fn(params, sequences.tokens, sequences.positions, sequences.segment_ids)
+
+
+def shift(values: Shaped[Array, "B T *rest"]) -> Shaped[Array, "B T *rest"]:
+    """The one-column shift: what the state at t-1 says moves to the token at t, which is chosen in it.
+
+    Column 0 has no state before it and gets 0.
+    """
+    return jnp.pad(values[:, :-1], ((0, 0), (1, 0), *((0, 0),) * (values.ndim - 2)))
+
+
+def logprobs_from_logits_fn(logits_fn: LogitsFn, *, temperature: Scalar = 1.0) -> LogprobFn:
+    """`logprobs(params, sequences) -> TokenLogprobs` of any model that gives logits (values are 0).
+
+    Holds [B, T, V]; models of ours never do (`make_logprob_fn`).
+
+    Args:
+      temperature: the one that rollouts were sampled at, so that log-probs are the sampler's.
+    """
+
+    def logprobs(params: Params, sequences: Sequences) -> TokenLogprobs:
+        logits = logits_fn(params, sequences.tokens, sequences.positions, sequences.segment_ids)
+        logp = jax.nn.log_softmax(logits / temperature, axis=-1)
+        following = jnp.roll(sequences.tokens, -1, axis=1)[..., None]
+        taken = jnp.take_along_axis(logp, following, axis=-1)[..., 0]
+        # A token that is forbidden, at -inf, adds nothing to the entropy.
+        entropy = -jnp.sum(jnp.where(logp > -jnp.inf, jnp.exp(logp) * logp, 0), axis=-1)
+        return TokenLogprobs(shift(taken), shift(entropy), jnp.zeros_like(taken))
+
+    return logprobs
+
+
+def greedy_match_from_logits_fn(logits_fn: LogitsFn) -> GreedyMatchFn:
+    """`make_greedy_match_fn` of any model that gives logits."""
+    logprobs = logprobs_from_logits_fn(logits_fn)
+
+    def match(params: Params, sequences: Sequences) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
+        logits = logits_fn(params, sequences.tokens, sequences.positions, sequences.segment_ids)
+        guesses = shift(jnp.argmax(logits, axis=-1))
+        return logprobs(params, sequences).logp, guesses == sequences.tokens
+
+    return match
+
+
+def distribution_from_logits_fn(logits_fn: LogitsFn, *, temperature: Scalar = 1.0) -> DistributionFn:
+    """`make_distribution_fn` of any model that gives logits."""
+
+    def logp(params: Params, sequences: Sequences) -> Float[Array, "B T V"]:
+        logits = logits_fn(params, sequences.tokens, sequences.positions, sequences.segment_ids)
+        return jax.nn.log_softmax(shift(logits / temperature), axis=-1)
+
+    return logp
 
 
 def make_logprob_fn(config: ModelConfig, *, temperature: Scalar = 1.0, chunk_size: int = 512) -> LogprobFn:
@@ -85,9 +143,7 @@ def make_logprob_fn_with_auxiliaries(config: ModelConfig, *, chunk_size: int = 5
     return score
 
 
-def make_greedy_match_fn(
-    config: ModelConfig, *, chunk_size: int = 512
-) -> Callable[[Params, Sequences], tuple[Float[Array, "B T"], Bool[Array, "B T"]]]:
+def make_greedy_match_fn(config: ModelConfig, *, chunk_size: int = 512) -> GreedyMatchFn:
     """`likelihood(params, sequences) -> (logp, likeliest)`: log-probs in nats, as those of `make_logprob_fn`,
     and whether each token is the most likely one where it stands.
 
@@ -104,26 +160,17 @@ def make_greedy_match_fn(
 
         states = hidden.reshape(-1, hidden.shape[-1])
         guesses = jax.lax.map(most_likely, states, batch_size=chunk_size).reshape(sequences.tokens.shape)
-        return scored.logp, _delay(guesses) == sequences.tokens
+        return scored.logp, shift(guesses) == sequences.tokens
 
     return likelihood
 
 
-def make_distribution_fn(
-    config: ModelConfig, *, temperature: Scalar = 1.0
-) -> Callable[[Params, Sequences], Float[Array, "B T V"]]:
+def make_distribution_fn(config: ModelConfig, *, temperature: Scalar = 1.0) -> DistributionFn:
     """`logp(params, sequences)`: log-probs of all tokens at each place, in nats; column 0 is uniform.
 
     Holds [B, T, V]; for distillation with small vocabularies.
     """
-
-    def logp(params: Params, sequences: Sequences) -> Float[Array, "B T V"]:
-        hidden = _hidden(config, params, sequences)
-        logits = decoders.logits(config, params, hidden[:, :-1]) / temperature
-        logp = jnp.pad(logits, ((0, 0), (1, 0), (0, 0)))
-        return jax.nn.log_softmax(logp, axis=-1)
-
-    return logp
+    return distribution_from_logits_fn(make_logits_fn(config), temperature=temperature)
 
 
 def _score_hidden(
@@ -144,20 +191,21 @@ def _score_hidden(
         softcap=config.logit_softcap,
         chunk_size=chunk_size,
     )
-    return TokenLogprobs(_delay(logp), _delay(entropy), jnp.zeros_like(logp))
+    return TokenLogprobs(shift(logp), shift(entropy), jnp.zeros_like(logp))
 
 
-def make_value_fn(
-    config: ModelConfig,
-) -> Callable[[Params, Sequences], Float[Array, "B T"]]:
+def make_value_fn(model: ModelConfig | HiddenFn) -> ValueFn:
     """`value(params, sequences)`: value of the state in which each token was chosen.
 
     `params` is a scalar model (`models.heads.init_scalar_model`).
+
+    Args:
+      model: a description of ours, or the hidden states of any model.
     """
 
     def value(params: Params, sequences: Sequences) -> Float[Array, "B T"]:
-        hidden = _hidden(config, params["decoder"], sequences)
-        return _delay(apply_scalar_head(params["head"], hidden))
+        hidden = _hidden(model, params["decoder"], sequences)
+        return shift(apply_scalar_head(params["head"], hidden))
 
     return value
 
@@ -165,18 +213,37 @@ def make_value_fn(
 def make_actor_critic_fn(
     config: ModelConfig, *, temperature: Scalar = 1.0, chunk_size: int = 512
 ) -> LogprobFn:
-    """`score(params, sequences)` of a policy and a separate value model.
+    """`score(params, sequences)` of a policy and a separate value model (`actor_critic_of`)."""
+    policy = make_logprob_fn(config, temperature=temperature, chunk_size=chunk_size)
+    return actor_critic_of(policy, make_value_fn(config))
+
+
+def actor_critic_of(logprob_fn: LogprobFn, value_fn: ValueFn) -> LogprobFn:
+    """Log-probs of a policy with the values of a separate value model.
 
     `params` is `{"policy": decoder, "value": scalar model}`; with a `"base"` beside them, each holds what is
     its own, and the base the rest of both (`on_base`).
     """
-    policy = make_logprob_fn(config, temperature=temperature, chunk_size=chunk_size)
-    value = make_value_fn(config)
 
     def score(params: Params, sequences: Sequences) -> TokenLogprobs:
-        scored = policy(on_base(params, "policy"), sequences)
+        scored = logprob_fn(on_base(params, "policy"), sequences)
         value_model = {**params["value"], "decoder": on_base(params, "value", "decoder")}
-        return TokenLogprobs(scored.logp, scored.entropy, value(value_model, sequences))
+        return dataclasses.replace(scored, value=value_fn(value_model, sequences))
+
+    return score
+
+
+def shared_trunk_actor_critic_of(logprob_fn: LogprobFn, value_fn: ValueFn) -> LogprobFn:
+    """Log-probs of a policy with the values of a head on the policy's own hidden states.
+
+    `params` is `{"policy": decoder, "value": {"head": scalar head}}`, with or without a `"base"`. The model
+    runs twice unless the compiler finds that both are one; `make_shared_trunk_actor_critic_fn` runs it once.
+    """
+
+    def score(params: Params, sequences: Sequences) -> TokenLogprobs:
+        decoder = on_base(params, "policy")
+        value_model = {"decoder": decoder, "head": params["value"]["head"]}
+        return dataclasses.replace(logprob_fn(decoder, sequences), value=value_fn(value_model, sequences))
 
     return score
 
@@ -193,7 +260,7 @@ def make_shared_trunk_actor_critic_fn(
         decoder = on_base(params, "policy")
         hidden = _hidden(config, decoder, sequences)
         scored = _score_hidden(config, decoder, hidden, sequences, temperature, chunk_size)
-        value = _delay(apply_scalar_head(params["value"]["head"], hidden))
+        value = shift(apply_scalar_head(params["value"]["head"], hidden))
         return TokenLogprobs(scored.logp, scored.entropy, value)
 
     return score
@@ -218,23 +285,23 @@ def reference_of(params: Params, original: Params) -> Params:
     return merge(params.get("base", {}), original)
 
 
-def make_reward_fn(config: ModelConfig) -> Callable[[Params, Sequences], Float[Array, "B"]]:
+def make_reward_fn(model: ModelConfig | HiddenFn) -> RewardFn:
     """`reward(params, sequences)`: the head's output after the last token that is not padding, one a row.
 
     `params` is a scalar model. Rows hold one sample each.
     """
 
     def reward(params: Params, sequences: Sequences) -> Float[Array, "B"]:
-        scores = apply_scalar_head(params["head"], _hidden(config, params["decoder"], sequences))
+        scores = apply_scalar_head(params["head"], _hidden(model, params["decoder"], sequences))
         last = last_unmasked_index(sequences.segment_ids > 0)
         return jnp.take_along_axis(scores, last[:, None], axis=1)[:, 0]
 
     return reward
 
 
-def make_shared_reward_fn(config: ModelConfig) -> Callable[[Params, Sequences], Float[Array, "B"]]:
+def make_shared_reward_fn(model: ModelConfig | HiddenFn) -> RewardFn:
     """`make_reward_fn` for `params["reward"]`, a scalar model on the `"base"` beside it."""
-    reward = make_reward_fn(config)
+    reward = make_reward_fn(model)
 
     def shared(params: Params, sequences: Sequences) -> Float[Array, "B"]:
         own = {**params["reward"], "decoder": on_base(params, "reward", "decoder")}
@@ -243,149 +310,13 @@ def make_shared_reward_fn(config: ModelConfig) -> Callable[[Params, Sequences], 
     return shared
 
 
-def make_process_reward_fn(
-    config: ModelConfig,
-) -> Callable[[Params, Sequences], Float[Array, "B T"]]:
+def make_process_reward_fn(model: ModelConfig | HiddenFn) -> ValueFn:
     """`score(params, sequences)`: the head's output after each token, that token read.
 
     `params` is a scalar model. At the last token of a step it is the log-odds that the step is right.
     """
 
     def score(params: Params, sequences: Sequences) -> Float[Array, "B T"]:
-        return apply_scalar_head(params["head"], _hidden(config, params["decoder"], sequences))
+        return apply_scalar_head(params["head"], _hidden(model, params["decoder"], sequences))
 
     return score
-
-
-def make_decode_fns(config: ModelConfig) -> tuple[Callable, Callable]:
-    """(prefill, decode) for `generation.generate`.
-
-    prefill(params, tokens [B, P], positions, segment_ids, length) -> (logits [B, V], cache) reads whole
-    prompts and leaves room for `length` columns; decode(params, cache, token [B], position [B]) ->
-    (logits [B, V], cache) reads one token a row.
-    """
-
-    def prefill(
-        params: Params,
-        tokens: Int[Array, "B P"],
-        positions: Int[Array, "B P"],
-        segment_ids: Int[Array, "B P"],
-        length: int,
-    ) -> tuple[Float[Array, "B V"], decoders.Cache]:
-        cache = decoders.init_cache(config, tokens.shape[0], length)
-        hidden, cache = decoders.cached_hidden_states(
-            config, params, tokens, positions, segment_ids, cache, fresh=True
-        )
-        return decoders.logits(config, params, hidden[:, -1]), cache
-
-    def decode(
-        params: Params,
-        cache: decoders.Cache,
-        token: Int[Array, "B"],
-        position: Int[Array, "B"],
-    ) -> tuple[Float[Array, "B V"], decoders.Cache]:
-        hidden, cache = decoders.cached_hidden_states(
-            config, params, token[:, None], position[:, None], jnp.ones_like(token)[:, None], cache
-        )
-        return decoders.logits(config, params, hidden[:, 0]), cache
-
-    return prefill, decode
-
-
-def make_hidden_decode_fns(config: ModelConfig) -> tuple[Callable, Callable]:
-    """(prefill, extend) as of `make_decode_fns` and `make_extend_fn`, which also give the final hidden
-    states: (logits, hidden [B, T, D], cache).
-    """
-
-    def prefill(
-        params: Params,
-        tokens: Int[Array, "B P"],
-        positions: Int[Array, "B P"],
-        segment_ids: Int[Array, "B P"],
-        length: int,
-    ) -> tuple[Float[Array, "B V"], Float[Array, "B P D"], decoders.Cache]:
-        cache = decoders.init_cache(config, tokens.shape[0], length)
-        hidden, cache = decoders.cached_hidden_states(
-            config, params, tokens, positions, segment_ids, cache, fresh=True
-        )
-        return decoders.logits(config, params, hidden[:, -1]), hidden, cache
-
-    def extend(
-        params: Params,
-        cache: decoders.Cache,
-        tokens: Int[Array, "B n"],
-        positions: Int[Array, "B n"],
-        columns: Int[Array, "B"],
-    ) -> tuple[Float[Array, "B n V"], Float[Array, "B n D"], decoders.Cache]:
-        segment_ids = jnp.ones_like(tokens)
-        shortened = dataclasses.replace(cache, length=columns)
-        hidden, extended = decoders.cached_hidden_states(
-            config, params, tokens, positions, segment_ids, shortened
-        )
-        extended = dataclasses.replace(extended, length=cache.length)
-        return decoders.logits(config, params, hidden), hidden, extended
-
-    return prefill, extend
-
-
-def make_extend_fn(config: ModelConfig) -> Callable:
-    """extend(params, cache, tokens [B, n], positions [B, n], columns [B]) -> (logits [B, n, V], cache).
-
-    Reads several tokens a row after the first `columns` columns of the cache of `make_decode_fns`, whatever
-    stands behind them. So nothing need be undone when tokens turn out wrong: the next call writes over them.
-    """
-    _, hidden_extend = make_hidden_decode_fns(config)
-
-    def extend(
-        params: Params,
-        cache: decoders.Cache,
-        tokens: Int[Array, "B n"],
-        positions: Int[Array, "B n"],
-        columns: Int[Array, "B"],
-    ) -> tuple[Float[Array, "B n V"], decoders.Cache]:
-        logits, _, cache = hidden_extend(params, cache, tokens, positions, columns)
-        return logits, cache
-
-    return extend
-
-
-def make_layer_decode_fns(config: ModelConfig, layers: tuple[int, ...]) -> tuple[Callable, Callable]:
-    """(prefill, decode) as of `make_decode_fns`, with logits [L, B, V] of several layers, the last one last.
-
-    Args:
-      layers: how many repeats of the pattern of blocks come before each early prediction; the output matrix
-        is applied to what they leave as it is. 0 is the embedding.
-    """
-    unrolled = dataclasses.replace(config, scan_layers=False, remat="none")
-
-    def read(
-        params: Params,
-        tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"],
-        segment_ids: Int[Array, "B T"],
-        cache: decoders.Cache,
-    ) -> tuple[Float[Array, "L B V"], decoders.Cache]:
-        if config.scan_layers:
-            params = decoders.unstack_layers(config, params)
-        hidden, between, cache = decoders.layer_hidden_states(
-            unrolled, params, tokens, positions, segment_ids, cache
-        )
-        last = jnp.stack([*(between[layer][:, -1] for layer in layers), hidden[:, -1]])
-        return decoders.logits(unrolled, params, last), cache
-
-    def prefill(
-        params: Params,
-        tokens: Int[Array, "B P"],
-        positions: Int[Array, "B P"],
-        segment_ids: Int[Array, "B P"],
-        length: int,
-    ) -> tuple[Float[Array, "L B V"], decoders.Cache]:
-        cache = decoders.init_cache(unrolled, tokens.shape[0], length)
-        return read(params, tokens, positions, segment_ids, cache)
-
-    def decode(
-        params: Params, cache: decoders.Cache, token: Int[Array, "B"], position: Int[Array, "B"]
-    ) -> tuple[Float[Array, "L B V"], decoders.Cache]:
-        return read(params, token[:, None], position[:, None], jnp.ones_like(token)[:, None], cache)
-
-    return prefill, decode

@@ -23,8 +23,10 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax import distributed, models
 from rlhf_jax.algorithms import grpo, ppo, preference, sft
+from rlhf_jax.core.protocols import LogprobFn
 from rlhf_jax.core.train_state import OptimizerConfig, TrainState, make_optimizer
-from rlhf_jax.core.types import LogprobFn, Params, Rollout, Sequences
+from rlhf_jax.core.types import Params, Rollout, Sequences
+from rlhf_jax.data.tokenizers import byte_tokenizer
 from rlhf_jax.distributed.placement import batch_sharding
 from rlhf_jax.planning import hlo_analysis as programs
 from rlhf_jax.planning import hlo_collectives
@@ -270,9 +272,9 @@ def _preference_learn(logprob_fn: LogprobFn, update: Callable[..., Any]) -> Call
 def _generation(workload: Workload, mesh: Mesh | AbstractMesh, policy: Params, key: Any) -> Program:
     size = workload.group_size if workload.algorithm == "grpo" else 1
     size = read_at_once(workload.batch, size, distributed.shards_of_batch(mesh))
-    sample = make_completion_fn(
-        workload.config, max_new_tokens=workload.new_tokens, eos_id=0, pad_id=0, group_size=size
-    )
+    # Which tokens end an answer changes no program: any tokenizer serves.
+    policy = models.make_policy(workload.config, None, byte_tokenizer())
+    sample = make_completion_fn(policy, max_new_tokens=workload.new_tokens, group_size=size)
     prompts = workload.batch // size
     columns = workload.length - workload.new_tokens
     whole = NamedSharding(mesh, PartitionSpec())

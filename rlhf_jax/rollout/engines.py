@@ -19,7 +19,8 @@ import numpy as np
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.masks import masked_mean
-from rlhf_jax.core.types import Array, Float, LogprobFn, Params, PRNGKeyArray, Rollout, Sequences
+from rlhf_jax.core.protocols import LogprobFn
+from rlhf_jax.core.types import Array, Float, Params, PRNGKeyArray, Rollout, Sequences
 from rlhf_jax.data.examples import PromptExample
 from rlhf_jax.data.packing import left_pad
 from rlhf_jax.data.tokenizers import Tokenizer

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import models
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Array, Bool, Int, Key, Params, PRNGKeyArray, Rollout, Sequences
 from rlhf_jax.data.chat import encode_conversation, encode_prompt
@@ -22,6 +21,7 @@ from rlhf_jax.data.examples import PromptExample
 from rlhf_jax.data.packing import left_pad
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.generation import Sampling, generate, row_keys
+from rlhf_jax.models import Policy
 from rlhf_jax.rollout.sampler import GenerateFn
 from rlhf_jax.tool_use import Tool, answer_calls
 
@@ -50,17 +50,16 @@ class _Row:
         self.logp += [0.0] * len(ids) if logp is None else logp
 
 
-def make_sample_fn(config: models.ModelConfig, tokenizer: Tokenizer, *, max_new_tokens: int) -> SampleFn:
+def make_sample_fn(policy: Policy, *, max_new_tokens: int) -> SampleFn:
     """`sample(params, tokens, mask, key, sampling) -> Rollout`: a turn, compiled once for each shape."""
-    prefill, decode = models.make_decode_fns(config)
     compiled = jax.jit(
         functools.partial(
             generate,
-            prefill,
-            decode,
+            policy.prefill,
+            policy.decode,
             max_new_tokens=max_new_tokens,
-            eos_id=tokenizer.eos_id,
-            pad_id=tokenizer.pad_id,
+            eos_id=policy.tokenizer.eos_id,
+            pad_id=policy.tokenizer.pad_id,
         )
     )
 

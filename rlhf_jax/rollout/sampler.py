@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import distributed, models
+from rlhf_jax import distributed
 from rlhf_jax.core.axes import constrain
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Array, Key, Params, PRNGKeyArray, Rollout
@@ -20,6 +20,7 @@ from rlhf_jax.data.packing import left_pad
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.feedback.judges import load_reward_file
 from rlhf_jax.generation import Sampling, generate, generate_continuously, row_keys
+from rlhf_jax.models import Policy
 from rlhf_jax.rewards.functions import RewardFn, Scored, load_reward, score_rows
 from rlhf_jax.training.run_folder import load_reward_model
 
@@ -44,21 +45,21 @@ class GenerateFn(Protocol):
 
 
 def make_generate_fn(
-    config: models.ModelConfig,
-    tokenizer: Tokenizer,
+    policy: Policy,
     *,
     prompt_length: int,
     max_new_tokens: int,
     group_size: int = 1,
     slots: int | None = None,
     sampling: Sampling = Sampling(),
-    decode_fns: tuple[Callable, Callable] | None = None,
+    decode_fns: tuple[PrefillFn, DecodeFn] | None = None,
 ) -> GenerateFn:
     """`generate(params, prompts, key) -> Rollout`, compiled once for each number of prompts.
 
     Where the devices of the entered mesh do not divide the prompts, the last one is repeated for them.
 
     Args:
+      policy: its callables and tokenizer; parameters come with each call.
       prompt_length: P; longer prompts are refused.
       group_size: how often each prompt stands in `prompts`, one after the other; it is read once.
       slots: answers on their way at a time; where one ends, the next prompt is read. All by default. With it,
@@ -71,14 +72,12 @@ def make_generate_fn(
     @functools.cache
     def compiled(group_size: int) -> Callable[..., Rollout]:
         options: dict[str, Any] = {
-            "eos_id": tokenizer.eos_id,
-            "pad_id": tokenizer.pad_id,
             "max_new_tokens": max_new_tokens,
             "group_size": group_size,
             "slots": slots,
             "decode_fns": decode_fns,
         }
-        return jax.jit(make_completion_fn(config, **options))
+        return jax.jit(make_completion_fn(policy, **options))
 
     def run(
         params: Params,
@@ -96,7 +95,7 @@ def make_generate_fn(
         missing = -len(ids) % parts
         if missing and jax.process_count() > 1:
             raise ValueError(f"{len(ids)} rows cannot be split over the {parts} parts of this process")
-        batch = left_pad(ids + ids[-1:] * missing, prompt_length, pad_id=tokenizer.pad_id)
+        batch = left_pad(ids + ids[-1:] * missing, prompt_length, pad_id=policy.tokenizer.pad_id)
         rollout = compiled(size)(params, *distributed.shard_batch(batch), key, sampling=sampling)
         return jax.tree.map(lambda x: x[: len(prompts)], rollout) if missing else rollout
 
@@ -136,14 +135,12 @@ def answer_all(
 
 
 def make_completion_fn(
-    config: models.ModelConfig,
+    policy: Policy,
     *,
     max_new_tokens: int,
-    eos_id: int,
-    pad_id: int,
     group_size: int = 1,
     slots: int | None = None,
-    decode_fns: tuple[Callable, Callable] | None = None,
+    decode_fns: tuple[PrefillFn, DecodeFn] | None = None,
 ) -> Callable[..., Rollout]:
     """`complete(params, prompts [N, P], prompt_mask, key, sampling=...) -> Rollout`, to be compiled.
 
@@ -152,16 +149,19 @@ def make_completion_fn(
       slots: answers on their way at a time; with it, prompts are read for every answer.
       decode_fns: (prefill, decode) where they are not the model's own; not with `slots`.
     """
-    prefill, decode = decode_fns or models.make_decode_fns(config)
-    ends = {"max_new_tokens": max_new_tokens, "eos_id": eos_id, "pad_id": pad_id}
+    prefill, decode = decode_fns or (policy.prefill, policy.decode)
+    tokenizer = policy.tokenizer
+    ends = {"max_new_tokens": max_new_tokens, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
     if slots is None:
         sample = functools.partial(generate, prefill, decode, group_size=group_size, **ends)
+    elif policy.extend is None:
+        raise UserError("the model cannot refill slots: give wrap(..., extend=...), or leave slots out")
     else:
-        extend = models.make_extend_fn(config)
-        sample = functools.partial(generate_continuously, prefill, extend, slots=slots, **ends)
+        sample = functools.partial(generate_continuously, prefill, policy.extend, slots=slots, **ends)
 
     def complete(params: Params, *args: Any, **options: Any) -> Rollout:
-        rollout = sample(distributed.laid_out_for_sampling(params, config.compute_dtype), *args, **options)
+        laid_out = distributed.laid_out_for_sampling(params, policy.compute_dtype, table=policy.axes)
+        rollout = sample(laid_out, *args, **options)
         # Each process finds its own rows in every array, whatever the compiler would have chosen.
         return jax.tree.map(lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1)), rollout)
 
@@ -345,7 +345,7 @@ def reward_fields(rollout: Rollout, prompts: Sequence[PromptExample]) -> dict[st
 def _model_term(folder: Path, tokenizer: Tokenizer) -> TermFn:
     model = load_reward_model(folder)
     check_same_vocabulary(model.tokenizer, tokenizer, folder, "reward model")
-    reward_fn = models.make_reward_fn(model.config)
+    reward_fn = model.body.make_reward_fn()
     score = jax.jit(lambda params, rows: constrain(reward_fn(params, rows), "batch"))
 
     def term(rollout: Rollout, _: Sequence[PromptExample], __: Sequence[str], rows: np.ndarray) -> Scored:
@@ -410,8 +410,7 @@ class Evaluation:
 
 
 def make_evaluate_fn(
-    config: models.ModelConfig,
-    tokenizer: Tokenizer,
+    policy: Policy,
     prompts: Sequence[PromptExample],
     reward_fn: Callable[[Rollout, Sequence[PromptExample]], np.ndarray],
     *,
@@ -424,12 +423,14 @@ def make_evaluate_fn(
       batch_size: prompts at a time.
     """
     length = max(len(prompt.ids) for prompt in prompts)
-    sample = make_generate_fn(config, tokenizer, prompt_length=length, max_new_tokens=max_new_tokens)
-    score_fn = models.make_logprob_fn(config)
+    sample = make_generate_fn(policy, prompt_length=length, max_new_tokens=max_new_tokens)
+    logprob_fn = policy.make_logprob_fn()
 
     @jax.jit
     def total_kl(params: Params, ref_params: Params, rollout: Rollout) -> jax.Array:
-        log_ratio = score_fn(params, rollout.sequences).logp - score_fn(ref_params, rollout.sequences).logp
+        log_ratio = (
+            logprob_fn(params, rollout.sequences).logp - logprob_fn(ref_params, rollout.sequences).logp
+        )
         return jnp.sum(jnp.where(rollout.sequences.mask, log_ratio, 0), axis=1)
 
     def evaluate(params: Params, ref_params: Params | None) -> Evaluation:
@@ -440,7 +441,7 @@ def make_evaluate_fn(
             part += [part[-1]] * (min(batch_size, len(prompts)) - kept)  # one shape for every batch
             ask = functools.partial(answer_all, sample, reward_fn, params, part, first=start)
             (greedy, worth), (sampled, sampled_worth) = (ask(Sampling(temperature=t)) for t in (0.0, 1.0))
-            texts += completion_texts(tokenizer, greedy, of_all=True)[:kept]
+            texts += completion_texts(policy.tokenizer, greedy, of_all=True)[:kept]
             rewards.append(worth[:kept])
             sampled_rewards.append(sampled_worth[:kept])
             lengths.append(distributed.all_values(greedy.sequences.mask).sum(axis=1)[:kept])

@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax import models
 from rlhf_jax.core.types import Params, Rollout
 from rlhf_jax.data.examples import PromptExample
-from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.generation import Sampling
+from rlhf_jax.models import Policy
 from rlhf_jax.rollout.sampler import answer_all, completion_texts, make_generate_fn
 
 
@@ -37,8 +36,7 @@ class Sample:
 
 
 def make_samples_fn(
-    config: models.ModelConfig,
-    tokenizer: Tokenizer,
+    policy: Policy,
     prompts: Sequence[PromptExample],
     reward_fn: Callable[[Rollout, Sequence[PromptExample]], np.ndarray],
     *,
@@ -48,15 +46,14 @@ def make_samples_fn(
     if not prompts:
         return lambda _: []
     decode = make_generate_fn(
-        config,
-        tokenizer,
+        policy,
         prompt_length=max(len(prompt.ids) for prompt in prompts),
         max_new_tokens=max_new_tokens,
     )
 
     def answer(params: Params) -> list[Sample]:
         rollout, rewards = answer_all(decode, reward_fn, params, prompts, Sampling(temperature=0.0))
-        texts = completion_texts(tokenizer, rollout, of_all=True)[: len(prompts)]
+        texts = completion_texts(policy.tokenizer, rollout, of_all=True)[: len(prompts)]
         found = zip(prompts, texts, rewards, strict=True)
         return [Sample(p.text, p.fields.get("answer"), text, float(reward)) for p, text, reward in found]
 

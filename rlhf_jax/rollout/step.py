@@ -4,7 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 from rlhf_jax.algorithms import grpo, ppo
-from rlhf_jax.core.types import Array, Float, LogprobFn, Metrics, Params, Rollout
+from rlhf_jax.core.protocols import LogprobFn
+from rlhf_jax.core.types import Array, Float, Metrics, Params, Rollout
 
 ReferenceFn = Callable[[Any, Params], Params]
 """(learner, original) -> the frozen reference; `original` is what the learner does not hold of it."""

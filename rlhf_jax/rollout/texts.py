@@ -11,8 +11,8 @@ import numpy as np
 from rlhf_jax.core.types import PRNGKeyArray
 from rlhf_jax.data.packing import bucket_batches, left_pad
 from rlhf_jax.generation import Sampling, cut_at_stop, row_keys, stop_automaton
+from rlhf_jax.models import Policy
 from rlhf_jax.rollout.sampler import completion_texts, make_completion_fn
-from rlhf_jax.training.run_folder import Model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ AnswerFn = Callable[..., Iterator[dict[int, Answer]]]
 
 
 def make_answer_texts_fn(
-    model: Model,
+    policy: Policy,
     *,
     max_new_tokens: int,
     stop: Sequence[str] = (),
@@ -52,12 +52,10 @@ def make_answer_texts_fn(
       sampling: how tokens are drawn; the likeliest by default.
       batch_size: prompts at a time.
     """
-    tokenizer = model.tokenizer
+    tokenizer = policy.tokenizer
     if stop:
         sampling = dataclasses.replace(sampling, stop=stop_automaton(tokenizer, stop))
-    unbound = make_completion_fn(
-        model.config, max_new_tokens=max_new_tokens, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id
-    )
+    unbound = make_completion_fn(policy, max_new_tokens=max_new_tokens)
     complete = jax.jit(functools.partial(unbound, sampling=sampling))
 
     def answer(
@@ -71,7 +69,7 @@ def make_answer_texts_fn(
                 continue
             rows = left_pad([prompts[place] for place in places], columns, pad_id=tokenizer.pad_id)
             keys = jnp.concatenate([row_keys(key, 1, first=place) for place in places])
-            rollout = complete(model.params, *rows, keys)
+            rollout = complete(policy.params, *rows, keys)
             texts = [cut_at_stop(text, stop) for text in completion_texts(tokenizer, rollout)]
             lengths = np.asarray(rollout.sequences.mask).sum(axis=1)
             yield {

@@ -13,9 +13,9 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.train_state import OptimizerConfig, TrainState, make_optimizer
 from rlhf_jax.core.trees import merge, named_leaves, partition
 from rlhf_jax.core.types import Params, PRNGKeyArray
-from rlhf_jax.models import adapters, pruning, reference_of
+from rlhf_jax.models import Policy, adapters, pruning, reference_of
 from rlhf_jax.stages import common
-from rlhf_jax.training.run_folder import Adaptation, Model
+from rlhf_jax.training.run_folder import Adaptation
 
 State = TypeVar("State")
 Kind = Literal[
@@ -172,7 +172,7 @@ class Parts:
         return adapters.with_rank_budget(adapter, tx) if isinstance(adapter, adapters.AdaLoRA) else tx
 
 
-def take_apart(options: AdapterOptions, model: Model, *, seed: int, steps: int) -> Parts:
+def take_apart(options: AdapterOptions, model: Policy, *, seed: int, steps: int) -> Parts:
     """What is trained of a model, and what is not.
 
     Args:

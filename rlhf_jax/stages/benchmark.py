@@ -25,7 +25,6 @@ import jax
 import numpy as np
 import tyro
 
-from rlhf_jax import models
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.data.pipeline import fingerprint
 from rlhf_jax.evaluation.benchmarks import (
@@ -40,12 +39,13 @@ from rlhf_jax.evaluation.likelihood import (
 from rlhf_jax.evaluation.lm_eval import lm_eval_model
 from rlhf_jax.metrics.pages import SUMMARY, whole_lines
 from rlhf_jax.metrics.progress import Progress
+from rlhf_jax.models import Policy
 from rlhf_jax.rewards.functions import load_reward, score_rows
 from rlhf_jax.rollout.texts import Answer, make_answer_texts_fn
 from rlhf_jax.stages import benchmark_items as items
 from rlhf_jax.stages import benchmark_page, common, decoders
 from rlhf_jax.stages.benchmark_page import RESULTS
-from rlhf_jax.training.run_folder import Model, describe_run, write_json
+from rlhf_jax.training.run_folder import describe_run, write_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ class Options:
 
 
 def run_choices(
-    options: Options, task: items.Choices, model: Model, held: Sequence[dict[str, Any]]
+    options: Options, task: items.Choices, model: Policy, held: Sequence[dict[str, Any]]
 ) -> Iterator[list[dict[str, Any]]]:
     """Lines of the results that are not held yet, as they come."""
     questions, pool = items.load_questions(task, options.seed)
@@ -88,7 +88,7 @@ def run_choices(
     requests = [request for several, _ in parts for request in several]
     check_same_data(options.out, [request.ids for request in requests])
     found: list[dict[int, Likelihood]] = [{} for _ in questions]
-    score = jax.jit(make_continuation_fn(models.make_greedy_match_fn(model.config)))
+    score = jax.jit(make_continuation_fn(model.make_greedy_match_fn()))
 
     def line(item: int) -> dict[str, Any]:
         question, answers = questions[item], parts[item][1]
@@ -126,7 +126,7 @@ def run_choices(
 
 
 def run_answers(
-    options: Options, task: items.Generate, model: Model, held: Sequence[dict[str, Any]]
+    options: Options, task: items.Generate, model: Policy, held: Sequence[dict[str, Any]]
 ) -> Iterator[list[dict[str, Any]]]:
     """Lines of the results that are not held yet, as they come."""
     problems, pool = items.load_problems(task, options.seed)
@@ -220,7 +220,7 @@ def run(options: Options) -> None:
     benchmark_page.write(options.out, whole_lines(path), other, quiet=options.quiet)
 
 
-def run_harness(options: Options, task: items.Harness, model: Model) -> None:
+def run_harness(options: Options, task: items.Harness, model: Policy) -> None:
     """The harness's own loop; its results are kept as they are."""
     name = str(options.model)
     adapter = lm_eval_model(model, name=name, batch_size=options.batch_size, max_length=task.max_length)

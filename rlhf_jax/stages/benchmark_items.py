@@ -21,9 +21,9 @@ from rlhf_jax.evaluation.benchmarks import (
     read_questions,
 )
 from rlhf_jax.evaluation.likelihood import opening_ids, plain_request
+from rlhf_jax.models import Policy
 from rlhf_jax.stages import common, inputs
 from rlhf_jax.tasks import arithmetic
-from rlhf_jax.training.run_folder import Model
 
 EMBEDDED_COUNT = 512
 QUESTION = "Question: "
@@ -126,7 +126,7 @@ def load_questions(task: Choices, seed: int) -> tuple[list[Question], list[Quest
 
 
 def choice_requests(
-    task: Choices, model: Model, question: Question, shots: Sequence[Question]
+    task: Choices, model: Policy, question: Question, shots: Sequence[Question]
 ) -> tuple[list[SupervisedExample], list[str]]:
     """(a request for each choice, what each of them answers)."""
     turns, asked, answers = choice_turns(question, shots, task.form)
@@ -176,7 +176,7 @@ def default_reward(data: str) -> str:
     return f"rlhf_jax.rewards.verifiers:{name}"
 
 
-def prompt_ids(task: Generate, model: Model, problem: Problem, shots: Sequence[Problem]) -> list[int]:
+def prompt_ids(task: Generate, model: Policy, problem: Problem, shots: Sequence[Problem]) -> list[int]:
     """The prompt of a problem."""
     turns = [(shot.text, shot.solution) for shot in shots]
     if task.chat:

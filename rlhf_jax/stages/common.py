@@ -26,8 +26,6 @@ from rlhf_jax.training import LoopConfig, Meter
 from rlhf_jax.training.run_folder import (
     Adaptation,
     Kind,
-    Model,
-    check_same_architecture,
     describe_run,
     load_policy,
     read_held_run,
@@ -282,7 +280,7 @@ def embedded_level(spec: str) -> arithmetic.Level | None:
 
 def starting_model(
     init: str, tokenizer: str | Tokenizer, data: str, options: ModelOptions, seed: int
-) -> Model:
+) -> Policy:
     """The policy of the run `init`, or a new one.
 
     Args:
@@ -296,12 +294,12 @@ def starting_model(
             raise UserError("a tokenizer and --init exclude each other: a policy brings its own tokenizer")
         model = load_policy(Path(init))
         if options != ModelOptions():
-            check_same_architecture(options.config(model.tokenizer), model.config, f"--init {init}")
+            models.check_same_architecture(options.config(model.tokenizer), model.config, f"--init {init}")
         return model
     chosen = find_tokenizer(tokenizer, data)
     config = options.config(chosen)
     params = distributed.born_sharded(functools.partial(models.init_params, config), jax.random.key(seed))
-    return Model(config, params, chosen)
+    return models.make_policy(config, params, chosen)
 
 
 def find_tokenizer(tokenizer: str | Tokenizer, data: str) -> Tokenizer:
@@ -413,12 +411,12 @@ def _shown(value: Any) -> str:
 
 
 def start(
-    options: Any, run: RunOptions, stage: str, model: Model, kind: Kind, adaptation: Adaptation | None = None
+    options: Any, run: RunOptions, stage: str, model: Policy, kind: Kind, adaptation: Adaptation | None = None
 ) -> None:
     """Writes what describes the run into its folder."""
     if not distributed.is_first_host():
         return
-    write_model_files(run.out, model.config, model.tokenizer, kind, adaptation)
+    write_model_files(run.out, model, kind, adaptation)
     describe_run(run.out, to_json(options), stage=stage)
 
 
@@ -440,7 +438,7 @@ def finish(run: RunOptions, samples: Sequence[Mapping[str, Any]] = ()) -> None:
             print(f"Report: {path}")
 
 
-def announce(options: RunOptions, model: Model, data: str) -> None:
+def announce(options: RunOptions, model: Policy, data: str) -> None:
     """Says what is about to run."""
     if options.quiet or not distributed.is_first_host():
         return

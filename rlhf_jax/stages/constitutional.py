@@ -33,12 +33,13 @@ from rlhf_jax.feedback.constitution import Principle, constitution_rows, read_co
 from rlhf_jax.feedback.revisions import Review, Turn, make_review_fn
 from rlhf_jax.generation import Sampling
 from rlhf_jax.metrics import Progress, final_table
+from rlhf_jax.models import Policy
 from rlhf_jax.rewards.functions import call_reward, load_reward
 from rlhf_jax.stages import common, inputs, sft
 from rlhf_jax.stages.rounds import prompt_of, write_rows
 from rlhf_jax.tasks import arithmetic_reviews as reviews
 from rlhf_jax.tasks.arithmetic import Split
-from rlhf_jax.training.run_folder import Model, describe_run, load_policy, write_json
+from rlhf_jax.training.run_folder import describe_run, load_policy, write_json
 
 DATA = "arithmetic:0"
 RATES = {"slip_rate": 0.3, "late_slip_rate": 0.7}
@@ -155,7 +156,7 @@ def _begun(folder: Path) -> bool:
 
 
 def revise(
-    options: Options, model: Model, principles: Sequence[Principle], prompts: Sequence[PromptExample]
+    options: Options, model: Policy, principles: Sequence[Principle], prompts: Sequence[PromptExample]
 ) -> list[Review]:
     """Reviews of the prompts, kept in `revisions.jsonl` batch by batch; those that are there are read."""
     path, size = options.run.out / "revisions.jsonl", options.answer_batch_size

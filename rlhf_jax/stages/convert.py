@@ -18,7 +18,7 @@ from rlhf_jax.checkpoint import CheckpointManager
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.trees import partition
 from rlhf_jax.data.tokenizers import load_tokenizer
-from rlhf_jax.models import hf
+from rlhf_jax.models import hf, make_policy
 from rlhf_jax.models.adapters import is_trained
 from rlhf_jax.models.hf import peft
 from rlhf_jax.training.run_folder import (
@@ -58,7 +58,7 @@ def to_run(options: Options) -> str:
             f"{options.source}: the tokenizer has {tokenizer.vocab_size} tokens and the model "
             f"{config.vocab_size}: they are not of one model."
         )
-    write_model_files(options.out, config, tokenizer, "policy")
+    write_model_files(options.out, make_policy(config, params, tokenizer), "policy")
     describe_run(options.out, {"source": str(options.source), "dtype": options.dtype})
     with CheckpointManager(options.out / "checkpoints") as manager:
         manager.save(0, {"learner": {"params": params}}, wait=True)
@@ -74,7 +74,7 @@ def adapter_to_run(options: Options) -> str:
     adapter, params = peft.load(options.source, model.config, model.params)
     trained = partition(params, is_trained(adapter))[0]
     adaptation = Adaptation(adapter, model.source)
-    write_model_files(options.out, model.config, model.tokenizer, "policy", adaptation)
+    write_model_files(options.out, model, "policy", adaptation)
     describe_run(options.out, {"source": str(options.source), "base": str(options.base)})
     with CheckpointManager(options.out / "checkpoints") as manager:
         manager.save(0, {"learner": {"params": trained}}, wait=True)
@@ -91,7 +91,7 @@ def to_hugging_face(options: Options) -> str:
         peft.save(options.out, model.config, model.params, stabilised=stabilised)
         return f"{options.out}: an adapter, for peft and vLLM"
     model = load_policy(options.source)
-    hf.save(options.out, model.config, model.params, model.tokenizer)
+    model.save(options.out)
     return f"{options.out}: {hf.load_config(options.out).architecture}, for transformers and vLLM"
 
 

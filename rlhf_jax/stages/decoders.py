@@ -12,11 +12,12 @@ import tyro
 
 from rlhf_jax import generation, models
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.protocols import DecodeFn, PrefillFn
 from rlhf_jax.core.types import Rollout
 from rlhf_jax.data.tokenizers import load_tokenizer
 from rlhf_jax.generation import Sampling
-from rlhf_jax.models import hf
-from rlhf_jax.training.run_folder import Model, load_policy
+from rlhf_jax.models import Policy, hf
+from rlhf_jax.training.run_folder import load_policy
 
 Decode = Callable[..., tuple[Rollout, np.ndarray | None]]
 """(prompts, mask, key) -> rollout of `count` rows a prompt, and their scores where the search has any."""
@@ -112,7 +113,7 @@ Decoder = (
 )
 
 
-def load_model(folder: Path) -> Model:
+def load_model(folder: Path) -> Policy:
     """A policy from a run folder or a Hugging Face folder.
 
     Raises:
@@ -122,11 +123,11 @@ def load_model(folder: Path) -> Model:
         return load_policy(folder)
     if (folder / "config.json").is_file():
         tokenizer = load_tokenizer(folder)
-        return Model(*hf.load(folder), tokenizer)
+        return models.make_policy(*hf.load(folder), tokenizer)
     raise UserError(f"--model {folder}: neither a run (model.json) nor a Hugging Face folder (config.json)")
 
 
-def answer_rules(model: Model, *, stop: Sequence[str], regex: str, json_schema: str) -> Sampling:
+def answer_rules(model: Policy, *, stop: Sequence[str], regex: str, json_schema: str) -> Sampling:
     """What answers must look like and where they end, apart from how they are found.
 
     Args:
@@ -152,13 +153,13 @@ def answer_rules(model: Model, *, stop: Sequence[str], regex: str, json_schema: 
 
 
 def make_decode(
-    decoder: Decoder, model: Model, rules: Sampling, *, count: int, max_new_tokens: int
+    decoder: Decoder, model: Policy, rules: Sampling, *, count: int, max_new_tokens: int
 ) -> Decode:
     """`decode(tokens, mask, key) -> (rollout, scores or None)`, `count` rows a prompt."""
     tokenizer = model.tokenizer
     ends = {"max_new_tokens": max_new_tokens, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
     if isinstance(decoder, Sample):
-        sample = functools.partial(generation.generate, *sampler_fns(decoder, model.config))
+        sample = functools.partial(generation.generate, *sampler_fns(decoder, model))
         sampling = sampling_of(decoder, rules)
         compiled = jax.jit(functools.partial(sample, group_size=count, sampling=sampling, **ends))
         return lambda tokens, mask, key: (compiled(model.params, tokens, mask, key), None)
@@ -167,7 +168,7 @@ def make_decode(
         search = functools.partial(generation.contrastive_search, *fns, sampling=rules, **ends)
         compiled = jax.jit(functools.partial(search, **dataclasses.asdict(decoder)))
         return lambda tokens, mask, key: (compiled(model.params, tokens, mask), None)
-    prefill, decode = models.make_decode_fns(model.config)
+    prefill, decode = model.prefill, model.decode
     if isinstance(decoder, Beam):
         search = functools.partial(generation.beam_search, prefill, decode, sampling=rules, **ends)
         compiled = jax.jit(functools.partial(search, best=count, **dataclasses.asdict(decoder)))
@@ -175,7 +176,7 @@ def make_decode(
     speculate = functools.partial(
         generation.generate_speculatively,
         prefill,
-        models.make_extend_fn(model.config),
+        model.extend,
         drafter=make_drafter(decoder, model),
         sampling=dataclasses.replace(rules, temperature=decoder.temperature),
         **ends,
@@ -194,16 +195,17 @@ def sampling_of(decoder: Sample, rules: Sampling) -> Sampling:
     return dataclasses.replace(decoder.sampling(), constraint=rules.constraint, stop=rules.stop)
 
 
-def sampler_fns(decoder: Sample, config: models.ModelConfig) -> tuple[Callable, Callable]:
+def sampler_fns(decoder: Sample, model: Policy) -> tuple[PrefillFn, DecodeFn]:
     """(prefill, decode), contrasted where DoLa is wanted."""
     if not decoder.dola:
-        return models.make_decode_fns(config)
+        return model.prefill, model.decode
+    config = model.config
     if not all(0 <= layer < config.num_repeats for layer in decoder.dola):
         raise UserError(f"--dola {decoder.dola}: the model has layers 0 to {config.num_repeats - 1}")
     return generation.dola_fns(*models.make_layer_decode_fns(config, decoder.dola))
 
 
-def make_drafter(decoder: Speculative, model: Model) -> generation.Drafter:
+def make_drafter(decoder: Speculative, model: Policy) -> generation.Drafter:
     """Where guesses come from.
 
     Raises:
@@ -225,8 +227,8 @@ def make_drafter(decoder: Speculative, model: Model) -> generation.Drafter:
     if draft.tokenizer.backend.get_vocab() != model.tokenizer.backend.get_vocab():
         raise UserError(f"--draft {decoder.draft}: its tokenizer is not that of the model: choose another")
     return generation.model_drafter(
-        models.make_decode_fns(draft.config)[0],
-        models.make_extend_fn(draft.config),
+        draft.prefill,
+        draft.extend,
         draft.params,
         count=decoder.count,
         eos_id=model.tokenizer.eos_id,

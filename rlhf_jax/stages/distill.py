@@ -22,15 +22,16 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from rlhf_jax import distributed, losses, models
+from rlhf_jax import distributed, losses
 from rlhf_jax.algorithms import distillation
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.train_state import OptimizerConfig, with_total_steps
 from rlhf_jax.core.types import Array, Float, Params, Rollout
+from rlhf_jax.models import Policy
 from rlhf_jax.rollout.sampler import check_same_vocabulary
 from rlhf_jax.stages import adapting, common, inputs
 from rlhf_jax.training import run_loop
-from rlhf_jax.training.run_folder import Model, load_policy
+from rlhf_jax.training.run_folder import load_policy
 
 Loss = Literal["forward_kl", "reverse_kl", "js", "sequence", "sampled_reverse_kl", "sequence_reverse_kl"]
 WHOLE: dict[Loss, distillation.DivergenceFn] = {
@@ -99,7 +100,7 @@ def check(options: Options) -> float:
     return given if given is not None else needed or 0.0
 
 
-def start_from(options: Options, teacher: Model) -> Model:
+def start_from(options: Options, teacher: Policy) -> Policy:
     """The student."""
     if options.init:
         student = common.starting_model(options.init, "", "", options.model, options.run.seed)
@@ -109,11 +110,11 @@ def start_from(options: Options, teacher: Model) -> Model:
 
 
 def make_write_fn(
-    options: Options, student: Model, teacher: Model, prompts: inputs.Prompts, share: float
+    options: Options, student: Policy, teacher: Policy, prompts: inputs.Prompts, share: float
 ) -> Callable[[Params, int], tuple[Rollout, dict[str, float]]]:
     """`write(student's params, number) -> (answers, metrics)`; who writes is a function of the number."""
 
-    def make(model: Model):
+    def make(model: Policy):
         return inputs.make_answer_fn(
             options.prompts,
             model,
@@ -137,11 +138,11 @@ def make_write_fn(
     return write
 
 
-def make_logp_fn(options: Options, model: Model) -> distillation.LogpFn:
+def make_logp_fn(options: Options, model: Policy) -> distillation.LogpFn:
     """(params, sequences) -> log-probs as the loss takes them."""
     if options.loss in WHOLE:
-        return models.make_distribution_fn(model.config)
-    logprob_fn = models.make_logprob_fn(model.config)
+        return model.make_distribution_fn()
+    logprob_fn = model.make_logprob_fn()
 
     def logp(params: Params, sequences: Any) -> Float[Array, "B T"]:
         return logprob_fn(params, sequences).logp

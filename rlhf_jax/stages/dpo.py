@@ -22,12 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from rlhf_jax import distributed, models
+from rlhf_jax import distributed
 from rlhf_jax.algorithms import preference, unpaired
 from rlhf_jax.algorithms.unpaired import UNPAIRED_LOSSES
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.protocols import LogprobFn
 from rlhf_jax.core.train_state import OptimizerConfig, with_total_steps
-from rlhf_jax.core.types import LogprobFn, Metrics, Params, Sequences
+from rlhf_jax.core.types import Metrics, Params, Sequences
 from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.evaluation.classification import roc_auc
 from rlhf_jax.losses.pair_logps import PairLossTraits, traits_of
@@ -220,7 +221,7 @@ def run(options: Options) -> None:
     common.announce(options.run, model, f"{len(train):,} {what}, {len(held_out):,} held out")
 
     parts = adapting.take_apart(options.adapter, model, seed=seed, steps=options.run.steps)
-    logprob_fn = models.make_logprob_fn(model.config)
+    logprob_fn = model.make_logprob_fn()
     tx = parts.optimizer(with_total_steps(options.optimizer, options.run.steps))
     if loss in UNPAIRED_LOSSES:
         objective = unpaired_objective(options, loss, logprob_fn, tx)
@@ -230,8 +231,8 @@ def run(options: Options) -> None:
     adapting.say_what_trains(options.run, state.learner)
     # Both sides, and the reference's pass over them where it is made at every step.
     sizes = {"rows": 2 * options.batch_size, "length": train.length}
-    passes = models.forward_flops(model.config, **sizes) if options.reference == "each_step" else 0.0
-    meter = options.run.meter(models.training_flops(model.config, **sizes) + passes)
+    passes = model.forward_flops(**sizes) if options.reference == "each_step" else 0.0
+    meter = options.run.meter(model.training_flops(**sizes) + passes)
     step = make_step_fn(options, objective, logprob_fn, parts, state, train, meter)
     evaluate = make_evaluate_fn(options, logprob_fn, parts.reference(state.learner), held_out)
 

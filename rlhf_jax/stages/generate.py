@@ -30,9 +30,9 @@ from rlhf_jax.data.examples import prompt_examples
 from rlhf_jax.data.packing import bucket_batches, left_pad, length_bucket
 from rlhf_jax.data.sources import read_rows
 from rlhf_jax.generation import Sampling, row_keys
+from rlhf_jax.models import Policy
 from rlhf_jax.stages import decoders
 from rlhf_jax.stages.decoders import Beam, Contrastive, Decode, Decoder, Sample
-from rlhf_jax.training.run_folder import Model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,14 +90,14 @@ def check(options: Options) -> None:
         raise UserError("--raw has no meaning in a chat: give --prompt or --file")
 
 
-def rules(options: Options, model: Model) -> Sampling:
+def rules(options: Options, model: Policy) -> Sampling:
     """What answers must look like."""
     return decoders.answer_rules(
         model, stop=options.stop, regex=options.regex, json_schema=options.json_schema
     )
 
 
-def make_decode(options: Options, model: Model) -> Decode:
+def make_decode(options: Options, model: Policy) -> Decode:
     """The decoder that the options name."""
     shape = {"count": options.n, "max_new_tokens": options.max_new_tokens}
     return decoders.make_decode(options.decoder, model, rules(options, model), **shape)
@@ -107,7 +107,7 @@ def make_decode(options: Options, model: Model) -> Decode:
 
 
 def describe(
-    options: Options, model: Model, rollout: Rollout, scores: np.ndarray | None
+    options: Options, model: Policy, rollout: Rollout, scores: np.ndarray | None
 ) -> list[dict[str, Any]]:
     """Every row as JSON types."""
     rollout = jax.device_get(rollout)
@@ -134,7 +134,7 @@ def describe(
     return found
 
 
-def show(options: Options, model: Model, prompt: str, answers: Sequence[dict[str, Any]]) -> None:
+def show(options: Options, model: Policy, prompt: str, answers: Sequence[dict[str, Any]]) -> None:
     """Prints the answers to one prompt."""
     if options.json:
         print(json.dumps({"prompt": prompt, "answers": answers}, ensure_ascii=False), flush=True)
@@ -156,11 +156,11 @@ def held_back(text: str, stops: Sequence[str]) -> int:
     )
 
 
-def make_stream(options: Options, model: Model, decoder: Sample) -> Callable[[Sequence[int], Any], str]:
+def make_stream(options: Options, model: Policy, decoder: Sample) -> Callable[[Sequence[int], Any], str]:
     """`answer(ids, key)` prints an answer as it is sampled and returns it."""
     sampling = decoders.sampling_of(decoder, rules(options, model))
     ends = {"eos_id": model.tokenizer.eos_id, "pad_id": model.tokenizer.pad_id}
-    fns = decoders.sampler_fns(decoder, model.config)
+    fns = decoders.sampler_fns(decoder, model)
     stream = generation.make_stream(*fns, max_new_tokens=options.max_new_tokens, **ends)
 
     def answer(ids: Sequence[int], key: Any) -> str:
@@ -181,7 +181,7 @@ def make_stream(options: Options, model: Model, decoder: Sample) -> Callable[[Se
     return answer
 
 
-def chat(options: Options, model: Model) -> None:
+def chat(options: Options, model: Policy) -> None:
     """Answers line by line until the input ends."""
     messages: list[dict[str, str]] = []
     decoder = options.decoder
@@ -214,7 +214,7 @@ def read_line(interactive: bool) -> str | None:
         return None
 
 
-def read_prompts(options: Options, model: Model) -> list[tuple[str, list[int]]]:
+def read_prompts(options: Options, model: Policy) -> list[tuple[str, list[int]]]:
     """(text, ids) of every prompt."""
     if options.file:
         rows = read_rows(options.file)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from rlhf_jax import distributed, models
+from rlhf_jax import distributed
 from rlhf_jax.algorithms import grpo
 from rlhf_jax.algorithms.grpo_variants import GRPOVariant, grpo_variants, make_variant
 from rlhf_jax.core.errors import UserError
@@ -31,12 +31,13 @@ from rlhf_jax.core.types import Params
 from rlhf_jax.generation import Sampling
 from rlhf_jax.losses import policy_weights
 from rlhf_jax.metrics import Thresholds
+from rlhf_jax.models import Policy
 from rlhf_jax.rollout.dynamic_sampling import Answers, draw_groups_that_differ, term_means
 from rlhf_jax.rollout.sampler import make_generate_fn, make_reward_fn
 from rlhf_jax.rollout.step import make_group_learn
 from rlhf_jax.stages import adapting, common, inputs
 from rlhf_jax.training import Meter, run_loop
-from rlhf_jax.training.run_folder import Model, load_policy
+from rlhf_jax.training.run_folder import load_policy
 
 CORRECTIONS = {
     "none": None,
@@ -162,16 +163,16 @@ def variant_of(options: Options) -> GRPOVariant:
     )
 
 
-def update_flops(options: Options, model: Model, prompt_length: int) -> float:
+def update_flops(options: Options, model: Policy, prompt_length: int) -> float:
     """Operations of scoring with policy and reference, and of all epochs."""
     rows = options.batch_size * options.group_size
     sizes = {"rows": rows, "length": prompt_length + options.prompts.max_new_tokens}
-    scored = 2 * models.forward_flops(model.config, **sizes)
-    return scored + options.num_iterations * models.training_flops(model.config, **sizes)
+    scored = 2 * model.forward_flops(**sizes)
+    return scored + options.num_iterations * model.training_flops(**sizes)
 
 
 def make_draw_fn(
-    options: Options, variant: GRPOVariant, model: Model, prompts: inputs.Prompts, meter: Meter
+    options: Options, variant: GRPOVariant, model: Policy, prompts: inputs.Prompts, meter: Meter
 ) -> Callable[[Params, int], tuple[Answers, dict[str, float]]]:
     """`draw(params, number) -> (answers, metrics)` of a step, a function of its number and of the sampler."""
     answer = inputs.make_answer_fn(
@@ -213,12 +214,11 @@ def make_draw_fn(
 
 
 def make_greedy_fn(
-    options: Options, model: Model, prompts: inputs.Prompts
+    options: Options, model: Policy, prompts: inputs.Prompts
 ) -> Callable[[Params, Answers], np.ndarray]:
     """`greedy(params, answers) -> [N]`: rewards of the most likely answers to the same prompts, for ReMax."""
     generate = make_generate_fn(
-        model.config,
-        model.tokenizer,
+        model,
         prompt_length=prompts.length,
         max_new_tokens=options.prompts.max_new_tokens,
         sampling=Sampling(temperature=0.0),
@@ -243,7 +243,7 @@ def run(options: Options) -> None:
     meter = options.run.meter(update_flops(options, model, prompts.length))
     draw = make_draw_fn(options, variant, model, prompts, meter)
     greedy = make_greedy_fn(options, model, prompts)
-    logprob_fn = models.make_logprob_fn(model.config, temperature=options.temperature)
+    logprob_fn = model.make_logprob_fn(temperature=options.temperature)
     steps = options.run.steps * options.num_iterations * options.num_minibatches
     parts = adapting.take_apart(options.adapter, model, seed=seed, steps=steps)
     tx = parts.optimizer(with_total_steps(options.optimizer, steps))

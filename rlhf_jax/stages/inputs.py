@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from rlhf_jax import models
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Params, Sequences
 from rlhf_jax.data import packing
@@ -25,7 +24,6 @@ from rlhf_jax.data.pipeline import BatchSampler, fingerprint
 from rlhf_jax.data.sources import Row, read_rows
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.generation import Sampling
-from rlhf_jax.models import hf
 from rlhf_jax.models.adapters import merge_adapter
 from rlhf_jax.rollout.dynamic_sampling import Answers, without_failed
 from rlhf_jax.rollout.engines import failed_rows, make_engine, parse_engine
@@ -40,7 +38,6 @@ from rlhf_jax.rollout.samples import Sample, make_samples_fn
 from rlhf_jax.stages import common
 from rlhf_jax.tasks import arithmetic
 from rlhf_jax.training import Meter
-from rlhf_jax.training.run_folder import Model
 
 UNBOUNDED = 1 << 30
 
@@ -234,7 +231,7 @@ class Prompts:
         return max(len(prompt.ids) for prompt in self.train)
 
 
-def load_prompts(options: common.PromptOptions, model: Model, rewards: Sequence[str], seed: int) -> Prompts:
+def load_prompts(options: common.PromptOptions, model: Policy, rewards: Sequence[str], seed: int) -> Prompts:
     """The prompts that the options name.
 
     Args:
@@ -255,14 +252,14 @@ def load_prompts(options: common.PromptOptions, model: Model, rewards: Sequence[
     shown = (held_out or train)[: options.samples]
     return Prompts(
         train,
-        make_evaluate_fn(model.config, model.tokenizer, held_out, **look) if held_out else None,
-        make_samples_fn(model.config, model.tokenizer, shown, **look),
+        make_evaluate_fn(model, held_out, **look) if held_out else None,
+        make_samples_fn(model, shown, **look),
     )
 
 
 def make_sampler(
     engine: str,
-    model: Model,
+    model: Policy,
     *,
     prompt_length: int,
     max_new_tokens: int,
@@ -285,22 +282,22 @@ def make_sampler(
         "sampling": sampling,
     }
     if parse_engine(engine)[0] == "local":
-        return make_generate_fn(model.config, model.tokenizer, slots=slots or None, **shared)
+        return make_generate_fn(model, slots=slots or None, **shared)
     if slots:
         raise UserError(f"--slots is for --engine local: the server of {engine} has its own way")
-    score_fn = models.make_logprob_fn(model.config)
+    logprob_fn = model.make_logprob_fn()
 
     def write(path: Path, params: Params) -> None:
-        hf.save(path, model.config, merge_adapter(params), model.tokenizer)
+        model.with_params(merge_adapter(params)).save(path)
 
     return make_engine(
-        engine, model.tokenizer, score_fn=score_fn, write=write, folder=folder / "weights", **shared
+        engine, model.tokenizer, logprob_fn=logprob_fn, write=write, folder=folder / "weights", **shared
     )
 
 
 def make_answer_fn(
     options: common.PromptOptions,
-    model: Model,
+    model: Policy,
     prompts: Prompts,
     *,
     batch_size: int,

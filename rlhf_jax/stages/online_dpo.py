@@ -20,12 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from rlhf_jax import distributed, losses, models
+from rlhf_jax import distributed, losses
 from rlhf_jax.algorithms import nash_md, preference, selection
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.masks import masked_sum
+from rlhf_jax.core.protocols import LogprobFn
 from rlhf_jax.core.train_state import OptimizerConfig, with_total_steps
-from rlhf_jax.core.types import Array, Bool, Float, LogprobFn, Metrics, Params, Rollout
+from rlhf_jax.core.types import Array, Bool, Float, Metrics, Params, Rollout
 from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.feedback.pairwise import CompareFn, compare_by_judge, compare_by_rewards
 from rlhf_jax.generation import Sampling
@@ -34,7 +35,7 @@ from rlhf_jax.rollout.engines import failed_rows
 from rlhf_jax.rollout.sampler import make_generate_fn, make_reward_fn
 from rlhf_jax.stages import adapting, common, inputs
 from rlhf_jax.training import run_loop
-from rlhf_jax.training.run_folder import Model, load_policy
+from rlhf_jax.training.run_folder import load_policy
 
 LossName = Annotated[
     str,
@@ -113,7 +114,7 @@ def check(options: Options) -> None:
 
 
 def make_write_fn(
-    options: Options, model: Model, prompts: inputs.Prompts, reference: Callable[[Any], Params]
+    options: Options, model: Policy, prompts: inputs.Prompts, reference: Callable[[Any], Params]
 ) -> Callable[..., tuple[Rollout, Rollout]]:
     """`write(state, chosen, key) -> (first, second)`: the policy's answers, and those of its opponent."""
 
@@ -125,10 +126,10 @@ def make_write_fn(
     generate = inputs.make_sampler(options.engine, model, folder=options.run.out, **shared)
     generate_other = generate
     if options.method == "nash_md":  # a server knows no mixture of two models
-        fns = nash_md.mixture_fns(*models.make_decode_fns(model.config), mixing=options.mixing)
-        generate_other = make_generate_fn(model.config, model.tokenizer, decode_fns=fns, **shared)
+        fns = nash_md.mixture_fns(model.prefill, model.decode, mixing=options.mixing)
+        generate_other = make_generate_fn(model, decode_fns=fns, **shared)
     elif options.method == "xpo" and options.engine != "local":  # weights would go to and fro
-        generate_other = make_generate_fn(model.config, model.tokenizer, **shared)
+        generate_other = make_generate_fn(model, **shared)
 
     def write(state: Any, chosen: list[Any], key: jax.Array) -> tuple[Rollout, Rollout]:
         policy, ref = state.learner.all_params, reference(state)
@@ -193,7 +194,7 @@ def nash_update(options: Options, logprob_fn: LogprobFn, tx: Any) -> tuple[Calla
     return lambda params, key: nash_md.init(params, tx, key), learn
 
 
-def make_compare_fn(options: Options, model: Model) -> CompareFn:
+def make_compare_fn(options: Options, model: Policy) -> CompareFn:
     """The judge, or the rewards."""
     if options.judge:
         return compare_by_judge(options.judge, model.tokenizer)
@@ -211,7 +212,7 @@ def run(options: Options) -> None:
     common.announce(options.run, model, f"{len(prompts):,} prompts")
 
     parts = adapting.take_apart(options.adapter, model, seed=seed, steps=options.run.steps)
-    logprob_fn = models.make_logprob_fn(model.config, temperature=options.temperature)
+    logprob_fn = model.make_logprob_fn(temperature=options.temperature)
     tx = parts.optimizer(with_total_steps(options.optimizer, options.run.steps))
     init, learn_from = (nash_update if options.method == "nash_md" else pair_update)(options, logprob_fn, tx)
     state = adapting.new_state(init, parts.trained, parts.frozen, jax.random.key(seed))

@@ -35,7 +35,7 @@ from rlhf_jax.core.types import Params
 from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.generation import Sampling
-from rlhf_jax.models import adapters
+from rlhf_jax.models import Policy, adapters
 from rlhf_jax.rewards import ensembles
 from rlhf_jax.rewards.functions import Scored
 from rlhf_jax.rollout.dynamic_sampling import term_means, without_failed
@@ -44,13 +44,7 @@ from rlhf_jax.rollout.sampler import Evaluation, RolloutReward, make_ensemble_fn
 from rlhf_jax.rollout.step import make_ppo_learn
 from rlhf_jax.stages import adapting, common, inputs
 from rlhf_jax.training import run_loop
-from rlhf_jax.training.run_folder import (
-    Model,
-    check_same_architecture,
-    load_policy,
-    load_reward_model,
-    load_unmerged_reward_model,
-)
+from rlhf_jax.training.run_folder import load_policy, load_reward_model, load_unmerged_reward_model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,13 +121,13 @@ class Options:
     scale_rewards: bool = False
 
 
-def reward_on_base(options: Options, policy: Model, parts: adapting.Parts) -> Params | None:
+def reward_on_base(options: Options, policy: Policy, parts: adapting.Parts) -> Params | None:
     """What a reward model has of its own, where it is an adapter beside the same base; else None."""
     if len(options.reward_model) != 1 or parts.adaptation is None:
         return None
     (folder,) = options.reward_model
     model, theirs = load_unmerged_reward_model(Path(folder))
-    check_same_architecture(policy.config, model.config, folder)
+    models.check_same_architecture(policy.config, model.config, folder)
     ours = parts.adaptation
     if theirs is None or theirs.base.digest != ours.base.digest or theirs.quantisation != ours.quantisation:
         return None
@@ -144,7 +138,7 @@ def reward_on_base(options: Options, policy: Model, parts: adapting.Parts) -> Pa
 
 
 def initial_params(
-    options: Options, policy: Model, parts: adapting.Parts, reward: Params | None, key: jax.Array
+    options: Options, policy: Policy, parts: adapting.Parts, reward: Params | None, key: jax.Array
 ) -> tuple[Params, Params]:
     """(trained, frozen) of policy and value, and of a reward model on the same base.
 
@@ -152,15 +146,15 @@ def initial_params(
     """
     adapter_key, head_key = jax.random.split(key)
     if options.value == "shared":
-        value = {"head": models.init_scalar_head(policy.config, head_key)}
+        value = {"head": policy.init_scalar_head(head_key)}
     elif reward is not None:
         value = common.copied(reward)
     elif options.reward_model and parts.adaptation is None:
         reward_model = load_reward_model(Path(options.reward_model[0]))
-        check_same_architecture(policy.config, reward_model.config, options.reward_model[0])
+        models.check_same_architecture(policy.config, reward_model.config, options.reward_model[0])
         value = common.copied(reward_model.params)
     else:
-        head = models.init_scalar_head(policy.config, head_key)
+        head = policy.init_scalar_head(head_key)
         value = {"decoder": parts.another(adapter_key), "head": head}
     params = {"policy": parts.own, "value": value}
     if parts.adaptation is None:
@@ -204,12 +198,12 @@ def make_hyper(options: Options) -> ppo.Hyper:
     )
 
 
-def update_flops(options: Options, model: Model, prompt_length: int) -> float:
+def update_flops(options: Options, model: Policy, prompt_length: int) -> float:
     """Operations of scoring with policy, value and reference, and of all epochs of policy and value."""
     sizes = {"rows": options.batch_size, "length": prompt_length + options.prompts.max_new_tokens}
     trained = 1 if options.value == "shared" else 2
-    scored = (trained + 1) * models.forward_flops(model.config, **sizes)
-    return scored + trained * options.num_ppo_epochs * models.training_flops(model.config, **sizes)
+    scored = (trained + 1) * model.forward_flops(**sizes)
+    return scored + trained * options.num_ppo_epochs * model.training_flops(**sizes)
 
 
 def check(options: Options) -> None:
@@ -267,10 +261,10 @@ def run(options: Options) -> None:
         sampling=Sampling(temperature=options.temperature),
     )
     make_logprob_fn = (
-        models.make_shared_trunk_actor_critic_fn if options.value == "shared" else models.make_actor_critic_fn
+        model.make_shared_trunk_actor_critic_fn if options.value == "shared" else model.make_actor_critic_fn
     )
-    logprob_fn = make_logprob_fn(model.config, temperature=options.temperature)
-    ref_logprob_fn = models.make_logprob_fn(model.config, temperature=options.temperature)
+    logprob_fn = make_logprob_fn(temperature=options.temperature)
+    ref_logprob_fn = model.make_logprob_fn(temperature=options.temperature)
     tx = parts.optimizer(with_total_steps(options.optimizer, steps))
     update = ppo.make_update(config, logprob_fn, tx)
     hyper, evaluate = make_hyper(options), prompts.evaluate
@@ -286,7 +280,7 @@ def run(options: Options) -> None:
     meter = options.run.meter(update_flops(options, model, prompts.length))
 
     reward_fn = make_rollout_reward(options, model.tokenizer) if reward is None else None
-    score_reward = jax.jit(models.make_shared_reward_fn(model.config))
+    score_reward = jax.jit(model.make_shared_reward_fn())
 
     def step(state: ppo.State, number: int):
         chosen = [prompts.train[i] for i in common.local_indices(sampler, number)]

@@ -39,7 +39,7 @@ from rlhf_jax.metrics.pages import whole_lines
 from rlhf_jax.rollout.sampler import completion_texts, make_reward_fn
 from rlhf_jax.stages import common, inputs
 from rlhf_jax.stages.rounds import prompt_of, write_rows
-from rlhf_jax.training.run_folder import Model, describe_run, load_policy, write_json
+from rlhf_jax.training.run_folder import describe_run, load_policy, write_json
 
 PairFn = Callable[[Sequence[PromptExample], Rollout], list[Pair]]
 
@@ -125,7 +125,7 @@ def check(options: Options) -> None:
 # Judging ----------------------------------------------------------------------------------------------
 
 
-def make_pair_fn(options: Options, model: Model) -> PairFn:
+def make_pair_fn(options: Options, model: Policy) -> PairFn:
     """`pairs(prompts, rollout)` of answers that stand together in groups, a prompt a row."""
     size, most = options.samples_per_prompt, options.pairs_per_prompt
     if options.judge or options.judge_model:
@@ -148,7 +148,7 @@ def make_pair_fn(options: Options, model: Model) -> PairFn:
     return pairs
 
 
-def _judged_pairs(options: Options, model: Model) -> PairFn:
+def _judged_pairs(options: Options, model: Policy) -> PairFn:
     size, most = options.samples_per_prompt, options.pairs_per_prompt
     judge = options.judge
     if options.judge_model:
@@ -188,7 +188,7 @@ def _nothing(prompt: PromptExample) -> Pair:
     return Pair(prompt_of(prompt), "", "", float("nan"), float("nan"))
 
 
-def sampled(options: Options, model: Model) -> list[Pair]:
+def sampled(options: Options, model: Policy) -> list[Pair]:
     """Pairs of all prompts, judged now or before."""
     prompts = inputs.load_prompts(options.prompts, model, options.prompts.rewards[:1], options.seed).train
     size, pair_fn = options.samples_per_prompt, make_pair_fn(options, model)

@@ -25,8 +25,9 @@ import tyro
 from rlhf_jax import distributed, models
 from rlhf_jax.algorithms import sft
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.protocols import LogprobFn
 from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer, with_total_steps
-from rlhf_jax.core.types import LogprobFn, Params, Sequences
+from rlhf_jax.core.types import Params, Sequences
 from rlhf_jax.data import documents as texts
 from rlhf_jax.data import packing
 from rlhf_jax.data.documents import Document, FillInTheMiddle
@@ -35,12 +36,11 @@ from rlhf_jax.data.pipeline import BatchSampler, fingerprint
 from rlhf_jax.data.tokenizers import Tokenizer, train_bpe
 from rlhf_jax.generation import Sampling
 from rlhf_jax.losses.supervised import cross_entropy_loss
-from rlhf_jax.models import LinearScaling, Rope, YarnScaling, ntk_theta
+from rlhf_jax.models import LinearScaling, Policy, Rope, YarnScaling, ntk_theta
 from rlhf_jax.rollout.sampler import completion_texts, make_generate_fn
 from rlhf_jax.stages import common
 from rlhf_jax.tasks.arithmetic import Level, demonstration_rows
 from rlhf_jax.training import run_loop
-from rlhf_jax.training.run_folder import Model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +172,7 @@ def choose_tokenizer(options: Options, documents: list[Document]) -> str | Token
     return train_bpe((document.text for document in documents), options.train_tokenizer)
 
 
-def starting_model(options: Options, documents: list[Document]) -> Model:
+def starting_model(options: Options, documents: list[Document]) -> Policy:
     """A new model, or that of `--init` with its rotations changed, told the length of its rows."""
     chosen = choose_tokenizer(options, documents)
     if options.fill.share and not options.init:
@@ -186,7 +186,7 @@ def starting_model(options: Options, documents: list[Document]) -> Model:
         )
     config = models.map_rope(model.config, lambda rope, width: _stretched(options, model.config, rope, width))
     config = dataclasses.replace(config, context_length=max(options.length, config.context_length or 0))
-    return dataclasses.replace(model, config=config)
+    return models.make_policy(config, model.params, model.tokenizer, source=model.source)
 
 
 def _stretched(options: Options, config: models.ModelConfig, rope: Rope, width: int) -> Rope:
@@ -243,7 +243,7 @@ class Batches:
 
 
 def make_evaluate_fn(
-    options: Options, model: Model, logprob_fn: LogprobFn, held_out: list[Document]
+    options: Options, model: Policy, logprob_fn: LogprobFn, held_out: list[Document]
 ) -> Callable[[Params], dict[str, float]]:
     """Loss in nats a token and bits a byte of held-out text, as it stands, without middles moved."""
     rows = texts.full_rows(texts.token_runs(held_out, model.tokenizer), options.length, apart=options.apart)
@@ -268,7 +268,7 @@ def make_evaluate_fn(
 
 
 def make_sample_fn(
-    options: Options, model: Model, held_out: list[Document]
+    options: Options, model: Policy, held_out: list[Document]
 ) -> Callable[[Params], list[tuple[str, str]]]:
     """`sample(params) -> [(prompt, continuation)]`, and a middle where these were trained."""
     tokenizer, start = model.tokenizer, texts.start_id(model.tokenizer)
@@ -281,8 +281,7 @@ def make_sample_fn(
         shown = f"{text[: cuts[0]]}[...]{text[cuts[1] :]}"
         prompts.append(PromptExample(np.array([start, *ids], np.int32), shown, {}, shown))
     generate = make_generate_fn(
-        model.config,
-        tokenizer,
+        model,
         prompt_length=max(len(prompt.ids) for prompt in prompts),
         max_new_tokens=options.sample_tokens,
         sampling=Sampling(temperature=0.8),
@@ -323,18 +322,14 @@ def run(options: Options) -> None:
     state = distributed.born_sharded(
         lambda params, key: sft.init(params, tx, key), model.params, jax.random.key(options.run.seed)
     )
-    logprob_fn = models.make_logprob_fn_with_auxiliaries(model.config)
+    logprob_fn = model.make_logprob_fn_with_auxiliaries()
     update = sft.make_update(sft.Config(options.micro_batches), logprob_fn, tx, models.rebalance)
     update = common.jit_update(update, state)
     hyper = options.auxiliary.hyper(options.learning_rate)
     common.start(options, options.run, "pretrain", model, "policy")
-    measure = (
-        make_evaluate_fn(options, model, models.make_logprob_fn(model.config), held_out) if held_out else None
-    )
+    measure = make_evaluate_fn(options, model, model.make_logprob_fn(), held_out) if held_out else None
     sample = make_sample_fn(options, model, held_out or documents) if options.sample_tokens else None
-    meter = options.run.meter(
-        models.training_flops(model.config, rows=options.batch_size, length=options.length)
-    )
+    meter = options.run.meter(model.training_flops(rows=options.batch_size, length=options.length))
 
     def step(state: sft.State, number: int):
         batch = meter.timed("data", lambda: distributed.shard_batch(batches.at(number)))

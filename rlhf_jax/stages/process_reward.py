@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from rlhf_jax import distributed, models
+from rlhf_jax import distributed
 from rlhf_jax.algorithms import process_reward
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer, with_total_steps
@@ -44,11 +44,12 @@ from rlhf_jax.data.sources import Row, read_rows
 from rlhf_jax.data.tokenizers import Tokenizer, train_bpe
 from rlhf_jax.evaluation.classification import brier_score, reliability, roc_auc
 from rlhf_jax.feedback.step_labels import label_by_rollouts
+from rlhf_jax.models import Policy
 from rlhf_jax.rollout.sampler import make_reward_fn
 from rlhf_jax.stages import common, inputs
 from rlhf_jax.tasks import arithmetic
 from rlhf_jax.training import run_loop
-from rlhf_jax.training.run_folder import Model, write_json
+from rlhf_jax.training.run_folder import write_json
 
 HELD_OUT_PART = 8
 
@@ -128,7 +129,7 @@ def load_rows(options: Options) -> tuple[list[Row], list[Row]]:
     return train, held_out[: options.eval_count]
 
 
-def label(options: Options, policy: Model, rows: tuple[list[Row], list[Row]]) -> tuple[list[Row], list[Row]]:
+def label(options: Options, policy: Policy, rows: tuple[list[Row], list[Row]]) -> tuple[list[Row], list[Row]]:
     """Rows labelled by rollouts. Held-out rows of the embedded task keep the truth, of whole beginnings."""
     train, held_out = rows
     reward_fn = make_reward_fn([options.label_reward], policy.tokenizer)
@@ -266,20 +267,18 @@ def run(options: Options) -> None:
     sampler = BatchSampler(len(train), options.batch_size, seed)
     common.announce(options.run, model, f"{len(train):,} solutions, {len(held_out):,} held out")
 
-    step_reward_fn = models.make_process_reward_fn(model.config)
+    step_reward_fn = model.make_process_reward_fn()
     tx = make_optimizer(with_total_steps(options.optimizer, options.run.steps))
     init_key, state_key = jax.random.split(jax.random.key(seed))
 
     def init(params: Params, init_key: PRNGKeyArray, state_key: PRNGKeyArray) -> process_reward.State:
-        return process_reward.init(models.init_scalar_model(model.config, init_key, params), tx, state_key)
+        return process_reward.init(model.init_scalar_model(init_key, params), tx, state_key)
 
     state = distributed.born_sharded(init, model.params, init_key, state_key)
     update = common.jit_update(
         process_reward.make_update(process_reward.Config(options.micro_batches), step_reward_fn, tx), state
     )
-    meter = options.run.meter(
-        models.training_flops(model.config, rows=options.batch_size, length=train.length)
-    )
+    meter = options.run.meter(model.training_flops(rows=options.batch_size, length=train.length))
     hyper = process_reward.Hyper(jnp.float32(options.learning_rate))
     common.start(options, options.run, "process_reward", model, "reward_model")
 

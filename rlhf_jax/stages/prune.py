@@ -22,9 +22,9 @@ from rlhf_jax.core.trees import tree_add
 from rlhf_jax.core.types import Params, Sequences
 from rlhf_jax.data import packing
 from rlhf_jax.metrics import final_table
-from rlhf_jax.models import pruning
+from rlhf_jax.models import Policy, pruning
 from rlhf_jax.stages import common, sft
-from rlhf_jax.training.run_folder import Model, describe_run, load_policy, write_json, write_model_files
+from rlhf_jax.training.run_folder import describe_run, load_policy, write_json, write_model_files
 
 Method = Literal["wanda", "magnitude"]
 _BATCH = 32  # rows measured at a time
@@ -90,7 +90,7 @@ class Options:
     quiet: bool = False
 
 
-def measure(model: Model, rows: Sequences) -> Params:
+def measure(model: Policy, rows: Sequences) -> Params:
     """Sums of squared inputs over all rows, a batch at a time."""
     add = jax.jit(lambda params, part: pruning.input_square_sums(model.config, params, part))
     total = None
@@ -101,7 +101,7 @@ def measure(model: Model, rows: Sequences) -> Params:
     return total
 
 
-def calibration_rows(data: str, count: int, seed: int, model: Model) -> Sequences:
+def calibration_rows(data: str, count: int, seed: int, model: Policy) -> Sequences:
     """Conversations to measure on."""
     run = common.RunOptions(Path(), seed=seed)
     options = sft.Options(run=run, data=data, demonstrations=count, slip_rate=0, late_slip_rate=0)
@@ -120,7 +120,7 @@ def run(options: Options) -> None:
     if options.prune.method == "wanda":
         sums = measure(model, calibration_rows(options.data, options.rows, options.seed, model))
     params = pruning.apply_masks(model.params, options.prune.masks(model.params, sums))
-    write_model_files(options.out, model.config, model.tokenizer, "policy")
+    write_model_files(options.out, model, "policy")
     describe_run(options.out, common.to_json(options), stage="prune")
     with CheckpointManager(options.out / "checkpoints") as manager:
         manager.save(0, {"learner": {"params": params}}, wait=True)

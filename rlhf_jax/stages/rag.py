@@ -27,11 +27,12 @@ from rlhf_jax.data.sources import Row, read_rows
 from rlhf_jax.evaluation.statistics import wilson_interval
 from rlhf_jax.generation import Sampling
 from rlhf_jax.metrics.progress import Progress, final_table
+from rlhf_jax.models import Policy
 from rlhf_jax.rollout.sampler import completion_texts, make_generate_fn
 from rlhf_jax.stages import common, decoders, inputs, sft
 from rlhf_jax.tasks import facts
 from rlhf_jax.tool_use import Passage, PassageIndex, numbered_prompt, read_answer, split_document
-from rlhf_jax.training.run_folder import Model, describe_run, write_json
+from rlhf_jax.training.run_folder import describe_run, write_json
 
 TEXTS = (".txt", ".md")
 WORLDS = 8
@@ -220,11 +221,10 @@ class Policy:
       longest: tokens of the longest prompt.
     """
 
-    def __init__(self, options: Options, model: Model, longest: int) -> None:
+    def __init__(self, options: Options, model: Policy, longest: int) -> None:
         self._options, self._model = options, model
         self._generate = make_generate_fn(
-            model.config,
-            model.tokenizer,
+            model,
             prompt_length=longest,
             max_new_tokens=options.max_new_tokens,
             sampling=Sampling(temperature=0.0),
@@ -243,7 +243,7 @@ class Policy:
         return answers[: len(examples)]
 
 
-def encode(options: Options, model: Model, questions: Sequence[dict[str, str]], given: Sequence[Any]):
+def encode(options: Options, model: Policy, questions: Sequence[dict[str, str]], given: Sequence[Any]):
     """Prompts as tokens."""
     prompts = [
         numbered_prompt(question["question"], passages, options.instruction)
@@ -292,7 +292,7 @@ def summary(judged: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def measure(options: Options, model: Model, index: PassageIndex) -> dict[int, list[dict[str, Any]]]:
+def measure(options: Options, model: Policy, index: PassageIndex) -> dict[int, list[dict[str, Any]]]:
     """Answers to all questions with 0, 1, ... passages."""
     questions = read_questions(options)
     found = [index.search(question["question"], options.passages) for question in questions]
@@ -336,7 +336,7 @@ def show(results: dict[int, dict[str, Any]]) -> None:
     )
 
 
-def ask(options: Options, model: Model, index: PassageIndex) -> None:
+def ask(options: Options, model: Policy, index: PassageIndex) -> None:
     """Answers one question, with the passages it names."""
     given = index.search(options.ask, options.passages)
     examples = encode(options, model, [{"question": options.ask}], [given])

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from rlhf_jax import distributed, models
+from rlhf_jax import distributed
 from rlhf_jax.algorithms import reward
 from rlhf_jax.core.train_state import OptimizerConfig, with_total_steps
 from rlhf_jax.data.pipeline import BatchSampler
@@ -67,12 +67,10 @@ def run(options: Options) -> None:
     common.announce(options.run, model, f"{len(train):,} pairs, {len(held_out):,} held out")
 
     parts = adapting.take_apart(options.adapter, model, seed=seed, steps=options.run.steps)
-    reward_fn = models.make_reward_fn(model.config)
+    reward_fn = model.make_reward_fn()
     tx = parts.optimizer(with_total_steps(options.optimizer, options.run.steps))
     state = adapting.new_state(
-        lambda params, *keys: reward.init(
-            models.init_scalar_model(model.config, keys[0], params), tx, keys[1]
-        ),
+        lambda params, *keys: reward.init(model.init_scalar_model(keys[0], params), tx, keys[1]),
         parts.trained,
         None if parts.frozen is None else {"decoder": parts.frozen},
         *jax.random.split(jax.random.key(seed)),
@@ -82,9 +80,7 @@ def run(options: Options) -> None:
     hyper = reward.Hyper(*(jnp.float32(x) for x in (options.learning_rate, options.margin, options.centring)))
     score = jax.jit(lambda params, pairs: reward.score_pairs(reward_fn, params, pairs))
 
-    meter = options.run.meter(
-        models.training_flops(model.config, rows=2 * options.batch_size, length=train.length)
-    )
+    meter = options.run.meter(model.training_flops(rows=2 * options.batch_size, length=train.length))
 
     def batch(number: int) -> reward.Pairs:
         indices = common.local_indices(sampler, number)

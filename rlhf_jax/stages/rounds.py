@@ -37,7 +37,7 @@ from rlhf_jax.metrics import JSONLLogger, final_table
 from rlhf_jax.rollout.dynamic_sampling import Answers, concatenate, term_means
 from rlhf_jax.rollout.sampler import check_same_vocabulary
 from rlhf_jax.stages import common, dpo, inputs, sft
-from rlhf_jax.training.run_folder import Model, describe_run, load_policy, write_json
+from rlhf_jax.training.run_folder import describe_run, load_policy, write_json
 
 Rows = list[dict[str, Any]]
 
@@ -171,7 +171,7 @@ def write_rows(path: Path, rows: Rows) -> None:
 
 
 def make_round_fn(
-    options: Options, model: Model, prompts: inputs.Prompts
+    options: Options, model: Policy, prompts: inputs.Prompts
 ) -> Callable[[Params, int], Answers]:
     """`answer(params, round) -> Answers` to the prompts of a round, counted from 0."""
     draws = options.prompts_per_round // options.batch_size
@@ -208,7 +208,7 @@ def train(options: Options, data: Path, folder: Path, init: Path) -> None:
         sft.run(sft.Options(run=run, init=str(init), data=str(data), batch_size=batch, **shared))
 
 
-def rounds(options: Options, model: Model, prompts: inputs.Prompts) -> Iterator[dict[str, float]]:
+def rounds(options: Options, model: Policy, prompts: inputs.Prompts) -> Iterator[dict[str, float]]:
     """What each round was like, and how good the policy is that it leaves; past ones are looked up."""
     out, writer = options.run.out, load_policy(Path(options.writer)) if options.writer else None
     if writer is not None:

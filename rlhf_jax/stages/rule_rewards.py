@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import models
 from rlhf_jax.algorithms import rule_reward
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
@@ -30,11 +29,12 @@ from rlhf_jax.data.packing import pad_rows
 from rlhf_jax.data.sources import Row, read_rows
 from rlhf_jax.feedback.judges import Proposition, check_propositions, make_features_fn
 from rlhf_jax.metrics import final_table
+from rlhf_jax.models import Policy
 from rlhf_jax.stages import common
 from rlhf_jax.stages.inputs import UNBOUNDED
 from rlhf_jax.tasks import arithmetic_reviews as reviews
 from rlhf_jax.tasks.arithmetic import Split
-from rlhf_jax.training.run_folder import Model, describe_run, load_policy, load_reward_model, write_json
+from rlhf_jax.training.run_folder import describe_run, load_policy, load_reward_model, write_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,7 @@ def _embedded(split: Split, count: int, seed: int) -> list[Row]:
 
 
 def graded(
-    rows: Sequence[Row], propositions: Sequence[Proposition], grader: Model | None, reward_model: str
+    rows: Sequence[Row], propositions: Sequence[Proposition], grader: Policy | None, reward_model: str
 ) -> rule_reward.Rankings:
     """The rows' answers as numbers."""
     places = [
@@ -152,7 +152,7 @@ def _scores(folder: str, prompts: Sequence[str], texts: Sequence[str]) -> np.nda
     ]
     examples = supervised_examples(rows, model.tokenizer, max_length=UNBOUNDED)
     padded, size = pad_rows(examples, max(len(example.ids) for example in examples)), 256
-    score = jax.jit(models.make_reward_fn(model.config))
+    score = jax.jit(model.body.make_reward_fn())
     parts = [
         score(model.params, jax.tree.map(lambda x, s=start: x[s : s + size], padded))
         for start in range(0, len(rows), size)

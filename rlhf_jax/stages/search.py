@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import models, search
+from rlhf_jax import search
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Rollout
 from rlhf_jax.data.examples import PromptExample, TooLong, prompt_examples
@@ -30,12 +30,13 @@ from rlhf_jax.evaluation import pass_at_k
 from rlhf_jax.evaluation.statistics import Interval, stratified_bootstrap_interval
 from rlhf_jax.generation import Sampling
 from rlhf_jax.metrics.progress import Progress, final_table
+from rlhf_jax.models import Policy, ScalarModel
 from rlhf_jax.rewards.verifiers import exact_answer, final_number, gsm8k_answer
 from rlhf_jax.rollout.sampler import completion_texts, make_generate_fn
 from rlhf_jax.stages import common, inputs, search_methods
 from rlhf_jax.stages.search_methods import METHODS, Judges, SearchOptions
 from rlhf_jax.tasks.arithmetic import prompt_rows
-from rlhf_jax.training.run_folder import Model, describe_run, load_policy, load_reward_model, write_json
+from rlhf_jax.training.run_folder import describe_run, load_policy, load_reward_model, write_json
 
 CURVES = {
     "pass@k (some sample is right)": "any",
@@ -116,7 +117,7 @@ class Pool:
 # The problems and the pool -------------------------------------------------------------------------
 
 
-def load_problems(options: Options, policy: Model) -> list[PromptExample]:
+def load_problems(options: Options, policy: Policy) -> list[PromptExample]:
     """The problems, each with an answer."""
     rows = inputs.load_rows(
         options.data, lambda level: prompt_rows(level, "heldout", options.prompts, options.seed)
@@ -143,12 +144,12 @@ def batches(options: Options, count: int) -> list[np.ndarray]:
     return inputs.parts(count, min(options.batch_size, count))
 
 
-def make_logprob_fn(policy: Model, judges: Judges) -> Callable[[Rollout], dict[str, np.ndarray]]:
+def make_score_fn(policy: Policy, judges: Judges) -> Callable[[Rollout], dict[str, np.ndarray]]:
     """Scores of whole samples, by name as in `Pool`."""
     newline = jnp.asarray(search_methods.step_end_ids(policy.tokenizer))
 
-    def logits(judge: Model, params: Any, rollout: Rollout) -> jax.Array:
-        return models.make_process_reward_fn(judge.config)(params, rollout.sequences)
+    def logits(judge: ScalarModel, params: Any, rollout: Rollout) -> jax.Array:
+        return judge.body.make_process_reward_fn()(params, rollout.sequences)
 
     @jax.jit
     def score(rollout: Rollout, process_params: Any, outcome_params: Any) -> dict[str, jax.Array]:
@@ -174,17 +175,16 @@ def make_logprob_fn(policy: Model, judges: Judges) -> Callable[[Rollout], dict[s
 
 
 def sample_pool(
-    options: Options, policy: Model, judges: Judges, problems: Sequence[PromptExample]
+    options: Options, policy: Policy, judges: Judges, problems: Sequence[PromptExample]
 ) -> tuple[Pool, np.ndarray, np.ndarray]:
     """The pool, and of greedy answers which are right, and their tokens."""
     generate = make_generate_fn(
-        policy.config,
-        policy.tokenizer,
+        policy,
         prompt_length=max(len(problem.ids) for problem in problems),
         max_new_tokens=options.max_new_tokens,
         sampling=Sampling(temperature=options.temperature),
     )
-    score = make_logprob_fn(policy, judges)
+    score = make_score_fn(policy, judges)
     columns: list[dict[str, np.ndarray]] = []
     greedy: list[dict[str, np.ndarray]] = []
     numbers: list[dict[Any, int]] = [{} for _ in problems]
@@ -256,7 +256,7 @@ def accuracy_curves(options: Options, pool: Pool, judges: Judges) -> dict[str, n
 
 
 def run_search(
-    options: Options, policy: Model, judges: Judges, problems: Sequence[PromptExample], name: str
+    options: Options, policy: Policy, judges: Judges, problems: Sequence[PromptExample], name: str
 ) -> dict[str, Any]:
     """Which problems a search solves, and the tokens it generates for each."""
     run = search_methods.make_run(

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlhf_jax import models
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Array, Params, PRNGKeyArray
 from rlhf_jax.data.examples import PromptExample
@@ -15,9 +14,9 @@ from rlhf_jax.data.packing import left_pad
 from rlhf_jax.data.process_rewards import STEP_END
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.generation import Sampling, generate
+from rlhf_jax.models import Policy, ScalarModel
 from rlhf_jax.search import graph, interface, mcts, steps, tree
 from rlhf_jax.search.interface import EvaluateFn, Found, ProposeFn
-from rlhf_jax.training.run_folder import Model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +55,8 @@ class Judges:
       outcome: scores finished answers.
     """
 
-    process: Model | None
-    outcome: Model | None
+    process: ScalarModel | None
+    outcome: ScalarModel | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +175,7 @@ METHODS: dict[str, tuple[SearchFn, bool, bool]] = {
 def make_run(
     search: SearchFn,
     options: SearchOptions,
-    policy: Model,
+    policy: Policy,
     judges: Judges,
     *,
     temperature: float,
@@ -186,7 +185,7 @@ def make_run(
     """`run(prompts, key) -> (texts, finished, tokens)`, compiled once for each number of prompts."""
     tokenizer = policy.tokenizer
     end_ids = step_end_ids(tokenizer)
-    prefill, decode = models.make_decode_fns(policy.config)
+    prefill, decode = policy.prefill, policy.decode
     params: dict[str, Params] = {"policy": policy.params}
     params |= {
         name: judge.params
@@ -218,8 +217,8 @@ def make_run(
                 eos_id=tokenizer.eos_id,
             )
 
-        def scores(name: str, judge: Model | None) -> steps.StepLogitsFn:
-            score = models.make_process_reward_fn((judge or policy).config)
+        def scores(name: str, judge: ScalarModel | None) -> steps.StepLogitsFn:
+            score = (judge.body if judge else policy).make_process_reward_fn()
             return lambda sequences: score(params[name], sequences)
 
         process = scores("process", judges.process)

@@ -24,8 +24,9 @@ import tyro
 from rlhf_jax import distributed, models
 from rlhf_jax.algorithms import sft
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.protocols import LogprobFn
 from rlhf_jax.core.train_state import OptimizerConfig, with_total_steps
-from rlhf_jax.core.types import LogprobFn, Params, Sequences
+from rlhf_jax.core.types import Params, Sequences
 from rlhf_jax.data import packing
 from rlhf_jax.data.examples import SupervisedExample, TooLong, supervised_examples
 from rlhf_jax.data.mixing import MixtureSampler, mixing_shares
@@ -34,10 +35,10 @@ from rlhf_jax.data.sources import Row
 from rlhf_jax.data.tokenizers import Tokenizer, train_bpe
 from rlhf_jax.losses.supervised import cross_entropy_loss
 from rlhf_jax.metrics import final_table
+from rlhf_jax.models import Policy
 from rlhf_jax.stages import adapting, common, inputs
 from rlhf_jax.tasks.arithmetic import Level, demonstration_rows
 from rlhf_jax.training import run_loop
-from rlhf_jax.training.run_folder import Model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,7 +166,7 @@ def source_names(sources: Sequence[str]) -> tuple[str, ...]:
 
 
 def held_out_loss(
-    options: Options, model: Model, logprob_fn: LogprobFn
+    options: Options, model: Policy, logprob_fn: LogprobFn
 ) -> Callable[[sft.State], dict[str, float]] | None:
     """Evaluates the loss on held-out conversations, where there are any."""
     alone = len(inputs.split_mixture(options.data)) == 1
@@ -210,7 +211,7 @@ def run(options: Options) -> None:
     common.show_sample(options.run, model.tokenizer, examples[0])
 
     parts = adapting.take_apart(options.adapter, model, seed=options.run.seed, steps=options.run.steps)
-    logprob_fn = models.make_logprob_fn_with_auxiliaries(model.config)
+    logprob_fn = model.make_logprob_fn_with_auxiliaries()
     tx = parts.optimizer(with_total_steps(options.optimizer, options.run.steps))
     state = adapting.new_state(
         lambda *x: sft.init(x[0], tx, x[1]),
@@ -226,7 +227,7 @@ def run(options: Options) -> None:
     hyper = options.auxiliary.hyper(options.learning_rate)
     common.start(options, options.run, "sft", model, "policy", parts.adaptation)
 
-    meter = options.run.meter(models.training_flops(model.config, rows=options.batch_size, length=length))
+    meter = options.run.meter(model.training_flops(rows=options.batch_size, length=length))
 
     def batch(number: int) -> tuple[Any, ...]:
         indices = common.local_indices(sampler, number)

@@ -21,7 +21,6 @@ import numpy as np
 import pipeline_stages
 import tyro
 
-from rlhf_jax import models
 from rlhf_jax.algorithms import grpo
 from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer, with_total_steps
 from rlhf_jax.core.types import Array, Float, Params, Rollout
@@ -170,7 +169,7 @@ def run(options: Options) -> None:
     constraint = regex_automaton(model.tokenizer, call_pattern(tools)) if options.constrained else None
     sampling = Sampling(temperature=options.temperature, constraint=constraint)
     generate = make_multi_turn_fn(
-        make_sample_fn(model.config, model.tokenizer, max_new_tokens=options.max_new_tokens),
+        make_sample_fn(model, max_new_tokens=options.max_new_tokens),
         model.tokenizer,
         tools,
         prompt_length=max(len(prompt.ids) for prompt in train + held_out),
@@ -180,7 +179,7 @@ def run(options: Options) -> None:
         sampling=sampling,
     )
     evaluate = make_evaluate_fn(generate, model.tokenizer, held_out, sampling)
-    logprob_fn = models.make_logprob_fn(model.config, temperature=options.temperature)
+    logprob_fn = model.make_logprob_fn(temperature=options.temperature)
     tx = make_optimizer(with_total_steps(options.optimizer, options.run.steps))
     config = grpo.Config(options.group_size, micro_batches=options.micro_batches)
     update = grpo.make_update(config, logprob_fn, tx)

@@ -34,41 +34,12 @@ from rlhf_jax.core.files import Path
 from rlhf_jax.core.trees import merge, partition
 from rlhf_jax.core.types import Params, PRNGKeyArray
 from rlhf_jax.data.tokenizers import Tokenizer, load_tokenizer
-from rlhf_jax.models import adapters
+from rlhf_jax.models import Policy, ScalarModel, Source, adapters, make_policy
 
 Kind = Literal["policy", "actor_critic", "reward_model"]
 """Whether `learner/params` is a decoder, `{"policy": decoder, "value": scalar model}`, or a scalar model."""
 
 PACKAGES = ("rlhf_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """Where parameters were read.
-
-    Attributes:
-      folder: of the run.
-      step: of the checkpoint.
-      digest: of the checkpoint's files.
-    """
-
-    folder: Path
-    step: int
-    digest: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """An architecture with its parameters and tokenizer.
-
-    Attributes:
-      source: where it comes from; None where it is new.
-    """
-
-    config: models.ModelConfig
-    params: Params
-    tokenizer: Tokenizer
-    source: Source | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,32 +160,17 @@ def read_held_run(folder: Path, stage: str, *, resume: bool) -> Mapping[str, Any
     return config
 
 
-def check_same_architecture(config: models.ModelConfig, other: models.ModelConfig, where: str) -> None:
-    """Compares the architecture `other`, read from `where`, with that of this run.
-
-    Raises:
-      UserError: they differ; names the first field that does.
-    """
-    ours, theirs = models.config_to_dict(config), models.config_to_dict(other)
-    for name, value in ours.items():
-        if value != theirs.get(name) and name != "context_length":  # which bounds nothing
-            inner = f" {theirs.get(name)}, not {value}" if isinstance(value, str | int) else ""
-            raise UserError(
-                f"{where}: its model is of another architecture ({name}{inner}): "
-                "give one with the architecture of this run, or this run the options of that"
-            )
-
-
 def write_model_files(
     folder: Path,
-    config: models.ModelConfig,
-    tokenizer: Tokenizer,
+    policy: Policy,
     kind: Kind,
     adaptation: Adaptation | None = None,
 ) -> None:
     """Writes `folder/model.json` and `folder/tokenizer`, without which checkpoints are only numbers.
 
-    Where there are checkpoints, what describes them stays as it is.
+    Where there are checkpoints, what describes them stays as it is. Of a model that is none of ours the
+    architecture stays unsaid, and `load_policy` cannot read it back: its parameters alone can be restored
+    (`checkpoint.restore_params`).
 
     Raises:
       UserError: the folder holds checkpoints of another architecture, tokenizer or base, or is read-only.
@@ -228,13 +184,15 @@ def write_model_files(
                 f"{folder}: its adapter was trained on another model than {adaptation.base.folder} holds at "
                 f"step {adaptation.base.step}: give the one it had, or choose another --out"
             )
-        check_same_architecture(config, held_config, f"{folder}")
-        if held_tokenizer.backend.get_vocab() != tokenizer.backend.get_vocab():
+        if policy.config is not None and held_config is not None:
+            models.check_same_architecture(policy.config, held_config, f"{folder}")
+        if held_tokenizer.backend.get_vocab() != policy.tokenizer.backend.get_vocab():
             raise UserError(
                 f"{folder}: its run used another tokenizer: give that one, or choose another --out"
             )
         return
-    description = {"kind": kind, "config": models.config_to_dict(config)}
+    config = None if policy.config is None else models.config_to_dict(policy.config)
+    description = {"kind": kind, "config": config}
     if adaptation is not None:
         base = adaptation.base
         description["adapter"] = models.adapter_to_dict(adaptation.adapter)
@@ -243,7 +201,7 @@ def write_model_files(
         description["base"] = {"folder": where, "step": base.step, "digest": base.digest}
     write_json(path, description)
     try:
-        tokenizer.save(folder / "tokenizer")
+        policy.tokenizer.save(folder / "tokenizer")
     except Exception as error:  # the tokenizers library raises bare Exception for a full disk
         raise UserError(
             f"{folder / 'tokenizer'}: cannot be written ({error}): free or unlock the disk, "
@@ -270,7 +228,7 @@ def _go(folder: Path, way: str) -> Path:
     return files.as_path(f"{scheme}://{os.path.normpath(f'{rest}/{way}')}")
 
 
-def load_policy(folder: Path) -> Model:
+def load_policy(folder: files.PathLike) -> Policy:
     """The policy that a run ended with: of SFT, DPO, GRPO, or the actor of PPO.
 
     An adapter is merged into its base; one that cannot be stands in the parameters as leaves of its own.
@@ -283,9 +241,9 @@ def load_policy(folder: Path) -> Model:
     return dataclasses.replace(model, params=_merged(model.params))
 
 
-def load_unmerged_policy(folder: Path) -> tuple[Model, Adaptation | None]:
+def load_unmerged_policy(folder: Path) -> tuple[Policy, Adaptation | None]:
     """The same, in which the leaves of an adapter still stand, and how it came out of its base."""
-    kind, config, tokenizer, adaptation = _read_model_files(folder)
+    kind, config, tokenizer, adaptation = _read_ours(folder)
     if kind == "reward_model":
         raise UserError(f"{folder} holds a reward model, not a policy: give the run of another stage")
     name = "learner/params/policy" if kind == "actor_critic" else "learner/params"
@@ -294,22 +252,23 @@ def load_unmerged_policy(folder: Path) -> tuple[Model, Adaptation | None]:
         params = _restore(folder, name, like)
     else:
         params = _restore_adapted(folder, name, adaptation)
-    return Model(config, params, tokenizer, _source(folder)), adaptation
+    return make_policy(config, params, tokenizer, source=_source(folder)), adaptation
 
 
-def load_reward_model(folder: Path) -> Model:
+def load_reward_model(folder: Path) -> ScalarModel:
     """The reward model that a run ended with, its adapter merged.
 
     Raises:
       UserError: there is no such run, it trained a policy, or the base of its adapter is gone or is another.
     """
     model, _ = load_unmerged_reward_model(folder)
-    return dataclasses.replace(model, params={**model.params, "decoder": _merged(model.params["decoder"])})
+    body = dataclasses.replace(model.body, params=_merged(model.body.params))
+    return dataclasses.replace(model, body=body)
 
 
-def load_unmerged_reward_model(folder: Path) -> tuple[Model, Adaptation | None]:
+def load_unmerged_reward_model(folder: Path) -> tuple[ScalarModel, Adaptation | None]:
     """The same, in whose decoder the leaves of an adapter still stand, and how it came out of its base."""
-    kind, config, tokenizer, adaptation = _read_model_files(folder)
+    kind, config, tokenizer, adaptation = _read_ours(folder)
     if kind != "reward_model":
         raise UserError(f"{folder} holds a policy, not a reward model: give a run of reward_model.py")
     like = jax.eval_shape(functools.partial(models.init_scalar_model, config), jax.random.key(0))
@@ -318,7 +277,8 @@ def load_unmerged_reward_model(folder: Path) -> tuple[Model, Adaptation | None]:
     else:
         decoder = _restore_adapted(folder, "learner/params/decoder", adaptation)
         params = {"decoder": decoder, "head": _restore(folder, "learner/params/head", like["head"])}
-    return Model(config, params, tokenizer, _source(folder)), adaptation
+    body = make_policy(config, params["decoder"], tokenizer, source=_source(folder))
+    return ScalarModel(body, params["head"]), adaptation
 
 
 def _restore(folder: Path, name: str, like: Any) -> Params:
@@ -336,7 +296,7 @@ def _restore_adapted(folder: Path, name: str, adaptation: Adaptation) -> Params:
     return merge(_restore(folder, name, jax.eval_shape(lambda: trained)), frozen)
 
 
-def _load_base(folder: Path, base: Source) -> Model:
+def _load_base(folder: Path, base: Source) -> Policy:
     if not files.is_file(base.folder / "model.json"):
         raise UserError(
             f"{folder} holds an adapter, and the run that it adapts is not at {base.folder}: "
@@ -363,12 +323,14 @@ def _source(folder: Path) -> Source:
     return Source(folder, manifest.step, hashlib.sha256(content).hexdigest())
 
 
-def _read_model_files(folder: Path) -> tuple[Kind, models.ModelConfig, Tokenizer, Adaptation | None]:
+def _read_model_files(
+    folder: files.PathLike,
+) -> tuple[Kind, models.ModelConfig | None, Tokenizer, Adaptation | None]:
     folder = files.as_path(folder)
     path = folder / "model.json"
     try:
         data = json.loads(files.read_text(path))
-        kind, config = data["kind"], models.config_from_dict(data["config"])
+        kind, config = data["kind"], data["config"] and models.config_from_dict(data["config"])
         if kind not in get_args(Kind):
             raise ValueError(f"kind {kind!r} is none of {', '.join(get_args(Kind))}")
         adaptation = _read_adaptation(folder, data) if data.get("adapter") else None
@@ -377,6 +339,16 @@ def _read_model_files(folder: Path) -> tuple[Kind, models.ModelConfig, Tokenizer
     except (OSError, ValueError, KeyError, TypeError, UserError) as error:
         raise UserError(f"{path}: not a model description ({error}): run the stage again") from error
     return kind, config, load_tokenizer(folder / "tokenizer"), adaptation
+
+
+def _read_ours(folder: Path) -> tuple[Kind, models.ModelConfig, Tokenizer, Adaptation | None]:
+    kind, config, tokenizer, adaptation = _read_model_files(folder)
+    if config is None:
+        raise UserError(
+            f"{folder} holds a model from wrap(), whose code is not there: restore its parameters with "
+            "rlhf_jax.checkpoint.restore_params, and wrap the model again"
+        )
+    return kind, config, tokenizer, adaptation
 
 
 def _read_adaptation(folder: Path, data: Mapping[str, Any]) -> Adaptation:

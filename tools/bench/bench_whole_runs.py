@@ -52,7 +52,8 @@ def make_world(width: int) -> World:
         num_kv_heads=4,
         tied_embeddings=True,
     )
-    return World(task, config, prompts=16, samples=4)
+    policy = models.make_policy(config, None, task.tokenizer)
+    return World(task, policy, prompts=16, samples=4)
 
 
 def measure(world: World, count: int, bench: Bench) -> tuple[float, float, float]:
@@ -62,7 +63,7 @@ def measure(world: World, count: int, bench: Bench) -> tuple[float, float, float
     hyper = jax.tree.map(jnp.float32, member.hyper)
 
     def start(key: jax.Array) -> Start:
-        return Start(key, models.init_params(world.model, key))
+        return Start(key, models.init_params(world.policy.config, key))
 
     starts = jax.vmap(start)(jax.random.split(jax.random.key(0), count))
     runs: Any = jax.jit(jax.vmap(train, (0, None)))

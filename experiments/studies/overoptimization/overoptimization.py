@@ -20,7 +20,6 @@ import overoptimization_page
 import post_training
 import post_training_rows
 
-from rlhf_jax import models
 from rlhf_jax.algorithms import ppo, preference, reward
 from rlhf_jax.cli import command_line
 from rlhf_jax.core.errors import UserError
@@ -117,11 +116,12 @@ class Proxy:
 
     Attributes:
       name: its width, or `ensemble`.
+      policy: the decoder that they stand on.
       models: [seeds, amounts of data or members] in every leaf.
     """
 
     name: str
-    config: models.ModelConfig
+    policy: Policy
     models: RewardModel
 
     @property
@@ -194,7 +194,7 @@ def judged_pairs(
 def train_rewards(
     options: Options,
     path: Path,
-    config: models.ModelConfig,
+    policy: Policy,
     starts: Start,
     pairs: tuple[JudgedPairs, JudgedPairs],
     count: int,
@@ -203,7 +203,7 @@ def train_rewards(
     """A reward model of each seed from the first `count` pairs, and what is known of it, [seeds]."""
     steps = options.reward_steps
     train = whole_rewards.make_reward_train(
-        config, post_training.schedule(steps), steps=steps, batch_size=32, every=steps // 20
+        policy, post_training.schedule(steps), steps=steps, batch_size=32, every=steps // 20
     )
     hyper = reward.Hyper(learning_rate=options.reward_learning_rate)
 
@@ -226,9 +226,9 @@ def reward_models(options: Options, folder: Path, name: str, size: int, pairs: A
     for number, count in enumerate(counts):
         salt = number + (200 if name == "ensemble" else 100)
         path = folder / f"{name}-{number}.npz"
-        found.append(train_rewards(options, path, own_world.model, own, pairs, count, salt)[0])
+        found.append(train_rewards(options, path, own_world.policy, own, pairs, count, salt)[0])
     together = jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *found)
-    return Proxy(name, own_world.model, together)
+    return Proxy(name, own_world.policy, together)
 
 
 # Best of n ---------------------------------------------------------------------------------------------
@@ -258,7 +258,7 @@ def best_of_n(options: Options, path: Path, world: World, starts: Start, proxy: 
             rollout = world.answer(start.params, row, jax.random.fold_in(start.key, 1000 + number))
 
             def score(model: RewardModel) -> Float[Array, " B"]:
-                return whole_rewards.score_sequences(proxy.config, model, rollout.sequences)
+                return whole_rewards.score_sequences(proxy.policy, model, rollout.sequences)
 
             scores = jax.vmap(score)(several)
             scores = combined(options, scores) if proxy.is_ensemble else scores
@@ -335,12 +335,12 @@ def reward_fn_of(options: Options, proxy: Proxy) -> Callable[[Seed, Setting], Re
     def make(seed: Seed, setting: Setting) -> RewardFn:
         if not proxy.is_ensemble:
             model = jax.tree.map(lambda x: x[setting.which], seed.models)
-            return whole_rewards.learned_reward_fn(proxy.config, model)
+            return whole_rewards.learned_reward_fn(proxy.policy, model)
 
         def combine(scores: Float[Array, "N B"]) -> Float[Array, " B"]:
             return combined(options, scores)[setting.rule]
 
-        return whole_rewards.ensemble_reward_fn(proxy.config, seed.models, combine)
+        return whole_rewards.ensemble_reward_fn(proxy.policy, seed.models, combine)
 
     return make
 

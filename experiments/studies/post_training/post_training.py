@@ -110,7 +110,8 @@ def make_world(row: TaskRow, options: Options) -> World:
         num_kv_heads=4,
         tied_embeddings=True,
     )
-    return World(task, config, prompts=64 // post_training_rows.GROUP, samples=post_training_rows.GROUP)
+    policy = models.make_policy(config, None, task.tokenizer)
+    return World(task, policy, prompts=64 // post_training_rows.GROUP, samples=post_training_rows.GROUP)
 
 
 def schedule(steps: int) -> OptimizerConfig:
@@ -124,7 +125,7 @@ def make_starts(row: TaskRow, world: World, options: Options, seeds: np.ndarray)
     """Each seed's policy after supervised training, [seeds]; kept in the folder of the task."""
     steps = options.base_steps or row.base_steps
     keys = jax.vmap(jax.random.key)(seeds.astype(np.uint32))
-    shapes = jax.eval_shape(lambda key: models.init_params(world.model, key), keys[0])
+    shapes = jax.eval_shape(lambda key: models.init_params(world.policy.config, key), keys[0])
     path = Path(str(options.out)) / row.name / f"base-{seeds[0]}-{len(seeds)}-{steps}.npz"
     if path.exists():
         with np.load(path) as held:
@@ -133,7 +134,7 @@ def make_starts(row: TaskRow, world: World, options: Options, seeds: np.ndarray)
     train = make_train(world, method, steps=steps)
 
     def begin(key: jax.Array) -> Any:
-        start = Start(key, models.init_params(world.model, jax.random.fold_in(key, 1)))
+        start = Start(key, models.init_params(world.policy.config, jax.random.fold_in(key, 1)))
         agent, history = train(start, sft.Hyper(learning_rate=row.base_learning_rate))
         return agent.learner.params, history
 

@@ -30,9 +30,9 @@ from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.evaluation.statistics import mean_interval
 from rlhf_jax.metrics import Progress
 from rlhf_jax.metrics.pages import made, when_and_with
-from rlhf_jax.models import pruning
+from rlhf_jax.models import Policy, pruning
 from rlhf_jax.stages import common, inputs, prune, sft
-from rlhf_jax.training.run_folder import Model, check_same_architecture, describe_run, load_policy
+from rlhf_jax.training.run_folder import describe_run, load_policy
 
 Cell = tuple[prune.Method, float, str]
 """Method, sparsity, run folder of the policy."""
@@ -82,7 +82,7 @@ WATCHING = ("out", "init", "methods", "sparsities", "quiet")
 """Options that change nothing of a cell."""
 
 
-def make_tune_fn(options: Options, model: Model) -> Callable[[Params], Params]:
+def make_tune_fn(options: Options, model: Policy) -> Callable[[Params], Params]:
     """`tune(params)`: supervised fine-tuning in which zeros stay zeros; compiled once."""
     run = common.RunOptions(options.out, seed=options.seed)
     source = sft.Options(
@@ -94,7 +94,7 @@ def make_tune_fn(options: Options, model: Model) -> Callable[[Params], Params]:
     sampler = BatchSampler(len(rows.tokens), options.batch_size, options.seed)
     schedule = OptimizerConfig(schedule="cosine", warmup_steps=min(5, options.steps - 1), end_lr_ratio=0.02)
     tx = pruning.keep_zeros(make_optimizer(with_total_steps(schedule, options.steps)))
-    logprob_fn = models.make_logprob_fn(model.config)
+    logprob_fn = model.make_logprob_fn()
     update = jax.jit(supervised.make_update(supervised.Config(), logprob_fn, tx), donate_argnums=0)
     hyper = supervised.Hyper(learning_rate=jnp.float32(options.learning_rate))
 
@@ -110,7 +110,7 @@ def make_tune_fn(options: Options, model: Model) -> Callable[[Params], Params]:
     return tune
 
 
-def make_exact_match(options: Options, model: Model) -> Callable[[Params], float]:
+def make_exact_match(options: Options, model: Policy) -> Callable[[Params], float]:
     """`score(params)`: share of held-out problems whose most likely answer is right."""
     prompts = common.PromptOptions(
         data=options.data, prompt_count=options.batch_size, eval_count=options.eval_count, samples=1
@@ -217,7 +217,7 @@ def check(options: Options) -> None:
         raise UserError(f"{options.out} holds cells with other {', '.join(changed)}: choose another --out")
 
 
-def make_cell_fn(options: Options, policies: dict[str, Model]) -> Callable[[Cell], dict[str, Any]]:
+def make_cell_fn(options: Options, policies: dict[str, Policy]) -> Callable[[Cell], dict[str, Any]]:
     """`compute(cell)`: prunes, scores, fine-tunes, scores again."""
     first = policies[options.init[0]]
     score = make_exact_match(options, first)
@@ -248,7 +248,7 @@ def run(options: Options) -> None:
     policies = {init: load_policy(Path(init)) for init in options.init}
     first = policies[options.init[0]]
     for init, model in policies.items():
-        check_same_architecture(first.config, model.config, f"--init {init}")
+        models.check_same_architecture(first.config, model.config, f"--init {init}")
     options.out.mkdir(parents=True, exist_ok=True)
     describe_run(options.out, common.to_json(options), stage="prune_study")
     path, cells = options.out / "cells.jsonl", grid(options)

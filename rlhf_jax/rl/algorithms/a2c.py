@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from rlhf_jax.algorithms.ppo import Batch
+from rlhf_jax.core.protocols import LogprobFn
 from rlhf_jax.core.train_state import (
     OptimizerConfig,
     TrainState,
@@ -21,7 +22,7 @@ from rlhf_jax.core.train_state import (
     with_total_steps,
 )
 from rlhf_jax.core.trees import pytree_dataclass
-from rlhf_jax.core.types import Array, Float, LogprobFn, Metrics, Params, PRNGKeyArray, Scalar
+from rlhf_jax.core.types import Array, Float, Metrics, Params, PRNGKeyArray, Scalar
 from rlhf_jax.kernels.whitening import whiten
 from rlhf_jax.losses.policy import reinforce_loss
 from rlhf_jax.losses.value import squared_value_loss

@@ -16,8 +16,9 @@ import optax
 
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.algorithms.ppo import Batch, Hyper, State, init
+from rlhf_jax.core.protocols import LogprobFn
 from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer, with_total_steps
-from rlhf_jax.core.types import LogprobFn, Metrics, Params, PRNGKeyArray
+from rlhf_jax.core.types import Metrics, Params, PRNGKeyArray
 from rlhf_jax.kernels.whitening import whiten
 from rlhf_jax.rl.envs.environments import Environment
 from rlhf_jax.rl.loops import on_policy

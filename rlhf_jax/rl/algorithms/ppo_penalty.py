@@ -13,7 +13,8 @@ import optax
 
 from rlhf_jax.algorithms import ppo as shared
 from rlhf_jax.core.masks import masked_mean
-from rlhf_jax.core.types import Array, Float, LogprobFn, Metrics, Scalar
+from rlhf_jax.core.protocols import LogprobFn
+from rlhf_jax.core.types import Array, Float, Metrics, Scalar
 from rlhf_jax.kernels.kl import k3
 from rlhf_jax.rl.algorithms import ppo
 from rlhf_jax.rl.algorithms.ppo import Batch, Config, Hyper, State, init

@@ -7,12 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.core.protocols import LogprobFn
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import (
     Array,
     Bool,
     Float,
-    LogprobFn,
     Metrics,
     Params,
     PRNGKeyArray,

@@ -11,7 +11,6 @@ from rlhf_jax import models
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.evaluation.lm_eval import HarnessModel, lm_eval_model
 from rlhf_jax.tasks.arithmetic import arithmetic_tokenizer
-from rlhf_jax.training.run_folder import Model
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +18,7 @@ def model():
     tokenizer = arithmetic_tokenizer()
     config = models.dense_config(vocab_size=tokenizer.vocab_size, width=16, num_layers=1, num_heads=2)
     params = jax.tree.map(lambda x: 3 * x, models.init_params(config, jax.random.key(1)))
-    return Model(config, params, tokenizer)
+    return models.make_policy(config, params, tokenizer)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ from rlhf_jax.feedback import judges
 from rlhf_jax.feedback.judges import Proposition
 from rlhf_jax.feedback.revisions import make_review_fn
 from rlhf_jax.tasks.arithmetic_reviews import CONSTITUTION, PROPOSITIONS, review_tokenizer
-from rlhf_jax.training.run_folder import Model
 
 PROMPTS, ANSWERS = ["1+2+3+4=?", "1+1+1+1=?", "0+0+0+7=?"], ["1+2=3\n#### 4", "#### 4", ""]
 
@@ -27,7 +26,7 @@ def model():
         vocab_size=tokenizer.vocab_size, width=16, num_layers=1, num_heads=2, num_kv_heads=1
     )
     params = jax.tree.map(lambda x: 4 * x, models.init_params(config, jax.random.key(0)))
-    return Model(config, params, tokenizer)
+    return models.make_policy(config, params, tokenizer)
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,11 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.data.sources import Row
 from rlhf_jax.feedback import step_labels
 from rlhf_jax.tasks import arithmetic
-from rlhf_jax.training.run_folder import Model
 
 TOKENIZER = arithmetic.arithmetic_tokenizer()
-POLICY = Model(models.dense_config(vocab_size=8, width=8, num_layers=1, num_heads=1), {}, TOKENIZER)
+POLICY = models.make_policy(
+    models.dense_config(vocab_size=8, width=8, num_layers=1, num_heads=1), {}, TOKENIZER
+)
 OPTIONS = {"rollouts": 3, "max_new_tokens": 4, "batch_size": 8, "seed": 0, "quiet": True}
 
 
@@ -21,7 +22,7 @@ def test_a_step_is_right_where_some_continuation_is(monkeypatch):
     truth = [list(np.minimum.accumulate(row["labels"][:-1])) for row in rows]
     seen = []
 
-    def make_generate_fn(config, tokenizer, *, prompt_length, max_new_tokens, group_size):
+    def make_generate_fn(policy, *, prompt_length, max_new_tokens, group_size):
         def generate(params, prompts, key):
             assert len(prompts) == 8 * group_size
             assert all(len(prompt.ids) <= prompt_length for prompt in prompts)

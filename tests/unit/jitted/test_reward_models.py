@@ -26,11 +26,11 @@ def world():
     config = models.dense_config(
         vocab_size=task.tokenizer.vocab_size, width=8, num_layers=1, num_heads=2, num_kv_heads=1
     )
-    return World(task, config, prompts=2, samples=2, heldout=4)
+    return World(task, models.make_policy(config, None, task.tokenizer), prompts=2, samples=2, heldout=4)
 
 
 def start():
-    return Start(jax.random.key(0), models.init_params(world().model, jax.random.key(0)))
+    return Start(jax.random.key(0), models.init_params(world().policy, jax.random.key(0)))
 
 
 def draw(count=8, noise=0.5):
@@ -43,7 +43,7 @@ def test_a_run_against_an_ensemble_is_traceable_from_end_to_end():
 
     def whole(start):
         pairs = draw()
-        train = reward_models.make_reward_train(world().model, OPTIMIZER, steps=4, batch_size=4, every=2)
+        train = reward_models.make_reward_train(world().policy, OPTIMIZER, steps=4, batch_size=4, every=2)
 
         def member(key, count):
             begin = reward_models.RewardStart(key, start.params, pairs, pairs)
@@ -51,7 +51,7 @@ def test_a_run_against_an_ensemble_is_traceable_from_end_to_end():
 
         members, seen = jax.vmap(member)(jax.random.split(start.key, 3), jnp.array([2, 4, 8]))
         reward_fn = reward_models.ensemble_reward_fn(
-            world().model, members, lambda scores: scores.min(axis=0)
+            world().policy, members, lambda scores: scores.min(axis=0)
         )
         learned = dataclasses.replace(world(), reward_fn=reward_fn)
         run = make_watched_train(learned, ppo_method(learned, ppo.Config(), OPTIMIZER), steps=4, every=2)
@@ -82,7 +82,7 @@ def test_judges_without_noise_prefer_by_gold_and_with_noise_less_often():
 @pytest.mark.slow
 def test_reward_models_learn_from_the_first_pairs_alone_and_scores_are_standardised():
     pairs = jax.jit(draw, compiler_options=compiler_options())()
-    train = reward_models.make_reward_train(world().model, OPTIMIZER, steps=8, batch_size=4, every=2)
+    train = reward_models.make_reward_train(world().policy, OPTIMIZER, steps=8, batch_size=4, every=2)
 
     @functools.partial(jax.jit, compiler_options=compiler_options())
     def fit(pairs, held_out, count):
@@ -90,7 +90,7 @@ def test_reward_models_learn_from_the_first_pairs_alone_and_scores_are_standardi
         hyper = reward_models.RewardHyper(count, reward.Hyper(learning_rate=jnp.float32(3e-2)))
         model, seen = train(begin, hyper)
         both = [
-            reward_models.score_sequences(world().model, model, side)
+            reward_models.score_sequences(world().policy, model, side)
             for side in (held_out.chosen, held_out.rejected)
         ]
         return model, seen, jnp.concatenate(both)

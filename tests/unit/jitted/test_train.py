@@ -27,7 +27,7 @@ def world():
     config = models.dense_config(
         vocab_size=task.tokenizer.vocab_size, width=8, num_layers=1, num_heads=2, num_kv_heads=1
     )
-    return World(task, config, prompts=2, samples=2, heldout=8)
+    return World(task, models.make_policy(config, None, task.tokenizer), prompts=2, samples=2, heldout=8)
 
 
 def start(seed):
@@ -82,7 +82,7 @@ METHODS = {
             world(),
             distillation.Config(),
             OPTIMIZER,
-            teacher=(world().model, start(7).params),
+            teacher=world().policy.with_params(start(7).params),
             writer="student",
         ),
         distillation.Hyper(),

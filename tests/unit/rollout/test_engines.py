@@ -33,6 +33,7 @@ from rlhf_jax.rollout.sampler import make_generate_fn
 
 TOKENIZER = character_tokenizer("0123456789+=")
 CONFIG = models.dense_config(vocab_size=TOKENIZER.vocab_size, width=8, num_layers=1, num_heads=2)
+POLICY = models.make_policy(CONFIG, None, TOKENIZER)
 PROMPTS = [
     PromptExample(np.array(TOKENIZER.encode(text), np.int32), text, {}, "a:1")
     for text in ("1+2=", "7=", "12+13=", "4+4=", "5=")
@@ -58,7 +59,7 @@ def nudged(size):
 
 @functools.cache
 def sampler():
-    return make_generate_fn(CONFIG, TOKENIZER, prompt_length=PROMPT, max_new_tokens=NEW)
+    return make_generate_fn(POLICY, prompt_length=PROMPT, max_new_tokens=NEW)
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -442,7 +443,7 @@ def test_engines_by_name(server, tmp_path, monkeypatch):
             parse_engine(spec)
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     spec = f"sglang:{server.options().url}#mine"
-    shared = {"prompt_length": PROMPT, "max_new_tokens": NEW, "score_fn": SCORE}
+    shared = {"prompt_length": PROMPT, "max_new_tokens": NEW, "logprob_fn": SCORE}
     made = make_engine(spec, TOKENIZER, write=write, folder=tmp_path, **shared)
     rollout = ask(made, policy(2))
     assert sampler_mismatch(SCORE, policy(2), rollout) < 1e-5

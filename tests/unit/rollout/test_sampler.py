@@ -29,6 +29,7 @@ from rlhf_jax.training.run_folder import write_model_files
 
 TOKENIZER = character_tokenizer("0123456789+=")
 CONFIG = models.dense_config(vocab_size=TOKENIZER.vocab_size, width=8, num_layers=1, num_heads=2)
+POLICY = models.make_policy(CONFIG, None, TOKENIZER)
 PROMPTS = [
     PromptExample(
         np.array(TOKENIZER.encode(text), np.int32), text, {"prompt": text, "answer": answer}, f"a:{i}"
@@ -182,7 +183,7 @@ def reward_params(seed=1):
 
 def write_reward_model(folder, tokenizer=TOKENIZER, seed=1):
     params = reward_params(seed)
-    write_model_files(folder, CONFIG, tokenizer, "reward_model")
+    write_model_files(folder, models.make_policy(CONFIG, None, tokenizer), "reward_model")
     with CheckpointManager(folder / "checkpoints") as checkpoints:
         checkpoints.save(1, sft.init(params, optax.identity(), jax.random.key(2)))
     return params
@@ -232,7 +233,7 @@ def policy(seed):
 @functools.cache
 def make_evaluate(batch_size):
     reward = make_reward_fn(["toy_rewards:length", "toy_rewards:sevens=0.1"], TOKENIZER)
-    return make_evaluate_fn(CONFIG, TOKENIZER, PROMPTS, reward, max_new_tokens=5, batch_size=batch_size)
+    return make_evaluate_fn(POLICY, PROMPTS, reward, max_new_tokens=5, batch_size=batch_size)
 
 
 def test_evaluation_does_not_depend_on_the_size_of_its_batches():
@@ -254,7 +255,7 @@ def test_kl_is_zero_to_itself_and_that_of_the_samples_to_another():
     same, different = evaluate(params, params), evaluate(params, other)
     assert same.kl == 0
     assert same.metrics().keys() == {"score", "sampled_score", "kl", "length", "finished"}
-    generate = make_generate_fn(CONFIG, TOKENIZER, prompt_length=6, max_new_tokens=5)
+    generate = make_generate_fn(POLICY, prompt_length=6, max_new_tokens=5)
     sampled = generate(params, PROMPTS, jax.random.key(0))
     mask = np.asarray(sampled.sequences.mask)
     ref_logp = np.asarray(jax.jit(models.make_logprob_fn(CONFIG))(other, sampled.sequences).logp)
@@ -266,10 +267,8 @@ def test_kl_is_zero_to_itself_and_that_of_the_samples_to_another():
 
 
 def test_sampling_may_differ_from_call_to_call():
-    generate = make_generate_fn(CONFIG, TOKENIZER, prompt_length=6, max_new_tokens=5)
-    greedy = make_generate_fn(
-        CONFIG, TOKENIZER, prompt_length=6, max_new_tokens=5, sampling=Sampling(temperature=0.0)
-    )
+    generate = make_generate_fn(POLICY, prompt_length=6, max_new_tokens=5)
+    greedy = make_generate_fn(POLICY, prompt_length=6, max_new_tokens=5, sampling=Sampling(temperature=0.0))
     found = generate(policy(0), PROMPTS, jax.random.key(0), Sampling(temperature=0.0))
     expected = greedy(policy(0), PROMPTS, jax.random.key(1))
     assert completion_texts(TOKENIZER, found) == completion_texts(TOKENIZER, expected)
@@ -279,9 +278,9 @@ def test_sampling_may_differ_from_call_to_call():
 def test_groups_and_slots_give_the_answers_of_plain_batches():
     chosen = [prompt for prompt in PROMPTS for _ in range(2)]
     options = {"prompt_length": 6, "max_new_tokens": 5}
-    grouped = make_generate_fn(CONFIG, TOKENIZER, group_size=2, **options)
-    plain = make_generate_fn(CONFIG, TOKENIZER, **options)
-    in_slots = make_generate_fn(CONFIG, TOKENIZER, slots=4, **options)
+    grouped = make_generate_fn(POLICY, group_size=2, **options)
+    plain = make_generate_fn(POLICY, **options)
+    in_slots = make_generate_fn(POLICY, slots=4, **options)
     expected = plain(policy(0), chosen, jax.random.key(3))
     for fn in (grouped, in_slots):
         found = fn(policy(0), chosen, jax.random.key(3))
@@ -292,6 +291,6 @@ def test_groups_and_slots_give_the_answers_of_plain_batches():
 
 
 def test_a_prompt_that_does_not_fit_is_refused():
-    generate = make_generate_fn(CONFIG, TOKENIZER, prompt_length=4, max_new_tokens=5)
+    generate = make_generate_fn(POLICY, prompt_length=4, max_new_tokens=5)
     with pytest.raises(UserError, match="prompt 2 has 6 tokens where 1 to 4 fit"):
         generate(policy(0), PROMPTS, jax.random.key(0))

@@ -38,7 +38,7 @@ def params_of(kind):
 
 
 def write_run(folder, kind, params):
-    write_model_files(folder, CONFIG, TOKENIZER, kind)
+    write_model_files(folder, models.make_policy(CONFIG, None, TOKENIZER), kind)
     with CheckpointManager(folder / "checkpoints") as checkpoints:
         checkpoints.save(3, sft.init(params, optax.identity(), jax.random.key(2)))
 
@@ -176,7 +176,7 @@ def test_files_that_cannot_be_written_are_named(tmp_path):
         write_json(tmp_path / "file" / "data.json", {})
     (tmp_path / "run" / "tokenizer" / "tokenizer.json").mkdir(parents=True)
     with pytest.raises(UserError, match="tokenizer: cannot be written"):
-        write_model_files(tmp_path / "run", CONFIG, TOKENIZER, "policy")
+        write_model_files(tmp_path / "run", models.make_policy(CONFIG, None, TOKENIZER), "policy")
 
 
 def test_another_dtype_of_the_same_architecture_is_another_architecture(runs, tmp_path):
@@ -209,9 +209,11 @@ def test_what_describes_checkpoints_stays_as_it_is(runs, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(runs["policy"][0], folder)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    write_model_files(folder, CONFIG, TOKENIZER, "policy")
+    write_model_files(folder, models.make_policy(CONFIG, None, TOKENIZER), "policy")
+    deeper = models.make_policy(dataclasses.replace(CONFIG, num_layers=2), None, TOKENIZER)
     with pytest.raises(UserError, match=r"another architecture .*num_layers 1, not 2"):
-        write_model_files(folder, dataclasses.replace(CONFIG, num_layers=2), TOKENIZER, "policy")
+        write_model_files(folder, deeper, "policy")
+    other = models.make_policy(CONFIG, None, character_tokenizer("9876543210+="))
     with pytest.raises(UserError, match="another tokenizer"):
-        write_model_files(folder, CONFIG, character_tokenizer("9876543210+="), "policy")
+        write_model_files(folder, other, "policy")
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before

@@ -62,7 +62,7 @@ def model_config(options: Options, layers: int, scan: bool) -> models.ModelConfi
 
 def update_program(options: Options, config: models.ModelConfig) -> tuple[Callable, tuple[Any, ...]]:
     """An update of a policy gradient's cost: log-probs, their gradient by LoRA's leaves, clipping, AdamW."""
-    tx, logprob_fn = make_optimizer(OptimizerConfig()), models.make_score_fn(config)
+    tx, logprob_fn = make_optimizer(OptimizerConfig()), models.make_logprob_fn(config)
 
     def start() -> Any:
         params = models.init_params(config, jax.random.key(0))

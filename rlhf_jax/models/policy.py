@@ -1,0 +1,310 @@
+"""A language model as everything above `models/` takes it: parameters, tokenizer, and typed callables."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.protocols import (
+    DecodeFn,
+    DistributionFn,
+    ExtendFn,
+    GreedyMatchFn,
+    HiddenFn,
+    LogitsFn,
+    LogprobFn,
+    PrefillFn,
+    RewardFn,
+    ValueFn,
+)
+from rlhf_jax.core.types import Array, Float, Int, Params, PRNGKeyArray, Rollout, Scalar
+from rlhf_jax.data.chat import encode_prompt
+from rlhf_jax.data.packing import left_pad, length_bucket
+from rlhf_jax.data.tokenizers import Tokenizer
+from rlhf_jax.distributed import PARAMETER_AXES
+from rlhf_jax.generation import Sampling, generate
+from rlhf_jax.models import adapters, decode_fns, flops, hf, logprob_fns
+from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.heads import init_head, init_scalar_model
+
+AxesTable = Sequence[tuple[str, tuple[str | None, ...]]]
+"""(pattern of the end of a leaf's name, logical axes of its last dimensions); the first match counts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where parameters were read.
+
+    Attributes:
+      folder: of the run.
+      step: of the checkpoint.
+      digest: of the checkpoint's files.
+    """
+
+    folder: Path
+    step: int
+    digest: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Policy:
+    """A language model. `make_policy` makes one of our decoders, `wrap` one of any other.
+
+    The callables take parameters as their first argument, and need not be given `params`.
+
+    Attributes:
+      params: nested dictionaries of arrays; None where every call brings its own.
+      tokenizer: of its vocabulary.
+      logits_fn: logits of whole rows.
+      make_logprob_fn: (temperature=1.0) -> `LogprobFn`.
+      make_greedy_match_fn: () -> `GreedyMatchFn`.
+      make_distribution_fn: (temperature=1.0) -> `DistributionFn`.
+      prefill: reads prompts for sampling.
+      decode: reads a token more.
+      extend: reads tokens behind any column; None where the model cannot.
+      hidden_fn: final hidden states, for value and reward heads; None where the model does not say.
+      num_features: how many a hidden state has; None likewise.
+      compute_dtype: of matmuls and activations.
+      param_dtype: of the parameters, and of heads that are put on them.
+      axes: logical sharding axes of its parameters, by the end of their names.
+      takes_packed_rows: whether a row may hold several samples.
+      source: where the parameters come from; None where they are new.
+      config: the architecture of a decoder of ours; None for other models.
+    """
+
+    params: Params
+    tokenizer: Tokenizer
+    logits_fn: LogitsFn
+    make_logprob_fn: Callable[..., LogprobFn]
+    make_greedy_match_fn: Callable[..., GreedyMatchFn]
+    make_distribution_fn: Callable[..., DistributionFn]
+    prefill: PrefillFn
+    decode: DecodeFn
+    extend: ExtendFn | None = None
+    hidden_fn: HiddenFn | None = None
+    num_features: int | None = None
+    compute_dtype: str = "float32"
+    param_dtype: str = "float32"
+    axes: AxesTable = PARAMETER_AXES
+    takes_packed_rows: bool = True
+    source: Source | None = None
+    config: ModelConfig | None = None
+
+    # What updates and samplers are made of -----------------------------------------------------------
+
+    def make_logprob_fn_with_auxiliaries(self) -> LogprobFn:
+        """`make_logprob_fn()` that also tells what only learning by likelihood wants to know."""
+        if self.config is None:
+            return self.make_logprob_fn()
+        return logprob_fns.make_logprob_fn_with_auxiliaries(self.config)
+
+    def make_value_fn(self) -> ValueFn:
+        """Values of the states in which tokens are chosen, by a scalar model on this one."""
+        return logprob_fns.make_value_fn(self._hidden_fn())
+
+    def make_reward_fn(self) -> RewardFn:
+        """Rewards of whole rows, by a scalar model on this one."""
+        return logprob_fns.make_reward_fn(self._hidden_fn())
+
+    def make_process_reward_fn(self) -> ValueFn:
+        """Rewards after each token, by a scalar model on this one."""
+        return logprob_fns.make_process_reward_fn(self._hidden_fn())
+
+    def make_shared_reward_fn(self) -> RewardFn:
+        """`make_reward_fn` for `params["reward"]`, a scalar model on the `"base"` beside it."""
+        return logprob_fns.make_shared_reward_fn(self._hidden_fn())
+
+    def make_actor_critic_fn(self, *, temperature: Scalar = 1.0) -> LogprobFn:
+        """Log-probs, and the values of a model of its own: `scoring.actor_critic_of`."""
+        return logprob_fns.actor_critic_of(
+            self.make_logprob_fn(temperature=temperature), self.make_value_fn()
+        )
+
+    def make_shared_trunk_actor_critic_fn(self, *, temperature: Scalar = 1.0) -> LogprobFn:
+        """Log-probs, and the values of a head on the same states: `scoring.shared_trunk_actor_critic_of`."""
+        if self.config is not None:
+            return logprob_fns.make_shared_trunk_actor_critic_fn(self.config, temperature=temperature)
+        logprob_fn = self.make_logprob_fn(temperature=temperature)
+        return logprob_fns.shared_trunk_actor_critic_of(logprob_fn, self.make_value_fn())
+
+    def init_scalar_head(self, key: PRNGKeyArray) -> Params:
+        """A fresh head for values or rewards."""
+        self._hidden_fn()
+        assert self.num_features is not None
+        return init_head(self.num_features, key, jnp.dtype(self.param_dtype))
+
+    def init_scalar_model(self, key: PRNGKeyArray, decoder: Params | None = None) -> Params:
+        """`{"decoder", "head"}` with a fresh head; the body is `decoder`, or this model's parameters."""
+        body = self.params if decoder is None else decoder
+        if self.config is not None:
+            return init_scalar_model(self.config, key, body)
+        return {"decoder": body, "head": self.init_scalar_head(jax.random.split(key)[1])}
+
+    def _hidden_fn(self) -> HiddenFn:
+        if self.hidden_fn is None:
+            raise UserError(
+                "the model gives no hidden states, on which value and reward heads stand: "
+                "give wrap(..., hidden_fn=...)"
+            )
+        return self.hidden_fn
+
+    def forward_flops(self, *, rows: int, length: int, start: int = 0) -> float:
+        """Operations of a forward pass; 0 where they are not known."""
+        return (
+            0.0
+            if self.config is None
+            else flops.forward_flops(self.config, rows=rows, length=length, start=start)
+        )
+
+    def training_flops(self, *, rows: int, length: int) -> float:
+        """Operations of a gradient; 0 where they are not known."""
+        return 0.0 if self.config is None else flops.training_flops(self.config, rows=rows, length=length)
+
+    # For people ----------------------------------------------------------------------------------------
+
+    def with_params(self, params: Params) -> "Policy":
+        """The same model with other parameters, which come from nowhere."""
+        return dataclasses.replace(self, params=params, source=None)
+
+    def logits(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+        """Logits after every token of rows without padding."""
+        tokens = jnp.asarray(tokens)
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        return self.logits_fn(self.params, tokens, positions, jnp.ones_like(tokens))
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int = 0,
+    ) -> list[str]:
+        """Continuations of texts, without the texts. A temperature of 0 takes the most likely tokens."""
+        if isinstance(prompts, str):
+            raise UserError("prompts is one text: give a list of them")
+        rows = [self._opened(self.tokenizer.encode(prompt)) for prompt in prompts]
+        sampling = Sampling(temperature, top_p=top_p, top_k=top_k)
+        return self._continue(rows, sampling, max_new_tokens, seed)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int = 0,
+    ) -> str:
+        """The assistant's answer to a conversation, laid out by the tokenizer's chat template."""
+        sampling = Sampling(temperature, top_p=top_p, top_k=top_k)
+        return self._continue(
+            [encode_prompt(self.tokenizer, list(messages))], sampling, max_new_tokens, seed
+        )[0]
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes a Hugging Face folder.
+
+        Raises:
+          UserError: the model is none of ours, no family has its parts, or the folder cannot be written.
+        """
+        if self.config is None:
+            raise UserError(
+                f"{folder}: a model from wrap() has no Hugging Face layout: save policy.params yourself"
+            )
+        params = adapters.merge_adapter(self.params) if adapters.can_merge(self.params) else self.params
+        hf.save(folder, self.config, params, self.tokenizer)
+
+    def _opened(self, ids: list[int]) -> list[int]:
+        """Ids of a text with what opens one, where the tokenizer has it; never empty."""
+        bos_id = self.tokenizer.bos_id
+        return [bos_id, *ids] if bos_id is not None else ids or [self.tokenizer.eos_id]
+
+    def _continue(
+        self, rows: list[list[int]], sampling: Sampling, max_new_tokens: int, seed: int
+    ) -> list[str]:
+        if not rows:
+            return []
+        width = length_bucket(max(map(len, rows)))
+        tokens, mask = left_pad(rows, width, pad_id=self.tokenizer.pad_id)
+        ends = self.tokenizer.eos_id, self.tokenizer.pad_id
+        sample = _compiled(self.prefill, self.decode, max_new_tokens, *ends)
+        rollout = jax.device_get(sample(self.params, tokens, mask, jax.random.key(seed), sampling=sampling))
+        sampled = zip(rollout.sequences.tokens, np.asarray(rollout.sequences.mask), strict=True)
+        return [self.tokenizer.decode(row[kept].tolist()) for row, kept in sampled]
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(
+    prefill: PrefillFn, decode: DecodeFn, max_new_tokens: int, eos_id: int, pad_id: int
+) -> Callable[..., Rollout]:
+    """One program for all policies that share their callables, whatever their parameters."""
+    ends = {"max_new_tokens": max_new_tokens, "eos_id": eos_id, "pad_id": pad_id}
+    return jax.jit(functools.partial(generate, prefill, decode, **ends))
+
+
+def make_policy(
+    config: ModelConfig, params: Params, tokenizer: Tokenizer, *, source: Source | None = None
+) -> Policy:
+    """A decoder of ours as a `Policy`."""
+    prefill, decode = decode_fns.make_decode_fns(config)
+    return Policy(
+        params=params,
+        tokenizer=tokenizer,
+        logits_fn=logprob_fns.make_logits_fn(config),
+        make_logprob_fn=functools.partial(logprob_fns.make_logprob_fn, config),
+        make_greedy_match_fn=functools.partial(logprob_fns.make_greedy_match_fn, config),
+        make_distribution_fn=functools.partial(logprob_fns.make_distribution_fn, config),
+        prefill=prefill,
+        decode=decode,
+        extend=decode_fns.make_extend_fn(config),
+        hidden_fn=logprob_fns.make_hidden_fn(config),
+        num_features=config.width,
+        compute_dtype=config.compute_dtype,
+        param_dtype=config.param_dtype,
+        source=source,
+        config=config,
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ScalarModel:
+    """A decoder with a scalar head: a reward model, or a model of process rewards.
+
+    Attributes:
+      body: the decoder.
+      head: of `Policy.init_scalar_head`.
+    """
+
+    body: Policy
+    head: Params
+
+    @property
+    def params(self) -> Params:
+        """What the functions of `body.make_reward_fn()` and the like take."""
+        return {"decoder": self.body.params, "head": self.head}
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Of the decoder."""
+        return self.body.tokenizer
+
+    @property
+    def source(self) -> Source | None:
+        """Where it was read."""
+        return self.body.source
+
+    @property
+    def config(self) -> ModelConfig | None:
+        """Of the decoder."""
+        return self.body.config
