@@ -12,6 +12,7 @@ from rlhf_jax.core.masks import masked_sum
 from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
 from rlhf_jax.core.types import Array, Float, Metrics, Params, PRNGKeyArray, Rollout
 from rlhf_jax.jitted.train import Method, World
+from rlhf_jax.models import Policy
 from rlhf_jax.rewards.rules import overlong_penalties
 from rlhf_jax.tasks.base import Prompts
 

@@ -14,6 +14,7 @@ import numpy as np
 from rlhf_jax import distributed
 from rlhf_jax.core.axes import constrain
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.protocols import DecodeFn, PrefillFn
 from rlhf_jax.core.types import Array, Key, Params, PRNGKeyArray, Rollout
 from rlhf_jax.data.examples import PromptExample
 from rlhf_jax.data.packing import left_pad

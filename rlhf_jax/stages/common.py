@@ -21,6 +21,7 @@ from rlhf_jax.data.mixing import MixtureSampler
 from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.data.tokenizers import Tokenizer, byte_tokenizer, load_tokenizer
 from rlhf_jax.metrics import Logger, Thresholds, make_loggers, write_report
+from rlhf_jax.models import Policy
 from rlhf_jax.tasks import arithmetic
 from rlhf_jax.training import LoopConfig, Meter
 from rlhf_jax.training.run_folder import (

@@ -24,6 +24,7 @@ from rlhf_jax.data.pipeline import BatchSampler, fingerprint
 from rlhf_jax.data.sources import Row, read_rows
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.generation import Sampling
+from rlhf_jax.models import Policy
 from rlhf_jax.models.adapters import merge_adapter
 from rlhf_jax.rollout.dynamic_sampling import Answers, without_failed
 from rlhf_jax.rollout.engines import failed_rows, make_engine, parse_engine

@@ -31,6 +31,7 @@ from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.feedback.pairwise import CompareFn, compare_by_judge, compare_by_rewards
 from rlhf_jax.generation import Sampling
 from rlhf_jax.losses.pair_logps import traits_of
+from rlhf_jax.models import Policy
 from rlhf_jax.rollout.engines import failed_rows
 from rlhf_jax.rollout.sampler import make_generate_fn, make_reward_fn
 from rlhf_jax.stages import adapting, common, inputs

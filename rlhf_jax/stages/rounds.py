@@ -34,6 +34,7 @@ from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.data.sources import Row, read_rows
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.metrics import JSONLLogger, final_table
+from rlhf_jax.models import Policy
 from rlhf_jax.rollout.dynamic_sampling import Answers, concatenate, term_means
 from rlhf_jax.rollout.sampler import check_same_vocabulary
 from rlhf_jax.stages import common, dpo, inputs, sft

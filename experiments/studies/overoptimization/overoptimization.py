@@ -32,6 +32,7 @@ from rlhf_jax.jitted.methods import ppo_method
 from rlhf_jax.jitted.reward_models import JudgedPairs, RewardModel
 from rlhf_jax.jitted.train import RewardFn, Start, World, make_watched_train
 from rlhf_jax.metrics.pages import PLAN, held_summary
+from rlhf_jax.models import Policy
 from rlhf_jax.rewards import ensembles
 from rlhf_jax.stages import common
 from rlhf_jax.sweep import product, sweep
