@@ -77,14 +77,6 @@ def run_options(job: Job, folder: Path, seed: int, steps: int) -> common.RunOpti
     )
 
 
-def brief(options: Any) -> Any:
-    """A stage's options; one far shorter than the script's own gets a shorter warm-up."""
-    if options.optimizer.warmup_steps is None:
-        return options
-    warmup = min(options.optimizer.warmup_steps, options.run.steps // 4)
-    return dataclasses.replace(options, optimizer=dataclasses.replace(options.optimizer, warmup_steps=warmup))
-
-
 def run_seed(
     folder: Path, stages: Mapping[str, Callable[[], None]], measure: Callable[[str], dict[str, Any]]
 ) -> Results:

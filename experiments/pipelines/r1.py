@@ -180,9 +180,7 @@ def stage_runs(options: Options, folder: Path, seed: int) -> dict[str, Callable[
 
     def imitate(name: str, rows: str, steps: int, **more: Any) -> Callable[[], None]:
         run, size = run_options(name, steps), min(options.batch_size, options.cold_traces)
-        return lambda: sft.run(
-            pipeline_stages.brief(sft.Options(run=run, data=data[rows], batch_size=size, **more))
-        )
+        return lambda: sft.run(common.brief(sft.Options(run=run, data=data[rows], batch_size=size, **more)))
 
     def pretrain(name: str, model: common.ModelOptions, steps: int) -> Callable[[], None]:
         return imitate(name, "base", steps, model=model, tokenizer=str(folder / "data" / "tokenizer"))
@@ -203,7 +201,7 @@ def stage_runs(options: Options, folder: Path, seed: int) -> dict[str, Callable[
             learning_rate=options.rl_learning_rate,
             **more,
         )
-        return lambda: grpo.run(pipeline_stages.brief(reinforced))
+        return lambda: grpo.run(common.brief(reinforced))
 
     def imitate_chosen(name: str, init: str, writer: str, steps: int) -> Callable[[], None]:
         prompts = common.PromptOptions(
@@ -222,7 +220,7 @@ def stage_runs(options: Options, folder: Path, seed: int) -> dict[str, Callable[
             learning_rate=1e-3,
             beside=data["general"],
         )
-        return lambda: rounds.run(pipeline_stages.brief(chosen))
+        return lambda: rounds.run(common.brief(chosen))
 
     rank = reward_model.Options(
         run=run_options("reward_model", options.reward_steps),
@@ -241,7 +239,7 @@ def stage_runs(options: Options, folder: Path, seed: int) -> dict[str, Callable[
         ),
         "reasoning": reinforce("reasoning", "cold_start", options.reasoning_steps, rules(), **free),
         "chosen_sft": imitate_chosen("chosen_sft", "base", "reasoning", options.chosen_steps),
-        "reward_model": lambda: reward_model.run(pipeline_stages.brief(rank)),
+        "reward_model": lambda: reward_model.run(common.brief(rank)),
         # A reward model is gamed where rules are not: the last stage stays closer to what it starts from.
         "r1": reinforce("r1", "chosen_sft", options.final_steps, both, "all_prompts", kl_coef=0.1),
         "small_base": pretrain("small_base", options.small_model, options.small_base_steps),

@@ -113,11 +113,11 @@ def stage_runs(
         prompts=prompts,
     )
     return {
-        "sft": lambda: sft.run(pipeline_stages.brief(sft_options)),
-        "reward_model": lambda: reward_model.run(pipeline_stages.brief(reward_options)),
-        "ppo": lambda: ppo.run(pipeline_stages.brief(ppo_options)),
-        "dpo": lambda: dpo.run(pipeline_stages.brief(dpo_options)),
-        "grpo": lambda: grpo.run(pipeline_stages.brief(grpo_options)),
+        "sft": lambda: sft.run(common.brief(sft_options)),
+        "reward_model": lambda: reward_model.run(common.brief(reward_options)),
+        "ppo": lambda: ppo.run(common.brief(ppo_options)),
+        "dpo": lambda: dpo.run(common.brief(dpo_options)),
+        "grpo": lambda: grpo.run(common.brief(grpo_options)),
     }
 
 

@@ -120,6 +120,11 @@ def stratified_bootstrap_interval(
     return _percentile_interval(float(statistic_fn(*arrays)), np.array(draws), confidence)
 
 
+def iqm_interval(samples: ArrayLike) -> Interval:
+    """Interquartile mean over runs of one task with its 95 % stratified bootstrap interval."""
+    return stratified_bootstrap_interval(np.asarray(samples)[:, None], statistic_fn=interquartile_mean)
+
+
 def bootstrap_interval(
     *columns: ArrayLike,
     statistic_fn: Callable[..., float],

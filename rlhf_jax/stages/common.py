@@ -366,6 +366,14 @@ def flags(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return named
 
 
+def brief(options: Any) -> Any:
+    """A stage's options; one far shorter than the script's own gets a shorter warm-up."""
+    if options.optimizer.warmup_steps is None:
+        return options
+    warmup = min(options.optimizer.warmup_steps, options.run.steps // 4)
+    return dataclasses.replace(options, optimizer=dataclasses.replace(options.optimizer, warmup_steps=warmup))
+
+
 def check_divides(part_name: str, part: int, whole_name: str, whole: int) -> None:
     """Raises: UserError where `part` does not divide `whole`."""
     if part < 1 or whole % part:

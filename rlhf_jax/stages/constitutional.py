@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pipeline_stages
 import tyro
 
 from rlhf_jax.core.errors import UserError
@@ -138,7 +137,7 @@ def train_skills(options: Options) -> Path:
         max_length=208,
         batch_size=options.skill_batch_size,
     )
-    sft.run(pipeline_stages.brief(stage))
+    sft.run(common.brief(stage))
     return out
 
 

@@ -19,7 +19,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import pipeline_stages
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.data.examples import PromptExample, prompt_examples
@@ -185,7 +184,7 @@ def train_policy(options: Options) -> Path:
         data=str(data),
         tokenizer=str(options.out / "tokenizer"),
     )
-    sft.run(pipeline_stages.brief(stage))
+    sft.run(common.brief(stage))
     return out
 
 

@@ -17,11 +17,10 @@ from typing import Any
 
 import jax
 import numpy as np
-import rl_page
 import tyro
 
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.evaluation.statistics import mean_interval
+from rlhf_jax.evaluation.statistics import iqm_interval, mean_interval
 from rlhf_jax.metrics.progress import final_table
 from rlhf_jax.rl.envs import environments, transitions
 from rlhf_jax.rl.envs.environments import Environment, Transition
@@ -214,7 +213,7 @@ def report(summary: dict[str, Any]) -> None:
         (f"seed {summary['seed'] + i}", *(f"{x:.4g}" for x in column)) for i, column in enumerate(scores.T)
     ]
     rows.append(("mean", *(f"{mean_interval(row):.4g}" for row in scores)))
-    rows.append(("IQM", *(f"{rl_page.iqm(summary, name):.4g}" for name in both)))
+    rows.append(("IQM", *(f"{iqm_interval(summary[name]):.4g}" for name in both)))
     rows.append(("log: mean, best", f"{summary['data_return']:.4g}", f"{summary['data_best_return']:.4g}"))
     final_table(f"{summary['algo']} on {summary['data']}", ("", "deterministic", "sampled"), rows)
 

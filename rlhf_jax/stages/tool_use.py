@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pipeline_stages
 import tyro
 
 from rlhf_jax.algorithms import grpo
@@ -107,7 +106,7 @@ def train_sft(options: Options) -> str:
         data=str(data),
         tokenizer=str(options.run.out / "tokenizer"),
     )
-    sft.run(pipeline_stages.brief(stage))
+    sft.run(common.brief(stage))
     return str(out)
 
 

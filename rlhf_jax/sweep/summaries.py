@@ -7,9 +7,8 @@ from numpy.typing import ArrayLike
 
 from rlhf_jax.evaluation.statistics import (
     Interval,
-    interquartile_mean,
+    iqm_interval,
     probability_of_improvement,
-    stratified_bootstrap_interval,
 )
 from rlhf_jax.sweep.results import Results
 
@@ -41,7 +40,7 @@ def summarize(results: Results, metric: str) -> list[Summary]:
             setting=setting,
             label=results.label(setting),
             mean=float(np.mean(row)),
-            iqm=stratified_bootstrap_interval(row[:, None], statistic_fn=interquartile_mean),
+            iqm=iqm_interval(row),
             seeds=len(row),
         )
         for setting, row in enumerate(scores)

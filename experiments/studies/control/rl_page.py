@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.evaluation.statistics import Interval, interquartile_mean, stratified_bootstrap_interval
+from rlhf_jax.evaluation.statistics import Interval, iqm_interval
 from rlhf_jax.metrics.pages import commands, when_and_with
 from rlhf_jax.metrics.progress import format_seconds
 from rlhf_jax.stages import rl_rows
@@ -27,7 +27,7 @@ evaluation included; other work ran on the same cores, so CPU time says more.
 
 def iqm(summary: Mapping[str, Any], name: str = "evaluation_return") -> Interval:
     """Interquartile mean over seeds with its bootstrap interval."""
-    return stratified_bootstrap_interval(np.asarray(summary[name])[:, None], statistic_fn=interquartile_mean)
+    return iqm_interval(summary[name])
 
 
 def verdict(row: Row, found: Interval) -> str:

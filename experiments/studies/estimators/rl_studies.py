@@ -22,7 +22,7 @@ import rl_table
 from rlhf_jax.cli import command_line
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Array, Float, PRNGKeyArray
-from rlhf_jax.evaluation.statistics import Interval, interquartile_mean, stratified_bootstrap_interval
+from rlhf_jax.evaluation.statistics import iqm_interval
 from rlhf_jax.kernels.off_policy import retrace, vtrace
 from rlhf_jax.kernels.returns import discounted_returns
 from rlhf_jax.metrics.pages import PLAN, SUMMARY, commands, held_summary, kept_remarks, made, when_and_with
@@ -175,17 +175,13 @@ are those of the policy that acted; lambda, gamma and the bounds of V-trace are 
 of episodes that weighted whole ones are worth, 1 / E[weight^2], exactly."""
 
 
-def _iqm(scores: Sequence[float]) -> Interval:
-    return stratified_bootstrap_interval(np.asarray(scores)[:, None], statistic_fn=interquartile_mean)
-
-
 def _learning_table(summary: Mapping[str, Any]) -> str:
     lines = [
         f"| {summary['env']}: gamma | {' | '.join(f'lambda {x:g}' for x in LAMBDAS)} |",
         "|---" * (len(LAMBDAS) + 1) + "|",
     ]
     for gamma, scores in zip(GAMMAS, summary["evaluation_return"], strict=True):
-        lines.append(f"| {gamma:g} | {' | '.join(f'{_iqm(cell):.0f}' for cell in scores)} |")
+        lines.append(f"| {gamma:g} | {' | '.join(f'{iqm_interval(cell):.0f}' for cell in scores)} |")
     return "\n".join(lines)
 
 
@@ -237,7 +233,7 @@ def draw_gae(path: Path, learnt: Sequence[Mapping[str, Any]]) -> None:
     variance_axes.set(title="variance", xlabel="lambda")
     bias_axes.legend(frameon=False, fontsize=7)
     for axes, summary in zip(maps, learnt, strict=True):
-        middle = np.array([[_iqm(cell).mean for cell in row] for row in summary["evaluation_return"]])
+        middle = np.array([[iqm_interval(cell).mean for cell in row] for row in summary["evaluation_return"]])
         axes.imshow(middle, aspect="auto", cmap="viridis")
         for (row, column), value in np.ndenumerate(middle):
             light = value > (middle.min() + middle.max()) / 2

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.core.types import Array, Float
-from rlhf_jax.evaluation.statistics import Interval, interquartile_mean, stratified_bootstrap_interval
+from rlhf_jax.evaluation.statistics import iqm_interval
 from rlhf_jax.metrics.pages import commands, when_and_with
 from rlhf_jax.rl.algorithms import dyna
 from rlhf_jax.rl.algorithms import options as rl_options
@@ -119,11 +119,6 @@ learned stays. Mean steps an episode; an optimal policy takes {first:.1f} to the
 to the second, exactly."""
 
 
-def iqm(values: np.ndarray) -> Interval:
-    """Interquartile mean over seeds with its bootstrap interval."""
-    return stratified_bootstrap_interval(np.asarray(values)[:, None], statistic_fn=interquartile_mean)
-
-
 def dyna_table(found: Mapping[str, Mapping[str, np.ndarray]]) -> str:
     """A line for each learner in the maze."""
     lines = [
@@ -134,9 +129,9 @@ def dyna_table(found: Mapping[str, Mapping[str, np.ndarray]]) -> str:
     for name, histories in found.items():
         lengths, until = histories["length"], steps_until_optimal(histories, best)
         done = until[~np.isnan(until)]
-        shown = f"{iqm(done):,.0f}" if len(done) else "-"
-        last = iqm(lengths[:, -10:].mean(axis=1))
-        total = iqm(lengths.sum(axis=1))
+        shown = f"{iqm_interval(done):,.0f}" if len(done) else "-"
+        last = iqm_interval(lengths[:, -10:].mean(axis=1))
+        total = iqm_interval(lengths.sum(axis=1))
         lines.append(f"| {name} | {total:,.0f} | {last:.1f} | {shown} | {len(done)} of {len(until)} |")
     return "\n".join(lines)
 
@@ -151,7 +146,7 @@ def control_table(found: Mapping[str, Mapping[str, np.ndarray]]) -> str:
         scores, until = histories["evaluation_return"], steps_until_solved(histories)
         reached = "never" if np.isnan(until) else f"{until:,.0f}"
         taken = int(histories["steps"].max())
-        lines.append(f"| {algo} | {taken:,} | {reached} | {iqm(scores):.0f} | {scores.min():.0f} |")
+        lines.append(f"| {algo} | {taken:,} | {reached} | {iqm_interval(scores):.0f} | {scores.min():.0f} |")
     return "\n".join(lines)
 
 
@@ -167,7 +162,7 @@ def rooms_table(found: Mapping[str, np.ndarray], episodes: int) -> str:
     }
     lines = [f"| learner | {' | '.join(parts)} |", "|---" * (len(parts) + 1) + "|"]
     for name, lengths in found.items():
-        cells = (f"{iqm(lengths[:, part].mean(axis=1)):.0f}" for part in parts.values())
+        cells = (f"{iqm_interval(lengths[:, part].mean(axis=1)):.0f}" for part in parts.values())
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
