@@ -84,8 +84,8 @@ class Options:
       seeds: how many independent runs, each from new weights.
       first_seed: the first seed; the others follow it.
       resume: go on with the run in the folder where it stopped.
-      model: the base model.
-      small_model: the base model of the student.
+      arch: the base model.
+      small_arch: the base model of the student.
       documents: solutions that the base models have read, beside an eighth as many general answers.
       base_steps: optimizer steps of the base model.
       small_base_steps: the same of the student's.
@@ -108,8 +108,8 @@ class Options:
     seeds: int = 1
     first_seed: int = 0
     resume: bool = False
-    model: common.ModelOptions = common.ModelOptions(width=64, heads=4, kv_heads=2)
-    small_model: common.ModelOptions = common.ModelOptions(width=32, heads=4, kv_heads=2)
+    arch: common.ArchOptions = common.ArchOptions(width=64, heads=4, kv_heads=2)
+    small_arch: common.ArchOptions = common.ArchOptions(width=32, heads=4, kv_heads=2)
     documents: int = 24_000
     base_steps: int = 700
     small_base_steps: int = 700
@@ -182,18 +182,18 @@ def stage_runs(options: Options, folder: Path, seed: int) -> dict[str, Callable[
         run, size = run_options(name, steps), min(options.batch_size, options.cold_traces)
         return lambda: sft.run(common.brief(sft.Options(run=run, data=data[rows], batch_size=size, **more)))
 
-    def pretrain(name: str, model: common.ModelOptions, steps: int) -> Callable[[], None]:
-        return imitate(name, "base", steps, model=model, tokenizer=str(folder / "data" / "tokenizer"))
+    def pretrain(name: str, arch: common.ArchOptions, steps: int) -> Callable[[], None]:
+        return imitate(name, "base", steps, arch=arch, tokenizer=str(folder / "data" / "tokenizer"))
 
     def reinforce(
-        name: str, init: str, steps: int, rewards: Sequence[str], rows: str = "prompts", **more: Any
+        name: str, start: str, steps: int, rewards: Sequence[str], rows: str = "prompts", **more: Any
     ) -> Callable[[], None]:
         prompts = common.PromptOptions(
             data=data[rows], rewards=tuple(rewards), max_new_tokens=longest_answer(), samples=0
         )
         reinforced = grpo.Options(
             run=run_options(name, steps),
-            init=str(policy_folder(folder, init)),
+            model=str(policy_folder(folder, start)),
             # GRPO's division by the length of an answer loses the tags: see the README.
             algorithm="dr_grpo",
             prompts=prompts,
@@ -203,13 +203,13 @@ def stage_runs(options: Options, folder: Path, seed: int) -> dict[str, Callable[
         )
         return lambda: grpo.run(common.brief(reinforced))
 
-    def imitate_chosen(name: str, init: str, writer: str, steps: int) -> Callable[[], None]:
+    def imitate_chosen(name: str, start: str, writer: str, steps: int) -> Callable[[], None]:
         prompts = common.PromptOptions(
             data=data["prompts"], rewards=rules(), max_new_tokens=longest_answer(), samples=0
         )
         chosen = rounds.Options(
             run=run_options(name, steps),
-            init=str(folder / init),
+            model=str(folder / start),
             writer=str(policy_folder(folder, writer)),
             prompts=prompts,
             method="expert_iteration",
@@ -224,25 +224,25 @@ def stage_runs(options: Options, folder: Path, seed: int) -> dict[str, Callable[
 
     rank = reward_model.Options(
         run=run_options("reward_model", options.reward_steps),
-        init=str(folder / "base"),
+        model=str(folder / "base"),
         pairs=common.PairOptions(data=data["pairs"], eval_data=data["heldout_pairs"]),
         batch_size=options.batch_size,
     )
     both = (*rules(kind=f"@{reasoning.REASONING}"), f"{folder / 'reward_model'}@{reasoning.GENERAL}")
     free: dict[str, Any] = {"kl_coef": 0.001}  # as in the paper: the base is no policy to stay close to
     return {
-        "base": pretrain("base", options.model, options.base_steps),
+        "base": pretrain("base", options.arch, options.base_steps),
         "zero": reinforce("zero", "base", options.zero_steps, rules(), **free),
         "zero_mixed": reinforce("zero_mixed", "base", options.zero_steps, rules(language=0.0), **free),
         "cold_start": imitate(
-            "cold_start", "traces", options.cold_steps, init=str(folder / "base"), learning_rate=3e-4
+            "cold_start", "traces", options.cold_steps, model=str(folder / "base"), learning_rate=3e-4
         ),
         "reasoning": reinforce("reasoning", "cold_start", options.reasoning_steps, rules(), **free),
         "chosen_sft": imitate_chosen("chosen_sft", "base", "reasoning", options.chosen_steps),
         "reward_model": lambda: reward_model.run(common.brief(rank)),
         # A reward model is gamed where rules are not: the last stage stays closer to what it starts from.
         "r1": reinforce("r1", "chosen_sft", options.final_steps, both, "all_prompts", kl_coef=0.1),
-        "small_base": pretrain("small_base", options.small_model, options.small_base_steps),
+        "small_base": pretrain("small_base", options.small_arch, options.small_base_steps),
         "student": imitate_chosen("student", "small_base", "r1", options.student_steps),
     }
 

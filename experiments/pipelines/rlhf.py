@@ -80,7 +80,7 @@ def stage_runs(
     data = f"arithmetic:{options.level}"
     prompts = common.PromptOptions(data=data, max_new_tokens=max_new_tokens)
     pairs = common.PairOptions(data=data)
-    init, rewards = str(folder / "sft"), str(folder / "reward_model")
+    policy, rewards = str(folder / "sft"), str(folder / "reward_model")
 
     def run(name: str, steps: int) -> common.RunOptions:
         return pipeline_stages.run_options(options, folder / name, seed, steps)
@@ -93,23 +93,23 @@ def stage_runs(
     )
     reward_options = reward_model.Options(
         run=run("reward_model", options.reward_steps),
-        init=init,
+        model=policy,
         pairs=pairs,
     )
     ppo_options = ppo.Options(
         run=run("ppo", options.ppo_steps),
-        init=init,
+        model=policy,
         reward_model=(rewards,),
         prompts=dataclasses.replace(prompts, eval_reward=EXACT_MATCH),
     )
     dpo_options = dpo.Options(
         run=run("dpo", options.dpo_steps),
-        init=init,
+        model=policy,
         pairs=pairs,
     )
     grpo_options = grpo.Options(
         run=run("grpo", options.grpo_steps),
-        init=init,
+        model=policy,
         prompts=prompts,
     )
     return {

@@ -38,7 +38,7 @@ OPTIONS_OF = {
 
 @dataclasses.dataclass(frozen=True)
 class AdapterOptions:
-    """What is trained; the checkpoints of an adapter hold the adapter alone, and point to --init.
+    """What is trained; the checkpoints of an adapter hold the adapter alone, and point to --model.
 
     Attributes:
       kind: none trains everything, partial some layers; lora, rslora, dora, pissa, adalora, prefix, prompt
@@ -52,7 +52,7 @@ class AdapterOptions:
       length: of a prefix or prompt, in tokens.
       width: of a bottleneck.
       quantise: keep the frozen kernels in few bits (QLoRA is lora with nf4).
-      keep_zeros: weights of linear layers that are zero in --init stay zero: fine-tuning of a pruned policy.
+      keep_zeros: weights of linear layers that are zero in --model stay zero: fine-tuning of a pruned policy.
     """
 
     kind: Annotated[Kind, tyro.conf.arg(metavar="KIND")] = "none"
@@ -186,14 +186,14 @@ def take_apart(options: AdapterOptions, model: Policy, *, seed: int, steps: int)
         raise UserError("--adapter.keep-zeros: the policy has no zero weights: prune it first (prune.py)")
     if [name for name in named_leaves(model.params) if adapters.is_adapter_leaf(name)]:
         raise UserError(
-            "the policy in --init has a prefix, a prompt or bottlenecks, which cannot be merged into it, and "
-            "nothing is trained on top of these: start from the run that it adapts"
+            "the policy in --model has a prefix, a prompt or bottlenecks, which cannot be merged into it, "
+            "and nothing is trained on top of these: start from the run that it adapts"
         )
     if adapter is None:
         return Parts(common.copied(model.params), None, model.params, None, options.keep_zeros)
     if model.source is None:
         raise UserError(
-            f"--adapter.kind {options.kind} needs a model to adapt, and this one is new: give one by --init"
+            f"--adapter.kind {options.kind} needs a model to adapt, and this one is new: give one by --model"
         )
     quantisation = None if options.quantise == "none" else adapters.Quantisation(options.quantise)
     adaptation = Adaptation(adapter, model.source, quantisation)

@@ -102,7 +102,7 @@ class RunOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelOptions:
+class ArchOptions:
     """A new model, for runs that do not start from another one.
 
     Attributes:
@@ -158,12 +158,12 @@ class ModelOptions:
         if self.kind != "transformer":
             if self.experts or self.further:
                 raise UserError(
-                    f"--model.experts and --model.further mean nothing to --model.kind {self.kind}: "
+                    f"--arch.experts and --arch.further mean nothing to --arch.kind {self.kind}: "
                     "leave them out"
                 )
             return models.recurrent_config(cell=self.kind, **shape)
-        check_divides("--model.heads", self.heads, "--model.width", self.width)
-        check_divides("--model.kv-heads", self.kv_heads, "--model.heads", self.heads)
+        check_divides("--arch.heads", self.heads, "--arch.width", self.width)
+        check_divides("--arch.kv-heads", self.kv_heads, "--arch.heads", self.heads)
         dense = models.dense_config(
             num_heads=self.heads,
             num_kv_heads=self.kv_heads,
@@ -185,8 +185,8 @@ class AuxiliaryOptions:
     """What is learned beside the next token, by models that have parts for it.
 
     Attributes:
-      further_coef: weight of the loss on further tokens (--model.further).
-      balance_coef: weight of the load-balance loss (--model.experts).
+      further_coef: weight of the loss on further tokens (--arch.further).
+      balance_coef: weight of the load-balance loss (--arch.experts).
       z_coef: weight of the z-loss of routers.
       bias_rate: by how much the biases of sigmoid routers move in a step.
     """
@@ -280,23 +280,25 @@ def embedded_level(spec: str) -> arithmetic.Level | None:
 
 
 def starting_model(
-    init: str, tokenizer: str | Tokenizer, data: str, options: ModelOptions, seed: int
+    model: str, tokenizer: str | Tokenizer, data: str, options: ArchOptions, seed: int
 ) -> Policy:
-    """The policy of the run `init`, or a new one.
+    """The policy of the run `model`, or a new one.
 
     Args:
-      tokenizer: itself, or where to find it; empty for that of `init`, of the embedded task, or for bytes.
+      tokenizer: itself, or where to find it; empty for that of `model`, of the embedded task, or for bytes.
 
     Raises:
-      UserError: options that contradict each other, or no policy in `init`.
+      UserError: options that contradict each other, or no policy in `model`.
     """
-    if init:
+    if model:
         if tokenizer:
-            raise UserError("a tokenizer and --init exclude each other: a policy brings its own tokenizer")
-        model = load_policy(Path(init))
-        if options != ModelOptions():
-            models.check_same_architecture(options.config(model.tokenizer), model.config, f"--init {init}")
-        return model
+            raise UserError("a tokenizer and --model exclude each other: a policy brings its own tokenizer")
+        policy = load_policy(Path(model))
+        if options != ArchOptions():
+            models.check_same_architecture(
+                options.config(policy.tokenizer), policy.config, f"--model {model}"
+            )
+        return policy
     chosen = find_tokenizer(tokenizer, data)
     config = options.config(chosen)
     params = distributed.born_sharded(functools.partial(models.init_params, config), jax.random.key(seed))
@@ -335,7 +337,7 @@ _POSITIVE = """
     --steps --keep --batch-size --micro-batches --minibatches --num-minibatches --group-size --epochs
     --num-iterations --num-ppo-epochs --temperature
     --max-new-tokens --demonstrations --pair-count --prompt-count --eval-count --optimizer.clip-norm
-    --model.width --model.layers --model.heads --model.kv-heads --length
+    --arch.width --arch.layers --arch.heads --arch.kv-heads --length
     --rounds --prompts-per-round --samples-per-prompt
 """.split()  # noqa: SIM905 (a list of literals would fill the screen)
 # They change how a run is watched, or how long it is, and nothing of what it computes until then.

@@ -1,7 +1,7 @@
 """Constitutional AI, the supervised stage: a policy learns from its own answers as it would revise them.
 
     rlhf constitutional --out runs/constitutional
-    rlhf constitutional --out runs/harmless --init runs/chat --constitution principles.txt \\
+    rlhf constitutional --out runs/harmless --model runs/chat --constitution principles.txt \\
         --data prompts.jsonl --max-new-tokens 256 --revisions 2
 
 The first trains a small decoder to answer, criticise, revise and judge on the embedded task, where its
@@ -11,7 +11,7 @@ answers rose from 64 to 96 % (three seeds, 3 minutes of CPU time each, on a mach
 Nobody says which answers are right. `revisions.jsonl` holds prompts, answers, critiques with their
 principles, and revisions; what was revised is not revised again by --resume. The policy's run folder is
 `OUT/policy`; that of the judge, for `preferences.py --judge-model` and `--rewards OUT/judge.json`, is
-`OUT/skills` or `--init`.
+`OUT/skills` or `--model`.
 """
 
 import dataclasses
@@ -49,10 +49,10 @@ class Options:
     """Options of the supervised stage; --steps are those of learning from revisions.
 
     Attributes:
-      init: run folder of a policy that can criticise and revise; empty to train one on the embedded task.
+      model: run folder of a policy that can criticise and revise; empty to train one on the embedded task.
       constitution: text file with a principle a line, or JSONL; empty for that of the embedded task.
       prompts: which prompts; rewards only measure answers and revisions, and choose nothing.
-      skill_steps: optimizer steps of learning the skills, where there is no `init`.
+      skill_steps: optimizer steps of learning the skills, where there is no `model`.
       skill_rows: conversations that they are learned from.
       skill_batch_size: rows a step, into each of which several conversations are packed.
       revised: how many prompts are answered and revised.
@@ -67,9 +67,9 @@ class Options:
     run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(
         Path("runs/constitutional"), steps=60
     )
-    model: common.ModelOptions = common.ModelOptions()
+    arch: common.ArchOptions = common.ArchOptions()
     optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", warmup_steps=5, end_lr_ratio=0.1)
-    init: str = ""
+    model: str = ""
     constitution: str = ""
     prompts: tyro.conf.OmitArgPrefixes[common.PromptOptions] = common.PromptOptions(
         data=DATA, max_new_tokens=32, prompt_count=4_000, eval_count=512
@@ -99,10 +99,10 @@ def check(options: Options) -> None:
     ):
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least 1")
-    if bool(options.init) != bool(options.constitution):
-        raise UserError("--init and --constitution go together: the embedded task brings both of its own")
-    if not options.init and options.prompts.data != DATA:
-        raise UserError(f"--data {options.prompts.data} needs a policy: give --init and --constitution")
+    if bool(options.model) != bool(options.constitution):
+        raise UserError("--model and --constitution go together: the embedded task brings both of its own")
+    if not options.model and options.prompts.data != DATA:
+        raise UserError(f"--data {options.prompts.data} needs a policy: give --model and --constitution")
     held = options.run.out / "config.json"
     if held.exists():
         if not options.run.resume:
@@ -129,7 +129,7 @@ def train_skills(options: Options) -> Path:
         run=dataclasses.replace(
             run, out=out, steps=options.skill_steps, eval_every=0, report=False, resume=_begun(out)
         ),
-        model=options.model,
+        arch=options.arch,
         data=str(run.out / "skills.jsonl"),
         eval_data=str(run.out / "skills_held_out.jsonl"),
         tokenizer=str(run.out / "tokenizer"),
@@ -223,7 +223,7 @@ def describe(options: Options, prompts: Sequence[PromptExample], found: Sequence
 # Everything -------------------------------------------------------------------------------------------
 
 
-def train(options: Options, init: Path, rows: list[dict[str, Any]]) -> Path:
+def train(options: Options, start: Path, rows: list[dict[str, Any]]) -> Path:
     """The run folder of the policy that has learnt from revisions."""
     data, folder = options.run.out / "rows.jsonl", options.run.out / "policy"
     write_rows(data, rows)
@@ -231,7 +231,7 @@ def train(options: Options, init: Path, rows: list[dict[str, Any]]) -> Path:
     sft.run(
         sft.Options(
             run=run,
-            init=str(init),
+            model=str(start),
             data=str(data),
             batch_size=min(options.batch_size, len(rows)),
             optimizer=options.optimizer,
@@ -250,10 +250,10 @@ def run(options: Options) -> None:
         read_constitution(options.constitution) if options.constitution else list(reviews.CONSTITUTION)
     )
     describe_run(out, common.to_json(options), stage="constitutional")
-    init = Path(options.init) if options.init else train_skills(options)
-    model = load_policy(init)
+    start = Path(options.model) if options.model else train_skills(options)
+    model = load_policy(start)
     write_rows(out / "constitution.jsonl", constitution_rows(principles))
-    judge = {"kind": "rating", "model": os.path.relpath(init, out), "constitution": "constitution.jsonl"}
+    judge = {"kind": "rating", "model": os.path.relpath(start, out), "constitution": "constitution.jsonl"}
     write_json(out / "judge.json", judge)
 
     prompts = inputs.load_prompts(options.prompts, model, options.prompts.rewards[:1], options.run.seed)
@@ -265,7 +265,7 @@ def run(options: Options) -> None:
     if not rows:
         raise UserError(f"none of {len(found)} revisions ends by itself: raise --max-new-tokens")
     numbers: dict[str, Any] = {"train": describe(options, chosen, found), "rows": len(rows)}
-    params = load_policy(train(options, init, rows)).params
+    params = load_policy(train(options, start, rows)).params
     if prompts.evaluate is not None:
         numbers["before"] = prompts.evaluate(model.params, model.params).metrics()
         numbers["after"] = prompts.evaluate(params, model.params).metrics()

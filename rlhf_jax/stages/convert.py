@@ -1,6 +1,6 @@
 """Hugging Face folders to run folders, and back; low-rank adapters in the folders of PEFT likewise.
 
-    rlhf convert --source ~/Llama-3.2-1B --out runs/llama      # then: sft.py --init runs/llama ...
+    rlhf convert --source ~/Llama-3.2-1B --out runs/llama      # then: sft.py --model runs/llama ...
     rlhf convert --source runs/dpo --out exported              # loads in transformers and vLLM
     rlhf convert --source runs/lora --out adapter --adapter    # loads in peft, on its base
     rlhf convert --source adapter --base runs/llama --out runs/lora
@@ -62,7 +62,7 @@ def to_run(options: Options) -> str:
     describe_run(options.out, {"source": str(options.source), "dtype": options.dtype})
     with CheckpointManager(options.out / "checkpoints") as manager:
         manager.save(0, {"learner": {"params": params}}, wait=True)
-    return f"{options.out}: a run, for --init"
+    return f"{options.out}: a run, for --model"
 
 
 def adapter_to_run(options: Options) -> str:
@@ -78,7 +78,7 @@ def adapter_to_run(options: Options) -> str:
     describe_run(options.out, {"source": str(options.source), "base": str(options.base)})
     with CheckpointManager(options.out / "checkpoints") as manager:
         manager.save(0, {"learner": {"params": trained}}, wait=True)
-    return f"{options.out}: an adapter on {options.base}, for --init"
+    return f"{options.out}: an adapter on {options.base}, for --model"
 
 
 def to_hugging_face(options: Options) -> str:

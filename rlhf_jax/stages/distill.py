@@ -1,13 +1,13 @@
 """Distillation: a student learns what a teacher, the policy of another run, says of answers.
 
-    rlhf distill --out runs/soft --init runs/small --teacher runs/large
-    rlhf distill --out runs/gkd --init runs/small --teacher runs/large --loss js \\
+    rlhf distill --out runs/soft --model runs/small --teacher runs/large
+    rlhf distill --out runs/gkd --model runs/small --teacher runs/large --loss js \\
         --student-share 1
-    rlhf distill --out runs/texts --init runs/small --teacher runs/large --loss sequence
+    rlhf distill --out runs/texts --model runs/small --teacher runs/large --loss sequence
 
 Soft labels on the teacher's answers (`forward_kl`), on-policy distillation on the student's (GKD,
 `--student-share 1`), a mixture of the two, or the teacher's answers alone (`sequence`), worked steps
-included. Without --init the student is a new model (--model.width ...) with the tokenizer of the teacher.
+included. Without --model the student is a new model (--arch.width ...) with the tokenizer of the teacher.
 Rows hold `prompt`, `question` or `messages`. `forward_kl`, `reverse_kl` and `js` hold the log-probs of the
 whole vocabulary at every token.
 """
@@ -56,7 +56,7 @@ class Options:
 
     Attributes:
       teacher: run folder of the policy to learn from, of any architecture.
-      init: run folder of the student to start from; empty for a new model.
+      model: run folder of the student to start from; empty for a new model.
       prompts: which prompts; what answers are worth is only looked at.
       loss: forward_kl, reverse_kl or js over the vocabulary; sequence (imitates the teacher's answers),
         sampled_reverse_kl or sequence_reverse_kl (MiniLLM) on the tokens that were sampled.
@@ -69,9 +69,9 @@ class Options:
 
     run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/distill"), steps=200)
     teacher: str
-    init: str = ""
+    model: str = ""
     prompts: tyro.conf.OmitArgPrefixes[common.PromptOptions] = common.PromptOptions()
-    model: common.ModelOptions = common.ModelOptions()
+    arch: common.ArchOptions = common.ArchOptions()
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
     optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", warmup_steps=10, end_lr_ratio=0.1)
     loss: Loss = "forward_kl"
@@ -102,11 +102,11 @@ def check(options: Options) -> float:
 
 def start_from(options: Options, teacher: Policy) -> Policy:
     """The student."""
-    if options.init:
-        student = common.starting_model(options.init, "", "", options.model, options.run.seed)
+    if options.model:
+        student = common.starting_model(options.model, "", "", options.arch, options.run.seed)
         check_same_vocabulary(teacher.tokenizer, student.tokenizer, Path(options.teacher), "teacher")
         return student
-    return common.starting_model("", teacher.tokenizer, "", options.model, options.run.seed)
+    return common.starting_model("", teacher.tokenizer, "", options.arch, options.run.seed)
 
 
 def make_write_fn(

@@ -1,9 +1,9 @@
 """Direct preference optimisation and its family: a policy from pairs, against a frozen reference.
 
-    rlhf dpo --out runs/dpo --init runs/sft
-    rlhf dpo --out runs/mine --init runs/sft --data pairs.jsonl --beta 0.3
-    rlhf dpo --out runs/simpo --init runs/sft --loss simpo
-    rlhf dpo --out runs/kto --init runs/sft --loss kto --data labelled.jsonl
+    rlhf dpo --out runs/dpo --model runs/sft
+    rlhf dpo --out runs/mine --model runs/sft --data pairs.jsonl --beta 0.3
+    rlhf dpo --out runs/simpo --model runs/sft --loss simpo
+    rlhf dpo --out runs/kto --model runs/sft --loss kto --data labelled.jsonl
 
 The first takes about 30 s on two CPU cores and answers 95 to 98 % of held-out problems right over three seeds
 (the policy it starts from: 44 to 45 %).
@@ -52,7 +52,7 @@ class Options:
     """Options of direct preference optimisation.
 
     Attributes:
-      init: run folder of the policy to start from, which is also the reference.
+      model: run folder of the policy to start from, which is also the reference.
       pairs: which preference pairs, or labelled completions.
       batch_size: pairs a step; for KTO and BCO, responses.
       micro_batches: parts in which a batch is computed, to save memory.
@@ -66,7 +66,7 @@ class Options:
     """
 
     run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/dpo"), steps=60)
-    init: str
+    model: str
     pairs: tyro.conf.OmitArgPrefixes[common.PairOptions] = common.PairOptions()
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
     optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", warmup_steps=10, end_lr_ratio=0.1)
@@ -214,7 +214,7 @@ def run(options: Options) -> None:
     """Trains, and leaves a run folder."""
     seed, loss = options.run.seed, options.loss
     check(options)
-    model = load_policy(Path(options.init))
+    model = load_policy(Path(options.model))
     load = inputs.load_labelled if loss in UNPAIRED_LOSSES else inputs.load_pairs
     train, held_out = load(options.pairs, model.tokenizer, seed)
     what = "responses" if loss in UNPAIRED_LOSSES else "pairs"

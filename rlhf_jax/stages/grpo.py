@@ -1,9 +1,9 @@
 """GRPO and its family: several answers to each prompt, scored by a verifier and compared with each other.
 
-    rlhf grpo --out runs/grpo --init runs/sft
-    rlhf grpo --out runs/dapo --init runs/sft --algorithm dapo --num-minibatches 4
-    rlhf grpo --out runs/stale --init runs/sft --algorithm rloo --one-step-off-policy
-    rlhf grpo --out runs/mine --init runs/sft --data gsm8k.jsonl --max-new-tokens 256 \\
+    rlhf grpo --out runs/grpo --model runs/sft
+    rlhf grpo --out runs/dapo --model runs/sft --algorithm dapo --num-minibatches 4
+    rlhf grpo --out runs/stale --model runs/sft --algorithm rloo --one-step-off-policy
+    rlhf grpo --out runs/mine --model runs/sft --data gsm8k.jsonl --max-new-tokens 256 \\
         --rewards rlhf_jax.rewards.verifiers:gsm8k_reward my_rewards:short=0.1
 
 The first takes about 60 s on two CPU cores and answers 96 to 98 % of held-out problems right over three seeds
@@ -60,7 +60,7 @@ class Options:
     """Options of the GRPO family; where one is None, the algorithm has what it is published with.
 
     Attributes:
-      init: run folder of the policy to start from, which is also the reference.
+      model: run folder of the policy to start from, which is also the reference.
       prompts: which prompts, and what their answers are worth.
       algorithm: the variant of GRPO.
       batch_size: prompts a step.
@@ -89,7 +89,7 @@ class Options:
     """
 
     run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/grpo"), steps=60)
-    init: str
+    model: str
     prompts: tyro.conf.OmitArgPrefixes[common.PromptOptions] = common.PromptOptions()
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
     optimizer: OptimizerConfig = OptimizerConfig("linear", warmup_steps=5, b2=0.99, epsilon=1e-4)
@@ -236,7 +236,7 @@ def run(options: Options) -> None:
     """Trains, and leaves a run folder."""
     seed = options.run.seed
     check(options)
-    model = load_policy(Path(options.init))
+    model = load_policy(Path(options.model))
     prompts = inputs.load_prompts(options.prompts, model, options.prompts.rewards[:1], seed)
     common.announce(options.run, model, f"{len(prompts):,} prompts")
     variant = variant_of(options)

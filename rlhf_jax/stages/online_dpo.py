@@ -1,8 +1,8 @@
 """Online preferences: two answers to each prompt, one of them preferred, and a policy that learns from that.
 
-    rlhf online-dpo --out runs/online_dpo --init runs/sft
-    rlhf online-dpo --out runs/xpo --init runs/sft --method xpo --rewards runs/reward_model
-    rlhf online-dpo --out runs/nash --init runs/sft --method nash_md --judge judges:short
+    rlhf online-dpo --out runs/online_dpo --model runs/sft
+    rlhf online-dpo --out runs/xpo --model runs/sft --method xpo --rewards runs/reward_model
+    rlhf online-dpo --out runs/nash --model runs/sft --method nash_md --judge judges:short
 
 The first takes about 85 s on two CPU cores and answers 98 % of held-out problems right (one seed).
 Which answer is preferred is what the rewards say, or a judge who sees both. Rows hold `prompt`, `question` or
@@ -53,7 +53,7 @@ class Options:
     """Options of online preference optimisation.
 
     Attributes:
-      init: run folder of the policy to start from, which is also the reference.
+      model: run folder of the policy to start from, which is also the reference.
       prompts: which prompts, and what their answers are worth.
       method: who writes the other answer: dpo the policy again, xpo the reference (with optimism), nash_md
         the mixture of the two.
@@ -74,7 +74,7 @@ class Options:
     """
 
     run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/online_dpo"), steps=60)
-    init: str
+    model: str
     prompts: tyro.conf.OmitArgPrefixes[common.PromptOptions] = common.PromptOptions()
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
     optimizer: OptimizerConfig = OptimizerConfig("linear", warmup_steps=5, b2=0.99, epsilon=1e-4)
@@ -206,7 +206,7 @@ def run(options: Options) -> None:
     """Trains, and leaves a run folder."""
     seed = options.run.seed
     check(options)
-    model = load_policy(Path(options.init))
+    model = load_policy(Path(options.model))
     prompts = inputs.load_prompts(options.prompts, model, options.prompts.rewards[:1], seed)
     sampler = BatchSampler(len(prompts), options.batch_size, seed)
     compare = make_compare_fn(options, model)

@@ -4,10 +4,10 @@ With an adapter, all of them stand on one frozen base: policy and value have ada
 reference is the base with adapters off, and a reward model that adapts the same base brings no more than its
 adapter and head.
 
-    rlhf ppo --out runs/ppo --init runs/sft --reward-model runs/reward_model
-    rlhf ppo --out runs/mine --init runs/sft --reward-model runs/rm2 --data my.jsonl \\
+    rlhf ppo --out runs/ppo --model runs/sft --reward-model runs/reward_model
+    rlhf ppo --out runs/mine --model runs/sft --reward-model runs/rm2 --data my.jsonl \\
         --adaptive-kl --kl-target 4
-    rlhf ppo --out runs/safer --init runs/sft --reward-model runs/rm1 runs/rm2 runs/rm3 \\
+    rlhf ppo --out runs/safer --model runs/sft --reward-model runs/rm1 runs/rm2 runs/rm3 \\
         --ensemble worst
 
 The first takes about 45 s on two CPU cores and answers 94 to 98 % of held-out problems right over three seeds
@@ -52,7 +52,7 @@ class Options:
     """Options of PPO.
 
     Attributes:
-      init: run folder of the policy to start from, which is also the reference.
+      model: run folder of the policy to start from, which is also the reference.
       reward_model: run folder of a reward model: the reward, and the start of the value model; of several,
         the first is that start. None: the reward is what `rewards` names, and the value model starts from
         the policy.
@@ -88,7 +88,7 @@ class Options:
     """
 
     run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/ppo"), steps=25)
-    init: str
+    model: str
     reward_model: tuple[str, ...] = ()
     ensemble: Literal["mean", "worst", "uncertainty"] = "mean"
     uncertainty_coef: float = 0.5
@@ -241,7 +241,7 @@ def run(options: Options) -> None:
     """Trains, and leaves a run folder."""
     check(options)
     seed, config = options.run.seed, make_config(options)
-    model = load_policy(Path(options.init))
+    model = load_policy(Path(options.model))
     prompts = inputs.load_prompts(options.prompts, model, options.prompts.rewards[:1], seed)
     sampler = BatchSampler(len(prompts), options.batch_size, seed)
     rewards = options.reward_model or options.prompts.rewards

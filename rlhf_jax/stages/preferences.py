@@ -1,9 +1,9 @@
 """Preference pairs: prompts answered by a policy, judged, cleaned, and written as rows to train on.
 
-    rlhf preferences --out runs/pairs --init runs/sft
-    rlhf preferences --out runs/pairs --init runs/sft --rewards runs/reward_model
-    rlhf preferences --out runs/pairs --init runs/sft --judge my_judges:shorter_is_better
-    rlhf preferences --out runs/ai --init runs/constitutional/skills --data arithmetic:0 \\
+    rlhf preferences --out runs/pairs --model runs/sft
+    rlhf preferences --out runs/pairs --model runs/sft --rewards runs/reward_model
+    rlhf preferences --out runs/pairs --model runs/sft --judge my_judges:shorter_is_better
+    rlhf preferences --out runs/ai --model runs/constitutional/skills --data arithmetic:0 \\
         --judge-model runs/constitutional/skills --constitution runs/constitutional/constitution.jsonl
     rlhf preferences --out runs/pairs --solutions gsm8k/model_solutions.jsonl
 
@@ -51,7 +51,7 @@ class Options:
 
     Attributes:
       out: folder of the pairs.
-      init: run folder of the policy that answers.
+      model: run folder of the policy that answers.
       solutions: instead of that, rows with `question` and objects of `solution` and `is_correct`.
       prompts: which prompts, and what their answers are worth.
       judge: function `module:function` that says which of two answers is preferred, instead of rewards: it
@@ -71,7 +71,7 @@ class Options:
     """
 
     out: Path
-    init: str = ""
+    model: str = ""
     solutions: str = ""
     prompts: tyro.conf.OmitArgPrefixes[common.PromptOptions] = common.PromptOptions()
     judge: str = ""
@@ -94,12 +94,12 @@ CLEANING = ("out", "min_margin", "held_out_share", "quiet")
 
 def check(options: Options) -> None:
     """Raises: UserError where the options do not fit each other, or the folder holds other pairs."""
-    if bool(options.init) == bool(options.solutions):
-        raise UserError("give either --init, a policy that answers, or --solutions that are there already")
+    if bool(options.model) == bool(options.solutions):
+        raise UserError("give either --model, a policy that answers, or --solutions that are there already")
     for name in ("samples_per_prompt", "pairs_per_prompt", "batch_size"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least 1")
-    if options.init and options.samples_per_prompt < 2 * options.pairs_per_prompt:
+    if options.model and options.samples_per_prompt < 2 * options.pairs_per_prompt:
         raise UserError(
             f"--pairs-per-prompt {options.pairs_per_prompt} needs twice as many answers: give "
             f"--samples-per-prompt {2 * options.pairs_per_prompt}, or fewer pairs"
@@ -239,7 +239,7 @@ def is_held_out(pair: Pair, options: Options) -> bool:
 def run(options: Options) -> None:
     """Samples and judges what is missing, then cleans and writes."""
     check(options)
-    model = load_policy(Path(options.init)) if options.init else None
+    model = load_policy(Path(options.model)) if options.model else None
     options.out.mkdir(parents=True, exist_ok=True)
     describe_run(options.out, common.to_json(options), stage="preferences")
     if model is None:

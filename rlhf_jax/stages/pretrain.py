@@ -2,10 +2,10 @@
 
     rlhf pretrain --out runs/pretrain --data shakespeare/input.txt
     rlhf pretrain --out runs/fill --data code.jsonl --train-tokenizer 4096 --apart \\
-        --fill.share 0.5 --model.further 1 --optimizer.schedule wsd --decay-data textbooks.jsonl
-    rlhf pretrain --out runs/long --init runs/pretrain --data shakespeare/input.txt \\
+        --fill.share 0.5 --arch.further 1 --optimizer.schedule wsd --decay-data textbooks.jsonl
+    rlhf pretrain --out runs/long --model runs/pretrain --data shakespeare/input.txt \\
         --length 1024 --batch-size 4 --rope.scaling yarn --steps 50 --learning-rate 3e-4
-    rlhf sft --out runs/sft --init runs/pretrain --data my.jsonl
+    rlhf sft --out runs/sft --model runs/pretrain --data my.jsonl
 
 `--data` is a .txt file, a folder of them, rows with a field `text` (JSONL, JSON, Parquet, tfds:NAME), or
 arithmetic:LEVEL. The first trains a new decoder on 1.1 MB of Shakespeare, byte by byte. Every
@@ -45,7 +45,7 @@ from rlhf_jax.training import run_loop
 
 @dataclasses.dataclass(frozen=True)
 class RopeOptions:
-    """Rotations for a longer context than the model of --init was trained with.
+    """Rotations for a longer context than the model of --model was trained with.
 
     Attributes:
       theta: base of the wavelengths; 0 for the model's own.
@@ -74,7 +74,7 @@ class Options:
       decay_data_share: its share of a batch there.
       tokenizer: folder or tokenizer.json; empty for bytes.
       train_tokenizer: learn a byte-level BPE vocabulary of this size from the data; 0 for none.
-      init: run folder of a stage to start from; empty for a new model.
+      model: run folder of a stage to start from; empty for a new model.
       length: tokens a row.
       apart: keep documents in a row apart: attention and positions begin anew with each.
       batch_size: rows a step.
@@ -88,7 +88,7 @@ class Options:
     run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(
         Path("runs/pretrain"), steps=400, eval_every=200
     )
-    model: common.ModelOptions = common.ModelOptions()
+    arch: common.ArchOptions = common.ArchOptions()
     optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", warmup_steps=20, end_lr_ratio=0.1)
     fill: FillInTheMiddle = FillInTheMiddle(share=0.0)
     rope: RopeOptions = RopeOptions()
@@ -102,7 +102,7 @@ class Options:
     decay_data_share: float = 0.5
     tokenizer: str = ""
     train_tokenizer: int = 0
-    init: str = ""
+    model: str = ""
     length: int = 256
     apart: bool = False
     batch_size: int = 16
@@ -128,8 +128,8 @@ def check(options: Options) -> None:
             raise UserError(f"{name} {share} is no share: give a number from 0 to 1")
     if options.decay_data and options.optimizer.schedule != "wsd":
         raise UserError("--decay-data is for the decay of --optimizer.schedule wsd: give both, or neither")
-    if options.rope != RopeOptions() and not options.init:
-        raise UserError("--rope changes the rotations of a model that was trained: give one by --init")
+    if options.rope != RopeOptions() and not options.model:
+        raise UserError("--rope changes the rotations of a model that was trained: give one by --model")
 
 
 # Data ----------------------------------------------------------------------------------------------
@@ -165,23 +165,23 @@ def choose_tokenizer(options: Options, documents: list[Document]) -> str | Token
     """The tokenizer that the options name, or one learnt from the documents."""
     if not options.train_tokenizer:
         return options.tokenizer
-    if options.tokenizer or options.init:
+    if options.tokenizer or options.model:
         raise UserError(
-            "--train-tokenizer excludes --tokenizer and --init, which bring one: give one of them"
+            "--train-tokenizer excludes --tokenizer and --model, which bring one: give one of them"
         )
     return train_bpe((document.text for document in documents), options.train_tokenizer)
 
 
 def starting_model(options: Options, documents: list[Document]) -> Policy:
-    """A new model, or that of `--init` with its rotations changed, told the length of its rows."""
+    """A new model, or that of `--model` with its rotations changed, told the length of its rows."""
     chosen = choose_tokenizer(options, documents)
-    if options.fill.share and not options.init:
+    if options.fill.share and not options.model:
         chosen = common.find_tokenizer(chosen, options.data).with_special(texts.FILL_MARKS)
-    model = common.starting_model(options.init, chosen, options.data, options.model, options.run.seed)
+    model = common.starting_model(options.model, chosen, options.data, options.arch, options.run.seed)
     lacking = [mark for mark in texts.FILL_MARKS if mark not in model.tokenizer.special_tokens]
     if options.fill.share and lacking:
         raise UserError(
-            f"--init {options.init}: its tokenizer has no {lacking[0]}: leave --fill.share out, or start "
+            f"--model {options.model}: its tokenizer has no {lacking[0]}: leave --fill.share out, or start "
             "from a run that was trained with it"
         )
     config = models.map_rope(model.config, lambda rope, width: _stretched(options, model.config, rope, width))

@@ -1,10 +1,10 @@
 """A process or outcome reward model: is each step of a solution right, or is its answer?
 
-    rlhf process-reward --out runs/prm --init runs/sft
-    rlhf process-reward --out runs/orm --init runs/sft --outcome
-    rlhf process-reward --out runs/prm_rollouts --init runs/sft --labels rollouts
+    rlhf process-reward --out runs/prm --model runs/sft
+    rlhf process-reward --out runs/orm --model runs/sft --outcome
+    rlhf process-reward --out runs/prm_rollouts --model runs/sft --labels rollouts
     rlhf process-reward --out runs/gsm8k_prm --data gsm8k/test_socratic.jsonl \\
-        --model.width 128 --steps 400
+        --arch.width 128 --steps 400
 
 Rows hold `prompt`, `completions` (the steps) and `labels` (true, false, a share, or null for a step nobody
 judged), or are GSM8K's socratic solutions, whose results are made wrong here and there. Where there are no
@@ -62,13 +62,13 @@ class Options:
       data: judged solutions: a path, tfds:NAME[:SPLIT], or arithmetic:LEVEL.
       eval_data: held-out ones; empty for an eighth of the data (the embedded task brings its own).
       outcome: judge only the answer of the embedded task, not the steps.
-      tokenizer: folder or tokenizer.json; empty for that of `init`, of the embedded task, or for bytes.
-      labels: `given` by the rows, or made by `rollouts` of the policy `init`.
+      tokenizer: folder or tokenizer.json; empty for that of `model`, of the embedded task, or for bytes.
+      labels: `given` by the rows, or made by `rollouts` of the policy `model`.
       rollouts: continuations of each step, of which one that is right makes it right.
       label_reward: which continuations are right: a reward function by path, above 0.5.
       max_new_tokens: tokens of a continuation.
       train_tokenizer: learn a byte-level BPE vocabulary of this size from the data; 0 for none.
-      init: run folder of the policy whose body is taken; empty for a new model.
+      model: run folder of the policy whose body is taken; empty for a new model.
       batch_size: solutions a step.
       micro_batches: parts in which a batch is computed, to save memory.
       learning_rate: at its peak.
@@ -80,7 +80,7 @@ class Options:
     run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(
         Path("runs/process_reward"), steps=150
     )
-    model: common.ModelOptions = common.ModelOptions()
+    arch: common.ArchOptions = common.ArchOptions()
     optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", warmup_steps=10, end_lr_ratio=0.1)
     data: str = "arithmetic:1"
     eval_data: str = ""
@@ -91,7 +91,7 @@ class Options:
     max_new_tokens: int = 40
     tokenizer: str = ""
     train_tokenizer: int = 0
-    init: str = ""
+    model: str = ""
     batch_size: int = 64
     micro_batches: int = 1
     learning_rate: float = 1e-3
@@ -201,9 +201,9 @@ def choose_tokenizer(options: Options, rows: list[Row]) -> str | Tokenizer:
     """The tokenizer that the options name, or one learnt from the rows."""
     if not options.train_tokenizer:
         return options.tokenizer
-    if options.tokenizer or options.init:
+    if options.tokenizer or options.model:
         raise UserError(
-            "--train-tokenizer excludes --tokenizer and --init, which bring one: give one of them"
+            "--train-tokenizer excludes --tokenizer and --model, which bring one: give one of them"
         )
     return train_bpe(inputs.texts(rows), options.train_tokenizer)
 
@@ -254,13 +254,13 @@ def run(options: Options) -> None:
     seed = options.run.seed
     common.check(options, options.run, "process_reward")
     common.check_divides("--micro-batches", options.micro_batches, "--batch-size", options.batch_size)
-    if options.labels == "rollouts" and (options.outcome or not options.init):
-        raise UserError("--labels rollouts is of steps and by a policy: give --init, and no --outcome")
+    if options.labels == "rollouts" and (options.outcome or not options.model):
+        raise UserError("--labels rollouts is of steps and by a policy: give --model, and no --outcome")
     if options.rollouts < 1:
         raise UserError(f"--rollouts {options.rollouts} is below 1: raise it")
     rows = load_rows(options)
     tokenizer = choose_tokenizer(options, rows[0])
-    model = common.starting_model(options.init, tokenizer, options.data, options.model, seed)
+    model = common.starting_model(options.model, tokenizer, options.data, options.arch, seed)
     if options.labels == "rollouts":
         rows = label(options, model, rows)
     train, held_out = load(options, model.tokenizer, list(rows))

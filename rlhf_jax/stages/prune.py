@@ -1,8 +1,8 @@
 """Pruning: a policy whose linear layers have lost the weights that matter least, as a run to start from.
 
-    rlhf prune --out runs/pruned --init runs/sft --method wanda --sparsity 0.5
-    rlhf prune --out runs/pruned --init runs/sft --pattern 2:4
-    rlhf sft --out runs/tuned --init runs/pruned --adapter.keep-zeros --steps 100
+    rlhf prune --out runs/pruned --model runs/sft --method wanda --sparsity 0.5
+    rlhf prune --out runs/pruned --model runs/sft --pattern 2:4
+    rlhf sft --out runs/tuned --model runs/pruned --adapter.keep-zeros --steps 100
 
 Takes seconds. Wanda weighs each weight by what goes into it, which is measured on a few rows of `--data`.
 Every stage with `--adapter.keep-zeros` trains the weights that are left alone; `prune_study.py` draws score
@@ -74,7 +74,7 @@ class Options:
 
     Attributes:
       out: folder of the pruned policy.
-      init: run folder of the policy.
+      model: run folder of the policy.
       data: rows to measure inputs on, as for SFT.
       rows: how many of them.
       seed: of the rows of the embedded task.
@@ -82,7 +82,7 @@ class Options:
     """
 
     out: Path
-    init: str
+    model: str
     prune: tyro.conf.OmitArgPrefixes[PruneOptions] = PruneOptions()
     data: str = "arithmetic:1"
     rows: int = 128
@@ -115,7 +115,7 @@ def run(options: Options) -> None:
         raise UserError(f"--rows {options.rows} measures nothing: give at least 1")
     if CheckpointManager(options.out / "checkpoints").latest_step() is not None:
         raise UserError(f"{options.out} already holds a run: choose another --out")
-    model = load_policy(Path(options.init))
+    model = load_policy(Path(options.model))
     sums = None
     if options.prune.method == "wanda":
         sums = measure(model, calibration_rows(options.data, options.rows, options.seed, model))
@@ -129,4 +129,4 @@ def run(options: Options) -> None:
     if not options.quiet:
         rows = [(name or "all linear layers", f"{share:.1%}") for name, share in shares.items()]
         final_table("pruned", ["kernel", "zeros"], rows)
-        print(f"{options.out}: a run, for --init; train what is left with --adapter.keep-zeros")
+        print(f"{options.out}: a run, for --model; train what is left with --adapter.keep-zeros")

@@ -1,7 +1,7 @@
 """Retrieval-augmented generation: an index made offline, passages found online, answers with their sources.
 
     rlhf rag --out runs/rag
-    rlhf rag --out runs/notes --init ~/Llama-3.2-1B-Instruct --documents notes/ \\
+    rlhf rag --out runs/notes --model ~/Llama-3.2-1B-Instruct --documents notes/ \\
         --instruction "Answer from the numbered passages and cite them as [1]." --ask "When does it open?"
 
 The first trains a small decoder to answer from passages about made-up people, then asks it about people it
@@ -44,7 +44,7 @@ class Options:
 
     Attributes:
       out: the run folder.
-      init: run folder or Hugging Face folder of the policy; empty to train one on the embedded people.
+      model: run folder or Hugging Face folder of the policy; empty to train one on the embedded people.
       documents: files or folders to make the index of; none for the embedded people.
       index: folder of an index that another run made, instead of documents.
       questions: rows with `question`, and `answer` where it is known; empty for the embedded ones.
@@ -64,7 +64,7 @@ class Options:
     """
 
     out: Path = Path("runs/rag")
-    init: str = ""
+    model: str = ""
     documents: tuple[str, ...] = ()
     index: str = ""
     questions: str = ""
@@ -81,7 +81,7 @@ class Options:
     seed: int = 0
     resume: bool = False
     quiet: bool = False
-    model: common.ModelOptions = common.ModelOptions()
+    arch: common.ArchOptions = common.ArchOptions()
 
 
 # Documents -----------------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ def train_policy(options: Options) -> Path:
             quiet=options.quiet,
             report=False,
         ),
-        model=options.model,
+        arch=options.arch,
         data=str(data),
         tokenizer=str(options.out / "tokenizer"),
     )
@@ -354,9 +354,9 @@ def check(options: Options) -> None:
         raise UserError("--documents and --index exclude each other: give one of them")
     if options.ask and options.questions:
         raise UserError("--ask and --questions exclude each other: give one of them")
-    if not options.init and (options.documents or options.index or options.questions):
+    if not options.model and (options.documents or options.index or options.questions):
         raise UserError(
-            "documents and questions of yours need a policy that can read them: name it with --init"
+            "documents and questions of yours need a policy that can read them: name it with --model"
         )
     if (options.documents or options.index) and not (options.ask or options.questions):
         raise UserError("there is nothing to answer: give --ask or --questions")
@@ -374,7 +374,7 @@ def check(options: Options) -> None:
 def run(options: Options) -> None:
     """Makes the index, answers, and writes what came of it."""
     check(options)
-    model = decoders.load_model(Path(options.init) if options.init else train_policy(options))
+    model = decoders.load_model(Path(options.model) if options.model else train_policy(options))
     if options.index:
         index = PassageIndex.load(Path(options.index))
     else:

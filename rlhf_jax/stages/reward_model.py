@@ -1,7 +1,7 @@
 """A reward model from preference pairs, starting from the body of a policy.
 
-    rlhf reward-model --out runs/reward_model --init runs/sft
-    rlhf reward-model --out runs/rm2 --init runs/sft \\
+    rlhf reward-model --out runs/reward_model --model runs/sft
+    rlhf reward-model --out runs/rm2 --model runs/sft \\
         --data pairs.jsonl --eval-data held_out.jsonl
 
 The first takes about 40 s on two CPU cores and ranks 92 to 94 % of held-out pairs right over three seeds.
@@ -31,8 +31,8 @@ class Options:
 
     Attributes:
       pairs: which preference pairs.
-      tokenizer: folder or tokenizer.json; empty for that of `init`.
-      init: run folder of the policy whose body is taken; empty for a new model.
+      tokenizer: folder or tokenizer.json; empty for that of `model`.
+      model: run folder of the policy whose body is taken; empty for a new model.
       batch_size: pairs a step.
       micro_batches: parts in which a batch is computed, to save memory.
       learning_rate: at its peak.
@@ -44,11 +44,11 @@ class Options:
         Path("runs/reward_model"), steps=160
     )
     pairs: tyro.conf.OmitArgPrefixes[common.PairOptions] = common.PairOptions()
-    model: common.ModelOptions = common.ModelOptions()
+    arch: common.ArchOptions = common.ArchOptions()
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
     optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", warmup_steps=10, end_lr_ratio=0.1)
     tokenizer: str = ""
-    init: str = ""
+    model: str = ""
     batch_size: int = 64
     micro_batches: int = 1
     learning_rate: float = 5e-4
@@ -61,7 +61,7 @@ def run(options: Options) -> None:
     seed = options.run.seed
     common.check(options, options.run, "reward_model")
     common.check_divides("--micro-batches", options.micro_batches, "--batch-size", options.batch_size)
-    model = common.starting_model(options.init, options.tokenizer, options.pairs.data, options.model, seed)
+    model = common.starting_model(options.model, options.tokenizer, options.pairs.data, options.arch, seed)
     train, held_out = inputs.load_pairs(options.pairs, model.tokenizer, seed)
     sampler = BatchSampler(len(train), options.batch_size, seed)
     common.announce(options.run, model, f"{len(train):,} pairs, {len(held_out):,} held out")

@@ -1,10 +1,10 @@
 """Rounds of answering and learning: RAFT, best-of-n, expert iteration, iterated DPO, distillation of texts.
 
-    rlhf rounds --out runs/raft --init runs/sft
-    rlhf rounds --out runs/best_of_16 --init runs/sft --rounds 1 --samples-per-prompt 16
-    rlhf rounds --out runs/star --init runs/sft --method expert_iteration --restart
-    rlhf rounds --out runs/iterated --init runs/sft --method dpo --rewards runs/reward_model
-    rlhf rounds --out runs/student --init runs/small --writer runs/teacher --rounds 1
+    rlhf rounds --out runs/raft --model runs/sft
+    rlhf rounds --out runs/best_of_16 --model runs/sft --rounds 1 --samples-per-prompt 16
+    rlhf rounds --out runs/star --model runs/sft --method expert_iteration --restart
+    rlhf rounds --out runs/iterated --model runs/sft --method dpo --rewards runs/reward_model
+    rlhf rounds --out runs/student --model runs/small --writer runs/teacher --rounds 1
 
 In each round a policy answers prompts, rewards say which answers are good, and `sft.py` or `dpo.py` trains on
 them. The rows are kept beside the rounds' run folders, so they can be read, and what was done is not
@@ -48,14 +48,14 @@ class Options:
     """Options of learning in rounds; --steps and --save-every are those of a round.
 
     Attributes:
-      init: run folder of the policy to start from.
+      model: run folder of the policy to start from.
       writer: run folder of the model that answers in every round, such as a larger teacher; empty for the
         policy that the round before left.
       prompts: which prompts, and what their answers are worth.
       method: raft imitates the best answer to each prompt, expert_iteration all that are good enough, and dpo
         learns from the best and the worst as a pair, against the policy that the round starts from.
       rounds: how many.
-      restart: train each round from `init`, not from the policy of the round before.
+      restart: train each round from `model`, not from the policy of the round before.
       prompts_per_round: different ones in the next round, as long as there are any.
       samples_per_prompt: answers to each.
       at_least: reward of an answer that is worth imitating; None for more than the mean of its round.
@@ -70,7 +70,7 @@ class Options:
     """
 
     run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/raft"), steps=60)
-    init: str
+    model: str
     writer: str = ""
     prompts: tyro.conf.OmitArgPrefixes[common.PromptOptions] = common.PromptOptions()
     optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", warmup_steps=5, end_lr_ratio=0.1)
@@ -194,7 +194,7 @@ def make_round_fn(
     return answer_all
 
 
-def train(options: Options, data: Path, folder: Path, init: Path) -> None:
+def train(options: Options, data: Path, folder: Path, start: Path) -> None:
     """Trains on the rows of a round, from where it stopped."""
     rows = len(data.read_text(encoding="utf-8").splitlines())
     batch = min(options.batch_size, rows)
@@ -203,10 +203,10 @@ def train(options: Options, data: Path, folder: Path, init: Path) -> None:
     if options.method == "dpo":
         pairs = common.PairOptions(data=str(data))
         dpo.run(
-            dpo.Options(run=run, init=str(init), pairs=pairs, batch_size=batch, beta=options.beta, **shared)
+            dpo.Options(run=run, model=str(start), pairs=pairs, batch_size=batch, beta=options.beta, **shared)
         )
     else:
-        sft.run(sft.Options(run=run, init=str(init), data=str(data), batch_size=batch, **shared))
+        sft.run(sft.Options(run=run, model=str(start), data=str(data), batch_size=batch, **shared))
 
 
 def rounds(options: Options, model: Policy, prompts: inputs.Prompts) -> Iterator[dict[str, float]]:
@@ -218,7 +218,7 @@ def rounds(options: Options, model: Policy, prompts: inputs.Prompts) -> Iterator
     for number in range(options.rounds):
         folder, data = out / f"round_{number + 1}", out / f"rows_{number + 1}.jsonl"
         result = out / f"result_{number + 1}.json"
-        before = out / f"round_{number}" if number else Path(options.init)
+        before = out / f"round_{number}" if number else Path(options.model)
         if result.exists():
             yield json.loads(result.read_text(encoding="utf-8"))
             continue
@@ -234,7 +234,7 @@ def rounds(options: Options, model: Policy, prompts: inputs.Prompts) -> Iterator
             write_json(out / f"answered_{number + 1}.json", describe(answers, rows))
             more = read_rows(options.beside) if options.beside else []
             write_rows(data, [*rows, *(dict(row.fields) for row in more)])
-        train(options, data, folder, Path(options.init) if options.restart else before)
+        train(options, data, folder, Path(options.model) if options.restart else before)
         found = json.loads((out / f"answered_{number + 1}.json").read_text(encoding="utf-8"))
         if prompts.evaluate is not None:
             params = load_policy(folder).params
@@ -261,7 +261,7 @@ def describe(answers: Answers, rows: Sequence[Any]) -> dict[str, float]:
 def run(options: Options) -> None:
     """All rounds; leaves a run folder with one in it for each."""
     check(options)
-    model = load_policy(Path(options.init))
+    model = load_policy(Path(options.model))
     prompts = inputs.load_prompts(options.prompts, model, options.prompts.rewards[:1], options.run.seed)
     BatchSampler(len(prompts), options.prompts_per_round, options.run.seed)  # refuses more than there are
     common.announce(options.run, model, f"{len(prompts):,} prompts, {options.rounds} rounds")

@@ -1,11 +1,11 @@
 """More compute at inference: votes, best-of-n and searches over steps, compared at equal tokens generated.
 
     rlhf sft --out runs/sft
-    rlhf process-reward --out runs/prm --init runs/sft
-    rlhf process-reward --out runs/orm --init runs/sft --outcome --steps 300
-    rlhf search --out runs/search --init runs/sft \\
+    rlhf process-reward --out runs/prm --model runs/sft
+    rlhf process-reward --out runs/orm --model runs/sft --outcome --steps 300
+    rlhf search --out runs/search --model runs/sft \\
         --process-reward runs/prm --outcome-reward runs/orm
-    rlhf search --out runs/gsm8k --init runs/my_policy --data gsm8k/test.jsonl \\
+    rlhf search --out runs/gsm8k --model runs/my_policy --data gsm8k/test.jsonl \\
         --max-new-tokens 300 --prompts 64
 
 The run folder gets `results.json`, `search.png` (accuracy against samples and against tokens) and `pool.npz`.
@@ -55,7 +55,7 @@ class Options:
 
     Attributes:
       out: the run folder.
-      init: run folder of the policy.
+      model: run folder of the policy.
       process_reward: run folder of a process reward model; empty for none.
       outcome_reward: run folder of an outcome reward model; empty for none.
       data: problems with an `answer`: a path, tfds:NAME[:SPLIT], or arithmetic:LEVEL (held-out ones).
@@ -73,7 +73,7 @@ class Options:
     """
 
     out: Path = Path("runs/search")
-    init: str
+    model: str
     process_reward: str = ""
     outcome_reward: str = ""
     data: str = "arithmetic:1"
@@ -392,7 +392,7 @@ def run(options: Options) -> None:
     path, pool_path = options.out / "results.json", options.out / "pool.npz"
     held = json.loads(path.read_text()) if path.exists() else {}
     check(options, held)
-    policy = load_policy(Path(options.init))
+    policy = load_policy(Path(options.model))
     judges = Judges(
         *(load_reward_model(Path(f)) if f else None for f in (options.process_reward, options.outcome_reward))
     )

@@ -1,10 +1,10 @@
 """Supervised fine-tuning on conversations.
 
     rlhf sft --out runs/sft
-    rlhf sft --out runs/lora --init runs/llama --data my.jsonl --adapter.kind lora
+    rlhf sft --out runs/lora --model runs/llama --data my.jsonl --adapter.kind lora
     rlhf sft --out runs/mine --data my.jsonl --train-tokenizer 4096 \\
         --packing --max-length 512
-    rlhf sft --out runs/mixed --init runs/llama --data chat.jsonl=0.7,math.jsonl=0.3
+    rlhf sft --out runs/mixed --model runs/llama --data chat.jsonl=0.7,math.jsonl=0.3
 
 The first trains a new model on the embedded arithmetic task: about 75 s on two CPU cores, then 44 to 45 %
 of held-out problems right over three seeds. The second trains an adapter beside the frozen policy of a run.
@@ -54,7 +54,7 @@ class Options:
       eval_data: held-out rows whose loss is logged; empty for none (the embedded task brings its own).
       tokenizer: folder or tokenizer.json; empty for the embedded task's own, or for bytes.
       train_tokenizer: learn a byte-level BPE vocabulary of this size from the data; 0 for none.
-      init: run folder of a stage to start from; empty for a new model.
+      model: run folder of a stage to start from; empty for a new model.
       batch_size: rows a step.
       micro_batches: parts in which a batch is computed, to save memory.
       max_length: tokens a row; 0 for the longest conversation.
@@ -68,7 +68,7 @@ class Options:
     """
 
     run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/sft"), steps=600)
-    model: common.ModelOptions = common.ModelOptions()
+    arch: common.ArchOptions = common.ArchOptions()
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
     optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", warmup_steps=20, end_lr_ratio=0.02)
     auxiliary: common.AuxiliaryOptions = common.AuxiliaryOptions()
@@ -78,7 +78,7 @@ class Options:
     eval_data: str = ""
     tokenizer: str = ""
     train_tokenizer: int = 0
-    init: str = ""
+    model: str = ""
     batch_size: int = 64
     micro_batches: int = 1
     max_length: int = 0
@@ -113,9 +113,9 @@ def choose_tokenizer(options: Options, rows: list[Row]) -> str | Tokenizer:
     """The tokenizer that the options name, or one learnt from the rows."""
     if not options.train_tokenizer:
         return options.tokenizer
-    if options.tokenizer or options.init:
+    if options.tokenizer or options.model:
         raise UserError(
-            "--train-tokenizer excludes --tokenizer and --init, which bring one: give one of them"
+            "--train-tokenizer excludes --tokenizer and --model, which bring one: give one of them"
         )
     return train_bpe(inputs.texts(rows), options.train_tokenizer)
 
@@ -198,7 +198,7 @@ def run(options: Options) -> None:
     data = [load_rows(options, held_out=False, source=source) for source in sources]
     tokenizer = choose_tokenizer(options, [row for rows in data for row in rows])
     model = common.starting_model(
-        options.init, tokenizer, next(iter(sources)), options.model, options.run.seed
+        options.model, tokenizer, next(iter(sources)), options.arch, options.run.seed
     )
     by_source = [make_examples(options, rows, model.tokenizer) for rows in data]
     examples = [example for some in by_source for example in some]

@@ -1,7 +1,7 @@
 """GRPO with a calculator: sums too large for the head, and a policy that learns to call a tool for them.
 
     rlhf tool-use --out runs/tool_use
-    rlhf tool-use --out runs/more --init runs/tool_use/sft --steps 60
+    rlhf tool-use --out runs/more --model runs/tool_use/sft --steps 60
 
 The first trains a small decoder on demonstrations, in two thirds of which the writer guesses instead of
 calling the calculator, and then lets GRPO find out what pays: of held-out problems the most likely
@@ -52,8 +52,8 @@ class Options:
     """Options of GRPO with tools.
 
     Attributes:
-      init: run folder of the policy to start from, which is also the reference; empty to train one first.
-      sft_steps: optimizer steps of supervised fine-tuning, where there is no `init`.
+      model: run folder of the policy to start from, which is also the reference; empty to train one first.
+      sft_steps: optimizer steps of supervised fine-tuning, where there is no `model`.
       demonstrations: how many conversations it learns from.
       call_rate: share of the demonstrators who call the calculator; the others guess.
       prompt_count: problems to train on.
@@ -72,9 +72,9 @@ class Options:
     """
 
     run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/tool_use"), steps=40)
-    model: common.ModelOptions = common.ModelOptions()
+    arch: common.ArchOptions = common.ArchOptions()
     optimizer: OptimizerConfig = OptimizerConfig("linear", warmup_steps=3, b2=0.99, epsilon=1e-4)
-    init: str = ""
+    model: str = ""
     sft_steps: int = 600
     demonstrations: int = 8_000
     call_rate: float = 0.35
@@ -102,7 +102,7 @@ def train_sft(options: Options) -> str:
     tool_tokenizer().save(options.run.out / "tokenizer")
     stage = sft.Options(
         run=dataclasses.replace(run, out=out, steps=options.sft_steps, eval_every=0, report=False),
-        model=options.model,
+        arch=options.arch,
         data=str(data),
         tokenizer=str(options.run.out / "tokenizer"),
     )
@@ -160,7 +160,7 @@ def run(options: Options) -> None:
     common.check(options, options.run, "tool_use")
     rows = options.batch_size * options.group_size
     common.check_divides("--micro-batches", options.micro_batches, "--batch-size x --group-size", rows)
-    model = load_policy(Path(options.init or train_sft(options)))
+    model = load_policy(Path(options.model or train_sft(options)))
     train, held_out = load_prompts(options, model.tokenizer)
     common.announce(options.run, model, f"{len(train):,} problems, a calculator")
 

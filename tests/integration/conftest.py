@@ -13,16 +13,16 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[2]
 
-_MODEL = "--model.width 16 --model.layers 1 --model.heads 2 --model.kv-heads 1"
+_MODEL = "--arch.width 16 --arch.layers 1 --arch.heads 2 --arch.kv-heads 1"
 _PAIRS = "--pair-count 64 --eval-count 16 --batch-size 8 --optimizer.warmup-steps 2"
 _PROMPTS = "--prompt-count 64 --eval-count 8 --max-new-tokens 8 --samples 2 --optimizer.warmup-steps 0"
 _OPTIONS = {
     "sft": f"{_MODEL} --demonstrations 64 --eval-count 16 --batch-size 8 --optimizer.warmup-steps 2",
-    "reward_model": f"--init {{sft}} {_PAIRS}",
-    "dpo": f"--init {{sft}} {_PAIRS}",
-    "ppo": f"--init {{sft}} --reward-model {{reward_model}} {_PROMPTS} --batch-size 8 --num-minibatches 2 "
+    "reward_model": f"--model {{sft}} {_PAIRS}",
+    "dpo": f"--model {{sft}} {_PAIRS}",
+    "ppo": f"--model {{sft}} --reward-model {{reward_model}} {_PROMPTS} --batch-size 8 --num-minibatches 2 "
     "--adaptive-kl --scale-rewards",
-    "grpo": f"--init {{sft}} {_PROMPTS} --batch-size 4 --group-size 2 --num-minibatches 2",
+    "grpo": f"--model {{sft}} {_PROMPTS} --batch-size 4 --group-size 2 --num-minibatches 2",
 }
 # The scripts only read the tests' cache: one that is killed, or whose disk is full, would leave torn entries.
 _READ_ONLY_CACHE = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9"}

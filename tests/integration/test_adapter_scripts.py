@@ -39,7 +39,7 @@ def lora_reward(tiny, tmp_path_factory):
 @pytest.mark.parametrize("stage", ["sft", "dpo", pytest.param("grpo", marks=pytest.mark.slow)])
 def test_a_policy_s_adapter_alone_is_trained_saved_and_put_on_its_base_again(stage, tiny, tmp_path, capsys):
     base = tiny.finished("sft")
-    words = ("--init", base, "--no-quiet", "--learning-rate", 1e-2)
+    words = ("--model", base, "--no-quiet", "--learning-rate", 1e-2)
     if stage == "grpo":  # the verifier finds no difference between answers of so small a model
         words += ("--rewards", tiny.finished("reward_model"))
     out = tiny.run(stage, tmp_path / "run", *LORA, *words)
@@ -71,7 +71,7 @@ def test_a_policy_s_adapter_alone_is_trained_saved_and_put_on_its_base_again(sta
 def test_every_kind_trains_and_comes_back(words, tiny, tmp_path):
     base = tiny.finished("sft")
     out = tmp_path / "run"
-    tiny.run("sft", out, "--init", base, "--adapter.kind", *words, "--steps", 3, "--learning-rate", 1e-2)
+    tiny.run("sft", out, "--model", base, "--adapter.kind", *words, "--steps", 3, "--learning-rate", 1e-2)
     policy, before = load_policy(out), load_policy(base)
     tokens = np.arange(12, dtype=np.int32).reshape(2, 6) % before.config.vocab_size
     change = np.abs(
@@ -83,7 +83,7 @@ def test_every_kind_trains_and_comes_back(words, tiny, tmp_path):
 
 def test_resumed_is_unbroken_to_the_bit(tiny, tmp_path):
     base, constant = tiny.finished("sft"), ("--optimizer.schedule", "constant")
-    words = ("--init", base, "--adapter.kind", "dora", *constant, "--eval-every", 100)
+    words = ("--model", base, "--adapter.kind", "dora", *constant, "--eval-every", 100)
     whole = tiny.run("sft", tmp_path / "whole", *words, "--steps", 6)
     tiny.run("sft", tmp_path / "broken", *words, "--steps", 4)
     broken = tiny.run("sft", tmp_path / "broken", *words, "--steps", 6, "--resume")
@@ -153,7 +153,7 @@ def sentence(tiny, stage, words, monkeypatch, capsys):
 
 def test_mistakes_are_sentences(tiny, tmp_path, monkeypatch, capsys):
     base = tiny.finished("sft")
-    start = ("--init", base)
+    start = ("--model", base)
 
     def refused(*words, stage="sft"):
         return sentence(tiny, stage, tiny.words(stage, tmp_path / "out", *words), monkeypatch, capsys)
@@ -171,23 +171,23 @@ def test_mistakes_are_sentences(tiny, tmp_path, monkeypatch, capsys):
 def test_a_base_that_is_gone_or_another(tiny, tmp_path, monkeypatch, capsys):
     base, out = tmp_path / "base", tmp_path / "run"
     shutil.copytree(tiny.finished("sft"), base)
-    tiny.run("dpo", out, "--init", base, *LORA)
+    tiny.run("dpo", out, "--model", base, *LORA)
     described = json.loads((out / "model.json").read_text())
     assert described["base"]["folder"] == "../base"
     assert adapters.can_merge(load_policy(out).params)
     shutil.rmtree(base)
-    words = tiny.words("dpo", tmp_path / "next", "--init", out)
+    words = tiny.words("dpo", tmp_path / "next", "--model", out)
     assert f"the run that it adapts is not at {base}" in sentence(tiny, "dpo", words, monkeypatch, capsys)
     tiny.run("sft", base, "--steps", 3)
     assert "which now holds another model" in sentence(tiny, "dpo", words, monkeypatch, capsys)
-    resume = tiny.words("dpo", out, "--init", base, *LORA, "--steps", 5, "--resume")
+    resume = tiny.words("dpo", out, "--model", base, *LORA, "--steps", 5, "--resume")
     assert "was trained on another model" in sentence(tiny, "dpo", resume, monkeypatch, capsys)
 
 
 def test_nothing_is_trained_on_what_cannot_be_merged(tiny, tmp_path, monkeypatch, capsys):
     prefix = ("--adapter.kind", "prefix", "--steps", 3)
-    first = tiny.run("sft", tmp_path / "first", "--init", tiny.finished("sft"), *prefix)
-    words = tiny.words("dpo", tmp_path / "next", "--init", first)
+    first = tiny.run("sft", tmp_path / "first", "--model", tiny.finished("sft"), *prefix)
+    words = tiny.words("dpo", tmp_path / "next", "--model", first)
     assert "nothing is trained on top of these" in sentence(tiny, "dpo", words, monkeypatch, capsys)
 
 
@@ -197,7 +197,7 @@ def test_an_adapter_goes_to_peft_and_comes_back(tiny, tmp_path, monkeypatch):
         assert tiny.main("convert", [w for w in command if w != "True"], monkeypatch) == 0
 
     base = tiny.finished("sft")
-    first = tiny.run("dpo", tmp_path / "first", "--init", base, *LORA, "--learning-rate", 1e-2)
+    first = tiny.run("dpo", tmp_path / "first", "--model", base, *LORA, "--learning-rate", 1e-2)
     converted(source=first, out=tmp_path / "peft", adapter=True)
     converted(source=tmp_path / "peft", base=base, out=tmp_path / "second")
     expected = load_policy(first).params

@@ -14,8 +14,8 @@ import pytest
 from rlhf_jax.metrics import read_metrics
 from rlhf_jax.training.run_folder import load_policy
 
-_HEADS = ["--model.heads", "2", "--model.kv-heads", "1"]
-MODEL = ["--model.width", "16", "--model.layers", "1", *_HEADS, "--demonstrations", "64"]
+_HEADS = ["--arch.heads", "2", "--arch.kv-heads", "1"]
+MODEL = ["--arch.width", "16", "--arch.layers", "1", *_HEADS, "--demonstrations", "64"]
 GOOD = {"prompt": "1+1=?", "completion": "2", "chosen": "2", "rejected": "3", "answer": "2"}
 
 
@@ -74,27 +74,27 @@ def test_bad_rows(refused, tmp_path, case):
 
 
 def test_bad_rows_of_the_other_stages(refused, tiny, tmp_path):
-    init = tiny.finished("sft")
+    sft = tiny.finished("sft")
     pairs = write_lines(tmp_path / "pairs.jsonl", json.dumps(GOOD), json.dumps(GOOD | {"rejected": ""}))
     same = write_lines(tmp_path / "same.jsonl", json.dumps(GOOD | {"rejected": "2"}))
     prompts = write_lines(tmp_path / "prompts.jsonl", json.dumps(GOOD), json.dumps({"answer": "2"}))
     for stage in ("reward_model", "dpo"):
-        words = ["--init", init, "--out", tmp_path / "out", "--data"]
+        words = ["--model", sft, "--out", tmp_path / "out", "--data"]
         refused(stage, [*words, pairs], "pairs.jsonl:2", "'rejected' is empty")
         refused(stage, [*words, same], "same.jsonl:1", "the same")
     for stage in ("ppo", "grpo"):
-        words = ["--init", init, "--out", tmp_path / "out", "--data"]
+        words = ["--model", sft, "--out", tmp_path / "out", "--data"]
         refused(stage, [*words, prompts], "prompts.jsonl:2", "prompt")
     assert not (tmp_path / "out").exists()
 
 
 def test_missing_empty_and_unknown_data(refused, tiny, tmp_path):
-    init, out = tiny.finished("sft"), tmp_path / "out"
+    sft, out = tiny.finished("sft"), tmp_path / "out"
     write_lines(tmp_path / "rows.jsonl", json.dumps(GOOD))
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "rows.csv").write_text("prompt,completion\n")
     for stage in tiny.stages:
-        words = ["--out", out, *(["--init", init] if stage != "sft" else MODEL), "--data"]
+        words = ["--out", out, *(["--model", sft] if stage != "sft" else MODEL), "--data"]
         refused(stage, [*words, "row.jsonl"], "row.jsonl: no such file", "did you mean rows.jsonl?")
         refused(stage, [*words, "empty.jsonl"], "empty.jsonl: the data set is empty")
     refused("sft", [*MODEL, "--out", out, "--data", "rows.csv"], "rows.csv", ".parquet")
@@ -104,8 +104,8 @@ def test_missing_empty_and_unknown_data(refused, tiny, tmp_path):
 
 
 def test_too_long(refused, tiny, tmp_path):
-    init, out = tiny.finished("sft"), tmp_path / "out"
-    words = ["--init", init, "--out", out]
+    sft, out = tiny.finished("sft"), tmp_path / "out"
+    words = ["--model", sft, "--out", out]
     refused(
         "sft", [*MODEL, "--out", out, "--max-length", 5], "arithmetic:1:1", "more than 5", "raise the length"
     )
@@ -120,7 +120,7 @@ def test_too_long(refused, tiny, tmp_path):
 
 @pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo", "ppo", "grpo"])
 def test_an_unknown_option_brings_the_nearest_name(tiny, stage, monkeypatch, capsys, tmp_path):
-    words = ["--out", tmp_path / "out", "--init", "x", "--batchsize", 3]
+    words = ["--out", tmp_path / "out", "--model", "x", "--batchsize", 3]
     assert tiny.main(stage, words, monkeypatch) == 2
     errors = capsys.readouterr().err
     assert "--batchsize" in errors
@@ -130,10 +130,10 @@ def test_an_unknown_option_brings_the_nearest_name(tiny, stage, monkeypatch, cap
 
 
 IMPOSSIBLE = {
-    "heads": ("sft", "--model.width 16 --model.heads 3", "--model.heads 3", "--model.width 16"),
-    "key-value heads": ("sft", "--model.width 16 --model.heads 4 --model.kv-heads 3", "--model.kv-heads 3"),
-    "odd heads": ("sft", "--model.width 12 --model.heads 4 --model.kv-heads 4", "head_dim=3"),
-    "no heads": ("sft", "--model.heads 0", "--model.heads 0 is not positive"),
+    "heads": ("sft", "--arch.width 16 --arch.heads 3", "--arch.heads 3", "--arch.width 16"),
+    "key-value heads": ("sft", "--arch.width 16 --arch.heads 4 --arch.kv-heads 3", "--arch.kv-heads 3"),
+    "odd heads": ("sft", "--arch.width 12 --arch.heads 4 --arch.kv-heads 4", "head_dim=3"),
+    "no heads": ("sft", "--arch.heads 0", "--arch.heads 0 is not positive"),
     "micro-batches": ("sft", "--batch-size 8 --micro-batches 3", "--batch-size 8", "--micro-batches 3"),
     "batch of data": ("sft", "--demonstrations 5 --batch-size 6", "batch of 6", "5 examples"),
     "no batch": ("sft", "--batch-size 0", "--batch-size 0 is not positive"),
@@ -142,14 +142,14 @@ IMPOSSIBLE = {
     "not a number": ("sft", "--learning-rate nan", "--learning-rate is not a number"),
     "two tokenizers": ("sft", "--tokenizer a --train-tokenizer 300", "--train-tokenizer excludes"),
     "a small vocabulary": ("sft", "--train-tokenizer 100", "vocab_size 100"),
-    "pairs": ("dpo", "--init {sft} --batch-size 8 --micro-batches 3", "--micro-batches 3"),
-    "mini-batches": ("grpo", "--init {sft} --batch-size 3 --num-minibatches 5", "--num-minibatches 5"),
-    "groups": ("grpo", "--init {sft} --group-size 0", "--group-size 0"),
-    "two rewards": ("ppo", "--init {sft} --reward-model x --rewards my:own", "--reward-model excludes"),
-    "temperature": ("ppo", "--init {sft} --temperature 0", "--temperature 0.0 is not positive"),
+    "pairs": ("dpo", "--model {sft} --batch-size 8 --micro-batches 3", "--micro-batches 3"),
+    "mini-batches": ("grpo", "--model {sft} --batch-size 3 --num-minibatches 5", "--num-minibatches 5"),
+    "groups": ("grpo", "--model {sft} --group-size 0", "--group-size 0"),
+    "two rewards": ("ppo", "--model {sft} --reward-model x --rewards my:own", "--reward-model excludes"),
+    "temperature": ("ppo", "--model {sft} --temperature 0", "--temperature 0.0 is not positive"),
     "PPO's parts": (
         "ppo",
-        "--init {sft} --batch-size 8 --num-minibatches 2 --micro-batches 3",
+        "--model {sft} --batch-size 8 --num-minibatches 2 --micro-batches 3",
         "--micro-batches 3",
     ),
 }
@@ -226,23 +226,23 @@ def test_a_wrong_start(refused, tiny, tmp_path):
     sft, reward_model = tiny.finished("sft"), tiny.finished("reward_model")
     out = ["--out", tmp_path / "out"]
     for stage in tiny.stages:
-        refused(stage, [*out, "--init", "nowhere"], "nowhere", "no such file")
-        refused(stage, [*out, "--init", reward_model], "holds a reward model, not a policy")
-    refused("sft", [*out, "--init", sft, "--model.width", 32], f"--init {sft}", "width 16, not 32")
-    refused("sft", [*out, "--init", sft, "--tokenizer", "x"], "--init exclude")
-    refused("ppo", [*out, "--init", sft, "--reward-model", sft], "holds a policy, not a reward model")
+        refused(stage, [*out, "--model", "nowhere"], "nowhere", "no such file")
+        refused(stage, [*out, "--model", reward_model], "holds a reward model, not a policy")
+    refused("sft", [*out, "--model", sft, "--arch.width", 32], f"--model {sft}", "width 16, not 32")
+    refused("sft", [*out, "--model", sft, "--tokenizer", "x"], "--model exclude")
+    refused("ppo", [*out, "--model", sft, "--reward-model", sft], "holds a policy, not a reward model")
     alone = ("--reward-model", reward_model, "--ensemble", "worst")
-    refused("ppo", [*out, "--init", sft, *alone], "--ensemble worst", "several reward models")
+    refused("ppo", [*out, "--model", sft, *alone], "--ensemble worst", "several reward models")
     # A run that was stopped before its first checkpoint holds nothing to start from.
     shutil.copytree(sft, tmp_path / "hollow", ignore=shutil.ignore_patterns("checkpoints"))
-    refused("dpo", [*out, "--init", tmp_path / "hollow"], "hollow")
+    refused("dpo", [*out, "--model", tmp_path / "hollow"], "hollow")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_reward_model_of_another_architecture(refused, tiny, tmp_path):
     tiny.finished("reward_model")
     other = tmp_path / "other"
-    wide = ("--init", "", "--model.width", 32, "--model.layers", 1, *_HEADS, "--steps", 3)
+    wide = ("--model", "", "--arch.width", 32, "--arch.layers", 1, *_HEADS, "--steps", 3)
     tiny.run("reward_model", other, *wide)
     words = tiny.words("ppo", tmp_path / "out", "--reward-model", other)
     refused("ppo", words, other, "width 32, not 16")
@@ -266,7 +266,7 @@ def test_a_used_folder(refused, tiny, tmp_path):
         "--seed": 3,
         "--data": "arithmetic:2",
         "--optimizer.b1": 0.5,
-        "--model.width": 32,
+        "--arch.width": 32,
     }.items():
         refused("sft", tiny.words("sft", out, "--resume", flag, value), out, f"{flag} ", f"not {value}")
     refused("dpo", tiny.words("dpo", out, "--resume"), "holds a run of sft, not of dpo")
@@ -274,14 +274,14 @@ def test_a_used_folder(refused, tiny, tmp_path):
 
 
 def test_resuming_after_the_start_was_replaced(refused, tiny, tmp_path):
-    """The same --init, but another model has been trained there in between."""
+    """The same --model, but another model has been trained there in between."""
     start, out = tmp_path / "start", tmp_path / "run"
     few = ["--steps", 3]
     shutil.copytree(tiny.finished("sft"), start)
-    words = tiny.words("dpo", out, "--init", start, *few)
-    tiny.run("dpo", out, "--init", start, *few)
+    words = tiny.words("dpo", out, "--model", start, *few)
+    tiny.run("dpo", out, "--model", start, *few)
     shutil.rmtree(start)
-    tiny.run("sft", start, "--model.width", 32, *few)
+    tiny.run("sft", start, "--arch.width", 32, *few)
     before = tiny.digest(out)
     refused("dpo", [*words, "--resume", "--steps", 5], out, "width 16, not 32")
     assert tiny.digest(out) == before

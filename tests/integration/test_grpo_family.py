@@ -127,9 +127,9 @@ def test_published_numbers_hold_unless_they_are_replaced(tmp_path):
 
 def test_impossible_options_of_the_family(tiny, tmp_path, monkeypatch, capsys):
     def refused(*words):
-        assert tiny.main("grpo", ["--init", "x", "--out", tmp_path / "out", *words], monkeypatch) == 2
+        assert tiny.main("grpo", ["--model", "x", "--out", tmp_path / "out", *words], monkeypatch) == 2
         return capsys.readouterr().err
 
     assert "compares the answers to one prompt" in refused("--algorithm", "rloo", "--group-size", 1)
     assert "--dynamic-sampling-max-rounds 0 is not positive" in refused("--dynamic-sampling-max-rounds", 0)
-    assert "nowhere" in refused("--algorithm", "remax", "--group-size", 1, "--init", "nowhere")
+    assert "nowhere" in refused("--algorithm", "remax", "--group-size", 1, "--model", "nowhere")

@@ -16,13 +16,13 @@ STEPS = {"sft_steps": 3, "reward_steps": 2, "ppo_steps": 1, "dpo_steps": 2, "grp
 @pytest.fixture
 def small(monkeypatch):
     """The same stages, on less."""
-    model = common.ModelOptions(width=16, layers=1, heads=2, kv_heads=1)
+    arch = common.ArchOptions(width=16, layers=1, heads=2, kv_heads=1)
     pairs = common.PairOptions(pair_count=32, eval_count=8)
     prompts = functools.partial(common.PromptOptions, prompt_count=32, eval_count=8)
     monkeypatch.setattr(common, "PairOptions", lambda data: dataclasses.replace(pairs, data=data))
     monkeypatch.setattr(common, "PromptOptions", prompts)
     for stage, more in (
-        (sft, {"model": model, "demonstrations": 64}),
+        (sft, {"arch": arch, "demonstrations": 64}),
         (reward_model, {}),
         (ppo, {}),
         (dpo, {}),

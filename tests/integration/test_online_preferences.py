@@ -41,7 +41,7 @@ def functions(tmp_path, monkeypatch):
 
 
 def words(tiny, out, *more):
-    return [*f"--out {out} --init {tiny.finished('sft')} {TINY}".split(), *map(str, more)]
+    return [*f"--out {out} --model {tiny.finished('sft')} {TINY}".split(), *map(str, more)]
 
 
 def run(tiny, out, *more):
@@ -112,5 +112,5 @@ def test_help_shows_every_option(monkeypatch, capsys, tiny):
     monkeypatch.setenv("COLUMNS", "110")
     assert tiny.main("online_dpo", ["--help"], monkeypatch) == 0
     shown = capsys.readouterr().out
-    for flag in common.flags(common.to_json(online_dpo.Options(init="x"))):
+    for flag in common.flags(common.to_json(online_dpo.Options(model="x"))):
         assert flag in shown, flag

@@ -35,7 +35,7 @@ def run(out, *more):
 
 
 def test_pairs_by_rewards_go_on_after_a_stop_and_train_dpo(tmp_path, tiny, talker, functions):
-    words = ["--init", talker, "--rewards", f"{functions}:mixed", "--pairs-per-prompt", 2]
+    words = ["--model", talker, "--rewards", f"{functions}:mixed", "--pairs-per-prompt", 2]
     rows, counts = run(tmp_path / "pairs", *words)
     assert counts["judged"] == len((tmp_path / "pairs" / "judged.jsonl").read_text().split('"prompt"')) - 1
     assert counts["pairs"] + counts["held_out"] + sum(counts[r] for r in REASONS) == counts["judged"]
@@ -54,11 +54,11 @@ def test_pairs_by_rewards_go_on_after_a_stop_and_train_dpo(tmp_path, tiny, talke
     assert fewer["tie"] > counts["tie"]
     with pytest.raises(UserError, match="pairs made with other temperature"):
         run(tmp_path / "pairs", *words, "--temperature", 0.5)
-    tiny.run("dpo", tmp_path / "dpo", "--init", talker, "--data", tmp_path / "pairs" / "pairs.jsonl")
+    tiny.run("dpo", tmp_path / "dpo", "--model", talker, "--data", tmp_path / "pairs" / "pairs.jsonl")
 
 
 def test_pairs_by_a_judge(tmp_path, talker, functions):
-    words = ["--init", talker, "--judge", f"{functions}:longer", "--samples-per-prompt", 2]
+    words = ["--model", talker, "--judge", f"{functions}:longer", "--samples-per-prompt", 2]
     rows, counts = run(tmp_path / "pairs", *words)
     assert counts["judged"] == 24
     assert rows
@@ -87,12 +87,12 @@ def test_pairs_of_solutions(tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--init", "a", "--solutions", "b"], "give either --init"),
-        (["--init", "a", "--samples-per-prompt", 3, "--pairs-per-prompt", 2], "--samples-per-prompt 4"),
-        (["--init", "a", "--held-out-share", 1.0], "--held-out-share 1.0"),
-        (["--init", "a", "--batch-size", 0], "--batch-size 0"),
+        (["--model", "a", "--solutions", "b"], "give either --model"),
+        (["--model", "a", "--samples-per-prompt", 3, "--pairs-per-prompt", 2], "--samples-per-prompt 4"),
+        (["--model", "a", "--held-out-share", 1.0], "--held-out-share 1.0"),
+        (["--model", "a", "--batch-size", 0], "--batch-size 0"),
         (
-            ["--init", "a", "--judge", "m:f", "--rewards", "m:g"],
+            ["--model", "a", "--judge", "m:f", "--rewards", "m:g"],
             "--judge and --judge-model exclude --rewards",
         ),
     ],

@@ -11,9 +11,9 @@ from rlhf_jax.metrics import read_metrics
 from rlhf_jax.stages import pretrain
 from rlhf_jax.training.run_folder import load_policy
 
-MODEL = "--model.width 8 --model.layers 1 --model.heads 2 --model.kv-heads 1 --model.hidden 16"
-OBJECTIVES = "--model.further 1 --model.experts 3 --model.router sigmoid --optimizer.schedule wsd"
-LSTM = "--model.kind lstm --model.width 64 --learning-rate 1e-2 --demonstrations 2000 --sample-tokens 0"
+MODEL = "--arch.width 8 --arch.layers 1 --arch.heads 2 --arch.kv-heads 1 --arch.hidden 16"
+OBJECTIVES = "--arch.further 1 --arch.experts 3 --arch.router sigmoid --optimizer.schedule wsd"
+LSTM = "--arch.kind lstm --arch.width 64 --learning-rate 1e-2 --demonstrations 2000 --sample-tokens 0"
 SMALL = (
     "--length 24 --batch-size 4 --eval-rows 4 --optimizer.warmup-steps 1 --quiet --no-report --save-every 2"
 )
@@ -58,7 +58,7 @@ def test_everything_at_once_resumes_to_the_bit(tmp_path, text):
     assert (tmp_path / "parts" / "samples" / pages[1]).read_text().count(">>>") == 2  # go on, and a middle
 
     assert one.config.context_length == 24
-    long = f"--init {tmp_path / 'whole'} --data {text} --length 48 --rope.scaling yarn --sample-tokens 0"
+    long = f"--model {tmp_path / 'whole'} --data {text} --length 48 --rope.scaling yarn --sample-tokens 0"
     run(tmp_path / "long", *long.split(), "--steps", 1, "--optimizer.warmup-steps", 0)
     stretched = load_policy(tmp_path / "long").config
     scaling = stretched.pattern[0].attention.position.scaling
@@ -71,8 +71,8 @@ def test_contradictions_are_one_sentence(tmp_path, text):
     for words, said in [
         ("--fill.share 2", "no share"),
         (f"--decay-data {text}", "wsd"),
-        ("--rope.theta 1e5", "--init"),
-        ("--model.kind lstm --model.further 1", "mean nothing"),
+        ("--rope.theta 1e5", "--model"),
+        ("--arch.kind lstm --arch.further 1", "mean nothing"),
         ("--eval-share 1", "lower it"),
     ]:
         with pytest.raises(UserError, match=said):

@@ -9,9 +9,7 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.metrics import read_metrics
 from rlhf_jax.stages import common, process_reward
 
-_SMALL = (
-    "--model.width 16 --model.layers 1 --model.heads 2 --model.kv-heads 1 --row-count 64 --eval-count 16 "
-)
+_SMALL = "--arch.width 16 --arch.layers 1 --arch.heads 2 --arch.kv-heads 1 --row-count 64 --eval-count 16 "
 _SMALL += "--batch-size 8 --optimizer.warmup-steps 2 --quiet --no-report"
 
 
@@ -57,14 +55,16 @@ def test_outcomes_are_of_the_embedded_task(socratic, tmp_path):
 
 
 def test_labels_by_rollouts_need_a_policy(tmp_path):
-    for words in ((), ("--init", tmp_path, "--outcome")):
-        with pytest.raises(UserError, match="give --init, and no --outcome"):
+    for words in ((), ("--model", tmp_path, "--outcome")):
+        with pytest.raises(UserError, match="give --model, and no --outcome"):
             run(tmp_path / "run", "--labels", "rollouts", *words)
 
 
 @pytest.mark.slow
 def test_labels_by_rollouts_are_kept(tiny, tmp_path):
-    words = f"--out {tmp_path / 'run'} --init {tiny.finished('sft')} --labels rollouts --rollouts 2 --steps 2"
+    words = (
+        f"--out {tmp_path / 'run'} --model {tiny.finished('sft')} --labels rollouts --rollouts 2 --steps 2"
+    )
     words += " --row-count 16 --eval-count 16 --batch-size 8 --optimizer.warmup-steps 1 --quiet --no-report"
     process_reward.run(tyro.cli(process_reward.Options, args=words.split()))
     rows = [json.loads(line) for line in (tmp_path / "run" / "labelled.jsonl").read_text().splitlines()]

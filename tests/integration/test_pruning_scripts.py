@@ -17,7 +17,7 @@ from rlhf_jax.training.run_folder import load_policy
 def pruned(tiny, tmp_path_factory):
     out = tmp_path_factory.mktemp("pruned") / "run"
     choice = prune.PruneOptions(method="wanda", pattern="2:4")
-    prune.run(prune.Options(out=out, init=str(tiny.finished("sft")), prune=choice, rows=8, quiet=True))
+    prune.run(prune.Options(out=out, model=str(tiny.finished("sft")), prune=choice, rows=8, quiet=True))
     return out
 
 
@@ -32,7 +32,7 @@ def test_sft_trains_what_is_left_and_a_resume_keeps_the_zeros(tiny, pruned, tmp_
     for kernel in before.values():
         groups = kernel.reshape(kernel.shape[0] // 4, 4, -1)
         assert (np.count_nonzero(groups, axis=1) == 2).all()
-    words = ("--init", pruned, "--adapter.keep-zeros", "--learning-rate", 1e-2)
+    words = ("--model", pruned, "--adapter.keep-zeros", "--learning-rate", 1e-2)
     words += ("--optimizer.warmup-steps", 0)
     out = tiny.run("sft", tmp_path / "run", *words, "--steps", 2)
     tiny.run("sft", out, *words, "--steps", 4, "--resume")
@@ -47,20 +47,20 @@ def test_sft_trains_what_is_left_and_a_resume_keeps_the_zeros(tiny, pruned, tmp_
 def test_mistakes_are_said_before_anything_runs(tiny, pruned, tmp_path):
     base = str(tiny.finished("sft"))
     with pytest.raises(UserError, match="no zero weights"):
-        tiny.run("sft", tmp_path / "a", "--init", base, "--adapter.keep-zeros")
+        tiny.run("sft", tmp_path / "a", "--model", base, "--adapter.keep-zeros")
     with pytest.raises(UserError, match="means nothing to"):
-        tiny.run("sft", tmp_path / "b", "--init", pruned, "--adapter.keep-zeros", "--adapter.kind", "lora")
+        tiny.run("sft", tmp_path / "b", "--model", pruned, "--adapter.keep-zeros", "--adapter.kind", "lora")
     with pytest.raises(UserError, match="is not N:M"):
         prune.PruneOptions(pattern="half").masks(load_policy(pruned).params, None)
     with pytest.raises(UserError, match="already holds a run"):
-        prune.run(prune.Options(out=pruned, init=base))
+        prune.run(prune.Options(out=pruned, model=base))
 
 
 @pytest.mark.slow
 def test_the_study_leaves_a_table_and_a_picture_and_does_no_cell_twice(tiny, tmp_path):
     options = prune_study.Options(
         out=tmp_path / "study",
-        init=(str(tiny.finished("sft")),),
+        models=(str(tiny.finished("sft")),),
         sparsities=(0.0, 0.5),
         steps=3,
         batch_size=4,

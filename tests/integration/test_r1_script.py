@@ -12,7 +12,7 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.metrics import TableRow, write_report
 from rlhf_jax.stages import common
 
-TINY = common.ModelOptions(width=16, layers=1, heads=2, kv_heads=1)
+TINY = common.ArchOptions(width=16, layers=1, heads=2, kv_heads=1)
 STEPS = {
     "documents": 80,
     "base_steps": 40,
@@ -68,7 +68,7 @@ def test_impossible_numbers_are_named(tmp_path):
 def test_the_whole_job_writes_everything_and_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(r1, "BEST", 0.0)  # so little training makes no good answers
     out = tmp_path / "run"
-    options = r1.Options(out, model=TINY, small_model=TINY, quiet=True, **STEPS)
+    options = r1.Options(out, arch=TINY, small_arch=TINY, quiet=True, **STEPS)
     r1.run(options)
     summary = json.loads((out / "summary.json").read_text())
     assert set(summary) == {*r1.POLICIES, "reward_model"}

@@ -9,7 +9,7 @@ from rlhf_jax.stages import common, rag
 from rlhf_jax.tool_use import Passage
 
 _SMALL = (
-    "--model.width 16 --model.layers 1 --model.heads 2 --model.kv-heads 1 --people 4 --passages 1 "
+    "--arch.width 16 --arch.layers 1 --arch.heads 2 --arch.kv-heads 1 --people 4 --passages 1 "
     "--max-new-tokens 4 --quiet"
 )
 
@@ -28,7 +28,7 @@ def notes(tmp_path_factory):
 
 
 def test_questions_about_documents_of_ones_own(tiny, notes, tmp_path, monkeypatch, capsys):
-    usual = ["--init", tiny.finished("sft"), "--quiet", "--max-new-tokens", 4, "--passages", 1]
+    usual = ["--model", tiny.finished("sft"), "--quiet", "--max-new-tokens", 4, "--passages", 1]
     usual += ["--passage-words", 12]
     words = ["--out", tmp_path, *usual, "--documents", notes, notes / "more.jsonl"]
     assert tiny.main("rag", [*words, "--questions", notes / "questions.jsonl"], monkeypatch) == 0
@@ -61,21 +61,21 @@ def test_mistakes_are_one_sentence(tiny, notes, tmp_path, monkeypatch, capsys):
         assert "Traceback" not in said
         return said
 
-    init = ("--init", tiny.finished("sft"))
-    assert "name it with --init" in refused("--documents", notes)
-    assert "nothing to answer" in refused(*init, "--documents", notes)
-    assert "exclude each other" in refused(*init, "--documents", notes, "--index", notes)
-    assert "no index" in refused(*init, "--index", notes, "--ask", "what?")
-    assert "no .txt or .md file" in refused(*init, "--documents", tmp_path, "--ask", "what?")
-    assert "no such file" in refused(*init, "--documents", notes / "x.jsonl", "--ask", "what?")
+    model = ("--model", tiny.finished("sft"))
+    assert "name it with --model" in refused("--documents", notes)
+    assert "nothing to answer" in refused(*model, "--documents", notes)
+    assert "exclude each other" in refused(*model, "--documents", notes, "--index", notes)
+    assert "no index" in refused(*model, "--index", notes, "--ask", "what?")
+    assert "no .txt or .md file" in refused(*model, "--documents", tmp_path, "--ask", "what?")
+    assert "no such file" in refused(*model, "--documents", notes / "x.jsonl", "--ask", "what?")
     assert "128 who are held out" in refused("--people", "129")
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"words": "a"}\n')
     assert "bad.jsonl:1: no field `text`" in refused(
-        *init, "--documents", tmp_path / "bad.jsonl", "--ask", "a"
+        *model, "--documents", tmp_path / "bad.jsonl", "--ask", "a"
     )
     wrong = ("--questions", bad)
-    assert "bad.jsonl:1: `question`" in refused(*init, "--documents", notes, *wrong)
+    assert "bad.jsonl:1: `question`" in refused(*model, "--documents", notes, *wrong)
 
 
 def test_what_the_policy_is_taught():

@@ -36,12 +36,12 @@ def train(folder, *, rows, sft_steps, grpo_steps, new_tokens):
     run(
         "sft",
         f"--out {folder}/sft --data {data} --eval-data {held_out} --train-tokenizer 1000 --max-length 384 "
-        "--too-long drop --packing --model.width 64 --model.layers 2 --batch-size 4 --learning-rate 5e-3 "
+        "--too-long drop --packing --arch.width 64 --arch.layers 2 --batch-size 4 --learning-rate 5e-3 "
         f"--optimizer.warmup-steps 5 --steps {sft_steps} --quiet",
     )
     run(
         "grpo",
-        f"--out {folder}/grpo --init {folder}/sft --data {data} --eval-data {held_out} "
+        f"--out {folder}/grpo --model {folder}/sft --data {data} --eval-data {held_out} "
         f"--max-prompt-length 96 --too-long drop --max-new-tokens {new_tokens} "
         "--rewards rlhf_jax.rewards.verifiers:gsm8k_reward "
         f"--batch-size 4 --group-size 4 --eval-count 4 --samples 4 "

@@ -29,7 +29,7 @@ def revised(talker, tmp_path_factory):
         {"principle": "Be right.", "name": "right", "critique": "So?", "revision": "Say."},
     ]
     (folder / "principles.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = f"--out {folder / 'run'} --init {talker} --constitution {folder / 'principles.jsonl'} {_PROMPTS}"
+    words = f"--out {folder / 'run'} --model {talker} --constitution {folder / 'principles.jsonl'} {_PROMPTS}"
     words += " --steps 2 --revised 24 --batch-size 4 --answer-batch-size 16 --optimizer.warmup-steps 0"
     words += " --review-temperature 1 --quiet --no-report"
     call(constitutional, words)
@@ -60,7 +60,7 @@ def test_a_model_judges_pairs_and_rewards_answers(revised, tmp_path, tiny, talke
     out, _ = revised
     call(
         preferences,
-        f"--out {tmp_path / 'pairs'} --init {talker} --judge-model {talker} {_PROMPTS} --quiet "
+        f"--out {tmp_path / 'pairs'} --model {talker} --judge-model {talker} {_PROMPTS} --quiet "
         f"--constitution {out / 'constitution.jsonl'} --samples-per-prompt 2 --batch-size 40 "
         "--eval-reward rlhf_jax.rewards.rules:repetition_reward",
     )
@@ -71,7 +71,7 @@ def test_a_model_judges_pairs_and_rewards_answers(revised, tmp_path, tiny, talke
     assert 0 <= counts["judge"]["inconsistent"] <= 1
     assert counts["judge"]["order_gap"] >= abs(counts["judge"]["first_advantage"])
     soft = ("--soft-labels", "--data", tmp_path / "pairs" / "pairs.jsonl", "--batch-size", 4)
-    tiny.run("dpo", tmp_path / "dpo", "--init", talker, *soft)
+    tiny.run("dpo", tmp_path / "dpo", "--model", talker, *soft)
     for words, said in ((("--loss", "simpo"), "simpo has no soft labels"), ((), "no row of arithmetic:1")):
         with pytest.raises(UserError, match=said):
             tiny.run("dpo", tmp_path / "refused", "--soft-labels", *words)
@@ -96,11 +96,11 @@ def test_a_model_judges_pairs_and_rewards_answers(revised, tmp_path, tiny, talke
 @pytest.mark.parametrize(
     ("script", "words", "said"),
     [
-        (constitutional, "--init a", "--init and --constitution go together"),
+        (constitutional, "--model a", "--model and --constitution go together"),
         (constitutional, "--data x.jsonl", "needs a policy"),
         (constitutional, "--revisions 0", "--revisions 0"),
-        (preferences, "--init a --judge-model b", "--judge-model and --constitution go together"),
-        (preferences, "--init a --judge m:f --judge-model b --constitution c", "--judge excludes"),
+        (preferences, "--model a --judge-model b", "--judge-model and --constitution go together"),
+        (preferences, "--model a --judge m:f --judge-model b --constitution c", "--judge excludes"),
         (rule_rewards, "--data x.jsonl", "--propositions and --data go together"),
         (rule_rewards, "--steps 0", "--steps 0"),
     ],

@@ -63,7 +63,7 @@ def answers(texts, rewards, unfinished=()):
 
 
 def rows(method, found, **more):
-    options = rounds.Options(init="x", method=method, samples_per_prompt=2, **more)
+    options = rounds.Options(model="x", method=method, samples_per_prompt=2, **more)
     return rounds.to_rows(options, found, arithmetic_tokenizer())
 
 
@@ -88,7 +88,7 @@ def test_which_answers_become_rows():
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["raft", "expert_iteration", "dpo"])
 def test_rounds_go_on_where_they_stopped(method, tmp_path, talker, mixed):
-    words = ("--init", talker, "--method", method, "--rewards", mixed, "--max-new-tokens", 8, "--steps", 4)
+    words = ("--model", talker, "--method", method, "--rewards", mixed, "--max-new-tokens", 8, "--steps", 4)
     words += ("--rounds", 2, "--prompts-per-round", 16, "--samples-per-prompt", 4)
     found = run(rounds, tmp_path / "whole", *words)
     assert [line["step"] for line in found] == [1, 2]
@@ -109,7 +109,7 @@ def test_rounds_go_on_where_they_stopped(method, tmp_path, talker, mixed):
 
 @pytest.mark.slow
 def test_a_writer_and_a_restart(tiny, tmp_path, talker, mixed):
-    words = ("--init", tiny.finished("sft"), "--writer", talker, "--rewards", mixed, "--max-new-tokens", 8)
+    words = ("--model", tiny.finished("sft"), "--writer", talker, "--rewards", mixed, "--max-new-tokens", 8)
     words += ("--rounds", 2, "--prompts-per-round", 16, "--steps", 3)
     found = run(rounds, tmp_path / "run", *words, "--restart")
     assert found[0]["finished"] > 0.5  # it is the writer that answers
@@ -125,7 +125,7 @@ def test_a_writer_and_a_restart(tiny, tmp_path, talker, mixed):
 
 def test_mistakes_of_rounds(tiny, tmp_path, monkeypatch, capsys):
     def refused(*more):
-        words = [*f"--out {tmp_path / 'out'} --init x {SMALL}".split(), *map(str, more)]
+        words = [*f"--out {tmp_path / 'out'} --model x {SMALL}".split(), *map(str, more)]
         assert tiny.main("rounds", words, monkeypatch) == 2
         return capsys.readouterr().err
 
@@ -142,7 +142,7 @@ LOSSES = ("forward_kl", "reverse_kl", "js", "sequence", "sampled_reverse_kl", "s
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_brings_the_student_closer(loss, tiny, tmp_path, talker):
-    words = ("--teacher", talker, "--init", tiny.finished("sft"), "--loss", loss, "--max-new-tokens", 4)
+    words = ("--teacher", talker, "--model", tiny.finished("sft"), "--loss", loss, "--max-new-tokens", 4)
     found = run(distill, tmp_path / "run", *words, "--steps", 12, "--eval-every", 100)
     assert all(np.isfinite(line["loss"]) and line["skipped"] == 0 for line in found)
     if loss != "sampled_reverse_kl" and loss != "sequence_reverse_kl":  # single samples are too noisy
@@ -154,7 +154,7 @@ def test_every_loss_brings_the_student_closer(loss, tiny, tmp_path, talker):
 @pytest.mark.slow
 def test_a_mixture_of_writers_on_a_new_student_resumes_to_the_bit(tmp_path, talker):
     words = ("--teacher", talker, "--loss", "js", "--student-share", 0.5, "--max-new-tokens", 4)
-    words += ("--model.width", 8, "--model.layers", 1, "--model.heads", 2, "--model.kv-heads", 1)
+    words += ("--arch.width", 8, "--arch.layers", 1, "--arch.heads", 2, "--arch.kv-heads", 1)
     words += ("--eval-every", 100)
     whole = run(distill, tmp_path / "whole", *words, "--steps", 6)
     run(distill, tmp_path / "broken", *words, "--steps", 4)
@@ -186,6 +186,6 @@ def test_help_shows_every_option(script, tiny, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "110")
     assert tiny.main(script.__name__, ["--help"], monkeypatch) == 0
     shown = capsys.readouterr().out
-    needed = {"teacher": "x"} if script is distill else {"init": "x"}
+    needed = {"teacher": "x"} if script is distill else {"model": "x"}
     for flag in common.flags(common.to_json(script.Options(**needed))):
         assert flag in shown, flag

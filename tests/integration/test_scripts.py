@@ -199,7 +199,7 @@ def test_labels_are_true_or_false(tiny, tmp_path, monkeypatch, capsys):
     data = tmp_path / "labelled.jsonl"
     data.write_text(json.dumps({"prompt": "1+1=?", "completion": "2", "label": "yes"}) + "\n")
     words = tiny.words(
-        "dpo", tmp_path / "out", "--init", tiny.finished("sft"), "--data", data, "--loss", "kto"
+        "dpo", tmp_path / "out", "--model", tiny.finished("sft"), "--data", data, "--loss", "kto"
     )
     assert tiny.main("dpo", words, monkeypatch) == 2
     assert "field 'label' is 'yes'" in capsys.readouterr().err

@@ -36,7 +36,7 @@ def by_looking_up(options, tools, roots, key):
 def test_a_policy_alone_and_its_resume(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "METHODS", {"looked up": (by_looking_up, False, False)})
     sft = tiny.finished("sft")
-    found = run(tmp_path / "run", "--init", sft)
+    found = run(tmp_path / "run", "--model", sft)
     assert set(found["methods"]) == {"greedy", "looked up"}
     assert len(TRACED) == 1  # two batches, one program
     assert (tmp_path / "run" / "search.png").stat().st_size > 10_000
@@ -47,14 +47,14 @@ def test_a_policy_alone_and_its_resume(tiny, tmp_path, monkeypatch):
     with np.load(tmp_path / "run" / "pool.npz") as pool:
         assert pool["answers"].shape == (6, 3)
     with pytest.raises(UserError, match="already holds a comparison"):
-        run(tmp_path / "run", "--init", sft)
+        run(tmp_path / "run", "--model", sft)
     with pytest.raises(UserError, match="another samples"):
-        run(tmp_path / "run", "--init", sft, "--resume", "--samples", 5)
+        run(tmp_path / "run", "--model", sft, "--resume", "--samples", 5)
     # What was searched before the stop is read, the rest is done again, to the same result.
     stored = json.loads((tmp_path / "run" / "results.json").read_text())
     del stored["methods"]["looked up"]
     (tmp_path / "run" / "results.json").write_text(json.dumps(stored))
-    assert run(tmp_path / "run", "--init", sft, "--resume")["methods"] == found["methods"]
+    assert run(tmp_path / "run", "--model", sft, "--resume")["methods"] == found["methods"]
 
 
 @pytest.mark.slow
@@ -62,10 +62,10 @@ def test_every_method(tiny, tmp_path):
     sft = tiny.finished("sft")
     words = ["--row-count", 64, "--eval-count", 16, "--batch-size", 8, "--steps", 4, "--quiet", "--no-report"]
     for name, more in (("prm", []), ("orm", ["--outcome"])):
-        args = ["--out", tmp_path / name, "--init", sft, "--optimizer.warmup-steps", 2, *words, *more]
+        args = ["--out", tmp_path / name, "--model", sft, "--optimizer.warmup-steps", 2, *words, *more]
         process_reward.run(tyro.cli(process_reward.Options, args=[str(arg) for arg in args]))
     judges = ("--process-reward", tmp_path / "prm", "--outcome-reward", tmp_path / "orm")
-    found = run(tmp_path / "run", "--init", sft, *judges)
+    found = run(tmp_path / "run", "--model", sft, *judges)
     assert len(found["methods"]) == 1 + len(script.METHODS)
     assert len(found["accuracy_against_n"]) == len(script.CURVES)
 
@@ -81,7 +81,7 @@ def test_every_method(tiny, tmp_path):
 )
 def test_bad_options(tmp_path, words, said):
     with pytest.raises(UserError, match=said):
-        run(tmp_path / "run", "--init", tmp_path, *words)
+        run(tmp_path / "run", "--model", tmp_path, *words)
 
 
 def test_accuracy_at_a_number_of_tokens():
@@ -121,7 +121,7 @@ def test_votes_among_published_solutions(tmp_path):
 
 @pytest.mark.slow
 def test_direct_answers_beside_chains_of_thought(tiny, tmp_path):
-    run(tmp_path / "search", "--init", tiny.finished("sft"))
+    run(tmp_path / "search", "--model", tiny.finished("sft"))
     options = accuracy.Options(out=tmp_path / "out", search=str(tmp_path / "search"), steps=24, quiet=True)
     accuracy.run(options)
     found = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -133,7 +133,7 @@ def test_direct_answers_beside_chains_of_thought(tiny, tmp_path):
 
 def test_help_shows_every_option(tiny, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "110")
-    for stage, options in (("search", script.Options(init="x")), ("alphazero", None)):
+    for stage, options in (("search", script.Options(model="x")), ("alphazero", None)):
         assert tiny.main(stage, ["--help"], monkeypatch) == 0
         shown = capsys.readouterr().out
         if options is None:

@@ -9,7 +9,7 @@ from rlhf_jax.metrics import read_metrics
 from rlhf_jax.stages import common, tool_use
 
 _SMALL = (
-    "--model.width 16 --model.layers 1 --model.heads 2 --model.kv-heads 1 --sft-steps 4 --demonstrations 64 "
+    "--arch.width 16 --arch.layers 1 --arch.heads 2 --arch.kv-heads 1 --sft-steps 4 --demonstrations 64 "
     "--prompt-count 16 --eval-count 4 --samples 2 --batch-size 2 --group-size 4 --max-new-tokens 12 "
     "--response-length 40 --optimizer.warmup-steps 1 --quiet --no-report"
 )

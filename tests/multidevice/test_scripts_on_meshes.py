@@ -16,7 +16,7 @@ from rlhf_jax.checkpoint.manifest import list_steps, verify
 
 COMMON = ("--steps", "4", "--save-every", "2", "--quiet", "--no-report")
 COMMON += ("--optimizer.warmup-steps", "0", "--optimizer.total-steps", "8")
-SFT = ("--demonstrations", "300", "--batch-size", "16", "--eval-count", "16", "--model.width", "32")
+SFT = ("--demonstrations", "300", "--batch-size", "16", "--eval-count", "16", "--arch.width", "32")
 DPO = ("--batch-size", "8", "--pair-count", "100", "--eval-count", "16")
 ENDLESS = ("--steps", "100000", "--optimizer.schedule", "constant", "--lost-timeout", "10")
 PROMPTS = ("--max-new-tokens", "6", "--prompt-count", "60", "--eval-count", "8", "--samples", "3")
@@ -69,19 +69,20 @@ def test_every_stage_on_a_mesh(tmp_path):
             run(
                 "reward-model",
                 rewards if first else here / "rewards",
-                *("--init", sft, *DPO, "--mesh", of_rewards),
+                *("--model", sft, *DPO, "--mesh", of_rewards),
             ),
-            run("dpo", here / "dpo", "--init", sft, *DPO, "--mesh", of_dpo),
-            run("dpo", here / "each", "--init", sft, *DPO, "--mesh", of_dpo, "--reference", "each_step"),
+            run("dpo", here / "dpo", "--model", sft, *DPO, "--mesh", of_dpo),
+            run("dpo", here / "each", "--model", sft, *DPO, "--mesh", of_dpo, "--reference", "each_step"),
             run(
                 "ppo",
                 here / "ppo",
-                *("--init", sft, "--reward-model", rewards, "--batch-size", "16", *PROMPTS, "--mesh", of_ppo),
+                *("--model", sft, "--reward-model", rewards, "--batch-size", "16"),
+                *(*PROMPTS, "--mesh", of_ppo),
             ),
             run(
                 "grpo",
                 here / "grpo",
-                *("--init", sft, "--batch-size", "4", "--group-size", "4", *PROMPTS, "--mesh", of_grpo),
+                *("--model", sft, "--batch-size", "4", "--group-size", "4", *PROMPTS, "--mesh", of_grpo),
             ),
         ]
     for mesh, one in zip(found["mesh"], found["one"], strict=True):
@@ -147,8 +148,8 @@ def test_stages_in_two_processes_are_those_in_one(tmp_path):
     """Pairs, rollouts and rewards of which each process has its own rows."""
     sft, judged = tmp_path / "sft", tmp_path / "rewards"
     run("sft", sft, *SFT, devices=1)
-    run("reward-model", judged, "--init", sft, *DPO, devices=1)
-    from_sft = ("--init", sft)
+    run("reward-model", judged, "--model", sft, *DPO, devices=1)
+    from_sft = ("--model", sft)
     stages = {
         "reward_model": ("reward-model", *from_sft, *DPO),
         "process_reward": ("process-reward", *from_sft, "--batch-size", "8"),

@@ -4,9 +4,9 @@
         rlhf sft --out runs/sft_$seed --seed $seed --slip-rate 0 --late-slip-rate 0 \\
             --steps 500
     done
-    python experiments/studies/pruning/pruning.py --out runs/pruning --init runs/sft_0 runs/sft_1 runs/sft_2
+    python experiments/studies/pruning/pruning.py --out runs/pruning --models runs/sft_0 runs/sft_1 runs/sft_2
 
-Each of `--init` is a seed. Cells that are done are not done again. Leaves `cells.jsonl`, the table
+Each of `--models` is a seed. Cells that are done are not done again. Leaves `cells.jsonl`, the table
 `pruning.md`, and the picture `pruning.png`. About six minutes of one core.
 """
 
@@ -47,7 +47,7 @@ class Options:
 
     Attributes:
       out: folder of the study.
-      init: run folders of policies on the embedded task that differ in their seed alone.
+      models: run folders of policies on the embedded task that differ in their seed alone.
       methods: how weights are scored.
       sparsities: shares of weights that go; 0 shows what more training does by itself.
       scope: which weights compete.
@@ -63,7 +63,7 @@ class Options:
     """
 
     out: Path
-    init: tuple[str, ...]
+    models: tuple[str, ...]
     methods: tuple[prune.Method, ...] = ("magnitude", "wanda")
     sparsities: tuple[float, ...] = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9)
     scope: pruning.Scope = "output"
@@ -78,7 +78,7 @@ class Options:
     quiet: bool = False
 
 
-WATCHING = ("out", "init", "methods", "sparsities", "quiet")
+WATCHING = ("out", "models", "methods", "sparsities", "quiet")
 """Options that change nothing of a cell."""
 
 
@@ -127,14 +127,14 @@ def grid(options: Options) -> list[Cell]:
         for sparsity in options.sparsities
         for method in (options.methods if sparsity else options.methods[:1])
     ]
-    return [(method, sparsity, init) for method, sparsity in settings for init in options.init]
+    return [(method, sparsity, name) for method, sparsity in settings for name in options.models]
 
 
 def read_cells(path: Path) -> Cells:
     """Cells that are done."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     cells = [json.loads(line) for line in lines]
-    return {(c["method"], c["sparsity"], c["init"]): c for c in cells}
+    return {(c["method"], c["sparsity"], c["model"]): c for c in cells}
 
 
 # Table and picture ------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ def columns(options: Options, done: Cells) -> dict[tuple[str, str], dict[float, 
             rows = found[method, when] = {}
             for sparsity in sorted(options.sparsities):
                 of = method if sparsity else options.methods[0]
-                cells = [done.get((of, sparsity, init)) for init in options.init]
+                cells = [done.get((of, sparsity, name)) for name in options.models]
                 scores = [cell[when] for cell in cells if cell is not None]
                 if scores:
                     rows[sparsity] = scores
@@ -202,8 +202,8 @@ def draw(path: Path, options: Options, done: Cells) -> None:
 
 def check(options: Options) -> None:
     """Raises: UserError where the options make no sense, or the folder holds cells of others."""
-    if not options.init or options.steps < 0 or options.batch_size < 1:
-        raise UserError("give at least one --init, 0 or more --steps and a --batch-size of at least 1")
+    if not options.models or options.steps < 0 or options.batch_size < 1:
+        raise UserError("give at least one of --models, 0 or more --steps and a --batch-size of at least 1")
     if common.embedded_level(options.data) is None:
         raise UserError(
             f"--data {options.data}: the study knows the embedded task alone: give arithmetic:LEVEL"
@@ -219,21 +219,21 @@ def check(options: Options) -> None:
 
 def make_cell_fn(options: Options, policies: dict[str, Policy]) -> Callable[[Cell], dict[str, Any]]:
     """`compute(cell)`: prunes, scores, fine-tunes, scores again."""
-    first = policies[options.init[0]]
+    first = policies[options.models[0]]
     score = make_exact_match(options, first)
     tune = make_tune_fn(options, first) if options.steps else None
     sums: dict[str, Params] = {}
     if "wanda" in options.methods:
         rows = prune.calibration_rows(options.data, options.rows, options.seed, first)
-        sums = {init: prune.measure(model, rows) for init, model in policies.items()}
+        sums = {name: prune.measure(model, rows) for name, model in policies.items()}
 
     def compute(cell: Cell) -> dict[str, Any]:
-        method, sparsity, init = cell
-        params = policies[init].params
+        method, sparsity, name = cell
+        params = policies[name].params
         choice = prune.PruneOptions(method=method, sparsity=sparsity, scope=options.scope)
-        masks = choice.masks(params, sums[init] if method == "wanda" else None)
+        masks = choice.masks(params, sums[name] if method == "wanda" else None)
         params = pruning.apply_masks(params, masks)
-        found = {"method": method, "sparsity": sparsity, "init": init, "before": score(params)}
+        found = {"method": method, "sparsity": sparsity, "model": name, "before": score(params)}
         if tune is not None:
             params = tune(params)
             found |= {"after": score(params)}
@@ -245,10 +245,10 @@ def make_cell_fn(options: Options, policies: dict[str, Policy]) -> Callable[[Cel
 def run(options: Options) -> None:
     """Does what is missing of the grid, then writes table and picture."""
     check(options)
-    policies = {init: load_policy(Path(init)) for init in options.init}
-    first = policies[options.init[0]]
-    for init, model in policies.items():
-        models.check_same_architecture(first.config, model.config, f"--init {init}")
+    policies = {name: load_policy(Path(name)) for name in options.models}
+    first = policies[options.models[0]]
+    for name, model in policies.items():
+        models.check_same_architecture(first.config, model.config, f"--models {name}")
     options.out.mkdir(parents=True, exist_ok=True)
     describe_run(options.out, common.to_json(options), stage="prune_study")
     path, cells = options.out / "cells.jsonl", grid(options)

@@ -58,25 +58,25 @@ class Options:
     quiet: bool = False
 
 
-def size(model: common.ModelOptions, tokenizer: Tokenizer) -> int:
+def size(arch: common.ArchOptions, tokenizer: Tokenizer) -> int:
     """Parameters of a new model."""
-    shapes = jax.eval_shape(lambda key: models.init_params(model.config(tokenizer), key), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: models.init_params(arch.config(tokenizer), key), jax.random.key(0))
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
 def of_equal_size(
-    kind: common.ModelKind, like: common.ModelOptions, tokenizer: Tokenizer
-) -> common.ModelOptions:
+    kind: common.ModelKind, like: common.ArchOptions, tokenizer: Tokenizer
+) -> common.ArchOptions:
     """A recurrent model with as many layers and about as many parameters."""
     wanted = size(like, tokenizer)
     widths = range(8, 8 * like.width, 4)
     candidates = [dataclasses.replace(like, kind=kind, width=width) for width in widths]
-    return min(candidates, key=lambda model: abs(size(model, tokenizer) - wanted))
+    return min(candidates, key=lambda arch: abs(size(arch, tokenizer) - wanted))
 
 
-def train(options: Options, model: common.ModelOptions, seed: int, learning_rate: float) -> dict[str, Any]:
+def train(options: Options, arch: common.ArchOptions, seed: int, learning_rate: float) -> dict[str, Any]:
     """One run, unless it is finished; its evaluations."""
-    out = options.out / f"{model.kind}_{seed}"
+    out = options.out / f"{arch.kind}_{seed}"
     run = common.RunOptions(
         out,
         seed=seed,
@@ -92,7 +92,7 @@ def train(options: Options, model: common.ModelOptions, seed: int, learning_rate
         pretrain.run(
             pretrain.Options(
                 run=run,
-                model=model,
+                arch=arch,
                 optimizer=OptimizerConfig(
                     schedule="cosine", warmup_steps=options.steps // 10, end_lr_ratio=0.1
                 ),
@@ -137,19 +137,19 @@ def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
 def run(options: Options) -> None:
     """Trains all of them, and writes the table and the picture."""
     tokenizer = byte_tokenizer()
-    transformer = common.ModelOptions(width=options.width, layers=options.layers)
+    transformer = common.ArchOptions(width=options.width, layers=options.layers)
     found: dict[str, list[dict[str, Any]]] = {}
     lines = [
         "| model | width | parameters | bits a byte | trained tokens a second |",
         "|---|---|---|---|---|",
     ]
     for kind, learning_rate in zip(KINDS, options.learning_rates, strict=True):
-        model = transformer if kind == "transformer" else of_equal_size(kind, transformer, tokenizer)
-        found[kind] = [train(options, model, seed, learning_rate) for seed in range(options.seeds)]
+        arch = transformer if kind == "transformer" else of_equal_size(kind, transformer, tokenizer)
+        found[kind] = [train(options, arch, seed, learning_rate) for seed in range(options.seeds)]
         last = mean_interval([found_run["bits"][-1] for found_run in found[kind]])
         rate = float(np.median([found_run["rate"] for found_run in found[kind]]))
-        count = size(model, tokenizer)
-        lines.append(f"| {kind} | {model.width} | {count:,} | {last:.3f} | {rate:,.0f} |")
+        count = size(arch, tokenizer)
+        lines.append(f"| {kind} | {arch.width} | {count:,} | {last:.3f} | {rate:,.0f} |")
     table = "\n".join(lines) + "\n"
     (options.out / "table.md").write_text(table, encoding="utf-8")
     write_json(options.out / "results.json", {"config": common.to_json(options), "runs": cast(Any, found)})
