@@ -87,7 +87,7 @@ def train_direct(options: Options, searched: search_script.Options) -> Path:
     folder, rows_path = options.out / "direct", options.out / "direct.jsonl"
     level, theirs = common.embedded_level(searched.data), sft.Options()
     assert level is not None
-    config = json.loads((Path(searched.init) / "config.json").read_text())["config"]
+    config = json.loads((Path(searched.model) / "config.json").read_text())["config"]
     rates = {name: config.get(name, getattr(theirs, name)) for name in ("slip_rate", "late_slip_rate")}
     rows = demonstration_rows(level, theirs.demonstrations, options.seed, **rates)
     for row in rows:
@@ -97,7 +97,7 @@ def train_direct(options: Options, searched: search_script.Options) -> Path:
     run = common.RunOptions(
         folder, seed=options.seed, resume=True, steps=options.steps, quiet=options.quiet, report=False
     )
-    sft.run(sft.Options(run=run, data=str(rows_path), tokenizer=str(Path(searched.init) / "tokenizer")))
+    sft.run(sft.Options(run=run, data=str(rows_path), tokenizer=str(Path(searched.model) / "tokenizer")))
     return folder
 
 
