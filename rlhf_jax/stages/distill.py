@@ -28,8 +28,8 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.train_state import OptimizerConfig, with_total_steps
 from rlhf_jax.core.types import Array, Float, Params, Rollout
 from rlhf_jax.models import Policy
-from rlhf_jax.rollout.sampler import check_same_vocabulary
 from rlhf_jax.stages import adapting, common, inputs
+from rlhf_jax.stages.reward_specs import check_same_vocabulary
 from rlhf_jax.training import run_loop
 from rlhf_jax.training.run_folder import load_policy
 

@@ -33,9 +33,10 @@ from rlhf_jax.losses import policy_weights
 from rlhf_jax.metrics import Thresholds
 from rlhf_jax.models import Policy
 from rlhf_jax.rollout.dynamic_sampling import Answers, draw_groups_that_differ, term_means
-from rlhf_jax.rollout.sampler import make_generate_fn, make_reward_fn
+from rlhf_jax.rollout.sampler import make_generate_fn
 from rlhf_jax.rollout.step import make_group_learn
 from rlhf_jax.stages import adapting, common, inputs
+from rlhf_jax.stages.reward_specs import make_reward_fn
 from rlhf_jax.training import Meter, run_loop
 from rlhf_jax.training.run_folder import load_policy
 

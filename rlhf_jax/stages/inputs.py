@@ -28,15 +28,10 @@ from rlhf_jax.models import Policy
 from rlhf_jax.models.adapters import merge_adapter
 from rlhf_jax.rollout.dynamic_sampling import Answers, without_failed
 from rlhf_jax.rollout.engines import failed_rows, make_engine, parse_engine
-from rlhf_jax.rollout.sampler import (
-    Evaluation,
-    GenerateFn,
-    make_evaluate_fn,
-    make_generate_fn,
-    make_reward_fn,
-)
+from rlhf_jax.rollout.sampler import Evaluation, GenerateFn, make_evaluate_fn, make_generate_fn
 from rlhf_jax.rollout.samples import Sample, make_samples_fn
 from rlhf_jax.stages import common
+from rlhf_jax.stages.reward_specs import make_reward_fn
 from rlhf_jax.tasks import arithmetic
 from rlhf_jax.training import Meter
 

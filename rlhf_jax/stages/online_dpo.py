@@ -33,8 +33,9 @@ from rlhf_jax.generation import Sampling
 from rlhf_jax.losses.pair_logps import traits_of
 from rlhf_jax.models import Policy
 from rlhf_jax.rollout.engines import failed_rows
-from rlhf_jax.rollout.sampler import make_generate_fn, make_reward_fn
+from rlhf_jax.rollout.sampler import make_generate_fn
 from rlhf_jax.stages import adapting, common, inputs
+from rlhf_jax.stages.reward_specs import make_reward_fn
 from rlhf_jax.training import run_loop
 from rlhf_jax.training.run_folder import load_policy
 

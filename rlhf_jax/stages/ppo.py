@@ -40,9 +40,11 @@ from rlhf_jax.rewards import ensembles
 from rlhf_jax.rewards.functions import Scored
 from rlhf_jax.rollout.dynamic_sampling import term_means, without_failed
 from rlhf_jax.rollout.engines import failed_rows
-from rlhf_jax.rollout.sampler import Evaluation, RolloutReward, make_ensemble_fn, make_reward_fn
+from rlhf_jax.rollout.rewards import RolloutReward
+from rlhf_jax.rollout.sampler import Evaluation
 from rlhf_jax.rollout.step import make_ppo_learn
 from rlhf_jax.stages import adapting, common, inputs
+from rlhf_jax.stages.reward_specs import make_ensemble_fn, make_reward_fn
 from rlhf_jax.training import run_loop
 from rlhf_jax.training.run_folder import load_policy, load_reward_model, load_unmerged_reward_model
 

@@ -45,8 +45,8 @@ from rlhf_jax.data.tokenizers import Tokenizer, train_bpe
 from rlhf_jax.evaluation.classification import brier_score, reliability, roc_auc
 from rlhf_jax.feedback.step_labels import label_by_rollouts
 from rlhf_jax.models import Policy
-from rlhf_jax.rollout.sampler import make_reward_fn
 from rlhf_jax.stages import common, inputs
+from rlhf_jax.stages.reward_specs import make_reward_fn
 from rlhf_jax.tasks import arithmetic
 from rlhf_jax.training import run_loop
 from rlhf_jax.training.run_folder import write_json
