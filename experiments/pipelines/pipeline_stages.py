@@ -11,13 +11,33 @@ from typing import Any, Protocol
 import jax
 
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.evaluation.statistics import Interval, mean_interval, wilson_interval
 from rlhf_jax.metrics import TableRow
-from rlhf_jax.stages import common
+from rlhf_jax.stages import common, embedded
 from rlhf_jax.training.run_folder import write_json
 
 EVALUATIONS = 3
 """Of every stage, on held-out data."""
+SLOW = OptimizerConfig(schedule="cosine", warmup_steps=10, end_lr_ratio=0.1)
+SAMPLED = OptimizerConfig("linear", warmup_steps=5, b2=0.99, epsilon=1e-4)
+# What suits models of some hundred thousand parameters on the built-in tasks, where the defaults of the
+# stages, which are for models of billions, would hardly move them.
+SFT: dict[str, Any] = embedded.FROM_SCRATCH
+REWARD_MODEL: dict[str, Any] = {"optimizer": SLOW, "learning_rate": 5e-4}
+DPO: dict[str, Any] = {"optimizer": SLOW, "learning_rate": 1e-4, "beta": 2.0}
+GRPO: dict[str, Any] = {"optimizer": SAMPLED, "learning_rate": 3e-4}
+PPO: dict[str, Any] = {
+    **GRPO,
+    "num_ppo_epochs": 1,
+    "num_minibatches": 2,
+    "cliprange_value": 0.5,
+    "value_coef": 0.5,
+    "kl_coef": 0.2,
+}
+ROUNDS: dict[str, Any] = {
+    "optimizer": OptimizerConfig(schedule="cosine", warmup_steps=5, end_lr_ratio=0.1),
+}
 TEXTS = ("completions", "correct")
 """Results that are no numbers."""
 

@@ -180,8 +180,10 @@ def stage_runs(options: Options, folder: Path, seed: int) -> dict[str, Callable[
         return pipeline_stages.run_options(options, folder / name, seed, steps)
 
     def imitate(name: str, rows: str, steps: int, **more: Any) -> Callable[[], None]:
-        run, size = run_options(name, steps), min(options.batch_size, options.cold_traces)
-        return lambda: sft.run(common.brief(sft.Options(run=run, data=data[rows], batch_size=size, **more)))
+        size = min(options.batch_size, options.cold_traces)
+        chosen: dict[str, Any] = {**pipeline_stages.SFT, **more}
+        stage = sft.Options(run=run_options(name, steps), data=data[rows], batch_size=size, **chosen)
+        return lambda: sft.run(common.brief(stage))
 
     def pretrain(name: str, arch: common.ArchOptions, steps: int) -> Callable[[], None]:
         return imitate(name, "base", steps, arch=arch, tokenizer=str(folder / "data" / "tokenizer"))
@@ -199,6 +201,7 @@ def stage_runs(options: Options, folder: Path, seed: int) -> dict[str, Callable[
             algorithm="dr_grpo",
             prompts=prompts,
             batch_size=options.batch_size // 4,
+            optimizer=pipeline_stages.SAMPLED,
             learning_rate=options.rl_learning_rate,
             **more,
         )
@@ -219,6 +222,7 @@ def stage_runs(options: Options, folder: Path, seed: int) -> dict[str, Callable[
             at_least=BEST,
             batch_size=options.batch_size,
             learning_rate=1e-3,
+            **pipeline_stages.ROUNDS,
             beside=data["general"],
         )
         return lambda: rounds.run(common.brief(chosen))
@@ -227,6 +231,7 @@ def stage_runs(options: Options, folder: Path, seed: int) -> dict[str, Callable[
         run=run_options("reward_model", options.reward_steps),
         model=str(folder / "base"),
         pairs=common.PairOptions(data=data["pairs"], eval_data=data["heldout_pairs"]),
+        **pipeline_stages.REWARD_MODEL,
         batch_size=options.batch_size,
     )
     both = (*rules(kind=f"@{reasoning.REASONING}"), f"{folder / 'reward_model'}@{reasoning.GENERAL}")

@@ -22,7 +22,7 @@ from rlhf_jax.cli import command_line
 from rlhf_jax.data.examples import prompt_examples
 from rlhf_jax.metrics import TableRow, final_table, format_seconds, write_report
 from rlhf_jax.rollout.sampler import Evaluation, make_evaluate_fn
-from rlhf_jax.stages import common, dpo, grpo, ppo, reward_model, sft
+from rlhf_jax.stages import common, dpo, embedded, grpo, ppo, reward_model, sft
 from rlhf_jax.stages.inputs import load_rows
 from rlhf_jax.stages.reward_specs import make_reward_fn
 from rlhf_jax.tasks.arithmetic import Level, arithmetic_tokenizer, prompt_rows, widest_completion
@@ -79,7 +79,7 @@ def stage_runs(
 ) -> dict[str, Callable[[], None]]:
     """The stages of one seed, in order; each reads the folders of those before it."""
     data = f"arithmetic:{options.level}"
-    prompts = common.PromptOptions(data=data, max_new_tokens=max_new_tokens)
+    prompts = common.PromptOptions(data=data, rewards=(EXACT_MATCH,), max_new_tokens=max_new_tokens)
     pairs = common.PairOptions(data=data)
     policy, rewards = str(folder / "sft"), str(folder / "reward_model")
 
@@ -91,27 +91,32 @@ def stage_runs(
         data=data,
         slip_rate=options.slip_rate,
         late_slip_rate=options.late_slip_rate,
+        **pipeline_stages.SFT,
     )
     reward_options = reward_model.Options(
         run=run("reward_model", options.reward_steps),
         model=policy,
         pairs=pairs,
+        **pipeline_stages.REWARD_MODEL,
     )
     ppo_options = ppo.Options(
         run=run("ppo", options.ppo_steps),
         model=policy,
         reward_model=(rewards,),
-        prompts=dataclasses.replace(prompts, eval_reward=EXACT_MATCH),
+        prompts=dataclasses.replace(prompts, rewards=(), eval_reward=EXACT_MATCH),
+        **pipeline_stages.PPO,
     )
     dpo_options = dpo.Options(
         run=run("dpo", options.dpo_steps),
         model=policy,
         pairs=pairs,
+        **pipeline_stages.DPO,
     )
     grpo_options = grpo.Options(
         run=run("grpo", options.grpo_steps),
         model=policy,
         prompts=prompts,
+        **pipeline_stages.GRPO,
     )
     return {
         "sft": lambda: sft.run(common.brief(sft_options)),
@@ -189,7 +194,7 @@ def run(options: Options) -> None:
     """All seeds, then the table and the report."""
     began = time.perf_counter()
     pipeline_stages.check(options, COUNTS)
-    level = common.embedded_level(f"arithmetic:{options.level}")
+    level = embedded.find_level(f"arithmetic:{options.level}")
     assert isinstance(level, Level)
     max_new_tokens = len(arithmetic_tokenizer().encode(widest_completion(level))) + 1
     seeds = list(range(options.first_seed, options.first_seed + options.seeds))

@@ -65,6 +65,11 @@ class AdapterOptions:
     quantise: Literal["none", "int8", "int4", "nf4", "fp8"] = "none"
     keep_zeros: bool = False
 
+    @property
+    def is_adapter(self) -> bool:
+        """Whether an adapter is trained, and not the model or a part of it."""
+        return self.kind not in ("none", "partial")
+
     def adapter(self, steps: int) -> adapters.Adapter | None:
         """Its description, for a run of so many optimizer steps; None where everything is trained.
 

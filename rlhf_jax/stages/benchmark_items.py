@@ -22,8 +22,7 @@ from rlhf_jax.evaluation.benchmarks import (
 )
 from rlhf_jax.evaluation.likelihood import opening_ids, plain_request
 from rlhf_jax.models import Policy
-from rlhf_jax.stages import common, inputs
-from rlhf_jax.tasks import arithmetic
+from rlhf_jax.stages import embedded, inputs
 
 EMBEDDED_COUNT = 512
 QUESTION = "Question: "
@@ -112,15 +111,15 @@ Task = (
 def load_questions(task: Choices, seed: int) -> tuple[list[Question], list[Question]]:
     """(questions, what shots are taken from)."""
 
-    def read(spec: str, split: arithmetic.Split) -> list[Question]:
+    def read(spec: str, split: embedded.Split) -> list[Question]:
         count = task.count or EMBEDDED_COUNT
         return read_questions(
-            inputs.load_rows(spec, lambda level: arithmetic.choice_rows(level, split, count, seed))
+            inputs.load_rows(spec, lambda level: embedded.choice_rows(level, split, count, seed))
         )
 
     questions = read(task.data, "heldout")
     pool = questions
-    if task.shots and (task.shots_data or common.embedded_level(task.data)):
+    if task.shots and (task.shots_data or embedded.find_level(task.data)):
         pool = read(task.shots_data or task.data, "train")
     return questions[: task.count or None], pool
 
@@ -156,23 +155,21 @@ def load_problems(task: Generate, seed: int) -> tuple[list[Problem], list[Proble
     """(problems, what shots are taken from)."""
     count = task.count or EMBEDDED_COUNT
 
-    def worked(level: arithmetic.Level) -> list[dict[str, Any]]:
-        rows = arithmetic.demonstration_rows(level, EMBEDDED_COUNT, seed, slip_rate=0)
-        texts = [[message["content"] for message in row["messages"]] for row in rows]
-        return [{"prompt": asked, "answer": said} for asked, said in texts]
+    def worked(level: embedded.Level) -> list[dict[str, Any]]:
+        return embedded.worked_rows(level, EMBEDDED_COUNT, seed)
 
     problems = read_problems(
-        inputs.load_rows(task.data, lambda level: arithmetic.prompt_rows(level, "heldout", count, seed))
+        inputs.load_rows(task.data, lambda level: embedded.prompt_rows(level, "heldout", count, seed))
     )
     pool = problems
-    if task.shots and (task.shots_data or common.embedded_level(task.data)):
+    if task.shots and (task.shots_data or embedded.find_level(task.data)):
         pool = read_problems(inputs.load_rows(task.shots_data or task.data, worked))
     return problems[: task.count or None], pool
 
 
 def default_reward(data: str) -> str:
     """The verifier where none is named."""
-    name = "exact_answer_reward" if common.embedded_level(data) else "gsm8k_reward"
+    name = "exact_answer_reward" if embedded.find_level(data) else "gsm8k_reward"
     return f"rlhf_jax.rewards.verifiers:{name}"
 
 

@@ -22,7 +22,7 @@ from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.data.tokenizers import Tokenizer, byte_tokenizer, load_tokenizer
 from rlhf_jax.metrics import Logger, Thresholds, make_loggers, write_report
 from rlhf_jax.models import Policy
-from rlhf_jax.tasks import arithmetic
+from rlhf_jax.stages import embedded
 from rlhf_jax.training import LoopConfig, Meter
 from rlhf_jax.training.run_folder import (
     Adaptation,
@@ -204,8 +204,6 @@ class AuxiliaryOptions:
 
 # Data ----------------------------------------------------------------------------------------------
 
-EMBEDDED = "arithmetic:"
-
 
 @dataclasses.dataclass(frozen=True)
 class PairOptions:
@@ -221,7 +219,7 @@ class PairOptions:
       soft_labels: learn from the rows' `preference`, how probably the chosen answer is the better one.
     """
 
-    data: str = "arithmetic:1"
+    data: str
     eval_data: str = ""
     max_length: int = 0
     too_long: TooLong = "error"
@@ -249,9 +247,9 @@ class PromptOptions:
       samples: prompts whose answers before and after training are kept in samples.json.
     """
 
-    data: str = "arithmetic:1"
+    data: str
     eval_data: str = ""
-    rewards: tuple[str, ...] = ("rlhf_jax.rewards.verifiers:exact_answer_reward",)
+    rewards: tuple[str, ...] = ()
     eval_reward: str = ""
     max_prompt_length: int = 0
     too_long: TooLong = "error"
@@ -261,19 +259,16 @@ class PromptOptions:
     samples: int = 8
 
 
-def embedded_level(spec: str) -> arithmetic.Level | None:
-    """The level that `arithmetic:LEVEL` names; None for the data of others.
+def check_rewards(prompts: PromptOptions, what: str = "") -> None:
+    """Raises: UserError where nothing says what an answer is worth.
 
-    Raises:
-      UserError: there is no such level.
+    Args:
+      what: the flags that would do in the place of --rewards.
     """
-    if not spec.startswith(EMBEDDED):
-        return None
-    number = spec.removeprefix(EMBEDDED)
-    if not number.isdecimal() or int(number) not in arithmetic.LEVELS:
-        known = ", ".join(f"{EMBEDDED}{level}" for level in arithmetic.LEVELS)
-        raise UserError(f"data {spec!r}: there is no such level: choose one of {known}")
-    return arithmetic.LEVELS[int(number)]
+    if not prompts.rewards:
+        raise UserError(
+            f"nothing says what an answer is worth: give --rewards{what}, such as --rewards my_rewards:exact"
+        )
 
 
 # Models --------------------------------------------------------------------------------------------
@@ -311,7 +306,7 @@ def find_tokenizer(tokenizer: str | Tokenizer, data: str) -> Tokenizer:
         return tokenizer
     if tokenizer:
         return load_tokenizer(tokenizer)
-    return arithmetic.arithmetic_tokenizer() if embedded_level(data) else byte_tokenizer()
+    return embedded.task_tokenizer(data) or byte_tokenizer()
 
 
 def copied(params: Params) -> Params:

@@ -34,13 +34,14 @@ from rlhf_jax.generation import Sampling
 from rlhf_jax.metrics import Progress, final_table
 from rlhf_jax.models import Policy
 from rlhf_jax.rewards.functions import call_reward, load_reward
-from rlhf_jax.stages import common, inputs, sft
+from rlhf_jax.stages import common, embedded, inputs, sft
 from rlhf_jax.stages.rounds import prompt_of, write_rows
 from rlhf_jax.tasks import arithmetic_reviews as reviews
 from rlhf_jax.tasks.arithmetic import Split
 from rlhf_jax.training.run_folder import describe_run, load_policy, write_json
 
 DATA = "arithmetic:0"
+VERIFIER = "rlhf_jax.rewards.verifiers:exact_answer_reward"
 RATES = {"slip_rate": 0.3, "late_slip_rate": 0.7}
 
 
@@ -59,7 +60,8 @@ class Options:
       revisions: rounds of critique and revision, each by a principle that is drawn.
       batch_size: rows of a training step.
       answer_batch_size: prompts that are answered at a time.
-      learning_rate: of learning from revisions, at its peak.
+      learning_rate: of learning from revisions, at its peak; None for that of `sft`, and on the embedded
+        task for 3e-4.
       temperature: of answers.
       review_temperature: of critiques and revisions; 0 for the most likely ones.
     """
@@ -72,7 +74,7 @@ class Options:
     model: str = ""
     constitution: str = ""
     prompts: tyro.conf.OmitArgPrefixes[common.PromptOptions] = common.PromptOptions(
-        data=DATA, max_new_tokens=32, prompt_count=4_000, eval_count=512
+        data=DATA, rewards=(VERIFIER,), max_new_tokens=32, prompt_count=4_000, eval_count=512
     )
     skill_steps: int = 1_400
     skill_rows: int = 16_000
@@ -81,7 +83,7 @@ class Options:
     revisions: int = 1
     batch_size: int = 64
     answer_batch_size: int = 256
-    learning_rate: float = 3e-4
+    learning_rate: float | None = None
     temperature: float = 1.0
     review_temperature: float = 0.0
 
@@ -130,6 +132,7 @@ def train_skills(options: Options) -> Path:
             run, out=out, steps=options.skill_steps, eval_every=0, report=False, resume=_begun(out)
         ),
         arch=options.arch,
+        **embedded.FROM_SCRATCH,
         data=str(run.out / "skills.jsonl"),
         eval_data=str(run.out / "skills_held_out.jsonl"),
         tokenizer=str(run.out / "tokenizer"),
@@ -227,6 +230,7 @@ def train(options: Options, start: Path, rows: list[dict[str, Any]]) -> Path:
     """The run folder of the policy that has learnt from revisions."""
     data, folder = options.run.out / "rows.jsonl", options.run.out / "policy"
     write_rows(data, rows)
+    rate = options.learning_rate if options.learning_rate or options.model else 3e-4
     run = dataclasses.replace(options.run, out=folder, report=False, resume=_begun(folder))
     sft.run(
         sft.Options(
@@ -235,7 +239,7 @@ def train(options: Options, start: Path, rows: list[dict[str, Any]]) -> Path:
             data=str(data),
             batch_size=min(options.batch_size, len(rows)),
             optimizer=options.optimizer,
-            learning_rate=options.learning_rate,
+            learning_rate=rate,
         )
     )
     return folder

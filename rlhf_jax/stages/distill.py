@@ -28,7 +28,7 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.train_state import OptimizerConfig, with_total_steps
 from rlhf_jax.core.types import Array, Float, Params, Rollout
 from rlhf_jax.models import Policy
-from rlhf_jax.stages import adapting, common, inputs
+from rlhf_jax.stages import adapting, common, defaults, inputs
 from rlhf_jax.stages.reward_specs import check_same_vocabulary
 from rlhf_jax.training import run_loop
 from rlhf_jax.training.run_folder import load_policy
@@ -64,21 +64,21 @@ class Options:
         the loss needs, and 0 where either may write.
       batch_size: prompts a step, one answer to each.
       micro_batches: parts in which a batch is computed, to save memory.
-      learning_rate: at its peak.
+      learning_rate: at its peak; None for the published one (2e-5, with an adapter 2e-4).
     """
 
     run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/distill"), steps=200)
     teacher: str
     model: str = ""
-    prompts: tyro.conf.OmitArgPrefixes[common.PromptOptions] = common.PromptOptions()
+    prompts: tyro.conf.OmitArgPrefixes[common.PromptOptions]
     arch: common.ArchOptions = common.ArchOptions()
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
-    optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", warmup_steps=10, end_lr_ratio=0.1)
+    optimizer: OptimizerConfig = defaults.COSINE
     loss: Loss = "forward_kl"
     student_share: float | None = None
     batch_size: int = 64
     micro_batches: int = 1
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None
 
 
 def check(options: Options) -> float:
@@ -88,6 +88,7 @@ def check(options: Options) -> float:
       UserError: the options do not fit each other.
     """
     common.check(options, options.run, "distill")
+    common.check_rewards(options.prompts)
     common.check_divides("--micro-batches", options.micro_batches, "--batch-size", options.batch_size)
     needed, given = STUDENT_SHARE.get(options.loss), options.student_share
     if given is not None and not 0 <= given <= 1:
@@ -152,6 +153,7 @@ def make_logp_fn(options: Options, model: Policy) -> distillation.LogpFn:
 
 def run(options: Options) -> None:
     """Trains, and leaves a run folder."""
+    options = defaults.fill_published(options, "distill")
     seed, share = options.run.seed, check(options)
     teacher = load_policy(Path(options.teacher))
     model = start_from(options, teacher)

@@ -32,7 +32,7 @@ from rlhf_jax.core.types import Metrics, Params, Sequences
 from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.evaluation.classification import roc_auc
 from rlhf_jax.losses.pair_logps import PairLossTraits, traits_of
-from rlhf_jax.stages import adapting, common, inputs
+from rlhf_jax.stages import adapting, common, defaults, inputs
 from rlhf_jax.training import Meter, run_loop
 from rlhf_jax.training.run_folder import load_policy
 
@@ -56,9 +56,10 @@ class Options:
       pairs: which preference pairs, or labelled completions.
       batch_size: pairs a step; for KTO and BCO, responses.
       micro_batches: parts in which a batch is computed, to save memory.
-      learning_rate: at its peak.
+      learning_rate: at its peak; None for the published one of the loss (DPO: 1e-6, with an adapter 1e-5).
       loss: DPO, or another of its family; kto and bco for single responses.
-      beta: strength of the KL constraint, per nat; for losses without a reference, the scale of log-probs.
+      beta: strength of the KL constraint, per nat; for losses without a reference, the scale of log-probs;
+        None for the published one (DPO: 0.1).
       desirable_weight: of the desirable responses in KTO and BCO.
       undesirable_weight: of the others.
       reference: score pairs with the reference once and keep the numbers, or at every step with a second
@@ -67,14 +68,14 @@ class Options:
 
     run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/dpo"), steps=60)
     model: str
-    pairs: tyro.conf.OmitArgPrefixes[common.PairOptions] = common.PairOptions()
+    pairs: tyro.conf.OmitArgPrefixes[common.PairOptions]
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
-    optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", warmup_steps=10, end_lr_ratio=0.1)
+    optimizer: OptimizerConfig = defaults.LINEAR
     batch_size: int = 64
     micro_batches: int = 1
-    learning_rate: float = 1e-4
+    learning_rate: float | None = None
     loss: LossName = "dpo"
-    beta: float = 2.0
+    beta: float | None = None
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
     reference: Literal["stored", "each_step"] = "stored"
@@ -212,6 +213,7 @@ def make_evaluate_fn(
 
 def run(options: Options) -> None:
     """Trains, and leaves a run folder."""
+    options = defaults.fill_published(options, options.loss, otherwise="dpo")
     seed, loss = options.run.seed, options.loss
     check(options)
     model = load_policy(Path(options.model))

@@ -35,7 +35,7 @@ from rlhf_jax.models import Policy
 from rlhf_jax.rollout.dynamic_sampling import Answers, draw_groups_that_differ, term_means
 from rlhf_jax.rollout.sampler import make_generate_fn
 from rlhf_jax.rollout.step import make_group_learn
-from rlhf_jax.stages import adapting, common, inputs
+from rlhf_jax.stages import adapting, common, defaults, inputs
 from rlhf_jax.stages.reward_specs import make_reward_fn
 from rlhf_jax.training import Meter, run_loop
 from rlhf_jax.training.run_folder import load_policy
@@ -69,7 +69,7 @@ class Options:
       num_iterations: passes over each batch of answers.
       num_minibatches: optimizer steps in each pass.
       micro_batches: parts in which a mini-batch is computed, to save memory.
-      learning_rate: at its peak.
+      learning_rate: at its peak; None for the published one (1e-6, with an adapter 1e-5).
       temperature: of sampling; the scorer uses the same.
       engine: what writes the answers: local (this process), or the server vllm:URL, sglang:URL or openai:URL,
         with #NAME behind it where it does not call the model default. openai servers keep their weights.
@@ -91,16 +91,16 @@ class Options:
 
     run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/grpo"), steps=60)
     model: str
-    prompts: tyro.conf.OmitArgPrefixes[common.PromptOptions] = common.PromptOptions()
+    prompts: tyro.conf.OmitArgPrefixes[common.PromptOptions]
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
-    optimizer: OptimizerConfig = OptimizerConfig("linear", warmup_steps=5, b2=0.99, epsilon=1e-4)
+    optimizer: OptimizerConfig = defaults.LINEAR
     algorithm: AlgorithmName = "grpo"
     batch_size: int = 32
     group_size: int = 8
     num_iterations: int = 1
     num_minibatches: int = 1
     micro_batches: int = 1
-    learning_rate: float = 3e-4
+    learning_rate: float | None = None
     temperature: float = 1.0
     engine: str = "local"
     slots: int = 0
@@ -118,6 +118,7 @@ def check(options: Options) -> None:
     """Raises: UserError where the options do not fit each other."""
     rows = options.batch_size * options.group_size
     common.check(options, options.run, "grpo")
+    common.check_rewards(options.prompts)
     common.check_divides("--num-minibatches", options.num_minibatches, "--batch-size x --group-size", rows)
     common.check_divides(
         "--micro-batches", options.micro_batches, "the size of a mini-batch,", rows // options.num_minibatches
@@ -235,6 +236,7 @@ def make_greedy_fn(
 
 def run(options: Options) -> None:
     """Trains, and leaves a run folder."""
+    options = defaults.fill_published(options, "grpo")
     seed = options.run.seed
     check(options)
     model = load_policy(Path(options.model))

@@ -30,22 +30,21 @@ from rlhf_jax.rollout.dynamic_sampling import Answers, without_failed
 from rlhf_jax.rollout.engines import failed_rows, make_engine, parse_engine
 from rlhf_jax.rollout.sampler import Evaluation, GenerateFn, make_evaluate_fn, make_generate_fn
 from rlhf_jax.rollout.samples import Sample, make_samples_fn
-from rlhf_jax.stages import common
+from rlhf_jax.stages import common, embedded
 from rlhf_jax.stages.reward_specs import make_reward_fn
-from rlhf_jax.tasks import arithmetic
 from rlhf_jax.training import Meter
 
 UNBOUNDED = 1 << 30
 
 
-def load_rows(spec: str, make_rows: Callable[[arithmetic.Level], list[dict[str, Any]]]) -> list[Row]:
+def load_rows(spec: str, make_rows: Callable[[embedded.Level], list[dict[str, Any]]]) -> list[Row]:
     """Rows of a file, of a tfds data set, or of the embedded task.
 
     Args:
       spec: a path, `tfds:NAME[:SPLIT]` or `arithmetic:LEVEL`.
       make_rows: makes the rows of a level of the embedded task.
     """
-    level = common.embedded_level(spec)
+    level = embedded.find_level(spec)
     if level is None:
         return read_rows(spec)
     return [Row(row, f"{spec}:{number}") for number, row in enumerate(make_rows(level), start=1)]
@@ -134,13 +133,13 @@ def _pair_examples(
 ) -> tuple[list[Example], list[Example]]:
     """Examples for training, and held-out ones, of rows that hold pairs."""
 
-    def examples(spec: str, split: arithmetic.Split, count: int) -> list[Example]:
-        rows = load_rows(spec, lambda level: arithmetic.preference_rows(level, split, count, seed))
+    def examples(spec: str, split: embedded.Split, count: int) -> list[Example]:
+        rows = load_rows(spec, lambda level: embedded.preference_rows(level, split, count, seed))
         longest = options.max_length or UNBOUNDED
         return make(rows, tokenizer, max_length=longest, too_long=options.too_long)
 
     train, held_out = examples(options.data, "train", options.pair_count), []
-    if options.eval_data or common.embedded_level(options.data):
+    if options.eval_data or embedded.find_level(options.data):
         held_out = examples(options.eval_data or options.data, "heldout", options.eval_count)
     return train, held_out[: options.eval_count]
 
@@ -231,19 +230,23 @@ def load_prompts(options: common.PromptOptions, model: Policy, rewards: Sequence
     """The prompts that the options name.
 
     Args:
-      rewards: what the answers are worth where `options.eval_reward` says nothing else.
+      rewards: what the answers are worth where `options.eval_reward` says nothing else; where
+        there are none either, nothing is evaluated or shown.
     """
 
-    def examples(spec: str, split: arithmetic.Split, count: int) -> list[PromptExample]:
-        rows = load_rows(spec, lambda level: arithmetic.prompt_rows(level, split, count, seed))
+    def examples(spec: str, split: embedded.Split, count: int) -> list[PromptExample]:
+        rows = load_rows(spec, lambda level: embedded.prompt_rows(level, split, count, seed))
         longest = options.max_prompt_length or UNBOUNDED
         return prompt_examples(rows, model.tokenizer, max_length=longest, too_long=options.too_long)
 
     train, held_out = examples(options.data, "train", options.prompt_count), []
-    if options.eval_data or common.embedded_level(options.data):
+    if options.eval_data or embedded.find_level(options.data):
         held_out = examples(options.eval_data or options.data, "heldout", options.eval_count)
         held_out = held_out[: options.eval_count]
-    reward_fn = make_reward_fn([options.eval_reward] if options.eval_reward else rewards, model.tokenizer)
+    names = [options.eval_reward] if options.eval_reward else rewards
+    if not names:
+        return Prompts(train, None, lambda params: [])
+    reward_fn = make_reward_fn(names, model.tokenizer)
     look = {"reward_fn": reward_fn, "max_new_tokens": options.max_new_tokens}
     shown = (held_out or train)[: options.samples]
     return Prompts(

@@ -34,7 +34,7 @@ from rlhf_jax.losses.pair_logps import traits_of
 from rlhf_jax.models import Policy
 from rlhf_jax.rollout.engines import failed_rows
 from rlhf_jax.rollout.sampler import make_generate_fn
-from rlhf_jax.stages import adapting, common, inputs
+from rlhf_jax.stages import adapting, common, defaults, inputs
 from rlhf_jax.stages.reward_specs import make_reward_fn
 from rlhf_jax.training import run_loop
 from rlhf_jax.training.run_folder import load_policy
@@ -63,11 +63,11 @@ class Options:
         the rewards.
       batch_size: prompts a step, two answers to each.
       micro_batches: parts in which a batch is computed, to save memory.
-      learning_rate: at its peak.
+      learning_rate: at its peak; None for the published one (5e-7, with an adapter 5e-6).
       temperature: of sampling; the scorer uses the same.
       engine: what writes the answers: local (this process), or the server vllm:URL, sglang:URL or openai:URL,
         with #NAME behind it where it does not call the model default. openai servers keep their weights.
-      beta: strength of the KL constraint, per nat; None for 0.5, and for 0.02 with nash_md.
+      beta: strength of the KL constraint, per nat; None for the published 0.1.
       alpha: weight of the optimism of xpo.
       mixing: share of the reference in the opponent of nash_md.
       noise: difference of rewards at which one answer is preferred with probability 73 %; only nash_md minds
@@ -76,15 +76,15 @@ class Options:
 
     run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/online_dpo"), steps=60)
     model: str
-    prompts: tyro.conf.OmitArgPrefixes[common.PromptOptions] = common.PromptOptions()
+    prompts: tyro.conf.OmitArgPrefixes[common.PromptOptions]
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
-    optimizer: OptimizerConfig = OptimizerConfig("linear", warmup_steps=5, b2=0.99, epsilon=1e-4)
+    optimizer: OptimizerConfig = defaults.LINEAR
     method: Literal["dpo", "xpo", "nash_md"] = "dpo"
     loss: LossName = "dpo"
     judge: str = ""
     batch_size: int = 128
     micro_batches: int = 1
-    learning_rate: float = 3e-4
+    learning_rate: float | None = None
     temperature: float = 1.0
     engine: str = "local"
     beta: float | None = None
@@ -102,13 +102,15 @@ def check(options: Options) -> None:
     common.check_divides("--micro-batches", options.micro_batches, "--batch-size", options.batch_size)
     if options.micro_batches > 1 and traits_of(preference.find_pair_loss(options.loss)).uses_batch_sort:
         raise UserError(f"--loss {options.loss} compares pairs with each other: it needs --micro-batches 1")
-    defaults = {field.name: field.default for field in dataclasses.fields(Options)}
+    unset = {field.name: field.default for field in dataclasses.fields(Options)}
     for name, method in METHOD_OF.items():
-        if getattr(options, name) != defaults[name] and options.method != method:
+        if getattr(options, name) != unset[name] and options.method != method:
             raise UserError(f"--{name} means nothing to --method {options.method}: leave it out")
     if not options.noise > 0:
         raise UserError(f"--noise {options.noise} is not positive: give a number above 0")
-    if options.judge and options.prompts.rewards != common.PromptOptions().rewards:
+    if not options.judge:
+        common.check_rewards(options.prompts, " or --judge")
+    if options.judge and options.prompts.rewards:
         raise UserError("--judge excludes --rewards: give one; --eval-reward is for evaluation")
 
 
@@ -162,8 +164,7 @@ def pair_update(options: Options, logprob_fn: LogprobFn, tx: Any) -> tuple[Calla
     loss_fn = preference.find_pair_loss(options.loss)
     if is_xpo:
         loss_fn = functools.partial(losses.xpo_loss, alpha=options.alpha)
-    beta = 0.5 if options.beta is None else options.beta
-    hyper = preference.Hyper(jnp.float32(options.learning_rate), jnp.float32(beta))
+    hyper = preference.Hyper(jnp.float32(options.learning_rate), jnp.float32(options.beta))
     update = preference.make_update(preference.Config(options.micro_batches, loss_fn), logprob_fn, tx)
 
     def learn(state: preference.State, reference: Params, first: Rollout, second: Rollout, wins: Any):
@@ -182,8 +183,7 @@ def pair_update(options: Options, logprob_fn: LogprobFn, tx: Any) -> tuple[Calla
 
 def nash_update(options: Options, logprob_fn: LogprobFn, tx: Any) -> tuple[Callable[..., Any], Any]:
     """(init, learn) of Nash-MD."""
-    beta = 0.02 if options.beta is None else options.beta
-    hyper = nash_md.Hyper(jnp.float32(options.learning_rate), jnp.float32(beta), options.mixing)
+    hyper = nash_md.Hyper(jnp.float32(options.learning_rate), jnp.float32(options.beta), options.mixing)
     update = nash_md.make_update(nash_md.Config(options.micro_batches), logprob_fn, tx)
 
     def learn(state: nash_md.State, reference: Params, first: Rollout, second: Rollout, wins: Any):
@@ -205,6 +205,7 @@ def make_compare_fn(options: Options, model: Policy) -> CompareFn:
 
 def run(options: Options) -> None:
     """Trains, and leaves a run folder."""
+    options = defaults.fill_published(options, "online_dpo" if options.method == "dpo" else options.method)
     seed = options.run.seed
     check(options)
     model = load_policy(Path(options.model))

@@ -43,7 +43,7 @@ from rlhf_jax.rollout.engines import failed_rows
 from rlhf_jax.rollout.rewards import RolloutReward
 from rlhf_jax.rollout.sampler import Evaluation
 from rlhf_jax.rollout.step import make_ppo_learn
-from rlhf_jax.stages import adapting, common, inputs
+from rlhf_jax.stages import adapting, common, defaults, inputs
 from rlhf_jax.stages.reward_specs import make_ensemble_fn, make_reward_fn
 from rlhf_jax.training import run_loop
 from rlhf_jax.training.run_folder import load_policy, load_reward_model, load_unmerged_reward_model
@@ -67,7 +67,7 @@ class Options:
       num_ppo_epochs: passes over each batch of answers.
       num_minibatches: optimizer steps in each pass.
       micro_batches: parts in which a mini-batch is computed, to save memory.
-      learning_rate: at its peak.
+      learning_rate: at its peak; None for the published one (3e-6, with an adapter 3e-5).
       temperature: of sampling; the scorer uses the same.
       engine: what writes the answers: local (this process), or the server vllm:URL, sglang:URL or openai:URL,
         with #NAME behind it where it does not call the model default. openai servers keep their weights.
@@ -95,25 +95,25 @@ class Options:
     ensemble: Literal["mean", "worst", "uncertainty"] = "mean"
     uncertainty_coef: float = 0.5
     value: Literal["separate", "shared"] = "separate"
-    prompts: tyro.conf.OmitArgPrefixes[common.PromptOptions] = common.PromptOptions()
+    prompts: tyro.conf.OmitArgPrefixes[common.PromptOptions]
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
-    optimizer: OptimizerConfig = OptimizerConfig("linear", warmup_steps=5, b2=0.99, epsilon=1e-4)
+    optimizer: OptimizerConfig = defaults.LINEAR
     batch_size: int = 256
-    num_ppo_epochs: int = 1
-    num_minibatches: int = 2
+    num_ppo_epochs: int = 4
+    num_minibatches: int = 1
     micro_batches: int = 1
-    learning_rate: float = 3e-4
+    learning_rate: float | None = None
     temperature: float = 1.0
     engine: str = "local"
     policy_loss: Literal["clip", "penalty"] = "clip"
     epsilon: float = 0.2
     penalty_coef: float = 1.0
-    cliprange_value: float = 0.5
-    value_coef: float = 0.5
+    cliprange_value: float = 0.2
+    value_coef: float = 0.1
     entropy_coef: float = 0.0
     gamma: float = 1.0
     gae_lambda: float = 0.95
-    kl_coef: float = 0.2
+    kl_coef: float = 0.05
     adaptive_kl: bool = False
     kl_target: float = 6.0
     kl_horizon: float = 10_000.0
@@ -218,7 +218,9 @@ def check(options: Options) -> None:
     common.check_divides("--num-minibatches", options.num_minibatches, "--batch-size", options.batch_size)
     rows = options.batch_size // options.num_minibatches
     common.check_divides("--micro-batches", options.micro_batches, "the size of a mini-batch,", rows)
-    if options.reward_model and options.prompts.rewards != common.PromptOptions().rewards:
+    if not options.reward_model:
+        common.check_rewards(options.prompts, " or --reward-model")
+    if options.reward_model and options.prompts.rewards:
         raise UserError("--reward-model excludes --rewards: name the reward model in --rewards to mix them")
     if options.ensemble != "mean" and len(options.reward_model) < 2:
         raise UserError(
@@ -241,6 +243,7 @@ def make_config(options: Options) -> ppo.Config:
 
 def run(options: Options) -> None:
     """Trains, and leaves a run folder."""
+    options = defaults.fill_published(options, "ppo")
     check(options)
     seed, config = options.run.seed, make_config(options)
     model = load_policy(Path(options.model))

@@ -74,7 +74,7 @@ class Options:
     out: Path
     model: str = ""
     solutions: str = ""
-    prompts: tyro.conf.OmitArgPrefixes[common.PromptOptions] = common.PromptOptions()
+    prompts: tyro.conf.OmitArgPrefixes[common.PromptOptions] = common.PromptOptions(data="")
     judge: str = ""
     judge_model: str = ""
     constitution: str = ""
@@ -97,6 +97,8 @@ def check(options: Options) -> None:
     """Raises: UserError where the options do not fit each other, or the folder holds other pairs."""
     if bool(options.model) == bool(options.solutions):
         raise UserError("give either --model, a policy that answers, or --solutions that are there already")
+    if options.model and not options.prompts.data:
+        raise UserError("--model answers prompts: give their rows with --data")
     for name in ("samples_per_prompt", "pairs_per_prompt", "batch_size"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least 1")
@@ -112,7 +114,9 @@ def check(options: Options) -> None:
     if bool(options.judge_model) != bool(options.constitution):
         raise UserError("--judge-model and --constitution go together: a judge is asked by principles")
     judged = options.judge or options.judge_model
-    if judged and options.prompts.rewards != common.PromptOptions().rewards:
+    if options.model and not judged:
+        common.check_rewards(options.prompts, ", --judge or --judge-model")
+    if judged and options.prompts.rewards:
         raise UserError("--judge and --judge-model exclude --rewards: give one of them")
     held = options.out / "config.json"
     if held.exists():

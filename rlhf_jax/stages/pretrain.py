@@ -16,7 +16,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import numpy as np
@@ -38,8 +38,7 @@ from rlhf_jax.generation import Sampling
 from rlhf_jax.losses.supervised import cross_entropy_loss
 from rlhf_jax.models import LinearScaling, Policy, Rope, YarnScaling, ntk_theta
 from rlhf_jax.rollout.sampler import completion_texts, make_generate_fn
-from rlhf_jax.stages import common
-from rlhf_jax.tasks.arithmetic import Level, demonstration_rows
+from rlhf_jax.stages import common, defaults, embedded
 from rlhf_jax.training import run_loop
 
 
@@ -79,7 +78,7 @@ class Options:
       apart: keep documents in a row apart: attention and positions begin anew with each.
       batch_size: rows a step.
       micro_batches: parts in which a batch is computed, to save memory.
-      learning_rate: at its peak.
+      learning_rate: at its peak; None for the published one (3e-4).
       demonstrations: how many texts of the embedded task.
       prompts: what samples go on from, beside the beginning of the held-out text.
       sample_tokens: tokens of a sample; 0 for no samples.
@@ -89,11 +88,11 @@ class Options:
         Path("runs/pretrain"), steps=400, eval_every=200
     )
     arch: common.ArchOptions = common.ArchOptions()
-    optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", warmup_steps=20, end_lr_ratio=0.1)
+    optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", end_lr_ratio=0.1)
     fill: FillInTheMiddle = FillInTheMiddle(share=0.0)
     rope: RopeOptions = RopeOptions()
     auxiliary: common.AuxiliaryOptions = common.AuxiliaryOptions()
-    data: str = "arithmetic:1"
+    data: str
     eval_data: str = ""
     eval_share: float = 0.1
     eval_rows: int = 256
@@ -107,7 +106,7 @@ class Options:
     apart: bool = False
     batch_size: int = 16
     micro_batches: int = 1
-    learning_rate: float = 3e-3
+    learning_rate: float | None = None
     demonstrations: int = 8_000
     prompts: tuple[str, ...] = ()
     sample_tokens: int = 200
@@ -137,17 +136,11 @@ def check(options: Options) -> None:
 
 def read(options: Options, spec: str) -> list[Document]:
     """The documents that `spec` names."""
-    level = common.embedded_level(spec)
+    level = embedded.find_level(spec)
     if level is None:
         return texts.read_documents(spec, separator=options.separator)
-    return [Document(text, f"{spec}:{number}") for number, text in enumerate(_sums(options, level), start=1)]
-
-
-def _sums(options: Options, level: Level) -> list[str]:
-    rows: list[dict[str, Any]] = demonstration_rows(
-        level, options.demonstrations, options.run.seed, slip_rate=0.0
-    )
-    return ["\n".join(message["content"] for message in row["messages"]) for row in rows]
+    sums = embedded.document_texts(level, options.demonstrations, options.run.seed)
+    return [Document(text, f"{spec}:{number}") for number, text in enumerate(sums, start=1)]
 
 
 def split(options: Options) -> tuple[list[Document], list[Document]]:
@@ -307,6 +300,7 @@ def write_samples(folder: Path, step: int, samples: list[tuple[str, str]]) -> No
 
 def run(options: Options) -> None:
     """Trains, and leaves a run folder."""
+    options = defaults.fill_published(options, "pretrain")
     check(options)
     documents, held_out = split(options)
     model = starting_model(options, documents)

@@ -45,9 +45,8 @@ from rlhf_jax.data.tokenizers import Tokenizer, train_bpe
 from rlhf_jax.evaluation.classification import brier_score, reliability, roc_auc
 from rlhf_jax.feedback.step_labels import label_by_rollouts
 from rlhf_jax.models import Policy
-from rlhf_jax.stages import common, inputs
+from rlhf_jax.stages import common, defaults, embedded, inputs
 from rlhf_jax.stages.reward_specs import make_reward_fn
-from rlhf_jax.tasks import arithmetic
 from rlhf_jax.training import run_loop
 from rlhf_jax.training.run_folder import write_json
 
@@ -71,7 +70,7 @@ class Options:
       model: run folder of the policy whose body is taken; empty for a new model.
       batch_size: solutions a step.
       micro_batches: parts in which a batch is computed, to save memory.
-      learning_rate: at its peak.
+      learning_rate: at its peak; None for the published one (1e-5).
       slip_rate: share of carries that the writers of the embedded solutions forget.
       row_count: how many solutions of the embedded task.
       eval_count: how many held-out solutions are evaluated at most.
@@ -81,20 +80,20 @@ class Options:
         Path("runs/process_reward"), steps=150
     )
     arch: common.ArchOptions = common.ArchOptions()
-    optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", warmup_steps=10, end_lr_ratio=0.1)
-    data: str = "arithmetic:1"
+    optimizer: OptimizerConfig = defaults.LINEAR
+    data: str
     eval_data: str = ""
     outcome: bool = False
     labels: Literal["given", "rollouts"] = "given"
     rollouts: int = 8
-    label_reward: str = "rlhf_jax.rewards.verifiers:exact_answer_reward"
+    label_reward: str = ""
     max_new_tokens: int = 40
     tokenizer: str = ""
     train_tokenizer: int = 0
     model: str = ""
     batch_size: int = 64
     micro_batches: int = 1
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None
     slip_rate: float = 0.5
     row_count: int = 8_000
     eval_count: int = 512
@@ -106,15 +105,15 @@ class Options:
 def load_rows(options: Options) -> tuple[list[Row], list[Row]]:
     """Judged solutions to train on, and held-out ones."""
     seed = options.run.seed
-    if options.outcome and not common.embedded_level(options.data):
+    if options.outcome and not embedded.find_level(options.data):
         raise UserError(
             "--outcome is for the embedded task: in rows of your own, judge only the last step "
             "(labels null, null, ..., true)"
         )
 
-    def read(spec: str, split: arithmetic.Split, count: int) -> list[Row]:
-        def make(level: arithmetic.Level) -> list[arithmetic.Row]:
-            return arithmetic.judged_rows(
+    def read(spec: str, split: embedded.Split, count: int) -> list[Row]:
+        def make(level: embedded.Level) -> list[dict[str, Any]]:
+            return embedded.judged_rows(
                 level, split, count, seed, slip_rate=options.slip_rate, outcome=options.outcome
             )
 
@@ -122,7 +121,7 @@ def load_rows(options: Options) -> tuple[list[Row], list[Row]]:
         return socratic_rows(rows, seed) if all(map(is_socratic, rows)) else rows
 
     train = read(options.data, "train", options.row_count)
-    if options.eval_data or common.embedded_level(options.data):
+    if options.eval_data or embedded.find_level(options.data):
         held_out = read(options.eval_data or options.data, "heldout", options.eval_count)
     else:
         train, held_out = _split(train)
@@ -153,7 +152,7 @@ def label(options: Options, policy: Policy, rows: tuple[list[Row], list[Row]]) -
         train = by_rollouts(train, seed)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row.fields) + "\n" for row in train), encoding="utf-8")
-    if common.embedded_level(options.eval_data or options.data):
+    if embedded.find_level(options.eval_data or options.data):
         return train, list(map(until_first_mistake, held_out))
     return train, by_rollouts(held_out, seed + 1)
 
@@ -251,11 +250,14 @@ def make_eval_fn(
 
 def run(options: Options) -> None:
     """Trains, and leaves a run folder."""
+    options = defaults.fill_published(options, "process_reward")
     seed = options.run.seed
     common.check(options, options.run, "process_reward")
     common.check_divides("--micro-batches", options.micro_batches, "--batch-size", options.batch_size)
     if options.labels == "rollouts" and (options.outcome or not options.model):
         raise UserError("--labels rollouts is of steps and by a policy: give --model, and no --outcome")
+    if options.labels == "rollouts" and not options.label_reward:
+        raise UserError("--labels rollouts asks which answers are right: name a function with --label-reward")
     if options.rollouts < 1:
         raise UserError(f"--rollouts {options.rollouts} is below 1: raise it")
     rows = load_rows(options)

@@ -84,7 +84,7 @@ class Options:
     out: Path
     model: str
     prune: tyro.conf.OmitArgPrefixes[PruneOptions] = PruneOptions()
-    data: str = "arithmetic:1"
+    data: str = ""
     rows: int = 128
     seed: int = 0
     quiet: bool = False
@@ -113,6 +113,8 @@ def run(options: Options) -> None:
     """Measures, prunes and writes a run folder."""
     if options.rows < 1:
         raise UserError(f"--rows {options.rows} measures nothing: give at least 1")
+    if options.prune.method == "wanda" and not options.data:
+        raise UserError("--method wanda measures on conversations: give them with --data")
     if CheckpointManager(options.out / "checkpoints").latest_step() is not None:
         raise UserError(f"{options.out} already holds a run: choose another --out")
     model = load_policy(Path(options.model))

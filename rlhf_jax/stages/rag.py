@@ -28,7 +28,7 @@ from rlhf_jax.generation import Sampling
 from rlhf_jax.metrics.progress import Progress, final_table
 from rlhf_jax.models import Policy
 from rlhf_jax.rollout.sampler import completion_texts, make_generate_fn
-from rlhf_jax.stages import common, decoders, inputs, sft
+from rlhf_jax.stages import common, decoders, embedded, inputs, sft
 from rlhf_jax.tasks import facts
 from rlhf_jax.tool_use import Passage, PassageIndex, numbered_prompt, read_answer, split_document
 from rlhf_jax.training.run_folder import describe_run, write_json
@@ -182,6 +182,7 @@ def train_policy(options: Options) -> Path:
         ),
         arch=options.arch,
         data=str(data),
+        **embedded.FROM_SCRATCH,
         tokenizer=str(options.out / "tokenizer"),
     )
     sft.run(common.brief(stage))

@@ -21,7 +21,7 @@ from rlhf_jax.algorithms import reward
 from rlhf_jax.core.train_state import OptimizerConfig, with_total_steps
 from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.evaluation.classification import reliability
-from rlhf_jax.stages import adapting, common, inputs
+from rlhf_jax.stages import adapting, common, defaults, inputs
 from rlhf_jax.training import run_loop
 
 
@@ -35,7 +35,7 @@ class Options:
       model: run folder of the policy whose body is taken; empty for a new model.
       batch_size: pairs a step.
       micro_batches: parts in which a batch is computed, to save memory.
-      learning_rate: at its peak.
+      learning_rate: at its peak; None for the published one (1e-5, with an adapter 1e-4).
       margin: by how much the chosen score must lead, in units of reward.
       centring: weight of (chosen + rejected)^2, which keeps scores near 0.
     """
@@ -43,21 +43,22 @@ class Options:
     run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(
         Path("runs/reward_model"), steps=160
     )
-    pairs: tyro.conf.OmitArgPrefixes[common.PairOptions] = common.PairOptions()
+    pairs: tyro.conf.OmitArgPrefixes[common.PairOptions]
     arch: common.ArchOptions = common.ArchOptions()
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
-    optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", warmup_steps=10, end_lr_ratio=0.1)
+    optimizer: OptimizerConfig = defaults.LINEAR
     tokenizer: str = ""
     model: str = ""
     batch_size: int = 64
     micro_batches: int = 1
-    learning_rate: float = 5e-4
+    learning_rate: float | None = None
     margin: float = 0.0
     centring: float = 0.01
 
 
 def run(options: Options) -> None:
     """Trains, and leaves a run folder."""
+    options = defaults.fill_published(options, "reward_model")
     seed = options.run.seed
     common.check(options, options.run, "reward_model")
     common.check_divides("--micro-batches", options.micro_batches, "--batch-size", options.batch_size)

@@ -36,7 +36,7 @@ from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.metrics import JSONLLogger, final_table
 from rlhf_jax.models import Policy
 from rlhf_jax.rollout.dynamic_sampling import Answers, concatenate, term_means
-from rlhf_jax.stages import common, dpo, inputs, sft
+from rlhf_jax.stages import common, defaults, dpo, inputs, sft
 from rlhf_jax.stages.reward_specs import check_same_vocabulary
 from rlhf_jax.training.run_folder import describe_run, load_policy, write_json
 
@@ -60,8 +60,8 @@ class Options:
       samples_per_prompt: answers to each.
       at_least: reward of an answer that is worth imitating; None for more than the mean of its round.
       batch_size: rows of a training step; prompts that are answered at a time.
-      learning_rate: at its peak, in each round.
-      beta: strength of DPO's constraint, per nat.
+      learning_rate: at its peak, in each round; None for the published one (2e-5, of DPO 1e-6).
+      beta: strength of DPO's constraint, per nat; None for the published 0.1.
       temperature: of sampling.
       engine: what writes the answers: local (this process), or the server vllm:URL, sglang:URL or openai:URL,
         with #NAME behind it where it does not call the model default. openai servers keep their weights.
@@ -72,8 +72,8 @@ class Options:
     run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/raft"), steps=60)
     model: str
     writer: str = ""
-    prompts: tyro.conf.OmitArgPrefixes[common.PromptOptions] = common.PromptOptions()
-    optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", warmup_steps=5, end_lr_ratio=0.1)
+    prompts: tyro.conf.OmitArgPrefixes[common.PromptOptions]
+    optimizer: OptimizerConfig = defaults.COSINE
     method: Literal["raft", "expert_iteration", "dpo"] = "raft"
     rounds: int = 3
     restart: bool = False
@@ -81,8 +81,8 @@ class Options:
     samples_per_prompt: int = 4
     at_least: float | None = None
     batch_size: int = 64
-    learning_rate: float = 3e-4
-    beta: float = 0.5
+    learning_rate: float | None = None
+    beta: float | None = None
     temperature: float = 1.0
     engine: str = "local"
     beside: str = ""
@@ -91,6 +91,7 @@ class Options:
 def check(options: Options) -> None:
     """Raises: UserError where the options do not fit each other."""
     common.check(options, options.run, options.method)
+    common.check_rewards(options.prompts)
     common.check_divides("--batch-size", options.batch_size, "--prompts-per-round", options.prompts_per_round)
     if options.method == "dpo" and options.samples_per_prompt < 2:
         raise UserError("--method dpo compares answers to one prompt: give --samples-per-prompt 2 or more")
@@ -260,6 +261,7 @@ def describe(answers: Answers, rows: Sequence[Any]) -> dict[str, float]:
 
 def run(options: Options) -> None:
     """All rounds; leaves a run folder with one in it for each."""
+    options = defaults.fill_published(options, "dpo" if options.method == "dpo" else "sft")
     check(options)
     model = load_policy(Path(options.model))
     prompts = inputs.load_prompts(options.prompts, model, options.prompts.rewards[:1], options.run.seed)

@@ -33,9 +33,8 @@ from rlhf_jax.metrics.progress import Progress, final_table
 from rlhf_jax.models import Policy, ScalarModel
 from rlhf_jax.rewards.verifiers import exact_answer, final_number, gsm8k_answer
 from rlhf_jax.rollout.sampler import completion_texts, make_generate_fn
-from rlhf_jax.stages import common, inputs, search_methods
+from rlhf_jax.stages import common, embedded, inputs, search_methods
 from rlhf_jax.stages.search_methods import METHODS, Judges, SearchOptions
-from rlhf_jax.tasks.arithmetic import prompt_rows
 from rlhf_jax.training.run_folder import describe_run, load_policy, load_reward_model, write_json
 
 CURVES = {
@@ -76,7 +75,7 @@ class Options:
     model: str
     process_reward: str = ""
     outcome_reward: str = ""
-    data: str = "arithmetic:1"
+    data: str
     prompts: int = 256
     max_prompt_length: int = 0
     too_long: TooLong = "error"
@@ -120,7 +119,7 @@ class Pool:
 def load_problems(options: Options, policy: Policy) -> list[PromptExample]:
     """The problems, each with an answer."""
     rows = inputs.load_rows(
-        options.data, lambda level: prompt_rows(level, "heldout", options.prompts, options.seed)
+        options.data, lambda level: embedded.prompt_rows(level, "heldout", options.prompts, options.seed)
     )[: options.prompts]
     for row in rows:
         if row.fields.get("answer") is None:
@@ -134,7 +133,7 @@ def load_problems(options: Options, policy: Policy) -> list[PromptExample]:
 def is_right(options: Options, prompt: PromptExample, text: str, finished: bool) -> bool:
     """Strict on the embedded task; by the final number elsewhere."""
     answer = prompt.fields["answer"]
-    if common.embedded_level(options.data):
+    if embedded.find_level(options.data):
         return exact_answer(text, answer, finished=finished)
     return gsm8k_answer(text, answer)
 

@@ -36,8 +36,7 @@ from rlhf_jax.data.tokenizers import Tokenizer, train_bpe
 from rlhf_jax.losses.supervised import cross_entropy_loss
 from rlhf_jax.metrics import final_table
 from rlhf_jax.models import Policy
-from rlhf_jax.stages import adapting, common, inputs
-from rlhf_jax.tasks.arithmetic import Level, demonstration_rows
+from rlhf_jax.stages import adapting, common, defaults, embedded, inputs
 from rlhf_jax.training import run_loop
 
 
@@ -60,7 +59,7 @@ class Options:
       max_length: tokens a row; 0 for the longest conversation.
       too_long: whether longer conversations are an error, or dropped and counted.
       packing: put several conversations in a row.
-      learning_rate: at its peak.
+      learning_rate: at its peak; None for the published one (2e-5, with an adapter 2e-4).
       demonstrations: how many conversations of the embedded task.
       slip_rate: how careless its writers are: the share of carries they forget.
       late_slip_rate: the same in the second half of a solution, where they are tired.
@@ -70,9 +69,9 @@ class Options:
     run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/sft"), steps=600)
     arch: common.ArchOptions = common.ArchOptions()
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
-    optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", warmup_steps=20, end_lr_ratio=0.02)
+    optimizer: OptimizerConfig = defaults.COSINE
     auxiliary: common.AuxiliaryOptions = common.AuxiliaryOptions()
-    data: str = "arithmetic:1"
+    data: str
     mixture_temperature: float = 1.0
     mixture_cap: int = 0
     eval_data: str = ""
@@ -84,7 +83,7 @@ class Options:
     max_length: int = 0
     too_long: TooLong = "error"
     packing: bool = False
-    learning_rate: float = 3e-3
+    learning_rate: float | None = None
     demonstrations: int = 32_000
     slip_rate: float = 0.3
     late_slip_rate: float = 0.7
@@ -98,10 +97,10 @@ def load_rows(options: Options, *, held_out: bool, source: str = "") -> list[Row
       source: one of several in `options.data`; empty for the only one.
     """
 
-    def make(level: Level) -> list[dict[str, Any]]:
+    def make(level: embedded.Level) -> list[dict[str, Any]]:
         split, count = ("heldout", options.eval_count) if held_out else ("train", options.demonstrations)
         rates = {"slip_rate": options.slip_rate, "late_slip_rate": options.late_slip_rate}
-        return demonstration_rows(level, count, options.run.seed, split=split, **rates)
+        return embedded.demonstration_rows(level, count, options.run.seed, split=split, **rates)
 
     source = source or options.data
     spec = (options.eval_data or source) if held_out else source
@@ -170,7 +169,7 @@ def held_out_loss(
 ) -> Callable[[sft.State], dict[str, float]] | None:
     """Evaluates the loss on held-out conversations, where there are any."""
     alone = len(inputs.split_mixture(options.data)) == 1
-    if not (options.eval_data or (alone and common.embedded_level(options.data))):
+    if not (options.eval_data or (alone and embedded.find_level(options.data))):
         return None
     rows = lay_out(options, make_examples(options, load_rows(options, held_out=True), model.tokenizer))
     size, total = options.batch_size, int(rows.mask.sum())
@@ -192,6 +191,7 @@ def held_out_loss(
 
 def run(options: Options) -> None:
     """Trains, and leaves a run folder."""
+    options = defaults.fill_published(options, "sft")
     common.check(options, options.run, "sft")
     common.check_divides("--micro-batches", options.micro_batches, "--batch-size", options.batch_size)
     sources = inputs.split_mixture(options.data)

@@ -39,7 +39,7 @@ from rlhf_jax.rollout.multi_turn import (
 )
 from rlhf_jax.rollout.sampler import GenerateFn
 from rlhf_jax.rollout.samples import Sample
-from rlhf_jax.stages import common, inputs, sft
+from rlhf_jax.stages import common, embedded, inputs, sft
 from rlhf_jax.tasks.arithmetic import prompt_rows
 from rlhf_jax.tasks.arithmetic_tools import TOOL_LEVEL, tool_demonstration_rows, tool_tokenizer
 from rlhf_jax.tool_use import calculator, call_pattern
@@ -104,6 +104,7 @@ def train_sft(options: Options) -> str:
         run=dataclasses.replace(run, out=out, steps=options.sft_steps, eval_every=0, report=False),
         arch=options.arch,
         data=str(data),
+        **embedded.FROM_SCRATCH,
         tokenizer=str(options.run.out / "tokenizer"),
     )
     sft.run(common.brief(stage))

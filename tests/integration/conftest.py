@@ -14,15 +14,24 @@ import tyro
 ROOT = Path(__file__).resolve().parents[2]
 
 _MODEL = "--arch.width 16 --arch.layers 1 --arch.heads 2 --arch.kv-heads 1"
-_PAIRS = "--pair-count 64 --eval-count 16 --batch-size 8 --optimizer.warmup-steps 2"
-_PROMPTS = "--prompt-count 64 --eval-count 8 --max-new-tokens 8 --samples 2 --optimizer.warmup-steps 0"
+# So small a model learns with rates far above those that stages have for models of billions.
+_DATA = "--data arithmetic:1 --optimizer.b2 0.95 --optimizer.schedule cosine --optimizer.warmup-steps 2"
+_PAIRS = f"{_DATA} --optimizer.end-lr-ratio 0.1 --pair-count 64 --eval-count 16 --batch-size 8"
+_PROMPTS = (
+    "--data arithmetic:1 --prompt-count 64 --eval-count 8 --max-new-tokens 8 --samples 2 "
+    "--learning-rate 3e-4 --optimizer.warmup-steps 0 --optimizer.b2 0.99 --optimizer.epsilon 1e-4"
+)
+_EXACT = "rlhf_jax.rewards.verifiers:exact_answer_reward"
 _OPTIONS = {
-    "sft": f"{_MODEL} --demonstrations 64 --eval-count 16 --batch-size 8 --optimizer.warmup-steps 2",
-    "reward_model": f"--model {{sft}} {_PAIRS}",
-    "dpo": f"--model {{sft}} {_PAIRS}",
+    "sft": f"{_MODEL} {_DATA} --optimizer.end-lr-ratio 0.02 --learning-rate 3e-3 --demonstrations 64 "
+    "--eval-count 16 --batch-size 8",
+    "reward_model": f"--model {{sft}} {_PAIRS} --learning-rate 5e-4",
+    "dpo": f"--model {{sft}} {_PAIRS} --learning-rate 1e-4 --beta 2",
     "ppo": f"--model {{sft}} --reward-model {{reward_model}} {_PROMPTS} --batch-size 8 --num-minibatches 2 "
+    f"--num-ppo-epochs 1 --cliprange-value 0.5 --value-coef 0.5 --kl-coef 0.2 --eval-reward {_EXACT} "
     "--adaptive-kl --scale-rewards",
-    "grpo": f"--model {{sft}} {_PROMPTS} --batch-size 4 --group-size 2 --num-minibatches 2",
+    "grpo": f"--model {{sft}} {_PROMPTS} --rewards {_EXACT} --batch-size 4 --group-size 2 "
+    "--num-minibatches 2",
 }
 # The scripts only read the tests' cache: one that is killed, or whose disk is full, would leave torn entries.
 _READ_ONLY_CACHE = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9"}

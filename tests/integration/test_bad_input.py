@@ -15,7 +15,20 @@ from rlhf_jax.metrics import read_metrics
 from rlhf_jax.training.run_folder import load_policy
 
 _HEADS = ["--arch.heads", "2", "--arch.kv-heads", "1"]
-MODEL = ["--arch.width", "16", "--arch.layers", "1", *_HEADS, "--demonstrations", "64"]
+MODEL = [
+    "--arch.width",
+    "16",
+    "--arch.layers",
+    "1",
+    *_HEADS,
+    "--demonstrations",
+    "64",
+    "--data",
+    "arithmetic:1",
+]
+REWARDED = {
+    stage: ["--rewards", "rlhf_jax.rewards.verifiers:exact_answer_reward"] for stage in ("ppo", "grpo")
+}
 GOOD = {"prompt": "1+1=?", "completion": "2", "chosen": "2", "rejected": "3", "answer": "2"}
 
 
@@ -82,8 +95,8 @@ def test_bad_rows_of_the_other_stages(refused, tiny, tmp_path):
         words = ["--model", sft, "--out", tmp_path / "out", "--data"]
         refused(stage, [*words, pairs], "pairs.jsonl:2", "'rejected' is empty")
         refused(stage, [*words, same], "same.jsonl:1", "the same")
-    for stage in ("ppo", "grpo"):
-        words = ["--model", sft, "--out", tmp_path / "out", "--data"]
+    for stage, rewards in REWARDED.items():
+        words = ["--model", sft, "--out", tmp_path / "out", *rewards, "--data"]
         refused(stage, [*words, prompts], "prompts.jsonl:2", "prompt")
     assert not (tmp_path / "out").exists()
 
@@ -94,7 +107,8 @@ def test_missing_empty_and_unknown_data(refused, tiny, tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "rows.csv").write_text("prompt,completion\n")
     for stage in tiny.stages:
-        words = ["--out", out, *(["--model", sft] if stage != "sft" else MODEL), "--data"]
+        words = ["--out", out, *(["--model", sft] if stage != "sft" else MODEL)]
+        words += [*REWARDED.get(stage, []), "--data"]
         refused(stage, [*words, "row.jsonl"], "row.jsonl: no such file", "did you mean rows.jsonl?")
         refused(stage, [*words, "empty.jsonl"], "empty.jsonl: the data set is empty")
     refused("sft", [*MODEL, "--out", out, "--data", "rows.csv"], "rows.csv", ".parquet")
@@ -105,13 +119,14 @@ def test_missing_empty_and_unknown_data(refused, tiny, tmp_path):
 
 def test_too_long(refused, tiny, tmp_path):
     sft, out = tiny.finished("sft"), tmp_path / "out"
-    words = ["--model", sft, "--out", out]
+    words = ["--model", sft, "--out", out, "--data", "arithmetic:1"]
     refused(
         "sft", [*MODEL, "--out", out, "--max-length", 5], "arithmetic:1:1", "more than 5", "raise the length"
     )
     refused("dpo", [*words, "--max-length", 5], "arithmetic:1:1", "more than 5")
-    refused("grpo", [*words, "--max-prompt-length", 3], "arithmetic:1:1", "the prompt has", "more than 3")
-    refused("ppo", [*words, "--max-prompt-length", 3, "--too-long", "drop"], "all", "raise the length")
+    prompts = [*words, *REWARDED["grpo"], "--max-prompt-length", 3]
+    refused("grpo", prompts, "arithmetic:1:1", "the prompt has", "more than 3")
+    refused("ppo", [*prompts, "--too-long", "drop"], "all", "raise the length")
     assert not out.exists()
 
 
@@ -120,7 +135,7 @@ def test_too_long(refused, tiny, tmp_path):
 
 @pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo", "ppo", "grpo"])
 def test_an_unknown_option_brings_the_nearest_name(tiny, stage, monkeypatch, capsys, tmp_path):
-    words = ["--out", tmp_path / "out", "--model", "x", "--batchsize", 3]
+    words = ["--out", tmp_path / "out", "--model", "x", "--data", "x", "--batchsize", 3]
     assert tiny.main(stage, words, monkeypatch) == 2
     errors = capsys.readouterr().err
     assert "--batchsize" in errors
@@ -146,10 +161,14 @@ IMPOSSIBLE = {
     "mini-batches": ("grpo", "--model {sft} --batch-size 3 --num-minibatches 5", "--num-minibatches 5"),
     "groups": ("grpo", "--model {sft} --group-size 0", "--group-size 0"),
     "two rewards": ("ppo", "--model {sft} --reward-model x --rewards my:own", "--reward-model excludes"),
-    "temperature": ("ppo", "--model {sft} --temperature 0", "--temperature 0.0 is not positive"),
+    "temperature": (
+        "ppo",
+        "--model {sft} --reward-model x --temperature 0",
+        "--temperature 0.0 is not positive",
+    ),
     "PPO's parts": (
         "ppo",
-        "--model {sft} --batch-size 8 --num-minibatches 2 --micro-batches 3",
+        "--model {sft} --reward-model x --batch-size 8 --num-minibatches 2 --micro-batches 3",
         "--micro-batches 3",
     ),
 }
@@ -160,7 +179,17 @@ def test_impossible_options(refused, tiny, tmp_path, case):
     stage, words, *phrases = IMPOSSIBLE[case]
     words = words.format(sft=tiny.finished("sft")).split()
     words += ["--demonstrations", "64"] if stage == "sft" and "--demonstrations" not in words else []
-    refused(stage, [*words, "--out", tmp_path / "out"], *phrases)
+    data = ["--data", "arithmetic:1", *(REWARDED["grpo"] if stage == "grpo" else ())]
+    refused(stage, [*words, *data, "--out", tmp_path / "out"], *phrases)
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_learned_without_data_or_rewards(refused, tiny, tmp_path):
+    start = ["--model", tiny.finished("sft"), "--out", tmp_path / "out"]
+    for stage in tiny.stages:
+        refused(stage, start, "--data")
+    for stage in REWARDED:
+        refused(stage, [*start, "--data", "arithmetic:1"], "what an answer is worth", "--rewards")
     assert not (tmp_path / "out").exists()
 
 
@@ -224,10 +253,11 @@ def test_a_reward_that_breaks_later_leaves_the_checkpoints(refused, tiny, tmp_pa
 
 def test_a_wrong_start(refused, tiny, tmp_path):
     sft, reward_model = tiny.finished("sft"), tiny.finished("reward_model")
-    out = ["--out", tmp_path / "out"]
+    out = ["--out", tmp_path / "out", "--data", "arithmetic:1"]
     for stage in tiny.stages:
-        refused(stage, [*out, "--model", "nowhere"], "nowhere", "no such file")
-        refused(stage, [*out, "--model", reward_model], "holds a reward model, not a policy")
+        words = [*out, *REWARDED.get(stage, [])]
+        refused(stage, [*words, "--model", "nowhere"], "nowhere", "no such file")
+        refused(stage, [*words, "--model", reward_model], "holds a reward model, not a policy")
     refused("sft", [*out, "--model", sft, "--arch.width", 32], f"--model {sft}", "width 16, not 32")
     refused("sft", [*out, "--model", sft, "--tokenizer", "x"], "--model exclude")
     refused("ppo", [*out, "--model", sft, "--reward-model", sft], "holds a policy, not a reward model")

@@ -127,7 +127,8 @@ def test_published_numbers_hold_unless_they_are_replaced(tmp_path):
 
 def test_impossible_options_of_the_family(tiny, tmp_path, monkeypatch, capsys):
     def refused(*words):
-        assert tiny.main("grpo", ["--model", "x", "--out", tmp_path / "out", *words], monkeypatch) == 2
+        start = ["--model", "x", "--out", tmp_path / "out", "--data", "arithmetic:1", "--rewards", "x:y"]
+        assert tiny.main("grpo", [*start, *words], monkeypatch) == 2
         return capsys.readouterr().err
 
     assert "compares the answers to one prompt" in refused("--algorithm", "rloo", "--group-size", 1)

@@ -17,7 +17,7 @@ STEPS = {"sft_steps": 3, "reward_steps": 2, "ppo_steps": 1, "dpo_steps": 2, "grp
 def small(monkeypatch):
     """The same stages, on less."""
     arch = common.ArchOptions(width=16, layers=1, heads=2, kv_heads=1)
-    pairs = common.PairOptions(pair_count=32, eval_count=8)
+    pairs = common.PairOptions("", pair_count=32, eval_count=8)
     prompts = functools.partial(common.PromptOptions, prompt_count=32, eval_count=8)
     monkeypatch.setattr(common, "PairOptions", lambda data: dataclasses.replace(pairs, data=data))
     monkeypatch.setattr(common, "PromptOptions", prompts)

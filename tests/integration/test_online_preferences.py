@@ -15,6 +15,7 @@ TINY = "--prompt-count 64 --eval-count 8 --max-new-tokens 8 --samples 2 --optimi
 TINY += (
     " --optimizer.schedule constant --batch-size 8 --save-every 3 --quiet --no-report --learning-rate 1e-2"
 )
+TINY += " --data arithmetic:1 --optimizer.b2 0.99 --optimizer.epsilon 1e-4 --beta 0.5"
 METHODS = ("dpo", "xpo", "nash_md")
 
 FUNCTIONS = """
@@ -59,6 +60,7 @@ def test_methods_are_those_that_are_tested():
 @pytest.mark.parametrize("method", METHODS)
 def test_by_rewards_and_resumed_to_the_bit(method, tiny, tmp_path, functions):
     more = ("--method", method, "--rewards", f"{functions}:mixed", "--eval-every", 100)
+    more += ("--beta", 0.02 if method == "nash_md" else 0.5)
     whole = run(tiny, tmp_path / "whole", *more, "--steps", 5)
     run(tiny, tmp_path / "broken", *more, "--steps", 3)
     broken = run(tiny, tmp_path / "broken", *more, "--steps", 5, "--resume")
@@ -112,5 +114,7 @@ def test_help_shows_every_option(monkeypatch, capsys, tiny):
     monkeypatch.setenv("COLUMNS", "110")
     assert tiny.main("online_dpo", ["--help"], monkeypatch) == 0
     shown = capsys.readouterr().out
-    for flag in common.flags(common.to_json(online_dpo.Options(model="x"))):
+    for flag in common.flags(
+        common.to_json(online_dpo.Options(model="x", prompts=common.PromptOptions("x")))
+    ):
         assert flag in shown, flag

@@ -10,7 +10,7 @@ from rlhf_jax.data.pairs import REASONS
 from rlhf_jax.data.sources import read_rows
 from rlhf_jax.stages import preferences
 
-SMALL = "--prompt-count 24 --max-new-tokens 8 --batch-size 16 --quiet"
+SMALL = "--data arithmetic:1 --prompt-count 24 --max-new-tokens 8 --batch-size 16 --quiet"
 FUNCTIONS = """
 def mixed(prompts, completions, **_):
     return [sum(map(ord, text)) % 7 / 7 for text in completions]

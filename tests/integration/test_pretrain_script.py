@@ -14,7 +14,8 @@ from rlhf_jax.training.run_folder import load_policy
 MODEL = "--arch.width 8 --arch.layers 1 --arch.heads 2 --arch.kv-heads 1 --arch.hidden 16"
 OBJECTIVES = "--arch.further 1 --arch.experts 3 --arch.router sigmoid --optimizer.schedule wsd"
 LSTM = "--arch.kind lstm --arch.width 64 --learning-rate 1e-2 --demonstrations 2000 --sample-tokens 0"
-SMALL = (
+SMALL = "--data arithmetic:1 --learning-rate 3e-3 "
+SMALL += (
     "--length 24 --batch-size 4 --eval-rows 4 --optimizer.warmup-steps 1 --quiet --no-report --save-every 2"
 )
 

@@ -10,7 +10,10 @@ from rlhf_jax.metrics import read_metrics
 from rlhf_jax.stages import common, process_reward
 
 _SMALL = "--arch.width 16 --arch.layers 1 --arch.heads 2 --arch.kv-heads 1 --row-count 64 --eval-count 16 "
-_SMALL += "--batch-size 8 --optimizer.warmup-steps 2 --quiet --no-report"
+_LEARNING = (
+    "--learning-rate 1e-3 --optimizer.schedule cosine --optimizer.end-lr-ratio 0.1 --optimizer.b2 0.95"
+)
+_SMALL += f"--batch-size 8 --optimizer.warmup-steps 2 --quiet --no-report --data arithmetic:1 {_LEARNING}"
 
 
 def run(out, *more):
@@ -65,6 +68,7 @@ def test_labels_by_rollouts_are_kept(tiny, tmp_path):
     words = (
         f"--out {tmp_path / 'run'} --model {tiny.finished('sft')} --labels rollouts --rollouts 2 --steps 2"
     )
+    words += f" --data arithmetic:1 --label-reward rlhf_jax.rewards.verifiers:exact_answer_reward {_LEARNING}"
     words += " --row-count 16 --eval-count 16 --batch-size 8 --optimizer.warmup-steps 1 --quiet --no-report"
     process_reward.run(tyro.cli(process_reward.Options, args=words.split()))
     rows = [json.loads(line) for line in (tmp_path / "run" / "labelled.jsonl").read_text().splitlines()]
@@ -78,5 +82,5 @@ def test_help_shows_every_option(tiny, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "110")
     assert tiny.main("process_reward", ["--help"], monkeypatch) == 0
     shown = capsys.readouterr().out
-    for flag in common.flags(common.to_json(process_reward.Options())):
+    for flag in common.flags(common.to_json(process_reward.Options(data="x"))):
         assert flag in shown, flag

@@ -17,7 +17,11 @@ from rlhf_jax.training.run_folder import load_policy
 def pruned(tiny, tmp_path_factory):
     out = tmp_path_factory.mktemp("pruned") / "run"
     choice = prune.PruneOptions(method="wanda", pattern="2:4")
-    prune.run(prune.Options(out=out, model=str(tiny.finished("sft")), prune=choice, rows=8, quiet=True))
+    prune.run(
+        prune.Options(
+            out=out, model=str(tiny.finished("sft")), prune=choice, data="arithmetic:1", rows=8, quiet=True
+        )
+    )
     return out
 
 

@@ -31,6 +31,7 @@ def revised(talker, tmp_path_factory):
     (folder / "principles.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = f"--out {folder / 'run'} --model {talker} --constitution {folder / 'principles.jsonl'} {_PROMPTS}"
     words += " --steps 2 --revised 24 --batch-size 4 --answer-batch-size 16 --optimizer.warmup-steps 0"
+    words += " --learning-rate 3e-4"
     words += " --review-temperature 1 --quiet --no-report"
     call(constitutional, words)
     return folder / "run", words
@@ -99,8 +100,8 @@ def test_a_model_judges_pairs_and_rewards_answers(revised, tmp_path, tiny, talke
         (constitutional, "--model a", "--model and --constitution go together"),
         (constitutional, "--data x.jsonl", "needs a policy"),
         (constitutional, "--revisions 0", "--revisions 0"),
-        (preferences, "--model a --judge-model b", "--judge-model and --constitution go together"),
-        (preferences, "--model a --judge m:f --judge-model b --constitution c", "--judge excludes"),
+        (preferences, "--model a --data d --judge-model b", "--judge-model and --constitution go together"),
+        (preferences, "--model a --data d --judge m:f --judge-model b --constitution c", "--judge excludes"),
         (rule_rewards, "--data x.jsonl", "--propositions and --data go together"),
         (rule_rewards, "--steps 0", "--steps 0"),
     ],

@@ -14,12 +14,14 @@ from rlhf_jax.data.sources import read_rows
 from rlhf_jax.metrics import read_metrics
 from rlhf_jax.rewards.functions import Scored
 from rlhf_jax.rollout.dynamic_sampling import Answers
-from rlhf_jax.stages import distill, rounds
+from rlhf_jax.stages import common, distill, rounds
 from rlhf_jax.tasks.arithmetic import arithmetic_tokenizer
 from rlhf_jax.training.run_folder import load_policy
 
 SMALL = "--prompt-count 64 --eval-count 8 --samples 2 --optimizer.warmup-steps 0 --batch-size 8"
 SMALL += " --optimizer.schedule constant --save-every 3 --quiet --no-report --learning-rate 1e-2"
+SMALL += " --data arithmetic:1 --rewards rlhf_jax.rewards.verifiers:exact_answer_reward --optimizer.b2 0.95"
+PROMPTS = common.PromptOptions("x", rewards=("x:y",))
 
 REWARDS = """
 def mixed(prompts, completions, **_):
@@ -63,7 +65,7 @@ def answers(texts, rewards, unfinished=()):
 
 
 def rows(method, found, **more):
-    options = rounds.Options(model="x", method=method, samples_per_prompt=2, **more)
+    options = rounds.Options(model="x", prompts=PROMPTS, method=method, samples_per_prompt=2, **more)
     return rounds.to_rows(options, found, arithmetic_tokenizer())
 
 
@@ -89,7 +91,7 @@ def test_which_answers_become_rows():
 @pytest.mark.parametrize("method", ["raft", "expert_iteration", "dpo"])
 def test_rounds_go_on_where_they_stopped(method, tmp_path, talker, mixed):
     words = ("--model", talker, "--method", method, "--rewards", mixed, "--max-new-tokens", 8, "--steps", 4)
-    words += ("--rounds", 2, "--prompts-per-round", 16, "--samples-per-prompt", 4)
+    words += ("--rounds", 2, "--prompts-per-round", 16, "--samples-per-prompt", 4, "--beta", 0.5)
     found = run(rounds, tmp_path / "whole", *words)
     assert [line["step"] for line in found] == [1, 2]
     assert all(line["kept"] > 0 and "eval/score" in line for line in found)
@@ -169,7 +171,8 @@ def test_a_mixture_of_writers_on_a_new_student_resumes_to_the_bit(tmp_path, talk
 
 def test_mistakes_of_distillation(tmp_path):
     def refused(**options):
-        return distill.check(distill.Options(run=distill.common.RunOptions(tmp_path), teacher="x", **options))
+        run = distill.common.RunOptions(tmp_path)
+        return distill.check(distill.Options(run=run, teacher="x", prompts=PROMPTS, **options))
 
     with pytest.raises(UserError, match="needs answers of the teacher"):
         refused(loss="sequence", student_share=0.5)
@@ -186,6 +189,6 @@ def test_help_shows_every_option(script, tiny, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "110")
     assert tiny.main(script.__name__, ["--help"], monkeypatch) == 0
     shown = capsys.readouterr().out
-    needed = {"teacher": "x"} if script is distill else {"model": "x"}
+    needed = {"teacher" if script is distill else "model": "x", "prompts": PROMPTS}
     for flag in common.flags(common.to_json(script.Options(**needed))):
         assert flag in shown, flag

@@ -13,7 +13,9 @@ from rlhf_jax.search import interface
 from rlhf_jax.stages import common, process_reward
 from rlhf_jax.stages import search as script
 
-_TINY = "--prompts 6 --samples 3 --batch-size 4 --max-new-tokens 12 --resamples 4 --quiet "
+_TINY = (
+    "--data arithmetic:1 --prompts 6 --samples 3 --batch-size 4 --max-new-tokens 12 --resamples 4 --quiet "
+)
 _TINY += "--search.ways 2 --search.votes 2 --search.expansions 3 --search.simulations 1 --search.depth 2 "
 _TINY += "--search.step-length 6"
 
@@ -60,7 +62,22 @@ def test_a_policy_alone_and_its_resume(tiny, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_every_method(tiny, tmp_path):
     sft = tiny.finished("sft")
-    words = ["--row-count", 64, "--eval-count", 16, "--batch-size", 8, "--steps", 4, "--quiet", "--no-report"]
+    words = [
+        "--data",
+        "arithmetic:1",
+        "--learning-rate",
+        1e-3,
+        "--row-count",
+        64,
+        "--eval-count",
+        16,
+        "--batch-size",
+        8,
+        "--steps",
+        4,
+        "--quiet",
+        "--no-report",
+    ]
     for name, more in (("prm", []), ("orm", ["--outcome"])):
         args = ["--out", tmp_path / name, "--model", sft, "--optimizer.warmup-steps", 2, *words, *more]
         process_reward.run(tyro.cli(process_reward.Options, args=[str(arg) for arg in args]))
@@ -133,7 +150,7 @@ def test_direct_answers_beside_chains_of_thought(tiny, tmp_path):
 
 def test_help_shows_every_option(tiny, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "110")
-    for stage, options in (("search", script.Options(model="x")), ("alphazero", None)):
+    for stage, options in (("search", script.Options(model="x", data="x")), ("alphazero", None)):
         assert tiny.main(stage, ["--help"], monkeypatch) == 0
         shown = capsys.readouterr().out
         if options is None:

@@ -16,10 +16,40 @@ from rlhf_jax.checkpoint.manifest import list_steps, verify
 
 COMMON = ("--steps", "4", "--save-every", "2", "--quiet", "--no-report")
 COMMON += ("--optimizer.warmup-steps", "0", "--optimizer.total-steps", "8")
-SFT = ("--demonstrations", "300", "--batch-size", "16", "--eval-count", "16", "--arch.width", "32")
-DPO = ("--batch-size", "8", "--pair-count", "100", "--eval-count", "16")
+EMBEDDED = ("--data", "arithmetic:1", "--optimizer.b2", "0.95", "--optimizer.schedule", "cosine")
+SFT = (*EMBEDDED, "--learning-rate", "3e-3", "--optimizer.end-lr-ratio", "0.02", "--arch.width", "32")
+SFT += ("--demonstrations", "300", "--batch-size", "16", "--eval-count", "16")
+PAIRS = (
+    *EMBEDDED,
+    "--optimizer.end-lr-ratio",
+    "0.1",
+    "--batch-size",
+    "8",
+    "--pair-count",
+    "100",
+    "--eval-count",
+    "16",
+)
 ENDLESS = ("--steps", "100000", "--optimizer.schedule", "constant", "--lost-timeout", "10")
-PROMPTS = ("--max-new-tokens", "6", "--prompt-count", "60", "--eval-count", "8", "--samples", "3")
+JUDGED = (*PAIRS, "--learning-rate", "5e-4")
+DPO = (*PAIRS, "--learning-rate", "1e-4", "--beta", "2")
+PROMPTS = ("--data", "arithmetic:1", "--learning-rate", "3e-4", "--optimizer.epsilon", "1e-4")
+PROMPTS += (
+    "--optimizer.b2",
+    "0.99",
+    "--max-new-tokens",
+    "6",
+    "--prompt-count",
+    "60",
+    "--eval-count",
+    "8",
+    "--samples",
+    "3",
+)
+EXACT = "rlhf_jax.rewards.verifiers:exact_answer_reward"
+GRPO = (*PROMPTS, "--rewards", EXACT)
+PPO = (*PROMPTS, "--eval-reward", EXACT, "--num-ppo-epochs", "1", "--num-minibatches", "2")
+PPO += ("--cliprange-value", "0.5", "--value-coef", "0.5", "--kl-coef", "0.2")
 
 
 def command(script, out, *options):
@@ -69,7 +99,7 @@ def test_every_stage_on_a_mesh(tmp_path):
             run(
                 "reward-model",
                 rewards if first else here / "rewards",
-                *("--model", sft, *DPO, "--mesh", of_rewards),
+                *("--model", sft, *JUDGED, "--mesh", of_rewards),
             ),
             run("dpo", here / "dpo", "--model", sft, *DPO, "--mesh", of_dpo),
             run("dpo", here / "each", "--model", sft, *DPO, "--mesh", of_dpo, "--reference", "each_step"),
@@ -77,12 +107,12 @@ def test_every_stage_on_a_mesh(tmp_path):
                 "ppo",
                 here / "ppo",
                 *("--model", sft, "--reward-model", rewards, "--batch-size", "16"),
-                *(*PROMPTS, "--mesh", of_ppo),
+                *(*PPO, "--mesh", of_ppo),
             ),
             run(
                 "grpo",
                 here / "grpo",
-                *("--model", sft, "--batch-size", "4", "--group-size", "4", *PROMPTS, "--mesh", of_grpo),
+                *("--model", sft, "--batch-size", "4", "--group-size", "4", *GRPO, "--mesh", of_grpo),
             ),
         ]
     for mesh, one in zip(found["mesh"], found["one"], strict=True):
@@ -148,15 +178,23 @@ def test_stages_in_two_processes_are_those_in_one(tmp_path):
     """Pairs, rollouts and rewards of which each process has its own rows."""
     sft, judged = tmp_path / "sft", tmp_path / "rewards"
     run("sft", sft, *SFT, devices=1)
-    run("reward-model", judged, "--model", sft, *DPO, devices=1)
+    run("reward-model", judged, "--model", sft, *JUDGED, devices=1)
     from_sft = ("--model", sft)
     stages = {
-        "reward_model": ("reward-model", *from_sft, *DPO),
-        "process_reward": ("process-reward", *from_sft, "--batch-size", "8"),
+        "reward_model": ("reward-model", *from_sft, *JUDGED),
+        "process_reward": (
+            "process-reward",
+            *from_sft,
+            *EMBEDDED,
+            "--learning-rate",
+            "1e-3",
+            "--batch-size",
+            "8",
+        ),
         "dpo": ("dpo", *from_sft, *DPO),
         "dpo_each": ("dpo", *from_sft, *DPO, "--reference", "each_step"),
-        "ppo": ("ppo", *from_sft, "--reward-model", judged, "--batch-size", "8", *PROMPTS),
-        "grpo": ("grpo", *from_sft, "--batch-size", "4", "--group-size", "2", *PROMPTS),
+        "ppo": ("ppo", *from_sft, "--reward-model", judged, "--batch-size", "8", *PPO),
+        "grpo": ("grpo", *from_sft, "--batch-size", "4", "--group-size", "2", *GRPO),
     }
     for name, (script, *options) in stages.items():
         two = run_in_two(script, tmp_path / f"{name}_two", *options)

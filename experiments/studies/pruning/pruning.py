@@ -31,7 +31,7 @@ from rlhf_jax.evaluation.statistics import mean_interval
 from rlhf_jax.metrics import Progress
 from rlhf_jax.metrics.pages import made, when_and_with
 from rlhf_jax.models import Policy, pruning
-from rlhf_jax.stages import common, inputs, prune, sft
+from rlhf_jax.stages import common, embedded, inputs, prune, sft
 from rlhf_jax.training.run_folder import describe_run, load_policy
 
 Cell = tuple[prune.Method, float, str]
@@ -113,7 +113,11 @@ def make_tune_fn(options: Options, model: Policy) -> Callable[[Params], Params]:
 def make_exact_match(options: Options, model: Policy) -> Callable[[Params], float]:
     """`score(params)`: share of held-out problems whose most likely answer is right."""
     prompts = common.PromptOptions(
-        data=options.data, prompt_count=options.batch_size, eval_count=options.eval_count, samples=1
+        data=options.data,
+        rewards=("rlhf_jax.rewards.verifiers:exact_answer_reward",),
+        prompt_count=options.batch_size,
+        eval_count=options.eval_count,
+        samples=1,
     )
     evaluate = inputs.load_prompts(prompts, model, prompts.rewards, options.seed).evaluate
     assert evaluate is not None
@@ -204,7 +208,7 @@ def check(options: Options) -> None:
     """Raises: UserError where the options make no sense, or the folder holds cells of others."""
     if not options.models or options.steps < 0 or options.batch_size < 1:
         raise UserError("give at least one of --models, 0 or more --steps and a --batch-size of at least 1")
-    if common.embedded_level(options.data) is None:
+    if embedded.find_level(options.data) is None:
         raise UserError(
             f"--data {options.data}: the study knows the embedded task alone: give arithmetic:LEVEL"
         )

@@ -25,7 +25,7 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.data.sources import read_rows
 from rlhf_jax.evaluation import pass_at_k
 from rlhf_jax.rewards.verifiers import final_number, gsm8k_answer
-from rlhf_jax.stages import common, sft
+from rlhf_jax.stages import common, embedded, sft
 from rlhf_jax.stages import search as search_script
 from rlhf_jax.stages.search_methods import Judges
 from rlhf_jax.tasks.arithmetic import demonstration_rows
@@ -75,7 +75,7 @@ def read_search(folder: Path) -> tuple[search_script.Options, Curves]:
     names = {field.name for field in dataclasses.fields(search_script.Options)} - {"search"}
     held = {name: value for name, value in results["config"].items() if name in names}
     options = search_script.Options(**{**held, "out": folder})
-    if not common.embedded_level(options.data):
+    if not embedded.find_level(options.data):
         raise UserError(
             f"--search {folder}: it is of {options.data}, and direct answers are of the embedded task"
         )
@@ -85,7 +85,7 @@ def read_search(folder: Path) -> tuple[search_script.Options, Curves]:
 def train_direct(options: Options, searched: search_script.Options) -> Path:
     """The folder of a policy that learnt the demonstrators' answers without their steps."""
     folder, rows_path = options.out / "direct", options.out / "direct.jsonl"
-    level, theirs = common.embedded_level(searched.data), sft.Options()
+    level, theirs = embedded.find_level(searched.data), sft.Options(data=searched.data)
     assert level is not None
     config = json.loads((Path(searched.model) / "config.json").read_text())["config"]
     rates = {name: config.get(name, getattr(theirs, name)) for name in ("slip_rate", "late_slip_rate")}
@@ -97,7 +97,8 @@ def train_direct(options: Options, searched: search_script.Options) -> Path:
     run = common.RunOptions(
         folder, seed=options.seed, resume=True, steps=options.steps, quiet=options.quiet, report=False
     )
-    sft.run(sft.Options(run=run, data=str(rows_path), tokenizer=str(Path(searched.model) / "tokenizer")))
+    tokenizer = str(Path(searched.model) / "tokenizer")
+    sft.run(sft.Options(run=run, data=str(rows_path), tokenizer=tokenizer, **embedded.FROM_SCRATCH))
     return folder
 
 
