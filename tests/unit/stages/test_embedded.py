@@ -16,7 +16,7 @@ EXAMPLES = {"constitutional", "rag", "rule_rewards", "tool_use"}
 def test_levels():
     assert embedded.find_level("rows.jsonl") is None
     assert embedded.find_level("arithmetic:1") != embedded.find_level("arithmetic:2")
-    with pytest.raises(UserError, match="no such level: choose one of arithmetic:0"):
+    with pytest.raises(UserError, match="no such level: choose one of arithmetic:"):
         embedded.find_level("arithmetic:99")
     assert embedded.task_tokenizer("rows.jsonl") is None
 
