@@ -192,7 +192,7 @@ def _nothing(prompt: PromptExample) -> Pair:
 
 def sampled(options: Options, model: Policy) -> list[Pair]:
     """Pairs of all prompts, judged now or before."""
-    prompts = inputs.load_prompts(options.prompts, model, options.prompts.rewards[:1], options.seed).train
+    prompts = inputs.load_prompts(options.prompts, model, options.seed).train
     size, pair_fn = options.samples_per_prompt, make_pair_fn(options, model)
     generate = inputs.make_sampler(
         options.engine,

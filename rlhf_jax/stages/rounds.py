@@ -262,7 +262,7 @@ def run(options: Options) -> None:
     """All rounds; leaves a run folder with one in it for each."""
     check(options)
     model = load_policy(Path(options.init))
-    prompts = inputs.load_prompts(options.prompts, model, options.prompts.rewards[:1], options.run.seed)
+    prompts = inputs.load_prompts(options.prompts, model, options.run.seed)
     BatchSampler(len(prompts), options.prompts_per_round, options.run.seed)  # refuses more than there are
     common.announce(options.run, model, f"{len(prompts):,} prompts, {options.rounds} rounds")
     before = prompts.answer(model.params)
