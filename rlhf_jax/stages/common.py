@@ -24,11 +24,11 @@ from rlhf_jax.metrics import Logger, Thresholds, make_loggers, write_report
 from rlhf_jax.models import Policy
 from rlhf_jax.stages import embedded
 from rlhf_jax.training import LoopConfig, Meter
+from rlhf_jax.training.loading import load
 from rlhf_jax.training.run_folder import (
     Adaptation,
     Kind,
     describe_run,
-    load_policy,
     read_held_run,
     write_json,
     write_model_files,
@@ -259,13 +259,14 @@ class PromptOptions:
     samples: int = 8
 
 
-def check_rewards(prompts: PromptOptions, what: str = "") -> None:
+def check_rewards(rewards: Sequence[Any], what: str = "") -> None:
     """Raises: UserError where nothing says what an answer is worth.
 
     Args:
+      rewards: by name, or as objects.
       what: the flags that would do in the place of --rewards.
     """
-    if not prompts.rewards:
+    if not rewards:
         raise UserError(
             f"nothing says what an answer is worth: give --rewards{what}, such as --rewards my_rewards:exact"
         )
@@ -275,24 +276,31 @@ def check_rewards(prompts: PromptOptions, what: str = "") -> None:
 
 
 def starting_model(
-    model: str, tokenizer: str | Tokenizer, data: str, options: ArchOptions, seed: int
+    model: str,
+    tokenizer: str | Tokenizer,
+    data: str,
+    options: ArchOptions,
+    seed: int,
+    policy: Policy | None = None,
 ) -> Policy:
     """The policy of the run `model`, or a new one.
 
     Args:
       tokenizer: itself, or where to find it; empty for that of `model`, of the embedded task, or for bytes.
+      policy: given as an object, which takes the place of all that.
 
     Raises:
       UserError: options that contradict each other, or no policy in `model`.
     """
+    if policy is not None:
+        return policy
     if model:
         if tokenizer:
             raise UserError("a tokenizer and --model exclude each other: a policy brings its own tokenizer")
-        policy = load_policy(Path(model))
+        policy = load(model)
         if options != ArchOptions():
-            models.check_same_architecture(
-                options.config(policy.tokenizer), policy.config, f"--model {model}"
-            )
+            ours = options.config(policy.tokenizer)
+            models.check_same_architecture(ours, policy.config, f"--model {model}")
         return policy
     chosen = find_tokenizer(tokenizer, data)
     config = options.config(chosen)
@@ -327,7 +335,7 @@ def local_indices(sampler: Batches, step: int, repeat: int = 1) -> np.ndarray:
 
 # Options -------------------------------------------------------------------------------------------
 
-_WITHOUT_PREFIX = ("run", "pairs", "prompts", "task")
+WITHOUT_PREFIX = ("run", "pairs", "prompts", "task")
 _POSITIVE = """
     --steps --keep --batch-size --micro-batches --minibatches --num-minibatches --group-size --epochs
     --num-iterations --num-ppo-epochs --temperature
@@ -357,7 +365,7 @@ def flags(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     named: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, Mapping):
-            named |= flags(value, prefix if name in _WITHOUT_PREFIX else f"{prefix}{name}.")
+            named |= flags(value, prefix if name in WITHOUT_PREFIX else f"{prefix}{name}.")
         else:
             named[f"--{prefix}{name}".replace("_", "-")] = value
     return named

@@ -44,9 +44,9 @@ from rlhf_jax.rollout.rewards import RolloutReward
 from rlhf_jax.rollout.sampler import Evaluation
 from rlhf_jax.rollout.step import make_ppo_learn
 from rlhf_jax.stages import adapting, common, defaults, inputs
+from rlhf_jax.stages.entry import NOTHING, Given, Trained, policy_of, train, trained
 from rlhf_jax.stages.reward_specs import make_ensemble_fn, make_reward_fn
-from rlhf_jax.training import run_loop
-from rlhf_jax.training.run_folder import load_policy, load_reward_model, load_unmerged_reward_model
+from rlhf_jax.training.run_folder import load_reward_model, load_unmerged_reward_model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,9 @@ def reward_on_base(options: Options, policy: Policy, parts: adapting.Parts) -> P
     model, theirs = load_unmerged_reward_model(Path(folder))
     models.check_same_architecture(policy.config, model.config, folder)
     ours = parts.adaptation
-    if theirs is None or theirs.base.digest != ours.base.digest or theirs.quantisation != ours.quantisation:
+    if theirs is None or theirs.base is None or ours.base is None:
+        return None
+    if theirs.base.digest != ours.base.digest or theirs.quantisation != ours.quantisation:
         return None
     if isinstance(theirs.adapter, adapters.Partial) or isinstance(ours.adapter, adapters.Partial):
         return None
@@ -166,10 +168,12 @@ def initial_params(
     return trained, merge(held, {"base": parts.base, **rest})
 
 
-def make_rollout_reward(options: Options, tokenizer: Tokenizer) -> RolloutReward:
+def make_rollout_reward(options: Options, tokenizer: Tokenizer, given: Given = NOTHING) -> RolloutReward:
     """What an answer is worth: by reward functions, by a reward model, or by several."""
     if len(options.reward_model) < 2:
-        return make_reward_fn(options.reward_model or options.prompts.rewards, tokenizer)
+        named = options.reward_model and not given.rewards
+        rewards = options.reward_model if named else inputs.rewards_of(options.prompts, given)
+        return make_reward_fn(rewards, tokenizer)
     combine_fn = {
         "mean": ensembles.ensemble_mean,
         "worst": ensembles.ensemble_worst_case,
@@ -218,8 +222,6 @@ def check(options: Options) -> None:
     common.check_divides("--num-minibatches", options.num_minibatches, "--batch-size", options.batch_size)
     rows = options.batch_size // options.num_minibatches
     common.check_divides("--micro-batches", options.micro_batches, "the size of a mini-batch,", rows)
-    if not options.reward_model:
-        common.check_rewards(options.prompts, " or --reward-model")
     if options.reward_model and options.prompts.rewards:
         raise UserError("--reward-model excludes --rewards: name the reward model in --rewards to mix them")
     if options.ensemble != "mean" and len(options.reward_model) < 2:
@@ -241,18 +243,23 @@ def make_config(options: Options) -> ppo.Config:
     )
 
 
-def run(options: Options) -> None:
+def run(options: Options, given: Given = NOTHING) -> Trained:
     """Trains, and leaves a run folder."""
     options = defaults.fill_published(options, "ppo")
     check(options)
+    if not options.reward_model:
+        common.check_rewards(inputs.rewards_of(options.prompts, given), " or --reward-model")
     seed, config = options.run.seed, make_config(options)
-    model = load_policy(Path(options.model))
-    prompts = inputs.load_prompts(options.prompts, model, options.prompts.rewards[:1], seed)
+    model = policy_of(options.model, given)
+    looked_at = options.prompts.eval_reward or next(iter(options.reward_model), "")
+    evaluated = dataclasses.replace(options.prompts, eval_reward=looked_at)
+    prompts = inputs.load_prompts(evaluated, model, seed, given)
     sampler = BatchSampler(len(prompts), options.batch_size, seed)
     rewards = options.reward_model or options.prompts.rewards
     common.announce(options.run, model, f"{len(prompts):,} prompts, rewards from {', '.join(rewards)}")
     steps = options.run.steps * options.num_ppo_epochs * options.num_minibatches
-    parts = adapting.take_apart(options.adapter, model, seed=seed, steps=steps)
+    brought = given.policy is not None
+    parts = adapting.take_apart(options.adapter, model, seed=seed, steps=steps, brought=brought)
     reward = reward_on_base(options, model, parts)
     value_key, state_key = jax.random.split(jax.random.key(seed))
     params, frozen = initial_params(options, model, parts, reward, value_key)
@@ -284,7 +291,7 @@ def run(options: Options) -> None:
     rollout_key = jax.random.key(seed + 1)
     meter = options.run.meter(update_flops(options, model, prompts.length))
 
-    reward_fn = make_rollout_reward(options, model.tokenizer) if reward is None else None
+    reward_fn = make_rollout_reward(options, model.tokenizer, given) if reward is None else None
     score_reward = jax.jit(model.make_shared_reward_fn())
 
     def step(state: ppo.State, number: int):
@@ -311,19 +318,20 @@ def run(options: Options) -> None:
         return evaluate(models.on_base(whole, "policy"), models.reference_of(whole, parts.original)).metrics()
 
     before = prompts.answer(model.params)
-    common.start(options, options.run, "ppo", model, "actor_critic", parts.adaptation)
-    state = run_loop(
+    state = train(
+        options,
+        given,
         state,
         step,
-        options.run.loop(),
         stage="ppo",
-        folder=options.run.out,
-        resume=options.run.resume,
-        run_config=common.to_json(options),
-        loggers=common.loggers(options, "ppo"),
-        data_fingerprint=prompts.fingerprint(),
-        eval_fn=evaluate and (lambda state, _: measured(state, evaluate)),
+        policy=model,
         meter=meter,
+        data_fingerprint=prompts.fingerprint(),
+        kind="actor_critic",
+        adaptation=parts.adaptation,
+        evaluate=evaluate and (lambda state, _: measured(state, evaluate)),
     )
     after = prompts.answer(models.on_base(state.learner.all_params, "policy"))
     common.finish(options.run, inputs.before_and_after("ppo", before, after))
+    policy = models.on_base(state.learner.all_params, "policy")
+    return trained(options.run, model, policy, state, options.adapter.kind)

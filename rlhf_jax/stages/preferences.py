@@ -115,7 +115,7 @@ def check(options: Options) -> None:
         raise UserError("--judge-model and --constitution go together: a judge is asked by principles")
     judged = options.judge or options.judge_model
     if options.model and not judged:
-        common.check_rewards(options.prompts, ", --judge or --judge-model")
+        common.check_rewards(options.prompts.rewards, ", --judge or --judge-model")
     if judged and options.prompts.rewards:
         raise UserError("--judge and --judge-model exclude --rewards: give one of them")
     held = options.out / "config.json"
@@ -196,7 +196,7 @@ def _nothing(prompt: PromptExample) -> Pair:
 
 def sampled(options: Options, model: Policy) -> list[Pair]:
     """Pairs of all prompts, judged now or before."""
-    prompts = inputs.load_prompts(options.prompts, model, options.prompts.rewards[:1], options.seed).train
+    prompts = inputs.load_prompts(options.prompts, model, options.seed).train
     size, pair_fn = options.samples_per_prompt, make_pair_fn(options, model)
     generate = inputs.make_sampler(
         options.engine,

@@ -91,7 +91,7 @@ class Options:
 def check(options: Options) -> None:
     """Raises: UserError where the options do not fit each other."""
     common.check(options, options.run, options.method)
-    common.check_rewards(options.prompts)
+    common.check_rewards(options.prompts.rewards)
     common.check_divides("--batch-size", options.batch_size, "--prompts-per-round", options.prompts_per_round)
     if options.method == "dpo" and options.samples_per_prompt < 2:
         raise UserError("--method dpo compares answers to one prompt: give --samples-per-prompt 2 or more")
@@ -264,7 +264,7 @@ def run(options: Options) -> None:
     options = defaults.fill_published(options, "dpo" if options.method == "dpo" else "sft")
     check(options)
     model = load_policy(Path(options.model))
-    prompts = inputs.load_prompts(options.prompts, model, options.prompts.rewards[:1], options.run.seed)
+    prompts = inputs.load_prompts(options.prompts, model, options.run.seed)
     BatchSampler(len(prompts), options.prompts_per_round, options.run.seed)  # refuses more than there are
     common.announce(options.run, model, f"{len(prompts):,} prompts, {options.rounds} rounds")
     before = prompts.answer(model.params)
