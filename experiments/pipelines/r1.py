@@ -219,11 +219,11 @@ def stage_runs(options: Options, folder: Path, seed: int) -> dict[str, Callable[
             method="expert_iteration",
             rounds=1,
             prompts_per_round=options.chosen_prompts,
-            at_least=BEST,
+            reward_threshold=BEST,
             batch_size=options.batch_size,
             learning_rate=1e-3,
             **pipeline_stages.ROUNDS,
-            beside=data["general"],
+            extra_data=data["general"],
         )
         return lambda: rounds.run(common.brief(chosen))
 

@@ -59,16 +59,16 @@ class Auxiliary:
     """Weights of what is learned beside the next token, where the score function tells of it.
 
     Attributes:
-      further_coef: weight of the loss on further tokens; DeepSeek-V3 began with 0.3 and ended with 0.1.
-      balance_coef: weight of the load-balance loss.
-      z_coef: weight of the routers' z-loss.
-      bias_rate: by how much the biases of routers move in a step.
+      mtp_loss_coef: weight of the loss on further tokens; DeepSeek-V3 began with 0.3 and ended with 0.1.
+      router_aux_loss_coef: weight of the load-balance loss.
+      router_z_loss_coef: weight of the routers' z-loss.
+      router_bias_update_rate: by how much the biases of routers move in a step.
     """
 
-    further_coef: Scalar = 0.3
-    balance_coef: Scalar = 0.01
-    z_coef: Scalar = 0.001
-    bias_rate: Scalar = 0.001
+    mtp_loss_coef: Scalar = 0.3
+    router_aux_loss_coef: Scalar = 0.01
+    router_z_loss_coef: Scalar = 0.001
+    router_bias_update_rate: Scalar = 0.001
 
 
 @pytree_dataclass
@@ -141,7 +141,10 @@ def make_update(
                 return loss, (metrics, None)
             balance, z = load_balance_loss(score.routing, whole), router_z_loss(score.routing, whole)
             metrics |= jax.lax.stop_gradient({"balance_loss": balance, "router_z_loss": z})
-            return loss + weights.balance_coef * balance + weights.z_coef * z, (metrics, score.routing)
+            return loss + weights.router_aux_loss_coef * balance + weights.router_z_loss_coef * z, (
+                metrics,
+                score.routing,
+            )
 
         gradients, loss, (metrics, routing) = accumulate_gradients(
             loss_fn, state.learner, (batch, sources), micro_batches=config.micro_batches
@@ -152,7 +155,7 @@ def make_update(
         if routed:
             metrics["load_violation"] = load_violation(routing)
             if rebalance_fn is not None:
-                moved = rebalance_fn(learner.params, routing, weights.bias_rate)
+                moved = rebalance_fn(learner.params, routing, weights.router_bias_update_rate)
                 applied = learner.steps > state.learner.steps
                 learner = dataclasses.replace(learner, params=tree_where(applied, moved, learner.params))
         return dataclasses.replace(state, learner=learner), {**metrics, **guard, "tokens": batch.mask.sum()}
@@ -188,4 +191,4 @@ def _token_losses(
     further, more = further_token_loss(
         score.further_logp, masks, reduce=config.reduce, denominators=[*map(config.reduce.total, all_masks)]
     )
-    return loss + weights.further_coef * further, {**metrics, **more}
+    return loss + weights.mtp_loss_coef * further, {**metrics, **more}

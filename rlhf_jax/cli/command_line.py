@@ -120,9 +120,9 @@ def on_mesh(options: RunOptions) -> Iterator[None]:
     Raises:
       UserError: the mesh or the hosts are not understood, or not there.
     """
-    hosts = distributed.HostOptions(options.hosts, options.start_timeout, options.lost_timeout)
+    hosts = distributed.HostOptions(options.hosts, options.init_timeout, options.heartbeat_timeout)
     distributed.start_hosts(hosts)
-    rules = GATHERED_SAMPLING if options.gather_params else {}
+    rules = GATHERED_SAMPLING if options.all_gather_params else {}
     with jax.set_mesh(distributed.make_mesh(options.mesh)), axis_rules(rules):
         yield
 

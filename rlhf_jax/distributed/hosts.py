@@ -20,13 +20,13 @@ class HostOptions:
     Attributes:
       hosts: empty for this process alone; `auto` for what Cloud TPU, SLURM, Open MPI or Kubernetes say;
         `HOST:PORT,COUNT,INDEX` elsewhere: the first process's address, how many there are, which one this is.
-      start_timeout: seconds until all must have come.
-      lost_timeout: seconds of silence after which a process counts as lost, and the others end.
+      init_timeout: seconds until all must have come.
+      heartbeat_timeout: seconds of silence after which a process counts as lost, and the others end.
     """
 
     hosts: str = ""
-    start_timeout: int = 300
-    lost_timeout: int = 60
+    init_timeout: int = 300
+    heartbeat_timeout: int = 60
 
 
 def start_hosts(options: HostOptions) -> None:
@@ -37,7 +37,7 @@ def start_hosts(options: HostOptions) -> None:
     """
     if not options.hosts:
         return
-    for name in ("start_timeout", "lost_timeout"):
+    for name in ("init_timeout", "heartbeat_timeout"):
         if getattr(options, name) < 1:
             raise UserError(
                 f"--{name.replace('_', '-')} {getattr(options, name)} is not positive: give seconds"
@@ -50,14 +50,14 @@ def start_hosts(options: HostOptions) -> None:
             address,
             count,
             index,
-            initialization_timeout=options.start_timeout,
-            heartbeat_timeout_seconds=options.lost_timeout,
+            initialization_timeout=options.init_timeout,
+            heartbeat_timeout_seconds=options.heartbeat_timeout,
         )
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"--hosts {options.hosts}: the processes did not find each other ({reason}): start all of them "
-            f"within {options.start_timeout} s of each other and check address, port and count; {_EXAMPLE}"
+            f"within {options.init_timeout} s of each other and check address, port and count; {_EXAMPLE}"
         ) from error
 
 

@@ -21,7 +21,7 @@ State = TypeVar("State")
 Kind = Literal[
     "none", "lora", "rslora", "dora", "pissa", "adalora", "prefix", "prompt", "bottleneck", "partial"
 ]
-LOW_RANK = ("rank", "alpha", "targets", "quantise")
+LOW_RANK = ("rank", "alpha", "targets", "quantize")
 OPTIONS_OF = {
     "none": ("keep_zeros",),
     "lora": LOW_RANK,
@@ -29,9 +29,9 @@ OPTIONS_OF = {
     "dora": LOW_RANK,
     "pissa": LOW_RANK,
     "adalora": LOW_RANK,
-    "prefix": ("length", "quantise"),
-    "prompt": ("length", "quantise"),
-    "bottleneck": ("width", "targets", "quantise"),
+    "prefix": ("length", "quantize"),
+    "prompt": ("length", "quantize"),
+    "bottleneck": ("width", "targets", "quantize"),
     "partial": ("train", "keep_zeros"),
 }
 
@@ -51,7 +51,7 @@ class AdapterOptions:
         (layer_1/.*|final_norm.*).
       length: of a prefix or prompt, in tokens.
       width: of a bottleneck.
-      quantise: keep the frozen kernels in few bits (QLoRA is lora with nf4).
+      quantize: keep the frozen kernels in few bits (QLoRA is lora with nf4).
       keep_zeros: weights of linear layers that are zero in --model stay zero: fine-tuning of a pruned policy.
     """
 
@@ -62,7 +62,7 @@ class AdapterOptions:
     train: str = ""
     length: int = 16
     width: int = 16
-    quantise: Literal["none", "int8", "int4", "nf4", "fp8"] = "none"
+    quantize: Literal["none", "int8", "int4", "nf4", "fp8"] = "none"
     keep_zeros: bool = False
 
     @property
@@ -203,7 +203,7 @@ def take_apart(
         raise UserError(
             f"--adapter.kind {options.kind} needs a model to adapt, and this one is new: give one by --model"
         )
-    quantisation = None if options.quantise == "none" else adapters.Quantisation(options.quantise)
+    quantisation = None if options.quantize == "none" else adapters.Quantisation(options.quantize)
     adaptation = Adaptation(adapter, model.source, quantisation)
     trained, frozen = adaptation.adapted(model.params, jax.random.key(seed))
     if not trained:

@@ -63,7 +63,7 @@ class Options:
     """
 
     run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(
-        Path("runs/alphazero"), steps=120, save_every=20, keep=100
+        Path("runs/alphazero"), steps=120, save_every=20, max_to_keep=100
     )
     game: str = "tic-tac-toe"
     games: int = 128
@@ -271,10 +271,10 @@ def run(options: Options) -> None:
     common.check(options, options.run, "alphazero")
     if min(options.simulations, options.play_simulations, options.games, options.openings) < 1:
         raise UserError("--simulations, --play-simulations, --games and --openings are 1 or more: raise them")
-    if -(-options.run.steps // options.run.save_every) > options.run.keep:
+    if -(-options.run.steps // options.run.save_every) > options.run.max_to_keep:
         raise UserError(
-            f"--keep {options.run.keep} would remove checkpoints that the Elo curve needs: raise it, or "
-            "--save-every"
+            f"--max-to-keep {options.run.max_to_keep} would remove checkpoints that the Elo curve needs: "
+            "raise it, or --save-every"
         )
     game = find_game(options.game)
     config = make_config(options, game)

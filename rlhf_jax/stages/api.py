@@ -54,7 +54,7 @@ def lora(rank: int = 8, alpha: float = 16.0, *, targets: str = "", kind: str = "
       alpha: their product is multiplied with alpha / rank.
       targets: which linear layers, a regular expression for their whole path; empty for all.
       kind: lora, rslora, dora, pissa or adalora.
-      more: other options of `--adapter`, such as `quantise="nf4"`.
+      more: other options of `--adapter`, such as `quantize="nf4"`.
     """
     return AdapterOptions(kind=kind, rank=rank, alpha=alpha, targets=targets, **more)  # type: ignore[arg-type]
 

@@ -52,17 +52,17 @@ class RunOptions:
       steps: steps in all.
       save_every: steps between checkpoints.
       eval_every: steps between evaluations on the held-out data; 0 for one at the end.
-      keep: newest checkpoints that are kept.
+      max_to_keep: newest checkpoints that are kept.
       quiet: show no progress.
       report: write report.html at the end.
       mesh: how to use several devices: data=2,fsdp=4, further axes tensor, expert, sequence; auto for fsdp
         over all; empty for one device. A run may be resumed on another mesh.
-      gather_params: for sampling, make parameters whole along fsdp once a batch of answers, in the compute
-        dtype, instead of at every token: many times faster where they fit (`rlhf plan` says whether).
+      all_gather_params: for sampling, make parameters whole along fsdp once a batch of answers, in the
+        compute dtype, instead of at every token: many times faster where they fit (`rlhf plan` says whether).
       hosts: how several processes find each other: auto on Cloud TPU, SLURM and Open MPI,
         HOST:PORT,COUNT,INDEX elsewhere; empty for this process alone.
-      start_timeout: seconds until all processes must have come.
-      lost_timeout: seconds of silence after which a process counts as lost, and the others end.
+      init_timeout: seconds until all processes must have come.
+      heartbeat_timeout: seconds of silence after which a process counts as lost, and the others end.
       profile: steps to record for a profiler, into the folder profile of the run (XProf, Perfetto).
       peak_tflops: bfloat16 TFLOP/s of all devices together, for MFU where the device is not known; 0 for
         what is known of it.
@@ -75,14 +75,14 @@ class RunOptions:
     steps: int = 200
     save_every: int = 100
     eval_every: int = 0
-    keep: int = 2
+    max_to_keep: int = 2
     quiet: bool = False
     report: bool = True
     mesh: str = ""
-    gather_params: bool = False
+    all_gather_params: bool = False
     hosts: str = ""
-    start_timeout: int = 300
-    lost_timeout: int = 60
+    init_timeout: int = 300
+    heartbeat_timeout: int = 60
     profile: int = 0
     peak_tflops: float = 0.0
     log: tuple[str, ...] = ("tensorboard",)
@@ -90,7 +90,7 @@ class RunOptions:
     def loop(self, thresholds: Thresholds = Thresholds()) -> LoopConfig:
         """The part of it that the training loop knows."""
         every, watch = (self.save_every, self.eval_every), {"profile": self.profile, "thresholds": thresholds}
-        return LoopConfig(self.steps, *every, self.keep, quiet=self.quiet, **watch)
+        return LoopConfig(self.steps, *every, self.max_to_keep, quiet=self.quiet, **watch)
 
     def meter(self, update_flops: float = 0.0) -> Meter:
         """What a step's parts are timed with.
@@ -115,7 +115,7 @@ class ArchOptions:
       experts: above 0, feed-forwards are mixtures of so many experts of the hidden width.
       experts_per_token: how many of them each token goes through.
       router: softmax, balanced by a loss, or sigmoid, whose biases balance the load without one.
-      further: modules that foresee tokens beyond the next one (rlhf_jax/stages/pretrain.py trains them).
+      mtp_depth: modules of multi-token prediction, each of which foresees one token more.
       tied: use the input embedding as output matrix.
       scan_layers: run the blocks as one scan: compile time independent of depth.
       remat: what the backward pass computes again, to save memory.
@@ -132,7 +132,7 @@ class ArchOptions:
     experts: int = 0
     experts_per_token: int = 2
     router: Literal["softmax", "sigmoid"] = "softmax"
-    further: int = 0
+    mtp_depth: int = 0
     tied: bool = True
     scan_layers: bool = False
     remat: models.Remat = "none"
@@ -156,9 +156,9 @@ class ArchOptions:
             "compute_dtype": self.compute_dtype,
         }
         if self.kind != "transformer":
-            if self.experts or self.further:
+            if self.experts or self.mtp_depth:
                 raise UserError(
-                    f"--arch.experts and --arch.further mean nothing to --arch.kind {self.kind}: "
+                    f"--arch.experts and --arch.mtp-depth mean nothing to --arch.kind {self.kind}: "
                     "leave them out"
                 )
             return models.recurrent_config(cell=self.kind, **shape)
@@ -168,7 +168,7 @@ class ArchOptions:
             num_heads=self.heads,
             num_kv_heads=self.kv_heads,
             hidden_dim=self.hidden or None,
-            further_depth=self.further,
+            further_depth=self.mtp_depth,
             **shape,
         )
         if not self.experts:
@@ -185,16 +185,16 @@ class AuxiliaryOptions:
     """What is learned beside the next token, by models that have parts for it.
 
     Attributes:
-      further_coef: weight of the loss on further tokens (--arch.further).
-      balance_coef: weight of the load-balance loss (--arch.experts).
-      z_coef: weight of the z-loss of routers.
-      bias_rate: by how much the biases of sigmoid routers move in a step.
+      mtp_loss_coef: weight of the loss of multi-token prediction (--arch.mtp-depth).
+      router_aux_loss_coef: weight of the load-balance loss (--arch.experts).
+      router_z_loss_coef: weight of the z-loss of routers.
+      router_bias_update_rate: by how much the biases of sigmoid routers move in a step.
     """
 
-    further_coef: float = 0.3
-    balance_coef: float = 0.01
-    z_coef: float = 0.001
-    bias_rate: float = 0.001
+    mtp_loss_coef: float = 0.3
+    router_aux_loss_coef: float = 0.01
+    router_z_loss_coef: float = 0.001
+    router_bias_update_rate: float = 0.001
 
     def hyper(self, learning_rate: float) -> sft.Hyper:
         """The settings of an update."""
@@ -337,17 +337,18 @@ def local_indices(sampler: Batches, step: int, repeat: int = 1) -> np.ndarray:
 
 WITHOUT_PREFIX = ("run", "pairs", "prompts", "task")
 _POSITIVE = """
-    --steps --keep --batch-size --micro-batches --minibatches --num-minibatches --group-size --epochs
+    --steps --max-to-keep --batch-size --micro-batches --minibatches --num-minibatches --group-size --epochs
     --num-iterations --num-ppo-epochs --temperature
     --max-new-tokens --demonstrations --pair-count --prompt-count --eval-count --optimizer.clip-norm
-    --arch.width --arch.layers --arch.heads --arch.kv-heads --length
+    --arch.width --arch.layers --arch.heads --arch.kv-heads --max-seq-length
     --rounds --prompts-per-round --samples-per-prompt
 """.split()  # noqa: SIM905 (a list of literals would fill the screen)
 # They change how a run is watched, or how long it is, and nothing of what it computes until then.
 _MAY_DIFFER = """
-    --out --resume --steps --save-every --eval-every --keep --quiet --report --micro-batches
-    --eval-data --eval-reward --eval-count --samples --mesh --gather-params --hosts
-    --start-timeout --lost-timeout --profile --peak-tflops --log --engine --prompts --sample-tokens --against
+    --out --resume --steps --save-every --eval-every --max-to-keep --quiet --report --micro-batches
+    --eval-data --eval-reward --eval-count --samples --mesh --all-gather-params --hosts
+    --init-timeout --heartbeat-timeout --profile --peak-tflops --log --engine --prompts --sample-tokens
+    --against
 """.split()  # noqa: SIM905
 
 

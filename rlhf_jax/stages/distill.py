@@ -2,11 +2,11 @@
 
     rlhf distill --out runs/soft --model runs/small --teacher runs/large
     rlhf distill --out runs/gkd --model runs/small --teacher runs/large --loss js \\
-        --student-share 1
+        --lmbda 1
     rlhf distill --out runs/texts --model runs/small --teacher runs/large --loss sequence
 
 Soft labels on the teacher's answers (`forward_kl`), on-policy distillation on the student's (GKD,
-`--student-share 1`), a mixture of the two, or the teacher's answers alone (`sequence`), worked steps
+`--lmbda 1`), a mixture of the two, or the teacher's answers alone (`sequence`), worked steps
 included. Without --model the student is a new model (--arch.width ...) with the tokenizer of the teacher.
 Rows hold `prompt`, `question` or `messages`. `forward_kl`, `reverse_kl` and `js` hold the log-probs of the
 whole vocabulary at every token.
@@ -60,7 +60,7 @@ class Options:
       prompts: which prompts; what answers are worth is only looked at.
       loss: forward_kl, reverse_kl or js over the vocabulary; sequence (imitates the teacher's answers),
         sampled_reverse_kl or sequence_reverse_kl (MiniLLM) on the tokens that were sampled.
-      student_share: share of steps in which the student writes the answers (GKD's lambda); None for what
+      lmbda: share of steps in which the student writes the answers (GKD's lambda); None for what
         the loss needs, and 0 where either may write.
       batch_size: prompts a step, one answer to each.
       micro_batches: parts in which a batch is computed, to save memory.
@@ -75,7 +75,7 @@ class Options:
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
     optimizer: OptimizerConfig = defaults.COSINE
     loss: Loss = "forward_kl"
-    student_share: float | None = None
+    lmbda: float | None = None
     batch_size: int = 64
     micro_batches: int = 1
     learning_rate: float | None = None
@@ -89,14 +89,12 @@ def check(options: Options) -> float:
     """
     common.check(options, options.run, "distill")
     common.check_divides("--micro-batches", options.micro_batches, "--batch-size", options.batch_size)
-    needed, given = STUDENT_SHARE.get(options.loss), options.student_share
+    needed, given = STUDENT_SHARE.get(options.loss), options.lmbda
     if given is not None and not 0 <= given <= 1:
-        raise UserError(f"--student-share {given} is no share: give a number from 0 to 1")
+        raise UserError(f"--lmbda {given} is no share: give a number from 0 to 1")
     if needed is not None and given not in (None, needed):
         writer = "student" if needed else "teacher"
-        raise UserError(
-            f"--loss {options.loss} needs answers of the {writer}: give --student-share {needed:g}"
-        )
+        raise UserError(f"--loss {options.loss} needs answers of the {writer}: give --lmbda {needed:g}")
     return given if given is not None else needed or 0.0
 
 

@@ -73,7 +73,7 @@ class Options:
       temperature: of sampling; the scorer uses the same.
       engine: what writes the answers: local (this process), or the server vllm:URL, sglang:URL or openai:URL,
         with #NAME behind it where it does not call the model default. openai servers keep their weights.
-      slots: answers on their way at a time, each of which makes room for the next; 0 for all at once, which
+      max_num_seqs: answers on their way at a time, each of which makes room for the next; 0 for all at once, which
         reads each prompt once for its whole group.
       one_step_off_policy: answers are sampled from the policy of one step before, as by a sampler beside the
         trainer (asynchronous rollouts).
@@ -103,7 +103,7 @@ class Options:
     learning_rate: float | None = None
     temperature: float = 1.0
     engine: str = "local"
-    slots: int = 0
+    max_num_seqs: int = 0
     one_step_off_policy: bool = False
     importance_sampling_correction: Literal["none", "tis", "mis"] | None = None
     dynamic_sampling_max_rounds: int | None = None
@@ -122,8 +122,8 @@ def check(options: Options) -> None:
     common.check_divides(
         "--micro-batches", options.micro_batches, "the size of a mini-batch,", rows // options.num_minibatches
     )
-    if options.slots < 0:
-        raise UserError(f"--slots {options.slots} is below 0: give 0 for all at once")
+    if options.max_num_seqs < 0:
+        raise UserError(f"--max-num-seqs {options.max_num_seqs} is below 0: give 0 for all at once")
     rounds = options.dynamic_sampling_max_rounds
     if rounds is not None and rounds < 1:
         raise UserError(f"--dynamic-sampling-max-rounds {rounds} is not positive: give a number above 0")
@@ -189,7 +189,7 @@ def make_draw_fn(
         group_size=options.group_size,
         engine=options.engine,
         folder=options.run.out,
-        slots=options.slots,
+        max_num_seqs=options.max_num_seqs,
         temperature=options.temperature,
         seed=options.run.seed,
         meter=meter,

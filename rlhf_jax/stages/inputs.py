@@ -284,7 +284,7 @@ def make_sampler(
     max_new_tokens: int,
     folder: Path,
     group_size: int = 1,
-    slots: int = 0,
+    max_num_seqs: int = 0,
     sampling: Sampling = Sampling(),
 ) -> GenerateFn:
     """What answers prompts: our own sampler, or the server that --engine names.
@@ -292,7 +292,7 @@ def make_sampler(
     Args:
       engine: local, vllm:URL, sglang:URL or openai:URL.
       folder: the run folder, in which weights for a server are written.
-      slots: answers on their way at a time, of the own sampler; 0 for all.
+      max_num_seqs: answers on their way at a time, of the own sampler; 0 for all.
     """
     shared: dict[str, Any] = {
         "prompt_length": prompt_length,
@@ -301,9 +301,9 @@ def make_sampler(
         "sampling": sampling,
     }
     if parse_engine(engine)[0] == "local":
-        return make_generate_fn(model, slots=slots or None, **shared)
-    if slots:
-        raise UserError(f"--slots is for --engine local: the server of {engine} has its own way")
+        return make_generate_fn(model, slots=max_num_seqs or None, **shared)
+    if max_num_seqs:
+        raise UserError(f"--max-num-seqs is for --engine local: the server of {engine} has its own way")
     logprob_fn = model.make_logprob_fn()
 
     def write(path: Path, params: Params) -> None:
@@ -324,7 +324,7 @@ def make_answer_fn(
     seed: int,
     engine: str = "local",
     folder: Path = Path(),
-    slots: int = 0,
+    max_num_seqs: int = 0,
     temperature: float = 1.0,
     meter: Meter | None = None,
     given: Given = NOTHING,
@@ -334,7 +334,7 @@ def make_answer_fn(
     Args:
       batch_size: prompts in a draw.
       group_size: answers to each.
-      engine: what writes them, and `folder`, `slots`: see `make_sampler`.
+      engine: what writes them, and `folder`, `max_num_seqs`: see `make_sampler`.
       meter: takes the time of answers and rewards.
     """
     meter = meter or Meter()
@@ -348,7 +348,7 @@ def make_answer_fn(
         max_new_tokens=options.max_new_tokens,
         folder=folder,
         group_size=group_size,
-        slots=slots,
+        max_num_seqs=max_num_seqs,
         sampling=Sampling(temperature=temperature),
     )
     key = jax.random.key(seed + 1)

@@ -68,7 +68,7 @@ class Options:
         with #NAME behind it where it does not call the model default. openai servers keep their weights.
       beta: strength of the KL constraint, per nat; None for the published 0.1.
       alpha: weight of the optimism of xpo.
-      mixing: share of the reference in the opponent of nash_md.
+      mixture_coef: share of the reference in the opponent of nash_md.
       noise: difference of rewards at which one answer is preferred with probability 73 %; only nash_md minds
         by how much.
     """
@@ -88,11 +88,11 @@ class Options:
     engine: str = "local"
     beta: float | None = None
     alpha: float = 1e-3
-    mixing: float = 0.125
+    mixture_coef: float = 0.125
     noise: float = 0.25
 
 
-METHOD_OF = {"loss": "dpo", "alpha": "xpo", "mixing": "nash_md", "noise": "nash_md"}
+METHOD_OF = {"loss": "dpo", "alpha": "xpo", "mixture_coef": "nash_md", "noise": "nash_md"}
 
 
 def check(options: Options) -> None:
@@ -104,7 +104,9 @@ def check(options: Options) -> None:
     unset = {field.name: field.default for field in dataclasses.fields(Options)}
     for name, method in METHOD_OF.items():
         if getattr(options, name) != unset[name] and options.method != method:
-            raise UserError(f"--{name} means nothing to --method {options.method}: leave it out")
+            raise UserError(
+                f"--{name.replace('_', '-')} means nothing to --method {options.method}: leave it out"
+            )
     if not options.noise > 0:
         raise UserError(f"--noise {options.noise} is not positive: give a number above 0")
     if options.judge and options.prompts.rewards:
@@ -127,7 +129,7 @@ def make_write_fn(
     generate = inputs.make_sampler(options.engine, model, folder=options.run.out, **shared)
     generate_other = generate
     if options.method == "nash_md":  # a server knows no mixture of two models
-        fns = nash_md.mixture_fns(model.prefill, model.decode, mixing=options.mixing)
+        fns = nash_md.mixture_fns(model.prefill, model.decode, mixing=options.mixture_coef)
         generate_other = make_generate_fn(model, decode_fns=fns, **shared)
     elif options.method == "xpo" and options.engine != "local":  # weights would go to and fro
         generate_other = make_generate_fn(model, **shared)
@@ -180,7 +182,7 @@ def pair_update(options: Options, logprob_fn: LogprobFn, tx: Any) -> tuple[Calla
 
 def nash_update(options: Options, logprob_fn: LogprobFn, tx: Any) -> tuple[Callable[..., Any], Any]:
     """(init, learn) of Nash-MD."""
-    hyper = nash_md.Hyper(jnp.float32(options.learning_rate), jnp.float32(options.beta), options.mixing)
+    hyper = nash_md.Hyper(jnp.float32(options.learning_rate), jnp.float32(options.beta), options.mixture_coef)
     update = nash_md.make_update(nash_md.Config(options.micro_batches), logprob_fn, tx)
 
     def learn(state: nash_md.State, reference: Params, first: Rollout, second: Rollout, wins: Any):

@@ -52,8 +52,8 @@ class Options:
       micro_batches: parts in which a mini-batch is computed.
       minibatches: optimizer steps of GRPO and PPO in each pass over a batch.
       epochs: passes of GRPO and PPO over each batch.
-      gather_params: sample with parameters made whole along fsdp once a batch of answers, as the scripts do
-        with --gather-params.
+      all_gather_params: sample with parameters made whole along fsdp once a batch of answers, as the scripts do
+        with --all-gather-params.
       remat: what the backward pass computes again.
       param_dtype: of parameters and of the optimizer's moments.
       compute_dtype: of matrix products and activations.
@@ -73,7 +73,7 @@ class Options:
     micro_batches: int = 1
     minibatches: int = 1
     epochs: int = 1
-    gather_params: bool = False
+    all_gather_params: bool = False
     remat: models.Remat = "full"
     param_dtype: DType = "float32"
     compute_dtype: DType = "bfloat16"
@@ -303,7 +303,7 @@ def run(options: Options) -> None:
     """Compiles, and prints the plan."""
     if options.topology:  # whatever is here is not asked for
         jax.config.update("jax_platforms", "cpu")
-    with axis_rules(GATHERED_SAMPLING if options.gather_params else {}):
+    with axis_rules(GATHERED_SAMPLING if options.all_gather_params else {}):
         plan, mesh, chip = make_plan(options)
     if options.json:
         text = json.dumps(to_json(options, plan, mesh, chip), indent=2)

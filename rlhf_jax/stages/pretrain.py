@@ -1,10 +1,10 @@
 """Pre-training on plain text: next tokens, and on request middles, further tokens and longer contexts.
 
     rlhf pretrain --out runs/pretrain --data shakespeare/input.txt
-    rlhf pretrain --out runs/fill --data code.jsonl --train-tokenizer 4096 --apart \\
-        --fill.share 0.5 --arch.further 1 --optimizer.schedule wsd --decay-data textbooks.jsonl
+    rlhf pretrain --out runs/fill --data code.jsonl --train-tokenizer 4096 --intra-document-masking \\
+        --fim-rate 0.5 --arch.mtp-depth 1 --optimizer.schedule wsd --decay-data textbooks.jsonl
     rlhf pretrain --out runs/long --model runs/pretrain --data shakespeare/input.txt \\
-        --length 1024 --batch-size 4 --rope.scaling yarn --steps 50 --learning-rate 3e-4
+        --max-seq-length 1024 --batch-size 4 --rope.scaling yarn --steps 50 --learning-rate 3e-4
     rlhf sft --out runs/sft --model runs/pretrain --data my.jsonl
 
 `--data` is a .txt file, a folder of them, rows with a field `text` (JSONL, JSON, Parquet, tfds:NAME), or
@@ -47,7 +47,7 @@ class RopeOptions:
 
     Attributes:
       theta: base of the wavelengths; 0 for the model's own.
-      scaling: how they are stretched by the ratio of --length to the length that the model was made for:
+      scaling: how they are stretched by the ratio of --max-seq-length to the length that the model was made for:
         position interpolation, a larger base, or YaRN.
     """
 
@@ -60,8 +60,9 @@ class Options:
     """Options of pre-training.
 
     Attributes:
-      fill: of fill-in-the-middle: the share of pieces that are rearranged, the share of these with the
-        suffix first, and the tokens of a piece (0: whole documents).
+      fim_rate: share of the pieces that are rearranged to fill in the middle (FIM).
+      fim_spm_rate: share of these in which the suffix stands first.
+      fim_chunk: tokens of a piece; 0 for whole documents.
       data: plain text: a path, tfds:NAME[:SPLIT], or arithmetic:LEVEL.
       eval_data: held-out text; empty for the last --eval-share of the data.
       eval_share: share of the data that is held out where there is no --eval-data.
@@ -73,8 +74,8 @@ class Options:
       tokenizer: folder or tokenizer.json; empty for bytes.
       train_tokenizer: learn a byte-level BPE vocabulary of this size from the data; 0 for none.
       model: run folder of a stage to start from; empty for a new model.
-      length: tokens a row.
-      apart: keep documents in a row apart: attention and positions begin anew with each.
+      max_seq_length: tokens a row.
+      intra_document_masking: keep documents in a row apart: attention and positions begin anew with each.
       batch_size: rows a step.
       micro_batches: parts in which a batch is computed, to save memory.
       learning_rate: at its peak; None for the published one (3e-4).
@@ -88,9 +89,11 @@ class Options:
     )
     arch: common.ArchOptions = common.ArchOptions()
     optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", end_lr_ratio=0.1)
-    fill: FillInTheMiddle = FillInTheMiddle(share=0.0)
+    fim_rate: float = 0.0
+    fim_spm_rate: float = 0.5
+    fim_chunk: int = 0
     rope: RopeOptions = RopeOptions()
-    auxiliary: common.AuxiliaryOptions = common.AuxiliaryOptions()
+    aux: common.AuxiliaryOptions = common.AuxiliaryOptions()
     data: str
     eval_data: str = ""
     eval_share: float = 0.1
@@ -101,8 +104,8 @@ class Options:
     tokenizer: str = ""
     train_tokenizer: int = 0
     model: str = ""
-    length: int = 256
-    apart: bool = False
+    max_seq_length: int = 256
+    intra_document_masking: bool = False
     batch_size: int = 16
     micro_batches: int = 1
     learning_rate: float | None = None
@@ -116,8 +119,8 @@ def check(options: Options) -> None:
     common.check(options, options.run, "pretrain")
     common.check_divides("--micro-batches", options.micro_batches, "--batch-size", options.batch_size)
     shares = {
-        "--fill.share": options.fill.share,
-        "--fill.spm-share": options.fill.spm_share,
+        "--fim-rate": options.fim_rate,
+        "--fim-spm-rate": options.fim_spm_rate,
         "--eval-share": options.eval_share,
         "--decay-data-share": options.decay_data_share,
     }
@@ -167,17 +170,19 @@ def choose_tokenizer(options: Options, documents: list[Document]) -> str | Token
 def starting_model(options: Options, documents: list[Document]) -> Policy:
     """A new model, or that of `--model` with its rotations changed, told the length of its rows."""
     chosen = choose_tokenizer(options, documents)
-    if options.fill.share and not options.model:
+    if options.fim_rate and not options.model:
         chosen = common.find_tokenizer(chosen, options.data).with_special(texts.FILL_MARKS)
     model = common.starting_model(options.model, chosen, options.data, options.arch, options.run.seed)
     lacking = [mark for mark in texts.FILL_MARKS if mark not in model.tokenizer.special_tokens]
-    if options.fill.share and lacking:
+    if options.fim_rate and lacking:
         raise UserError(
-            f"--model {options.model}: its tokenizer has no {lacking[0]}: leave --fill.share out, or start "
+            f"--model {options.model}: its tokenizer has no {lacking[0]}: leave --fim-rate out, or start "
             "from a run that was trained with it"
         )
     config = models.map_rope(model.config, lambda rope, width: _stretched(options, model.config, rope, width))
-    config = dataclasses.replace(config, context_length=max(options.length, config.context_length or 0))
+    config = dataclasses.replace(
+        config, context_length=max(options.max_seq_length, config.context_length or 0)
+    )
     return models.make_policy(config, model.params, model.tokenizer, source=model.source)
 
 
@@ -186,12 +191,12 @@ def _stretched(options: Options, config: models.ModelConfig, rope: Rope, width: 
     if kind == "none":
         return dataclasses.replace(rope, theta=theta)
     original = config.context_length
-    if not original or original >= options.length:
+    if not original or original >= options.max_seq_length:
         raise UserError(
-            f"--rope.scaling {kind} stretches a context of {original or 'unknown'} tokens to --length "
-            f"{options.length}: give a longer one, or --rope.scaling none"
+            f"--rope.scaling {kind} stretches a context of {original or 'unknown'} tokens to --max-seq-length "
+            f"{options.max_seq_length}: give a longer one, or --rope.scaling none"
         )
-    factor = options.length / original
+    factor = options.max_seq_length / original
     match kind:
         case "linear":
             return dataclasses.replace(rope, theta=theta, scaling=LinearScaling(factor))
@@ -211,9 +216,10 @@ class Batches:
         sizes, sources = [options.batch_size], [documents]
         if options.decay_data:
             sizes, sources = [options.batch_size, mixed], [documents, read(options, options.decay_data)]
+        fill = FillInTheMiddle(options.fim_rate, options.fim_spm_rate, options.fim_chunk)
         for number, (size, source) in enumerate(zip(sizes, sources, strict=True)):
-            runs = texts.token_runs(source, tokenizer, options.fill, jax.random.fold_in(key, number))
-            rows = texts.full_rows(runs, options.length, apart=options.apart)
+            runs = texts.token_runs(source, tokenizer, fill, jax.random.fold_in(key, number))
+            rows = texts.full_rows(runs, options.max_seq_length, apart=options.intra_document_masking)
             self.rows.append(rows)
             if size:
                 self._samplers.append(BatchSampler(len(rows.tokens), size, options.run.seed))
@@ -238,7 +244,11 @@ def make_evaluate_fn(
     options: Options, model: Policy, logprob_fn: LogprobFn, held_out: list[Document]
 ) -> Callable[[Params], dict[str, float]]:
     """Loss in nats a token and bits a byte of held-out text, as it stands, without middles moved."""
-    rows = texts.full_rows(texts.token_runs(held_out, model.tokenizer), options.length, apart=options.apart)
+    rows = texts.full_rows(
+        texts.token_runs(held_out, model.tokenizer),
+        options.max_seq_length,
+        apart=options.intra_document_masking,
+    )
     rows = jax.tree.map(lambda x: x[: options.eval_rows], rows)
     size, total = options.batch_size, int(rows.mask.sum())
     shown = rows.tokens[rows.mask].tolist()
@@ -266,7 +276,7 @@ def make_sample_fn(
     tokenizer, start = model.tokenizer, texts.start_id(model.tokenizer)
     given = [held_out[0].text[: min(64, len(held_out[0].text) // 2 + 1)], *options.prompts]
     prompts = [PromptExample(np.array([start, *tokenizer.encode(t)], np.int32), t, {}, t) for t in given]
-    if options.fill.share:
+    if options.fim_rate:
         text = held_out[0].text[:256]
         cuts = (len(text) // 3, 2 * len(text) // 3)
         ids = texts.fill_in_the_middle(tokenizer, text[: cuts[0]] + text[cuts[1] :], (cuts[0], cuts[0]))
@@ -309,7 +319,7 @@ def run(options: Options) -> None:
     common.announce(
         options.run,
         model,
-        f"{len(documents):,} documents, {tokens:,} tokens in rows of {options.length}",
+        f"{len(documents):,} documents, {tokens:,} tokens in rows of {options.max_seq_length}",
     )
     tx = make_optimizer(optimizer)
     state = distributed.born_sharded(
@@ -318,11 +328,11 @@ def run(options: Options) -> None:
     logprob_fn = model.make_logprob_fn_with_auxiliaries()
     update = sft.make_update(sft.Config(options.micro_batches), logprob_fn, tx, models.rebalance)
     update = common.jit_update(update, state)
-    hyper = options.auxiliary.hyper(options.learning_rate)
+    hyper = options.aux.hyper(options.learning_rate)
     common.start(options, options.run, "pretrain", model, "policy")
     measure = make_evaluate_fn(options, model, model.make_logprob_fn(), held_out) if held_out else None
     sample = make_sample_fn(options, model, held_out or documents) if options.sample_tokens else None
-    meter = options.run.meter(model.training_flops(rows=options.batch_size, length=options.length))
+    meter = options.run.meter(model.training_flops(rows=options.batch_size, length=options.max_seq_length))
 
     def step(state: sft.State, number: int):
         batch = meter.timed("data", lambda: distributed.shard_batch(batches.at(number)))

@@ -37,7 +37,7 @@ class Options:
       micro_batches: parts in which a batch is computed, to save memory.
       learning_rate: at its peak; None for the published one (1e-5, with an adapter 1e-4).
       margin: by how much the chosen score must lead, in units of reward.
-      centring: weight of (chosen + rejected)^2, which keeps scores near 0.
+      center_rewards_coefficient: weight of (chosen + rejected)^2, which keeps scores near 0.
     """
 
     run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(
@@ -53,7 +53,7 @@ class Options:
     micro_batches: int = 1
     learning_rate: float | None = None
     margin: float = 0.0
-    centring: float = 0.01
+    center_rewards_coefficient: float = 0.01
 
 
 def run(options: Options, given: Given = NOTHING) -> Trained:
@@ -81,7 +81,9 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     )
     adapting.say_what_trains(options.run, state.learner)
     update = common.jit_update(reward.make_update(reward.Config(options.micro_batches), reward_fn, tx), state)
-    hyper = reward.Hyper(*(jnp.float32(x) for x in (options.learning_rate, options.margin, options.centring)))
+    hyper = reward.Hyper(
+        *(jnp.float32(x) for x in (options.learning_rate, options.margin, options.center_rewards_coefficient))
+    )
     score = jax.jit(lambda params, pairs: reward.score_pairs(reward_fn, params, pairs))
 
     meter = options.run.meter(model.training_flops(rows=2 * options.batch_size, length=train.length))

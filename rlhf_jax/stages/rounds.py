@@ -2,7 +2,7 @@
 
     rlhf rounds --out runs/raft --model runs/sft
     rlhf rounds --out runs/best_of_16 --model runs/sft --rounds 1 --samples-per-prompt 16
-    rlhf rounds --out runs/star --model runs/sft --method expert_iteration --restart
+    rlhf rounds --out runs/star --model runs/sft --method expert_iteration --reinit-each-round
     rlhf rounds --out runs/iterated --model runs/sft --method dpo --rewards runs/reward_model
     rlhf rounds --out runs/student --model runs/small --writer runs/teacher --rounds 1
 
@@ -55,17 +55,17 @@ class Options:
       method: raft imitates the best answer to each prompt, expert_iteration all that are good enough, and dpo
         learns from the best and the worst as a pair, against the policy that the round starts from.
       rounds: how many.
-      restart: train each round from `model`, not from the policy of the round before.
+      reinit_each_round: train each round from `model`, not from the policy of the round before.
       prompts_per_round: different ones in the next round, as long as there are any.
       samples_per_prompt: answers to each.
-      at_least: reward of an answer that is worth imitating; None for more than the mean of its round.
+      reward_threshold: reward of an answer that is worth imitating; None for more than the mean of its round.
       batch_size: rows of a training step; prompts that are answered at a time.
       learning_rate: at its peak, in each round; None for the published one (2e-5, of DPO 1e-6).
       beta: strength of DPO's constraint, per nat; None for the published 0.1.
       temperature: of sampling.
       engine: what writes the answers: local (this process), or the server vllm:URL, sglang:URL or openai:URL,
         with #NAME behind it where it does not call the model default. openai servers keep their weights.
-      beside: more rows of the same kind that are learned from in every round, such as general conversations
+      extra_data: more rows of the same kind that are learned from in every round, such as general conversations
         beside those that rewards chose; empty for none.
     """
 
@@ -76,16 +76,16 @@ class Options:
     optimizer: OptimizerConfig = defaults.COSINE
     method: Literal["raft", "expert_iteration", "dpo"] = "raft"
     rounds: int = 3
-    restart: bool = False
+    reinit_each_round: bool = False
     prompts_per_round: int = 512
     samples_per_prompt: int = 4
-    at_least: float | None = None
+    reward_threshold: float | None = None
     batch_size: int = 64
     learning_rate: float | None = None
     beta: float | None = None
     temperature: float = 1.0
     engine: str = "local"
-    beside: str = ""
+    extra_data: str = ""
 
 
 def check(options: Options) -> None:
@@ -95,8 +95,10 @@ def check(options: Options) -> None:
     common.check_divides("--batch-size", options.batch_size, "--prompts-per-round", options.prompts_per_round)
     if options.method == "dpo" and options.samples_per_prompt < 2:
         raise UserError("--method dpo compares answers to one prompt: give --samples-per-prompt 2 or more")
-    if options.method == "dpo" and options.at_least is not None:
-        raise UserError("--at-least means nothing to --method dpo, which takes the best and the worst")
+    if options.method == "dpo" and options.reward_threshold is not None:
+        raise UserError(
+            "--reward-threshold means nothing to --method dpo, which takes the best and the worst"
+        )
     if jax.process_count() > 1:
         raise UserError("rounds are run by one process: run without --hosts")
     held = options.run.out / "config.json"
@@ -117,7 +119,7 @@ def selected(options: Options, answers: Answers) -> dict[str, tuple[Sequences, B
     """
     finished = np.asarray(answers.rollout.finished)
     sequences, size = answers.rollout.sequences, options.samples_per_prompt
-    bar = options.at_least
+    bar = options.reward_threshold
     if bar is None:
         bar = np.nextafter(np.mean(answers.rewards, where=finished), np.inf) if finished.any() else np.inf
     rewards = jnp.where(finished, answers.rewards, -jnp.inf).reshape(-1, size)
@@ -230,12 +232,12 @@ def rounds(options: Options, model: Policy, prompts: inputs.Prompts) -> Iterator
                 raise UserError(
                     f"round {number + 1}: none of {len(answers.prompts)} answers stands out (rewards from "
                     f"{answers.rewards.min():g} to {answers.rewards.max():g}): answer more prompts, give "
-                    "--at-least, or start from another policy"
+                    "--reward-threshold, or start from another policy"
                 )
             write_json(out / f"answered_{number + 1}.json", describe(answers, rows))
-            more = read_rows(options.beside) if options.beside else []
+            more = read_rows(options.extra_data) if options.extra_data else []
             write_rows(data, [*rows, *(dict(row.fields) for row in more)])
-        train(options, data, folder, Path(options.model) if options.restart else before)
+        train(options, data, folder, Path(options.model) if options.reinit_each_round else before)
         found = json.loads((out / f"answered_{number + 1}.json").read_text(encoding="utf-8"))
         if prompts.evaluate is not None:
             params = load_policy(folder).params

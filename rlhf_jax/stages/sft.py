@@ -70,7 +70,7 @@ class Options:
     arch: common.ArchOptions = common.ArchOptions()
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
     optimizer: OptimizerConfig = defaults.COSINE
-    auxiliary: common.AuxiliaryOptions = common.AuxiliaryOptions()
+    aux: common.AuxiliaryOptions = common.AuxiliaryOptions()
     data: str
     mixture_temperature: float = 1.0
     mixture_cap: int = 0
@@ -227,7 +227,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     config = sft.Config(options.micro_batches, sources=names)
     update = common.jit_update(sft.make_update(config, logprob_fn, tx, models.rebalance), state)
     evaluate = held_out_loss(options, model, logprob_fn, given)
-    hyper = options.auxiliary.hyper(options.learning_rate)
+    hyper = options.aux.hyper(options.learning_rate)
 
     meter = options.run.meter(model.training_flops(rows=options.batch_size, length=length))
 

@@ -44,7 +44,7 @@ def test_a_run_its_resume_and_its_results(tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--keep", 2, "--steps", 10], "--keep 2 would remove"),
+        (["--max-to-keep", 2, "--steps", 10], "--max-to-keep 2 would remove"),
         (["--minibatches", 5], "--minibatches 5"),
         (["--openings", 0], "1 or more"),
     ],

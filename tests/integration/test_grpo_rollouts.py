@@ -11,7 +11,14 @@ def test_slots_and_corrections_change_nothing_where_sampler_and_scorer_agree(tin
     plain = read_metrics(tiny.run("grpo", tmp_path / "plain", "--steps", 4))
     other = read_metrics(
         tiny.run(
-            "grpo", tmp_path / "other", "--steps", 4, "--slots", 3, "--importance-sampling-correction", "tis"
+            "grpo",
+            tmp_path / "other",
+            "--steps",
+            4,
+            "--max-num-seqs",
+            3,
+            "--importance-sampling-correction",
+            "tis",
         )
     )
     for ours, theirs in zip(plain[1:], other[1:], strict=True):

@@ -12,12 +12,10 @@ from rlhf_jax.stages import pretrain
 from rlhf_jax.training.run_folder import load_policy
 
 MODEL = "--arch.width 8 --arch.layers 1 --arch.heads 2 --arch.kv-heads 1 --arch.hidden 16"
-OBJECTIVES = "--arch.further 1 --arch.experts 3 --arch.router sigmoid --optimizer.schedule wsd"
+OBJECTIVES = "--arch.mtp-depth 1 --arch.experts 3 --arch.router sigmoid --optimizer.schedule wsd"
 LSTM = "--arch.kind lstm --arch.width 64 --learning-rate 1e-2 --demonstrations 2000 --sample-tokens 0"
 SMALL = "--data arithmetic:1 --learning-rate 3e-3 "
-SMALL += (
-    "--length 24 --batch-size 4 --eval-rows 4 --optimizer.warmup-steps 1 --quiet --no-report --save-every 2"
-)
+SMALL += "--max-seq-length 24 --batch-size 4 --eval-rows 4 --optimizer.warmup-steps 1 --quiet --no-report --save-every 2"
 
 
 def run(out, *more):
@@ -40,9 +38,9 @@ def test_everything_at_once_resumes_to_the_bit(tmp_path, text):
     """Middles, further tokens, experts, a decay with other data; then a longer context."""
     decay = tmp_path / "decay.jsonl"
     decay.write_text('{"text": "Exeunt, with a flourish of trumpets."}\n' * 40)
-    words = f"{MODEL} --data {text} --eval-every 2 --sample-tokens 4 --apart".split()
+    words = f"{MODEL} --data {text} --eval-every 2 --sample-tokens 4 --intra-document-masking".split()
     words += ["--separator", "\n\n"]
-    words += f"--fill.share 0.5 --fill.chunk 12 --decay-data {decay} --micro-batches 2".split()
+    words += f"--fim-rate 0.5 --fim-chunk 12 --decay-data {decay} --micro-batches 2".split()
     words += OBJECTIVES.split()
     whole = run(tmp_path / "whole", *words, "--steps", 4)
     first = run(tmp_path / "parts", *words, "--optimizer.total-steps", 4, "--steps", 2)
@@ -59,7 +57,7 @@ def test_everything_at_once_resumes_to_the_bit(tmp_path, text):
     assert (tmp_path / "parts" / "samples" / pages[1]).read_text().count(">>>") == 2  # go on, and a middle
 
     assert one.config.context_length == 24
-    long = f"--model {tmp_path / 'whole'} --data {text} --length 48 --rope.scaling yarn --sample-tokens 0"
+    long = f"--model {tmp_path / 'whole'} --data {text} --max-seq-length 48 --rope.scaling yarn --sample-tokens 0"
     run(tmp_path / "long", *long.split(), "--steps", 1, "--optimizer.warmup-steps", 0)
     stretched = load_policy(tmp_path / "long").config
     scaling = stretched.pattern[0].attention.position.scaling
@@ -70,10 +68,10 @@ def test_everything_at_once_resumes_to_the_bit(tmp_path, text):
 def test_contradictions_are_one_sentence(tmp_path, text):
     out = tmp_path / "none"
     for words, said in [
-        ("--fill.share 2", "no share"),
+        ("--fim-rate 2", "no share"),
         (f"--decay-data {text}", "wsd"),
         ("--rope.theta 1e5", "--model"),
-        ("--arch.kind lstm --arch.further 1", "mean nothing"),
+        ("--arch.kind lstm --arch.mtp-depth 1", "mean nothing"),
         ("--eval-share 1", "lower it"),
     ]:
         with pytest.raises(UserError, match=said):
@@ -84,6 +82,6 @@ def test_contradictions_are_one_sentence(tmp_path, text):
 @pytest.mark.slow
 def test_a_recurrent_model_learns_the_sums(tmp_path):
     """The embedded task as plain text: far below the entropy of its characters."""
-    more = f"{LSTM} --length 64 --batch-size 16 --steps 200"
+    more = f"{LSTM} --max-seq-length 64 --batch-size 16 --steps 200"
     lines = run(tmp_path / "lstm", *more.split())
     assert lines[-1]["eval/bits_per_byte"] < 1.6 < lines[0]["loss"] / np.log(2)

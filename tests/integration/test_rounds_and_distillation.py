@@ -74,8 +74,8 @@ def test_which_answers_become_rows():
     found = answers(["1", "2", "3", "4", "5", "5"], [1, 0.75, 1, 0.25, 0.5, 0], unfinished=(0,))
     best = [{"prompt": "0+1=?", "completion": "2"}, {"prompt": "1+1=?", "completion": "3"}]
     assert rows("raft", found) == best
-    assert rows("raft", found, at_least=0.5) == [*best, {"prompt": "2+1=?", "completion": "5"}]
-    assert rows("expert_iteration", found, at_least=0.2) == [
+    assert rows("raft", found, reward_threshold=0.5) == [*best, {"prompt": "2+1=?", "completion": "5"}]
+    assert rows("expert_iteration", found, reward_threshold=0.2) == [
         *best,
         {"prompt": "1+1=?", "completion": "4"},
         {"prompt": "2+1=?", "completion": "5"},
@@ -113,7 +113,7 @@ def test_rounds_go_on_where_they_stopped(method, tmp_path, talker, mixed):
 def test_a_writer_and_a_restart(tiny, tmp_path, talker, mixed):
     words = ("--model", tiny.finished("sft"), "--writer", talker, "--rewards", mixed, "--max-new-tokens", 8)
     words += ("--rounds", 2, "--prompts-per-round", 16, "--steps", 3)
-    found = run(rounds, tmp_path / "run", *words, "--restart")
+    found = run(rounds, tmp_path / "run", *words, "--reinit-each-round")
     assert found[0]["finished"] > 0.5  # it is the writer that answers
     again = run(rounds, tmp_path / "again", *words)
     assert_same_policy(tmp_path / "run" / "round_1", tmp_path / "again" / "round_1")
@@ -133,7 +133,7 @@ def test_mistakes_of_rounds(tiny, tmp_path, monkeypatch, capsys):
 
     assert "--samples-per-prompt 2 or more" in refused("--method", "dpo", "--samples-per-prompt", 1)
     assert "--prompts-per-round 12 is not divisible" in refused("--prompts-per-round", 12)
-    assert "--at-least means nothing" in refused("--method", "dpo", "--at-least", 1)
+    assert "--reward-threshold means nothing" in refused("--method", "dpo", "--reward-threshold", 1)
 
 
 # Distillation ----------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def test_every_loss_brings_the_student_closer(loss, tiny, tmp_path, talker):
 
 @pytest.mark.slow
 def test_a_mixture_of_writers_on_a_new_student_resumes_to_the_bit(tmp_path, talker):
-    words = ("--teacher", talker, "--loss", "js", "--student-share", 0.5, "--max-new-tokens", 4)
+    words = ("--teacher", talker, "--loss", "js", "--lmbda", 0.5, "--max-new-tokens", 4)
     words += ("--arch.width", 8, "--arch.layers", 1, "--arch.heads", 2, "--arch.kv-heads", 1)
     words += ("--eval-every", 100)
     whole = run(distill, tmp_path / "whole", *words, "--steps", 6)
@@ -175,9 +175,9 @@ def test_mistakes_of_distillation(tmp_path):
         return distill.check(distill.Options(run=run, teacher="x", prompts=PROMPTS, **options))
 
     with pytest.raises(UserError, match="needs answers of the teacher"):
-        refused(loss="sequence", student_share=0.5)
+        refused(loss="sequence", lmbda=0.5)
     with pytest.raises(UserError, match="is no share"):
-        refused(student_share=1.5)
+        refused(lmbda=1.5)
     assert refused(loss="sampled_reverse_kl") == 1
     assert refused(loss="js") == 0
 

@@ -30,7 +30,7 @@ PAIRS = (
     "--eval-count",
     "16",
 )
-ENDLESS = ("--steps", "100000", "--optimizer.schedule", "constant", "--lost-timeout", "10")
+ENDLESS = ("--steps", "100000", "--optimizer.schedule", "constant", "--heartbeat-timeout", "10")
 JUDGED = (*PAIRS, "--learning-rate", "5e-4")
 DPO = (*PAIRS, "--learning-rate", "1e-4", "--beta", "2")
 PROMPTS = ("--data", "arithmetic:1", "--learning-rate", "3e-4", "--optimizer.epsilon", "1e-4")

@@ -100,7 +100,7 @@ def compile_cell(options: Options, cell: Cell) -> None:
     flags |= {"--batch": options.rows_a_chip * chips, "--length": options.length, "--json": path}
     flags |= {"--new-tokens": options.new_tokens, "--hlo": path.with_suffix("")}
     words = [str(word) for flag in flags.items() for word in flag]
-    words += ["--gather-params"] if cell.gathered else []
+    words += ["--all-gather-params"] if cell.gathered else []
     command = [sys.executable, "-m", "rlhf_jax", "plan", *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

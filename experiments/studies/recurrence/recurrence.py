@@ -4,7 +4,7 @@
 
 Every run is one of `pretrain.py`; those that are finished are not run again. The folder gets `table.md` and
 `curves.png`: bits a byte on held-out text against tokens seen, mean and 95 % t interval over seeds.
-With `--steps 150 --batch-size 8 --length 128 --width 64`, 5 min on a shared CPU thread: 3.04 (RNN),
+With `--steps 150 --batch-size 8 --max-seq-length 128 --width 64`, 5 min on a shared CPU thread: 3.04 (RNN),
 3.21 (GRU), 3.36 (LSTM), 4.27 (transformer) on Shakespeare.
 """
 
@@ -38,7 +38,7 @@ class Options:
       steps: of each run.
       eval_every: steps between evaluations.
       batch_size: rows a step.
-      length: tokens a row.
+      max_seq_length: tokens a row.
       width: of the transformer; the others get the width with which they have as many parameters.
       layers: of all of them.
       learning_rates: that each kind is given, in the order transformer, lstm, gru, rnn.
@@ -51,7 +51,7 @@ class Options:
     steps: int = 200
     eval_every: int = 50
     batch_size: int = 16
-    length: int = 128
+    max_seq_length: int = 128
     width: int = 96
     layers: int = 2
     learning_rates: tuple[float, float, float, float] = (3e-3, 3e-3, 3e-3, 3e-3)
@@ -97,7 +97,7 @@ def train(options: Options, arch: common.ArchOptions, seed: int, learning_rate: 
                     schedule="cosine", warmup_steps=options.steps // 10, end_lr_ratio=0.1
                 ),
                 data=options.data,
-                length=options.length,
+                max_seq_length=options.max_seq_length,
                 batch_size=options.batch_size,
                 learning_rate=learning_rate,
                 eval_rows=128,
@@ -109,7 +109,7 @@ def train(options: Options, arch: common.ArchOptions, seed: int, learning_rate: 
     return {
         "steps": [line["step"] for line in done],
         "bits": [line["eval/bits_per_byte"] for line in done],
-        "tokens": [line["step"] * options.batch_size * (options.length - 1) for line in done],
+        "tokens": [line["step"] * options.batch_size * (options.max_seq_length - 1) for line in done],
         "rate": float(np.median([line["tokens"] / line["time/update_seconds"] for line in lines])),
     }
 

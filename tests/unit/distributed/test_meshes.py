@@ -62,8 +62,8 @@ def test_a_wrong_spec_is_one_sentence(spec, message):
 def test_wrong_hosts_are_one_sentence(hosts, message):
     with pytest.raises(UserError, match=message):
         distributed.start_hosts(distributed.HostOptions(hosts))
-    with pytest.raises(UserError, match="--lost-timeout 0 is not positive"):
-        distributed.start_hosts(distributed.HostOptions("auto", lost_timeout=0))
+    with pytest.raises(UserError, match="--heartbeat-timeout 0 is not positive"):
+        distributed.start_hosts(distributed.HostOptions("auto", heartbeat_timeout=0))
 
 
 def state_shapes(config):

@@ -169,7 +169,9 @@ def updates(config):
 
 def test_micro_batches_change_nothing(params, batch, updates):
     tx, by_parts = updates
-    hyper = sft.Hyper(1e-3, sft.Auxiliary(balance_coef=1.0, z_coef=0.1, bias_rate=0.01))
+    hyper = sft.Hyper(
+        1e-3, sft.Auxiliary(router_aux_loss_coef=1.0, router_z_loss_coef=0.1, router_bias_update_rate=0.01)
+    )
     (one, first), (two, second) = (
         by_parts[parts](sft.init(params, tx, jax.random.key(0)), hyper, batch) for parts in (1, 2)
     )
@@ -206,11 +208,15 @@ def test_the_load_of_a_collapsed_router_evens_out(params, batch, updates, way):
         return seen[0], seen[-1]
 
     if way == "bias":
-        cure = sft.Hyper(0.0, sft.Auxiliary(balance_coef=0.0, z_coef=0.0, bias_rate=0.02))
+        cure = sft.Hyper(
+            0.0, sft.Auxiliary(router_aux_loss_coef=0.0, router_z_loss_coef=0.0, router_bias_update_rate=0.02)
+        )
     else:
-        cure = sft.Hyper(1e-2, sft.Auxiliary(balance_coef=1.0, z_coef=0.0, bias_rate=0.0))
+        cure = sft.Hyper(
+            1e-2, sft.Auxiliary(router_aux_loss_coef=1.0, router_z_loss_coef=0.0, router_bias_update_rate=0.0)
+        )
     begin, end = violation(cure)
     assert begin == pytest.approx(1.0)  # two of four experts get everything
     assert end < 0.5, (begin, end)
-    nothing = violation(sft.Hyper(0.0, sft.Auxiliary(bias_rate=0.0)))
+    nothing = violation(sft.Hyper(0.0, sft.Auxiliary(router_bias_update_rate=0.0)))
     assert nothing[1] == pytest.approx(1.0)
