@@ -21,14 +21,17 @@ os.environ.setdefault(
 )
 
 import jax
-import jaxtyping
 import pytest
 
-# Every function of the package checks the types and shapes that it is annotated with: installed before any
-# of its modules is imported. (Processes that tests start run without.) An int passes for a float (PEP 484).
-jaxtyping.install_import_hook(
-    "rlhf_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
-)
+# RLHF_JAX_TYPECHECK=1: every function of the package checks the types and shapes that it is annotated with.
+# Installed before any of its modules is imported. (Processes that tests start run without.) An int passes for
+# a float (PEP 484).
+if os.environ.get("RLHF_JAX_TYPECHECK"):
+    import jaxtyping
+
+    jaxtyping.install_import_hook(
+        "rlhf_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+    )
 
 # One folder for each worker: JAX does not write cache entries atomically.
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")
