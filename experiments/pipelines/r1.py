@@ -32,8 +32,9 @@ from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.metrics import write_report
 from rlhf_jax.rewards.functions import call_reward
 from rlhf_jax.rewards.rules import step_language_reward, think_answer_reward
-from rlhf_jax.rollout.sampler import Evaluation, completion_texts, make_evaluate_fn, make_reward_fn
+from rlhf_jax.rollout.sampler import Evaluation, completion_texts, make_evaluate_fn
 from rlhf_jax.stages import common, grpo, reward_model, rounds, sft
+from rlhf_jax.stages.reward_specs import make_reward_fn
 from rlhf_jax.tasks import reasoning, style
 from rlhf_jax.training.run_folder import describe_run, load_policy, write_json
 

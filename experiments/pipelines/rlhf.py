@@ -21,9 +21,10 @@ import pipeline_stages
 from rlhf_jax.cli import command_line
 from rlhf_jax.data.examples import prompt_examples
 from rlhf_jax.metrics import TableRow, final_table, format_seconds, write_report
-from rlhf_jax.rollout.sampler import Evaluation, make_evaluate_fn, make_reward_fn
+from rlhf_jax.rollout.sampler import Evaluation, make_evaluate_fn
 from rlhf_jax.stages import common, dpo, grpo, ppo, reward_model, sft
 from rlhf_jax.stages.inputs import load_rows
+from rlhf_jax.stages.reward_specs import make_reward_fn
 from rlhf_jax.tasks.arithmetic import Level, arithmetic_tokenizer, prompt_rows, widest_completion
 from rlhf_jax.training.run_folder import describe_run, load_policy, write_json
 

@@ -16,8 +16,7 @@ from rlhf_jax.core.protocols import LogprobFn
 from rlhf_jax.core.train_state import TrainState, accumulate_gradients, apply_gradients, init_train_state
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Bool, Float, Metrics, Params, PRNGKeyArray, Scalar, Sequences
-from rlhf_jax.losses import preference as with_reference
-from rlhf_jax.losses import preference_online, preference_reference_free
+from rlhf_jax.losses import preference as with_reference, preference_online, preference_reference_free
 from rlhf_jax.losses.pair_logps import PairLogps, traits_of
 from rlhf_jax.losses.preference import dpo_loss
 

@@ -9,9 +9,10 @@ import difflib
 import io
 import json
 import math
+import os
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,30 @@ def read_rows(spec: PathLike) -> list[Row]:
     if not rows:
         raise UserError(f"{spec}: the data set is empty; give one with at least one row")
     return rows
+
+
+def as_rows(rows: Any) -> list[Row]:
+    """Rows from whatever holds them: `Row`s, dicts, any iterable of them, a `datasets.Dataset`, a pandas or
+    pyarrow table, or what `read_rows` reads.
+
+    Raises:
+      UserError: there is none, or one is no dict.
+    """
+    if isinstance(rows, str | os.PathLike):
+        return read_rows(rows)
+    if hasattr(rows, "to_pylist"):  # pyarrow
+        rows = rows.to_pylist()
+    elif hasattr(rows, "to_dict") and hasattr(rows, "columns"):  # pandas
+        rows = rows.to_dict("records")
+    if isinstance(rows, dict) or not isinstance(rows, Iterable):
+        raise UserError(f"rows is a {type(rows).__name__}: give a list of dicts, a table, or a path")
+    found = [row if isinstance(row, Row) else Row(row, f"row {n}") for n, row in enumerate(rows, start=1)]
+    for row in found:
+        if not isinstance(row.fields, dict):
+            raise UserError(f"{row.where} is a {type(row.fields).__name__}: give a dict of its fields")
+    if not found:
+        raise UserError("rows is empty: give at least one row")
+    return found
 
 
 def _read_file(path: Path) -> list[Row]:

@@ -169,8 +169,7 @@ def character_tokenizer(alphabet: str, words: Sequence[str] = ()) -> Tokenizer:
     Raises:
       UserError: a character given twice, or a word that is empty, repeated or a single character.
     """
-    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as Backend
+    from tokenizers import AddedToken, Regex, Tokenizer as Backend, decoders, models, pre_tokenizers
 
     entries = [*SPECIAL_TOKENS, *alphabet, *words]
     for entry in entries:
@@ -189,8 +188,7 @@ def character_tokenizer(alphabet: str, words: Sequence[str] = ()) -> Tokenizer:
 
 def byte_tokenizer() -> Tokenizer:
     """One token for each byte of UTF-8: 256 of them after the three special ones. Any text round-trips."""
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Backend, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *alphabet])}
@@ -212,8 +210,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     Raises:
       UserError: `vocab_size` below 259.
     """
-    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
-    from tokenizers import Tokenizer as Backend
+    from tokenizers import Regex, Tokenizer as Backend, decoders, models, pre_tokenizers, trainers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     smallest = len(alphabet) + len(SPECIAL_TOKENS)

@@ -13,7 +13,8 @@ from rlhf_jax.data.examples import PromptExample
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.evaluation.win_rate import both_orders, order_bias
 from rlhf_jax.rewards.functions import RewardFn, load_reward, score_rows
-from rlhf_jax.rollout.sampler import RolloutReward, completion_texts, reward_fields
+from rlhf_jax.rollout.rewards import RolloutReward, reward_fields
+from rlhf_jax.rollout.sampler import completion_texts
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,8 +4,7 @@ import dataclasses
 from typing import Any
 
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.models import adapters, positions
-from rlhf_jax.models import config as parts
+from rlhf_jax.models import adapters, config as parts, positions
 from rlhf_jax.models.config import ModelConfig
 
 KINDS = (

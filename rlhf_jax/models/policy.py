@@ -33,6 +33,7 @@ from rlhf_jax.generation import Sampling, generate
 from rlhf_jax.models import adapters, decode_fns, flops, hf, logprob_fns
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.heads import init_head, init_scalar_model
+from rlhf_jax.models.hf import peft
 
 AxesTable = Sequence[tuple[str, tuple[str | None, ...]]]
 """(pattern of the end of a leaf's name, logical axes of its last dimensions); the first match counts."""
@@ -77,6 +78,7 @@ class Policy:
       takes_packed_rows: whether a row may hold several samples.
       source: where the parameters come from; None where they are new.
       config: the architecture of a decoder of ours; None for other models.
+      rank_stabilized: whether adapter leaves in the parameters are rsLoRA's, whose scale is another.
     """
 
     params: Params
@@ -96,6 +98,7 @@ class Policy:
     takes_packed_rows: bool = True
     source: Source | None = None
     config: ModelConfig | None = None
+    rank_stabilized: bool = False
 
     # What updates and samplers are made of -----------------------------------------------------------
 
@@ -224,6 +227,16 @@ class Policy:
             )
         params = adapters.merge_adapter(self.params) if adapters.can_merge(self.params) else self.params
         hf.save(folder, self.config, params, self.tokenizer)
+
+    def save_adapter(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the adapter that was trained, in PEFT's layout.
+
+        Raises:
+          UserError: there is none, PEFT has no layout for it, or the folder cannot be written.
+        """
+        if self.config is None:
+            raise UserError(f"{folder}: a model from wrap() has no PEFT layout: save policy.params yourself")
+        peft.save(folder, self.config, self.params, stabilised=self.rank_stabilized)
 
     def _opened(self, ids: list[int]) -> list[int]:
         """Ids of a text with what opens one, where the tokenizer has it; never empty."""

@@ -28,8 +28,7 @@ from rlhf_jax.core.train_state import OptimizerConfig, TrainState, make_optimize
 from rlhf_jax.core.types import Params, Rollout, Sequences
 from rlhf_jax.data.tokenizers import byte_tokenizer
 from rlhf_jax.distributed.placement import batch_sharding
-from rlhf_jax.planning import hlo_analysis as programs
-from rlhf_jax.planning import hlo_collectives
+from rlhf_jax.planning import hlo_analysis as programs, hlo_collectives
 from rlhf_jax.rollout.sampler import make_completion_fn, read_at_once
 from rlhf_jax.rollout.step import make_group_learn, make_ppo_learn
 

@@ -3,8 +3,7 @@
 # basedpyright: reportMissingImports=false
 import logging
 
-from math_verify import LatexExtractionConfig, parse
-from math_verify import verify as math_verify
+from math_verify import LatexExtractionConfig, parse, verify as math_verify
 
 logging.disable(logging.CRITICAL)  # it logs every answer that it cannot read
 

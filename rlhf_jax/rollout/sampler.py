@@ -2,9 +2,7 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -19,14 +17,8 @@ from rlhf_jax.core.types import Array, Key, Params, PRNGKeyArray, Rollout
 from rlhf_jax.data.examples import PromptExample
 from rlhf_jax.data.packing import left_pad
 from rlhf_jax.data.tokenizers import Tokenizer
-from rlhf_jax.feedback.judges import load_reward_file
 from rlhf_jax.generation import Sampling, generate, generate_continuously, row_keys
 from rlhf_jax.models import Policy
-from rlhf_jax.rewards.functions import RewardFn, Scored, load_reward, score_rows
-from rlhf_jax.training.run_folder import load_reward_model
-
-TermFn = Callable[[Rollout, Sequence[PromptExample], Sequence[str], np.ndarray], Scored]
-"""(rollout, prompts, completions, rows) -> the scores of these rows."""
 
 
 @runtime_checkable
@@ -178,200 +170,6 @@ def completion_texts(tokenizer: Tokenizer, rollout: Rollout, *, of_all: bool = F
     values = distributed.all_values if of_all else distributed.local_values
     tokens, mask = map(values, (rollout.sequences.tokens, rollout.sequences.mask))
     return [tokenizer.decode(row[kept].tolist()) for row, kept in zip(tokens, mask, strict=True)]
-
-
-# Rewards -------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class RewardTerm:
-    """One of the rewards that are summed.
-
-    Attributes:
-      name: of the function or of the reward model's folder, with `@KIND` where it has a kind; no two are
-        the same.
-      score_fn: what it says of some rows.
-      weight: in the sum.
-      kind: it counts in rows whose field `kind` is this; None for all rows.
-    """
-
-    name: str
-    score_fn: TermFn
-    weight: float = 1.0
-    kind: str | None = None
-
-    def rows(self, prompts: Sequence[PromptExample]) -> np.ndarray:
-        """Numbers of the rows in which it counts."""
-        counts = [self.kind in (None, prompt.fields.get("kind")) for prompt in prompts]
-        return np.flatnonzero(counts)
-
-
-@dataclasses.dataclass(frozen=True)
-class RolloutReward:
-    """`reward(rollout, prompts) -> [B]`, the weighted sum of its terms.
-
-    Attributes:
-      terms: rewards of whole completions.
-      tokenizer: what completions are read with.
-    """
-
-    terms: tuple[RewardTerm, ...]
-    tokenizer: Tokenizer
-
-    def __call__(self, rollout: Rollout, prompts: Sequence[PromptExample]) -> np.ndarray:
-        """The rewards alone."""
-        return self.score(rollout, prompts).rewards
-
-    def score(self, rollout: Rollout, prompts: Sequence[PromptExample]) -> Scored:
-        """The rewards, which rows some term could not score, and what each term says."""
-        completions = completion_texts(self.tokenizer, rollout)
-        rewards, unscorable = np.zeros(len(prompts), np.float32), np.zeros(len(prompts), bool)
-        terms: dict[str, np.ndarray] = {}
-        for term in self.terms:
-            rows = term.rows(prompts)
-            part = term.score_fn(rollout, prompts, completions, rows)
-            terms[term.name] = np.full(len(prompts), np.nan, np.float32)
-            terms[term.name][rows] = part.rewards
-            rewards[rows] += np.float32(term.weight) * part.rewards
-            unscorable[rows] |= part.unscorable
-        return Scored(rewards, unscorable, terms)
-
-    def check_kinds(self, prompts: Sequence[PromptExample]) -> None:
-        """Raises: UserError where a term is meant for a kind of prompts that none is of."""
-        for term in self.terms:
-            if not len(term.rows(prompts)):
-                known = sorted({str(prompt.fields.get("kind")) for prompt in prompts})
-                raise UserError(
-                    f"reward '{term.name}': no prompt has '{term.kind}' in its field kind (there are "
-                    f"{', '.join(known)}): mend the reward or the data"
-                )
-
-
-def make_reward_fn(specs: Sequence[str], tokenizer: Tokenizer) -> RolloutReward:
-    """The weighted sum of what `specs` name.
-
-    Args:
-      specs: each `module:function`, the folder of a reward-model run, or a JSON file that describes a reward
-        (`ai_feedback.load_reward_file`), with `@KIND` behind it where it counts only in rows whose field
-        `kind` is this, and then `=WEIGHT` where the weight is not 1.
-
-    Raises:
-      UserError: there is no such function or run, or a weight is no number.
-    """
-    if not specs:
-        raise UserError("no reward is given: name one, such as --rewards my_rewards:exact_match")
-    terms: list[RewardTerm] = []
-    for spec in specs:
-        term = _make_term(*_split_weight(spec), tokenizer)
-        names = {other.name for other in terms}
-        if term.name in names:  # such as reward models of two runs
-            term = dataclasses.replace(term, name=f"{term.name}_{len(terms) + 1}")
-        terms.append(term)
-    return RolloutReward(tuple(terms), tokenizer)
-
-
-def make_ensemble_fn(
-    folders: Sequence[Path], tokenizer: Tokenizer, combine_fn: Callable[[jax.Array], jax.Array]
-) -> RolloutReward:
-    """One reward from the scores of several reward models.
-
-    Args:
-      folders: of reward-model runs; their architectures may differ.
-      combine_fn: scores [N, B] -> rewards [B], such as `rewards.ensembles.ensemble_worst_case`.
-    """
-    members = [_model_term(folder, tokenizer) for folder in folders]
-
-    def ensemble(
-        rollout: Rollout, prompts: Sequence[PromptExample], completions: Sequence[str], rows: np.ndarray
-    ) -> Scored:
-        scored = [member(rollout, prompts, completions, rows) for member in members]
-        rewards = combine_fn(jnp.stack([part.rewards for part in scored]))
-        return Scored(np.asarray(rewards), np.any([part.unscorable for part in scored], axis=0))
-
-    return RolloutReward((RewardTerm("ensemble", ensemble),), tokenizer)
-
-
-def _split_weight(spec: str) -> tuple[str, float]:
-    name, equals, text = spec.rpartition("=")
-    if not equals or Path(spec).is_dir():
-        return spec, 1.0
-    try:
-        weight = float(text)
-    except ValueError:
-        weight = math.nan
-    if not math.isfinite(weight):
-        raise UserError(f"reward {spec!r}: {text!r} is no weight, write for example {name}=0.5")
-    return name, weight
-
-
-def _make_term(spec: str, weight: float, tokenizer: Tokenizer) -> RewardTerm:
-    name, at, kind = (spec, "", "") if Path(spec).is_dir() else spec.partition("@")
-    if name.endswith(".json") and not Path(name).is_dir():
-        short, term = Path(name).stem, _function_term(load_reward_file(Path(name)))
-    elif ":" not in name or Path(name).is_dir():
-        short, term = Path(name).name, _model_term(Path(name), tokenizer)
-    else:
-        short, term = name.rpartition(":")[2], _function_term(load_reward(name))
-    return RewardTerm(f"{short}{at}{kind}", term, weight, kind if at else None)
-
-
-def _function_term(reward_fn: RewardFn) -> TermFn:
-    def term(
-        rollout: Rollout, prompts: Sequence[PromptExample], completions: Sequence[str], rows: np.ndarray
-    ) -> Scored:
-        numbers: list[int] = rows.tolist()
-        fields = reward_fields(rollout, prompts)
-        chosen = {name: [values[row] for row in numbers] for name, values in fields.items()}
-        asked = [prompts[row] for row in numbers]
-        texts, said = [prompt.text for prompt in asked], [completions[row] for row in numbers]
-        if not said:
-            return Scored(np.zeros(0, np.float32), np.zeros(0, bool))
-        return score_rows(reward_fn, texts, said, chosen, where=[p.where for p in asked])
-
-    return term
-
-
-def reward_fields(rollout: Rollout, prompts: Sequence[PromptExample]) -> dict[str, list[Any]]:
-    """What reward functions are given by name: fields of the rows, and what is known of each completion."""
-    names = {name for prompt in prompts for name in prompt.fields} - {"prompt"}
-    fields: dict[str, Any] = {name: [p.fields.get(name) for p in prompts] for name in sorted(names)}
-    mask, finished = map(distributed.local_values, (rollout.sequences.mask, rollout.finished))
-    fields["finished"] = finished.tolist()
-    fields["token_count"] = mask.sum(axis=1).tolist()
-    # Completions begin in one column, where each row has its first token.
-    fields["token_limit"] = [mask.shape[1] - int(mask.any(axis=0).argmax())] * len(prompts)
-    return fields
-
-
-def _model_term(folder: Path, tokenizer: Tokenizer) -> TermFn:
-    model = load_reward_model(folder)
-    check_same_vocabulary(model.tokenizer, tokenizer, folder, "reward model")
-    reward_fn = model.body.make_reward_fn()
-    score = jax.jit(lambda params, rows: constrain(reward_fn(params, rows), "batch"))
-
-    def term(rollout: Rollout, _: Sequence[PromptExample], __: Sequence[str], rows: np.ndarray) -> Scored:
-        rewards = distributed.local_values(score(model.params, rollout.sequences))[rows]
-        return Scored(rewards, np.zeros(len(rewards), bool))
-
-    return term
-
-
-def check_same_vocabulary(theirs: Tokenizer, ours: Tokenizer, folder: Path, kind: str) -> None:
-    """Compares the tokenizer of a model that another run trained with the policy's.
-
-    Args:
-      folder: of that run.
-      kind: what it is to this one, such as "reward model".
-
-    Raises:
-      UserError: they differ.
-    """
-    vocabularies = [side.backend.get_vocab(with_added_tokens=True) for side in (theirs, ours)]
-    if vocabularies[0] != vocabularies[1]:
-        raise UserError(
-            f"{folder}: the {kind}'s tokenizer ({theirs.vocab_size} tokens) is not the policy's "
-            f"({ours.vocab_size}): train the {kind} from a policy with the same tokenizer"
-        )
 
 
 # Evaluation ----------------------------------------------------------------------------------------

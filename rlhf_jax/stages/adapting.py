@@ -172,11 +172,14 @@ class Parts:
         return adapters.with_rank_budget(adapter, tx) if isinstance(adapter, adapters.AdaLoRA) else tx
 
 
-def take_apart(options: AdapterOptions, model: Policy, *, seed: int, steps: int) -> Parts:
+def take_apart(
+    options: AdapterOptions, model: Policy, *, seed: int, steps: int, brought: bool = False
+) -> Parts:
     """What is trained of a model, and what is not.
 
     Args:
       steps: optimizer steps of the run.
+      brought: the policy was given as an object, which need not come from a folder.
 
     Raises:
       UserError: an option is wrong, there is no base to adapt, or nothing would be trained.
@@ -191,7 +194,7 @@ def take_apart(options: AdapterOptions, model: Policy, *, seed: int, steps: int)
         )
     if adapter is None:
         return Parts(common.copied(model.params), None, model.params, None, options.keep_zeros)
-    if model.source is None:
+    if model.source is None and not brought:
         raise UserError(
             f"--adapter.kind {options.kind} needs a model to adapt, and this one is new: give one by --init"
         )

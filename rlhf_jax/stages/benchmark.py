@@ -42,8 +42,7 @@ from rlhf_jax.metrics.progress import Progress
 from rlhf_jax.models import Policy
 from rlhf_jax.rewards.functions import load_reward, score_rows
 from rlhf_jax.rollout.texts import Answer, make_answer_texts_fn
-from rlhf_jax.stages import benchmark_items as items
-from rlhf_jax.stages import benchmark_page, common, decoders
+from rlhf_jax.stages import benchmark_items as items, benchmark_page, common, decoders
 from rlhf_jax.stages.benchmark_page import RESULTS
 from rlhf_jax.training.run_folder import describe_run, write_json
 

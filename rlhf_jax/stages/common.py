@@ -24,11 +24,11 @@ from rlhf_jax.metrics import Logger, Thresholds, make_loggers, write_report
 from rlhf_jax.models import Policy
 from rlhf_jax.tasks import arithmetic
 from rlhf_jax.training import LoopConfig, Meter
+from rlhf_jax.training.loading import load
 from rlhf_jax.training.run_folder import (
     Adaptation,
     Kind,
     describe_run,
-    load_policy,
     read_held_run,
     write_json,
     write_model_files,
@@ -280,20 +280,28 @@ def embedded_level(spec: str) -> arithmetic.Level | None:
 
 
 def starting_model(
-    init: str, tokenizer: str | Tokenizer, data: str, options: ModelOptions, seed: int
+    init: str,
+    tokenizer: str | Tokenizer,
+    data: str,
+    options: ModelOptions,
+    seed: int,
+    policy: Policy | None = None,
 ) -> Policy:
     """The policy of the run `init`, or a new one.
 
     Args:
       tokenizer: itself, or where to find it; empty for that of `init`, of the embedded task, or for bytes.
+      policy: given as an object, which takes the place of all that.
 
     Raises:
       UserError: options that contradict each other, or no policy in `init`.
     """
+    if policy is not None:
+        return policy
     if init:
         if tokenizer:
             raise UserError("a tokenizer and --init exclude each other: a policy brings its own tokenizer")
-        model = load_policy(Path(init))
+        model = load(init)
         if options != ModelOptions():
             models.check_same_architecture(options.config(model.tokenizer), model.config, f"--init {init}")
         return model
@@ -330,7 +338,7 @@ def local_indices(sampler: Batches, step: int, repeat: int = 1) -> np.ndarray:
 
 # Options -------------------------------------------------------------------------------------------
 
-_WITHOUT_PREFIX = ("run", "pairs", "prompts", "task")
+WITHOUT_PREFIX = ("run", "pairs", "prompts", "task")
 _POSITIVE = """
     --steps --keep --batch-size --micro-batches --minibatches --num-minibatches --group-size --epochs
     --num-iterations --num-ppo-epochs --temperature
@@ -360,7 +368,7 @@ def flags(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     named: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, Mapping):
-            named |= flags(value, prefix if name in _WITHOUT_PREFIX else f"{prefix}{name}.")
+            named |= flags(value, prefix if name in WITHOUT_PREFIX else f"{prefix}{name}.")
         else:
             named[f"--{prefix}{name}".replace("_", "-")] = value
     return named

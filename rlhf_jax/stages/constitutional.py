@@ -257,7 +257,7 @@ def run(options: Options) -> None:
     judge = {"kind": "rating", "model": os.path.relpath(init, out), "constitution": "constitution.jsonl"}
     write_json(out / "judge.json", judge)
 
-    prompts = inputs.load_prompts(options.prompts, model, options.prompts.rewards[:1], options.run.seed)
+    prompts = inputs.load_prompts(options.prompts, model, options.run.seed)
     drawn = BatchSampler(len(prompts), options.revised, options.run.seed).indices(0)
     chosen = [prompts.train[index] for index in drawn]
     before = prompts.answer(model.params)

@@ -28,10 +28,10 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.train_state import OptimizerConfig, with_total_steps
 from rlhf_jax.core.types import Array, Float, Params, Rollout
 from rlhf_jax.models import Policy
-from rlhf_jax.rollout.sampler import check_same_vocabulary
 from rlhf_jax.stages import adapting, common, inputs
-from rlhf_jax.training import run_loop
-from rlhf_jax.training.run_folder import load_policy
+from rlhf_jax.stages.entry import NOTHING, Given, Trained, train, trained
+from rlhf_jax.stages.reward_specs import check_same_vocabulary
+from rlhf_jax.training.loading import load
 
 Loss = Literal["forward_kl", "reverse_kl", "js", "sequence", "sampled_reverse_kl", "sequence_reverse_kl"]
 WHOLE: dict[Loss, distillation.DivergenceFn] = {
@@ -150,17 +150,18 @@ def make_logp_fn(options: Options, model: Policy) -> distillation.LogpFn:
     return logp
 
 
-def run(options: Options) -> None:
+def run(options: Options, given: Given = NOTHING) -> Trained:
     """Trains, and leaves a run folder."""
     seed, share = options.run.seed, check(options)
-    teacher = load_policy(Path(options.teacher))
+    teacher = given.teacher if given.teacher is not None else load(options.teacher)
     model = start_from(options, teacher)
-    prompts = inputs.load_prompts(options.prompts, model, options.prompts.rewards[:1], seed)
+    prompts = inputs.load_prompts(options.prompts, model, seed, given)
     size = sum(leaf.size for leaf in jax.tree.leaves(teacher.params))
     common.announce(options.run, model, f"{len(prompts):,} prompts; a teacher of {size:,} parameters")
     write = make_write_fn(options, model, teacher, prompts, share)
 
-    parts = adapting.take_apart(options.adapter, model, seed=seed, steps=options.run.steps)
+    steps, brought = options.run.steps, given.policy is not None
+    parts = adapting.take_apart(options.adapter, model, seed=seed, steps=steps, brought=brought)
     tx = parts.optimizer(with_total_steps(options.optimizer, options.run.steps))
     config = distillation.Config(options.micro_batches, (WHOLE | SAMPLED)[options.loss])
     student_fn, teacher_fn = make_logp_fn(options, model), make_logp_fn(options, teacher)
@@ -194,19 +195,18 @@ def run(options: Options) -> None:
         return {name: value for name, value in numbers.items() if name != "kl"}
 
     before = prompts.answer(model.params)
-    common.start(options, options.run, "distill", model, "policy", parts.adaptation)
-    state = run_loop(
+    state = train(
+        options,
+        given,
         state,
         step,
-        options.run.loop(),
         stage="distill",
-        folder=options.run.out,
-        resume=options.run.resume,
-        run_config=common.to_json(options),
-        loggers=common.loggers(options, "distill"),
-        data_fingerprint=prompts.fingerprint(),
-        eval_fn=evaluate and held_out,
+        policy=model,
         meter=meter,
+        data_fingerprint=prompts.fingerprint(),
+        adaptation=parts.adaptation,
+        evaluate=evaluate and held_out,
     )
     after = prompts.answer(state.learner.all_params)
     common.finish(options.run, inputs.before_and_after("distill", before, after))
+    return trained(options.run, model, state.learner.all_params, state, options.adapter.kind)

@@ -24,6 +24,7 @@ import tyro
 
 from rlhf_jax import distributed
 from rlhf_jax.algorithms import preference, unpaired
+from rlhf_jax.algorithms.preference import PairLossFn
 from rlhf_jax.algorithms.unpaired import UNPAIRED_LOSSES
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.protocols import LogprobFn
@@ -33,8 +34,8 @@ from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.evaluation.classification import roc_auc
 from rlhf_jax.losses.pair_logps import PairLossTraits, traits_of
 from rlhf_jax.stages import adapting, common, inputs
-from rlhf_jax.training import Meter, run_loop
-from rlhf_jax.training.run_folder import load_policy
+from rlhf_jax.stages.entry import NOTHING, Given, Trained, policy_of, trained
+from rlhf_jax.training import Meter
 
 Sides = tuple[Sequences, Sequences]
 LossName = Annotated[
@@ -114,7 +115,7 @@ class Objective:
     make_batch: Callable[..., Any]
 
 
-def pair_objective(options: Options, loss: str, logprob_fn: LogprobFn, tx: Any) -> Objective:
+def pair_objective(options: Options, loss: str | PairLossFn, logprob_fn: LogprobFn, tx: Any) -> Objective:
     """DPO and its family, on pairs."""
     config = preference.Config(options.micro_batches, preference.find_pair_loss(loss))
     return Objective(
@@ -210,17 +211,18 @@ def make_evaluate_fn(
     return evaluate
 
 
-def run(options: Options) -> None:
+def run(options: Options, given: Given = NOTHING) -> Trained:
     """Trains, and leaves a run folder."""
-    seed, loss = options.run.seed, options.loss
+    seed, loss = options.run.seed, given.loss or options.loss
     check(options)
-    model = load_policy(Path(options.init))
+    model = policy_of(options.init, given)
     load = inputs.load_labelled if loss in UNPAIRED_LOSSES else inputs.load_pairs
-    train, held_out = load(options.pairs, model.tokenizer, seed)
+    train, held_out = load(options.pairs, model.tokenizer, seed, given)
     what = "responses" if loss in UNPAIRED_LOSSES else "pairs"
     common.announce(options.run, model, f"{len(train):,} {what}, {len(held_out):,} held out")
 
-    parts = adapting.take_apart(options.adapter, model, seed=seed, steps=options.run.steps)
+    steps, brought = options.run.steps, given.policy is not None
+    parts = adapting.take_apart(options.adapter, model, seed=seed, steps=steps, brought=brought)
     logprob_fn = model.make_logprob_fn()
     tx = parts.optimizer(with_total_steps(options.optimizer, options.run.steps))
     if loss in UNPAIRED_LOSSES:
@@ -236,18 +238,17 @@ def run(options: Options) -> None:
     step = make_step_fn(options, objective, logprob_fn, parts, state, train, meter)
     evaluate = make_evaluate_fn(options, logprob_fn, parts.reference(state.learner), held_out)
 
-    common.start(options, options.run, "dpo", model, "policy", parts.adaptation)
-    run_loop(
+    state = train(
+        options,
+        given,
         state,
         step,
-        options.run.loop(),
         stage="dpo",
-        folder=options.run.out,
-        resume=options.run.resume,
-        run_config=common.to_json(options),
-        loggers=common.loggers(options, "dpo"),
-        data_fingerprint=train.fingerprint(),
-        eval_fn=evaluate,
+        policy=model,
         meter=meter,
+        data_fingerprint=train.fingerprint(),
+        adaptation=parts.adaptation,
+        evaluate=evaluate,
     )
     common.finish(options.run)
+    return trained(options.run, model, state.learner.all_params, state, options.adapter.kind)

@@ -32,19 +32,20 @@ from rlhf_jax.generation import Sampling
 from rlhf_jax.losses import policy_weights
 from rlhf_jax.metrics import Thresholds
 from rlhf_jax.models import Policy
+from rlhf_jax.rewards.rules import soft_overlong_reward
 from rlhf_jax.rollout.dynamic_sampling import Answers, draw_groups_that_differ, term_means
-from rlhf_jax.rollout.sampler import make_generate_fn, make_reward_fn
+from rlhf_jax.rollout.sampler import make_generate_fn
 from rlhf_jax.rollout.step import make_group_learn
 from rlhf_jax.stages import adapting, common, inputs
-from rlhf_jax.training import Meter, run_loop
-from rlhf_jax.training.run_folder import load_policy
+from rlhf_jax.stages.entry import NOTHING, Given, Trained, policy_of, train, trained
+from rlhf_jax.stages.reward_specs import make_reward_fn
+from rlhf_jax.training import Meter
 
 CORRECTIONS = {
     "none": None,
     "tis": policy_weights.truncated_importance_weights,
     "mis": policy_weights.masked_importance_weights,
 }
-OVERLONG = "rlhf_jax.rewards.rules:soft_overlong_reward"
 AlgorithmName = Annotated[
     str,
     tyro.conf.arg(
@@ -172,7 +173,12 @@ def update_flops(options: Options, model: Policy, prompt_length: int) -> float:
 
 
 def make_draw_fn(
-    options: Options, variant: GRPOVariant, model: Policy, prompts: inputs.Prompts, meter: Meter
+    options: Options,
+    variant: GRPOVariant,
+    model: Policy,
+    prompts: inputs.Prompts,
+    meter: Meter,
+    given: Given = NOTHING,
 ) -> Callable[[Params, int], tuple[Answers, dict[str, float]]]:
     """`draw(params, number) -> (answers, metrics)` of a step, a function of its number and of the sampler."""
     answer = inputs.make_answer_fn(
@@ -187,9 +193,10 @@ def make_draw_fn(
         temperature=options.temperature,
         seed=options.run.seed,
         meter=meter,
+        given=given,
     )
     rounds, coef = variant.dynamic_sampling_max_rounds, variant.overlong_penalty_coef
-    penalty_fn = make_reward_fn([f"{OVERLONG}={coef}"], model.tokenizer)
+    penalty_fn = make_reward_fn([(soft_overlong_reward, coef)], model.tokenizer)
 
     def draw(params: Params, number: int) -> tuple[Answers, dict[str, float]]:
         metrics: dict[str, float] = {}
@@ -214,7 +221,7 @@ def make_draw_fn(
 
 
 def make_greedy_fn(
-    options: Options, model: Policy, prompts: inputs.Prompts
+    options: Options, model: Policy, prompts: inputs.Prompts, given: Given = NOTHING
 ) -> Callable[[Params, Answers], np.ndarray]:
     """`greedy(params, answers) -> [N]`: rewards of the most likely answers to the same prompts, for ReMax."""
     generate = make_generate_fn(
@@ -223,7 +230,7 @@ def make_greedy_fn(
         max_new_tokens=options.prompts.max_new_tokens,
         sampling=Sampling(temperature=0.0),
     )
-    reward_fn = make_reward_fn(options.prompts.rewards, model.tokenizer)
+    reward_fn = make_reward_fn(inputs.rewards_of(options.prompts, given), model.tokenizer)
 
     def greedy(params: Params, answers: Answers) -> np.ndarray:
         chosen = answers.prompts[:: options.group_size]
@@ -232,20 +239,21 @@ def make_greedy_fn(
     return greedy
 
 
-def run(options: Options) -> None:
+def run(options: Options, given: Given = NOTHING) -> Trained:
     """Trains, and leaves a run folder."""
     seed = options.run.seed
     check(options)
-    model = load_policy(Path(options.init))
-    prompts = inputs.load_prompts(options.prompts, model, options.prompts.rewards[:1], seed)
+    model = policy_of(options.init, given)
+    prompts = inputs.load_prompts(options.prompts, model, seed, given)
     common.announce(options.run, model, f"{len(prompts):,} prompts")
     variant = variant_of(options)
     meter = options.run.meter(update_flops(options, model, prompts.length))
-    draw = make_draw_fn(options, variant, model, prompts, meter)
-    greedy = make_greedy_fn(options, model, prompts)
+    draw = make_draw_fn(options, variant, model, prompts, meter, given)
+    greedy = make_greedy_fn(options, model, prompts, given)
     logprob_fn = model.make_logprob_fn(temperature=options.temperature)
     steps = options.run.steps * options.num_iterations * options.num_minibatches
-    parts = adapting.take_apart(options.adapter, model, seed=seed, steps=steps)
+    brought = given.policy is not None
+    parts = adapting.take_apart(options.adapter, model, seed=seed, steps=steps, brought=brought)
     tx = parts.optimizer(with_total_steps(options.optimizer, steps))
     update = grpo.make_update(variant.config, logprob_fn, tx)
     evaluate = prompts.evaluate
@@ -270,20 +278,20 @@ def run(options: Options) -> None:
     # One step off policy, sampler and trainer differ by design.
     thresholds = Thresholds(sampling_logp_diff=math.inf) if options.one_step_off_policy else Thresholds()
     before = prompts.answer(model.params)
-    common.start(options, options.run, "grpo", model, "policy", parts.adaptation)
-    state = run_loop(
+    state = train(
+        options,
+        given,
         state,
         step,
-        options.run.loop(thresholds),
         stage="grpo",
-        folder=options.run.out,
-        resume=options.run.resume,
-        run_config=common.to_json(options),
-        loggers=common.loggers(options, "grpo"),
-        data_fingerprint=prompts.fingerprint(),
-        eval_fn=evaluate
-        and (lambda state, _: evaluate(state.learner.all_params, parts.reference(state.learner)).metrics()),
+        policy=model,
         meter=meter,
+        data_fingerprint=prompts.fingerprint(),
+        adaptation=parts.adaptation,
+        evaluate=evaluate
+        and (lambda state, _: evaluate(state.learner.all_params, parts.reference(state.learner)).metrics()),
+        thresholds=thresholds,
     )
     after = prompts.answer(state.learner.all_params)
-    common.finish(options.run, inputs.before_and_after(options.algorithm, before, after))
+    common.finish(options.run, inputs.before_and_after(str(options.algorithm), before, after))
+    return trained(options.run, model, state.learner.all_params, state, options.adapter.kind)

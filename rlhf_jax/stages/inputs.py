@@ -21,35 +21,36 @@ from rlhf_jax.data.examples import (
     prompt_examples,
 )
 from rlhf_jax.data.pipeline import BatchSampler, fingerprint
-from rlhf_jax.data.sources import Row, read_rows
+from rlhf_jax.data.sources import Row, as_rows, read_rows
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.generation import Sampling
 from rlhf_jax.models import Policy
 from rlhf_jax.models.adapters import merge_adapter
 from rlhf_jax.rollout.dynamic_sampling import Answers, without_failed
 from rlhf_jax.rollout.engines import failed_rows, make_engine, parse_engine
-from rlhf_jax.rollout.sampler import (
-    Evaluation,
-    GenerateFn,
-    make_evaluate_fn,
-    make_generate_fn,
-    make_reward_fn,
-)
+from rlhf_jax.rollout.sampler import Evaluation, GenerateFn, make_evaluate_fn, make_generate_fn
 from rlhf_jax.rollout.samples import Sample, make_samples_fn
 from rlhf_jax.stages import common
+from rlhf_jax.stages.entry import NOTHING, Given
+from rlhf_jax.stages.reward_specs import make_reward_fn
 from rlhf_jax.tasks import arithmetic
 from rlhf_jax.training import Meter
 
 UNBOUNDED = 1 << 30
 
 
-def load_rows(spec: str, make_rows: Callable[[arithmetic.Level], list[dict[str, Any]]]) -> list[Row]:
+def load_rows(
+    spec: str, make_rows: Callable[[arithmetic.Level], list[dict[str, Any]]], given: Any = None
+) -> list[Row]:
     """Rows of a file, of a tfds data set, or of the embedded task.
 
     Args:
+      given: rows that were given as an object, and take the place of all that.
       spec: a path, `tfds:NAME[:SPLIT]` or `arithmetic:LEVEL`.
       make_rows: makes the rows of a level of the embedded task.
     """
+    if given is not None:
+        return as_rows(given)
     level = common.embedded_level(spec)
     if level is None:
         return read_rows(spec)
@@ -135,22 +136,29 @@ Example = TypeVar("Example")
 
 
 def _pair_examples(
-    options: common.PairOptions, tokenizer: Tokenizer, seed: int, make: Callable[..., list[Example]]
+    options: common.PairOptions,
+    tokenizer: Tokenizer,
+    seed: int,
+    make: Callable[..., list[Example]],
+    given: Given,
 ) -> tuple[list[Example], list[Example]]:
     """Examples for training, and held-out ones, of rows that hold pairs."""
 
-    def examples(spec: str, split: arithmetic.Split, count: int) -> list[Example]:
-        rows = load_rows(spec, lambda level: arithmetic.preference_rows(level, split, count, seed))
+    def examples(spec: str, split: arithmetic.Split, count: int, rows: Any) -> list[Example]:
+        read = load_rows(spec, lambda level: arithmetic.preference_rows(level, split, count, seed), rows)
         longest = options.max_length or UNBOUNDED
-        return make(rows, tokenizer, max_length=longest, too_long=options.too_long)
+        return make(read, tokenizer, max_length=longest, too_long=options.too_long)
 
-    train, held_out = examples(options.data, "train", options.pair_count), []
-    if options.eval_data or common.embedded_level(options.data):
-        held_out = examples(options.eval_data or options.data, "heldout", options.eval_count)
+    train, held_out = examples(options.data, "train", options.pair_count, given.rows), []
+    if given.eval_rows is not None or options.eval_data or common.embedded_level(options.data):
+        spec = options.eval_data or options.data
+        held_out = examples(spec, "heldout", options.eval_count, given.eval_rows)
     return train, held_out[: options.eval_count]
 
 
-def load_pairs(options: common.PairOptions, tokenizer: Tokenizer, seed: int) -> tuple[Pairs, Pairs]:
+def load_pairs(
+    options: common.PairOptions, tokenizer: Tokenizer, seed: int, given: Given = NOTHING
+) -> tuple[Pairs, Pairs]:
     """Training pairs and held-out pairs (chosen, rejected), in rows of one length.
 
     With `options.soft_labels` the labels of the training pairs are how probably the chosen one is better.
@@ -158,7 +166,7 @@ def load_pairs(options: common.PairOptions, tokenizer: Tokenizer, seed: int) -> 
     Raises:
       UserError: soft labels are asked for, and no row has one.
     """
-    train, held_out = _pair_examples(options, tokenizer, seed, preference_examples)
+    train, held_out = _pair_examples(options, tokenizer, seed, preference_examples, given)
     labels = np.array([pair.preference for pair in train], np.float32) if options.soft_labels else None
     if labels is not None and np.all(labels == 1):
         raise UserError(
@@ -174,12 +182,14 @@ def load_pairs(options: common.PairOptions, tokenizer: Tokenizer, seed: int) -> 
     return padded(train, labels), padded(held_out)
 
 
-def load_labelled(options: common.PairOptions, tokenizer: Tokenizer, seed: int) -> tuple[Pairs, Pairs]:
+def load_labelled(
+    options: common.PairOptions, tokenizer: Tokenizer, seed: int, given: Given = NOTHING
+) -> tuple[Pairs, Pairs]:
     """Completions beside mismatched ones, which stand after another's prompt, labelled as desirable or not.
 
     The other is half the data set away, so that it is never the other side of the same pair.
     """
-    train, held_out = _pair_examples(options, tokenizer, seed, labelled_examples)
+    train, held_out = _pair_examples(options, tokenizer, seed, labelled_examples, given)
     sizes = [len(e.prompt_ids) + len(e.completion_ids) for e in train + held_out]
     length = options.max_length or max(sizes)
 
@@ -232,23 +242,24 @@ class Prompts:
         return max(len(prompt.ids) for prompt in self.train)
 
 
-def load_prompts(options: common.PromptOptions, model: Policy, rewards: Sequence[str], seed: int) -> Prompts:
-    """The prompts that the options name.
+def load_prompts(options: common.PromptOptions, model: Policy, seed: int, given: Given = NOTHING) -> Prompts:
+    """The prompts that the options name, or that were given.
 
-    Args:
-      rewards: what the answers are worth where `options.eval_reward` says nothing else.
+    What answers are worth when they are looked at is `options.eval_reward`, else the first reward.
     """
 
-    def examples(spec: str, split: arithmetic.Split, count: int) -> list[PromptExample]:
-        rows = load_rows(spec, lambda level: arithmetic.prompt_rows(level, split, count, seed))
+    def examples(spec: str, split: arithmetic.Split, count: int, rows: Any) -> list[PromptExample]:
+        read = load_rows(spec, lambda level: arithmetic.prompt_rows(level, split, count, seed), rows)
         longest = options.max_prompt_length or UNBOUNDED
-        return prompt_examples(rows, model.tokenizer, max_length=longest, too_long=options.too_long)
+        return prompt_examples(read, model.tokenizer, max_length=longest, too_long=options.too_long)
 
-    train, held_out = examples(options.data, "train", options.prompt_count), []
-    if options.eval_data or common.embedded_level(options.data):
-        held_out = examples(options.eval_data or options.data, "heldout", options.eval_count)
+    train, held_out = examples(options.data, "train", options.prompt_count, given.rows), []
+    if given.eval_rows is not None or options.eval_data or common.embedded_level(options.data):
+        spec = options.eval_data or options.data
+        held_out = examples(spec, "heldout", options.eval_count, given.eval_rows)
         held_out = held_out[: options.eval_count]
-    reward_fn = make_reward_fn([options.eval_reward] if options.eval_reward else rewards, model.tokenizer)
+    looked_at = [options.eval_reward] if options.eval_reward else rewards_of(options, given)[:1]
+    reward_fn = make_reward_fn(looked_at, model.tokenizer)
     look = {"reward_fn": reward_fn, "max_new_tokens": options.max_new_tokens}
     shown = (held_out or train)[: options.samples]
     return Prompts(
@@ -256,6 +267,11 @@ def load_prompts(options: common.PromptOptions, model: Policy, rewards: Sequence
         make_evaluate_fn(model, held_out, **look) if held_out else None,
         make_samples_fn(model, shown, **look),
     )
+
+
+def rewards_of(options: common.PromptOptions, given: Given) -> list[Any]:
+    """What completions are worth: as it was given, or by name."""
+    return list(given.rewards or options.rewards)
 
 
 def make_sampler(
@@ -309,6 +325,7 @@ def make_answer_fn(
     slots: int = 0,
     temperature: float = 1.0,
     meter: Meter | None = None,
+    given: Given = NOTHING,
 ) -> Callable[[Params, int], Answers]:
     """`answer(params, number) -> Answers` to the prompts of one draw, which are a function of its number.
 
@@ -320,7 +337,7 @@ def make_answer_fn(
     """
     meter = meter or Meter()
     sampler = BatchSampler(len(prompts), batch_size, seed)
-    reward_fn = make_reward_fn(options.rewards, model.tokenizer)
+    reward_fn = make_reward_fn(rewards_of(options, given), model.tokenizer)
     reward_fn.check_kinds(prompts.train)
     generate = make_sampler(
         engine,

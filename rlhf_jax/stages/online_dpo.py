@@ -33,10 +33,10 @@ from rlhf_jax.generation import Sampling
 from rlhf_jax.losses.pair_logps import traits_of
 from rlhf_jax.models import Policy
 from rlhf_jax.rollout.engines import failed_rows
-from rlhf_jax.rollout.sampler import make_generate_fn, make_reward_fn
+from rlhf_jax.rollout.sampler import make_generate_fn
 from rlhf_jax.stages import adapting, common, inputs
-from rlhf_jax.training import run_loop
-from rlhf_jax.training.run_folder import load_policy
+from rlhf_jax.stages.entry import NOTHING, Given, Trained, policy_of, train, trained
+from rlhf_jax.stages.reward_specs import make_reward_fn
 
 LossName = Annotated[
     str,
@@ -195,24 +195,27 @@ def nash_update(options: Options, logprob_fn: LogprobFn, tx: Any) -> tuple[Calla
     return lambda params, key: nash_md.init(params, tx, key), learn
 
 
-def make_compare_fn(options: Options, model: Policy) -> CompareFn:
+def make_compare_fn(options: Options, model: Policy, given: Given = NOTHING) -> CompareFn:
     """The judge, or the rewards."""
     if options.judge:
         return compare_by_judge(options.judge, model.tokenizer)
-    return compare_by_rewards(make_reward_fn(options.prompts.rewards, model.tokenizer), noise=options.noise)
+    return compare_by_rewards(
+        make_reward_fn(inputs.rewards_of(options.prompts, given), model.tokenizer), noise=options.noise
+    )
 
 
-def run(options: Options) -> None:
+def run(options: Options, given: Given = NOTHING) -> Trained:
     """Trains, and leaves a run folder."""
     seed = options.run.seed
     check(options)
-    model = load_policy(Path(options.init))
-    prompts = inputs.load_prompts(options.prompts, model, options.prompts.rewards[:1], seed)
+    model = policy_of(options.init, given)
+    prompts = inputs.load_prompts(options.prompts, model, seed, given)
     sampler = BatchSampler(len(prompts), options.batch_size, seed)
-    compare = make_compare_fn(options, model)
+    compare = make_compare_fn(options, model, given)
     common.announce(options.run, model, f"{len(prompts):,} prompts")
 
-    parts = adapting.take_apart(options.adapter, model, seed=seed, steps=options.run.steps)
+    steps, brought = options.run.steps, given.policy is not None
+    parts = adapting.take_apart(options.adapter, model, seed=seed, steps=steps, brought=brought)
     logprob_fn = model.make_logprob_fn(temperature=options.temperature)
     tx = parts.optimizer(with_total_steps(options.optimizer, options.run.steps))
     init, learn_from = (nash_update if options.method == "nash_md" else pair_update)(options, logprob_fn, tx)
@@ -241,20 +244,19 @@ def run(options: Options) -> None:
         return state, {**metrics, **compared.metrics, "win_rate": compared.preference.mean()}
 
     before = prompts.answer(model.params)
-    common.start(options, options.run, "online_dpo", model, "policy", parts.adaptation)
-    state = run_loop(
+    state = train(
+        options,
+        given,
         state,
         step,
-        options.run.loop(),
         stage="online_dpo",
-        folder=options.run.out,
-        resume=options.run.resume,
-        run_config=common.to_json(options),
-        loggers=common.loggers(options, "online_dpo"),
-        data_fingerprint=prompts.fingerprint(),
-        eval_fn=evaluate
-        and (lambda state, _: evaluate(state.learner.all_params, parts.reference(state.learner)).metrics()),
+        policy=model,
         meter=meter,
+        data_fingerprint=prompts.fingerprint(),
+        adaptation=parts.adaptation,
+        evaluate=evaluate
+        and (lambda state, _: evaluate(state.learner.all_params, parts.reference(state.learner)).metrics()),
     )
     after = prompts.answer(state.learner.all_params)
     common.finish(options.run, inputs.before_and_after(options.method, before, after))
+    return trained(options.run, model, state.learner.all_params, state, options.adapter.kind)

@@ -40,11 +40,13 @@ from rlhf_jax.rewards import ensembles
 from rlhf_jax.rewards.functions import Scored
 from rlhf_jax.rollout.dynamic_sampling import term_means, without_failed
 from rlhf_jax.rollout.engines import failed_rows
-from rlhf_jax.rollout.sampler import Evaluation, RolloutReward, make_ensemble_fn, make_reward_fn
+from rlhf_jax.rollout.rewards import RolloutReward
+from rlhf_jax.rollout.sampler import Evaluation
 from rlhf_jax.rollout.step import make_ppo_learn
 from rlhf_jax.stages import adapting, common, inputs
-from rlhf_jax.training import run_loop
-from rlhf_jax.training.run_folder import load_policy, load_reward_model, load_unmerged_reward_model
+from rlhf_jax.stages.entry import NOTHING, Given, Trained, policy_of, train, trained
+from rlhf_jax.stages.reward_specs import make_ensemble_fn, make_reward_fn
+from rlhf_jax.training.run_folder import load_reward_model, load_unmerged_reward_model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,7 +131,9 @@ def reward_on_base(options: Options, policy: Policy, parts: adapting.Parts) -> P
     model, theirs = load_unmerged_reward_model(Path(folder))
     models.check_same_architecture(policy.config, model.config, folder)
     ours = parts.adaptation
-    if theirs is None or theirs.base.digest != ours.base.digest or theirs.quantisation != ours.quantisation:
+    if theirs is None or theirs.base is None or ours.base is None:
+        return None
+    if theirs.base.digest != ours.base.digest or theirs.quantisation != ours.quantisation:
         return None
     if isinstance(theirs.adapter, adapters.Partial) or isinstance(ours.adapter, adapters.Partial):
         return None
@@ -164,10 +168,12 @@ def initial_params(
     return trained, merge(held, {"base": parts.base, **rest})
 
 
-def make_rollout_reward(options: Options, tokenizer: Tokenizer) -> RolloutReward:
+def make_rollout_reward(options: Options, tokenizer: Tokenizer, given: Given = NOTHING) -> RolloutReward:
     """What an answer is worth: by reward functions, by a reward model, or by several."""
     if len(options.reward_model) < 2:
-        return make_reward_fn(options.reward_model or options.prompts.rewards, tokenizer)
+        named = options.reward_model and not given.rewards
+        rewards = options.reward_model if named else inputs.rewards_of(options.prompts, given)
+        return make_reward_fn(rewards, tokenizer)
     combine_fn = {
         "mean": ensembles.ensemble_mean,
         "worst": ensembles.ensemble_worst_case,
@@ -237,17 +243,18 @@ def make_config(options: Options) -> ppo.Config:
     )
 
 
-def run(options: Options) -> None:
+def run(options: Options, given: Given = NOTHING) -> Trained:
     """Trains, and leaves a run folder."""
     check(options)
     seed, config = options.run.seed, make_config(options)
-    model = load_policy(Path(options.init))
-    prompts = inputs.load_prompts(options.prompts, model, options.prompts.rewards[:1], seed)
+    model = policy_of(options.init, given)
+    prompts = inputs.load_prompts(options.prompts, model, seed, given)
     sampler = BatchSampler(len(prompts), options.batch_size, seed)
     rewards = options.reward_model or options.prompts.rewards
     common.announce(options.run, model, f"{len(prompts):,} prompts, rewards from {', '.join(rewards)}")
     steps = options.run.steps * options.num_ppo_epochs * options.num_minibatches
-    parts = adapting.take_apart(options.adapter, model, seed=seed, steps=steps)
+    brought = given.policy is not None
+    parts = adapting.take_apart(options.adapter, model, seed=seed, steps=steps, brought=brought)
     reward = reward_on_base(options, model, parts)
     value_key, state_key = jax.random.split(jax.random.key(seed))
     params, frozen = initial_params(options, model, parts, reward, value_key)
@@ -279,7 +286,7 @@ def run(options: Options) -> None:
     rollout_key = jax.random.key(seed + 1)
     meter = options.run.meter(update_flops(options, model, prompts.length))
 
-    reward_fn = make_rollout_reward(options, model.tokenizer) if reward is None else None
+    reward_fn = make_rollout_reward(options, model.tokenizer, given) if reward is None else None
     score_reward = jax.jit(model.make_shared_reward_fn())
 
     def step(state: ppo.State, number: int):
@@ -306,19 +313,20 @@ def run(options: Options) -> None:
         return evaluate(models.on_base(whole, "policy"), models.reference_of(whole, parts.original)).metrics()
 
     before = prompts.answer(model.params)
-    common.start(options, options.run, "ppo", model, "actor_critic", parts.adaptation)
-    state = run_loop(
+    state = train(
+        options,
+        given,
         state,
         step,
-        options.run.loop(),
         stage="ppo",
-        folder=options.run.out,
-        resume=options.run.resume,
-        run_config=common.to_json(options),
-        loggers=common.loggers(options, "ppo"),
-        data_fingerprint=prompts.fingerprint(),
-        eval_fn=evaluate and (lambda state, _: measured(state, evaluate)),
+        policy=model,
         meter=meter,
+        data_fingerprint=prompts.fingerprint(),
+        kind="actor_critic",
+        adaptation=parts.adaptation,
+        evaluate=evaluate and (lambda state, _: measured(state, evaluate)),
     )
     after = prompts.answer(models.on_base(state.learner.all_params, "policy"))
     common.finish(options.run, inputs.before_and_after("ppo", before, after))
+    policy = models.on_base(state.learner.all_params, "policy")
+    return trained(options.run, model, policy, state, options.adapter.kind)

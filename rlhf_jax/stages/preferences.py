@@ -37,8 +37,9 @@ from rlhf_jax.generation import Sampling, row_keys
 from rlhf_jax.metrics import Progress, final_table
 from rlhf_jax.metrics.pages import whole_lines
 from rlhf_jax.models import Policy
-from rlhf_jax.rollout.sampler import completion_texts, make_reward_fn
+from rlhf_jax.rollout.sampler import completion_texts
 from rlhf_jax.stages import common, inputs
+from rlhf_jax.stages.reward_specs import make_reward_fn
 from rlhf_jax.stages.rounds import prompt_of, write_rows
 from rlhf_jax.training.run_folder import describe_run, load_policy, write_json
 
@@ -191,7 +192,7 @@ def _nothing(prompt: PromptExample) -> Pair:
 
 def sampled(options: Options, model: Policy) -> list[Pair]:
     """Pairs of all prompts, judged now or before."""
-    prompts = inputs.load_prompts(options.prompts, model, options.prompts.rewards[:1], options.seed).train
+    prompts = inputs.load_prompts(options.prompts, model, options.seed).train
     size, pair_fn = options.samples_per_prompt, make_pair_fn(options, model)
     generate = inputs.make_sampler(
         options.engine,

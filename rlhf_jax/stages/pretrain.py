@@ -28,8 +28,7 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.protocols import LogprobFn
 from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer, with_total_steps
 from rlhf_jax.core.types import Params, Sequences
-from rlhf_jax.data import documents as texts
-from rlhf_jax.data import packing
+from rlhf_jax.data import documents as texts, packing
 from rlhf_jax.data.documents import Document, FillInTheMiddle
 from rlhf_jax.data.examples import PromptExample
 from rlhf_jax.data.pipeline import BatchSampler, fingerprint

@@ -18,7 +18,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -45,10 +45,10 @@ from rlhf_jax.data.tokenizers import Tokenizer, train_bpe
 from rlhf_jax.evaluation.classification import brier_score, reliability, roc_auc
 from rlhf_jax.feedback.step_labels import label_by_rollouts
 from rlhf_jax.models import Policy
-from rlhf_jax.rollout.sampler import make_reward_fn
 from rlhf_jax.stages import common, inputs
+from rlhf_jax.stages.entry import NOTHING, Given, Trained, trained_reward_model
+from rlhf_jax.stages.reward_specs import make_reward_fn
 from rlhf_jax.tasks import arithmetic
-from rlhf_jax.training import run_loop
 from rlhf_jax.training.run_folder import write_json
 
 HELD_OUT_PART = 8
@@ -103,7 +103,7 @@ class Options:
 # Data ----------------------------------------------------------------------------------------------
 
 
-def load_rows(options: Options) -> tuple[list[Row], list[Row]]:
+def load_rows(options: Options, given: Given = NOTHING) -> tuple[list[Row], list[Row]]:
     """Judged solutions to train on, and held-out ones."""
     seed = options.run.seed
     if options.outcome and not common.embedded_level(options.data):
@@ -112,18 +112,19 @@ def load_rows(options: Options) -> tuple[list[Row], list[Row]]:
             "(labels null, null, ..., true)"
         )
 
-    def read(spec: str, split: arithmetic.Split, count: int) -> list[Row]:
+    def read(spec: str, split: arithmetic.Split, count: int, rows: Any) -> list[Row]:
         def make(level: arithmetic.Level) -> list[arithmetic.Row]:
             return arithmetic.judged_rows(
                 level, split, count, seed, slip_rate=options.slip_rate, outcome=options.outcome
             )
 
-        rows = inputs.load_rows(spec, make)
+        rows = inputs.load_rows(spec, make, rows)
         return socratic_rows(rows, seed) if all(map(is_socratic, rows)) else rows
 
-    train = read(options.data, "train", options.row_count)
-    if options.eval_data or common.embedded_level(options.data):
-        held_out = read(options.eval_data or options.data, "heldout", options.eval_count)
+    train = read(options.data, "train", options.row_count, given.rows)
+    if given.eval_rows is not None or options.eval_data or common.embedded_level(options.data):
+        spec = options.eval_data or options.data
+        held_out = read(spec, "heldout", options.eval_count, given.eval_rows)
     else:
         train, held_out = _split(train)
     return train, held_out[: options.eval_count]
@@ -249,7 +250,7 @@ def make_eval_fn(
     return evaluate
 
 
-def run(options: Options) -> None:
+def run(options: Options, given: Given = NOTHING) -> Trained:
     """Trains, and leaves a run folder."""
     seed = options.run.seed
     common.check(options, options.run, "process_reward")
@@ -258,9 +259,9 @@ def run(options: Options) -> None:
         raise UserError("--labels rollouts is of steps and by a policy: give --init, and no --outcome")
     if options.rollouts < 1:
         raise UserError(f"--rollouts {options.rollouts} is below 1: raise it")
-    rows = load_rows(options)
+    rows = load_rows(options, given)
     tokenizer = choose_tokenizer(options, rows[0])
-    model = common.starting_model(options.init, tokenizer, options.data, options.model, seed)
+    model = common.starting_model(options.init, tokenizer, options.data, options.model, seed, given.policy)
     if options.labels == "rollouts":
         rows = label(options, model, rows)
     train, held_out = load(options, model.tokenizer, list(rows))
@@ -280,23 +281,22 @@ def run(options: Options) -> None:
     )
     meter = options.run.meter(model.training_flops(rows=options.batch_size, length=train.length))
     hyper = process_reward.Hyper(jnp.float32(options.learning_rate))
-    common.start(options, options.run, "process_reward", model, "reward_model")
 
     def step(state: process_reward.State, number: int):
         batch = meter.timed("data", train.batch, common.local_indices(sampler, number))
         return meter.timed("update", update, state, hyper, batch)
 
-    run_loop(
+    state = train(
+        options,
+        given,
         state,
         step,
-        options.run.loop(),
         stage="process_reward",
-        folder=options.run.out,
-        resume=options.run.resume,
-        run_config=common.to_json(options),
-        loggers=common.loggers(options, "process_reward"),
-        data_fingerprint=train.fingerprint(),
-        eval_fn=make_eval_fn(options, step_reward_fn, held_out),
+        policy=model,
         meter=meter,
+        data_fingerprint=train.fingerprint(),
+        kind="reward_model",
+        evaluate=make_eval_fn(options, step_reward_fn, held_out),
     )
     common.finish(options.run)
+    return trained_reward_model(options.run, model, state.learner.all_params, state)

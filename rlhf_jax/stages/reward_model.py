@@ -22,7 +22,7 @@ from rlhf_jax.core.train_state import OptimizerConfig, with_total_steps
 from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.evaluation.classification import reliability
 from rlhf_jax.stages import adapting, common, inputs
-from rlhf_jax.training import run_loop
+from rlhf_jax.stages.entry import NOTHING, Given, Trained, trained_reward_model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,17 +56,20 @@ class Options:
     centring: float = 0.01
 
 
-def run(options: Options) -> None:
+def run(options: Options, given: Given = NOTHING) -> Trained:
     """Trains, and leaves a run folder."""
     seed = options.run.seed
     common.check(options, options.run, "reward_model")
     common.check_divides("--micro-batches", options.micro_batches, "--batch-size", options.batch_size)
-    model = common.starting_model(options.init, options.tokenizer, options.pairs.data, options.model, seed)
-    train, held_out = inputs.load_pairs(options.pairs, model.tokenizer, seed)
+    model = common.starting_model(
+        options.init, options.tokenizer, options.pairs.data, options.model, seed, given.policy
+    )
+    train, held_out = inputs.load_pairs(options.pairs, model.tokenizer, seed, given)
     sampler = BatchSampler(len(train), options.batch_size, seed)
     common.announce(options.run, model, f"{len(train):,} pairs, {len(held_out):,} held out")
 
-    parts = adapting.take_apart(options.adapter, model, seed=seed, steps=options.run.steps)
+    steps, brought = options.run.steps, given.policy is not None
+    parts = adapting.take_apart(options.adapter, model, seed=seed, steps=steps, brought=brought)
     reward_fn = model.make_reward_fn()
     tx = parts.optimizer(with_total_steps(options.optimizer, options.run.steps))
     state = adapting.new_state(
@@ -105,18 +108,18 @@ def run(options: Options) -> None:
             "calibration_error": reliability(sure, margins > 0).error,
         }
 
-    common.start(options, options.run, "reward_model", model, "reward_model", parts.adaptation)
-    run_loop(
+    state = train(
+        options,
+        given,
         state,
         step,
-        options.run.loop(),
         stage="reward_model",
-        folder=options.run.out,
-        resume=options.run.resume,
-        run_config=common.to_json(options),
-        loggers=common.loggers(options, "reward_model"),
-        data_fingerprint=train.fingerprint(),
-        eval_fn=accuracy if len(held_out) else None,
+        policy=model,
         meter=meter,
+        data_fingerprint=train.fingerprint(),
+        kind="reward_model",
+        adaptation=parts.adaptation,
+        evaluate=accuracy if len(held_out) else None,
     )
     common.finish(options.run)
+    return trained_reward_model(options.run, model, state.learner.all_params, state)

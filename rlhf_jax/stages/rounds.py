@@ -36,8 +36,8 @@ from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.metrics import JSONLLogger, final_table
 from rlhf_jax.models import Policy
 from rlhf_jax.rollout.dynamic_sampling import Answers, concatenate, term_means
-from rlhf_jax.rollout.sampler import check_same_vocabulary
 from rlhf_jax.stages import common, dpo, inputs, sft
+from rlhf_jax.stages.reward_specs import check_same_vocabulary
 from rlhf_jax.training.run_folder import describe_run, load_policy, write_json
 
 Rows = list[dict[str, Any]]
@@ -262,7 +262,7 @@ def run(options: Options) -> None:
     """All rounds; leaves a run folder with one in it for each."""
     check(options)
     model = load_policy(Path(options.init))
-    prompts = inputs.load_prompts(options.prompts, model, options.prompts.rewards[:1], options.run.seed)
+    prompts = inputs.load_prompts(options.prompts, model, options.run.seed)
     BatchSampler(len(prompts), options.prompts_per_round, options.run.seed)  # refuses more than there are
     common.announce(options.run, model, f"{len(prompts):,} prompts, {options.rounds} rounds")
     before = prompts.answer(model.params)

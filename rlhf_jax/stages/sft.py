@@ -37,8 +37,8 @@ from rlhf_jax.losses.supervised import cross_entropy_loss
 from rlhf_jax.metrics import final_table
 from rlhf_jax.models import Policy
 from rlhf_jax.stages import adapting, common, inputs
+from rlhf_jax.stages.entry import NOTHING, Given, Trained, train, trained
 from rlhf_jax.tasks.arithmetic import Level, demonstration_rows
-from rlhf_jax.training import run_loop
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ class Options:
     eval_count: int = 256
 
 
-def load_rows(options: Options, *, held_out: bool, source: str = "") -> list[Row]:
+def load_rows(options: Options, *, held_out: bool, source: str = "", given: Given = NOTHING) -> list[Row]:
     """Conversations for training, or the held-out ones.
 
     Args:
@@ -105,7 +105,7 @@ def load_rows(options: Options, *, held_out: bool, source: str = "") -> list[Row
 
     source = source or options.data
     spec = (options.eval_data or source) if held_out else source
-    rows = inputs.load_rows(spec, make)
+    rows = inputs.load_rows(spec, make, given.eval_rows if held_out else given.rows)
     return rows[: options.eval_count] if held_out else rows
 
 
@@ -166,13 +166,15 @@ def source_names(sources: Sequence[str]) -> tuple[str, ...]:
 
 
 def held_out_loss(
-    options: Options, model: Policy, logprob_fn: LogprobFn
-) -> Callable[[sft.State], dict[str, float]] | None:
+    options: Options, model: Policy, logprob_fn: LogprobFn, given: Given = NOTHING
+) -> Callable[[sft.State, int], dict[str, float]] | None:
     """Evaluates the loss on held-out conversations, where there are any."""
     alone = len(inputs.split_mixture(options.data)) == 1
-    if not (options.eval_data or (alone and common.embedded_level(options.data))):
+    named = options.eval_data or (alone and common.embedded_level(options.data))
+    if not named and given.eval_rows is None:
         return None
-    rows = lay_out(options, make_examples(options, load_rows(options, held_out=True), model.tokenizer))
+    held_out = load_rows(options, held_out=True, given=given)
+    rows = lay_out(options, make_examples(options, held_out, model.tokenizer))
     size, total = options.batch_size, int(rows.mask.sum())
 
     def part(first: int) -> Sequences:
@@ -190,15 +192,15 @@ def held_out_loss(
     return evaluate
 
 
-def run(options: Options) -> None:
+def run(options: Options, given: Given = NOTHING) -> Trained:
     """Trains, and leaves a run folder."""
     common.check(options, options.run, "sft")
     common.check_divides("--micro-batches", options.micro_batches, "--batch-size", options.batch_size)
     sources = inputs.split_mixture(options.data)
-    data = [load_rows(options, held_out=False, source=source) for source in sources]
+    data = [load_rows(options, held_out=False, source=source, given=given) for source in sources]
     tokenizer = choose_tokenizer(options, [row for rows in data for row in rows])
     model = common.starting_model(
-        options.init, tokenizer, next(iter(sources)), options.model, options.run.seed
+        options.init, tokenizer, next(iter(sources)), options.model, options.run.seed, given.policy
     )
     by_source = [make_examples(options, rows, model.tokenizer) for rows in data]
     examples = [example for some in by_source for example in some]
@@ -210,7 +212,8 @@ def run(options: Options) -> None:
     common.announce(options.run, model, f"{len(examples):,} conversations in {len(rows.tokens):,} rows")
     common.show_sample(options.run, model.tokenizer, examples[0])
 
-    parts = adapting.take_apart(options.adapter, model, seed=options.run.seed, steps=options.run.steps)
+    seed, brought = options.run.seed, given.policy is not None
+    parts = adapting.take_apart(options.adapter, model, seed=seed, steps=options.run.steps, brought=brought)
     logprob_fn = model.make_logprob_fn_with_auxiliaries()
     tx = parts.optimizer(with_total_steps(options.optimizer, options.run.steps))
     state = adapting.new_state(
@@ -223,9 +226,8 @@ def run(options: Options) -> None:
     names = source_names(list(sources)) if len(sources) > 1 else ()
     config = sft.Config(options.micro_batches, sources=names)
     update = common.jit_update(sft.make_update(config, logprob_fn, tx, models.rebalance), state)
-    evaluate = held_out_loss(options, model, logprob_fn)
+    evaluate = held_out_loss(options, model, logprob_fn, given)
     hyper = options.auxiliary.hyper(options.learning_rate)
-    common.start(options, options.run, "sft", model, "policy", parts.adaptation)
 
     meter = options.run.meter(model.training_flops(rows=options.batch_size, length=length))
 
@@ -238,17 +240,17 @@ def run(options: Options) -> None:
     def step(state: sft.State, number: int):
         return meter.timed("update", update, state, hyper, *meter.timed("data", batch, number))
 
-    run_loop(
+    state = train(
+        options,
+        given,
         state,
         step,
-        options.run.loop(),
         stage="sft",
-        folder=options.run.out,
-        resume=options.run.resume,
-        run_config=common.to_json(options),
-        loggers=common.loggers(options, "sft"),
-        data_fingerprint=fingerprint(jax.tree.leaves(rows)),
-        eval_fn=evaluate,
+        policy=model,
         meter=meter,
+        data_fingerprint=fingerprint(jax.tree.leaves(rows)),
+        adaptation=parts.adaptation,
+        evaluate=evaluate,
     )
     common.finish(options.run)
+    return trained(options.run, model, state.learner.all_params, state, options.adapter.kind)

@@ -49,12 +49,13 @@ class Adaptation:
 
     Attributes:
       adapter: what is trained.
-      base: the run whose policy is adapted.
+      base: where the policy that is adapted comes from; None where Python brought it, so that the
+        run's folder alone does not make a policy again.
       quantisation: how the base's kernels are kept; None for as they are.
     """
 
     adapter: adapters.Adapter
-    base: Source
+    base: Source | None
     quantisation: adapters.Quantisation | None = None
 
     def adapted(self, base: Params, key: PRNGKeyArray) -> tuple[Params, Params]:
@@ -200,10 +201,11 @@ def write_model_files(
     path = folder / "model.json"
     if files.is_file(path) and CheckpointManager(folder / "checkpoints").latest_step() is not None:
         _, held_config, held_tokenizer, held = _read_model_files(folder)
-        if adaptation is not None and held is not None and held.base.digest != adaptation.base.digest:
+        ours, theirs = (side and side.base for side in (adaptation, held))
+        if ours and theirs and ours.digest != theirs.digest:
             raise UserError(
-                f"{folder}: its adapter was trained on another model than {adaptation.base.folder} holds at "
-                f"step {adaptation.base.step}: give the one it had, or choose another --out"
+                f"{folder}: its adapter was trained on another model than {ours.folder} holds at "
+                f"step {ours.step}: give the one it had, or choose another --out"
             )
         if policy.config is not None and held_config is not None:
             models.check_same_architecture(policy.config, held_config, f"{folder}")
@@ -218,8 +220,11 @@ def write_model_files(
         base = adaptation.base
         description["adapter"] = models.adapter_to_dict(adaptation.adapter)
         description["quantisation"] = models.adapter_to_dict(adaptation.quantisation)
-        where = _way(folder, base.folder)
-        description["base"] = {"folder": where, "step": base.step, "digest": base.digest}
+        description["base"] = base and {
+            "folder": _way(folder, base.folder),
+            "step": base.step,
+            "digest": base.digest,
+        }
     write_json(path, description)
     try:
         policy.tokenizer.save(folder / "tokenizer")
@@ -272,7 +277,7 @@ def load_unmerged_policy(folder: Path) -> tuple[Policy, Adaptation | None]:
         like = jax.eval_shape(functools.partial(models.init_params, config), jax.random.key(0))
         params = _restore(folder, name, like)
     else:
-        params = _restore_adapted(folder, name, adaptation)
+        params = _restore_adapted(folder, name, adaptation, config)
     return make_policy(config, params, tokenizer, source=_source(folder)), adaptation
 
 
@@ -296,7 +301,7 @@ def load_unmerged_reward_model(folder: Path) -> tuple[ScalarModel, Adaptation | 
     if adaptation is None:
         params = _restore(folder, "learner/params", like)
     else:
-        decoder = _restore_adapted(folder, "learner/params/decoder", adaptation)
+        decoder = _restore_adapted(folder, "learner/params/decoder", adaptation, config)
         params = {"decoder": decoder, "head": _restore(folder, "learner/params/head", like["head"])}
     body = make_policy(config, params["decoder"], tokenizer, source=_source(folder))
     return ScalarModel(body, params["head"]), adaptation
@@ -310,20 +315,34 @@ def _restore(folder: Path, name: str, like: Any) -> Params:
     return restore_params(files.as_path(folder) / "checkpoints", like, name=name)[1]
 
 
-def _restore_adapted(folder: Path, name: str, adaptation: Adaptation) -> Params:
+def _restore_adapted(folder: Path, name: str, adaptation: Adaptation, config: models.ModelConfig) -> Params:
     """The decoder of an adapter's run: its base with what was trained."""
-    base = _load_base(folder, adaptation.base).params
+    base = _load_base(folder, adaptation.base, config).params
     trained, frozen = adaptation.adapted(base, jax.random.key(0))  # of what is frozen, nothing is random
     return merge(_restore(folder, name, jax.eval_shape(lambda: trained)), frozen)
 
 
-def _load_base(folder: Path, base: Source) -> Policy:
-    if not files.is_file(base.folder / "model.json"):
+def _load_base(folder: Path, base: Source | None, config: models.ModelConfig) -> Policy:
+    """The policy that an adapter stands on, in the layout and precision of the adapter's run."""
+    from rlhf_jax.training.loading import load  # which reads run folders by this module
+
+    if base is None:
         raise UserError(
-            f"{folder} holds an adapter, and the run that it adapts is not at {base.folder}: "
-            "put that run back, with the adapter's folder as far from it as it was"
+            f"{folder} holds an adapter of a policy that came from Python and not from a folder: load that "
+            "policy, and restore the adapter's leaves with rlhf_jax.checkpoint.restore_params"
         )
-    model = load_policy(base.folder)
+    if not files.exists(base.folder):
+        raise UserError(
+            f"{folder} holds an adapter, and the model that it adapts is not at {base.folder}: "
+            "put that back, with the adapter's folder as far from it as it was"
+        )
+    model = load(
+        base.folder,
+        dtype=config.compute_dtype,
+        param_dtype=config.param_dtype,
+        remat=config.remat,
+        scan_layers=config.scan_layers,
+    )
     assert model.source is not None
     if model.source.digest != base.digest:
         raise UserError(
@@ -374,6 +393,6 @@ def _read_ours(folder: Path) -> tuple[Kind, models.ModelConfig, Tokenizer, Adapt
 
 def _read_adaptation(folder: Path, data: Mapping[str, Any]) -> Adaptation:
     base = data["base"]
-    source = Source(_go(folder, base["folder"]), int(base["step"]), str(base["digest"]))
+    source = base and Source(_go(folder, base["folder"]), int(base["step"]), str(base["digest"]))
     adapter, quantisation = (models.adapter_from_dict(data[name]) for name in ("adapter", "quantisation"))
     return Adaptation(adapter, source, quantisation)

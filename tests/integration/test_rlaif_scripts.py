@@ -8,8 +8,8 @@ import tyro
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.data.sources import read_rows
-from rlhf_jax.rollout.sampler import make_reward_fn
 from rlhf_jax.stages import constitutional, preferences, rule_rewards
+from rlhf_jax.stages.reward_specs import make_reward_fn
 from rlhf_jax.tasks.arithmetic_reviews import CONSTITUTION, PROPOSITIONS, REVIEW_LEVEL, ranked_rows
 from rlhf_jax.training.run_folder import load_policy
 

@@ -10,8 +10,7 @@ import tyro
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.search import interface
-from rlhf_jax.stages import common, process_reward
-from rlhf_jax.stages import search as script
+from rlhf_jax.stages import common, process_reward, search as script
 
 _TINY = "--prompts 6 --samples 3 --batch-size 4 --max-new-tokens 12 --resamples 4 --quiet "
 _TINY += "--search.ways 2 --search.votes 2 --search.expansions 3 --search.simulations 1 --search.depth 2 "

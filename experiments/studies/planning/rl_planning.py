@@ -23,8 +23,7 @@ from rlhf_jax.cli import command_line
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Metrics, PRNGKeyArray
 from rlhf_jax.metrics.pages import PLAN, SUMMARY, held_summary, kept_remarks, made
-from rlhf_jax.rl.algorithms import dyna, feudal
-from rlhf_jax.rl.algorithms import options as rl_options
+from rlhf_jax.rl.algorithms import dyna, feudal, options as rl_options
 from rlhf_jax.rl.envs import environments, mazes
 from rlhf_jax.rl.envs.evaluation import evaluate
 from rlhf_jax.rl.loops.runs import whole

@@ -11,8 +11,7 @@ import numpy as np
 from rlhf_jax.core.types import Array, Float
 from rlhf_jax.evaluation.statistics import Interval, interquartile_mean, stratified_bootstrap_interval
 from rlhf_jax.metrics.pages import commands, when_and_with
-from rlhf_jax.rl.algorithms import dyna
-from rlhf_jax.rl.algorithms import options as rl_options
+from rlhf_jax.rl.algorithms import dyna, options as rl_options
 from rlhf_jax.rl.envs import mazes
 from rlhf_jax.rl.tabular import dynamic_programming
 from rlhf_jax.sweep.plots import curve_with_band

@@ -115,7 +115,7 @@ def make_exact_match(options: Options, model: Policy) -> Callable[[Params], floa
     prompts = common.PromptOptions(
         data=options.data, prompt_count=options.batch_size, eval_count=options.eval_count, samples=1
     )
-    evaluate = inputs.load_prompts(prompts, model, prompts.rewards, options.seed).evaluate
+    evaluate = inputs.load_prompts(prompts, model, options.seed).evaluate
     assert evaluate is not None
     return lambda params: evaluate(params, None).score
 

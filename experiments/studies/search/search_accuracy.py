@@ -25,8 +25,7 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.data.sources import read_rows
 from rlhf_jax.evaluation import pass_at_k
 from rlhf_jax.rewards.verifiers import final_number, gsm8k_answer
-from rlhf_jax.stages import common, sft
-from rlhf_jax.stages import search as search_script
+from rlhf_jax.stages import common, search as search_script, sft
 from rlhf_jax.stages.search_methods import Judges
 from rlhf_jax.tasks.arithmetic import demonstration_rows
 from rlhf_jax.training.run_folder import load_policy, write_json

@@ -6,8 +6,7 @@ import threading
 import time
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.data import templates
@@ -205,8 +204,7 @@ def test_masks_without_marks(template, expected):
 
 
 def test_a_tokenizer_that_puts_a_space_before_every_text():
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Backend, decoders, models, pre_tokenizers
 
     alphabet = {character: index for index, character in enumerate("\u2581abcdefghijklmnopqrstuvwxyz<|_>\n")}
     backend = Backend(models.BPE(vocab=alphabet, merges=[]))

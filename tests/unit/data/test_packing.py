@@ -3,8 +3,7 @@ import logging
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.data.packing import bucket_batches, left_pad, pack_rows, pad_batch, pad_rows

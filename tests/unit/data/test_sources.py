@@ -7,8 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import tensorflow_datasets as tfds
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.data.sources import read_rows

@@ -8,8 +8,16 @@ import numpy as np
 import pytest
 
 from rlhf_jax import losses, models
-from rlhf_jax.algorithms import distillation, grpo_variants, nash_md, ppo, preference, sft, unpaired
-from rlhf_jax.algorithms import grpo as group
+from rlhf_jax.algorithms import (
+    distillation,
+    grpo as group,
+    grpo_variants,
+    nash_md,
+    ppo,
+    preference,
+    sft,
+    unpaired,
+)
 from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.distributed.runtime import compiler_options
 from rlhf_jax.jitted import methods

@@ -3,8 +3,7 @@
 from fractions import Fraction
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from rlhf_jax.rewards.algebra import TooLarge, Unreadable, number, root, variable
 from rlhf_jax.rewards.answers import answers_equal

@@ -6,8 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from rlhf_jax.algorithms import grpo as group
-from rlhf_jax.algorithms import ppo as shared
+from rlhf_jax.algorithms import grpo as group, ppo as shared
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.distributed.runtime import compiler_options
 from rlhf_jax.rl.algorithms import a2c, grpo, ppo, reinforce, trpo

@@ -18,13 +18,8 @@ from rlhf_jax.core.types import Rollout, Sequences
 from rlhf_jax.data.examples import PromptExample
 from rlhf_jax.data.tokenizers import character_tokenizer
 from rlhf_jax.generation import Sampling
-from rlhf_jax.rollout.sampler import (
-    completion_texts,
-    make_ensemble_fn,
-    make_evaluate_fn,
-    make_generate_fn,
-    make_reward_fn,
-)
+from rlhf_jax.rollout.sampler import completion_texts, make_evaluate_fn, make_generate_fn
+from rlhf_jax.stages.reward_specs import make_ensemble_fn, make_reward_fn
 from rlhf_jax.training.run_folder import write_model_files
 
 TOKENIZER = character_tokenizer("0123456789+=")

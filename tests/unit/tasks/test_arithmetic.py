@@ -6,8 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from rlhf_jax.data.examples import preference_examples, prompt_examples, supervised_examples
 from rlhf_jax.data.sources import read_rows

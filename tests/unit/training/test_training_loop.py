@@ -13,8 +13,7 @@ from rlhf_jax.checkpoint import CheckpointManager
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.distributed import born_sharded, shardings_of
 from rlhf_jax.metrics.writers import read_metrics
-from rlhf_jax.training import Interrupted, LoopConfig, run_loop
-from rlhf_jax.training import loop as loop_module
+from rlhf_jax.training import Interrupted, LoopConfig, loop as loop_module, run_loop
 
 STEPS = 7
 

@@ -1,0 +1,233 @@
+"""Stages from Python: objects where the command line has names, and what a stage leaves."""
+
+import contextlib
+import dataclasses
+import difflib
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_origin, get_type_hints
+
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.files import as_path
+from rlhf_jax.core.types import Params
+from rlhf_jax.metrics import Thresholds, read_metrics
+from rlhf_jax.models import Policy, ScalarModel
+from rlhf_jax.stages import common
+from rlhf_jax.training import Meter, run_loop
+from rlhf_jax.training.loading import load
+from rlhf_jax.training.run_folder import Adaptation, Kind
+
+Options = TypeVar("Options")
+Rows = Any
+"""Rows as `data.sources.as_rows` takes them."""
+_REQUIRED = object()
+FROM_PYTHON = "(from Python)"
+"""What stands in a run's description for what was given as an object."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """Objects that take the place of names in the options of a stage.
+
+    Attributes:
+      policy: instead of loading one.
+      rows: to train on.
+      eval_rows: held out.
+      rewards: what completions are worth.
+      loss: on pairs.
+      teacher: to distill.
+      loggers: beside those that the options name.
+      on_step: called with (state, metrics, step) after every step.
+      eval_fn: (state, step) -> numbers, beside the stage's own evaluation.
+    """
+
+    policy: Policy | None = None
+    rows: Rows = None
+    eval_rows: Rows = None
+    rewards: Sequence[Any] = ()
+    loss: Callable[..., Any] | None = None
+    teacher: Policy | None = None
+    loggers: Sequence[Any] = ()
+    on_step: Callable[..., Any] | Sequence[Callable[..., Any]] = ()
+    eval_fn: Callable[[Any, int], Mapping[str, Any]] | None = None
+
+
+NOTHING = Given()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trained:
+    """What a stage leaves.
+
+    Attributes:
+      folder: of the run.
+      policy: as trained; of a reward model, its body.
+      state: the last state: parameters, moments, keys.
+      reward_model: where one was trained.
+    """
+
+    folder: Path
+    policy: Policy
+    state: Any = None
+    reward_model: ScalarModel | None = None
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of the run's log, one a step."""
+        return read_metrics(self.folder)
+
+
+def policy_of(name: str, given: Given) -> Policy:
+    """The policy to start from."""
+    return given.policy if given.policy is not None else load(name)
+
+
+def train(
+    options: Any,
+    given: Given,
+    state: Any,
+    step: Callable[..., Any],
+    *,
+    stage: str,
+    policy: Policy,
+    meter: Meter,
+    data_fingerprint: str,
+    kind: Kind = "policy",
+    adaptation: Adaptation | None = None,
+    evaluate: Callable[[Any, int], Mapping[str, Any]] | None = None,
+    thresholds: Thresholds = Thresholds(),
+) -> Any:
+    """The training loop of a stage, in its run folder; returns the last state.
+
+    Args:
+      options: of the stage, with a `run`.
+      evaluate: the stage's own evaluation, (state, step) -> numbers.
+    """
+    run = options.run
+    common.start(options, run, stage, policy, kind, adaptation)
+    return run_loop(
+        state,
+        step,
+        run.loop(thresholds),
+        stage=stage,
+        folder=run.out,
+        resume=run.resume,
+        run_config=common.to_json(options),
+        loggers=[*common.loggers(options, stage), *given.loggers],
+        data_fingerprint=data_fingerprint,
+        eval_fn=_both(evaluate, given.eval_fn),
+        on_step=given.on_step,
+        meter=meter,
+    )
+
+
+def _both(*functions: Callable[[Any, int], Mapping[str, Any]] | None) -> Callable[..., Any] | None:
+    present = [function for function in functions if function is not None]
+    if not present:
+        return None
+    return lambda state, step: {k: v for function in present for k, v in function(state, step).items()}
+
+
+def trained(run: common.RunOptions, policy: Policy, params: Params, state: Any, adapter: str) -> Trained:
+    """What a stage that trains a policy leaves.
+
+    Args:
+      params: of the whole policy, as it ended.
+      adapter: the kind of adapter that was trained.
+    """
+    after = dataclasses.replace(policy.with_params(params), rank_stabilized=adapter == "rslora")
+    return Trained(Path(run.out), after, state)
+
+
+def trained_reward_model(run: common.RunOptions, policy: Policy, params: Params, state: Any) -> Trained:
+    """What a stage that trains a decoder with a scalar head leaves.
+
+    Args:
+      params: `{"decoder", "head"}`.
+    """
+    body = policy.with_params(params["decoder"])
+    return Trained(Path(run.out), body, state, ScalarModel(body, params["head"]))
+
+
+# Options from keywords -----------------------------------------------------------------------------
+
+
+def options_of(options_type: type[Options], out: Any, settings: Mapping[str, Any]) -> Options:
+    """Options of a stage from keywords: the names of the command line, with underscores.
+
+    Groups whose options stand alone on the command line (`run`, `prompts`, `pairs`) are filled by their own
+    names; other groups are given whole, such as `adapter=lora(rank=16)`.
+
+    Args:
+      out: the run folder; None for a temporary one.
+      settings: the keywords. Required options that are not among them were given as objects.
+
+    Raises:
+      UserError: there is no such option.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="rlhf_jax_")) / "run" if out is None else out
+    left = {**settings, "out": as_path(folder)}
+    options = _filled(options_type, left)
+    if left:
+        known = [name for name in _names(options_type) if name != "out"]
+        near = difflib.get_close_matches(next(iter(left)), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(f"there is no setting {next(iter(left))}: {hint}there are {', '.join(known)}")
+    return options
+
+
+def _filled(options_type: type[Any], left: dict[str, Any], default: Any = None) -> Any:
+    """An instance, with what `left` has for it, which is taken out of there."""
+    values: dict[str, Any] = {}
+    for name, kind, otherwise in _fields(options_type, default):
+        if name in left:
+            values[name] = left.pop(name)
+        elif name in common.WITHOUT_PREFIX and dataclasses.is_dataclass(kind):
+            values[name] = _filled(kind, left, None if otherwise is _REQUIRED else otherwise)
+        elif otherwise is not _REQUIRED:
+            values[name] = otherwise
+        else:
+            values[name] = (FROM_PYTHON,) if get_origin(kind) is tuple else FROM_PYTHON
+    return options_type(**values)
+
+
+def _names(options_type: type[Any]) -> Iterator[str]:
+    for name, kind, _ in _fields(options_type, None):
+        if name in common.WITHOUT_PREFIX and dataclasses.is_dataclass(kind):
+            yield from (field.name for field in dataclasses.fields(kind))
+        else:
+            yield name
+
+
+def _fields(options_type: type[Any], instance: Any) -> Iterator[tuple[str, Any, Any]]:
+    """(name, type, default) of each option; the defaults are those of `instance` where there is one."""
+    hints = get_type_hints(options_type)
+    for field in dataclasses.fields(options_type):
+        if instance is not None:
+            default = getattr(instance, field.name)
+        elif field.default is not dataclasses.MISSING:
+            default = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        else:
+            default = _REQUIRED
+        yield field.name, hints[field.name], default
+
+
+@contextlib.contextmanager
+def parameters_named() -> Iterator[None]:
+    """Mistakes in words of Python: `--flag-name` in a message of the stages becomes `flag_name`."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(_without_flags(str(error))) from error.__cause__
+
+
+def _without_flags(message: str) -> str:
+    words = message.split(" ")
+    return " ".join(_parameter(word) if word.startswith("--") else word for word in words)
+
+
+def _parameter(word: str) -> str:
+    return word.removeprefix("--").rpartition(".")[2].replace("-", "_") if word[2:3].isalpha() else word

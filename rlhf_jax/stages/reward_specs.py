@@ -1,0 +1,107 @@
+"""Rewards by name, as the command line has them: functions by import path, run folders, JSON files."""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.types import Rollout
+from rlhf_jax.data.examples import PromptExample
+from rlhf_jax.data.tokenizers import Tokenizer
+from rlhf_jax.feedback.judges import load_reward_file
+from rlhf_jax.rewards.functions import Scored, load_reward
+from rlhf_jax.rollout import rewards
+from rlhf_jax.rollout.rewards import RewardTerm, RolloutReward, TermFn, function_term, model_term
+from rlhf_jax.training.run_folder import load_reward_model
+
+
+def make_reward_fn(specs: Sequence[Any], tokenizer: Tokenizer) -> RolloutReward:
+    """The weighted sum of what `specs` name.
+
+    Args:
+      specs: each an object that `rollout.rewards.make_reward_fn` takes, or a name: `module:function`, the
+        folder of a reward-model run, or a JSON file that describes a reward (`judges.load_reward_file`),
+        with `@KIND` behind it where it counts only in rows whose field `kind` is this, and then `=WEIGHT`
+        where the weight is not 1.
+
+    Raises:
+      UserError: there is no such function or run, or a weight is no number.
+    """
+    return rewards.make_reward_fn(
+        [_make_term(*_split_weight(spec), tokenizer) if isinstance(spec, str) else spec for spec in specs],
+        tokenizer,
+    )
+
+
+def make_ensemble_fn(
+    folders: Sequence[Path], tokenizer: Tokenizer, combine_fn: Callable[[jax.Array], jax.Array]
+) -> RolloutReward:
+    """One reward from the scores of several reward models.
+
+    Args:
+      folders: of reward-model runs; their architectures may differ.
+      combine_fn: scores [N, B] -> rewards [B], such as `rewards.ensembles.ensemble_worst_case`.
+    """
+    members = [_model_term(folder, tokenizer) for folder in folders]
+
+    def ensemble(
+        rollout: Rollout, prompts: Sequence[PromptExample], completions: Sequence[str], rows: np.ndarray
+    ) -> Scored:
+        scored = [member(rollout, prompts, completions, rows) for member in members]
+        rewards = combine_fn(jnp.stack([part.rewards for part in scored]))
+        return Scored(np.asarray(rewards), np.any([part.unscorable for part in scored], axis=0))
+
+    return RolloutReward((RewardTerm("ensemble", ensemble),), tokenizer)
+
+
+def _split_weight(spec: str) -> tuple[str, float]:
+    name, equals, text = spec.rpartition("=")
+    if not equals or Path(spec).is_dir():
+        return spec, 1.0
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise UserError(f"reward {spec!r}: {text!r} is no weight, write for example {name}=0.5")
+    return name, weight
+
+
+def _make_term(spec: str, weight: float, tokenizer: Tokenizer) -> RewardTerm:
+    name, at, kind = (spec, "", "") if Path(spec).is_dir() else spec.partition("@")
+    if name.endswith(".json") and not Path(name).is_dir():
+        short, term = Path(name).stem, function_term(load_reward_file(Path(name)))
+    elif ":" not in name or Path(name).is_dir():
+        short, term = Path(name).name, _model_term(Path(name), tokenizer)
+    else:
+        short, term = name.rpartition(":")[2], function_term(load_reward(name))
+    return RewardTerm(f"{short}{at}{kind}", term, weight, kind if at else None)
+
+
+def _model_term(folder: Path, tokenizer: Tokenizer) -> TermFn:
+    model = load_reward_model(folder)
+    check_same_vocabulary(model.tokenizer, tokenizer, folder, "reward model")
+    return model_term(model)
+
+
+def check_same_vocabulary(theirs: Tokenizer, ours: Tokenizer, folder: Path, kind: str) -> None:
+    """Compares the tokenizer of a model that another run trained with the policy's.
+
+    Args:
+      folder: of that run.
+      kind: what it is to this one, such as "reward model".
+
+    Raises:
+      UserError: they differ.
+    """
+    vocabularies = [side.backend.get_vocab(with_added_tokens=True) for side in (theirs, ours)]
+    if vocabularies[0] != vocabularies[1]:
+        raise UserError(
+            f"{folder}: the {kind}'s tokenizer ({theirs.vocab_size} tokens) is not the policy's "
+            f"({ours.vocab_size}): train the {kind} from a policy with the same tokenizer"
+        )

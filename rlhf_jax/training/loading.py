@@ -1,0 +1,64 @@
+"""Loading a policy from wherever it is: a run folder, a Hugging Face folder, a GGUF file, the hub cache."""
+
+import hashlib
+import os
+from pathlib import Path
+
+from rlhf_jax import models
+from rlhf_jax.core import files
+from rlhf_jax.models import Policy
+from rlhf_jax.models.config import Remat
+from rlhf_jax.models.loading import find_in_hub_cache, kind_of_checkpoint, load_checkpoint
+from rlhf_jax.models.policy import Source
+from rlhf_jax.training.run_folder import load_policy
+
+_SAMPLE = 1 << 20
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    dtype: str | None = None,
+    param_dtype: str | None = None,
+    remat: Remat | None = None,
+    scan_layers: bool | None = None,
+) -> Policy:
+    """A policy, ready to answer and to be trained.
+
+    Args:
+      path: a run folder, a Hugging Face folder, a GGUF file, or a name such as `org/model` in the local hub
+        cache.
+      dtype: of computation. None for that of a run; of a published checkpoint for bfloat16 on GPUs and TPUs
+        and float32 on CPUs.
+      param_dtype: of parameters. None for that of a run, and for float32 of a published checkpoint.
+      remat: what the backward pass computes again. None for that of a run, and for nothing.
+      scan_layers: whether layers run as one scan. None for as in a run, and for deep published checkpoints
+        whose pattern repeats.
+
+    Raises:
+      UserError: there is no such model, it is not supported, or a file is damaged.
+    """
+    choices = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat, "scan_layers": scan_layers}
+    if files.is_remote(path) or kind_of_checkpoint(path) == "run":
+        policy = load_policy(files.as_path(path))
+        if all(choice is None for choice in choices.values()):
+            return policy
+        assert policy.config is not None
+        config, params = models.reconfigure(policy.config, policy.params, **choices)
+        return models.make_policy(config, params, policy.tokenizer, source=policy.source)
+    config, params, tokenizer = load_checkpoint(path, **choices)
+    return models.make_policy(config, params, tokenizer, source=_published(path))
+
+
+def _published(path: str | os.PathLike[str]) -> Source:
+    """Where a published checkpoint was read; of its large files the digest sees both ends and the size."""
+    place = find_in_hub_cache(os.fspath(path)) if kind_of_checkpoint(path) == "hub" else Path(path)
+    digest = hashlib.sha256()
+    parts = [place] if place.is_file() else [*sorted(place.glob("*.safetensors")), place / "config.json"]
+    for part in parts:
+        digest.update(f"{part.name} {part.stat().st_size}".encode())
+        with part.open("rb") as file:
+            digest.update(file.read(_SAMPLE))
+            file.seek(max(part.stat().st_size - _SAMPLE, 0))
+            digest.update(file.read(_SAMPLE))
+    return Source(place, 0, digest.hexdigest())
