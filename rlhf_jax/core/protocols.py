@@ -15,7 +15,7 @@ row, whatever its position. `DecodeFn` writes the next column, the same in all r
 column for each row and may write over what stands there.
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from rlhf_jax.core.types import Array, Float, Int, Params, Sequences, TokenLogprobs
 
@@ -23,6 +23,7 @@ Cache = Any
 """Whatever a model remembers of the columns it has read."""
 
 
+@runtime_checkable
 class LogprobFn(Protocol):
     """Log-probs, entropies and values of the actions of a batch."""
 
@@ -33,6 +34,7 @@ class LogprobFn(Protocol):
         ...
 
 
+@runtime_checkable
 class LogitsFn(Protocol):
     """Logits after every token of whole rows."""
 
@@ -48,6 +50,7 @@ class LogitsFn(Protocol):
         ...
 
 
+@runtime_checkable
 class HiddenFn(Protocol):
     """Final hidden states of whole rows, on which scalar heads stand."""
 
@@ -63,6 +66,7 @@ class HiddenFn(Protocol):
         ...
 
 
+@runtime_checkable
 class RewardFn(Protocol):
     """A learned reward of whole rows."""
 
@@ -71,6 +75,7 @@ class RewardFn(Protocol):
         ...
 
 
+@runtime_checkable
 class ValueFn(Protocol):
     """A number for every token of whole rows: values, or rewards of a process."""
 
@@ -79,6 +84,7 @@ class ValueFn(Protocol):
         ...
 
 
+@runtime_checkable
 class DistributionFn(Protocol):
     """Log-probs of all tokens at each place."""
 
@@ -87,6 +93,7 @@ class DistributionFn(Protocol):
         ...
 
 
+@runtime_checkable
 class GreedyMatchFn(Protocol):
     """Log-probs of the tokens of a batch, and whether greedy decoding would have said each of them."""
 
@@ -95,6 +102,7 @@ class GreedyMatchFn(Protocol):
         ...
 
 
+@runtime_checkable
 class PrefillFn(Protocol):
     """Reads whole prompts."""
 
@@ -116,6 +124,7 @@ class PrefillFn(Protocol):
         ...
 
 
+@runtime_checkable
 class DecodeFn(Protocol):
     """Reads one token a row, in the column behind those read before."""
 
@@ -126,6 +135,7 @@ class DecodeFn(Protocol):
         ...
 
 
+@runtime_checkable
 class ExtendFn(Protocol):
     """Reads several tokens a row behind the first `columns` columns of the cache, which differ by row.
 
@@ -147,6 +157,7 @@ class ExtendFn(Protocol):
         ...
 
 
+@runtime_checkable
 class HiddenPrefillFn(Protocol):
     """`PrefillFn` that also gives the final hidden states."""
 
@@ -163,6 +174,7 @@ class HiddenPrefillFn(Protocol):
         ...
 
 
+@runtime_checkable
 class HiddenExtendFn(Protocol):
     """`ExtendFn` that also gives the final hidden states."""
 

@@ -22,7 +22,8 @@ from rlhf_jax.data.sources import read_rows
 from rlhf_jax.losses.pair_logps import PairLogps
 from rlhf_jax.losses.preference import dpo_loss
 from rlhf_jax.metrics import JSONLLogger, write_report
-from rlhf_jax.training.run_folder import describe_run, load_policy, write_model_files
+from rlhf_jax.training.loading import load
+from rlhf_jax.training.run_folder import describe_run, write_model_files
 
 
 def loss(
@@ -34,7 +35,7 @@ def loss(
 
 def train(args: argparse.Namespace) -> None:
     """Trains the policy, and leaves a run folder."""
-    policy = load_policy(args.model)
+    policy = load(args.model)
     pairs = preference_examples(
         read_rows(args.data), policy.tokenizer, max_length=args.max_length, too_long="drop"
     )
@@ -78,7 +79,7 @@ def train(args: argparse.Namespace) -> None:
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description="DPO with the loop in sight.")
-    parser.add_argument("--model", required=True, help="run folder of the policy to start from")
+    parser.add_argument("--model", required=True, help="run folder, Hugging Face folder or GGUF file")
     parser.add_argument("--data", required=True, help="rows: .jsonl, .json, .parquet, or tfds:NAME")
     parser.add_argument("--out", required=True, help="run folder to write, or to go on with")
     parser.add_argument("--steps", type=int, default=200)

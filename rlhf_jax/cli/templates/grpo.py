@@ -20,10 +20,11 @@ from rlhf_jax.data.examples import prompt_examples
 from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.data.sources import read_rows
 from rlhf_jax.metrics import JSONLLogger, write_report
-from rlhf_jax.rewards.functions import call_reward
 from rlhf_jax.rewards.verifiers import gsm8k_reward
-from rlhf_jax.rollout.sampler import completion_texts, make_generate_fn, reward_fields
-from rlhf_jax.training.run_folder import describe_run, load_policy, write_model_files
+from rlhf_jax.rollout.rewards import make_reward_fn
+from rlhf_jax.rollout.sampler import make_generate_fn
+from rlhf_jax.training.loading import load
+from rlhf_jax.training.run_folder import describe_run, write_model_files
 
 
 def reward(prompts: Sequence[str], completions: Sequence[str], **fields: Any) -> Any:
@@ -33,7 +34,7 @@ def reward(prompts: Sequence[str], completions: Sequence[str], **fields: Any) ->
 
 def train(args: argparse.Namespace) -> None:
     """Trains the policy, and leaves a run folder."""
-    policy = load_policy(args.model)
+    policy = load(args.model)
     rows = read_rows(args.data)
     prompts = prompt_examples(rows, policy.tokenizer, max_length=args.max_prompt_length, too_long="drop")
     sampler = BatchSampler(len(prompts), args.batch_size, args.seed)
@@ -43,6 +44,9 @@ def train(args: argparse.Namespace) -> None:
         max_new_tokens=args.max_new_tokens,
         group_size=args.group_size,
     )
+
+    # Further rewards and reward models may stand beside it; the sum counts.
+    reward_fn = make_reward_fn([reward], policy.tokenizer)
 
     # What makes it GRPO: advantages, ratio, surrogate, KL and reduction are fields of the configuration.
     config = grpo.Config(group_size=args.group_size, num_minibatches=args.num_minibatches)
@@ -89,7 +93,7 @@ def train(args: argparse.Namespace) -> None:
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description="GRPO with the loop in sight.")
-    parser.add_argument("--model", required=True, help="run folder of the policy to start from")
+    parser.add_argument("--model", required=True, help="run folder, Hugging Face folder or GGUF file")
     parser.add_argument("--data", required=True, help="rows: .jsonl, .json, .parquet, or tfds:NAME")
     parser.add_argument("--out", required=True, help="run folder to write, or to go on with")
     parser.add_argument("--steps", type=int, default=100)

@@ -1,8 +1,8 @@
 """PPO with the loop in sight: sample answers, score, advantages by GAE from a value model, update.
 
-    python mine.py --model runs/sft --reward runs/reward_model --data prompts.jsonl --out runs/mine
+    python mine.py --model runs/sft --reward-model runs/reward_model --data prompts.jsonl --out runs/mine
 
-Rows of the data hold `prompt`, `question` or `messages`; their other fields go to the reward by name.
+Rows of the data hold `prompt`, `question` or `messages`; functions may stand beside the reward model.
 """
 
 import argparse
@@ -19,14 +19,16 @@ from rlhf_jax.data.examples import prompt_examples
 from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.data.sources import read_rows
 from rlhf_jax.metrics import JSONLLogger, write_report
-from rlhf_jax.rollout.sampler import make_generate_fn, make_reward_fn
-from rlhf_jax.training.run_folder import describe_run, load_policy, write_model_files
+from rlhf_jax.rollout.rewards import make_reward_fn
+from rlhf_jax.rollout.sampler import make_generate_fn
+from rlhf_jax.training.loading import load
+from rlhf_jax.training.run_folder import describe_run, load_reward_model, write_model_files
 
 
 def train(args: argparse.Namespace) -> None:
     """Trains policy and value model, and leaves a run folder."""
-    policy = load_policy(args.model)
-    reward_fn = make_reward_fn(args.reward, policy.tokenizer)
+    policy = load(args.model)
+    reward_fn = make_reward_fn([load_reward_model(args.reward_model)], policy.tokenizer)
     rows = read_rows(args.data)
     prompts = prompt_examples(rows, policy.tokenizer, max_length=args.max_prompt_length, too_long="drop")
     sampler = BatchSampler(len(prompts), args.batch_size, args.seed)
@@ -81,10 +83,8 @@ def train(args: argparse.Namespace) -> None:
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description="PPO with the loop in sight.")
-    parser.add_argument("--model", required=True, help="run folder of the policy to start from")
-    parser.add_argument(
-        "--reward", required=True, nargs="+", help="run folders of reward models, or module:function; =WEIGHT"
-    )
+    parser.add_argument("--model", required=True, help="run folder, Hugging Face folder or GGUF file")
+    parser.add_argument("--reward-model", required=True, help="run folder of a reward model")
     parser.add_argument("--data", required=True, help="rows: .jsonl, .json, .parquet, or tfds:NAME")
     parser.add_argument("--out", required=True, help="run folder to write, or to go on with")
     parser.add_argument("--steps", type=int, default=100)

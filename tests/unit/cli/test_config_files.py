@@ -1,4 +1,4 @@
-"""Options from YAML files: what is written is read back, and mistakes are one sentence that names file and key."""
+"""Options from YAML files: what is written is read back; a mistake is a sentence with file and key."""
 
 import dataclasses
 import pathlib
