@@ -75,11 +75,8 @@ def train(args: argparse.Namespace) -> None:
         for step in range(start, args.steps):
             asked = [prompts[i] for i in sampler.indices(step) for _ in range(args.group_size)]
             rollout = generate(state.rollout_params, asked, jax.random.fold_in(key, step))
-            texts, fields = completion_texts(policy.tokenizer, rollout), reward_fields(rollout, asked)
-            scored = score_rows(
-                reward, [p.text for p in asked], texts, fields, where=[p.where for p in asked]
-            )
-            batch, described = make_batch(state.learner.all_params, reference, rollout, scored.rewards)
+            rewards = reward_fn(rollout, asked)
+            batch, described = make_batch(state.learner.all_params, reference, rollout, rewards)
             state, metrics = update(state, hyper, batch)
 
             log.log({**described, **metrics}, step + 1)
