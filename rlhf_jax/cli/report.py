@@ -1,8 +1,10 @@
 """The report of a run, written anew from what its folder holds.
 
-rlhf report runs/grpo
-rlhf report runs/rlhf
-rlhf report s3://BUCKET/runs/grpo
+    rlhf report runs/grpo
+    rlhf report runs/rlhf
+    rlhf report s3://BUCKET/runs/grpo
+
+It stands in report.html of that folder, and needs nothing beside it.
 """
 
 import dataclasses
