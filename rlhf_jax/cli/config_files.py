@@ -114,9 +114,11 @@ class _Reader:
         values: dict[str, Any] = {}
         for field, hint, _ in fields_of(group):
             usual = _default(field) if default is tyro.MISSING else getattr(default, field.name)
+            # Of a group that is required as a whole, only what has no default of its own is.
+            required_group = usual is tyro.MISSING and dataclasses.is_dataclass(hint)
+            if field.name in given or required_group:
+                usual = self.value(hint, given.pop(field.name, {}), usual, (*path, field.name))
             values[field.name] = usual
-            if field.name in given:
-                values[field.name] = self.value(hint, given.pop(field.name), usual, (*path, field.name))
         for key in given:
             raise UserError(self.unknown((*path, key)))
         return group(**values)

@@ -209,3 +209,22 @@ def test_the_config_of_a_run_folder_starts_the_same_run(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="it is for rlhf grpo, not for rlhf sft: start it with rlhf grpo"):
         read_options(str(path), Options, "sft")
     assert yaml.safe_load(path.read_text())["command"] == "grpo"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asking:
+    """Options with a group that is required as a whole.
+
+    Attributes:
+      run: the run.
+    """
+
+    run: tyro.conf.OmitArgPrefixes[Group]
+
+
+def test_a_group_without_a_default_asks_for_no_more_than_it_must(config, capsys):
+    assert parse(Asking, ["--config", config("{}"), "--out", "y"]).run == Group(pathlib.Path("y"))
+    assert parse(Asking, ["--config", config("run: {out: y}")]).run == Group(pathlib.Path("y"))
+    with pytest.raises(SystemExit):
+        parse(Asking, ["--config", config("run: {steps: 3}")])
+    assert "--out" in capsys.readouterr().err
