@@ -95,3 +95,25 @@ def test_addresses_are_paths_and_other_schemes_are_refused(main, capsys):
         main(seen.append, "--out", "memory://x")
     assert ended.value.code == 2
     assert capsys.readouterr().err.startswith("error: memory://x: ")
+
+
+def test_a_yaml_file_stands_below_the_flags(main, tmp_path, capsys):
+    seen, config = [], tmp_path / "run.yaml"
+    config.write_text("out: a folder\nresume: true\n")
+    main(seen.append, "--config", str(config))
+    main(seen.append, "--out", "x", "--config", str(config), "--no-resume")
+    assert seen == [Options(pathlib.Path("a folder"), True), Options(pathlib.Path("x"), False)]
+    config.write_text("out: 3\n")
+    with pytest.raises(SystemExit) as ended:
+        main(seen.append, "--config", str(config))
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"error: {config}: out is 3: give a path\n"
+
+
+def test_a_name_of_elsewhere_is_answered_with_ours(main, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(print, "--output-dir", "x")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: there is no option --output-dir: give --out (--help lists them all)\n"
+    )
