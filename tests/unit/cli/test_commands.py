@@ -20,6 +20,12 @@ NAMES = [name for group in commands.COMMANDS.values() for name in group]
 AWAITED: set[str] = set()
 
 
+def commands_in(text):
+    """Commands that a text shows, a line each."""
+    lines = text.replace("\\\n", " ").splitlines()
+    return [line.split("    # ")[0] for line in lines if line.lstrip().startswith(("rlhf ", "python "))]
+
+
 def module_of(name):
     return importlib.import_module(commands.stage_module(name))
 
@@ -75,8 +81,15 @@ def test_flags_are_those_of_the_help(name, capsys, monkeypatch):
         "--algorithm",
         "--file",
     }
-    assert end.count("rlhf ") >= 2 or name == "eject"
-    assert len(examples(module.__doc__).splitlines()) >= 2
+    assert len(commands_in(end)) >= 3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_examples_have_options_that_there_are(name, all_flags):
+    for command in commands_in(examples(module_of(name).__doc__)):
+        _, called, *words = command.split()
+        flags = {word.split("=")[0] for word in words if word.startswith("--")}
+        assert flags <= set(all_flags.get(called, flags)), command
 
 
 @pytest.mark.parametrize("name", NAMES)
