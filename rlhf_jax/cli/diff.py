@@ -86,7 +86,9 @@ def _print_table(rows: list[tuple[str, str, str]], *folders: str) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("", *map(Text, folders))
+    table = Table()
+    for header in ("", *folders):
+        table.add_column(Text(header))
     for row in rows:
         table.add_row(*map(Text, row))
     Console().print(table)

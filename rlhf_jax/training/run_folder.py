@@ -116,7 +116,7 @@ def commit() -> str | None:
 
 def command_words() -> list[str]:
     """The command that runs, as a person would type it."""
-    script = Path(sys.argv[0])
+    script = pathlib.Path(sys.argv[0])
     name = ["rlhf"] if script.name in ("rlhf", "__main__.py") else ["python", sys.argv[0]]
     return [*name, *sys.argv[1:]]
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.algorithms import preference
 from rlhf_jax.checkpoint import CheckpointManager
+from rlhf_jax.core.files import as_path
 from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
 from rlhf_jax.core.types import Array, Float, Metrics, Params, Scalar, Sequences
 from rlhf_jax.data.examples import preference_examples
@@ -59,7 +60,7 @@ def train(args: argparse.Namespace) -> None:
 
     write_model_files(args.out, policy, "policy")
     describe_run(args.out, vars(args), stage="dpo")
-    checkpoints = CheckpointManager(f"{args.out}/checkpoints")
+    checkpoints = CheckpointManager(args.out / "checkpoints")
     # A step is a function of its number and of the state: this goes on with a run that was stopped.
     start, state, _ = checkpoints.restore(state) if checkpoints.steps() else (0, state, None)
     with checkpoints, JSONLLogger(args.out, stage="dpo", resume_step=start or -1) as log:
@@ -81,7 +82,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="DPO with the loop in sight.")
     parser.add_argument("--model", required=True, help="run folder, Hugging Face folder or GGUF file")
     parser.add_argument("--data", required=True, help="rows: .jsonl, .json, .parquet, or tfds:NAME")
-    parser.add_argument("--out", required=True, help="run folder to write, or to go on with")
+    parser.add_argument("--out", required=True, type=as_path, help="run folder to write, or to go on with")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=32, help="pairs a step")
     parser.add_argument("--micro-batches", type=int, default=1, help="parts of a batch, to save memory")

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.algorithms import grpo
 from rlhf_jax.checkpoint import CheckpointManager
+from rlhf_jax.core.files import as_path
 from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
 from rlhf_jax.core.types import Array, Params, Rollout
 from rlhf_jax.data.examples import prompt_examples
@@ -68,7 +69,7 @@ def train(args: argparse.Namespace) -> None:
     write_model_files(args.out, policy, "policy")
     describe_run(args.out, vars(args), stage="grpo")
     key = jax.random.key(args.seed + 1)
-    checkpoints = CheckpointManager(f"{args.out}/checkpoints")
+    checkpoints = CheckpointManager(args.out / "checkpoints")
     # A step is a function of its number and of the state: this goes on with a run that was stopped.
     start, state, _ = checkpoints.restore(state) if checkpoints.steps() else (0, state, None)
     with checkpoints, JSONLLogger(args.out, stage="grpo", resume_step=start or -1) as log:
@@ -92,7 +93,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="GRPO with the loop in sight.")
     parser.add_argument("--model", required=True, help="run folder, Hugging Face folder or GGUF file")
     parser.add_argument("--data", required=True, help="rows: .jsonl, .json, .parquet, or tfds:NAME")
-    parser.add_argument("--out", required=True, help="run folder to write, or to go on with")
+    parser.add_argument("--out", required=True, type=as_path, help="run folder to write, or to go on with")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=32, help="prompts a step")
     parser.add_argument("--group-size", type=int, default=8, help="answers to each prompt")

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.checkpoint import CheckpointManager
+from rlhf_jax.core.files import as_path
 from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
 from rlhf_jax.core.types import Array, Params, Rollout
 from rlhf_jax.data.examples import prompt_examples
@@ -61,7 +62,7 @@ def train(args: argparse.Namespace) -> None:
 
     write_model_files(args.out, policy, "actor_critic")
     describe_run(args.out, vars(args), stage="ppo")
-    checkpoints = CheckpointManager(f"{args.out}/checkpoints")
+    checkpoints = CheckpointManager(args.out / "checkpoints")
     # A step is a function of its number and of the state: this goes on with a run that was stopped.
     start, state, _ = checkpoints.restore(state) if checkpoints.steps() else (0, state, None)
     with checkpoints, JSONLLogger(args.out, stage="ppo", resume_step=start or -1) as log:
@@ -86,7 +87,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="run folder, Hugging Face folder or GGUF file")
     parser.add_argument("--reward-model", required=True, help="run folder of a reward model")
     parser.add_argument("--data", required=True, help="rows: .jsonl, .json, .parquet, or tfds:NAME")
-    parser.add_argument("--out", required=True, help="run folder to write, or to go on with")
+    parser.add_argument("--out", required=True, type=as_path, help="run folder to write, or to go on with")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=64, help="prompts a step, one answer to each")
     parser.add_argument("--num-ppo-epochs", type=int, default=2, help="passes over each batch")

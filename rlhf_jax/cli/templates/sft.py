@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.algorithms import sft
 from rlhf_jax.checkpoint import CheckpointManager
+from rlhf_jax.core.files import as_path
 from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
 from rlhf_jax.data.examples import supervised_examples
 from rlhf_jax.data.packing import pad_rows
@@ -42,7 +43,7 @@ def train(args: argparse.Namespace) -> None:
 
     write_model_files(args.out, policy, "policy")
     describe_run(args.out, vars(args), stage="sft")
-    checkpoints = CheckpointManager(f"{args.out}/checkpoints")
+    checkpoints = CheckpointManager(args.out / "checkpoints")
     # A step is a function of its number and of the state: this goes on with a run that was stopped.
     start, state, _ = checkpoints.restore(state) if checkpoints.steps() else (0, state, None)
     with checkpoints, JSONLLogger(args.out, stage="sft", resume_step=start or -1) as log:
@@ -63,7 +64,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Supervised fine-tuning with the loop in sight.")
     parser.add_argument("--model", required=True, help="run folder, Hugging Face folder or GGUF file")
     parser.add_argument("--data", required=True, help="rows: .jsonl, .json, .parquet, or tfds:NAME")
-    parser.add_argument("--out", required=True, help="run folder to write, or to go on with")
+    parser.add_argument("--out", required=True, type=as_path, help="run folder to write, or to go on with")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch-size", type=int, default=32, help="conversations a step")
     parser.add_argument("--micro-batches", type=int, default=1, help="parts of a batch, to save memory")
