@@ -74,8 +74,21 @@ def read_options(path: str, options_type: type[Options], command: str | None = N
 def _read_yaml(path: str) -> Mapping[str, Any]:
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Refuses a key that stands twice, of which YAML's loaders keep the last."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            seen: set[str] = set()
+            for key, _ in node.value:
+                name = str(key.value).replace("-", "_")
+                if name in seen:
+                    problem = f"the key {key.value} stands twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                seen.add(name)
+            return super().construct_mapping(node, deep)
+
     try:
-        data = yaml.safe_load(files.read_text(files.as_path(path)))
+        data = yaml.load(files.read_text(files.as_path(path)), Loader)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file: give --config the path of a YAML file") from None
     except OSError as error:

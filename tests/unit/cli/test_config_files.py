@@ -166,6 +166,7 @@ def test_what_is_required_may_come_from_either(config, capsys):
         ("way: {height: 3}", "way does not say which it is: give one of wide, deep"),
         ("- model", "it holds the list ['model']: give options"),
         ("model: [", "not YAML"),
+        ("group_size: 1\ngroup-size: 2", ":2: not YAML (the key group-size stands twice)"),
         ("command: sft", "it is for rlhf sft, not for rlhf grpo"),
     ],
 )
