@@ -9,6 +9,7 @@ import pytest
 
 from rlhf_jax.cli import command_line
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.metrics import read_metrics
 from rlhf_jax.training import Interrupted
 
 
@@ -116,4 +117,21 @@ def test_a_name_of_elsewhere_is_answered_with_ours(main, capsys):
     assert ended.value.code == 2
     assert capsys.readouterr().err == (
         "error: there is no option --output-dir: give --out (--help lists them all)\n"
+    )
+
+
+@pytest.mark.slow
+def test_a_run_starts_again_from_its_config(tiny, tmp_path, monkeypatch, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert tiny.main("sft", tiny.words("sft", first), monkeypatch) == 0
+    assert tiny.main("sft", ["--config", first / "config.yaml", "--out", second], monkeypatch) == 0
+    losses = [[line.get("loss") for line in read_metrics(folder)] for folder in (first, second)]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) >= 12
+    assert tiny.main("diff", [first, second], monkeypatch) == 0
+    assert "do not differ" in capsys.readouterr().out
+    # Another command does not take it for its own.
+    assert tiny.main("dpo", ["--config", first / "config.yaml"], monkeypatch) == 2
+    assert f"it is for rlhf sft, not for rlhf dpo: start it with rlhf sft --config {first}" in (
+        capsys.readouterr().err
     )
