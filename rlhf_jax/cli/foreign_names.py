@@ -6,8 +6,8 @@ Each name has one or more of ours; the first that a command has is the one it is
 
 from collections.abc import Collection
 
-_COMPUTE = "--dtype {0}", "--compute-dtype {0}", "--arch.compute-dtype {0}", "--model.compute-dtype {0}"
-_REMAT = "--remat {0}", "--arch.remat {0}", "--model.remat {0}"
+_COMPUTE = "--dtype {0}", "--compute-dtype {0}", "--arch.compute-dtype {0}"
+_REMAT = "--remat {0}", "--arch.remat {0}"
 _PROMPT_LENGTH = "--max-prompt-length", "--max-length", "--max-seq-length", "--length"
 _LENGTH = "--max-length", "--max-seq-length", "--length"
 _EPSILON = "--epsilon-low", "--epsilon"
