@@ -2,6 +2,7 @@
 
     rlhf plan --model llama-8b --algo grpo --mesh fsdp=64 --topology v5e:8x8 --batch 64
     rlhf plan --model ~/Llama-3.1-8B --algo sft --mesh fsdp=8 --batch 16    # for the devices here
+    rlhf plan --model llama-8b --algo dpo --mesh fsdp=8 --chip h100 --batch 64    # on paper
 
 With --topology the TPU compiler (pip install 'rlhf_jax[tpu-plan]', Linux, no TPU needed) compiles for a slice
 that is not there; without it the program is compiled for the devices at hand; with --chip nothing is
