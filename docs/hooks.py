@@ -18,7 +18,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Links between docs/ and experiments/, which are neighbours in the repository, and one below the other here."""
+    """Mends links between docs/ and experiments/: neighbours in the repository, one below the other here."""
     return in_the_site(markdown, page.file.src_uri)
 
 

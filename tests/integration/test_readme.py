@@ -29,6 +29,7 @@ PAGES = [
 ]
 EVERYWHERE = {"--help", "--config", "--resume", "--no-resume"}
 """Options that every command has, or that are read before its own."""
+RUN_FOLDER = {"config.yaml", "tokenizer", "checkpoints", "tensorboard", "profile"}
 FENCE = re.compile(
     r"^(?P<mark><!-- (?:not )?run -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S
 )
@@ -217,7 +218,7 @@ def test_paths_exist(page):
     for path in {*full, *bare}:
         neighbour = "/" not in path and path in named  # in a list, behind the path of another in its folder
         beside = (page.parent / path).exists()
-        in_a_run = path.removesuffix("/") in ("tokenizer", "checkpoints", "tensorboard", "profile")
+        in_a_run = path.removesuffix("/") in RUN_FOLDER
         assert stands_somewhere(path) or neighbour or beside or in_a_run, f"{page}: {path}"
 
 
