@@ -199,6 +199,11 @@ def test_every_command_is_documented():
 # Paths, links, names ---------------------------------------------------------------------------------
 
 
+@functools.cache
+def file_names():
+    return {path.name for folder in FOLDERS for path in (ROOT / folder).rglob("*.*")}
+
+
 def stands_somewhere(path):
     """Whether it is a file or folder from the root, or below the package; a pattern must match something."""
     bases = (ROOT, HOUSE)
@@ -214,9 +219,10 @@ def test_paths_exist(page):
         for code in inline_code(page)
         if re.fullmatch(r"[\w./*-]+\.(?:py|sh|yaml)|[a-z_]+(?:/[a-z_]+)*/", code)
     ]
-    named = {path.name for folder in FOLDERS for path in (ROOT / folder).rglob("*.*")}
     for path in {*full, *bare}:
-        neighbour = "/" not in path and path in named  # in a list, behind the path of another in its folder
+        neighbour = (
+            "/" not in path and path in file_names()
+        )  # in a list, behind the path of another in its folder
         beside = (page.parent / path).exists()
         in_a_run = path.removesuffix("/") in RUN_FOLDER
         assert stands_somewhere(path) or neighbour or beside or in_a_run, f"{page}: {path}"
