@@ -35,6 +35,8 @@ FENCE = re.compile(
 )
 FOLDERS = ("experiments", "tools", "tests", "docs", "rlhf_jax")
 HOUSE = ROOT / "rlhf_jax"
+OF_OTHERS = ("examples/scripts/",)
+"""Folders of other projects whose files are named as sources."""
 
 
 def name_of(page):
@@ -220,6 +222,8 @@ def test_paths_exist(page):
         if re.fullmatch(r"[\w./*-]+\.(?:py|sh|yaml)|[a-z_]+(?:/[a-z_]+)*/", code)
     ]
     for path in {*full, *bare}:
+        if path.startswith(OF_OTHERS):
+            continue
         neighbour = (
             "/" not in path and path in file_names()
         )  # in a list, behind the path of another in its folder
