@@ -73,7 +73,8 @@ class Options:
       temperature: of sampling; the scorer uses the same.
       engine: what writes the answers: local (this process), or the server vllm:URL, sglang:URL or openai:URL,
         with #NAME behind it where it does not call the model default. openai servers keep their weights.
-      max_num_seqs: answers on their way at a time, each of which makes room for the next; 0 for all at once, which
+      max_num_seqs: answers on their way at a time, each of which makes room for the next; 0 for all at once,
+      which
         reads each prompt once for its whole group.
       one_step_off_policy: answers are sampled from the policy of one step before, as by a sampler beside the
         trainer (asynchronous rollouts).

@@ -65,7 +65,8 @@ class Options:
       temperature: of sampling.
       engine: what writes the answers: local (this process), or the server vllm:URL, sglang:URL or openai:URL,
         with #NAME behind it where it does not call the model default. openai servers keep their weights.
-      extra_data: more rows of the same kind that are learned from in every round, such as general conversations
+      extra_data: more rows of the same kind that are learned from in every round, such as general
+      conversations
         beside those that rewards chose; empty for none.
     """
 
