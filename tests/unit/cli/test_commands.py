@@ -16,23 +16,6 @@ from rlhf_jax.cli.parsing import examples, parse
 from rlhf_jax.core.errors import UserError
 
 NAMES = [name for group in commands.COMMANDS.values() for name in group]
-# Names that are about to come, or about to go, with the renaming of options: none once it is done.
-AWAITED = set(
-    """
-    --adapter.quantize --all-gather-params --arch.compute-dtype --arch.experts --arch.experts-per-token
-    --arch.further --arch.heads --arch.hidden --arch.intermediate-size --arch.kind --arch.kv-heads
-    --arch.layers --arch.mtp-depth --arch.param-dtype --arch.remat --arch.router --arch.scan-layers
-    --arch.tie-word-embeddings --arch.tied --arch.width --auxiliary.mtp-loss-coef
-    --auxiliary.router-aux-loss-coef --auxiliary.router-bias-update-rate --auxiliary.router-z-loss-coef
-    --bradley-terry-temperature --center-rewards-coefficient --chunk-size --coordinator
-    --decontamination-ngram --extra-data --fill.rate --fill.spm-rate --fim.rate --fim.spm-rate
-    --generator --heartbeat-timeout --init-timeout --intra-document-masking --jaccard-threshold
-    --max-num-seqs --max-seq-length --max-to-keep --mixture-coef --ngram-size --on-policy-fraction
-    --overlength --reinit-each-round --reward-threshold --scan-layers --model
-    """.split()  # noqa: SIM905 (a list of literals would fill the screen)
-)
-# Commands whose third example is awaited.
-SHORT_OF_EXAMPLES = {"tool-use"}
 
 
 def commands_in(text):
@@ -96,7 +79,7 @@ def test_flags_are_those_of_the_help(name, capsys, monkeypatch):
         "--algorithm",
         "--file",
     }
-    assert len(commands_in(end)) >= 3 - (name in SHORT_OF_EXAMPLES)
+    assert len(commands_in(end)) >= 3
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -104,7 +87,7 @@ def test_examples_have_options_that_there_are(name, all_flags):
     for command in commands_in(examples(module_of(name).__doc__)):
         _, called, *words = command.split()
         flags = {word.split("=")[0] for word in words if word.startswith("--")}
-        assert flags - AWAITED <= set(all_flags.get(called, flags)), command
+        assert flags <= set(all_flags.get(called, flags)), command
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -142,7 +125,7 @@ def test_help_names_every_choice(capsys, monkeypatch):
 def test_every_name_that_is_told_exists(all_flags):
     everywhere = {flag for flags in all_flags.values() for flag in flags}
     told = {ours.split()[0] for names in foreign_names.FOREIGN_NAMES.values() for ours in names}
-    assert told - everywhere - AWAITED == set()
+    assert told - everywhere == set()
 
 
 def test_every_name_of_elsewhere_is_answered_by_some_command(all_flags):
