@@ -18,6 +18,20 @@ def is_import_path(text: str) -> bool:
     return bool(colon) and all(part.isidentifier() for part in [*module.split("."), function])
 
 
+def optional(module: str, *, extra: str) -> Any:
+    """A module that comes with an extra of the package.
+
+    Raises:
+      UserError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and error.name.partition(".")[0] != module.partition(".")[0]:
+            raise
+        raise UserError(f"{module} is not installed: pip install 'rlhf_jax[{extra}]'") from None
+
+
 def load_function(
     path: str, *, kind: str = "function", example: str = "my_module:mine"
 ) -> Callable[..., Any]:

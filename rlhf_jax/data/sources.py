@@ -20,6 +20,7 @@ import numpy as np
 from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.files import Path, PathLike
+from rlhf_jax.core.importing import optional
 
 _TFDS_SPEC = re.compile(r"tfds:(?P<name>[^:]+(?::\d+\.\d+\.\d+)?)(?::(?P<split>.+))?")
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -247,8 +248,7 @@ def _read_tfds(spec: str) -> Iterator[Row]:
     if match is None:
         raise UserError(f"{spec}: not a data set's name; write tfds:NAME or tfds:NAME:SPLIT")
     split = match["split"] or "train"
-    import tensorflow_datasets as tfds
-
+    tfds = optional("tensorflow_datasets", extra="tfds")
     try:
         builder: Any = tfds.builder(match["name"], file_format="array_record")
         builder.download_and_prepare()

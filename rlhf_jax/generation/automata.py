@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.importing import optional
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Bool, Int
 from rlhf_jax.data.tokenizers import Tokenizer
@@ -146,14 +147,16 @@ def regex_automaton(tokenizer: Tokenizer, pattern: str) -> Automaton:
     Raises:
       UserError: no regular expression, or one that no text of this vocabulary matches.
     """
-    from outlines_core import Index, Vocabulary
+    outlines_core = optional("outlines_core", extra="constrained")
 
     tokens: dict[bytes, list[int]] = {_END.encode(): [tokenizer.eos_id]}
     for token, text in enumerate(token_bytes(tokenizer)):
         if text and token != tokenizer.eos_id and _END.encode()[0] not in text:
             tokens.setdefault(text, []).append(token)
     try:
-        index = Index(f"(?:{pattern}){_END}", Vocabulary(tokenizer.vocab_size, tokens))
+        index = outlines_core.Index(
+            f"(?:{pattern}){_END}", outlines_core.Vocabulary(tokenizer.vocab_size, tokens)
+        )
     except Exception as error:  # the library raises ValueError or bare Exception
         raise UserError(f"regular expression {pattern!r}: {error}: mend or simplify it") from None
     return _from_transitions(index, tokenizer)
@@ -165,11 +168,11 @@ def json_automaton(tokenizer: Tokenizer, schema: Mapping[str, Any] | str) -> Aut
     Raises:
       UserError: no JSON schema, or one with parts that are not supported.
     """
-    from outlines_core.json_schema import build_regex_from_schema
+    json_schema = optional("outlines_core.json_schema", extra="constrained")
 
     text = schema if isinstance(schema, str) else json.dumps(schema)
     try:
-        pattern = build_regex_from_schema(text)
+        pattern = json_schema.build_regex_from_schema(text)
     except Exception as error:
         raise UserError(f"JSON schema: {error}: mend or simplify it") from None
     return regex_automaton(tokenizer, pattern)

@@ -11,8 +11,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import mctx as mctx_library
 
+from rlhf_jax.core.importing import optional
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Bool, Float, Int, PRNGKeyArray, Scalar
 from rlhf_jax.search.interface import (
@@ -26,7 +26,10 @@ from rlhf_jax.search.interface import (
     where_rows,
 )
 
-mctx: Any = mctx_library  # its dataclasses have constructors that type checkers do not see
+
+def _mctx() -> Any:
+    # Loaded by those who search; its dataclasses have constructors that type checkers do not see.
+    return optional("mctx", extra="search")
 
 
 @pytree_dataclass
@@ -105,7 +108,7 @@ def search_step(
         states = take(parent.children, action)
         node, prior, values = open_node(states, ~parent.done, key)
         ends = node.done & ~parent.done  # nothing below a finished state pays again
-        output = mctx.RecurrentFnOutput(
+        output = _mctx().RecurrentFnOutput(
             reward=jnp.where(ends, values, 0),
             discount=jnp.where(node.done, 0.0, 1.0),
             prior_logits=prior,
@@ -115,9 +118,9 @@ def search_step(
 
     root_key, tree_key = jax.random.split(key)
     node, prior, values = open_node(states, ~done(states), root_key)
-    root = mctx.RootFnOutput(prior_logits=prior, value=values, embedding=node)
+    root = _mctx().RootFnOutput(prior_logits=prior, value=values, embedding=node)
     invalid = jnp.where(jnp.any(prior > _NEVER, axis=1, keepdims=True), prior <= _NEVER, False)
-    output = mctx.gumbel_muzero_policy(
+    output = _mctx().gumbel_muzero_policy(
         (),
         tree_key,
         root,
@@ -125,7 +128,7 @@ def search_step(
         num_simulations=simulations,
         invalid_actions=invalid,
         max_depth=max_depth,
-        qtransform=functools.partial(mctx.qtransform_completed_by_mix_value, value_scale=value_scale),
+        qtransform=functools.partial(_mctx().qtransform_completed_by_mix_value, value_scale=value_scale),
         gumbel_scale=0.0,
     )
     tree = output.search_tree

@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import qwix
 
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.importing import optional
 from rlhf_jax.core.types import Array, Float, Params
 from rlhf_jax.models.adapters.config import Quantisation
 from rlhf_jax.models.adapters.trees import map_linears
@@ -36,12 +36,14 @@ def quantise(config: Quantisation, params: Params) -> Params:
 
 def _quantised(config: Quantisation, kernel: Float[Array, "D F"]) -> tuple[Array, Array]:
     tiles = {0: math.gcd(kernel.shape[0], config.block)} if config.format in ("int4", "nf4") else {}
+    qwix = optional("qwix", extra="quant")
     array = qwix.quantize(kernel, QTYPES[config.format], channelwise_axes=(1,), tiled_axes=tiles)
     return array.qvalue, array.scale
 
 
 def dequantised(leaves: Params) -> Float[Array, "D F"]:
     """The kernel that `kernel_values` and `kernel_scale` stand for."""
+    qwix = optional("qwix", extra="quant")
     values, scale = leaves["kernel_values"], leaves["kernel_scale"]
     # The values' dtype tells the formats apart: buckets of nf4 are the only ones without a sign.
     qtype: Any = "nf4" if values.dtype == jnp.uint4 else values.dtype

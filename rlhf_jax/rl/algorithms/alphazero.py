@@ -14,10 +14,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import mctx as mctx_library
 import optax
 from flax import linen as nn
 
+from rlhf_jax.core.importing import optional
 from rlhf_jax.core.masks import clean, masked_mean
 from rlhf_jax.core.minibatches import scan_minibatches
 from rlhf_jax.core.train_state import (
@@ -35,10 +35,13 @@ from rlhf_jax.rl.games.matches import ChooseFn, random_openings
 from rlhf_jax.rl.loops.runs import Train
 from rlhf_jax.rl.networks.networks import MLP, Activation, linear
 
-mctx: Any = mctx_library  # its dataclasses have constructors that type checkers do not see
-
 ApplyFn = Callable[[Params, Float[Array, "B *S"]], tuple[Float[Array, "B A"], Float[Array, "B"]]]
 """(params, observations) -> (policy logits, values in [-1, 1] of the player to move)."""
+
+
+def _mctx() -> Any:
+    # Loaded by those who search; its dataclasses have constructors that type checkers do not see.
+    return optional("mctx", extra="search")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +180,7 @@ def search(
         # To the mover a win is 1. Nothing follows a game that is over, and it is won only once.
         reward = jnp.where(before.terminated, 0, after.winner * before.player).astype(values.dtype)
         discount = jnp.where(after.terminated, 0, -1).astype(values.dtype)
-        expanded = mctx.RecurrentFnOutput(
+        expanded = _mctx().RecurrentFnOutput(
             reward=reward,
             discount=discount,
             prior_logits=logits,
@@ -186,8 +189,8 @@ def search(
         return expanded, after
 
     logits, values = judge(positions)
-    root = mctx.RootFnOutput(prior_logits=logits, value=values, embedding=positions)
-    return mctx.gumbel_muzero_policy(
+    root = _mctx().RootFnOutput(prior_logits=logits, value=values, embedding=positions)
+    return _mctx().gumbel_muzero_policy(
         params,
         key,
         root,

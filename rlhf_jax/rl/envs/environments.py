@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import checkify
 
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.importing import optional
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Bool, Float, Int, Metrics, PRNGKeyArray
 
@@ -240,7 +241,7 @@ def make(name: str) -> tuple[Environment, Any]:
     Raises:
       UserError: there is none, or gymnax cannot build it; the message names the nearest.
     """
-    import gymnax
+    gymnax = optional("gymnax", extra="rl")
 
     known = list(gymnax.registered_envs)
     if name not in known:
