@@ -47,8 +47,8 @@ class RopeOptions:
 
     Attributes:
       theta: base of the wavelengths; 0 for the model's own.
-      scaling: how they are stretched by the ratio of --max-seq-length to the length that the model was made for:
-        position interpolation, a larger base, or YaRN.
+      scaling: how they are stretched by the ratio of --max-seq-length to the length that the model was made
+        for: position interpolation, a larger base, or YaRN.
     """
 
     theta: float = 0.0
@@ -193,8 +193,8 @@ def _stretched(options: Options, config: models.ModelConfig, rope: Rope, width: 
     original = config.context_length
     if not original or original >= options.max_seq_length:
         raise UserError(
-            f"--rope.scaling {kind} stretches a context of {original or 'unknown'} tokens to --max-seq-length "
-            f"{options.max_seq_length}: give a longer one, or --rope.scaling none"
+            f"--rope.scaling {kind} stretches a context of {original or 'unknown'} tokens to "
+            f"--max-seq-length {options.max_seq_length}: give a longer one, or --rope.scaling none"
         )
     factor = options.max_seq_length / original
     match kind:
