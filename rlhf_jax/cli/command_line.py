@@ -1,7 +1,6 @@
 """A script's command line: options in, one sentence and an exit status out where something went wrong."""
 
 import contextlib
-import difflib
 import logging
 import os
 import shlex
@@ -14,14 +13,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import tyro
 
 from rlhf_jax import distributed
+from rlhf_jax.cli.parsing import parse, with_plain_resume
 from rlhf_jax.core.axes import GATHERED_SAMPLING, axis_rules
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.files import as_path
 from rlhf_jax.distributed.runtime import choose_threads
-from rlhf_jax.stages.common import RunOptions, flags, to_json
+from rlhf_jax.stages.common import RunOptions
 from rlhf_jax.training import Interrupted
 from rlhf_jax.training.run_folder import command_words
 
@@ -29,25 +27,6 @@ Options = TypeVar("Options")
 EXIT_NOT_FINISHED = 75
 """The run is saved and not at its end: the same command with `--resume` goes on with it. The number is that
 of "try again later" (sysexits.h), at which schedulers are told to start the run anew."""
-
-_PATHS = tyro.constructors.ConstructorRegistry()
-"""How options of type `Path` are read: as local paths, or addresses of object stores."""
-
-
-@_PATHS.primitive_rule
-def _path_rule(info: Any) -> Any:
-    if info.type is not Path:
-        return None
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="PATH",
-        instance_from_str=lambda words: as_path(words[0]),
-        is_instance=lambda value: isinstance(value, os.PathLike),
-        str_from_instance=lambda value: [str(value)],
-    )
-
-
-_RESUME = {"auto": "--resume", "never": "--no-resume"}
 
 
 def run_command(
@@ -65,21 +44,16 @@ def run_command(
     another process of the run was lost. The run was saved before it ended by a signal.
 
     Args:
+      description: docstring that tells of the command, with its examples.
+      name: of the command, for its help.
+      arguments: the words behind it; those of the process by default.
       side_by_side: whole runs under `vmap` are all that is computed (`core.compilation.choose_threads`).
     """
     sys.unraisablehook = _print_unless_late
     logging.getLogger("asyncio").addFilter(is_not_late)
     try:
-        options, unknown = tyro.cli(
-            options_type,
-            prog=name,
-            args=with_plain_resume(sys.argv[1:] if arguments is None else arguments),
-            description=_first_paragraph(description),
-            registry=_PATHS,
-            return_unknown_args=True,
-        )
-        if unknown:
-            _refuse(unknown[0], [*flags(to_json(options)), "--help"])
+        words = sys.argv[1:] if arguments is None else arguments
+        options = parse(options_type, words, name=name, text=description)
         choose_threads(side_by_side=side_by_side)
         use_compile_cache()
         run_options = getattr(options, "run", None)
@@ -136,13 +110,6 @@ def _end_one_of_several(error: Exception) -> None:
     distributed.abandon(1)
 
 
-def _refuse(word: str, known: Sequence[str]) -> None:
-    given = word.split("=")[0]
-    near = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise UserError(f"there is no option {given}: {hint}--help lists them all")
-
-
 def is_not_late(record: logging.LogRecord) -> bool:
     """Whether a line of asyncio's log is news: not if it tells of a write whose save has failed already."""
     error = record.exc_info[1] if record.exc_info else None
@@ -158,27 +125,3 @@ def _print_unless_late(report: Any) -> None:
 def _how_to_resume() -> str:
     words = [word for word in with_plain_resume(command_words()) if word not in ("--resume", "--no-resume")]
     return f"To go on: {shlex.join([*words, '--resume'])}"
-
-
-def with_plain_resume(words: Sequence[str]) -> list[str]:
-    """Words of a command line in which `--resume auto` is `--resume`, and `--resume never` is `--no-resume`.
-
-    Raises:
-      UserError: another word follows it.
-    """
-    plain, rest = [], list(words)
-    while rest:
-        name, equals, value = rest.pop(0).partition("=")
-        if name != "--resume":
-            plain.append(name + equals + value)
-            continue
-        if not equals:
-            value = rest.pop(0) if rest and not rest[0].startswith("-") else "auto"
-        if value not in _RESUME:
-            raise UserError(f"--resume {value}: there is no such way to resume: give auto or never")
-        plain.append(_RESUME[value])
-    return plain
-
-
-def _first_paragraph(text: str | None) -> str:
-    return (text or "").strip().split("\n\n")[0]

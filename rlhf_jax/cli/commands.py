@@ -27,9 +27,11 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     ),
     "Inference and data": ("generate", "search", "rag", "benchmark", "preferences", "clean"),
     "Control": ("rl", "rl-offline", "alphazero"),
-    "Models and runs": ("convert", "plan", "score", "inspect"),
+    "Models and runs": ("convert", "plan", "score", "inspect", "report", "diff", "eject"),
 }
-"""Names of the commands; `rlhf_jax.stages` has a module of each name, with `Options` and `run`."""
+"""Names of the commands; each has a module in `rlhf_jax.stages`, or in `cli`, with `Options` and `run`."""
+
+_IN_CLI = ("report", "diff", "eject")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -76,7 +78,8 @@ def run_stage(name: str) -> None:
 
 def stage_module(name: str) -> str:
     """The module of a command."""
-    return "rlhf_jax.stages." + name.replace("-", "_")
+    room = "cli" if name in _IN_CLI else "stages"
+    return f"rlhf_jax.{room}.{name.replace('-', '_')}"
 
 
 def help_text() -> str:

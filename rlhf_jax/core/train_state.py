@@ -29,8 +29,8 @@ class OptimizerConfig:
         2024).
       optimizer: one of `OPTIMIZERS`.
       warmup_ratio: share of all steps in which the learning rate rises from 0.
-      warmup_steps: the same in optimizer steps, in the place of `warmup_ratio` where it is given; a run that
-        is shorter warms up until its last step.
+      warmup_steps: the same in optimizer steps, in the place of `warmup_ratio`; None for that share. A run
+        that is shorter warms up until its last step.
       total_steps: optimizer steps until the end of the decay; needed by every schedule but constant.
       end_lr_ratio: share of the learning rate left at the end.
       decay_fraction: share of the steps in which `wsd` decays; other schedules ignore it.

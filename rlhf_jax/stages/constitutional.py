@@ -3,6 +3,7 @@
     rlhf constitutional --out runs/constitutional
     rlhf constitutional --out runs/harmless --model runs/chat --constitution principles.txt \\
         --data prompts.jsonl --max-new-tokens 256 --revisions 2
+    rlhf constitutional --out runs/warmer --review-temperature 0.7 --answer-batch-size 64
 
 The first trains a small decoder to answer, criticise, revise and judge on the embedded task, where its
 teachers answer carelessly but criticise well; it answers training problems, names the first wrong line,

@@ -37,9 +37,9 @@ class Options:
     Attributes:
       source: a Hugging Face folder or a run folder.
       out: the folder to write, of the other kind.
-      dtype: of the parameters of a run; that of the files by default.
+      dtype: of the parameters of a run; None for that of the files.
       adapter: write the run's low-rank adapter alone rather than the model with it.
-      base: the run on which an adapter of PEFT stands.
+      base: the run on which an adapter of PEFT stands; None for a whole model.
     """
 
     source: Path

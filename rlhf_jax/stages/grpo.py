@@ -73,7 +73,8 @@ class Options:
       engine: what writes the answers: local (this process), or the server vllm:URL, sglang:URL or openai:URL,
         with #NAME behind it where it does not call the model default. openai servers keep their weights.
       max_num_seqs: answers on their way at a time, each of which makes room for the next; 0 for all at once,
-        which reads each prompt once for its whole group.
+      which
+        reads each prompt once for its whole group.
       one_step_off_policy: answers are sampled from the policy of one step before, as by a sampler beside the
         trainer (asynchronous rollouts).
       importance_sampling_correction: weights of tokens against what the sampler reported, truncated (tis) or
@@ -82,9 +83,10 @@ class Options:
         whose answers differ in reward; None for 8 with DAPO, and one round with the others.
       overlong_penalty_coef: weight of the penalty on answers in the last fifth of the length, which does not
         count where answers are asked to differ; None for 1 with DAPO, and 0 with the others.
-      epsilon_low: how far below 1 a ratio may go.
-      epsilon_high: how far above 1.
-      kl_coef: weight of the KL to the reference, in the loss (REINFORCE++: in the reward).
+      epsilon_low: how far below 1 a ratio may go; None for the algorithm's own.
+      epsilon_high: how far above 1; None for the algorithm's own.
+      kl_coef: weight of the KL to the reference, in the loss (REINFORCE++: in the reward); None for the
+        algorithm's own.
       entropy_coef: weight of the entropy bonus.
     """
 

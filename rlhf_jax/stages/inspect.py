@@ -2,6 +2,7 @@
 
     rlhf inspect --model ~/Llama-3.1-8B                      # Hugging Face or run folder
     rlhf inspect --model runs/sft --batch 4 --length 4096 --devices 8 --rank 32
+    rlhf inspect --model runs/sft --parameters --attention plain
 
 Parameters, gradients and optimizer state are exact, for full training and for LoRA on every linear layer.
 Activations are what the backward pass keeps of a forward pass for each choice of `remat`, as JAX traces them

@@ -2,6 +2,7 @@
 
     rlhf plan --model llama-8b --algo grpo --mesh fsdp=64 --topology v5e:8x8 --batch 64
     rlhf plan --model ~/Llama-3.1-8B --algo sft --mesh fsdp=8 --batch 16    # for the devices here
+    rlhf plan --model llama-8b --algo dpo --mesh fsdp=8 --chip h100 --batch 64    # on paper
 
 With --topology the TPU compiler (pip install 'rlhf_jax[tpu-plan]', Linux, no TPU needed) compiles for a slice
 that is not there; without it the program is compiled for the devices at hand; with --chip nothing is
@@ -52,8 +53,9 @@ class Options:
       micro_batches: parts in which a mini-batch is computed.
       minibatches: optimizer steps of GRPO and PPO in each pass over a batch.
       epochs: passes of GRPO and PPO over each batch.
-      all_gather_params: sample with parameters made whole along fsdp once a batch of answers, as the stages
-        do with --all-gather-params.
+      all_gather_params: sample with parameters made whole along fsdp once a batch of answers, as the scripts
+      do
+        with --all-gather-params.
       remat: what the backward pass computes again.
       param_dtype: of parameters and of the optimizer's moments.
       compute_dtype: of matrix products and activations.

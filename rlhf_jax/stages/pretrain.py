@@ -48,7 +48,8 @@ class RopeOptions:
     Attributes:
       theta: base of the wavelengths; 0 for the model's own.
       scaling: how they are stretched by the ratio of --max-seq-length to the length that the model was made
-        for: position interpolation, a larger base, or YaRN.
+      for:
+        position interpolation, a larger base, or YaRN.
     """
 
     theta: float = 0.0

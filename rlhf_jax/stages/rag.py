@@ -3,6 +3,7 @@
     rlhf rag --out runs/rag
     rlhf rag --out runs/notes --model ~/Llama-3.2-1B-Instruct --documents notes/ \\
         --instruction "Answer from the numbered passages and cite them as [1]." --ask "When does it open?"
+    rlhf rag --out runs/asked --model runs/sft --index runs/rag/index --questions questions.jsonl
 
 The first trains a small decoder to answer from passages about made-up people, then asks it about people it
 has never met: in 6 minutes of CPU time 75 % of its answers are right and name the right

@@ -3,6 +3,7 @@
     rlhf reward-model --out runs/reward_model --model runs/sft --data pairs.jsonl
     rlhf reward-model --out runs/rm2 --model runs/sft \\
         --data pairs.jsonl --eval-data held_out.jsonl
+    rlhf reward-model --out runs/rm_lora --model runs/sft --data pairs.jsonl --adapter.kind lora
 
 Rows hold `prompt`, `chosen` and `rejected`: plain strings, or lists of messages.
 """

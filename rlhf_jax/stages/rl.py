@@ -50,8 +50,8 @@ class Options:
       seed: of the first of them.
       steps: environment steps of each; 0 for the usual number.
       set: changes of settings, such as hyper.learning_rate=1e-3 or rollout.num_envs=8.
-      out: the run folder.
-      load: evaluate the agents of this run folder instead of training.
+      out: the run folder; None for that of `load`.
+      load: evaluate the agents of this run folder instead of training; None for training.
       render: write the first agent's episode as episode.gif.
       resume: go on from the newest whole checkpoint in the run folder, if there is one.
       chunks: parts of the run; metrics are written and agents saved after each.

@@ -45,7 +45,7 @@ class Options:
     """Options of learning from a log.
 
     Attributes:
-      data: the log, an .npz; with --collect, where it goes.
+      data: the log, an .npz; with --collect, where it goes; None is refused.
       collect: sources SOURCE:EPISODES of a new log, a source being the run folder of rl.py or `random`.
       algo: bc, cql (discrete actions), iql or gail (which steps the environment, and sees no rewards).
       env: name of a gymnax environment, needed where all sources are `random`.
@@ -53,7 +53,7 @@ class Options:
       seed: of the first of them, and of the collection.
       steps: optimizer steps of each, environment steps with gail; 0 for the usual number.
       set: changes of settings, such as hyper.expectile=0.9 or run.batch_size=64.
-      out: the run folder; without it, --collect only collects.
+      out: the run folder; None for collecting only.
       render: write the first agent's episode as episode.gif.
       resume: go on from the newest whole checkpoint in the run folder, if there is one.
       chunks: parts of the run; metrics are written and agents saved after each.

@@ -68,7 +68,8 @@ class Options:
       engine: what writes the answers: local (this process), or the server vllm:URL, sglang:URL or openai:URL,
         with #NAME behind it where it does not call the model default. openai servers keep their weights.
       extra_data: more rows of the same kind that are learned from in every round, such as general
-        conversations beside those that rewards chose; empty for none.
+      conversations
+        beside those that rewards chose; empty for none.
     """
 
     run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/raft"), steps=60)

@@ -3,6 +3,7 @@
     rlhf rule-rewards --out runs/rules --grader runs/constitutional/skills
     rlhf rule-rewards --out runs/safety --grader runs/judge --data ranked.jsonl \\
         --propositions propositions.jsonl --reward-model runs/reward_model
+    rlhf rule-rewards --out runs/wide --grader runs/judge --data ranked.jsonl --margin 2
 
 then, with `--rewards runs/rules/rules.json` (beside `runs/reward_model`, where there is one), `grpo.py` or
 `ppo.py`. Propositions are questions that the grader answers by yes or no, or functions by path; rows of the

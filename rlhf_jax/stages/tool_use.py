@@ -2,6 +2,7 @@
 
     rlhf tool-use --out runs/tool_use
     rlhf tool-use --out runs/more --model runs/tool_use/sft --steps 60
+    rlhf tool-use --out runs/turns --model runs/tool_use/sft --max-turns 4 --constrained
 
 The first trains a small decoder on demonstrations, in two thirds of which the writer guesses instead of
 calling the calculator, and then lets GRPO find out what pays: of held-out problems the most likely

@@ -9,6 +9,7 @@ from rlhf_jax.evaluation.statistics import (
     Interval,
     iqm_interval,
     probability_of_improvement,
+    stratified_bootstrap_interval,
 )
 from rlhf_jax.sweep.results import Results
 

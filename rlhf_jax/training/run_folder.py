@@ -2,6 +2,7 @@
 
 run/
   config.json    what was run: command, options, versions, commit, seed, start
+  config.yaml    the options alone, as `--config` takes them to run the same again
   model.json     the architecture, which kind of parameters the checkpoints hold, and where these are an
                  adapter's: its description and the base it stands on
   tokenizer/     in the Hugging Face layout
@@ -70,8 +71,12 @@ def write_json(path: Path, data: Any) -> None:
     Raises:
       UserError: the disk is full or read-only, or the object store does not answer.
     """
+    _write(path, json.dumps(data, indent=2, default=str) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
     try:
-        files.write_whole(path, json.dumps(data, indent=2, default=str) + "\n")
+        files.write_whole(path, text)
     except OSError as error:
         raise UserError(
             f"{path}: cannot be written ({error.strerror}): free or unlock the disk, or choose another --out"
@@ -117,8 +122,9 @@ def command_words() -> list[str]:
 
 
 def describe_run(folder: Path, config: Mapping[str, Any], **more: Any) -> None:
-    """Writes `folder/config.json`."""
+    """Writes `folder/config.json`, and `folder/config.yaml`, which starts the same run again."""
     folder = files.as_path(folder)
+    _write(folder / "config.yaml", _as_yaml(folder / "config.yaml", config))
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     write_json(
         folder / "config.json",
@@ -131,6 +137,21 @@ def describe_run(folder: Path, config: Mapping[str, Any], **more: Any) -> None:
             **more,
         },
     )
+
+
+def _as_yaml(path: Path, config: Mapping[str, Any]) -> str:
+    """Options as `--config` takes them, but for whether this run went on with an earlier one."""
+    import yaml
+
+    plain, words = json.loads(json.dumps(config, default=str)), command_words()
+    if isinstance(plain.get("run"), dict):
+        plain["run"].pop("resume", None)
+    comment = "The options of this run."
+    if words[0] == "rlhf" and len(words) > 1:
+        plain = {"command": words[1], **plain}
+        again = shlex.join([*words[:2], "--config", str(path)])
+        comment = f"The same run again: {again} --out ANOTHER_FOLDER (flags override what stands here)"
+    return f"# {comment}\n" + yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
 def read_held_run(folder: Path, stage: str, *, resume: bool) -> Mapping[str, Any]:

@@ -9,6 +9,7 @@ import pytest
 
 from rlhf_jax.cli import command_line
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.metrics import read_metrics
 from rlhf_jax.training import Interrupted
 
 
@@ -95,3 +96,42 @@ def test_addresses_are_paths_and_other_schemes_are_refused(main, capsys):
         main(seen.append, "--out", "memory://x")
     assert ended.value.code == 2
     assert capsys.readouterr().err.startswith("error: memory://x: ")
+
+
+def test_a_yaml_file_stands_below_the_flags(main, tmp_path, capsys):
+    seen, config = [], tmp_path / "run.yaml"
+    config.write_text("out: a folder\nresume: true\n")
+    main(seen.append, "--config", str(config))
+    main(seen.append, "--out", "x", "--config", str(config), "--no-resume")
+    assert seen == [Options(pathlib.Path("a folder"), True), Options(pathlib.Path("x"), False)]
+    config.write_text("out: 3\n")
+    with pytest.raises(SystemExit) as ended:
+        main(seen.append, "--config", str(config))
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"error: {config}: out is 3: give a path\n"
+
+
+def test_a_name_of_elsewhere_is_answered_with_ours(main, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(print, "--output-dir", "x")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: there is no option --output-dir: give --out (--help lists them all)\n"
+    )
+
+
+@pytest.mark.slow
+def test_a_run_starts_again_from_its_config(tiny, tmp_path, monkeypatch, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert tiny.main("sft", tiny.words("sft", first), monkeypatch) == 0
+    assert tiny.main("sft", ["--config", first / "config.yaml", "--out", second], monkeypatch) == 0
+    losses = [[line.get("loss") for line in read_metrics(folder)] for folder in (first, second)]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) >= 12
+    assert tiny.main("diff", [first, second], monkeypatch) == 0
+    assert "do not differ" in capsys.readouterr().out
+    # Another command does not take it for its own.
+    assert tiny.main("dpo", ["--config", first / "config.yaml"], monkeypatch) == 2
+    assert f"it is for rlhf sft, not for rlhf dpo: start it with rlhf sft --config {first}" in (
+        capsys.readouterr().err
+    )

@@ -15,8 +15,8 @@ MODEL = "--arch.width 8 --arch.layers 1 --arch.heads 2 --arch.kv-heads 1 --arch.
 OBJECTIVES = "--arch.mtp-depth 1 --arch.experts 3 --arch.router sigmoid --optimizer.schedule wsd"
 LSTM = "--arch.kind lstm --arch.width 64 --learning-rate 1e-2 --demonstrations 2000 --sample-tokens 0"
 SMALL = "--data arithmetic:1 --learning-rate 3e-3 "
-SMALL += "--max-seq-length 24 --batch-size 4 --eval-rows 4 "
-SMALL += "--optimizer.warmup-steps 1 --quiet --no-report --save-every 2"
+SMALL += "--max-seq-length 24 --batch-size 4 --eval-rows 4 --optimizer.warmup-steps 1 --quiet "
+SMALL += "--no-report --save-every 2"
 
 
 def run(out, *more):
@@ -58,8 +58,8 @@ def test_everything_at_once_resumes_to_the_bit(tmp_path, text):
     assert (tmp_path / "parts" / "samples" / pages[1]).read_text().count(">>>") == 2  # go on, and a middle
 
     assert one.config.context_length == 24
-    long = f"--model {tmp_path / 'whole'} --data {text} --max-seq-length 48 --rope.scaling yarn"
-    long += " --sample-tokens 0"
+    long = f"--model {tmp_path / 'whole'} --data {text} --max-seq-length 48 --rope.scaling yarn "
+    long += "--sample-tokens 0"
     run(tmp_path / "long", *long.split(), "--steps", 1, "--optimizer.warmup-steps", 0)
     stretched = load_policy(tmp_path / "long").config
     scaling = stretched.pattern[0].attention.position.scaling

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ Place = tuple[int, ...]
 """Where a piece stands along the first axes of a parameter that stacks several (layers, experts)."""
 
 
+@runtime_checkable
 class Tensors(Protocol):
     """Named tensors, wherever they are stored, under the names that the family's files have."""
 

@@ -1,0 +1,78 @@
+"""Options of a command, read off its dataclasses as tyro reads them: flags, places in a YAML file, types."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterator
+from typing import Annotated, Any, Union
+
+import tyro
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One option of a command.
+
+    Attributes:
+      flag: on the command line, such as `--adapter.rank`.
+      path: in a YAML file, such as ("adapter", "rank").
+      type: what it holds.
+      owner: the dataclass whose field it is, and whose docstring tells of it.
+      default: of its field; `dataclasses.MISSING` where there is none.
+    """
+
+    flag: str
+    path: tuple[str, ...]
+    type: Any
+    owner: type
+    default: Any
+
+    @property
+    def key(self) -> str:
+        """Its place in a YAML file, in one word."""
+        return ".".join(self.path)
+
+
+def options_of(options_type: type, path: tuple[str, ...] = (), prefix: str = "") -> Iterator[Option]:
+    """All options of a command, groups of options opened."""
+    for field, hint, without_prefix in fields_of(options_type):
+        place = (*path, field.name)
+        groups = [member for member in members(hint) if dataclasses.is_dataclass(member)]
+        for group in groups:
+            yield from options_of(group, place, prefix if without_prefix else f"{prefix}{field.name}.")
+        if not groups:
+            flag = f"--{prefix}{field.name}".replace("_", "-")
+            yield Option(flag, place, hint, options_type, field.default)
+
+
+def fields_of(options_type: type) -> Iterator[tuple[dataclasses.Field[Any], Any, bool]]:
+    """(field, its type, whether the flags of a group stand without its name)."""
+    hints = typing.get_type_hints(options_type, include_extras=True)
+    for field in dataclasses.fields(options_type):
+        hint, without_prefix = hints[field.name], False
+        while typing.get_origin(hint) is Annotated:
+            without_prefix |= tyro.conf.OmitArgPrefixes in hint.__metadata__
+            hint = typing.get_args(hint)[0]
+        yield field, hint, without_prefix
+
+
+def members(hint: Any) -> list[Any]:
+    """The types that a union is made of; the type itself where it is none."""
+    if typing.get_origin(hint) not in (Union, types.UnionType):
+        return [hint]
+    return [_bare(member) for member in typing.get_args(hint)]
+
+
+def _bare(hint: Any) -> Any:
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
+
+
+def flags_of(options_type: type) -> list[str]:
+    """Every flag of a command, and those that tyro and `run_command` add."""
+    found: list[str] = []
+    for option in options_of(options_type):
+        found.append(option.flag)
+        if option.type is bool:
+            group, _, name = option.flag.removeprefix("--").rpartition(".")
+            found.append(f"--{group + '.' if group else ''}no-{name}")
+    return [*found, "--config", "--help"]

@@ -1,0 +1,1 @@
+"""Training scripts that `rlhf eject` copies: each is whole, and imports nothing of this folder."""

@@ -1,0 +1,130 @@
+"""`import rlhf_jax as rj`: the documentation's example files run, are as short as they are meant to be, and
+mistakes are said in words of Python."""
+
+import json
+import pathlib
+import runpy
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import rlhf_jax as rj
+from rlhf_jax import models
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.data.sources import as_rows
+from rlhf_jax.data.tokenizers import byte_tokenizer
+from rlhf_jax.models import hf
+
+EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "docs" / "examples"
+LINES = {"chat": 5, "grpo_lora": 12, "own_loss": 15, "own_model": 30, "own_data": 7}
+SIZES = {"batch_size": 2, "max_new_tokens": 4, "steps": 2}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A Hugging Face folder of a random decoder over bytes."""
+    path, tokenizer = tmp_path_factory.mktemp("model") / "hf", byte_tokenizer()
+    config = models.dense_config(
+        vocab_size=tokenizer.vocab_size, width=16, num_layers=2, num_heads=2, tied_embeddings=False
+    )
+    hf.save(path, config, models.init_params(config, jax.random.key(0)), tokenizer)
+    return path
+
+
+def length(prompts, completions, **_):
+    return [float(len(text)) for text in completions]
+
+
+def code_lines(text):
+    """Lines that are neither blank, nor comments, nor the docstring of the file."""
+    lines = [line for line in text.splitlines() if line.strip() and not line.strip().startswith(("#", '"""'))]
+    return len(lines)
+
+
+def test_all_examples_have_a_limit():
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(LINES)
+
+
+@pytest.mark.parametrize("name", sorted(LINES))
+def test_examples_are_short_and_run(name, folder, tmp_path, monkeypatch):
+    path = EXAMPLES / f"{name}.py"
+    assert code_lines(path.read_text()) <= LINES[name]
+    words = {"chat": [folder], "own_model": [tmp_path]}.get(name, [folder, tmp_path])
+    monkeypatch.setattr(sys, "argv", [path.name, *map(str, words)])
+    runpy.run_path(str(path), run_name="__main__")
+    if name == "grpo_lora":
+        saved, before = rj.load(tmp_path / "merged"), rj.load(folder)
+        tokens = np.arange(4)[None]
+        assert saved.logits(tokens).shape == before.logits(tokens).shape
+        assert len(rj.load(tmp_path / "run").params) == len(before.params)
+
+
+def test_import_is_light():
+    program = "import rlhf_jax, sys; print(sorted(m for m in ('jax', 'flax', 'tyro') if m in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_callbacks_loggers_and_own_evaluation(folder, tmp_path):
+    seen, logged = [], []
+    run = rj.grpo(
+        rj.load(folder),
+        [{"prompt": "a"}, {"prompt": "b"}],
+        rewards=[(length, 2.0)],
+        group_size=2,
+        out=tmp_path / "run",
+        loggers=[logged.append],
+        on_step=lambda state, metrics, step: seen.append(step),
+        eval_fn=lambda state, step: {"mine": step + 0.5},
+        **SIZES,
+    )
+    assert seen == [1, 2]
+    assert [line["eval/mine"] for line in run.metrics if "eval/mine" in line] == [0.5, 2.5]
+    assert len(logged) == len(run.metrics)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["stage"] == "grpo"
+
+
+def test_rows_of_every_kind(tmp_path):
+    fields = [{"prompt": "a", "n": 1}, {"prompt": "b", "n": 2}]
+    pandas, pyarrow = pytest.importorskip("pandas"), pytest.importorskip("pyarrow")
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in fields))
+    for rows in (fields, iter(fields), pandas.DataFrame(fields), pyarrow.Table.from_pylist(fields), path):
+        assert [row.fields for row in as_rows(rows)] == fields
+    for rows, said in (({"prompt": "a"}, "list of dicts"), (["a"], "row 1 is a str"), ([], "is empty")):
+        with pytest.raises(UserError, match=said):
+            as_rows(rows)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"rewards": length}, "give a list of functions"),
+        ({"rewards": ["no_such"]}, "no_such"),
+        ({"num_generations": 4}, "there is no setting num_generations"),
+        ({"adapter": "lora"}, "rlhf_jax.lora"),
+        ({"rows": "missing.jsonl"}, "no such file"),
+        ({"policy": "a/path"}, "rlhf_jax.load"),
+        ({"steps": 0}, "steps 0 is not positive"),
+    ],
+)
+def test_mistakes_in_words_of_python(change, said, folder, tmp_path):
+    call = {"policy": rj.load(folder), "rows": [{"prompt": "a"}], "rewards": [length], **SIZES, **change}
+    policy, rows = call.pop("policy"), call.pop("rows")
+    with pytest.raises(UserError, match=said) as caught:
+        rj.grpo(policy, rows, out=tmp_path / "run", **call)
+    assert "--" not in str(caught.value)
+
+
+def test_preferences_rewards_and_distillation(folder, tmp_path):
+    policy, pairs = rj.load(folder), [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 4
+    dpo = rj.dpo(policy, pairs, loss="ipo", steps=2, batch_size=2, out=tmp_path / "dpo")
+    assert np.isfinite(dpo.metrics[-1]["loss"])
+    judge = rj.reward_model(policy, pairs, steps=2, batch_size=2, out=tmp_path / "rm").reward_model
+    run = rj.online_dpo(policy, [{"prompt": "a"}] * 2, rewards=[judge], out=tmp_path / "online", **SIZES)
+    assert np.isfinite(run.metrics[-1]["loss"])
+    run = rj.distill(policy, dpo.policy, [{"prompt": "a"}] * 2, out=tmp_path / "distill", **SIZES)
+    assert np.isfinite(run.metrics[-1]["loss"])
