@@ -1,9 +1,12 @@
 """Distillation: a student learns what a teacher, the policy of another run, says of answers.
 
-    rlhf distill --out runs/soft --model runs/small --teacher runs/large
-    rlhf distill --out runs/gkd --model runs/small --teacher runs/large --loss js \\
-        --lmbda 1
-    rlhf distill --out runs/texts --model runs/small --teacher runs/large --loss sequence
+    rlhf distill --out runs/soft --model runs/small --teacher runs/large --data my.jsonl \\
+        --rewards my_rewards:exact
+
+and, with the same `--data` and the `--rewards` that are looked at,
+
+    rlhf distill --out runs/gkd --model runs/small --teacher runs/large --loss js --lmbda 1 ...
+    rlhf distill --out runs/texts --model runs/small --teacher runs/large --loss sequence ...
 
 Soft labels on the teacher's answers (`forward_kl`), on-policy distillation on the student's (GKD,
 `--lmbda 1`), a mixture of the two, or the teacher's answers alone (`sequence`), worked steps

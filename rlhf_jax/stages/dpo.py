@@ -1,12 +1,10 @@
 """Direct preference optimisation and its family: a policy from pairs, against a frozen reference.
 
-    rlhf dpo --out runs/dpo --model runs/sft
+    rlhf dpo --out runs/dpo --model runs/sft --data pairs.jsonl
     rlhf dpo --out runs/mine --model runs/sft --data pairs.jsonl --beta 0.3
-    rlhf dpo --out runs/simpo --model runs/sft --loss simpo
+    rlhf dpo --out runs/simpo --model runs/sft --data pairs.jsonl --loss simpo
     rlhf dpo --out runs/kto --model runs/sft --loss kto --data labelled.jsonl
 
-The first takes about 30 s on two CPU cores and answers 95 to 98 % of held-out problems right over three seeds
-(the policy it starts from: 44 to 45 %).
 Rows hold `prompt`, `chosen` and `rejected`: plain strings, or lists of messages. KTO and BCO, which learn
 from single responses, take both sides of such rows, or rows of `prompt`, `completion` and a boolean `label`.
 """

@@ -1,8 +1,7 @@
 """Preference pairs: prompts answered by a policy, judged, cleaned, and written as rows to train on.
 
-    rlhf preferences --out runs/pairs --model runs/sft
-    rlhf preferences --out runs/pairs --model runs/sft --rewards runs/reward_model
-    rlhf preferences --out runs/pairs --model runs/sft --judge my_judges:shorter_is_better
+    rlhf preferences --out runs/pairs --model runs/sft --data my.jsonl --rewards runs/reward_model
+    rlhf preferences --out runs/pairs --model runs/sft --data my.jsonl --judge my_judges:shorter
     rlhf preferences --out runs/ai --model runs/constitutional/skills --data arithmetic:0 \\
         --judge-model runs/constitutional/skills --constitution runs/constitutional/constitution.jsonl
     rlhf preferences --out runs/pairs --solutions gsm8k/model_solutions.jsonl

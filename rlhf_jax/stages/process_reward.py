@@ -1,8 +1,9 @@
 """A process or outcome reward model: is each step of a solution right, or is its answer?
 
-    rlhf process-reward --out runs/prm --model runs/sft
-    rlhf process-reward --out runs/orm --model runs/sft --outcome
-    rlhf process-reward --out runs/prm_rollouts --model runs/sft --labels rollouts
+    rlhf process-reward --out runs/prm --model runs/sft --data judged.jsonl
+    rlhf process-reward --out runs/orm --model runs/sft --data arithmetic:1 --outcome
+    rlhf process-reward --out runs/prm_rollouts --model runs/sft --data solutions.jsonl \\
+        --labels rollouts --label-reward my_rewards:exact
     rlhf process-reward --out runs/gsm8k_prm --data gsm8k/test_socratic.jsonl \\
         --arch.width 128 --steps 400
 

@@ -1,11 +1,10 @@
 """A reward model from preference pairs, starting from the body of a policy.
 
-    rlhf reward-model --out runs/reward_model --model runs/sft
+    rlhf reward-model --out runs/reward_model --model runs/sft --data pairs.jsonl
     rlhf reward-model --out runs/rm2 --model runs/sft \\
         --data pairs.jsonl --eval-data held_out.jsonl
     rlhf reward-model --out runs/rm_lora --model runs/sft --data pairs.jsonl --adapter.kind lora
 
-The first takes about 40 s on two CPU cores and ranks 92 to 94 % of held-out pairs right over three seeds.
 Rows hold `prompt`, `chosen` and `rejected`: plain strings, or lists of messages.
 """
 

@@ -1,9 +1,6 @@
 """More compute at inference: votes, best-of-n and searches over steps, compared at equal tokens generated.
 
-    rlhf sft --out runs/sft
-    rlhf process-reward --out runs/prm --model runs/sft
-    rlhf process-reward --out runs/orm --model runs/sft --outcome --steps 300
-    rlhf search --out runs/search --model runs/sft \\
+    rlhf search --out runs/search --model runs/sft --data arithmetic:1 \\
         --process-reward runs/prm --outcome-reward runs/orm
     rlhf search --out runs/gsm8k --model runs/my_policy --data gsm8k/test.jsonl \\
         --max-new-tokens 300 --prompts 64

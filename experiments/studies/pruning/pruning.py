@@ -1,8 +1,8 @@
 """Held-out score against sparsity, for magnitude and Wanda, before and after fine-tuning what is left.
 
     for seed in 0 1 2; do
-        rlhf sft --out runs/sft_$seed --seed $seed --slip-rate 0 --late-slip-rate 0 \\
-            --steps 500
+        rlhf sft --out runs/sft_$seed --seed $seed --data arithmetic:1 --learning-rate 3e-3 \\
+            --slip-rate 0 --late-slip-rate 0 --steps 500
     done
     python experiments/studies/pruning/pruning.py --out runs/pruning --models runs/sft_0 runs/sft_1 runs/sft_2
 

@@ -1,6 +1,6 @@
 """Accuracy against the number of samples, in one figure: chains of thought, direct answers, published models.
 
-    rlhf search --out runs/search --model runs/sft \\
+    rlhf search --out runs/search --model runs/sft --data arithmetic:1 \\
         --process-reward runs/prm --outcome-reward runs/orm
     python experiments/studies/search/search_accuracy.py --out runs/search_accuracy --search runs/search \\
         --solutions gsm8k/model_solutions.jsonl
