@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -197,6 +197,19 @@ def without_frozen(state: Any) -> Any:
 def with_frozen(state: Any, other: Any) -> Any:
     """A state whose train states have the frozen parts of those of `other`: undoes `without_frozen`."""
     return _map_train_states(lambda learner, of: dataclasses.replace(learner, frozen=of.frozen), state, other)
+
+
+def frozen_parts(state: Any) -> list[Params]:
+    """The frozen parts of a state's train states, in order."""
+    found: list[Params] = []
+    _map_train_states(lambda learner: found.append(learner.frozen) or learner, state)
+    return found
+
+
+def with_frozen_parts(state: Any, parts: Sequence[Params]) -> Any:
+    """A state whose train states have these frozen parts: undoes `without_frozen` by `frozen_parts`."""
+    rest = iter(parts)
+    return _map_train_states(lambda learner: dataclasses.replace(learner, frozen=next(rest)), state)
 
 
 def _map_train_states(function: Callable[..., TrainState], *states: Any) -> Any:

@@ -323,8 +323,23 @@ def copied(params: Params) -> Params:
 
 
 def jit_update(update: Callable[..., Any], state: Any) -> Callable[..., Any]:
-    """`update(state, ...) -> (state, metrics)`, compiled; the state is donated, and stays where it lives."""
-    return jax.jit(update, donate_argnums=0, out_shardings=(distributed.shardings_of(state), None))
+    """`update(state, ...) -> (state, metrics)`, compiled; the state is donated, and stays where it lives.
+
+    What is frozen is neither donated nor returned: a policy that was given stays as it is.
+    """
+    shardings = distributed.shardings_of(without_frozen(state))
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
+    def compiled(trained: Any, frozen: Any, *rest: Any) -> tuple[Any, Any]:
+        new, metrics = update(with_frozen_parts(trained, frozen), *rest)
+        return without_frozen(new), metrics
+
+    def run(state: Any, *rest: Any) -> tuple[Any, Any]:
+        frozen = frozen_parts(state)
+        new, metrics = compiled(without_frozen(state), frozen, *rest)
+        return with_frozen_parts(new, frozen), metrics
+
+    return run
 
 
 def local_indices(sampler: Batches, step: int, repeat: int = 1) -> np.ndarray:
