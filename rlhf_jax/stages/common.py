@@ -15,6 +15,7 @@ import numpy as np
 from rlhf_jax import distributed, models
 from rlhf_jax.algorithms import sft
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.train_state import frozen_parts, with_frozen_parts, without_frozen
 from rlhf_jax.core.types import Params
 from rlhf_jax.data.examples import SupervisedExample, TooLong
 from rlhf_jax.data.mixing import MixtureSampler

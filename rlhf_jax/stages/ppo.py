@@ -253,8 +253,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     evaluated = dataclasses.replace(options.prompts, eval_reward=looked_at)
     prompts = inputs.load_prompts(evaluated, model, seed, given)
     sampler = BatchSampler(len(prompts), options.batch_size, seed)
-    rewards = options.reward_model or options.prompts.rewards
-    common.announce(options.run, model, f"{len(prompts):,} prompts, rewards from {', '.join(rewards)}")
+    common.announce(options.run, model, f"{len(prompts):,} prompts")
     steps = options.run.steps * options.num_ppo_epochs * options.num_minibatches
     brought = given.policy is not None
     parts = adapting.take_apart(options.adapter, model, seed=seed, steps=steps, brought=brought)

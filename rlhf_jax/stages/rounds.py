@@ -39,7 +39,9 @@ from rlhf_jax.metrics import JSONLLogger, final_table
 from rlhf_jax.models import Policy
 from rlhf_jax.rollout.dynamic_sampling import Answers, concatenate, term_means
 from rlhf_jax.stages import common, defaults, dpo, inputs, sft
+from rlhf_jax.stages.entry import NOTHING, Given, Trained, policy_of
 from rlhf_jax.stages.reward_specs import check_same_vocabulary
+from rlhf_jax.training.loading import load
 from rlhf_jax.training.run_folder import describe_run, load_policy, write_json
 
 Rows = list[dict[str, Any]]
@@ -174,11 +176,22 @@ def write_rows(path: Path, rows: Rows) -> None:
     os.replace(part, path)
 
 
+def folder_of(policy: Policy) -> str:
+    """Where a policy that was given was read, as each round starts from a folder.
+
+    Raises:
+      UserError: it comes from none.
+    """
+    if policy.source is None:
+        raise UserError("the policy comes from no folder, and rounds start from one: save and load it first")
+    return str(policy.source.folder)
+
+
 # Rounds ---------------------------------------------------------------------------------------------
 
 
 def make_round_fn(
-    options: Options, model: Policy, prompts: inputs.Prompts
+    options: Options, model: Policy, prompts: inputs.Prompts, given: Given = NOTHING
 ) -> Callable[[Params, int], Answers]:
     """`answer(params, round) -> Answers` to the prompts of a round, counted from 0."""
     draws = options.prompts_per_round // options.batch_size
@@ -192,6 +205,7 @@ def make_round_fn(
         folder=options.run.out,
         temperature=options.temperature,
         seed=options.run.seed,
+        given=given,
     )
 
     def answer_all(params: Params, number: int) -> Answers:
@@ -215,12 +229,14 @@ def train(options: Options, data: Path, folder: Path, start: Path) -> None:
         sft.run(sft.Options(run=run, model=str(start), data=str(data), batch_size=batch, **shared))
 
 
-def rounds(options: Options, model: Policy, prompts: inputs.Prompts) -> Iterator[dict[str, float]]:
+def rounds(
+    options: Options, model: Policy, prompts: inputs.Prompts, given: Given = NOTHING
+) -> Iterator[dict[str, float]]:
     """What each round was like, and how good the policy is that it leaves; past ones are looked up."""
     out, writer = options.run.out, load_policy(Path(options.writer)) if options.writer else None
     if writer is not None:
         check_same_vocabulary(writer.tokenizer, model.tokenizer, Path(options.writer), "writer")
-    answer = make_round_fn(options, writer or model, prompts)
+    answer = make_round_fn(options, writer or model, prompts, given)
     for number in range(options.rounds):
         folder, data = out / f"round_{number + 1}", out / f"rows_{number + 1}.jsonl"
         result = out / f"result_{number + 1}.json"
@@ -229,7 +245,7 @@ def rounds(options: Options, model: Policy, prompts: inputs.Prompts) -> Iterator
             yield json.loads(result.read_text(encoding="utf-8"))
             continue
         if not data.exists():
-            answers = answer((writer or load_policy(before)).params, number)
+            answers = answer((writer or load(before)).params, number)
             rows = to_rows(options, answers, model.tokenizer)
             if not rows:
                 raise UserError(
@@ -264,19 +280,20 @@ def describe(answers: Answers, rows: Sequence[Any]) -> dict[str, float]:
     }
 
 
-def run(options: Options) -> None:
+def run(options: Options, given: Given = NOTHING) -> Trained:
     """All rounds; leaves a run folder with one in it for each."""
+    options = dataclasses.replace(options, model=folder_of(given.policy) if given.policy else options.model)
     options = defaults.fill_published(options, "dpo" if options.method == "dpo" else "sft")
     check(options)
-    model = load_policy(Path(options.model))
-    prompts = inputs.load_prompts(options.prompts, model, options.run.seed)
+    model = policy_of(options.model, given)
+    prompts = inputs.load_prompts(options.prompts, model, options.run.seed, given)
     BatchSampler(len(prompts), options.prompts_per_round, options.run.seed)  # refuses more than there are
     common.announce(options.run, model, f"{len(prompts):,} prompts, {options.rounds} rounds")
     before = prompts.answer(model.params)
     describe_run(options.run.out, common.to_json(options), stage=options.method)
     results = []
     with JSONLLogger(options.run.out, stage=options.method, resume_step=-1) as log:
-        for number, found in enumerate(rounds(options, model, prompts), start=1):
+        for number, found in enumerate(rounds(options, model, prompts, given), start=1):
             log.log(found, number)
             results.append(
                 [number, *(found.get(name) for name in ("reward", "kept", "eval/score", "eval/kl"))]
@@ -287,3 +304,4 @@ def run(options: Options) -> None:
     if not options.run.quiet:
         columns = ["round", "reward of its answers", "rows kept", "held-out score", "KL to the start, nats"]
         final_table(f"{options.method}: {options.run.out / f'round_{options.rounds}'}", columns, results)
+    return Trained(Path(options.run.out), last)
