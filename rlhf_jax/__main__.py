@@ -2,4 +2,5 @@
 
 from rlhf_jax.cli.commands import main
 
-main()
+if __name__ == "__main__":
+    main()

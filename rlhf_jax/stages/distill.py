@@ -101,8 +101,11 @@ def check(options: Options) -> float:
     return given if given is not None else needed or 0.0
 
 
-def start_from(options: Options, teacher: Policy) -> Policy:
+def start_from(options: Options, teacher: Policy, given: Given) -> Policy:
     """The student."""
+    if given.policy is not None:
+        check_same_vocabulary(teacher.tokenizer, given.policy.tokenizer, Path("teacher"), "teacher")
+        return given.policy
     if options.model:
         student = common.starting_model(options.model, "", "", options.arch, options.run.seed)
         check_same_vocabulary(teacher.tokenizer, student.tokenizer, Path(options.teacher), "teacher")
@@ -157,7 +160,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     seed, share = options.run.seed, check(options)
     common.check_rewards(inputs.rewards_of(options.prompts, given))
     teacher = given.teacher if given.teacher is not None else load(options.teacher)
-    model = start_from(options, teacher)
+    model = start_from(options, teacher, given)
     prompts = inputs.load_prompts(options.prompts, model, seed, given)
     size = sum(leaf.size for leaf in jax.tree.leaves(teacher.params))
     common.announce(options.run, model, f"{len(prompts):,} prompts; a teacher of {size:,} parameters")

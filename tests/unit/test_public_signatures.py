@@ -9,7 +9,12 @@ import pytest
 
 import rlhf_jax
 
-ALLOWED = ("rlhf_jax.models", "rlhf_jax.planning.compiled", "rlhf_jax.planning.analytic")
+ALLOWED = (
+    "rlhf_jax.models",
+    "rlhf_jax.planning.compiled",
+    "rlhf_jax.planning.analytic",
+    "rlhf_jax.stages.inspect",  # a command about architectures
+)
 
 
 def modules():
