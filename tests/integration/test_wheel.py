@@ -37,7 +37,7 @@ def test_wheel_builds_and_imports_elsewhere(tmp_path):
 
 @pytest.mark.slow
 def test_the_wheel_alone_in_an_empty_environment(tmp_path):
-    """What a newcomer has: the wheel and what it depends on. The example files run, and so does the command."""
+    """What a newcomer has, the wheel and what it depends on: example files, commands, an ejected script."""
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", str(ROOT), "-w", str(tmp_path)]
     subprocess.run(build, check=True, cwd=tmp_path)
     (wheel,) = tmp_path.glob("rlhf_jax-*.whl")
@@ -55,6 +55,7 @@ def test_the_wheel_alone_in_an_empty_environment(tmp_path):
     (tmp_path / "make.py").write_text(
         "import jax\n"
         "from rlhf_jax import models\n"
+        "from rlhf_jax.models import hf\n"
         "from rlhf_jax.data.tokenizers import byte_tokenizer\n"
         "t = byte_tokenizer()\n"
         "c = models.dense_config(vocab_size=t.vocab_size, width=16, num_layers=2, num_heads=2, "
