@@ -10,7 +10,7 @@ import tyro
 
 from rlhf_jax import distributed
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.train_state import OptimizerConfig, TrainState, make_optimizer
+from rlhf_jax.core.train_state import OptimizerConfig, TrainState, check_parameters_can_move, make_optimizer
 from rlhf_jax.core.trees import merge, named_leaves, partition
 from rlhf_jax.core.types import Params, PRNGKeyArray
 from rlhf_jax.models import Policy, adapters, pruning, reference_of
@@ -172,6 +172,7 @@ class Parts:
 
     def optimizer(self, config: OptimizerConfig) -> optax.GradientTransformation:
         """The optimizer, with the rank budget of an adapter that has one, and under which zeros may stay."""
+        check_parameters_can_move(self.trained, config)
         tx = pruning.keep_zeros(make_optimizer(config)) if self.keep_zeros else make_optimizer(config)
         adapter = self.adaptation and self.adaptation.adapter
         return adapters.with_rank_budget(adapter, tx) if isinstance(adapter, adapters.AdaLoRA) else tx

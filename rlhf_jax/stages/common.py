@@ -68,6 +68,12 @@ class RunOptions:
       peak_tflops: bfloat16 TFLOP/s of all devices together, for MFU where the device is not known; 0 for
         what is known of it.
       log: where metrics go besides metrics.jsonl: any of tensorboard, wandb, trackio, mlflow.
+      dtype: of computation in the model of --model; None for that of a run, and of a published checkpoint for
+        bfloat16 on GPUs and TPUs and float32 on CPUs.
+      param_dtype: of its parameters; None for that of a run, and for float32 of a published checkpoint.
+      remat: what its backward pass computes again; None for that of a run, and for nothing.
+      scan_layers: run its layers as one scan, whose compile time knows no depth; None for as in a run, and
+        of a published checkpoint for where it has more than eight layers.
     """
 
     out: Path
@@ -87,6 +93,15 @@ class RunOptions:
     profile: int = 0
     peak_tflops: float = 0.0
     log: tuple[str, ...] = ("tensorboard",)
+    dtype: DType | None = None
+    param_dtype: DType | None = None
+    remat: models.Remat | None = None
+    scan_layers: bool | None = None
+
+    def load(self, name: str) -> Policy:
+        """The policy of this name, in the precision and layout that these options say."""
+        choices = {"dtype": self.dtype, "param_dtype": self.param_dtype, "remat": self.remat}
+        return load(name, **choices, scan_layers=self.scan_layers)
 
     def loop(self, thresholds: Thresholds = Thresholds()) -> LoopConfig:
         """The part of it that the training loop knows."""
@@ -281,12 +296,13 @@ def starting_model(
     tokenizer: str | Tokenizer,
     data: str,
     options: ArchOptions,
-    seed: int,
+    run: RunOptions,
     policy: Policy | None = None,
 ) -> Policy:
-    """The policy of the run `model`, or a new one.
+    """The policy named `model`, or a new one.
 
     Args:
+      run: how it is loaded, and the seed of a new one.
       tokenizer: itself, or where to find it; empty for that of `model`, of the embedded task, or for bytes.
       policy: given as an object, which takes the place of all that.
 
@@ -298,14 +314,14 @@ def starting_model(
     if model:
         if tokenizer:
             raise UserError("a tokenizer and --model exclude each other: a policy brings its own tokenizer")
-        policy = load(model)
+        policy = run.load(model)
         if options != ArchOptions():
             ours = options.config(policy.tokenizer)
             models.check_same_architecture(ours, policy.config, f"--model {model}")
         return policy
     chosen = find_tokenizer(tokenizer, data)
     config = options.config(chosen)
-    params = distributed.born_sharded(functools.partial(models.init_params, config), jax.random.key(seed))
+    params = distributed.born_sharded(functools.partial(models.init_params, config), jax.random.key(run.seed))
     return models.make_policy(config, params, chosen)
 
 
@@ -364,7 +380,7 @@ _MAY_DIFFER = """
     --out --resume --steps --save-every --eval-every --max-to-keep --quiet --report --micro-batches
     --eval-data --eval-reward --eval-count --samples --mesh --all-gather-params --hosts
     --init-timeout --heartbeat-timeout --profile --peak-tflops --log --engine --prompts --sample-tokens
-    --against
+    --against --remat
 """.split()  # noqa: SIM905
 
 

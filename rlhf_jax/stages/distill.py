@@ -107,10 +107,10 @@ def start_from(options: Options, teacher: Policy, given: Given) -> Policy:
         check_same_vocabulary(teacher.tokenizer, given.policy.tokenizer, Path("teacher"), "teacher")
         return given.policy
     if options.model:
-        student = common.starting_model(options.model, "", "", options.arch, options.run.seed)
+        student = common.starting_model(options.model, "", "", options.arch, options.run)
         check_same_vocabulary(teacher.tokenizer, student.tokenizer, Path(options.teacher), "teacher")
         return student
-    return common.starting_model("", teacher.tokenizer, "", options.arch, options.run.seed)
+    return common.starting_model("", teacher.tokenizer, "", options.arch, options.run)
 
 
 def make_write_fn(

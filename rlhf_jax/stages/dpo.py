@@ -215,7 +215,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     options = defaults.fill_published(options, options.loss, otherwise="dpo")
     seed, loss = options.run.seed, given.loss or options.loss
     check(options)
-    model = policy_of(options.model, given)
+    model = policy_of(options.model, given, options.run)
     load = inputs.load_labelled if loss in UNPAIRED_LOSSES else inputs.load_pairs
     train, held_out = load(options.pairs, model.tokenizer, seed, given)
     what = "responses" if loss in UNPAIRED_LOSSES else "pairs"

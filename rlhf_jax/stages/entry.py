@@ -15,7 +15,6 @@ from rlhf_jax.metrics import Thresholds, read_metrics
 from rlhf_jax.models import Policy, ScalarModel
 from rlhf_jax.stages import common
 from rlhf_jax.training import Meter, run_loop
-from rlhf_jax.training.loading import load
 from rlhf_jax.training.run_folder import Adaptation, Kind
 
 Options = TypeVar("Options")
@@ -78,9 +77,9 @@ class Trained:
         return read_metrics(self.folder)
 
 
-def policy_of(name: str, given: Given) -> Policy:
+def policy_of(name: str, given: Given, run: common.RunOptions) -> Policy:
     """The policy to start from."""
-    return given.policy if given.policy is not None else load(name)
+    return given.policy if given.policy is not None else run.load(name)
 
 
 def train(

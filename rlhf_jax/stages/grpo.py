@@ -73,8 +73,7 @@ class Options:
       engine: what writes the answers: local (this process), or the server vllm:URL, sglang:URL or openai:URL,
         with #NAME behind it where it does not call the model default. openai servers keep their weights.
       max_num_seqs: answers on their way at a time, each of which makes room for the next; 0 for all at once,
-      which
-        reads each prompt once for its whole group.
+        which reads each prompt once for its whole group.
       one_step_off_policy: answers are sampled from the policy of one step before, as by a sampler beside the
         trainer (asynchronous rollouts).
       importance_sampling_correction: weights of tokens against what the sampler reported, truncated (tis) or
@@ -246,7 +245,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     seed = options.run.seed
     check(options)
     common.check_rewards(inputs.rewards_of(options.prompts, given))
-    model = policy_of(options.model, given)
+    model = policy_of(options.model, given, options.run)
     prompts = inputs.load_prompts(options.prompts, model, seed, given)
     common.announce(options.run, model, f"{len(prompts):,} prompts")
     variant = variant_of(options)

@@ -210,7 +210,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     check(options)
     if not options.judge:
         common.check_rewards(inputs.rewards_of(options.prompts, given), " or --judge")
-    model = policy_of(options.model, given)
+    model = policy_of(options.model, given, options.run)
     prompts = inputs.load_prompts(options.prompts, model, seed, given)
     sampler = BatchSampler(len(prompts), options.batch_size, seed)
     compare = make_compare_fn(options, model, given)

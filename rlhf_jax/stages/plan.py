@@ -54,8 +54,7 @@ class Options:
       minibatches: optimizer steps of GRPO and PPO in each pass over a batch.
       epochs: passes of GRPO and PPO over each batch.
       all_gather_params: sample with parameters made whole along fsdp once a batch of answers, as the scripts
-      do
-        with --all-gather-params.
+        do with --all-gather-params.
       remat: what the backward pass computes again.
       param_dtype: of parameters and of the optimizer's moments.
       compute_dtype: of matrix products and activations.

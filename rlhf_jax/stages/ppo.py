@@ -248,7 +248,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     if not options.reward_model:
         common.check_rewards(inputs.rewards_of(options.prompts, given), " or --reward-model")
     seed, config = options.run.seed, make_config(options)
-    model = policy_of(options.model, given)
+    model = policy_of(options.model, given, options.run)
     looked_at = options.prompts.eval_reward or next(iter(options.reward_model), "")
     evaluated = dataclasses.replace(options.prompts, eval_reward=looked_at)
     prompts = inputs.load_prompts(evaluated, model, seed, given)

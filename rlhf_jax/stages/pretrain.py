@@ -48,8 +48,7 @@ class RopeOptions:
     Attributes:
       theta: base of the wavelengths; 0 for the model's own.
       scaling: how they are stretched by the ratio of --max-seq-length to the length that the model was made
-      for:
-        position interpolation, a larger base, or YaRN.
+        for: position interpolation, a larger base, or YaRN.
     """
 
     theta: float = 0.0
@@ -173,7 +172,7 @@ def starting_model(options: Options, documents: list[Document]) -> Policy:
     chosen = choose_tokenizer(options, documents)
     if options.fim_rate and not options.model:
         chosen = common.find_tokenizer(chosen, options.data).with_special(texts.FILL_MARKS)
-    model = common.starting_model(options.model, chosen, options.data, options.arch, options.run.seed)
+    model = common.starting_model(options.model, chosen, options.data, options.arch, options.run)
     lacking = [mark for mark in texts.FILL_MARKS if mark not in model.tokenizer.special_tokens]
     if options.fim_rate and lacking:
         raise UserError(

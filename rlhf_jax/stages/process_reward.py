@@ -264,7 +264,9 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         raise UserError(f"--rollouts {options.rollouts} is below 1: raise it")
     rows = load_rows(options, given)
     tokenizer = choose_tokenizer(options, rows[0])
-    model = common.starting_model(options.model, tokenizer, options.data, options.arch, seed, given.policy)
+    model = common.starting_model(
+        options.model, tokenizer, options.data, options.arch, options.run, given.policy
+    )
     if options.labels == "rollouts":
         rows = label(options, model, rows)
     train, held_out = load(options, model.tokenizer, list(rows))

@@ -63,7 +63,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     common.check(options, options.run, "reward_model")
     common.check_divides("--micro-batches", options.micro_batches, "--batch-size", options.batch_size)
     model = common.starting_model(
-        options.model, options.tokenizer, options.pairs.data, options.arch, seed, given.policy
+        options.model, options.tokenizer, options.pairs.data, options.arch, options.run, given.policy
     )
     train, held_out = inputs.load_pairs(options.pairs, model.tokenizer, seed, given)
     sampler = BatchSampler(len(train), options.batch_size, seed)

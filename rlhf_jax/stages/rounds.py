@@ -70,8 +70,7 @@ class Options:
       engine: what writes the answers: local (this process), or the server vllm:URL, sglang:URL or openai:URL,
         with #NAME behind it where it does not call the model default. openai servers keep their weights.
       extra_data: more rows of the same kind that are learned from in every round, such as general
-      conversations
-        beside those that rewards chose; empty for none.
+        conversations beside those that rewards chose; empty for none.
     """
 
     run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/raft"), steps=60)
@@ -285,7 +284,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     options = dataclasses.replace(options, model=folder_of(given.policy) if given.policy else options.model)
     options = defaults.fill_published(options, "dpo" if options.method == "dpo" else "sft")
     check(options)
-    model = policy_of(options.model, given)
+    model = policy_of(options.model, given, options.run)
     prompts = inputs.load_prompts(options.prompts, model, options.run.seed, given)
     BatchSampler(len(prompts), options.prompts_per_round, options.run.seed)  # refuses more than there are
     common.announce(options.run, model, f"{len(prompts):,} prompts, {options.rounds} rounds")

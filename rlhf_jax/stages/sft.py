@@ -198,7 +198,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     data = [load_rows(options, held_out=False, source=source, given=given) for source in sources]
     tokenizer = choose_tokenizer(options, [row for rows in data for row in rows])
     model = common.starting_model(
-        options.model, tokenizer, next(iter(sources)), options.arch, options.run.seed, given.policy
+        options.model, tokenizer, next(iter(sources)), options.arch, options.run, given.policy
     )
     by_source = [make_examples(options, rows, model.tokenizer) for rows in data]
     examples = [example for some in by_source for example in some]
