@@ -175,7 +175,7 @@ def test_an_option_that_a_command_has_is_never_answered_away(all_flags):
 
 def test_an_unknown_option_has_the_nearest_known_one(all_flags):
     with pytest.raises(UserError, match=r"no option --learning-rat: did you mean --learning-rate\?"):
-        parse(module_of("sft").Options, ["--learning-rat", "1"])
+        parse(module_of("sft").Options, ["--data", "rows.jsonl", "--learning-rat", "1"])
     assert difflib.get_close_matches("--learning-rat", all_flags["sft"], n=1) == ["--learning-rate"]
 
 
