@@ -98,7 +98,7 @@ def run_options(job: Job, folder: Path, seed: int, steps: int) -> common.RunOpti
 
 
 def run_seed(
-    folder: Path, stages: Mapping[str, Callable[[], None]], measure: Callable[[str], dict[str, Any]]
+    folder: Path, stages: Mapping[str, Callable[[], Any]], measure: Callable[[str], dict[str, Any]]
 ) -> Results:
     """Runs and measures the stages of one seed in order; what was measured is not run again.
 

@@ -172,25 +172,25 @@ def policy_folder(folder: Path, name: str) -> Path:
     return folder / name / "round_1" if name in ("chosen_sft", "student") else folder / name
 
 
-def stage_runs(options: Options, folder: Path, seed: int) -> dict[str, Callable[[], None]]:
+def stage_runs(options: Options, folder: Path, seed: int) -> dict[str, Callable[[], Any]]:
     """The stages of one seed, in order; each reads the folders of those before it."""
     data = {path.stem: str(path) for path in (folder / "data").glob("*.jsonl")}
 
     def run_options(name: str, steps: int) -> common.RunOptions:
         return pipeline_stages.run_options(options, folder / name, seed, steps)
 
-    def imitate(name: str, rows: str, steps: int, **more: Any) -> Callable[[], None]:
+    def imitate(name: str, rows: str, steps: int, **more: Any) -> Callable[[], Any]:
         size = min(options.batch_size, options.cold_traces)
         chosen: dict[str, Any] = {**pipeline_stages.SFT, **more}
         stage = sft.Options(run=run_options(name, steps), data=data[rows], batch_size=size, **chosen)
         return lambda: sft.run(common.brief(stage))
 
-    def pretrain(name: str, arch: common.ArchOptions, steps: int) -> Callable[[], None]:
+    def pretrain(name: str, arch: common.ArchOptions, steps: int) -> Callable[[], Any]:
         return imitate(name, "base", steps, arch=arch, tokenizer=str(folder / "data" / "tokenizer"))
 
     def reinforce(
         name: str, start: str, steps: int, rewards: Sequence[str], rows: str = "prompts", **more: Any
-    ) -> Callable[[], None]:
+    ) -> Callable[[], Any]:
         prompts = common.PromptOptions(
             data=data[rows], rewards=tuple(rewards), max_new_tokens=longest_answer(), samples=0
         )
@@ -207,7 +207,7 @@ def stage_runs(options: Options, folder: Path, seed: int) -> dict[str, Callable[
         )
         return lambda: grpo.run(common.brief(reinforced))
 
-    def imitate_chosen(name: str, start: str, writer: str, steps: int) -> Callable[[], None]:
+    def imitate_chosen(name: str, start: str, writer: str, steps: int) -> Callable[[], Any]:
         prompts = common.PromptOptions(
             data=data["prompts"], rewards=rules(), max_new_tokens=longest_answer(), samples=0
         )

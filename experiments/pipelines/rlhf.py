@@ -76,7 +76,7 @@ class Options:
 
 def stage_runs(
     options: Options, folder: Path, seed: int, max_new_tokens: int
-) -> dict[str, Callable[[], None]]:
+) -> dict[str, Callable[[], Any]]:
     """The stages of one seed, in order; each reads the folders of those before it."""
     data = f"arithmetic:{options.level}"
     prompts = common.PromptOptions(data=data, rewards=(EXACT_MATCH,), max_new_tokens=max_new_tokens)

@@ -45,6 +45,17 @@ def options_of(options_type: type, path: tuple[str, ...] = (), prefix: str = "")
             yield Option(flag, place, hint, options_type, field.default)
 
 
+def required_flags(options_type: type, prefix: str = "") -> Iterator[str]:
+    """Flags that have no default, neither of their own nor by a group's."""
+    for field, hint, without_prefix in fields_of(options_type):
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            kinds = members(hint)
+            if not any(map(dataclasses.is_dataclass, kinds)):
+                yield f"--{prefix}{field.name}".replace("_", "-")
+            elif len(kinds) == 1:
+                yield from required_flags(kinds[0], prefix if without_prefix else f"{prefix}{field.name}.")
+
+
 def fields_of(options_type: type) -> Iterator[tuple[dataclasses.Field[Any], Any, bool]]:
     """(field, its type, whether the flags of a group stand without its name)."""
     hints = typing.get_type_hints(options_type, include_extras=True)

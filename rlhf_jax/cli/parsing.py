@@ -11,7 +11,7 @@ import tyro
 
 from rlhf_jax.cli.config_files import read_options, take_config
 from rlhf_jax.cli.foreign_names import our_name
-from rlhf_jax.cli.options import flags_of
+from rlhf_jax.cli.options import flags_of, required_flags
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.files import as_path
 
@@ -57,6 +57,8 @@ def parse(
     known = flags_of(options_type)
     for word in rest:
         _answer_foreign_name(word, known)
+    if config is None:
+        _ask_for_required(options_type, rest)
     command = name.removeprefix("rlhf ") if name and name.startswith("rlhf ") else None
     default = read_options(config, options_type, command) if config else tyro.MISSING_NONPROP
     try:
@@ -90,6 +92,13 @@ def _answer_foreign_name(word: str, known: Sequence[str]) -> None:
     ours = our_name(given, known) if given.startswith("--") else None
     if ours is not None:
         raise UserError(f"there is no option {given}: give {ours} (--help lists them all)")
+
+
+def _ask_for_required(options_type: type[Any], words: Sequence[str]) -> None:
+    given = {word.split("=")[0].replace("_", "-") for word in words}
+    missing = [flag for flag in required_flags(options_type) if flag not in given]
+    if missing and not given & {"--help", "-h"}:
+        raise UserError(f"{' and '.join(missing)} must be given: --help says what with")
 
 
 def _refuse(word: str, known: Sequence[str]) -> None:

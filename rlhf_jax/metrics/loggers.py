@@ -238,6 +238,7 @@ class MLflowLogger:
         values = [Metric(_mlflow_name(name), float(value), now, step) for name, value in metrics.items()]
         if self._client is None:
             self._open()
+        assert self._client is not None
         try:
             self._client.log_batch(self._run_id, metrics=values)
         except MlflowException as error:

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.files import Path as FolderPath
 from rlhf_jax.core.protocols import (
     DecodeFn,
     DistributionFn,
@@ -49,7 +49,7 @@ class Source:
       digest: of the checkpoint's files.
     """
 
-    folder: Path
+    folder: FolderPath
     step: int
     digest: str
 
@@ -99,6 +99,17 @@ class Policy:
     source: Source | None = None
     config: ModelConfig | None = None
     rank_stabilized: bool = False
+
+    @property
+    def architecture(self) -> ModelConfig:
+        """`config`, for what is only of decoders of ours.
+
+        Raises:
+          UserError: the model is none.
+        """
+        if self.config is None:
+            raise UserError("a model from wrap() has no architecture that is known here: give one of ours")
+        return self.config
 
     # What updates and samplers are made of -----------------------------------------------------------
 
@@ -321,3 +332,14 @@ class ScalarModel:
     def config(self) -> ModelConfig | None:
         """Of the decoder."""
         return self.body.config
+
+    @property
+    def architecture(self) -> ModelConfig:
+        """`config`, for what is only of decoders of ours.
+
+        Raises:
+          UserError: the model is none.
+        """
+        if self.config is None:
+            raise UserError("a model from wrap() has no architecture that is known here: give one of ours")
+        return self.config

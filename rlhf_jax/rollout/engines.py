@@ -47,7 +47,7 @@ def sampler_mismatch(logprob_fn: LogprobFn, params: Params, rollout: Rollout) ->
 
 def failed_rows(rollout: Rollout) -> np.ndarray:
     """[B] bool: rows for which no answer came. They hold no token; an answer has one at least, its end."""
-    return ~np.asarray(rollout.sequences.mask).any(axis=1)
+    return np.asarray(~np.asarray(rollout.sequences.mask).any(axis=1))
 
 
 class HTTPEngine:

@@ -30,6 +30,7 @@ from rlhf_jax.stages import (
 )
 from rlhf_jax.stages.adapting import AdapterOptions
 from rlhf_jax.stages.entry import Given, Rows, Trained, options_of, parameters_named
+from rlhf_jax.stages.inputs import UNBOUNDED
 
 __all__ = [
     "distill",
@@ -222,7 +223,7 @@ def evaluate(
     Args:
       rows, rewards: as of `grpo`.
     """
-    prompts = prompt_examples(as_rows(rows), policy.tokenizer)
+    prompts = prompt_examples(as_rows(rows), policy.tokenizer, max_length=UNBOUNDED)
     reward_fn = make_reward_fn(rewards, policy.tokenizer)
     sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     return make_evaluate_fn(policy, prompts, reward_fn, **sizes)(policy.params, None)

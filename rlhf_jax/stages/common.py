@@ -100,13 +100,20 @@ class RunOptions:
 
     def load(self, name: str) -> Policy:
         """The policy of this name, in the precision and layout that these options say."""
-        choices = {"dtype": self.dtype, "param_dtype": self.param_dtype, "remat": self.remat}
-        return load(name, **choices, scan_layers=self.scan_layers)
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        return load(name, **dtypes, remat=self.remat, scan_layers=self.scan_layers)
 
     def loop(self, thresholds: Thresholds = Thresholds()) -> LoopConfig:
         """The part of it that the training loop knows."""
-        every, watch = (self.save_every, self.eval_every), {"profile": self.profile, "thresholds": thresholds}
-        return LoopConfig(self.steps, *every, self.max_to_keep, quiet=self.quiet, **watch)
+        return LoopConfig(
+            self.steps,
+            save_every=self.save_every,
+            eval_every=self.eval_every,
+            keep=self.max_to_keep,
+            quiet=self.quiet,
+            profile=self.profile,
+            thresholds=thresholds,
+        )
 
     def meter(self, update_flops: float = 0.0) -> Meter:
         """What a step's parts are timed with.
@@ -317,7 +324,7 @@ def starting_model(
         policy = run.load(model)
         if options != ArchOptions():
             ours = options.config(policy.tokenizer)
-            models.check_same_architecture(ours, policy.config, f"--model {model}")
+            models.check_same_architecture(ours, policy.architecture, f"--model {model}")
         return policy
     chosen = find_tokenizer(tokenizer, data)
     config = options.config(chosen)

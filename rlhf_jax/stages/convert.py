@@ -71,7 +71,7 @@ def adapter_to_run(options: Options) -> str:
         raise UserError(f"{options.source} is an adapter: name the run that it stands on with --base")
     model = load_policy(options.base)
     assert model.source is not None
-    adapter, params = peft.load(options.source, model.config, model.params)
+    adapter, params = peft.load(options.source, model.architecture, model.params)
     trained = partition(params, is_trained(adapter))[0]
     adaptation = Adaptation(adapter, model.source)
     write_model_files(options.out, model, "policy", adaptation)
@@ -88,7 +88,7 @@ def to_hugging_face(options: Options) -> str:
     if options.adapter:
         model, adaptation = load_unmerged_policy(options.source)
         stabilised = adaptation is not None and getattr(adaptation.adapter, "rank_stabilised", False)
-        peft.save(options.out, model.config, model.params, stabilised=stabilised)
+        peft.save(options.out, model.architecture, model.params, stabilised=stabilised)
         return f"{options.out}: an adapter, for peft and vLLM"
     model = load_policy(options.source)
     model.save(options.out)

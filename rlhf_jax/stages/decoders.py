@@ -164,7 +164,7 @@ def make_decode(
         compiled = jax.jit(functools.partial(sample, group_size=count, sampling=sampling, **ends))
         return lambda tokens, mask, key: (compiled(model.params, tokens, mask, key), None)
     if isinstance(decoder, Contrastive):
-        fns = models.make_hidden_decode_fns(model.config)
+        fns = models.make_hidden_decode_fns(model.architecture)
         search = functools.partial(generation.contrastive_search, *fns, sampling=rules, **ends)
         compiled = jax.jit(functools.partial(search, **dataclasses.asdict(decoder)))
         return lambda tokens, mask, key: (compiled(model.params, tokens, mask), None)
@@ -199,7 +199,7 @@ def sampler_fns(decoder: Sample, model: Policy) -> tuple[PrefillFn, DecodeFn]:
     """(prefill, decode), contrasted where DoLa is wanted."""
     if not decoder.dola:
         return model.prefill, model.decode
-    config = model.config
+    config = model.architecture
     if not all(0 <= layer < config.num_repeats for layer in decoder.dola):
         raise UserError(f"--dola {decoder.dola}: the model has layers 0 to {config.num_repeats - 1}")
     return generation.dola_fns(*models.make_layer_decode_fns(config, decoder.dola))
@@ -213,14 +213,14 @@ def make_drafter(decoder: Speculative, model: Policy) -> generation.Drafter:
     """
     if decoder.count < 1:
         raise UserError(f"--count {decoder.count} is below 1: raise it")
-    if model.config.is_recurrent:
+    if model.architecture.is_recurrent:
         raise UserError("speculative: a recurrent model cannot take back guesses: choose another decoder")
     if decoder.draft == "prompt":
         return generation.prompt_drafter(count=decoder.count)
     if decoder.draft == "lookahead":
         return generation.lookahead_drafter(count=decoder.count)
     draft = load_model(Path(decoder.draft))
-    if draft.config.is_recurrent:
+    if draft.architecture.is_recurrent:
         raise UserError(
             f"--draft {decoder.draft}: a recurrent model cannot take back guesses: choose another"
         )

@@ -31,8 +31,8 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.train_state import OptimizerConfig, with_total_steps
 from rlhf_jax.core.types import Array, Float, Params, Rollout
 from rlhf_jax.models import Policy
-from rlhf_jax.stages import adapting, common, defaults, inputs
-from rlhf_jax.stages.entry import NOTHING, Given, Trained, train, trained
+from rlhf_jax.stages import adapting, common, defaults, entry, inputs
+from rlhf_jax.stages.entry import NOTHING, Given, Trained, trained
 from rlhf_jax.stages.reward_specs import check_same_vocabulary
 from rlhf_jax.training.loading import load
 
@@ -201,7 +201,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         return {name: value for name, value in numbers.items() if name != "kl"}
 
     before = prompts.answer(model.params)
-    state = train(
+    state = entry.train(
         options,
         given,
         state,

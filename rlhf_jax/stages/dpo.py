@@ -31,7 +31,7 @@ from rlhf_jax.core.types import Metrics, Params, Sequences
 from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.evaluation.classification import roc_auc
 from rlhf_jax.losses.pair_logps import PairLossTraits, traits_of
-from rlhf_jax.stages import adapting, common, defaults, inputs
+from rlhf_jax.stages import adapting, common, defaults, entry, inputs
 from rlhf_jax.stages.entry import NOTHING, Given, Trained, policy_of, trained
 from rlhf_jax.training import Meter
 
@@ -192,7 +192,7 @@ def make_step_fn(
 
 def make_evaluate_fn(
     options: Options, logprob_fn: LogprobFn, reference: Params, held_out: inputs.Pairs
-) -> Callable[[Any], dict[str, float]] | None:
+) -> Callable[[Any, int], dict[str, float]] | None:
     """How well implicit rewards tell the better response from the worse, on held-out data."""
     if not len(held_out):
         return None
@@ -225,7 +225,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     parts = adapting.take_apart(options.adapter, model, seed=seed, steps=steps, brought=brought)
     logprob_fn = model.make_logprob_fn()
     tx = parts.optimizer(with_total_steps(options.optimizer, options.run.steps))
-    if loss in UNPAIRED_LOSSES:
+    if isinstance(loss, str) and loss in UNPAIRED_LOSSES:
         objective = unpaired_objective(options, loss, logprob_fn, tx)
     else:
         objective = pair_objective(options, loss, logprob_fn, tx)
@@ -238,7 +238,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     step = make_step_fn(options, objective, logprob_fn, parts, state, train, meter)
     evaluate = make_evaluate_fn(options, logprob_fn, parts.reference(state.learner), held_out)
 
-    state = train(
+    state = entry.train(
         options,
         given,
         state,

@@ -35,8 +35,8 @@ from rlhf_jax.rewards.rules import soft_overlong_reward
 from rlhf_jax.rollout.dynamic_sampling import Answers, draw_groups_that_differ, term_means
 from rlhf_jax.rollout.sampler import make_generate_fn
 from rlhf_jax.rollout.step import make_group_learn
-from rlhf_jax.stages import adapting, common, defaults, inputs
-from rlhf_jax.stages.entry import NOTHING, Given, Trained, policy_of, train, trained
+from rlhf_jax.stages import adapting, common, defaults, entry, inputs
+from rlhf_jax.stages.entry import NOTHING, Given, Trained, policy_of, trained
 from rlhf_jax.stages.reward_specs import make_reward_fn
 from rlhf_jax.training import Meter
 
@@ -280,7 +280,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     # One step off policy, sampler and trainer differ by design.
     thresholds = Thresholds(sampling_logp_diff=math.inf) if options.one_step_off_policy else Thresholds()
     before = prompts.answer(model.params)
-    state = train(
+    state = entry.train(
         options,
         given,
         state,

@@ -33,8 +33,8 @@ from rlhf_jax.losses.pair_logps import traits_of
 from rlhf_jax.models import Policy
 from rlhf_jax.rollout.engines import failed_rows
 from rlhf_jax.rollout.sampler import make_generate_fn
-from rlhf_jax.stages import adapting, common, defaults, inputs
-from rlhf_jax.stages.entry import NOTHING, Given, Trained, policy_of, train, trained
+from rlhf_jax.stages import adapting, common, defaults, entry, inputs
+from rlhf_jax.stages.entry import NOTHING, Given, Trained, policy_of, trained
 from rlhf_jax.stages.reward_specs import make_reward_fn
 
 LossName = Annotated[
@@ -246,7 +246,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         return state, {**metrics, **compared.metrics, "win_rate": compared.preference.mean()}
 
     before = prompts.answer(model.params)
-    state = train(
+    state = entry.train(
         options,
         given,
         state,

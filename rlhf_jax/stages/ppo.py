@@ -41,8 +41,8 @@ from rlhf_jax.rollout.engines import failed_rows
 from rlhf_jax.rollout.rewards import RolloutReward
 from rlhf_jax.rollout.sampler import Evaluation
 from rlhf_jax.rollout.step import make_ppo_learn
-from rlhf_jax.stages import adapting, common, defaults, inputs
-from rlhf_jax.stages.entry import NOTHING, Given, Trained, policy_of, train, trained
+from rlhf_jax.stages import adapting, common, defaults, entry, inputs
+from rlhf_jax.stages.entry import NOTHING, Given, Trained, policy_of, trained
 from rlhf_jax.stages.reward_specs import make_ensemble_fn, make_reward_fn
 from rlhf_jax.training.run_folder import load_reward_model, load_unmerged_reward_model
 
@@ -127,7 +127,7 @@ def reward_on_base(options: Options, policy: Policy, parts: adapting.Parts) -> P
         return None
     (folder,) = options.reward_model
     model, theirs = load_unmerged_reward_model(Path(folder))
-    models.check_same_architecture(policy.config, model.config, folder)
+    models.check_same_architecture(policy.architecture, model.architecture, folder)
     ours = parts.adaptation
     if theirs is None or theirs.base is None or ours.base is None:
         return None
@@ -153,7 +153,9 @@ def initial_params(
         value = common.copied(reward)
     elif options.reward_model and parts.adaptation is None:
         reward_model = load_reward_model(Path(options.reward_model[0]))
-        models.check_same_architecture(policy.config, reward_model.config, options.reward_model[0])
+        models.check_same_architecture(
+            policy.architecture, reward_model.architecture, options.reward_model[0]
+        )
         value = common.copied(reward_model.params)
     else:
         head = policy.init_scalar_head(head_key)
@@ -315,7 +317,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         return evaluate(models.on_base(whole, "policy"), models.reference_of(whole, parts.original)).metrics()
 
     before = prompts.answer(model.params)
-    state = train(
+    state = entry.train(
         options,
         given,
         state,

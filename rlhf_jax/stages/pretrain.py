@@ -179,7 +179,9 @@ def starting_model(options: Options, documents: list[Document]) -> Policy:
             f"--model {options.model}: its tokenizer has no {lacking[0]}: leave --fim-rate out, or start "
             "from a run that was trained with it"
         )
-    config = models.map_rope(model.config, lambda rope, width: _stretched(options, model.config, rope, width))
+    config = models.map_rope(
+        model.architecture, lambda rope, width: _stretched(options, model.architecture, rope, width)
+    )
     config = dataclasses.replace(
         config, context_length=max(options.max_seq_length, config.context_length or 0)
     )

@@ -46,7 +46,7 @@ from rlhf_jax.data.tokenizers import Tokenizer, train_bpe
 from rlhf_jax.evaluation.classification import brier_score, reliability, roc_auc
 from rlhf_jax.feedback.step_labels import label_by_rollouts
 from rlhf_jax.models import Policy
-from rlhf_jax.stages import common, defaults, embedded, inputs
+from rlhf_jax.stages import common, defaults, embedded, entry, inputs
 from rlhf_jax.stages.entry import NOTHING, Given, Trained, trained_reward_model
 from rlhf_jax.stages.reward_specs import make_reward_fn
 from rlhf_jax.training.run_folder import write_json
@@ -214,7 +214,7 @@ def choose_tokenizer(options: Options, rows: list[Row]) -> str | Tokenizer:
 
 def make_eval_fn(
     options: Options, step_reward_fn: process_reward.StepRewardFn, held_out: Solutions
-) -> Callable[[process_reward.State], dict[str, float]]:
+) -> Callable[[process_reward.State, int], dict[str, float]]:
     """Accuracy, ranking and calibration on the judged steps of the held-out solutions.
 
     The curve of calibration goes to `calibration.json`.
@@ -291,7 +291,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         batch = meter.timed("data", train.batch, common.local_indices(sampler, number))
         return meter.timed("update", update, state, hyper, batch)
 
-    state = train(
+    state = entry.train(
         options,
         given,
         state,

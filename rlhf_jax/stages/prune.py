@@ -92,7 +92,7 @@ class Options:
 
 def measure(model: Policy, rows: Sequences) -> Params:
     """Sums of squared inputs over all rows, a batch at a time."""
-    add = jax.jit(lambda params, part: pruning.input_square_sums(model.config, params, part))
+    add = jax.jit(lambda params, part: pruning.input_square_sums(model.architecture, params, part))
     total = None
     for first in range(0, len(rows.tokens), _BATCH):
         part = packing.pad_batch(jax.tree.map(lambda x, i=first: x[i : i + _BATCH], rows), _BATCH)

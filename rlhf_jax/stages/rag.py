@@ -215,7 +215,7 @@ def held_out(options: Options) -> list[facts.Person]:
     return facts.people("heldout", options.people, options.seed)
 
 
-class Policy:
+class Answerer:
     """A policy that answers from passages.
 
     Args:
@@ -302,7 +302,7 @@ def measure(options: Options, model: Policy, index: PassageIndex) -> dict[int, l
         for count in range(options.passages + 1)
     }
     longest = max(len(example.ids) for examples in prompts.values() for example in examples)
-    policy = Policy(options, model, longest)
+    policy = Answerer(options, model, longest)
     judged = {}
     for count, examples in prompts.items():
         texts = policy.answer(examples, f"{count} passages")
@@ -341,7 +341,7 @@ def ask(options: Options, model: Policy, index: PassageIndex) -> None:
     """Answers one question, with the passages it names."""
     given = index.search(options.ask, options.passages)
     examples = encode(options, model, [{"question": options.ask}], [given])
-    text = Policy(options, model, len(examples[0].ids)).answer(examples, "answer")[0]
+    text = Answerer(options, model, len(examples[0].ids)).answer(examples, "answer")[0]
     answer = read_answer(text, len(given))
     print(answer.text)
     for place, passage in enumerate(given):

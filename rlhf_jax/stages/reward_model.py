@@ -21,7 +21,7 @@ from rlhf_jax.algorithms import reward
 from rlhf_jax.core.train_state import OptimizerConfig, with_total_steps
 from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.evaluation.classification import reliability
-from rlhf_jax.stages import adapting, common, defaults, inputs
+from rlhf_jax.stages import adapting, common, defaults, entry, inputs
 from rlhf_jax.stages.entry import NOTHING, Given, Trained, trained_reward_model
 
 
@@ -111,7 +111,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
             "calibration_error": reliability(sure, margins > 0).error,
         }
 
-    state = train(
+    state = entry.train(
         options,
         given,
         state,

@@ -34,8 +34,8 @@ from rlhf_jax.data.tokenizers import Tokenizer, train_bpe
 from rlhf_jax.losses.supervised import cross_entropy_loss
 from rlhf_jax.metrics import final_table
 from rlhf_jax.models import Policy
-from rlhf_jax.stages import adapting, common, defaults, embedded, inputs
-from rlhf_jax.stages.entry import NOTHING, Given, Trained, train, trained
+from rlhf_jax.stages import adapting, common, defaults, embedded, entry, inputs
+from rlhf_jax.stages.entry import NOTHING, Given, Trained, trained
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -238,7 +238,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     def step(state: sft.State, number: int):
         return meter.timed("update", update, state, hyper, *meter.timed("data", batch, number))
 
-    state = train(
+    state = entry.train(
         options,
         given,
         state,

@@ -267,8 +267,9 @@ def load_policy(folder: files.PathLike) -> Policy:
     return dataclasses.replace(model, params=_merged(model.params))
 
 
-def load_unmerged_policy(folder: Path) -> tuple[Policy, Adaptation | None]:
+def load_unmerged_policy(folder: files.PathLike) -> tuple[Policy, Adaptation | None]:
     """The same, in which the leaves of an adapter still stand, and how it came out of its base."""
+    folder = files.as_path(folder)
     kind, config, tokenizer, adaptation = _read_ours(folder)
     if kind == "reward_model":
         raise UserError(f"{folder} holds a reward model, not a policy: give the run of another stage")

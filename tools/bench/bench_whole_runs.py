@@ -63,7 +63,7 @@ def measure(world: World, count: int, bench: Bench) -> tuple[float, float, float
     hyper = jax.tree.map(jnp.float32, member.hyper)
 
     def start(key: jax.Array) -> Start:
-        return Start(key, models.init_params(world.policy.config, key))
+        return Start(key, models.init_params(world.policy.architecture, key))
 
     starts = jax.vmap(start)(jax.random.split(jax.random.key(0), count))
     runs: Any = jax.jit(jax.vmap(train, (0, None)))

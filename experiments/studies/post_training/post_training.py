@@ -125,7 +125,7 @@ def make_starts(row: TaskRow, world: World, options: Options, seeds: np.ndarray)
     """Each seed's policy after supervised training, [seeds]; kept in the folder of the task."""
     steps = options.base_steps or row.base_steps
     keys = jax.vmap(jax.random.key)(seeds.astype(np.uint32))
-    shapes = jax.eval_shape(lambda key: models.init_params(world.policy.config, key), keys[0])
+    shapes = jax.eval_shape(lambda key: models.init_params(world.policy.architecture, key), keys[0])
     path = Path(str(options.out)) / row.name / f"base-{seeds[0]}-{len(seeds)}-{steps}.npz"
     if path.exists():
         with np.load(path) as held:
@@ -134,7 +134,7 @@ def make_starts(row: TaskRow, world: World, options: Options, seeds: np.ndarray)
     train = make_train(world, method, steps=steps)
 
     def begin(key: jax.Array) -> Any:
-        start = Start(key, models.init_params(world.policy.config, jax.random.fold_in(key, 1)))
+        start = Start(key, models.init_params(world.policy.architecture, jax.random.fold_in(key, 1)))
         agent, history = train(start, sft.Hyper(learning_rate=row.base_learning_rate))
         return agent.learner.params, history
 

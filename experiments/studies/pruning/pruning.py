@@ -252,7 +252,7 @@ def run(options: Options) -> None:
     policies = {name: load_policy(Path(name)) for name in options.models}
     first = policies[options.models[0]]
     for name, model in policies.items():
-        models.check_same_architecture(first.config, model.config, f"--models {name}")
+        models.check_same_architecture(first.architecture, model.architecture, f"--models {name}")
     options.out.mkdir(parents=True, exist_ok=True)
     describe_run(options.out, common.to_json(options), stage="prune_study")
     path, cells = options.out / "cells.jsonl", grid(options)
