@@ -232,9 +232,8 @@ def test_bad_reward_functions(refused, tiny, tmp_path):
     }
     for reward, phrases in cases.items():
         refused("grpo", tiny.words("grpo", tmp_path / "out", "--rewards", reward), *phrases)
-    refused(
-        "ppo", tiny.words("ppo", tmp_path / "out", "--reward-model", "--rewards", "broken_rewards:is_nan")
-    )
+    broken = ("--rewards", "broken_rewards:is_nan", "--eval-reward", "broken_rewards:is_nan")
+    refused("ppo", tiny.words("ppo", tmp_path / "out", "--reward-model", *broken))
     assert not (tmp_path / "out").exists()
 
 
