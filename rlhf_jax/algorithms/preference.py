@@ -41,7 +41,9 @@ def pair_losses() -> dict[str, PairLossFn]:
     table, and so in the choices of every command, once it is written. XPO, which needs pairs of its own kind,
     is not.
     """
-    functions = [value for module in _LOSS_MODULES for value in vars(module).values() if callable(value)]
+    functions: list[Any] = [
+        value for module in _LOSS_MODULES for value in vars(module).values() if callable(value)
+    ]
     modules = {module.__name__ for module in _LOSS_MODULES}
     return {
         function.__name__.removesuffix("_loss").removesuffix("_dpo"): function

@@ -17,7 +17,7 @@ import difflib
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import tyro
 
@@ -141,7 +141,9 @@ class _Reader:
         groups = [member for member in members(hint) if dataclasses.is_dataclass(member)]
         if groups:
             group, value = self.choose(groups, value, path) if len(groups) > 1 else (groups[0], value)
-            return self.instance(group, value, default if type(default) is group else tyro.MISSING, path)
+            return self.instance(
+                cast(Any, group), value, default if type(default) is group else tyro.MISSING, path
+            )
         try:
             return _convert(hint, value)
         except _WrongType as wrong:
@@ -257,7 +259,9 @@ def _convert_list(origin: Any, arguments: Sequence[Any], value: Any) -> Any:
     if not isinstance(value, list):
         raise _WrongType("a list, in [ ]")
     kinds = (
-        arguments if len(arguments) == len(value) and arguments[-1] is not ... else arguments[:1] * len(value)
+        arguments
+        if len(arguments) == len(value) and arguments[-1] is not ...
+        else [*arguments[:1]] * len(value)
     )
     try:
         return origin(map(_convert, kinds, value))

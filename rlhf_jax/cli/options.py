@@ -4,7 +4,7 @@ import dataclasses
 import types
 import typing
 from collections.abc import Iterator
-from typing import Annotated, Any, Union
+from typing import Annotated, Any, Union, cast
 
 import tyro
 
@@ -24,7 +24,7 @@ class Option:
     flag: str
     path: tuple[str, ...]
     type: Any
-    owner: type
+    owner: Any
     default: Any
 
     @property
@@ -39,7 +39,9 @@ def options_of(options_type: type, path: tuple[str, ...] = (), prefix: str = "")
         place = (*path, field.name)
         groups = [member for member in members(hint) if dataclasses.is_dataclass(member)]
         for group in groups:
-            yield from options_of(group, place, prefix if without_prefix else f"{prefix}{field.name}.")
+            yield from options_of(
+                cast(Any, group), place, prefix if without_prefix else f"{prefix}{field.name}."
+            )
         if not groups:
             flag = f"--{prefix}{field.name}".replace("_", "-")
             yield Option(flag, place, hint, options_type, field.default)

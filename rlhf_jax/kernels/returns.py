@@ -7,6 +7,8 @@ the last unmasked step. Results have no gradient, are 0 where masked, and are at
 recurrence over thousands of steps in bfloat16 is noise.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
 
@@ -31,7 +33,7 @@ def _prepare(
       UserError: an array has another shape than [B, T], or the bootstrap value than [B].
     """
     hints = {"discounts": (DISCOUNTS_HINT,)}
-    checks = {key: (value, "B T", *hints.get(key, ())) for key, value in arrays.items()}
+    checks: dict[str, Any] = {key: (value, "B T", *hints.get(key, ())) for key, value in arrays.items()}
     *checked, mask, bootstrap_value = check_shapes(
         name, **checks, mask=(mask, "B T"), bootstrap_value=(bootstrap_value, "B")
     )

@@ -66,8 +66,8 @@ def kto_kl(
     Returns:
       Nats, at least 0, without gradient.
     """
-    mask, policy, ref = _rows("kto_kl", policy_logp, ref_logp, mask)
-    return jax.lax.stop_gradient(jnp.maximum(row_mean(mask)(policy - ref), 0))
+    counted, policy, ref = _rows("kto_kl", policy_logp, ref_logp, mask)
+    return jax.lax.stop_gradient(jnp.maximum(row_mean(counted)(policy - ref), 0))
 
 
 def kto_loss(
@@ -99,12 +99,12 @@ def kto_loss(
     Returns:
       (loss, metrics), with the mean `reward` b z of all rows and `kl`.
     """
-    mask, policy, ref, desirable = _rows("kto_loss", policy_logp, ref_logp, mask, desirable=desirable)
+    counted, policy, ref, desirable = _rows("kto_loss", policy_logp, ref_logp, mask, desirable=desirable)
     ratio, kl = policy - ref, jax.lax.stop_gradient(kl)
     sign = jnp.where(desirable, 1, -1)
     class_weight = jnp.where(desirable, desirable_weight, undesirable_weight)
     losses = class_weight * jax.nn.sigmoid(-beta * sign * (ratio - kl))
-    mean = row_mean(mask, None, denominator)
+    mean = row_mean(counted, None, denominator)
     return _unpaired(losses, beta * ratio, desirable, mean, kl=jnp.full_like(ratio, kl))
 
 
@@ -136,10 +136,10 @@ def bco_loss(
     Returns:
       (loss, metrics), with the mean `reward` b z of all rows.
     """
-    mask, policy, ref, desirable, weights = _rows(
+    counted, policy, ref, desirable, weights = _rows(
         "bco_loss", policy_logp, ref_logp, mask, desirable=desirable, weights=weights
     )
     reward = beta * (policy - ref)
     sign = jnp.where(desirable, 1, -1)
     losses = -jax.nn.log_sigmoid(sign * (reward - jax.lax.stop_gradient(shift)))
-    return _unpaired(losses, reward, desirable, row_mean(mask, weights, denominator))
+    return _unpaired(losses, reward, desirable, row_mean(counted, weights, denominator))

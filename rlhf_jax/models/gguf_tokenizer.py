@@ -90,11 +90,11 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str]) -> Any:
             left, right = ids.get(token[:cut]), ids.get(token[cut:])
             if left is not None and right is not None:
                 found.append((-scores[index], left, right))
-    merges = [(tokens[left], tokens[right]) for _, left, right in sorted(found)]
+    merges: list[Any] = [(tokens[left], tokens[right]) for _, left, right in sorted(found)]
     unknown = tokens[metadata.get("ggml.unknown_token_id") or 0]
     backend = Tokenizer(models.BPE(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     prefix = metadata.get("ggml.add_space_prefix") is not False
-    spaces = [normalizers.Replace(" ", SPACE)]
+    spaces: list[Any] = [normalizers.Replace(" ", SPACE)]
     back = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if prefix:
         spaces.insert(0, normalizers.Prepend(SPACE))

@@ -281,7 +281,8 @@ def uncached_decode_fns(logits_fn: LogitsFn) -> tuple[PrefillFn, DecodeFn, Exten
         logits = logits_fn(params, tokens, positions, segment_ids)[:, -1]
         room = ((0, 0), (0, length - tokens.shape[1]))
         rows = [jnp.pad(jnp.asarray(x), room) for x in (tokens, positions, segment_ids)]
-        return logits, ReadRows(*rows, jnp.int32(tokens.shape[1]))
+        read, places, segments = rows
+        return logits, ReadRows(read, places, segments, jnp.int32(tokens.shape[1]))
 
     def extend(
         params: Params,

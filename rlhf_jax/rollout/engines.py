@@ -150,7 +150,7 @@ class HTTPEngine:
         if self._probe is None:
             self._probe = _Probe.of(prompts, self._prompt_length, self._tokenizer.pad_id)
         probe = self._probe
-        if probe is None:
+        if probe is None or self._score is None:
             return
         ours = np.asarray(self._score(params, probe.sequences))[np.asarray(probe.sequences.mask)]
         theirs = np.array([x for ids in probe.ids for x in self._logp_of(ids)], np.float64)

@@ -219,7 +219,7 @@ class AuxiliaryOptions:
     router_z_loss_coef: float = 0.001
     router_bias_update_rate: float = 0.001
 
-    def hyper(self, learning_rate: float) -> sft.Hyper:
+    def hyper(self, learning_rate: float | None) -> sft.Hyper:
         """The settings of an update."""
         weights = sft.Auxiliary(*map(jnp.float32, dataclasses.astuple(self)))
         return sft.Hyper(jnp.float32(learning_rate), weights)

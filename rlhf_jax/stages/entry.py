@@ -6,7 +6,7 @@ import difflib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_origin, get_type_hints
+from typing import Any, TypeVar, cast, get_origin, get_type_hints
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.files import as_path
@@ -183,7 +183,7 @@ def _filled(options_type: type[Any], left: dict[str, Any], default: Any = None) 
         if name in left:
             values[name] = left.pop(name)
         elif name in common.WITHOUT_PREFIX and dataclasses.is_dataclass(kind):
-            values[name] = _filled(kind, left, None if otherwise is _REQUIRED else otherwise)
+            values[name] = _filled(cast(Any, kind), left, None if otherwise is _REQUIRED else otherwise)
         elif otherwise is not _REQUIRED:
             values[name] = otherwise
         else:

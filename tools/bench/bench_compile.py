@@ -78,8 +78,8 @@ def update_program(options: Options, config: models.ModelConfig) -> tuple[Callab
         gradients, loss, _ = accumulate_gradients(loss_fn, state, batch)
         return apply_gradients(state, gradients, tx, learning_rate=1e-5, loss=loss)
 
-    tokens = jax.ShapeDtypeStruct((options.batch, options.length), jnp.int32)
-    mask = jax.ShapeDtypeStruct(tokens.shape, bool)
+    tokens: Any = jax.ShapeDtypeStruct((options.batch, options.length), jnp.int32)
+    mask: Any = jax.ShapeDtypeStruct(tokens.shape, bool)
     return update, (jax.eval_shape(start), Sequences(tokens, tokens, tokens, mask))
 
 
