@@ -226,6 +226,7 @@ def make_drafter(decoder: Speculative, model: Policy) -> generation.Drafter:
         )
     if draft.tokenizer.backend.get_vocab() != model.tokenizer.backend.get_vocab():
         raise UserError(f"--draft {decoder.draft}: its tokenizer is not that of the model: choose another")
+    assert draft.extend is not None  # decoders of ours have one
     return generation.model_drafter(
         draft.prefill,
         draft.extend,
