@@ -49,7 +49,10 @@ def options_of(options_type: type, path: tuple[str, ...] = (), prefix: str = "")
 
 def required_flags(options_type: type, prefix: str = "") -> Iterator[str]:
     """Flags that have no default, neither of their own nor by a group's."""
+    whole = typing.get_type_hints(options_type, include_extras=True)
     for field, hint, without_prefix in fields_of(options_type):
+        if tyro.conf.Positional in getattr(whole[field.name], "__metadata__", ()):
+            continue
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             kinds = members(hint)
             if not any(map(dataclasses.is_dataclass, kinds)):

@@ -2,11 +2,12 @@
 
     rlhf distill --out runs/soft --model runs/small --teacher runs/large --data my.jsonl \\
         --rewards my_rewards:exact
+    rlhf distill --out runs/gkd --model runs/small --teacher runs/large --data my.jsonl \\
+        --rewards my_rewards:exact --loss js --lmbda 1
+    rlhf distill --out runs/texts --model runs/small --teacher runs/large --data my.jsonl \\
+        --rewards my_rewards:exact --loss sequence
 
-and, with the same `--data` and the `--rewards` that are looked at,
-
-    rlhf distill --out runs/gkd --model runs/small --teacher runs/large --loss js --lmbda 1 ...
-    rlhf distill --out runs/texts --model runs/small --teacher runs/large --loss sequence ...
+The rewards are only looked at.
 
 Soft labels on the teacher's answers (`forward_kl`), on-policy distillation on the student's (GKD,
 `--lmbda 1`), a mixture of the two, or the teacher's answers alone (`sequence`), worked steps

@@ -1,13 +1,11 @@
 """Rounds of answering and learning: RAFT, best-of-n, expert iteration, iterated DPO, distillation of texts.
 
     rlhf rounds --out runs/raft --model runs/sft --data my.jsonl --rewards my_rewards:exact
+    rlhf rounds --out runs/best_of_16 --model runs/sft --data my.jsonl --rewards my_rewards:exact \\
+        --rounds 1 --samples-per-prompt 16
+    rlhf rounds --out runs/iterated --model runs/sft --data my.jsonl --rewards my_rewards:exact --method dpo
 
-and, with the same `--data` and `--rewards`,
-
-    rlhf rounds --out runs/best_of_16 --model runs/sft --rounds 1 --samples-per-prompt 16 ...
-    rlhf rounds --out runs/star --model runs/sft --method expert_iteration --reinit-each-round ...
-    rlhf rounds --out runs/iterated --model runs/sft --method dpo ...
-    rlhf rounds --out runs/student --model runs/small --writer runs/teacher --rounds 1 ...
+With `--method expert_iteration --reinit-each-round` it is STaR, with `--writer` the distillation of texts.
 
 In each round a policy answers prompts, rewards say which answers are good, and `sft.py` or `dpo.py` trains on
 them. The rows are kept beside the rounds' run folders, so they can be read, and what was done is not

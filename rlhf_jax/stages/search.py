@@ -4,6 +4,7 @@
         --process-reward runs/prm --outcome-reward runs/orm
     rlhf search --out runs/gsm8k --model runs/my_policy --data gsm8k/test.jsonl \\
         --max-new-tokens 300 --prompts 64
+    rlhf search --out runs/search --model runs/sft --data arithmetic:1 --resume
 
 The run folder gets `results.json`, `search.png` (accuracy against samples and against tokens) and `pool.npz`.
 Without reward models, what needs none is compared. A run that was stopped goes on with --resume.

@@ -167,7 +167,8 @@ def test_a_name_of_elsewhere_is_told_ours_before_anything_else(command, given, o
 
 
 def test_an_option_that_a_command_has_is_never_answered_away(all_flags):
-    with pytest.raises(SystemExit):  # what is required is asked for, and --beta is no mistake
+    # What is required is asked for, and --beta is no mistake.
+    with pytest.raises(UserError, match="--model and --data must be given"):
         parse(module_of("dpo").Options, ["--beta", "0.3"])
     for flags in all_flags.values():
         assert not [flag for flag in flags if foreign_names.our_name(flag, flags)]
