@@ -1,6 +1,6 @@
 """A whole post-training run as one pure function: prompts, answers, scores, updates, evaluation.
 
-    train = make_train(world, group_method(world, group_members.grpo(group_size=4)), steps=60)
+    train = make_train(world, group_method(world, grpo_variants.grpo(group_size=4)), steps=60)
     state, history = jax.jit(train)(Start(key, params), hyper)
 
 Traced from end to end, so that `sweep` can run seeds x hyperparameters in one program. The methods are in
