@@ -156,10 +156,10 @@ def test_grpo_raises_the_reward(policy):
 
 def test_ppo_raises_the_reward(policy):
     tx = make_optimizer(OPTIMIZER)
-    generate, prompts = sample(policy, 8)
+    generate, prompts = sample(policy, 16)
     score = policy.make_actor_critic_fn()
     hyper = ppo.Hyper(learning_rate=jnp.float32(0.02), kl_coef=0.0)
-    config = ppo.Config(num_ppo_epochs=2, num_minibatches=1)
+    config = ppo.Config(num_ppo_epochs=4, num_minibatches=1)
     params = {"policy": policy.params, "value": policy.init_scalar_model(jax.random.key(1))}
     state = ppo.init(params, tx, jax.random.key(0), hyper)
     update = ppo.make_update(config, score, tx)
@@ -173,12 +173,12 @@ def test_ppo_raises_the_reward(policy):
         return update(state, hyper, batch)[0]
 
     means = []
-    for number in range(12):
+    for number in range(14):
         rollout = generate(state.learner.all_params["policy"], prompts, jax.random.key(number))
         rewards = reward_of(rollout)
         state = learn(state, rollout, jnp.asarray(rewards))
         means.append(float(rewards.mean()))
-    assert np.mean(means[-3:]) > np.mean(means[:3]) + 0.1
+    assert np.mean(means[-3:]) > np.mean(means[:3]) + 0.2
 
 
 def test_it_is_evaluated(policy):

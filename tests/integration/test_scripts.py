@@ -94,6 +94,8 @@ def test_the_same_rows_as_jsonl_and_parquet_train_the_same(tiny, tmp_path):
 def test_a_tfds_data_set(tiny, tmp_path, monkeypatch):
     import tensorflow_datasets as tfds
 
+    from rlhf_jax.tasks import arithmetic_tfds  # noqa: F401  (its import makes the data set known)
+
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path / "tfds"))
     out = tiny.run("sft", tmp_path / "run", "--data", "tfds:arithmetic/level_1:heldout[:32]", "--steps", 3)
     assert len(read_metrics(out)) == 3
