@@ -29,7 +29,7 @@ from rlhf_jax.rl.envs.environments import Environment, Transition
 from rlhf_jax.rl.loops import offline, on_policy
 from rlhf_jax.rl.loops.off_policy import over_steps
 from rlhf_jax.rl.loops.rollout import Experience
-from rlhf_jax.rl.loops.runs import Run, Train, whole
+from rlhf_jax.rl.loops.runs import Run, Train, make_train_fn
 from rlhf_jax.rl.networks.networks import MLP
 
 LogitFn = Callable[[Params, Array, Array], Float[Array, " N"]]
@@ -42,14 +42,14 @@ class Config:
 
     Attributes:
       policy: PPO's, with the length of the run; observations may not be normalised, as the log's are not.
-      body: of the discriminator.
+      encoder: of the discriminator.
       optimizer: of the discriminator.
       discriminator_steps: in each of PPO's updates.
       batch_size: pairs of the log in each, and as many of the policy's.
     """
 
     policy: ppo.Config = ppo.Config()
-    body: nn.Module = dataclasses.field(default_factory=MLP)
+    encoder: nn.Module = dataclasses.field(default_factory=MLP)
     optimizer: OptimizerConfig = OptimizerConfig(b1=0.5, b2=0.999)
     discriminator_steps: int = 4
     batch_size: int = 256
@@ -149,9 +149,9 @@ def make_update(
     return update
 
 
-def make_discriminator(env: Environment, body: nn.Module) -> tuple[Any, LogitFn]:
+def make_discriminator(env: Environment, encoder: nn.Module) -> tuple[Any, LogitFn]:
     """(init(key) -> params, logits) of one critic; actions are cut to the box, as the environment does."""
-    init_critic, critic_fn = offline.make_critics(env, body, count=1)
+    init_critic, critic_fn = offline.make_critics(env, encoder, count=1)
 
     def logit_fn(params: Params, obs: Array, action: Array) -> Float[Array, " N"]:
         if not env.discrete:
@@ -170,7 +170,7 @@ def make_run(config: Config, env: Environment, env_params: Any, data: Transition
     if config.policy.rollout.normalize_obs:
         raise UserError("GAIL: policy.rollout.normalize_obs=true would not fit the log's: leave it false.")
     network, learning = ppo.make_learning(config.policy, env)
-    init_discriminator, logit_fn = make_discriminator(env, config.body)
+    init_discriminator, logit_fn = make_discriminator(env, config.encoder)
     tx, log = make_optimizer(config.optimizer), offline.as_replay(data)
     discriminate = make_update(logit_fn, tx)
 
@@ -210,4 +210,4 @@ def make_run(config: Config, env: Environment, env_params: Any, data: Transition
 
 def make_train(config: Config, env: Environment, env_params: Any, data: Transition) -> Train:
     """`train(key, hyper) -> (state, history)`: a whole run, pure; jit it, vmap it over keys and `Hyper`."""
-    return whole(make_run(config, env, env_params, data))
+    return make_train_fn(make_run(config, env, env_params, data))

@@ -139,9 +139,9 @@ class Environment:
     ) -> tuple[EnvState, Transition]:
         """One step; where the episode ends, the state returned is the beginning of the next one."""
         step_key, reset_key = jax.random.split(key)
-        return self.step_or_become(step_key, state, action, params, self.reset(reset_key, params))
+        return self.auto_reset_step(step_key, state, action, params, self.reset(reset_key, params))
 
-    def step_or_become(
+    def auto_reset_step(
         self, key: PRNGKeyArray, state: EnvState, action: Array, params: Any, fresh: EnvState
     ) -> tuple[EnvState, Transition]:
         """`step` that goes on from `fresh` where the episode ends.

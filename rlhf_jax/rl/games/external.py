@@ -56,7 +56,7 @@ class PgxGame:
         """Shape of what `observe` gives."""
         return tuple(_environment(self.name).observation_shape)
 
-    def begin(self) -> Position:
+    def initial_position(self) -> Position:
         """The first position; the key decides only which of pgx's two players is called the first."""
         state = _environment(self.name).init(jax.random.key(0))
         return Position(state, jnp.int8(1), jnp.int8(0), jnp.bool_(False))

@@ -42,7 +42,7 @@ class Game(Protocol):
         """Shape of what `observe` gives."""
         ...
 
-    def begin(self) -> Position:
+    def initial_position(self) -> Position:
         """The first position."""
         ...
 
