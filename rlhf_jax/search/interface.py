@@ -39,7 +39,7 @@ class Candidates:
 
 
 @pytree_dataclass
-class Found:
+class SearchResult:
     """What a search came to, for each of B problems.
 
     Attributes:
@@ -60,13 +60,13 @@ EvaluateFn = Callable[[Any, PRNGKeyArray], tuple[Float[Array, "N"], Float[Array,
 DoneFn = Callable[[Any], Bool[Array, "N"]]
 
 
-def take(states: Any, index: Int[Array, "B *K"]) -> Any:
+def gather(states: Any, index: Int[Array, "B *K"]) -> Any:
     """States [B, M, ...] at `index`, [B] or [B, K]."""
     rows = jnp.arange(index.shape[0]).reshape(-1, *[1] * (index.ndim - 1))
     return jax.tree.map(lambda x: x[rows, index], states)
 
 
-def flat(states: Any) -> Any:
+def flatten(states: Any) -> Any:
     """[B, M, ...] as [B M, ...]."""
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), states)
 

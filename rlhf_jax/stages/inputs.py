@@ -301,7 +301,7 @@ def make_sampler(
         "sampling": sampling,
     }
     if parse_engine(engine)[0] == "local":
-        return make_generate_fn(model, slots=max_num_seqs or None, **shared)
+        return make_generate_fn(model, max_num_seqs=max_num_seqs or None, **shared)
     if max_num_seqs:
         raise UserError(f"--max-num-seqs is for --engine local: the server of {engine} has its own way")
     logprob_fn = model.make_logprob_fn()

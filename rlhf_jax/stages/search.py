@@ -367,9 +367,9 @@ def check(options: Options, held: dict[str, Any]) -> None:
     for name, value in positive.items():
         if value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value} is not positive: give at least 1")
-    if chosen.thoughts % 2:
+    if chosen.num_thoughts % 2:
         raise UserError(
-            f"--search.thoughts {chosen.thoughts} is odd, and two are merged: give an even number"
+            f"--search.num-thoughts {chosen.num_thoughts} is odd, and two are merged: give an even number"
         )
     if not options.temperature > 0:
         raise UserError(f"--temperature {options.temperature} gives equal samples: give a number above 0")
