@@ -72,7 +72,7 @@ def _parse(hosts: str) -> tuple[str, int, int]:
     return address, int(count), int(index)
 
 
-def is_first_host() -> bool:
+def is_main_process() -> bool:
     """Whether this process is the one that writes logs, reports and descriptions."""
     return jax.process_index() == 0
 

@@ -18,7 +18,7 @@ from rlhf_jax.distributed.sharding import PARAMETER_AXES, Axes, logical_axes, sp
 T = TypeVar("T")
 
 
-def born_sharded(
+def init_sharded(
     init_fn: Callable[..., T],
     *args: Any,
     mesh: Mesh | None = None,
@@ -51,7 +51,7 @@ def shardings_of(tree: T) -> T:
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
-def laid_out_for_sampling(params: T, dtype: Any, *, table: Sequence[tuple[str, Axes]] = PARAMETER_AXES) -> T:
+def reshard_for_sampling(params: T, dtype: Any, *, table: Sequence[tuple[str, Axes]] = PARAMETER_AXES) -> T:
     """Parameters of a traced program, split along `embed_sampling` where the table splits them along `embed`.
 
     Where the rules put the two on the same mesh axes, as they do unless told otherwise, nothing happens.

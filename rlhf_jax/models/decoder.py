@@ -157,7 +157,7 @@ class Decoder(nn.Module):
         param_dtype, dtype = jnp.dtype(config.param_dtype), jnp.dtype(config.compute_dtype)
         shape = (config.vocab_size, config.width)
         embedding = self.param("embedding", normal_init, shape, param_dtype)
-        if not config.tied_embeddings:
+        if not config.tie_word_embeddings:
             self.param("unembedding", normal_init, shape, param_dtype)
         # Gathered over the embedding's width first: rows are looked up whole, and so are their gradients
         # summed, before each device keeps its part.
@@ -325,7 +325,7 @@ def expand_prompt(config: ModelConfig, params: Params) -> Params:
 
 def unembedding(config: ModelConfig, params: Params) -> Float[Array, "V D"]:
     """The output matrix, in the compute dtype."""
-    matrix = params["embedding"] if config.tied_embeddings else params["unembedding"]
+    matrix = params["embedding"] if config.tie_word_embeddings else params["unembedding"]
     return gathered(matrix, "vocab", "embed").astype(jnp.dtype(config.compute_dtype))
 
 

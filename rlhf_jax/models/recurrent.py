@@ -43,7 +43,7 @@ class RecurrentLayer(nn.Module):
         self, inputs: Float[Array, "B T D"], context: Context, cache: State | None
     ) -> tuple[Float[Array, "B T D"], State | None]:
         """Returns the states after each token, and with a cache the last one."""
-        cell, hidden = self.spec.cell, self.spec.hidden_dim
+        cell, hidden = self.spec.cell, self.spec.hidden_size
         std = hidden**-0.5
         shape = (hidden, GATES[cell] * hidden)
         linear = Linear(

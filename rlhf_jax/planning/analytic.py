@@ -35,7 +35,7 @@ def plan_by_formula(workload: Workload, mesh: AbstractMesh) -> Plan:
     scored = {"sft": 0, "dpo": sides, "grpo": 2, "ppo": 3}[workload.algorithm]
     rows = workload.batch // workload.micro_batches // workload.minibatches
     rows = rows * sides / distributed.shards_of_batch(mesh)
-    hidden = max(getattr(block.feed_forward, "hidden_dim", 0) for block in config.blocks)
+    hidden = max(getattr(block.feed_forward, "intermediate_size", 0) for block in config.blocks)
     item = jnp.dtype(config.compute_dtype).itemsize
     matrix = config.vocab_size * config.width * 4 / tensor
     layer = item * rows * workload.length * (4 * config.width + 3 * hidden / tensor)

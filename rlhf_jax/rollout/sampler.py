@@ -157,7 +157,7 @@ def make_completion_fn(
         )
 
     def complete(params: Params, *args: Any, **options: Any) -> Rollout:
-        laid_out = distributed.laid_out_for_sampling(params, policy.compute_dtype, table=policy.axes)
+        laid_out = distributed.reshard_for_sampling(params, policy.compute_dtype, table=policy.axes)
         rollout = sample(laid_out, *args, **options)
         # Each process finds its own rows in every array, whatever the compiler would have chosen.
         return jax.tree.map(lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1)), rollout)

@@ -168,8 +168,8 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     write = make_write_fn(options, model, teacher, prompts, share)
 
     steps, brought = options.run.steps, given.policy is not None
-    parts = adapting.take_apart(options.adapter, model, seed=seed, steps=steps, brought=brought)
-    tx = parts.optimizer(with_total_steps(options.optimizer, options.run.steps))
+    split = adapting.split_trainable(options.adapter, model, seed=seed, steps=steps, brought=brought)
+    tx = split.optimizer(with_total_steps(options.optimizer, options.run.steps))
     config = distillation.Config(options.micro_batches, (WHOLE | SAMPLED)[options.loss])
     student_fn, teacher_fn = make_logp_fn(options, model), make_logp_fn(options, teacher)
     update = distillation.make_update(config, student_fn, tx)
@@ -183,10 +183,10 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         length, finished = jnp.mean(jnp.sum(sequences.mask, axis=1)), jnp.mean(rollout.finished)
         return state, {**metrics, "length": length, "finished": finished}
 
-    state = adapting.new_state(
-        lambda *x: distillation.init(x[0], tx, x[1]), parts.trained, parts.frozen, jax.random.key(seed)
+    state = adapting.init_sharded_state(
+        lambda *x: distillation.init(x[0], tx, x[1]), split.trained, split.frozen, jax.random.key(seed)
     )
-    adapting.say_what_trains(options.run, state.learner)
+    adapting.print_trainable_parameters(options.run, state.learner)
     learn = common.jit_update(learn, state)
     teacher_params, meter = distributed.place(teacher.params), options.run.meter()
 
@@ -211,7 +211,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         policy=model,
         meter=meter,
         data_fingerprint=prompts.fingerprint(),
-        adaptation=parts.adaptation,
+        adaptation=split.adaptation,
         evaluate=evaluate and held_out,
     )
     after = prompts.answer(state.learner.all_params)

@@ -146,7 +146,7 @@ def make_batches(
     how = {"temperature": options.mixture_temperature, "cap": options.mixture_cap}
     shares = mixing_shares(sizes, weights=weights or None, **how)
     sampler = MixtureSampler(tuple(sizes), tuple(shares.tolist()), options.batch_size, options.run.seed)
-    if not options.run.quiet and distributed.is_first_host():
+    if not options.run.quiet and distributed.is_main_process():
         seen = sampler.epochs(options.run.steps)
         columns = ["source", "rows", "share of batches", "times seen"]
         cells = zip(sources, sizes, shares.tolist(), seen.tolist(), strict=True)
@@ -211,16 +211,18 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     common.show_sample(options.run, model.tokenizer, examples[0])
 
     seed, brought = options.run.seed, given.policy is not None
-    parts = adapting.take_apart(options.adapter, model, seed=seed, steps=options.run.steps, brought=brought)
+    split = adapting.split_trainable(
+        options.adapter, model, seed=seed, steps=options.run.steps, brought=brought
+    )
     logprob_fn = model.make_logprob_fn_with_auxiliaries()
-    tx = parts.optimizer(with_total_steps(options.optimizer, options.run.steps))
-    state = adapting.new_state(
+    tx = split.optimizer(with_total_steps(options.optimizer, options.run.steps))
+    state = adapting.init_sharded_state(
         lambda *x: sft.init(x[0], tx, x[1]),
-        parts.trained,
-        parts.frozen,
+        split.trained,
+        split.frozen,
         jax.random.key(options.run.seed),
     )
-    adapting.say_what_trains(options.run, state.learner)
+    adapting.print_trainable_parameters(options.run, state.learner)
     names = source_names(list(sources)) if len(sources) > 1 else ()
     config = sft.Config(options.micro_batches, sources=names)
     update = common.jit_update(sft.make_update(config, logprob_fn, tx, models.rebalance), state)
@@ -247,7 +249,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         policy=model,
         meter=meter,
         data_fingerprint=fingerprint(jax.tree.leaves(rows)),
-        adaptation=parts.adaptation,
+        adaptation=split.adaptation,
         evaluate=evaluate,
     )
     common.finish(options.run)

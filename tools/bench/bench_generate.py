@@ -215,7 +215,8 @@ def long_tails(options: Options, config: models.ModelConfig, params: Any, table:
     keys = generation.row_keys(jax.random.key(0), count)
     continuous = Timer(
         functools.partial(
-            generation.continuous_batching_generate, first, extend, max_num_seqs=slots, prefill_batch_size=2, **ends
+            generation.continuous_batching_generate, first, extend,
+            max_num_seqs=slots, prefill_batch_size=2, **ends,
         ),
         params, tokens, mask, keys,
     )  # fmt: skip
@@ -271,7 +272,7 @@ def speculation(options: Options, config: models.ModelConfig, params: Any, table
         models.make_decode_fns(small)[0],
         models.make_extend_fn(small),
         {**first, "layer_0": params["layer_0"]},
-        count=4,
+        num_speculative_tokens=4,
         eos_id=NO_END,
     )
     for name, proposer in (

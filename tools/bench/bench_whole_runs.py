@@ -50,7 +50,7 @@ def make_world(width: int) -> World:
         num_layers=2,
         num_heads=4,
         num_kv_heads=4,
-        tied_embeddings=True,
+        tie_word_embeddings=True,
     )
     policy = models.make_policy(config, None, task.tokenizer)
     return World(task, policy, prompts=16, samples=4)

@@ -108,7 +108,7 @@ def make_world(row: TaskRow, options: Options) -> World:
         num_layers=options.layers or row.layers,
         num_heads=4,
         num_kv_heads=4,
-        tied_embeddings=True,
+        tie_word_embeddings=True,
     )
     policy = models.make_policy(config, None, task.tokenizer)
     return World(task, policy, prompts=64 // post_training_rows.GROUP, samples=post_training_rows.GROUP)

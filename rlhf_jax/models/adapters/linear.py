@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.core.types import Array, Float, Params
-from rlhf_jax.models.adapters.quantization import dequantised
+from rlhf_jax.models.adapters.quantization import dequantized_kernel
 
 LEAVES = (
     "kernel_values",
@@ -26,7 +26,7 @@ LEAVES = (
 
 def kernel_of(leaves: Params) -> Float[Array, "D F"]:
     """The base's kernel, as it is or out of few bits."""
-    return leaves["kernel"] if "kernel" in leaves else dequantised(leaves)
+    return leaves["kernel"] if "kernel" in leaves else dequantized_kernel(leaves)
 
 
 def low_rank(leaves: Params) -> Float[Array, "D F"]:

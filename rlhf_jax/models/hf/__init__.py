@@ -224,6 +224,6 @@ def _function(config: ModelConfig) -> ModelConfig:
             "remat": "none",
             "attention_backend": "auto",
             "architecture": "",
-            "further_depth": 0,  # of training alone; their parameters are not written
+            "mtp_depth": 0,  # of training alone; their parameters are not written
         }
     )

@@ -157,7 +157,7 @@ def load(path: str | os.PathLike[str], config: ModelConfig, params: Params) -> t
         what = f"tensor `{unused[0]}` has no place in the base" if unused else "no tensor of an adapter"
         raise UserError(f"{folder / WEIGHTS}: {what}: give the base that the adapter was trained on")
     pattern = "|".join(map(re.escape, targets))
-    adapter = kind(rank, adapter.alpha, pattern, adapter.rank_stabilised)
+    adapter = kind(rank, adapter.alpha, pattern, adapter.rank_stabilized)
     return adapter, stack_layers(config, tree) if stacked else tree
 
 

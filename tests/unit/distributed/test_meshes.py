@@ -72,7 +72,13 @@ def state_shapes(config):
 
 
 DENSE = models.dense_config(
-    vocab_size=32, width=16, num_layers=2, num_heads=4, num_kv_heads=2, hidden_dim=48, tied_embeddings=False
+    vocab_size=32,
+    width=16,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    intermediate_size=48,
+    tie_word_embeddings=False,
 )
 
 
@@ -129,7 +135,7 @@ def test_what_does_not_divide_stays_whole_and_is_named():
         P(None, "tensor"),
         ("embed",),
     )
-    config = models.dense_config(vocab_size=33, width=16, num_layers=2, num_heads=4, hidden_dim=32)
+    config = models.dense_config(vocab_size=33, width=16, num_layers=2, num_heads=4, intermediate_size=32)
     mesh = abstract(tensor=4)
     summary, fallbacks = distributed.describe_shardings(mesh, state_shapes(config))
     assert fallbacks == [
@@ -178,7 +184,7 @@ def test_one_device_takes_batches_and_states_as_they_are():
     assert distributed.shard_batch(placed)["a"] is placed["a"]
     assert distributed.local_rows(3).tolist() == [0, 1, 2]
     assert np.array_equal(distributed.local_values(placed["a"]), rows["a"])
-    made = distributed.born_sharded(
+    made = distributed.init_sharded(
         lambda key: {"embedding": jax.random.normal(key, (4, 2))}, jax.random.key(1)
     )
     assert np.array_equal(made["embedding"], jax.random.normal(jax.random.key(1), (4, 2)))

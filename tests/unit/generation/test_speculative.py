@@ -126,7 +126,7 @@ def test_greedy_speculative_is_greedy(name, decoder):
             models.make_decode_fns(draft)[0],
             models.make_extend_fn(draft),
             far_from_uniform(draft, 0),
-            count=3,
+            num_speculative_tokens=3,
             eos_id=EOS,
         ),
         "prompt": lambda: prompt_lookup_proposer(num_speculative_tokens=3),
