@@ -168,8 +168,8 @@ VERL = {
     "--total-training-steps": ("--steps",),
     "--logger": ("--log",),
     "--default-local-dir": ("--out",),
-    "--num-nodes": ("--hosts",),
-    "--nnodes": ("--hosts",),
+    "--num-nodes": ("--coordinator",),
+    "--nnodes": ("--coordinator",),
 }
 
 OLD = {
@@ -216,6 +216,13 @@ OLD = {
     "--model.further": ("--arch.mtp-depth",),
     "--model.tied": ("--arch.tie-word-embeddings",),
     "--model.hidden": ("--arch.intermediate-size",),
+    "--hosts": ("--coordinator",),
+    "--passages": ("--top-k",),
+    "--passage-words": ("--chunk-size",),
+    "--overlap": ("--chunk-overlap",),
+    "--near": ("--jaccard-threshold",),
+    "--shingle": ("--ngram-size",),
+    "--overlap-words": ("--decontamination-ngram",),
     "--arch.tied": ("--arch.tie-word-embeddings",),
     "--arch.hidden": ("--arch.intermediate-size",),
     "--adapter.keep-zeros": ("--adapter.preserve-sparsity",),

@@ -1,13 +1,13 @@
 """Meshes, where arrays live on them, and several hosts. Knows names and shapes of arrays, not models."""
 
 from rlhf_jax.distributed.hosts import (
-    HostOptions,
-    abandon,
-    any_host,
+    DistributedOptions,
+    abort,
+    any_process,
+    init_distributed,
     is_lost_peer,
     is_main_process,
     lost_peer_message,
-    start_hosts,
 )
 from rlhf_jax.distributed.meshes import abstract_mesh, current_mesh, describe_mesh, make_mesh
 from rlhf_jax.distributed.placement import (
@@ -15,9 +15,9 @@ from rlhf_jax.distributed.placement import (
     init_sharded,
     local_rows,
     local_values,
-    place,
     reshard_for_sampling,
     shard_batch,
+    shard_params,
     shardings_of,
     shards_of_batch,
 )
@@ -25,14 +25,15 @@ from rlhf_jax.distributed.sharding import PARAMETER_AXES, describe_shardings, lo
 
 __all__ = [
     "PARAMETER_AXES",
-    "HostOptions",
-    "abandon",
+    "DistributedOptions",
+    "abort",
     "abstract_mesh",
     "all_values",
-    "any_host",
+    "any_process",
     "current_mesh",
     "describe_mesh",
     "describe_shardings",
+    "init_distributed",
     "init_sharded",
     "is_lost_peer",
     "is_main_process",
@@ -41,11 +42,10 @@ __all__ = [
     "logical_axes",
     "lost_peer_message",
     "make_mesh",
-    "place",
     "reshard_for_sampling",
     "shard_batch",
+    "shard_params",
     "shardings_of",
     "shards_of_batch",
-    "start_hosts",
     "tree_shardings",
 ]

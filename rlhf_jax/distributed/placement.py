@@ -38,7 +38,9 @@ def init_sharded(
         return jax.jit(init_fn, out_shardings=shardings)(*args)
 
 
-def place(tree: T, *, mesh: Mesh | None = None, table: Sequence[tuple[str, Axes]] = PARAMETER_AXES) -> T:
+def shard_params(
+    tree: T, *, mesh: Mesh | None = None, table: Sequence[tuple[str, Axes]] = PARAMETER_AXES
+) -> T:
     """Parameters or a state that exist already, moved to where the rules put them.
 
     Buffers may be shared with `tree`.

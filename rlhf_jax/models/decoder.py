@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from rlhf_jax.core.axes import constrain, gathered
+from rlhf_jax.core.axes import all_gathered, constrain
 from rlhf_jax.core.trees import merge, pytree_dataclass
 from rlhf_jax.core.types import Array, Bool, Float, Int, Params, PRNGKeyArray
 from rlhf_jax.kernels.logprobs import softcapped
@@ -161,14 +161,14 @@ class Decoder(nn.Module):
             self.param("unembedding", normal_init, shape, param_dtype)
         # Gathered over the embedding's width first: rows are looked up whole, and so are their gradients
         # summed, before each device keeps its part.
-        table = constrain(gathered(embedding, "vocab", "embed"), "vocab", None)
+        table = constrain(all_gathered(embedding, "vocab", "embed"), "vocab", None)
         hidden = (table[tokens] if soft is None else soft).astype(dtype)
         if config.embedding_scale != 1:
             hidden *= jnp.asarray(config.embedding_scale, dtype)
         if config.learned_positions is not None:
             shape = (config.learned_positions, config.width)
             table = self.param("position_embedding", normal_init, shape, param_dtype)
-            table = constrain(gathered(table, None, "embed"), None, None)
+            table = constrain(all_gathered(table, None, "embed"), None, None)
             hidden += table[positions].astype(dtype) if soft is None else 0
         if config.embedding_norm is not None:
             hidden = norm_layer(config.embedding_norm, param_dtype, name="embedding_norm")(hidden)
@@ -326,7 +326,7 @@ def expand_prompt(config: ModelConfig, params: Params) -> Params:
 def unembedding(config: ModelConfig, params: Params) -> Float[Array, "V D"]:
     """The output matrix, in the compute dtype."""
     matrix = params["embedding"] if config.tie_word_embeddings else params["unembedding"]
-    return gathered(matrix, "vocab", "embed").astype(jnp.dtype(config.compute_dtype))
+    return all_gathered(matrix, "vocab", "embed").astype(jnp.dtype(config.compute_dtype))
 
 
 def logits(config: ModelConfig, params: Params, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:

@@ -28,7 +28,7 @@ from rlhf_jax.core.train_state import OptimizerConfig, TrainState, make_optimize
 from rlhf_jax.core.types import Params, Rollout, Sequences
 from rlhf_jax.data.tokenizers import byte_tokenizer
 from rlhf_jax.distributed.placement import batch_sharding
-from rlhf_jax.planning import hlo_analysis as programs, hlo_collectives
+from rlhf_jax.planning import hlo_analysis, hlo_collectives
 from rlhf_jax.rollout.sampler import make_completion_fn, read_at_once
 from rlhf_jax.rollout.step import make_group_learn, make_ppo_learn
 
@@ -312,7 +312,7 @@ def predict(program: Program, mesh: Mesh, keep: Path | None = None) -> Predictio
             program.function, donate_argnums=program.donated, out_shardings=program.out_shardings
         )
         traced = jitted.trace(*program.arguments)
-        flops = programs.matmul_flops(traced.jaxpr, while_trips=program.trips) / mesh.size
+        flops = hlo_analysis.matmul_flops(traced.jaxpr, while_trips=program.trips) / mesh.size
         began = time.perf_counter()
         with _captured_errors() as said:
             try:
@@ -339,7 +339,7 @@ def predict(program: Program, mesh: Mesh, keep: Path | None = None) -> Predictio
         output_bytes=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         flops=flops,
-        traffic_bytes=programs.memory_traffic(programs.Program(text), program.trips),
+        traffic_bytes=hlo_analysis.memory_traffic(hlo_analysis.HloModule(text), program.trips),
         collectives=hlo_collectives.by_kind(hlo_collectives.collectives(text, program.trips)),
         compile_seconds=seconds,
         complaints=complaints,

@@ -41,7 +41,7 @@ class Instruction(NamedTuple):
     times: int
 
 
-class Program:
+class HloModule:
     """The text of a compiled program (`compiled.as_text()`), and a walk over what it runs."""
 
     def __init__(self, text: str) -> None:
@@ -163,7 +163,7 @@ _FREE = (
 )
 
 
-def memory_traffic(program: Program, unknown_trips: int = 1) -> float:
+def memory_traffic(program: HloModule, unknown_trips: int = 1) -> float:
     """Bytes of main memory that a device reads and writes in one call: operands and results of every
     instruction that is not fused. Of an array that is only sliced, or updated in place, the slice counts.
     """

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 
-from rlhf_jax.planning.hlo_analysis import Program, arrays_of
+from rlhf_jax.planning.hlo_analysis import HloModule, arrays_of
 
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _COLLECTIVE = re.compile(rf"= (\(.*?\)|\S+) ({'|'.join(_KINDS)})(?:-start)?\(")
@@ -55,7 +55,7 @@ def collectives(program: str, unknown_trips: int = 1) -> list[Collective]:
     """
     found: list[Collective] = []
     seen: set[tuple[str, str]] = set()
-    for instruction in Program(program).walk(unknown_trips):
+    for instruction in HloModule(program).walk(unknown_trips):
         operation = _COLLECTIVE.search(instruction.line)
         if operation is None:
             continue

@@ -233,7 +233,7 @@ def init_sharded_state(
     state: Any = distributed.init_sharded(init, trained, *keys)
     if frozen is None:
         return state
-    learner = dataclasses.replace(state.learner, frozen=distributed.place(frozen))
+    learner = dataclasses.replace(state.learner, frozen=distributed.shard_params(frozen))
     return dataclasses.replace(state, learner=learner)
 
 

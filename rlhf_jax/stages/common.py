@@ -60,7 +60,7 @@ class RunOptions:
         over all; empty for one device. A run may be resumed on another mesh.
       all_gather_params: for sampling, make parameters whole along fsdp once a batch of answers, in the
         compute dtype, instead of at every token: many times faster where they fit (`rlhf plan` says whether).
-      hosts: how several processes find each other: auto on Cloud TPU, SLURM and Open MPI,
+      coordinator: how several processes find each other: auto on Cloud TPU, SLURM and Open MPI,
         HOST:PORT,COUNT,INDEX elsewhere; empty for this process alone.
       init_timeout: seconds until all processes must have come.
       heartbeat_timeout: seconds of silence after which a process counts as lost, and the others end.
@@ -87,7 +87,7 @@ class RunOptions:
     report: bool = True
     mesh: str = ""
     all_gather_params: bool = False
-    hosts: str = ""
+    coordinator: str = ""
     init_timeout: int = 300
     heartbeat_timeout: int = 60
     profile: int = 0
@@ -385,7 +385,7 @@ _POSITIVE = """
 # They change how a run is watched, or how long it is, and nothing of what it computes until then.
 _MAY_DIFFER = """
     --out --resume --steps --save-every --eval-every --max-to-keep --quiet --report --micro-batches
-    --eval-data --eval-reward --eval-count --samples --mesh --all-gather-params --hosts
+    --eval-data --eval-reward --eval-count --samples --mesh --all-gather-params --coordinator
     --init-timeout --heartbeat-timeout --profile --peak-tflops --log --engine --prompts --sample-tokens
     --against --remat
 """.split()  # noqa: SIM905

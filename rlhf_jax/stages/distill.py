@@ -188,7 +188,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     )
     adapting.print_trainable_parameters(options.run, state.learner)
     learn = common.jit_update(learn, state)
-    teacher_params, meter = distributed.place(teacher.params), options.run.meter()
+    teacher_params, meter = distributed.shard_params(teacher.params), options.run.meter()
 
     def step(state: distillation.State, number: int):
         with meter.timing("rollout"):

@@ -130,7 +130,7 @@ def check(options: Options) -> None:
     if variant_of(options).dynamic_sampling_max_rounds > 1 and jax.process_count() > 1:
         raise UserError(
             "answers are sampled again in one process only: give --dynamic-sampling-max-rounds 1, or run "
-            "without --hosts"
+            "without --coordinator"
         )
 
 

@@ -102,7 +102,7 @@ def check(options: Options) -> None:
             "--reward-threshold means nothing to --method dpo, which takes the best and the worst"
         )
     if jax.process_count() > 1:
-        raise UserError("rounds are run by one process: run without --hosts")
+        raise UserError("rounds are run by one process: run without --coordinator")
     held = options.run.out / "config.json"
     if held.exists():
         if not options.run.resume:

@@ -22,7 +22,7 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.files import Path
 from rlhf_jax.core.train_state import with_frozen, without_frozen
 from rlhf_jax.core.types import Metrics
-from rlhf_jax.distributed import any_host, is_main_process
+from rlhf_jax.distributed import any_process, is_main_process
 from rlhf_jax.metrics.health import HealthMonitor, Thresholds
 from rlhf_jax.metrics.loggers import Logger, as_logger
 from rlhf_jax.metrics.progress import Progress
@@ -162,7 +162,7 @@ def run_loop(
             progress.update(done, metrics | times, note=describe(times))
             for call in calls:
                 call(state, metrics | times, done)
-            stopping = any_host(bool(received))
+            stopping = any_process(bool(received))
             if stopping or _is_due(done, config.save_every, config.steps):
                 saved, wait = without_frozen(state), stopping or done == config.steps
                 flush()  # a checkpoint whose lines are lost would leave a gap in them

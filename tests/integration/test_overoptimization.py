@@ -24,7 +24,7 @@ SMALL = {
     "prompts": 8,
     "ppo_steps": 4,
     "dpo_steps": 4,
-    "looks": 2,
+    "num_evals": 2,
 }
 
 
@@ -69,7 +69,7 @@ def test_every_stage_and_what_is_done_is_not_done_again(tmp_path, monkeypatch):
         ({"members": 1}, "--members 1: give at least 2"),
         ({"pairs": (64, 16)}, "least amount of pairs first"),
         ({"pairs": (300,)}, "300 pairs"),
-        ({"looks": 7}, "--looks 7"),
+        ({"num_evals": 7}, "--num-evals 7"),
     ],
 )
 def test_bad_options(tmp_path, options, said):

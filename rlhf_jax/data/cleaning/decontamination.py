@@ -32,7 +32,7 @@ class Overlap:
     share: float
 
 
-def overlaps(
+def find_ngram_overlaps(
     texts: Sequence[str],
     questions: Sequence[str],
     *,

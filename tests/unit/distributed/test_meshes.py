@@ -61,9 +61,9 @@ def test_a_wrong_spec_is_one_sentence(spec, message):
 )
 def test_wrong_hosts_are_one_sentence(hosts, message):
     with pytest.raises(UserError, match=message):
-        distributed.start_hosts(distributed.HostOptions(hosts))
+        distributed.init_distributed(distributed.DistributedOptions(hosts))
     with pytest.raises(UserError, match="--heartbeat-timeout 0 is not positive"):
-        distributed.start_hosts(distributed.HostOptions("auto", heartbeat_timeout=0))
+        distributed.init_distributed(distributed.DistributedOptions("auto", heartbeat_timeout=0))
 
 
 def state_shapes(config):
