@@ -59,7 +59,7 @@ def init_distributed(options: DistributedOptions) -> None:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"--coordinator {options.coordinator}: the processes did not find each other ({reason}): start "
-            f"them all within {options.init_timeout} s of each other and check address, port, count; {_EXAMPLE}"
+            f"them all within {options.init_timeout} s of each other and check the address; {_EXAMPLE}"
         ) from error
 
 

@@ -268,7 +268,7 @@ def _preference_learn(logprob_fn: LogprobFn, update: Callable[..., Any]) -> Call
     return learn
 
 
-def _generation(workload: Workload, mesh: Mesh | AbstractMesh, policy: Params, key: Any) -> Program:
+def _generation(workload: Workload, mesh: Mesh | AbstractMesh, params: Params, key: Any) -> Program:
     size = workload.group_size if workload.algorithm == "grpo" else 1
     size = read_at_once(workload.batch, size, distributed.shards_of_batch(mesh))
     # Which tokens end an answer changes no program: any tokenizer serves.
@@ -278,7 +278,7 @@ def _generation(workload: Workload, mesh: Mesh | AbstractMesh, policy: Params, k
     columns = workload.length - workload.new_tokens
     whole = NamedSharding(mesh, PartitionSpec())
     arguments = (
-        policy,
+        params,
         _rows(mesh, prompts, columns, dtype=jnp.int32),
         _rows(mesh, prompts, columns, dtype=jnp.bool_),
         jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole),

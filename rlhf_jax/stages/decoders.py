@@ -14,10 +14,9 @@ from rlhf_jax import generation, models
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.protocols import DecodeFn, PrefillFn
 from rlhf_jax.core.types import Rollout
-from rlhf_jax.data.tokenizers import load_tokenizer
 from rlhf_jax.generation import Sampling
-from rlhf_jax.models import Policy, hf
-from rlhf_jax.training.run_folder import load_policy
+from rlhf_jax.models import Policy
+from rlhf_jax.training.loading import load
 
 Decode = Callable[..., tuple[Rollout, np.ndarray | None]]
 """(prompts, mask, key) -> rollout of `count` rows a prompt, and their scores where the search has any."""
@@ -113,20 +112,6 @@ Decoder = (
 )
 
 
-def load_model(folder: Path) -> Policy:
-    """A policy from a run folder or a Hugging Face folder.
-
-    Raises:
-      UserError: it is neither.
-    """
-    if (folder / "model.json").is_file():
-        return load_policy(folder)
-    if (folder / "config.json").is_file():
-        tokenizer = load_tokenizer(folder)
-        return models.make_policy(*hf.load(folder), tokenizer)
-    raise UserError(f"--model {folder}: neither a run (model.json) nor a Hugging Face folder (config.json)")
-
-
 def answer_rules(model: Policy, *, stop: Sequence[str], regex: str, json_schema: str) -> Sampling:
     """What answers must look like and where they end, apart from how they are found.
 
@@ -219,7 +204,7 @@ def make_proposer(decoder: Speculative, model: Policy) -> generation.Proposer:
         return generation.prompt_lookup_proposer(num_speculative_tokens=decoder.num_speculative_tokens)
     if decoder.draft == "lookahead":
         return generation.lookahead_proposer(num_speculative_tokens=decoder.num_speculative_tokens)
-    draft = load_model(Path(decoder.draft))
+    draft = load(decoder.draft)
     if draft.architecture.is_recurrent:
         raise UserError(
             f"--draft {decoder.draft}: a recurrent model cannot take back guesses: choose another"

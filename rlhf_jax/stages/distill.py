@@ -115,7 +115,12 @@ def start_from(options: Options, teacher: Policy, given: Given) -> Policy:
 
 
 def make_write_fn(
-    options: Options, student: Policy, teacher: Policy, prompts: inputs.Prompts, share: float
+    options: Options,
+    student: Policy,
+    teacher: Policy,
+    prompts: inputs.Prompts,
+    share: float,
+    given: Given = NOTHING,
 ) -> Callable[[Params, int], tuple[Rollout, dict[str, float]]]:
     """`write(student's params, number) -> (answers, metrics)`; who writes is a function of the number."""
 
@@ -127,6 +132,7 @@ def make_write_fn(
             batch_size=options.batch_size,
             group_size=1,
             seed=options.run.seed,
+            given=given,
         )
 
     ours, theirs = make(student), make(teacher)
@@ -165,7 +171,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     prompts = inputs.load_prompts(options.prompts, model, seed, given)
     size = sum(leaf.size for leaf in jax.tree.leaves(teacher.params))
     common.announce(options.run, model, f"{len(prompts):,} prompts; a teacher of {size:,} parameters")
-    write = make_write_fn(options, model, teacher, prompts, share)
+    write = make_write_fn(options, model, teacher, prompts, share, given)
 
     steps, brought = options.run.steps, given.policy is not None
     split = adapting.split_trainable(options.adapter, model, seed=seed, steps=steps, brought=brought)

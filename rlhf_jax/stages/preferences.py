@@ -40,7 +40,8 @@ from rlhf_jax.rollout.sampler import completion_texts
 from rlhf_jax.stages import common, inputs
 from rlhf_jax.stages.reward_specs import make_reward_fn
 from rlhf_jax.stages.rounds import prompt_of, write_rows
-from rlhf_jax.training.run_folder import describe_run, load_policy, write_json
+from rlhf_jax.training.loading import load
+from rlhf_jax.training.run_folder import describe_run, write_json
 
 PairFn = Callable[[Sequence[PromptExample], Rollout], list[Pair]]
 
@@ -157,9 +158,7 @@ def _judged_pairs(options: Options, model: Policy) -> PairFn:
     size, most = options.samples_per_prompt, options.pairs_per_prompt
     judge = options.judge
     if options.judge_model:
-        judge = make_model_judge(
-            load_policy(Path(options.judge_model)), read_constitution(options.constitution)
-        )
+        judge = make_model_judge(load(options.judge_model), read_constitution(options.constitution))
     compare = compare_by_judge(judge, model.tokenizer)
     verified = options.prompts.eval_reward
     verifier = make_reward_fn([verified], model.tokenizer) if verified else None
@@ -243,7 +242,7 @@ def is_held_out(pair: Pair, options: Options) -> bool:
 def run(options: Options) -> None:
     """Samples and judges what is missing, then cleans and writes."""
     check(options)
-    model = load_policy(Path(options.model)) if options.model else None
+    model = load(options.model) if options.model else None
     options.out.mkdir(parents=True, exist_ok=True)
     describe_run(options.out, common.to_json(options), stage="preferences")
     if model is None:

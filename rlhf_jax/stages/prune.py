@@ -24,7 +24,8 @@ from rlhf_jax.data import packing
 from rlhf_jax.metrics import final_table
 from rlhf_jax.models import Policy, pruning
 from rlhf_jax.stages import common, sft
-from rlhf_jax.training.run_folder import describe_run, load_policy, write_json, write_model_files
+from rlhf_jax.training.loading import load
+from rlhf_jax.training.run_folder import describe_run, write_json, write_model_files
 
 Method = Literal["wanda", "magnitude"]
 _BATCH = 32  # rows measured at a time
@@ -113,11 +114,11 @@ def run(options: Options) -> None:
     """Measures, prunes and writes a run folder."""
     if options.rows < 1:
         raise UserError(f"--rows {options.rows} measures nothing: give at least 1")
-    if options.prune.method == "wanda" and not options.data:
-        raise UserError("--method wanda measures on conversations: give them with --data")
     if CheckpointManager(options.out / "checkpoints").latest_step() is not None:
         raise UserError(f"{options.out} already holds a run: choose another --out")
-    model = load_policy(Path(options.model))
+    if options.prune.method == "wanda" and not options.data:
+        raise UserError("--method wanda measures on conversations: give them with --data")
+    model = load(options.model)
     sums = None
     if options.prune.method == "wanda":
         sums = measure(model, calibration_rows(options.data, options.rows, options.seed, model))

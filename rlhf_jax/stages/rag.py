@@ -29,9 +29,10 @@ from rlhf_jax.generation import Sampling
 from rlhf_jax.metrics.progress import Progress, final_table
 from rlhf_jax.models import Policy
 from rlhf_jax.rollout.sampler import completion_texts, make_generate_fn
-from rlhf_jax.stages import common, decoders, embedded, inputs, sft
+from rlhf_jax.stages import common, embedded, inputs, sft
 from rlhf_jax.tasks import facts
 from rlhf_jax.tool_use import Chunk, RetrievalIndex, numbered_prompt, read_answer, split_document
+from rlhf_jax.training.loading import load
 from rlhf_jax.training.run_folder import describe_run, write_json
 
 TEXTS = (".txt", ".md")
@@ -378,7 +379,7 @@ def check(options: Options) -> None:
 def run(options: Options) -> None:
     """Makes the index, answers, and writes what came of it."""
     check(options)
-    model = decoders.load_model(Path(options.model) if options.model else train_policy(options))
+    model = load(options.model or train_policy(options))
     if options.index:
         index = RetrievalIndex.load(Path(options.index))
     else:

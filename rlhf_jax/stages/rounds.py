@@ -230,7 +230,7 @@ def rounds(
     options: Options, model: Policy, prompts: inputs.Prompts, given: Given = NOTHING
 ) -> Iterator[dict[str, float]]:
     """What each round was like, and how good the policy is that it leaves; past ones are looked up."""
-    out, writer = options.run.out, load_policy(Path(options.writer)) if options.writer else None
+    out, writer = options.run.out, load(options.writer) if options.writer else None
     if writer is not None:
         check_same_vocabulary(writer.tokenizer, model.tokenizer, Path(options.writer), "writer")
     answer = make_round_fn(options, writer or model, prompts, given)

@@ -33,7 +33,8 @@ from rlhf_jax.rewards.verifiers import exact_answer, final_number, gsm8k_answer
 from rlhf_jax.rollout.sampler import completion_texts, make_generate_fn
 from rlhf_jax.stages import common, embedded, inputs, search_methods
 from rlhf_jax.stages.search_methods import METHODS, Judges, SearchOptions
-from rlhf_jax.training.run_folder import describe_run, load_policy, load_reward_model, write_json
+from rlhf_jax.training.loading import load
+from rlhf_jax.training.run_folder import describe_run, load_reward_model, write_json
 
 CURVES = {
     "pass@k (some sample is right)": "any",
@@ -389,7 +390,7 @@ def run(options: Options) -> None:
     path, pool_path = options.out / "results.json", options.out / "pool.npz"
     held = json.loads(path.read_text()) if path.exists() else {}
     check(options, held)
-    policy = load_policy(Path(options.model))
+    policy = load(options.model)
     judges = Judges(
         *(load_reward_model(Path(f)) if f else None for f in (options.process_reward, options.outcome_reward))
     )

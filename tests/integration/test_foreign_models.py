@@ -159,7 +159,7 @@ def test_ppo_raises_the_reward(policy):
     generate, prompts = sample(policy, 8)
     score = policy.make_actor_critic_fn()
     hyper = ppo.Hyper(learning_rate=jnp.float32(0.02), kl_coef=0.0)
-    config = ppo.Config(epochs=2, minibatches=1)
+    config = ppo.Config(num_ppo_epochs=2, num_minibatches=1)
     params = {"policy": policy.params, "value": policy.init_scalar_model(jax.random.key(1))}
     state = ppo.init(params, tx, jax.random.key(0), hyper)
     update = ppo.make_update(config, score, tx)

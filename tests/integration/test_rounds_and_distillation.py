@@ -187,7 +187,7 @@ def test_help_shows_every_option(script, tiny, monkeypatch, capsys):
     from rlhf_jax.stages import common
 
     monkeypatch.setenv("COLUMNS", "110")
-    assert tiny.main(script.__name__, ["--help"], monkeypatch) == 0
+    assert tiny.main(script.__name__.rpartition(".")[2], ["--help"], monkeypatch) == 0
     shown = capsys.readouterr().out
     needed = {"teacher" if script is distill else "model": "x", "prompts": PROMPTS}
     for flag in common.flags(common.to_json(script.Options(**needed))):

@@ -141,7 +141,7 @@ def test_a_group_of_one_is_refused_where_answers_are_compared():
 def test_variants_and_losses_of_ones_own_are_found_by_path_and_as_callables(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own_methods.py").write_text(
-        "from rlhf_jax.algorithms.group_members import grpo\n"
+        "from rlhf_jax.algorithms.grpo_variants import grpo\n"
         "from rlhf_jax.losses import dpo_loss\n"
         "def variant(**static):\n    return grpo(**static)\n"
         "def loss(pairs, **options):\n    return dpo_loss(pairs, **options)\n"

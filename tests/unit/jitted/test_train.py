@@ -42,7 +42,7 @@ def task_setup():
 
 def start(seed):
     key = jax.random.key(seed)
-    return SeedState(key, models.init_params(task_setup().model, key))
+    return SeedState(key, models.init_params(task_setup().policy.architecture, key))
 
 
 def grpo(**options):

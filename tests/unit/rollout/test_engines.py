@@ -197,7 +197,7 @@ def server(running):
     return running
 
 
-def engine(server, publish=None, score_fn=None, group_size=1, **more):
+def engine(server, publish=None, logprob_fn=None, group_size=1, **more):
     return HTTPEngine(
         server.options(**more),
         TOKENIZER,
@@ -205,7 +205,7 @@ def engine(server, publish=None, score_fn=None, group_size=1, **more):
         max_new_tokens=NEW,
         group_size=group_size,
         publish=publish,
-        score_fn=score_fn,
+        logprob_fn=logprob_fn,
     )
 
 
