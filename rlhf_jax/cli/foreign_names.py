@@ -217,6 +217,8 @@ OLD = {
     "--model.tied": ("--arch.tie-word-embeddings",),
     "--model.hidden": ("--arch.intermediate-size",),
     "--hosts": ("--coordinator",),
+    "--too-long": ("--overlength",),
+    "--writer": ("--generator",),
     "--passages": ("--top-k",),
     "--passage-words": ("--chunk-size",),
     "--overlap": ("--chunk-overlap",),

@@ -123,8 +123,8 @@ def preference_algorithm(
     update = preference.make_update(config, logprob_fn, tx)
 
     def step(state: Any, hyper: Any, ref_params: Params, key: PRNGKeyArray) -> tuple[Any, Metrics]:
-        writer = ref_params if source == "reference" else state.learner.all_params
-        _, rollout, rewards = _answers(task_setup, writer, key)
+        behavior_params = ref_params if source == "reference" else state.learner.all_params
+        _, rollout, rewards = _answers(task_setup, behavior_params, key)
         pairs = selection.best_and_worst(rollout.sequences, _grouped(task_setup, rewards))
         batch = preference.make_batch(logprob_fn, ref_params, pairs.chosen, pairs.rejected, pairs.mask)
         state, metrics = update(state, hyper, batch)
@@ -174,7 +174,7 @@ def nash_md_algorithm(
         params, prompts = state.learner.all_params, half.draw(draw_key)
         own = task_setup.answer(params, prompts, own_key)
         mixture = nash_md.mixture_fns(
-            task_setup.policy.prefill, task_setup.policy.decode, mixing=hyper.mixing
+            task_setup.policy.prefill, task_setup.policy.decode, mixture_coef=hyper.mixture_coef
         )
         other = task_setup.answer((params, ref_params), prompts, other_key, decode_fns=mixture)
         rewards, other_rewards = (task_setup.rewards(rollout, prompts) for rollout in (own, other))
@@ -196,8 +196,8 @@ def unpaired_algorithm(
     update = unpaired.make_update(config, logprob_fn, tx)
 
     def step(state: Any, hyper: Any, ref_params: Params, key: PRNGKeyArray) -> tuple[Any, Metrics]:
-        writer = ref_params if source == "reference" else state.learner.all_params
-        prompts, rollout, rewards = _answers(task_setup, writer, key)
+        behavior_params = ref_params if source == "reference" else state.learner.all_params
+        prompts, rollout, rewards = _answers(task_setup, behavior_params, key)
         mismatched = None
         if config.shift_decay is None:
             # One prompt's answers stand together: a whole group on is another prompt's.
@@ -213,11 +213,11 @@ def unpaired_algorithm(
 
 
 def _answers(
-    task_setup: TaskSetup, writer: Params, key: PRNGKeyArray
+    task_setup: TaskSetup, behavior_params: Params, key: PRNGKeyArray
 ) -> tuple[Prompts, Rollout, Float[Array, " B"]]:
     draw_key, answer_key = jax.random.split(key)
     prompts = task_setup.draw(draw_key)
-    rollout = task_setup.answer(writer, prompts, answer_key)
+    rollout = task_setup.answer(behavior_params, prompts, answer_key)
     return prompts, rollout, task_setup.rewards(rollout, prompts)
 
 
@@ -240,14 +240,14 @@ def imitation_algorithm(
     update = sft.make_update(config, task_setup.logprob_fn, tx)
 
     def step(state: Any, hyper: Any, ref_params: Params, key: PRNGKeyArray) -> tuple[Any, Metrics]:
-        writer = ref_params if source == "reference" else state.learner.all_params
-        _, rollout, rewards = _answers(task_setup, writer, key)
+        behavior_params = ref_params if source == "reference" else state.learner.all_params
+        _, rollout, rewards = _answers(task_setup, behavior_params, key)
         bar = jnp.nextafter(jnp.mean(rewards), jnp.inf)
         grouped, select = (
             _grouped(task_setup, rewards),
             selection.all_above if every else selection.best_of_group,
         )
-        chosen, _ = select(rollout.sequences, grouped, at_least=bar)
+        chosen, _ = select(rollout.sequences, grouped, reward_threshold=bar)
         state, metrics = update(state, hyper, chosen)
         return state, {**metrics, **_described(rollout, rewards)}
 
@@ -276,7 +276,7 @@ def distillation_algorithm(
     optimizer: OptimizerConfig,
     *,
     teacher: Policy,
-    writer: Literal["teacher", "student"],
+    generator: Literal["teacher", "student"],
 ) -> Algorithm:
     """Distillation on the teacher's answers (soft labels), or on the student's own (GKD).
 
@@ -291,7 +291,7 @@ def distillation_algorithm(
         del ref_params
         draw_key, answer_key = jax.random.split(key)
         prompts = task_setup.draw(draw_key)
-        if writer == "teacher":
+        if generator == "teacher":
             fns = teacher.prefill, teacher.decode
             rollout = task_setup.answer(teacher.params, prompts, answer_key, decode_fns=fns)
         else:

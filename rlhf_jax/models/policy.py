@@ -247,7 +247,7 @@ class Policy:
         """
         if self.config is None:
             raise UserError(f"{folder}: a model from wrap() has no PEFT layout: save policy.params yourself")
-        peft.save(folder, self.config, self.params, stabilised=self.rank_stabilized)
+        peft.save(folder, self.config, self.params, rank_stabilized=self.rank_stabilized)
 
     def _opened(self, ids: list[int]) -> list[int]:
         """Ids of a text with what opens one, where the tokenizer has it; never empty."""

@@ -45,8 +45,8 @@ class Workload:
       new_tokens: of an answer.
       group_size: answers to each prompt of GRPO.
       micro_batches: parts in which a mini-batch is computed.
-      minibatches: optimizer steps of GRPO and PPO in each pass over a batch.
-      epochs: passes over each batch.
+      num_minibatches: optimizer steps of GRPO and PPO in each pass over a batch.
+      num_ppo_epochs: passes over each batch.
     """
 
     algorithm: Algorithm
@@ -56,8 +56,8 @@ class Workload:
     new_tokens: int = 512
     group_size: int = 8
     micro_batches: int = 1
-    minibatches: int = 1
-    epochs: int = 1
+    num_minibatches: int = 1
+    num_ppo_epochs: int = 1
 
     @property
     def generates(self) -> bool:
@@ -209,7 +209,7 @@ def build(workload: Workload, mesh: Mesh | AbstractMesh) -> tuple[dict[str, floa
     scalar = jax.eval_shape(functools.partial(models.init_scalar_model, config), key)
     logprob_fn = models.make_logprob_fn(config)
     rewards = _rows(mesh, rows, dtype=jnp.float32)
-    split = workload.minibatches, workload.micro_batches
+    split = workload.num_minibatches, workload.micro_batches
     reference, frozen = on_mesh(mesh, policy), {}
     learn: Callable[..., Any]
     match workload.algorithm:
@@ -226,7 +226,7 @@ def build(workload: Workload, mesh: Mesh | AbstractMesh) -> tuple[dict[str, floa
             frozen = {"reference": reference}
         case "grpo":
             params, init = policy, grpo.init
-            settings = grpo.Config(workload.group_size, workload.epochs, *split)
+            settings = grpo.Config(workload.group_size, workload.num_ppo_epochs, *split)
             update = grpo.make_update(settings, logprob_fn, tx)
             learn = make_group_learn(settings, logprob_fn, update, grpo.Hyper(), _original)
             data = (reference, _rollout(mesh, rows, length), rewards)
@@ -234,7 +234,7 @@ def build(workload: Workload, mesh: Mesh | AbstractMesh) -> tuple[dict[str, floa
         case "ppo":
             params = {"policy": policy, "value": scalar}
             init = functools.partial(ppo.init, hyper=ppo.Hyper())
-            of_ppo = ppo.Config(workload.epochs, *split)
+            of_ppo = ppo.Config(workload.num_ppo_epochs, *split)
             both_fn = models.make_actor_critic_fn(config)
             update = ppo.make_update(of_ppo, both_fn, tx)
             learn = make_ppo_learn(of_ppo, both_fn, logprob_fn, update, ppo.Hyper(), _original)

@@ -17,7 +17,7 @@ from rlhf_jax.algorithms import sft
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.train_state import frozen_parts, with_frozen_parts, without_frozen
 from rlhf_jax.core.types import Params
-from rlhf_jax.data.examples import SupervisedExample, TooLong
+from rlhf_jax.data.examples import Overlength, SupervisedExample
 from rlhf_jax.data.mixing import MixtureSampler
 from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.data.tokenizers import Tokenizer, byte_tokenizer, load_tokenizer
@@ -236,7 +236,7 @@ class PairOptions:
       data: rows with `prompt`, `chosen`, `rejected`: a path, tfds:NAME[:SPLIT], or arithmetic:LEVEL.
       eval_data: held-out pairs; empty for none (the embedded task brings its own).
       max_length: tokens of a prompt with its response; 0 for the longest.
-      too_long: whether longer pairs are an error, or dropped and counted.
+      overlength: whether longer pairs are an error, or dropped and counted.
       pair_count: how many pairs of the embedded task.
       eval_count: how many held-out pairs are evaluated at most.
       soft_labels: learn from the rows' `preference`, how probably the chosen answer is the better one.
@@ -245,7 +245,7 @@ class PairOptions:
     data: str
     eval_data: str = ""
     max_length: int = 0
-    too_long: TooLong = "error"
+    overlength: Overlength = "error"
     pair_count: int = 8_000
     eval_count: int = 512
     soft_labels: bool = False
@@ -263,7 +263,7 @@ class PromptOptions:
         that `kind`, and =WEIGHT where the weight is not 1.
       eval_reward: the reward function of the evaluation; empty for the first of `rewards`.
       max_prompt_length: tokens of a prompt; 0 for the longest.
-      too_long: whether longer prompts are an error, or dropped and counted.
+      overlength: whether longer prompts are an error, or dropped and counted.
       max_new_tokens: tokens of an answer.
       prompt_count: how many prompts of the embedded task.
       eval_count: how many held-out prompts are evaluated at most.
@@ -275,7 +275,7 @@ class PromptOptions:
     rewards: tuple[str, ...] = ()
     eval_reward: str = ""
     max_prompt_length: int = 0
-    too_long: TooLong = "error"
+    overlength: Overlength = "error"
     max_new_tokens: int = 40
     prompt_count: int = 8_000
     eval_count: int = 256

@@ -114,7 +114,7 @@ def start_from(options: Options, teacher: Policy, given: Given) -> Policy:
     return common.starting_model("", teacher.tokenizer, "", options.arch, options.run)
 
 
-def make_write_fn(
+def make_sample_completions_fn(
     options: Options,
     student: Policy,
     teacher: Policy,
@@ -171,7 +171,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     prompts = inputs.load_prompts(options.prompts, model, seed, given)
     size = sum(leaf.size for leaf in jax.tree.leaves(teacher.params))
     common.announce(options.run, model, f"{len(prompts):,} prompts; a teacher of {size:,} parameters")
-    write = make_write_fn(options, model, teacher, prompts, share, given)
+    write = make_sample_completions_fn(options, model, teacher, prompts, share, given)
 
     steps, brought = options.run.steps, given.policy is not None
     split = adapting.split_trainable(options.adapter, model, seed=seed, steps=steps, brought=brought)

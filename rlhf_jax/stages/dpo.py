@@ -216,7 +216,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     seed, loss = options.run.seed, given.loss or options.loss
     check(options)
     model = policy_of(options.model, given, options.run)
-    load = inputs.load_labelled if loss in UNPAIRED_LOSSES else inputs.load_pairs
+    load = inputs.load_labeled if loss in UNPAIRED_LOSSES else inputs.load_pairs
     train, held_out = load(options.pairs, model.tokenizer, seed, given)
     what = "responses" if loss in UNPAIRED_LOSSES else "pairs"
     common.announce(options.run, model, f"{len(train):,} {what}, {len(held_out):,} held out")

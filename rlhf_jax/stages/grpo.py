@@ -32,7 +32,7 @@ from rlhf_jax.losses import policy_weights
 from rlhf_jax.metrics import Thresholds
 from rlhf_jax.models import Policy
 from rlhf_jax.rewards.rules import soft_overlong_reward
-from rlhf_jax.rollout.dynamic_sampling import Answers, draw_groups_that_differ, term_means
+from rlhf_jax.rollout.dynamic_sampling import Answers, filter_zero_std_groups, term_means
 from rlhf_jax.rollout.sampler import make_generate_fn
 from rlhf_jax.rollout.step import make_group_learn
 from rlhf_jax.stages import adapting, common, defaults, entry, inputs
@@ -203,7 +203,7 @@ def make_draw_fn(
         if rounds == 1:
             answers = answer(params, number)
         else:
-            answers, metrics = draw_groups_that_differ(
+            answers, metrics = filter_zero_std_groups(
                 lambda again: answer(params, number * rounds + again),
                 groups=options.batch_size,
                 group_size=options.group_size,

@@ -115,7 +115,7 @@ def check(options: Options) -> None:
 # The two answers ------------------------------------------------------------------------------------
 
 
-def make_write_fn(
+def make_sample_completions_fn(
     options: Options, model: Policy, prompts: inputs.Prompts, reference: Callable[[Any], Params]
 ) -> Callable[..., tuple[Rollout, Rollout]]:
     """`write(state, chosen, key) -> (first, second)`: the policy's answers, and those of its opponent."""
@@ -128,7 +128,7 @@ def make_write_fn(
     generate = inputs.make_sampler(options.engine, model, folder=options.run.out, **shared)
     generate_other = generate
     if options.method == "nash_md":  # a server knows no mixture of two models
-        fns = nash_md.mixture_fns(model.prefill, model.decode, mixing=options.mixture_coef)
+        fns = nash_md.mixture_fns(model.prefill, model.decode, mixture_coef=options.mixture_coef)
         generate_other = make_generate_fn(model, decode_fns=fns, **shared)
     elif options.method == "xpo" and options.engine != "local":  # weights would go to and fro
         generate_other = make_generate_fn(model, **shared)
@@ -223,7 +223,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     init, learn_from = (nash_update if options.method == "nash_md" else pair_update)(options, logprob_fn, tx)
     state = adapting.init_sharded_state(init, split.trained, split.frozen, jax.random.key(seed))
     adapting.print_trainable_parameters(options.run, state.learner)
-    write = make_write_fn(options, model, prompts, lambda state: split.reference(state.learner))
+    write = make_sample_completions_fn(options, model, prompts, lambda state: split.reference(state.learner))
     evaluate, rollout_key = prompts.evaluate, jax.random.key(seed + 1)
 
     def learn(state: Any, original: Params, first: Rollout, second: Rollout, wins: Float[Array, " N"]):

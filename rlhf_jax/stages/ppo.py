@@ -239,7 +239,7 @@ def make_config(options: Options) -> ppo.Config:
         whiten_advantages=options.whiten_advantages,
         adaptive_kl=options.adaptive_kl,
         scale_rewards=options.scale_rewards,
-        policy_loss_fn=ppo.penalised if options.policy_loss == "penalty" else ppo.clipped,
+        policy_loss_fn=ppo.penalized if options.policy_loss == "penalty" else ppo.clipped,
     )
 
 

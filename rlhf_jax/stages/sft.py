@@ -26,7 +26,7 @@ from rlhf_jax.core.protocols import LogprobFn
 from rlhf_jax.core.train_state import OptimizerConfig, with_total_steps
 from rlhf_jax.core.types import Params, Sequences
 from rlhf_jax.data import packing
-from rlhf_jax.data.examples import SupervisedExample, TooLong, supervised_examples
+from rlhf_jax.data.examples import Overlength, SupervisedExample, supervised_examples
 from rlhf_jax.data.mixing import MixtureSampler, mixing_shares
 from rlhf_jax.data.pipeline import BatchSampler, fingerprint
 from rlhf_jax.data.sources import Row
@@ -55,7 +55,7 @@ class Options:
       batch_size: rows a step.
       micro_batches: parts in which a batch is computed, to save memory.
       max_length: tokens a row; 0 for the longest conversation.
-      too_long: whether longer conversations are an error, or dropped and counted.
+      overlength: whether longer conversations are an error, or dropped and counted.
       packing: put several conversations in a row.
       learning_rate: at its peak; None for the published one (2e-5, with an adapter 2e-4).
       demonstrations: how many conversations of the embedded task.
@@ -79,7 +79,7 @@ class Options:
     batch_size: int = 64
     micro_batches: int = 1
     max_length: int = 0
-    too_long: TooLong = "error"
+    overlength: Overlength = "error"
     packing: bool = False
     learning_rate: float | None = None
     demonstrations: int = 32_000
@@ -120,7 +120,7 @@ def choose_tokenizer(options: Options, rows: list[Row]) -> str | Tokenizer:
 def make_examples(options: Options, rows: list[Row], tokenizer: Tokenizer) -> list[SupervisedExample]:
     """Rows as tokens."""
     longest = options.max_length or inputs.UNBOUNDED
-    return supervised_examples(rows, tokenizer, max_length=longest, too_long=options.too_long)
+    return supervised_examples(rows, tokenizer, max_length=longest, overlength=options.overlength)
 
 
 def lay_out(options: Options, examples: list[SupervisedExample], length: int = 0) -> Sequences:

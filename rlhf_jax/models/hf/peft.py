@@ -32,7 +32,7 @@ def save(
     params: Params,
     *,
     base: str = "",
-    stabilised: bool = False,
+    rank_stabilized: bool = False,
 ) -> None:
     """Writes the low-rank adapter among `params` as a folder that `peft` and vLLM load onto the base.
 
@@ -41,7 +41,7 @@ def save(
 
     Args:
       base: name or folder of the base in the Hugging Face format, for whoever loads the adapter.
-      stabilised: say so with `use_rslora` rather than with an alpha that gives the same scale.
+      rank_stabilized: say so with `use_rslora` rather than with an alpha that gives the same scale.
 
     Raises:
       UserError: there is no low-rank adapter, or one of a layer that has no tensor of its own there.
@@ -80,8 +80,8 @@ def save(
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base or None,
         "r": rank,
-        "lora_alpha": scale * (rank**0.5 if stabilised else rank),
-        "use_rslora": stabilised,
+        "lora_alpha": scale * (rank**0.5 if rank_stabilized else rank),
+        "use_rslora": rank_stabilized,
         "use_dora": any(name.endswith("magnitude_vector") for name in tensors),
         "target_modules": _shortest(adapted, modules),
         "fan_in_fan_out": not _is_transposed(config),

@@ -57,8 +57,8 @@ def make_update(
     config: shared.Config, logprob_fn: LogprobFn, tx: optax.GradientTransformation
 ) -> Callable[[State, Hyper, Batch], tuple[State, Metrics]]:
     """`update(state, hyper, batch) -> (state, metrics)`: all epochs over one batch, then the coefficient."""
-    penalised = dataclasses.replace(config, policy_loss_fn=shared.penalised)
-    learn = shared.make_update(penalised, logprob_fn, tx)
+    penalized = dataclasses.replace(config, policy_loss_fn=shared.penalized)
+    learn = shared.make_update(penalized, logprob_fn, tx)
 
     def update(state: State, hyper: Hyper, batch: Batch) -> tuple[State, Metrics]:
         learnt, metrics = learn(state, dataclasses.replace(hyper, penalty_coef=state.kl_coef), batch)

@@ -109,7 +109,7 @@ def make_update(
         bounded = jnp.clip(noise, -hyper.target_noise_clip, hyper.target_noise_clip)
         return box.clip(action + box.half_range * bounded)
 
-    def improve(state: State, hyper: Hyper, batch: Batch) -> State:
+    def update_actor(state: State, hyper: Hyper, batch: Batch) -> State:
         def loss_fn(params: Params) -> tuple[Array, None]:
             action = actor_fn(params, batch.obs)
             return -jnp.mean(critic_fn(state.critics.params, batch.obs, action)[0]), None
@@ -123,7 +123,7 @@ def make_update(
             target_critics=optax.incremental_update(state.critics.params, state.target_critics, rate),
         )
 
-    def criticise(state: State, hyper: Hyper, part: Batch) -> tuple[State, Metrics, Float[Array, " N"]]:
+    def update_critics(state: State, hyper: Hyper, part: Batch) -> tuple[State, Metrics, Float[Array, " N"]]:
         key, noise_key = jax.random.split(state.key)
         next_action = smoothed(state, hyper, part.next_obs, noise_key)
         next_values = jnp.min(critic_fn(state.target_critics, part.next_obs, next_action), axis=0)
@@ -137,11 +137,11 @@ def make_update(
         parts = jax.tree.map(lambda x: x.reshape(config.policy_delay, -1, *x.shape[1:]), batch)
 
         def step(state: State, part: Batch) -> tuple[State, tuple[Metrics, Array]]:
-            state, metrics, errors = criticise(state, hyper, part)
+            state, metrics, errors = update_critics(state, hyper, part)
             return state, (metrics, errors)
 
         state, (metrics, errors) = jax.lax.scan(step, state, parts)
-        state = improve(state, hyper, jax.tree.map(lambda x: x[-1], parts))
+        state = update_actor(state, hyper, jax.tree.map(lambda x: x[-1], parts))
         return state, off_policy.over_steps(metrics), errors.reshape(-1)
 
     return update

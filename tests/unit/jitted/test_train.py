@@ -103,7 +103,7 @@ METHODS = {
             distillation.Config(),
             OPTIMIZER,
             teacher=task_setup().policy.with_params(start(7).params),
-            writer="student",
+            generator="student",
         ),
         distillation.Hyper(),
     ),
