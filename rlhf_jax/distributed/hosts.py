@@ -15,7 +15,7 @@ _EXAMPLE = "write auto, or HOST:PORT,COUNT,INDEX such as 10.0.0.1:8476,4,0"
 
 @dataclasses.dataclass(frozen=True)
 class DistributedOptions:
-    """How processes on several hosts become one program.
+    """Settings of `jax.distributed`, by which processes on several hosts become one program.
 
     Attributes:
       coordinator: empty for this process alone; `auto` for what Cloud TPU, SLURM, Open MPI or Kubernetes say;
@@ -77,12 +77,12 @@ def _parse(coordinator: str) -> tuple[str, int, int]:
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that writes logs, reports and descriptions."""
+    """True in the process that writes logs, reports and descriptions."""
     return jax.process_index() == 0
 
 
 def any_process(flag: bool) -> bool:
-    """Whether `flag` is true in any process; all must ask together."""
+    """Logical or of `flag` over all processes; all must ask together."""
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
@@ -92,12 +92,12 @@ _LOST = ("Connection closed by peer", "Connection reset", "Connection refused", 
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether a collective failed since another process is gone. What is raised then differs by backend."""
+    """True for an error of a collective whose peer is gone. What is raised then differs by backend."""
     return any(words in str(error) for words in (*_LOST, "DEADLINE_EXCEEDED", "Timed out"))
 
 
 def lost_peer_message(error: BaseException) -> str:
-    """What a survivor says when a collective failed."""
+    """Error message of a surviving process when a collective failed."""
     reason = str(error).splitlines()[0][:200]
     return (
         f"process {jax.process_index()} of {jax.process_count()}: another process of this run has ended or "

@@ -49,7 +49,7 @@ def shard_params(
 
 
 def shardings_of(tree: T) -> T:
-    """Where each leaf lives, for `out_shardings`, so that a state comes out of an update as it went in."""
+    """Sharding of each leaf, for `out_shardings`: a state comes out of an update as it went in."""
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
@@ -100,7 +100,7 @@ def shards_of_batch(mesh: Mesh | AbstractMesh) -> int:
 
 
 def local_rows(rows: int, *, mesh: Mesh | None = None) -> np.ndarray:
-    """Which rows of a batch of `rows` this process must bring to `shard_batch`, ascending; alone, all."""
+    """Rows of a batch of `rows` that this process must bring to `shard_batch`, ascending; alone, all."""
     sharding = batch_sharding(mesh or current_mesh(), rows)
     slices = sharding.addressable_devices_indices_map((rows,)).values()
     everything = np.arange(rows)

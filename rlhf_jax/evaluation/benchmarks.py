@@ -57,7 +57,7 @@ class Problem:
 
 @runtime_checkable
 class Item(Protocol):
-    """What shots are chosen by."""
+    """Benchmark item by which few-shot examples are chosen."""
 
     @property
     def text(self) -> str: ...  # noqa: D102

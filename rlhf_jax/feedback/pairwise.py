@@ -1,4 +1,4 @@
-"""Which of two answers is preferred: by their rewards, or by a judge who sees both."""
+"""Pairwise preferences between two answers: by their rewards, or by a judge who sees both."""
 
 import dataclasses
 from collections.abc import Callable, Sequence

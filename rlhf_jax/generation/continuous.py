@@ -17,7 +17,7 @@ from rlhf_jax.generation.sampling import Sampling, row_keys
 
 @pytree_dataclass
 class _Results:
-    """What is done, by prompt."""
+    """Finished completions, by prompt."""
 
     context: Context
     logp: Float[Array, "N T"]

@@ -48,7 +48,7 @@ class Proposer:
 
 @pytree_dataclass
 class Acceptance:
-    """How well the guesses served, [B] each.
+    """Acceptance statistics of speculative decoding, [B] each.
 
     Attributes:
       num_drafts: passes of the model.
@@ -296,7 +296,7 @@ def _followers(context: Context, num_speculative_tokens: int, longest: int) -> I
 
 @pytree_dataclass
 class _Pool:
-    """What the model would say next, as far as its checks have shown.
+    """N-gram pool of lookahead decoding: what the model would say next, as far as its checks have shown.
 
     Attributes:
       guesses: the tokens after the last one that was read, from the end of the last check.

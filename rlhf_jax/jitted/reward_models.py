@@ -56,7 +56,7 @@ class JudgedPairs:
 
     @property
     def responses(self) -> reward.Pairs:
-        """What a reward model learns from."""
+        """Preference pairs as a reward model learns from them."""
         return reward.Pairs(self.chosen, self.rejected)
 
 
@@ -105,7 +105,7 @@ class RewardModel:
 
 @pytree_dataclass
 class RewardSeedState:
-    """What sets one seed apart.
+    """Seed state of reward-model training: key, decoder and pairs of one seed.
 
     Attributes:
       decoder: body to start from.
@@ -121,7 +121,7 @@ class RewardSeedState:
 
 @pytree_dataclass
 class RewardHyper:
-    """What a sweep may vary.
+    """Hyperparameters of reward-model training that a sweep may vary (array leaves).
 
     Attributes:
       pairs: how many of the pairs are learned from: the first ones.

@@ -27,7 +27,7 @@ RewardFn = Callable[[Rollout, Prompts], Float[Array, " B"]]
 
 @pytree_dataclass
 class SeedState:
-    """What sets one seed apart.
+    """Seed state: the key and the initial policy of one seed.
 
     Attributes:
       params: the policy to start from, which is also the reference.
@@ -91,11 +91,11 @@ class TaskSetup:
         )
 
     def rewards(self, rollout: Rollout, prompts: Prompts) -> Float[Array, " B"]:
-        """What training sees of answers."""
+        """Training rewards of answers: those of `reward_fn`, or the task's own."""
         return self.gold(rollout, prompts) if self.reward_fn is None else self.reward_fn(rollout, prompts)
 
     def gold(self, rollout: Rollout, prompts: Prompts) -> Float[Array, " B"]:
-        """What the task says of answers."""
+        """Gold rewards of answers: the task's own."""
         return self.task.score(rollout.sequences.tokens, rollout.sequences.mask, prompts.truth)
 
     def draw(

@@ -1,4 +1,4 @@
-"""What a decoder is made of: frozen dataclasses, one for each kind of part.
+"""Model configuration: frozen dataclasses, one for each kind of part of a decoder.
 
 A new kind of attention, position or norm is a new dataclass here and one more case where parts are built
 (`models/parts.py`); nothing else branches on the architecture. A decoder is `prefix`, then `pattern`
@@ -120,7 +120,7 @@ class LatentAttention:
 
     @property
     def scale(self) -> float:
-        """What logits are multiplied with."""
+        """Attention scale, by which logits are multiplied."""
         scaling = self.position.scaling
         correction = scaling.softmax_magnitude if isinstance(scaling, YarnScaling) else 1.0
         return correction * (self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5
@@ -306,12 +306,12 @@ class ModelConfig:
 
     @property
     def num_repeats(self) -> int:
-        """How often `pattern` is repeated."""
+        """Repeats of `pattern`."""
         return (self.num_layers - len(self.prefix)) // len(self.pattern)
 
     @property
     def is_recurrent(self) -> bool:
-        """Whether a block keeps a state that cannot be taken back to an earlier token."""
+        """True where a block keeps a state that cannot be taken back to an earlier token."""
         return any(isinstance(block.attention, Recurrence) for block in self.blocks)
 
     @property

@@ -184,7 +184,7 @@ def _no_cache(config: ModelConfig) -> tuple[Any, Any]:
 def _context(
     positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"], cache: Cache | None, fresh: bool
 ) -> tuple[Context, tuple[Int[Array, "B S"], Int[Array, "B S"]]]:
-    """Who sees whom: the same segment, not later (so padding, segment 0, sees only padding).
+    """Attention context with a cache: the same segment, not later (padding, segment 0, sees only padding).
 
     Returns:
       the context, and segments and positions of all columns, those of the cache included.
@@ -206,7 +206,7 @@ def _context(
 
 
 def whole_context(positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]) -> Context:
-    """Who sees whom in whole rows, without a cache."""
+    """Attention context of whole rows, without a cache."""
     return _context(positions, segment_ids, None, True)[0]
 
 

@@ -98,7 +98,7 @@ class GgufFile:
         return self._named(dataclasses.replace(config, architecture=self.family.architecture))
 
     def tokenizer_metadata(self) -> dict[str, Any]:
-        """What begins with `tokenizer.`, by the name behind it."""
+        """Metadata of the tokenizer: keys that begin with `tokenizer.`, by the name behind it."""
         names = [name for name in self._reader.fields if name.startswith("tokenizer.")]
         return {name.removeprefix("tokenizer."): self.get(name) for name in names}
 
@@ -149,7 +149,7 @@ class GgufFile:
         return tensor
 
     def _described(self) -> dict[str, Any]:
-        """What config.json would say."""
+        """Fields as config.json would have them."""
 
         def number(name: str) -> Any:
             return self.get(f"{self.architecture}.{name}")

@@ -59,7 +59,7 @@ class MLP(nn.Module):
 
 
 class Router(nn.Module):
-    """Which experts each token goes through, and with what weights."""
+    """Router: the experts that each token goes through, and their weights."""
 
     spec: MixtureOfExperts
     param_dtype: Any

@@ -45,7 +45,7 @@ class MTPModule(nn.Module):
 
 
 def module_name(depth: int) -> str:
-    """Where the parameters of the module of this depth, from 1 on, stand among the model's."""
+    """Name of the module of this depth, from 1 on, among the model's parameters."""
     return f"further_{depth}"
 
 

@@ -182,7 +182,7 @@ def kernel_sparsity(params: Params) -> dict[str, float]:
 
 @pytree_dataclass
 class PreserveSparsityState:
-    """What keeps zeros at zero.
+    """State of `preserve_sparsity`: the masks, and the inner optimizer's state.
 
     Attributes:
       masks: which weights of linear layers may change; saved and restored with the optimizer.

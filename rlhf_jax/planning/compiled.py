@@ -1,4 +1,4 @@
-"""What a run will need, before it runs: its update and its generation, compiled ahead of time from shapes.
+"""Memory and compute planner: update and generation of a run, compiled ahead of time from shapes.
 
 The programs are those of the scripts (`make_update`, `training.learning`, `make_completion_fn`), their
 arrays live where `distributed.tree_shardings` puts them, and no array is ever made: neither the devices nor
@@ -37,7 +37,7 @@ Algorithm = Literal["sft", "dpo", "grpo", "ppo"]
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What one step does.
+    """Workload of one step.
 
     Attributes:
       batch: rows a step: conversations of SFT, pairs of DPO, answers of GRPO and PPO.
@@ -61,7 +61,7 @@ class Workload:
 
     @property
     def generates(self) -> bool:
-        """Whether a step samples answers."""
+        """True where a step samples answers."""
         return self.algorithm in ("grpo", "ppo")
 
 
@@ -86,7 +86,7 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What a compiled program will do, on each device and in one call.
+    """Predicted cost of a compiled program, on each device and in one call.
 
     Attributes:
       argument_bytes: what it is called with.
@@ -138,7 +138,7 @@ class Plan:
 
     @property
     def too_big(self) -> str:
-        """What the compiler said where it found no room."""
+        """Out-of-memory message of the compiler; empty where there was room."""
         return next((p.too_big for p in self.programs.values() if p.too_big), "")
 
 
@@ -361,7 +361,7 @@ _UNITS = {"K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
 
 
 def _wanted_bytes(refusal: str, arguments: float) -> float:
-    """What a program would have used beside its arguments, by what the compiler said when it refused."""
+    """Temporary bytes that a program would have used, by what the compiler said when it refused."""
     if found := _TEMPORARY.search(refusal):
         return float(found[1]) * _UNITS[found[2]]
     found = _WANTED.search(refusal)

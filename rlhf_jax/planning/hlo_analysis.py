@@ -1,4 +1,4 @@
-"""What programs do: floating-point operations as traced; as compiled, what runs how often, and the bytes of
+"""Analysis of programs: floating-point operations as traced; as compiled, what runs how often, and bytes of
 memory that it reads and writes.
 """
 
@@ -216,7 +216,7 @@ def _moved(found: Parsed, types: dict[str, str], parsed: dict[str, list[Parsed |
 
 
 def _fused_moved(sizes: list[float], written: float, body: list[Parsed]) -> float:
-    """Of a fusion: parameters that are only sliced count as their slices, updates in place as the updates."""
+    """Traffic of a fusion: parameters only sliced count as their slices, updates in place as the updates."""
     by_name = {line[0]: line for line in body}
     views = ("bitcast", "copy", "reshape")
 

@@ -1,4 +1,4 @@
-"""What a compiled program communicates, read from its text: kinds, bytes, how often."""
+"""Collectives of a compiled program, read from its text: kinds, bytes, how often."""
 
 import dataclasses
 import math
@@ -70,7 +70,7 @@ def collectives(program: str, unknown_trips: int = 1) -> list[Collective]:
 
 
 def by_kind(found: list[Collective]) -> dict[str, tuple[int, float]]:
-    """How often each kind runs in one call, and the bytes that each device receives by it."""
+    """Number of collectives of each kind in one call, and the bytes that each device receives by it."""
     kinds = {c.kind: [other for other in found if other.kind == c.kind] for c in found}
     return {
         kind: (sum(c.times for c in some), sum(c.moved_bytes for c in some)) for kind, some in kinds.items()

@@ -61,7 +61,7 @@ def weighted_vote(
 def likelihood_scores(
     logp: Float[Array, "*B T"], mask: Bool[Array, "*B T"], *, length_power: Scalar = 1.0
 ) -> Float[Array, "*B"]:
-    """How likely the policy finds its own samples, in nats: sum_t logp_t / length^power.
+    """Length-normalized log-likelihood of samples under the policy, in nats: sum_t logp_t / length^power.
 
     Args:
       mask: the sampled tokens.

@@ -1,4 +1,4 @@
-"""What every search shares: states, ways to go on from them, and what they are worth.
+"""Search interface: states, candidates that follow them, and values.
 
 A state is any pytree; searches see batches of them, [N] or [B, M]. Two callables say all that a search knows:
 
@@ -40,7 +40,7 @@ class Candidates:
 
 @pytree_dataclass
 class SearchResult:
-    """What a search came to, for each of B problems.
+    """Best state found by a search, for each of B problems.
 
     Attributes:
       states: the best state found; a pytree [B, ...].

@@ -34,7 +34,7 @@ def _mctx() -> Any:
 
 @pytree_dataclass
 class Node:
-    """What the tree holds of a state.
+    """Tree node of a state: its embedding in mctx.
 
     Attributes:
       state: itself, [B, ...].

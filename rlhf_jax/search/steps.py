@@ -60,18 +60,18 @@ def init_solution(tokens: Int[Array, "N P"], mask: Bool[Array, "N P"], *, room: 
 
 
 def is_done(state: Solution) -> Bool[Array, "*N"]:
-    """Whether nothing follows."""
+    """Terminal states: nothing follows."""
     return state.done
 
 
 def text_mask(state: Solution) -> Bool[Array, "*N W"]:
-    """Where there is text."""
+    """Mask of the text, prompt and solution."""
     width = state.tokens.shape[-1]
     return jnp.arange(width) >= width - state.length[..., None]
 
 
 def solution_mask(state: Solution) -> Bool[Array, "*N W"]:
-    """Where the solution stands."""
+    """Mask of the solution."""
     width = state.tokens.shape[-1]
     return jnp.arange(width) >= width - state.written[..., None]
 
@@ -207,7 +207,7 @@ def make_prompted_value_fn(
 
 
 def step_ends(state: Solution, end_ids: Sequence[int]) -> Bool[Array, "*N W"]:
-    """Where the steps of a solution end; the line that ends with the solution is no step."""
+    """Mask of step ends; the line that ends with the solution is no step."""
     is_end = jnp.any(state.tokens[..., None] == jnp.asarray(end_ids), axis=-1)
     return is_end & solution_mask(state)
 

@@ -29,7 +29,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f�]")
 
 @dataclasses.dataclass(frozen=True)
 class RowText:
-    """What a row says.
+    """Text of a row: prompt and answer.
 
     Attributes:
       row: itself.
@@ -78,7 +78,7 @@ def readable(rows: Sequence[Row]) -> Outcome:
 
 
 def read_text(row: Row) -> RowText:
-    """What a row says.
+    """Reads prompt and answer of a row.
 
     Raises:
       UserError: it is no pair, no conversation and no prompt, or a part of it is empty.
@@ -109,7 +109,7 @@ def _content(message: dict[str, Any]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a row must be like by itself. Lengths are in characters.
+    """Quality filters on a row by itself. Lengths are in characters.
 
     Attributes:
       shortest_prompt: least length of a prompt.

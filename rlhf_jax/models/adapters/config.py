@@ -36,7 +36,7 @@ class LoRA:
 
     @property
     def scale(self) -> float:
-        """What the product of the two factors is multiplied with."""
+        """Scaling of the product of the two factors."""
         return self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
 
 
@@ -100,7 +100,7 @@ class AdaLoRA:
 
     @property
     def scale(self) -> float:
-        """What the product of the factors is multiplied with."""
+        """Scaling of the product of the factors."""
         return self.alpha / self.rank
 
 

@@ -1,4 +1,4 @@
-"""What a linear layer does with the adapter leaves beside its kernel."""
+"""Linear layers with the adapter leaves beside their kernels."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ def kernel_of(leaves: Params) -> Float[Array, "D F"]:
 
 
 def low_rank(leaves: Params) -> Float[Array, "D F"]:
-    """What the low-rank leaves add to the kernel."""
+    """Low-rank update of the kernel."""
     product = scaled_columns(leaves) @ leaves["lora_b"]
     if "lora_a0" in leaves:
         product -= leaves["lora_a0"] @ leaves["lora_b0"]

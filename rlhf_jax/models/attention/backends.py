@@ -25,7 +25,7 @@ ATTENTION_NAMES = ("query", "key", "value", ATTENDED)
 
 @pytree_dataclass
 class Context:
-    """What every layer of a pass shares.
+    """Attention context that every layer of a pass shares: positions and masks.
 
     Attributes:
       positions: of the tokens read now.
@@ -44,11 +44,11 @@ class Context:
     present: Bool[Array, "B T"]
 
     def distance(self) -> Int[Array, "B T S"]:
-        """How many tokens each column lies back."""
+        """Distance in tokens from each query back to each column."""
         return self.positions[:, :, None] - self.key_positions[:, None, :]
 
     def seen(self, window: int | None) -> Bool[Array, "B T S"]:
-        """Who sees whom, `window` tokens back at most."""
+        """Attention mask, `window` tokens back at most."""
         return self.mask if window is None else self.mask & (self.distance() < window)
 
     def behind_prompt(self, length: int) -> "Context":

@@ -95,7 +95,7 @@ class SelfAttention(nn.Module):
         return output(attended.reshape(*inputs.shape[:2], -1)), cache
 
     def _attended_prefix(self, query: Float[Array, "B T H d"], scale: float) -> Float[Array, "B T H d"]:
-        """What a trained prefix says, which has no position, through its gate."""
+        """Attention to a trained prefix, which has no position, through its gate."""
         names = ("prefix_key", "prefix_value", "prefix_scale")
         key, value, gate = (self.get_variable("params", name).astype(self.dtype) for name in names)
         shape = (query.shape[0], len(key), self.spec.num_kv_heads, self.spec.head_dim)

@@ -1,4 +1,4 @@
-"""What most families share: rotary positions, norms, projections, and the names that Llama gave them."""
+"""Parts that most families share: rotary positions, norms, projections, under the names of Llama."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
@@ -253,7 +253,7 @@ def expert_tensors(
 
 
 def gated_or_expert_tensors(theirs: str, ours: str, spec: Any) -> Iterator[Tensor]:
-    """Those of a dense layer or of one with experts, under the same name."""
+    """Tensors of a dense layer or of one with experts, under the same name."""
     if isinstance(spec, MixtureOfExperts):
         yield from expert_tensors(theirs, ours, spec)
     else:

@@ -20,7 +20,7 @@ def read_llama(fields: Fields) -> ModelConfig:
 
 
 def write_llama(config: ModelConfig) -> dict[str, Any]:
-    """What all of them have, and Llama's flags for biases."""
+    """Fields that all of them have, and Llama's flags for biases."""
     block = common.same_blocks(config)
     attention = common.part(block.attention, Attention)
     feed_forward = common.part(block.feed_forward, GatedFeedForward)

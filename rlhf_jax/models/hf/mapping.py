@@ -1,4 +1,4 @@
-"""How parameters stand in a checkpoint's tensors: rules that read both ways."""
+"""Weight map between parameters and a checkpoint's tensors: rules that read both ways."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -114,7 +114,7 @@ def norm(theirs: str, ours: str, *, bias: bool = False) -> Iterator[Tensor]:
 
 
 def named_blocks(config: ModelConfig) -> Iterator[tuple[str, Block]]:
-    """What the parameters of each layer begin with, and its block, in order."""
+    """Prefix of the parameters of each layer, and its block, in order."""
     groups = [("prefix", config.prefix)] if config.prefix else []
     groups += [(f"layer_{index}", config.pattern) for index in range(config.num_repeats)]
     for name, blocks in groups:

@@ -183,7 +183,7 @@ def _read_description(path: Path) -> dict[str, Any]:
 
 
 def _modules(config: ModelConfig) -> dict[str, str]:
-    """Their names of the linear layers that have a tensor of their own, by our paths."""
+    """PEFT's names of the linear layers that have a tensor of their own, by our paths."""
     return {
         rule.params[0].removesuffix("/kernel"): rule.name.removesuffix(".weight")
         for rule in family_of(config).tensors(config)
@@ -192,7 +192,7 @@ def _modules(config: ModelConfig) -> dict[str, str]:
 
 
 def _is_transposed(config: ModelConfig) -> bool:
-    """Whether their kernels are [out, in]; GPT-2's are not."""
+    """True where the family's kernels are [out, in]; GPT-2's are not."""
     rules = family_of(config).tensors(config)
     return not any(rule.params[0].endswith("/kernel") and rule.layout is SAME for rule in rules)
 

@@ -28,7 +28,7 @@ class Tensors(Protocol):
 
     @property
     def folder(self) -> Path:
-        """Where they are, for messages."""
+        """Folder of the tensors, for messages."""
         ...
 
     def names(self) -> set[str]:

@@ -68,7 +68,7 @@ class Config:
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary.
+    """Hyperparameters of A2C that a sweep may vary (array leaves).
 
     Attributes:
       gamma: discount per step.

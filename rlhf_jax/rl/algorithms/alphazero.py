@@ -77,13 +77,13 @@ class Config:
 
     @property
     def optimizer_steps(self) -> int:
-        """Of a whole run."""
+        """Optimizer steps of a whole run."""
         return self.iterations * self.num_epochs * self.num_minibatches
 
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary.
+    """Hyperparameters of AlphaZero that a sweep may vary (array leaves).
 
     Attributes:
       value_coef: weight of the value's squared error beside the policy's cross-entropy.
@@ -269,7 +269,7 @@ def new_games(config: Config, game: Game, key: PRNGKeyArray) -> Position:
 def outcomes(
     reward: Float[Array, "T B"], over: Bool[Array, "T B"]
 ) -> tuple[Float[Array, "T B"], Bool[Array, "T B"]]:
-    """How games ended for the mover of each ply, and whether they did; 0 where they did not.
+    """Game outcomes for the mover of each ply, and a mask of games that ended; 0 where they did not.
 
     Args:
       reward: 1 where the mover's move won.

@@ -60,7 +60,7 @@ class Config:
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary; `dqn.Hyper` says what is not said here.
+    """Hyperparameters of C51 that a sweep may vary (array leaves); `dqn.Hyper` says what is not said here.
 
     Attributes:
       v_min: the lowest atom, in units of reward.

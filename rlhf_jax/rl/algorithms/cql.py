@@ -48,7 +48,7 @@ class Config:
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary.
+    """Hyperparameters of CQL that a sweep may vary (array leaves).
 
     Attributes:
       gamma: discount per step.

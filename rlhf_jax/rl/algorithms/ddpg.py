@@ -48,7 +48,7 @@ class Config:
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary.
+    """Hyperparameters of DDPG that a sweep may vary (array leaves).
 
     Attributes:
       learning_rate: of the critic.

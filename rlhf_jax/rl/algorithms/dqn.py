@@ -63,7 +63,7 @@ class Config:
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary.
+    """Hyperparameters of DQN that a sweep may vary (array leaves).
 
     Attributes:
       gamma: discount per step.
@@ -198,7 +198,7 @@ def make_network(config: Config, env: Environment) -> nn.Module:
 
 
 def discrete_actions(env: Environment, algorithm: str) -> int:
-    """How many actions there are.
+    """Number of discrete actions.
 
     Raises:
       UserError: they are continuous.

@@ -38,7 +38,9 @@ class Config:
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary. The defaults are those of Sutton & Barto's figure 8.2.
+    """Hyperparameters of Dyna-Q that a sweep may vary (array leaves).
+
+    The defaults are those of Sutton & Barto's figure 8.2.
 
     Attributes:
       learning_rate: of every change of Q, real or planned.
@@ -55,7 +57,7 @@ class Hyper:
 
 @pytree_dataclass
 class TabularModel:
-    """What is known of the process.
+    """Tabular model of the process, learned from transitions.
 
     Attributes:
       counts: how often each state followed each state and action.

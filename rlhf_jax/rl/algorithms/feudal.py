@@ -42,7 +42,7 @@ class Config:
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary.
+    """Hyperparameters of the feudal hierarchy that a sweep may vary (array leaves).
 
     Attributes:
       learning_rate: of the worker.

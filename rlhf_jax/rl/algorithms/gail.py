@@ -57,7 +57,7 @@ class Config:
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary.
+    """Hyperparameters of GAIL that a sweep may vary (array leaves).
 
     Attributes:
       policy: PPO's.
@@ -84,7 +84,7 @@ class State:
 
 @pytree_dataclass
 class Pairs:
-    """What the discriminator learns from, N of each.
+    """State-action pairs of the log and of the policy, N of each: a batch of the discriminator.
 
     Attributes:
       obs: of the log.

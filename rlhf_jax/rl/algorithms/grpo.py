@@ -62,7 +62,7 @@ class Config:
 
 @pytree_dataclass
 class Actions:
-    """What the update takes for sequences: anything that can be scored, with a mask."""
+    """Actions in the place of token sequences: network inputs and a mask."""
 
     inputs: Inputs
     mask: Bool[Array, "B T"]

@@ -50,7 +50,7 @@ class Config:
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary.
+    """Hyperparameters of IQL that a sweep may vary (array leaves).
 
     Attributes:
       gamma: discount per step.

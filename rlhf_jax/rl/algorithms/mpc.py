@@ -78,7 +78,7 @@ class Config:
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary.
+    """Hyperparameters of PETS that a sweep may vary (array leaves).
 
     Attributes:
       learning_rate: of the ensemble.
@@ -112,7 +112,7 @@ DynamicsFn = Callable[[Params, Float[Array, "N I"]], Float[Array, "N O"]]
 
 
 def joined_inputs(obs: Float[Array, "... D"], action: Float[Array, "... A"]) -> Float[Array, "... I"]:
-    """What a member sees."""
+    """Inputs of the dynamics model: observation and action side by side."""
     return jnp.concatenate([obs, action], axis=-1)
 
 

@@ -91,7 +91,7 @@ def joined(*several: OptionSet) -> OptionSet:
 
 @pytree_dataclass
 class OptionModels:
-    """What options lead to, begun in each state.
+    """Option models (reward and discounted transition), begun in each state.
 
     Attributes:
       rewards: expected discounted reward until the option ends.
@@ -180,7 +180,7 @@ class Config:
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary.
+    """Hyperparameters of option learning that a sweep may vary (array leaves).
 
     Attributes:
       learning_rate: of every change of Q.

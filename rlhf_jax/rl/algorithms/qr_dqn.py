@@ -59,7 +59,7 @@ class Config:
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary; `dqn.Hyper` says what is not said here.
+    """Hyperparameters of QR-DQN that a sweep may vary (array leaves); `dqn.Hyper` says what is not said here.
 
     Attributes:
       huber_delta: error beyond which the loss is linear, in units of reward. Dabney et al. 2018 take 1, with

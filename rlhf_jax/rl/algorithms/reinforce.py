@@ -66,7 +66,7 @@ class Config:
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary.
+    """Hyperparameters of REINFORCE that a sweep may vary (array leaves).
 
     Attributes:
       gamma: discount per step.

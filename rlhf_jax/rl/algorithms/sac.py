@@ -54,7 +54,7 @@ class Config:
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary.
+    """Hyperparameters of SAC that a sweep may vary (array leaves).
 
     Attributes:
       learning_rate: of the critics and the temperature.

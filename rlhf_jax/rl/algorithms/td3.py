@@ -55,7 +55,9 @@ class Config:
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary. Noise is in half ranges of the box of actions.
+    """Hyperparameters of TD3 that a sweep may vary (array leaves).
+
+    Noise is in half ranges of the box of actions.
 
     Attributes:
       learning_rate: of the critics.

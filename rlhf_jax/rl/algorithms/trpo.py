@@ -69,7 +69,7 @@ class Config:
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary.
+    """Hyperparameters of TRPO that a sweep may vary (array leaves).
 
     Attributes:
       learning_rate: of the critic.
@@ -101,7 +101,7 @@ class State:
 
     @property
     def params(self) -> Params:
-        """Those of both, as the network takes them."""
+        """Parameters of actor and critic, as the network takes them."""
         return {**self.actor, **self.critic.params}
 
 

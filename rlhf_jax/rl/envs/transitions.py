@@ -140,7 +140,7 @@ def load(path: Path, env: Environment | None = None) -> tuple[Transition, dict[s
 
 
 def check(log: Transition, env: Environment, *, of: str | None, path: Path) -> None:
-    """Whether a log fits an environment.
+    """Checks that a log fits an environment.
 
     Args:
       of: name of the environment that it says it is of.

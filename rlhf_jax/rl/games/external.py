@@ -43,7 +43,7 @@ class PgxGame:
 
     @property
     def num_actions(self) -> int:
-        """How many actions there are, legal or not."""
+        """Number of actions, legal or not."""
         return _environment(self.name).num_actions
 
     @property
@@ -74,7 +74,7 @@ class PgxGame:
         return tree_where(position.terminated, position, after)
 
     def observe(self, position: Position) -> Float[Array, "*S"]:
-        """What the player to move sees, as pgx encodes it."""
+        """Observation of the player to move, as pgx encodes it."""
         return position.board.observation.astype(jnp.float32)
 
 

@@ -42,7 +42,7 @@ class LineGame:
 
     @property
     def num_actions(self) -> int:
-        """How many actions there are, legal or not."""
+        """Number of actions, legal or not."""
         return self.columns if self.gravity else self.rows * self.columns
 
     @property

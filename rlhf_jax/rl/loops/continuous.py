@@ -1,4 +1,4 @@
-"""What DDPG, TD3 and SAC share: the box of actions, their networks, and one step of critics."""
+"""Continuous control, shared by DDPG, TD3 and SAC: the box of actions, networks, one step of critics."""
 
 import dataclasses
 from collections.abc import Callable

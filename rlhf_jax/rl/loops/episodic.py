@@ -56,7 +56,7 @@ class State:
 
 @dataclasses.dataclass(frozen=True)
 class Learning:
-    """What a run needs to know of an algorithm.
+    """Callables of an episodic algorithm, from which a run is made.
 
     Attributes:
       init_fn: (params, key, hyper) -> agent, whose `learner.params` are the parameters.

@@ -99,7 +99,7 @@ class RunConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Algorithm:
-    """What a run needs to know of an algorithm.
+    """Callables of an off-policy algorithm, from which a run is made.
 
     Attributes:
       init_fn: (key, hyper) -> agent, the algorithm's state.
@@ -278,7 +278,7 @@ def _learn(
 
 
 def over_steps(metrics: Metrics) -> Metrics:
-    """Of metrics along a scan: counters at the last step, means of the rest."""
+    """Metrics along a scan, reduced: counters at the last step, means of the rest."""
     return {
         name: x[-1] if jnp.issubdtype(x.dtype, jnp.integer) else jnp.mean(x) for name, x in metrics.items()
     }

@@ -58,7 +58,7 @@ class RunConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Algorithm:
-    """What a run needs to know of an algorithm.
+    """Callables of an offline algorithm, from which a run is made.
 
     Attributes:
       init_fn: key -> agent, the algorithm's state.

@@ -67,7 +67,7 @@ class State:
 
 @dataclasses.dataclass(frozen=True)
 class Learning:
-    """What a run needs to know of an algorithm.
+    """Callables of an on-policy algorithm, from which a run is made.
 
     Attributes:
       init_fn: (params, key, hyper) -> agent.

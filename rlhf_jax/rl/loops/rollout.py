@@ -38,7 +38,7 @@ Network = ActorCritic | RecurrentActorCritic
 
 @dataclasses.dataclass(frozen=True)
 class RolloutConfig:
-    """Where experience comes from.
+    """Rollout settings: environments, steps, normalization, bootstrapping.
 
     Attributes:
       num_envs: environments stepped together.
@@ -75,7 +75,7 @@ class VectorEnvState:
 
 @pytree_dataclass
 class Inputs:
-    """What a network needs to score actions.
+    """Network inputs for scoring actions.
 
     Attributes:
       obs: normalised where the run does so.
@@ -100,7 +100,7 @@ class Experience:
 
     @property
     def inputs(self) -> Inputs:
-        """What a network needs to score it."""
+        """Network inputs of these steps."""
         return Inputs(self.transition.obs, self.transition.action, self.is_first, self.carry)
 
 
@@ -242,7 +242,7 @@ def make_logprob_fn(network: Network) -> LogprobFn:
 
 
 def make_act_fn(network: Network, params_fn: Callable[[Any], Params]) -> ActFn:
-    """How agents act.
+    """Acting function of a network and its parameters.
 
     Args:
       params_fn: state of a run -> parameters. Where the state has `envs`, observations are normalised as

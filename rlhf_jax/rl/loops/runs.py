@@ -13,7 +13,7 @@ Train = Callable[[PRNGKeyArray, Any], tuple[Any, Metrics]]
 
 @runtime_checkable
 class ActFn(Protocol):
-    """How a trained agent acts in [B] environments."""
+    """Acting function of a trained agent in [B] environments."""
 
     def __call__(
         self,

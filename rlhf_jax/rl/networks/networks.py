@@ -180,7 +180,7 @@ class ActorCritic(nn.Module):
         self.critic_head = linear(1, 1.0)
 
     def initial_carry(self, count: int) -> Carry:
-        """What `count` environments remember at first: nothing."""
+        """Initial carry of `count` environments: empty."""
         del count
         return ()
 
@@ -230,7 +230,7 @@ class RecurrentActorCritic(nn.Module):
         self.critic_head = linear(1, 1.0)
 
     def initial_carry(self, count: int) -> Carry:
-        """What `count` environments remember at first."""
+        """Initial carry of `count` environments: zeros."""
         return jnp.zeros((count, self.width))
 
     def act(self, obs: Array, is_first: Bool[Array, " B"], carry: Carry) -> tuple[Distribution, Carry]:

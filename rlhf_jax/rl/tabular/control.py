@@ -60,7 +60,7 @@ class Config:
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary.
+    """Hyperparameters of tabular TD control that a sweep may vary (array leaves).
 
     Attributes:
       learning_rate: step size on the first visit of a state and action.

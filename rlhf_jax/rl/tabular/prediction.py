@@ -117,7 +117,7 @@ def lambda_targets(
 
 
 def first_visits(states: Int[Array, " T"], mask: Bool[Array, " T"], num_states: int) -> Bool[Array, " T"]:
-    """Whether each step is the first in its state."""
+    """Mask of first visits: steps that are the first in their state."""
     length = len(states)
     time = jnp.arange(length)
     first = jnp.full(num_states, length).at[states].min(jnp.where(mask, time, length))
