@@ -108,7 +108,7 @@ class GgufFile:
         return {ours.get(name, name) for name in self._stored if name != ROPE_FACTORS}
 
     def where(self, name: str) -> str:
-        """The file."""
+        """File that holds the tensor, for messages."""
         return str(self.folder)
 
     def read(self, names: set[str]) -> Iterator[tuple[str, np.ndarray]]:

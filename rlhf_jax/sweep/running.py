@@ -189,7 +189,7 @@ class _Store:
         return part if len(next(iter(part.values()))) == runs else None
 
     def save(self, chunk: int, part: dict[str, np.ndarray]) -> None:
-        """Keeps a chunk."""
+        """Writes the results of a chunk."""
         path = self._path(chunk)
         if path is not None:
             self._write(path, lambda file: np.savez(file, allow_pickle=False, **part))

@@ -51,7 +51,7 @@ def is_trained(config: Adapter) -> Callable[[str, Array], bool]:
 
 
 def without_adapter(params: Params) -> Params:
-    """The base."""
+    """Base parameters, without the adapter's leaves."""
     return partition(params, lambda name, leaf: is_adapter_leaf(name))[1]
 
 

@@ -203,7 +203,7 @@ def family_of(config: ModelConfig) -> Family:
 
 
 def _expresses(family: Family, config: ModelConfig) -> bool:
-    """True where config.json would bring back the same function: all fields are tried, not only known ones."""
+    """True where config.json would bring back the same function: all fields are tried, not only known."""
     try:
         read = family.read(Fields(family.write(config), Path(CONFIG)))
     except (InexpressibleError, UserError):

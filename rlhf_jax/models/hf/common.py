@@ -167,7 +167,7 @@ def write_attention(attention: Attention) -> dict[str, Any]:
 
 
 def read_gated(fields: Fields, *, bias: bool = False) -> GatedFeedForward:
-    """The gated feed-forward."""
+    """Gated feed-forward of the fields of config.json."""
     activation = read_activation(fields, "hidden_act", default="silu")
     return GatedFeedForward(fields.integer("intermediate_size"), activation, bias)
 
@@ -221,7 +221,7 @@ def outer_tensors(config: ModelConfig) -> Iterator[Tensor]:
 
 
 def attention_tensors(theirs: str, ours: str, spec: Attention) -> Iterator[Tensor]:
-    """Separate projections."""
+    """Rules of separate query, key and value projections."""
     for name in ("query", "key", "value"):
         yield from linear(f"{theirs}.{name[0]}_proj", f"{ours}/{name}", bias=spec.bias)
     yield from linear(f"{theirs}.o_proj", f"{ours}/output", bias=spec.output_bias)

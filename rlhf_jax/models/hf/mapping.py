@@ -100,7 +100,7 @@ def weight(theirs: str, ours: str, *, layout: Layout = TRANSPOSED, slot: int | N
 
 
 def linear(theirs: str, ours: str, *, bias: bool = False, layout: Layout = TRANSPOSED) -> Iterator[Tensor]:
-    """A linear layer."""
+    """Rules of a linear layer: kernel and bias."""
     yield weight(theirs, f"{ours}/kernel", layout=layout)
     if bias:
         yield Tensor(f"{theirs}.bias", (f"{ours}/bias",), SAME)

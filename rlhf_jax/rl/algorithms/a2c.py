@@ -86,7 +86,7 @@ class Hyper:
 
 @pytree_dataclass
 class State:
-    """The agent."""
+    """Training state of A2C."""
 
     learner: TrainState
 

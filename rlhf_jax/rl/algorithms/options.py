@@ -82,7 +82,7 @@ def hallway_options(rows: tuple[str, ...], *, slip: float = 0.0, gamma: float = 
 
 
 def joined(*several: OptionSet) -> OptionSet:
-    """All options together."""
+    """Union of several option sets."""
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *several)
 
 

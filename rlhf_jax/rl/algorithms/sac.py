@@ -157,7 +157,7 @@ def make_update(
 
 
 def make_actor(config: Config, env: Environment) -> SquashedGaussianActor:
-    """The policy's network."""
+    """Actor network for this environment."""
     box = box_of(env, "SAC")
     return SquashedGaussianActor(make_encoder(env, config.encoder), box.low, box.high)
 

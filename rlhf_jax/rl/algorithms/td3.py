@@ -177,7 +177,7 @@ def make_run(config: Config, env: Environment, env_params: Any) -> Run:
 
 
 def make_actor(config: Config, env: Environment) -> DeterministicActor:
-    """The policy's network."""
+    """Actor network for this environment."""
     box = box_of(env, "TD3")
     return DeterministicActor(make_encoder(env, config.encoder), box.low, box.high)
 

@@ -110,7 +110,7 @@ def call(network: Network, params: Params, *inputs: Any, method: str = "__call__
 
 
 def init_params(network: Network, env: Environment, key: PRNGKeyArray) -> Params:
-    """New parameters."""
+    """Initial parameters of the network."""
     obs, is_first = jnp.zeros((1, 1, *env.obs_shape), env.obs_dtype), jnp.zeros((1, 1), bool)
     return network.init(key, obs, is_first, network.initial_carry(1))["params"]
 

@@ -62,7 +62,7 @@ class ActionInputValue(nn.Module):
     width: int = 64
 
     def setup(self) -> None:
-        """Names the parts."""
+        """Names the submodules of the network."""
         self.body = self.torso.clone(parent=None)
         self.join = MLP((self.width,), nn.relu, output=1)
 
@@ -138,12 +138,12 @@ class Critics(nn.Module):
     count: int
 
     def setup(self) -> None:
-        """Names the parts."""
+        """Names the submodules of the network."""
         self.bodies = [self.encoder.clone(parent=None) for _ in range(self.count)]
         self.heads = [linear(1, 1.0) for _ in range(self.count)]
 
     def __call__(self, obs: Array, action: Float[Array, "B A"]) -> Float[Array, "C B"]:
-        """A value each."""
+        """Value of each critic, [C, B]."""
         low, high = jnp.asarray(self.low), jnp.asarray(self.high)
         unit = (2 * action - (high + low)) / (high - low)
         inputs = jnp.concatenate([obs.reshape(obs.shape[0], -1).astype(jnp.float32), unit], axis=-1)

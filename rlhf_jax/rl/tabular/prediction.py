@@ -54,7 +54,7 @@ class Averages:
 
 
 def init_averages(num_states: int) -> Averages:
-    """Means of nothing."""
+    """Initial averages: no visits, values of 0."""
     return Averages(jnp.zeros(num_states), jnp.zeros(num_states, jnp.int32))
 
 
