@@ -11,7 +11,7 @@ from rlhf_jax.core.axes import all_gathered, constrain
 from rlhf_jax.core.trees import merge, pytree_dataclass
 from rlhf_jax.core.types import Array, Bool, Float, Int, Params, PRNGKeyArray
 from rlhf_jax.kernels.logprobs import softcapped
-from rlhf_jax.models.attention.backends import ATTENTION_NAMES, Context
+from rlhf_jax.models.attention.backends import ATTENTION_NAMES, AttentionContext
 from rlhf_jax.models.attention.modules import LayerCache, write_columns
 from rlhf_jax.models.builders import empty_cache, feed_forward_layer, mixing_layer
 from rlhf_jax.models.config import Block, ModelConfig, Norm, Recurrence
@@ -46,7 +46,7 @@ class ResidualBlocks(nn.Module):
 
     @nn.compact
     def __call__(
-        self, hidden: Float[Array, "B T D"], caches: tuple[LayerCache | None, ...], context: Context
+        self, hidden: Float[Array, "B T D"], caches: tuple[LayerCache | None, ...], context: AttentionContext
     ) -> tuple[Float[Array, "B T D"], tuple[LayerCache | None, ...]]:
         """Runs the blocks in order; `caches` has one entry for each."""
         config = self.config
@@ -183,7 +183,7 @@ def _no_cache(config: ModelConfig) -> tuple[Any, Any]:
 
 def _context(
     positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"], cache: Cache | None, fresh: bool
-) -> tuple[Context, tuple[Int[Array, "B S"], Int[Array, "B S"]]]:
+) -> tuple[AttentionContext, tuple[Int[Array, "B S"], Int[Array, "B S"]]]:
     """Attention context with a cache: the same segment, not later (padding, segment 0, sees only padding).
 
     Returns:
@@ -197,15 +197,15 @@ def _context(
         key_positions = write_columns(cache.positions, positions, start)
     if cache is None or fresh:
         mask = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (time[:, None] >= time)
-        context = Context(positions, positions, mask, start, segment_ids, segment_ids > 0)
+        context = AttentionContext(positions, positions, mask, start, segment_ids, segment_ids > 0)
     else:
         same = segment_ids[:, :, None] == segments[:, None, :]
         mask = same & (start.reshape(-1, 1, 1) + time[:, None] >= jnp.arange(segments.shape[1]))
-        context = Context(positions, key_positions, mask, start, None, segment_ids > 0)
+        context = AttentionContext(positions, key_positions, mask, start, None, segment_ids > 0)
     return context, (segments, key_positions)
 
 
-def whole_context(positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]) -> Context:
+def whole_context(positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]) -> AttentionContext:
     """Attention context of whole rows, without a cache."""
     return _context(positions, segment_ids, None, True)[0]
 

@@ -9,7 +9,7 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.planning.compiled import Plan, Prediction, Workload, build, cache_bytes, device_bytes
 
 
-def plan_by_formula(workload: Workload, mesh: AbstractMesh) -> Plan:
+def analytic_plan(workload: Workload, mesh: AbstractMesh) -> Plan:
     """A plan in which state and cache are exact (from shapes) and the rest is counted, for `remat="full"`:
 
         temporary     = gradients + 3 V D 4 (embeddings and output matrix gathered, its gradient)

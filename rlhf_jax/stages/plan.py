@@ -28,7 +28,7 @@ from rlhf_jax.distributed.accelerator_specs import CHIPS, Chip, chip_of, rooflin
 from rlhf_jax.metrics.progress import format_seconds
 from rlhf_jax.models import hf
 from rlhf_jax.planning import compiled
-from rlhf_jax.planning.analytic import plan_by_formula
+from rlhf_jax.planning.analytic import analytic_plan
 from rlhf_jax.planning.topologies import topology_devices
 
 DType = Literal["float32", "bfloat16"]
@@ -190,7 +190,7 @@ def make_plan(options: Options) -> tuple[compiled.Plan, Mesh, Chip | None]:
     if options.topology:
         raise UserError("--chip goes by formula and excludes --topology: give one of them")
     mesh = distributed.abstract_mesh(options.mesh)
-    return plan_by_formula(step, mesh), mesh, chip
+    return analytic_plan(step, mesh), mesh, chip
 
 
 # What is said --------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ SMALL = {
     "members": 2,
     "base_steps": 20,
     "reward_steps": 20,
-    "pool": 8,
+    "num_samples": 8,
     "prompts": 8,
     "ppo_steps": 4,
     "dpo_steps": 4,
@@ -85,7 +85,7 @@ def synthetic_folder(folder, seeds=3):
         "seeds": seeds,
         "sizes": [8],
         "pairs": [16, 64],
-        "pool": 64,
+        "num_samples": 64,
         "members": 2,
         "uncertainty_coef": 0.5,
     }

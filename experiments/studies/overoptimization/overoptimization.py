@@ -58,7 +58,7 @@ class Options:
       base_steps: supervised steps before everything, of policies and of the bodies of reward models.
       reward_steps: of a reward model, 32 pairs each.
       reward_learning_rate: at its peak, as the others.
-      pool: answers to each held-out prompt for best-of-n.
+      num_samples: answers to each held-out prompt for best-of-n.
       prompts: held-out prompts at most.
       ppo_steps: of 64 answers each.
       ppo_learning_rate: of policy and value.
@@ -84,7 +84,7 @@ class Options:
     base_steps: int = 1200
     reward_steps: int = 600
     reward_learning_rate: float = 3e-3
-    pool: int = 128
+    num_samples: int = 128
     prompts: int = 64
     ppo_steps: int = 64
     ppo_learning_rate: float = 1e-3
@@ -259,7 +259,7 @@ def best_of_n(
     def one_seed(start: SeedState, several: RewardModel) -> dict[str, Array]:
         def one_prompt(item: tuple[Prompts, Array]) -> dict[str, Array]:
             row, number = item
-            row = jax.tree.map(lambda x: jnp.repeat(x[None], options.pool, axis=0), row)
+            row = jax.tree.map(lambda x: jnp.repeat(x[None], options.num_samples, axis=0), row)
             rollout = task_setup.answer(start.params, row, jax.random.fold_in(start.key, 1000 + number))
 
             def score(model: RewardModel) -> Float[Array, " B"]:
@@ -372,8 +372,8 @@ def check(options: Options) -> Path:
     """
     if options.out is None:
         raise UserError("--out is missing: name the folder of the study")
-    for name in ("seeds", "members", "num_evals", "chunk", "pool", "reward_steps"):
-        least = {"members": 2, "reward_steps": 20, "pool": 4}.get(name, 1)
+    for name in ("seeds", "members", "num_evals", "chunk", "num_samples", "reward_steps"):
+        least = {"members": 2, "reward_steps": 20, "num_samples": 4}.get(name, 1)
         if getattr(options, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least {least}")
     if not options.sizes or not options.pairs or sorted(options.pairs) != list(options.pairs):

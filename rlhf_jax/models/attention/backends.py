@@ -24,7 +24,7 @@ ATTENTION_NAMES = ("query", "key", "value", ATTENDED)
 
 
 @pytree_dataclass
-class Context:
+class AttentionContext:
     """Attention context that every layer of a pass shares: positions and masks.
 
     Attributes:
@@ -63,7 +63,7 @@ def attend(
     query: Float[Array, "B T H d"],
     key: Float[Array, "B S K d"],
     value: Float[Array, "B S K v"],
-    context: Context,
+    context: AttentionContext,
     *,
     backend: AttentionBackend,
     scale: float,
@@ -106,7 +106,7 @@ def choose_backend(
     asked: AttentionBackend,
     query: Float[Array, "B T H d"],
     value: Float[Array, "B S K v"],
-    context: Context,
+    context: AttentionContext,
     *,
     softcap: float | None,
     biased: bool,

@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from rlhf_jax.core.axes import constrain
 from rlhf_jax.core.types import Array, Float, Int, Shaped
-from rlhf_jax.models.attention.backends import Context, attend, plain_attention
+from rlhf_jax.models.attention.backends import AttentionContext, attend, plain_attention
 from rlhf_jax.models.config import Attention, AttentionBackend, LatentAttention
 from rlhf_jax.models.layers import Linear, RMSNorm, norm_layer
 from rlhf_jax.models.positions import Alibi, Rope, alibi_slopes, rotate
@@ -35,7 +35,9 @@ def append(cache: LayerCache, new: LayerCache, start: Int[Array, "*B"]) -> Layer
     return tuple(write_columns(old, columns, start) for old, columns in zip(cache, new, strict=True))
 
 
-def behind_prompt(layer: nn.Module, columns: LayerCache, context: Context) -> tuple[LayerCache, Context]:
+def behind_prompt(
+    layer: nn.Module, columns: LayerCache, context: AttentionContext
+) -> tuple[LayerCache, AttentionContext]:
     """Columns and context with the layer's columns of a soft prompt before them, where it has any."""
     if not layer.has_variable("params", "prompt_0"):
         return columns, context
@@ -59,7 +61,7 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, inputs: Float[Array, "B T D"], context: Context, cache: LayerCache | None
+        self, inputs: Float[Array, "B T D"], context: AttentionContext, cache: LayerCache | None
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         """Returns the layer's output and the cache with the new columns."""
         spec = self.spec
@@ -135,7 +137,7 @@ class MultiHeadLatentAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, inputs: Float[Array, "B T D"], context: Context, cache: LayerCache | None
+        self, inputs: Float[Array, "B T D"], context: AttentionContext, cache: LayerCache | None
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         """Returns the layer's output and the cache with the new columns."""
         spec = self.spec

@@ -83,7 +83,7 @@ class State:
 
 
 @pytree_dataclass
-class Pairs:
+class ImitationBatch:
     """State-action pairs of the log and of the policy, N of each: a batch of the discriminator.
 
     Attributes:
@@ -122,7 +122,7 @@ def imitation_reward(logits: Float[Array, "..."]) -> Float[Array, "..."]:
 
 def make_update(
     logit_fn: LogitFn, tx: optax.GradientTransformation
-) -> Callable[[TrainState, Hyper, Pairs], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Hyper, ImitationBatch], tuple[TrainState, Metrics]]:
     """`update(discriminator, hyper, pairs) -> (discriminator, metrics)`; the policy's is PPO's.
 
         loss = -log D(log's pair) - log(1 - D(policy's pair))
@@ -130,7 +130,7 @@ def make_update(
     averaged over both kinds. It is the binary cross-entropy of `process_reward_loss`, with labels 1 and 0.
     """
 
-    def update(learner: TrainState, hyper: Hyper, pairs: Pairs) -> tuple[TrainState, Metrics]:
+    def update(learner: TrainState, hyper: Hyper, pairs: ImitationBatch) -> tuple[TrainState, Metrics]:
         obs = jnp.concatenate([pairs.obs, pairs.policy_obs])
         action = jnp.concatenate([pairs.action, pairs.policy_action])
         labels = jnp.arange(len(obs)) < len(pairs.obs)
@@ -188,7 +188,9 @@ def make_run(config: Config, env: Environment, env_params: Any, data: Transition
             log_key, own_key = jax.random.split(key)
             batch = offline.sample(log, log_key, batch_size=config.batch_size, gamma=1.0)
             own = jax.random.randint(own_key, (config.batch_size,), 0, len(obs))
-            return discriminate(learner, hyper, Pairs(batch.obs, batch.action, obs[own], action[own]))
+            return discriminate(
+                learner, hyper, ImitationBatch(batch.obs, batch.action, obs[own], action[own])
+            )
 
         keys = jax.random.split(sample_key, config.discriminator_steps)
         discriminator, told = jax.lax.scan(step, state.discriminator, keys)

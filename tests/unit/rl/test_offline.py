@@ -169,7 +169,7 @@ def test_gail_pays_for_looking_like_the_log(log):
     init_fn, logit_fn = gail.make_discriminator(CARTPOLE, BODY)
     learner = init_train_state(init_fn(jax.random.key(0)), TX)
     action = jnp.zeros(16, jnp.int32)
-    pairs = gail.Pairs(jnp.ones((16, 4)), action, -jnp.ones((16, 4)), action)
+    pairs = gail.ImitationBatch(jnp.ones((16, 4)), action, -jnp.ones((16, 4)), action)
     hyper = dataclasses.replace(gail.default_hyper(), discriminator_learning_rate=1e-2)
     update = gail.make_update(logit_fn, TX)
     learner, history = jax.jit(
