@@ -10,7 +10,7 @@ import jax.numpy as jnp
 T = TypeVar("T")
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=False)
+@dataclass_transform(frozen_default=True, kw_only_default=False, field_specifiers=(dataclasses.field,))
 def pytree_dataclass(cls: type[T]) -> type[T]:
     """A frozen dataclass whose fields are all pytree children (use `dataclasses.replace` to change one).
 

@@ -110,7 +110,8 @@ def _to_json(value: Any) -> Any:
 
 def _from_json(value: Any) -> Any:
     if isinstance(value, dict):
-        kind = RENAMED_KINDS.get(value["kind"], value["kind"])
+        kind: str = value["kind"]
+        kind = RENAMED_KINDS.get(kind, kind)
         names = RENAMED_FIELDS.get(kind, {})
         fields = {names.get(name, name): _from_json(item) for name, item in value.items() if name != "kind"}
         return _KINDS[kind](**fields)

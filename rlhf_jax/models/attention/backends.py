@@ -51,7 +51,7 @@ class AttentionContext:
         """Attention mask, `window` tokens back at most."""
         return self.mask if window is None else self.mask & (self.distance() < window)
 
-    def behind_prompt(self, length: int) -> "Context":
+    def behind_prompt(self, length: int) -> "AttentionContext":
         """The same with a soft prompt before every sample: at the positions before 0, seen by all."""
         before = ((0, 0), (length, 0))
         positions = jnp.pad(self.key_positions, before).at[:, :length].set(jnp.arange(-length, 0))
