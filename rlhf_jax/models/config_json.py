@@ -113,7 +113,9 @@ def _from_json(value: Any) -> Any:
         kind: str = value["kind"]
         kind = RENAMED_KINDS.get(kind, kind)
         names = RENAMED_FIELDS.get(kind, {})
-        fields = {names.get(name, name): _from_json(item) for name, item in value.items() if name != "kind"}
+        fields: dict[str, Any] = {
+            names.get(name, name): _from_json(item) for name, item in value.items() if name != "kind"
+        }
         return _KINDS[kind](**fields)
     return tuple(map(_from_json, value)) if isinstance(value, list | tuple) else value
 
