@@ -113,9 +113,7 @@ def _from_json(value: Any) -> Any:
         kind: str = value["kind"]
         kind = RENAMED_KINDS.get(kind, kind)
         names = RENAMED_FIELDS.get(kind, {})
-        fields: dict[str, Any] = {
-            names.get(name, name): _from_json(item) for name, item in value.items() if name != "kind"
-        }
+        fields = {names[k] if k in names else k: _from_json(x) for k, x in value.items() if k != "kind"}
         return _KINDS[kind](**fields)
     return tuple(map(_from_json, value)) if isinstance(value, list | tuple) else value
 
