@@ -113,7 +113,7 @@ def _from_json(value: Any) -> Any:
         kind: str = value["kind"]
         kind = RENAMED_KINDS.get(kind, kind)
         names = RENAMED_FIELDS.get(kind, {})
-        fields = {names[k] if k in names else k: _from_json(x) for k, x in value.items() if k != "kind"}
+        fields = {names.get(str(k), str(k)): _from_json(x) for k, x in value.items() if k != "kind"}
         return _KINDS[kind](**fields)
     return tuple(map(_from_json, value)) if isinstance(value, list | tuple) else value
 
