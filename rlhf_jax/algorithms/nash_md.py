@@ -29,7 +29,7 @@ class Config:
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary.
+    """Hyperparameters of Nash-MD that a sweep may vary (array leaves).
 
     Attributes:
       beta: strength of the KL constraint, per nat (the paper's tau).

@@ -84,7 +84,7 @@ class Config:
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary.
+    """Hyperparameters of PPO that a sweep may vary (array leaves).
 
     Attributes:
       epsilon_low: how far below 1 a ratio may go.

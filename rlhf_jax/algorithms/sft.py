@@ -73,7 +73,7 @@ class Auxiliary:
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary.
+    """Hyperparameters of supervised fine-tuning that a sweep may vary (array leaves).
 
     Attributes:
       auxiliary: None for the weights by default, and for models without anything to weigh.
