@@ -8,7 +8,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec as P
 
 from rlhf_jax import distributed, models
 from rlhf_jax.algorithms import sft
-from rlhf_jax.core.axes import MESH_AXES, axis_rules, constrain, gathered, partition_spec, shards
+from rlhf_jax.core.axes import MESH_AXES, all_gathered, axis_rules, constrain, partition_spec, shards
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
 from rlhf_jax.core.trees import named_leaves
@@ -196,7 +196,7 @@ def test_a_gradient_goes_back_to_where_its_parameter_lives():
         return [e.params["sharding"].spec for e in program.eqns if e.primitive.name == "sharding_constraint"]
 
     plain = lambda x: constrain(x, "vocab", None)  # noqa: E731
-    straight = lambda x: gathered(x, "vocab", "embed")  # noqa: E731
+    straight = lambda x: all_gathered(x, "vocab", "embed")  # noqa: E731
     with jax.sharding.use_abstract_mesh(abstract(fsdp=2)):
         assert specs(plain) == [P(None, None)] * 2  # summed and held whole everywhere
         assert specs(straight) == [P(None, "fsdp")]  # that of the values stands within the custom rule

@@ -96,7 +96,7 @@ def test_what_the_model_reads():
 
 
 @pytest.mark.parametrize(
-    ("text", "answer", "cited", "invented"),
+    ("text", "answer", "cited", "hallucinated_citations"),
     [
         ("a dog [2]", "a dog", (1,), 0),
         ("a dog [2][1] or so [2]", "a dog or so", (1, 0), 0),
