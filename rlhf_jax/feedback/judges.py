@@ -47,7 +47,7 @@ def make_choose_fn(model: Policy, choices: Sequence[str], *, batch_size: int = 2
       UserError: two choices begin with the same token, or several processes ask.
     """
     if jax.process_count() > 1:
-        raise UserError("a model that judges is asked by one process: run without --hosts")
+        raise UserError("a model that judges is asked by one process: run without --coordinator")
     ids = _first_ids(model.tokenizer, choices)
     choose = jax.jit(_make_choice_fn(model, ids))
 

@@ -27,7 +27,7 @@ import tyro
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Rollout
 from rlhf_jax.data.examples import PromptExample
-from rlhf_jax.data.pairs import Pair, best_against_worst, clean, describe_judge, solution_pairs
+from rlhf_jax.data.pairs import Pair, best_vs_worst, clean, describe_judge, solution_pairs
 from rlhf_jax.data.sources import read_rows
 from rlhf_jax.feedback.constitution import read_constitution
 from rlhf_jax.feedback.judges import make_model_judge
@@ -146,7 +146,7 @@ def make_pair_fn(options: Options, model: Policy) -> PairFn:
         answers = list(zip(completion_texts(model.tokenizer, rollout), rewards, strict=True))
         starts = range(0, len(prompts), size)
         found = [
-            best_against_worst(prompt_of(prompts[i]), answers[i : i + size], most) or [_nothing(prompts[i])]
+            best_vs_worst(prompt_of(prompts[i]), answers[i : i + size], most) or [_nothing(prompts[i])]
             for i in starts
         ]
         return [pair for group in found for pair in group]
@@ -176,7 +176,7 @@ def _judged_pairs(options: Options, model: Policy) -> PairFn:
             lead = np.zeros(len(asked))
             if verifier is not None:
                 lead = verifier(sides[0], asked) - verifier(sides[1], asked)
-            rows = zip(asked, first, second, preference, compared.order_gap, lead, strict=True)
+            rows = zip(asked, first, second, preference, compared.position_bias, lead, strict=True)
             for prompt, a, b, p, gap, ahead in rows:
                 sides_of = ((texts[a], float(p)), (texts[b], 1 - float(p)))
                 (better, high), (worse, low) = sides_of if not p < 0.5 else sides_of[::-1]

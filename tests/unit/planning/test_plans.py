@@ -12,11 +12,11 @@ from rlhf_jax.cli.commands import main
 from rlhf_jax.core.axes import GATHERED_SAMPLING, axis_rules
 from rlhf_jax.distributed.accelerator_specs import chip_of
 from rlhf_jax.planning import compiled
-from rlhf_jax.planning.analytic import plan_by_formula
+from rlhf_jax.planning.analytic import analytic_plan
 from rlhf_jax.stages import plan as plan_stage
 
 CONFIG = models.dense_config(
-    vocab_size=64, width=16, num_layers=2, num_heads=4, hidden_dim=32, scan_layers=True, remat="full"
+    vocab_size=64, width=16, num_layers=2, num_heads=4, intermediate_size=32, scan_layers=True, remat="full"
 )
 PARAMS = 64 * 16 + 2 * (4 * 16 * 16 + 3 * 16 * 32 + 2 * 16) + 16
 SPLIT = PARAMS - 5 * 16  # norms are whole on every device
@@ -67,7 +67,7 @@ def test_a_step_compiled_for_the_device_at_hand(tmp_path):
 
 
 def test_plans_on_paper():
-    plan = plan_by_formula(work("grpo", batch=16), distributed.abstract_mesh("fsdp=8"))
+    plan = analytic_plan(work("grpo", batch=16), distributed.abstract_mesh("fsdp=8"))
     # Gathered forward and backward, scattered, and gathered for two scorings.
     sent = 5 * 7 / 8 * plan.resident["parameters"] * 8
     assert plan.programs["update"].sent_bytes == pytest.approx(sent)
@@ -77,9 +77,9 @@ def test_plans_on_paper():
 
 def test_parameters_gathered_once_on_paper():
     mesh = distributed.abstract_mesh("fsdp=8")
-    often = plan_by_formula(work("grpo", batch=16), mesh).programs["generation"]
+    often = analytic_plan(work("grpo", batch=16), mesh).programs["generation"]
     with axis_rules(GATHERED_SAMPLING):
-        once = plan_by_formula(work("grpo", batch=16), mesh).programs["generation"]
+        once = analytic_plan(work("grpo", batch=16), mesh).programs["generation"]
     assert once.sent_bytes == pytest.approx(often.sent_bytes / 4)  # of the 4 new tokens
     assert once.temporary_bytes > often.temporary_bytes
 

@@ -13,7 +13,7 @@ import pytest
 from rlhf_jax.checkpoint import CheckpointManager
 from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.distributed import born_sharded, shardings_of
+from rlhf_jax.distributed import init_sharded, shardings_of
 from rlhf_jax.metrics.writers import read_metrics
 from rlhf_jax.training import Interrupted, LoopConfig, loop as loop_module, run_loop
 
@@ -245,7 +245,7 @@ def test_an_evaluation_at_the_start_compiles_nothing_anew(tmp_path):
     def measure(state):
         return {"score": jnp.sum(state["weights"])}
 
-    state = born_sharded(initial_state)
+    state = init_sharded(initial_state)
     step = jax.jit(take_step, donate_argnums=0, out_shardings=(shardings_of(state), None))
     config = LoopConfig(steps=4, eval_every=2, quiet=True)
     run_loop(state, step, config, stage="toy", folder=tmp_path, eval_fn=lambda state, _: measure(state))
