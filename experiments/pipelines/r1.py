@@ -214,7 +214,7 @@ def stage_runs(options: Options, folder: Path, seed: int) -> dict[str, Callable[
         chosen = rounds.Options(
             run=run_options(name, steps),
             model=str(folder / start),
-            writer=str(policy_folder(folder, writer)),
+            generator=str(policy_folder(folder, writer)),
             prompts=prompts,
             method="expert_iteration",
             rounds=1,
