@@ -1,21 +1,19 @@
 """Variants of GRPO, and its relatives: all that differs between them, in one function each.
 
-A variant function takes the static choices of `group.Config` that are not its own (`group_size=`, ...), and
+A variant function takes the static choices of `grpo.Config` that are not its own (`group_size=`, ...), and
 what it needs of its own, and returns a `GRPOVariant`. A new one is in `grpo_variants()`, and so in the
 choices of every command, once it is written here.
 """
 
 import dataclasses
-import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax.numpy as jnp
-
-from rlhf_jax.algorithms.grpo import Config, GroupStats, Hyper
+from rlhf_jax.algorithms.grpo import AdvantageFn, Config, GroupStats, Hyper
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.importing import is_import_path, load_function, nearest_name
+from rlhf_jax.core.masks import clean, masked_mean
 from rlhf_jax.core.types import Array, Float
 from rlhf_jax.kernels import advantages as baselines
 from rlhf_jax.losses.policy_ratios import sequence_log_ratio
@@ -26,7 +24,7 @@ from rlhf_jax.losses.policy_surrogates import (
     vespo_surrogate,
 )
 from rlhf_jax.losses.policy_weights import truncated_importance_weights
-from rlhf_jax.losses.reductions import constant_length, length_weighted, token_mean
+from rlhf_jax.losses.reductions import constant_length, sequence_sum, token_mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,10 +112,10 @@ def make_variant(
 
     Args:
       changes: what replaces the published hyperparameters and fields; None leaves one as it is. What the
-        variant's function takes itself goes there: the KL of REINFORCE++ stands in the reward, so its
-        `kl_coef` does.
+        variant's function takes itself goes there: the KL of the policy gradients (REINFORCE, RLOO, ...)
+        stands in the reward, so their `kl_coef` does.
       max_completion_length: tokens of the longest answer, for variants that need it (Dr. GRPO).
-      static: fields of `group.Config`.
+      static: fields of `grpo.Config`.
     """
     function = find_variant(variant)
     own = inspect.signature(function).parameters
@@ -131,61 +129,81 @@ def make_variant(
 
 
 def _no_baseline(stats: GroupStats) -> Float[Array, "N G"]:
-    return stats.rewards
+    return clean(stats.rewards, stats.scored)
 
 
 def _batch_baseline(stats: GroupStats) -> Float[Array, "N G"]:
-    return stats.rewards - jnp.mean(stats.rewards)
+    return clean(stats.rewards - masked_mean(stats.rewards, stats.scored), stats.scored)
 
 
 def _unscaled(stats: GroupStats) -> Float[Array, "N G"]:
-    return baselines.group_relative_advantages(stats.rewards, scale_fn=baselines.unit_scale)
+    return baselines.group_relative_advantages(stats.rewards, stats.scored, scale_fn=baselines.unit_scale)
 
 
 def _leave_one_out(stats: GroupStats) -> Float[Array, "N G"]:
-    return baselines.leave_one_out_advantages(stats.rewards)
+    return baselines.leave_one_out_advantages(stats.rewards, stats.scored)
 
 
 def _greedy_baseline(stats: GroupStats) -> Float[Array, "N G"]:
     if stats.greedy_rewards is None:
         raise ValueError("ReMax compares with the most likely answer: give make_batch greedy_rewards=")
-    return baselines.remax_advantages(stats.rewards, stats.greedy_rewards)
+    return baselines.remax_advantages(stats.rewards, stats.greedy_rewards, stats.scored)
 
 
 def _optimal_baseline(stats: GroupStats) -> Float[Array, "N G"]:
-    return baselines.optimal_baseline_advantages(stats.rewards, stats.lengths)
+    return baselines.optimal_baseline_advantages(stats.rewards, stats.lengths, stats.scored)
 
 
-def _whitened_returns(kl_coef: float, stats: GroupStats) -> Float[Array, "B T"]:
+def _whitened_returns(stats: GroupStats) -> Float[Array, "B T"]:
+    # The KL of a token is charged to itself and to those before it, so it is not in the rewards compared.
     return baselines.reinforce_plus_plus_advantages(
-        stats.rewards.reshape(-1), stats.kl, stats.mask, kl_coef=kl_coef
+        stats.outcomes.reshape(-1), stats.kl, stats.mask, kl_coef=stats.kl_coef
     )
 
 
 def _whitened_within_groups(stats: GroupStats) -> Float[Array, "N G"]:
-    return baselines.reinforce_plus_plus_baseline_advantages(stats.rewards)
+    return baselines.reinforce_plus_plus_baseline_advantages(stats.rewards, stats.scored)
 
 
-# Policy gradients, one step on policy: the clip of the surrogate never acts, so it is REINFORCE's gradient.
+# Policy gradients -----------------------------------------------------------------------------------------
+#
+# One step on policy the clip of the surrogate never acts: what is left is E[A sum_t grad log pi(y_t)], the
+# sum over an answer's tokens and the mean over answers. The KL stands in the reward, before the baseline.
 
 
-def reinforce(**static: Any) -> GRPOVariant:
-    """REINFORCE (Williams 1992), with the mean reward of the batch as baseline."""
-    config = Config(advantage_fn=_batch_baseline, **static)
-    return GRPOVariant(config, Hyper(kl_coef=0.0), needs_no_group=True)
+def _policy_gradient(
+    advantage_fn: AdvantageFn, kl_coef: float, static: dict[str, Any]
+) -> tuple[Config, Hyper]:
+    config = Config(advantage_fn=advantage_fn, reduce=sequence_sum, **static)
+    return config, Hyper(kl_coef=0.0, reward_kl_coef=kl_coef)
 
 
-def reinforce_without_baseline(**static: Any) -> GRPOVariant:
-    """REINFORCE (Williams 1992) on bare rewards."""
-    config = Config(advantage_fn=_no_baseline, **static)
-    return GRPOVariant(config, Hyper(kl_coef=0.0), needs_no_group=True)
+def reinforce(*, kl_coef: float = 0.0, **static: Any) -> GRPOVariant:
+    """REINFORCE (Williams 1992), with the mean reward of the batch as baseline.
+
+    Args:
+      kl_coef: weight of the KL in the reward.
+    """
+    return GRPOVariant(*_policy_gradient(_batch_baseline, kl_coef, static), needs_no_group=True)
+
+
+def reinforce_without_baseline(*, kl_coef: float = 0.0, **static: Any) -> GRPOVariant:
+    """REINFORCE (Williams 1992) on bare rewards.
+
+    Args:
+      kl_coef: weight of the KL in the reward.
+    """
+    return GRPOVariant(*_policy_gradient(_no_baseline, kl_coef, static), needs_no_group=True)
 
 
 def reinforce_plus_plus(*, kl_coef: float = 0.01, **static: Any) -> GRPOVariant:
-    """REINFORCE++ (Hu et al. 2025): the KL in the reward, by `kl_coef`; returns whitened over the batch."""
-    advantage_fn = functools.partial(_whitened_returns, kl_coef)
-    config = Config(advantage_fn=advantage_fn, reduce=token_mean, **static)
-    return GRPOVariant(config, Hyper(kl_coef=0.0), needs_no_group=True)
+    """REINFORCE++ (Hu et al. 2025): the KL in the reward of each token; returns whitened over the batch.
+
+    Args:
+      kl_coef: weight of the KL in the reward.
+    """
+    config = Config(advantage_fn=_whitened_returns, reduce=token_mean, **static)
+    return GRPOVariant(config, Hyper(kl_coef=0.0, reward_kl_coef=kl_coef), needs_no_group=True)
 
 
 def reinforce_plus_plus_baseline(**static: Any) -> GRPOVariant:
@@ -193,21 +211,32 @@ def reinforce_plus_plus_baseline(**static: Any) -> GRPOVariant:
     return GRPOVariant(Config(advantage_fn=_whitened_within_groups, reduce=token_mean, **static))
 
 
-def rloo(**static: Any) -> GRPOVariant:
-    """RLOO (Ahmadian et al. 2024): the baseline is the mean of the other answers."""
-    return GRPOVariant(Config(advantage_fn=_leave_one_out, **static))
+def rloo(*, kl_coef: float = 0.02, **static: Any) -> GRPOVariant:
+    """RLOO (Ahmadian et al. 2024): the baseline is the mean of the other answers.
+
+    Args:
+      kl_coef: weight of the KL in the reward, which the baseline sees as well.
+    """
+    return GRPOVariant(*_policy_gradient(_leave_one_out, kl_coef, static))
 
 
-def remax(**static: Any) -> GRPOVariant:
-    """ReMax (Li et al. 2024): the baseline is the reward of the most likely answer."""
-    return GRPOVariant(
-        Config(advantage_fn=_greedy_baseline, **static), needs_greedy=True, needs_no_group=True
-    )
+def remax(*, kl_coef: float = 0.02, **static: Any) -> GRPOVariant:
+    """ReMax (Li et al. 2024): the baseline is the reward of the most likely answer.
+
+    Args:
+      kl_coef: weight of the KL in the reward; the baseline has none.
+    """
+    made = _policy_gradient(_greedy_baseline, kl_coef, static)
+    return GRPOVariant(*made, needs_greedy=True, needs_no_group=True)
 
 
-def opo(**static: Any) -> GRPOVariant:
-    """OPO (Hao et al. 2025): the length-weighted baseline, exactly on policy, no KL."""
-    return GRPOVariant(Config(advantage_fn=_optimal_baseline, **static), Hyper(kl_coef=0.0))
+def opo(*, kl_coef: float = 0.0, **static: Any) -> GRPOVariant:
+    """OPO (Hao et al. 2025): the length-weighted baseline, exactly on policy.
+
+    Args:
+      kl_coef: weight of the KL in the reward; the paper has none.
+    """
+    return GRPOVariant(*_policy_gradient(_optimal_baseline, kl_coef, static))
 
 
 # GRPO and its descendants ---------------------------------------------------------------------------------
@@ -260,7 +289,7 @@ def gspo(**static: Any) -> GRPOVariant:
 def luspo(**static: Any) -> GRPOVariant:
     """LUSPO (arXiv 2602.05261): GSPO with answers weighted by their length."""
     hyper = Hyper(epsilon_low=3e-4, epsilon_high=4e-4, kl_coef=0.0)
-    return GRPOVariant(Config(ratio_fn=sequence_log_ratio, reduce=length_weighted, **static), hyper)
+    return GRPOVariant(Config(ratio_fn=sequence_log_ratio, reduce=sequence_sum, **static), hyper)
 
 
 def gmpo(**static: Any) -> GRPOVariant:

@@ -39,7 +39,7 @@ def group_method(
 
     Args:
       one_step_off_policy: answers come from the policy of one step before, as of asynchronous rollouts; give
-        a variant with `weights_fn` (`group_members.with_truncated_is`) to make up for it.
+        a variant with `weights_fn` (`grpo_variants.with_truncated_is`) to make up for it.
     """
     logprob_fn, tx, config = world.logprob_fn, make_optimizer(optimizer), variant.config
     update = grpo.make_update(config, logprob_fn, tx)
@@ -65,7 +65,9 @@ def group_method(
             described["tokens"] += jnp.sum(greedy.sequences.mask)
         old_logp = logprob_fn(params, rollout.sequences).logp
         ref_logp = logprob_fn(ref_params, rollout.sequences).logp
-        batch, more = grpo.make_batch(config, rollout, rewards, old_logp, ref_logp, greedy_rewards)
+        batch, more = grpo.make_batch(
+            config, hyper, rollout, rewards, old_logp, ref_logp, greedy_rewards=greedy_rewards
+        )
         state, metrics = update(state, hyper, batch)
         return state, {**more, **metrics, **described}
 

@@ -10,6 +10,7 @@ from rlhf_jax.kernels.advantages import (
     reinforce_plus_plus_advantages,
     reinforce_plus_plus_baseline_advantages,
     remax_advantages,
+    reward_spread,
     unit_scale,
 )
 from rlhf_jax.kernels.controllers import adaptive_kl_update, fixed_kl_update
@@ -76,6 +77,7 @@ __all__ = [
     "remax_advantages",
     "retrace",
     "reverse_kl",
+    "reward_spread",
     "sequential_following",
     "time_major",
     "token_logprobs",

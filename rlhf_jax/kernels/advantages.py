@@ -36,6 +36,20 @@ def _group_mean(values: Float[Array, "N G"], mask: Bool[Array, "N G"]) -> Float[
     return masked_mean(values, mask, axis=-1)[..., None]
 
 
+def reward_spread(rewards: Float[Array, "N G"], mask: Bool[Array, "N G"] | None = None) -> Float[Array, " N"]:
+    """Largest less smallest reward of each group: 0 where nothing is to be learned from comparing.
+
+    Args:
+      rewards: one reward for each completion.
+      mask: completions that count.
+    """
+    rewards, mask = _prepare("reward_spread", rewards, mask)
+    spread = jnp.max(clean(rewards, mask, -jnp.inf), axis=-1) - jnp.min(
+        clean(rewards, mask, jnp.inf), axis=-1
+    )
+    return jnp.maximum(spread, 0)
+
+
 def group_std(
     rewards: Float[Array, "N G"], mask: Bool[Array, "N G"], *, epsilon: Scalar = 1e-4
 ) -> Float[Array, "N 1"]:

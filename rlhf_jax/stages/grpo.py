@@ -31,6 +31,7 @@ from rlhf_jax.generation import Sampling
 from rlhf_jax.losses import policy_weights
 from rlhf_jax.metrics import Thresholds
 from rlhf_jax.models import Policy
+from rlhf_jax.rewards.functions import Scored
 from rlhf_jax.rewards.rules import soft_overlong_reward
 from rlhf_jax.rollout.dynamic_sampling import Answers, draw_groups_that_differ, term_means
 from rlhf_jax.rollout.sampler import make_generate_fn
@@ -84,8 +85,9 @@ class Options:
         count where answers are asked to differ; None for 1 with DAPO, and 0 with the others.
       epsilon_low: how far below 1 a ratio may go; None for the algorithm's own.
       epsilon_high: how far above 1; None for the algorithm's own.
-      kl_coef: weight of the KL to the reference, in the loss (REINFORCE++: in the reward); None for the
-        algorithm's own.
+      kl_coef: weight of the KL to the reference, where the algorithm has it: in the reward (REINFORCE,
+        REINFORCE++, RLOO, ReMax, OPO) or in the loss; None for the algorithm's own.
+      reward_kl_coef: weight of the KL to the reference in the reward, in any algorithm; None for its own.
       entropy_coef: weight of the entropy bonus.
     """
 
@@ -111,6 +113,7 @@ class Options:
     epsilon_low: float | None = None
     epsilon_high: float | None = None
     kl_coef: float | None = None
+    reward_kl_coef: float | None = None
     entropy_coef: float = 0.0
 
 
@@ -138,6 +141,7 @@ PUBLISHED = (
     "epsilon_low",
     "epsilon_high",
     "kl_coef",
+    "reward_kl_coef",
     "entropy_coef",
     "dynamic_sampling_max_rounds",
     "overlong_penalty_coef",
@@ -214,16 +218,15 @@ def make_draw_fn(
             metrics["overlong"] = float(np.mean(penalties))
             scored = dataclasses.replace(answers.scored, rewards=answers.rewards + penalties)
             answers = dataclasses.replace(answers, scored=scored)
-        unscorable = distributed.all_values(distributed.shard_batch(answers.scored.unscorable))
-        return answers, {**metrics, **term_means(answers.scored), "unscorable": unscorable.sum()}
+        return answers, {**metrics, **term_means(answers.scored)}
 
     return draw
 
 
 def make_greedy_fn(
     options: Options, model: Policy, prompts: inputs.Prompts, given: Given = NOTHING
-) -> Callable[[Params, Answers], np.ndarray]:
-    """`greedy(params, answers) -> [N]`: rewards of the most likely answers to the same prompts, for ReMax."""
+) -> Callable[[Params, Answers], Scored]:
+    """`greedy(params, answers)`: rewards [N] of the most likely answers to the same prompts, for ReMax."""
     generate = make_generate_fn(
         model,
         prompt_length=prompts.length,
@@ -232,9 +235,9 @@ def make_greedy_fn(
     )
     reward_fn = make_reward_fn(inputs.rewards_of(options.prompts, given), model.tokenizer)
 
-    def greedy(params: Params, answers: Answers) -> np.ndarray:
+    def greedy(params: Params, answers: Answers) -> Scored:
         chosen = answers.prompts[:: options.group_size]
-        return reward_fn(generate(params, chosen, jax.random.key(0)), chosen)
+        return reward_fn.score(generate(params, chosen, jax.random.key(0)), chosen)
 
     return greedy
 
@@ -272,8 +275,13 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
 
     def step(state: grpo.State, number: int):
         answers, drawn = draw(state.rollout_params, number)
-        rewards = [answers.rewards, greedy(state.rollout_params, answers) if variant.needs_greedy else None]
-        data = (parts.original, answers.rollout, *distributed.shard_batch(rewards))
+        scored, greedy_rewards = ~answers.scored.unscorable, None
+        if variant.needs_greedy:
+            compared = greedy(state.rollout_params, answers)
+            greedy_rewards = compared.rewards
+            scored &= np.repeat(~compared.unscorable, options.group_size)  # no baseline, nothing to learn
+        rewards = distributed.shard_batch([answers.rewards, scored, greedy_rewards])
+        data = (parts.original, answers.rollout, *rewards)
         state, metrics = meter.timed("update", learn, state, *data)
         return state, {**metrics, **drawn}
 

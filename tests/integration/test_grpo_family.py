@@ -119,10 +119,12 @@ def test_published_numbers_hold_unless_they_are_replaced(tmp_path):
     assert hyper("dapo", epsilon_high=None, kl_coef=0.1).kl_coef == 0.1
     assert hyper("dapo", epsilon_high=0.4).epsilon_high == 0.4
     assert hyper("gspo").epsilon_low == 3e-4
-    # Its KL is in the reward, so the loss has none.
-    assert hyper("reinforce++", kl_coef=0.5).kl_coef == 0
-    advantage_fn = make_variant("reinforce++", changes={"kl_coef": 0.5}, group_size=2).config.advantage_fn
-    assert getattr(advantage_fn, "args", ()) == (0.5,)
+    # Their KL is in the reward, so the loss has none.
+    for name in ("reinforce++", "rloo", "remax"):
+        assert hyper(name).kl_coef == 0 < hyper(name).reward_kl_coef
+        assert hyper(name, kl_coef=0.5).kl_coef == 0
+        assert hyper(name, kl_coef=0.5).reward_kl_coef == 0.5
+    assert hyper("grpo", reward_kl_coef=0.5).kl_coef > 0
 
 
 def test_impossible_options_of_the_family(tiny, tmp_path, monkeypatch, capsys):

@@ -16,12 +16,13 @@ def _batch(config, seed):
     rollout = tabular.rollout(params, sequences, jnp.ones(len(LENGTHS), bool))
     logp = tabular.score(params, sequences).logp
     rewards = jax.random.uniform(jax.random.key(seed), (len(LENGTHS),))
-    batch, _ = grpo.make_batch(config, rollout, rewards, logp, tabular.score(tabular.init(9), sequences).logp)
+    ref_logp = tabular.score(tabular.init(9), sequences).logp
+    batch, _ = grpo.make_batch(config, grpo.Hyper(), rollout, rewards, logp, ref_logp)
     return batch
 
 
 def test_grpo_over_several_steps():
-    config = grpo.Config(group_size=3, epochs=2, minibatches=2)
+    config = grpo.Config(group_size=3, num_iterations=2, num_minibatches=2)
     tx = optax.scale_by_adam()
     update = jax.jit(chex.assert_max_traces(grpo.make_update(config, tabular.score, tx), n=1))
     state = grpo.init(tabular.init(), tx, jax.random.key(0))

@@ -35,7 +35,9 @@ def gradient_of(variant, *, ref=None, rollout=None, rewards=REWARDS):
     rollout = rollout_of(params) if rollout is None else rollout
     logp = tabular.score(params, rollout.sequences).logp
     greedy = jnp.zeros(N) if variant.needs_greedy else None
-    batch, _ = grpo.make_batch(variant.config, rollout, rewards, logp, ref, greedy)
+    batch, _ = grpo.make_batch(
+        variant.config, variant.hyper, rollout, rewards, logp, ref, greedy_rewards=greedy
+    )
     update = grpo.make_update(variant.config, tabular.score, tx)
     hyper = grpo.Hyper(**{**vars(variant.hyper), "learning_rate": 1.0})
     state, metrics = update(grpo.init(params, tx, jax.random.key(0)), hyper, batch)
@@ -78,10 +80,11 @@ def test_advantages_of_variants_are_what_their_names_say():
 
 def test_remax_without_greedy_rewards_is_refused():
     params = tabular.init()
-    config = grpo_variants.remax(group_size=G).config
+    variant = grpo_variants.remax(group_size=G)
     with pytest.raises(ValueError, match="greedy_rewards"):
         grpo.make_batch(
-            config,
+            variant.config,
+            variant.hyper,
             rollout_of(params),
             REWARDS,
             tabular.score(params, rollout_of(params).sequences).logp,
@@ -89,12 +92,69 @@ def test_remax_without_greedy_rewards_is_refused():
         )
 
 
-def test_reinforce_plus_plus_charges_the_kl_in_the_reward():
+def naive_kl(params, ref):
+    """Sum over each answer's tokens of the log-ratio to the reference."""
+    sequences = rollout_of(params).sequences
+    logp, mask = tabular.score(params, sequences).logp, np.asarray(sequences.mask)
+    return np.where(mask, np.asarray(logp) - np.asarray(ref), 0).sum(axis=1)
+
+
+def test_the_kl_in_the_reward_is_charged_before_the_baseline():
     params = tabular.init()
     ref = tabular.score(tabular.init(7), rollout_of(params).sequences).logp
-    without, _, _ = gradient_of(grpo_variants.reinforce_plus_plus(kl_coef=0.0, group_size=G), ref=ref)
-    charged, _, _ = gradient_of(grpo_variants.reinforce_plus_plus(kl_coef=0.5, group_size=G), ref=ref)
-    assert np.abs(without - charged).max() > 1e-2
+    charged = (np.asarray(REWARDS) - 0.5 * naive_kl(params, ref)).reshape(N, G)
+    others = (charged.sum(axis=1, keepdims=True) - charged) / (G - 1)
+    expected = {
+        "reinforce": charged - charged.mean(),
+        "reinforce_without_baseline": charged,
+        "rloo": charged - others,
+        "remax": charged,
+    }
+    for name, advantages in expected.items():
+        variant = variant_of(name, changes={"kl_coef": 0.5})
+        assert (variant.hyper.kl_coef, variant.hyper.reward_kl_coef) == (0, 0.5)
+        _, batch, _ = gradient_of(variant, ref=ref)
+        np.testing.assert_allclose(batch.advantages, advantages.reshape(-1), rtol=1e-4, atol=1e-5)
+
+
+def test_reinforce_plus_plus_charges_each_token_with_the_kl_from_there_on():
+    params = tabular.init()
+    sequences = rollout_of(params).sequences
+    ref = tabular.score(tabular.init(7), sequences).logp
+    mask = np.asarray(sequences.mask)
+    kl = np.where(mask, tabular.score(params, sequences).logp - ref, 0)
+    returns = np.asarray(REWARDS)[:, None] - 0.5 * np.cumsum(kl[:, ::-1], axis=1)[:, ::-1]
+    expected = (returns - returns[mask].mean()) / returns[mask].std()
+    _, batch, _ = gradient_of(variant_of("reinforce++", changes={"kl_coef": 0.5}), ref=ref)
+    np.testing.assert_allclose(np.asarray(batch.advantages)[mask], expected[mask], rtol=1e-4, atol=1e-5)
+
+
+def test_the_weight_of_the_kl_in_the_reward_is_a_number_that_a_sweep_varies():
+    """Under one jit, traced; and with any variant, GRPO among them."""
+    params, variant = tabular.init(), variant_of("grpo", changes={"reward_kl_coef": 0.3})
+    rollout = rollout_of(params)
+    logp = tabular.score(params, rollout.sequences).logp
+    ref = tabular.score(tabular.init(7), rollout.sequences).logp
+
+    def advantages(coef):
+        hyper = grpo.Hyper(reward_kl_coef=coef)
+        return grpo.make_batch(variant.config, hyper, rollout, REWARDS, logp, ref)[0].advantages
+
+    found = jax.jit(jax.vmap(advantages))(jnp.array([0.0, 0.3]))
+    for coef, lane in zip((0.0, 0.3), found, strict=True):
+        charged = (np.asarray(REWARDS) - coef * naive_kl(params, ref)).reshape(N, G)
+        spread = charged.std(axis=1, ddof=1, keepdims=True) + 1e-4
+        expected = (charged - charged.mean(axis=1, keepdims=True)) / spread
+        np.testing.assert_allclose(lane, expected.reshape(-1), rtol=1e-4, atol=1e-5)
+
+
+def test_metrics_of_tokens_are_means_over_tokens_whatever_the_loss_sums():
+    """On policy the ratio is 1 at every token and no token is clipped; entropy is in nats a token."""
+    entropy = tabular.score(tabular.init(), rollout_of(tabular.init()).sequences).entropy
+    for name in ("rloo", "luspo", "dr_grpo", "dapo"):
+        _, _, metrics = gradient_of(variant_of(name))
+        np.testing.assert_allclose(metrics["ratio"], 1, rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(metrics["entropy"], jnp.nanmean(entropy), rtol=1e-5, err_msg=name)
 
 
 def test_truncated_importance_sampling_weighs_tokens_by_the_sampler():
@@ -141,7 +201,7 @@ def test_a_group_of_one_is_refused_where_answers_are_compared():
 def test_variants_and_losses_of_ones_own_are_found_by_path_and_as_callables(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own_methods.py").write_text(
-        "from rlhf_jax.algorithms.group_members import grpo\n"
+        "from rlhf_jax.algorithms.grpo_variants import grpo\n"
         "from rlhf_jax.losses import dpo_loss\n"
         "def variant(**static):\n    return grpo(**static)\n"
         "def loss(pairs, **options):\n    return dpo_loss(pairs, **options)\n"
