@@ -40,7 +40,7 @@ def world():
 
 def start(seed):
     key = jax.random.key(seed)
-    return Start(key, models.init_params(world().model, key))
+    return Start(key, models.init_params(world().policy.config, key))
 
 
 def grpo(**options):
