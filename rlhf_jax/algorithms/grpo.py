@@ -280,10 +280,15 @@ def make_batch(
     return Batch(sequences, old_logp, ref_logp, advantages, weights), metrics
 
 
-def _loss(
-    config: Config, hyper: Hyper, score: TokenLogprobs, rows: Batch, denominator: Scalar
+def batch_loss(
+    config: Config, hyper: Hyper, score: TokenLogprobs, rows: Batch, denominator: Scalar | None = None
 ) -> tuple[Float[Array, ""], Metrics]:
-    """The loss of some rows, over the denominator of all."""
+    """The loss of a batch (`losses.grpo_loss`), or of some of its rows.
+
+    Args:
+      score: of the rows under the policy, with gradient.
+      denominator: of the whole batch, where the rows are a part of it.
+    """
     loss, metrics = grpo_loss(
         score.logp,
         rows.old_logp,
@@ -329,7 +334,7 @@ def make_update(
             denominator = config.reduce.total(mask)
 
             def loss_fn(params: Params, rows: Batch):
-                return _loss(config, hyper, logprob_fn(params, rows.sequences), rows, denominator)
+                return batch_loss(config, hyper, logprob_fn(params, rows.sequences), rows, denominator)
 
             gradients, loss, metrics = accumulate_gradients(
                 loss_fn, learner, part, micro_batches=config.micro_batches

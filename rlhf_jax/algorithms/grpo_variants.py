@@ -181,6 +181,8 @@ def _policy_gradient(
 def reinforce(*, kl_coef: float = 0.0, **static: Any) -> GRPOVariant:
     """REINFORCE (Williams 1992), with the mean reward of the batch as baseline.
 
+    Gradient: that of E[r], times 1 - 1/B for B answers in a batch, whose mean holds the answer's own reward.
+
     Args:
       kl_coef: weight of the KL in the reward.
     """
@@ -189,6 +191,8 @@ def reinforce(*, kl_coef: float = 0.0, **static: Any) -> GRPOVariant:
 
 def reinforce_without_baseline(*, kl_coef: float = 0.0, **static: Any) -> GRPOVariant:
     """REINFORCE (Williams 1992) on bare rewards.
+
+    Gradient: that of E[r], unbiased.
 
     Args:
       kl_coef: weight of the KL in the reward.
@@ -199,6 +203,8 @@ def reinforce_without_baseline(*, kl_coef: float = 0.0, **static: Any) -> GRPOVa
 def reinforce_plus_plus(*, kl_coef: float = 0.01, **static: Any) -> GRPOVariant:
     """REINFORCE++ (Hu et al. 2025): the KL in the reward of each token; returns whitened over the batch.
 
+    Gradient: biased: advantages over the spread of the batch, answers over its tokens.
+
     Args:
       kl_coef: weight of the KL in the reward.
     """
@@ -207,12 +213,17 @@ def reinforce_plus_plus(*, kl_coef: float = 0.01, **static: Any) -> GRPOVariant:
 
 
 def reinforce_plus_plus_baseline(**static: Any) -> GRPOVariant:
-    """REINFORCE++ with the group's mean as baseline (Hu et al. 2025)."""
+    """REINFORCE++ with the group's mean as baseline (Hu et al. 2025).
+
+    Gradient: biased: advantages over the spread of the batch, answers over its tokens.
+    """
     return GRPOVariant(Config(advantage_fn=_whitened_within_groups, reduce=token_mean, **static))
 
 
 def rloo(*, kl_coef: float = 0.02, **static: Any) -> GRPOVariant:
     """RLOO (Ahmadian et al. 2024): the baseline is the mean of the other answers.
+
+    Gradient: that of E[r], unbiased.
 
     Args:
       kl_coef: weight of the KL in the reward, which the baseline sees as well.
@@ -222,6 +233,8 @@ def rloo(*, kl_coef: float = 0.02, **static: Any) -> GRPOVariant:
 
 def remax(*, kl_coef: float = 0.02, **static: Any) -> GRPOVariant:
     """ReMax (Li et al. 2024): the baseline is the reward of the most likely answer.
+
+    Gradient: that of E[r], unbiased.
 
     Args:
       kl_coef: weight of the KL in the reward; the baseline has none.
@@ -233,6 +246,8 @@ def remax(*, kl_coef: float = 0.02, **static: Any) -> GRPOVariant:
 def opo(*, kl_coef: float = 0.0, **static: Any) -> GRPOVariant:
     """OPO (Hao et al. 2025): the length-weighted baseline, exactly on policy.
 
+    Gradient: biased by the answer's own reward in the baseline, which vanishes in large groups.
+
     Args:
       kl_coef: weight of the KL in the reward; the paper has none.
     """
@@ -243,17 +258,25 @@ def opo(*, kl_coef: float = 0.0, **static: Any) -> GRPOVariant:
 
 
 def grpo(**static: Any) -> GRPOVariant:
-    """GRPO (Shao et al. 2024)."""
+    """GRPO (Shao et al. 2024).
+
+    Gradient: biased: answers over their length, prompts over the spread of their rewards.
+    """
     return GRPOVariant(Config(**static))
 
 
 def bnpo(**static: Any) -> GRPOVariant:
-    """GRPO with the mean over all tokens of the batch instead of within each answer."""
+    """GRPO with the mean over all tokens of the batch instead of within each answer.
+
+    Gradient: biased: answers over the batch's tokens, prompts over the spread of their rewards.
+    """
     return GRPOVariant(Config(reduce=token_mean, **static))
 
 
 def dr_grpo(*, max_completion_length: int, **static: Any) -> GRPOVariant:
     """Dr. GRPO (Liu et al. 2025): neither lengths nor the spread of a group's rewards are divided by.
+
+    Gradient: that of E[r], times (1 - 1/G) / max_completion_length.
 
     Args:
       max_completion_length: the constant that replaces lengths, in tokens.
@@ -266,6 +289,8 @@ def dapo(
     *, dynamic_sampling_max_rounds: int = 8, overlong_penalty_coef: float = 1.0, **static: Any
 ) -> GRPOVariant:
     """DAPO (Yu et al. 2025): clip-higher, token mean, no KL, dynamic sampling, soft overlong punishment.
+
+    Gradient: biased as BNPO's; prompts whose answers are all alike are drawn again.
 
     Args:
       dynamic_sampling_max_rounds: rounds of sampling in a step at most; the paper sets no bound.
@@ -281,36 +306,54 @@ def dapo(
 
 
 def gspo(**static: Any) -> GRPOVariant:
-    """GSPO (Zheng et al. 2025): one ratio for a whole answer."""
+    """GSPO (Zheng et al. 2025): one ratio for a whole answer.
+
+    Gradient: on policy GRPO's without the KL.
+    """
     hyper = Hyper(epsilon_low=3e-4, epsilon_high=4e-4, kl_coef=0.0)
     return GRPOVariant(Config(ratio_fn=sequence_log_ratio, **static), hyper)
 
 
 def luspo(**static: Any) -> GRPOVariant:
-    """LUSPO (arXiv 2602.05261): GSPO with answers weighted by their length."""
+    """LUSPO (arXiv 2602.05261): GSPO with answers weighted by their length.
+
+    Gradient: biased: prompts over the spread of their rewards.
+    """
     hyper = Hyper(epsilon_low=3e-4, epsilon_high=4e-4, kl_coef=0.0)
     return GRPOVariant(Config(ratio_fn=sequence_log_ratio, reduce=sequence_sum, **static), hyper)
 
 
 def gmpo(**static: Any) -> GRPOVariant:
-    """GMPO (Zhao et al. 2025): the geometric mean of an answer's ratios, bounds in log space."""
+    """GMPO (Zhao et al. 2025): the geometric mean of an answer's ratios, bounds in log space.
+
+    Gradient: on policy GRPO's.
+    """
     hyper = Hyper(epsilon_low=0.4, epsilon_high=0.4)
     return GRPOVariant(Config(surrogate_fn=geometric_mean_surrogate, **static), hyper)
 
 
 def cispo(**static: Any) -> GRPOVariant:
-    """CISPO (Chen et al. 2025): the weight is clipped, no token loses its gradient."""
+    """CISPO (Chen et al. 2025): the weight is clipped, no token loses its gradient.
+
+    Gradient: on policy BNPO's without the KL.
+    """
     hyper = Hyper(epsilon_low=1.0, epsilon_high=0.28, kl_coef=0.0)
     return GRPOVariant(Config(surrogate_fn=cispo_surrogate, reduce=token_mean, **static), hyper)
 
 
 def sapo(**static: Any) -> GRPOVariant:
-    """SAPO (Gao et al. 2025): a soft gate instead of a clip."""
+    """SAPO (Gao et al. 2025): a soft gate instead of a clip.
+
+    Gradient: on policy GRPO's without the KL.
+    """
     return GRPOVariant(Config(surrogate_fn=sapo_surrogate, **static), Hyper(kl_coef=0.0))
 
 
 def vespo(**static: Any) -> GRPOVariant:
-    """VESPO (arXiv 2602.10693): a smooth weight of the whole answer's ratio."""
+    """VESPO (arXiv 2602.10693): a smooth weight of the whole answer's ratio.
+
+    Gradient: on policy BNPO's without the KL.
+    """
     return GRPOVariant(Config(surrogate_fn=vespo_surrogate, reduce=token_mean, **static), Hyper(kl_coef=0.0))
 
 

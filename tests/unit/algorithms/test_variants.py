@@ -44,24 +44,6 @@ def gradient_of(variant, *, ref=None, rollout=None, rewards=REWARDS):
     return params["logits"] - state.learner.params["logits"], batch, metrics
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_on_policy_the_gradient_is_that_of_the_weighted_log_probs(name):
-    """At ratio 1 no bound acts: what is left is -sum of weights x advantages x d log p, with the
-    variant's own weights and advantages.
-    """
-    variant = variant_of(name)
-    gradient, batch, _ = gradient_of(variant)
-    params, mask = tabular.init(), batch.sequences.mask
-    advantages = batch.advantages if batch.advantages.ndim == 2 else batch.advantages[:, None] * mask
-
-    def objective(logits):
-        logp = tabular.score({**params, "logits": logits}, batch.sequences).logp
-        # One ratio for an answer has a token's mean log-prob in its gradient, the same for all its tokens.
-        return variant.config.reduce(-advantages * jnp.where(mask, logp, 0), mask)
-
-    np.testing.assert_allclose(gradient, jax.grad(objective)(params["logits"]), rtol=1e-4, atol=1e-5)
-
-
 def test_advantages_of_variants_are_what_their_names_say():
     rewards = np.asarray(REWARDS, np.float64).reshape(N, G)
     mean = rewards.mean(axis=1, keepdims=True)
