@@ -240,16 +240,17 @@ def make_batch(
       hyper: of it `reward_kl_coef`.
       rewards: one for each answer; anything where `scored` is False.
       old_logp: of the rollout as the scorer gives it.
-      scored: answers that have a reward; the others are out of baseline, deviation and loss. None for all.
+      scored: answers that have a reward; None for all. The batch is as if the others were not in it.
       greedy_rewards: for advantages that compare with the most likely answer (ReMax).
 
     Returns:
       (batch, metrics). `frac_reward_zero_std` is the share of groups whose rewards are all equal, which teach
-      nothing; `unscorable` the number of answers without a reward; `sampling_logp_diff` the mean
-      |delta log-prob| between sampler and scorer, in nats per token.
+      nothing; `unscorable` the number of answers without a reward, which of the rest of the metrics only
+      `tokens` counts; `sampling_logp_diff` the mean |delta log-prob| between sampler and scorer, in nats per
+      token.
     """
-    mask = rollout.sequences.mask
     scored = mask_or_all(scored, rewards)
+    mask = rollout.sequences.mask & scored[:, None]
     kl = None if ref_logp is None else cleaned_constant(k1(old_logp, ref_logp), mask)
     advantages, described = compute_advantages(
         config,
@@ -267,16 +268,16 @@ def make_batch(
         "reward_std": jnp.sqrt(masked_mean(jnp.square(rewards - mean), scored)),
         **described,
         "unscorable": jnp.sum(~scored),
-        "length": jnp.mean(jnp.sum(mask, axis=1)),
-        "finished": jnp.mean(rollout.finished),
+        "length": masked_mean(jnp.sum(mask, axis=1), scored),
+        "finished": masked_mean(rollout.finished, scored),
         "sampling_logp_diff": masked_mean(jnp.abs(old_logp - rollout.logp), mask),
-        "tokens": jnp.sum(mask),
+        "tokens": jnp.sum(rollout.sequences.mask),
     }
     if kl is not None:
-        metrics["kl"] = jnp.mean(jnp.sum(kl, axis=1))
+        metrics["kl"] = masked_mean(jnp.sum(kl, axis=1), scored)
     if weights is not None:
         metrics["is_ratio"] = masked_mean(weights, mask)
-    sequences = dataclasses.replace(rollout.sequences, mask=mask & scored[:, None])
+    sequences = dataclasses.replace(rollout.sequences, mask=mask)
     return Batch(sequences, old_logp, ref_logp, advantages, weights), metrics
 
 

@@ -79,7 +79,7 @@ def group_method(
 def _keep_groups_that_differ(
     world: World, rollout: Rollout, rewards: Float[Array, " B"]
 ) -> tuple[Rollout, Float[Array, " B"]]:
-    chosen, _ = selection.groups_that_differ(_grouped(world, rewards), world.prompts)
+    chosen, _ = selection.groups_that_differ(_grouped(world, rewards), keep=world.prompts)
     rows = (chosen[:, None] * world.samples + jnp.arange(world.samples)).reshape(-1)
     return jax.tree.map(lambda leaf: leaf[rows], rollout), rewards[rows]
 

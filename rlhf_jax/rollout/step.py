@@ -48,9 +48,9 @@ def make_ppo_learn(
     update: Callable[..., tuple[ppo.State, Metrics]],
     hyper: ppo.Hyper,
     reference_fn: ReferenceFn,
-) -> Callable[[ppo.State, Params, Rollout, Float[Array, " B"]], tuple[ppo.State, Metrics]]:
-    """`learn(state, original, rollout, rewards)` of PPO: log-probs and values of the answers, the KL to the
-    reference, advantages, and all epochs.
+) -> Callable[..., tuple[ppo.State, Metrics]]:
+    """`learn(state, original, rollout, rewards, scored=None)` of PPO: log-probs and values of the answers,
+    the KL to the reference, advantages, and all epochs.
 
     Args:
       logprob_fn: of policy and value.
@@ -58,11 +58,17 @@ def make_ppo_learn(
     """
 
     def learn(
-        state: ppo.State, original: Params, rollout: Rollout, rewards: Float[Array, " B"]
+        state: ppo.State,
+        original: Params,
+        rollout: Rollout,
+        rewards: Float[Array, " B"],
+        scored: Bool[Array, " B"] | None = None,
     ) -> tuple[ppo.State, Metrics]:
         score = logprob_fn(state.learner.all_params, rollout.sequences)
         ref_logp = ref_logprob_fn(reference_fn(state.learner, original), rollout.sequences).logp
-        state, batch, described = ppo.language_batch(config, state, hyper, rollout, score, ref_logp, rewards)
+        state, batch, described = ppo.language_batch(
+            config, state, hyper, rollout, score, ref_logp, rewards, scored=scored
+        )
         state, metrics = update(state, hyper, batch)
         return state, {**described, **metrics}
 

@@ -328,9 +328,9 @@ def test_only_answers_that_are_good_enough_are_imitated():
 
 
 def test_prompts_whose_answers_differ_come_first():
-    chosen, differ = selection.groups_that_differ(GROUPED, 2)
+    chosen, differ = selection.groups_that_differ(GROUPED, keep=2)
     np.testing.assert_array_equal(chosen, [0, 2])
     np.testing.assert_array_equal(differ, [True, True])
-    chosen, differ = selection.groups_that_differ(GROUPED, 3)
+    chosen, differ = selection.groups_that_differ(GROUPED, keep=3)
     np.testing.assert_array_equal(chosen, [0, 2, 1])
     np.testing.assert_array_equal(differ, [True, True, False])
