@@ -76,9 +76,9 @@ def train(args: argparse.Namespace) -> None:
         for step in range(start, args.steps):
             asked = [prompts[i] for i in sampler.indices(step) for _ in range(args.group_size)]
             rollout = generate(state.rollout_params, asked, jax.random.fold_in(key, step))
-            rewards = reward_fn.score(rollout, asked)
+            scored = reward_fn.score(rollout, asked)
             batch, described = make_batch(
-                state.learner.all_params, reference, rollout, rewards.rewards, ~rewards.unscorable
+                state.learner.all_params, reference, rollout, scored.rewards, ~scored.unscorable
             )
             state, metrics = update(state, hyper, batch)
 

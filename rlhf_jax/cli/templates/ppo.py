@@ -69,9 +69,9 @@ def train(args: argparse.Namespace) -> None:
         for step in range(start, args.steps):
             asked = [prompts[i] for i in sampler.indices(step)]
             rollout = generate(state.learner.all_params["policy"], asked, jax.random.fold_in(key, step))
-            rewards = reward_fn.score(rollout, asked)
+            scored = reward_fn.score(rollout, asked)
             state, batch, described = make_batch(
-                state, reference, rollout, rewards.rewards, ~rewards.unscorable
+                state, reference, rollout, scored.rewards, ~scored.unscorable
             )
             state, metrics = update(state, hyper, batch)
 
