@@ -29,7 +29,7 @@ from rlhf_jax.core.types import (
     Sequences,
     TokenLogprobs,
 )
-from rlhf_jax.kernels.advantages import group_relative_advantages, reward_spread
+from rlhf_jax.kernels.advantages import ScaleFn, group_relative_advantages, group_std, reward_spread
 from rlhf_jax.kernels.kl import k1, k3
 from rlhf_jax.kernels.prepare import cleaned_constant, mask_or_all
 from rlhf_jax.losses.policy import KLFn, RatioFn, SurrogateFn, grpo_loss
@@ -72,9 +72,9 @@ WeightsFn = Callable[[Float[Array, "B T"], Float[Array, "B T"], Bool[Array, "B T
 """(old_logp, sampler_logp, mask) -> weights of tokens; see `losses.policy_weights`."""
 
 
-def grpo_advantages(stats: GroupStats) -> Float[Array, "N G"]:
+def grpo_advantages(stats: GroupStats, *, scale_fn: ScaleFn = group_std) -> Float[Array, "N G"]:
     """GRPO's advantages: `kernels.group_relative_advantages`."""
-    return group_relative_advantages(stats.rewards, stats.scored)
+    return group_relative_advantages(stats.rewards, stats.scored, scale_fn=scale_fn)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,9 @@ class Config:
       surrogate_fn: what the ratio and the advantage become (`losses.policy_surrogates`).
       weights_fn: corrects for a sampler that is not the policy at the start of the update (another
         implementation, or an older policy); None for no correction.
-      kl_fn: estimator of the KL to the reference in the loss.
+      kl_fn: estimator of the KL to the reference in the loss (`kernels.kl`).
+      kl_ratio_correction: multiply that KL by the ratio, which makes its gradient that of KL(pi || ref) for
+        k1 and k3, on policy or off (`losses.grpo_loss`).
       reduce: how tokens become one number.
     """
 
@@ -104,6 +106,7 @@ class Config:
     surrogate_fn: SurrogateFn = clip_surrogate
     weights_fn: WeightsFn | None = None
     kl_fn: KLFn = k3
+    kl_ratio_correction: bool = False
     reduce: Reduction = sequence_mean
 
 
@@ -305,6 +308,7 @@ def batch_loss(
         ratio_fn=config.ratio_fn,
         surrogate_fn=config.surrogate_fn,
         kl_fn=config.kl_fn,
+        kl_ratio_correction=config.kl_ratio_correction,
         reduce=config.reduce,
         denominator=denominator,
     )

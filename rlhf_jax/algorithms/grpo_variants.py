@@ -6,17 +6,20 @@ choices of every command, once it is written here.
 """
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rlhf_jax.algorithms.grpo import AdvantageFn, Config, GroupStats, Hyper
+from rlhf_jax.algorithms import group_advantages
+from rlhf_jax.algorithms.grpo import AdvantageFn, Config, Hyper
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.importing import is_import_path, load_function, nearest_name
-from rlhf_jax.core.masks import clean, masked_mean
-from rlhf_jax.core.types import Array, Float
-from rlhf_jax.kernels import advantages as baselines
-from rlhf_jax.losses.policy_ratios import sequence_log_ratio
+from rlhf_jax.losses.policy_ratios import (
+    sequence_log_ratio,
+    sequence_token_log_ratio,
+    token_log_ratio,
+)
 from rlhf_jax.losses.policy_surrogates import (
     cispo_surrogate,
     geometric_mean_surrogate,
@@ -52,11 +55,17 @@ class GRPOVariant:
     overlong_penalty_coef: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuses groups of one where answers are compared with each other."""
+        """Refuses groups of one where answers are compared with each other, and parts that do not fit."""
         if self.config.group_size == 1 and not self.needs_no_group:
             raise UserError(
                 "group_size 1: the algorithm compares the answers to one prompt, so give 2 or more, or take "
                 "one that compares none (reinforce, reinforce++, remax)"
+            )
+        if self.config.surrogate_fn in (geometric_mean_surrogate, vespo_surrogate) and (
+            self.config.ratio_fn is not token_log_ratio
+        ):
+            raise UserError(
+                "ratio_fn: GMPO and VESPO make an answer's ratio of those of its tokens: leave it"
             )
 
 
@@ -111,9 +120,9 @@ def make_variant(
     """A variant of GRPO with changes, by name, by a path `module:function`, or by its function.
 
     Args:
-      changes: what replaces the published hyperparameters and fields; None leaves one as it is. What the
-        variant's function takes itself goes there: the KL of the policy gradients (REINFORCE, RLOO, ...)
-        stands in the reward, so their `kl_coef` does.
+      changes: what replaces the published hyperparameters and the fields of variant and `Config`; None leaves
+        one as it is. What the variant's function takes itself goes there: the KL of the policy gradients
+        (REINFORCE, RLOO, ...) stands in the reward, so their `kl_coef` does.
       max_completion_length: tokens of the longest answer, for variants that need it (Dr. GRPO).
       static: fields of `grpo.Config`.
     """
@@ -123,46 +132,15 @@ def make_variant(
     if "max_completion_length" in own:
         static["max_completion_length"] = max_completion_length
     made = function(**static, **{name: given.pop(name) for name in [*given] if name in own})
-    fields = {field.name for field in dataclasses.fields(GRPOVariant)}
-    made = dataclasses.replace(made, **{name: given.pop(name) for name in [*given] if name in fields})
+    made = dataclasses.replace(made, **_taken(given, GRPOVariant))
+    made = dataclasses.replace(made, config=dataclasses.replace(made.config, **_taken(given, Config)))
     return dataclasses.replace(made, hyper=dataclasses.replace(made.hyper, **given))
 
 
-def _no_baseline(stats: GroupStats) -> Float[Array, "N G"]:
-    return clean(stats.rewards, stats.scored)
-
-
-def _batch_baseline(stats: GroupStats) -> Float[Array, "N G"]:
-    return clean(stats.rewards - masked_mean(stats.rewards, stats.scored), stats.scored)
-
-
-def _unscaled(stats: GroupStats) -> Float[Array, "N G"]:
-    return baselines.group_relative_advantages(stats.rewards, stats.scored, scale_fn=baselines.unit_scale)
-
-
-def _leave_one_out(stats: GroupStats) -> Float[Array, "N G"]:
-    return baselines.leave_one_out_advantages(stats.rewards, stats.scored)
-
-
-def _greedy_baseline(stats: GroupStats) -> Float[Array, "N G"]:
-    if stats.greedy_rewards is None:
-        raise ValueError("ReMax compares with the most likely answer: give make_batch greedy_rewards=")
-    return baselines.remax_advantages(stats.rewards, stats.greedy_rewards, stats.scored)
-
-
-def _optimal_baseline(stats: GroupStats) -> Float[Array, "N G"]:
-    return baselines.optimal_baseline_advantages(stats.rewards, stats.lengths, stats.scored)
-
-
-def _whitened_returns(stats: GroupStats) -> Float[Array, "B T"]:
-    # The KL of a token is charged to itself and to those before it, so it is not in the rewards compared.
-    return baselines.reinforce_plus_plus_advantages(
-        stats.outcomes.reshape(-1), stats.kl, stats.mask, kl_coef=stats.kl_coef
-    )
-
-
-def _whitened_within_groups(stats: GroupStats) -> Float[Array, "N G"]:
-    return baselines.reinforce_plus_plus_baseline_advantages(stats.rewards, stats.scored)
+def _taken(given: dict[str, Any], options: type) -> dict[str, Any]:
+    """Takes from `given` what is a field of `options`."""
+    names = {field.name for field in dataclasses.fields(options)} & given.keys()
+    return {name: given.pop(name) for name in names}
 
 
 # Policy gradients -----------------------------------------------------------------------------------------
@@ -186,7 +164,9 @@ def reinforce(*, kl_coef: float = 0.0, **static: Any) -> GRPOVariant:
     Args:
       kl_coef: weight of the KL in the reward.
     """
-    return GRPOVariant(*_policy_gradient(_batch_baseline, kl_coef, static), needs_no_group=True)
+    return GRPOVariant(
+        *_policy_gradient(group_advantages.batch_baseline, kl_coef, static), needs_no_group=True
+    )
 
 
 def reinforce_without_baseline(*, kl_coef: float = 0.0, **static: Any) -> GRPOVariant:
@@ -197,7 +177,7 @@ def reinforce_without_baseline(*, kl_coef: float = 0.0, **static: Any) -> GRPOVa
     Args:
       kl_coef: weight of the KL in the reward.
     """
-    return GRPOVariant(*_policy_gradient(_no_baseline, kl_coef, static), needs_no_group=True)
+    return GRPOVariant(*_policy_gradient(group_advantages.no_baseline, kl_coef, static), needs_no_group=True)
 
 
 def reinforce_plus_plus(*, kl_coef: float = 0.01, **static: Any) -> GRPOVariant:
@@ -208,7 +188,7 @@ def reinforce_plus_plus(*, kl_coef: float = 0.01, **static: Any) -> GRPOVariant:
     Args:
       kl_coef: weight of the KL in the reward.
     """
-    config = Config(advantage_fn=_whitened_returns, reduce=token_mean, **static)
+    config = Config(advantage_fn=group_advantages.whitened_returns, reduce=token_mean, **static)
     return GRPOVariant(config, Hyper(kl_coef=0.0, reward_kl_coef=kl_coef), needs_no_group=True)
 
 
@@ -217,7 +197,9 @@ def reinforce_plus_plus_baseline(**static: Any) -> GRPOVariant:
 
     Gradient: biased: advantages over the spread of the batch, answers over its tokens.
     """
-    return GRPOVariant(Config(advantage_fn=_whitened_within_groups, reduce=token_mean, **static))
+    return GRPOVariant(
+        Config(advantage_fn=group_advantages.whitened_within_groups, reduce=token_mean, **static)
+    )
 
 
 def rloo(*, kl_coef: float = 0.02, **static: Any) -> GRPOVariant:
@@ -228,7 +210,7 @@ def rloo(*, kl_coef: float = 0.02, **static: Any) -> GRPOVariant:
     Args:
       kl_coef: weight of the KL in the reward, which the baseline sees as well.
     """
-    return GRPOVariant(*_policy_gradient(_leave_one_out, kl_coef, static))
+    return GRPOVariant(*_policy_gradient(group_advantages.leave_one_out, kl_coef, static))
 
 
 def remax(*, kl_coef: float = 0.02, **static: Any) -> GRPOVariant:
@@ -239,7 +221,7 @@ def remax(*, kl_coef: float = 0.02, **static: Any) -> GRPOVariant:
     Args:
       kl_coef: weight of the KL in the reward; the baseline has none.
     """
-    made = _policy_gradient(_greedy_baseline, kl_coef, static)
+    made = _policy_gradient(group_advantages.greedy_baseline, kl_coef, static)
     return GRPOVariant(*made, needs_greedy=True, needs_no_group=True)
 
 
@@ -251,7 +233,7 @@ def opo(*, kl_coef: float = 0.0, **static: Any) -> GRPOVariant:
     Args:
       kl_coef: weight of the KL in the reward; the paper has none.
     """
-    return GRPOVariant(*_policy_gradient(_optimal_baseline, kl_coef, static))
+    return GRPOVariant(*_policy_gradient(group_advantages.optimal_baseline, kl_coef, static))
 
 
 # GRPO and its descendants ---------------------------------------------------------------------------------
@@ -281,7 +263,9 @@ def dr_grpo(*, max_completion_length: int, **static: Any) -> GRPOVariant:
     Args:
       max_completion_length: the constant that replaces lengths, in tokens.
     """
-    config = Config(advantage_fn=_unscaled, reduce=constant_length(max_completion_length), **static)
+    config = Config(
+        advantage_fn=group_advantages.SCALES["none"], reduce=constant_length(max_completion_length), **static
+    )
     return GRPOVariant(config, Hyper(kl_coef=0.0))
 
 
@@ -312,6 +296,15 @@ def gspo(**static: Any) -> GRPOVariant:
     """
     hyper = Hyper(epsilon_low=3e-4, epsilon_high=4e-4, kl_coef=0.0)
     return GRPOVariant(Config(ratio_fn=sequence_log_ratio, **static), hyper)
+
+
+def gspo_token(**static: Any) -> GRPOVariant:
+    """GSPO-token (Zheng et al. 2025, section 4.3): GSPO with a gradient for each token's own advantage.
+
+    Gradient: GSPO's where the advantages of an answer's tokens are equal, on policy and off.
+    """
+    hyper = Hyper(epsilon_low=3e-4, epsilon_high=4e-4, kl_coef=0.0)
+    return GRPOVariant(Config(ratio_fn=sequence_token_log_ratio, **static), hyper)
 
 
 def luspo(**static: Any) -> GRPOVariant:
@@ -355,6 +348,31 @@ def vespo(**static: Any) -> GRPOVariant:
     Gradient: on policy BNPO's without the KL.
     """
     return GRPOVariant(Config(surrogate_fn=vespo_surrogate, reduce=token_mean, **static), Hyper(kl_coef=0.0))
+
+
+def max_rl(**static: Any) -> GRPOVariant:
+    """MaxRL (arXiv 2602.02710): advantages over the group's mean reward, for rewards of 0 and 1.
+
+    Gradient: that of -sum_{k < G} (1 - p)^k / k, which nears log p, p being the share of right answers.
+    """
+    config = Config(advantage_fn=group_advantages.SCALES["mean"], reduce=sequence_sum, **static)
+    return GRPOVariant(config, Hyper(kl_coef=0.0))
+
+
+def pass_at_k(*, k: int = 2, **static: Any) -> GRPOVariant:
+    """Training for pass@k (Chen et al. 2025, arXiv 2508.10751): GRPO on the rewards of sets of k answers.
+
+    An answer passes where its reward is above 0; the KL in the reward has no say in it.
+
+    Gradient: biased as GRPO's, towards pass@k: prompts of which all sets pass have none.
+
+    Args:
+      k: size of the sets, at most group_size.
+    """
+    made = GRPOVariant(Config(advantage_fn=functools.partial(group_advantages.passing, k), **static))
+    if not 1 <= k <= made.config.group_size:
+        raise UserError(f"k={k}: give a number from 1 to group_size, {made.config.group_size}")
+    return made
 
 
 def with_truncated_is(variant: GRPOVariant) -> GRPOVariant:

@@ -2,6 +2,7 @@
 
 from rlhf_jax.kernels.advantages import (
     batch_std,
+    group_mean,
     group_relative_advantages,
     group_std,
     leave_one_out_advantages,
@@ -56,6 +57,7 @@ __all__ = [
     "following_unmasked",
     "forward_kl",
     "generalized_advantage_estimation",
+    "group_mean",
     "group_relative_advantages",
     "group_std",
     "init_moments",

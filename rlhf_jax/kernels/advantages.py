@@ -73,6 +73,15 @@ def unit_scale(rewards: Float[Array, "N G"], mask: Bool[Array, "N G"]) -> Float[
     return jnp.ones((rewards.shape[0], 1), rewards.dtype)
 
 
+def group_mean(rewards: Float[Array, "N G"], mask: Bool[Array, "N G"]) -> Float[Array, "N 1"]:
+    """Scale of MaxRL (arXiv 2602.02710): each group's mean reward; infinite where it is not positive.
+
+    With rewards of 0 and 1 a right answer counts the more the rarer it is.
+    """
+    mean = _group_mean(rewards, mask)
+    return jnp.where(mean > 0, mean, jnp.inf)
+
+
 def group_relative_advantages(
     rewards: Float[Array, "N G"],
     mask: Bool[Array, "N G"] | None = None,
@@ -86,8 +95,8 @@ def group_relative_advantages(
     Args:
       rewards: one reward for each completion.
       mask: completions that count.
-      scale_fn: `group_std` (GRPO), `batch_std` (group mean, batch scale) or `unit_scale` (Dr. GRPO);
-        any function of (rewards, mask) that returns the divisor of each group.
+      scale_fn: `group_std` (GRPO), `batch_std` (group mean, batch scale), `unit_scale` (Dr. GRPO) or
+        `group_mean` (MaxRL); any function of (rewards, mask) that returns the divisor of each group.
 
     Returns:
       Advantages, 0 where masked; no gradient.

@@ -11,10 +11,11 @@ Rows hold `prompt`, `question` or `messages`; their other fields go to the rewar
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +24,14 @@ import tyro
 
 from rlhf_jax import distributed
 from rlhf_jax.algorithms import grpo
+from rlhf_jax.algorithms.group_advantages import SCALES
 from rlhf_jax.algorithms.grpo_variants import GRPOVariant, grpo_variants, make_variant
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.train_state import OptimizerConfig, with_total_steps
 from rlhf_jax.core.types import Params
 from rlhf_jax.generation import Sampling
-from rlhf_jax.losses import policy_weights
+from rlhf_jax.kernels import kl
+from rlhf_jax.losses import policy_ratios, policy_weights, reductions
 from rlhf_jax.metrics import Thresholds
 from rlhf_jax.models import Policy
 from rlhf_jax.rewards.functions import Scored
@@ -45,6 +48,17 @@ CORRECTIONS = {
     "none": None,
     "tis": policy_weights.truncated_importance_weights,
     "mis": policy_weights.masked_importance_weights,
+}
+RATIOS = {
+    "token": policy_ratios.token_log_ratio,
+    "sequence": policy_ratios.sequence_log_ratio,
+    "sequence_token": policy_ratios.sequence_token_log_ratio,
+}
+KL_ESTIMATORS = {"k1": kl.k1, "k2": kl.k2, "k3": kl.k3}
+REDUCTIONS = {
+    "token_mean": reductions.token_mean,
+    "sequence_mean": reductions.sequence_mean,
+    "sequence_sum": reductions.sequence_sum,
 }
 AlgorithmName = Annotated[
     str,
@@ -88,6 +102,14 @@ class Options:
       kl_coef: weight of the KL to the reference, where the algorithm has it: in the reward (REINFORCE,
         REINFORCE++, RLOO, ReMax, OPO) or in the loss; None for the algorithm's own.
       reward_kl_coef: weight of the KL to the reference in the reward, in any algorithm; None for its own.
+      kl_estimator: of the KL in the loss; None for the algorithm's own, k3.
+      kl_ratio_correction: multiply the KL in the loss by the ratio, so that its gradient is that of the KL.
+      scale_rewards: what rewards less their group's mean are divided by: the deviation of the group or of the
+        batch, nothing, or the group's mean (MaxRL); None for the algorithm's own.
+      importance_sampling_level: of what the ratio is: a token, an answer (GSPO), or an answer in value and a
+        token in gradient; None for the algorithm's own.
+      reduction: how tokens become one number: the mean over all tokens, over answers of the mean over their
+        tokens, or of the sum; None for the algorithm's own.
       entropy_coef: weight of the entropy bonus.
     """
 
@@ -114,6 +136,11 @@ class Options:
     epsilon_high: float | None = None
     kl_coef: float | None = None
     reward_kl_coef: float | None = None
+    kl_estimator: Literal["k1", "k2", "k3"] | None = None
+    kl_ratio_correction: bool = False
+    scale_rewards: Literal["group", "batch", "none", "mean"] | None = None
+    importance_sampling_level: Literal["token", "sequence", "sequence_token"] | None = None
+    reduction: Literal["token_mean", "sequence_mean", "sequence_sum"] | None = None
     entropy_coef: float = 0.0
 
 
@@ -149,17 +176,39 @@ PUBLISHED = (
 """Options that are the variant's own where they are None."""
 
 
+def parts_of(options: Options) -> dict[str, Any]:
+    """Functions that the options put in the place of the variant's own."""
+    if options.kl_estimator == "k1" and not options.kl_ratio_correction:
+        raise UserError(
+            "--kl-estimator k1 has no gradient on average: add --kl-ratio-correction, or take k2 or k3"
+        )
+    chosen = {
+        "kl_fn": (KL_ESTIMATORS, options.kl_estimator),
+        "advantage_fn": (SCALES, options.scale_rewards),
+        "ratio_fn": (RATIOS, options.importance_sampling_level),
+        "reduce": (REDUCTIONS, options.reduction),
+    }
+    named = {part: table[name] for part, (table, name) in chosen.items() if name is not None}
+    return {**named, "kl_ratio_correction": options.kl_ratio_correction or None}
+
+
 def variant_of(options: Options) -> GRPOVariant:
     """The variant with what the options change in it."""
-    variant = make_variant(
+    make = functools.partial(
+        make_variant,
         options.algorithm,
-        changes={name: getattr(options, name) for name in PUBLISHED},
         max_completion_length=options.prompts.max_new_tokens,
         group_size=options.group_size,
         num_iterations=options.num_iterations,
         num_minibatches=options.num_minibatches,
         micro_batches=options.micro_batches,
     )
+    if options.scale_rewards and make().config.advantage_fn not in SCALES.values():
+        raise UserError(
+            f"--scale-rewards is for algorithms whose baseline is the group's mean, which that of "
+            f"--algorithm {options.algorithm} is not: leave it out"
+        )
+    variant = make(changes={name: getattr(options, name) for name in PUBLISHED} | parts_of(options))
     correction = options.importance_sampling_correction or ("tis" if options.one_step_off_policy else "none")
     return dataclasses.replace(
         variant,

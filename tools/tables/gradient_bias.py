@@ -31,6 +31,8 @@ GROUPS = np.array([*itertools.product(range(len(ANSWERS)), repeat=GROUP_SIZE)])
 MENDED = ("reinforce", "reinforce_without_baseline", "rloo", "remax", "opo")
 BEFORE = {name: f"{name}, before" for name in MENDED}
 """Variants that divided answers by their length until it was mended, and what their rows are called."""
+PASS_OR_FAIL = ("max_rl", "pass_at_k")
+"""Variants for rewards of 0 and 1: here 1 where the toy's reward is above 0."""
 STEP = 1.0
 """Of ascent on E[r], after which the policy that sampled is an old one."""
 
@@ -55,6 +57,13 @@ def make_toy() -> Toy:
     old, ref = 0.7 * rng.normal(size=(2, PREFIXES, VOCAB))
     rewards = rng.normal(size=len(ANSWERS))
     return Toy(old, ref, rewards, float(rewards[np.argmax(probabilities(old))]))
+
+
+def toy_of(name: str, toy: Toy) -> Toy:
+    """The toy with the rewards that a variant is for."""
+    if name not in PASS_OR_FAIL:
+        return toy
+    return dataclasses.replace(toy, rewards=np.where(toy.rewards > 0, 1.0, 0.0))
 
 
 def sequences_of(answers: list[tuple[int, ...]]) -> Sequences:
@@ -173,6 +182,7 @@ def _cosine(a: np.ndarray, b: np.ndarray) -> float:
 
 def measure(name: str, toy: Toy) -> Bias:
     """Without the KL, which is no part of E[r]."""
+    toy = toy_of(name, toy)
     no_kl = {"kl_coef": 0.0, "reward_kl_coef": 0.0}
     of_groups, target = gradients(name, toy, **no_kl), true_gradient(toy.old, toy.rewards)
     mean = expectation(of_groups, toy)
@@ -237,6 +247,9 @@ the gradient of E[r] - kl_coef KL(policy, reference) wherever that of E[r] is un
 
 {head}
 {now}
+
+max_rl and pass_at_k, which are for right and wrong answers, have rewards of 1 (above 0 in the toy) and 0, and
+are compared with the gradient of the share of right ones.
 
 A factor that all answers share, such as 1 - 1/G, changes the length of the gradient and not its direction:
 Adam does not see it. Three things change the direction. Answers over their length: a token of a short answer

@@ -85,6 +85,25 @@ def test_policy_gradients_climb_the_mean_reward_less_the_kl(name, beta):
     np.testing.assert_allclose(found, UNBIASED[name] * gradient, rtol=0, atol=1e-14)
 
 
+def test_max_rl_climbs_the_first_terms_of_the_log_likelihood():
+    """log p = -sum_k (1 - p)^k / k, p the probability of a right answer; groups of G see G - 1 terms."""
+    right = toy().rewards > 0
+
+    def truncated(table):
+        logits = jax.nn.log_softmax(table)
+        p = 0.0
+        for answer, counts in zip(ANSWERS, right, strict=True):
+            if counts:
+                p += jnp.exp(sum(logits[PREFIX[answer[:t]], answer[t]] for t in range(len(answer))))
+        return -sum((1 - p) ** k / k for k in range(1, G))
+
+    binary = dataclasses.replace(toy(), rewards=np.float64(right))
+    found = tool.expectation(tool.gradients("max_rl", binary), binary)
+    gradient = jax.grad(truncated)(jnp.asarray(toy().old))
+    assert np.abs(gradient).max() > 0.05
+    np.testing.assert_allclose(found, gradient, rtol=0, atol=1e-14)
+
+
 # The others, as sums over groups ---------------------------------------------------------------------
 
 
@@ -114,6 +133,16 @@ def whitened_returns(rewards, kls):
     return [[(x - mean) / scale for x in row] for row in returns]
 
 
+def mean_over_sets(rewards, lengths, k=2, epsilon=1e-6):
+    """Of the normalized rewards of all sets of k that hold the answer (Chen et al. 2025, section 3)."""
+    sets = list(itertools.combinations(range(G), k))
+    passes = [float(any(rewards[i] > 0 for i in members)) for members in sets]
+    mean = sum(passes) / len(sets)
+    scale = math.sqrt(sum((x - mean) ** 2 for x in passes) / len(sets)) + epsilon
+    of_answer = [[(x - mean) / scale for x, s in zip(passes, sets, strict=True) if i in s] for i in range(G)]
+    return [sum(values) / len(values) for values in of_answer]
+
+
 def over_own_length(lengths):
     return [1 / (G * n) for n in lengths]
 
@@ -138,8 +167,10 @@ BIASED = {
     "luspo": (standardized, over_answers, "none"),
     "gmpo": (standardized, over_own_length, "loss"),
     "cispo": (standardized, over_tokens, "none"),  # MiniMax-M1, eq. 4
+    "gspo_token": (standardized, over_own_length, "none"),
     "sapo": (standardized, over_own_length, "none"),
     "vespo": (standardized, over_tokens, "none"),
+    "pass_at_k": (mean_over_sets, over_own_length, "loss"),
 }
 
 
@@ -187,14 +218,14 @@ def test_the_others_are_the_weighted_sums_of_their_papers(name):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_kl_stands_where_the_paper_has_it(name):
     in_reward = {"reinforce++", "rloo", "remax"}
-    in_loss = {"grpo", "bnpo", "gmpo", "reinforce++-baseline"}
+    in_loss = {"grpo", "bnpo", "gmpo", "reinforce++-baseline", "pass_at_k"}
     hyper = tool.variant_of(name).hyper
     assert (hyper.kl_coef > 0) == (name in in_loss)
     assert (hyper.reward_kl_coef > 0) == (name in in_reward)
 
 
 def test_every_variant_has_its_objective_here():
-    assert UNBIASED.keys() | BIASED.keys() == VARIANTS.keys()
+    assert UNBIASED.keys() | BIASED.keys() | {"max_rl"} == VARIANTS.keys()
 
 
 # How large the bias is -------------------------------------------------------------------------------
@@ -212,11 +243,14 @@ FROZEN = {
     "dr_grpo": (1, 4.9822477803e-16, 3.0555667127, 0.159210272168),
     "dapo": (0.966353229336, 0.170116573434, 2.55393119355, 0.823967774473),
     "gspo": (0.913252257791, 0.339779695961, 1.51387828118, -0.639842734176),
+    "gspo_token": (0.913252257791, 0.339779695961, 1.51387828118, -0.639842734176),
     "luspo": (0.984942305403, 0.124677210188, 2.75968503556, -0.538348457745),
     "gmpo": (0.913252257791, 0.339779695961, 1.51387828118, 0.914364703259),
     "cispo": (0.966353229336, 0.170116573434, 2.55393119355, 0.969555513762),
     "sapo": (0.913252257791, 0.339779695961, 1.51387828118, 0.905669895115),
     "vespo": (0.966353229336, 0.170116573434, 2.55393119355, 0.974456392508),
+    "max_rl": (1, 2.8851029212e-15, 6.64182839495, 0.999781815038),
+    "pass_at_k": (0.949625743674, 0.380417738806, 61.5464258823, 0.947779732305),
     "rloo, before": (0.943741409716, 0.30395656711, 1.73218134757, 0.0676082141291),
 }
 

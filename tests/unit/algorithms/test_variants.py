@@ -1,7 +1,9 @@
 """Families: every GRPO variant learns what its rewards say, every pair loss is what its name says."""
 
 import contextlib
+import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +13,13 @@ import pytest
 import tabular
 
 from rlhf_jax import losses
-from rlhf_jax.algorithms import grpo, grpo_variants, preference, selection, unpaired
+from rlhf_jax.algorithms import group_advantages, grpo, grpo_variants, preference, selection, unpaired
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.types import TokenLogprobs
+from rlhf_jax.kernels import k1, k2, k3
 from rlhf_jax.losses.pair_logps import traits_of
-from rlhf_jax.losses.reductions import constant_length
+from rlhf_jax.losses.policy_ratios import sequence_log_ratio
+from rlhf_jax.losses.reductions import constant_length, token_mean
 
 N, G, WIDTH = 3, 4, 6
 REWARDS = jnp.asarray(np.random.default_rng(0).normal(size=N * G), jnp.float32)
@@ -157,7 +162,7 @@ def test_names_of_variants_are_those_of_their_functions():
         "reinforce++-baseline",
         "rloo",
     ]
-    assert len(VARIANTS) == 17
+    assert len(VARIANTS) == 20
     assert {"with_truncated_is", "make_variant", "find_variant"}.isdisjoint(VARIANTS)
 
 
@@ -171,6 +176,62 @@ def test_a_variant_carries_what_it_is_published_with():
     assert changed.hyper.kl_coef == 0.5
     assert variant_of("grpo", changes={"overlong_penalty_coef": 0.3}).overlong_penalty_coef == 0.3
     assert variant_of("dr_grpo").config.reduce is constant_length(WIDTH)
+
+
+def test_parts_of_a_variant_are_changed_one_by_one():
+    changes = {"kl_fn": k2, "kl_ratio_correction": True, "ratio_fn": sequence_log_ratio, "reduce": token_mean}
+    changed = variant_of("grpo", changes={**changes, "advantage_fn": None, "kl_coef": 0.3})
+    expected = dataclasses.replace(variant_of("grpo").config, **changes)
+    assert changed.config == expected
+    assert changed.hyper.kl_coef == 0.3
+    for name in ("gmpo", "vespo"):
+        with pytest.raises(UserError, match="ratio_fn: GMPO and VESPO"):
+            variant_of(name, changes=changes)
+    with pytest.raises(UserError, match="k=5: give a number from 1 to group_size, 4"):
+        variant_of("pass_at_k", changes={"k": 5})
+
+
+def test_scales_of_advantages():
+    rewards = np.asarray(REWARDS, np.float64).reshape(N, G)
+    centred = rewards - rewards.mean(axis=1, keepdims=True)
+    own = rewards.mean(axis=1, keepdims=True)
+    expected = {
+        "group": centred / (rewards.std(axis=1, ddof=1, keepdims=True) + 1e-4),
+        "batch": centred / (rewards.std(ddof=1) + 1e-4),
+        "none": centred,
+        "mean": np.where(own > 0, centred / own, 0),
+    }
+    assert expected.keys() == group_advantages.SCALES.keys()
+    assert (own > 0).any()
+    assert (own < 0).any()
+    for name, advantages in expected.items():
+        variant = variant_of("grpo", changes={"advantage_fn": group_advantages.SCALES[name]})
+        _, batch, _ = gradient_of(variant)
+        np.testing.assert_allclose(batch.advantages, advantages.reshape(-1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kl_fn", [k1, k3])
+def test_a_corrected_kl_in_the_loss_has_the_gradient_of_the_kl(kl_fn):
+    """Enumerated over the answers of one token to one prompt, each as often as the older policy says it."""
+    table, ref = tabular.init()["logits"][0], tabular.init(7)["logits"][0]
+    old = jax.nn.softmax(table + jnp.array([0.3, -0.2, 0.1, 0.0, 0.4]))
+    config = dataclasses.replace(variant_of("grpo").config, kl_fn=kl_fn, kl_ratio_correction=True)
+
+    def loss(table, answer):
+        logp, old_logp, ref_logp = (
+            jax.nn.log_softmax(x)[answer][None, None] for x in (table, jnp.log(old), ref)
+        )
+        sequences = types.SimpleNamespace(mask=jnp.ones((1, 1), bool))
+        rows = grpo.Batch(sequences, old_logp, ref_logp, jnp.zeros(1))
+        score = TokenLogprobs(logp, jnp.zeros((1, 1)), None)
+        return grpo.batch_loss(config, grpo.Hyper(kl_coef=1.0), score, rows)[0]
+
+    def kl(table):
+        logp = jax.nn.log_softmax(table)
+        return jnp.sum(jnp.exp(logp) * (logp - jax.nn.log_softmax(ref)))
+
+    found = jax.vmap(jax.grad(loss), (None, 0))(table, jnp.arange(tabular.VOCAB))
+    np.testing.assert_allclose(old @ found, jax.grad(kl)(table), rtol=1e-4, atol=1e-5)
 
 
 def test_a_group_of_one_is_refused_where_answers_are_compared():
