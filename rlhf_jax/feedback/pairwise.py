@@ -1,4 +1,4 @@
-"""Which of two answers is preferred: by their rewards, or by a judge who sees both."""
+"""Pairwise preferences between two answers: by their rewards, or by a judge who sees both."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from rlhf_jax.rollout.sampler import completion_texts
 
 
 @dataclasses.dataclass(frozen=True)
-class Compared:
+class PairwiseResult:
     """Two answers to each prompt.
 
     Attributes:
@@ -27,23 +27,23 @@ class Compared:
         judged.
       scored: [N] bool, pairs of which both sides could be judged.
       metrics: what is known of the answers.
-      order_gap: [N] a judge's advantage for what it sees first, from -1 to 1: what the probabilities that it
-        gives in the two orders sum to, minus 1; zeros where nobody was asked twice.
+      position_bias: [N] a judge's advantage for what it sees first, from -1 to 1: what the probabilities that
+        it gives in the two orders sum to, minus 1; zeros where nobody was asked twice.
     """
 
     preference: np.ndarray
     scored: np.ndarray
     metrics: dict[str, float]
-    order_gap: np.ndarray
+    position_bias: np.ndarray
 
 
-CompareFn = Callable[[Sequence[PromptExample], Rollout, Rollout], Compared]
+CompareFn = Callable[[Sequence[PromptExample], Rollout, Rollout], PairwiseResult]
 
 
 def compare_by_rewards(reward_fn: RolloutReward, *, noise: float) -> CompareFn:
     """Bradley-Terry preferences, sigmoid(difference of rewards / noise)."""
 
-    def compare(prompts: Sequence[PromptExample], first: Rollout, second: Rollout) -> Compared:
+    def compare(prompts: Sequence[PromptExample], first: Rollout, second: Rollout) -> PairwiseResult:
         sides = [Answers(prompts, side, reward_fn.score(side, prompts)) for side in (first, second)]
         ours, theirs = (jnp.asarray(side.rewards) for side in sides)
         scored = ~np.any([side.scored.unscorable for side in sides], axis=0)
@@ -53,7 +53,7 @@ def compare_by_rewards(reward_fn: RolloutReward, *, noise: float) -> CompareFn:
             "unscorable": int(sum(side.scored.unscorable.sum() for side in sides)),
         }
         preference = np.where(scored, win_probability(ours, theirs, noise=noise), 0.5).astype(np.float32)
-        return Compared(preference, scored, metrics, np.zeros_like(preference))
+        return PairwiseResult(preference, scored, metrics, np.zeros_like(preference))
 
     return compare
 
@@ -86,13 +86,13 @@ def compare_by_judge(judge: str | RewardFn, tokenizer: Tokenizer) -> CompareFn:
             )
         return said, ~scored.unscorable
 
-    def compare(prompts: Sequence[PromptExample], first: Rollout, second: Rollout) -> Compared:
+    def compare(prompts: Sequence[PromptExample], first: Rollout, second: Rollout) -> PairwiseResult:
         (forth, judged), (back, judged_back) = ask(prompts, first, second), ask(prompts, second, first)
         scored = judged & judged_back
         preference = np.where(scored, both_orders(forth, back), 0.5).astype(np.float32)
         gap = np.where(scored, forth + back - 1, 0).astype(np.float32)
         bias = order_bias(forth[scored], back[scored]) if scored.any() else 0.0
         metrics = {"order_bias": bias, "unscorable": int(np.sum(~scored))}
-        return Compared(preference, scored, metrics, gap)
+        return PairwiseResult(preference, scored, metrics, gap)
 
     return compare

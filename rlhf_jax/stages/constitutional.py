@@ -39,6 +39,7 @@ from rlhf_jax.stages import common, embedded, inputs, sft
 from rlhf_jax.stages.rounds import prompt_of, write_rows
 from rlhf_jax.tasks import arithmetic_reviews as reviews
 from rlhf_jax.tasks.arithmetic import Split
+from rlhf_jax.training.loading import load
 from rlhf_jax.training.run_folder import describe_run, load_policy, write_json
 
 DATA = "arithmetic:0"
@@ -256,7 +257,7 @@ def run(options: Options) -> None:
     )
     describe_run(out, common.to_json(options), stage="constitutional")
     start = Path(options.model) if options.model else train_skills(options)
-    model = load_policy(start)
+    model = load(start)
     write_rows(out / "constitution.jsonl", constitution_rows(principles))
     judge = {"kind": "rating", "model": os.path.relpath(start, out), "constitution": "constitution.jsonl"}
     write_json(out / "judge.json", judge)

@@ -35,7 +35,8 @@ from rlhf_jax.stages import common
 from rlhf_jax.stages.inputs import UNBOUNDED
 from rlhf_jax.tasks import arithmetic_reviews as reviews
 from rlhf_jax.tasks.arithmetic import Split
-from rlhf_jax.training.run_folder import describe_run, load_policy, load_reward_model, write_json
+from rlhf_jax.training.loading import load
+from rlhf_jax.training.run_folder import describe_run, load_reward_model, write_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -166,7 +167,7 @@ def run(options: Options) -> None:
     check(options)
     propositions = load_propositions(options.propositions)
     fit, held_out = load_ranked(options)
-    grader = load_policy(Path(options.grader)) if options.grader else None
+    grader = load(options.grader) if options.grader else None
     options.out.mkdir(parents=True, exist_ok=True)
     describe_run(options.out, common.to_json(options), stage="rule_rewards")
     rankings, others = (graded(rows, propositions, grader, options.reward_model) for rows in (fit, held_out))
