@@ -69,7 +69,9 @@ def grpo_algorithm(
             described["tokens"] += jnp.sum(greedy.sequences.mask)
         old_logp = logprob_fn(params, rollout.sequences).logp
         ref_logp = logprob_fn(ref_params, rollout.sequences).logp
-        batch, more = grpo.make_batch(config, rollout, rewards, old_logp, ref_logp, greedy_rewards)
+        batch, more = grpo.make_batch(
+            config, hyper, rollout, rewards, old_logp, ref_logp, greedy_rewards=greedy_rewards
+        )
         state, metrics = update(state, hyper, batch)
         return state, {**more, **metrics, **described}
 
@@ -81,7 +83,7 @@ def grpo_algorithm(
 def _keep_groups_that_differ(
     task_setup: TaskSetup, rollout: Rollout, rewards: Float[Array, " B"]
 ) -> tuple[Rollout, Float[Array, " B"]]:
-    chosen, _ = selection.groups_that_differ(_grouped(task_setup, rewards), task_setup.num_prompts)
+    chosen, _ = selection.groups_that_differ(_grouped(task_setup, rewards), keep=task_setup.num_prompts)
     rows = (chosen[:, None] * task_setup.num_samples + jnp.arange(task_setup.num_samples)).reshape(-1)
     return jax.tree.map(lambda leaf: leaf[rows], rollout), rewards[rows]
 

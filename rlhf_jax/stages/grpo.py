@@ -11,10 +11,11 @@ Rows hold `prompt`, `question` or `messages`; their other fields go to the rewar
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,14 +24,17 @@ import tyro
 
 from rlhf_jax import distributed
 from rlhf_jax.algorithms import grpo
+from rlhf_jax.algorithms.group_advantages import SCALES
 from rlhf_jax.algorithms.grpo_variants import GRPOVariant, grpo_variants, make_variant
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.train_state import OptimizerConfig, with_total_steps
 from rlhf_jax.core.types import Params
 from rlhf_jax.generation import Sampling
-from rlhf_jax.losses import policy_weights
+from rlhf_jax.kernels import kl
+from rlhf_jax.losses import policy_ratios, policy_weights, reductions
 from rlhf_jax.metrics import Thresholds
 from rlhf_jax.models import Policy
+from rlhf_jax.rewards.functions import Scored
 from rlhf_jax.rewards.rules import soft_overlong_reward
 from rlhf_jax.rollout.dynamic_sampling import Answers, filter_zero_std_groups, term_means
 from rlhf_jax.rollout.sampler import make_generate_fn
@@ -44,6 +48,17 @@ CORRECTIONS = {
     "none": None,
     "tis": policy_weights.truncated_importance_weights,
     "mis": policy_weights.masked_importance_weights,
+}
+RATIOS = {
+    "token": policy_ratios.token_log_ratio,
+    "sequence": policy_ratios.sequence_log_ratio,
+    "sequence_token": policy_ratios.sequence_token_log_ratio,
+}
+KL_ESTIMATORS = {"k1": kl.k1, "k2": kl.k2, "k3": kl.k3}
+REDUCTIONS = {
+    "token_mean": reductions.token_mean,
+    "sequence_mean": reductions.sequence_mean,
+    "sequence_sum": reductions.sequence_sum,
 }
 AlgorithmName = Annotated[
     str,
@@ -84,8 +99,17 @@ class Options:
         count where answers are asked to differ; None for 1 with DAPO, and 0 with the others.
       epsilon_low: how far below 1 a ratio may go; None for the algorithm's own.
       epsilon_high: how far above 1; None for the algorithm's own.
-      kl_coef: weight of the KL to the reference, in the loss (REINFORCE++: in the reward); None for the
-        algorithm's own.
+      kl_coef: weight of the KL to the reference, where the algorithm has it: in the reward (REINFORCE,
+        REINFORCE++, RLOO, ReMax, OPO) or in the loss; None for the algorithm's own.
+      reward_kl_coef: weight of the KL to the reference in the reward, in any algorithm; None for its own.
+      kl_estimator: of the KL in the loss; None for the algorithm's own, k3.
+      kl_ratio_correction: multiply the KL in the loss by the ratio, so that its gradient is that of the KL.
+      scale_rewards: what rewards less their group's mean are divided by: the deviation of the group or of the
+        batch, nothing, or the group's mean (MaxRL); None for the algorithm's own.
+      importance_sampling_level: of what the ratio is: a token, an answer (GSPO), or an answer in value and a
+        token in gradient; None for the algorithm's own.
+      reduction: how tokens become one number: the mean over all tokens, over answers of the mean over their
+        tokens, or of the sum; None for the algorithm's own.
       entropy_coef: weight of the entropy bonus.
     """
 
@@ -111,6 +135,12 @@ class Options:
     epsilon_low: float | None = None
     epsilon_high: float | None = None
     kl_coef: float | None = None
+    reward_kl_coef: float | None = None
+    kl_estimator: Literal["k1", "k2", "k3"] | None = None
+    kl_ratio_correction: bool = False
+    scale_rewards: Literal["group", "batch", "none", "mean"] | None = None
+    importance_sampling_level: Literal["token", "sequence", "sequence_token"] | None = None
+    reduction: Literal["token_mean", "sequence_mean", "sequence_sum"] | None = None
     entropy_coef: float = 0.0
 
 
@@ -138,6 +168,7 @@ PUBLISHED = (
     "epsilon_low",
     "epsilon_high",
     "kl_coef",
+    "reward_kl_coef",
     "entropy_coef",
     "dynamic_sampling_max_rounds",
     "overlong_penalty_coef",
@@ -145,17 +176,39 @@ PUBLISHED = (
 """Options that are the variant's own where they are None."""
 
 
+def parts_of(options: Options) -> dict[str, Any]:
+    """Functions that the options put in the place of the variant's own."""
+    if options.kl_estimator == "k1" and not options.kl_ratio_correction:
+        raise UserError(
+            "--kl-estimator k1 has no gradient on average: add --kl-ratio-correction, or take k2 or k3"
+        )
+    chosen = {
+        "kl_fn": (KL_ESTIMATORS, options.kl_estimator),
+        "advantage_fn": (SCALES, options.scale_rewards),
+        "ratio_fn": (RATIOS, options.importance_sampling_level),
+        "reduce": (REDUCTIONS, options.reduction),
+    }
+    named = {part: table[name] for part, (table, name) in chosen.items() if name is not None}
+    return {**named, "kl_ratio_correction": options.kl_ratio_correction or None}
+
+
 def variant_of(options: Options) -> GRPOVariant:
     """The variant with what the options change in it."""
-    variant = make_variant(
+    make = functools.partial(
+        make_variant,
         options.algorithm,
-        changes={name: getattr(options, name) for name in PUBLISHED},
         max_completion_length=options.prompts.max_new_tokens,
         group_size=options.group_size,
         num_iterations=options.num_iterations,
         num_minibatches=options.num_minibatches,
         micro_batches=options.micro_batches,
     )
+    if options.scale_rewards and make().config.advantage_fn not in SCALES.values():
+        raise UserError(
+            f"--scale-rewards is for algorithms whose baseline is the group's mean, which that of "
+            f"--algorithm {options.algorithm} is not: leave it out"
+        )
+    variant = make(changes={name: getattr(options, name) for name in PUBLISHED} | parts_of(options))
     correction = options.importance_sampling_correction or ("tis" if options.one_step_off_policy else "none")
     return dataclasses.replace(
         variant,
@@ -214,16 +267,15 @@ def make_draw_fn(
             metrics["overlong"] = float(np.mean(penalties))
             scored = dataclasses.replace(answers.scored, rewards=answers.rewards + penalties)
             answers = dataclasses.replace(answers, scored=scored)
-        unscorable = distributed.all_values(distributed.shard_batch(answers.scored.unscorable))
-        return answers, {**metrics, **term_means(answers.scored), "unscorable": unscorable.sum()}
+        return answers, {**metrics, **term_means(answers.scored)}
 
     return draw
 
 
 def make_greedy_fn(
     options: Options, model: Policy, prompts: inputs.Prompts, given: Given = NOTHING
-) -> Callable[[Params, Answers], np.ndarray]:
-    """`greedy(params, answers) -> [N]`: rewards of the most likely answers to the same prompts, for ReMax."""
+) -> Callable[[Params, Answers], Scored]:
+    """`greedy(params, answers)`: rewards [N] of the most likely answers to the same prompts, for ReMax."""
     generate = make_generate_fn(
         model,
         prompt_length=prompts.length,
@@ -232,9 +284,9 @@ def make_greedy_fn(
     )
     reward_fn = make_reward_fn(inputs.rewards_of(options.prompts, given), model.tokenizer)
 
-    def greedy(params: Params, answers: Answers) -> np.ndarray:
+    def greedy(params: Params, answers: Answers) -> Scored:
         chosen = answers.prompts[:: options.group_size]
-        return reward_fn(generate(params, chosen, jax.random.key(0)), chosen)
+        return reward_fn.score(generate(params, chosen, jax.random.key(0)), chosen)
 
     return greedy
 
@@ -272,8 +324,13 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
 
     def step(state: grpo.State, number: int):
         answers, drawn = draw(state.rollout_params, number)
-        rewards = [answers.rewards, greedy(state.rollout_params, answers) if variant.needs_greedy else None]
-        data = (split.original, answers.rollout, *distributed.shard_batch(rewards))
+        scored, greedy_rewards = ~answers.scored.unscorable, None
+        if variant.needs_greedy:
+            compared = greedy(state.rollout_params, answers)
+            greedy_rewards = compared.rewards
+            scored &= np.repeat(~compared.unscorable, options.group_size)  # no baseline, nothing to learn
+        rewards = distributed.shard_batch([answers.rewards, scored, greedy_rewards])
+        data = (split.original, answers.rollout, *rewards)
         state, metrics = meter.timed("update", learn, state, *data)
         return state, {**metrics, **drawn}
 

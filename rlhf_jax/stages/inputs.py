@@ -358,7 +358,7 @@ def make_answer_fn(
         rollout = meter.timed("rollout", generate, params, chosen, jax.random.fold_in(key, number))
         scored = meter.timed("reward", reward_fn.score, rollout, chosen)
         if engine != "local":
-            scored = without_failed(scored, failed_rows(rollout), group_size)
+            scored = without_failed(scored, failed_rows(rollout))
         return Answers(chosen, rollout, scored)
 
     return answer

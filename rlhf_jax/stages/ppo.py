@@ -308,9 +308,9 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
             scored = meter.timed("reward", reward_fn.score, rollout, chosen)
         if options.engine != "local":
             scored = without_failed(scored, failed_rows(rollout))
-        rewards, unscorable = distributed.shard_batch((scored.rewards, scored.unscorable))
-        state, metrics = meter.timed("update", learn, state, split.original, rollout, rewards)
-        return state, {**metrics, **term_means(scored), "unscorable": jnp.sum(unscorable)}
+        rewards = distributed.shard_batch((scored.rewards, ~scored.unscorable))
+        state, metrics = meter.timed("update", learn, state, split.original, rollout, *rewards)
+        return state, {**metrics, **term_means(scored)}
 
     def measured(state: ppo.State, evaluate: Callable[..., Evaluation]) -> dict[str, float]:
         whole = state.learner.all_params

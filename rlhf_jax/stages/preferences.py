@@ -172,7 +172,8 @@ def _judged_pairs(options: Options, model: Policy) -> PairFn:
             sides = [jax.tree.map(lambda x, rows=rows: x[rows], rollout) for rows in (first, second)]
             asked = prompts[2 * number :: size]
             compared = compare(asked, *sides)
-            preference = np.where(finished[first] & finished[second], compared.preference, np.nan)
+            counts = finished[first] & finished[second] & compared.scored
+            preference = np.where(counts, compared.preference, np.nan)
             lead = np.zeros(len(asked))
             if verifier is not None:
                 lead = verifier(sides[0], asked) - verifier(sides[1], asked)

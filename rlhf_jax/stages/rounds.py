@@ -117,14 +117,15 @@ def check(options: Options) -> None:
 def selected(options: Options, answers: Answers) -> dict[str, tuple[Sequences, Bool[np.ndarray, " N"]]]:
     """Which answers are learned from, by the name of their field in the rows, and which of them count.
 
-    An answer that was cut at its limit is never taken: it would teach to end there.
+    An answer that was cut at its limit is never taken, for it would teach to end there; nor is one that no
+    reward could score.
     """
-    finished = np.asarray(answers.rollout.finished)
+    usable = np.asarray(answers.rollout.finished) & ~answers.scored.unscorable
     sequences, size = answers.rollout.sequences, options.samples_per_prompt
     bar = options.reward_threshold
     if bar is None:
-        bar = np.nextafter(np.mean(answers.rewards, where=finished), np.inf) if finished.any() else np.inf
-    rewards = jnp.where(finished, answers.rewards, -jnp.inf).reshape(-1, size)
+        bar = np.nextafter(np.mean(answers.rewards, where=usable), np.inf) if usable.any() else np.inf
+    rewards = jnp.where(usable, answers.rewards, -jnp.inf).reshape(-1, size)
     if options.method == "dpo":
         pairs = selection.best_and_worst(sequences, rewards)
         counts = np.asarray(pairs.mask & jnp.all(jnp.isfinite(rewards), axis=1))
@@ -266,7 +267,7 @@ def describe(answers: Answers, rows: Sequence[Any]) -> dict[str, float]:
     """A round's answers in numbers."""
     mask = np.asarray(answers.rollout.sequences.mask)
     return {
-        "reward": float(np.mean(answers.rewards)),
+        "reward": answers.mean_reward(),
         "length": float(np.mean(mask.sum(axis=1))),
         "finished": float(np.mean(answers.rollout.finished)),
         "kept": len(rows),

@@ -191,7 +191,7 @@ def run(options: Options) -> None:
     def learn(state: grpo.State, ref_params: Params, rollout: Rollout, rewards: Float[Array, " B"]):
         old_logp = logprob_fn(state.learner.params, rollout.sequences).logp
         ref_logp = logprob_fn(ref_params, rollout.sequences).logp
-        batch, described = grpo.make_batch(config, rollout, rewards, old_logp, ref_logp)
+        batch, described = grpo.make_batch(config, hyper, rollout, rewards, old_logp, ref_logp)
         state, metrics = update(state, hyper, batch)
         described["tool_use"] = jnp.mean(jnp.any(tool_tokens(rollout), axis=1))
         return state, {**described, **metrics}
