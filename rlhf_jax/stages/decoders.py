@@ -11,6 +11,7 @@ import numpy as np
 import tyro
 
 from rlhf_jax import generation, models
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.protocols import DecodeFn, PrefillFn
 from rlhf_jax.core.types import Rollout
@@ -119,9 +120,9 @@ def load_model(folder: Path) -> Policy:
     Raises:
       UserError: it is neither.
     """
-    if (folder / "model.json").is_file():
+    if files.is_file(folder / "model.json"):
         return load_policy(folder)
-    if (folder / "config.json").is_file():
+    if files.is_file(folder / "config.json"):
         tokenizer = load_tokenizer(folder)
         return models.make_policy(*hf.load(folder), tokenizer)
     raise UserError(f"--model {folder}: neither a run (model.json) nor a Hugging Face folder (config.json)")
@@ -139,11 +140,9 @@ def answer_rules(model: Policy, *, stop: Sequence[str], regex: str, json_schema:
     if json_schema:
         path = Path(json_schema)
         try:
-            schema = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise UserError(
-                f"--json-schema {path}: cannot be read ({error.strerror}): give a file"
-            ) from error
+            schema = files.read_text(path)
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--json-schema {path}: cannot be read ({error}): give a file") from error
         constraint = generation.json_automaton(model.tokenizer, schema)
     if regex:
         constraint = generation.regex_automaton(model.tokenizer, regex)

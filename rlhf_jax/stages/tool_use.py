@@ -22,6 +22,7 @@ import numpy as np
 import tyro
 
 from rlhf_jax.algorithms import grpo
+from rlhf_jax.core.files import write_json
 from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer, with_total_steps
 from rlhf_jax.core.types import Array, Float, Params, Rollout
 from rlhf_jax.data.examples import PromptExample, prompt_examples
@@ -45,7 +46,7 @@ from rlhf_jax.tasks.arithmetic import prompt_rows
 from rlhf_jax.tasks.arithmetic_tools import TOOL_LEVEL, tool_demonstration_rows, tool_tokenizer
 from rlhf_jax.tool_use import calculator, call_pattern
 from rlhf_jax.training import run_loop
-from rlhf_jax.training.run_folder import load_policy, write_json
+from rlhf_jax.training.run_folder import load_policy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rlhf_jax import sweep as sweeping
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Scalar
@@ -112,9 +113,9 @@ def test_a_sweep_goes_on_after_the_last_chunk(tmp_path):
     killed = run(train, KEYS, hypers, chunk_size=2, folder=folder)
     (folder / "chunks" / "2.npz").unlink()
     (folder / "chunks" / "1.npz.part").write_bytes(b"torn")
-    marked = dict(np.load(folder / "chunks" / "0.npz"))
+    marked = files.read_arrays(folder / "chunks" / "0.npz")
     marked["score"][:] = 7.0
-    np.savez(folder / "chunks" / "0.npz", **marked)
+    files.write_arrays(folder / "chunks" / "0.npz", marked)
     again = run(train, KEYS, hypers, chunk_size=2, folder=folder)
     np.testing.assert_array_equal(again.metrics["score"].reshape(-1)[:2], 7.0)  # read, not run again
     np.testing.assert_array_equal(
@@ -130,9 +131,9 @@ def test_seeds_are_added_to_a_sweep_that_is_done(tmp_path):
     hypers = sweeping.product(Hyper(noise=0.2))
     whole = run(train, keys, hypers, chunk_size=2)
     run(train, keys[:3], hypers, chunk_size=2, folder=tmp_path)  # its second chunk holds one run
-    marked = dict(np.load(tmp_path / "chunks" / "0.npz"))
+    marked = files.read_arrays(tmp_path / "chunks" / "0.npz")
     marked["score"][:] = 7.0
-    np.savez(tmp_path / "chunks" / "0.npz", **marked)
+    files.write_arrays(tmp_path / "chunks" / "0.npz", marked)
     more = run(train, keys, hypers, folder=tmp_path)  # in chunks of two, as before
     np.testing.assert_array_equal(more.metrics["score"][0, :2], 7.0)  # read, not run again
     np.testing.assert_array_equal(more.metrics["score"][0, 2:], whole.metrics["score"][0, 2:])

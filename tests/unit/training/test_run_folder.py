@@ -14,6 +14,7 @@ from rlhf_jax import models
 from rlhf_jax.algorithms import sft
 from rlhf_jax.checkpoint import CheckpointManager
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.files import write_json
 from rlhf_jax.data.tokenizers import character_tokenizer
 from rlhf_jax.training import run_folder as run_folders
 from rlhf_jax.training.run_folder import (
@@ -21,7 +22,6 @@ from rlhf_jax.training.run_folder import (
     load_policy,
     load_reward_model,
     read_held_run,
-    write_json,
     write_model_files,
 )
 
@@ -88,7 +88,10 @@ def test_a_run_of_the_wrong_kind_is_refused(runs, kind, load, message):
 
 
 def edited(change):
+    """A description that says something else, in a folder from before there were digests."""
+
     def damage(folder):
+        (folder / "digests.json").unlink()
         data = json.loads((folder / "model.json").read_text())
         change(data)
         (folder / "model.json").write_text(json.dumps(data))
@@ -181,6 +184,7 @@ def test_files_that_cannot_be_written_are_named(tmp_path):
 
 def test_another_dtype_of_the_same_architecture_is_another_architecture(runs, tmp_path):
     shutil.copytree(runs["policy"][0], tmp_path / "run")
+    (tmp_path / "run" / "digests.json").unlink()
     half = dataclasses.replace(CONFIG, param_dtype="bfloat16")
     (tmp_path / "run" / "model.json").write_text(
         json.dumps({"kind": "policy", "config": models.config_to_dict(half)})
@@ -201,7 +205,7 @@ def test_a_folder_that_holds_a_run_is_used_again_only_by_the_same_stage_resumed(
         read_held_run(folder, "ppo", resume=True)
     for torn in ('{"stage": "sft"', '{"stage": "sft"}', "[]"):
         (folder / "config.json").write_text(torn)
-        with pytest.raises(UserError, match=r"config\.json: not a run's description"):
+        with pytest.raises(UserError, match=r"config\.json: damaged .*: remove it, or choose"):
             read_held_run(folder, "sft", resume=True)
 
 
