@@ -324,6 +324,8 @@ def _make_logger(name: str, info: RunInfo) -> Logger:
         raise UserError(f"there is no logger {name!r}: choose from {', '.join(LOGGER_NAMES)}")
     if importlib.util.find_spec(_PACKAGES[name]) is None:
         raise UserError(f"the logger {name} needs a package that is missing: pip install 'rlhf_jax[{name}]'")
+    if name == "wandb" or (name == "mlflow" and not os.environ.get("MLFLOW_TRACKING_URI")):
+        files.as_local(info.folder, f"with --log {name}, a run folder is")
     if name == "tensorboard":
         return TensorBoardLogger(info.folder / "tensorboard" / info.stage)
     return {"wandb": WandbLogger, "trackio": TrackioLogger, "mlflow": MLflowLogger}[name](info)

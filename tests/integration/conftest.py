@@ -132,7 +132,8 @@ def stop_within_a_line():
         path.unlink()
         files.forget_digests(path.parent, path.name)
         files.append_lines(path, map(json.loads, lines[:count]))
-        with path.open("a") as file:
-            file.write(lines[count][: len(lines[count]) // 2])
+        whole = path.stat().st_size
+        files.append_lines(path, map(json.loads, lines[count:]))
+        os.truncate(path, whole + len(lines[count]) // 2)
 
     return stop

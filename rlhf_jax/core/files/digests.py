@@ -85,7 +85,7 @@ def check_digests(folder: Path, prefix: str) -> None:
 def checked(path: Path, content: bytes, folder: Path | None = None, name: str = "") -> bytes:
     """The content of a file as far as it is what was written.
 
-    A file to which lines are appended may be longer than its last digest: what a kill left there is cut off.
+    Of lines that were being appended a kill may have left a part, which is cut off.
 
     Args:
       folder: whose digests they are; that of the file by default, where `name` is its path.
@@ -98,12 +98,12 @@ def checked(path: Path, content: bytes, folder: Path | None = None, name: str = 
     entries = _read(folder).get(name or path.name)
     if not entries:
         return content
-    for entry in reversed(entries):
-        length, grows = entry["bytes"], entry.get("grows", False)
-        if len(content) == length or (grows and len(content) > length):
-            part = content[:length]
-            if hashlib.sha256(part).hexdigest() == entry["sha256"]:
-                return part
+    if any(_is_of(entry, content) for entry in entries):
+        return content
+    before, after = entries[0], entries[-1]
+    part = content[: before["bytes"]]
+    if before.get("grows") and len(part) < len(content) < after["bytes"] and _is_of(before, part):
+        return part
     raise ChangedError("it was changed since it was written")
 
 
@@ -112,6 +112,10 @@ def note_growth(path: Path, before: bytes, after: bytes) -> None:
     held = _read(path.parent)
     held[path.name] = [_entry(before) | {"grows": True}, _entry(after) | {"grows": True}]
     _write(path.parent, held)
+
+
+def _is_of(entry: Mapping[str, Any], content: bytes) -> bool:
+    return entry["bytes"] == len(content) and entry["sha256"] == hashlib.sha256(content).hexdigest()
 
 
 def _entry(content: bytes) -> dict[str, Any]:
