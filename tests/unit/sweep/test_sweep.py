@@ -189,3 +189,23 @@ def test_chunk_size_that_fits():
     size = sweeping.fitting_chunk_size(heavy, KEYS, hypers, memory_bytes=100 * 64 * 64 * 4)
     assert 10 <= size <= 110  # one to ten buffers of a run
     assert sweeping.fitting_chunk_size(heavy, KEYS, hypers, memory_bytes=1) == 1
+
+
+def test_damaged_chunks_are_made_again_and_a_damaged_description_is_named(tmp_path, capsys):
+    hypers, folder = sweeping.product(Hyper(noise=0.2)), tmp_path / "sweep"
+    whole = run(train, KEYS, hypers, chunk_size=2, folder=folder)
+    chunk, description = folder / "chunks" / "0.npz", folder / "chunks" / "sweep.json"
+    content = chunk.read_bytes()
+    flipped = [content[:i] + bytes([content[i] ^ 4]) + content[i + 1 :] for i in range(0, len(content), 97)]
+    for damaged in (b"", content[:99], *flipped[:12]):
+        chunk.write_bytes(damaged)
+        again = run(train, KEYS, hypers, chunk_size=2, folder=folder)
+        for name, values in whole.metrics.items():
+            np.testing.assert_array_equal(again.metrics[name], values)
+        np.testing.assert_array_equal(files.read_arrays(chunk)["score"], whole.metrics["score"][0, :2])
+    assert f"{chunk}: damaged" in capsys.readouterr().err
+    text = description.read_bytes()
+    for damaged in (b"", b"[]", b"{}", text[:40], text.replace(b"score", b"scope")):
+        description.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"sweep\.json: .*remove .*chunks, and the sweep is made again"):
+            run(train, KEYS, hypers, chunk_size=2, folder=folder)
