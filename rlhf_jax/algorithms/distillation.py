@@ -40,7 +40,7 @@ class Config:
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary."""
+    """Hyperparameters of distillation that a sweep may vary (array leaves)."""
 
     learning_rate: Scalar = 1e-4
 

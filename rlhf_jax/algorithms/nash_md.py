@@ -29,16 +29,16 @@ class Config:
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary.
+    """Hyperparameters of Nash-MD that a sweep may vary (array leaves).
 
     Attributes:
       beta: strength of the KL constraint, per nat (the paper's tau).
-      mixing: share of the reference in the opponent (the paper's beta).
+      mixture_coef: share of the reference in the opponent (the paper's beta).
     """
 
     learning_rate: Scalar = 1e-4
     beta: Scalar = 0.1
-    mixing: Scalar = 0.125
+    mixture_coef: Scalar = 0.125
 
 
 @pytree_dataclass
@@ -91,14 +91,14 @@ def make_update(
     return update
 
 
-def mixture_fns(prefill: PrefillFn, decode: DecodeFn, *, mixing: Scalar) -> tuple[PrefillFn, DecodeFn]:
+def mixture_fns(prefill: PrefillFn, decode: DecodeFn, *, mixture_coef: Scalar) -> tuple[PrefillFn, DecodeFn]:
     """(prefill, decode) of the opponent: the geometric mixture p^(1-m) ref^m, one token at a time.
 
     Their params are the pair (policy's, reference's), their cache the pair of caches.
     """
 
     def mixed(policy: Float[Array, "B V"], ref: Float[Array, "B V"]) -> Float[Array, "B V"]:
-        return (1 - mixing) * jax.nn.log_softmax(policy) + mixing * jax.nn.log_softmax(ref)
+        return (1 - mixture_coef) * jax.nn.log_softmax(policy) + mixture_coef * jax.nn.log_softmax(ref)
 
     def prefill_both(params: tuple[Params, Params], *prompt: Any) -> tuple[Array, Any]:
         (policy, policy_cache), (ref, ref_cache) = (prefill(side, *prompt) for side in params)

@@ -51,7 +51,7 @@ def clipped(hyper: "Hyper", *args: Array, **reduction: Any) -> tuple[Float[Array
     return ppo_clip_loss(*args, epsilon_low=hyper.epsilon_low, epsilon_high=hyper.epsilon_high, **reduction)
 
 
-def penalised(hyper: "Hyper", *args: Array, **reduction: Any) -> tuple[Float[Array, ""], Metrics]:
+def penalized(hyper: "Hyper", *args: Array, **reduction: Any) -> tuple[Float[Array, ""], Metrics]:
     """PPO-penalty: the KL from the old policy costs `penalty_coef` a nat."""
     return ppo_penalty_loss(*args, kl_coef=hyper.penalty_coef, **reduction)
 
@@ -69,7 +69,7 @@ class Config:
       scale_rewards: divide rewards by the running standard deviation of all rewards seen, once they differ.
       reduce: how tokens become one number.
       policy_loss_fn: (hyper, logp, old_logp, advantages, mask, reduce, denominator) -> (loss, metrics), what
-        keeps the policy near the old one: `clipped` or `penalised`.
+        keeps the policy near the old one: `clipped` or `penalized`.
     """
 
     num_ppo_epochs: int = 2
@@ -84,12 +84,12 @@ class Config:
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary.
+    """Hyperparameters of PPO that a sweep may vary (array leaves).
 
     Attributes:
       epsilon_low: how far below 1 a ratio may go.
       epsilon_high: how far above 1.
-      penalty_coef: weight of the KL from the old policy, in `penalised`.
+      penalty_coef: weight of the KL from the old policy, in `penalized`.
       cliprange_value: how far a value may move in one update; infinity for no bound.
       value_coef: weight of the value loss.
       entropy_coef: weight of the entropy bonus.

@@ -100,7 +100,7 @@ class Config:
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary.
+    """Hyperparameters of preference optimization that a sweep may vary (array leaves).
 
     Attributes:
       beta: strength of the KL constraint, per nat.

@@ -27,7 +27,7 @@ class Config:
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary."""
+    """Hyperparameters of process reward models that a sweep may vary (array leaves)."""
 
     learning_rate: Scalar = 3e-4
 

@@ -28,7 +28,7 @@ class Config:
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary.
+    """Hyperparameters of reward models that a sweep may vary (array leaves).
 
     Attributes:
       margin: by how much the chosen score must lead.

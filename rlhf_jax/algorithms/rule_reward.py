@@ -29,7 +29,7 @@ class Config:
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary.
+    """Hyperparameters of rule-based rewards that a sweep may vary (array leaves).
 
     Attributes:
       margin: by how much the total score of the better answer must lead, in its units.

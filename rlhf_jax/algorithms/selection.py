@@ -60,27 +60,28 @@ def judged(first: Sequences, second: Sequences, prefers_first: Bool[Array, " N"]
 
 
 def best_of_group(
-    sequences: Sequences, rewards: Float[Array, "N G"], *, at_least: Scalar = -jnp.inf
+    sequences: Sequences, rewards: Float[Array, "N G"], *, reward_threshold: Scalar = -jnp.inf
 ) -> tuple[Sequences, Bool[Array, " N"]]:
     """The best answer to each prompt, to imitate: best-of-n distillation, RAFT (Dong et al. 2023).
 
     Args:
-      at_least: answers of less reward are left out: with 1 for right and 0 for wrong, rejection sampling.
+      reward_threshold: answers of less reward are left out: with 1 for right and 0 for wrong, rejection
+        sampling.
 
     Returns:
       (answers [N, T], which of them count); what does not count is out of the mask.
     """
     start = jnp.arange(rewards.shape[0]) * rewards.shape[1]
     answers = take_rows(sequences, start + jnp.argmax(rewards, axis=1))
-    counts = jnp.max(rewards, axis=1) >= at_least
+    counts = jnp.max(rewards, axis=1) >= reward_threshold
     return _only(answers, counts), counts
 
 
 def all_above(
-    sequences: Sequences, rewards: Float[Array, "N G"], *, at_least: Scalar
+    sequences: Sequences, rewards: Float[Array, "N G"], *, reward_threshold: Scalar
 ) -> tuple[Sequences, Bool[Array, " B"]]:
     """Every answer of enough reward (expert iteration; ReST, Gulcehre et al. 2023)."""
-    counts = rewards.reshape(-1) >= at_least
+    counts = rewards.reshape(-1) >= reward_threshold
     return _only(sequences, counts), counts
 
 

@@ -1,6 +1,6 @@
 """Learning by likelihood: cross-entropy on the tokens that count, of responses or of plain text.
 
-Where the log-prob function tells more (`TokenLogprobs.further_logp`, `TokenLogprobs.routing`), losses on
+Where the log-prob function tells more (`TokenLogprobs.mtp_logp`, `TokenLogprobs.routing`), losses on
 further tokens and on the load of experts come with it.
 """
 
@@ -36,7 +36,7 @@ from rlhf_jax.core.types import (
 )
 from rlhf_jax.losses.moe import load_balance_loss, load_violation, router_z_loss
 from rlhf_jax.losses.reductions import Reduction, token_mean
-from rlhf_jax.losses.supervised import cross_entropy_loss, further_masks, further_token_loss
+from rlhf_jax.losses.supervised import cross_entropy_loss, mtp_loss, mtp_masks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Auxiliary:
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary.
+    """Hyperparameters of supervised fine-tuning that a sweep may vary (array leaves).
 
     Attributes:
       auxiliary: None for the weights by default, and for models without anything to weigh.
@@ -184,11 +184,11 @@ def _token_losses(
     """The loss on next tokens, and on further ones where they were foreseen, of a part of a batch."""
     total = config.reduce.total(batch.mask)
     loss, metrics = cross_entropy_loss(score.logp, part.mask, reduce=config.reduce, denominator=total)
-    if score.further_logp is None:
+    if score.mtp_logp is None:
         return loss, metrics
-    depth = score.further_logp.shape[0]
-    masks, all_masks = (further_masks(rows.mask, rows.segment_ids, depth) for rows in (part, batch))
-    further, more = further_token_loss(
-        score.further_logp, masks, reduce=config.reduce, denominators=[*map(config.reduce.total, all_masks)]
+    depth = score.mtp_logp.shape[0]
+    masks, all_masks = (mtp_masks(rows.mask, rows.segment_ids, depth) for rows in (part, batch))
+    further, more = mtp_loss(
+        score.mtp_logp, masks, reduce=config.reduce, denominators=[*map(config.reduce.total, all_masks)]
     )
     return loss + weights.mtp_loss_coef * further, {**metrics, **more}

@@ -42,7 +42,7 @@ UNPAIRED_LOSSES: dict[str, Config] = {"kto": Config(), "bco": Config(shift_decay
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary.
+    """Hyperparameters of unpaired preference optimization that a sweep may vary (array leaves).
 
     Attributes:
       beta: strength of the KL constraint, per nat.

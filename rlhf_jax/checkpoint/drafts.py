@@ -189,24 +189,29 @@ def is_sealed(step_folder: Path) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Removes a file or a folder; a step loses its manifest first, so that no part of it looks whole.
+    """Removes a file or a folder. A step loses its manifest first, so that no part of it looks whole.
 
-    Writing threads of a failed save may still be at work for a moment, so it is tried again.
+    One that is killed meanwhile leaves the step as a killed save leaves it: marked as unfinished.
 
     Raises:
       OSError: it cannot be removed.
     """
-    if not isinstance(path, pathlib.Path):
-        files.remove_file(path / MANIFEST_NAME)
+    marker, manifest = path / UNFINISHED_NAME, path / MANIFEST_NAME
+    if manifest.exists():
+        with contextlib.suppress(OSError):  # a full disk is no reason to keep it
+            files.write_whole(marker, _NOTE)
+        files.remove_file(manifest)
+    if not isinstance(path, pathlib.Path) or path.is_file():
         files.remove_tree(path)
         return
-    if path.is_file():
-        path.unlink()
-        return
-    (path / MANIFEST_NAME).unlink(missing_ok=True)
+    # Writing threads of a failed save may still be at work for a moment, so it is tried again.
     for _ in range(20):
-        shutil.rmtree(path, ignore_errors=True)
         if not path.exists():
             return
-        time.sleep(0.1)
-    shutil.rmtree(path)
+        for child in path.iterdir():
+            if child != marker:
+                shutil.rmtree(child, ignore_errors=True) if child.is_dir() else child.unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True)
+        time.sleep(0.1 * path.exists())
+    if path.exists():
+        shutil.rmtree(path)

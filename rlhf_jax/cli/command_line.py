@@ -96,8 +96,9 @@ def on_mesh(options: RunOptions) -> Iterator[None]:
     Raises:
       UserError: the mesh or the hosts are not understood, or not there.
     """
-    hosts = distributed.HostOptions(options.hosts, options.init_timeout, options.heartbeat_timeout)
-    distributed.start_hosts(hosts)
+    distributed.init_distributed(
+        distributed.DistributedOptions(options.coordinator, options.init_timeout, options.heartbeat_timeout)
+    )
     rules = GATHERED_SAMPLING if options.all_gather_params else {}
     with jax.set_mesh(distributed.make_mesh(options.mesh)), axis_rules(rules):
         yield
@@ -107,9 +108,9 @@ def _end_one_of_several(error: Exception) -> None:
     """Ends this process at once: an orderly end would wait for others that wait for this one, or are gone."""
     if distributed.is_lost_peer(error):
         print(f"error: {distributed.lost_peer_message(error)}", file=sys.stderr, flush=True)
-        distributed.abandon(EXIT_NOT_FINISHED)
+        distributed.abort(EXIT_NOT_FINISHED)
     traceback.print_exc()
-    distributed.abandon(1)
+    distributed.abort(1)
 
 
 def is_not_late(record: logging.LogRecord) -> bool:

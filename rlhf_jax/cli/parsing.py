@@ -112,7 +112,7 @@ def with_plain_resume(words: Sequence[str]) -> list[str]:
     """Words of a command line in which `--resume auto` is `--resume`, and `--resume never` is `--no-resume`.
 
     Raises:
-      UserError: another word follows it.
+      UserError: another word follows `--resume=`.
     """
     plain, rest = [], list(words)
     while rest:
@@ -121,7 +121,8 @@ def with_plain_resume(words: Sequence[str]) -> list[str]:
             plain.append(name + equals + value)
             continue
         if not equals:
-            value = rest.pop(0) if rest and not rest[0].startswith("-") else "auto"
+            # Another word may be a subcommand.
+            value = rest.pop(0) if rest and rest[0] in _RESUME else "auto"
         if value not in _RESUME:
             raise UserError(f"--resume {value}: there is no such way to resume: give auto or never")
         plain.append(_RESUME[value])

@@ -87,7 +87,7 @@ def constrain(array: T, *names: str | None) -> T:
     return jax.lax.with_sharding_constraint(array, partition_spec(names, array.shape, mesh)[0])
 
 
-def gathered(array: T, *names: str | None, over: str = "embed") -> T:
+def all_gathered(array: T, *names: str | None, over: str = "embed") -> T:
     """`array`, laid out by `names`, made whole along the axis `over` before it is used.
 
     A constraint holds for the gradient too, which would then be summed and held whole on every device; here

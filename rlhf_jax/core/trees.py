@@ -10,17 +10,21 @@ import jax.numpy as jnp
 T = TypeVar("T")
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=False)
+@dataclass_transform(frozen_default=True, kw_only_default=False, field_specifiers=(dataclasses.field,))
 def pytree_dataclass(cls: type[T]) -> type[T]:
     """A frozen dataclass whose fields are all pytree children (use `dataclasses.replace` to change one).
 
     JAX builds trees of anything (None, shardings, names of axes), not only of what the fields are annotated
     with; so unflattening sets the fields without calling `__init__`, and whoever checks the types of its
     arguments sees only what people construct.
+
+    A field whose metadata have `saved_as` keeps that name in checkpoints, which were written before it was
+    renamed.
     """
     cls = dataclasses.dataclass(frozen=True)(cls)
-    names = tuple(field.name for field in dataclasses.fields(cls))  # pyright: ignore[reportArgumentType]
-    keys = tuple(jax.tree_util.GetAttrKey(name) for name in names)
+    fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
+    names = tuple(field.name for field in fields)
+    keys = tuple(jax.tree_util.GetAttrKey(field.metadata.get("saved_as", field.name)) for field in fields)
 
     def flatten(node: T) -> tuple[tuple[Any, ...], None]:
         return tuple(getattr(node, name) for name in names), None

@@ -110,7 +110,7 @@ class TokenLogprobs:
       logp: log-probability of the action taken, in nats.
       entropy: entropy of the distribution it was taken from, in nats.
       value: value of the state it was taken in (zeros where the model has no value head).
-      further_logp: log-probability of the action as the module of each depth k = 1 ... D foresaw it k steps
+      mtp_logp: log-probability of the action as the module of each depth k = 1 ... D foresaw it k steps
         before; None where the model is not asked for it.
       routing: what the routers of each mixture did, by the path of their parameters; None likewise.
     """
@@ -118,7 +118,7 @@ class TokenLogprobs:
     logp: Float[Array, "B T"]
     entropy: Float[Array, "B T"]
     value: Float[Array, "B T"]
-    further_logp: Float[Array, "D B T"] | None = None
+    mtp_logp: Float[Array, "D B T"] | None = None
     routing: dict[str, "Routing"] | None = None
 
 

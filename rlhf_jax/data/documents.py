@@ -48,13 +48,13 @@ class FillInTheMiddle:
     """How much of the data is to be filled in (Bavarian et al. 2022).
 
     Attributes:
-      share: of the pieces that are rearranged.
-      spm_share: of these, the share in which the suffix stands first.
+      rate: share of the pieces that are rearranged.
+      spm_rate: of these, the share in which the suffix stands first.
       chunk: tokens of a piece; 0 for whole documents.
     """
 
-    share: float = 0.5
-    spm_share: float = 0.5
+    rate: float = 0.5
+    spm_rate: float = 0.5
     chunk: int = 0
 
 
@@ -156,7 +156,7 @@ def start_id(tokenizer: Tokenizer) -> int:
 def token_runs(
     documents: Sequence[Document],
     tokenizer: Tokenizer,
-    fill: FillInTheMiddle = FillInTheMiddle(share=0.0),
+    fill: FillInTheMiddle = FillInTheMiddle(rate=0.0),
     key: PRNGKeyArray | None = None,
 ) -> list[TokenRun]:
     """Documents as tokens, some of them, or of their pieces, rearranged.
@@ -173,7 +173,7 @@ def token_runs(
     pieces = [_pieces(document, tokenizer, fill.chunk) for document in documents]
     count = sum(map(len, pieces))
     draws = np.ones((count, 4))
-    if fill.share and key is not None:
+    if fill.rate and key is not None:
         draws = np.asarray(jax.random.uniform(key, (count, 4)), np.float64)
     start, end, runs, number = start_id(tokenizer), tokenizer.eos_id, [], 0
 
@@ -187,14 +187,14 @@ def token_runs(
         for text, ids in parts:
             rearranged, spm, *cuts = draws[number]
             number += 1
-            if rearranged >= fill.share:
+            if rearranged >= fill.rate:
                 open_run += ids
                 continue
             if len(open_run) > 1:
                 add(open_run, document.where)
                 open_run = [start]
             low, high = sorted(int(cut * (len(text) + 1)) for cut in cuts)
-            order: Order = "spm" if spm < fill.spm_share else "psm"
+            order: Order = "spm" if spm < fill.spm_rate else "psm"
             add([start, *fill_in_the_middle(tokenizer, text, (low, high), order), end], document.where)
         if len(open_run) > 1:
             add([*open_run, end], document.where)

@@ -14,7 +14,7 @@ import numpy as np
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Bool, Int
 from rlhf_jax.data.chat import check_messages, encode_conversation, encode_prompt
-from rlhf_jax.data.packing import TooLong
+from rlhf_jax.data.packing import Overlength
 from rlhf_jax.data.sources import Row
 from rlhf_jax.data.tokenizers import Tokenizer
 
@@ -123,14 +123,14 @@ class PromptExample:
 
 
 def supervised_examples(
-    rows: Sequence[Row], tokenizer: Tokenizer, *, max_length: int, too_long: TooLong = "error"
+    rows: Sequence[Row], tokenizer: Tokenizer, *, max_length: int, overlength: Overlength = "error"
 ) -> list[SupervisedExample]:
     """Conversations of rows with `messages`, `prompt` and `completion`, or `question` and `answer`.
 
     Args:
       rows: as `sources.read_rows` gives them.
       max_length: tokens of the longest conversation allowed.
-      too_long: "error" refuses a longer one, "drop" leaves it out and logs how many there were.
+      overlength: "error" refuses a longer one, "drop" leaves it out and logs how many there were.
 
     Raises:
       UserError: a row without these fields, an empty field or one of the wrong type, no assistant turn, or
@@ -145,11 +145,11 @@ def supervised_examples(
         end = int(np.flatnonzero(mask)[-1]) + 1
         return SupervisedExample(ids[:end], mask[:end], row.where)
 
-    return _make_all(rows, make, lambda example: len(example.ids), max_length, too_long, "the conversation")
+    return _make_all(rows, make, lambda example: len(example.ids), max_length, overlength, "the conversation")
 
 
 def preference_examples(
-    rows: Sequence[Row], tokenizer: Tokenizer, *, max_length: int, too_long: TooLong = "error"
+    rows: Sequence[Row], tokenizer: Tokenizer, *, max_length: int, overlength: Overlength = "error"
 ) -> list[PreferenceExample]:
     """Pairs of rows with `chosen` and `rejected`, after a `prompt` or after the messages both begin with.
 
@@ -172,11 +172,11 @@ def preference_examples(
     def size(example: PreferenceExample) -> int:
         return len(example.prompt_ids) + max(len(example.chosen_ids), len(example.rejected_ids))
 
-    return _make_all(rows, make, size, max_length, too_long, "the prompt with its longer completion")
+    return _make_all(rows, make, size, max_length, overlength, "the prompt with its longer completion")
 
 
-def labelled_examples(
-    rows: Sequence[Row], tokenizer: Tokenizer, *, max_length: int, too_long: TooLong = "error"
+def labeled_examples(
+    rows: Sequence[Row], tokenizer: Tokenizer, *, max_length: int, overlength: Overlength = "error"
 ) -> list[LabelledExample]:
     """Completions of rows with `prompt`, `completion` and a boolean `label`, or both sides of pairs.
 
@@ -186,7 +186,7 @@ def labelled_examples(
       UserError: as `supervised_examples`, and where a label is neither true nor false.
     """
     if any(row.fields.get("chosen") is not None for row in rows):
-        pairs = preference_examples(rows, tokenizer, max_length=max_length, too_long=too_long)
+        pairs = preference_examples(rows, tokenizer, max_length=max_length, overlength=overlength)
         return [
             LabelledExample(pair.prompt_ids, *completion, pair.where)
             for pair in pairs
@@ -208,11 +208,11 @@ def labelled_examples(
     def size(example: LabelledExample) -> int:
         return len(example.prompt_ids) + len(example.completion_ids)
 
-    return _make_all(rows, make, size, max_length, too_long, "the prompt with its completion")
+    return _make_all(rows, make, size, max_length, overlength, "the prompt with its completion")
 
 
 def prompt_examples(
-    rows: Sequence[Row], tokenizer: Tokenizer, *, max_length: int, too_long: TooLong = "error"
+    rows: Sequence[Row], tokenizer: Tokenizer, *, max_length: int, overlength: Overlength = "error"
 ) -> list[PromptExample]:
     """Prompts of rows with `messages`, `prompt` or `question`; all fields are kept for the reward.
 
@@ -230,7 +230,7 @@ def prompt_examples(
         ids = np.array(encode_prompt(tokenizer, messages), np.int32)
         return PromptExample(ids, text, row.fields, row.where)
 
-    return _make_all(rows, make, lambda example: len(example.ids), max_length, too_long, "the prompt")
+    return _make_all(rows, make, lambda example: len(example.ids), max_length, overlength, "the prompt")
 
 
 def prompt_messages(row: Row) -> Messages:
@@ -286,7 +286,7 @@ def _make_all(
     make: Callable[[Row], Example],
     size: Callable[[Example], int],
     max_length: int,
-    too_long: TooLong,
+    overlength: Overlength,
     what: str,
 ) -> list[Example]:
     kept: list[Example] = []
@@ -296,7 +296,7 @@ def _make_all(
             example = make(row)
             if size(example) <= max_length:
                 kept.append(example)
-            elif too_long == "drop":
+            elif overlength == "drop":
                 dropped.append(row.where)
             else:
                 raise UserError(

@@ -12,7 +12,7 @@ from rlhf_jax.core.types import Bool, Int, Sequences
 
 _log = logging.getLogger(__name__)
 
-TooLong: TypeAlias = Literal["error", "drop"]
+Overlength: TypeAlias = Literal["error", "drop"]
 
 
 @runtime_checkable
@@ -27,13 +27,13 @@ class Sample(Protocol):
     def where(self) -> str: ...  # noqa: D102
 
 
-def pad_rows(samples: Sequence[Sample], length: int, *, too_long: TooLong = "error") -> Sequences:
+def pad_rows(samples: Sequence[Sample], length: int, *, overlength: Overlength = "error") -> Sequences:
     """One sample a row, padded on the right with token 0, segment 0.
 
     Args:
       samples: at least one, each of at most `length` tokens.
       length: tokens a row.
-      too_long: "error" refuses a longer sample, "drop" leaves it out and logs how many there were.
+      overlength: "error" refuses a longer sample, "drop" leaves it out and logs how many there were.
 
     Returns:
       Sequences of NumPy arrays, [samples kept, length].
@@ -41,11 +41,11 @@ def pad_rows(samples: Sequence[Sample], length: int, *, too_long: TooLong = "err
     Raises:
       UserError: an empty list, or a sample that is too long or empty, by its `where`.
     """
-    kept = _fitting(samples, length, too_long)
+    kept = _fitting(samples, length, overlength)
     return _fill([[sample] for sample in kept], length)
 
 
-def pack_rows(samples: Sequence[Sample], length: int, *, too_long: TooLong = "error") -> Sequences:
+def pack_rows(samples: Sequence[Sample], length: int, *, overlength: Overlength = "error") -> Sequences:
     """Several samples a row, each in its own segment with positions from 0 (first fit, in the order given).
 
     A sample goes into the first row that has room for it, so the same samples give the same rows. The
@@ -59,7 +59,7 @@ def pack_rows(samples: Sequence[Sample], length: int, *, too_long: TooLong = "er
     Raises:
       UserError: as `pad_rows`.
     """
-    kept = _fitting(samples, length, too_long)
+    kept = _fitting(samples, length, overlength)
     return _fill(_first_fit(kept, length), length)
 
 
@@ -132,7 +132,7 @@ def bucket_batches(lengths: Sequence[int], *, size: int) -> list[tuple[int, list
     return found
 
 
-def _fitting(samples: Sequence[Sample], length: int, too_long: TooLong) -> list[Sample]:
+def _fitting(samples: Sequence[Sample], length: int, overlength: Overlength) -> list[Sample]:
     if not len(samples):
         raise UserError("there are no samples to put into rows; give at least one")
     kept = []
@@ -141,7 +141,7 @@ def _fitting(samples: Sequence[Sample], length: int, too_long: TooLong) -> list[
             raise UserError(f"{sample.where}: the sample has no tokens; remove it")
         if len(sample.ids) <= length:
             kept.append(sample)
-        elif too_long == "error":
+        elif overlength == "error":
             raise UserError(
                 f"{sample.where}: the sample has {len(sample.ids)} tokens and a row holds {length}; "
                 "raise the length, shorten the sample or drop long samples"

@@ -49,7 +49,7 @@ class Pair:
         return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
 
-def best_against_worst(prompt: Any, answers: Sequence[tuple[str, float]], most: int) -> list[Pair]:
+def best_vs_worst(prompt: Any, answers: Sequence[tuple[str, float]], most: int) -> list[Pair]:
     """The best answer with the worst, the second best with the second worst, and so on: `most` pairs at most.
 
     Args:

@@ -1,4 +1,4 @@
-"""What accelerators can do at best, by their makers' public figures: the roofs of every roofline here."""
+"""Accelerator peaks by their makers' public figures: the roofs of every roofline here."""
 
 import dataclasses
 

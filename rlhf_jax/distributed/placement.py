@@ -18,7 +18,7 @@ from rlhf_jax.distributed.sharding import PARAMETER_AXES, Axes, logical_axes, sp
 T = TypeVar("T")
 
 
-def born_sharded(
+def init_sharded(
     init_fn: Callable[..., T],
     *args: Any,
     mesh: Mesh | None = None,
@@ -38,7 +38,9 @@ def born_sharded(
         return jax.jit(init_fn, out_shardings=shardings)(*args)
 
 
-def place(tree: T, *, mesh: Mesh | None = None, table: Sequence[tuple[str, Axes]] = PARAMETER_AXES) -> T:
+def shard_params(
+    tree: T, *, mesh: Mesh | None = None, table: Sequence[tuple[str, Axes]] = PARAMETER_AXES
+) -> T:
     """Parameters or a state that exist already, moved to where the rules put them.
 
     Buffers may be shared with `tree`.
@@ -47,11 +49,11 @@ def place(tree: T, *, mesh: Mesh | None = None, table: Sequence[tuple[str, Axes]
 
 
 def shardings_of(tree: T) -> T:
-    """Where each leaf lives, for `out_shardings`, so that a state comes out of an update as it went in."""
+    """Sharding of each leaf, for `out_shardings`: a state comes out of an update as it went in."""
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
-def laid_out_for_sampling(params: T, dtype: Any, *, table: Sequence[tuple[str, Axes]] = PARAMETER_AXES) -> T:
+def reshard_for_sampling(params: T, dtype: Any, *, table: Sequence[tuple[str, Axes]] = PARAMETER_AXES) -> T:
     """Parameters of a traced program, split along `embed_sampling` where the table splits them along `embed`.
 
     Where the rules put the two on the same mesh axes, as they do unless told otherwise, nothing happens.
@@ -98,7 +100,7 @@ def shards_of_batch(mesh: Mesh | AbstractMesh) -> int:
 
 
 def local_rows(rows: int, *, mesh: Mesh | None = None) -> np.ndarray:
-    """Which rows of a batch of `rows` this process must bring to `shard_batch`, ascending; alone, all."""
+    """Rows of a batch of `rows` that this process must bring to `shard_batch`, ascending; alone, all."""
     sharding = batch_sharding(mesh or current_mesh(), rows)
     slices = sharding.addressable_devices_indices_map((rows,)).values()
     everything = np.arange(rows)

@@ -1,4 +1,4 @@
-"""What whole runs need of the compiler and of the client, so that they end."""
+"""Compiler and client options that whole runs need so that they end."""
 
 import os
 import re
@@ -34,7 +34,7 @@ def _cpu_devices() -> int:
 
 
 def compiler_options() -> dict[str, bool | str]:
-    """What `jax.jit(run, compiler_options=...)` needs so that the run does not hang; nothing off CPU.
+    """Options for `jax.jit(run, compiler_options=...)` so that the run does not hang; none off CPU.
 
     The scheduler that keeps memory low leaves the threads less to wait for: it lets most programs end also
     where `choose_threads` was not called in time, but not all (PPO on CartPole over 256 seeds).

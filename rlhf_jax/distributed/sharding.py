@@ -1,4 +1,4 @@
-"""Which axis of which parameter is split: one table of names, and what follows from it for whole states."""
+"""Sharding rules of parameters: one table of names, and what follows from it for whole states."""
 
 import fnmatch
 import math
@@ -82,7 +82,7 @@ def tree_shardings(
 def describe_shardings(
     mesh: Mesh, tree: Any, table: Sequence[tuple[str, Axes]] = PARAMETER_AXES
 ) -> tuple[str, list[str]]:
-    """What the rules make of `tree`, for people.
+    """Description of the shardings that the rules give `tree`, for people.
 
     Returns:
       (summary, fallbacks): a line with the bytes in all and on one device, and one line for each kind of

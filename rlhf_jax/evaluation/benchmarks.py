@@ -57,7 +57,7 @@ class Problem:
 
 @runtime_checkable
 class Item(Protocol):
-    """What shots are chosen by."""
+    """Benchmark item by which few-shot examples are chosen."""
 
     @property
     def text(self) -> str: ...  # noqa: D102
@@ -168,8 +168,8 @@ def choose_shots(pool: Sequence[Shot], item: Item, count: int) -> list[Shot]:
     """
     if not count:
         return []
-    asked = _normalised(item.text)
-    others = [shot for shot in pool if _normalised(shot.text) != asked]
+    asked = _normalized(item.text)
+    others = [shot for shot in pool if _normalized(shot.text) != asked]
     if len(others) < count:
         raise UserError(
             f"{count} shots are wanted and there are {len(others)} beside the question: lower --shots, or "
@@ -178,7 +178,7 @@ def choose_shots(pool: Sequence[Shot], item: Item, count: int) -> list[Shot]:
     return sorted(others, key=lambda shot: shot.subject != item.subject)[:count]
 
 
-def _normalised(text: str) -> str:
+def _normalized(text: str) -> str:
     return " ".join(text.casefold().split())
 
 

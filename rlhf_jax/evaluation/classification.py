@@ -1,4 +1,4 @@
-"""How good answers, scores and probabilities of yes or no are. NumPy only.
+"""Classification metrics of answers, scores and probabilities. NumPy only.
 
 Answers become counts (`confusion`) that `precision`, `recall`, `f1` and `accuracy` are ratios of; scores
 rank (`roc_auc`, `average_precision`); probabilities are calibrated or not. Intervals and comparisons come
@@ -131,7 +131,7 @@ def brier_score(probabilities: ArrayLike, labels: ArrayLike) -> float:
 
 
 def reliability(probabilities: ArrayLike, labels: ArrayLike, *, bins: int = 10) -> Reliability:
-    """What probabilities say beside how often they were right."""
+    """Reliability diagram: predicted probabilities beside observed frequencies."""
     values, truth = _pair(probabilities, labels)
     if values.min() < 0 or values.max() > 1:
         raise ValueError(f"probabilities lie in [0, 1], not in [{values.min()}, {values.max()}]")

@@ -1,4 +1,4 @@
-"""How likely a model finds continuations of contexts: requests of any length, in batches of like length."""
+"""Log-likelihood of continuations of contexts: requests of any length, in batches of like length."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,7 @@ ContinuationFn = Callable[[Params, Sequences], tuple[Float[Array, " B"], Bool[Ar
 
 @dataclasses.dataclass(frozen=True)
 class Likelihood:
-    """What a model says of a continuation.
+    """Log-likelihood of a continuation under a model.
 
     Attributes:
       logp: log-probability of all its tokens, in nats.
@@ -34,7 +34,7 @@ class Likelihood:
 
 @dataclasses.dataclass(frozen=True)
 class Chosen:
-    """Which choice is likeliest; the earliest of those that tie.
+    """Most likely choice; the earliest of those that tie.
 
     Attributes:
       raw: by the log-probability.
@@ -64,7 +64,7 @@ def choose(likelihoods: Sequence[Likelihood], answers: Sequence[str]) -> Chosen:
 
 
 def opening_ids(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
-    """What the tokenizer puts before a text that it encodes for a model: `<s>`, or nothing.
+    """Special tokens that the tokenizer puts before a text: `<s>`, or none.
 
     Nothing either where the text begins with it.
     """
@@ -151,7 +151,7 @@ def score_requests(
     batch_size: int,
     wanted: Callable[[int], bool] = lambda place: True,
 ) -> Iterator[dict[int, Likelihood]]:
-    """What a model says of each request, batch after batch, by the request's place.
+    """Log-likelihood of each request, batch after batch, by the request's place.
 
     Which requests share a batch depends on their lengths alone, so that a run that was stopped gives, to the
     bit, what one in a piece gives.

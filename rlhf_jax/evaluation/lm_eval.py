@@ -45,7 +45,7 @@ class HarnessModel:
         self._score = jax.jit(make_continuation_fn(model.make_greedy_match_fn()))
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
-        """Of each (context, continuation): log-probability in nats, and whether greedy decoding says it.
+        """Log-likelihood of each (context, continuation) in nats, and whether greedy decoding says it.
 
         Raises:
           UserError: a continuation is longer than `max_length`.

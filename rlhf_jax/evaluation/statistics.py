@@ -1,4 +1,4 @@
-"""How sure a number is: intervals over seeds, over examples and over runs and tasks. NumPy only.
+"""Confidence intervals over seeds, over examples and over runs and tasks. NumPy only.
 
 Scores of several runs on several tasks stand in arrays [runs, tasks]; what is known of examples stands in
 columns, arrays whose first axis counts examples.
@@ -80,7 +80,7 @@ def interquartile_mean(scores: ArrayLike) -> float:
 
 
 def probability_of_improvement(scores_x: ArrayLike, scores_y: ArrayLike) -> float:
-    """How often a run of X beats a run of Y, ties counting half, averaged over tasks (Agarwal et al. 2021).
+    """Probability that a run of X beats a run of Y, ties as half, mean over tasks (Agarwal et al. 2021).
 
     Args:
       scores_x: [runs, tasks]; the numbers of runs may differ.

@@ -1,4 +1,4 @@
-"""How near a text is to references: corpus BLEU and ROUGE. NumPy only.
+"""Text overlap metrics: corpus BLEU and ROUGE. NumPy only.
 
 Each has two halves: the sufficient statistics of every example as rows of an array, and the metric of any
 such rows. An interval or a comparison resamples the rows (`statistics.bootstrap_interval`,
@@ -49,7 +49,7 @@ def bleu_statistics(
     *,
     tokenize_fn: Callable[[str], list[str]] = tokenize_13a,
 ) -> Int[np.ndarray, "N 10"]:
-    """What `bleu` needs of every example.
+    """Sufficient statistics of BLEU, one row an example.
 
     Args:
       hypotheses: texts to judge.
@@ -161,7 +161,7 @@ def rouge_l(
 
 
 def longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
-    """How many tokens both have in the same order, others in between or not."""
+    """Length of the longest common subsequence: tokens in the same order, others in between or not."""
     numbers: dict[str, int] = {}
     left, right = (
         np.array([numbers.setdefault(token, len(numbers)) for token in side], np.int64)

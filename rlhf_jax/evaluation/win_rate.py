@@ -1,4 +1,4 @@
-"""How often one system's answers are preferred to another's. NumPy only.
+"""Win rates of one system's answers over another's. NumPy only.
 
 A preference is the probability that the first answer is better: 1 a win, 0 a loss, 1/2 a tie. The win rate
 is the mean of preferences; `statistics.bootstrap_interval` gives its interval.
@@ -11,7 +11,7 @@ _STEPS, _TOLERANCE = 100, 1e-12
 
 
 def both_orders(forth: ArrayLike, back: ArrayLike) -> np.ndarray:
-    """What a judge says who was asked twice: a favour to the place an answer stands in cancels.
+    """Preferences averaged over both orders: position bias cancels.
 
         (forth + 1 - back) / 2
 

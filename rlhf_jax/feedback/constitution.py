@@ -22,7 +22,7 @@ _PLACES = {"comparison": {"prompt", "first", "second"}, "rating": {"prompt", "an
 
 @dataclasses.dataclass(frozen=True)
 class Principle:
-    """How one principle is put to a model.
+    """Prompts of one principle of a constitution.
 
     Attributes:
       name: for tables and rows.

@@ -26,7 +26,7 @@ from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.feedback.constitution import Principle, check_template, read_constitution
 from rlhf_jax.models import Policy
 from rlhf_jax.rewards.functions import RewardFn, call_reward, load_reward
-from rlhf_jax.training.run_folder import load_policy
+from rlhf_jax.training.loading import load
 
 ChooseFn = Callable[[Sequence[str]], np.ndarray]
 
@@ -48,7 +48,7 @@ def make_choose_fn(model: Policy, choices: Sequence[str], *, batch_size: int = 2
       UserError: two choices begin with the same token, or several processes ask.
     """
     if jax.process_count() > 1:
-        raise UserError("a model that judges is asked by one process: run without --hosts")
+        raise UserError("a model that judges is asked by one process: run without --coordinator")
     ids = _first_ids(model.tokenizer, choices)
     choose = jax.jit(_make_choice_fn(model, ids))
 
@@ -213,7 +213,7 @@ def load_reward_file(path: Path) -> RewardFn:
             check_propositions(propositions, path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: describes no reward ({error}): see rlhf_jax.feedback.judges") from error
-    model = load_policy(folder) if folder else None
+    model = load(folder if files.exists(folder) else named) if folder else None
     if kind == "rules" or model is None:
         return make_rules_reward(propositions, model)
     return make_rating_reward(model, read_constitution(constitution))

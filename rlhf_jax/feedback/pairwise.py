@@ -1,4 +1,4 @@
-"""Which of two answers is preferred: by their rewards, or by a judge who sees both."""
+"""Pairwise preferences between two answers: by their rewards, or by a judge who sees both."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -18,28 +18,28 @@ from rlhf_jax.rollout.sampler import completion_texts
 
 
 @dataclasses.dataclass(frozen=True)
-class Compared:
+class PairwiseResult:
     """Two answers to each prompt.
 
     Attributes:
       preference: [N] float32, probability that the first is preferred; 1/2 is a tie.
       metrics: what is known of the answers.
-      order_gap: [N] a judge's advantage for what it sees first, from -1 to 1: what the probabilities that it
-        gives in the two orders sum to, minus 1; zeros where nobody was asked twice.
+      position_bias: [N] a judge's advantage for what it sees first, from -1 to 1: what the probabilities that
+        it gives in the two orders sum to, minus 1; zeros where nobody was asked twice.
     """
 
     preference: np.ndarray
     metrics: dict[str, float]
-    order_gap: np.ndarray
+    position_bias: np.ndarray
 
 
-CompareFn = Callable[[Sequence[PromptExample], Rollout, Rollout], Compared]
+CompareFn = Callable[[Sequence[PromptExample], Rollout, Rollout], PairwiseResult]
 
 
 def compare_by_rewards(reward_fn: RolloutReward, *, noise: float) -> CompareFn:
     """Bradley-Terry preferences, sigmoid(difference of rewards / noise)."""
 
-    def compare(prompts: Sequence[PromptExample], first: Rollout, second: Rollout) -> Compared:
+    def compare(prompts: Sequence[PromptExample], first: Rollout, second: Rollout) -> PairwiseResult:
         scored = [reward_fn.score(rollout, prompts) for rollout in (first, second)]
         ours, theirs = (jnp.asarray(side.rewards) for side in scored)
         metrics = {
@@ -48,7 +48,7 @@ def compare_by_rewards(reward_fn: RolloutReward, *, noise: float) -> CompareFn:
             "unscorable": int(sum(side.unscorable.sum() for side in scored)),
         }
         preference = np.asarray(win_probability(ours, theirs, noise=noise))
-        return Compared(preference, metrics, np.zeros_like(preference))
+        return PairwiseResult(preference, metrics, np.zeros_like(preference))
 
     return compare
 
@@ -78,10 +78,10 @@ def compare_by_judge(judge: str | RewardFn, tokenizer: Tokenizer) -> CompareFn:
             )
         return said
 
-    def compare(prompts: Sequence[PromptExample], first: Rollout, second: Rollout) -> Compared:
+    def compare(prompts: Sequence[PromptExample], first: Rollout, second: Rollout) -> PairwiseResult:
         forth, back = ask(prompts, first, second), ask(prompts, second, first)
         preference = both_orders(forth, back).astype(np.float32)
         gap = (forth + back - 1).astype(np.float32)
-        return Compared(preference, {"order_bias": order_bias(forth, back)}, gap)
+        return PairwiseResult(preference, {"order_bias": order_bias(forth, back)}, gap)
 
     return compare

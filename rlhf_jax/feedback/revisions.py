@@ -54,7 +54,7 @@ class Review:
 
     @property
     def revision(self) -> str:
-        """The last one."""
+        """Final revision: the last one."""
         return self.turns[-1].revision
 
     def row(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from rlhf_jax.generation.automata import (
     stop_automaton,
 )
 from rlhf_jax.generation.beam import beam_search
-from rlhf_jax.generation.continuous import generate_continuously
+from rlhf_jax.generation.continuous import continuous_batching_generate
 from rlhf_jax.generation.contrastive import contrastive_search
 from rlhf_jax.generation.dola import contrast_layers, dola_fns
 from rlhf_jax.generation.loop import generate, make_stream
@@ -16,34 +16,34 @@ from rlhf_jax.generation.processors import token_bias
 from rlhf_jax.generation.sampling import Sampling, row_keys, sample_token
 from rlhf_jax.generation.speculative import (
     Acceptance,
-    Drafter,
-    generate_speculatively,
-    lookahead_drafter,
-    model_drafter,
-    prompt_drafter,
+    Proposer,
+    draft_model_proposer,
+    lookahead_proposer,
+    prompt_lookup_proposer,
+    speculative_decode,
 )
 
 __all__ = [
     "Acceptance",
     "Automaton",
-    "Drafter",
+    "Proposer",
     "Sampling",
     "beam_search",
+    "continuous_batching_generate",
     "contrast_layers",
     "contrastive_search",
     "cut_at_stop",
     "dola_fns",
+    "draft_model_proposer",
     "generate",
-    "generate_continuously",
-    "generate_speculatively",
     "json_automaton",
-    "lookahead_drafter",
+    "lookahead_proposer",
     "make_stream",
-    "model_drafter",
-    "prompt_drafter",
+    "prompt_lookup_proposer",
     "regex_automaton",
     "row_keys",
     "sample_token",
+    "speculative_decode",
     "stop_automaton",
     "token_bias",
 ]

@@ -52,7 +52,7 @@ def next_state(automaton: Automaton, state: Int[Array, "B"], token: Int[Array, "
 
 
 def token_bytes(tokenizer: Tokenizer) -> list[bytes | None]:
-    """What each token writes; None for special tokens and for ids without a token.
+    """Bytes that each token writes; None for special tokens and for ids without a token.
 
     Byte-level vocabularies write bytes in a printable alphabet, others text in which a low line stands for a
     space, or `<0x0A>` for a byte.

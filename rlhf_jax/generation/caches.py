@@ -14,7 +14,7 @@ NOT_BY_ROW = -1
 
 
 def row_axes(make: Callable[[int], Tree]) -> Tree:
-    """Which axis of each leaf counts rows, found by comparing the shapes for two and three of them.
+    """Batch axis of each cache leaf, found by comparing the shapes for two and three rows.
 
     Args:
       make: the tree for a number of rows; only traced.

@@ -17,7 +17,7 @@ from rlhf_jax.generation.sampling import Sampling, row_keys
 
 @pytree_dataclass
 class _Results:
-    """What is done, by prompt."""
+    """Finished completions, by prompt."""
 
     context: Context
     logp: Float[Array, "N T"]
@@ -35,7 +35,7 @@ class _Carry:
     results: _Results
 
 
-def generate_continuously(
+def continuous_batching_generate(
     prefill: PrefillFn,
     extend: ExtendFn,
     params: Params,
@@ -43,26 +43,26 @@ def generate_continuously(
     prompt_mask: Bool[Array, "N P"],
     key: PRNGKeyArray | Key[Array, "N"],
     *,
-    slots: int,
+    max_num_seqs: int,
     max_new_tokens: int,
     eos_id: int,
     pad_id: int,
-    refill: int = 1,
+    prefill_batch_size: int = 1,
     sampling: Sampling = Sampling(),
 ) -> Rollout:
-    """Samples what `generate` would sample of these prompts, `slots` of them at a time.
+    """Samples what `generate` would sample of these prompts, `max_num_seqs` of them at a time.
 
     Args:
       prefill: as for `generate`.
       extend: `extend(params, cache, tokens [B, 1], positions, columns [B]) -> (logits [B, 1, V], cache)`.
-      slots: rows that run side by side.
-      refill: prompts read at a time, once so many slots are free. 1 wastes no slot; more make fewer and
-        larger passes over prompts.
+      max_num_seqs: rows that run side by side.
+      prefill_batch_size: prompts read at a time, once so many rows are free. 1 wastes no row; more make fewer
+        and larger passes over prompts.
     """
     prompts, prompt_mask = jnp.asarray(prompts), jnp.asarray(prompt_mask)
     count = prompts.shape[0]
-    slots = min(slots, count)
-    refill = min(refill, slots)
+    slots = min(max_num_seqs, count)
+    prefill_batch_size = min(prefill_batch_size, slots)
     keys = row_keys(key, count) if key.ndim == 0 else key
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "pad_id": pad_id}
 
@@ -87,8 +87,8 @@ def generate_continuously(
         """Reads the next prompts into free slots, whose answers are put away."""
         results = _store(carry)
         free = ~carry.slots.running()
-        chosen = jnp.argsort(~free, stable=True)[:refill]
-        which = carry.next + jnp.arange(refill)
+        chosen = jnp.argsort(~free, stable=True)[:prefill_batch_size]
+        which = carry.next + jnp.arange(prefill_batch_size)
         # Beyond the last prompt, or where there are fewer free slots than that: nowhere.
         fits = (which < count) & free[chosen]
         place = jnp.where(fits, chosen, slots)
@@ -100,7 +100,7 @@ def generate_continuously(
         rows = sample_step(decode, carry.slots, sampling, eos_id=eos_id, pad_id=pad_id)
         carry = dataclasses.replace(carry, slots=rows)
         free = jnp.sum(~rows.running())
-        wanted = jnp.minimum(refill, count - carry.next)
+        wanted = jnp.minimum(prefill_batch_size, count - carry.next)
         return jax.lax.cond((wanted > 0) & (free >= wanted), fill, lambda carry: carry, carry)
 
     end = run_loop(step, lambda carry: carry.slots.running(), carry)

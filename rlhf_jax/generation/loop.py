@@ -38,7 +38,7 @@ Carry = TypeVar("Carry")
 
 @pytree_dataclass
 class ToolTurn:
-    """What a tool does in each row.
+    """Tool call in progress in each row.
 
     Attributes:
       pending: what it has still to write, -1 beyond its end.
@@ -83,7 +83,7 @@ class Generation:
         return ~self.finished & (self.context.length < self.logp.shape[1])
 
     def position(self) -> Int[Array, "B"]:
-        """Of the next token."""
+        """Position of the next token."""
         return jnp.sum(self.context.prompt, axis=1) + self.context.length
 
 

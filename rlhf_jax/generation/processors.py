@@ -1,4 +1,4 @@
-"""What is done to logits before a token is drawn: pure functions `(logits [B, V], ...) -> logits`.
+"""Logits processors, applied before a token is drawn: pure functions `(logits [B, V], ...) -> logits`.
 
 Each takes the logits as the one before it left them, so that a filter sees the distribution that the filters
 before it made. A token that may not be drawn has the logit -inf; a filter leaves at least one token.
@@ -13,7 +13,7 @@ from rlhf_jax.core.types import Array, Bool, Float, Int, Scalar
 
 @pytree_dataclass
 class Context:
-    """What a row has read and written so far.
+    """Prompt and completion of each row so far, and the states of its automata.
 
     Attributes:
       tokens: the prompt in the first P columns, then what was generated.
@@ -30,7 +30,7 @@ class Context:
     stop: Int[Array, "B"] | None = None
 
     def generated(self) -> Bool[Array, "B S"]:
-        """Where there is a generated token."""
+        """Mask of generated tokens."""
         place = jnp.arange(self.tokens.shape[1]) - self.prompt.shape[1]
         return (place >= 0) & (place < self.length[:, None])
 
@@ -120,7 +120,7 @@ def presence_penalty(logits: Float[Array, "B V"], context: Context, penalty: Sca
 def token_bias(
     vocab_size: int, biases: dict[int, float] | None = None, *, banned: tuple[int, ...] = ()
 ) -> Float[Array, "V"]:
-    """What is added to each token's logit: `biases` by id, -inf for `banned` ids."""
+    """Logit bias of each token: `biases` by id, -inf for `banned` ids."""
     bias = jnp.zeros(vocab_size)
     for token, value in {**(biases or {}), **dict.fromkeys(banned, -jnp.inf)}.items():
         bias = bias.at[token].set(value)

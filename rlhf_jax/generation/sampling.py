@@ -12,7 +12,7 @@ from rlhf_jax.generation.processors import Context
 
 @pytree_dataclass
 class Sampling:
-    """How tokens are drawn. Every field may be traced; `None` turns a rule off.
+    """Sampling parameters. Every field may be traced; `None` turns a rule off.
 
     They are applied in this order: penalties, bias, minimum length, forced tokens, constraint; temperature;
     top-k, top-p, min-p, typical (see `generation.processors` for each).

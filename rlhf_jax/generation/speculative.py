@@ -1,7 +1,7 @@
 """Speculative decoding: several tokens guessed cheaply, then checked by the model in one pass.
 
 What comes out has exactly the model's own distribution, whatever the guesses (Leviathan et al. 2023; Chen et
-al. 2023); good guesses only make it faster. Where guesses come from is a `Drafter`.
+al. 2023); good guesses only make it faster. Where guesses come from is a `Proposer`.
 """
 
 import dataclasses
@@ -28,11 +28,11 @@ from rlhf_jax.generation.sampling import (
 
 
 @dataclasses.dataclass(frozen=True)
-class Drafter:
-    """Guesses the next `count` tokens of each row.
+class Proposer:
+    """Guesses the next `num_speculative_tokens` tokens of each row.
 
     Attributes:
-      count: tokens guessed at a time.
+      num_speculative_tokens: tokens guessed at a time.
       start: `start(prompts, prompt_mask, room) -> state`, with room for `room` tokens after the prompts.
       propose: `propose(state, context, keys, sampling) -> (tokens [B, n], logp [B, n, V] or None, state)`:
         guesses, and the log-probs of the distributions they were drawn from; None if they are certain.
@@ -40,7 +40,7 @@ class Drafter:
         that the model has read, and its likeliest next token after each of them.
     """
 
-    count: int
+    num_speculative_tokens: int
     start: Callable[..., Any]
     propose: Callable[..., tuple[Array, Array | None, Any]]
     observe: Callable[..., Any] = lambda state, context, read, best: state
@@ -48,17 +48,17 @@ class Drafter:
 
 @pytree_dataclass
 class Acceptance:
-    """How well the guesses served, [B] each.
+    """Acceptance statistics of speculative decoding, [B] each.
 
     Attributes:
-      checks: passes of the model.
-      guessed: tokens guessed.
-      accepted: guesses that were kept.
+      num_drafts: passes of the model.
+      num_draft_tokens: tokens guessed.
+      num_accepted_tokens: guesses that were kept.
     """
 
-    checks: Int[Array, "B"]
-    guessed: Int[Array, "B"]
-    accepted: Int[Array, "B"]
+    num_drafts: Int[Array, "B"]
+    num_draft_tokens: Int[Array, "B"]
+    num_accepted_tokens: Int[Array, "B"]
 
 
 @pytree_dataclass
@@ -71,7 +71,7 @@ class _Carry:
         return self.rows.running()
 
 
-def generate_speculatively(
+def speculative_decode(
     prefill: PrefillFn,
     extend: ExtendFn,
     params: Params,
@@ -79,13 +79,13 @@ def generate_speculatively(
     prompt_mask: Bool[Array, "B P"],
     key: PRNGKeyArray | Key[Array, "B"],
     *,
-    drafter: Drafter,
+    proposer: Proposer,
     max_new_tokens: int,
     eos_id: int,
     pad_id: int,
     sampling: Sampling = Sampling(),
 ) -> tuple[Rollout, Acceptance]:
-    """Samples completions like `generate`, several tokens a pass where the drafter guesses well.
+    """Samples completions like `generate`, several tokens a pass where the proposer guesses well.
 
     Args:
       prefill: as for `generate`.
@@ -96,7 +96,7 @@ def generate_speculatively(
       (rollout, acceptance).
     """
     keys = row_keys(key, prompts.shape[0]) if key.ndim == 0 else key
-    room = max_new_tokens + drafter.count
+    room = max_new_tokens + proposer.num_speculative_tokens
     begun = start(
         prefill,
         params,
@@ -117,25 +117,25 @@ def generate_speculatively(
     first = sample_token(step_keys(keys, context.length), rows.logits, processed, sampling)
     rows = _emit(rows, *first, rows.running(), sampling, eos_id=eos_id)
     zeros = jnp.zeros(prompts.shape[0], jnp.int32)
-    state = drafter.start(prompts, prompt_mask, room)
+    state = proposer.start(prompts, prompt_mask, room)
     carry = _Carry(rows, state, Acceptance(zeros, zeros, zeros))
 
     def step(carry: _Carry) -> _Carry:
         rows = carry.rows
         active, context = rows.running(), rows.context
-        guesses, guess_logp, state = drafter.propose(carry.state, context, keys, sampling)
+        guesses, guess_logp, state = proposer.propose(carry.state, context, keys, sampling)
         read = jnp.concatenate([last_token(context)[:, None], guesses], axis=1)
         column = prompts.shape[1] + context.length - 1
         positions = (rows.position() - 1)[:, None] + jnp.arange(read.shape[1])
         logits, cache = extend(params, rows.cache, read, positions, column)
-        state = drafter.observe(state, context, read, jnp.argmax(logits, axis=-1))
+        state = proposer.observe(state, context, read, jnp.argmax(logits, axis=-1))
         rows = dataclasses.replace(rows, cache=cache)
         rows, accepted = _check(rows, logits, guesses, guess_logp, sampling, eos_id=eos_id)
         seen = carry.acceptance
         acceptance = Acceptance(
-            seen.checks + active,
-            seen.guessed + drafter.count * active,
-            seen.accepted + accepted,
+            seen.num_drafts + active,
+            seen.num_draft_tokens + proposer.num_speculative_tokens * active,
+            seen.num_accepted_tokens + accepted,
         )
         return _Carry(rows, state, acceptance)
 
@@ -219,16 +219,16 @@ def _fold(keys: Key[Array, "B"], number: int) -> Key[Array, "B"]:
     return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
 
 
-# Drafters ------------------------------------------------------------------------------------------
+# Proposers ------------------------------------------------------------------------------------------
 
 
-def model_drafter(
-    prefill: PrefillFn, extend: ExtendFn, params: Params, *, count: int, eos_id: int
-) -> Drafter:
+def draft_model_proposer(
+    prefill: PrefillFn, extend: ExtendFn, params: Params, *, num_speculative_tokens: int, eos_id: int
+) -> Proposer:
     """Guesses of a smaller model with the same tokens, drawn under the same rules.
 
     Args:
-      prefill: the small model's; see `generate_speculatively`.
+      prefill: the small model's; see `speculative_decode`.
       extend: the same.
     """
 
@@ -244,7 +244,7 @@ def model_drafter(
         position = jnp.sum(context.prompt, axis=1) + context.length - 2
         tokens, logps = [], []
         active = jnp.ones(context.length.shape, bool)
-        for _ in range(count):
+        for _ in range(num_speculative_tokens):
             positions = position[:, None] + jnp.arange(read.shape[1])
             logits, cache = extend(params, cache, read, positions, column)
             processed = process_logits(logits[:, -1], sampling, context, eos_id=eos_id)
@@ -258,10 +258,10 @@ def model_drafter(
             logps.append(logp)
         return jnp.stack(tokens, axis=1), jnp.stack(logps, axis=1), cache
 
-    return Drafter(count, begin, propose)
+    return Proposer(num_speculative_tokens, begin, propose)
 
 
-def prompt_drafter(*, count: int, longest: int = 3) -> Drafter:
+def prompt_lookup_proposer(*, num_speculative_tokens: int, longest: int = 3) -> Proposer:
     """Guesses what followed the last time that the row held its last few tokens (prompt look-up).
 
     Args:
@@ -270,12 +270,12 @@ def prompt_drafter(*, count: int, longest: int = 3) -> Drafter:
     """
 
     def propose(state: None, context: Context, _: Key[Array, "B"], __: Sampling):
-        return _followers(context, count, longest), None, state
+        return _followers(context, num_speculative_tokens, longest), None, state
 
-    return Drafter(count, lambda *_: None, propose)
+    return Proposer(num_speculative_tokens, lambda *_: None, propose)
 
 
-def _followers(context: Context, count: int, longest: int) -> Int[Array, "B n"]:
+def _followers(context: Context, num_speculative_tokens: int, longest: int) -> Int[Array, "B n"]:
     tokens = context.tokens
     batch, width = tokens.shape
     held = jnp.pad(context.prompt, ((0, 0), (0, width - context.prompt.shape[1]))) | context.generated()
@@ -290,13 +290,13 @@ def _followers(context: Context, count: int, longest: int) -> Int[Array, "B n"]:
         agreeing &= there & (before == last)
         length += agreeing
     best = jnp.argmax(jnp.where(length > 0, length * width + column, -1), axis=1)[:, None]
-    following = jnp.minimum(best + jnp.arange(count), end - 1)
+    following = jnp.minimum(best + jnp.arange(num_speculative_tokens), end - 1)
     return jnp.take_along_axis(tokens, following, axis=1)
 
 
 @pytree_dataclass
 class _Pool:
-    """What the model would say next, as far as its checks have shown.
+    """N-gram pool of lookahead decoding: what the model would say next, as far as its checks have shown.
 
     Attributes:
       guesses: the tokens after the last one that was read, from the end of the last check.
@@ -311,43 +311,43 @@ class _Pool:
     followers: Int[Array, "B H n"]
 
 
-def lookahead_drafter(*, count: int, slots: int = 512) -> Drafter:
+def lookahead_proposer(*, num_speculative_tokens: int, num_slots: int = 512) -> Proposer:
     """Guesses from the model's own passes, after lookahead decoding (Fu et al. 2024).
 
     A check computes the likeliest token after every guess, wrong ones included. Those after the kept guesses
     are the next round's guesses (a Jacobi iteration), and every run of them is remembered by the token before
-    it, in a pool of `slots` a row; what the pool knows of the last token comes first.
+    it, in a pool of `num_slots` a row; what the pool knows of the last token comes first.
     The window of its own that lookahead decoding runs beside each check is left out.
     """
 
     def begin(prompts: Int[Array, "B P"], *_: Any) -> _Pool:
         batch = prompts.shape[0]
         return _Pool(
-            jnp.zeros((batch, count + 1), prompts.dtype),
+            jnp.zeros((batch, num_speculative_tokens + 1), prompts.dtype),
             jnp.zeros(batch, jnp.int32),
-            jnp.full((batch, slots), -1, prompts.dtype),
-            jnp.zeros((batch, slots, count), prompts.dtype),
+            jnp.full((batch, num_slots), -1, prompts.dtype),
+            jnp.zeros((batch, num_slots, num_speculative_tokens), prompts.dtype),
         )
 
     def propose(pool: _Pool, context: Context, _: Key[Array, "B"], __: Sampling):
         token = last_token(context)
         rows = jnp.arange(token.shape[0])
-        known = pool.keys[rows, token % slots] == token
+        known = pool.keys[rows, token % num_slots] == token
         # The last token emitted stands at offset `new` of the guesses; those after it go on.
         new = context.length - pool.length
-        offset = jnp.minimum(new[:, None] + jnp.arange(count), count)
+        offset = jnp.minimum(new[:, None] + jnp.arange(num_speculative_tokens), num_speculative_tokens)
         tail = jnp.take_along_axis(pool.guesses, offset, axis=1)
-        return jnp.where(known[:, None], pool.followers[rows, token % slots], tail), None, pool
+        return jnp.where(known[:, None], pool.followers[rows, token % num_slots], tail), None, pool
 
     def observe(pool: _Pool, context: Context, read: Int[Array, "B m"], best: Int[Array, "B m"]) -> _Pool:
         rows = jnp.arange(read.shape[0])
         keys, followers = pool.keys, pool.followers
-        last = jnp.repeat(best[:, -1:], count, axis=1)
+        last = jnp.repeat(best[:, -1:], num_speculative_tokens, axis=1)
         run = jnp.concatenate([best, last], axis=1).astype(read.dtype)
         for place in reversed(range(read.shape[1])):  # the first place has seen most and is written last
-            slot = read[:, place] % slots
+            slot = read[:, place] % num_slots
             keys = keys.at[rows, slot].set(read[:, place])
-            followers = followers.at[rows, slot].set(run[:, place : place + count])
+            followers = followers.at[rows, slot].set(run[:, place : place + num_speculative_tokens])
         return _Pool(best.astype(read.dtype), context.length, keys, followers)
 
-    return Drafter(count, begin, propose, observe)
+    return Proposer(num_speculative_tokens, begin, propose, observe)

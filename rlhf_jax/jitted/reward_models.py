@@ -1,7 +1,7 @@
 """Learned rewards inside whole runs: preferences of noisy people, reward models from them, and ensembles.
 
     pairs = draw_pairs(world, params, key, 1024, noise=0.5)
-    start = RewardStart(key, decoder, pairs, held_out)
+    start = RewardSeedState(key, decoder, pairs, held_out)
     model, seen = make_reward_train(policy, optimizer, steps=300)(start, hyper)
     learned = dataclasses.replace(world, reward_fn=learned_reward_fn(policy, model))
 
@@ -29,7 +29,7 @@ from rlhf_jax.core.types import (
     Scalar,
     Sequences,
 )
-from rlhf_jax.jitted.train import Method, RewardFn, World
+from rlhf_jax.jitted.train import Algorithm, RewardFn, TaskSetup
 from rlhf_jax.losses.reward import bradley_terry_loss
 from rlhf_jax.models import Policy
 from rlhf_jax.tasks.base import Prompts
@@ -56,11 +56,13 @@ class JudgedPairs:
 
     @property
     def responses(self) -> reward.Pairs:
-        """What a reward model learns from."""
+        """Preference pairs as a reward model learns from them."""
         return reward.Pairs(self.chosen, self.rejected)
 
 
-def draw_pairs(world: World, params: Params, key: PRNGKeyArray, count: int, *, noise: Scalar) -> JudgedPairs:
+def draw_pairs(
+    task_setup: TaskSetup, params: Params, key: PRNGKeyArray, count: int, *, noise: Scalar
+) -> JudgedPairs:
     """Two sampled answers to each of `count` training prompts, judged by gold reward and noise.
 
     Args:
@@ -72,9 +74,9 @@ def draw_pairs(world: World, params: Params, key: PRNGKeyArray, count: int, *, n
 
     def part(key: PRNGKeyArray) -> JudgedPairs:
         draw_key, *answer_keys, judge_key = jax.random.split(key, 4)
-        prompts = world.draw(draw_key, prompts=size, samples=1)
-        first, second = (world.answer(params, prompts, answer_key) for answer_key in answer_keys)
-        gold, other = (world.gold(rollout, prompts) for rollout in (first, second))
+        prompts = task_setup.draw(draw_key, num_prompts=size, num_samples=1)
+        first, second = (task_setup.answer(params, prompts, answer_key) for answer_key in answer_keys)
+        gold, other = (task_setup.gold(rollout, prompts) for rollout in (first, second))
         prefers = prefers_first(judge_key, gold, other, noise=noise)
         pairs = selection.judged(first.sequences, second.sequences, prefers)
         return JudgedPairs(pairs.chosen, pairs.rejected, jnp.where(prefers, gold >= other, other >= gold))
@@ -102,8 +104,8 @@ class RewardModel:
 
 
 @pytree_dataclass
-class RewardStart:
-    """What sets one seed apart.
+class RewardSeedState:
+    """Seed state of reward-model training: key, decoder and pairs of one seed.
 
     Attributes:
       decoder: body to start from.
@@ -119,7 +121,7 @@ class RewardStart:
 
 @pytree_dataclass
 class RewardHyper:
-    """What a sweep may vary.
+    """Hyperparameters of reward-model training that a sweep may vary (array leaves).
 
     Attributes:
       pairs: how many of the pairs are learned from: the first ones.
@@ -137,7 +139,7 @@ def make_reward_train(
     steps: int,
     batch_size: int = 64,
     every: int = 20,
-) -> Callable[[RewardStart, RewardHyper], tuple[RewardModel, dict[str, Array]]]:
+) -> Callable[[RewardSeedState, RewardHyper], tuple[RewardModel, dict[str, Array]]]:
     """`train(start, hyper) -> (model, history)`: the parameters of least loss on held-out pairs.
 
     The number of pairs is traced, so one program serves all amounts of data. All train for as many steps, so
@@ -157,7 +159,7 @@ def make_reward_train(
         gold = jnp.mean((chosen > rejected) == pairs.gold_is_chosen)
         return {"loss": loss, "accuracy": metrics["accuracy"], "gold_accuracy": gold}
 
-    def train(start: RewardStart, hyper: RewardHyper) -> tuple[RewardModel, dict[str, Array]]:
+    def train(start: RewardSeedState, hyper: RewardHyper) -> tuple[RewardModel, dict[str, Array]]:
         head_key, state_key, data_key = jax.random.split(start.key, 3)
         params = policy.init_scalar_model(head_key, start.decoder)
         state = reward.init(params, tx, state_key)
@@ -195,7 +197,7 @@ def score_sequences(policy: Policy, model: RewardModel, sequences: Sequences) ->
 
 
 def learned_reward_fn(policy: Policy, model: RewardModel) -> RewardFn:
-    """A reward model as the reward of a `World`."""
+    """A reward model as the reward of a `TaskSetup`."""
 
     def reward_fn(rollout: Rollout, prompts: Prompts) -> Float[Array, " B"]:
         del prompts
@@ -209,7 +211,7 @@ def ensemble_reward_fn(
     members: RewardModel,
     combine_fn: Callable[[Float[Array, "N B"]], Float[Array, " B"]],
 ) -> RewardFn:
-    """Several reward models as the reward of a `World`.
+    """Several reward models as the reward of a `TaskSetup`.
 
     Args:
       members: reward models of one architecture, [N] in every leaf.
@@ -226,27 +228,27 @@ def ensemble_reward_fn(
 # Pairs instead of a reward ---------------------------------------------------------------------------
 
 
-def stored_pairs_method(
-    world: World,
+def stored_pairs_algorithm(
+    task_setup: TaskSetup,
     config: preference.Config,
     optimizer: OptimizerConfig,
     pairs: JudgedPairs,
     *,
     count: Int[Array, ""],
-) -> Method:
+) -> Algorithm:
     """The DPO family on pairs that were judged before; nothing is sampled.
 
     Args:
       count: how many of the pairs are learned from, the first ones; may be traced, as the pairs may.
     """
     tx = make_optimizer(optimizer)
-    update = preference.make_update(config, world.logprob_fn, tx)
+    update = preference.make_update(config, task_setup.logprob_fn, tx)
 
     def step(state: Any, hyper: Any, ref_params: Params, key: PRNGKeyArray) -> tuple[Any, Metrics]:
-        rows = jax.random.randint(key, (world.prompts * world.samples // 2,), 0, count)
+        rows = jax.random.randint(key, (task_setup.num_prompts * task_setup.num_samples // 2,), 0, count)
         part = pairs.take(rows)
-        batch = preference.make_batch(world.logprob_fn, ref_params, part.chosen, part.rejected)
+        batch = preference.make_batch(task_setup.logprob_fn, ref_params, part.chosen, part.rejected)
         state, metrics = update(state, hyper, batch)
         return state, {**metrics, "tokens": jnp.int32(0)}
 
-    return Method(lambda params, key, _: preference.init(params, tx, key), step)
+    return Algorithm(lambda params, key, _: preference.init(params, tx, key), step)

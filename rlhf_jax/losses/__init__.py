@@ -79,8 +79,8 @@ from rlhf_jax.losses.reward import (
 from rlhf_jax.losses.supervised import (
     advantage_weighted_loss,
     cross_entropy_loss,
-    further_masks,
-    further_token_loss,
+    mtp_loss,
+    mtp_masks,
 )
 from rlhf_jax.losses.unpaired import bco_loss, kto_kl, kto_loss
 from rlhf_jax.losses.value import (
@@ -122,8 +122,6 @@ __all__ = [
     "expectile_value_loss",
     "forward_kl_loss",
     "forward_kl_score",
-    "further_masks",
-    "further_token_loss",
     "gaussian_histogram",
     "generalized_js_loss",
     "geometric_mean_surrogate",
@@ -141,6 +139,8 @@ __all__ = [
     "load_balance_loss",
     "load_violation",
     "masked_importance_weights",
+    "mtp_loss",
+    "mtp_masks",
     "nash_md_loss",
     "nca_loss",
     "off_policy_mask",

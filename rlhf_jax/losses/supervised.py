@@ -35,13 +35,13 @@ def cross_entropy_loss(
     return loss, {"loss": jax.lax.stop_gradient(loss)}
 
 
-def further_masks(
+def mtp_masks(
     mask: Bool[Array, "B T"], segment_ids: Int[Array, "B T"], depth: int
 ) -> list[Bool[Array, "B T"]]:
     """Which of the tokens that count could be foreseen k = 1 ... `depth` steps before: not those whose k + 1
     predecessors are not all in their segment.
     """
-    mask, segment_ids = check_shapes("further_masks", mask=(mask, "B T"), segment_ids=(segment_ids, "B T"))
+    mask, segment_ids = check_shapes("mtp_masks", mask=(mask, "B T"), segment_ids=(segment_ids, "B T"))
     column = jnp.arange(mask.shape[1])
     return [
         mask & (column > k) & (segment_ids == jnp.roll(segment_ids, k + 1, axis=1))
@@ -49,8 +49,8 @@ def further_masks(
     ]
 
 
-def further_token_loss(
-    further_logp: Float[Array, "D B T"],
+def mtp_loss(
+    mtp_logp: Float[Array, "D B T"],
     masks: Sequence[Bool[Array, "B T"]],
     *,
     reduce: Reduction = token_mean,
@@ -62,14 +62,14 @@ def further_token_loss(
         1/D sum_k reduce(-log p_k(y_t | y_<t-k))
 
     Args:
-      further_logp: log-probability of each token as depth k = 1 ... D foresaw it, in nats.
-      masks: tokens that count, for each depth (`further_masks`).
+      mtp_logp: log-probability of each token as depth k = 1 ... D foresaw it, in nats.
+      masks: tokens that count, for each depth (`mtp_masks`).
       denominators: replace the reduction's own, for micro-batches and shards; one for each depth.
     """
     totals = [None] * len(masks) if denominators is None else denominators
     losses = [
         reduce(-full_precision(logp), mask, denominator=total)
-        for logp, mask, total in zip(further_logp, masks, totals, strict=True)
+        for logp, mask, total in zip(mtp_logp, masks, totals, strict=True)
     ]
     loss = sum(losses[1:], losses[0]) / len(losses)
     return loss, {"further_loss": jax.lax.stop_gradient(loss)}

@@ -19,7 +19,7 @@ from rlhf_jax.models.config import (
     MixtureOfExperts,
     Recurrence,
 )
-from rlhf_jax.models.mlp import Gated, Mixture, Plain
+from rlhf_jax.models.mlp import MLP, GatedMLP, MoE
 from rlhf_jax.models.recurrent import RecurrentLayer
 
 
@@ -38,11 +38,11 @@ def feed_forward_layer(spec: GatedFeedForward | FeedForward | MixtureOfExperts, 
     """`layer(inputs) -> outputs`."""
     match spec:
         case GatedFeedForward():
-            return Gated(spec, **options)
+            return GatedMLP(spec, **options)
         case FeedForward():
-            return Plain(spec, **options)
+            return MLP(spec, **options)
         case MixtureOfExperts():
-            return Mixture(spec, **options)
+            return MoE(spec, **options)
 
 
 def empty_cache(block: Block, shape: tuple[int, ...], dtype: Any) -> LayerCache:
@@ -52,9 +52,9 @@ def empty_cache(block: Block, shape: tuple[int, ...], dtype: Any) -> LayerCache:
         case Attention(num_kv_heads=heads, head_dim=width):
             empty = constrain(jnp.zeros((*shape, heads, width), dtype), *rows, None, "heads", None)
             return empty, empty
-        case LatentAttention(latent_dim=latent, rope_dim=rotated):
+        case LatentAttention(kv_lora_rank=latent, qk_rope_head_dim=rotated):
             latents, keys = jnp.zeros((*shape, latent), dtype), jnp.zeros((*shape, rotated), dtype)
             return constrain(latents, *rows, None, None), constrain(keys, *rows, None, None)
-        case Recurrence(cell=cell, hidden_dim=hidden):
+        case Recurrence(cell=cell, hidden_size=hidden):
             state = constrain(jnp.zeros((*shape[:-1], hidden), dtype), *rows, None)
             return (state, state) if cell == "lstm" else (state,)

@@ -1,4 +1,4 @@
-"""What a decoder is made of: frozen dataclasses, one for each kind of part.
+"""Model configuration: frozen dataclasses, one for each kind of part of a decoder.
 
 A new kind of attention, position or norm is a new dataclass here and one more case where parts are built
 (`models/parts.py`); nothing else branches on the architecture. A decoder is `prefix`, then `pattern`
@@ -98,32 +98,32 @@ class LatentAttention:
 
     Attributes:
       num_heads: H.
-      query_rank: width of the queries' latent; None where queries are projected directly.
-      latent_dim: width of the latent of keys and values.
-      nope_dim: width of the part of a query or key that does not rotate.
-      rope_dim: width of the part that rotates; the key's is shared by all heads.
-      value_dim: width of a value.
+      q_lora_rank: width of the queries' latent; None where queries are projected directly.
+      kv_lora_rank: width of the latent of keys and values.
+      qk_nope_head_dim: width of the part of a query or key that does not rotate.
+      qk_rope_head_dim: width of the part that rotates; the key's is shared by all heads.
+      v_head_dim: width of a value.
       position: the rotation.
       norm: norm of both latents.
       bias: whether the projections to the latents and to the output have biases.
     """
 
     num_heads: int
-    query_rank: int | None
-    latent_dim: int
-    nope_dim: int
-    rope_dim: int
-    value_dim: int
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
     position: Rope = Rope()
     norm: RMSNorm = RMSNorm()
     bias: bool = False
 
     @property
     def scale(self) -> float:
-        """What logits are multiplied with."""
+        """Attention scale, by which logits are multiplied."""
         scaling = self.position.scaling
         correction = scaling.softmax_magnitude if isinstance(scaling, YarnScaling) else 1.0
-        return correction * (self.nope_dim + self.rope_dim) ** -0.5
+        return correction * (self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5
 
 
 # Recurrence ----------------------------------------------------------------------------------------
@@ -139,11 +139,11 @@ class Recurrence:
     Attributes:
       cell: `rnn` (Elman 1990), `gru` (Cho et al. 2014, with the reset gate behind the product, as cuDNN has
         it), or `lstm` (Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000).
-      hidden_dim: width of the state; another than the model's is projected back to it.
+      hidden_size: width of the state; another than the model's is projected back to it.
     """
 
     cell: Cell
-    hidden_dim: int
+    hidden_size: int
 
 
 # Feed-forward --------------------------------------------------------------------------------------
@@ -153,7 +153,7 @@ class Recurrence:
 class GatedFeedForward:
     """SwiGLU and its kin (Shazeer 2020, eq. 6): (activation(x W_gate) * x W_up) W_down."""
 
-    hidden_dim: int
+    intermediate_size: int
     activation: Activation = "silu"
     bias: bool = False
 
@@ -162,7 +162,7 @@ class GatedFeedForward:
 class FeedForward:
     """activation(x W_up + b) W_down + b (Vaswani et al. 2017, eq. 2)."""
 
-    hidden_dim: int
+    intermediate_size: int
     activation: Activation = "gelu"
 
 
@@ -171,13 +171,13 @@ class SoftmaxRouter:
     """The experts of highest softmax(x W) (Fedus et al. 2021, eq. 1; Jiang et al. 2024, section 2.1).
 
     Attributes:
-      renormalise: whether the chosen experts' weights are divided by their sum.
+      renormalize: whether the chosen experts' weights are divided by their sum.
       scale: what the weights are multiplied with.
       groups: groups of experts, ranked by their best one.
       kept_groups: how many groups may be chosen from (DeepSeek-V2 report, section 2.2.2).
     """
 
-    renormalise: bool = True
+    renormalize: bool = True
     scale: float = 1.0
     groups: int = 1
     kept_groups: int = 1
@@ -190,7 +190,7 @@ class SigmoidRouter:
     The bias balances the load; it gets no gradient. Groups are ranked by the sum of their two best experts.
     """
 
-    renormalise: bool = True
+    renormalize: bool = True
     scale: float = 1.0
     groups: int = 1
     kept_groups: int = 1
@@ -255,14 +255,14 @@ class ModelConfig:
       num_layers: blocks in all; those after `prefix` are a multiple of `len(pattern)`.
       pattern: the blocks that repeat.
       prefix: blocks before them.
-      tied_embeddings: whether the output matrix is the input embedding.
+      tie_word_embeddings: whether the output matrix is the input embedding.
       final_norm: norm before the output matrix.
       embedding_scale: what embeddings are multiplied with on their way in.
       embedding_norm: norm of the embeddings (BLOOM).
       learned_positions: rows of a learned table of positions that is added to the embeddings (GPT-2).
       logit_softcap: bound c of c tanh(logits / c).
       context_length: tokens the model was made for; told to others on export, bounds nothing here.
-      further_depth: modules that foresee further tokens in training (`models.further`); generation and
+      mtp_depth: modules that foresee further tokens in training (`models.further`); generation and
         other objectives leave them alone.
       architecture: the Hugging Face name of the family in which `hf.save` writes it; empty for the first
         that can express it.
@@ -281,14 +281,14 @@ class ModelConfig:
     num_layers: int
     pattern: tuple[Block, ...]
     prefix: tuple[Block, ...] = ()
-    tied_embeddings: bool = True
+    tie_word_embeddings: bool = True
     final_norm: Norm = RMSNorm()
     embedding_scale: float = 1.0
     embedding_norm: Norm | None = None
     learned_positions: int | None = None
     logit_softcap: float | None = None
     context_length: int | None = None
-    further_depth: int = 0
+    mtp_depth: int = 0
     architecture: str = ""
     param_dtype: str = "float32"
     compute_dtype: str = "float32"
@@ -306,12 +306,12 @@ class ModelConfig:
 
     @property
     def num_repeats(self) -> int:
-        """How often `pattern` is repeated."""
+        """Repeats of `pattern`."""
         return (self.num_layers - len(self.prefix)) // len(self.pattern)
 
     @property
     def is_recurrent(self) -> bool:
-        """Whether a block keeps a state that cannot be taken back to an earlier token."""
+        """True where a block keeps a state that cannot be taken back to an earlier token."""
         return any(isinstance(block.attention, Recurrence) for block in self.blocks)
 
     @property
@@ -326,7 +326,7 @@ def map_rope(config: ModelConfig, change: Callable[[Rope, int], Rope]) -> ModelC
     def changed(block: Block) -> Block:
         attention = block.attention
         if isinstance(attention, LatentAttention):
-            position = change(attention.position, attention.rope_dim)
+            position = change(attention.position, attention.qk_rope_head_dim)
         elif isinstance(attention, Attention) and isinstance(attention.position, Rope):
             position = change(attention.position, int(attention.head_dim * attention.position.fraction))
         else:
@@ -344,14 +344,14 @@ def dense_config(
     num_layers: int,
     num_heads: int,
     num_kv_heads: int | None = None,
-    hidden_dim: int | None = None,
+    intermediate_size: int | None = None,
     theta: float = 10_000.0,
     **options: Any,
 ) -> ModelConfig:
     """A Llama-shaped decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU.
 
     Args:
-      hidden_dim: width of the feed-forward; 8/3 of `width` rounded up to a multiple of 16 by default.
+      intermediate_size: width of the feed-forward; 8/3 of `width` rounded up to a multiple of 16 by default.
       options: further fields of `ModelConfig`.
 
     Raises:
@@ -362,7 +362,7 @@ def dense_config(
             f"Model: width={width} is not divisible by num_heads={num_heads}: choose heads that divide it."
         )
     attention = Attention(num_heads, num_kv_heads or num_heads, width // num_heads, Rope(theta))
-    feed_forward = GatedFeedForward(hidden_dim or -(-width * 8 // 48) * 16)
+    feed_forward = GatedFeedForward(intermediate_size or -(-width * 8 // 48) * 16)
     return ModelConfig(vocab_size, width, num_layers, (Block(attention, feed_forward),), **options)
 
 

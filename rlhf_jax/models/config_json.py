@@ -33,8 +33,29 @@ KINDS = (
     adapters.PromptTuning,
     adapters.Bottleneck,
     adapters.Partial,
-    adapters.Quantisation,
+    adapters.Quantization,
 )
+_KINDS = {kind.__name__: kind for kind in KINDS}
+RENAMED_KINDS = {"Quantisation": "Quantization"}
+RENAMED_FIELDS = {
+    "ModelConfig": {"tied_embeddings": "tie_word_embeddings", "further_depth": "mtp_depth"},
+    "GatedFeedForward": {"hidden_dim": "intermediate_size"},
+    "FeedForward": {"hidden_dim": "intermediate_size"},
+    "Recurrence": {"hidden_dim": "hidden_size"},
+    "LatentAttention": {
+        "query_rank": "q_lora_rank",
+        "latent_dim": "kv_lora_rank",
+        "nope_dim": "qk_nope_head_dim",
+        "rope_dim": "qk_rope_head_dim",
+        "value_dim": "v_head_dim",
+    },
+    "SoftmaxRouter": {"renormalise": "renormalize"},
+    "SigmoidRouter": {"renormalise": "renormalize"},
+    "LoRA": {"rank_stabilised": "rank_stabilized"},
+    "DoRA": {"rank_stabilised": "rank_stabilized"},
+    "PiSSA": {"rank_stabilised": "rank_stabilized"},
+}
+"""Names of kinds and fields in files that were written before they had those of today."""
 
 
 def config_to_dict(config: ModelConfig) -> dict[str, Any]:
@@ -60,7 +81,7 @@ def config_from_dict(data: dict[str, Any]) -> ModelConfig:
     return config
 
 
-def adapter_to_dict(adapter: adapters.Adapter | adapters.Quantisation | None) -> dict[str, Any] | None:
+def adapter_to_dict(adapter: adapters.Adapter | adapters.Quantization | None) -> dict[str, Any] | None:
     """A JSON-ready description; `adapter_from_dict` is its inverse."""
     return _to_json(adapter)
 
@@ -89,8 +110,11 @@ def _to_json(value: Any) -> Any:
 
 def _from_json(value: Any) -> Any:
     if isinstance(value, dict):
-        kind = {kind.__name__: kind for kind in KINDS}[value["kind"]]
-        return kind(**{name: _from_json(item) for name, item in value.items() if name != "kind"})
+        kind: str = value["kind"]
+        kind = RENAMED_KINDS.get(kind, kind)
+        names = RENAMED_FIELDS.get(kind, {})
+        fields = {names.get(str(k), str(k)): _from_json(x) for k, x in value.items() if k != "kind"}
+        return _KINDS[kind](**fields)
     return tuple(map(_from_json, value)) if isinstance(value, list | tuple) else value
 
 

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from rlhf_jax.core.axes import constrain, gathered
+from rlhf_jax.core.axes import all_gathered, constrain
 from rlhf_jax.core.trees import merge, pytree_dataclass
 from rlhf_jax.core.types import Array, Bool, Float, Int, Params, PRNGKeyArray
 from rlhf_jax.kernels.logprobs import softcapped
-from rlhf_jax.models.attention.backends import ATTENTION_NAMES, Context
+from rlhf_jax.models.attention.backends import ATTENTION_NAMES, AttentionContext
 from rlhf_jax.models.attention.modules import LayerCache, write_columns
 from rlhf_jax.models.builders import empty_cache, feed_forward_layer, mixing_layer
 from rlhf_jax.models.config import Block, ModelConfig, Norm, Recurrence
@@ -46,7 +46,7 @@ class ResidualBlocks(nn.Module):
 
     @nn.compact
     def __call__(
-        self, hidden: Float[Array, "B T D"], caches: tuple[LayerCache | None, ...], context: Context
+        self, hidden: Float[Array, "B T D"], caches: tuple[LayerCache | None, ...], context: AttentionContext
     ) -> tuple[Float[Array, "B T D"], tuple[LayerCache | None, ...]]:
         """Runs the blocks in order; `caches` has one entry for each."""
         config = self.config
@@ -157,18 +157,18 @@ class Decoder(nn.Module):
         param_dtype, dtype = jnp.dtype(config.param_dtype), jnp.dtype(config.compute_dtype)
         shape = (config.vocab_size, config.width)
         embedding = self.param("embedding", normal_init, shape, param_dtype)
-        if not config.tied_embeddings:
+        if not config.tie_word_embeddings:
             self.param("unembedding", normal_init, shape, param_dtype)
         # Gathered over the embedding's width first: rows are looked up whole, and so are their gradients
         # summed, before each device keeps its part.
-        table = constrain(gathered(embedding, "vocab", "embed"), "vocab", None)
+        table = constrain(all_gathered(embedding, "vocab", "embed"), "vocab", None)
         hidden = (table[tokens] if soft is None else soft).astype(dtype)
         if config.embedding_scale != 1:
             hidden *= jnp.asarray(config.embedding_scale, dtype)
         if config.learned_positions is not None:
             shape = (config.learned_positions, config.width)
             table = self.param("position_embedding", normal_init, shape, param_dtype)
-            table = constrain(gathered(table, None, "embed"), None, None)
+            table = constrain(all_gathered(table, None, "embed"), None, None)
             hidden += table[positions].astype(dtype) if soft is None else 0
         if config.embedding_norm is not None:
             hidden = norm_layer(config.embedding_norm, param_dtype, name="embedding_norm")(hidden)
@@ -183,8 +183,8 @@ def _no_cache(config: ModelConfig) -> tuple[Any, Any]:
 
 def _context(
     positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"], cache: Cache | None, fresh: bool
-) -> tuple[Context, tuple[Int[Array, "B S"], Int[Array, "B S"]]]:
-    """Who sees whom: the same segment, not later (so padding, segment 0, sees only padding).
+) -> tuple[AttentionContext, tuple[Int[Array, "B S"], Int[Array, "B S"]]]:
+    """Attention context with a cache: the same segment, not later (padding, segment 0, sees only padding).
 
     Returns:
       the context, and segments and positions of all columns, those of the cache included.
@@ -197,16 +197,16 @@ def _context(
         key_positions = write_columns(cache.positions, positions, start)
     if cache is None or fresh:
         mask = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (time[:, None] >= time)
-        context = Context(positions, positions, mask, start, segment_ids, segment_ids > 0)
+        context = AttentionContext(positions, positions, mask, start, segment_ids, segment_ids > 0)
     else:
         same = segment_ids[:, :, None] == segments[:, None, :]
         mask = same & (start.reshape(-1, 1, 1) + time[:, None] >= jnp.arange(segments.shape[1]))
-        context = Context(positions, key_positions, mask, start, None, segment_ids > 0)
+        context = AttentionContext(positions, key_positions, mask, start, None, segment_ids > 0)
     return context, (segments, key_positions)
 
 
-def whole_context(positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]) -> Context:
-    """Who sees whom in whole rows, without a cache."""
+def whole_context(positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]) -> AttentionContext:
+    """Attention context of whole rows, without a cache."""
     return _context(positions, segment_ids, None, True)[0]
 
 
@@ -325,8 +325,8 @@ def expand_prompt(config: ModelConfig, params: Params) -> Params:
 
 def unembedding(config: ModelConfig, params: Params) -> Float[Array, "V D"]:
     """The output matrix, in the compute dtype."""
-    matrix = params["embedding"] if config.tied_embeddings else params["unembedding"]
-    return gathered(matrix, "vocab", "embed").astype(jnp.dtype(config.compute_dtype))
+    matrix = params["embedding"] if config.tie_word_embeddings else params["unembedding"]
+    return all_gathered(matrix, "vocab", "embed").astype(jnp.dtype(config.compute_dtype))
 
 
 def logits(config: ModelConfig, params: Params, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:

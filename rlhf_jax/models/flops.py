@@ -39,7 +39,11 @@ def forward_flops(config: ModelConfig, *, rows: int, length: int, start: int = 0
         if isinstance(attention, Recurrence):
             continue  # nothing but products with parameters
         if isinstance(attention, LatentAttention):
-            width = attention.num_heads * (attention.nope_dim + attention.rope_dim + attention.value_dim) / 2
+            width = (
+                attention.num_heads
+                * (attention.qk_nope_head_dim + attention.qk_rope_head_dim + attention.v_head_dim)
+                / 2
+            )
             window = None
         else:
             width, window = attention.num_heads * attention.head_dim, attention.window
@@ -54,29 +58,29 @@ def training_flops(config: ModelConfig, *, rows: int, length: int) -> float:
     as a block, its projection and the output matrix.
     """
     forward = forward_flops(config, rows=rows, length=length)
-    if config.further_depth:
+    if config.mtp_depth:
         module = dataclasses.replace(
-            config, prefix=(), pattern=config.pattern[-1:], num_layers=1, further_depth=0
+            config, prefix=(), pattern=config.pattern[-1:], num_layers=1, mtp_depth=0
         )
         projection = 4.0 * config.width**2 * rows * length
-        forward += config.further_depth * (projection + forward_flops(module, rows=rows, length=length))
+        forward += config.mtp_depth * (projection + forward_flops(module, rows=rows, length=length))
     return 3 * forward
 
 
 def _mixing_params(attention: Attention | LatentAttention | Recurrence, width: int) -> int:
     if isinstance(attention, Recurrence):
-        hidden = attention.hidden_dim
+        hidden = attention.hidden_size
         projected = width * hidden if hidden != width else 0
         return {"rnn": 1, "gru": 3, "lstm": 4}[attention.cell] * hidden * (width + hidden) + projected
     if isinstance(attention, Attention):
         return 2 * width * attention.head_dim * (attention.num_heads + attention.num_kv_heads)
     heads = attention.num_heads
-    query_width = heads * (attention.nope_dim + attention.rope_dim)
-    rank = attention.query_rank
+    query_width = heads * (attention.qk_nope_head_dim + attention.qk_rope_head_dim)
+    rank = attention.q_lora_rank
     query = width * query_width if rank is None else rank * (width + query_width)
-    latent = width * (attention.latent_dim + attention.rope_dim)
-    expanded = attention.latent_dim * heads * (attention.nope_dim + attention.value_dim)
-    return query + latent + expanded + heads * attention.value_dim * width
+    latent = width * (attention.kv_lora_rank + attention.qk_rope_head_dim)
+    expanded = attention.kv_lora_rank * heads * (attention.qk_nope_head_dim + attention.v_head_dim)
+    return query + latent + expanded + heads * attention.v_head_dim * width
 
 
 def _feed_forward_params(part: GatedFeedForward | FeedForward | MixtureOfExperts | None, width: int) -> int:
@@ -86,4 +90,4 @@ def _feed_forward_params(part: GatedFeedForward | FeedForward | MixtureOfExperts
         experts = part.experts_per_token * _feed_forward_params(part.expert, width)
         shared = _feed_forward_params(part.shared, width) if part.shared else 0
         return experts + shared + width * part.num_experts
-    return (3 if isinstance(part, GatedFeedForward) else 2) * width * part.hidden_dim
+    return (3 if isinstance(part, GatedFeedForward) else 2) * width * part.intermediate_size

@@ -99,7 +99,7 @@ class GgufFile:
         return self._named(dataclasses.replace(config, architecture=self.family.architecture))
 
     def tokenizer_metadata(self) -> dict[str, Any]:
-        """What begins with `tokenizer.`, by the name behind it."""
+        """Metadata of the tokenizer: keys that begin with `tokenizer.`, by the name behind it."""
         names = [name for name in self._reader.fields if name.startswith("tokenizer.")]
         return {name.removeprefix("tokenizer."): self.get(name) for name in names}
 
@@ -109,7 +109,7 @@ class GgufFile:
         return {ours.get(name, name) for name in self._stored if name != ROPE_FACTORS}
 
     def where(self, name: str) -> str:
-        """The file."""
+        """File that holds the tensor, for messages."""
         return str(self.folder)
 
     def read(self, names: set[str]) -> Iterator[tuple[str, np.ndarray]]:
@@ -150,7 +150,7 @@ class GgufFile:
         return tensor
 
     def _described(self) -> dict[str, Any]:
-        """What config.json would say."""
+        """Fields as config.json would have them."""
 
         def number(name: str) -> Any:
             return self.get(f"{self.architecture}.{name}")

@@ -8,8 +8,9 @@ from flax import linen as nn
 
 from rlhf_jax.core.axes import shards
 from rlhf_jax.core.types import Array, Float
+from rlhf_jax.models import config
 from rlhf_jax.models.adapters import linear as adapters
-from rlhf_jax.models.config import Activation, LayerNorm, Norm, RMSNorm
+from rlhf_jax.models.config import Activation, Norm
 
 normal_init = nn.initializers.normal(stddev=0.02)
 
@@ -50,10 +51,10 @@ class Linear(nn.Module):
         return outputs.reshape(*inputs.shape[:-1], self.features)
 
 
-class Scale(nn.Module):
+class RMSNorm(nn.Module):
     """RMSNorm: x / sqrt(mean(x^2) + epsilon) * scale, statistics in float32."""
 
-    spec: RMSNorm
+    spec: config.RMSNorm
     param_dtype: Any = jnp.float32
 
     @nn.compact
@@ -68,10 +69,10 @@ class Scale(nn.Module):
         return (normed * scale).astype(inputs.dtype)
 
 
-class ScaleAndShift(nn.Module):
+class LayerNorm(nn.Module):
     """LayerNorm: (x - mean) / sqrt(variance + epsilon) * scale + bias, statistics in float32."""
 
-    spec: LayerNorm
+    spec: config.LayerNorm
     param_dtype: Any = jnp.float32
 
     @nn.compact
@@ -89,10 +90,10 @@ class ScaleAndShift(nn.Module):
 def norm_layer(spec: Norm, param_dtype: Any, *, name: str) -> nn.Module:
     """The layer of a norm's description."""
     match spec:
-        case RMSNorm():
-            return Scale(spec, param_dtype, name=name)
-        case LayerNorm():
-            return ScaleAndShift(spec, param_dtype, name=name)
+        case config.RMSNorm():
+            return RMSNorm(spec, param_dtype, name=name)
+        case config.LayerNorm():
+            return LayerNorm(spec, param_dtype, name=name)
 
 
 def activate(inputs: Float[Array, "..."], activation: Activation) -> Float[Array, "..."]:

@@ -29,7 +29,7 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def kind_of_checkpoint(path: str | os.PathLike[str]) -> CheckpointKind:
-    """What a path or name refers to; what is on disk wins over a name.
+    """Kind of checkpoint that a path or name refers to; what is on disk wins over a name.
 
     Raises:
       UserError: nothing is there, and it is no name; or a folder that holds no model.
@@ -127,7 +127,7 @@ def load_checkpoint(
 
 
 def _gguf_tokenizer(file: GgufFile) -> Tokenizer:
-    """That of the file; a tokenizer.json beside it wins."""
+    """Tokenizer of the GGUF file; a tokenizer.json beside it wins."""
     beside = file.folder.with_name("tokenizer.json")
     if beside.is_file():
         return load_tokenizer(beside)

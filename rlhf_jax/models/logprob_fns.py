@@ -27,7 +27,7 @@ from rlhf_jax.kernels.logprobs import token_logprobs
 from rlhf_jax.models import decoder as decoders
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.heads import apply_scalar_head
-from rlhf_jax.models.mtp import further_hidden_states
+from rlhf_jax.models.mtp import mtp_hidden_states
 from rlhf_jax.models.router_stats import has_routers, routed_hidden_states
 
 
@@ -117,7 +117,7 @@ def make_logprob_fn(config: ModelConfig, *, temperature: Scalar = 1.0, chunk_siz
 
 
 def make_logprob_fn_with_auxiliaries(config: ModelConfig, *, chunk_size: int = 512) -> LogprobFn:
-    """`make_logprob_fn` that also says what only training by likelihood wants to know: `further_logp` where
+    """`make_logprob_fn` that also says what only training by likelihood wants to know: `mtp_logp` where
     the model has modules for it, `routing` where it has mixtures of experts.
     """
 
@@ -129,16 +129,16 @@ def make_logprob_fn_with_auxiliaries(config: ModelConfig, *, chunk_size: int = 5
             hidden = _hidden(config, params, sequences)
         scored = _score_hidden(config, params, hidden, sequences, 1.0, chunk_size)
         scored = dataclasses.replace(scored, routing=routing)
-        if not config.further_depth:
+        if not config.mtp_depth:
             return scored
         further = []
-        states = further_hidden_states(config, params, hidden, sequences)
+        states = mtp_hidden_states(config, params, hidden, sequences)
         for depth, foreseeing in enumerate(states, start=1):
             # The state of depth k at t - 1 foresees t + k: told to `_score_hidden` by moving tokens.
             moved = dataclasses.replace(sequences, tokens=jnp.roll(sequences.tokens, -depth, axis=1))
             logp = _score_hidden(config, params, foreseeing, moved, 1.0, chunk_size).logp
             further.append(jnp.pad(logp[:, :-depth], ((0, 0), (depth, 0))))
-        return dataclasses.replace(scored, further_logp=jnp.stack(further))
+        return dataclasses.replace(scored, mtp_logp=jnp.stack(further))
 
     return score
 
@@ -222,12 +222,12 @@ def actor_critic_of(logprob_fn: LogprobFn, value_fn: ValueFn) -> LogprobFn:
     """Log-probs of a policy with the values of a separate value model.
 
     `params` is `{"policy": decoder, "value": scalar model}`; with a `"base"` beside them, each holds what is
-    its own, and the base the rest of both (`on_base`).
+    its own, and the base the rest of both (`merge_with_base`).
     """
 
     def score(params: Params, sequences: Sequences) -> TokenLogprobs:
-        scored = logprob_fn(on_base(params, "policy"), sequences)
-        value_model = {**params["value"], "decoder": on_base(params, "value", "decoder")}
+        scored = logprob_fn(merge_with_base(params, "policy"), sequences)
+        value_model = {**params["value"], "decoder": merge_with_base(params, "value", "decoder")}
         return dataclasses.replace(scored, value=value_fn(value_model, sequences))
 
     return score
@@ -241,7 +241,7 @@ def shared_trunk_actor_critic_of(logprob_fn: LogprobFn, value_fn: ValueFn) -> Lo
     """
 
     def score(params: Params, sequences: Sequences) -> TokenLogprobs:
-        decoder = on_base(params, "policy")
+        decoder = merge_with_base(params, "policy")
         value_model = {"decoder": decoder, "head": params["value"]["head"]}
         return dataclasses.replace(logprob_fn(decoder, sequences), value=value_fn(value_model, sequences))
 
@@ -257,7 +257,7 @@ def make_shared_trunk_actor_critic_fn(
     """
 
     def score(params: Params, sequences: Sequences) -> TokenLogprobs:
-        decoder = on_base(params, "policy")
+        decoder = merge_with_base(params, "policy")
         hidden = _hidden(config, decoder, sequences)
         scored = _score_hidden(config, decoder, hidden, sequences, temperature, chunk_size)
         value = shift(apply_scalar_head(params["value"]["head"], hidden))
@@ -266,7 +266,7 @@ def make_shared_trunk_actor_critic_fn(
     return score
 
 
-def on_base(params: Params, *names: str) -> Params:
+def merge_with_base(params: Params, *names: str) -> Params:
     """The whole of one of several models on one base: `params["base"]` and what the model has of its own."""
     own = params
     for name in names:
@@ -274,7 +274,7 @@ def on_base(params: Params, *names: str) -> Params:
     return merge(params.get("base", {}), own)
 
 
-def reference_of(params: Params, original: Params) -> Params:
+def reference_params(params: Params, original: Params) -> Params:
     """The policy as it was, adapters off: the base itself, with the originals of leaves that are trained.
 
     Args:
@@ -304,7 +304,7 @@ def make_shared_reward_fn(model: ModelConfig | HiddenFn) -> RewardFn:
     reward = make_reward_fn(model)
 
     def shared(params: Params, sequences: Sequences) -> Float[Array, "B"]:
-        own = {**params["reward"], "decoder": on_base(params, "reward", "decoder")}
+        own = {**params["reward"], "decoder": merge_with_base(params, "reward", "decoder")}
         return reward(own, sequences)
 
     return shared

@@ -21,7 +21,7 @@ from rlhf_jax.models.config import (
 from rlhf_jax.models.layers import Linear, activate, normal_init
 
 
-class Gated(nn.Module):
+class GatedMLP(nn.Module):
     """(activation(x W_gate) * x W_up) W_down."""
 
     spec: GatedFeedForward
@@ -36,12 +36,12 @@ class Gated(nn.Module):
         linear = functools.partial(
             Linear, use_bias=self.spec.bias, param_dtype=self.param_dtype, dtype=self.dtype
         )
-        gate = activate(linear(self.spec.hidden_dim, name="gate")(inputs), self.spec.activation)
-        hidden = gate * linear(self.spec.hidden_dim, name="up")(inputs)
+        gate = activate(linear(self.spec.intermediate_size, name="gate")(inputs), self.spec.activation)
+        hidden = gate * linear(self.spec.intermediate_size, name="up")(inputs)
         return linear(self.width, init_std=self.output_std, name="down")(hidden)
 
 
-class Plain(nn.Module):
+class MLP(nn.Module):
     """activation(x W_up + b) W_down + b."""
 
     spec: FeedForward
@@ -54,12 +54,12 @@ class Plain(nn.Module):
     def __call__(self, inputs: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         """Applies the layer to every token."""
         linear = functools.partial(Linear, use_bias=True, param_dtype=self.param_dtype, dtype=self.dtype)
-        hidden = activate(linear(self.spec.hidden_dim, name="up")(inputs), self.spec.activation)
+        hidden = activate(linear(self.spec.intermediate_size, name="up")(inputs), self.spec.activation)
         return linear(self.width, init_std=self.output_std, name="down")(hidden)
 
 
-class Routing(nn.Module):
-    """Which experts each token goes through, and with what weights."""
+class Router(nn.Module):
+    """Router: the experts that each token goes through, and their weights."""
 
     spec: MixtureOfExperts
     param_dtype: Any
@@ -87,12 +87,12 @@ class Routing(nn.Module):
         self.sow("routing", "probabilities", probabilities)
         self.sow("routing", "normaliser", jax.nn.logsumexp(logits, axis=-1))
         weights = jnp.take_along_axis(scores, chosen, axis=-1)
-        if router.renormalise:
+        if router.renormalize:
             weights /= jnp.sum(weights, axis=-1, keepdims=True) + 1e-20
         return weights * router.scale, chosen
 
 
-class Mixture(nn.Module):
+class MoE(nn.Module):
     """sum_e weight_e expert_e(x) over the chosen experts, plus the shared one. No token is dropped.
 
     Tokens are sorted by expert and every expert's slice is multiplied with its own matrices
@@ -110,9 +110,9 @@ class Mixture(nn.Module):
     def __call__(self, inputs: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         """Applies the layer to every token."""
         spec, inputs = self.spec, inputs.astype(self.dtype)
-        weights, chosen = Routing(spec, self.param_dtype, name="router")(inputs.reshape(-1, self.width))
+        weights, chosen = Router(spec, self.param_dtype, name="router")(inputs.reshape(-1, self.width))
         weights, chosen = (x.reshape(*inputs.shape[:-1], -1) for x in (weights, chosen))
-        hidden = spec.expert.hidden_dim
+        hidden = spec.expert.intermediate_size
         kernels = (
             self._kernel("gate", (self.width, hidden), 0.02),
             self._kernel("up", (self.width, hidden), 0.02),
@@ -122,7 +122,7 @@ class Mixture(nn.Module):
         output = mix(spec.expert.activation, kernels, inputs, weights, chosen)
         if spec.shared is not None:
             options = {"param_dtype": self.param_dtype, "dtype": self.dtype}
-            output += Gated(spec.shared, self.width, self.output_std, name="shared", **options)(inputs)
+            output += GatedMLP(spec.shared, self.width, self.output_std, name="shared", **options)(inputs)
         return output
 
     def _kernel(self, name: str, shape: tuple[int, int], std: float) -> Float[Array, "E D F"]:

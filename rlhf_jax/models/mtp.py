@@ -17,7 +17,7 @@ from rlhf_jax.models.decoder import ResidualBlocks, init_params, whole_context
 from rlhf_jax.models.layers import Linear, norm_layer
 
 
-class FurtherPrediction(nn.Module):
+class MTPModule(nn.Module):
     """One module: states of depth k - 1 and embeddings of the tokens k ahead, to states of depth k."""
 
     config: ModelConfig
@@ -45,28 +45,28 @@ class FurtherPrediction(nn.Module):
 
 
 def module_name(depth: int) -> str:
-    """Where the parameters of the module of this depth, from 1 on, stand among the model's."""
+    """Name of the module of this depth, from 1 on, among the model's parameters."""
     return f"further_{depth}"
 
 
 def init_model(config: ModelConfig, key: PRNGKeyArray) -> Params:
     """Fresh parameters of a decoder and of its modules; the decoder's are those it has without them."""
-    return {**init_params(config, key), **init_further(config, key)}
+    return {**init_params(config, key), **init_mtp(config, key)}
 
 
-def init_further(config: ModelConfig, key: PRNGKeyArray) -> Params:
+def init_mtp(config: ModelConfig, key: PRNGKeyArray) -> Params:
     """Fresh modules, as many as the configuration has."""
     state = jnp.zeros((1, 1, config.width), jnp.dtype(config.compute_dtype))
     place = jnp.zeros((1, 1), jnp.int32)
     return {
-        module_name(depth): FurtherPrediction(config).init(
+        module_name(depth): MTPModule(config).init(
             jax.random.fold_in(key, depth), state, state, place, place + 1
         )["params"]
-        for depth in range(1, config.further_depth + 1)
+        for depth in range(1, config.mtp_depth + 1)
     }
 
 
-def further_hidden_states(
+def mtp_hidden_states(
     config: ModelConfig, params: Params, hidden: Float[Array, "B T D"], sequences: Sequences
 ) -> list[Float[Array, "B T D"]]:
     """States of every depth, from 1 on: that of depth k at column t foresees the token at column t + k + 1.
@@ -76,9 +76,9 @@ def further_hidden_states(
     """
     table = params["embedding"].astype(jnp.dtype(config.compute_dtype))
     states = []
-    for depth in range(1, config.further_depth + 1):
+    for depth in range(1, config.mtp_depth + 1):
         embeddings = table[jnp.roll(sequences.tokens, -depth, axis=1)] * config.embedding_scale
-        hidden = FurtherPrediction(config).apply(
+        hidden = MTPModule(config).apply(
             {"params": params[module_name(depth)]},
             hidden,
             embeddings.astype(hidden.dtype),

@@ -41,7 +41,7 @@ AxesTable = Sequence[tuple[str, tuple[str | None, ...]]]
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where parameters were read.
+    """Source of parameters: the checkpoint that they were read from.
 
     Attributes:
       folder: of the run.
@@ -247,7 +247,7 @@ class Policy:
         """
         if self.config is None:
             raise UserError(f"{folder}: a model from wrap() has no PEFT layout: save policy.params yourself")
-        peft.save(folder, self.config, self.params, stabilised=self.rank_stabilized)
+        peft.save(folder, self.config, self.params, rank_stabilized=self.rank_stabilized)
 
     def _opened(self, ids: list[int]) -> list[int]:
         """Ids of a text with what opens one, where the tokenizer has it; never empty."""
@@ -315,22 +315,22 @@ class ScalarModel:
 
     @property
     def params(self) -> Params:
-        """What the functions of `body.make_reward_fn()` and the like take."""
+        """Parameters as the functions of `body.make_reward_fn()` and the like take them."""
         return {"decoder": self.body.params, "head": self.head}
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Of the decoder."""
+        """Tokenizer of the decoder."""
         return self.body.tokenizer
 
     @property
     def source(self) -> Source | None:
-        """Where it was read."""
+        """Source of the decoder."""
         return self.body.source
 
     @property
     def config(self) -> ModelConfig | None:
-        """Of the decoder."""
+        """Configuration of the decoder."""
         return self.body.config
 
     @property

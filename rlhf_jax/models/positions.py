@@ -1,4 +1,4 @@
-"""How positions enter attention: rotations and their stretchings, linear biases."""
+"""Positional encodings: rotary positions and their scalings, linear biases."""
 
 import dataclasses
 import math
@@ -53,7 +53,7 @@ class YarnScaling:
 
     @property
     def magnitude(self) -> float:
-        """What cosines and sines are multiplied with: 0.1 ln(factor) + 1, or DeepSeek's ratio."""
+        """Attention factor on cosines and sines: 0.1 ln(factor) + 1, or DeepSeek's ratio."""
         if self.attention_factor is not None:
             return self.attention_factor
         if self.mscale and self.mscale_all_dim:
@@ -62,7 +62,7 @@ class YarnScaling:
 
     @property
     def softmax_magnitude(self) -> float:
-        """What DeepSeek's attention multiplies its logits with."""
+        """Attention factor on the logits of DeepSeek's attention."""
         return self._correction(self.mscale_all_dim) ** 2 if self.mscale_all_dim else 1.0
 
     def _correction(self, weight: float) -> float:

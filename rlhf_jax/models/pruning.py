@@ -3,7 +3,7 @@
     scores = wanda_scores(params, input_square_sums(config, params, sequences))
     masks = keep_masks(scores, sparsity=0.5, scope="output")     # or keep_n_of_m(scores, n=2, m=4)
     params = apply_masks(params, masks)
-    tx = keep_zeros(tx)                                          # before `init`
+    tx = preserve_sparsity(tx)                                          # before `init`
 
 Scores, norms and masks are trees that hold the kernels of `Linear` layers and nothing else:
 embeddings, norms, biases, routers and the experts of mixtures are never pruned. What is pruned is known by
@@ -26,7 +26,7 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.decoder import hidden_states, stack_layers, unstack_layers
 from rlhf_jax.models.layers import Linear
 
-Scope: TypeAlias = Literal["output", "layer", "global"]
+Granularity: TypeAlias = Literal["output", "layer", "global"]
 
 
 def linear_kernels(params: Params) -> Params:
@@ -103,21 +103,21 @@ def _wide(values: Array) -> Array:
 # Masks ---------------------------------------------------------------------------------------------
 
 
-def keep_masks(scores: Params, *, sparsity: float, scope: Scope = "output") -> Params:
+def keep_masks(scores: Params, *, sparsity: float, granularity: Granularity = "output") -> Params:
     """True for the weights to keep: all but the `sparsity` of them that score lowest, exactly.
 
     The number of pruned weights is rounded down; of equal scores the first are pruned.
 
     Args:
-      scope: which weights compete: those that make one output (Wanda's choice), those of a layer, or all.
+      granularity: weights that compete: those that make one output (Wanda's choice), of a layer, or all.
 
     Raises:
       UserError: `sparsity` is not in [0, 1).
     """
     if not 0 <= sparsity < 1:
         raise UserError(f"pruning: sparsity {sparsity} is no share of weights: give one from 0 to below 1")
-    if scope != "global":
-        return jax.tree.map(lambda x: _keep_best_of(x, sparsity, scope), scores)
+    if granularity != "global":
+        return jax.tree.map(lambda x: _keep_best_of(x, sparsity, granularity), scores)
     leaves, structure = jax.tree.flatten(scores)
     flat = jnp.concatenate([leaf.ravel() for leaf in leaves])
     kept = _keep_best(flat[:, None], int(sparsity * flat.size))[:, 0]
@@ -129,10 +129,10 @@ def keep_masks(scores: Params, *, sparsity: float, scope: Scope = "output") -> P
 
 
 def _keep_best_of(
-    scores: Float[Array, "*L D F"], sparsity: float, scope: Literal["output", "layer"]
+    scores: Float[Array, "*L D F"], sparsity: float, granularity: Literal["output", "layer"]
 ) -> Bool[Array, "*L D F"]:
     inputs, outputs = scores.shape[-2:]
-    competing = scores if scope == "output" else scores.reshape(*scores.shape[:-2], inputs * outputs, 1)
+    competing = scores if granularity == "output" else scores.reshape(*scores.shape[:-2], inputs * outputs, 1)
     return _keep_best(competing, int(sparsity * competing.shape[-2])).reshape(scores.shape)
 
 
@@ -169,7 +169,7 @@ def apply_masks(params: Params, masks: Params) -> Params:
     return merge(jax.tree.map(lambda w, keep: jnp.where(keep, w, 0), kernels, masks), rest)
 
 
-def zero_share(params: Params) -> dict[str, float]:
+def kernel_sparsity(params: Params) -> dict[str, float]:
     """Share of zeros in each kernel that may be pruned, by its name, and in all of them as `""`."""
     kernels = named_leaves(linear_kernels(params))
     zeros = {name: int(jnp.sum(leaf == 0)) for name, leaf in kernels.items()}
@@ -181,8 +181,8 @@ def zero_share(params: Params) -> dict[str, float]:
 
 
 @pytree_dataclass
-class KeepZerosState:
-    """What keeps zeros at zero.
+class PreserveSparsityState:
+    """State of `preserve_sparsity`: the masks, and the inner optimizer's state.
 
     Attributes:
       masks: which weights of linear layers may change; saved and restored with the optimizer.
@@ -193,7 +193,7 @@ class KeepZerosState:
     inner: Any
 
 
-def keep_zeros(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+def preserve_sparsity(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     """`tx`, under which weights of linear layers that are zero at `init` stay exactly zero.
 
     Their gradients are taken out before `tx`, so that they count in no norm and no moment, and their updates
@@ -202,10 +202,12 @@ def keep_zeros(tx: optax.GradientTransformation) -> optax.GradientTransformation
     inner = optax.with_extra_args_support(tx)
 
     def init(params: Params) -> Any:
-        return KeepZerosState(jax.tree.map(lambda w: w != 0, linear_kernels(params)), inner.init(params))
+        return PreserveSparsityState(
+            jax.tree.map(lambda w: w != 0, linear_kernels(params)), inner.init(params)
+        )
 
     def update(updates: Params, state: Any, params: Params = None, **more: Any):
         updates, held = inner.update(apply_masks(updates, state.masks), state.inner, params, **more)
-        return apply_masks(updates, state.masks), KeepZerosState(state.masks, held)
+        return apply_masks(updates, state.masks), PreserveSparsityState(state.masks, held)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]

@@ -24,7 +24,7 @@ def default_dtype() -> str:
 
 
 def scans_by_default(config: ModelConfig) -> bool:
-    """Whether layers are stacked where nobody says: they are many, and their pattern repeats."""
+    """Default of `scan_layers`: layers are many, and their pattern repeats."""
     return config.num_layers > UNROLLED and config.num_repeats > 1
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from rlhf_jax.core.types import Array, Bool, Float
-from rlhf_jax.models.attention.backends import Context
+from rlhf_jax.models.attention.backends import AttentionContext
 from rlhf_jax.models.config import AttentionBackend, Cell, Recurrence
 from rlhf_jax.models.layers import Linear
 
@@ -40,10 +40,10 @@ class RecurrentLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, inputs: Float[Array, "B T D"], context: Context, cache: State | None
+        self, inputs: Float[Array, "B T D"], context: AttentionContext, cache: State | None
     ) -> tuple[Float[Array, "B T D"], State | None]:
         """Returns the states after each token, and with a cache the last one."""
-        cell, hidden = self.spec.cell, self.spec.hidden_dim
+        cell, hidden = self.spec.cell, self.spec.hidden_size
         std = hidden**-0.5
         shape = (hidden, GATES[cell] * hidden)
         linear = Linear(

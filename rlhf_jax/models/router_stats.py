@@ -1,4 +1,4 @@
-"""What the routers of a decoder did with a batch, and biases that even out the load of experts."""
+"""Router statistics of a batch, and biases that even out the load of experts."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from rlhf_jax.models.decoder import Decoder, expand_prompt
 
 
 def has_routers(config: ModelConfig) -> bool:
-    """Whether any feed-forward is a mixture of experts."""
+    """True where any feed-forward is a mixture of experts."""
     return any(isinstance(block.feed_forward, MixtureOfExperts) for block in config.blocks)
 
 

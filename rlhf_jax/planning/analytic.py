@@ -9,7 +9,7 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.planning.compiled import Plan, Prediction, Workload, build, cache_bytes, device_bytes
 
 
-def plan_by_formula(workload: Workload, mesh: AbstractMesh) -> Plan:
+def analytic_plan(workload: Workload, mesh: AbstractMesh) -> Plan:
     """A plan in which state and cache are exact (from shapes) and the rest is counted, for `remat="full"`:
 
         temporary     = gradients + 3 V D 4 (embeddings and output matrix gathered, its gradient)
@@ -33,9 +33,9 @@ def plan_by_formula(workload: Workload, mesh: AbstractMesh) -> Plan:
     trained = 2 if workload.algorithm == "ppo" else 1
     sides = 2 if workload.algorithm == "dpo" else 1
     scored = {"sft": 0, "dpo": sides, "grpo": 2, "ppo": 3}[workload.algorithm]
-    rows = workload.batch // workload.micro_batches // workload.minibatches
+    rows = workload.batch // workload.micro_batches // workload.num_minibatches
     rows = rows * sides / distributed.shards_of_batch(mesh)
-    hidden = max(getattr(block.feed_forward, "hidden_dim", 0) for block in config.blocks)
+    hidden = max(getattr(block.feed_forward, "intermediate_size", 0) for block in config.blocks)
     item = jnp.dtype(config.compute_dtype).itemsize
     matrix = config.vocab_size * config.width * 4 / tensor
     layer = item * rows * workload.length * (4 * config.width + 3 * hidden / tensor)
@@ -44,13 +44,15 @@ def plan_by_formula(workload: Workload, mesh: AbstractMesh) -> Plan:
     cache = cache_bytes(workload, mesh)
     forward = models.forward_flops(config, rows=workload.batch, length=workload.length) / mesh.size
     temporary = resident["parameters"] + matrix * (3 + 3 * 512 / config.width) + trained * (kept + layer)
-    passes = 3 * workload.micro_batches * workload.minibatches * workload.epochs + scored / trained
+    passes = (
+        3 * workload.micro_batches * workload.num_minibatches * workload.num_ppo_epochs + scored / trained
+    )
     arguments = {name: device_bytes(program.arguments) for name, program in found.items()}
 
     def prediction(name: str, held: float, flops: float, moved: float, sent: float) -> Prediction:
         return Prediction(arguments[name], 0, held, flops, moved, {"on paper": (0, sent)}, 0.0)
 
-    flops = forward * (4 * sides * trained * workload.epochs + scored)
+    flops = forward * (4 * sides * trained * workload.num_ppo_epochs + scored)
     moved = 2 * (arguments["update"] + temporary)
     plans = {"update": prediction("update", temporary, flops, moved, passes * share * whole)}
     if "generation" in found:

@@ -1,4 +1,4 @@
-"""What a run will need, before it runs: its update and its generation, compiled ahead of time from shapes.
+"""Memory and compute planner: update and generation of a run, compiled ahead of time from shapes.
 
 The programs are those of the scripts (`make_update`, `training.learning`, `make_completion_fn`), their
 arrays live where `distributed.tree_shardings` puts them, and no array is ever made: neither the devices nor
@@ -29,7 +29,7 @@ from rlhf_jax.core.train_state import OptimizerConfig, TrainState, make_optimize
 from rlhf_jax.core.types import Params, Rollout, Sequences
 from rlhf_jax.data.tokenizers import byte_tokenizer
 from rlhf_jax.distributed.placement import batch_sharding
-from rlhf_jax.planning import hlo_analysis as programs, hlo_collectives
+from rlhf_jax.planning import hlo_analysis, hlo_collectives
 from rlhf_jax.rollout.sampler import make_completion_fn, read_at_once
 from rlhf_jax.rollout.step import make_group_learn, make_ppo_learn
 
@@ -38,7 +38,7 @@ Algorithm = Literal["sft", "dpo", "grpo", "ppo"]
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What one step does.
+    """Workload of one step.
 
     Attributes:
       batch: rows a step: conversations of SFT, pairs of DPO, answers of GRPO and PPO.
@@ -46,8 +46,8 @@ class Workload:
       new_tokens: of an answer.
       group_size: answers to each prompt of GRPO.
       micro_batches: parts in which a mini-batch is computed.
-      minibatches: optimizer steps of GRPO and PPO in each pass over a batch.
-      epochs: passes over each batch.
+      num_minibatches: optimizer steps of GRPO and PPO in each pass over a batch.
+      num_ppo_epochs: passes over each batch.
     """
 
     algorithm: Algorithm
@@ -57,12 +57,12 @@ class Workload:
     new_tokens: int = 512
     group_size: int = 8
     micro_batches: int = 1
-    minibatches: int = 1
-    epochs: int = 1
+    num_minibatches: int = 1
+    num_ppo_epochs: int = 1
 
     @property
     def generates(self) -> bool:
-        """Whether a step samples answers."""
+        """True where a step samples answers."""
         return self.algorithm in ("grpo", "ppo")
 
 
@@ -87,7 +87,7 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What a compiled program will do, on each device and in one call.
+    """Predicted cost of a compiled program, on each device and in one call.
 
     Attributes:
       argument_bytes: what it is called with.
@@ -139,7 +139,7 @@ class Plan:
 
     @property
     def too_big(self) -> str:
-        """What the compiler said where it found no room."""
+        """Out-of-memory message of the compiler; empty where there was room."""
         return next((p.too_big for p in self.programs.values() if p.too_big), "")
 
 
@@ -210,7 +210,7 @@ def build(workload: Workload, mesh: Mesh | AbstractMesh) -> tuple[dict[str, floa
     scalar = jax.eval_shape(functools.partial(models.init_scalar_model, config), key)
     logprob_fn = models.make_logprob_fn(config)
     rewards = _rows(mesh, rows, dtype=jnp.float32)
-    split = workload.minibatches, workload.micro_batches
+    split = workload.num_minibatches, workload.micro_batches
     reference, frozen = on_mesh(mesh, policy), {}
     learn: Callable[..., Any]
     match workload.algorithm:
@@ -227,7 +227,7 @@ def build(workload: Workload, mesh: Mesh | AbstractMesh) -> tuple[dict[str, floa
             frozen = {"reference": reference}
         case "grpo":
             params, init = policy, grpo.init
-            settings = grpo.Config(workload.group_size, workload.epochs, *split)
+            settings = grpo.Config(workload.group_size, workload.num_ppo_epochs, *split)
             update = grpo.make_update(settings, logprob_fn, tx)
             learn = make_group_learn(settings, logprob_fn, update, grpo.Hyper(), _original)
             data = (reference, _rollout(mesh, rows, length), rewards)
@@ -235,7 +235,7 @@ def build(workload: Workload, mesh: Mesh | AbstractMesh) -> tuple[dict[str, floa
         case "ppo":
             params = {"policy": policy, "value": scalar}
             init = functools.partial(ppo.init, hyper=ppo.Hyper())
-            of_ppo = ppo.Config(workload.epochs, *split)
+            of_ppo = ppo.Config(workload.num_ppo_epochs, *split)
             both_fn = models.make_actor_critic_fn(config)
             update = ppo.make_update(of_ppo, both_fn, tx)
             learn = make_ppo_learn(of_ppo, both_fn, logprob_fn, update, ppo.Hyper(), _original)
@@ -269,7 +269,7 @@ def _preference_learn(logprob_fn: LogprobFn, update: Callable[..., Any]) -> Call
     return learn
 
 
-def _generation(workload: Workload, mesh: Mesh | AbstractMesh, policy: Params, key: Any) -> Program:
+def _generation(workload: Workload, mesh: Mesh | AbstractMesh, params: Params, key: Any) -> Program:
     size = workload.group_size if workload.algorithm == "grpo" else 1
     size = read_at_once(workload.batch, size, distributed.shards_of_batch(mesh))
     # Which tokens end an answer changes no program: any tokenizer serves.
@@ -279,7 +279,7 @@ def _generation(workload: Workload, mesh: Mesh | AbstractMesh, policy: Params, k
     columns = workload.length - workload.new_tokens
     whole = NamedSharding(mesh, PartitionSpec())
     arguments = (
-        policy,
+        params,
         _rows(mesh, prompts, columns, dtype=jnp.int32),
         _rows(mesh, prompts, columns, dtype=jnp.bool_),
         jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole),
@@ -313,7 +313,7 @@ def predict(program: Program, mesh: Mesh, keep: Path | None = None) -> Predictio
             program.function, donate_argnums=program.donated, out_shardings=program.out_shardings
         )
         traced = jitted.trace(*program.arguments)
-        flops = programs.matmul_flops(traced.jaxpr, while_trips=program.trips) / mesh.size
+        flops = hlo_analysis.matmul_flops(traced.jaxpr, while_trips=program.trips) / mesh.size
         began = time.perf_counter()
         with _captured_errors() as said:
             try:
@@ -339,7 +339,7 @@ def predict(program: Program, mesh: Mesh, keep: Path | None = None) -> Predictio
         output_bytes=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         flops=flops,
-        traffic_bytes=programs.memory_traffic(programs.Program(text), program.trips),
+        traffic_bytes=hlo_analysis.memory_traffic(hlo_analysis.HloModule(text), program.trips),
         collectives=hlo_collectives.by_kind(hlo_collectives.collectives(text, program.trips)),
         compile_seconds=seconds,
         complaints=complaints,
@@ -361,7 +361,7 @@ _UNITS = {"K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
 
 
 def _wanted_bytes(refusal: str, arguments: float) -> float:
-    """What a program would have used beside its arguments, by what the compiler said when it refused."""
+    """Temporary bytes that a program would have used, by what the compiler said when it refused."""
     if found := _TEMPORARY.search(refusal):
         return float(found[1]) * _UNITS[found[2]]
     found = _WANTED.search(refusal)

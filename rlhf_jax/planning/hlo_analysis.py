@@ -1,4 +1,4 @@
-"""What programs do: floating-point operations as traced; as compiled, what runs how often, and the bytes of
+"""Analysis of programs: floating-point operations as traced; as compiled, what runs how often, and bytes of
 memory that it reads and writes.
 """
 
@@ -41,7 +41,7 @@ class Instruction(NamedTuple):
     times: int
 
 
-class Program:
+class HloModule:
     """The text of a compiled program (`compiled.as_text()`), and a walk over what it runs."""
 
     def __init__(self, text: str) -> None:
@@ -163,7 +163,7 @@ _FREE = (
 )
 
 
-def memory_traffic(program: Program, unknown_trips: int = 1) -> float:
+def memory_traffic(program: HloModule, unknown_trips: int = 1) -> float:
     """Bytes of main memory that a device reads and writes in one call: operands and results of every
     instruction that is not fused. Of an array that is only sliced, or updated in place, the slice counts.
     """
@@ -216,7 +216,7 @@ def _moved(found: Parsed, types: dict[str, str], parsed: dict[str, list[Parsed |
 
 
 def _fused_moved(sizes: list[float], written: float, body: list[Parsed]) -> float:
-    """Of a fusion: parameters that are only sliced count as their slices, updates in place as the updates."""
+    """Traffic of a fusion: parameters only sliced count as their slices, updates in place as the updates."""
     by_name = {line[0]: line for line in body}
     views = ("bitcast", "copy", "reshape")
 

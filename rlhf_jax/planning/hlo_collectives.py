@@ -1,10 +1,10 @@
-"""What a compiled program communicates, read from its text: kinds, bytes, how often."""
+"""Collectives of a compiled program, read from its text: kinds, bytes, how often."""
 
 import dataclasses
 import math
 import re
 
-from rlhf_jax.planning.hlo_analysis import Program, arrays_of
+from rlhf_jax.planning.hlo_analysis import HloModule, arrays_of
 
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _COLLECTIVE = re.compile(rf"= (\(.*?\)|\S+) ({'|'.join(_KINDS)})(?:-start)?\(")
@@ -55,7 +55,7 @@ def collectives(program: str, unknown_trips: int = 1) -> list[Collective]:
     """
     found: list[Collective] = []
     seen: set[tuple[str, str]] = set()
-    for instruction in Program(program).walk(unknown_trips):
+    for instruction in HloModule(program).walk(unknown_trips):
         operation = _COLLECTIVE.search(instruction.line)
         if operation is None:
             continue
@@ -70,7 +70,7 @@ def collectives(program: str, unknown_trips: int = 1) -> list[Collective]:
 
 
 def by_kind(found: list[Collective]) -> dict[str, tuple[int, float]]:
-    """How often each kind runs in one call, and the bytes that each device receives by it."""
+    """Number of collectives of each kind in one call, and the bytes that each device receives by it."""
     kinds = {c.kind: [other for other in found if other.kind == c.kind] for c in found}
     return {
         kind: (sum(c.times for c in some), sum(c.moved_bytes for c in some)) for kind, some in kinds.items()

@@ -1,7 +1,7 @@
-"""Retrieval-augmented generation around the model: documents cut into passages, an index of them on disk,
-prompts with numbered passages, and the sources that an answer names.
+"""Retrieval-augmented generation around the model: documents cut into chunks, an index of them on disk,
+prompts with numbered chunks, and the sources that an answer names.
 
-Offline, once: `split_document`, `PassageIndex.build`, `save`. Online, for each question: `load`, `search`,
+Offline, once: `split_document`, `RetrievalIndex`, `save`. Online, for each question: `load`, `search`,
 `numbered_prompt`, the model's answer, `read_answer`.
 """
 
@@ -21,7 +21,7 @@ _ANEW = "make the index anew"
 
 
 @dataclasses.dataclass(frozen=True)
-class Passage:
+class Chunk:
     """A piece of a document.
 
     Attributes:
@@ -34,39 +34,39 @@ class Passage:
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
+class CitedAnswer:
     """An answer apart from the sources that it names.
 
     Attributes:
       text: without the citations.
       cited: places, from 0, of the passages named, in the order named, each once.
-      invented: citations of passages that were not there.
+      hallucinated_citations: citations of passages that were not there.
     """
 
     text: str
     cited: tuple[int, ...]
-    invented: int
+    hallucinated_citations: int
 
 
-def split_document(text: str, source: str, *, words: int, overlap: int = 0) -> list[Passage]:
+def split_document(text: str, source: str, *, chunk_size: int, chunk_overlap: int = 0) -> list[Chunk]:
     """A document in pieces of whole sentences.
 
     Args:
-      words: of a passage at most; a longer sentence is cut.
-      overlap: words of the end of a passage, in whole sentences, that begin the next one too.
+      chunk_size: words of a chunk at most; a longer sentence is cut.
+      chunk_overlap: words of the end of a chunk, in whole sentences, that begin the next one too.
 
     Raises:
-      ValueError: `overlap` is not below `words`, or `words` not above 0.
+      ValueError: `chunk_overlap` is not below `chunk_size`, or that is not above 0.
     """
-    if not 0 <= overlap < words:
-        raise ValueError(f"overlap {overlap} is not from 0 to below {words} words")
+    if not 0 <= chunk_overlap < chunk_size:
+        raise ValueError(f"chunk_overlap {chunk_overlap} is not from 0 to below chunk_size {chunk_size}")
     pieces: list[list[list[str]]] = [[]]
-    for sentence in _sentences(text, words):
-        if pieces[-1] and _length(pieces[-1]) + len(sentence) > words:
-            pieces.append(_kept_for_next(pieces[-1], min(overlap, words - len(sentence))))
+    for sentence in _sentences(text, chunk_size):
+        if pieces[-1] and _length(pieces[-1]) + len(sentence) > chunk_size:
+            pieces.append(_kept_for_next(pieces[-1], min(chunk_overlap, chunk_size - len(sentence))))
         pieces[-1].append(sentence)
     texts = [" ".join(word for sentence in piece for word in sentence) for piece in pieces]
-    return [Passage(text, f"{source}#{number}") for number, text in enumerate(texts, start=1) if text]
+    return [Chunk(text, f"{source}#{number}") for number, text in enumerate(texts, start=1) if text]
 
 
 def _sentences(text: str, words: int) -> list[list[str]]:
@@ -87,27 +87,27 @@ def _kept_for_next(sentences: Sequence[list[str]], room: int) -> list[list[str]]
     return kept
 
 
-class PassageIndex:
+class RetrievalIndex:
     """Passages ranked by BM25 (`retrieval.Index`).
 
     Args:
-      passages: at least one.
+      chunks: at least one.
     """
 
-    def __init__(self, passages: Sequence[Passage]) -> None:
-        self.passages = list(passages)
-        self._index = Index([passage.text for passage in passages])
+    def __init__(self, chunks: Sequence[Chunk]) -> None:
+        self.chunks = list(chunks)
+        self._index = Index([chunk.text for chunk in chunks])
 
-    def search(self, question: str, count: int) -> list[Passage]:
+    def search(self, question: str, count: int) -> list[Chunk]:
         """The best passages, the best first; only such as share a word with the question."""
-        return [self.passages[place] for place, _ in self._index.places(question, count)]
+        return [self.chunks[place] for place, _ in self._index.places(question, count)]
 
     def save(self, folder: Path) -> None:
         """Writes the passages, a line each."""
-        files.write_lines(folder / _FILE, map(dataclasses.asdict, self.passages))
+        files.write_lines(folder / _FILE, map(dataclasses.asdict, self.chunks))
 
     @classmethod
-    def load(cls, folder: Path) -> "PassageIndex":
+    def load(cls, folder: Path) -> "RetrievalIndex":
         """The index that `save` wrote.
 
         Raises:
@@ -116,24 +116,24 @@ class PassageIndex:
         file = folder / _FILE
         if not files.is_file(file):
             raise UserError(f"{folder}: no index ({_FILE}) here: make one with --documents")
-        passages = []
+        chunks = []
         for number, fields in enumerate(files.read_lines(file, remedy=_ANEW), start=1):
             try:
-                passages.append(Passage(**fields))
+                chunks.append(Chunk(**fields))
             except TypeError:
                 raise UserError(f"{file}:{number}: not a passage: {_ANEW}") from None
-        if not passages:
+        if not chunks:
             raise UserError(f"{file}: holds no passage: {_ANEW}")
-        return cls(passages)
+        return cls(chunks)
 
 
-def numbered_prompt(question: str, passages: Sequence[Passage], instruction: str = "") -> str:
+def numbered_prompt(question: str, chunks: Sequence[Chunk], instruction: str = "") -> str:
     """The user's message: an instruction, passages numbered from 1, the question; each on its own line."""
-    numbered = [f"[{number}] {passage.text}" for number, passage in enumerate(passages, start=1)]
+    numbered = [f"[{number}] {chunk.text}" for number, chunk in enumerate(chunks, start=1)]
     return "\n".join([*([instruction] if instruction else []), *numbered, question])
 
 
-def read_answer(text: str, count: int) -> Answer:
+def read_answer(text: str, count: int) -> CitedAnswer:
     """An answer that names its sources as `[1]`.
 
     Args:
@@ -141,4 +141,4 @@ def read_answer(text: str, count: int) -> Answer:
     """
     numbers = list(dict.fromkeys(int(number) for number in _CITATION.findall(text)))
     real = tuple(number - 1 for number in numbers if 1 <= number <= count)
-    return Answer(_CITATION.sub("", text).strip(), real, len(numbers) - len(real))
+    return CitedAnswer(_CITATION.sub("", text).strip(), real, len(numbers) - len(real))

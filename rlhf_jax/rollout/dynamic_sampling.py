@@ -77,7 +77,7 @@ def term_means(scored: Scored) -> dict[str, float]:
     }
 
 
-def draw_groups_that_differ(
+def filter_zero_std_groups(
     draw: Callable[[int], Answers], *, groups: int, group_size: int, most: int
 ) -> tuple[Answers, dict[str, float]]:
     """Dynamic sampling (DAPO, Yu et al. 2025): draws until `groups` prompts have answers of unequal reward.

@@ -39,7 +39,7 @@ PublishFn = Callable[[Params, int], None]
 _PROBES = 4
 
 
-def sampler_mismatch(logprob_fn: LogprobFn, params: Params, rollout: Rollout) -> Float[Array, ""]:
+def sampling_logp_diff(logprob_fn: LogprobFn, params: Params, rollout: Rollout) -> Float[Array, ""]:
     """Mean |delta log-prob| between a rollout and its rescoring, in nats a token."""
     rescored = logprob_fn(params, rollout.sequences).logp
     return masked_mean(jnp.abs(rescored - rollout.logp), rollout.sequences.mask)
@@ -56,7 +56,7 @@ class HTTPEngine:
     Prompts are sent as token ids and answers are taken as token ids (`token_ids` of a choice, or
     `token_id:N` in its log-probs); text is never tokenized again. The reported log-probs must be those of
     the full distribution at the sampling temperature (vLLM: `--logprobs-mode processed_logprobs`):
-    `sampler_mismatch` says whether they are.
+    `sampling_logp_diff` says whether they are.
 
     Rows whose request failed after all retries come back empty (`failed_rows`).
     """

@@ -17,7 +17,7 @@ from rlhf_jax.core.types import Array, Key, Params, PRNGKeyArray, Rollout
 from rlhf_jax.data.examples import PromptExample
 from rlhf_jax.data.packing import left_pad
 from rlhf_jax.data.tokenizers import Tokenizer
-from rlhf_jax.generation import Sampling, generate, generate_continuously, row_keys
+from rlhf_jax.generation import Sampling, continuous_batching_generate, generate, row_keys
 from rlhf_jax.models import Policy
 
 
@@ -43,7 +43,7 @@ def make_generate_fn(
     prompt_length: int,
     max_new_tokens: int,
     group_size: int = 1,
-    slots: int | None = None,
+    max_num_seqs: int | None = None,
     sampling: Sampling = Sampling(),
     decode_fns: tuple[PrefillFn, DecodeFn] | None = None,
 ) -> GenerateFn:
@@ -55,19 +55,19 @@ def make_generate_fn(
       policy: its callables and tokenizer; parameters come with each call.
       prompt_length: P; longer prompts are refused.
       group_size: how often each prompt stands in `prompts`, one after the other; it is read once.
-      slots: answers on their way at a time; where one ends, the next prompt is read. All by default. With it,
-        prompts are read once for every answer.
+      max_num_seqs: answers on their way at a time; where one ends, the next prompt is read (continuous
+        batching). All by default. With it, prompts are read once for every answer.
       sampling: unless the call says otherwise, which compiles nothing anew while the same filters are on.
-      decode_fns: (prefill, decode) where they are not the model's own; not with `slots`.
+      decode_fns: (prefill, decode) where they are not the model's own; not with `max_num_seqs`.
     """
-    group_size = group_size if slots is None else 1
+    group_size = group_size if max_num_seqs is None else 1
 
     @functools.cache
     def compiled(group_size: int) -> Callable[..., Rollout]:
         options: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
             "group_size": group_size,
-            "slots": slots,
+            "max_num_seqs": max_num_seqs,
             "decode_fns": decode_fns,
         }
         return jax.jit(make_completion_fn(policy, **options))
@@ -132,28 +132,32 @@ def make_completion_fn(
     *,
     max_new_tokens: int,
     group_size: int = 1,
-    slots: int | None = None,
+    max_num_seqs: int | None = None,
     decode_fns: tuple[PrefillFn, DecodeFn] | None = None,
 ) -> Callable[..., Rollout]:
     """`complete(params, prompts [N, P], prompt_mask, key, sampling=...) -> Rollout`, to be compiled.
 
     Args:
       group_size: answers to each prompt, which is read once.
-      slots: answers on their way at a time; with it, prompts are read for every answer.
-      decode_fns: (prefill, decode) where they are not the model's own; not with `slots`.
+      max_num_seqs: answers on their way at a time; with it, prompts are read for every answer.
+      decode_fns: (prefill, decode) where they are not the model's own; not with `max_num_seqs`.
     """
     prefill, decode = decode_fns or (policy.prefill, policy.decode)
     tokenizer = policy.tokenizer
     ends = {"max_new_tokens": max_new_tokens, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
-    if slots is None:
+    if max_num_seqs is None:
         sample = functools.partial(generate, prefill, decode, group_size=group_size, **ends)
     elif policy.extend is None:
-        raise UserError("the model cannot refill slots: give wrap(..., extend=...), or leave slots out")
+        raise UserError(
+            "the model has no continuous batching: give wrap(..., extend=...), or leave max_num_seqs out"
+        )
     else:
-        sample = functools.partial(generate_continuously, prefill, policy.extend, slots=slots, **ends)
+        sample = functools.partial(
+            continuous_batching_generate, prefill, policy.extend, max_num_seqs=max_num_seqs, **ends
+        )
 
     def complete(params: Params, *args: Any, **options: Any) -> Rollout:
-        laid_out = distributed.laid_out_for_sampling(params, policy.compute_dtype, table=policy.axes)
+        laid_out = distributed.reshard_for_sampling(params, policy.compute_dtype, table=policy.axes)
         rollout = sample(laid_out, *args, **options)
         # Each process finds its own rows in every array, whatever the compiler would have chosen.
         return jax.tree.map(lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1)), rollout)

@@ -2,7 +2,7 @@
 
 from rlhf_jax.search.choosing import (
     best_of_n,
-    chain_weights,
+    length_normalized_probs,
     likelihood_scores,
     majority_vote,
     process_scores,
@@ -11,7 +11,7 @@ from rlhf_jax.search.choosing import (
 
 __all__ = [
     "best_of_n",
-    "chain_weights",
+    "length_normalized_probs",
     "likelihood_scores",
     "majority_vote",
     "process_scores",

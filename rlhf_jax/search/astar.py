@@ -21,7 +21,7 @@ HeuristicFn = Callable[[Int[Array, "S"]], Float[Array, "S"]]
 
 @pytree_dataclass
 class Route:
-    """What A* found.
+    """Shortest path that A* found, as a table of parents.
 
     Attributes:
       cost: of the cheapest route; infinite where there is none.

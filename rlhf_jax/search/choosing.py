@@ -48,7 +48,7 @@ def weighted_vote(
     Ties go to the answer that was given first; the place is that of its first sample.
 
     Args:
-      weights: not negative, such as a verifier's probabilities or `chain_weights`.
+      weights: not negative, such as a verifier's probabilities or `length_normalized_probs`.
       mask: samples with an answer (all by default); the others may hold NaN weights. 0 where there is none.
     """
     allowed = jnp.ones(answers.shape, bool) if mask is None else mask
@@ -61,7 +61,7 @@ def weighted_vote(
 def likelihood_scores(
     logp: Float[Array, "*B T"], mask: Bool[Array, "*B T"], *, length_power: Scalar = 1.0
 ) -> Float[Array, "*B"]:
-    """How likely the policy finds its own samples, in nats: sum_t logp_t / length^power.
+    """Length-normalized log-likelihood of samples under the policy, in nats: sum_t logp_t / length^power.
 
     Args:
       mask: the sampled tokens.
@@ -71,7 +71,9 @@ def likelihood_scores(
     return masked_sum(logp, mask, axis=-1) / lengths**length_power
 
 
-def chain_weights(logp: Float[Array, "*B N T"], mask: Bool[Array, "*B N T"]) -> Float[Array, "*B N"]:
+def length_normalized_probs(
+    logp: Float[Array, "*B N T"], mask: Bool[Array, "*B N T"]
+) -> Float[Array, "*B N"]:
     """Weights of chains of thought for `weighted_vote`: exp of the mean logp (Wang et al. 2023, eq. 1)."""
     return jnp.exp(likelihood_scores(logp, mask))
 

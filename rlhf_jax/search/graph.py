@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Float, PRNGKeyArray
-from rlhf_jax.search.interface import EvaluateFn, flat, take, where_rows
+from rlhf_jax.search.interface import EvaluateFn, flatten, gather, where_rows
 
 BranchFn = Callable[[Any, PRNGKeyArray], tuple[Any, Float[Array, "B"]]]
 """(states [B], key) -> (states [B, N], cost [B])."""
@@ -41,7 +41,7 @@ class Thoughts:
 
 
 def _scored(evaluate: EvaluateFn, states: Any, cost: Float[Array, "B"], key: PRNGKeyArray) -> Thoughts:
-    values, value_cost = evaluate(flat(states), key)
+    values, value_cost = evaluate(flatten(states), key)
     count = cost.shape[0]
     return Thoughts(states, values.reshape(count, -1), cost + value_cost.reshape(count, -1).sum(axis=1))
 
@@ -56,7 +56,7 @@ def branch(split: BranchFn, evaluate: EvaluateFn, roots: Any, key: PRNGKeyArray)
 def keep_best(thoughts: Thoughts, *, count: int) -> Thoughts:
     """The `count` most valuable thoughts, best first."""
     values, index = jax.lax.top_k(thoughts.values, count)
-    return Thoughts(take(thoughts.states, index), values, thoughts.cost)
+    return Thoughts(gather(thoughts.states, index), values, thoughts.cost)
 
 
 def merge(
@@ -83,10 +83,10 @@ def refine(
 
     def step(now: Thoughts, key: PRNGKeyArray) -> tuple[Thoughts, None]:
         improve_key, value_key = jax.random.split(key)
-        states, cost = improve(flat(now.states), improve_key)
+        states, cost = improve(flatten(now.states), improve_key)
         values, value_cost = evaluate(states, value_key)
         better = values > now.values.reshape(-1)
-        chosen = where_rows(better, states, flat(now.states))
+        chosen = where_rows(better, states, flatten(now.states))
         spent = (cost + value_cost).reshape(count, -1).sum(axis=1)
         return Thoughts(
             jax.tree.map(lambda x, like: x.reshape(like.shape), chosen, now.states),

@@ -1,4 +1,4 @@
-"""What every search shares: states, ways to go on from them, and what they are worth.
+"""Search interface: states, candidates that follow them, and values.
 
 A state is any pytree; searches see batches of them, [N] or [B, M]. Two callables say all that a search knows:
 
@@ -39,8 +39,8 @@ class Candidates:
 
 
 @pytree_dataclass
-class Found:
-    """What a search came to, for each of B problems.
+class SearchResult:
+    """Best state found by a search, for each of B problems.
 
     Attributes:
       states: the best state found; a pytree [B, ...].
@@ -60,13 +60,13 @@ EvaluateFn = Callable[[Any, PRNGKeyArray], tuple[Float[Array, "N"], Float[Array,
 DoneFn = Callable[[Any], Bool[Array, "N"]]
 
 
-def take(states: Any, index: Int[Array, "B *K"]) -> Any:
+def gather(states: Any, index: Int[Array, "B *K"]) -> Any:
     """States [B, M, ...] at `index`, [B] or [B, K]."""
     rows = jnp.arange(index.shape[0]).reshape(-1, *[1] * (index.ndim - 1))
     return jax.tree.map(lambda x: x[rows, index], states)
 
 
-def flat(states: Any) -> Any:
+def flatten(states: Any) -> Any:
     """[B, M, ...] as [B M, ...]."""
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), states)
 

@@ -19,10 +19,10 @@ from rlhf_jax.search.interface import (
     Candidates,
     DoneFn,
     EvaluateFn,
-    Found,
     ProposeFn,
+    SearchResult,
     expand,
-    take,
+    gather,
     where_rows,
 )
 
@@ -34,7 +34,7 @@ def _mctx() -> Any:
 
 @pytree_dataclass
 class Node:
-    """What the tree holds of a state.
+    """Tree node of a state: its embedding in mctx.
 
     Attributes:
       state: itself, [B, ...].
@@ -52,7 +52,7 @@ class Node:
 
 
 @pytree_dataclass
-class Searched:
+class SearchSummary:
     """One search from each of B roots.
 
     Attributes:
@@ -79,17 +79,17 @@ def search_step(
     states: Any,
     key: PRNGKeyArray,
     *,
-    simulations: int,
+    num_simulations: int,
     prior_temperature: Scalar = 1.0,
     value_scale: Scalar = 0.1,
     max_depth: int | None = None,
-) -> Searched:
+) -> SearchSummary:
     """Search from states [B] by sequential halving at the root (Danihelka et al. 2022).
 
     Takes the candidate with the greatest log prior + sigma(value), sigma as in section 3.4 there.
 
     Args:
-      simulations: each adds a node and costs K proposals and a value.
+      num_simulations: each adds a node and costs K proposals and a value.
       prior_temperature: divides the candidates' log-likelihoods; the greater, the more alike the priors.
       value_scale: weight of values, which are rescaled to [0, 1], against priors; the less, the more the
         search explores.
@@ -105,7 +105,7 @@ def search_step(
         return node, _prior(found, prior_temperature), values
 
     def recurrent(_: Any, key: PRNGKeyArray, action: Int[Array, "B"], parent: Node):
-        states = take(parent.children, action)
+        states = gather(parent.children, action)
         node, prior, values = open_node(states, ~parent.done, key)
         ends = node.done & ~parent.done  # nothing below a finished state pays again
         output = _mctx().RecurrentFnOutput(
@@ -125,7 +125,7 @@ def search_step(
         tree_key,
         root,
         recurrent,
-        num_simulations=simulations,
+        num_simulations=num_simulations,
         invalid_actions=invalid,
         max_depth=max_depth,
         qtransform=functools.partial(_mctx().qtransform_completed_by_mix_value, value_scale=value_scale),
@@ -133,16 +133,16 @@ def search_step(
     )
     tree = output.search_tree
     summary = tree.summary()
-    child = where_rows(done(states), states, take(node.children, output.action))
+    child = where_rows(done(states), states, gather(node.children, output.action))
     nodes: Node = tree.embeddings
     finished = jnp.where(nodes.done, nodes.value, -jnp.inf)
     place = jnp.argmax(finished, axis=1)
-    return Searched(
+    return SearchSummary(
         child=child,
         visits=summary.visit_probs,
         values=summary.qvalues,
-        best=take(nodes.state, place),
-        best_value=take(finished, place),
+        best=gather(nodes.state, place),
+        best_value=gather(finished, place),
         cost=jnp.sum(nodes.cost, axis=1),
     )
 
@@ -161,10 +161,10 @@ def monte_carlo_tree_search(
     roots: Any,
     key: PRNGKeyArray,
     *,
-    simulations: int,
+    num_simulations: int,
     depth: int,
     **options: Any,
-) -> Found:
+) -> SearchResult:
     """Searches, takes a step, searches again from there, until all are finished or `depth` steps are done.
 
     What is returned is the most valuable finished state that any of the searches came upon: where values do
@@ -172,13 +172,13 @@ def monte_carlo_tree_search(
 
     Args:
       roots: states [B].
-      simulations: of each search.
+      num_simulations: of each search.
       options: of `search_step`.
     """
 
     def step(carry: tuple[Any, ...], key: PRNGKeyArray):
         states, best, best_value, cost = carry
-        found = search_step(propose, evaluate, done, states, key, simulations=simulations, **options)
+        found = search_step(propose, evaluate, done, states, key, num_simulations=num_simulations, **options)
         better = found.best_value > best_value
         best = where_rows(better, found.best, best)
         spent = jnp.where(done(states), 0, found.cost)
@@ -188,4 +188,4 @@ def monte_carlo_tree_search(
     start = (roots, roots, jnp.full(count, -jnp.inf), jnp.zeros(count))
     (states, best, value, cost), _ = jax.lax.scan(step, start, jax.random.split(key, depth))
     finished = value > -jnp.inf
-    return Found(where_rows(finished, best, states), value, finished, cost)
+    return SearchResult(where_rows(finished, best, states), value, finished, cost)

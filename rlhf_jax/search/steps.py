@@ -45,7 +45,7 @@ class Solution:
     failed: Bool[Array, "*N"]
 
 
-def begin(tokens: Int[Array, "N P"], mask: Bool[Array, "N P"], *, room: int) -> Solution:
+def init_solution(tokens: Int[Array, "N P"], mask: Bool[Array, "N P"], *, room: int) -> Solution:
     """States at the end of left-padded prompts, with room for so many tokens more."""
     count = tokens.shape[0]
     nothing = jnp.zeros(count, bool)
@@ -60,18 +60,18 @@ def begin(tokens: Int[Array, "N P"], mask: Bool[Array, "N P"], *, room: int) -> 
 
 
 def is_done(state: Solution) -> Bool[Array, "*N"]:
-    """Whether nothing follows."""
+    """Terminal states: nothing follows."""
     return state.done
 
 
 def text_mask(state: Solution) -> Bool[Array, "*N W"]:
-    """Where there is text."""
+    """Mask of the text, prompt and solution."""
     width = state.tokens.shape[-1]
     return jnp.arange(width) >= width - state.length[..., None]
 
 
 def solution_mask(state: Solution) -> Bool[Array, "*N W"]:
-    """Where the solution stands."""
+    """Mask of the solution."""
     width = state.tokens.shape[-1]
     return jnp.arange(width) >= width - state.written[..., None]
 
@@ -84,9 +84,9 @@ def as_sequences(state: Solution) -> Sequences:
 
 
 def make_propose_fn(
-    generate: GenerateFn, *, ways: int, step_length: int, end_ids: Sequence[int], eos_id: int
+    generate: GenerateFn, *, branching_factor: int, step_length: int, end_ids: Sequence[int], eos_id: int
 ) -> ProposeFn:
-    """Candidates: `ways` samples of the next step each, equal ones merged.
+    """Candidates: `branching_factor` samples of the next step each, equal ones merged.
 
     Args:
       generate: samples at least `step_length` tokens, or until the end of a step.
@@ -97,7 +97,7 @@ def make_propose_fn(
     ends = jnp.asarray([*end_ids, eos_id])
 
     def propose(state: Solution, key: PRNGKeyArray) -> Candidates:
-        repeated = jax.tree.map(lambda x: jnp.repeat(x, ways, axis=0), state)
+        repeated = jax.tree.map(lambda x: jnp.repeat(x, branching_factor, axis=0), state)
         rollout = generate(repeated.tokens, text_mask(repeated), key)
         width = repeated.tokens.shape[1]
         new, sampled = (
@@ -119,10 +119,10 @@ def make_propose_fn(
             done=failed | (last == eos_id),
             failed=failed,
         )
-        grouped = jax.tree.map(lambda x: x.reshape(-1, ways, *x.shape[1:]), (after, logp, size))
+        grouped = jax.tree.map(lambda x: x.reshape(-1, branching_factor, *x.shape[1:]), (after, logp, size))
         states, logp, size = grouped
         same = jnp.all(states.tokens[:, :, None] == states.tokens[:, None], axis=-1)
-        first = jnp.argmax(same, axis=2) == jnp.arange(ways)
+        first = jnp.argmax(same, axis=2) == jnp.arange(branching_factor)
         return Candidates(states, logp, jnp.sum(same, axis=2), first, jnp.sum(size, axis=1).astype(float))
 
     return propose
@@ -207,7 +207,7 @@ def make_prompted_value_fn(
 
 
 def step_ends(state: Solution, end_ids: Sequence[int]) -> Bool[Array, "*N W"]:
-    """Where the steps of a solution end; the line that ends with the solution is no step."""
+    """Mask of step ends; the line that ends with the solution is no step."""
     is_end = jnp.any(state.tokens[..., None] == jnp.asarray(end_ids), axis=-1)
     return is_end & solution_mask(state)
 

@@ -13,7 +13,7 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.train_state import OptimizerConfig, TrainState, check_parameters_can_move, make_optimizer
 from rlhf_jax.core.trees import merge, named_leaves, partition
 from rlhf_jax.core.types import Params, PRNGKeyArray
-from rlhf_jax.models import Policy, adapters, pruning, reference_of
+from rlhf_jax.models import Policy, adapters, pruning, reference_params
 from rlhf_jax.stages import common
 from rlhf_jax.training.run_folder import Adaptation
 
@@ -23,7 +23,7 @@ Kind = Literal[
 ]
 LOW_RANK = ("rank", "alpha", "targets", "quantize")
 OPTIONS_OF = {
-    "none": ("keep_zeros",),
+    "none": ("preserve_sparsity",),
     "lora": LOW_RANK,
     "rslora": LOW_RANK,
     "dora": LOW_RANK,
@@ -32,7 +32,7 @@ OPTIONS_OF = {
     "prefix": ("length", "quantize"),
     "prompt": ("length", "quantize"),
     "bottleneck": ("width", "targets", "quantize"),
-    "partial": ("train", "keep_zeros"),
+    "partial": ("train", "preserve_sparsity"),
 }
 
 
@@ -52,7 +52,8 @@ class AdapterOptions:
       length: of a prefix or prompt, in tokens.
       width: of a bottleneck.
       quantize: keep the frozen kernels in few bits (QLoRA is lora with nf4).
-      keep_zeros: weights of linear layers that are zero in --model stay zero: fine-tuning of a pruned policy.
+      preserve_sparsity: weights of linear layers that are zero in --model stay zero (fine-tuning of a pruned
+        policy).
     """
 
     kind: Annotated[Kind, tyro.conf.arg(metavar="KIND")] = "none"
@@ -63,7 +64,7 @@ class AdapterOptions:
     length: int = 16
     width: int = 16
     quantize: Literal["none", "int8", "int4", "nf4", "fp8"] = "none"
-    keep_zeros: bool = False
+    preserve_sparsity: bool = False
 
     @property
     def is_adapter(self) -> bool:
@@ -84,7 +85,7 @@ class AdapterOptions:
             case "lora":
                 return adapters.LoRA(**low_rank)
             case "rslora":
-                return adapters.LoRA(**low_rank, rank_stabilised=True)
+                return adapters.LoRA(**low_rank, rank_stabilized=True)
             case "dora":
                 return adapters.DoRA(**low_rank)
             case "pissa":
@@ -120,7 +121,7 @@ class AdapterOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class Parts:
+class TrainableSplit:
     """A decoder as a script trains it.
 
     Attributes:
@@ -129,14 +130,14 @@ class Parts:
         None where everything is trained.
       original: what the frozen base lacks of the decoder as it was.
       adaptation: how the run describes itself; None where everything is trained.
-      keep_zeros: whether weights that are zero stay so.
+      preserve_sparsity: whether weights that are zero stay so.
     """
 
     trained: Params
     frozen: Params
     original: Params
     adaptation: Adaptation | None
-    keep_zeros: bool = False
+    preserve_sparsity: bool = False
 
     @property
     def base(self) -> Params:
@@ -144,12 +145,12 @@ class Parts:
         return adapters.without_adapter(self.frozen or {})
 
     @property
-    def own(self) -> Params:
+    def unshared_params(self) -> Params:
         """The decoder without what it shares."""
         held = partition(self.frozen or {}, lambda name, leaf: adapters.is_adapter_leaf(name))[0]
         return merge(self.trained, held)
 
-    def another(self, key: jax.Array) -> Params:
+    def fresh_unshared_params(self, key: jax.Array) -> Params:
         """The same for a second decoder on the base: a fresh adapter, or the original of what is trained."""
         if self.original or self.adaptation is None:
             return common.copied(self.original)
@@ -168,19 +169,23 @@ class Parts:
           original: `self.original` where a jitted function got it as an argument, rather than as a constant.
         """
         base = adapters.without_adapter(learner.frozen or {})
-        return reference_of({"base": base}, self.original if original is None else original)
+        return reference_params({"base": base}, self.original if original is None else original)
 
     def optimizer(self, config: OptimizerConfig) -> optax.GradientTransformation:
         """The optimizer, with the rank budget of an adapter that has one, and under which zeros may stay."""
         check_parameters_can_move(self.trained, config)
-        tx = pruning.keep_zeros(make_optimizer(config)) if self.keep_zeros else make_optimizer(config)
+        tx = (
+            pruning.preserve_sparsity(make_optimizer(config))
+            if self.preserve_sparsity
+            else make_optimizer(config)
+        )
         adapter = self.adaptation and self.adaptation.adapter
         return adapters.with_rank_budget(adapter, tx) if isinstance(adapter, adapters.AdaLoRA) else tx
 
 
-def take_apart(
+def split_trainable(
     options: AdapterOptions, model: Policy, *, seed: int, steps: int, brought: bool = False
-) -> Parts:
+) -> TrainableSplit:
     """What is trained of a model, and what is not.
 
     Args:
@@ -191,21 +196,25 @@ def take_apart(
       UserError: an option is wrong, there is no base to adapt, or nothing would be trained.
     """
     adapter = options.adapter(steps)
-    if options.keep_zeros and not pruning.zero_share(model.params)[""]:
-        raise UserError("--adapter.keep-zeros: the policy has no zero weights: prune it first (prune.py)")
+    if options.preserve_sparsity and not pruning.kernel_sparsity(model.params)[""]:
+        raise UserError(
+            "--adapter.preserve-sparsity: the policy has no zero weights: prune it first (prune.py)"
+        )
     if [name for name in named_leaves(model.params) if adapters.is_adapter_leaf(name)]:
         raise UserError(
             "the policy in --model has a prefix, a prompt or bottlenecks, which cannot be merged into it, "
             "and nothing is trained on top of these: start from the run that it adapts"
         )
     if adapter is None:
-        return Parts(common.copied(model.params), None, model.params, None, options.keep_zeros)
+        return TrainableSplit(
+            common.copied(model.params), None, model.params, None, options.preserve_sparsity
+        )
     if model.source is None and not brought:
         raise UserError(
             f"--adapter.kind {options.kind} needs a model to adapt, and this one is new: give one by --model"
         )
-    quantisation = None if options.quantize == "none" else adapters.Quantisation(options.quantize)
-    adaptation = Adaptation(adapter, model.source, quantisation)
+    quantization = None if options.quantize == "none" else adapters.Quantization(options.quantize)
+    adaptation = Adaptation(adapter, model.source, quantization)
     trained, frozen = adaptation.adapted(model.params, jax.random.key(seed))
     if not trained:
         some = ", ".join(list(named_leaves(model.params))[:3])
@@ -214,19 +223,21 @@ def take_apart(
             f"names are such as {some}"
         )
     original = trained if isinstance(adapter, adapters.Partial) else {}
-    return Parts(common.copied(trained), frozen, original, adaptation, options.keep_zeros)
+    return TrainableSplit(common.copied(trained), frozen, original, adaptation, options.preserve_sparsity)
 
 
-def new_state(init: Callable[..., State], trained: Params, frozen: Params, *keys: PRNGKeyArray) -> State:
+def init_sharded_state(
+    init: Callable[..., State], trained: Params, frozen: Params, *keys: PRNGKeyArray
+) -> State:
     """`init(trained, *keys)`, every leaf made where it will live, beside what is frozen."""
-    state: Any = distributed.born_sharded(init, trained, *keys)
+    state: Any = distributed.init_sharded(init, trained, *keys)
     if frozen is None:
         return state
-    learner = dataclasses.replace(state.learner, frozen=distributed.place(frozen))
+    learner = dataclasses.replace(state.learner, frozen=distributed.shard_params(frozen))
     return dataclasses.replace(state, learner=learner)
 
 
-def say_what_trains(run: common.RunOptions, learner: TrainState) -> None:
+def print_trainable_parameters(run: common.RunOptions, learner: TrainState) -> None:
     """Prints which leaves are trained, where not all are."""
-    if not run.quiet and learner.frozen is not None and distributed.is_first_host():
+    if not run.quiet and learner.frozen is not None and distributed.is_main_process():
         print(adapters.trainable_table(learner.params, learner.frozen))

@@ -51,11 +51,11 @@ class Options:
       games: played side by side in self-play.
       plies: moves of each of them a step; 0 for those of the longest game.
       opening: a new game of self-play begins after 0 to this many random moves.
-      simulations: of the search, for each move of self-play.
-      considered: actions that the root of the search looks at, at most.
+      num_simulations: of the search, for each move of self-play.
+      max_num_considered_actions: actions that the root of the search looks at, at most.
       widths: of the network's layers.
-      epochs: over the moves of a step.
-      minibatches: of an epoch; divide games x plies.
+      num_epochs: over the moves of a step.
+      num_minibatches: of an epoch; divide games x plies.
       learning_rate: at its peak.
       play_simulations: of the search in the round robin.
       openings: games of each pair begin after so many different openings, either side first.
@@ -69,11 +69,11 @@ class Options:
     games: int = 128
     plies: int = 0
     opening: int = 4
-    simulations: int = 32
-    considered: int = 16
+    num_simulations: int = 32
+    max_num_considered_actions: int = 16
     widths: tuple[int, ...] = (128, 128)
-    epochs: int = 2
-    minibatches: int = 4
+    num_epochs: int = 2
+    num_minibatches: int = 4
     learning_rate: float = 2e-3
     play_simulations: int = 32
     openings: int = 16
@@ -86,11 +86,11 @@ class Agent:
 
     Attributes:
       iteration: steps of training; None for the random player.
-      simulations: of its search; 0 for none.
+      num_simulations: of its search; 0 for none.
     """
 
     iteration: int | None
-    simulations: int
+    num_simulations: int
 
     @property
     def name(self) -> str:
@@ -98,7 +98,7 @@ class Agent:
         if self.iteration is None:
             return "random"
         return f"{self.iteration}, " + (
-            f"{self.simulations} simulations" if self.simulations else "no search"
+            f"{self.num_simulations} simulations" if self.num_simulations else "no search"
         )
 
 
@@ -118,23 +118,25 @@ def find_game(name: str) -> games.Game:
 def make_config(options: Options, game: games.Game) -> alphazero.Config:
     """What the options say of training."""
     plies = options.plies or game.length
-    common.check_divides("--minibatches", options.minibatches, "--games x --plies", options.games * plies)
+    common.check_divides(
+        "--num-minibatches", options.num_minibatches, "--games x --plies", options.games * plies
+    )
     return alphazero.Config(
         iterations=options.run.steps,
         num_games=options.games,
         plies=plies,
         opening=options.opening,
-        simulations=options.simulations,
-        considered=options.considered,
+        num_simulations=options.num_simulations,
+        max_num_considered_actions=options.max_num_considered_actions,
         widths=options.widths,
-        epochs=options.epochs,
-        minibatches=options.minibatches,
+        num_epochs=options.num_epochs,
+        num_minibatches=options.num_minibatches,
     )
 
 
 def train(options: Options, game: games.Game, config: alphazero.Config) -> dict[int, Params]:
     """Trains, and gives the parameters at the beginning and at every checkpoint."""
-    begin, play, learn = alphazero.make_iteration(config, game)
+    init_state, play, learn = alphazero.make_iteration(config, game)
     hyper = alphazero.Hyper(learning_rate=jnp.float32(options.learning_rate))
     play, learn = (
         jax.jit(function, donate_argnums=0, compiler_options=compiler_options()) for function in (play, learn)
@@ -146,7 +148,7 @@ def train(options: Options, game: games.Game, config: alphazero.Config) -> dict[
         return meter.timed("update", learn, state, hyper, batch)
 
     key = jax.random.key(options.run.seed)
-    first = jax.jit(begin)(key)
+    first = jax.jit(init_state)(key)
     snapshots = {0: jax.tree.map(np.asarray, first.learner.params)}
     run_loop(
         first,
@@ -186,13 +188,17 @@ def round_robin(
         if agent.iteration is None:
             return games.random_choice(game)
         return alphazero.make_player(
-            game, apply, params, simulations=agent.simulations, considered=options.considered
+            game,
+            apply,
+            params,
+            num_simulations=agent.num_simulations,
+            max_num_considered_actions=options.max_num_considered_actions,
         )
 
     programs: dict[Any, Callable[..., jax.Array]] = {}
 
     def points(ours: Agent, theirs: Agent, number: int) -> float:
-        kinds = tuple((agent.iteration is None, agent.simulations) for agent in (ours, theirs))
+        kinds = tuple((agent.iteration is None, agent.num_simulations) for agent in (ours, theirs))
         if kinds not in programs:
             programs[kinds] = jax.jit(
                 lambda a, b, key: games.play_match(game, player(ours, a), player(theirs, b), openings, key)
@@ -226,8 +232,8 @@ def lost_lines(
     positions = games.Position(stones, jnp.ones(count, jnp.int8), nobody, jnp.zeros(count, bool))
     _, apply = alphazero.make_network(config, game)
 
-    def choices(params: Params, simulations: int) -> jax.Array:
-        choose = alphazero.make_player(game, apply, params, simulations=simulations)
+    def choices(params: Params, num_simulations: int) -> jax.Array:
+        choose = alphazero.make_player(game, apply, params, num_simulations=num_simulations)
         return choose(positions, jax.random.key(0))
 
     compiled = jax.jit(choices, static_argnums=1)
@@ -235,7 +241,7 @@ def lost_lines(
     for agent in agents:
         if agent.iteration is None:
             continue
-        chosen = np.asarray(compiled(snapshots[agent.iteration], agent.simulations))
+        chosen = np.asarray(compiled(snapshots[agent.iteration], agent.num_simulations))
         policy = dict(zip(boards, chosen.tolist(), strict=True))
         best = [policy[board] in games.best_moves(game, values, board) for board in boards]
         lost = [games.losing_lines(game, values, policy.__getitem__, first=first) for first in (True, False)]
@@ -255,8 +261,8 @@ def plot(path: Path, agents: Sequence[Agent], elo: np.ndarray, error: np.ndarray
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for count in sorted({agent.simulations for agent in agents if agent.iteration is not None}):
-        rows = [k for k, a in enumerate(agents) if a.iteration is not None and a.simulations == count]
+    for count in sorted({agent.num_simulations for agent in agents if agent.iteration is not None}):
+        rows = [k for k, a in enumerate(agents) if a.iteration is not None and a.num_simulations == count]
         steps = [agents[row].iteration or 0 for row in rows]
         label = f"search, {count} simulations" if count else "network alone"
         axes.errorbar(steps, elo[rows], yerr=1.96 * error[rows], marker="o", capsize=3, label=label)
@@ -270,8 +276,10 @@ def plot(path: Path, agents: Sequence[Agent], elo: np.ndarray, error: np.ndarray
 def run(options: Options) -> None:
     """Trains, lets the agents meet, and writes what came out."""
     common.check(options, options.run, "alphazero")
-    if min(options.simulations, options.play_simulations, options.games, options.openings) < 1:
-        raise UserError("--simulations, --play-simulations, --games and --openings are 1 or more: raise them")
+    if min(options.num_simulations, options.play_simulations, options.games, options.openings) < 1:
+        raise UserError(
+            "--num-simulations, --play-simulations, --games and --openings are 1 or more: raise them"
+        )
     if -(-options.run.steps // options.run.save_every) > options.run.max_to_keep:
         raise UserError(
             f"--max-to-keep {options.run.max_to_keep} would remove checkpoints that the Elo curve needs: "
@@ -286,7 +294,13 @@ def run(options: Options) -> None:
     results: dict[str, Any] = {
         "game": options.game,
         "agents": [
-            {"agent": a.name, "iteration": a.iteration, "simulations": a.simulations, "elo": e, "error": s}
+            {
+                "agent": a.name,
+                "iteration": a.iteration,
+                "simulations": a.num_simulations,
+                "elo": e,
+                "error": s,
+            }
             for a, e, s in zip(agents, ratings.elo.tolist(), ratings.error.tolist(), strict=True)
         ],
         "points": table.tolist(),

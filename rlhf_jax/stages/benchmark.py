@@ -42,8 +42,9 @@ from rlhf_jax.metrics.progress import Progress
 from rlhf_jax.models import Policy
 from rlhf_jax.rewards.functions import load_reward, score_rows
 from rlhf_jax.rollout.texts import Answer, make_answer_texts_fn
-from rlhf_jax.stages import benchmark_items as items, benchmark_page, common, decoders
+from rlhf_jax.stages import benchmark_items as items, benchmark_page, common
 from rlhf_jax.stages.benchmark_page import RESULTS
+from rlhf_jax.training.loading import load
 from rlhf_jax.training.run_folder import describe_run
 
 
@@ -62,7 +63,7 @@ class Options:
       task: the benchmark.
     """
 
-    model: Path
+    model: str
     out: Path
     batch_size: int = 16
     seed: int = 0
@@ -209,7 +210,7 @@ def check(options: Options) -> None:
 def run(options: Options) -> None:
     """Scores what is not scored yet, and sums up."""
     check(options)
-    model, task = decoders.load_model(options.model), options.task
+    model, task = load(options.model), options.task
     describe_run(options.out, common.to_json(options), stage="benchmark")
     if isinstance(task, items.Harness):
         run_harness(options, task, model)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import tyro
 
 from rlhf_jax.data.chat import encode_prompt
-from rlhf_jax.data.examples import SupervisedExample, labelled_examples
+from rlhf_jax.data.examples import SupervisedExample, labeled_examples
 from rlhf_jax.data.sources import Row
 from rlhf_jax.evaluation.benchmarks import (
     NO_SUBJECT,
@@ -134,7 +134,7 @@ def choice_requests(
         rows = [
             Row({"prompt": messages, "completion": said, "label": True}, question.where) for said in answers
         ]
-        examples = labelled_examples(rows, model.tokenizer, max_length=inputs.UNBOUNDED)
+        examples = labeled_examples(rows, model.tokenizer, max_length=inputs.UNBOUNDED)
         return [example.after(example.prompt_ids) for example in examples], answers
     words: dict[str, str] = {}
     if task.form == "letters":

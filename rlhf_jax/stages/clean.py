@@ -1,7 +1,7 @@
 """Cleaning of rows to learn from: what is broken, foreign, repeated or given away by a benchmark is left out.
 
     rlhf clean --out runs/clean --data my.jsonl --benchmarks gsm8k/test.jsonl
-    rlhf clean --out runs/clean --data a.jsonl b.parquet --language en --near 0.9
+    rlhf clean --out runs/clean --data a.jsonl b.parquet --language en --jaccard-threshold 0.9
     rlhf clean --out runs/clean --solutions gsm8k/model_solutions.jsonl \\
         --duplicates-by answer
 
@@ -47,11 +47,11 @@ class Options:
         becomes a row.
       benchmarks: files of questions that must not be learnt.
       limits: what a row must be like by itself.
-      near: rows whose likeness (Jaccard's, of runs of words) to an earlier one reaches this are dropped; 0 to
-        drop exact repetitions alone.
-      shingle: words in such a run.
+      jaccard_threshold: rows whose Jaccard similarity (of word n-grams) to an earlier one reaches this are
+        dropped; 0 to drop exact repetitions alone.
+      ngram_size: words in such an n-gram.
       duplicates_by: which part of two rows is compared.
-      overlap_words: words in a run that a row shares with a benchmark's question.
+      decontamination_ngram: words in a run that a row shares with a benchmark's question.
       overlap_share: rows whose shared runs cover more of a question than this are dropped; 0 for any run.
       overlap_rows: runs that more rows than this have are phrases and count for nothing; 0 for no limit.
       examples: of each reason in the report.
@@ -64,10 +64,10 @@ class Options:
     solutions: tuple[str, ...] = ()
     benchmarks: tuple[str, ...] = ()
     limits: tyro.conf.OmitArgPrefixes[Limits] = Limits()
-    near: float = 0.8
-    shingle: int = 3
+    jaccard_threshold: float = 0.8
+    ngram_size: int = 3
     duplicates_by: cleaning.Part = "all"
-    overlap_words: int = 8
+    decontamination_ngram: int = 8
     overlap_share: float = 0.5
     overlap_rows: int = 0
     examples: int = 5
@@ -93,11 +93,11 @@ def rules(options: Options, benchmark: Sequence[RowText]) -> dict[str, Rule]:
         "limits": lambda texts, _: cleaning.drop_faulty(texts, options.limits),
         "exact": lambda texts, _: cleaning.drop_exact_duplicates(texts, by=options.duplicates_by),
     }
-    if options.near:
+    if options.jaccard_threshold:
         made["near"] = lambda texts, progress: cleaning.drop_near_duplicates(
             texts,
-            threshold=options.near,
-            shingle=options.shingle,
+            jaccard_threshold=options.jaccard_threshold,
+            ngram_size=options.ngram_size,
             by=options.duplicates_by,
             seed=options.seed,
             progress=progress,
@@ -106,7 +106,7 @@ def rules(options: Options, benchmark: Sequence[RowText]) -> dict[str, Rule]:
         made["benchmarks"] = lambda texts, progress: cleaning.drop_contaminated(
             texts,
             benchmark,
-            size=options.overlap_words,
+            size=options.decontamination_ngram,
             least_share=options.overlap_share,
             most_rows=options.overlap_rows,
             progress=progress,

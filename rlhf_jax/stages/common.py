@@ -18,7 +18,7 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.files import write_json
 from rlhf_jax.core.train_state import frozen_parts, with_frozen_parts, without_frozen
 from rlhf_jax.core.types import Params
-from rlhf_jax.data.examples import SupervisedExample, TooLong
+from rlhf_jax.data.examples import Overlength, SupervisedExample
 from rlhf_jax.data.mixing import MixtureSampler
 from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.data.tokenizers import Tokenizer, byte_tokenizer, load_tokenizer
@@ -54,7 +54,7 @@ class RunOptions:
         over all; empty for one device. A run may be resumed on another mesh.
       all_gather_params: for sampling, make parameters whole along fsdp once a batch of answers, in the
         compute dtype, instead of at every token: many times faster where they fit (`rlhf plan` says whether).
-      hosts: how several processes find each other: auto on Cloud TPU, SLURM and Open MPI,
+      coordinator: how several processes find each other: auto on Cloud TPU, SLURM and Open MPI,
         HOST:PORT,COUNT,INDEX elsewhere; empty for this process alone.
       init_timeout: seconds until all processes must have come.
       heartbeat_timeout: seconds of silence after which a process counts as lost, and the others end.
@@ -81,7 +81,7 @@ class RunOptions:
     report: bool = True
     mesh: str = ""
     all_gather_params: bool = False
-    hosts: str = ""
+    coordinator: str = ""
     init_timeout: int = 300
     heartbeat_timeout: int = 60
     profile: int = 0
@@ -128,12 +128,12 @@ class ArchOptions:
       layers: number of blocks.
       heads: query heads; divide the width.
       kv_heads: key-value heads; divide the heads.
-      hidden: width of the feed-forward; 0 for 8/3 of the width.
+      intermediate_size: width of the feed-forward; 0 for 8/3 of the width.
       experts: above 0, feed-forwards are mixtures of so many experts of the hidden width.
       experts_per_token: how many of them each token goes through.
       router: softmax, balanced by a loss, or sigmoid, whose biases balance the load without one.
       mtp_depth: modules of multi-token prediction, each of which foresees one token more.
-      tied: use the input embedding as output matrix.
+      tie_word_embeddings: use the input embedding as output matrix.
       scan_layers: run the blocks as one scan: compile time independent of depth.
       remat: what the backward pass computes again, to save memory.
       param_dtype: dtype of the parameters.
@@ -145,12 +145,12 @@ class ArchOptions:
     layers: int = 2
     heads: int = 8
     kv_heads: int = 4
-    hidden: int = 0
+    intermediate_size: int = 0
     experts: int = 0
     experts_per_token: int = 2
     router: Literal["softmax", "sigmoid"] = "softmax"
     mtp_depth: int = 0
-    tied: bool = True
+    tie_word_embeddings: bool = True
     scan_layers: bool = False
     remat: models.Remat = "none"
     param_dtype: DType = "float32"
@@ -166,7 +166,7 @@ class ArchOptions:
             "vocab_size": tokenizer.vocab_size,
             "width": self.width,
             "num_layers": self.layers,
-            "tied_embeddings": self.tied,
+            "tie_word_embeddings": self.tie_word_embeddings,
             "scan_layers": self.scan_layers,
             "remat": self.remat,
             "param_dtype": self.param_dtype,
@@ -184,8 +184,8 @@ class ArchOptions:
         dense = models.dense_config(
             num_heads=self.heads,
             num_kv_heads=self.kv_heads,
-            hidden_dim=self.hidden or None,
-            further_depth=self.mtp_depth,
+            intermediate_size=self.intermediate_size or None,
+            mtp_depth=self.mtp_depth,
             **shape,
         )
         if not self.experts:
@@ -230,7 +230,7 @@ class PairOptions:
       data: rows with `prompt`, `chosen`, `rejected`: a path, tfds:NAME[:SPLIT], or arithmetic:LEVEL.
       eval_data: held-out pairs; empty for none (the embedded task brings its own).
       max_length: tokens of a prompt with its response; 0 for the longest.
-      too_long: whether longer pairs are an error, or dropped and counted.
+      overlength: whether longer pairs are an error, or dropped and counted.
       pair_count: how many pairs of the embedded task.
       eval_count: how many held-out pairs are evaluated at most.
       soft_labels: learn from the rows' `preference`, how probably the chosen answer is the better one.
@@ -239,7 +239,7 @@ class PairOptions:
     data: str
     eval_data: str = ""
     max_length: int = 0
-    too_long: TooLong = "error"
+    overlength: Overlength = "error"
     pair_count: int = 8_000
     eval_count: int = 512
     soft_labels: bool = False
@@ -257,7 +257,7 @@ class PromptOptions:
         that `kind`, and =WEIGHT where the weight is not 1.
       eval_reward: the reward function of the evaluation; empty for the first of `rewards`.
       max_prompt_length: tokens of a prompt; 0 for the longest.
-      too_long: whether longer prompts are an error, or dropped and counted.
+      overlength: whether longer prompts are an error, or dropped and counted.
       max_new_tokens: tokens of an answer.
       prompt_count: how many prompts of the embedded task.
       eval_count: how many held-out prompts are evaluated at most.
@@ -269,7 +269,7 @@ class PromptOptions:
     rewards: tuple[str, ...] = ()
     eval_reward: str = ""
     max_prompt_length: int = 0
-    too_long: TooLong = "error"
+    overlength: Overlength = "error"
     max_new_tokens: int = 40
     prompt_count: int = 8_000
     eval_count: int = 256
@@ -322,7 +322,7 @@ def starting_model(
         return policy
     chosen = find_tokenizer(tokenizer, data)
     config = options.config(chosen)
-    params = distributed.born_sharded(functools.partial(models.init_params, config), jax.random.key(run.seed))
+    params = distributed.init_sharded(functools.partial(models.init_params, config), jax.random.key(run.seed))
     return models.make_policy(config, params, chosen)
 
 
@@ -379,7 +379,7 @@ _POSITIVE = """
 # They change how a run is watched, or how long it is, and nothing of what it computes until then.
 _MAY_DIFFER = """
     --out --resume --steps --save-every --eval-every --max-to-keep --quiet --report --micro-batches
-    --eval-data --eval-reward --eval-count --samples --mesh --all-gather-params --hosts
+    --eval-data --eval-reward --eval-count --samples --mesh --all-gather-params --coordinator
     --init-timeout --heartbeat-timeout --profile --peak-tflops --log --engine --prompts --sample-tokens
     --against --remat
 """.split()  # noqa: SIM905
@@ -462,7 +462,7 @@ def start(
     options: Any, run: RunOptions, stage: str, model: Policy, kind: Kind, adaptation: Adaptation | None = None
 ) -> None:
     """Writes what describes the run into its folder."""
-    if not distributed.is_first_host():
+    if not distributed.is_main_process():
         return
     write_model_files(run.out, model, kind, adaptation)
     describe_run(run.out, to_json(options), stage=stage)
@@ -476,7 +476,7 @@ def loggers(options: Any, stage: str) -> list[Logger]:
 
 def finish(run: RunOptions, samples: Sequence[Mapping[str, Any]] = ()) -> None:
     """Writes the samples, where there are any, and the report."""
-    if not distributed.is_first_host():
+    if not distributed.is_main_process():
         return
     if samples:
         write_json(run.out / "samples.json", samples)
@@ -488,7 +488,7 @@ def finish(run: RunOptions, samples: Sequence[Mapping[str, Any]] = ()) -> None:
 
 def announce(options: RunOptions, model: Policy, data: str) -> None:
     """Says what is about to run."""
-    if options.quiet or not distributed.is_first_host():
+    if options.quiet or not distributed.is_main_process():
         return
     size = sum(leaf.size for leaf in jax.tree.leaves(model.params))
     print(f"{options.out}: {data}; a model of {size:,} parameters; {options.steps} steps")
@@ -502,6 +502,6 @@ def announce(options: RunOptions, model: Policy, data: str) -> None:
 
 def show_sample(options: RunOptions, tokenizer: Tokenizer, example: SupervisedExample) -> None:
     """The first sample as the model sees it: ids beside tokens, those that count marked."""
-    if not options.quiet and distributed.is_first_host():
+    if not options.quiet and distributed.is_main_process():
         print(f"First sample ({example.where}); * marks the tokens that count:")
         print(tokenizer.table(example.ids[:40].tolist(), example.mask[:40].tolist()))

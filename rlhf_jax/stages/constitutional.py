@@ -38,6 +38,7 @@ from rlhf_jax.stages import common, embedded, inputs, sft
 from rlhf_jax.stages.rounds import check_held, prompt_of
 from rlhf_jax.tasks import arithmetic_reviews as reviews
 from rlhf_jax.tasks.arithmetic import Split
+from rlhf_jax.training.loading import load
 from rlhf_jax.training.run_folder import describe_run, load_policy
 
 DATA = "arithmetic:0"
@@ -245,9 +246,10 @@ def run(options: Options) -> None:
     )
     describe_run(out, common.to_json(options), stage="constitutional")
     start = files.as_path(options.model) if options.model else train_skills(options)
-    model = load_policy(start)
+    model = load(start)
     files.write_lines(out / "constitution.jsonl", constitution_rows(principles))
-    judge = {"kind": "rating", "model": files.relative(out, start), "constitution": "constitution.jsonl"}
+    where = files.relative(out, start) if files.exists(start) else options.model
+    judge = {"kind": "rating", "model": where, "constitution": "constitution.jsonl"}
     files.write_json(out / "judge.json", judge)
 
     prompts = inputs.load_prompts(options.prompts, model, options.run.seed)

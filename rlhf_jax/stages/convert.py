@@ -88,8 +88,8 @@ def to_hugging_face(options: Options) -> str:
         raise UserError("--dtype is for runs: a run's parameters are exported as they are")
     if options.adapter:
         model, adaptation = load_unmerged_policy(options.source)
-        stabilised = adaptation is not None and getattr(adaptation.adapter, "rank_stabilised", False)
-        peft.save(options.out, model.architecture, model.params, stabilised=stabilised)
+        rank_stabilized = adaptation is not None and getattr(adaptation.adapter, "rank_stabilized", False)
+        peft.save(options.out, model.architecture, model.params, rank_stabilized=rank_stabilized)
         return f"{options.out}: an adapter, for peft and vLLM"
     model = load_policy(options.source)
     model.save(options.out)

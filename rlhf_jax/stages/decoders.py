@@ -15,10 +15,9 @@ from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.protocols import DecodeFn, PrefillFn
 from rlhf_jax.core.types import Rollout
-from rlhf_jax.data.tokenizers import load_tokenizer
 from rlhf_jax.generation import Sampling
-from rlhf_jax.models import Policy, hf
-from rlhf_jax.training.run_folder import load_policy
+from rlhf_jax.models import Policy
+from rlhf_jax.training.loading import load
 
 Decode = Callable[..., tuple[Rollout, np.ndarray | None]]
 """(prompts, mask, key) -> rollout of `count` rows a prompt, and their scores where the search has any."""
@@ -97,12 +96,12 @@ class Speculative:
     Attributes:
       draft: a run or Hugging Face folder of a smaller model; `prompt` for what the row has said before;
         `lookahead` for the model's own passes.
-      count: tokens guessed at a time.
+      num_speculative_tokens: tokens guessed at a time.
       temperature: divides the logits; 0 takes the most likely token.
     """
 
     draft: str = "prompt"
-    count: int = 4
+    num_speculative_tokens: int = 4
     temperature: float = 1.0
 
 
@@ -112,20 +111,6 @@ Decoder = (
     | Annotated[Contrastive, tyro.conf.subcommand("contrastive")]
     | Annotated[Speculative, tyro.conf.subcommand("speculative")]
 )
-
-
-def load_model(folder: Path) -> Policy:
-    """A policy from a run folder or a Hugging Face folder.
-
-    Raises:
-      UserError: it is neither.
-    """
-    if files.is_file(folder / "model.json"):
-        return load_policy(folder)
-    if files.is_file(folder / "config.json"):
-        tokenizer = load_tokenizer(folder)
-        return models.make_policy(*hf.load(folder), tokenizer)
-    raise UserError(f"--model {folder}: neither a run (model.json) nor a Hugging Face folder (config.json)")
 
 
 def answer_rules(model: Policy, *, stop: Sequence[str], regex: str, json_schema: str) -> Sampling:
@@ -173,10 +158,10 @@ def make_decode(
         compiled = jax.jit(functools.partial(search, best=count, **dataclasses.asdict(decoder)))
         return lambda tokens, mask, key: compiled(model.params, tokens, mask)
     speculate = functools.partial(
-        generation.generate_speculatively,
+        generation.speculative_decode,
         prefill,
         model.extend,
-        drafter=make_drafter(decoder, model),
+        proposer=make_proposer(decoder, model),
         sampling=dataclasses.replace(rules, temperature=decoder.temperature),
         **ends,
     )
@@ -204,21 +189,21 @@ def sampler_fns(decoder: Sample, model: Policy) -> tuple[PrefillFn, DecodeFn]:
     return generation.dola_fns(*models.make_layer_decode_fns(config, decoder.dola))
 
 
-def make_drafter(decoder: Speculative, model: Policy) -> generation.Drafter:
+def make_proposer(decoder: Speculative, model: Policy) -> generation.Proposer:
     """Where guesses come from.
 
     Raises:
       UserError: the draft model has another vocabulary.
     """
-    if decoder.count < 1:
-        raise UserError(f"--count {decoder.count} is below 1: raise it")
+    if decoder.num_speculative_tokens < 1:
+        raise UserError(f"--num-speculative-tokens {decoder.num_speculative_tokens} is below 1: raise it")
     if model.architecture.is_recurrent:
         raise UserError("speculative: a recurrent model cannot take back guesses: choose another decoder")
     if decoder.draft == "prompt":
-        return generation.prompt_drafter(count=decoder.count)
+        return generation.prompt_lookup_proposer(num_speculative_tokens=decoder.num_speculative_tokens)
     if decoder.draft == "lookahead":
-        return generation.lookahead_drafter(count=decoder.count)
-    draft = load_model(Path(decoder.draft))
+        return generation.lookahead_proposer(num_speculative_tokens=decoder.num_speculative_tokens)
+    draft = load(decoder.draft)
     if draft.architecture.is_recurrent:
         raise UserError(
             f"--draft {decoder.draft}: a recurrent model cannot take back guesses: choose another"
@@ -226,10 +211,10 @@ def make_drafter(decoder: Speculative, model: Policy) -> generation.Drafter:
     if draft.tokenizer.backend.get_vocab() != model.tokenizer.backend.get_vocab():
         raise UserError(f"--draft {decoder.draft}: its tokenizer is not that of the model: choose another")
     assert draft.extend is not None  # decoders of ours have one
-    return generation.model_drafter(
+    return generation.draft_model_proposer(
         draft.prefill,
         draft.extend,
         draft.params,
-        count=decoder.count,
+        num_speculative_tokens=decoder.num_speculative_tokens,
         eos_id=model.tokenizer.eos_id,
     )

@@ -114,8 +114,13 @@ def start_from(options: Options, teacher: Policy, given: Given) -> Policy:
     return common.starting_model("", teacher.tokenizer, "", options.arch, options.run)
 
 
-def make_write_fn(
-    options: Options, student: Policy, teacher: Policy, prompts: inputs.Prompts, share: float
+def make_sample_completions_fn(
+    options: Options,
+    student: Policy,
+    teacher: Policy,
+    prompts: inputs.Prompts,
+    share: float,
+    given: Given = NOTHING,
 ) -> Callable[[Params, int], tuple[Rollout, dict[str, float]]]:
     """`write(student's params, number) -> (answers, metrics)`; who writes is a function of the number."""
 
@@ -127,6 +132,7 @@ def make_write_fn(
             batch_size=options.batch_size,
             group_size=1,
             seed=options.run.seed,
+            given=given,
         )
 
     ours, theirs = make(student), make(teacher)
@@ -165,11 +171,11 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     prompts = inputs.load_prompts(options.prompts, model, seed, given)
     size = sum(leaf.size for leaf in jax.tree.leaves(teacher.params))
     common.announce(options.run, model, f"{len(prompts):,} prompts; a teacher of {size:,} parameters")
-    write = make_write_fn(options, model, teacher, prompts, share)
+    write = make_sample_completions_fn(options, model, teacher, prompts, share, given)
 
     steps, brought = options.run.steps, given.policy is not None
-    parts = adapting.take_apart(options.adapter, model, seed=seed, steps=steps, brought=brought)
-    tx = parts.optimizer(with_total_steps(options.optimizer, options.run.steps))
+    split = adapting.split_trainable(options.adapter, model, seed=seed, steps=steps, brought=brought)
+    tx = split.optimizer(with_total_steps(options.optimizer, options.run.steps))
     config = distillation.Config(options.micro_batches, (WHOLE | SAMPLED)[options.loss])
     student_fn, teacher_fn = make_logp_fn(options, model), make_logp_fn(options, teacher)
     update = distillation.make_update(config, student_fn, tx)
@@ -183,12 +189,12 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         length, finished = jnp.mean(jnp.sum(sequences.mask, axis=1)), jnp.mean(rollout.finished)
         return state, {**metrics, "length": length, "finished": finished}
 
-    state = adapting.new_state(
-        lambda *x: distillation.init(x[0], tx, x[1]), parts.trained, parts.frozen, jax.random.key(seed)
+    state = adapting.init_sharded_state(
+        lambda *x: distillation.init(x[0], tx, x[1]), split.trained, split.frozen, jax.random.key(seed)
     )
-    adapting.say_what_trains(options.run, state.learner)
+    adapting.print_trainable_parameters(options.run, state.learner)
     learn = common.jit_update(learn, state)
-    teacher_params, meter = distributed.place(teacher.params), options.run.meter()
+    teacher_params, meter = distributed.shard_params(teacher.params), options.run.meter()
 
     def step(state: distillation.State, number: int):
         with meter.timing("rollout"):
@@ -211,7 +217,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         policy=model,
         meter=meter,
         data_fingerprint=prompts.fingerprint(),
-        adaptation=parts.adaptation,
+        adaptation=split.adaptation,
         evaluate=evaluate and held_out,
     )
     after = prompts.answer(state.learner.all_params)

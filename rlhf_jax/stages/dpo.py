@@ -158,7 +158,7 @@ def make_step_fn(
     options: Options,
     objective: Objective,
     logprob_fn: LogprobFn,
-    parts: adapting.Parts,
+    split: adapting.TrainableSplit,
     state: Any,
     train: inputs.Pairs,
     meter: Meter,
@@ -167,11 +167,11 @@ def make_step_fn(
     sampler = BatchSampler(len(train), options.batch_size, options.run.seed)
     stored = None
     if options.reference == "stored":
-        stored = reference_logp(logprob_fn, parts.reference(state.learner), train, options.batch_size)
+        stored = reference_logp(logprob_fn, split.reference(state.learner), train, options.batch_size)
 
     def score_and_update(state: Any, original: Params, rows: Sides, ref: Any, labels: Any):
         if ref is None:
-            ref = preference.response_logp(logprob_fn, parts.reference(state.learner, original), *rows)
+            ref = preference.response_logp(logprob_fn, split.reference(state.learner, original), *rows)
         return objective.update(state, objective.hyper, objective.make_batch(rows, ref, labels))
 
     update = common.jit_update(score_and_update, state)
@@ -184,7 +184,7 @@ def make_step_fn(
 
     def step(state: Any, number: int) -> tuple[Any, Metrics]:
         # With stored log-probs nothing of the reference goes in.
-        original = parts.original if stored is None else None
+        original = split.original if stored is None else None
         return meter.timed("update", update, state, original, *meter.timed("data", batch, number))
 
     return step
@@ -216,27 +216,27 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     seed, loss = options.run.seed, given.loss or options.loss
     check(options)
     model = policy_of(options.model, given, options.run)
-    load = inputs.load_labelled if loss in UNPAIRED_LOSSES else inputs.load_pairs
+    load = inputs.load_labeled if loss in UNPAIRED_LOSSES else inputs.load_pairs
     train, held_out = load(options.pairs, model.tokenizer, seed, given)
     what = "responses" if loss in UNPAIRED_LOSSES else "pairs"
     common.announce(options.run, model, f"{len(train):,} {what}, {len(held_out):,} held out")
 
     steps, brought = options.run.steps, given.policy is not None
-    parts = adapting.take_apart(options.adapter, model, seed=seed, steps=steps, brought=brought)
+    split = adapting.split_trainable(options.adapter, model, seed=seed, steps=steps, brought=brought)
     logprob_fn = model.make_logprob_fn()
-    tx = parts.optimizer(with_total_steps(options.optimizer, options.run.steps))
+    tx = split.optimizer(with_total_steps(options.optimizer, options.run.steps))
     if isinstance(loss, str) and loss in UNPAIRED_LOSSES:
         objective = unpaired_objective(options, loss, logprob_fn, tx)
     else:
         objective = pair_objective(options, loss, logprob_fn, tx)
-    state = adapting.new_state(objective.init, parts.trained, parts.frozen, jax.random.key(seed))
-    adapting.say_what_trains(options.run, state.learner)
+    state = adapting.init_sharded_state(objective.init, split.trained, split.frozen, jax.random.key(seed))
+    adapting.print_trainable_parameters(options.run, state.learner)
     # Both sides, and the reference's pass over them where it is made at every step.
     sizes = {"rows": 2 * options.batch_size, "length": train.length}
     passes = model.forward_flops(**sizes) if options.reference == "each_step" else 0.0
     meter = options.run.meter(model.training_flops(**sizes) + passes)
-    step = make_step_fn(options, objective, logprob_fn, parts, state, train, meter)
-    evaluate = make_evaluate_fn(options, logprob_fn, parts.reference(state.learner), held_out)
+    step = make_step_fn(options, objective, logprob_fn, split, state, train, meter)
+    evaluate = make_evaluate_fn(options, logprob_fn, split.reference(state.learner), held_out)
 
     state = entry.train(
         options,
@@ -247,7 +247,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         policy=model,
         meter=meter,
         data_fingerprint=train.fingerprint(),
-        adaptation=parts.adaptation,
+        adaptation=split.adaptation,
         evaluate=evaluate,
     )
     common.finish(options.run)

@@ -51,6 +51,11 @@ class Given:
     on_step: Callable[..., Any] | Sequence[Callable[..., Any]] = ()
     eval_fn: Callable[[Any, int], Mapping[str, Any]] | None = None
 
+    def __post_init__(self) -> None:
+        """Refuses a lone reward."""
+        if not isinstance(self.rewards, Sequence) or isinstance(self.rewards, str):
+            raise UserError(f"rewards is {self.rewards!r}: give a list of functions")
+
 
 NOTHING = Given()
 

@@ -14,7 +14,6 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -33,6 +32,7 @@ from rlhf_jax.generation import Sampling, row_keys
 from rlhf_jax.models import Policy
 from rlhf_jax.stages import decoders
 from rlhf_jax.stages.decoders import Beam, Contrastive, Decode, Decoder, Sample
+from rlhf_jax.training.loading import load
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class Options:
       decoder: how answers are found.
     """
 
-    model: Path
+    model: str
     prompt: str = ""
     file: str = ""
     raw: bool = False
@@ -233,7 +233,7 @@ def read_prompts(options: Options, model: Policy) -> list[tuple[str, list[int]]]
 def run(options: Options) -> None:
     """Answers, and prints."""
     check(options)
-    model = decoders.load_model(options.model)
+    model = load(options.model)
     if not (options.prompt or options.file):
         chat(options, model)
         return

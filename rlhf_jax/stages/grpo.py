@@ -32,7 +32,7 @@ from rlhf_jax.losses import policy_weights
 from rlhf_jax.metrics import Thresholds
 from rlhf_jax.models import Policy
 from rlhf_jax.rewards.rules import soft_overlong_reward
-from rlhf_jax.rollout.dynamic_sampling import Answers, draw_groups_that_differ, term_means
+from rlhf_jax.rollout.dynamic_sampling import Answers, filter_zero_std_groups, term_means
 from rlhf_jax.rollout.sampler import make_generate_fn
 from rlhf_jax.rollout.step import make_group_learn
 from rlhf_jax.stages import adapting, common, defaults, entry, inputs
@@ -130,7 +130,7 @@ def check(options: Options) -> None:
     if variant_of(options).dynamic_sampling_max_rounds > 1 and jax.process_count() > 1:
         raise UserError(
             "answers are sampled again in one process only: give --dynamic-sampling-max-rounds 1, or run "
-            "without --hosts"
+            "without --coordinator"
         )
 
 
@@ -203,7 +203,7 @@ def make_draw_fn(
         if rounds == 1:
             answers = answer(params, number)
         else:
-            answers, metrics = draw_groups_that_differ(
+            answers, metrics = filter_zero_std_groups(
                 lambda again: answer(params, number * rounds + again),
                 groups=options.batch_size,
                 group_size=options.group_size,
@@ -255,25 +255,25 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     logprob_fn = model.make_logprob_fn(temperature=options.temperature)
     steps = options.run.steps * options.num_iterations * options.num_minibatches
     brought = given.policy is not None
-    parts = adapting.take_apart(options.adapter, model, seed=seed, steps=steps, brought=brought)
-    tx = parts.optimizer(with_total_steps(options.optimizer, steps))
+    split = adapting.split_trainable(options.adapter, model, seed=seed, steps=steps, brought=brought)
+    tx = split.optimizer(with_total_steps(options.optimizer, steps))
     update = grpo.make_update(variant.config, logprob_fn, tx)
     evaluate = prompts.evaluate
 
-    learn = make_group_learn(variant.config, logprob_fn, update, variant.hyper, parts.reference)
-    state = adapting.new_state(
+    learn = make_group_learn(variant.config, logprob_fn, update, variant.hyper, split.reference)
+    state = adapting.init_sharded_state(
         lambda *x: grpo.init(x[0], tx, x[1], one_step_off_policy=options.one_step_off_policy),
-        parts.trained,
-        parts.frozen,
+        split.trained,
+        split.frozen,
         jax.random.key(seed),
     )
-    adapting.say_what_trains(options.run, state.learner)
+    adapting.print_trainable_parameters(options.run, state.learner)
     learn = common.jit_update(learn, state)
 
     def step(state: grpo.State, number: int):
         answers, drawn = draw(state.rollout_params, number)
         rewards = [answers.rewards, greedy(state.rollout_params, answers) if variant.needs_greedy else None]
-        data = (parts.original, answers.rollout, *distributed.shard_batch(rewards))
+        data = (split.original, answers.rollout, *distributed.shard_batch(rewards))
         state, metrics = meter.timed("update", learn, state, *data)
         return state, {**metrics, **drawn}
 
@@ -289,9 +289,9 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         policy=model,
         meter=meter,
         data_fingerprint=prompts.fingerprint(),
-        adaptation=parts.adaptation,
+        adaptation=split.adaptation,
         evaluate=evaluate
-        and (lambda state, _: evaluate(state.learner.all_params, parts.reference(state.learner)).metrics()),
+        and (lambda state, _: evaluate(state.learner.all_params, split.reference(state.learner)).metrics()),
         thresholds=thresholds,
     )
     after = prompts.answer(state.learner.all_params)

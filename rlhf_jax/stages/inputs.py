@@ -17,7 +17,7 @@ from rlhf_jax.data.examples import (
     PreferenceExample,
     PromptExample,
     SupervisedExample,
-    labelled_examples,
+    labeled_examples,
     preference_examples,
     prompt_examples,
 )
@@ -147,7 +147,7 @@ def _pair_examples(
     def examples(spec: str, split: embedded.Split, count: int, rows: Any) -> list[Example]:
         read = load_rows(spec, lambda level: embedded.preference_rows(level, split, count, seed), rows)
         longest = options.max_length or UNBOUNDED
-        return make(read, tokenizer, max_length=longest, too_long=options.too_long)
+        return make(read, tokenizer, max_length=longest, overlength=options.overlength)
 
     train, held_out = examples(options.data, "train", options.pair_count, given.rows), []
     if given.eval_rows is not None or options.eval_data or embedded.find_level(options.data):
@@ -182,14 +182,14 @@ def load_pairs(
     return padded(train, labels), padded(held_out)
 
 
-def load_labelled(
+def load_labeled(
     options: common.PairOptions, tokenizer: Tokenizer, seed: int, given: Given = NOTHING
 ) -> tuple[Pairs, Pairs]:
     """Completions beside mismatched ones, which stand after another's prompt, labelled as desirable or not.
 
     The other is half the data set away, so that it is never the other side of the same pair.
     """
-    train, held_out = _pair_examples(options, tokenizer, seed, labelled_examples, given)
+    train, held_out = _pair_examples(options, tokenizer, seed, labeled_examples, given)
     sizes = [len(e.prompt_ids) + len(e.completion_ids) for e in train + held_out]
     length = options.max_length or max(sizes)
 
@@ -252,7 +252,7 @@ def load_prompts(options: common.PromptOptions, model: Policy, seed: int, given:
     def examples(spec: str, split: embedded.Split, count: int, rows: Any) -> list[PromptExample]:
         read = load_rows(spec, lambda level: embedded.prompt_rows(level, split, count, seed), rows)
         longest = options.max_prompt_length or UNBOUNDED
-        return prompt_examples(read, model.tokenizer, max_length=longest, too_long=options.too_long)
+        return prompt_examples(read, model.tokenizer, max_length=longest, overlength=options.overlength)
 
     train, held_out = examples(options.data, "train", options.prompt_count, given.rows), []
     if given.eval_rows is not None or options.eval_data or embedded.find_level(options.data):
@@ -302,7 +302,7 @@ def make_sampler(
         "sampling": sampling,
     }
     if parse_engine(engine)[0] == "local":
-        return make_generate_fn(model, slots=max_num_seqs or None, **shared)
+        return make_generate_fn(model, max_num_seqs=max_num_seqs or None, **shared)
     if max_num_seqs:
         raise UserError(f"--max-num-seqs is for --engine local: the server of {engine} has its own way")
     if parse_engine(engine)[0] != "openai":

@@ -115,7 +115,7 @@ def check(options: Options) -> None:
 # The two answers ------------------------------------------------------------------------------------
 
 
-def make_write_fn(
+def make_sample_completions_fn(
     options: Options, model: Policy, prompts: inputs.Prompts, reference: Callable[[Any], Params]
 ) -> Callable[..., tuple[Rollout, Rollout]]:
     """`write(state, chosen, key) -> (first, second)`: the policy's answers, and those of its opponent."""
@@ -128,7 +128,7 @@ def make_write_fn(
     generate = inputs.make_sampler(options.engine, model, folder=options.run.out, **shared)
     generate_other = generate
     if options.method == "nash_md":  # a server knows no mixture of two models
-        fns = nash_md.mixture_fns(model.prefill, model.decode, mixing=options.mixture_coef)
+        fns = nash_md.mixture_fns(model.prefill, model.decode, mixture_coef=options.mixture_coef)
         generate_other = make_generate_fn(model, decode_fns=fns, **shared)
     elif options.method == "xpo" and options.engine != "local":  # weights would go to and fro
         generate_other = make_generate_fn(model, **shared)
@@ -217,17 +217,17 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     common.announce(options.run, model, f"{len(prompts):,} prompts")
 
     steps, brought = options.run.steps, given.policy is not None
-    parts = adapting.take_apart(options.adapter, model, seed=seed, steps=steps, brought=brought)
+    split = adapting.split_trainable(options.adapter, model, seed=seed, steps=steps, brought=brought)
     logprob_fn = model.make_logprob_fn(temperature=options.temperature)
-    tx = parts.optimizer(with_total_steps(options.optimizer, options.run.steps))
+    tx = split.optimizer(with_total_steps(options.optimizer, options.run.steps))
     init, learn_from = (nash_update if options.method == "nash_md" else pair_update)(options, logprob_fn, tx)
-    state = adapting.new_state(init, parts.trained, parts.frozen, jax.random.key(seed))
-    adapting.say_what_trains(options.run, state.learner)
-    write = make_write_fn(options, model, prompts, lambda state: parts.reference(state.learner))
+    state = adapting.init_sharded_state(init, split.trained, split.frozen, jax.random.key(seed))
+    adapting.print_trainable_parameters(options.run, state.learner)
+    write = make_sample_completions_fn(options, model, prompts, lambda state: split.reference(state.learner))
     evaluate, rollout_key = prompts.evaluate, jax.random.key(seed + 1)
 
     def learn(state: Any, original: Params, first: Rollout, second: Rollout, wins: Float[Array, " N"]):
-        return learn_from(state, parts.reference(state.learner, original), first, second, wins)
+        return learn_from(state, split.reference(state.learner, original), first, second, wins)
 
     learn = common.jit_update(learn, state)
     meter = options.run.meter()
@@ -242,7 +242,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
             missing = failed_rows(answers[0]) | failed_rows(answers[1])
             preference = np.where(missing, 0.5, preference).astype(preference.dtype)
         wins = distributed.shard_batch(preference)
-        state, metrics = meter.timed("update", learn, state, parts.original, *answers, wins)
+        state, metrics = meter.timed("update", learn, state, split.original, *answers, wins)
         return state, {**metrics, **compared.metrics, "win_rate": compared.preference.mean()}
 
     before = prompts.answer(model.params)
@@ -255,9 +255,9 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         policy=model,
         meter=meter,
         data_fingerprint=prompts.fingerprint(),
-        adaptation=parts.adaptation,
+        adaptation=split.adaptation,
         evaluate=evaluate
-        and (lambda state, _: evaluate(state.learner.all_params, parts.reference(state.learner)).metrics()),
+        and (lambda state, _: evaluate(state.learner.all_params, split.reference(state.learner)).metrics()),
     )
     after = prompts.answer(state.learner.all_params)
     common.finish(options.run, inputs.before_and_after(options.method, before, after))

@@ -29,7 +29,7 @@ from rlhf_jax.distributed.accelerator_specs import CHIPS, Chip, chip_of, rooflin
 from rlhf_jax.metrics.progress import format_seconds
 from rlhf_jax.models import hf
 from rlhf_jax.planning import compiled
-from rlhf_jax.planning.analytic import plan_by_formula
+from rlhf_jax.planning.analytic import analytic_plan
 from rlhf_jax.planning.topologies import topology_devices
 from rlhf_jax.training.run_folder import read_architecture
 
@@ -53,8 +53,8 @@ class Options:
       new_tokens: of an answer, where answers are sampled.
       group_size: answers to each prompt of GRPO.
       micro_batches: parts in which a mini-batch is computed.
-      minibatches: optimizer steps of GRPO and PPO in each pass over a batch.
-      epochs: passes of GRPO and PPO over each batch.
+      num_minibatches: optimizer steps of GRPO and PPO in each pass over a batch.
+      num_ppo_epochs: passes of GRPO and PPO over each batch.
       all_gather_params: sample with parameters made whole along fsdp once a batch of answers, as the scripts
         do with --all-gather-params.
       remat: what the backward pass computes again.
@@ -74,8 +74,8 @@ class Options:
     new_tokens: int = 512
     group_size: int = 8
     micro_batches: int = 1
-    minibatches: int = 1
-    epochs: int = 1
+    num_minibatches: int = 1
+    num_ppo_epochs: int = 1
     all_gather_params: bool = False
     remat: models.Remat = "full"
     param_dtype: DType = "float32"
@@ -115,12 +115,20 @@ def workload(options: Options) -> compiled.Workload:
     Raises:
       UserError: numbers that do not fit each other.
     """
-    for name in ("batch", "length", "new_tokens", "group_size", "micro_batches", "minibatches", "epochs"):
+    for name in (
+        "batch",
+        "length",
+        "new_tokens",
+        "group_size",
+        "micro_batches",
+        "num_minibatches",
+        "num_ppo_epochs",
+    ):
         if getattr(options, name) < 1:
             raise UserError(
                 f"--{name.replace('_', '-')} {getattr(options, name)} is not positive: give 1 or more"
             )
-    parts = options.micro_batches * (options.minibatches if options.algo in ("grpo", "ppo") else 1)
+    parts = options.micro_batches * (options.num_minibatches if options.algo in ("grpo", "ppo") else 1)
     if options.batch % parts:
         raise UserError(
             f"--batch {options.batch} cannot be computed in {parts} equal parts: change one of them"
@@ -140,8 +148,8 @@ def workload(options: Options) -> compiled.Workload:
         options.new_tokens,
         options.group_size,
         options.micro_batches,
-        options.minibatches,
-        options.epochs,
+        options.num_minibatches,
+        options.num_ppo_epochs,
     )
 
 
@@ -183,7 +191,7 @@ def make_plan(options: Options) -> tuple[compiled.Plan, Mesh, Chip | None]:
     if options.topology:
         raise UserError("--chip goes by formula and excludes --topology: give one of them")
     mesh = distributed.abstract_mesh(options.mesh)
-    return plan_by_formula(step, mesh), mesh, chip
+    return analytic_plan(step, mesh), mesh, chip
 
 
 # What is said --------------------------------------------------------------------------------------

@@ -121,17 +121,17 @@ class Options:
     scale_rewards: bool = False
 
 
-def reward_on_base(options: Options, policy: Policy, parts: adapting.Parts) -> Params | None:
+def reward_on_base(options: Options, policy: Policy, split: adapting.TrainableSplit) -> Params | None:
     """What a reward model has of its own, where it is an adapter beside the same base; else None."""
-    if len(options.reward_model) != 1 or parts.adaptation is None:
+    if len(options.reward_model) != 1 or split.adaptation is None:
         return None
     (folder,) = options.reward_model
     model, theirs = load_unmerged_reward_model(Path(folder))
     models.check_same_architecture(policy.architecture, model.architecture, folder)
-    ours = parts.adaptation
+    ours = split.adaptation
     if theirs is None or theirs.base is None or ours.base is None:
         return None
-    if theirs.base.digest != ours.base.digest or theirs.quantisation != ours.quantisation:
+    if theirs.base.digest != ours.base.digest or theirs.quantization != ours.quantization:
         return None
     if isinstance(theirs.adapter, adapters.Partial) or isinstance(ours.adapter, adapters.Partial):
         return None
@@ -140,7 +140,7 @@ def reward_on_base(options: Options, policy: Policy, parts: adapting.Parts) -> P
 
 
 def initial_params(
-    options: Options, policy: Policy, parts: adapting.Parts, reward: Params | None, key: jax.Array
+    options: Options, policy: Policy, split: adapting.TrainableSplit, reward: Params | None, key: jax.Array
 ) -> tuple[Params, Params]:
     """(trained, frozen) of policy and value, and of a reward model on the same base.
 
@@ -151,7 +151,7 @@ def initial_params(
         value = {"head": policy.init_scalar_head(head_key)}
     elif reward is not None:
         value = common.copied(reward)
-    elif options.reward_model and parts.adaptation is None:
+    elif options.reward_model and split.adaptation is None:
         reward_model = load_reward_model(Path(options.reward_model[0]))
         models.check_same_architecture(
             policy.architecture, reward_model.architecture, options.reward_model[0]
@@ -159,13 +159,13 @@ def initial_params(
         value = common.copied(reward_model.params)
     else:
         head = policy.init_scalar_head(head_key)
-        value = {"decoder": parts.another(adapter_key), "head": head}
-    params = {"policy": parts.own, "value": value}
-    if parts.adaptation is None:
+        value = {"decoder": split.fresh_unshared_params(adapter_key), "head": head}
+    params = {"policy": split.unshared_params, "value": value}
+    if split.adaptation is None:
         return params, None
     rest = {} if reward is None else {"reward": reward}
-    trained, held = partition(params, parts.trains)
-    return trained, merge(held, {"base": parts.base, **rest})
+    trained, held = partition(params, split.trains)
+    return trained, merge(held, {"base": split.base, **rest})
 
 
 def make_rollout_reward(options: Options, tokenizer: Tokenizer, given: Given = NOTHING) -> RolloutReward:
@@ -239,7 +239,7 @@ def make_config(options: Options) -> ppo.Config:
         whiten_advantages=options.whiten_advantages,
         adaptive_kl=options.adaptive_kl,
         scale_rewards=options.scale_rewards,
-        policy_loss_fn=ppo.penalised if options.policy_loss == "penalty" else ppo.clipped,
+        policy_loss_fn=ppo.penalized if options.policy_loss == "penalty" else ppo.clipped,
     )
 
 
@@ -258,10 +258,10 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     common.announce(options.run, model, f"{len(prompts):,} prompts")
     steps = options.run.steps * options.num_ppo_epochs * options.num_minibatches
     brought = given.policy is not None
-    parts = adapting.take_apart(options.adapter, model, seed=seed, steps=steps, brought=brought)
-    reward = reward_on_base(options, model, parts)
+    split = adapting.split_trainable(options.adapter, model, seed=seed, steps=steps, brought=brought)
+    reward = reward_on_base(options, model, split)
     value_key, state_key = jax.random.split(jax.random.key(seed))
-    params, frozen = initial_params(options, model, parts, reward, value_key)
+    params, frozen = initial_params(options, model, split, reward, value_key)
 
     generate = inputs.make_sampler(
         options.engine,
@@ -276,16 +276,16 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     )
     logprob_fn = make_logprob_fn(temperature=options.temperature)
     ref_logprob_fn = model.make_logprob_fn(temperature=options.temperature)
-    tx = parts.optimizer(with_total_steps(options.optimizer, steps))
+    tx = split.optimizer(with_total_steps(options.optimizer, steps))
     update = ppo.make_update(config, logprob_fn, tx)
     hyper, evaluate = make_hyper(options), prompts.evaluate
 
     def reference(learner: TrainState, original: Params) -> Params:
-        return models.reference_of(learner.all_params, original)
+        return models.reference_params(learner.all_params, original)
 
     learn = make_ppo_learn(config, logprob_fn, ref_logprob_fn, update, hyper, reference)
-    state = adapting.new_state(lambda *x: ppo.init(x[0], tx, x[1], hyper), params, frozen, state_key)
-    adapting.say_what_trains(options.run, state.learner)
+    state = adapting.init_sharded_state(lambda *x: ppo.init(x[0], tx, x[1], hyper), params, frozen, state_key)
+    adapting.print_trainable_parameters(options.run, state.learner)
     learn = common.jit_update(learn, state)
     rollout_key = jax.random.key(seed + 1)
     meter = options.run.meter(update_flops(options, model, prompts.length))
@@ -297,10 +297,10 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         chosen = [prompts.train[i] for i in common.local_indices(sampler, number)]
         whole = state.learner.all_params
         key = jax.random.fold_in(rollout_key, number)
-        rollout = meter.timed("rollout", generate, models.on_base(whole, "policy"), chosen, key)
+        rollout = meter.timed("rollout", generate, models.merge_with_base(whole, "policy"), chosen, key)
         if reward_fn is None and options.engine == "local":
             rewards = meter.timed("reward", score_reward, whole, rollout.sequences)
-            return meter.timed("update", learn, state, parts.original, rollout, rewards)
+            return meter.timed("update", learn, state, split.original, rollout, rewards)
         if reward_fn is None:
             rewards = np.asarray(meter.timed("reward", score_reward, whole, rollout.sequences))
             scored = Scored(rewards, np.zeros(len(rewards), bool))
@@ -309,12 +309,14 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         if options.engine != "local":
             scored = without_failed(scored, failed_rows(rollout))
         rewards, unscorable = distributed.shard_batch((scored.rewards, scored.unscorable))
-        state, metrics = meter.timed("update", learn, state, parts.original, rollout, rewards)
+        state, metrics = meter.timed("update", learn, state, split.original, rollout, rewards)
         return state, {**metrics, **term_means(scored), "unscorable": jnp.sum(unscorable)}
 
     def measured(state: ppo.State, evaluate: Callable[..., Evaluation]) -> dict[str, float]:
         whole = state.learner.all_params
-        return evaluate(models.on_base(whole, "policy"), models.reference_of(whole, parts.original)).metrics()
+        return evaluate(
+            models.merge_with_base(whole, "policy"), models.reference_params(whole, split.original)
+        ).metrics()
 
     before = prompts.answer(model.params)
     state = entry.train(
@@ -327,10 +329,10 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         meter=meter,
         data_fingerprint=prompts.fingerprint(),
         kind="actor_critic",
-        adaptation=parts.adaptation,
+        adaptation=split.adaptation,
         evaluate=evaluate and (lambda state, _: measured(state, evaluate)),
     )
-    after = prompts.answer(models.on_base(state.learner.all_params, "policy"))
+    after = prompts.answer(models.merge_with_base(state.learner.all_params, "policy"))
     common.finish(options.run, inputs.before_and_after("ppo", before, after))
-    policy = models.on_base(state.learner.all_params, "policy")
+    policy = models.merge_with_base(state.learner.all_params, "policy")
     return trained(options.run, model, policy, state, options.adapter.kind)

@@ -28,7 +28,7 @@ from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Rollout
 from rlhf_jax.data.examples import PromptExample
-from rlhf_jax.data.pairs import Pair, best_against_worst, clean, describe_judge, solution_pairs
+from rlhf_jax.data.pairs import Pair, best_vs_worst, clean, describe_judge, solution_pairs
 from rlhf_jax.data.sources import read_rows
 from rlhf_jax.feedback.constitution import read_constitution
 from rlhf_jax.feedback.judges import make_model_judge
@@ -40,7 +40,8 @@ from rlhf_jax.rollout.sampler import completion_texts
 from rlhf_jax.stages import common, inputs
 from rlhf_jax.stages.reward_specs import make_reward_fn
 from rlhf_jax.stages.rounds import prompt_of
-from rlhf_jax.training.run_folder import describe_run, load_policy
+from rlhf_jax.training.loading import load
+from rlhf_jax.training.run_folder import describe_run
 
 PairFn = Callable[[Sequence[PromptExample], Rollout], list[Pair]]
 
@@ -149,7 +150,7 @@ def make_pair_fn(options: Options, model: Policy) -> PairFn:
         answers = list(zip(completion_texts(model.tokenizer, rollout), rewards, strict=True))
         starts = range(0, len(prompts), size)
         found = [
-            best_against_worst(prompt_of(prompts[i]), answers[i : i + size], most) or [_nothing(prompts[i])]
+            best_vs_worst(prompt_of(prompts[i]), answers[i : i + size], most) or [_nothing(prompts[i])]
             for i in starts
         ]
         return [pair for group in found for pair in group]
@@ -161,9 +162,7 @@ def _judged_pairs(options: Options, model: Policy) -> PairFn:
     size, most = options.samples_per_prompt, options.pairs_per_prompt
     judge = options.judge
     if options.judge_model:
-        judge = make_model_judge(
-            load_policy(Path(options.judge_model)), read_constitution(options.constitution)
-        )
+        judge = make_model_judge(load(options.judge_model), read_constitution(options.constitution))
     compare = compare_by_judge(judge, model.tokenizer)
     verified = options.prompts.eval_reward
     verifier = make_reward_fn([verified], model.tokenizer) if verified else None
@@ -181,7 +180,7 @@ def _judged_pairs(options: Options, model: Policy) -> PairFn:
             lead = np.zeros(len(asked))
             if verifier is not None:
                 lead = verifier(sides[0], asked) - verifier(sides[1], asked)
-            rows = zip(asked, first, second, preference, compared.order_gap, lead, strict=True)
+            rows = zip(asked, first, second, preference, compared.position_bias, lead, strict=True)
             for prompt, a, b, p, gap, ahead in rows:
                 sides_of = ((texts[a], float(p)), (texts[b], 1 - float(p)))
                 (better, high), (worse, low) = sides_of if not p < 0.5 else sides_of[::-1]
@@ -249,7 +248,7 @@ def is_held_out(pair: Pair, options: Options) -> bool:
 def run(options: Options) -> None:
     """Samples and judges what is missing, then cleans and writes."""
     check(options)
-    model = load_policy(Path(options.model)) if options.model else None
+    model = load(options.model) if options.model else None
     describe_run(options.out, common.to_json(options), stage="preferences")
     if model is None:
         pairs = solution_pairs(read_rows(options.solutions), most=options.pairs_per_prompt, seed=options.seed)

@@ -324,7 +324,7 @@ def run(options: Options) -> None:
         f"{len(documents):,} documents, {tokens:,} tokens in rows of {options.max_seq_length}",
     )
     tx = make_optimizer(optimizer)
-    state = distributed.born_sharded(
+    state = distributed.init_sharded(
         lambda params, key: sft.init(params, tx, key), model.params, jax.random.key(options.run.seed)
     )
     logprob_fn = model.make_logprob_fn_with_auxiliaries()
@@ -344,7 +344,7 @@ def run(options: Options) -> None:
         params = state.learner.all_params
         if sample is not None:
             samples = sample(params)
-            if distributed.is_first_host():
+            if distributed.is_main_process():
                 write_samples(options.run.out, done, samples)
         return measure(params) if measure is not None else {}
 

@@ -150,13 +150,13 @@ def label(options: Options, policy: Policy, rows: tuple[list[Row], list[Row]]) -
             quiet=options.run.quiet,
         )
 
-    if distributed.is_first_host():
+    if distributed.is_main_process():
         files.hold(options.run.out)
     seed, makers = options.run.seed, makers_of(options, policy, train)
     labelled = held_labels(options.run.out, makers) if options.run.resume else None
     if labelled is None:
         labelled = by_rollouts(train, seed)
-        if distributed.is_first_host():
+        if distributed.is_main_process():
             files.remove_file(options.run.out / MAKERS)  # or a kill would leave them with others' labels
             files.write_lines(options.run.out / LABELLED, (row.fields for row in labelled))
             files.write_json(options.run.out / MAKERS, makers)
@@ -266,7 +266,7 @@ def make_eval_fn(
         chances = 1 / (1 + np.exp(-np.concatenate(logits).astype(np.float64)))
         truth = np.concatenate(labels) > 0.5
         curve = reliability(chances, truth)
-        if distributed.is_first_host():
+        if distributed.is_main_process():
             files.write_json(
                 options.run.out / "calibration.json",
                 {name: values.tolist() for name, values in dataclasses.asdict(curve).items()},
@@ -312,7 +312,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     def init(params: Params, init_key: PRNGKeyArray, state_key: PRNGKeyArray) -> process_reward.State:
         return process_reward.init(model.init_scalar_model(init_key, params), tx, state_key)
 
-    state = distributed.born_sharded(init, model.params, init_key, state_key)
+    state = distributed.init_sharded(init, model.params, init_key, state_key)
     update = common.jit_update(
         process_reward.make_update(process_reward.Config(options.micro_batches), step_reward_fn, tx), state
     )

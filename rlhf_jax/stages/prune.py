@@ -2,11 +2,11 @@
 
     rlhf prune --out runs/pruned --model runs/sft --method wanda --sparsity 0.5
     rlhf prune --out runs/pruned --model runs/sft --pattern 2:4
-    rlhf sft --out runs/tuned --model runs/pruned --adapter.keep-zeros --steps 100
+    rlhf sft --out runs/tuned --model runs/pruned --adapter.preserve-sparsity --steps 100
 
 Takes seconds. Wanda weighs each weight by what goes into it, which is measured on a few rows of `--data`.
-Every stage with `--adapter.keep-zeros` trains the weights that are left alone; `prune_study.py` draws score
-against sparsity.
+Every stage with `--adapter.preserve-sparsity` trains the weights that are left alone; `prune_study.py` draws
+score against sparsity.
 """
 
 import dataclasses
@@ -25,7 +25,8 @@ from rlhf_jax.data import packing
 from rlhf_jax.metrics import final_table
 from rlhf_jax.models import Policy, pruning
 from rlhf_jax.stages import common, sft
-from rlhf_jax.training.run_folder import describe_run, load_policy, write_model_files
+from rlhf_jax.training.loading import load
+from rlhf_jax.training.run_folder import describe_run, write_model_files
 
 Method = Literal["wanda", "magnitude"]
 _BATCH = 32  # rows measured at a time
@@ -39,13 +40,13 @@ class PruneOptions:
       method: wanda (weight times the norm of its input) or magnitude (weight alone).
       sparsity: share of the weights of linear layers that go.
       pattern: N:M to keep N of every M consecutive inputs of an output instead, such as 2:4.
-      scope: which weights compete: those of an output, of a layer, or all.
+      granularity: which weights compete: those of an output, of a layer, or all.
     """
 
     method: Method = "wanda"
     sparsity: float = 0.5
     pattern: str = ""
-    scope: pruning.Scope = "output"
+    granularity: pruning.Granularity = "output"
 
     def masks(self, params: Params, square_sums: Params | None) -> Params:
         """True for the weights that stay.
@@ -62,7 +63,7 @@ class PruneOptions:
             else pruning.wanda_scores(params, square_sums)
         )
         if not self.pattern:
-            return pruning.keep_masks(scores, sparsity=self.sparsity, scope=self.scope)
+            return pruning.keep_masks(scores, sparsity=self.sparsity, granularity=self.granularity)
         numbers = self.pattern.split(":")
         if len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
             raise UserError(f"--pattern {self.pattern!r} is not N:M: write it as 2:4")
@@ -114,11 +115,11 @@ def run(options: Options) -> None:
     """Measures, prunes and writes a run folder."""
     if options.rows < 1:
         raise UserError(f"--rows {options.rows} measures nothing: give at least 1")
-    if options.prune.method == "wanda" and not options.data:
-        raise UserError("--method wanda measures on conversations: give them with --data")
     if CheckpointManager(options.out / "checkpoints").latest_step() is not None:
         raise UserError(f"{options.out} already holds a run: choose another --out")
-    model = load_policy(Path(options.model))
+    if options.prune.method == "wanda" and not options.data:
+        raise UserError("--method wanda measures on conversations: give them with --data")
+    model = load(options.model)
     sums = None
     if options.prune.method == "wanda":
         sums = measure(model, calibration_rows(options.data, options.rows, options.seed, model))
@@ -127,9 +128,9 @@ def run(options: Options) -> None:
     describe_run(options.out, common.to_json(options), stage="prune")
     with CheckpointManager(options.out / "checkpoints") as manager:
         manager.save(0, {"learner": {"params": params}}, wait=True)
-    shares = pruning.zero_share(params)
+    shares = pruning.kernel_sparsity(params)
     write_json(options.out / "zeros.json", shares)
     if not options.quiet:
         rows = [(name or "all linear layers", f"{share:.1%}") for name, share in shares.items()]
         final_table("pruned", ["kernel", "zeros"], rows)
-        print(f"{options.out}: a run, for --model; train what is left with --adapter.keep-zeros")
+        print(f"{options.out}: a run, for --model; train what is left with --adapter.preserve-sparsity")

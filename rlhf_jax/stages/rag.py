@@ -29,9 +29,10 @@ from rlhf_jax.generation import Sampling
 from rlhf_jax.metrics.progress import Progress, final_table
 from rlhf_jax.models import Policy
 from rlhf_jax.rollout.sampler import completion_texts, make_generate_fn
-from rlhf_jax.stages import common, decoders, embedded, inputs, sft
+from rlhf_jax.stages import common, embedded, inputs, sft
 from rlhf_jax.tasks import facts
-from rlhf_jax.tool_use import Passage, PassageIndex, numbered_prompt, read_answer, split_document
+from rlhf_jax.tool_use import Chunk, RetrievalIndex, numbered_prompt, read_answer, split_document
+from rlhf_jax.training.loading import load
 from rlhf_jax.training.run_folder import describe_run
 
 TEXTS = (".txt", ".md")
@@ -51,9 +52,9 @@ class Options:
       questions: rows with `question`, and `answer` where it is known; empty for the embedded ones.
       ask: one question; the answer and its sources are printed.
       instruction: what the policy is told before the passages.
-      passages: how many a question gets at most; without `ask`, each number from 0 to this is measured.
-      passage_words: words of a passage at most.
-      overlap: words of the end of a passage that begin the next one too.
+      top_k: how many a question gets at most; without `ask`, each number from 0 to this is measured.
+      chunk_size: words of a passage at most.
+      chunk_overlap: words of the end of a passage that begin the next one too.
       people: embedded people whose documents are indexed, none of whom was trained on.
       missing_rate: share of the training questions whose answer is in no passage, to learn to say so.
       sft_steps: optimizer steps of the policy that is trained.
@@ -71,9 +72,9 @@ class Options:
     questions: str = ""
     ask: str = ""
     instruction: str = ""
-    passages: int = 4
-    passage_words: int = 6
-    overlap: int = 0
+    top_k: int = 4
+    chunk_size: int = 6
+    chunk_overlap: int = 0
     people: int = 128
     missing_rate: float = 0.15
     sft_steps: int = 1400
@@ -120,13 +121,13 @@ def _texts_of_rows(file: Path) -> Iterator[tuple[str, str]]:
         yield text, str(row.fields.get("source", row.where))
 
 
-def make_index(options: Options, documents: Iterator[tuple[str, str]]) -> PassageIndex:
+def make_index(options: Options, documents: Iterator[tuple[str, str]]) -> RetrievalIndex:
     """An index of documents cut into passages."""
-    size = {"words": options.passage_words, "overlap": options.overlap}
-    passages = [passage for text, source in documents for passage in split_document(text, source, **size)]
-    if not passages:
+    size = {"chunk_size": options.chunk_size, "chunk_overlap": options.chunk_overlap}
+    chunks = [chunk for text, source in documents for chunk in split_document(text, source, **size)]
+    if not chunks:
         raise UserError("--documents hold no text: give some")
-    return PassageIndex(passages)
+    return RetrievalIndex(chunks)
 
 
 def documents_of(people: Sequence[facts.Person]) -> Iterator[tuple[str, str]]:
@@ -145,11 +146,11 @@ def training_rows(options: Options) -> list[dict[str, str]]:
         people = facts.people("train", facts.num_people("train"), options.seed * WORLDS + world)
         index = make_index(options, documents_of(people))
         for question in questions_about(people):
-            found = index.search(question["question"], options.passages + 1)
+            found = index.search(question["question"], options.top_k + 1)
             if rng.random() < options.missing_rate:
-                found = [passage for passage in found if not says(passage, question)]
-            given = found[: rng.integers(options.passages + 1)]
-            sources = [number for number, passage in enumerate(given, 1) if says(passage, question)]
+                found = [chunk for chunk in found if not says(chunk, question)]
+            given = found[: rng.integers(options.top_k + 1)]
+            sources = [number for number, chunk in enumerate(given, 1) if says(chunk, question)]
             completion = f"{question['answer']} [{sources[0]}]" if sources else facts.UNKNOWN
             rows.append({"prompt": numbered_prompt(question["question"], given), "completion": completion})
     return rows
@@ -164,9 +165,9 @@ def questions_about(people: Sequence[facts.Person]) -> list[dict[str, str]]:
     ]
 
 
-def says(passage: Passage, question: dict[str, str]) -> bool:
+def says(chunk: Chunk, question: dict[str, str]) -> bool:
     """Whether the answer stands in a passage."""
-    return question["answer"].casefold() in passage.text.casefold()
+    return question["answer"].casefold() in chunk.text.casefold()
 
 
 def train_policy(options: Options) -> Path:
@@ -249,14 +250,14 @@ class Answerer:
 def encode(options: Options, model: Policy, questions: Sequence[dict[str, str]], given: Sequence[Any]):
     """Prompts as tokens."""
     prompts = [
-        numbered_prompt(question["question"], passages, options.instruction)
-        for question, passages in zip(questions, given, strict=True)
+        numbered_prompt(question["question"], chunks, options.instruction)
+        for question, chunks in zip(questions, given, strict=True)
     ]
     rows = [Row({"prompt": prompt}, f"question {number}") for number, prompt in enumerate(prompts, 1)]
     return prompt_examples(rows, model.tokenizer, max_length=inputs.UNBOUNDED)
 
 
-def judge(question: dict[str, str], given: Sequence[Passage], text: str) -> dict[str, Any]:
+def judge(question: dict[str, str], given: Sequence[Chunk], text: str) -> dict[str, Any]:
     """An answer as answers.jsonl has it; right or wrong only where the right one is known."""
     answer = read_answer(text, len(given))
     cited = [given[place] for place in answer.cited]
@@ -264,17 +265,17 @@ def judge(question: dict[str, str], given: Sequence[Passage], text: str) -> dict
     if "answer" in question:
         judged = {
             "answer": question["answer"],
-            "found": any(says(passage, question) for passage in given),
+            "found": any(says(chunk, question) for chunk in given),
             "right": answer.text.casefold() == question["answer"].casefold(),
-            "sourced": any(says(passage, question) for passage in cited),
+            "sourced": any(says(chunk, question) for chunk in cited),
             "unknown": answer.text.casefold() == facts.UNKNOWN,
         }
     return {
         "question": question["question"],
         "text": answer.text,
-        "cited": [passage.source for passage in cited],
-        "invented": answer.invented,
-        "given": [passage.source for passage in given],
+        "cited": [chunk.source for chunk in cited],
+        "invented": answer.hallucinated_citations,
+        "given": [chunk.source for chunk in given],
         **judged,
     }
 
@@ -295,13 +296,13 @@ def summary(judged: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def measure(options: Options, model: Policy, index: PassageIndex) -> dict[int, list[dict[str, Any]]]:
+def measure(options: Options, model: Policy, index: RetrievalIndex) -> dict[int, list[dict[str, Any]]]:
     """Answers to all questions with 0, 1, ... passages."""
     questions = read_questions(options)
-    found = [index.search(question["question"], options.passages) for question in questions]
+    found = [index.search(question["question"], options.top_k) for question in questions]
     prompts = {
-        count: encode(options, model, questions, [passages[:count] for passages in found])
-        for count in range(options.passages + 1)
+        count: encode(options, model, questions, [chunks[:count] for chunks in found])
+        for count in range(options.top_k + 1)
     }
     longest = max(len(example.ids) for examples in prompts.values() for example in examples)
     policy = Answerer(options, model, longest)
@@ -309,7 +310,7 @@ def measure(options: Options, model: Policy, index: PassageIndex) -> dict[int, l
     for count, examples in prompts.items():
         texts = policy.answer(examples, f"{count} passages")
         rows = zip(questions, found, texts, strict=True)
-        judged[count] = [judge(question, passages[:count], text) for question, passages, text in rows]
+        judged[count] = [judge(question, chunks[:count], text) for question, chunks, text in rows]
     return judged
 
 
@@ -339,17 +340,17 @@ def show(results: dict[int, dict[str, Any]]) -> None:
     )
 
 
-def ask(options: Options, model: Policy, index: PassageIndex) -> None:
+def ask(options: Options, model: Policy, index: RetrievalIndex) -> None:
     """Answers one question, with the passages it names."""
-    given = index.search(options.ask, options.passages)
+    given = index.search(options.ask, options.top_k)
     examples = encode(options, model, [{"question": options.ask}], [given])
     text = Answerer(options, model, len(examples[0].ids)).answer(examples, "answer")[0]
     answer = read_answer(text, len(given))
     print(answer.text)
-    for place, passage in enumerate(given):
-        print(f"{'*' if place in answer.cited else ' '} [{place + 1}] {passage.source}: {passage.text}")
-    if answer.invented:
-        print(f"The answer names {answer.invented} passages that it was not given.")
+    for place, chunk in enumerate(given):
+        print(f"{'*' if place in answer.cited else ' '} [{place + 1}] {chunk.source}: {chunk.text}")
+    if answer.hallucinated_citations:
+        print(f"The answer names {answer.hallucinated_citations} passages that it was not given.")
 
 
 def check(options: Options) -> None:
@@ -364,11 +365,13 @@ def check(options: Options) -> None:
         )
     if (options.documents or options.index) and not (options.ask or options.questions):
         raise UserError("there is nothing to answer: give --ask or --questions")
-    for name in ("passages", "passage_words", "max_new_tokens", "batch_size", "people", "sft_steps"):
+    for name in ("top_k", "chunk_size", "max_new_tokens", "batch_size", "people", "sft_steps"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} is below 1: raise it")
-    if not 0 <= options.overlap < options.passage_words:
-        raise UserError(f"--overlap {options.overlap} is not from 0 to below --passage-words: lower it")
+    if not 0 <= options.chunk_overlap < options.chunk_size:
+        raise UserError(
+            f"--chunk-overlap {options.chunk_overlap} is not from 0 to below --chunk-size: lower it"
+        )
     if not 0 <= options.missing_rate <= 1:
         raise UserError(f"--missing-rate {options.missing_rate} is no share: give one from 0 to 1")
     if options.people > (most := facts.num_people("heldout")):
@@ -378,9 +381,9 @@ def check(options: Options) -> None:
 def run(options: Options) -> None:
     """Makes the index, answers, and writes what came of it."""
     check(options)
-    model = decoders.load_model(Path(options.model) if options.model else train_policy(options))
+    model = load(options.model or train_policy(options))
     if options.index:
-        index = PassageIndex.load(Path(options.index))
+        index = RetrievalIndex.load(Path(options.index))
     else:
         documents = (
             read_documents(options.documents) if options.documents else documents_of(held_out(options))

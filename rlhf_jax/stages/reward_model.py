@@ -70,16 +70,16 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     common.announce(options.run, model, f"{len(train):,} pairs, {len(held_out):,} held out")
 
     steps, brought = options.run.steps, given.policy is not None
-    parts = adapting.take_apart(options.adapter, model, seed=seed, steps=steps, brought=brought)
+    split = adapting.split_trainable(options.adapter, model, seed=seed, steps=steps, brought=brought)
     reward_fn = model.make_reward_fn()
-    tx = parts.optimizer(with_total_steps(options.optimizer, options.run.steps))
-    state = adapting.new_state(
+    tx = split.optimizer(with_total_steps(options.optimizer, options.run.steps))
+    state = adapting.init_sharded_state(
         lambda params, *keys: reward.init(model.init_scalar_model(keys[0], params), tx, keys[1]),
-        parts.trained,
-        None if parts.frozen is None else {"decoder": parts.frozen},
+        split.trained,
+        None if split.frozen is None else {"decoder": split.frozen},
         *jax.random.split(jax.random.key(seed)),
     )
-    adapting.say_what_trains(options.run, state.learner)
+    adapting.print_trainable_parameters(options.run, state.learner)
     update = common.jit_update(reward.make_update(reward.Config(options.micro_batches), reward_fn, tx), state)
     hyper = reward.Hyper(
         *(jnp.float32(x) for x in (options.learning_rate, options.margin, options.center_rewards_coefficient))
@@ -121,7 +121,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         meter=meter,
         data_fingerprint=train.fingerprint(),
         kind="reward_model",
-        adaptation=parts.adaptation,
+        adaptation=split.adaptation,
         evaluate=accuracy if len(held_out) else None,
     )
     common.finish(options.run)

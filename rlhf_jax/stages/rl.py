@@ -28,7 +28,7 @@ from rlhf_jax.metrics import final_table, make_loggers
 from rlhf_jax.rl.envs import environments
 from rlhf_jax.rl.envs.environments import Environment
 from rlhf_jax.rl.envs.evaluation import evaluate
-from rlhf_jax.rl.loops.runs import Run, advance
+from rlhf_jax.rl.loops.runs import Run, run_updates
 from rlhf_jax.stages import common, rl_agents, rl_render
 from rlhf_jax.training import LoopConfig, run_loop
 from rlhf_jax.training.run_folder import describe_run
@@ -114,7 +114,7 @@ def train(
     """The trained states of all seeds, and environment steps per second without compilation."""
 
     def several(state: Any, updates: int) -> tuple[Any, Metrics]:
-        one = functools.partial(advance, run, updates=updates)
+        one = functools.partial(run_updates, run, updates=updates)
         return jax.vmap(lambda state: one(state, hyper))(state)
 
     wrap = environments.checked if options.debug else compiled_once
@@ -200,9 +200,10 @@ def read_description(folder: Path) -> dict[str, Any]:
       UserError: it holds no agent.
     """
     path = folder / AGENT
-    keys = ("algo", "env", "seeds", "seed", "steps", "set")
+    keys = ("algo", "env", "seeds", "seed", "steps")
     remedy = "no agent can be read: give the folder that a run wrote with --out"
-    return files.read_json(path, keys=keys, remedy=remedy)
+    description = files.read_json(path, keys=keys, remedy=remedy)
+    return {**description, "set": [rl_agents.current_name(change) for change in description.get("set", ())]}
 
 
 def loaded(options: Options, folder: Path) -> dict[str, Any]:

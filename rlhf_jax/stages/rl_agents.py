@@ -19,8 +19,31 @@ from rlhf_jax.stages import rl_rows
 
 DISCRETE = ("dqn", "c51", "qr_dqn")
 CONTINUOUS = ("ddpg", "td3", "sac", "mpc")
-BODIES = {"mlp": MLP(), "relu_mlp": MLP(activation=nn.relu), "minatar_conv": MinAtarConv()}
+ENCODERS = {"mlp": MLP(), "relu_mlp": MLP(activation=nn.relu), "minatar_conv": MinAtarConv()}
 EITHER = ("ppo", "ppo_penalty", "a2c", "trpo", "reinforce", "grpo")
+
+RENAMED = {
+    "target_rate": "tau",
+    "target_every": "target_update_interval",
+    "value_min": "v_min",
+    "value_max": "v_max",
+    "atoms": "num_atoms",
+    "quantiles": "num_quantiles",
+    "critics": "num_critics",
+    "members": "ensemble_size",
+    "body": "encoder",
+    "conservatism": "cql_alpha",
+    "policy_every": "policy_delay",
+    "smoothing_std": "target_policy_noise",
+    "smoothing_clip": "target_noise_clip",
+    "exploration_std": "action_noise_std",
+    "noise_hold": "noise_repeat",
+    "reports": "num_logs",
+    "prioritised": "prioritized",
+    "shortening": "backtrack_coef",
+    "max_kl": "target_kl",
+}
+"""Settings by the names they had: agents saved with them are read, and `--set` answers with the new name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +119,12 @@ def configured(module: ModuleType, changes: Sequence[str]) -> tuple[Any, Any]:
     return config, jax.tree.map(jnp.asarray, hyper)
 
 
+def current_name(change: str) -> str:
+    """`PATH=VALUE` with each part of the path by its name of today."""
+    path, sign, text = change.partition("=")
+    return ".".join(RENAMED.get(part, part) for part in path.split(".")) + sign + text
+
+
 def _with_steps(config: Any, env: Environment, steps: int) -> Any:
     if hasattr(config, "run"):
         return dataclasses.replace(config, run=dataclasses.replace(config.run, total_steps=steps))
@@ -112,10 +141,12 @@ def _changed(settings: Any, path: Sequence[str], text: str, change: str) -> Any:
     """`settings` with the field at `path` set to what `text` says, in the type it had."""
     names = [field.name for field in dataclasses.fields(settings)]
     if path[0] not in names:
+        if RENAMED.get(path[0]) in names:
+            raise UserError(f"--set {change!r}: {path[0]!r} has another name: write {current_name(change)}")
         raise UserError(f"--set {change!r}: no setting {path[0]!r}: choose among {', '.join(names)}")
     value = getattr(settings, path[0])
-    if path == ["body"]:
-        return dataclasses.replace(settings, body=_body(text, change))
+    if path == ["encoder"]:
+        return dataclasses.replace(settings, encoder=_encoder(text, change))
     if len(path) > 1:
         if not dataclasses.is_dataclass(value):
             raise UserError(f"--set {change!r}: {path[0]!r} has no parts: leave out what follows it")
@@ -123,18 +154,18 @@ def _changed(settings: Any, path: Sequence[str], text: str, change: str) -> Any:
     return dataclasses.replace(settings, **{path[0]: _parsed(value, text, change)})
 
 
-def _body(text: str, change: str) -> nn.Module:
+def _encoder(text: str, change: str) -> nn.Module:
     """`relu_mlp`, or with the widths of its layers `relu_mlp:256,256`."""
     name, _, widths = text.partition(":")
-    if name not in BODIES:
-        raise UserError(f"--set {change!r}: no body {name!r}: choose among {', '.join(BODIES)}")
-    body = BODIES[name]
+    if name not in ENCODERS:
+        raise UserError(f"--set {change!r}: no encoder {name!r}: choose among {', '.join(ENCODERS)}")
+    encoder = ENCODERS[name]
     if not widths:
-        return body
+        return encoder
     numbers = widths.split(",")
-    if not isinstance(body, MLP) or not all(number.isdecimal() and int(number) for number in numbers):
+    if not isinstance(encoder, MLP) or not all(number.isdecimal() and int(number) for number in numbers):
         raise UserError(f"--set {change!r}: give the widths of an MLP's layers, such as relu_mlp:256,256")
-    return body.clone(widths=tuple(map(int, numbers)))
+    return encoder.clone(widths=tuple(map(int, numbers)))
 
 
 def _parsed(value: Any, text: str, change: str) -> Any:

@@ -105,7 +105,7 @@ def collect_from(source: str, env_name: str, episodes: int, key: jax.Array) -> T
     states = rl.restored(folder, course, agent.hyper, rl.seed_keys(description))
     first = jax.tree.map(lambda x: x[0], states)
     return transitions.collect(
-        course.act, first, env, env_params, key, episodes=episodes, begin_fn=course.begin
+        course.act, first, env, env_params, key, episodes=episodes, initial_carry_fn=course.initial_carry
     )
 
 
@@ -146,7 +146,10 @@ def settings_for(algo: str, env_name: str) -> tuple[str, ...]:
     settings, steps = rl_rows.settings_for("ppo", env_name)
     changes = (*settings, *([f"total_steps={steps}"] if steps else []))
     parts = (change.partition("hyper.") for change in changes)
-    return (*(f"hyper.policy.{end}" if sign else f"policy.{begin}" for begin, sign, end in parts), *own)
+    return (
+        *(f"hyper.policy.{end}" if sign else f"policy.{start}" for start, sign, end in parts),
+        *own,
+    )
 
 
 def make_course(options: Options, env: Environment, env_params: Any, log: Transition) -> tuple[Any, Any]:

@@ -18,18 +18,18 @@ def record(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Observations and rewards of one deterministic episode."""
 
-    def step(carry: tuple[Any, Any], key: jax.Array):
-        world, memory = carry
+    def step(scan_state: tuple[Any, Any], key: jax.Array):
+        world, carry = scan_state
         batched = jax.tree.map(lambda x: x[None], world)
-        starts = batched.episode_length == 0
-        action, memory = run.act(state, batched.obs, starts, memory, key, deterministic=True)
-        world, seen = env.step_or_become(key, world, action[0], env_params, world)
-        return (world, memory), (seen.obs, seen.reward, seen.done)
+        is_first = batched.episode_length == 0
+        action, carry = run.act(state, batched.obs, is_first, carry, key, deterministic=True)
+        world, seen = env.auto_reset_step(key, world, action[0], env_params, world)
+        return (world, carry), (seen.obs, seen.reward, seen.done)
 
     reset_key, key = jax.random.split(jax.random.key(seed))
-    carry = (env.reset(reset_key, env_params), run.begin(1))
-    play = jax.jit(lambda carry: jax.lax.scan(step, carry, jax.random.split(key, env.max_steps))[1])
-    obs, rewards, done = jax.device_get(play(carry))
+    scan_state = (env.reset(reset_key, env_params), run.initial_carry(1))
+    play = jax.jit(lambda scan_state: jax.lax.scan(step, scan_state, jax.random.split(key, env.max_steps))[1])
+    obs, rewards, done = jax.device_get(play(scan_state))
     length = int(np.argmax(done)) + 1 if done.any() else len(done)
     return obs[:length], rewards[:length]
 

@@ -56,7 +56,7 @@ MINATAR_PPO = (
     "rollout.num_steps=128",
     "update.num_minibatches=8",
     "hyper.learning_rate=5e-3",
-    "network.body=relu_mlp",
+    "network.encoder=relu_mlp",
 )
 MINATAR_NOTE = (
     "An MLP on the flattened planes; the convolution takes 5 to 8 times as long on CPU and was not run."
@@ -72,7 +72,7 @@ PENDULUM_PPO = (
     "hyper.cliprange_value=inf",
 )
 # Noise held for 16 steps reaches the goal by chance, which noise drawn anew at each step does not.
-HELD_NOISE = ("run.train_every=32", "run.updates=32", "run.noise_hold=16", "run.capacity=50000")
+HELD_NOISE = ("run.train_every=32", "run.updates=32", "run.noise_repeat=16", "run.capacity=50000")
 
 # In the order in which they are run: what is quick and much asked for first.
 ROWS = (
@@ -139,7 +139,7 @@ ROWS = (
             "run.n_step=5",
             "hyper.learning_rate=1e-3",
             "hyper.gamma=0.98",
-            "hyper.target_every=75",
+            "hyper.target_update_interval=75",
             "hyper.epsilon_steps=24000",
             "hyper.epsilon_end=0.07",
         ),
@@ -164,11 +164,11 @@ ROWS = (
             "run.updates=4",
             "run.capacity=50000",
             "hyper.learning_rate=6.3e-4",
-            "hyper.target_every=250",
+            "hyper.target_update_interval=250",
             "hyper.epsilon_steps=12000",
             "hyper.epsilon_end=0.1",
             "hyper.huber_delta=1",
-            "body=relu_mlp:256,256",
+            "encoder=relu_mlp:256,256",
             "double=false",
             "optimizer.clip_norm=10",
         ),
@@ -185,7 +185,7 @@ ROWS = (
         500_000,
         498.4,
         "DQN's",
-        ("quantiles=10",),
+        ("num_quantiles=10",),
         chunk=8,
         note=(
             "Seed 14 ends at 128. Two seeds after 1e5 steps: a Huber width of 1 stayed at 82 and 9, one of "
@@ -202,7 +202,7 @@ ROWS = (
         (
             *HELD_NOISE,
             "hyper.gamma=0.9999",
-            "hyper.target_rate=0.01",
+            "hyper.tau=0.01",
             "hyper.learning_rate=3e-4",
             "hyper.actor_learning_rate=3e-4",
             "hyper.temperature=0.1",
@@ -216,7 +216,7 @@ ROWS = (
         300_000,
         93.5,
         ZOO,
-        (*HELD_NOISE, "run.updates=16", "hyper.gamma=0.99", "hyper.exploration_std=0.5"),
+        (*HELD_NOISE, "run.updates=16", "hyper.gamma=0.99", "hyper.action_noise_std=0.5"),
         chunk=8,
         note=(
             "A tenth of the steps gave 92.8 [68.6, 93.0] over 16 seeds, of which 2 never found the goal. "
@@ -229,7 +229,7 @@ ROWS = (
         300_000,
         93.5,
         ZOO,
-        (*HELD_NOISE, "hyper.gamma=0.99", "hyper.exploration_std=0.5"),
+        (*HELD_NOISE, "hyper.gamma=0.99", "hyper.action_noise_std=0.5"),
         chunk=8,
         note=(
             "1 of 16 seeds never finds the goal. A tenth of the steps gave 91.0 [89.4, 92.5] over 16 seeds; "

@@ -5,7 +5,7 @@
         --rounds 1 --samples-per-prompt 16
     rlhf rounds --out runs/iterated --model runs/sft --data my.jsonl --rewards my_rewards:exact --method dpo
 
-With `--method expert_iteration --reinit-each-round` it is STaR, with `--writer` the distillation of texts.
+With `--method expert_iteration --reinit-each-round` it is STaR, with `--generator` the distillation of texts.
 
 In each round a policy answers prompts, rewards say which answers are good, and `sft.py` or `dpo.py` trains on
 them. The rows are kept beside the rounds' run folders, so they can be read, and what was done is not
@@ -51,7 +51,7 @@ class Options:
 
     Attributes:
       model: run folder of the policy to start from.
-      writer: run folder of the model that answers in every round, such as a larger teacher; empty for the
+      generator: run folder of the model that answers in every round, such as a larger teacher; empty for the
         policy that the round before left.
       prompts: which prompts, and what their answers are worth.
       method: raft imitates the best answer to each prompt, expert_iteration all that are good enough, and dpo
@@ -73,7 +73,7 @@ class Options:
 
     run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/raft"), steps=60)
     model: str
-    writer: str = ""
+    generator: str = ""
     prompts: tyro.conf.OmitArgPrefixes[common.PromptOptions]
     optimizer: OptimizerConfig = defaults.COSINE
     method: Literal["raft", "expert_iteration", "dpo"] = "raft"
@@ -102,7 +102,7 @@ def check(options: Options) -> None:
             "--reward-threshold means nothing to --method dpo, which takes the best and the worst"
         )
     if jax.process_count() > 1:
-        raise UserError("rounds are run by one process: run without --hosts")
+        raise UserError("rounds are run by one process: run without --coordinator")
     check_held(options, options.run)
 
 
@@ -135,7 +135,7 @@ def selected(options: Options, answers: Answers) -> dict[str, tuple[Sequences, B
         counts = np.asarray(pairs.mask & jnp.all(jnp.isfinite(rewards), axis=1))
         return {"chosen": (pairs.chosen, counts), "rejected": (pairs.rejected, counts)}
     select = selection.best_of_group if options.method == "raft" else selection.all_above
-    chosen, counts = select(sequences, rewards, at_least=bar)
+    chosen, counts = select(sequences, rewards, reward_threshold=bar)
     return {"completion": (chosen, np.asarray(counts))}
 
 
@@ -229,10 +229,10 @@ def rounds(
     options: Options, model: Policy, prompts: inputs.Prompts, given: Given = NOTHING
 ) -> Iterator[dict[str, float]]:
     """What each round was like, and how good the policy is that it leaves; past ones are looked up."""
-    out, writer = options.run.out, load_policy(Path(options.writer)) if options.writer else None
-    if writer is not None:
-        check_same_vocabulary(writer.tokenizer, model.tokenizer, Path(options.writer), "writer")
-    answer = make_round_fn(options, writer or model, prompts, given)
+    out, generator = options.run.out, load(options.generator) if options.generator else None
+    if generator is not None:
+        check_same_vocabulary(generator.tokenizer, model.tokenizer, Path(options.generator), "generator")
+    answer = make_round_fn(options, generator or model, prompts, given)
     for number in range(options.rounds):
         folder, data = out / f"round_{number + 1}", out / f"rows_{number + 1}.jsonl"
         result = out / f"result_{number + 1}.json"
@@ -242,7 +242,7 @@ def rounds(
             continue
         answered = out / f"answered_{number + 1}.json"
         if not (files.exists(data) and files.exists(answered)):
-            answers = answer((writer or load(before)).params, number)
+            answers = answer((generator or load(before)).params, number)
             rows = to_rows(options, answers, model.tokenizer)
             if not rows:
                 raise UserError(

@@ -35,7 +35,8 @@ from rlhf_jax.stages import common
 from rlhf_jax.stages.inputs import UNBOUNDED
 from rlhf_jax.tasks import arithmetic_reviews as reviews
 from rlhf_jax.tasks.arithmetic import Split
-from rlhf_jax.training.run_folder import describe_run, load_policy, load_reward_model
+from rlhf_jax.training.loading import load
+from rlhf_jax.training.run_folder import describe_run, load_reward_model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -166,7 +167,7 @@ def run(options: Options) -> None:
     check(options)
     propositions = load_propositions(options.propositions)
     fit, held_out = load_ranked(options)
-    grader = load_policy(Path(options.grader)) if options.grader else None
+    grader = load(options.grader) if options.grader else None
     describe_run(options.out, common.to_json(options), stage="rule_rewards")
     rankings, others = (graded(rows, propositions, grader, options.reward_model) for rows in (fit, held_out))
     config = rule_reward.Config(steps=options.steps)
@@ -187,7 +188,9 @@ def run(options: Options) -> None:
         for name, some in (("without_rules", [0.0] * len(weights)), ("with_rules", weights))
     }
     files.write_json(options.out / "fit.json", numbers | {"reward_model": options.reward_model})
-    where = files.relative(options.out, files.as_path(options.grader)) if options.grader else ""
+    where = options.grader
+    if options.grader and files.exists(options.grader):  # not a name in the hub cache
+        where = files.relative(options.out, files.as_path(options.grader))
     files.write_json(options.out / "rules.json", {"kind": "rules", "grader": where, "propositions": entries})
     if not options.quiet:
         rows: list[tuple[str, str]] = [

@@ -23,7 +23,7 @@ from rlhf_jax import search
 from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Rollout
-from rlhf_jax.data.examples import PromptExample, TooLong, prompt_examples
+from rlhf_jax.data.examples import Overlength, PromptExample, prompt_examples
 from rlhf_jax.evaluation import pass_at_k
 from rlhf_jax.evaluation.statistics import Interval, stratified_bootstrap_interval
 from rlhf_jax.generation import Sampling
@@ -33,7 +33,8 @@ from rlhf_jax.rewards.verifiers import exact_answer, final_number, gsm8k_answer
 from rlhf_jax.rollout.sampler import completion_texts, make_generate_fn
 from rlhf_jax.stages import common, embedded, inputs, search_methods
 from rlhf_jax.stages.search_methods import METHODS, Judges, SearchOptions
-from rlhf_jax.training.run_folder import describe_run, load_policy, load_reward_model
+from rlhf_jax.training.loading import load
+from rlhf_jax.training.run_folder import describe_run, load_reward_model
 
 CURVES = {
     "pass@k (some sample is right)": "any",
@@ -58,7 +59,7 @@ class Options:
       data: problems with an `answer`: a path, tfds:NAME[:SPLIT], or arithmetic:LEVEL (held-out ones).
       prompts: how many of them.
       max_prompt_length: tokens of a prompt; 0 for the longest.
-      too_long: whether longer prompts are an error, or dropped and counted.
+      overlength: whether longer prompts are an error, or dropped and counted.
       samples: N, of each prompt, for votes and best-of-n.
       temperature: of all samples, of whole answers and of steps.
       max_new_tokens: tokens of an answer.
@@ -76,7 +77,7 @@ class Options:
     data: str
     prompts: int = 256
     max_prompt_length: int = 0
-    too_long: TooLong = "error"
+    overlength: Overlength = "error"
     samples: int = 32
     temperature: float = 1.0
     max_new_tokens: int = 40
@@ -125,7 +126,7 @@ def load_problems(options: Options, policy: Policy) -> list[PromptExample]:
                 f"{row.where}: field 'answer' is missing: add the right answer, or remove the row"
             )
     longest = options.max_prompt_length or inputs.UNBOUNDED
-    return prompt_examples(rows, policy.tokenizer, max_length=longest, too_long=options.too_long)
+    return prompt_examples(rows, policy.tokenizer, max_length=longest, overlength=options.overlength)
 
 
 def is_right(options: Options, prompt: PromptExample, text: str, finished: bool) -> bool:
@@ -368,9 +369,9 @@ def check(options: Options, held: dict[str, Any]) -> None:
     for name, value in positive.items():
         if value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value} is not positive: give at least 1")
-    if chosen.thoughts % 2:
+    if chosen.num_thoughts % 2:
         raise UserError(
-            f"--search.thoughts {chosen.thoughts} is odd, and two are merged: give an even number"
+            f"--search.num-thoughts {chosen.num_thoughts} is odd, and two are merged: give an even number"
         )
     if not options.temperature > 0:
         raise UserError(f"--temperature {options.temperature} gives equal samples: give a number above 0")
@@ -402,7 +403,7 @@ def run(options: Options) -> None:
     path, pool_path = options.out / "results.json", options.out / "pool.npz"
     held = files.read_json(path, otherwise={}, keys=("config", "methods"))
     check(options, held)
-    policy = load_policy(Path(options.model))
+    policy = load(options.model)
     judges = Judges(
         *(load_reward_model(Path(f)) if f else None for f in (options.process_reward, options.outcome_reward))
     )

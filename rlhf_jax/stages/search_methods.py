@@ -16,7 +16,7 @@ from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.generation import Sampling, generate
 from rlhf_jax.models import Policy, ScalarModel
 from rlhf_jax.search import graph, interface, mcts, steps, tree
-from rlhf_jax.search.interface import EvaluateFn, Found, ProposeFn
+from rlhf_jax.search.interface import EvaluateFn, ProposeFn, SearchResult
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,23 +24,23 @@ class SearchOptions:
     """How the searches look around; the defaults cost two to sixteen whole samples each.
 
     Attributes:
-      ways: samples of the next step, of beam search, depth-first search and tree search.
-      votes: samples of each step of breadth-first search with votes.
-      width: beams.
+      branching_factor: samples of the next step, of beam search, depth-first search and tree search.
+      num_votes: samples of each step of breadth-first search with votes.
+      beam_width: beams.
       expansions: of depth-first search, at most.
-      simulations: of tree search, for each step.
-      thoughts: solutions that the graph of thoughts begins with; an even number.
+      num_simulations: of tree search, for each step.
+      num_thoughts: solutions that the graph of thoughts begins with; an even number.
       refinements: how often it writes doubtful ones anew.
       depth: steps of a solution, at most.
       step_length: tokens of a step, at most.
     """
 
-    ways: int = 4
-    votes: int = 4
-    width: int = 2
+    branching_factor: int = 4
+    num_votes: int = 4
+    beam_width: int = 2
     expansions: int = 10
-    simulations: int = 2
-    thoughts: int = 2
+    num_simulations: int = 2
+    num_thoughts: int = 2
     refinements: int = 1
     depth: int = 6
     step_length: int = 10
@@ -78,28 +78,32 @@ class Tools:
     end_ids: list[int]
 
 
-SearchFn = Callable[[SearchOptions, Tools, steps.Solution, PRNGKeyArray], Found]
+SearchFn = Callable[[SearchOptions, Tools, steps.Solution, PRNGKeyArray], SearchResult]
 
 
-def beam(options: SearchOptions, tools: Tools, roots: steps.Solution, key: PRNGKeyArray) -> Found:
+def beam(options: SearchOptions, tools: Tools, roots: steps.Solution, key: PRNGKeyArray) -> SearchResult:
     """Step beam search by the process reward model."""
-    judge = tree.by_value(tools.process)
-    propose = tools.propose(options.ways)
+    judge = tree.value_scorer(tools.process)
+    propose = tools.propose(options.branching_factor)
     return tree.breadth_first(
-        propose, judge, steps.is_done, roots, key, width=options.width, depth=options.depth
+        propose, judge, steps.is_done, roots, key, beam_width=options.beam_width, depth=options.depth
     )
 
 
-def tree_vote(options: SearchOptions, tools: Tools, roots: steps.Solution, key: PRNGKeyArray) -> Found:
+def tree_vote(options: SearchOptions, tools: Tools, roots: steps.Solution, key: PRNGKeyArray) -> SearchResult:
     """Tree of thoughts, breadth first: the step that most samples agree on. No reward model."""
-    propose = tools.propose(options.votes)
-    return tree.breadth_first(propose, tree.by_votes, steps.is_done, roots, key, width=1, depth=options.depth)
+    propose = tools.propose(options.num_votes)
+    return tree.breadth_first(
+        propose, tree.vote_scorer, steps.is_done, roots, key, beam_width=1, depth=options.depth
+    )
 
 
-def tree_depth(options: SearchOptions, tools: Tools, roots: steps.Solution, key: PRNGKeyArray) -> Found:
+def tree_depth(
+    options: SearchOptions, tools: Tools, roots: steps.Solution, key: PRNGKeyArray
+) -> SearchResult:
     """Tree of thoughts, depth first, back from steps that the process reward model doubts."""
     return tree.depth_first(
-        tools.propose(options.ways),
+        tools.propose(options.branching_factor),
         tools.process,
         steps.is_done,
         roots,
@@ -110,15 +114,17 @@ def tree_depth(options: SearchOptions, tools: Tools, roots: steps.Solution, key:
     )
 
 
-def graph_thoughts(options: SearchOptions, tools: Tools, roots: steps.Solution, key: PRNGKeyArray) -> Found:
+def graph_thoughts(
+    options: SearchOptions, tools: Tools, roots: steps.Solution, key: PRNGKeyArray
+) -> SearchResult:
     """Graph of thoughts: several solutions, doubtful ones written anew, neighbours merged, the best kept."""
     keys = jax.random.split(key, 3)
     propose = tools.propose(1)
 
     def split(state: steps.Solution, key: PRNGKeyArray) -> tuple[steps.Solution, Array]:
-        many = jax.tree.map(lambda x: x.repeat(options.thoughts, axis=0), state)
+        many = jax.tree.map(lambda x: x.repeat(options.num_thoughts, axis=0), state)
         ends, cost = interface.follow(propose, steps.is_done, many, key, steps=options.depth)
-        shape = (len(state.length), options.thoughts)
+        shape = (len(state.length), options.num_thoughts)
         return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), ends), cost.reshape(shape).sum(axis=1)
 
     parts = (propose, tools.step_logits, tools.end_ids)
@@ -129,34 +135,36 @@ def graph_thoughts(options: SearchOptions, tools: Tools, roots: steps.Solution, 
     thoughts = graph.merge(join, tools.process, thoughts, keys[2], size=2)
     best = graph.keep_best(thoughts, count=1)
     state = jax.tree.map(lambda x: x[:, 0], best.states)
-    return Found(state, best.values[:, 0], state.done, best.cost)
+    return SearchResult(state, best.values[:, 0], state.done, best.cost)
 
 
-def tree_search(options: SearchOptions, tools: Tools, roots: steps.Solution, key: PRNGKeyArray) -> Found:
+def tree_search(
+    options: SearchOptions, tools: Tools, roots: steps.Solution, key: PRNGKeyArray
+) -> SearchResult:
     """Monte Carlo tree search with values by the process reward model."""
     return mcts.monte_carlo_tree_search(
-        tools.propose(options.ways),
+        tools.propose(options.branching_factor),
         tools.process,
         steps.is_done,
         roots,
         key,
-        simulations=options.simulations,
+        num_simulations=options.num_simulations,
         depth=options.depth,
     )
 
 
 def tree_search_rollouts(
     options: SearchOptions, tools: Tools, roots: steps.Solution, key: PRNGKeyArray
-) -> Found:
+) -> SearchResult:
     """Monte Carlo tree search with values by one rollout each, which the outcome reward model judges."""
     evaluate = interface.make_rollout_fn(tools.propose(1), tools.outcome, steps.is_done, steps=options.depth)
     return mcts.monte_carlo_tree_search(
-        tools.propose(options.ways),
+        tools.propose(options.branching_factor),
         evaluate,
         steps.is_done,
         roots,
         key,
-        simulations=options.simulations,
+        num_simulations=options.num_simulations,
         depth=options.depth,
     )
 
@@ -208,10 +216,10 @@ def make_run(
                 sampling=Sampling(temperature=temperature),
             )
 
-        def propose(ways: int) -> ProposeFn:
+        def propose(branching_factor: int) -> ProposeFn:
             return steps.make_propose_fn(
                 sample,
-                ways=ways,
+                branching_factor=branching_factor,
                 step_length=options.step_length,
                 end_ids=end_ids,
                 eos_id=tokenizer.eos_id,
@@ -225,7 +233,7 @@ def make_run(
         outcome = steps.make_outcome_value_fn(scores("outcome", judges.outcome))
         value = steps.make_process_value_fn(process, end_ids=end_ids)
         tools = Tools(propose, value, outcome, process, end_ids)
-        roots = steps.begin(tokens, mask, room=max_new_tokens)
+        roots = steps.init_solution(tokens, mask, room=max_new_tokens)
         found = search(options, tools, roots, key)
         return found.states, steps.solution_mask(found.states), found.cost
 

@@ -26,7 +26,7 @@ from rlhf_jax.core.protocols import LogprobFn
 from rlhf_jax.core.train_state import OptimizerConfig, with_total_steps
 from rlhf_jax.core.types import Params, Sequences
 from rlhf_jax.data import packing
-from rlhf_jax.data.examples import SupervisedExample, TooLong, supervised_examples
+from rlhf_jax.data.examples import Overlength, SupervisedExample, supervised_examples
 from rlhf_jax.data.mixing import MixtureSampler, mixing_shares
 from rlhf_jax.data.pipeline import BatchSampler, fingerprint
 from rlhf_jax.data.sources import Row
@@ -55,7 +55,7 @@ class Options:
       batch_size: rows a step.
       micro_batches: parts in which a batch is computed, to save memory.
       max_length: tokens a row; 0 for the longest conversation.
-      too_long: whether longer conversations are an error, or dropped and counted.
+      overlength: whether longer conversations are an error, or dropped and counted.
       packing: put several conversations in a row.
       learning_rate: at its peak; None for the published one (2e-5, with an adapter 2e-4).
       demonstrations: how many conversations of the embedded task.
@@ -79,7 +79,7 @@ class Options:
     batch_size: int = 64
     micro_batches: int = 1
     max_length: int = 0
-    too_long: TooLong = "error"
+    overlength: Overlength = "error"
     packing: bool = False
     learning_rate: float | None = None
     demonstrations: int = 32_000
@@ -120,7 +120,7 @@ def choose_tokenizer(options: Options, rows: list[Row]) -> str | Tokenizer:
 def make_examples(options: Options, rows: list[Row], tokenizer: Tokenizer) -> list[SupervisedExample]:
     """Rows as tokens."""
     longest = options.max_length or inputs.UNBOUNDED
-    return supervised_examples(rows, tokenizer, max_length=longest, too_long=options.too_long)
+    return supervised_examples(rows, tokenizer, max_length=longest, overlength=options.overlength)
 
 
 def lay_out(options: Options, examples: list[SupervisedExample], length: int = 0) -> Sequences:
@@ -146,7 +146,7 @@ def make_batches(
     how = {"temperature": options.mixture_temperature, "cap": options.mixture_cap}
     shares = mixing_shares(sizes, weights=weights or None, **how)
     sampler = MixtureSampler(tuple(sizes), tuple(shares.tolist()), options.batch_size, options.run.seed)
-    if not options.run.quiet and distributed.is_first_host():
+    if not options.run.quiet and distributed.is_main_process():
         seen = sampler.epochs(options.run.steps)
         columns = ["source", "rows", "share of batches", "times seen"]
         cells = zip(sources, sizes, shares.tolist(), seen.tolist(), strict=True)
@@ -211,16 +211,18 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     common.show_sample(options.run, model.tokenizer, examples[0])
 
     seed, brought = options.run.seed, given.policy is not None
-    parts = adapting.take_apart(options.adapter, model, seed=seed, steps=options.run.steps, brought=brought)
+    split = adapting.split_trainable(
+        options.adapter, model, seed=seed, steps=options.run.steps, brought=brought
+    )
     logprob_fn = model.make_logprob_fn_with_auxiliaries()
-    tx = parts.optimizer(with_total_steps(options.optimizer, options.run.steps))
-    state = adapting.new_state(
+    tx = split.optimizer(with_total_steps(options.optimizer, options.run.steps))
+    state = adapting.init_sharded_state(
         lambda *x: sft.init(x[0], tx, x[1]),
-        parts.trained,
-        parts.frozen,
+        split.trained,
+        split.frozen,
         jax.random.key(options.run.seed),
     )
-    adapting.say_what_trains(options.run, state.learner)
+    adapting.print_trainable_parameters(options.run, state.learner)
     names = source_names(list(sources)) if len(sources) > 1 else ()
     config = sft.Config(options.micro_batches, sources=names)
     update = common.jit_update(sft.make_update(config, logprob_fn, tx, models.rebalance), state)
@@ -247,7 +249,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         policy=model,
         meter=meter,
         data_fingerprint=fingerprint(jax.tree.leaves(rows)),
-        adaptation=parts.adaptation,
+        adaptation=split.adaptation,
         evaluate=evaluate,
     )
     common.finish(options.run)

@@ -46,7 +46,7 @@ from rlhf_jax.tasks.arithmetic import prompt_rows
 from rlhf_jax.tasks.arithmetic_tools import TOOL_LEVEL, tool_demonstration_rows, tool_tokenizer
 from rlhf_jax.tool_use import calculator, call_pattern
 from rlhf_jax.training import run_loop
-from rlhf_jax.training.run_folder import load_policy
+from rlhf_jax.training.loading import load
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,7 +163,7 @@ def run(options: Options) -> None:
     common.check(options, options.run, "tool_use")
     rows = options.batch_size * options.group_size
     common.check_divides("--micro-batches", options.micro_batches, "--batch-size x --group-size", rows)
-    model = load_policy(Path(options.model or train_sft(options)))
+    model = load(options.model or train_sft(options))
     train, held_out = load_prompts(options, model.tokenizer)
     common.announce(options.run, model, f"{len(train):,} problems, a calculator")
 

@@ -1,4 +1,4 @@
-"""What a sweep found: every setting and every seed apart, as arrays and as one tidy table."""
+"""Sweep results: every setting and every seed apart, as arrays and as one tidy table."""
 
 import dataclasses
 from typing import Any
@@ -28,7 +28,7 @@ class Results:
         return [name for name, values in self.hypers.items() if np.any(values != values[0])]
 
     def label(self, setting: int) -> str:
-        """What sets a setting apart, as text."""
+        """Label of a setting: the values that are varied, as text."""
         parts = [f"{name}={self.hypers[name][setting]:g}" for name in self.varied]
         return ", ".join(parts) or "all equal"
 

@@ -112,7 +112,7 @@ def _compile_once(
 
 
 def fitting_chunk_size(train: TrainFn, keys: Any, hypers: Any, *, memory_bytes: int) -> int:
-    """How many runs fit into `memory_bytes`, by the compiler's own count for two runs and for four.
+    """Largest chunk size that fits into `memory_bytes`, by the compiler's count for two runs and for four.
 
     At least 1. It compiles twice, which takes as long as two first calls.
 
@@ -134,7 +134,7 @@ def fitting_chunk_size(train: TrainFn, keys: Any, hypers: Any, *, memory_bytes: 
 
 
 def _describe(train: TrainFn, keys: Any, hypers: Any, size: int) -> dict[str, Any]:
-    """What makes chunks those of this sweep: key and setting of each run, and the shapes it returns."""
+    """Fingerprint of a sweep's chunks: key and setting of each run, and the shapes it returns."""
     one = jax.tree.map(lambda leaf: leaf[0], (keys, hypers))
     history = jax.eval_shape(train, *one)[1]
     shapes = {name: [str(leaf.dtype), *leaf.shape] for name, leaf in sorted(history.items())}
@@ -197,7 +197,7 @@ class _Store:
         return part if {len(part[name]) for name in self._names} == {runs} else None
 
     def save(self, chunk: int, part: dict[str, np.ndarray]) -> None:
-        """Keeps a chunk."""
+        """Writes the results of a chunk."""
         path = self._path(chunk)
         if path is not None:
             files.write_arrays(path, part)

@@ -20,7 +20,7 @@ from rlhf_jax.data.sources import Row
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.tasks import arithmetic, arithmetic_arrays
 
-ScoreFn = Callable[[Int[Array, "B T"], Bool[Array, "B T"], Any], Float[Array, " B"]]
+GoldRewardFn = Callable[[Int[Array, "B T"], Bool[Array, "B T"], Any], Float[Array, " B"]]
 
 
 @pytree_dataclass
@@ -63,7 +63,7 @@ class Task:
     train: Prompts
     heldout: Prompts
     demonstrations: Sequences
-    score: ScoreFn
+    score: GoldRewardFn
     best: float
     completion_length: int
     tokenizer: Tokenizer
@@ -82,7 +82,7 @@ def tabulate(
     heldout_rows: Sequence[dict[str, Any]],
     demonstration_rows: Sequence[dict[str, Any]],
     truth_fn: Callable[[dict[str, Any]], Any],
-    score: ScoreFn,
+    score: GoldRewardFn,
     best: float,
     completion_length: int,
 ) -> Task:

@@ -2,9 +2,9 @@
 
 from rlhf_jax.retrieval.bm25 import Index
 from rlhf_jax.retrieval.chunks import (
-    Answer,
-    Passage,
-    PassageIndex,
+    Chunk,
+    CitedAnswer,
+    RetrievalIndex,
     numbered_prompt,
     read_answer,
     split_document,
@@ -13,12 +13,12 @@ from rlhf_jax.tool_use.calls import Call, CallError, parse_calls
 from rlhf_jax.tool_use.tools import Tool, answer_calls, calculator, call_pattern, retriever, worker_tool
 
 __all__ = [
-    "Answer",
     "Call",
     "CallError",
+    "Chunk",
+    "CitedAnswer",
     "Index",
-    "Passage",
-    "PassageIndex",
+    "RetrievalIndex",
     "Tool",
     "answer_calls",
     "calculator",

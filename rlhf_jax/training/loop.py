@@ -22,7 +22,7 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.files import Path
 from rlhf_jax.core.train_state import with_frozen, without_frozen
 from rlhf_jax.core.types import Metrics
-from rlhf_jax.distributed import any_host, is_first_host
+from rlhf_jax.distributed import any_process, is_main_process
 from rlhf_jax.metrics.health import HealthMonitor, Thresholds
 from rlhf_jax.metrics.loggers import Logger, as_logger
 from rlhf_jax.metrics.progress import Progress
@@ -116,7 +116,7 @@ def run_loop(
         process runs in it; too many steps were not finite.
       Interrupted: on SIGINT, SIGTERM or SIGUSR1, after the step under way was finished and saved.
     """
-    folder, meter, first = files.as_path(folder), meter or Meter(), is_first_host()
+    folder, meter, first = files.as_path(folder), meter or Meter(), is_main_process()
     calls = [on_step] if callable(on_step) else list(on_step)
     with contextlib.ExitStack() as stack:
         stack.enter_context(files.releasing_locks())
@@ -165,7 +165,7 @@ def run_loop(
             progress.update(done, metrics | times, note=describe(times))
             for call in calls:
                 call(state, metrics | times, done)
-            stopping = any_host(bool(received))
+            stopping = any_process(bool(received))
             if stopping or _is_due(done, config.save_every, config.steps):
                 saved, wait = without_frozen(state), stopping or done == config.steps
                 flush()  # a checkpoint whose lines are lost would leave a gap in them
@@ -203,7 +203,7 @@ def _open_log(
     stack: contextlib.ExitStack, folder: Path, stage: str, start: int, loggers: Sequence[Logger]
 ) -> tuple[Callable[[Mapping[str, Any], int], None], Callable[[], None]]:
     """(`log(metrics, steps done)`, `flush()`) to `metrics.jsonl` and the loggers, in the first process."""
-    if not is_first_host():
+    if not is_main_process():
         return lambda metrics, done: None, lambda: None
     # A run that begins anew writes its first evaluation again.
     writer = stack.enter_context(JSONLLogger(folder, stage=stage, resume_step=start or -1))

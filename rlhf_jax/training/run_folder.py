@@ -50,16 +50,16 @@ class Adaptation:
       adapter: what is trained.
       base: where the policy that is adapted comes from; None where Python brought it, so that the
         run's folder alone does not make a policy again.
-      quantisation: how the base's kernels are kept; None for as they are.
+      quantization: how the base's kernels are kept; None for as they are.
     """
 
     adapter: adapters.Adapter
     base: Source | None
-    quantisation: adapters.Quantisation | None = None
+    quantization: adapters.Quantization | None = None
 
     def adapted(self, base: Params, key: PRNGKeyArray) -> tuple[Params, Params]:
         """(what is trained, what is frozen) of the base's parameters with a fresh adapter."""
-        base = adapters.quantise(self.quantisation, base) if self.quantisation else base
+        base = adapters.quantize(self.quantization, base) if self.quantization else base
         tree = adapters.init_adapter(self.adapter, base, key)
         return partition(tree, adapters.is_trained(self.adapter))
 
@@ -199,7 +199,7 @@ def write_model_files(
     if adaptation is not None:
         base = adaptation.base
         description["adapter"] = models.adapter_to_dict(adaptation.adapter)
-        description["quantisation"] = models.adapter_to_dict(adaptation.quantisation)
+        description["quantisation"] = models.adapter_to_dict(adaptation.quantization)
         description["base"] = base and {
             "folder": files.relative(folder, base.folder),
             "step": base.step,
@@ -371,5 +371,5 @@ def _read_ours(folder: Path) -> tuple[Kind, models.ModelConfig, Tokenizer, Adapt
 def _read_adaptation(folder: Path, data: Mapping[str, Any]) -> Adaptation:
     base = data["base"]
     source = base and Source(files.follow(folder, base["folder"]), int(base["step"]), str(base["digest"]))
-    adapter, quantisation = (models.adapter_from_dict(data[name]) for name in ("adapter", "quantisation"))
-    return Adaptation(adapter, source, quantisation)
+    adapter, quantization = (models.adapter_from_dict(data[name]) for name in ("adapter", "quantisation"))
+    return Adaptation(adapter, source, quantization)

@@ -112,8 +112,9 @@ def test_four_models_on_one_frozen_base(tiny, tmp_path, lora_reward, monkeypatch
 
         return run_loop(state, counted, *rest, **options)
 
-    monkeypatch.setattr(entry, "run_loop", watched)
     base = tiny.finished("sft")
+    tiny.finished("reward_model")
+    monkeypatch.setattr(entry, "run_loop", watched)
     out = tiny.run("ppo", tmp_path / "run", *LORA, "--reward-model", lora_reward, "--learning-rate", 1e-2)
     buffers = seen[-1]
     assert len(set(buffers.values())) == len(buffers)
@@ -177,7 +178,7 @@ def test_a_base_that_is_gone_or_another(tiny, tmp_path, monkeypatch, capsys):
     assert adapters.can_merge(load_policy(out).params)
     shutil.rmtree(base)
     words = tiny.words("dpo", tmp_path / "next", "--model", out)
-    assert f"the run that it adapts is not at {base}" in sentence(tiny, "dpo", words, monkeypatch, capsys)
+    assert f"the model that it adapts is not at {base}" in sentence(tiny, "dpo", words, monkeypatch, capsys)
     tiny.run("sft", base, "--steps", 3)
     assert "which now holds another model" in sentence(tiny, "dpo", words, monkeypatch, capsys)
     resume = tiny.words("dpo", out, "--model", base, *LORA, "--steps", 5, "--resume")

@@ -11,7 +11,7 @@ from rlhf_jax.core.files import write_json
 from rlhf_jax.metrics import read_metrics
 from rlhf_jax.stages import alphazero as script
 
-_TINY = "--games 8 --simulations 4 --play-simulations 4 --widths 16 --openings 4 --save-every 2 --quiet"
+_TINY = "--games 8 --num-simulations 4 --play-simulations 4 --widths 16 --openings 4 --save-every 2 --quiet"
 
 
 def run(out, *more):
@@ -46,7 +46,7 @@ def test_a_run_its_resume_and_its_results(tmp_path):
     ("words", "said"),
     [
         (["--max-to-keep", 2, "--steps", 10], "--max-to-keep 2 would remove"),
-        (["--minibatches", 5], "--minibatches 5"),
+        (["--num-minibatches", 5], "--num-minibatches 5"),
         (["--openings", 0], "1 or more"),
     ],
 )

@@ -126,7 +126,7 @@ def test_too_long(refused, tiny, tmp_path):
     refused("dpo", [*words, "--max-length", 5], "arithmetic:1:1", "more than 5")
     prompts = [*words, *REWARDED["grpo"], "--max-prompt-length", 3]
     refused("grpo", prompts, "arithmetic:1:1", "the prompt has", "more than 3")
-    refused("ppo", [*prompts, "--too-long", "drop"], "all", "raise the length")
+    refused("ppo", [*prompts, "--overlength", "drop"], "all", "raise the length")
     assert not out.exists()
 
 

@@ -16,8 +16,8 @@ from rlhf_jax.core.axes import MESH_AXES
 from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
 from rlhf_jax.core.types import Sequences
 from rlhf_jax.data.examples import PromptExample
-from rlhf_jax.jitted.methods import group_method
-from rlhf_jax.jitted.train import Start, World, make_train
+from rlhf_jax.jitted.algorithms import grpo_algorithm
+from rlhf_jax.jitted.train import SeedState, TaskSetup, make_train
 from rlhf_jax.rollout.sampler import make_evaluate_fn, make_generate_fn
 from rlhf_jax.tasks.style import style_task
 
@@ -156,10 +156,10 @@ def test_grpo_raises_the_reward(policy):
 
 def test_ppo_raises_the_reward(policy):
     tx = make_optimizer(OPTIMIZER)
-    generate, prompts = sample(policy, 8)
+    generate, prompts = sample(policy, 16)
     score = policy.make_actor_critic_fn()
     hyper = ppo.Hyper(learning_rate=jnp.float32(0.02), kl_coef=0.0)
-    config = ppo.Config(epochs=2, minibatches=1)
+    config = ppo.Config(num_ppo_epochs=4, num_minibatches=1)
     params = {"policy": policy.params, "value": policy.init_scalar_model(jax.random.key(1))}
     state = ppo.init(params, tx, jax.random.key(0), hyper)
     update = ppo.make_update(config, score, tx)
@@ -173,12 +173,12 @@ def test_ppo_raises_the_reward(policy):
         return update(state, hyper, batch)[0]
 
     means = []
-    for number in range(12):
+    for number in range(14):
         rollout = generate(state.learner.all_params["policy"], prompts, jax.random.key(number))
         rewards = reward_of(rollout)
         state = learn(state, rollout, jnp.asarray(rewards))
         means.append(float(rewards.mean()))
-    assert np.mean(means[-3:]) > np.mean(means[:3]) + 0.1
+    assert np.mean(means[-3:]) > np.mean(means[:3]) + 0.2
 
 
 def test_it_is_evaluated(policy):
@@ -201,14 +201,14 @@ def test_leaves_are_split_as_their_axes_say_and_others_are_said_to_be_whole():
 
 
 def test_learning_rates_are_swept_side_by_side(policy):
-    world = World(TASK, policy, prompts=2, samples=4, heldout=4)
+    task_setup = TaskSetup(TASK, policy, num_prompts=2, num_samples=4, heldout=4)
     member = grpo_variants.grpo(group_size=4)
-    train = make_train(world, group_method(world, member, OPTIMIZER), steps=2)
+    train = make_train(task_setup, grpo_algorithm(task_setup, member, OPTIMIZER), steps=2)
 
     def one(rate):
         hyper = jax.tree.map(jnp.float32, member.hyper)
         hyper = dataclasses.replace(hyper, learning_rate=rate)
-        agent, history = train(Start(jax.random.key(0), policy.params), hyper)
+        agent, history = train(SeedState(jax.random.key(0), policy.params), hyper)
         return agent.learner.params, history["score"]
 
     params, scores = jax.jit(jax.vmap(one))(jnp.array([0.0, 0.05]))

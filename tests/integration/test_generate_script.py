@@ -29,7 +29,7 @@ DECODERS = [
     pytest.param(["beam", "--beams", 3], marks=pytest.mark.slow),
     pytest.param(["sample", "--dola", 0], marks=pytest.mark.slow),
     pytest.param(["contrastive"], marks=pytest.mark.slow),
-    pytest.param(["speculative", "--draft", "prompt", "--count", 2], marks=pytest.mark.slow),
+    pytest.param(["speculative", "--draft", "prompt", "--num-speculative-tokens", 2], marks=pytest.mark.slow),
 ]
 
 

@@ -39,7 +39,7 @@ def test_slurm_queues_again_what_is_not_finished_and_nothing_else(call, status, 
     words = ("grpo", "--out", "/a folder", "--steps", "3")
     ended, calls = call("slurm.sh", *words, status=status, SLURM_JOB_ID="17", SLURM_NNODES="4")
     assert ended.returncode == ends_with, ended.stderr
-    assert "rlhf grpo --out /a folder --steps 3 --hosts auto --resume auto" in calls
+    assert "rlhf grpo --out /a folder --steps 3 --coordinator auto --resume auto" in calls
     assert ("scontrol requeue 17" in calls) == again
 
 
@@ -65,7 +65,7 @@ def test_a_pod_finds_the_first_and_ends_as_the_stage_does(call, status):
     variables = {"JOBSET_NAME": "rlhf", "REPLICATED_JOB_NAME": "pods", "JOB_COMPLETION_INDEX": "2"}
     ended, calls = call("jobset.sh", "grpo", "--out", "gs://b/r", status=status, PODS="4", **variables)
     assert ended.returncode == status
-    assert calls == ["rlhf grpo --out gs://b/r --hosts rlhf-pods-0-0.rlhf:8476,4,2 --resume auto"]
+    assert calls == ["rlhf grpo --out gs://b/r --coordinator rlhf-pods-0-0.rlhf:8476,4,2 --resume auto"]
     _, calls = call("jobset.sh", "sft", "--out", "x", PODS="1", **variables)
     assert calls == ["rlhf sft --out x --resume auto"]
     ended, calls = call("jobset.sh", "sft", "--out", "x", PODS="4")

@@ -20,11 +20,11 @@ SMALL = {
     "members": 2,
     "base_steps": 20,
     "reward_steps": 20,
-    "pool": 8,
+    "num_samples": 8,
     "prompts": 8,
     "ppo_steps": 4,
     "dpo_steps": 4,
-    "looks": 2,
+    "num_evals": 2,
 }
 
 
@@ -69,7 +69,7 @@ def test_every_stage_and_what_is_done_is_not_done_again(tmp_path, monkeypatch):
         ({"members": 1}, "--members 1: give at least 2"),
         ({"pairs": (64, 16)}, "least amount of pairs first"),
         ({"pairs": (300,)}, "300 pairs"),
-        ({"looks": 7}, "--looks 7"),
+        ({"num_evals": 7}, "--num-evals 7"),
     ],
 )
 def test_bad_options(tmp_path, options, said):
@@ -85,7 +85,7 @@ def synthetic_folder(folder, seeds=3):
         "seeds": seeds,
         "sizes": [8],
         "pairs": [16, 64],
-        "pool": 64,
+        "num_samples": 64,
         "members": 2,
         "uncertainty_coef": 0.5,
     }

@@ -11,7 +11,7 @@ from rlhf_jax.metrics import read_metrics
 from rlhf_jax.stages import pretrain
 from rlhf_jax.training.run_folder import load_policy
 
-MODEL = "--arch.width 8 --arch.layers 1 --arch.heads 2 --arch.kv-heads 1 --arch.hidden 16"
+MODEL = "--arch.width 8 --arch.layers 1 --arch.heads 2 --arch.kv-heads 1 --arch.intermediate-size 16"
 OBJECTIVES = "--arch.mtp-depth 1 --arch.experts 3 --arch.router sigmoid --optimizer.schedule wsd"
 LSTM = "--arch.kind lstm --arch.width 64 --learning-rate 1e-2 --demonstrations 2000 --sample-tokens 0"
 SMALL = "--data arithmetic:1 --learning-rate 3e-3 "

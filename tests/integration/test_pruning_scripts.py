@@ -36,7 +36,7 @@ def test_sft_trains_what_is_left_and_a_resume_keeps_the_zeros(tiny, pruned, tmp_
     for kernel in before.values():
         groups = kernel.reshape(kernel.shape[0] // 4, 4, -1)
         assert (np.count_nonzero(groups, axis=1) == 2).all()
-    words = ("--model", pruned, "--adapter.keep-zeros", "--learning-rate", 1e-2)
+    words = ("--model", pruned, "--adapter.preserve-sparsity", "--learning-rate", 1e-2)
     words += ("--optimizer.warmup-steps", 0)
     out = tiny.run("sft", tmp_path / "run", *words, "--steps", 2)
     tiny.run("sft", out, *words, "--steps", 4, "--resume")
@@ -51,9 +51,11 @@ def test_sft_trains_what_is_left_and_a_resume_keeps_the_zeros(tiny, pruned, tmp_
 def test_mistakes_are_said_before_anything_runs(tiny, pruned, tmp_path):
     base = str(tiny.finished("sft"))
     with pytest.raises(UserError, match="no zero weights"):
-        tiny.run("sft", tmp_path / "a", "--model", base, "--adapter.keep-zeros")
+        tiny.run("sft", tmp_path / "a", "--model", base, "--adapter.preserve-sparsity")
     with pytest.raises(UserError, match="means nothing to"):
-        tiny.run("sft", tmp_path / "b", "--model", pruned, "--adapter.keep-zeros", "--adapter.kind", "lora")
+        tiny.run(
+            "sft", tmp_path / "b", "--model", pruned, "--adapter.preserve-sparsity", "--adapter.kind", "lora"
+        )
     with pytest.raises(UserError, match="is not N:M"):
         prune.PruneOptions(pattern="half").masks(load_policy(pruned).params, None)
     with pytest.raises(UserError, match="already holds a run"):

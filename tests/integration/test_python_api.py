@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
     """A Hugging Face folder of a random decoder over bytes."""
     path, tokenizer = tmp_path_factory.mktemp("model") / "hf", byte_tokenizer()
     config = models.dense_config(
-        vocab_size=tokenizer.vocab_size, width=16, num_layers=2, num_heads=2, tied_embeddings=False
+        vocab_size=tokenizer.vocab_size, width=16, num_layers=2, num_heads=2, tie_word_embeddings=False
     )
     hf.save(path, config, models.init_params(config, jax.random.key(0)), tokenizer)
     return path

@@ -6,10 +6,10 @@ import pytest
 import tyro
 
 from rlhf_jax.stages import common, rag
-from rlhf_jax.tool_use import Passage
+from rlhf_jax.tool_use import Chunk
 
 _SMALL = (
-    "--arch.width 16 --arch.layers 1 --arch.heads 2 --arch.kv-heads 1 --people 4 --passages 1 "
+    "--arch.width 16 --arch.layers 1 --arch.heads 2 --arch.kv-heads 1 --people 4 --top-k 1 "
     "--max-new-tokens 4 --quiet"
 )
 
@@ -28,8 +28,8 @@ def notes(tmp_path_factory):
 
 
 def test_questions_about_documents_of_ones_own(tiny, notes, tmp_path, monkeypatch, capsys):
-    usual = ["--model", tiny.finished("sft"), "--quiet", "--max-new-tokens", 4, "--passages", 1]
-    usual += ["--passage-words", 12]
+    usual = ["--model", tiny.finished("sft"), "--quiet", "--max-new-tokens", 4, "--top-k", 1]
+    usual += ["--chunk-size", 12]
     words = ["--out", tmp_path, *usual, "--documents", notes, notes / "more.jsonl"]
     assert tiny.main("rag", [*words, "--questions", notes / "questions.jsonl"], monkeypatch) == 0
     assert "answer among them" in capsys.readouterr().out
@@ -79,17 +79,17 @@ def test_mistakes_are_one_sentence(tiny, notes, tmp_path, monkeypatch, capsys):
 
 
 def test_what_the_policy_is_taught():
-    options = tyro.cli(rag.Options, args=["--passages", "2", "--missing-rate", "0.3"])
+    options = tyro.cli(rag.Options, args=["--top-k", "2", "--missing-rate", "0.3"])
     rows = rag.training_rows(options)
     sourced = [row for row in rows if row["completion"] != "unknown"]
     assert 0.1 < len(sourced) / len(rows) < 0.8
     for row in sourced[::500]:
         answer, number = row["completion"].removesuffix("]").split(" [")
-        *passages, question = row["prompt"].split("\n")
-        cited = passages[int(number) - 1]
+        *chunks, question = row["prompt"].split("\n")
+        cited = chunks[int(number) - 1]
         assert cited == f"[{number}] {answer}."
         assert " ".join(answer.split()[:2]) in question
-    assert rag.judge({"question": "who?", "answer": "Bo"}, [Passage("It is bo.", "a#1")], "bo [1] [2]") == {
+    assert rag.judge({"question": "who?", "answer": "Bo"}, [Chunk("It is bo.", "a#1")], "bo [1] [2]") == {
         "question": "who?",
         "text": "bo",
         "cited": ["a#1"],

@@ -36,14 +36,14 @@ def train(folder, *, rows, sft_steps, grpo_steps, new_tokens):
     run(
         "sft",
         f"--out {folder}/sft --data {data} --eval-data {held_out} --train-tokenizer 1000 --max-length 384 "
-        "--too-long drop --packing --arch.width 64 --arch.layers 2 --batch-size 4 --learning-rate 5e-3 "
+        "--overlength drop --packing --arch.width 64 --arch.layers 2 --batch-size 4 --learning-rate 5e-3 "
         "--optimizer.b2 0.95 --optimizer.end-lr-ratio 0.02 "
         f"--optimizer.warmup-steps 5 --steps {sft_steps} --quiet",
     )
     run(
         "grpo",
         f"--out {folder}/grpo --model {folder}/sft --data {data} --eval-data {held_out} "
-        f"--max-prompt-length 96 --too-long drop --max-new-tokens {new_tokens} "
+        f"--max-prompt-length 96 --overlength drop --max-new-tokens {new_tokens} "
         "--rewards rlhf_jax.rewards.verifiers:gsm8k_reward "
         "--learning-rate 3e-4 --optimizer.b2 0.99 --optimizer.epsilon 1e-4 "
         "--batch-size 4 --group-size 4 --eval-count 4 --samples 4 "

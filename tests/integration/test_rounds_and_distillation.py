@@ -111,7 +111,16 @@ def test_rounds_go_on_where_they_stopped(method, tmp_path, talker, mixed):
 
 @pytest.mark.slow
 def test_a_writer_and_a_restart(tiny, tmp_path, talker, mixed):
-    words = ("--model", tiny.finished("sft"), "--writer", talker, "--rewards", mixed, "--max-new-tokens", 8)
+    words = (
+        "--model",
+        tiny.finished("sft"),
+        "--generator",
+        talker,
+        "--rewards",
+        mixed,
+        "--max-new-tokens",
+        8,
+    )
     words += ("--rounds", 2, "--prompts-per-round", 16, "--steps", 3)
     found = run(rounds, tmp_path / "run", *words, "--reinit-each-round")
     assert found[0]["finished"] > 0.5  # it is the writer that answers
@@ -187,7 +196,7 @@ def test_help_shows_every_option(script, tiny, monkeypatch, capsys):
     from rlhf_jax.stages import common
 
     monkeypatch.setenv("COLUMNS", "110")
-    assert tiny.main(script.__name__, ["--help"], monkeypatch) == 0
+    assert tiny.main(script.__name__.rpartition(".")[2], ["--help"], monkeypatch) == 0
     shown = capsys.readouterr().out
     needed = {"teacher" if script is distill else "model": "x", "prompts": PROMPTS}
     for flag in common.flags(common.to_json(script.Options(**needed))):

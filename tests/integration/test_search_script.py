@@ -16,7 +16,8 @@ from rlhf_jax.stages import common, process_reward, search as script
 _TINY = (
     "--data arithmetic:1 --prompts 6 --samples 3 --batch-size 4 --max-new-tokens 12 --resamples 4 --quiet "
 )
-_TINY += "--search.ways 2 --search.votes 2 --search.expansions 3 --search.simulations 1 --search.depth 2 "
+_TINY += "--search.branching-factor 2 --search.num-votes 2 --search.expansions 3 "
+_TINY += "--search.num-simulations 1 --search.depth 2 "
 _TINY += "--search.step-length 6"
 
 
@@ -32,7 +33,7 @@ TRACED = []
 def by_looking_up(options, tools, roots, key):
     """A search that is compiled at once: nothing is written."""
     TRACED.append(roots.tokens.shape)
-    return interface.Found(roots, roots.logp, ~roots.done, jnp.ones(roots.done.shape))
+    return interface.SearchResult(roots, roots.logp, ~roots.done, jnp.ones(roots.done.shape))
 
 
 def test_a_policy_alone_and_its_resume(tiny, tmp_path, monkeypatch):
@@ -91,8 +92,8 @@ def test_every_method(tiny, tmp_path):
     ("words", "said"),
     [
         (["--samples", 0], "--samples 0 is not positive"),
-        (["--search.ways", 0], "--search.ways 0 is not positive"),
-        (["--search.thoughts", 3], "odd"),
+        (["--search.branching-factor", 0], "--search.branching-factor 0 is not positive"),
+        (["--search.num-thoughts", 3], "odd"),
         (["--temperature", 0], "equal samples"),
     ],
 )

@@ -59,7 +59,7 @@ def test_the_wheel_alone_in_an_empty_environment(tmp_path):
         "from rlhf_jax.data.tokenizers import byte_tokenizer\n"
         "t = byte_tokenizer()\n"
         "c = models.dense_config(vocab_size=t.vocab_size, width=16, num_layers=2, num_heads=2, "
-        "tied_embeddings=False)\n"
+        "tie_word_embeddings=False)\n"
         "hf.save('model', c, models.init_params(c, jax.random.key(0)), t)\n"
     )
     run(python, "make.py")

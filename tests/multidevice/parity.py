@@ -42,7 +42,7 @@ def decoder_config(dtype, *, experts=False, **options):
         num_layers=2,
         num_heads=4,
         num_kv_heads=4,
-        hidden_dim=32,
+        intermediate_size=32,
         scan_layers=True,
         param_dtype=dtype,
         compute_dtype=dtype,
@@ -118,7 +118,7 @@ def train(spec, case, config, dtype, *, breakage=None, repeats=1):
     init_params, init, update, hyper, pool = case(config, dtype)
     update = breakage(config) if breakage else update
     with jax.set_mesh(distributed.make_mesh(spec)):
-        first = distributed.born_sharded(lambda key: init(init_params(key), TX, key), jax.random.key(0))
+        first = distributed.init_sharded(lambda key: init(init_params(key), TX, key), jax.random.key(0))
         jitted = jit(update, out_shardings=(distributed.shardings_of(first), None))
         batches = [
             distributed.shard_batch(
@@ -217,7 +217,7 @@ def sample(spec, config, temperature, rules=RULES):
     ids: Any = SimpleNamespace(eos_id=1, pad_id=0)  # all that sampling asks of a tokenizer
     run = make_completion_fn(models.make_policy(config, None, ids), max_new_tokens=NEW_TOKENS)
     with jax.set_mesh(distributed.make_mesh(spec)), axis_rules(rules):
-        params = distributed.born_sharded(functools.partial(models.init_params, config), jax.random.key(0))
+        params = distributed.init_sharded(functools.partial(models.init_params, config), jax.random.key(0))
         prompts, mask = distributed.shard_batch((rows.tokens[:8, :6], mask))
         arguments = params, prompts, mask, jax.random.key(7)
         compiled = jit(run).lower(*arguments, sampling=Sampling(temperature)).compile()

@@ -21,7 +21,7 @@ pytestmark = [
 def plan(folder, *words):
     """What `rlhf plan` says of a decoder wide enough for the kernels, as JSON."""
     config = models.dense_config(
-        vocab_size=1024, width=512, num_layers=3, num_heads=4, num_kv_heads=4, hidden_dim=1024
+        vocab_size=1024, width=512, num_layers=3, num_heads=4, num_kv_heads=4, intermediate_size=1024
     )
     (folder / "model.json").write_text(json.dumps({"kind": "policy", "config": config_to_dict(config)}))
     process = subprocess.run(

@@ -143,7 +143,7 @@ def hosts(count):
 def test_several_processes_learn_what_one_learns(tmp_path, count):
     out = tmp_path / "several"
     processes = [
-        start(command("sft", out, *SFT, "--mesh", "fsdp=4", "--hosts", host), devices=4 // count)
+        start(command("sft", out, *SFT, "--mesh", "fsdp=4", "--coordinator", host), devices=4 // count)
         for host in hosts(count)
     ]
     try:
@@ -161,7 +161,7 @@ def test_several_processes_learn_what_one_learns(tmp_path, count):
 def run_in_two(script, out, *options):
     """A stage in two processes of two devices each."""
     processes = [
-        start(command(script, out, *options, "--mesh", "fsdp=4", "--hosts", host), devices=2)
+        start(command(script, out, *options, "--mesh", "fsdp=4", "--coordinator", host), devices=2)
         for host in hosts(2)
     ]
     try:
@@ -207,7 +207,7 @@ def test_a_lost_process_ends_the_others_and_leaves_a_whole_checkpoint(tmp_path):
     out = tmp_path / "run"
     processes = [
         start(
-            command("sft", out, *SFT, "--mesh", "fsdp=2", "--hosts", host, *ENDLESS),
+            command("sft", out, *SFT, "--mesh", "fsdp=2", "--coordinator", host, *ENDLESS),
             devices=1,
         )
         for host in hosts(2)

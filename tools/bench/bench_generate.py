@@ -214,7 +214,10 @@ def long_tails(options: Options, config: models.ModelConfig, params: Any, table:
     ends = {"max_new_tokens": longest, "eos_id": END, "pad_id": PAD}
     keys = generation.row_keys(jax.random.key(0), count)
     continuous = Timer(
-        functools.partial(generation.generate_continuously, first, extend, slots=slots, refill=2, **ends),
+        functools.partial(
+            generation.continuous_batching_generate, first, extend,
+            max_num_seqs=slots, prefill_batch_size=2, **ends,
+        ),
         params, tokens, mask, keys,
     )  # fmt: skip
     static = functools.partial(generation.generate, first, following, **ends)
@@ -265,23 +268,23 @@ def speculation(options: Options, config: models.ModelConfig, params: Any, table
     )
     small = dataclasses.replace(config, num_layers=1)
     first = {name: leaf for name, leaf in params.items() if not name.startswith("layer_")}
-    draft = generation.model_drafter(
+    draft = generation.draft_model_proposer(
         models.make_decode_fns(small)[0],
         models.make_extend_fn(small),
         {**first, "layer_0": params["layer_0"]},
-        count=4,
+        num_speculative_tokens=4,
         eos_id=NO_END,
     )
-    for name, drafter in (
+    for name, proposer in (
         ("its first layer", draft),
-        ("what it said before", generation.prompt_drafter(count=4)),
-        ("its own passes (lookahead)", generation.lookahead_drafter(count=4)),
+        ("what it said before", generation.prompt_lookup_proposer(num_speculative_tokens=4)),
+        ("its own passes (lookahead)", generation.lookahead_proposer(num_speculative_tokens=4)),
     ):
         speculate = functools.partial(
-            generation.generate_speculatively,
+            generation.speculative_decode,
             prefill,
             models.make_extend_fn(config),
-            drafter=drafter,
+            proposer=proposer,
             **greedy,
         )
         timer = Timer(speculate, params, tokens, mask, jax.random.key(0))
@@ -289,7 +292,7 @@ def speculation(options: Options, config: models.ModelConfig, params: Any, table
         rollout, acceptance = timer.run()
         if not np.array_equal(rollout.sequences.tokens, plain.run().sequences.tokens):
             sys.exit("error: greedy speculation is not greedy")
-        share = float(acceptance.accepted.sum() / acceptance.guessed.sum())
+        share = float(acceptance.num_accepted_tokens.sum() / acceptance.num_draft_tokens.sum())
         table.add_row(
             f"speculative, guesses of {name}: {share:.0%} kept / plain",
             f"{options.new / timer.least:,.0f}",

@@ -36,7 +36,7 @@ from rlhf_jax.generation import generate
 
 Task = Callable[[], float]
 
-TINY = {"vocab_size": 1024, "width": 256, "num_layers": 4, "num_heads": 8, "hidden_dim": 688}
+TINY = {"vocab_size": 1024, "width": 256, "num_layers": 4, "num_heads": 8, "intermediate_size": 688}
 """A Llama of 3.4M parameters."""
 
 
@@ -103,7 +103,7 @@ def sizes_of(config: models.ModelConfig) -> dict[str, Any]:
     return {
         "vocab_size": config.vocab_size,
         "width": config.width,
-        "hidden_dim": feed_forward.hidden_dim,
+        "intermediate_size": feed_forward.intermediate_size,
         "num_layers": config.num_layers,
         "num_heads": attention.num_heads,
         "num_kv_heads": attention.num_kv_heads,

@@ -27,7 +27,7 @@ def transformers_tasks(sizes: dict[str, Any]) -> dict[str, Task]:
     config = transformers.LlamaConfig(
         vocab_size=sizes["vocab_size"],
         hidden_size=sizes["width"],
-        intermediate_size=sizes["hidden_dim"],
+        intermediate_size=sizes["intermediate_size"],
         num_hidden_layers=sizes["num_layers"],
         num_attention_heads=sizes["num_heads"],
         num_key_value_heads=sizes["num_kv_heads"],
@@ -79,7 +79,7 @@ def tunix_tasks(sizes: dict[str, Any]) -> dict[str, Task]:
     from tunix.models.llama3 import model as llama
     from tunix.sft import peft_trainer
 
-    names = ("vocab_size", "num_layers", "hidden_dim", "num_heads", "num_kv_heads")
+    names = ("vocab_size", "num_layers", "intermediate_size", "num_heads", "num_kv_heads")
     config = llama.ModelConfig(
         **{name: sizes[name] for name in names},
         embed_dim=sizes["width"],

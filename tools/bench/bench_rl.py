@@ -31,7 +31,7 @@ from rlhf_jax.distributed.runtime import choose_threads, compiler_options
 from rlhf_jax.rl.algorithms import dqn, ppo
 from rlhf_jax.rl.envs import environments
 from rlhf_jax.rl.loops.replay import Batch
-from rlhf_jax.rl.loops.runs import Run, advance
+from rlhf_jax.rl.loops.runs import Run, run_updates
 from rlhf_jax.rl.networks.networks import MLP
 
 Row = Literal["ppo", "dqn", "peer"]
@@ -66,7 +66,7 @@ def measure(run: Run, hyper: Any, count: int, repeats: int) -> tuple[float, floa
     """(seconds to compile, environment steps per second) of `count` whole runs side by side."""
 
     def whole(key: jax.Array) -> Any:
-        return advance(run, run.init(key, hyper), hyper, updates=run.updates)
+        return run_updates(run, run.init(key, hyper), hyper, updates=run.updates)
 
     keys = jax.random.split(jax.random.key(0), count)
     began = time.perf_counter()
@@ -163,7 +163,9 @@ def main(bench: Bench) -> None:
         config = dqn.Config(run=run_config)
         rates = compare_agents("DQN", config, bench, env, env_params)
         small = dataclasses.replace(run_config, batch_size=16)
-        compare_agents("small DQN", dqn.Config(run=small, body=MLP((16,), nn.relu)), bench, env, env_params)
+        compare_agents(
+            "small DQN", dqn.Config(run=small, encoder=MLP((16,), nn.relu)), bench, env, env_params
+        )
         flops, peak = training_flops(config, env), matmul_flops_per_second()
         shares = (rate / run_config.steps_per_training * flops / peak for rate in rates)
         print(

@@ -19,8 +19,8 @@ from rlhf_jax import models
 from rlhf_jax.algorithms import grpo_variants
 from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.distributed.runtime import choose_threads, compiler_options
-from rlhf_jax.jitted.methods import group_method
-from rlhf_jax.jitted.train import Start, World, make_train
+from rlhf_jax.jitted.algorithms import grpo_algorithm
+from rlhf_jax.jitted.train import SeedState, TaskSetup, make_train
 from rlhf_jax.tasks.style import style_task
 
 
@@ -41,7 +41,7 @@ class Bench:
     repeats: int = 2
 
 
-def make_world(width: int) -> World:
+def make_task_setup(width: int) -> TaskSetup:
     """The style task with its model."""
     task = style_task(demonstrations=64)
     config = models.dense_config(
@@ -50,20 +50,20 @@ def make_world(width: int) -> World:
         num_layers=2,
         num_heads=4,
         num_kv_heads=4,
-        tied_embeddings=True,
+        tie_word_embeddings=True,
     )
     policy = models.make_policy(config, None, task.tokenizer)
-    return World(task, policy, prompts=16, samples=4)
+    return TaskSetup(task, policy, num_prompts=16, num_samples=4)
 
 
-def measure(world: World, count: int, bench: Bench) -> tuple[float, float, float]:
+def measure(task_setup: TaskSetup, count: int, bench: Bench) -> tuple[float, float, float]:
     """(seconds to compile, seconds of all runs together, tokens they sampled)."""
-    member = grpo_variants.grpo(group_size=world.samples)
-    train = make_train(world, group_method(world, member, OptimizerConfig()), steps=bench.steps)
+    member = grpo_variants.grpo(group_size=task_setup.num_samples)
+    train = make_train(task_setup, grpo_algorithm(task_setup, member, OptimizerConfig()), steps=bench.steps)
     hyper = jax.tree.map(jnp.float32, member.hyper)
 
-    def start(key: jax.Array) -> Start:
-        return Start(key, models.init_params(world.policy.architecture, key))
+    def start(key: jax.Array) -> SeedState:
+        return SeedState(key, models.init_params(task_setup.policy.architecture, key))
 
     starts = jax.vmap(start)(jax.random.split(jax.random.key(0), count))
     runs: Any = jax.jit(jax.vmap(train, (0, None)))
@@ -81,12 +81,12 @@ def measure(world: World, count: int, bench: Bench) -> tuple[float, float, float
 def main(bench: Bench) -> None:
     """Prints one table."""
     choose_threads(side_by_side=True)
-    world, first = make_world(bench.width), None
+    task_setup, first = make_task_setup(bench.width), None
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}\n")
     print("| runs | compile (s) | all runs (s) | sampled tokens / s | against the first |")
     print("|---|---|---|---|---|")
     for count in bench.counts:
-        compile_seconds, seconds, tokens = measure(world, count, bench)
+        compile_seconds, seconds, tokens = measure(task_setup, count, bench)
         rate = tokens / seconds
         first = first or rate
         print(

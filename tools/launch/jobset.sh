@@ -12,7 +12,7 @@ hosts=()
 if [ "$PODS" -gt 1 ]; then
     # Pod 0 of job 0, by the name that the JobSet's headless service has for it.
     first="$JOBSET_NAME-$REPLICATED_JOB_NAME-0-0.$JOBSET_NAME"
-    hosts=(--hosts "$first:${PORT:-8476},$PODS,$JOB_COMPLETION_INDEX")
+    hosts=(--coordinator "$first:${PORT:-8476},$PODS,$JOB_COMPLETION_INDEX")
 fi
 
 # exec: the signal must reach the stage and not a shell.

@@ -24,7 +24,7 @@ fi
 
 # One process a node, which drives all its devices; they find each other through SLURM's variables.
 hosts=()
-if [ "${SLURM_NNODES:-1}" -gt 1 ]; then hosts=(--hosts auto); fi
+if [ "${SLURM_NNODES:-1}" -gt 1 ]; then hosts=(--coordinator auto); fi
 
 # A process that is lost must not have the others killed before they have saved.
 srun --kill-on-bad-exit=0 --wait=0 rlhf "$@" ${hosts[@]+"${hosts[@]}"} --resume auto

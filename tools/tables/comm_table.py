@@ -53,7 +53,7 @@ def model_config(options: Options, *, experts: bool) -> models.ModelConfig:
         width=options.width,
         num_layers=options.layers,
         num_heads=4,
-        hidden_dim=4 * options.width,
+        intermediate_size=4 * options.width,
         scan_layers=True,
     )
     if not experts:

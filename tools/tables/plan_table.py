@@ -24,7 +24,7 @@ from rlhf_jax import distributed
 from rlhf_jax.core.axes import GATHERED_SAMPLING, axis_rules
 from rlhf_jax.distributed.accelerator_specs import CHIPS, roofline
 from rlhf_jax.models import Preset, preset_config
-from rlhf_jax.planning.analytic import plan_by_formula
+from rlhf_jax.planning.analytic import analytic_plan
 from rlhf_jax.planning.compiled import Algorithm, Plan, Workload
 
 # What a column is called: its topology, for the compiler, its chip, and how many of them.
@@ -113,7 +113,7 @@ def predicted_by_formula(options: Options, cell: Cell) -> Plan:
     config = preset_config(cell.model, scan_layers=True, remat="full", compute_dtype="bfloat16")
     rows, sizes = options.rows_a_chip * chips, (options.length, options.new_tokens)
     with axis_rules(GATHERED_SAMPLING if cell.gathered else {}):
-        return plan_by_formula(
+        return analytic_plan(
             Workload(cell.algorithm, config, rows, *sizes),
             distributed.abstract_mesh(mesh_of(cell.model, chips)),
         )

@@ -33,13 +33,13 @@ class Options:
       out: the figure; its ending says the format.
       seeds: lines behind each mean.
       steps: environment steps of each run.
-      reports: points of each line.
+      num_logs: points of each line.
     """
 
     out: pathlib.Path = pathlib.Path("overestimation.svg")
     seeds: int = 8
     steps: int = 20_000
-    reports: int = 20
+    num_logs: int = 20
 
 
 @pytree_dataclass
@@ -94,7 +94,7 @@ def curves(options: Options, *, double: bool) -> tuple[Array, Array]:
             capacity=2000,
             train_every=4,
             batch_size=32,
-            reports=options.reports,
+            num_logs=options.num_logs,
         ),
         double=double,
     )
@@ -108,7 +108,7 @@ def curves(options: Options, *, double: bool) -> tuple[Array, Array]:
             values = network.apply({"params": state.agent.learner.params}, places)
             return state, (state.steps, jnp.mean(jnp.max(jnp.asarray(values), axis=-1)))
 
-        return jax.lax.scan(step, run.init(key, hyper), length=options.reports)[1]
+        return jax.lax.scan(step, run.init(key, hyper), length=options.num_logs)[1]
 
     keys = jax.random.split(jax.random.key(0), options.seeds)
     steps, values = jax.jit(jax.vmap(whole), compiler_options=compiler_options())(keys)

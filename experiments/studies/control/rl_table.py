@@ -27,7 +27,7 @@ from rlhf_jax.metrics.pages import PLAN, SUMMARY, held_summary, made
 from rlhf_jax.metrics.progress import final_table
 from rlhf_jax.rl.envs import environments
 from rlhf_jax.rl.envs.evaluation import evaluate
-from rlhf_jax.rl.loops.runs import Train, whole
+from rlhf_jax.rl.loops.runs import Train, make_train_fn
 from rlhf_jax.stages import common, rl_agents, rl_rows
 from rlhf_jax.stages.rl_rows import Row
 from rlhf_jax.sweep import product, sweep
@@ -84,7 +84,7 @@ def make_train(row: Row, steps: int, eval_episodes: int) -> tuple[Train, Any]:
 
     def train(key: jax.Array, hyper: Any) -> tuple[Any, Metrics]:
         run_key, *keys = jax.random.split(key, 3)
-        state, history = whole(course)(run_key, hyper)
+        state, history = make_train_fn(course)(run_key, hyper)
         for name, test_key in zip(("evaluation_return", "evaluation_return_sampled"), keys, strict=True):
             returns, _ = evaluate(
                 course,

@@ -28,10 +28,10 @@ from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Float, Int
 from rlhf_jax.distributed.runtime import compiler_options
 from rlhf_jax.evaluation import pass_at_k
-from rlhf_jax.jitted import reward_models as whole_rewards
-from rlhf_jax.jitted.methods import ppo_method
+from rlhf_jax.jitted import reward_models as reward_models
+from rlhf_jax.jitted.algorithms import ppo_algorithm
 from rlhf_jax.jitted.reward_models import JudgedPairs, RewardModel
-from rlhf_jax.jitted.train import RewardFn, Start, World, make_watched_train
+from rlhf_jax.jitted.train import RewardFn, SeedState, TaskSetup, make_train_with_eval
 from rlhf_jax.metrics.pages import PLAN, held_summary
 from rlhf_jax.models import Policy
 from rlhf_jax.rewards import ensembles
@@ -59,7 +59,7 @@ class Options:
       base_steps: supervised steps before everything, of policies and of the bodies of reward models.
       reward_steps: of a reward model, 32 pairs each.
       reward_learning_rate: at its peak, as the others.
-      pool: answers to each held-out prompt for best-of-n.
+      num_samples: answers to each held-out prompt for best-of-n.
       prompts: held-out prompts at most.
       ppo_steps: of 64 answers each.
       ppo_learning_rate: of policy and value.
@@ -67,7 +67,7 @@ class Options:
       dpo_steps: of 32 pairs each.
       dpo_learning_rate: of the policy.
       beta: of DPO.
-      looks: times that a policy is looked at while it trains.
+      num_evals: times that a policy is looked at while it trains.
       chunk: runs at once, in one program.
       quiet: show no progress.
     """
@@ -85,7 +85,7 @@ class Options:
     base_steps: int = 1200
     reward_steps: int = 600
     reward_learning_rate: float = 3e-3
-    pool: int = 128
+    num_samples: int = 128
     prompts: int = 64
     ppo_steps: int = 64
     ppo_learning_rate: float = 1e-3
@@ -93,7 +93,7 @@ class Options:
     dpo_steps: int = 240
     dpo_learning_rate: float = 1e-3
     beta: float = 0.1
-    looks: int = 16
+    num_evals: int = 16
     chunk: int = 4
     quiet: bool = False
 
@@ -107,7 +107,7 @@ class Seed:
       pairs: preferences; None where a reward model is all that is needed.
     """
 
-    start: Start
+    start: SeedState
     models: RewardModel
     pairs: JudgedPairs | None = None
 
@@ -153,12 +153,12 @@ def style_row() -> post_training_rows.TaskRow:
     return next(row for row in post_training_rows.TASKS if row.name == "style")
 
 
-def make_starts(options: Options, width: int, out: Path) -> tuple[World, Start]:
+def make_starts(options: Options, width: int, out: Path) -> tuple[TaskSetup, SeedState]:
     """The world of a width, and each seed's policy after supervised training."""
     row = style_row()
     same = post_training.Options(out=out / "base" / str(width), width=width, base_steps=options.base_steps)
-    world = dataclasses.replace(post_training.make_world(row, same), heldout=options.prompts)
-    return world, post_training.make_starts(row, world, same, np.arange(options.seeds))
+    task_setup = dataclasses.replace(post_training.make_task_setup(row, same), heldout=options.prompts)
+    return task_setup, post_training.make_starts(row, task_setup, same, np.arange(options.seeds))
 
 
 def on_seeds(path: Path, function: Callable[..., Any], *trees: Any) -> Any:
@@ -169,15 +169,15 @@ def on_seeds(path: Path, function: Callable[..., Any], *trees: Any) -> Any:
 
 
 def judged_pairs(
-    options: Options, path: Path, world: World, starts: Start
+    options: Options, path: Path, task_setup: TaskSetup, starts: SeedState
 ) -> tuple[JudgedPairs, JudgedPairs]:
     """Preferences to learn from, and held-out ones, [seeds] each."""
 
-    def draw(start: Start) -> tuple[JudgedPairs, JudgedPairs]:
+    def draw(start: SeedState) -> tuple[JudgedPairs, JudgedPairs]:
         keys = jax.random.split(jax.random.fold_in(start.key, 2))
         counts = max(options.pairs), options.held_out_pairs
         first, second = (
-            whole_rewards.draw_pairs(world, start.params, key, count, noise=options.noise)
+            reward_models.draw_pairs(task_setup, start.params, key, count, noise=options.noise)
             for key, count in zip(keys, counts, strict=True)
         )
         return first, second
@@ -189,40 +189,42 @@ def train_rewards(
     options: Options,
     path: Path,
     policy: Policy,
-    starts: Start,
+    starts: SeedState,
     pairs: tuple[JudgedPairs, JudgedPairs],
     count: int,
     salt: int,
 ) -> tuple[RewardModel, dict[str, Array]]:
     """A reward model of each seed from the first `count` pairs, and what is known of it, [seeds]."""
     steps = options.reward_steps
-    train = whole_rewards.make_reward_train(
+    train = reward_models.make_reward_train(
         policy, post_training.schedule(steps), steps=steps, batch_size=32, every=steps // 20
     )
     hyper = reward.Hyper(learning_rate=options.reward_learning_rate)
 
-    def one_seed(start: Start, learned: JudgedPairs, held_out: JudgedPairs, count: Array, salt: Array) -> Any:
-        begin = whole_rewards.RewardStart(
+    def one_seed(
+        start: SeedState, learned: JudgedPairs, held_out: JudgedPairs, count: Array, salt: Array
+    ) -> Any:
+        begin = reward_models.RewardSeedState(
             jax.random.fold_in(start.key, salt), start.params, learned, held_out
         )
-        return train(begin, whole_rewards.RewardHyper(count, post_training.as_floats(hyper)))
+        return train(begin, reward_models.RewardHyper(count, post_training.as_floats(hyper)))
 
     numbers = (jnp.full(options.seeds, number) for number in (count, salt))  # traced: one program for all
     return on_seeds(path, one_seed, starts, *pairs, *numbers)
 
 
-def reward_models(options: Options, folder: Path, name: str, size: int, pairs: Any, out: Path) -> Proxy:
+def train_reward_models(options: Options, folder: Path, name: str, size: int, pairs: Any, out: Path) -> Proxy:
     """Reward models of one size, of each amount of data or as members of an ensemble."""
-    own_world, own = make_starts(options, size, out)
+    own_setup, own = make_starts(options, size, out)
     middle = options.pairs[len(options.pairs) // 2]
     counts = [middle] * options.members if name == "ensemble" else options.pairs
     found = []
     for number, count in enumerate(counts):
         salt = number + (200 if name == "ensemble" else 100)
         path = folder / f"{name}-{number}.npz"
-        found.append(train_rewards(options, path, own_world.policy, own, pairs, count, salt)[0])
+        found.append(train_rewards(options, path, own_setup.policy, own, pairs, count, salt)[0])
     together = jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *found)
-    return Proxy(name, own_world.policy, together)
+    return Proxy(name, own_setup.policy, together)
 
 
 # Best of n ---------------------------------------------------------------------------------------------
@@ -236,27 +238,29 @@ def combined(options: Options, scores: Float[Array, "N *B"]) -> Float[Array, "R 
     )
 
 
-def best_of_n(options: Options, path: Path, world: World, starts: Start, proxy: Proxy) -> dict[str, Array]:
+def best_of_n(
+    options: Options, path: Path, task_setup: TaskSetup, starts: SeedState, proxy: Proxy
+) -> dict[str, Array]:
     """Gold and proxy reward of best-of-n for every n, from one pool of answers a prompt.
 
     Returns:
       `gold` and `proxy`, [seeds, amounts or rules, pool], and `deviation`, the standard deviation of gold
       reward over all answers, [seeds]. The pool is the same for all reward models.
     """
-    prompts = jax.tree.map(lambda leaf: jnp.asarray(leaf[: options.prompts]), world.task.heldout)
+    prompts = jax.tree.map(lambda leaf: jnp.asarray(leaf[: options.prompts]), task_setup.task.heldout)
 
-    def one_seed(start: Start, several: RewardModel) -> dict[str, Array]:
+    def one_seed(start: SeedState, several: RewardModel) -> dict[str, Array]:
         def one_prompt(item: tuple[Prompts, Array]) -> dict[str, Array]:
             row, number = item
-            row = jax.tree.map(lambda x: jnp.repeat(x[None], options.pool, axis=0), row)
-            rollout = world.answer(start.params, row, jax.random.fold_in(start.key, 1000 + number))
+            row = jax.tree.map(lambda x: jnp.repeat(x[None], options.num_samples, axis=0), row)
+            rollout = task_setup.answer(start.params, row, jax.random.fold_in(start.key, 1000 + number))
 
             def score(model: RewardModel) -> Float[Array, " B"]:
-                return whole_rewards.score_sequences(proxy.policy, model, rollout.sequences)
+                return reward_models.score_sequences(proxy.policy, model, rollout.sequences)
 
             scores = jax.vmap(score)(several)
             scores = combined(options, scores) if proxy.is_ensemble else scores
-            gold = world.gold(rollout, row)
+            gold = task_setup.gold(rollout, row)
             return {
                 "gold": pass_at_k.best_of_n_value(scores, jnp.broadcast_to(gold, scores.shape)),
                 "proxy": pass_at_k.best_of_n_value(scores, scores),
@@ -273,50 +277,50 @@ def best_of_n(options: Options, path: Path, world: World, starts: Start, proxy: 
 # Policies against reward models ------------------------------------------------------------------------
 
 
-def watched(
+def with_eval(
     options: Options,
-    world: World,
+    task_setup: TaskSetup,
     steps: int,
-    method_fn: Callable[[World, Seed, Setting], tuple[Any, Any]],
+    method_fn: Callable[[TaskSetup, Seed, Setting], tuple[Any, Any]],
     reward_fn: Callable[[Seed, Setting], RewardFn],
 ) -> Callable[[Seed, Setting], Any]:
     """`train(seed, setting)` whose world is made inside, around the reward models of its seed."""
 
     def train(seed: Seed, setting: Setting) -> Any:
-        learned = dataclasses.replace(world, reward_fn=reward_fn(seed, setting))
+        learned = dataclasses.replace(task_setup, reward_fn=reward_fn(seed, setting))
         method, hyper = method_fn(learned, seed, setting)
-        run = make_watched_train(learned, method, steps=steps, every=steps // options.looks)
+        run = make_train_with_eval(learned, method, steps=steps, eval_every=steps // options.num_evals)
         return run(seed.start, hyper)
 
     return train
 
 
-def ppo_fn(options: Options) -> Callable[[World, Seed, Setting], tuple[Any, Any]]:
-    """PPO as `watched` takes it."""
+def ppo_fn(options: Options) -> Callable[[TaskSetup, Seed, Setting], tuple[Any, Any]]:
+    """PPO as `with_eval` takes it."""
 
-    def make(world: World, seed: Seed, setting: Setting) -> tuple[Any, Any]:
+    def make(task_setup: TaskSetup, seed: Seed, setting: Setting) -> tuple[Any, Any]:
         del seed, setting
         config = ppo.Config(num_ppo_epochs=1, num_minibatches=1)
         # An answer that does not end is the reward model's to judge, as all others.
         hyper = ppo.Hyper(
             learning_rate=options.ppo_learning_rate, kl_coef=options.kl_coef, missing_eos_penalty=0.0
         )
-        method = ppo_method(world, config, post_training.schedule(options.ppo_steps))
+        method = ppo_algorithm(task_setup, config, post_training.schedule(options.ppo_steps))
         return method, post_training.as_floats(hyper)
 
     return make
 
 
-def dpo_fn(options: Options) -> Callable[[World, Seed, Setting], tuple[Any, Any]]:
-    """DPO on the noisy preferences as `watched` takes it."""
+def dpo_fn(options: Options) -> Callable[[TaskSetup, Seed, Setting], tuple[Any, Any]]:
+    """DPO on the noisy preferences as `with_eval` takes it."""
 
-    def make(world: World, seed: Seed, setting: Setting) -> tuple[Any, Any]:
+    def make(task_setup: TaskSetup, seed: Seed, setting: Setting) -> tuple[Any, Any]:
         count = jnp.asarray(options.pairs)[setting.which]
         hyper = preference.Hyper(learning_rate=options.dpo_learning_rate, beta=options.beta)
         optimizer = post_training.schedule(options.dpo_steps)
         assert seed.pairs is not None
-        method = whole_rewards.stored_pairs_method(
-            world, preference.Config(), optimizer, seed.pairs, count=count
+        method = reward_models.stored_pairs_algorithm(
+            task_setup, preference.Config(), optimizer, seed.pairs, count=count
         )
         return method, post_training.as_floats(hyper)
 
@@ -329,12 +333,12 @@ def reward_fn_of(options: Options, proxy: Proxy) -> Callable[[Seed, Setting], Re
     def make(seed: Seed, setting: Setting) -> RewardFn:
         if not proxy.is_ensemble:
             model = jax.tree.map(lambda x: x[setting.which], seed.models)
-            return whole_rewards.learned_reward_fn(proxy.policy, model)
+            return reward_models.learned_reward_fn(proxy.policy, model)
 
         def combine(scores: Float[Array, "N B"]) -> Float[Array, " B"]:
             return combined(options, scores)[setting.rule]
 
-        return whole_rewards.ensemble_reward_fn(proxy.policy, seed.models, combine)
+        return reward_models.ensemble_reward_fn(proxy.policy, seed.models, combine)
 
     return make
 
@@ -361,15 +365,17 @@ def check(options: Options) -> Path:
     """
     if options.out is None:
         raise UserError("--out is missing: name the folder of the study")
-    for name in ("seeds", "members", "looks", "chunk", "pool", "reward_steps"):
-        least = {"members": 2, "reward_steps": 20, "pool": 4}.get(name, 1)
+    for name in ("seeds", "members", "num_evals", "chunk", "num_samples", "reward_steps"):
+        least = {"members": 2, "reward_steps": 20, "num_samples": 4}.get(name, 1)
         if getattr(options, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least {least}")
     if not options.sizes or not options.pairs or sorted(options.pairs) != list(options.pairs):
         raise UserError("--sizes and --pairs: name at least one of each, the least amount of pairs first")
     common.check_divides("20 looks at held-out pairs,", 20, "--reward-steps", options.reward_steps)
     for name in ("ppo_steps", "dpo_steps"):
-        common.check_divides("--looks", options.looks, f"--{name.replace('_', '-')}", getattr(options, name))
+        common.check_divides(
+            "--num-evals", options.num_evals, f"--{name.replace('_', '-')}", getattr(options, name)
+        )
     for count in (max(options.pairs), options.held_out_pairs):
         if count > 256 and count % 256:
             raise UserError(f"{count} pairs: the largest amount and the held-out one are multiples of 256")
@@ -395,21 +401,25 @@ def run(options: Options) -> None:
 
 def stages(options: Options, out: Path) -> Iterator[str]:
     """The study part by part, the largest reward models first; names what is done."""
-    world, starts = make_starts(options, options.width, out)
-    pairs = judged_pairs(options, out / "pairs.npz", world, starts)
+    task_setup, starts = make_starts(options, options.width, out)
+    pairs = judged_pairs(options, out / "pairs.npz", task_setup, starts)
     largest, *others = reversed(options.sizes)
     for name, size in [(str(largest), largest), ("ensemble", largest), *((str(x), x) for x in others)]:
-        proxy = reward_models(options, out / "rewards", name, size, pairs, out)
+        proxy = train_reward_models(options, out / "rewards", name, size, pairs, out)
         yield f"reward models, {name}"
-        best_of_n(options, out / "best_of_n" / f"{name}.npz", world, starts, proxy)
+        best_of_n(options, out / "best_of_n" / f"{name}.npz", task_setup, starts, proxy)
         yield f"best-of-n, {name}"
         rules, amounts = range(len(overoptimization_page.RULES)), range(len(options.pairs))
         axis = {"rule": rules} if proxy.is_ensemble else {"which": amounts}
-        train = watched(options, world, options.ppo_steps, ppo_fn(options), reward_fn_of(options, proxy))
+        train = with_eval(
+            options, task_setup, options.ppo_steps, ppo_fn(options), reward_fn_of(options, proxy)
+        )
         sweep_policies(options, train, Seed(starts, proxy.models), settings(**axis), out / "ppo" / name)
         yield f"PPO, {name}"
         if size == largest and not proxy.is_ensemble:
-            train = watched(options, world, options.dpo_steps, dpo_fn(options), reward_fn_of(options, proxy))
+            train = with_eval(
+                options, task_setup, options.dpo_steps, dpo_fn(options), reward_fn_of(options, proxy)
+            )
             seeds = Seed(starts, proxy.models, pairs[0])
             sweep_policies(options, train, seeds, settings(**axis), out / "dpo")
             yield "DPO"

@@ -27,7 +27,7 @@ from rlhf_jax.metrics.pages import PLAN, SUMMARY, held_summary, kept_remarks, ma
 from rlhf_jax.rl.algorithms import dyna, feudal, options as rl_options
 from rlhf_jax.rl.envs import environments, mazes
 from rlhf_jax.rl.envs.evaluation import evaluate
-from rlhf_jax.rl.loops.runs import whole
+from rlhf_jax.rl.loops.runs import make_train_fn
 from rlhf_jax.rl.tabular.steps import whole_episodes
 from rlhf_jax.stages import common, rl_agents
 from rlhf_jax.sweep import product, sweep
@@ -94,7 +94,7 @@ def run_dyna(options: Options) -> dict[str, dict[str, np.ndarray]]:
     described = {"episodes": options.episodes, "planning_steps": PLANNING_STEPS}
     hypers = product(dyna.Hyper(), planning_steps=PLANNING_STEPS)
     uniform = cell("dyna", dyna.make_train(config, maze), hypers, options.seeds, options, **described)
-    train = dyna.make_train(config, maze, dyna.prioritised_sweeping)
+    train = dyna.make_train(config, maze, dyna.prioritized_sweeping)
     described["planning_steps"] = (5,)
     sweeping = cell("sweeping", train, product(dyna.Hyper()), options.seeds, options, **described)
     found = {
@@ -112,13 +112,13 @@ def run_control(options: Options) -> dict[str, dict[str, np.ndarray]]:
     env, env_params = environments.make(ENVIRONMENT)
     found = {}
     for algo, (steps, reports) in CONTROL.items():
-        changes = (f"run.reports={reports}",)
+        changes = (f"run.num_logs={reports}",)
         agent = rl_agents.make_agent(algo, env, steps, changes)
         course = agent.run(env, env_params)
 
         def train(key: PRNGKeyArray, hyper: Any, course: Any = course) -> tuple[Any, Metrics]:
             run_key, test_key = jax.random.split(key)
-            state, history = whole(course)(run_key, hyper)
+            state, history = make_train_fn(course)(run_key, hyper)
             returns, _ = evaluate(
                 course,
                 state,
@@ -165,7 +165,7 @@ def hierarchies(episodes: int) -> dict[str, tuple[Any, Any]]:
     for name, (chosen, rule) in rules.items():
         steps = [rl_options.make_step(config, place, chosen, rule) for place in places]
 
-        def init(key: PRNGKeyArray, hyper: Any, chosen: rl_options.Options = chosen) -> Any:
+        def init(key: PRNGKeyArray, hyper: Any, chosen: rl_options.OptionSet = chosen) -> Any:
             return rl_options.init(places[0], chosen, key, hyper)
 
         found[name] = (moving(steps, init), rl_options.Hyper(gamma=GAMMA))

@@ -30,7 +30,7 @@ def four_rooms() -> list[dynamic_programming.DecisionProcess]:
     return [first, mazes.with_goal(first, MOVED_GOAL)]
 
 
-def option_sets() -> dict[str, rl_options.Options]:
+def option_sets() -> dict[str, rl_options.OptionSet]:
     """What may be chosen among."""
     hallway = rl_options.hallway_options(mazes.FOUR_ROOMS, slip=SLIP, gamma=GAMMA)
     actions = rl_options.primitive_options(four_rooms()[0])

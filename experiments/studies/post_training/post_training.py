@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import post_training_page
 import post_training_rows
-from post_training_rows import Algorithm, TaskRow
+from post_training_rows import AlgorithmRow, TaskRow
 
 from rlhf_jax import models
 from rlhf_jax.algorithms import sft
@@ -34,8 +34,8 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.core.trees import map_named, named_leaves
 from rlhf_jax.distributed.runtime import compiler_options
-from rlhf_jax.jitted.methods import supervised_method
-from rlhf_jax.jitted.train import Start, World, make_train
+from rlhf_jax.jitted.algorithms import supervised_algorithm
+from rlhf_jax.jitted.train import SeedState, TaskSetup, make_train
 from rlhf_jax.metrics.pages import PLAN, SUMMARY, held_summary, made
 from rlhf_jax.metrics.progress import final_table
 from rlhf_jax.stages import common
@@ -99,7 +99,7 @@ def chosen(name: str, patterns: tuple[str, ...], rows: Sequence[Any]) -> list[An
 # Policies to start from ------------------------------------------------------------------------------
 
 
-def make_world(row: TaskRow, options: Options) -> World:
+def make_task_setup(row: TaskRow, options: Options) -> TaskSetup:
     """The task of a row with its model."""
     task = row.make()
     config = models.dense_config(
@@ -108,10 +108,12 @@ def make_world(row: TaskRow, options: Options) -> World:
         num_layers=options.layers or row.layers,
         num_heads=4,
         num_kv_heads=4,
-        tied_embeddings=True,
+        tie_word_embeddings=True,
     )
     policy = models.make_policy(config, None, task.tokenizer)
-    return World(task, policy, prompts=64 // post_training_rows.GROUP, samples=post_training_rows.GROUP)
+    return TaskSetup(
+        task, policy, num_prompts=64 // post_training_rows.GROUP, num_samples=post_training_rows.GROUP
+    )
 
 
 def schedule(steps: int) -> OptimizerConfig:
@@ -121,22 +123,22 @@ def schedule(steps: int) -> OptimizerConfig:
     )
 
 
-def make_starts(row: TaskRow, world: World, options: Options, seeds: np.ndarray) -> Start:
+def make_starts(row: TaskRow, task_setup: TaskSetup, options: Options, seeds: np.ndarray) -> SeedState:
     """Each seed's policy after supervised training, [seeds]; kept in the folder of the task."""
     steps = options.base_steps or row.base_steps
     keys = jax.vmap(jax.random.key)(seeds.astype(np.uint32))
     assert options.out is not None
     path = options.out / row.name / f"base-{seeds[0]}-{len(seeds)}-{steps}.npz"
-    method = supervised_method(world, sft.Config(), schedule(steps))
-    train = make_train(world, method, steps=steps)
+    method = supervised_algorithm(task_setup, sft.Config(), schedule(steps))
+    train = make_train(task_setup, method, steps=steps)
 
     def begin(key: jax.Array) -> Any:
-        start = Start(key, models.init_params(world.policy.architecture, jax.random.fold_in(key, 1)))
+        start = SeedState(key, models.init_params(task_setup.policy.architecture, jax.random.fold_in(key, 1)))
         agent, history = train(start, sft.Hyper(learning_rate=row.base_learning_rate))
         return agent.learner.params, history
 
     def shape_of(key: jax.Array) -> Any:
-        return models.init_params(world.policy.architecture, key)
+        return models.init_params(task_setup.policy.architecture, key)
 
     def trained() -> Any:
         params, history = jax.jit(jax.vmap(begin), compiler_options=compiler_options())(keys)
@@ -144,7 +146,7 @@ def make_starts(row: TaskRow, world: World, options: Options, seeds: np.ndarray)
         files.write_json(path.with_suffix(".json"), {"seeds": len(seeds), **scores})
         return params
 
-    return Start(keys, kept(path, trained, jax.eval_shape(jax.vmap(shape_of), keys)))
+    return SeedState(keys, kept(path, trained, jax.eval_shape(jax.vmap(shape_of), keys)))
 
 
 def kept(path: Path, make: Callable[[], Any], like: Any) -> Any:
@@ -169,12 +171,12 @@ def kept(path: Path, make: Callable[[], Any], like: Any) -> Any:
 # Cells -----------------------------------------------------------------------------------------------
 
 
-def steps_of(row: TaskRow, algorithm: Algorithm, options: Options) -> int:
+def steps_of(row: TaskRow, algorithm: AlgorithmRow, options: Options) -> int:
     """Steps in which an algorithm samples as much as the others."""
     return max(round((options.steps or row.steps) / algorithm.cost), 1)
 
 
-def plan(row: TaskRow, algorithm: Algorithm, options: Options) -> dict[str, Any]:
+def plan(row: TaskRow, algorithm: AlgorithmRow, options: Options) -> dict[str, Any]:
     """What decides a cell's numbers, as JSON."""
     hyper = {name: float(leaf) for name, leaf in named_leaves(algorithm.hyper).items()}
     return {
@@ -192,9 +194,9 @@ def plan(row: TaskRow, algorithm: Algorithm, options: Options) -> dict[str, Any]
 
 def run_cell(
     row: TaskRow,
-    algorithm: Algorithm,
-    world: World,
-    starts_fn: Callable[[np.ndarray], Start],
+    algorithm: AlgorithmRow,
+    task_setup: TaskSetup,
+    starts_fn: Callable[[np.ndarray], SeedState],
     options: Options,
     folder: Path,
 ) -> bool:
@@ -206,7 +208,7 @@ def run_cell(
     files.write_json(folder / PLAN, planned)
     describe_run(folder, common.to_json(options), stage="table", cell=f"{row.name}/{algorithm.name}")
     steps = planned["steps"]
-    train = make_train(world, algorithm.make(world, schedule(steps)), steps=steps)
+    train = make_train(task_setup, algorithm.make(task_setup, schedule(steps)), steps=steps)
     common_options: dict[str, Any] = {"chunk_size": options.chunk, "quiet": options.quiet}
     began = time.perf_counter()
 
@@ -286,20 +288,20 @@ def run(options: Options) -> None:
     if not options.list:
         files.hold(options.out)
     for row in [] if options.list else rows:
-        world, held = make_world(row, options), {}
+        task_setup, held = make_task_setup(row, options), {}
 
         def starts_fn(
-            seeds: np.ndarray, row: TaskRow = row, world: World = world, held: dict = held
-        ) -> Start:
+            seeds: np.ndarray, row: TaskRow = row, task_setup: TaskSetup = task_setup, held: dict = held
+        ) -> SeedState:
             if seeds[0] not in held:
-                held[seeds[0]] = make_starts(row, world, options, seeds)
+                held[seeds[0]] = make_starts(row, task_setup, options, seeds)
             return held[seeds[0]]
 
         for number, algorithm in enumerate(algorithms, 1):
             if not options.quiet:
                 print(f"{row.name} [{number}/{len(algorithms)}] {algorithm.name}", flush=True)
             folder = options.out / row.name / algorithm.name
-            if run_cell(row, algorithm, world, starts_fn, options, folder):
+            if run_cell(row, algorithm, task_setup, starts_fn, options, folder):
                 post_training_page.write(page, summaries(options.out), start_scores(options.out))
     done = summaries(options.out)
     if not options.list:

@@ -145,7 +145,7 @@ def draw(path: Path, done: Summaries) -> None:
 
     tasks = [row.name for row in post_training_rows.TASKS if any(task == row.name for task, _ in done)]
     figure = Figure(figsize=(6.0 * len(tasks) + 2.6, 5.0), layout="constrained")
-    shown: dict[int, post_training_rows.Algorithm] = {}
+    shown: dict[int, post_training_rows.AlgorithmRow] = {}
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False).reshape(-1), tasks, strict=True):
         for number, algorithm in enumerate(post_training_rows.ALGORITHMS, 1):
             summary = done.get((task, algorithm.name))
@@ -171,7 +171,7 @@ def draw(path: Path, done: Summaries) -> None:
         figure.savefig(local, dpi=100)
 
 
-def _colour(algorithm: post_training_rows.Algorithm) -> str:
+def _colour(algorithm: post_training_rows.AlgorithmRow) -> str:
     return f"C{post_training_rows.FAMILIES.index(algorithm.family)}"
 
 

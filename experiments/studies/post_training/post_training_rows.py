@@ -9,12 +9,12 @@ from rlhf_jax import losses
 from rlhf_jax.algorithms import grpo_variants, nash_md, ppo, preference, sft, unpaired
 from rlhf_jax.algorithms.grpo_variants import VariantFn, make_variant, with_truncated_is
 from rlhf_jax.core.train_state import OptimizerConfig
-from rlhf_jax.jitted import methods
-from rlhf_jax.jitted.train import Method, World
+from rlhf_jax.jitted import algorithms
+from rlhf_jax.jitted.train import Algorithm, TaskSetup
 from rlhf_jax.tasks import arithmetic, base, calculator, countdown, style
 from rlhf_jax.tasks.base import Task
 
-__all__ = ["ALGORITHMS", "TASKS", "Algorithm", "TaskRow"]
+__all__ = ["ALGORITHMS", "TASKS", "AlgorithmRow", "TaskRow"]
 
 
 IMITATION, OFFLINE, ONLINE, POLICY_GRADIENT = FAMILIES = (
@@ -45,7 +45,7 @@ class TaskRow:
 
 
 @dataclasses.dataclass(frozen=True)
-class Algorithm:
+class AlgorithmRow:
     """A row of the table.
 
     Attributes:
@@ -57,7 +57,7 @@ class Algorithm:
     """
 
     name: str
-    make: Callable[[World, OptimizerConfig], Method]
+    make: Callable[[TaskSetup, OptimizerConfig], Algorithm]
     hyper: Any
     what: str
     family: str = POLICY_GRADIENT
@@ -107,136 +107,138 @@ LENGTH = 16
 """Of the longest completion, for Dr. GRPO."""
 
 
-def _group(make: VariantFn, *, one_step_off_policy: bool = False, **changes: Any) -> Callable[..., Method]:
-    def method(world: World, optimizer: OptimizerConfig) -> Method:
-        static = {"group_size": world.samples, **changes}
+def _group(make: VariantFn, *, one_step_off_policy: bool = False, **changes: Any) -> Callable[..., Algorithm]:
+    def method(task_setup: TaskSetup, optimizer: OptimizerConfig) -> Algorithm:
+        static = {"group_size": task_setup.num_samples, **changes}
         variant = make_variant(make, max_completion_length=LENGTH, **static)
         if one_step_off_policy:
             variant = with_truncated_is(variant)
         if static.get("num_iterations", 1) > 1:
             steps = optimizer.total_steps * static["num_iterations"]
             optimizer = dataclasses.replace(optimizer, total_steps=steps)
-        return methods.group_method(world, variant, optimizer, one_step_off_policy=one_step_off_policy)
+        return algorithms.grpo_algorithm(
+            task_setup, variant, optimizer, one_step_off_policy=one_step_off_policy
+        )
 
     return method
 
 
-def _variant(name: str, make: VariantFn, what: str, *, cost: float = 1.0, **changes: Any) -> Algorithm:
+def _variant(name: str, make: VariantFn, what: str, *, cost: float = 1.0, **changes: Any) -> AlgorithmRow:
     hyper = make_variant(make, max_completion_length=LENGTH, group_size=GROUP).hyper
-    return Algorithm(name, _group(make, **changes), hyper, what, cost=cost)
+    return AlgorithmRow(name, _group(make, **changes), hyper, what, cost=cost)
 
 
 # DAPO here is without its penalty on overlong answers, which these short tasks do not need.
 _dapo = functools.partial(grpo_variants.dapo, overlong_penalty_coef=0.0)
 
 
-def _pairs(loss_fn: preference.PairLossFn, source: methods.Source) -> Callable[..., Method]:
+def _pairs(loss_fn: preference.PairLossFn, source: algorithms.Source) -> Callable[..., Algorithm]:
     config = preference.Config(loss_fn=loss_fn)
     return functools.partial(_preference, config=config, source=source)
 
 
 def _preference(
-    world: World, optimizer: OptimizerConfig, *, config: preference.Config, source: methods.Source
-) -> Method:
-    return methods.preference_method(world, config, optimizer, source=source)
+    task_setup: TaskSetup, optimizer: OptimizerConfig, *, config: preference.Config, source: algorithms.Source
+) -> Algorithm:
+    return algorithms.preference_algorithm(task_setup, config, optimizer, source=source)
 
 
-def _unpaired(world: World, optimizer: OptimizerConfig, *, config: unpaired.Config) -> Method:
-    return methods.unpaired_method(world, config, optimizer, source="reference")
+def _unpaired(task_setup: TaskSetup, optimizer: OptimizerConfig, *, config: unpaired.Config) -> Algorithm:
+    return algorithms.unpaired_algorithm(task_setup, config, optimizer, source="reference")
 
 
-def _imitation(world: World, optimizer: OptimizerConfig, **options: Any) -> Method:
-    return methods.imitation_method(world, sft.Config(), optimizer, **options)
+def _imitation(task_setup: TaskSetup, optimizer: OptimizerConfig, **options: Any) -> Algorithm:
+    return algorithms.imitation_algorithm(task_setup, sft.Config(), optimizer, **options)
 
 
-def _ppo(world: World, optimizer: OptimizerConfig) -> Method:
+def _ppo(task_setup: TaskSetup, optimizer: OptimizerConfig) -> Algorithm:
     config = ppo.Config(num_ppo_epochs=1, num_minibatches=1)
-    return methods.ppo_method(world, config, optimizer)
+    return algorithms.ppo_algorithm(task_setup, config, optimizer)
 
 
 ALGORITHMS = (
-    Algorithm(
+    AlgorithmRow(
         "sft",
-        lambda world, optimizer: methods.supervised_method(world, sft.Config(), optimizer),
+        lambda task_setup, optimizer: algorithms.supervised_algorithm(task_setup, sft.Config(), optimizer),
         sft.Hyper(),
         "more supervised training on the demonstrations",
         IMITATION,
     ),
-    Algorithm(
+    AlgorithmRow(
         "best_of_n",
         functools.partial(_imitation, source="reference"),
         sft.Hyper(),
         "imitates the best of the reference's answers to each prompt",
         IMITATION,
     ),
-    Algorithm(
+    AlgorithmRow(
         "raft",
         functools.partial(_imitation, source="policy"),
         sft.Hyper(),
         "imitates the best of its own answers to each prompt",
         IMITATION,
     ),
-    Algorithm(
+    AlgorithmRow(
         "expert_iteration",
         functools.partial(_imitation, source="policy", every=True),
         sft.Hyper(),
         "imitates all of its own answers that are above the mean",
         IMITATION,
     ),
-    Algorithm(
+    AlgorithmRow(
         "dpo",
         _pairs(losses.dpo_loss, "reference"),
         preference.Hyper(beta=0.5),
         "DPO, reference's answers",
         OFFLINE,
     ),
-    Algorithm(
+    AlgorithmRow(
         "ipo",
         _pairs(losses.ipo_loss, "reference"),
         preference.Hyper(beta=0.5),
         "IPO, reference's answers",
         OFFLINE,
     ),
-    Algorithm(
+    AlgorithmRow(
         "simpo",
         _pairs(losses.simpo_loss, "reference"),
         preference.Hyper(beta=2.0),
         "SimPO, reference's answers",
         OFFLINE,
     ),
-    Algorithm(
+    AlgorithmRow(
         "kto",
         functools.partial(_unpaired, config=unpaired.Config()),
         unpaired.Hyper(beta=0.5),
         "KTO, reference's answers",
         OFFLINE,
     ),
-    Algorithm(
+    AlgorithmRow(
         "bco",
         functools.partial(_unpaired, config=unpaired.Config(shift_decay=0.9)),
         unpaired.Hyper(beta=0.5),
         "BCO, reference's answers",
         OFFLINE,
     ),
-    Algorithm(
+    AlgorithmRow(
         "online_dpo",
         _pairs(losses.dpo_loss, "policy"),
         preference.Hyper(beta=0.5),
         "DPO, the policy's answers",
         ONLINE,
     ),
-    Algorithm(
+    AlgorithmRow(
         "xpo",
-        lambda world, optimizer: methods.xpo_method(
-            world, preference.Config(loss_fn=losses.xpo_loss), optimizer
+        lambda task_setup, optimizer: algorithms.xpo_algorithm(
+            task_setup, preference.Config(loss_fn=losses.xpo_loss), optimizer
         ),
         preference.Hyper(beta=0.5),
         "XPO: policy against reference, with optimism",
         ONLINE,
     ),
-    Algorithm(
+    AlgorithmRow(
         "nash_md",
-        lambda world, optimizer: methods.nash_md_method(world, nash_md.Config(), optimizer),
+        lambda task_setup, optimizer: algorithms.nash_md_algorithm(task_setup, nash_md.Config(), optimizer),
         nash_md.Hyper(beta=0.02),
         "Nash-MD: policy against its mixture with the reference",
         ONLINE,
@@ -246,7 +248,7 @@ ALGORITHMS = (
     _variant("rloo", grpo_variants.rloo, "RLOO"),
     _variant("remax", grpo_variants.remax, "ReMax", cost=1 + 1 / GROUP),
     _variant("opo", grpo_variants.opo, "OPO"),
-    Algorithm("ppo", _ppo, ppo.Hyper(kl_coef=0.02), "PPO with a value model"),
+    AlgorithmRow("ppo", _ppo, ppo.Hyper(kl_coef=0.02), "PPO with a value model"),
     _variant("grpo", grpo_variants.grpo, "GRPO"),
     _variant("grpo_2_epochs", grpo_variants.grpo, "GRPO, every batch twice", num_iterations=2),
     _variant(

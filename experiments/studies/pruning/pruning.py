@@ -50,7 +50,7 @@ class Options:
       models: run folders of policies on the embedded task that differ in their seed alone.
       methods: how weights are scored.
       sparsities: shares of weights that go; 0 shows what more training does by itself.
-      scope: which weights compete.
+      granularity: which weights compete.
       data: level of the embedded task.
       steps: of fine-tuning; 0 for none.
       batch_size: rows a step.
@@ -66,7 +66,7 @@ class Options:
     models: tuple[str, ...]
     methods: tuple[prune.Method, ...] = ("magnitude", "wanda")
     sparsities: tuple[float, ...] = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9)
-    scope: pruning.Scope = "output"
+    granularity: pruning.Granularity = "output"
     data: str = "arithmetic:1"
     steps: int = 60
     batch_size: int = 64
@@ -93,7 +93,7 @@ def make_tune_fn(options: Options, model: Policy) -> Callable[[Params], Params]:
     )
     sampler = BatchSampler(len(rows.tokens), options.batch_size, options.seed)
     schedule = OptimizerConfig(schedule="cosine", warmup_steps=min(5, options.steps - 1), end_lr_ratio=0.02)
-    tx = pruning.keep_zeros(make_optimizer(with_total_steps(schedule, options.steps)))
+    tx = pruning.preserve_sparsity(make_optimizer(with_total_steps(schedule, options.steps)))
     logprob_fn = model.make_logprob_fn()
     update = jax.jit(supervised.make_update(supervised.Config(), logprob_fn, tx), donate_argnums=0)
     hyper = supervised.Hyper(learning_rate=jnp.float32(options.learning_rate))
@@ -235,14 +235,14 @@ def make_cell_fn(options: Options, policies: dict[str, Policy]) -> Callable[[Cel
     def compute(cell: Cell) -> dict[str, Any]:
         method, sparsity, name = cell
         params = policies[name].params
-        choice = prune.PruneOptions(method=method, sparsity=sparsity, scope=options.scope)
+        choice = prune.PruneOptions(method=method, sparsity=sparsity, granularity=options.granularity)
         masks = choice.masks(params, sums[name] if method == "wanda" else None)
         params = pruning.apply_masks(params, masks)
         found = {"method": method, "sparsity": sparsity, "model": name, "before": score(params)}
         if tune is not None:
             params = tune(params)
             found |= {"after": score(params)}
-        return {**found, "zeros": pruning.zero_share(params)[""]}
+        return {**found, "zeros": pruning.kernel_sparsity(params)[""]}
 
     return compute
 

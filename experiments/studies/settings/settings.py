@@ -30,8 +30,8 @@ from rlhf_jax.evaluation.statistics import (
     probability_of_improvement,
     stratified_bootstrap_interval,
 )
-from rlhf_jax.jitted import methods
-from rlhf_jax.jitted.train import Method, Start, World, make_train
+from rlhf_jax.jitted import algorithms
+from rlhf_jax.jitted.train import Algorithm, SeedState, TaskSetup, make_train
 from rlhf_jax.losses.reductions import constant_length, sequence_mean, token_mean
 from rlhf_jax.metrics.pages import PLAN, SUMMARY, commands, held_summary, kept_remarks, made, when_and_with
 from rlhf_jax.stages import common
@@ -68,7 +68,7 @@ class Options:
     quiet: bool = False
 
 
-MethodFn = Callable[[World, OptimizerConfig], Method]
+MethodFn = Callable[[TaskSetup, OptimizerConfig], Algorithm]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,29 +110,29 @@ class Study:
 # Studies -----------------------------------------------------------------------------------------------
 
 
-def _dpo(world: World, optimizer: OptimizerConfig) -> Method:
-    return methods.preference_method(world, preference.Config(), optimizer, source="reference")
+def _dpo(task_setup: TaskSetup, optimizer: OptimizerConfig) -> Algorithm:
+    return algorithms.preference_algorithm(task_setup, preference.Config(), optimizer, source="reference")
 
 
-def _ppo(world: World, optimizer: OptimizerConfig) -> Method:
-    return methods.ppo_method(world, ppo.Config(num_ppo_epochs=1, num_minibatches=1), optimizer)
+def _ppo(task_setup: TaskSetup, optimizer: OptimizerConfig) -> Algorithm:
+    return algorithms.ppo_algorithm(task_setup, ppo.Config(num_ppo_epochs=1, num_minibatches=1), optimizer)
 
 
 def _grpo(
-    world: World,
+    task_setup: TaskSetup,
     optimizer: OptimizerConfig,
     *,
     group_size: int = 4,
     variant: VariantFn = grpo_variants.grpo,
     **static: Any,
-) -> Method:
+) -> Algorithm:
     """GRPO with other static choices, at as many answers a step."""
     epochs = static.get("num_iterations", 1)
     optimizer = dataclasses.replace(optimizer, total_steps=optimizer.total_steps * epochs)
-    rows = world.prompts * world.samples
-    world = dataclasses.replace(world, prompts=rows // group_size, samples=group_size)
+    rows = task_setup.num_prompts * task_setup.num_samples
+    task_setup = dataclasses.replace(task_setup, num_prompts=rows // group_size, num_samples=group_size)
     made = make_variant(variant, group_size=group_size, max_completion_length=_LENGTH, **static)
-    return methods.group_method(world, made, optimizer)
+    return algorithms.grpo_algorithm(task_setup, made, optimizer)
 
 
 _RATE = 3e-3
@@ -200,15 +200,15 @@ STUDIES = (
 # Runs --------------------------------------------------------------------------------------------------
 
 
-def make_starts(options: Options, out: Path) -> tuple[World, Start]:
+def make_starts(options: Options, out: Path) -> tuple[TaskSetup, SeedState]:
     """The style task of the table, and each seed's policy."""
     row = next(row for row in post_training_rows.TASKS if row.name == "style")
     same = post_training.Options(out=out / "base", width=options.width, base_steps=options.base_steps)
-    world = post_training.make_world(row, same)
-    return world, post_training.make_starts(row, world, same, np.arange(options.seeds))
+    task_setup = post_training.make_task_setup(row, same)
+    return task_setup, post_training.make_starts(row, task_setup, same, np.arange(options.seeds))
 
 
-def run_study(study: Study, options: Options, world: World, starts: Start, folder: Path) -> None:
+def run_study(study: Study, options: Options, task_setup: TaskSetup, starts: SeedState, folder: Path) -> None:
     """Every setting with every seed; leaves `summary.json`."""
     planned = {"study": study.name, "seeds": options.seeds, "steps": options.steps, "width": options.width}
     planned |= {"base_steps": options.base_steps, "settings": [x for v in study.variants for x in v.labels()]}
@@ -218,9 +218,9 @@ def run_study(study: Study, options: Options, world: World, starts: Start, folde
     describe_run(folder, common.to_json(options), stage="studies", cell=study.name)
     found: dict[str, list[Any]] = {name: [] for name in METRICS}
     for number, variant in enumerate(study.variants):
-        method = variant.make(world, post_training.schedule(options.steps))
+        method = variant.make(task_setup, post_training.schedule(options.steps))
         results = sweep(
-            make_train(world, method, steps=options.steps),
+            make_train(task_setup, method, steps=options.steps),
             starts,
             zipped(post_training.as_floats(variant.hyper), **variant.swept),
             chunk_size=options.chunk,
@@ -323,12 +323,12 @@ def run(options: Options) -> None:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least 1")
     studies = post_training.chosen("studies", options.studies, STUDIES)
     files.hold(options.out)
-    world, starts = make_starts(options, options.out)
+    task_setup, starts = make_starts(options, options.out)
     page = options.page or options.out / "STUDIES.md"
     for number, study in enumerate(studies, 1):
         if not options.quiet:
             print(f"[{number}/{len(studies)}] {study.name}", flush=True)
-        run_study(study, options, world, starts, options.out / study.name)
+        run_study(study, options, task_setup, starts, options.out / study.name)
         write_page(page, options.out)
     print(f"Page: {page}")
 

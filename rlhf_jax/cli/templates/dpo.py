@@ -38,7 +38,7 @@ def train(args: argparse.Namespace) -> None:
     """Trains the policy, and leaves a run folder."""
     policy = load(args.model)
     pairs = preference_examples(
-        read_rows(args.data), policy.tokenizer, max_length=args.max_length, too_long="drop"
+        read_rows(args.data), policy.tokenizer, max_length=args.max_length, overlength="drop"
     )
     length = max(len(side.ids) for pair in pairs for side in (pair.chosen, pair.rejected))
     chosen = pad_rows([pair.chosen for pair in pairs], length)

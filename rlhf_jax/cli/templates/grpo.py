@@ -37,7 +37,7 @@ def train(args: argparse.Namespace) -> None:
     """Trains the policy, and leaves a run folder."""
     policy = load(args.model)
     rows = read_rows(args.data)
-    prompts = prompt_examples(rows, policy.tokenizer, max_length=args.max_prompt_length, too_long="drop")
+    prompts = prompt_examples(rows, policy.tokenizer, max_length=args.max_prompt_length, overlength="drop")
     sampler = BatchSampler(len(prompts), args.batch_size, args.seed)
     generate = make_generate_fn(
         policy,

@@ -31,7 +31,7 @@ def train(args: argparse.Namespace) -> None:
     policy = load(args.model)
     reward_fn = make_reward_fn([load_reward_model(args.reward_model)], policy.tokenizer)
     rows = read_rows(args.data)
-    prompts = prompt_examples(rows, policy.tokenizer, max_length=args.max_prompt_length, too_long="drop")
+    prompts = prompt_examples(rows, policy.tokenizer, max_length=args.max_prompt_length, overlength="drop")
     sampler = BatchSampler(len(prompts), args.batch_size, args.seed)
     generate = make_generate_fn(
         policy,

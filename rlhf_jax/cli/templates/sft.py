@@ -28,7 +28,7 @@ def train(args: argparse.Namespace) -> None:
     """Trains the policy, and leaves a run folder."""
     policy = load(args.model)
     examples = supervised_examples(
-        read_rows(args.data), policy.tokenizer, max_length=args.max_length, too_long="drop"
+        read_rows(args.data), policy.tokenizer, max_length=args.max_length, overlength="drop"
     )
     # Only the assistant's tokens count: the mask of a row is False elsewhere.
     rows = pad_rows(examples, max(len(example.ids) for example in examples))

@@ -32,7 +32,7 @@ class Overlap:
     share: float
 
 
-def overlaps(
+def find_ngram_overlaps(
     texts: Sequence[str],
     questions: Sequence[str],
     *,
@@ -98,6 +98,6 @@ def overlaps(
 
 
 def _among(numbers: Int[np.ndarray, " N"], wanted: Int[np.ndarray, " W"]) -> Bool[np.ndarray, " N"]:
-    """Which of the numbers are wanted; these are sorted, and many."""
+    """Mask of the numbers that are wanted; these are sorted, and many."""
     places = np.minimum(np.searchsorted(wanted, numbers), len(wanted) - 1)
     return wanted[places] == numbers if len(wanted) else np.zeros(len(numbers), bool)

@@ -46,13 +46,13 @@ def exact_duplicates(texts: Sequence[str]) -> list[Repeat]:
 def near_duplicates(
     texts: Sequence[str],
     *,
-    threshold: float = 0.8,
-    shingle: int = 3,
+    jaccard_threshold: float = 0.8,
+    ngram_size: int = 3,
     hashes: int = 128,
     seed: int = 0,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Repeat]:
-    """Texts of which an earlier one, itself kept, shares at least `threshold` of the shingles.
+    """Texts of which an earlier one, itself kept, shares at least `jaccard_threshold` of the shingles.
 
         J(A, B) = |A and B| / |A or B|,   P(min h(A) = min h(B)) = J(A, B)
 
@@ -60,8 +60,8 @@ def near_duplicates(
     dropped by chance, and a pair just at the threshold is missed with probability below 2 %.
 
     Args:
-      threshold: of Jaccard's similarity, in (0, 1].
-      shingle: words in a run; texts with fewer are one shingle.
+      jaccard_threshold: of Jaccard's similarity, in (0, 1].
+      ngram_size: words in a run; texts with fewer are one shingle.
       hashes: numbers in a signature.
       seed: of the hash functions.
       progress: is told how many texts are done.
@@ -69,19 +69,19 @@ def near_duplicates(
     Raises:
       UserError: a number out of range.
     """
-    if not 0 < threshold <= 1 or shingle < 1 or hashes < 1:
+    if not 0 < jaccard_threshold <= 1 or ngram_size < 1 or hashes < 1:
         raise UserError(
-            f"near duplicates: threshold {threshold}, shingle {shingle}, hashes {hashes}: give a threshold "
-            "above 0 and up to 1, and at least 1 of the others"
+            f"near duplicates: jaccard_threshold {jaccard_threshold}, ngram_size {ngram_size}, hashes "
+            f"{hashes}: give a threshold above 0 and up to 1, and at least 1 of the others"
         )
-    rows = band_rows(threshold, hashes)
+    rows = band_rows(jaccard_threshold, hashes)
     bands = hashes // rows
     multipliers, shifts = _hash_functions(bands * rows, seed)
     kept: list[defaultdict[bytes, list[int]]] = [defaultdict(list) for _ in range(bands)]
     sets: dict[int, Int[np.ndarray, " N"]] = {}
     found = []
     for place, text in enumerate(texts):
-        shingles = shingle_set(text, shingle)
+        shingles = shingle_set(text, ngram_size)
         signature = np.min((shingles[:, None] * multipliers + shifts) >> np.uint64(32), axis=0)
         keys = [band.tobytes() for band in signature.reshape(bands, rows)]
         candidates = sorted(
@@ -89,7 +89,7 @@ def near_duplicates(
         )
         likeness = [(jaccard(shingles, sets[other]), -other) for other in candidates]
         best, first = max(likeness, default=(0.0, 0))
-        if best >= threshold:
+        if best >= jaccard_threshold:
             found.append(Repeat(place, -first, best))
         else:
             sets[place] = shingles

@@ -3,7 +3,7 @@
     texts, dropped = readable(rows)
     texts, more = drop_faulty(texts, Limits(language="en"))
     texts, more = drop_exact_duplicates(texts)
-    texts, more = drop_near_duplicates(texts, threshold=0.8)
+    texts, more = drop_near_duplicates(texts, jaccard_threshold=0.8)
     texts, more = drop_contaminated(texts, questions)
 
 Nothing is changed within a row: a row is kept as it is or dropped whole. Order is kept.
@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeAlias
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.data.cleaning import text as statistics
-from rlhf_jax.data.cleaning.decontamination import overlaps
+from rlhf_jax.data.cleaning.decontamination import find_ngram_overlaps
 from rlhf_jax.data.cleaning.dedup import Repeat, exact_duplicates, near_duplicates
 from rlhf_jax.data.examples import Messages, conversation_messages, preference_messages, prompt_messages
 from rlhf_jax.data.sources import Row
@@ -29,7 +29,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f�]")
 
 @dataclasses.dataclass(frozen=True)
 class RowText:
-    """What a row says.
+    """Text of a row: prompt and answer.
 
     Attributes:
       row: itself.
@@ -78,7 +78,7 @@ def readable(rows: Sequence[Row]) -> Outcome:
 
 
 def read_text(row: Row) -> RowText:
-    """What a row says.
+    """Reads prompt and answer of a row.
 
     Raises:
       UserError: it is no pair, no conversation and no prompt, or a part of it is empty.
@@ -109,7 +109,7 @@ def _content(message: dict[str, Any]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a row must be like by itself. Lengths are in characters.
+    """Quality filters on a row by itself. Lengths are in characters.
 
     Attributes:
       shortest_prompt: least length of a prompt.
@@ -220,15 +220,17 @@ def drop_exact_duplicates(texts: Sequence[RowText], *, by: Part = "all") -> Outc
 def drop_near_duplicates(
     texts: Sequence[RowText],
     *,
-    threshold: float = 0.8,
-    shingle: int = 3,
+    jaccard_threshold: float = 0.8,
+    ngram_size: int = 3,
     by: Part = "all",
     seed: int = 0,
     progress: Progress = lambda done: None,
 ) -> Outcome:
     """Rows that are not nearly an earlier one: see `duplicates.near_duplicates`."""
     parts = [item.part(by) for item in texts]
-    repeats = near_duplicates(parts, threshold=threshold, shingle=shingle, seed=seed, progress=progress)
+    repeats = near_duplicates(
+        parts, jaccard_threshold=jaccard_threshold, ngram_size=ngram_size, seed=seed, progress=progress
+    )
     return _without(texts, repeats, "near duplicate")
 
 
@@ -249,8 +251,8 @@ def drop_contaminated(
     most_rows: int = 0,
     progress: Progress = lambda done: None,
 ) -> Outcome:
-    """Rows that do not give a benchmark's prompts away, in prompt or answer: see `contamination.overlaps`."""
-    found = overlaps(
+    """Rows that do not give a benchmark's prompts away, in prompt or answer: `find_ngram_overlaps`."""
+    found = find_ngram_overlaps(
         [item.part("all") for item in texts],
         [item.prompt for item in benchmark],
         size=size,

@@ -95,7 +95,7 @@ def symbol_share(text: str) -> float:
 
 
 def scripts(text: str) -> Counter[str]:
-    """How many letters of each script: the first word of their Unicode names (LATIN, CYRILLIC, CJK, ...)."""
+    """Letter counts by script: the first word of their Unicode names (LATIN, CYRILLIC, CJK, ...)."""
     letters = Counter(without_markup(text))
     found = Counter[str]()
     for letter, count in letters.items():

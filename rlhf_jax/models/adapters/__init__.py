@@ -19,11 +19,11 @@ from rlhf_jax.models.adapters.config import (
     PiSSA,
     PrefixTuning,
     PromptTuning,
-    Quantisation,
+    Quantization,
 )
 from rlhf_jax.models.adapters.describing import trainable_table
 from rlhf_jax.models.adapters.importance import BudgetState, budget_at, with_rank_budget
-from rlhf_jax.models.adapters.quantization import dequantise, quantise
+from rlhf_jax.models.adapters.quantization import dequantize, quantize
 
 __all__ = [
     "AdaLoRA",
@@ -37,15 +37,15 @@ __all__ = [
     "PiSSA",
     "PrefixTuning",
     "PromptTuning",
-    "Quantisation",
+    "Quantization",
     "budget_at",
     "can_merge",
-    "dequantise",
+    "dequantize",
     "init_adapter",
     "is_adapter_leaf",
     "is_trained",
     "merge_adapter",
-    "quantise",
+    "quantize",
     "trainable_table",
     "with_rank_budget",
     "without_adapter",

@@ -37,7 +37,7 @@ FROZEN = frozenset(("lora_scale", "lora_a0", "lora_b0"))
 
 
 def is_adapter_leaf(name: str) -> bool:
-    """Whether a leaf belongs to an adapter rather than to the base, by its `a/b/c` name."""
+    """True for a leaf that belongs to an adapter rather than to the base, by its `a/b/c` name."""
     return name.rpartition("/")[2] in TRAINED | FROZEN
 
 
@@ -51,7 +51,7 @@ def is_trained(config: Adapter) -> Callable[[str, Array], bool]:
 
 
 def without_adapter(params: Params) -> Params:
-    """The base."""
+    """Base parameters, without the adapter's leaves."""
     return partition(params, lambda name, leaf: is_adapter_leaf(name))[1]
 
 
@@ -220,7 +220,7 @@ def merge_adapter(params: Params) -> Params:
 
 
 def can_merge(params: Params) -> bool:
-    """Whether a plain decoder can be made of these parameters."""
+    """True where the adapter can be merged: a plain decoder can be made of these parameters."""
     return not partition(params, lambda name, leaf: name.rpartition("/")[2] in _UNMERGEABLE)[0]
 
 

@@ -22,13 +22,13 @@ class LoRA:
       rank: r.
       alpha: numerator of the scale.
       targets: which linear layers, as a regular expression that their whole path must match.
-      rank_stabilised: alpha / sqrt(r) instead, so that large ranks learn as fast (Kalajdzievski 2023).
+      rank_stabilized: alpha / sqrt(r) instead, so that large ranks learn as fast (Kalajdzievski 2023).
     """
 
     rank: int = 8
     alpha: float = 16.0
     targets: str = ".*"
-    rank_stabilised: bool = False
+    rank_stabilized: bool = False
 
     def __post_init__(self) -> None:
         check_rank(self.rank, "rank")
@@ -36,8 +36,8 @@ class LoRA:
 
     @property
     def scale(self) -> float:
-        """What the product of the two factors is multiplied with."""
-        return self.alpha / (self.rank**0.5 if self.rank_stabilised else self.rank)
+        """Scaling of the product of the two factors."""
+        return self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +100,7 @@ class AdaLoRA:
 
     @property
     def scale(self) -> float:
-        """What the product of the factors is multiplied with."""
+        """Scaling of the product of the factors."""
         return self.alpha / self.rank
 
 
@@ -171,7 +171,7 @@ Adapter: TypeAlias = LoRA | DoRA | PiSSA | AdaLoRA | PrefixTuning | PromptTuning
 
 
 @dataclasses.dataclass(frozen=True)
-class Quantisation:
+class Quantization:
     """Kernels of linear layers in few bits, the parts of a column with scales of their own.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Which leaves train, for people."""
+"""Table of trainable parameters, for people."""
 
 import re
 from collections import Counter
@@ -8,7 +8,7 @@ from rlhf_jax.core.types import Params
 
 
 def trainable_table(trained: Params, frozen: Params) -> str:
-    """How much is trained, then a line for each kind of leaf that is, numbers in names as `*`."""
+    """Trainable share, then a line for each kind of trained leaf, numbers in names as `*`."""
     sizes = {name: leaf.size for name, leaf in named_leaves(trained).items()}
     total = sum(sizes.values())
     share = total / (total + sum(leaf.size for leaf in named_leaves(frozen or {}).values()))

@@ -15,7 +15,7 @@ from rlhf_jax.models.adapters.trees import map_nodes
 
 @pytree_dataclass
 class BudgetState:
-    """What the budget remembers.
+    """State of the rank budget: moving averages of importance and its uncertainty.
 
     Attributes:
       steps: optimizer steps so far.
@@ -126,7 +126,7 @@ def _prune(
 
 
 def _kept(config: AdaLoRA, scores: dict[str, Params], step: Int[Array, ""]) -> dict[str, Bool[Array, "*L r"]]:
-    """Which triplets are within the budget."""
+    """Mask of the triplets within the budget."""
     importance = {
         path: node["lora_singular"] + jnp.mean(node["lora_a"], axis=-2) + jnp.mean(node["lora_b"], axis=-1)
         for path, node in scores.items()

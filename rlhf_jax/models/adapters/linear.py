@@ -1,4 +1,4 @@
-"""What a linear layer does with the adapter leaves beside its kernel."""
+"""Linear layers with the adapter leaves beside their kernels."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.core.types import Array, Float, Params
-from rlhf_jax.models.adapters.quantization import dequantised
+from rlhf_jax.models.adapters.quantization import dequantized_kernel
 
 LEAVES = (
     "kernel_values",
@@ -26,11 +26,11 @@ LEAVES = (
 
 def kernel_of(leaves: Params) -> Float[Array, "D F"]:
     """The base's kernel, as it is or out of few bits."""
-    return leaves["kernel"] if "kernel" in leaves else dequantised(leaves)
+    return leaves["kernel"] if "kernel" in leaves else dequantized_kernel(leaves)
 
 
 def low_rank(leaves: Params) -> Float[Array, "D F"]:
-    """What the low-rank leaves add to the kernel."""
+    """Low-rank update of the kernel."""
     product = scaled_columns(leaves) @ leaves["lora_b"]
     if "lora_a0" in leaves:
         product -= leaves["lora_a0"] @ leaves["lora_b0"]

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.importing import optional
 from rlhf_jax.core.types import Array, Float, Params
-from rlhf_jax.models.adapters.config import Quantisation
+from rlhf_jax.models.adapters.config import Quantization
 from rlhf_jax.models.adapters.trees import map_linears
 
 QTYPES = {"int8": jnp.int8, "int4": jnp.int4, "nf4": "nf4", "fp8": jnp.float8_e4m3fn}
 
 
-def quantise(config: Quantisation, params: Params) -> Params:
+def quantize(config: Quantization, params: Params) -> Params:
     """The parameters of a decoder with the kernels of its linear layers in few bits.
 
     Raises:
@@ -26,22 +26,22 @@ def quantise(config: Quantisation, params: Params) -> Params:
         if set(leaves) - {"kernel", "bias"}:
             raise UserError(f"{path}: only a plain base is quantised: merge its adapter first")
         kernel = leaves["kernel"]
-        quantise_one = jax.vmap(lambda k: _quantised(config, k)) if kernel.ndim == 3 else None
-        values, scale = quantise_one(kernel) if quantise_one else _quantised(config, kernel)
+        quantize_one = jax.vmap(lambda k: _quantized(config, k)) if kernel.ndim == 3 else None
+        values, scale = quantize_one(kernel) if quantize_one else _quantized(config, kernel)
         rest = {name: leaf for name, leaf in leaves.items() if name != "kernel"}
         return {**rest, "kernel_values": values, "kernel_scale": scale}
 
     return map_linears(change, params)
 
 
-def _quantised(config: Quantisation, kernel: Float[Array, "D F"]) -> tuple[Array, Array]:
+def _quantized(config: Quantization, kernel: Float[Array, "D F"]) -> tuple[Array, Array]:
     tiles = {0: math.gcd(kernel.shape[0], config.block)} if config.format in ("int4", "nf4") else {}
     qwix = optional("qwix", extra="quant")
     array = qwix.quantize(kernel, QTYPES[config.format], channelwise_axes=(1,), tiled_axes=tiles)
     return array.qvalue, array.scale
 
 
-def dequantised(leaves: Params) -> Float[Array, "D F"]:
+def dequantized_kernel(leaves: Params) -> Float[Array, "D F"]:
     """The kernel that `kernel_values` and `kernel_scale` stand for."""
     qwix = optional("qwix", extra="quant")
     values, scale = leaves["kernel_values"], leaves["kernel_scale"]
@@ -50,14 +50,14 @@ def dequantised(leaves: Params) -> Float[Array, "D F"]:
     return qwix.dequantize(qwix.QArray(values, scale, qtype=qtype))
 
 
-def dequantise(params: Params) -> Params:
-    """The inverse of `quantise`, to within the formats' precision."""
+def dequantize(params: Params) -> Params:
+    """The inverse of `quantize`, to within the formats' precision."""
 
     def change(path: str, leaves: Params) -> Params:
         del path
         if "kernel_values" not in leaves:
             return leaves
-        kernel = (jax.vmap(dequantised) if leaves["kernel_values"].ndim == 3 else dequantised)(
+        kernel = (jax.vmap(dequantized_kernel) if leaves["kernel_values"].ndim == 3 else dequantized_kernel)(
             {name: leaves[name] for name in ("kernel_values", "kernel_scale")}
         )
         rest = {name: leaf for name, leaf in leaves.items() if name not in ("kernel_values", "kernel_scale")}

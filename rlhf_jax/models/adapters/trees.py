@@ -1,4 +1,4 @@
-"""Where adapters go: the linear layers and attention layers in a tree of parameters."""
+"""Linear layers and attention layers in a tree of parameters: the places of adapters."""
 
 from collections.abc import Callable
 
@@ -6,12 +6,12 @@ from rlhf_jax.core.types import Params
 
 
 def is_linear(path: str, node: Params) -> bool:
-    """Whether a dictionary holds the leaves of a `Linear`: a router's kernel is not one."""
+    """True for a dictionary that holds the leaves of a `Linear`: a router's kernel is not one."""
     return ("kernel" in node or "kernel_values" in node) and path.rpartition("/")[2] != "router"
 
 
 def is_attention(node: Params) -> bool:
-    """Whether a dictionary holds an attention layer with keys and values of their own."""
+    """True for a dictionary that holds an attention layer with keys and values of their own."""
     return all(isinstance(node.get(name), dict) for name in ("query", "key", "value", "output"))
 
 

@@ -24,8 +24,8 @@ ATTENTION_NAMES = ("query", "key", "value", ATTENDED)
 
 
 @pytree_dataclass
-class Context:
-    """What every layer of a pass shares.
+class AttentionContext:
+    """Attention context that every layer of a pass shares: positions and masks.
 
     Attributes:
       positions: of the tokens read now.
@@ -44,14 +44,14 @@ class Context:
     present: Bool[Array, "B T"]
 
     def distance(self) -> Int[Array, "B T S"]:
-        """How many tokens each column lies back."""
+        """Distance in tokens from each query back to each column."""
         return self.positions[:, :, None] - self.key_positions[:, None, :]
 
     def seen(self, window: int | None) -> Bool[Array, "B T S"]:
-        """Who sees whom, `window` tokens back at most."""
+        """Attention mask, `window` tokens back at most."""
         return self.mask if window is None else self.mask & (self.distance() < window)
 
-    def behind_prompt(self, length: int) -> "Context":
+    def behind_prompt(self, length: int) -> "AttentionContext":
         """The same with a soft prompt before every sample: at the positions before 0, seen by all."""
         before = ((0, 0), (length, 0))
         positions = jnp.pad(self.key_positions, before).at[:, :length].set(jnp.arange(-length, 0))
@@ -63,7 +63,7 @@ def attend(
     query: Float[Array, "B T H d"],
     key: Float[Array, "B S K d"],
     value: Float[Array, "B S K v"],
-    context: Context,
+    context: AttentionContext,
     *,
     backend: AttentionBackend,
     scale: float,
@@ -106,7 +106,7 @@ def choose_backend(
     asked: AttentionBackend,
     query: Float[Array, "B T H d"],
     value: Float[Array, "B S K v"],
-    context: Context,
+    context: AttentionContext,
     *,
     softcap: float | None,
     biased: bool,

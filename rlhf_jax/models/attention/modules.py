@@ -10,9 +10,9 @@ from flax import linen as nn
 
 from rlhf_jax.core.axes import constrain
 from rlhf_jax.core.types import Array, Float, Int, Shaped
-from rlhf_jax.models.attention.backends import Context, attend, plain_attention
+from rlhf_jax.models.attention.backends import AttentionContext, attend, plain_attention
 from rlhf_jax.models.config import Attention, AttentionBackend, LatentAttention
-from rlhf_jax.models.layers import Linear, Scale, norm_layer
+from rlhf_jax.models.layers import Linear, RMSNorm, norm_layer
 from rlhf_jax.models.positions import Alibi, Rope, alibi_slopes, rotate
 
 LayerCache = tuple[Array, ...]
@@ -35,7 +35,9 @@ def append(cache: LayerCache, new: LayerCache, start: Int[Array, "*B"]) -> Layer
     return tuple(write_columns(old, columns, start) for old, columns in zip(cache, new, strict=True))
 
 
-def behind_prompt(layer: nn.Module, columns: LayerCache, context: Context) -> tuple[LayerCache, Context]:
+def behind_prompt(
+    layer: nn.Module, columns: LayerCache, context: AttentionContext
+) -> tuple[LayerCache, AttentionContext]:
     """Columns and context with the layer's columns of a soft prompt before them, where it has any."""
     if not layer.has_variable("params", "prompt_0"):
         return columns, context
@@ -59,7 +61,7 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, inputs: Float[Array, "B T D"], context: Context, cache: LayerCache | None
+        self, inputs: Float[Array, "B T D"], context: AttentionContext, cache: LayerCache | None
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         """Returns the layer's output and the cache with the new columns."""
         spec = self.spec
@@ -95,7 +97,7 @@ class SelfAttention(nn.Module):
         return output(attended.reshape(*inputs.shape[:2], -1)), cache
 
     def _attended_prefix(self, query: Float[Array, "B T H d"], scale: float) -> Float[Array, "B T H d"]:
-        """What a trained prefix says, which has no position, through its gate."""
+        """Attention to a trained prefix, which has no position, through its gate."""
         names = ("prefix_key", "prefix_value", "prefix_scale")
         key, value, gate = (self.get_variable("params", name).astype(self.dtype) for name in names)
         shape = (query.shape[0], len(key), self.spec.num_kv_heads, self.spec.head_dim)
@@ -135,23 +137,23 @@ class MultiHeadLatentAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, inputs: Float[Array, "B T D"], context: Context, cache: LayerCache | None
+        self, inputs: Float[Array, "B T D"], context: AttentionContext, cache: LayerCache | None
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         """Returns the layer's output and the cache with the new columns."""
         spec = self.spec
         linear = functools.partial(Linear, param_dtype=self.param_dtype, dtype=self.dtype)
-        norm = functools.partial(Scale, spec.norm, self.param_dtype)
+        norm = functools.partial(RMSNorm, spec.norm, self.param_dtype)
         hidden = inputs
-        if spec.query_rank is not None:
-            hidden = linear(spec.query_rank, use_bias=spec.bias, name="query_down")(hidden)
+        if spec.q_lora_rank is not None:
+            hidden = linear(spec.q_lora_rank, use_bias=spec.bias, name="query_down")(hidden)
             hidden = norm(name="query_norm")(hidden)
-        query = linear(spec.num_heads * (spec.nope_dim + spec.rope_dim), name="query")(hidden)
+        query = linear(spec.num_heads * (spec.qk_nope_head_dim + spec.qk_rope_head_dim), name="query")(hidden)
         query = query.reshape(*inputs.shape[:2], spec.num_heads, -1)
-        plain, turned = query[..., : spec.nope_dim], query[..., spec.nope_dim :]
+        plain, turned = query[..., : spec.qk_nope_head_dim], query[..., spec.qk_nope_head_dim :]
         turned = rotate(turned, context.positions, spec.position)
-        latent = linear(spec.latent_dim, use_bias=spec.bias, name="latent")(inputs)
+        latent = linear(spec.kv_lora_rank, use_bias=spec.bias, name="latent")(inputs)
         latent = norm(name="latent_norm")(latent)
-        turned_key = linear(spec.rope_dim, use_bias=spec.bias, name="rotated_key")(inputs)
+        turned_key = linear(spec.qk_rope_head_dim, use_bias=spec.bias, name="rotated_key")(inputs)
         turned_key = rotate(turned_key[:, :, None], context.positions, spec.position)[:, :, 0]
         expand = self._expansion()
         if cache is not None:
@@ -167,20 +169,23 @@ class MultiHeadLatentAttention(nn.Module):
     def _expansion(self) -> Float[Array, "r H kv"]:
         """The matrices from a latent to every head's unrotated key and value, side by side."""
         spec = self.spec
-        shape = (spec.latent_dim, spec.num_heads * (spec.nope_dim + spec.value_dim))
+        shape = (spec.kv_lora_rank, spec.num_heads * (spec.qk_nope_head_dim + spec.v_head_dim))
         kernel = self.param("expand", nn.initializers.normal(0.02), shape, self.param_dtype)
-        return kernel.astype(self.dtype).reshape(spec.latent_dim, spec.num_heads, -1)
+        return kernel.astype(self.dtype).reshape(spec.kv_lora_rank, spec.num_heads, -1)
 
     def _expanded(self, plain, turned, latent, turned_key, expand, context) -> Float[Array, "B T H v"]:
         both = jnp.einsum("bsr,rhk->bshk", latent, expand)
-        key, value = both[..., : self.spec.nope_dim], both[..., self.spec.nope_dim :]
+        key, value = both[..., : self.spec.qk_nope_head_dim], both[..., self.spec.qk_nope_head_dim :]
         shared = jnp.broadcast_to(turned_key[:, :, None], (*key.shape[:3], turned_key.shape[-1]))
         query = jnp.concatenate([plain, turned], axis=-1)
         key = jnp.concatenate([key, shared], axis=-1)
         return attend(query, key, value, context, backend=self.backend, scale=self.spec.scale)
 
     def _absorbed(self, plain, turned, latent, turned_key, expand, context) -> Float[Array, "B T H v"]:
-        to_key, to_value = expand[..., : self.spec.nope_dim], expand[..., self.spec.nope_dim :]
+        to_key, to_value = (
+            expand[..., : self.spec.qk_nope_head_dim],
+            expand[..., self.spec.qk_nope_head_dim :],
+        )
         query = jnp.concatenate([jnp.einsum("bthn,rhn->bthr", plain, to_key), turned], axis=-1)
         key = jnp.concatenate([latent, turned_key], axis=-1)[:, :, None]
         value = latent[:, :, None]

@@ -14,7 +14,7 @@ _NONE = -1e30  # the largest logit of a row that has seen no column: finite, so 
 
 @pytree_dataclass
 class Columns:
-    """What decides who sees whom, for the columns of one device.
+    """Indices that make the attention mask, for the columns of one device.
 
     Attributes:
       index: place of each column in the whole row.

@@ -204,7 +204,7 @@ def family_of(config: ModelConfig) -> Family:
 
 
 def _expresses(family: Family, config: ModelConfig) -> bool:
-    """Whether config.json would bring back the same function: every field is tried, not only known ones."""
+    """True where config.json would bring back the same function: all fields are tried, not only known."""
     try:
         read = family.read(Fields(family.write(config), Path(CONFIG)))
     except (InexpressibleError, UserError):
@@ -225,6 +225,6 @@ def _function(config: ModelConfig) -> ModelConfig:
             "remat": "none",
             "attention_backend": "auto",
             "architecture": "",
-            "further_depth": 0,  # of training alone; their parameters are not written
+            "mtp_depth": 0,  # of training alone; their parameters are not written
         }
     )

@@ -23,7 +23,7 @@ def read(fields: Fields) -> ModelConfig:
         width=width,
         num_layers=fields.integer("n_layer", "num_hidden_layers"),
         pattern=(Block(attention, FeedForward(4 * width, "gelu_tanh"), norm),),
-        tied_embeddings=fields.flag("tie_word_embeddings", default=True),
+        tie_word_embeddings=fields.flag("tie_word_embeddings", default=True),
         final_norm=norm,
         embedding_norm=norm,
     )
@@ -38,7 +38,7 @@ def write(config: ModelConfig) -> dict[str, Any]:
         "n_layer": config.num_layers,
         "n_head": common.part(block.attention, Attention).num_heads,
         "layer_norm_epsilon": common.part(block.norm, LayerNorm).epsilon,
-        "tie_word_embeddings": config.tied_embeddings,
+        "tie_word_embeddings": config.tie_word_embeddings,
     }
 
 
@@ -47,7 +47,7 @@ def tensors(config: ModelConfig) -> Iterator[Tensor]:
     yield Tensor("transformer.word_embeddings.weight", ("embedding",), SAME)
     yield from norm("transformer.word_embeddings_layernorm", "embedding_norm", bias=True)
     yield from norm("transformer.ln_f", "final_norm", bias=True)
-    if not config.tied_embeddings:
+    if not config.tie_word_embeddings:
         yield Tensor("lm_head.weight", ("unembedding",), SAME)
     for index, (ours, block) in enumerate(named_blocks(config)):
         theirs = f"transformer.h.{index}"

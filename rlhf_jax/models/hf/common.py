@@ -1,4 +1,4 @@
-"""What most families share: rotary positions, norms, projections, and the names that Llama gave them."""
+"""Parts that most families share: rotary positions, norms, projections, under the names of Llama."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
@@ -167,16 +167,18 @@ def write_attention(attention: Attention) -> dict[str, Any]:
 
 
 def read_gated(fields: Fields, *, bias: bool = False) -> GatedFeedForward:
-    """The gated feed-forward."""
+    """Gated feed-forward of the fields of config.json."""
     activation = read_activation(fields, "hidden_act", default="silu")
     return GatedFeedForward(fields.integer("intermediate_size"), activation, bias)
 
 
-def read_model(fields: Fields, blocks: Block | Sequence[Block], *, tied: bool, **options: Any) -> ModelConfig:
+def read_model(
+    fields: Fields, blocks: Block | Sequence[Block], *, tie_word_embeddings: bool, **options: Any
+) -> ModelConfig:
     """A decoder of these blocks, one a layer.
 
     Args:
-      tied: whether the output matrix is the embedding where the file does not say.
+      tie_word_embeddings: whether the output matrix is the embedding where the file does not say.
     """
     count = fields.integer("num_hidden_layers")
     prefix, pattern = fold([blocks] * count if isinstance(blocks, Block) else blocks)
@@ -187,7 +189,7 @@ def read_model(fields: Fields, blocks: Block | Sequence[Block], *, tied: bool, *
         num_layers=count,
         pattern=pattern,
         prefix=prefix,
-        tied_embeddings=fields.flag("tie_word_embeddings", default=tied),
+        tie_word_embeddings=fields.flag("tie_word_embeddings", default=tie_word_embeddings),
         final_norm=norm_like,
         context_length=fields.get("max_position_embeddings"),
         **options,
@@ -201,7 +203,7 @@ def write_model(config: ModelConfig) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         "hidden_size": config.width,
         "num_hidden_layers": config.num_layers,
-        "tie_word_embeddings": config.tied_embeddings,
+        "tie_word_embeddings": config.tie_word_embeddings,
         "rms_norm_eps": part(config.final_norm, RMSNorm).epsilon,
         **({} if length is None else {"max_position_embeddings": length}),
     }
@@ -213,13 +215,13 @@ def write_model(config: ModelConfig) -> dict[str, Any]:
 def outer_tensors(config: ModelConfig) -> Iterator[Tensor]:
     """Embeddings and final norm."""
     yield Tensor("model.embed_tokens.weight", ("embedding",), SAME)
-    if not config.tied_embeddings:
+    if not config.tie_word_embeddings:
         yield Tensor("lm_head.weight", ("unembedding",), SAME)
     yield from norm("model.norm", "final_norm")
 
 
 def attention_tensors(theirs: str, ours: str, spec: Attention) -> Iterator[Tensor]:
-    """Separate projections."""
+    """Rules of separate query, key and value projections."""
     for name in ("query", "key", "value"):
         yield from linear(f"{theirs}.{name[0]}_proj", f"{ours}/{name}", bias=spec.bias)
     yield from linear(f"{theirs}.o_proj", f"{ours}/output", bias=spec.output_bias)
@@ -251,7 +253,7 @@ def expert_tensors(
 
 
 def gated_or_expert_tensors(theirs: str, ours: str, spec: Any) -> Iterator[Tensor]:
-    """Those of a dense layer or of one with experts, under the same name."""
+    """Tensors of a dense layer or of one with experts, under the same name."""
     if isinstance(spec, MixtureOfExperts):
         yield from expert_tensors(theirs, ours, spec)
     else:

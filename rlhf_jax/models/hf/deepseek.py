@@ -37,7 +37,7 @@ def read_v2(fields: Fields) -> ModelConfig:
     limited = fields.get("topk_method") == "group_limited_greedy"
     groups = _groups(fields) if limited else {"groups": 1, "kept_groups": 1}
     scale = fields.number("routed_scaling_factor", default=1.0)
-    return _read(fields, SoftmaxRouter(renormalise=False, scale=scale, **groups))
+    return _read(fields, SoftmaxRouter(renormalize=False, scale=scale, **groups))
 
 
 def read_v3(fields: Fields) -> ModelConfig:
@@ -46,8 +46,8 @@ def read_v3(fields: Fields) -> ModelConfig:
     fields.expect("scoring_func", "sigmoid")
     fields.expect("rope_interleave", True)
     scale = fields.number("routed_scaling_factor", default=2.5)
-    renormalise = fields.flag("norm_topk_prob", default=True)
-    return _read(fields, SigmoidRouter(renormalise=renormalise, scale=scale, **_groups(fields)))
+    renormalize = fields.flag("norm_topk_prob", default=True)
+    return _read(fields, SigmoidRouter(renormalize=renormalize, scale=scale, **_groups(fields)))
 
 
 def _groups(fields: Fields) -> dict[str, int]:
@@ -63,11 +63,11 @@ def _read(fields: Fields, router: SoftmaxRouter | SigmoidRouter) -> ModelConfig:
     dense, rms = common.read_gated(fields), common.read_norm(fields)
     attention = LatentAttention(
         num_heads=fields.integer("num_attention_heads"),
-        query_rank=fields.get("q_lora_rank"),
-        latent_dim=fields.integer("kv_lora_rank"),
-        nope_dim=fields.integer("qk_nope_head_dim"),
-        rope_dim=fields.integer("qk_rope_head_dim"),
-        value_dim=fields.integer("v_head_dim"),
+        q_lora_rank=fields.get("q_lora_rank"),
+        kv_lora_rank=fields.integer("kv_lora_rank"),
+        qk_nope_head_dim=fields.integer("qk_nope_head_dim"),
+        qk_rope_head_dim=fields.integer("qk_rope_head_dim"),
+        v_head_dim=fields.integer("v_head_dim"),
         position=common.read_rope(fields),
         bias=fields.flag("attention_bias", default=False),
     )
@@ -83,7 +83,7 @@ def _read(fields: Fields, router: SoftmaxRouter | SigmoidRouter) -> ModelConfig:
     first = fields.get("first_k_dense_replace") or 0
     layers = range(fields.integer("num_hidden_layers"))
     blocks = [Block(attention, dense if index < first else experts, rms) for index in layers]
-    return common.read_model(fields, blocks, tied=False)
+    return common.read_model(fields, blocks, tie_word_embeddings=False)
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
@@ -98,22 +98,22 @@ def _write(config: ModelConfig) -> dict[str, Any]:
         **common.write_rope(attention.position),
         "num_attention_heads": attention.num_heads,
         "num_key_value_heads": attention.num_heads,
-        "q_lora_rank": attention.query_rank,
-        "kv_lora_rank": attention.latent_dim,
-        "qk_nope_head_dim": attention.nope_dim,
-        "qk_rope_head_dim": attention.rope_dim,
-        "v_head_dim": attention.value_dim,
+        "q_lora_rank": attention.q_lora_rank,
+        "kv_lora_rank": attention.kv_lora_rank,
+        "qk_nope_head_dim": attention.qk_nope_head_dim,
+        "qk_rope_head_dim": attention.qk_rope_head_dim,
+        "v_head_dim": attention.v_head_dim,
         "attention_bias": attention.bias,
         "hidden_act": common.ACTIVATION_NAMES[experts.expert.activation],
-        "intermediate_size": dense[0].hidden_dim if dense else experts.expert.hidden_dim,
-        "moe_intermediate_size": experts.expert.hidden_dim,
+        "intermediate_size": dense[0].intermediate_size if dense else experts.expert.intermediate_size,
+        "moe_intermediate_size": experts.expert.intermediate_size,
         "first_k_dense_replace": len(dense),
         "n_routed_experts": experts.num_experts,
-        "n_shared_experts": shared.hidden_dim // experts.expert.hidden_dim,
+        "n_shared_experts": shared.intermediate_size // experts.expert.intermediate_size,
         "num_experts_per_tok": experts.experts_per_token,
         "n_group": experts.router.groups,
         "topk_group": experts.router.kept_groups,
-        "norm_topk_prob": experts.router.renormalise,
+        "norm_topk_prob": experts.router.renormalize,
         "routed_scaling_factor": experts.router.scale,
     }
 
@@ -133,18 +133,18 @@ def write_v3(config: ModelConfig) -> dict[str, Any]:
 
 def _attention_tensors(theirs: str, ours: str, spec: LatentAttention) -> Iterator[Tensor]:
     # They rotate neighbouring rows; we rotate row i with row i + half: even rows first, then odd ones.
-    halves = np.arange(spec.rope_dim).reshape(-1, 2).T.reshape(-1)
-    head = np.concatenate([np.arange(spec.nope_dim), spec.nope_dim + halves])
+    halves = np.arange(spec.qk_rope_head_dim).reshape(-1, 2).T.reshape(-1)
+    head = np.concatenate([np.arange(spec.qk_nope_head_dim), spec.qk_nope_head_dim + halves])
     heads = (np.arange(spec.num_heads)[:, None] * len(head) + head).reshape(-1)
     query = permuted_rows(heads, len(heads))
-    if spec.query_rank is None:
+    if spec.q_lora_rank is None:
         yield from linear(f"{theirs}.q_proj", f"{ours}/query", layout=query)
     else:
         yield from linear(f"{theirs}.q_a_proj", f"{ours}/query_down", bias=spec.bias)
         yield from norm(f"{theirs}.q_a_layernorm", f"{ours}/query_norm")
         yield from linear(f"{theirs}.q_b_proj", f"{ours}/query", layout=query)
-    sizes = (spec.latent_dim, spec.rope_dim)
-    both = permuted_rows(np.concatenate([np.arange(spec.latent_dim), spec.latent_dim + halves]), *sizes)
+    sizes = (spec.kv_lora_rank, spec.qk_rope_head_dim)
+    both = permuted_rows(np.concatenate([np.arange(spec.kv_lora_rank), spec.kv_lora_rank + halves]), *sizes)
     for leaf, name in (("kernel", "weight"), ("bias", "bias"))[: 1 + spec.bias]:
         latents = (f"{ours}/latent/{leaf}", f"{ours}/rotated_key/{leaf}")
         yield Tensor(f"{theirs}.kv_a_proj_with_mqa.{name}", latents, both)

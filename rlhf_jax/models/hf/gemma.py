@@ -62,7 +62,7 @@ def _read(fields: Fields, ropes: dict[str, Rope], *, every: int, normed: bool) -
     return common.read_model(
         fields,
         [block(kind) for kind in types],
-        tied=True,
+        tie_word_embeddings=True,
         embedding_scale=fields.integer("hidden_size") ** 0.5,
         logit_softcap=fields.get("final_logit_softcapping"),
     )
@@ -78,7 +78,7 @@ def write_gemma2(config: ModelConfig) -> dict[str, Any]:
         **common.write_model(config),
         **common.write_attention(attention),
         "attention_bias": attention.bias,
-        "intermediate_size": feed_forward.hidden_dim,
+        "intermediate_size": feed_forward.intermediate_size,
         "hidden_activation": activation,
         "hidden_act": activation,
         "query_pre_attn_scalar": _inverse_square(attention.scale or attention.head_dim**-0.5),

@@ -30,7 +30,7 @@ def read(fields: Fields) -> ModelConfig:
         width=width,
         num_layers=fields.integer("n_layer"),
         pattern=(Block(attention, feed_forward, norm),),
-        tied_embeddings=fields.flag("tie_word_embeddings", default=True),
+        tie_word_embeddings=fields.flag("tie_word_embeddings", default=True),
         final_norm=norm,
         learned_positions=positions,
         context_length=positions,
@@ -46,11 +46,11 @@ def write(config: ModelConfig) -> dict[str, Any]:
         "n_embd": config.width,
         "n_layer": config.num_layers,
         "n_head": common.part(block.attention, Attention).num_heads,
-        "n_inner": feed_forward.hidden_dim,
+        "n_inner": feed_forward.intermediate_size,
         "n_positions": config.learned_positions,
         "activation_function": common.ACTIVATION_NAMES[feed_forward.activation],
         "layer_norm_epsilon": common.part(block.norm, LayerNorm).epsilon,
-        "tie_word_embeddings": config.tied_embeddings,
+        "tie_word_embeddings": config.tie_word_embeddings,
     }
 
 
@@ -59,7 +59,7 @@ def tensors(config: ModelConfig) -> Iterator[Tensor]:
     yield Tensor("transformer.wte.weight", ("embedding",), SAME)
     yield Tensor("transformer.wpe.weight", ("position_embedding",), SAME)
     yield from norm("transformer.ln_f", "final_norm", bias=True)
-    if not config.tied_embeddings:
+    if not config.tie_word_embeddings:
         yield Tensor("lm_head.weight", ("unembedding",), SAME)
     for index, (ours, _) in enumerate(named_blocks(config)):
         theirs = f"transformer.h.{index}"

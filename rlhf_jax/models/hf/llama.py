@@ -14,18 +14,20 @@ def read_llama(fields: Fields) -> ModelConfig:
     bias = fields.flag("attention_bias", default=False)
     attention = common.read_attention(fields, bias=bias, output_bias=bias)
     feed_forward = common.read_gated(fields, bias=fields.flag("mlp_bias", default=False))
-    return common.read_model(fields, Block(attention, feed_forward, common.read_norm(fields)), tied=False)
+    return common.read_model(
+        fields, Block(attention, feed_forward, common.read_norm(fields)), tie_word_embeddings=False
+    )
 
 
 def write_llama(config: ModelConfig) -> dict[str, Any]:
-    """What all of them have, and Llama's flags for biases."""
+    """Fields that all of them have, and Llama's flags for biases."""
     block = common.same_blocks(config)
     attention = common.part(block.attention, Attention)
     feed_forward = common.part(block.feed_forward, GatedFeedForward)
     return {
         **common.write_model(config),
         **common.write_attention(attention),
-        "intermediate_size": feed_forward.hidden_dim,
+        "intermediate_size": feed_forward.intermediate_size,
         "hidden_act": common.ACTIVATION_NAMES[feed_forward.activation],
         "attention_bias": attention.bias,
         "mlp_bias": feed_forward.bias,

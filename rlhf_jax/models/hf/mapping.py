@@ -1,4 +1,4 @@
-"""How parameters stand in a checkpoint's tensors: rules that read both ways."""
+"""Weight map between parameters and a checkpoint's tensors: rules that read both ways."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -100,7 +100,7 @@ def weight(theirs: str, ours: str, *, layout: Layout = TRANSPOSED, slot: int | N
 
 
 def linear(theirs: str, ours: str, *, bias: bool = False, layout: Layout = TRANSPOSED) -> Iterator[Tensor]:
-    """A linear layer."""
+    """Rules of a linear layer: kernel and bias."""
     yield weight(theirs, f"{ours}/kernel", layout=layout)
     if bias:
         yield Tensor(f"{theirs}.bias", (f"{ours}/bias",), SAME)
@@ -114,7 +114,7 @@ def norm(theirs: str, ours: str, *, bias: bool = False) -> Iterator[Tensor]:
 
 
 def named_blocks(config: ModelConfig) -> Iterator[tuple[str, Block]]:
-    """What the parameters of each layer begin with, and its block, in order."""
+    """Prefix of the parameters of each layer, and its block, in order."""
     groups = [("prefix", config.prefix)] if config.prefix else []
     groups += [(f"layer_{index}", config.pattern) for index in range(config.num_repeats)]
     for name, blocks in groups:

@@ -19,7 +19,7 @@ def read_mistral(fields: Fields) -> ModelConfig:
     """config.json of a Mistral."""
     attention = common.read_attention(fields, window=fields.get("sliding_window"))
     block = Block(attention, common.read_gated(fields), common.read_norm(fields))
-    return common.read_model(fields, block, tied=False)
+    return common.read_model(fields, block, tie_word_embeddings=False)
 
 
 def write_mistral(config: ModelConfig) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def read_mixtral(fields: Fields) -> ModelConfig:
         SoftmaxRouter(),
     )
     block = Block(attention, experts, common.read_norm(fields, default=1e-5))
-    return common.read_model(fields, block, tied=False)
+    return common.read_model(fields, block, tie_word_embeddings=False)
 
 
 def write_mixtral(config: ModelConfig) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def write_mixtral(config: ModelConfig) -> dict[str, Any]:
         "sliding_window": attention.window,
         "num_local_experts": experts.num_experts,
         "num_experts_per_tok": experts.experts_per_token,
-        "intermediate_size": experts.expert.hidden_dim,
+        "intermediate_size": experts.expert.intermediate_size,
         "hidden_act": common.ACTIVATION_NAMES[experts.expert.activation],
     }
 

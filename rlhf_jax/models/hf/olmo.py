@@ -14,7 +14,7 @@ def read(fields: Fields) -> ModelConfig:
     rms, bias = common.read_norm(fields, default=1e-5), fields.flag("attention_bias", default=False)
     attention = common.read_attention(fields, bias=bias, output_bias=bias, qk_norm=rms, qk_norm_whole=True)
     block = Block(attention, common.read_gated(fields), rms, pre_norm=False, post_norm=True)
-    return common.read_model(fields, block, tied=False)
+    return common.read_model(fields, block, tie_word_embeddings=False)
 
 
 def write(config: ModelConfig) -> dict[str, Any]:

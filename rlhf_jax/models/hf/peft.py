@@ -33,7 +33,7 @@ def save(
     params: Params,
     *,
     base: str = "",
-    stabilised: bool = False,
+    rank_stabilized: bool = False,
 ) -> None:
     """Writes the low-rank adapter among `params` as a folder that `peft` and vLLM load onto the base.
 
@@ -42,7 +42,7 @@ def save(
 
     Args:
       base: name or folder of the base in the Hugging Face format, for whoever loads the adapter.
-      stabilised: say so with `use_rslora` rather than with an alpha that gives the same scale.
+      rank_stabilized: say so with `use_rslora` rather than with an alpha that gives the same scale.
 
     Raises:
       UserError: there is no low-rank adapter, or one of a layer that has no tensor of its own there.
@@ -81,8 +81,8 @@ def save(
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base or None,
         "r": rank,
-        "lora_alpha": scale * (rank**0.5 if stabilised else rank),
-        "use_rslora": stabilised,
+        "lora_alpha": scale * (rank**0.5 if rank_stabilized else rank),
+        "use_rslora": rank_stabilized,
         "use_dora": any(name.endswith("magnitude_vector") for name in tensors),
         "target_modules": _shortest(adapted, modules),
         "fan_in_fan_out": not _is_transposed(config),
@@ -155,7 +155,7 @@ def load(path: str | os.PathLike[str], config: ModelConfig, params: Params) -> t
         what = f"tensor `{unused[0]}` has no place in the base" if unused else "no tensor of an adapter"
         raise UserError(f"{folder / WEIGHTS}: {what}: give the base that the adapter was trained on")
     pattern = "|".join(map(re.escape, targets))
-    adapter = kind(rank, adapter.alpha, pattern, adapter.rank_stabilised)
+    adapter = kind(rank, adapter.alpha, pattern, adapter.rank_stabilized)
     return adapter, stack_layers(config, tree) if stacked else tree
 
 
@@ -181,7 +181,7 @@ def _read_description(path: Path) -> dict[str, Any]:
 
 
 def _modules(config: ModelConfig) -> dict[str, str]:
-    """Their names of the linear layers that have a tensor of their own, by our paths."""
+    """PEFT's names of the linear layers that have a tensor of their own, by our paths."""
     return {
         rule.params[0].removesuffix("/kernel"): rule.name.removesuffix(".weight")
         for rule in family_of(config).tensors(config)
@@ -190,7 +190,7 @@ def _modules(config: ModelConfig) -> dict[str, str]:
 
 
 def _is_transposed(config: ModelConfig) -> bool:
-    """Whether their kernels are [out, in]; GPT-2's are not."""
+    """True where the family's kernels are [out, in]; GPT-2's are not."""
     rules = family_of(config).tensors(config)
     return not any(rule.params[0].endswith("/kernel") and rule.layout is SAME for rule in rules)
 

@@ -13,7 +13,7 @@ def read(fields: Fields) -> ModelConfig:
     """config.json of a Phi-3."""
     attention = common.read_attention(fields, window=fields.get("sliding_window"))
     block = Block(attention, common.read_gated(fields), common.read_norm(fields, default=1e-5))
-    return common.read_model(fields, block, tied=False)
+    return common.read_model(fields, block, tie_word_embeddings=False)
 
 
 def write(config: ModelConfig) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def tensors(config: ModelConfig) -> Iterator[Tensor]:
     for index, (ours, block) in enumerate(named_blocks(config)):
         theirs = f"model.layers.{index}"
         attention = common.part(block.attention, Attention)
-        hidden = common.part(block.feed_forward, GatedFeedForward).hidden_dim
+        hidden = common.part(block.feed_forward, GatedFeedForward).intermediate_size
         widths = [
             heads * attention.head_dim for heads in (attention.num_heads, *[attention.num_kv_heads] * 2)
         ]

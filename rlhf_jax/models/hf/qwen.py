@@ -21,13 +21,13 @@ def read_qwen2(fields: Fields) -> ModelConfig:
     fields.expect("use_sliding_window", False)
     attention = common.read_attention(fields, bias=True)
     block = Block(attention, common.read_gated(fields), common.read_norm(fields))
-    return common.read_model(fields, block, tied=False)
+    return common.read_model(fields, block, tie_word_embeddings=False)
 
 
 def read_qwen3(fields: Fields) -> ModelConfig:
     """config.json of a Qwen 3."""
     block = Block(_qwen3_attention(fields), common.read_gated(fields), common.read_norm(fields))
-    return common.read_model(fields, block, tied=False)
+    return common.read_model(fields, block, tie_word_embeddings=False)
 
 
 def _qwen3_attention(fields: Fields) -> Attention:
@@ -49,14 +49,14 @@ def read_qwen3_moe(fields: Fields) -> ModelConfig:
         fields.integer("num_experts", "num_local_experts"),
         fields.integer("num_experts_per_tok"),
         GatedFeedForward(fields.integer("moe_intermediate_size"), dense.activation),
-        SoftmaxRouter(renormalise=fields.flag("norm_topk_prob", default=False)),
+        SoftmaxRouter(renormalize=fields.flag("norm_topk_prob", default=False)),
     )
     every, plain = fields.integer("decoder_sparse_step", default=1), fields.get("mlp_only_layers") or []
     blocks = [
         Block(attention, dense if index in plain or (index + 1) % every else experts, norm)
         for index in range(fields.integer("num_hidden_layers"))
     ]
-    return common.read_model(fields, blocks, tied=False)
+    return common.read_model(fields, blocks, tie_word_embeddings=False)
 
 
 def write_qwen3_moe(config: ModelConfig) -> dict[str, Any]:
@@ -71,11 +71,11 @@ def write_qwen3_moe(config: ModelConfig) -> dict[str, Any]:
         **common.write_attention(attention),
         "attention_bias": attention.bias,
         "hidden_act": common.ACTIVATION_NAMES[experts.expert.activation],
-        "intermediate_size": (dense or experts.expert).hidden_dim,
-        "moe_intermediate_size": experts.expert.hidden_dim,
+        "intermediate_size": (dense or experts.expert).intermediate_size,
+        "moe_intermediate_size": experts.expert.intermediate_size,
         "num_experts": experts.num_experts,
         "num_experts_per_tok": experts.experts_per_token,
-        "norm_topk_prob": experts.router.renormalise,
+        "norm_topk_prob": experts.router.renormalize,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [index for index, layer in enumerate(layers) if layer != experts],
     }

@@ -28,7 +28,7 @@ class Tensors(Protocol):
 
     @property
     def folder(self) -> Path:
-        """Where they are, for messages."""
+        """Folder of the tensors, for messages."""
         ...
 
     def names(self) -> set[str]:
@@ -91,7 +91,7 @@ def _rules_by_stored_name(family: Family, config: ModelConfig, tensors: Tensors)
             f"{tensors.folder}: tensor `{missing[0]}`{others} is in none of the safetensors files, though "
             f"config.json asks for it: download the folder again or mend config.json."
         )
-    tied_copy = {"lm_head.weight"} if config.tied_embeddings else set()
+    tied_copy = {"lm_head.weight"} if config.tie_word_embeddings else set()
     extra = sorted(n for n in stored - rules.keys() - tied_copy if not family.ignores(n, config))
     if extra:
         others = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""

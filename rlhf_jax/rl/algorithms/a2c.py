@@ -29,8 +29,8 @@ from rlhf_jax.losses.value import squared_value_loss
 from rlhf_jax.rl.envs.environments import Environment
 from rlhf_jax.rl.loops import on_policy
 from rlhf_jax.rl.loops.on_policy import NetworkConfig
-from rlhf_jax.rl.loops.rollout import Experience, RolloutConfig, as_rows, estimate, make_logprob_fn
-from rlhf_jax.rl.loops.runs import Run, Train, whole
+from rlhf_jax.rl.loops.rollout import Experience, RolloutConfig, as_rows, compute_gae, make_logprob_fn
+from rlhf_jax.rl.loops.runs import Run, Train, make_train_fn
 
 __all__ = [
     "Batch",
@@ -68,7 +68,7 @@ class Config:
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary.
+    """Hyperparameters of A2C that a sweep may vary (array leaves).
 
     Attributes:
       gamma: discount per step.
@@ -86,7 +86,7 @@ class Hyper:
 
 @pytree_dataclass
 class State:
-    """The agent."""
+    """Training state of A2C."""
 
     learner: TrainState
 
@@ -137,7 +137,7 @@ def make_run(config: Config, env: Environment, env_params: Any) -> Run:
     update = make_update(make_logprob_fn(network), tx)
 
     def learn(state: State, hyper: Hyper, experience: Experience) -> tuple[State, Metrics]:
-        values, advantages, returns = estimate(
+        values, advantages, returns = compute_gae(
             network,
             state.learner.params,
             experience,
@@ -162,4 +162,4 @@ def make_run(config: Config, env: Environment, env_params: Any) -> Run:
 
 def make_train(config: Config, env: Environment, env_params: Any) -> Train:
     """`train(key, hyper) -> (state, history)`: a whole run, pure; jit it, vmap it over keys and `Hyper`."""
-    return whole(make_run(config, env, env_params))
+    return make_train_fn(make_run(config, env, env_params))

@@ -54,11 +54,11 @@ class Config:
       plies: moves of each game an iteration; a game that ends is followed by a new one.
       opening: a new game begins after 0 to this many random moves. Without them self-play soon tells the same
         few games again and again, and forgets how to answer all others.
-      simulations: of the search, for each move.
-      considered: actions that the root of the search looks at, at most.
+      num_simulations: of the search, for each move.
+      max_num_considered_actions: actions that the root of the search looks at, at most.
       widths: of the network's layers.
-      epochs: over the moves of an iteration.
-      minibatches: of an epoch; divide `num_games` x `plies`.
+      num_epochs: over the moves of an iteration.
+      num_minibatches: of an epoch; divide `num_games` x `plies`.
       optimizer: Adam; the schedule is stretched over the run.
     """
 
@@ -66,24 +66,24 @@ class Config:
     num_games: int = 128
     plies: int = 9
     opening: int = 4
-    simulations: int = 32
-    considered: int = 16
+    num_simulations: int = 32
+    max_num_considered_actions: int = 16
     widths: tuple[int, ...] = (128, 128)
-    epochs: int = 2
-    minibatches: int = 4
+    num_epochs: int = 2
+    num_minibatches: int = 4
     optimizer: OptimizerConfig = OptimizerConfig(
         schedule="cosine", warmup_steps=0, b2=0.999, weight_decay=1e-4
     )
 
     @property
     def optimizer_steps(self) -> int:
-        """Of a whole run."""
-        return self.iterations * self.epochs * self.minibatches
+        """Optimizer steps of a whole run."""
+        return self.iterations * self.num_epochs * self.num_minibatches
 
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary.
+    """Hyperparameters of AlphaZero that a sweep may vary (array leaves).
 
     Attributes:
       value_coef: weight of the value's squared error beside the policy's cross-entropy.
@@ -159,8 +159,8 @@ def search(
     positions: Position,
     key: PRNGKeyArray,
     *,
-    simulations: int,
-    considered: int = 16,
+    num_simulations: int,
+    max_num_considered_actions: int = 16,
     gumbel_scale: Scalar = 1.0,
 ) -> Any:
     """Gumbel search from positions [B], with the true rules as the model; gives mctx's `PolicyOutput`.
@@ -195,24 +195,28 @@ def search(
         key,
         root,
         expand,
-        num_simulations=simulations,
+        num_simulations=num_simulations,
         invalid_actions=~jax.vmap(game.legal)(positions),
         max_depth=game.length,
-        max_num_considered_actions=min(considered, game.num_actions),
+        max_num_considered_actions=min(max_num_considered_actions, game.num_actions),
         gumbel_scale=gumbel_scale,
     )
 
 
 def make_player(
-    game: Game, apply: ApplyFn, params: Params, *, simulations: int, considered: int = 16
+    game: Game, apply: ApplyFn, params: Params, *, num_simulations: int, max_num_considered_actions: int = 16
 ) -> ChooseFn:
     """A player without randomness; with no simulations it takes the network's likeliest legal action."""
 
     def choose(positions: Position, key: PRNGKeyArray) -> Int[Array, "B"]:
-        if not simulations:
+        if not num_simulations:
             logits, _ = apply(params, jax.vmap(game.observe)(positions))
             return jnp.argmax(jnp.where(jax.vmap(game.legal)(positions), logits, -jnp.inf), axis=-1)
-        options = {"simulations": simulations, "considered": considered, "gumbel_scale": 0.0}
+        options = {
+            "num_simulations": num_simulations,
+            "max_num_considered_actions": max_num_considered_actions,
+            "gumbel_scale": 0.0,
+        }
         return search(game, apply, params, positions, key, **options).action
 
     return choose
@@ -234,8 +238,8 @@ def self_play(
             params,
             positions,
             search_key,
-            simulations=config.simulations,
-            considered=config.considered,
+            num_simulations=config.num_simulations,
+            max_num_considered_actions=config.max_num_considered_actions,
         )
         after = jax.vmap(game.play)(positions, found.action)
         move = (
@@ -265,7 +269,7 @@ def new_games(config: Config, game: Game, key: PRNGKeyArray) -> Position:
 def outcomes(
     reward: Float[Array, "T B"], over: Bool[Array, "T B"]
 ) -> tuple[Float[Array, "T B"], Bool[Array, "T B"]]:
-    """How games ended for the mover of each ply, and whether they did; 0 where they did not.
+    """Game outcomes for the mover of each ply, and a mask of games that ended; 0 where they did not.
 
     Args:
       reward: 1 where the mover's move won.
@@ -320,26 +324,31 @@ def make_update(
 
         key, order_key = jax.random.split(state.key)
         learner, metrics = scan_minibatches(
-            step, state.learner, batch, order_key, epochs=config.epochs, minibatches=config.minibatches
+            step,
+            state.learner,
+            batch,
+            order_key,
+            epochs=config.num_epochs,
+            minibatches=config.num_minibatches,
         )
         return dataclasses.replace(state, learner=learner, key=key), metrics
 
     return update
 
 
-BeginFn = Callable[[PRNGKeyArray], State]
+InitFn = Callable[[PRNGKeyArray], State]
 PlayFn = Callable[[State], tuple[State, Batch]]
 LearnFn = Callable[[State, Hyper, Batch], tuple[State, Metrics]]
 
 
-def make_iteration(config: Config, game: Game) -> tuple[BeginFn, PlayFn, LearnFn]:
-    """(begin, play, learn): an iteration is `play(state)`, then `learn(state, hyper, batch)` of its games."""
+def make_iteration(config: Config, game: Game) -> tuple[InitFn, PlayFn, LearnFn]:
+    """(init_state, play, learn): an iteration is `play(state)`, then `learn(state, hyper, batch)`."""
     init_params, apply = make_network(config, game)
     optimizer = dataclasses.replace(config.optimizer, total_steps=config.optimizer_steps)
     tx = make_optimizer(optimizer)
     update = make_update(config, apply, tx)
 
-    def begin(key: PRNGKeyArray) -> State:
+    def init_state(key: PRNGKeyArray) -> State:
         params_key, state_key = jax.random.split(key)
         return init(config, game, init_params(params_key), tx, state_key)
 
@@ -355,18 +364,18 @@ def make_iteration(config: Config, game: Game) -> tuple[BeginFn, PlayFn, LearnFn
         entropy = -jnp.mean(jnp.sum(jax.scipy.special.xlogy(batch.policy, batch.policy), axis=-1))
         return state, {**metrics, "drawn_share": drawn, "search_entropy": entropy}
 
-    return begin, play, learn
+    return init_state, play, learn
 
 
 def make_train(config: Config, game: Game) -> Train:
     """`train(key, hyper) -> (state, history)`: a whole run, pure; jit it, vmap it over keys and `Hyper`."""
-    begin, play, learn = make_iteration(config, game)
+    init_state, play, learn = make_iteration(config, game)
 
     def train(key: PRNGKeyArray, hyper: Hyper) -> tuple[State, Metrics]:
         def iterate(state: State, _: None) -> tuple[State, Metrics]:
             state, batch = play(state)
             return learn(state, hyper, batch)
 
-        return jax.lax.scan(iterate, begin(key), None, length=config.iterations)
+        return jax.lax.scan(iterate, init_state(key), None, length=config.iterations)
 
     return train

@@ -26,7 +26,7 @@ from rlhf_jax.rl.envs.environments import Environment, Transition
 from rlhf_jax.rl.loops import offline
 from rlhf_jax.rl.loops.offline import Algorithm, RunConfig
 from rlhf_jax.rl.loops.replay import Batch
-from rlhf_jax.rl.loops.runs import Run, Train, whole
+from rlhf_jax.rl.loops.runs import Run, Train, make_train_fn
 from rlhf_jax.rl.networks.distributions import Distribution
 from rlhf_jax.rl.networks.q_networks import applied
 
@@ -43,17 +43,17 @@ class Config:
     Attributes:
       run: its course.
       optimizer: Adam behind gradient clipping.
-      body: of the policy; None for the environment's usual one.
+      encoder: of the policy; None for the environment's usual one.
     """
 
     run: RunConfig = RunConfig()
     optimizer: OptimizerConfig = OptimizerConfig(b2=0.999)
-    body: nn.Module | None = None
+    encoder: nn.Module | None = None
 
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary."""
+    """Hyperparameters of behavior cloning that a sweep may vary (array leaves)."""
 
     learning_rate: Scalar = 1e-3
 
@@ -84,7 +84,7 @@ def make_update(
 
 def make_run(config: Config, env: Environment, data: Transition) -> Run:
     """A run as `init` and `step`."""
-    tx, network = make_optimizer(config.optimizer), offline.make_policy(env, config.body)
+    tx, network = make_optimizer(config.optimizer), offline.make_policy(env, config.encoder)
     policy_fn: PolicyFn = applied(network)
 
     def init_fn(key: PRNGKeyArray) -> State:
@@ -101,4 +101,4 @@ def make_run(config: Config, env: Environment, data: Transition) -> Run:
 
 def make_train(config: Config, env: Environment, data: Transition) -> Train:
     """`train(key, hyper) -> (state, history)`: a whole run, pure; jit it, vmap it over keys and `Hyper`."""
-    return whole(make_run(config, env, data))
+    return make_train_fn(make_run(config, env, data))

@@ -21,8 +21,8 @@ from rlhf_jax.rl.envs.environments import Environment
 from rlhf_jax.rl.loops import off_policy
 from rlhf_jax.rl.loops.off_policy import RunConfig
 from rlhf_jax.rl.loops.replay import Batch
-from rlhf_jax.rl.loops.runs import Run, Train, whole
-from rlhf_jax.rl.networks.q_networks import ActionValues, make_value_torso
+from rlhf_jax.rl.loops.runs import Run, Train, make_train_fn
+from rlhf_jax.rl.networks.q_networks import ActionValues, make_value_encoder
 
 __all__ = [
     "Config",
@@ -42,29 +42,29 @@ class Config:
     Attributes:
       run: its course.
       optimizer: Adam behind gradient clipping.
-      body: of the network; None for the default of the environment.
-      atoms: of the distribution, at least 2.
+      encoder: of the network; None for the default of the environment.
+      num_atoms: of the distribution, at least 2.
       double: the trained network chooses the next action, the target network values it.
       dueling: logits of states and of advantages apart.
-      prioritised: sample transitions by their loss.
+      prioritized: sample transitions by their loss.
     """
 
     run: RunConfig = RunConfig()
     optimizer: OptimizerConfig = OptimizerConfig(clip_norm=10.0, b2=0.999)
-    body: nn.Module | None = None
-    atoms: int = 51
+    encoder: nn.Module | None = None
+    num_atoms: int = 51
     double: bool = False
     dueling: bool = False
-    prioritised: bool = False
+    prioritized: bool = False
 
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary; `dqn.Hyper` says what is not said here.
+    """Hyperparameters of C51 that a sweep may vary (array leaves); `dqn.Hyper` says what is not said here.
 
     Attributes:
-      value_min: the lowest atom, in units of reward.
-      value_max: the highest.
+      v_min: the lowest atom, in units of reward.
+      v_max: the highest.
     """
 
     learning_rate: Scalar = 5e-4
@@ -72,17 +72,17 @@ class Hyper:
     epsilon_start: Scalar = 1.0
     epsilon_end: Scalar = 0.05
     epsilon_steps: Scalar = 250_000.0
-    target_every: Scalar = 50
-    target_rate: Scalar = 1.0
-    value_min: Scalar = -100.0
-    value_max: Scalar = 100.0
+    target_update_interval: Scalar = 50
+    tau: Scalar = 1.0
+    v_min: Scalar = -100.0
+    v_max: Scalar = 100.0
     priority_alpha: Scalar = 0.6
     priority_beta: Scalar = 0.4
 
 
 def atoms_of(count: int, hyper: Hyper) -> Float[Array, " N"]:
     """The support of the distributions."""
-    return jnp.linspace(hyper.value_min, hyper.value_max, count)
+    return jnp.linspace(hyper.v_min, hyper.v_max, count)
 
 
 def rank_actions(logits: Float[Array, "... N"]) -> Float[Array, "..."]:
@@ -92,7 +92,7 @@ def rank_actions(logits: Float[Array, "... N"]) -> Float[Array, "..."]:
 
 def categorical_loss(
     chosen: Float[Array, "N K"],
-    following: Float[Array, "N K"],
+    next_logits: Float[Array, "N K"],
     batch: Batch,
     hyper: Hyper,
     reduce: Reduction,
@@ -103,7 +103,7 @@ def categorical_loss(
     """
     atoms = atoms_of(chosen.shape[-1], hyper)
     positions = batch.reward[:, None] + batch.discount[:, None] * atoms
-    targets = project_categorical(positions, jax.nn.softmax(following), atoms)
+    targets = project_categorical(positions, jax.nn.softmax(next_logits), atoms)
     mask = jnp.ones_like(batch.reward, bool)[None]
     loss, metrics = categorical_value_loss(chosen[None], targets[None], atoms, mask, reduce=reduce)
     log_targets = jnp.log(jnp.where(targets > 0, targets, 1))
@@ -124,10 +124,12 @@ def make_network(config: Config, env: Environment) -> ActionValues:
     Raises:
       UserError: actions are continuous, or there are fewer than 2 atoms.
     """
-    if config.atoms < 2:
-        raise UserError(f"C51: atoms={config.atoms} is no distribution: use at least 2.")
+    if config.num_atoms < 2:
+        raise UserError(f"C51: num_atoms={config.num_atoms} is no distribution: use at least 2.")
     num_actions = dqn.discrete_actions(env, "C51")
-    return ActionValues(make_value_torso(env, config.body), num_actions, config.atoms, config.dueling)
+    return ActionValues(
+        make_value_encoder(env, config.encoder), num_actions, config.num_atoms, config.dueling
+    )
 
 
 def make_run(config: Config, env: Environment, env_params: Any) -> Run:
@@ -135,9 +137,9 @@ def make_run(config: Config, env: Environment, env_params: Any) -> Run:
     tx, network = make_optimizer(config.optimizer), make_network(config, env)
     values = dqn.network_fns(network, rank_actions)
     algorithm = dqn.make_algorithm(env, network, values, tx, make_update(config, values, tx))
-    return off_policy.make_run(config.run, env, env_params, algorithm, prioritised=config.prioritised)
+    return off_policy.make_run(config.run, env, env_params, algorithm, prioritized=config.prioritized)
 
 
 def make_train(config: Config, env: Environment, env_params: Any) -> Train:
     """`train(key, hyper) -> (state, history)`: a whole run, pure; jit it, vmap it over keys and `Hyper`."""
-    return whole(make_run(config, env, env_params))
+    return make_train_fn(make_run(config, env, env_params))

@@ -23,8 +23,8 @@ from rlhf_jax.rl.envs.environments import Environment, Transition
 from rlhf_jax.rl.loops import offline
 from rlhf_jax.rl.loops.offline import Algorithm, RunConfig
 from rlhf_jax.rl.loops.replay import Batch
-from rlhf_jax.rl.loops.runs import Run, Train, whole
-from rlhf_jax.rl.networks.q_networks import ActionValues, make_value_torso
+from rlhf_jax.rl.loops.runs import Run, Train, make_train_fn
+from rlhf_jax.rl.networks.q_networks import ActionValues, make_value_encoder
 
 __all__ = ["Config", "Hyper", "State", "init", "make_run", "make_train", "make_update"]
 
@@ -36,46 +36,46 @@ class Config:
     Attributes:
       run: its course.
       optimizer: Adam behind gradient clipping.
-      body: of the network; None for the default of the environment.
+      encoder: of the network; None for the default of the environment.
       double: the trained network chooses the next action, the target network values it.
     """
 
     run: RunConfig = RunConfig()
     optimizer: OptimizerConfig = OptimizerConfig(clip_norm=1e6, b2=0.999)
-    body: nn.Module | None = None
+    encoder: nn.Module | None = None
     double: bool = True
 
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary.
+    """Hyperparameters of CQL that a sweep may vary (array leaves).
 
     Attributes:
       gamma: discount per step.
-      conservatism: weight of the penalty, in units of reward; 0 is DQN on the log.
-      target_every: updates between moves of the target network.
-      target_rate: how far it moves then; 1 copies.
+      cql_alpha: weight of the penalty, in units of reward; 0 is DQN on the log.
+      target_update_interval: updates between moves of the target network.
+      tau: how far it moves then; 1 copies.
       huber_delta: error beyond which the loss is linear, in units of reward.
     """
 
     learning_rate: Scalar = 1e-3
     gamma: Scalar = 0.99
-    conservatism: Scalar = 1.0
-    target_every: Scalar = 1
-    target_rate: Scalar = 0.01
+    cql_alpha: Scalar = 1.0
+    target_update_interval: Scalar = 1
+    tau: Scalar = 0.01
     huber_delta: Scalar = 100.0
 
 
 def conservative_loss(
-    every: Float[Array, "N A"], following: Float[Array, " N"], batch: Batch, hyper: Hyper, reduce: Reduction
+    every: Float[Array, "N A"], next_values: Float[Array, " N"], batch: Batch, hyper: Hyper, reduce: Reduction
 ) -> LossOutcome:
     """Huber(Q(s, a) - target) + conservatism penalty(s, a) (Kumar et al. 2020, eq. 4)."""
     taken = jnp.arange(every.shape[-1]) == batch.action[:, None]
     chosen = jnp.sum(jnp.where(taken, every, 0), axis=-1)
-    loss, (metrics, errors) = dqn.td_loss(chosen, following, batch, hyper, reduce)
+    loss, (metrics, errors) = dqn.td_loss(chosen, next_values, batch, hyper, reduce)
     mask = jnp.ones((1, every.shape[0]), bool)
     penalty, more = conservative_penalty(every[None], batch.action[None], mask, reduce=reduce)
-    return loss + hyper.conservatism * penalty, ({**metrics, **more}, errors)
+    return loss + hyper.cql_alpha * penalty, ({**metrics, **more}, errors)
 
 
 def make_update(
@@ -98,7 +98,7 @@ def make_run(config: Config, env: Environment, data: Transition) -> Run:
     tx = make_optimizer(config.optimizer)
     if env.num_actions is None:
         raise UserError(f"CQL needs discrete actions and {env.name} has continuous ones: use IQL.")
-    network = ActionValues(make_value_torso(env, config.body), env.num_actions)
+    network = ActionValues(make_value_encoder(env, config.encoder), env.num_actions)
     values = dqn.network_fns(network)
 
     def init_fn(key: PRNGKeyArray) -> State:
@@ -113,4 +113,4 @@ def make_run(config: Config, env: Environment, data: Transition) -> Run:
 
 def make_train(config: Config, env: Environment, data: Transition) -> Train:
     """`train(key, hyper) -> (state, history)`: a whole run, pure; jit it, vmap it over keys and `Hyper`."""
-    return whole(make_run(config, env, data))
+    return make_train_fn(make_run(config, env, data))

@@ -20,14 +20,14 @@ from rlhf_jax.rl.loops.continuous import (
     box_of,
     critic_fns,
     critic_step,
-    default_body,
-    make_torso,
+    default_encoder,
+    make_encoder,
     noisy_algorithm,
     policy_step,
 )
 from rlhf_jax.rl.loops.off_policy import RunConfig
 from rlhf_jax.rl.loops.replay import Batch
-from rlhf_jax.rl.loops.runs import Run, Train, whole
+from rlhf_jax.rl.loops.runs import Run, Train, make_train_fn
 from rlhf_jax.rl.networks.q_networks import DeterministicActor, applied
 
 
@@ -38,31 +38,31 @@ class Config:
     Attributes:
       run: its course.
       optimizer: of actor and critic: Adam behind gradient clipping.
-      body: of actor and critic.
+      encoder: of actor and critic.
     """
 
     run: RunConfig = RunConfig(total_steps=20_000, train_every=1, capacity=20_000)
     optimizer: OptimizerConfig = OptimizerConfig(clip_norm=1e6, b2=0.999)
-    body: nn.Module = dataclasses.field(default_factory=default_body)
+    encoder: nn.Module = dataclasses.field(default_factory=default_encoder)
 
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary.
+    """Hyperparameters of DDPG that a sweep may vary (array leaves).
 
     Attributes:
       learning_rate: of the critic.
       actor_learning_rate: of the actor.
       gamma: discount per step.
-      target_rate: how far target networks move at a time.
-      exploration_std: of the noise on actions, in half ranges of their box.
+      tau: how far target networks move at a time.
+      action_noise_std: of the noise on actions, in half ranges of their box.
     """
 
     learning_rate: Scalar = 1e-3
     actor_learning_rate: Scalar = 1e-3
     gamma: Scalar = 0.98
-    target_rate: Scalar = 0.005
-    exploration_std: Scalar = 0.1
+    tau: Scalar = 0.005
+    action_noise_std: Scalar = 0.1
 
 
 @pytree_dataclass
@@ -91,8 +91,8 @@ def make_update(
 
     def update(state: State, hyper: Hyper, batch: Batch) -> tuple[State, Metrics, Float[Array, " N"]]:
         next_action = actor_fn(state.target_actor, batch.next_obs)
-        following = critic_fn(state.target_critic, batch.next_obs, next_action)[0]
-        targets = batch.reward + batch.discount * following
+        next_values = critic_fn(state.target_critic, batch.next_obs, next_action)[0]
+        targets = batch.reward + batch.discount * next_values
         critic, metrics, errors = critic_step(
             state.critic, critic_fn, batch, targets, tx, learning_rate=hyper.learning_rate
         )
@@ -102,7 +102,7 @@ def make_update(
             return -jnp.mean(critic_fn(critic.params, batch.obs, action)[0]), None
 
         actor, actor_loss, _ = policy_step(state.actor, loss_fn, tx, learning_rate=hyper.actor_learning_rate)
-        rate = hyper.target_rate
+        rate = hyper.tau
         state = State(
             actor=actor,
             critic=critic,
@@ -119,7 +119,7 @@ def make_run(config: Config, env: Environment, env_params: Any) -> Run:
     box, tx = box_of(env, "DDPG"), make_optimizer(config.optimizer)
     actor = make_actor(config, env)
     actor_fn = applied(actor)
-    init_critics, critic_fn = critic_fns(env, config.body, box, count=1)
+    init_critics, critic_fn = critic_fns(env, config.encoder, box, count=1)
 
     def init_fn(key: PRNGKeyArray, hyper: Hyper) -> State:
         del hyper
@@ -133,11 +133,11 @@ def make_run(config: Config, env: Environment, env_params: Any) -> Run:
 
 
 def make_actor(config: Config, env: Environment) -> DeterministicActor:
-    """The policy's network."""
+    """Actor network for this environment."""
     box = box_of(env, "DDPG")
-    return DeterministicActor(make_torso(env, config.body), box.low, box.high)
+    return DeterministicActor(make_encoder(env, config.encoder), box.low, box.high)
 
 
 def make_train(config: Config, env: Environment, env_params: Any) -> Train:
     """`train(key, hyper) -> (state, history)`: a whole run, pure; jit it, vmap it over keys and `Hyper`."""
-    return whole(make_run(config, env, env_params))
+    return make_train_fn(make_run(config, env, env_params))

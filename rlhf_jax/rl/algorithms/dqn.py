@@ -31,8 +31,8 @@ from rlhf_jax.rl.loops import off_policy
 from rlhf_jax.rl.loops.exploration import linear_decay
 from rlhf_jax.rl.loops.off_policy import Algorithm, RunConfig
 from rlhf_jax.rl.loops.replay import Batch, weighted_mean
-from rlhf_jax.rl.loops.runs import Run, Train, whole
-from rlhf_jax.rl.networks.q_networks import ActionInputValue, ActionValues, applied, make_value_torso
+from rlhf_jax.rl.loops.runs import Run, Train, make_train_fn
+from rlhf_jax.rl.networks.q_networks import ActionInputValue, ActionValues, applied, make_value_encoder
 
 Outputs: TypeAlias = Float[Array, "N A ..."]
 LossOutcome: TypeAlias = tuple[Float[Array, ""], tuple[Metrics, Float[Array, " N"]]]
@@ -45,33 +45,33 @@ class Config:
     Attributes:
       run: its course.
       optimizer: Adam behind gradient clipping.
-      body: of the network; None for the default of the environment.
+      encoder: of the network; None for the default of the environment.
       double: the trained network chooses the next action, the target network values it.
       dueling: values of states and advantages of actions apart.
-      prioritised: sample transitions by their error.
+      prioritized: sample transitions by their error.
       action_input: Q(s, a) -> scalar instead of Q(s) -> all actions.
     """
 
     run: RunConfig = RunConfig()
     optimizer: OptimizerConfig = OptimizerConfig(clip_norm=1e6, b2=0.999)
-    body: nn.Module | None = None
+    encoder: nn.Module | None = None
     double: bool = True
     dueling: bool = False
-    prioritised: bool = False
+    prioritized: bool = False
     action_input: bool = False
 
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary.
+    """Hyperparameters of DQN that a sweep may vary (array leaves).
 
     Attributes:
       gamma: discount per step.
       epsilon_start: share of random actions at first.
       epsilon_end: and at last.
       epsilon_steps: steps over which it falls linearly.
-      target_every: updates between moves of the target network.
-      target_rate: how far it moves then; 1 copies.
+      target_update_interval: updates between moves of the target network.
+      tau: how far it moves then; 1 copies.
       huber_delta: error beyond which the loss is linear, in units of reward; a large number squares all. With
         returns far above it values may grow without bound: an end of the episode pulls them down no harder
         than any other error pulls them up.
@@ -84,8 +84,8 @@ class Hyper:
     epsilon_start: Scalar = 1.0
     epsilon_end: Scalar = 0.05
     epsilon_steps: Scalar = 250_000.0
-    target_every: Scalar = 50
-    target_rate: Scalar = 1.0
+    target_update_interval: Scalar = 50
+    tau: Scalar = 1.0
     huber_delta: Scalar = 100.0
     priority_alpha: Scalar = 0.6
     priority_beta: Scalar = 0.4
@@ -127,13 +127,13 @@ def init(params: Params, tx: optax.GradientTransformation) -> State:
 
 
 def td_loss(
-    chosen: Float[Array, " N"], following: Float[Array, " N"], batch: Batch, hyper: Any, reduce: Reduction
+    chosen: Float[Array, " N"], next_values: Float[Array, " N"], batch: Batch, hyper: Any, reduce: Reduction
 ) -> LossOutcome:
     """Huber loss of Q(s, a) - (r + discount Q'(s', a'))  (Mnih et al. 2015, Algorithm 1).
 
     `hyper` must have `huber_delta`.
     """
-    targets = batch.reward + batch.discount * following
+    targets = batch.reward + batch.discount * next_values
     mask = jnp.ones_like(targets, bool)[None]
     loss, metrics = huber_value_loss(
         chosen[None], targets[None], mask, delta=hyper.huber_delta, reduce=reduce
@@ -154,19 +154,19 @@ def make_value_update(
         after = values.every_fn(state.target_params, batch.next_obs)
         choosing = values.every_fn(params, batch.next_obs) if double else after
         best = jnp.argmax(values.rank_fn(choosing), axis=1)
-        following = jax.vmap(lambda row, action: row[action])(after, best)
+        next_values = jax.vmap(lambda row, action: row[action])(after, best)
         reduce = weighted_mean(batch.weight)
 
         def loss_fn(params: Params) -> LossOutcome:
             chosen = values.chosen_fn(params, batch.obs, batch.action)
-            return error_fn(chosen, following, batch, hyper, reduce)
+            return error_fn(chosen, next_values, batch, hyper, reduce)
 
         (loss, (metrics, errors)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params)
         learner, guard = apply_gradients(
             state.learner, gradients, tx, learning_rate=hyper.learning_rate, loss=loss
         )
-        target = optax.incremental_update(learner.params, state.target_params, hyper.target_rate)
-        due = learner.steps % jnp.asarray(hyper.target_every, jnp.int32) == 0
+        target = optax.incremental_update(learner.params, state.target_params, hyper.tau)
+        due = learner.steps % jnp.asarray(hyper.target_update_interval, jnp.int32) == 0
         target = tree_where(due, target, state.target_params)
         errors = jax.lax.stop_gradient(errors)
         metrics = {**metrics, "error_size": jnp.mean(jnp.abs(errors)), **guard}
@@ -188,17 +188,17 @@ def make_network(config: Config, env: Environment) -> nn.Module:
     Raises:
       UserError: its actions are continuous, or dueling was asked of Q(s, a) -> scalar.
     """
-    torso = make_value_torso(env, config.body)
+    encoder = make_value_encoder(env, config.encoder)
     num_actions = discrete_actions(env, "DQN")
     if not config.action_input:
-        return ActionValues(torso, num_actions, dueling=config.dueling)
+        return ActionValues(encoder, num_actions, dueling=config.dueling)
     if config.dueling:
         raise UserError("DQN: dueling needs all actions at once; use action_input=False.")
-    return ActionInputValue(torso, num_actions)
+    return ActionInputValue(encoder, num_actions)
 
 
 def discrete_actions(env: Environment, algorithm: str) -> int:
-    """How many actions there are.
+    """Number of discrete actions.
 
     Raises:
       UserError: they are continuous.
@@ -255,9 +255,9 @@ def make_run(config: Config, env: Environment, env_params: Any) -> Run:
     tx, network = make_optimizer(config.optimizer), make_network(config, env)
     values = network_fns(network)
     algorithm = make_algorithm(env, network, values, tx, make_update(config, values, tx))
-    return off_policy.make_run(config.run, env, env_params, algorithm, prioritised=config.prioritised)
+    return off_policy.make_run(config.run, env, env_params, algorithm, prioritized=config.prioritized)
 
 
 def make_train(config: Config, env: Environment, env_params: Any) -> Train:
     """`train(key, hyper) -> (state, history)`: a whole run, pure; jit it, vmap it over keys and `Hyper`."""
-    return whole(make_run(config, env, env_params))
+    return make_train_fn(make_run(config, env, env_params))

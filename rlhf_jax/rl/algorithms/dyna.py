@@ -3,7 +3,7 @@
 Every transition teaches Q as Q-learning does, and teaches the model: how often each state followed and what
 was paid. Then Q is improved in `planning_steps` further places without moving. Which places, a planner
 decides: `uniform_planning` takes pairs of state and action seen before (Dyna-Q; Sutton & Barto 2018, section
-8.2), `prioritised_sweeping` those where most would change (Moore & Atkeson 1993; section 8.4). Without
+8.2), `prioritized_sweeping` those where most would change (Moore & Atkeson 1993; section 8.4). Without
 planning steps both are Q-learning.
 
 Planning uses the mean over the next states that the model knows, where Dyna-Q draws one: the same in a
@@ -38,7 +38,9 @@ class Config:
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary. The defaults are those of Sutton & Barto's figure 8.2.
+    """Hyperparameters of Dyna-Q that a sweep may vary (array leaves).
+
+    The defaults are those of Sutton & Barto's figure 8.2.
 
     Attributes:
       learning_rate: of every change of Q, real or planned.
@@ -54,8 +56,8 @@ class Hyper:
 
 
 @pytree_dataclass
-class Model:
-    """What is known of the process.
+class TabularModel:
+    """Tabular model of the process, learned from transitions.
 
     Attributes:
       counts: how often each state followed each state and action.
@@ -84,7 +86,7 @@ class State:
 
     action_values: Float[Array, "S A"]
     priorities: Float[Array, "S A"]
-    model: Model
+    model: TabularModel
     state: Int[Array, ""]
     episode_steps: Int[Array, ""]
     key: PRNGKeyArray
@@ -92,25 +94,25 @@ class State:
 
 Place = tuple[Int[Array, ""], Int[Array, ""]]
 PlanFn = Callable[
-    [Float[Array, "S A"], Float[Array, "S A"], Model, PRNGKeyArray, Hyper],
+    [Float[Array, "S A"], Float[Array, "S A"], TabularModel, PRNGKeyArray, Hyper],
     tuple[Float[Array, "S A"], Float[Array, "S A"]],
 ]
 """(Q, priorities, model, key, hyper) -> (Q, priorities) after one planning step."""
 
 
-def init_model(num_states: int, num_actions: int) -> Model:
+def init_model(num_states: int, num_actions: int) -> TabularModel:
     """A model that knows nothing."""
     zeros = jnp.zeros((num_states, num_actions))
     seen = jnp.zeros(num_states * num_actions, jnp.int32)
-    return Model(jnp.zeros((num_states, num_actions, num_states)), zeros, seen, jnp.int32(0))
+    return TabularModel(jnp.zeros((num_states, num_actions, num_states)), zeros, seen, jnp.int32(0))
 
 
-def observe(model: Model, step: Step) -> Model:
+def observe(model: TabularModel, step: Step) -> TabularModel:
     """The model that also knows of `step`."""
     place = (step.state, step.action)
     is_new = jnp.sum(model.counts[place]) == 0
     number = step.state * model.counts.shape[1] + step.action
-    return Model(
+    return TabularModel(
         counts=model.counts.at[(*place, step.next_state)].add(1),
         reward_sums=model.reward_sums.at[place].add(step.reward),
         # A pair seen before writes behind the end of those seen, where anything may stand.
@@ -120,19 +122,19 @@ def observe(model: Model, step: Step) -> Model:
 
 
 def expected_target(
-    model: Model, action_values: Float[Array, "S A"], place: Place, *, gamma: Scalar
+    model: TabularModel, action_values: Float[Array, "S A"], place: Place, *, gamma: Scalar
 ) -> Float[Array, ""]:
     """mean r(s, a) + gamma sum_s' P(s' | s, a) max_a' Q(s', a'), P and r being the model's."""
     counts = model.counts[place]
     visits = jnp.maximum(jnp.sum(counts), 1)
-    following = jnp.sum(counts * jnp.max(action_values, axis=-1))
-    return (model.reward_sums[place] + gamma * following) / visits
+    next_values = jnp.sum(counts * jnp.max(action_values, axis=-1))
+    return (model.reward_sums[place] + gamma * next_values) / visits
 
 
 def uniform_planning(
     action_values: Float[Array, "S A"],
     priorities: Float[Array, "S A"],
-    model: Model,
+    model: TabularModel,
     key: PRNGKeyArray,
     hyper: Hyper,
 ) -> tuple[Float[Array, "S A"], Float[Array, "S A"]]:
@@ -143,10 +145,10 @@ def uniform_planning(
     return action_values.at[place].add(hyper.learning_rate * error), priorities
 
 
-def prioritised_sweeping(
+def prioritized_sweeping(
     action_values: Float[Array, "S A"],
     priorities: Float[Array, "S A"],
-    model: Model,
+    model: TabularModel,
     key: PRNGKeyArray,
     hyper: Hyper,
 ) -> tuple[Float[Array, "S A"], Float[Array, "S A"]]:
@@ -188,8 +190,8 @@ def make_step(
         action = epsilon_greedy(q[state.state], action_key, epsilon=hyper.epsilon)
         taken = take((walk_key, start_key), state.state, action, state.episode_steps)
         place = (state.state, action)
-        following = jnp.max(q[taken.next_state])
-        q = q.at[place].add(hyper.learning_rate * (taken.reward + hyper.gamma * following - q[place]))
+        next_values = jnp.max(q[taken.next_state])
+        q = q.at[place].add(hyper.learning_rate * (taken.reward + hyper.gamma * next_values - q[place]))
         model = observe(state.model, taken)
         surprise = jnp.abs(expected_target(model, q, place, gamma=hyper.gamma) - q[place])
 
@@ -211,7 +213,7 @@ def make_train(
     """`train(key, hyper) -> (state, history)`: a whole run, pure; jit it, vmap it over keys and `Hyper`.
 
     Args:
-      plan_fn: `uniform_planning`, `prioritised_sweeping`, or your own.
+      plan_fn: `uniform_planning`, `prioritized_sweeping`, or your own.
 
     Returns:
       A function whose history has a number for each episode: its `length` in steps, its undiscounted

@@ -42,7 +42,7 @@ class Config:
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary.
+    """Hyperparameters of the feudal hierarchy that a sweep may vary (array leaves).
 
     Attributes:
       learning_rate: of the worker.
@@ -116,8 +116,8 @@ def teach_worker(
     over = step.terminated | (here != there)
     arrived = (ordered == there) & (here != there)
     rewards = jnp.where(staying, step.reward, arrived.astype(jnp.float32))
-    following = jnp.where(over, 0, jnp.max(worker_values[:, step.next_state], axis=-1))
-    errors = rewards + hyper.gamma * following - worker_values[:, step.state, step.action]
+    next_values = jnp.where(over, 0, jnp.max(worker_values[:, step.next_state], axis=-1))
+    errors = rewards + hyper.gamma * next_values - worker_values[:, step.state, step.action]
     return worker_values.at[:, step.state, step.action].add(hyper.learning_rate * errors)
 
 
@@ -138,10 +138,10 @@ def teach_manager(
       over: whether it ended.
       terminated: whether the episode did.
     """
-    following = jnp.where(terminated, 0, jnp.max(manager_values[region]))
+    next_values = jnp.where(terminated, 0, jnp.max(manager_values[region]))
     discount = jnp.asarray(hyper.gamma, jnp.float32) ** order.steps
     place = (order.begun, order.region)
-    error = jnp.where(over, order.reward + discount * following - manager_values[place], 0)
+    error = jnp.where(over, order.reward + discount * next_values - manager_values[place], 0)
     return manager_values.at[place].add(hyper.manager_learning_rate * error)
 
 

@@ -29,7 +29,7 @@ from rlhf_jax.rl.envs.environments import Environment, Transition
 from rlhf_jax.rl.loops import offline, on_policy
 from rlhf_jax.rl.loops.off_policy import over_steps
 from rlhf_jax.rl.loops.rollout import Experience
-from rlhf_jax.rl.loops.runs import Run, Train, whole
+from rlhf_jax.rl.loops.runs import Run, Train, make_train_fn
 from rlhf_jax.rl.networks.networks import MLP
 
 LogitFn = Callable[[Params, Array, Array], Float[Array, " N"]]
@@ -42,14 +42,14 @@ class Config:
 
     Attributes:
       policy: PPO's, with the length of the run; observations may not be normalised, as the log's are not.
-      body: of the discriminator.
+      encoder: of the discriminator.
       optimizer: of the discriminator.
       discriminator_steps: in each of PPO's updates.
       batch_size: pairs of the log in each, and as many of the policy's.
     """
 
     policy: ppo.Config = ppo.Config()
-    body: nn.Module = dataclasses.field(default_factory=MLP)
+    encoder: nn.Module = dataclasses.field(default_factory=MLP)
     optimizer: OptimizerConfig = OptimizerConfig(b1=0.5, b2=0.999)
     discriminator_steps: int = 4
     batch_size: int = 256
@@ -57,7 +57,7 @@ class Config:
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary.
+    """Hyperparameters of GAIL that a sweep may vary (array leaves).
 
     Attributes:
       policy: PPO's.
@@ -83,8 +83,8 @@ class State:
 
 
 @pytree_dataclass
-class Pairs:
-    """What the discriminator learns from, N of each.
+class ImitationBatch:
+    """State-action pairs of the log and of the policy, N of each: a batch of the discriminator.
 
     Attributes:
       obs: of the log.
@@ -122,7 +122,7 @@ def imitation_reward(logits: Float[Array, "..."]) -> Float[Array, "..."]:
 
 def make_update(
     logit_fn: LogitFn, tx: optax.GradientTransformation
-) -> Callable[[TrainState, Hyper, Pairs], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Hyper, ImitationBatch], tuple[TrainState, Metrics]]:
     """`update(discriminator, hyper, pairs) -> (discriminator, metrics)`; the policy's is PPO's.
 
         loss = -log D(log's pair) - log(1 - D(policy's pair))
@@ -130,7 +130,7 @@ def make_update(
     averaged over both kinds. It is the binary cross-entropy of `process_reward_loss`, with labels 1 and 0.
     """
 
-    def update(learner: TrainState, hyper: Hyper, pairs: Pairs) -> tuple[TrainState, Metrics]:
+    def update(learner: TrainState, hyper: Hyper, pairs: ImitationBatch) -> tuple[TrainState, Metrics]:
         obs = jnp.concatenate([pairs.obs, pairs.policy_obs])
         action = jnp.concatenate([pairs.action, pairs.policy_action])
         labels = jnp.arange(len(obs)) < len(pairs.obs)
@@ -149,9 +149,9 @@ def make_update(
     return update
 
 
-def make_discriminator(env: Environment, body: nn.Module) -> tuple[Any, LogitFn]:
+def make_discriminator(env: Environment, encoder: nn.Module) -> tuple[Any, LogitFn]:
     """(init(key) -> params, logits) of one critic; actions are cut to the box, as the environment does."""
-    init_critic, critic_fn = offline.make_critics(env, body, count=1)
+    init_critic, critic_fn = offline.make_critics(env, encoder, count=1)
 
     def logit_fn(params: Params, obs: Array, action: Array) -> Float[Array, " N"]:
         if not env.discrete:
@@ -170,7 +170,7 @@ def make_run(config: Config, env: Environment, env_params: Any, data: Transition
     if config.policy.rollout.normalize_obs:
         raise UserError("GAIL: policy.rollout.normalize_obs=true would not fit the log's: leave it false.")
     network, learning = ppo.make_learning(config.policy, env)
-    init_discriminator, logit_fn = make_discriminator(env, config.body)
+    init_discriminator, logit_fn = make_discriminator(env, config.encoder)
     tx, log = make_optimizer(config.optimizer), offline.as_replay(data)
     discriminate = make_update(logit_fn, tx)
 
@@ -188,7 +188,9 @@ def make_run(config: Config, env: Environment, env_params: Any, data: Transition
             log_key, own_key = jax.random.split(key)
             batch = offline.sample(log, log_key, batch_size=config.batch_size, gamma=1.0)
             own = jax.random.randint(own_key, (config.batch_size,), 0, len(obs))
-            return discriminate(learner, hyper, Pairs(batch.obs, batch.action, obs[own], action[own]))
+            return discriminate(
+                learner, hyper, ImitationBatch(batch.obs, batch.action, obs[own], action[own])
+            )
 
         keys = jax.random.split(sample_key, config.discriminator_steps)
         discriminator, told = jax.lax.scan(step, state.discriminator, keys)
@@ -210,4 +212,4 @@ def make_run(config: Config, env: Environment, env_params: Any, data: Transition
 
 def make_train(config: Config, env: Environment, env_params: Any, data: Transition) -> Train:
     """`train(key, hyper) -> (state, history)`: a whole run, pure; jit it, vmap it over keys and `Hyper`."""
-    return whole(make_run(config, env, env_params, data))
+    return make_train_fn(make_run(config, env, env_params, data))

@@ -22,7 +22,7 @@ from rlhf_jax.rl.loops import episodic, on_policy
 from rlhf_jax.rl.loops.episodic import Episodes
 from rlhf_jax.rl.loops.on_policy import NetworkConfig
 from rlhf_jax.rl.loops.rollout import Inputs, make_logprob_fn
-from rlhf_jax.rl.loops.runs import Run, Train, whole
+from rlhf_jax.rl.loops.runs import Run, Train, make_train_fn
 
 __all__ = [
     "Batch",
@@ -62,7 +62,7 @@ class Config:
 
 @pytree_dataclass
 class Actions:
-    """What the update takes for sequences: anything that can be scored, with a mask."""
+    """Actions in the place of token sequences: network inputs and a mask."""
 
     inputs: Inputs
     mask: Bool[Array, "B T"]
@@ -73,7 +73,9 @@ def default_hyper(**changes: Any) -> Hyper:
     return jax.tree.map(jnp.float32, Hyper(**{"learning_rate": 2e-3, "kl_coef": 0.0, **changes}))
 
 
-def make_starts(env: Environment, env_params: Any, key: PRNGKeyArray, *, groups: int, size: int) -> EnvState:
+def make_initial_states(
+    env: Environment, env_params: Any, key: PRNGKeyArray, *, groups: int, size: int
+) -> EnvState:
     """`groups` initial states, each `size` times in a row."""
     states = jax.vmap(env.reset, (0, None))(jax.random.split(key, groups), env_params)
     return jax.tree.map(lambda x: jnp.repeat(x, size, axis=0), states)
@@ -99,7 +101,7 @@ def make_run(config: Config, env: Environment, env_params: Any) -> Run:
     update = make_update(config.update, logprob_fn, tx)
 
     def start(key: PRNGKeyArray) -> EnvState:
-        return make_starts(env, env_params, key, groups=config.groups, size=config.update.group_size)
+        return make_initial_states(env, env_params, key, groups=config.groups, size=config.update.group_size)
 
     def learn(state: State, hyper: Hyper, seen: Episodes) -> tuple[State, Metrics]:
         batch, described = make_batch(config.update, seen)
@@ -123,4 +125,4 @@ def make_run(config: Config, env: Environment, env_params: Any) -> Run:
 
 def make_train(config: Config, env: Environment, env_params: Any) -> Train:
     """`train(key, hyper) -> (state, history)`: a whole run, pure; jit it, vmap it over keys and `Hyper`."""
-    return whole(make_run(config, env, env_params))
+    return make_train_fn(make_run(config, env, env_params))

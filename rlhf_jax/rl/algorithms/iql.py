@@ -20,11 +20,11 @@ from rlhf_jax.losses.value import expectile_value_loss
 from rlhf_jax.rl.algorithms.bc import PolicyFn
 from rlhf_jax.rl.envs.environments import Environment, Transition
 from rlhf_jax.rl.loops import offline
-from rlhf_jax.rl.loops.continuous import CriticFn, critic_step, default_body, policy_step
+from rlhf_jax.rl.loops.continuous import CriticFn, critic_step, default_encoder, policy_step
 from rlhf_jax.rl.loops.offline import Algorithm, RunConfig
 from rlhf_jax.rl.loops.replay import Batch
-from rlhf_jax.rl.loops.runs import Run, Train, whole
-from rlhf_jax.rl.networks.networks import linear, make_torso
+from rlhf_jax.rl.loops.runs import Run, Train, make_train_fn
+from rlhf_jax.rl.networks.networks import linear, make_encoder
 from rlhf_jax.rl.networks.q_networks import applied
 
 ValueFn = Callable[[Params, Array], Float[Array, " N"]]
@@ -38,32 +38,32 @@ class Config:
     Attributes:
       run: its course.
       optimizer: of policy, value and critics: Adam behind gradient clipping.
-      body: of each network.
-      critics: how many; what counts is the least of their targets.
+      encoder: of each network.
+      num_critics: how many; what counts is the least of their targets.
     """
 
     run: RunConfig = RunConfig()
     optimizer: OptimizerConfig = OptimizerConfig(clip_norm=1e6, b2=0.999)
-    body: nn.Module = dataclasses.field(default_factory=default_body)
-    critics: int = 2
+    encoder: nn.Module = dataclasses.field(default_factory=default_encoder)
+    num_critics: int = 2
 
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary.
+    """Hyperparameters of IQL that a sweep may vary (array leaves).
 
     Attributes:
       gamma: discount per step.
       expectile: of Q over the log's actions that V is; 1/2 is their mean, towards 1 the best of them.
       inverse_temperature: beta, in 1 / units of reward; 0 is behaviour cloning.
-      target_rate: how far target networks move at a time.
+      tau: how far target networks move at a time.
     """
 
     learning_rate: Scalar = 1e-3
     gamma: Scalar = 0.99
     expectile: Scalar = 0.8
     inverse_temperature: Scalar = 1.0
-    target_rate: Scalar = 0.01
+    tau: Scalar = 0.01
 
 
 @pytree_dataclass
@@ -117,7 +117,7 @@ def make_update(
         policy, loss, seen = policy_step(state.policy, policy_loss, tx, learning_rate=rate)
         targets = batch.reward + batch.discount * value_fn(value.params, batch.next_obs)
         critics, metrics, _ = critic_step(state.critics, critic_fn, batch, targets, tx, learning_rate=rate)
-        target = optax.incremental_update(critics.params, state.target_critics, hyper.target_rate)
+        target = optax.incremental_update(critics.params, state.target_critics, hyper.tau)
         metrics = {
             **metrics,
             "expectile_loss": expectile_loss,
@@ -132,9 +132,9 @@ def make_update(
 
 def make_run(config: Config, env: Environment, data: Transition) -> Run:
     """A run as `init` and `step`."""
-    tx, policy = make_optimizer(config.optimizer), offline.make_policy(env, config.body)
-    value = nn.Sequential([make_torso(env, config.body), linear(1, 1.0)])
-    init_critics, critic_fn = offline.make_critics(env, config.body, count=config.critics)
+    tx, policy = make_optimizer(config.optimizer), offline.make_policy(env, config.encoder)
+    value = nn.Sequential([make_encoder(env, config.encoder), linear(1, 1.0)])
+    init_critics, critic_fn = offline.make_critics(env, config.encoder, count=config.num_critics)
     policy_fn: PolicyFn = applied(policy)
     obs = offline.no_observation(env)
 
@@ -156,4 +156,4 @@ def make_run(config: Config, env: Environment, data: Transition) -> Run:
 
 def make_train(config: Config, env: Environment, data: Transition) -> Train:
     """`train(key, hyper) -> (state, history)`: a whole run, pure; jit it, vmap it over keys and `Hyper`."""
-    return whole(make_run(config, env, data))
+    return make_train_fn(make_run(config, env, data))

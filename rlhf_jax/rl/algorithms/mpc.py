@@ -37,7 +37,7 @@ from rlhf_jax.rl.loops.continuous import Box, box_of
 from rlhf_jax.rl.loops.off_policy import Algorithm, RunConfig
 from rlhf_jax.rl.loops.planning import cross_entropy_method
 from rlhf_jax.rl.loops.replay import Batch
-from rlhf_jax.rl.loops.runs import Run, Train, whole
+from rlhf_jax.rl.loops.runs import Run, Train, make_train_fn
 from rlhf_jax.rl.networks.networks import MLP
 from rlhf_jax.rl.networks.q_networks import applied
 
@@ -51,7 +51,7 @@ class Config:
         own part of the batch.
       optimizer: of the ensemble: Adam behind gradient clipping.
       widths: of the hidden layers of each member.
-      members: of the ensemble.
+      ensemble_size: of the ensemble.
       horizon: actions of a plan.
       population: plans tried in each iteration.
       elites: of these, kept for the next.
@@ -65,11 +65,11 @@ class Config:
         updates=200,
         batch_size=320,
         capacity=20_000,
-        reports=9,
+        num_logs=9,
     )
     optimizer: OptimizerConfig = OptimizerConfig(clip_norm=1e6, b2=0.999)
     widths: tuple[int, ...] = (64, 64)
-    members: int = 5
+    ensemble_size: int = 5
     horizon: int = 20
     population: int = 40
     elites: int = 5
@@ -78,7 +78,7 @@ class Config:
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary.
+    """Hyperparameters of PETS that a sweep may vary (array leaves).
 
     Attributes:
       learning_rate: of the ensemble.
@@ -107,36 +107,36 @@ class State:
     key: PRNGKeyArray
 
 
-MemberFn = Callable[[Params, Float[Array, "N I"]], Float[Array, "N O"]]
+DynamicsFn = Callable[[Params, Float[Array, "N I"]], Float[Array, "N O"]]
 """(params of one member, scaled inputs) -> scaled outputs."""
 
 
 def joined_inputs(obs: Float[Array, "... D"], action: Float[Array, "... A"]) -> Float[Array, "... I"]:
-    """What a member sees."""
+    """Inputs of the dynamics model: observation and action side by side."""
     return jnp.concatenate([obs, action], axis=-1)
 
 
 def predict(
-    member_fn: MemberFn,
+    dynamics_fn: DynamicsFn,
     params: Params,
     state: State,
     obs: Float[Array, "N D"],
     action: Float[Array, "N A"],
 ) -> tuple[Float[Array, "N D"], Float[Array, " N"]]:
     """(next observation, reward) in the environment's units, by one member."""
-    scaled = member_fn(params, normalize_observations(joined_inputs(obs, action), state.inputs))
+    scaled = dynamics_fn(params, normalize_observations(joined_inputs(obs, action), state.inputs))
     outputs = state.outputs.mean + jnp.sqrt(moments_variance(state.outputs)) * scaled
     return obs + outputs[:, :-1], outputs[:, -1]
 
 
-def make_plan(config: Config, member_fn: MemberFn, box: Box) -> Callable[..., Float[Array, " A"]]:
+def make_plan(config: Config, dynamics_fn: DynamicsFn, box: Box) -> Callable[..., Float[Array, " A"]]:
     """`plan(state, obs, key) -> action`: the first action of the best plan found from `obs` [D]."""
     low, high = jnp.asarray(box.low), jnp.asarray(box.high)
 
     def returns(state: State, params: Params, obs: Array, plans: Float[Array, "N H A"]) -> Float[Array, " N"]:
         def step(carry: tuple[Array, Array, Array], action: Array) -> tuple[tuple[Array, Array, Array], None]:
             obs, total, weight = carry
-            obs, reward = predict(member_fn, params, state, obs, action)
+            obs, reward = predict(dynamics_fn, params, state, obs, action)
             return (obs, total + weight * reward, weight * state.gamma), None
 
         first = jnp.broadcast_to(obs, (plans.shape[0], *obs.shape))
@@ -183,7 +183,7 @@ def init(
     )
 
 
-def make_members(config: Config, env: Environment) -> tuple[Callable[[PRNGKeyArray], Params], MemberFn]:
+def make_ensemble(config: Config, env: Environment) -> tuple[Callable[[PRNGKeyArray], Params], DynamicsFn]:
     """(init(key) -> params of all members, apply of one).
 
     Raises:
@@ -191,25 +191,25 @@ def make_members(config: Config, env: Environment) -> tuple[Callable[[PRNGKeyArr
     """
     if env.num_states is not None or len(env.obs_shape) != 1:
         raise UserError(f"{env.name}: a model of the world needs vectors as observations: use PPO or DQN.")
-    if config.run.batch_size % config.members:
+    if config.run.batch_size % config.ensemble_size:
         raise UserError(
-            f"MPC: members={config.members} does not divide run.batch_size={config.run.batch_size}: choose "
-            "a multiple."
+            f"MPC: ensemble_size={config.ensemble_size} does not divide run.batch_size="
+            f"{config.run.batch_size}: choose a multiple."
         )
     size = env.obs_shape[0]
     member = MLP(config.widths, nn.silu, output=size + 1)
 
-    def init_members(key: PRNGKeyArray) -> Params:
+    def init_ensemble(key: PRNGKeyArray) -> Params:
         example = jnp.zeros((1, size + env.action_shape[0]))
         return jax.vmap(lambda key: member.init(key, example)["params"])(
-            jax.random.split(key, config.members)
+            jax.random.split(key, config.ensemble_size)
         )
 
-    return init_members, applied(member)
+    return init_ensemble, applied(member)
 
 
 def make_update(
-    config: Config, member_fn: MemberFn, tx: optax.GradientTransformation
+    config: Config, dynamics_fn: DynamicsFn, tx: optax.GradientTransformation
 ) -> Callable[[State, Hyper, Batch], tuple[State, Metrics, Float[Array, " N"]]]:
     """`update(state, hyper, batch) -> (state, metrics, errors)`: a step of every member on its own part.
 
@@ -222,12 +222,12 @@ def make_update(
         followed = jnp.concatenate([batch.next_obs - batch.obs, batch.reward[:, None]], axis=-1)
         inputs, outputs = add_observations(state.inputs, seen), add_observations(state.outputs, followed)
         parts, targets = (
-            normalize_observations(x, moments).reshape(config.members, -1, x.shape[-1])
+            normalize_observations(x, moments).reshape(config.ensemble_size, -1, x.shape[-1])
             for x, moments in ((seen, inputs), (followed, outputs))
         )
 
         def loss_fn(params: Params) -> tuple[Array, Array]:
-            squares = jnp.mean(jnp.square(jax.vmap(member_fn)(params, parts) - targets), axis=-1)
+            squares = jnp.mean(jnp.square(jax.vmap(dynamics_fn)(params, parts) - targets), axis=-1)
             return 0.5 * jnp.sum(jnp.mean(squares, axis=-1)), squares
 
         (loss, squares), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.ensemble.params)
@@ -235,7 +235,7 @@ def make_update(
             state.ensemble, gradients, tx, learning_rate=hyper.learning_rate, loss=loss
         )
         state = dataclasses.replace(state, ensemble=ensemble, inputs=inputs, outputs=outputs)
-        return state, {"model_loss": loss / config.members, **guard}, jnp.sqrt(squares).reshape(-1)
+        return state, {"model_loss": loss / config.ensemble_size, **guard}, jnp.sqrt(squares).reshape(-1)
 
     return update
 
@@ -247,13 +247,13 @@ def make_run(config: Config, env: Environment, env_params: Any) -> Run:
       UserError: actions or observations are no vectors, or the batch cannot be parted.
     """
     box, tx = box_of(env, "MPC"), make_optimizer(config.optimizer)
-    init_members, member_fn = make_members(config, env)
-    plan = make_plan(config, member_fn, box)
+    init_ensemble, dynamics_fn = make_ensemble(config, env)
+    plan = make_plan(config, dynamics_fn, box)
 
     def init_fn(key: PRNGKeyArray, hyper: Hyper) -> State:
         member_key, key = jax.random.split(key)
         sizes = {"obs_size": env.obs_shape[0], "action_size": env.action_shape[0]}
-        return init(init_members(member_key), tx, key, hyper, **sizes)
+        return init(init_ensemble(member_key), tx, key, hyper, **sizes)
 
     def noise_fn(key: PRNGKeyArray, shape: tuple[int, int]) -> tuple[PRNGKeyArray, Array]:
         plan_key, uniform_key = jax.random.split(key)
@@ -271,11 +271,11 @@ def make_run(config: Config, env: Environment, env_params: Any) -> Run:
         del deterministic  # what chance there is, is that of the search
         return jax.vmap(plan, (None, 0, 0))(state, obs, jax.random.split(key, obs.shape[0]))
 
-    update = make_update(config, member_fn, tx)
+    update = make_update(config, dynamics_fn, tx)
     algorithm = Algorithm(init_fn, noise_fn, explore_fn, act_fn, update, policy_fn)
     return off_policy.make_run(config.run, env, env_params, algorithm)
 
 
 def make_train(config: Config, env: Environment, env_params: Any) -> Train:
     """`train(key, hyper) -> (state, history)`: a whole run, pure; jit it, vmap it over keys and `Hyper`."""
-    return whole(make_run(config, env, env_params))
+    return make_train_fn(make_run(config, env, env_params))

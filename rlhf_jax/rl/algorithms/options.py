@@ -29,7 +29,7 @@ from rlhf_jax.rl.tabular.steps import Step, draw_start, make_take, whole_episode
 
 
 @pytree_dataclass
-class Options:
+class OptionSet:
     """O options of a process.
 
     Attributes:
@@ -43,14 +43,14 @@ class Options:
     initiations: Bool[Array, "O S"]
 
 
-def primitive_options(process: DecisionProcess) -> Options:
+def primitive_options(process: DecisionProcess) -> OptionSet:
     """Each action as an option of one step."""
     size, count = process.rewards.shape[:2]
     policies = jnp.broadcast_to(jnp.eye(count)[:, None], (count, size, count))
-    return Options(policies, jnp.ones((count, size)), jnp.ones((count, size), bool))
+    return OptionSet(policies, jnp.ones((count, size)), jnp.ones((count, size), bool))
 
 
-def hallway_options(rows: tuple[str, ...], *, slip: float = 0.0, gamma: float = 0.9) -> Options:
+def hallway_options(rows: tuple[str, ...], *, slip: float = 0.0, gamma: float = 0.9) -> OptionSet:
     """For each room and each hallway beside it: the shortest way there, from the room or its other hallways.
 
     Args:
@@ -78,11 +78,11 @@ def hallway_options(rows: tuple[str, ...], *, slip: float = 0.0, gamma: float = 
         return greedy_policy(action_values(way, values, gamma=gamma))
 
     policies = jax.vmap(policy)(initiations, is_target)
-    return Options(policies, (~initiations).astype(jnp.float32), initiations)
+    return OptionSet(policies, (~initiations).astype(jnp.float32), initiations)
 
 
-def joined(*several: Options) -> Options:
-    """All options together."""
+def joined(*several: OptionSet) -> OptionSet:
+    """Union of several option sets."""
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *several)
 
 
@@ -91,7 +91,7 @@ def joined(*several: Options) -> Options:
 
 @pytree_dataclass
 class OptionModels:
-    """What options lead to, begun in each state.
+    """Option models (reward and discounted transition), begun in each state.
 
     Attributes:
       rewards: expected discounted reward until the option ends.
@@ -102,7 +102,7 @@ class OptionModels:
     reached: Float[Array, "O S S"]
 
 
-def option_models(process: DecisionProcess, options: Options, *, gamma: Scalar) -> OptionModels:
+def option_models(process: DecisionProcess, options: OptionSet, *, gamma: Scalar) -> OptionModels:
     """Exact models by linear equations (Sutton, Precup & Singh 1999, section 2: their Bellman equations).
 
         r = r_pi + gamma P_pi (1 - beta) r,   p = gamma P_pi (beta + (1 - beta) p)
@@ -138,7 +138,7 @@ def best_values(option_values: Float[Array, "S O"], initiations: Bool[Array, "O 
 
 def smdp_value_iteration(
     process: DecisionProcess,
-    options: Options,
+    options: OptionSet,
     *,
     gamma: Scalar,
     tolerance: Scalar = 1e-6,
@@ -154,8 +154,8 @@ def smdp_value_iteration(
     models = option_models(process, options, gamma=gamma)
 
     def backup(q: Float[Array, "S O"]) -> Float[Array, "S O"]:
-        following = jnp.where(process.terminal, 0, best_values(q, options.initiations))
-        return jnp.where(options.initiations.T, (models.rewards + models.reached @ following).T, 0)
+        next_values = jnp.where(process.terminal, 0, best_values(q, options.initiations))
+        return jnp.where(options.initiations.T, (models.rewards + models.reached @ next_values).T, 0)
 
     return fixed_point(
         backup, jnp.zeros(options.initiations.T.shape), tolerance=tolerance, max_sweeps=max_sweeps
@@ -180,7 +180,7 @@ class Config:
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary.
+    """Hyperparameters of option learning that a sweep may vary (array leaves).
 
     Attributes:
       learning_rate: of every change of Q.
@@ -228,13 +228,13 @@ class State:
     key: PRNGKeyArray
 
 
-Rule = Callable[[Float[Array, "S O"], Options, Course, Step, Bool[Array, ""], Hyper], Float[Array, "S O"]]
+Rule = Callable[[Float[Array, "S O"], OptionSet, Course, Step, Bool[Array, ""], Hyper], Float[Array, "S O"]]
 """(Q, options, course after the step, step, whether the option ended with it, hyper) -> Q."""
 
 
 def smdp_learning(
     option_values: Float[Array, "S O"],
-    options: Options,
+    options: OptionSet,
     course: Course,
     step: Step,
     ended: Bool[Array, ""],
@@ -255,7 +255,7 @@ def smdp_learning(
 
 def intra_option_learning(
     option_values: Float[Array, "S O"],
-    options: Options,
+    options: OptionSet,
     course: Course,
     step: Step,
     ended: Bool[Array, ""],
@@ -270,15 +270,15 @@ def intra_option_learning(
     """
     ends = options.terminations[:, step.next_state]
     best = best_values(option_values, options.initiations)[step.next_state]
-    following = (1 - ends) * option_values[step.next_state] + ends * best
-    targets = step.reward + hyper.gamma * jnp.where(step.terminated, 0, following)
+    next_values = (1 - ends) * option_values[step.next_state] + ends * best
+    targets = step.reward + hyper.gamma * jnp.where(step.terminated, 0, next_values)
     weights = options.policies[:, step.state, step.action] * options.initiations[:, step.state]
     errors = weights * (targets - option_values[step.state])
     return option_values.at[step.state].add(hyper.learning_rate * errors)
 
 
 def choose(
-    option_values: Float[Array, "S O"], options: Options, state: Array, key: PRNGKeyArray, hyper: Hyper
+    option_values: Float[Array, "S O"], options: OptionSet, state: Array, key: PRNGKeyArray, hyper: Hyper
 ) -> Course:
     """An option to begin in `state`, epsilon-greedily among those that may."""
     allowed = options.initiations[:, state]
@@ -286,7 +286,7 @@ def choose(
     return Course(option, state, jnp.float32(0), jnp.float32(1))
 
 
-def init(process: DecisionProcess, options: Options, key: PRNGKeyArray, hyper: Hyper) -> State:
+def init(process: DecisionProcess, options: OptionSet, key: PRNGKeyArray, hyper: Hyper) -> State:
     """The state at step 0, Q being 0."""
     key, start_key, option_key = jax.random.split(key, 3)
     q = jnp.zeros(options.initiations.T.shape)
@@ -295,7 +295,7 @@ def init(process: DecisionProcess, options: Options, key: PRNGKeyArray, hyper: H
 
 
 def make_step(
-    config: Config, process: DecisionProcess, options: Options, rule: Rule
+    config: Config, process: DecisionProcess, options: OptionSet, rule: Rule
 ) -> Callable[[State, Hyper], tuple[State, Metrics]]:
     """`step(state, hyper) -> (state, sums)`: one transition, and what it teaches."""
     take = make_take(process, max_episode_steps=config.max_episode_steps)
@@ -324,7 +324,7 @@ def make_step(
 
 
 def make_train(
-    config: Config, process: DecisionProcess, options: Options, rule: Rule
+    config: Config, process: DecisionProcess, options: OptionSet, rule: Rule
 ) -> Callable[[PRNGKeyArray, Hyper], tuple[State, Metrics]]:
     """`train(key, hyper) -> (state, history)`: a whole run, pure; jit it, vmap it over keys and `Hyper`.
 

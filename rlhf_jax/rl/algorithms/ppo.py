@@ -23,8 +23,15 @@ from rlhf_jax.kernels.whitening import whiten
 from rlhf_jax.rl.envs.environments import Environment
 from rlhf_jax.rl.loops import on_policy
 from rlhf_jax.rl.loops.on_policy import Learning, NetworkConfig
-from rlhf_jax.rl.loops.rollout import Experience, Network, RolloutConfig, as_rows, estimate, make_logprob_fn
-from rlhf_jax.rl.loops.runs import Run, Train, whole
+from rlhf_jax.rl.loops.rollout import (
+    Experience,
+    Network,
+    RolloutConfig,
+    as_rows,
+    compute_gae,
+    make_logprob_fn,
+)
+from rlhf_jax.rl.loops.runs import Run, Train, make_train_fn
 
 make_update = ppo.make_update
 UpdateFn = Callable[[State, Hyper, Batch], tuple[State, Metrics]]
@@ -77,7 +84,7 @@ def make_batch(
     config: Config, network: Network, params: Params, hyper: Hyper, experience: Experience
 ) -> Batch:
     """Advantages by GAE with the bootstrap at truncations, whitened where the update says so."""
-    values, advantages, returns = estimate(
+    values, advantages, returns = compute_gae(
         network,
         params,
         experience,
@@ -123,4 +130,4 @@ def make_run(
 
 def make_train(config: Config, env: Environment, env_params: Any) -> Train:
     """`train(key, hyper) -> (state, history)`: a whole run, pure; jit it, vmap it over keys and `Hyper`."""
-    return whole(make_run(config, env, env_params))
+    return make_train_fn(make_run(config, env, env_params))

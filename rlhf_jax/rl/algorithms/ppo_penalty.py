@@ -19,7 +19,7 @@ from rlhf_jax.kernels.kl import k3
 from rlhf_jax.rl.algorithms import ppo
 from rlhf_jax.rl.algorithms.ppo import Batch, Config, Hyper, State, init
 from rlhf_jax.rl.envs.environments import Environment
-from rlhf_jax.rl.loops.runs import Run, Train, whole
+from rlhf_jax.rl.loops.runs import Run, Train, make_train_fn
 
 __all__ = [
     "Batch",
@@ -57,8 +57,8 @@ def make_update(
     config: shared.Config, logprob_fn: LogprobFn, tx: optax.GradientTransformation
 ) -> Callable[[State, Hyper, Batch], tuple[State, Metrics]]:
     """`update(state, hyper, batch) -> (state, metrics)`: all epochs over one batch, then the coefficient."""
-    penalised = dataclasses.replace(config, policy_loss_fn=shared.penalised)
-    learn = shared.make_update(penalised, logprob_fn, tx)
+    penalized = dataclasses.replace(config, policy_loss_fn=shared.penalized)
+    learn = shared.make_update(penalized, logprob_fn, tx)
 
     def update(state: State, hyper: Hyper, batch: Batch) -> tuple[State, Metrics]:
         learnt, metrics = learn(state, dataclasses.replace(hyper, penalty_coef=state.kl_coef), batch)
@@ -78,4 +78,4 @@ def make_run(config: Config, env: Environment, env_params: Any) -> Run:
 
 def make_train(config: Config, env: Environment, env_params: Any) -> Train:
     """`train(key, hyper) -> (state, history)`: a whole run, pure; jit it, vmap it over keys and `Hyper`."""
-    return whole(make_run(config, env, env_params))
+    return make_train_fn(make_run(config, env, env_params))

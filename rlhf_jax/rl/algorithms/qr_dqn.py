@@ -20,8 +20,8 @@ from rlhf_jax.rl.envs.environments import Environment
 from rlhf_jax.rl.loops import off_policy
 from rlhf_jax.rl.loops.off_policy import RunConfig
 from rlhf_jax.rl.loops.replay import Batch
-from rlhf_jax.rl.loops.runs import Run, Train, whole
-from rlhf_jax.rl.networks.q_networks import ActionValues, make_value_torso
+from rlhf_jax.rl.loops.runs import Run, Train, make_train_fn
+from rlhf_jax.rl.networks.q_networks import ActionValues, make_value_encoder
 
 __all__ = [
     "Config",
@@ -41,25 +41,25 @@ class Config:
     Attributes:
       run: its course.
       optimizer: Adam behind gradient clipping.
-      body: of the network; None for the default of the environment.
-      quantiles: how many.
+      encoder: of the network; None for the default of the environment.
+      num_quantiles: how many.
       double: the trained network chooses the next action, the target network values it.
       dueling: quantiles of states and of advantages apart.
-      prioritised: sample transitions by the error of their mean.
+      prioritized: sample transitions by the error of their mean.
     """
 
     run: RunConfig = RunConfig()
     optimizer: OptimizerConfig = OptimizerConfig(clip_norm=10.0, b2=0.999)
-    body: nn.Module | None = None
-    quantiles: int = 32
+    encoder: nn.Module | None = None
+    num_quantiles: int = 32
     double: bool = False
     dueling: bool = False
-    prioritised: bool = False
+    prioritized: bool = False
 
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary; `dqn.Hyper` says what is not said here.
+    """Hyperparameters of QR-DQN that a sweep may vary (array leaves); `dqn.Hyper` says what is not said here.
 
     Attributes:
       huber_delta: error beyond which the loss is linear, in units of reward. Dabney et al. 2018 take 1, with
@@ -71,8 +71,8 @@ class Hyper:
     epsilon_start: Scalar = 1.0
     epsilon_end: Scalar = 0.05
     epsilon_steps: Scalar = 250_000.0
-    target_every: Scalar = 50
-    target_rate: Scalar = 1.0
+    target_update_interval: Scalar = 50
+    tau: Scalar = 1.0
     huber_delta: Scalar = 10.0
     priority_alpha: Scalar = 0.6
     priority_beta: Scalar = 0.4
@@ -85,13 +85,13 @@ def rank_actions(quantiles: Float[Array, "... N"]) -> Float[Array, "..."]:
 
 def quantile_loss(
     chosen: Float[Array, "N K"],
-    following: Float[Array, "N K"],
+    next_quantiles: Float[Array, "N K"],
     batch: Batch,
     hyper: Hyper,
     reduce: Reduction,
 ) -> LossOutcome:
     """Quantile Huber loss to the quantiles of r + discount Z(s', a') (Dabney et al. 2018, eq. 10)."""
-    targets = batch.reward[:, None] + batch.discount[:, None] * following
+    targets = batch.reward[:, None] + batch.discount[:, None] * next_quantiles
     mask = jnp.ones_like(batch.reward, bool)[None]
     loss, metrics = quantile_value_loss(
         chosen[None], targets[None], mask, delta=hyper.huber_delta, reduce=reduce
@@ -112,10 +112,12 @@ def make_network(config: Config, env: Environment) -> ActionValues:
     Raises:
       UserError: actions are continuous, or there is no quantile.
     """
-    if config.quantiles < 1:
-        raise UserError(f"QR-DQN: quantiles={config.quantiles}: use at least 1.")
+    if config.num_quantiles < 1:
+        raise UserError(f"QR-DQN: num_quantiles={config.num_quantiles}: use at least 1.")
     num_actions = dqn.discrete_actions(env, "QR-DQN")
-    return ActionValues(make_value_torso(env, config.body), num_actions, config.quantiles, config.dueling)
+    return ActionValues(
+        make_value_encoder(env, config.encoder), num_actions, config.num_quantiles, config.dueling
+    )
 
 
 def make_run(config: Config, env: Environment, env_params: Any) -> Run:
@@ -123,9 +125,9 @@ def make_run(config: Config, env: Environment, env_params: Any) -> Run:
     tx, network = make_optimizer(config.optimizer), make_network(config, env)
     values = dqn.network_fns(network, rank_actions)
     algorithm = dqn.make_algorithm(env, network, values, tx, make_update(config, values, tx))
-    return off_policy.make_run(config.run, env, env_params, algorithm, prioritised=config.prioritised)
+    return off_policy.make_run(config.run, env, env_params, algorithm, prioritized=config.prioritized)
 
 
 def make_train(config: Config, env: Environment, env_params: Any) -> Train:
     """`train(key, hyper) -> (state, history)`: a whole run, pure; jit it, vmap it over keys and `Hyper`."""
-    return whole(make_run(config, env, env_params))
+    return make_train_fn(make_run(config, env, env_params))

@@ -23,7 +23,7 @@ from rlhf_jax.rl.loops import episodic, on_policy
 from rlhf_jax.rl.loops.episodic import Episodes
 from rlhf_jax.rl.loops.on_policy import NetworkConfig
 from rlhf_jax.rl.loops.rollout import Network, call, make_logprob_fn
-from rlhf_jax.rl.loops.runs import Run, Train, whole
+from rlhf_jax.rl.loops.runs import Run, Train, make_train_fn
 
 __all__ = [
     "Batch",
@@ -66,7 +66,7 @@ class Config:
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary.
+    """Hyperparameters of REINFORCE that a sweep may vary (array leaves).
 
     Attributes:
       gamma: discount per step.
@@ -91,9 +91,9 @@ def make_batch(config: Config, network: Network, params: Params, hyper: Hyper, s
     cut = jnp.zeros(mask.shape[0])
     values = jnp.zeros(mask.shape)
     if config.baseline:
-        obs, starts, memory = inputs.obs, inputs.starts, inputs.memory
-        values = call(network, params, obs, starts, memory)[1]
-        after = call(network, params, obs, transition.next_obs, starts, memory, method="following")
+        obs, is_first, carry = inputs.obs, inputs.is_first, inputs.carry
+        values = call(network, params, obs, is_first, carry)[1]
+        after = call(network, params, obs, transition.next_obs, is_first, carry, method="next_value")
         last = mask & ~jnp.concatenate([mask[:, 1:], jnp.zeros_like(mask[:, :1])], axis=1)
         cut = jnp.sum(after, axis=1, where=last & ~transition.terminated)
     returns = discounted_returns(transition.reward, transition.discounts(hyper.gamma), cut, mask)
@@ -134,4 +134,4 @@ def make_run(config: Config, env: Environment, env_params: Any) -> Run:
 
 def make_train(config: Config, env: Environment, env_params: Any) -> Train:
     """`train(key, hyper) -> (state, history)`: a whole run, pure; jit it, vmap it over keys and `Hyper`."""
-    return whole(make_run(config, env, env_params))
+    return make_train_fn(make_run(config, env, env_params))

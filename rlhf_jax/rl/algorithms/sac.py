@@ -20,13 +20,13 @@ from rlhf_jax.rl.loops.continuous import (
     box_of,
     critic_fns,
     critic_step,
-    default_body,
-    make_torso,
+    default_encoder,
+    make_encoder,
     policy_step,
 )
 from rlhf_jax.rl.loops.off_policy import Algorithm, RunConfig
 from rlhf_jax.rl.loops.replay import Batch
-from rlhf_jax.rl.loops.runs import Run, Train, whole
+from rlhf_jax.rl.loops.runs import Run, Train, make_train_fn
 from rlhf_jax.rl.networks.distributions import TanhGaussian
 from rlhf_jax.rl.networks.q_networks import SquashedGaussianActor, applied
 
@@ -40,27 +40,27 @@ class Config:
     Attributes:
       run: its course.
       optimizer: of actor, critics and temperature: Adam behind gradient clipping.
-      body: of actor and critics.
-      critics: how many; the target is the least of them.
+      encoder: of actor and critics.
+      num_critics: how many; the target is the least of them.
       learn_temperature: move the temperature so that the entropy stays near `Hyper.target_entropy`.
     """
 
     run: RunConfig = RunConfig(total_steps=20_000, train_every=1, capacity=20_000)
     optimizer: OptimizerConfig = OptimizerConfig(clip_norm=1e6, b2=0.999)
-    body: nn.Module = dataclasses.field(default_factory=default_body)
-    critics: int = 2
+    encoder: nn.Module = dataclasses.field(default_factory=default_encoder)
+    num_critics: int = 2
     learn_temperature: bool = True
 
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary.
+    """Hyperparameters of SAC that a sweep may vary (array leaves).
 
     Attributes:
       learning_rate: of the critics and the temperature.
       actor_learning_rate: of the actor.
       gamma: discount per step.
-      target_rate: how far target networks move at a time.
+      tau: how far target networks move at a time.
       temperature: units of reward for one nat of entropy; where a learned one starts.
       target_entropy: in nats per dimension, for actions scaled to [-1, 1].
     """
@@ -68,7 +68,7 @@ class Hyper:
     learning_rate: Scalar = 1e-3
     actor_learning_rate: Scalar = 1e-3
     gamma: Scalar = 0.99
-    target_rate: Scalar = 0.005
+    tau: Scalar = 0.005
     temperature: Scalar = 1.0
     target_entropy: Scalar = -1.0
 
@@ -135,8 +135,8 @@ def make_update(
         key, next_key, actor_key = jax.random.split(state.key, 3)
         next_action, next_logp = actor_fn(state.actor.params, batch.next_obs).sample_and_logp(next_key)
         least = jnp.min(critic_fn(state.target_critics, batch.next_obs, next_action), axis=0)
-        following = least - jnp.exp(state.temperature.params) * next_logp
-        targets = batch.reward + batch.discount * following
+        next_values = least - jnp.exp(state.temperature.params) * next_logp
+        targets = batch.reward + batch.discount * next_values
         critics, metrics, errors = critic_step(
             state.critics, critic_fn, batch, targets, tx, learning_rate=hyper.learning_rate
         )
@@ -148,7 +148,7 @@ def make_update(
             "entropy": -logp,
             "temperature": jnp.exp(state.temperature.params),
         }
-        target = optax.incremental_update(critics.params, state.target_critics, hyper.target_rate)
+        target = optax.incremental_update(critics.params, state.target_critics, hyper.tau)
         temperature = adjust(state, hyper, logp) if config.learn_temperature else state.temperature
         state = dataclasses.replace(state, actor=actor, temperature=temperature, target_critics=target)
         return state, metrics, errors
@@ -157,9 +157,9 @@ def make_update(
 
 
 def make_actor(config: Config, env: Environment) -> SquashedGaussianActor:
-    """The policy's network."""
+    """Actor network for this environment."""
     box = box_of(env, "SAC")
-    return SquashedGaussianActor(make_torso(env, config.body), box.low, box.high)
+    return SquashedGaussianActor(make_encoder(env, config.encoder), box.low, box.high)
 
 
 def make_run(config: Config, env: Environment, env_params: Any) -> Run:
@@ -167,7 +167,7 @@ def make_run(config: Config, env: Environment, env_params: Any) -> Run:
     box, tx = box_of(env, "SAC"), make_optimizer(config.optimizer)
     actor = make_actor(config, env)
     actor_fn: ActorFn = applied(actor)
-    init_critics, critic_fn = critic_fns(env, config.body, box, count=config.critics)
+    init_critics, critic_fn = critic_fns(env, config.encoder, box, count=config.num_critics)
 
     def init_fn(key: PRNGKeyArray, hyper: Hyper) -> State:
         actor_key, critic_key, key = jax.random.split(key, 3)
@@ -197,4 +197,4 @@ def make_run(config: Config, env: Environment, env_params: Any) -> Run:
 
 def make_train(config: Config, env: Environment, env_params: Any) -> Train:
     """`train(key, hyper) -> (state, history)`: a whole run, pure; jit it, vmap it over keys and `Hyper`."""
-    return whole(make_run(config, env, env_params))
+    return make_train_fn(make_run(config, env, env_params))

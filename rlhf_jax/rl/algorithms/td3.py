@@ -22,14 +22,14 @@ from rlhf_jax.rl.loops.continuous import (
     box_of,
     critic_fns,
     critic_step,
-    default_body,
-    make_torso,
+    default_encoder,
+    make_encoder,
     noisy_algorithm,
     policy_step,
 )
 from rlhf_jax.rl.loops.off_policy import RunConfig
 from rlhf_jax.rl.loops.replay import Batch
-from rlhf_jax.rl.loops.runs import Run, Train, whole
+from rlhf_jax.rl.loops.runs import Run, Train, make_train_fn
 from rlhf_jax.rl.networks.q_networks import DeterministicActor, applied
 
 
@@ -40,40 +40,42 @@ class Config:
     Attributes:
       run: its course.
       optimizer: of actor and critics: Adam behind gradient clipping.
-      body: of actor and critics.
-      critics: how many; the target is the least of them.
-      policy_every: critic steps before each step of the actor and of all target networks; each has its own
+      encoder: of actor and critics.
+      num_critics: how many; the target is the least of them.
+      policy_delay: critic steps before each step of the actor and of all target networks; each has its own
         part of the batch, so it divides `run.batch_size`.
     """
 
     run: RunConfig = RunConfig(total_steps=20_000, train_every=2, batch_size=256, capacity=20_000)
     optimizer: OptimizerConfig = OptimizerConfig(clip_norm=1e6, b2=0.999)
-    body: nn.Module = dataclasses.field(default_factory=default_body)
-    critics: int = 2
-    policy_every: int = 2
+    encoder: nn.Module = dataclasses.field(default_factory=default_encoder)
+    num_critics: int = 2
+    policy_delay: int = 2
 
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary. Noise is in half ranges of the box of actions.
+    """Hyperparameters of TD3 that a sweep may vary (array leaves).
+
+    Noise is in half ranges of the box of actions.
 
     Attributes:
       learning_rate: of the critics.
       actor_learning_rate: of the actor.
       gamma: discount per step.
-      target_rate: how far target networks move at a time.
-      exploration_std: of the noise on actions.
-      smoothing_std: of the noise on the target's actions.
-      smoothing_clip: bound of that noise.
+      tau: how far target networks move at a time.
+      action_noise_std: of the noise on actions.
+      target_policy_noise: of the noise on the target's actions.
+      target_noise_clip: bound of that noise.
     """
 
     learning_rate: Scalar = 1e-3
     actor_learning_rate: Scalar = 1e-3
     gamma: Scalar = 0.98
-    target_rate: Scalar = 0.005
-    exploration_std: Scalar = 0.1
-    smoothing_std: Scalar = 0.2
-    smoothing_clip: Scalar = 0.5
+    tau: Scalar = 0.005
+    action_noise_std: Scalar = 0.1
+    target_policy_noise: Scalar = 0.2
+    target_noise_clip: Scalar = 0.5
 
 
 @pytree_dataclass
@@ -100,22 +102,22 @@ def make_update(
 
         target = r + discount min_i Q'_i(s', clip(mu'(s') + clip(noise)))
 
-    One update is `policy_every` steps of the critics and one of the actor: no branch on a count of updates.
+    One update is `policy_delay` steps of the critics and one of the actor: no branch on a count of updates.
     """
 
     def smoothed(state: State, hyper: Hyper, obs: Array, key: PRNGKeyArray) -> Float[Array, "N A"]:
         action = actor_fn(state.target_actor, obs)
-        noise = hyper.smoothing_std * jax.random.normal(key, action.shape)
-        bounded = jnp.clip(noise, -hyper.smoothing_clip, hyper.smoothing_clip)
+        noise = hyper.target_policy_noise * jax.random.normal(key, action.shape)
+        bounded = jnp.clip(noise, -hyper.target_noise_clip, hyper.target_noise_clip)
         return box.clip(action + box.half_range * bounded)
 
-    def improve(state: State, hyper: Hyper, batch: Batch) -> State:
+    def update_actor(state: State, hyper: Hyper, batch: Batch) -> State:
         def loss_fn(params: Params) -> tuple[Array, None]:
             action = actor_fn(params, batch.obs)
             return -jnp.mean(critic_fn(state.critics.params, batch.obs, action)[0]), None
 
         actor, _, _ = policy_step(state.actor, loss_fn, tx, learning_rate=hyper.actor_learning_rate)
-        rate = hyper.target_rate
+        rate = hyper.tau
         return dataclasses.replace(
             state,
             actor=actor,
@@ -123,25 +125,25 @@ def make_update(
             target_critics=optax.incremental_update(state.critics.params, state.target_critics, rate),
         )
 
-    def criticise(state: State, hyper: Hyper, part: Batch) -> tuple[State, Metrics, Float[Array, " N"]]:
+    def update_critics(state: State, hyper: Hyper, part: Batch) -> tuple[State, Metrics, Float[Array, " N"]]:
         key, noise_key = jax.random.split(state.key)
         next_action = smoothed(state, hyper, part.next_obs, noise_key)
-        following = jnp.min(critic_fn(state.target_critics, part.next_obs, next_action), axis=0)
-        targets = part.reward + part.discount * following
+        next_values = jnp.min(critic_fn(state.target_critics, part.next_obs, next_action), axis=0)
+        targets = part.reward + part.discount * next_values
         critics, metrics, errors = critic_step(
             state.critics, critic_fn, part, targets, tx, learning_rate=hyper.learning_rate
         )
         return dataclasses.replace(state, critics=critics, key=key), metrics, errors
 
     def update(state: State, hyper: Hyper, batch: Batch) -> tuple[State, Metrics, Float[Array, " N"]]:
-        parts = jax.tree.map(lambda x: x.reshape(config.policy_every, -1, *x.shape[1:]), batch)
+        parts = jax.tree.map(lambda x: x.reshape(config.policy_delay, -1, *x.shape[1:]), batch)
 
         def step(state: State, part: Batch) -> tuple[State, tuple[Metrics, Array]]:
-            state, metrics, errors = criticise(state, hyper, part)
+            state, metrics, errors = update_critics(state, hyper, part)
             return state, (metrics, errors)
 
         state, (metrics, errors) = jax.lax.scan(step, state, parts)
-        state = improve(state, hyper, jax.tree.map(lambda x: x[-1], parts))
+        state = update_actor(state, hyper, jax.tree.map(lambda x: x[-1], parts))
         return state, off_policy.over_steps(metrics), errors.reshape(-1)
 
     return update
@@ -154,14 +156,14 @@ def make_run(config: Config, env: Environment, env_params: Any) -> Run:
       UserError: actions are no vector, or the batch cannot be parted.
     """
     box, tx = box_of(env, "TD3"), make_optimizer(config.optimizer)
-    if config.run.batch_size % config.policy_every:
+    if config.run.batch_size % config.policy_delay:
         raise UserError(
-            f"TD3: policy_every={config.policy_every} does not divide run.batch_size="
+            f"TD3: policy_delay={config.policy_delay} does not divide run.batch_size="
             f"{config.run.batch_size}: choose a multiple."
         )
     actor = make_actor(config, env)
     actor_fn = applied(actor)
-    init_critics, critic_fn = critic_fns(env, config.body, box, count=config.critics)
+    init_critics, critic_fn = critic_fns(env, config.encoder, box, count=config.num_critics)
 
     def init_fn(key: PRNGKeyArray, hyper: Hyper) -> State:
         del hyper
@@ -175,11 +177,11 @@ def make_run(config: Config, env: Environment, env_params: Any) -> Run:
 
 
 def make_actor(config: Config, env: Environment) -> DeterministicActor:
-    """The policy's network."""
+    """Actor network for this environment."""
     box = box_of(env, "TD3")
-    return DeterministicActor(make_torso(env, config.body), box.low, box.high)
+    return DeterministicActor(make_encoder(env, config.encoder), box.low, box.high)
 
 
 def make_train(config: Config, env: Environment, env_params: Any) -> Train:
     """`train(key, hyper) -> (state, history)`: a whole run, pure; jit it, vmap it over keys and `Hyper`."""
-    return whole(make_run(config, env, env_params))
+    return make_train_fn(make_run(config, env, env_params))

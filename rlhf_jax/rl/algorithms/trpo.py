@@ -1,6 +1,6 @@
 """Trust region policy optimisation (Schulman et al. 2015), with GAE advantages.
 
-Each update maximises the surrogate E[ratio A] within KL(pi_old || pi) <= max_kl: conjugate gradients on
+Each update maximises the surrogate E[ratio A] within KL(pi_old || pi) <= target_kl: conjugate gradients on
 Fisher-vector products give the direction, the quadratic model its length, and a backtracking line search
 makes sure of both. The value function is fitted apart, with Adam.
 """
@@ -31,8 +31,8 @@ from rlhf_jax.losses.value import squared_value_loss
 from rlhf_jax.rl.envs.environments import Environment
 from rlhf_jax.rl.loops import on_policy
 from rlhf_jax.rl.loops.on_policy import NetworkConfig
-from rlhf_jax.rl.loops.rollout import Experience, Inputs, RolloutConfig, as_rows, call, estimate
-from rlhf_jax.rl.loops.runs import Run, Train, whole
+from rlhf_jax.rl.loops.rollout import Experience, Inputs, RolloutConfig, as_rows, call, compute_gae
+from rlhf_jax.rl.loops.runs import Run, Train, make_train_fn
 from rlhf_jax.rl.networks.distributions import Distribution
 
 Vector: TypeAlias = Float[Array, " N"]
@@ -53,7 +53,7 @@ class Config:
       critic_minibatches: optimizer steps in each pass.
       cg_iterations: of the conjugate gradients.
       line_search_steps: how often the step is shortened before it is given up.
-      shortening: by which factor.
+      backtrack_coef: by which factor.
     """
 
     total_steps: int = 500_000
@@ -64,25 +64,25 @@ class Config:
     critic_minibatches: int = 8
     cg_iterations: int = 10
     line_search_steps: int = 10
-    shortening: float = 0.8
+    backtrack_coef: float = 0.8
 
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary.
+    """Hyperparameters of TRPO that a sweep may vary (array leaves).
 
     Attributes:
       learning_rate: of the critic.
       gamma: discount per step.
       gae_lambda: lambda of GAE.
-      max_kl: radius of the trust region, in nats per action.
+      target_kl: radius of the trust region, in nats per action.
       damping: added to the Fisher matrix's diagonal.
     """
 
     learning_rate: Scalar = 1e-3
     gamma: Scalar = 0.99
     gae_lambda: Scalar = 0.95
-    max_kl: Scalar = 0.01
+    target_kl: Scalar = 0.01
     damping: Scalar = 0.1
 
 
@@ -101,7 +101,7 @@ class State:
 
     @property
     def params(self) -> Params:
-        """Those of both, as the network takes them."""
+        """Parameters of actor and critic, as the network takes them."""
         return {**self.actor, **self.critic.params}
 
 
@@ -131,9 +131,9 @@ def conjugate_gradients(product_fn: Callable[[Vector], Vector], target: Vector, 
         # Relative to the target: below this the quotients are rounding errors of one another.
         going_on = size > 1e-10 * (target @ target)
         length = jnp.where(going_on, size / jnp.where(going_on, direction @ product, 1.0), 0.0)
-        following = residual - length * product
-        turn = jnp.where(going_on, following @ following / jnp.where(going_on, size, 1.0), 0.0)
-        return solution + length * direction, following, following + turn * direction
+        next_residual = residual - length * product
+        turn = jnp.where(going_on, next_residual @ next_residual / jnp.where(going_on, size, 1.0), 0.0)
+        return solution + length * direction, next_residual, next_residual + turn * direction
 
     return jax.lax.fori_loop(0, iterations, step, (jnp.zeros_like(target), target, target))[0]
 
@@ -143,7 +143,9 @@ def natural_step(
 ) -> tuple[Params, Metrics]:
     """The actor after one trust-region step (Schulman et al. 2015, appendix C).
 
-        x = F^-1 g,  step = sqrt(2 max_kl / x^T F x) x,  shortened until KL <= max_kl and the surrogate rises
+        x = F^-1 g,  step = sqrt(2 target_kl / x^T F x) x
+
+    shortened until KL <= target_kl and the surrogate rises.
 
     Where no shortening will do, the actor stays as it was.
     """
@@ -164,16 +166,16 @@ def natural_step(
     before, gradient = jax.value_and_grad(surrogate)(flat)
     direction = conjugate_gradients(fisher_product, gradient, iterations=config.cg_iterations)
     curvature = direction @ fisher_product(direction)
-    full = direction * jnp.sqrt(2 * hyper.max_kl / jnp.maximum(curvature, 1e-12))
+    full = direction * jnp.sqrt(2 * hyper.target_kl / jnp.maximum(curvature, 1e-12))
 
     def measure(share: Array) -> tuple[Array, Array, Array]:
         point = flat + share * full
         kl, gain = divergence(point), surrogate(point) - before
-        return kl, gain, (kl <= hyper.max_kl) & (gain > 0)
+        return kl, gain, (kl <= hyper.target_kl) & (gain > 0)
 
     def shorten(carry: tuple[Array, Array, Any]) -> tuple[Array, Array, Any]:
         tried, share, _ = carry
-        share = share * config.shortening
+        share = share * config.backtrack_coef
         return tried + 1, share, measure(share)
 
     def unacceptable(carry: tuple[Array, Array, Any]) -> Array:
@@ -241,15 +243,15 @@ def make_run(config: Config, env: Environment, env_params: Any) -> Run:
     tx = make_optimizer(config.optimizer)
 
     def policy_fn(actor: Params, inputs: Inputs) -> Distribution:
-        return call(network, actor, inputs.obs, inputs.starts, inputs.memory, method="act")[0]
+        return call(network, actor, inputs.obs, inputs.is_first, inputs.carry, method="act")[0]
 
     def value_fn(critic: Params, inputs: Inputs) -> Float[Array, "B T"]:
-        return call(network, critic, inputs.obs, inputs.obs, inputs.starts, (), method="following")
+        return call(network, critic, inputs.obs, inputs.obs, inputs.is_first, (), method="next_value")
 
     update = make_update(config, policy_fn, value_fn, tx)
 
     def learn(state: State, hyper: Hyper, experience: Experience) -> tuple[State, Metrics]:
-        values, advantages, returns = estimate(
+        values, advantages, returns = compute_gae(
             network,
             state.params,
             experience,
@@ -274,4 +276,4 @@ def make_run(config: Config, env: Environment, env_params: Any) -> Run:
 
 def make_train(config: Config, env: Environment, env_params: Any) -> Train:
     """`train(key, hyper) -> (state, history)`: a whole run, pure; jit it, vmap it over keys and `Hyper`."""
-    return whole(make_run(config, env, env_params))
+    return make_train_fn(make_run(config, env, env_params))

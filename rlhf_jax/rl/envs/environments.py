@@ -46,7 +46,7 @@ class Transition:
 
     @property
     def done(self) -> Bool[Array, "..."]:
-        """Whether another episode begins after this step."""
+        """End of an episode, terminated or truncated: another begins after this step."""
         return self.terminated | self.truncated
 
     def discounts(self, gamma: Any) -> Float[Array, "..."]:
@@ -71,7 +71,7 @@ class EpisodeStatistics:
 
 @pytree_dataclass
 class EnvState:
-    """Where an environment stands.
+    """State of an environment and statistics of its episodes.
 
     Attributes:
       inner: gymnax's own state.
@@ -119,7 +119,7 @@ class Environment:
 
     @property
     def discrete(self) -> bool:
-        """Whether actions are numbers."""
+        """True where the action space is discrete: actions are numbers."""
         return self.num_actions is not None
 
     def reset(self, key: PRNGKeyArray, params: Any) -> EnvState:
@@ -139,9 +139,9 @@ class Environment:
     ) -> tuple[EnvState, Transition]:
         """One step; where the episode ends, the state returned is the beginning of the next one."""
         step_key, reset_key = jax.random.split(key)
-        return self.step_or_become(step_key, state, action, params, self.reset(reset_key, params))
+        return self.auto_reset_step(step_key, state, action, params, self.reset(reset_key, params))
 
-    def step_or_become(
+    def auto_reset_step(
         self, key: PRNGKeyArray, state: EnvState, action: Array, params: Any, fresh: EnvState
     ) -> tuple[EnvState, Transition]:
         """`step` that goes on from `fresh` where the episode ends.

@@ -13,7 +13,7 @@ from rlhf_jax.rl.loops.runs import ActFn, Run
 def play(
     act_fn: ActFn,
     state: Any,
-    memory: Any,
+    carry: Any,
     env: Environment,
     env_params: Any,
     key: PRNGKeyArray,
@@ -24,7 +24,7 @@ def play(
     """`episodes` whole episodes side by side.
 
     Args:
-      memory: what the agent remembers at the start of each.
+      carry: what the agent remembers at the start of each.
       deterministic: take the likeliest action rather than a sample.
 
     Returns:
@@ -33,20 +33,20 @@ def play(
     reset_key, key = jax.random.split(key)
     states = jax.vmap(env.reset, (0, None))(jax.random.split(reset_key, episodes), env_params)
 
-    def step(carry: tuple[Any, Any, Array], key: PRNGKeyArray):
-        states, memory, alive = carry
+    def step(scan_state: tuple[Any, Any, Array], key: PRNGKeyArray):
+        states, carry, alive = scan_state
         act_key, env_key = jax.random.split(key)
-        starts = states.episode_length == 0
-        action, memory = act_fn(state, states.obs, starts, memory, act_key, deterministic=deterministic)
+        is_first = states.episode_length == 0
+        action, carry = act_fn(state, states.obs, is_first, carry, act_key, deterministic=deterministic)
         keys = jax.random.split(env_key, episodes)
         # Nothing is needed after the end, so an episode may "begin again" anywhere, at no cost.
-        states, seen = jax.vmap(env.step_or_become, (0, 0, 0, None, 0))(
+        states, seen = jax.vmap(env.auto_reset_step, (0, 0, 0, None, 0))(
             keys, states, action, env_params, states
         )
-        return (states, memory, alive & ~seen.done), (seen, alive)
+        return (states, carry, alive & ~seen.done), (seen, alive)
 
-    carry = (states, memory, jnp.ones(episodes, bool))
-    return jax.lax.scan(step, carry, jax.random.split(key, env.max_steps))[1]
+    scan_state = (states, carry, jnp.ones(episodes, bool))
+    return jax.lax.scan(step, scan_state, jax.random.split(key, env.max_steps))[1]
 
 
 def evaluate(
@@ -70,7 +70,7 @@ def evaluate(
     seen, alive = play(
         run.act,
         state,
-        run.begin(episodes),
+        run.initial_carry(episodes),
         env,
         env_params,
         key,

@@ -34,7 +34,7 @@ def normalize_observations(obs: Array, moments: Moments) -> Float[Array, "..."]:
 
 @pytree_dataclass
 class RewardScale:
-    """What rewards are divided by: the deviation of the discounted sum of rewards so far.
+    """Reward scale: the deviation of the discounted sum of rewards so far, by which rewards are divided.
 
     Attributes:
       running: of each environment, sum_k gamma^k r_{t-k} within the episode.

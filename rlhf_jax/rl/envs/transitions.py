@@ -19,7 +19,7 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Array, Bool, PRNGKeyArray
 from rlhf_jax.rl.envs.environments import Environment, Transition
 from rlhf_jax.rl.envs.evaluation import play
-from rlhf_jax.rl.loops.runs import ActFn, remember_nothing
+from rlhf_jax.rl.loops.runs import ActFn, no_carry
 
 FIELDS = ("obs", "action", "reward", "terminated", "truncated", "next_obs")
 DESCRIPTION = "description"
@@ -31,18 +31,18 @@ def random_act_fn(env: Environment) -> ActFn:
     def act(
         state: Any,
         obs: Array,
-        starts: Bool[Array, " B"],
-        memory: Any,
+        is_first: Bool[Array, " B"],
+        carry: Any,
         key: PRNGKeyArray,
         *,
         deterministic: bool,
     ) -> tuple[Array, Any]:
-        del state, starts, deterministic
+        del state, is_first, deterministic
         count = obs.shape[0]
         if env.num_actions is not None:
-            return jax.random.randint(key, (count,), 0, env.num_actions), memory
+            return jax.random.randint(key, (count,), 0, env.num_actions), carry
         low, high = (jnp.asarray(x).reshape(env.action_shape) for x in (env.action_low, env.action_high))
-        return jax.random.uniform(key, (count, *env.action_shape), minval=low, maxval=high), memory
+        return jax.random.uniform(key, (count, *env.action_shape), minval=low, maxval=high), carry
 
     return act
 
@@ -55,7 +55,7 @@ def collect(
     key: PRNGKeyArray,
     *,
     episodes: int,
-    begin_fn: Callable[[int], Any] = remember_nothing,
+    initial_carry_fn: Callable[[int], Any] = no_carry,
     deterministic: bool = False,
 ) -> Transition:
     """`episodes` whole episodes as a log, in NumPy arrays.
@@ -63,7 +63,7 @@ def collect(
     Args:
       act_fn: how the agent acts, such as `Run.act`, or `random_act_fn`.
       state: of the agent.
-      begin_fn: what it remembers at the start of so many episodes, such as `Run.begin`.
+      initial_carry_fn: what it remembers at the start of so many episodes, such as `Run.initial_carry`.
       deterministic: take the likeliest action rather than a sample.
     """
 
@@ -71,7 +71,7 @@ def collect(
         return play(
             act_fn,
             state,
-            begin_fn(episodes),
+            initial_carry_fn(episodes),
             env,
             env_params,
             key,
@@ -130,7 +130,7 @@ def load(path: Path, env: Environment | None = None) -> tuple[Transition, dict[s
 
 
 def check(log: Transition, env: Environment, *, of: str | None, path: Path) -> None:
-    """Whether a log fits an environment.
+    """Checks that a log fits an environment.
 
     Args:
       of: name of the environment that it says it is of.

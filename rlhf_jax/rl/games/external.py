@@ -43,7 +43,7 @@ class PgxGame:
 
     @property
     def num_actions(self) -> int:
-        """How many actions there are, legal or not."""
+        """Number of actions, legal or not."""
         return _environment(self.name).num_actions
 
     @property
@@ -56,7 +56,7 @@ class PgxGame:
         """Shape of what `observe` gives."""
         return tuple(_environment(self.name).observation_shape)
 
-    def begin(self) -> Position:
+    def initial_position(self) -> Position:
         """The first position; the key decides only which of pgx's two players is called the first."""
         state = _environment(self.name).init(jax.random.key(0))
         return Position(state, jnp.int8(1), jnp.int8(0), jnp.bool_(False))
@@ -74,7 +74,7 @@ class PgxGame:
         return tree_where(position.terminated, position, after)
 
     def observe(self, position: Position) -> Float[Array, "*S"]:
-        """What the player to move sees, as pgx encodes it."""
+        """Observation of the player to move, as pgx encodes it."""
         return position.board.observation.astype(jnp.float32)
 
 

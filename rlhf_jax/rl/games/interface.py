@@ -1,4 +1,4 @@
-"""What a game is to players, matches and AlphaZero: pure functions of one position; `vmap` gives many."""
+"""Game interface for players, matches and AlphaZero: pure functions of one position; `vmap` gives many."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -29,7 +29,7 @@ class Game(Protocol):
 
     @property
     def num_actions(self) -> int:
-        """How many actions there are, legal or not."""
+        """Number of actions, legal or not."""
         ...
 
     @property
@@ -42,7 +42,7 @@ class Game(Protocol):
         """Shape of what `observe` gives."""
         ...
 
-    def begin(self) -> Position:
+    def initial_position(self) -> Position:
         """The first position."""
         ...
 
@@ -55,5 +55,5 @@ class Game(Protocol):
         ...
 
     def observe(self, position: Position) -> Float[Array, "*S"]:
-        """What the player to move sees."""
+        """Observation of the player to move."""
         ...

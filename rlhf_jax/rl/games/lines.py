@@ -1,7 +1,7 @@
 """k in a row on a grid, as pure functions: tic-tac-toe, connect four, and what lies between them.
 
     game = TIC_TAC_TOE
-    position = game.begin()
+    position = game.initial_position()
     position = game.play(position, 4)
 
 One position each; `vmap` gives many. Players are 1, who begins, and -1. A board holds 1, -1, or 0 for an
@@ -42,7 +42,7 @@ class LineGame:
 
     @property
     def num_actions(self) -> int:
-        """How many actions there are, legal or not."""
+        """Number of actions, legal or not."""
         return self.columns if self.gravity else self.rows * self.columns
 
     @property
@@ -65,7 +65,7 @@ class LineGame:
                     found.append([r * self.columns + c for r, c in cells])
         return np.asarray(found)
 
-    def begin(self) -> Position:
+    def initial_position(self) -> Position:
         """The empty board."""
         board = jnp.zeros((self.rows, self.columns), jnp.int8)
         return Position(board, jnp.int8(1), jnp.int8(0), jnp.bool_(False))

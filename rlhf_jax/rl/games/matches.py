@@ -31,7 +31,7 @@ def random_openings(
       plies: moves of each game.
       most: the greatest of `plies`, where they are traced.
     """
-    positions = jax.vmap(lambda _: game.begin())(plies)
+    positions = jax.vmap(lambda _: game.initial_position())(plies)
     choose = random_choice(game)
 
     def step(positions: Position, now: tuple[Array, PRNGKeyArray]) -> tuple[Position, None]:

@@ -40,7 +40,7 @@ def best_moves(game: LineGame, values: Mapping[Board, int], board: Board) -> set
 def losing_lines(
     game: LineGame, values: Mapping[Board, int], choose: Callable[[Board], int], *, first: bool
 ) -> int:
-    """How many different lines of play a deterministic player loses, over every reply of the opponent.
+    """Number of lines of play that a deterministic player loses, over every reply of the opponent.
 
     Args:
       choose: the player: a board from its own side -> an action.
@@ -63,7 +63,7 @@ def losing_lines(
 
 
 def is_over(game: LineGame, board: Board) -> bool:
-    """Whether nobody moves any more: the last move won, or the board is full."""
+    """True where the game is over: the last move won, or the board is full."""
     return 0 not in board or _has_lost(game, board)
 
 
@@ -83,5 +83,5 @@ def _has_lost(game: LineGame, board: Board) -> bool:
 
 
 def _has_line(lines: list[list[int]], board: Board) -> bool:
-    """Whether the other player has a line."""
+    """True where the other player has a line."""
     return any(all(board[cell] == -1 for cell in line) for line in lines)

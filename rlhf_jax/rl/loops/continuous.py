@@ -1,4 +1,4 @@
-"""What DDPG, TD3 and SAC share: the box of actions, their networks, and one step of critics."""
+"""Continuous control, shared by DDPG, TD3 and SAC: the box of actions, networks, one step of critics."""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from rlhf_jax.losses.value import squared_value_loss
 from rlhf_jax.rl.envs.environments import Environment
 from rlhf_jax.rl.loops.off_policy import Algorithm
 from rlhf_jax.rl.loops.replay import Batch, weighted_mean
-from rlhf_jax.rl.networks.networks import MLP, Torso
+from rlhf_jax.rl.networks.networks import MLP, ObsEncoder
 from rlhf_jax.rl.networks.q_networks import Critics, applied
 
 
@@ -60,20 +60,20 @@ def box_of(env: Environment, algorithm: str) -> Box:
     return Box(env.action_low, env.action_high)
 
 
-def default_body() -> nn.Module:
+def default_encoder() -> nn.Module:
     """A ReLU MLP of two layers of 64."""
     return MLP((64, 64), nn.relu)
 
 
-def make_torso(env: Environment, body: nn.Module) -> Torso:
-    """`body` behind the repair of observations.
+def make_encoder(env: Environment, encoder: nn.Module) -> ObsEncoder:
+    """`encoder` behind the repair of observations.
 
     Raises:
       UserError: observations are images or numbers.
     """
     if env.num_states is not None or len(env.obs_shape) != 1:
         raise UserError(f"{env.name}: critics of continuous actions need vectors as observations: use PPO.")
-    return Torso(body, env.obs_shape)
+    return ObsEncoder(encoder, env.obs_shape)
 
 
 ActorFn = Callable[[Params, Array], Float[Array, "N A"]]
@@ -83,9 +83,9 @@ CriticFn = Callable[[Params, Array, Float[Array, "N A"]], Float[Array, "C N"]]
 """(params, obs, action) -> a value from each critic."""
 
 
-def critic_fns(env: Environment, body: nn.Module, box: Box, *, count: int) -> tuple[Any, CriticFn]:
+def critic_fns(env: Environment, encoder: nn.Module, box: Box, *, count: int) -> tuple[Any, CriticFn]:
     """(init(key) -> params, apply) of `count` critics."""
-    critics = Critics(body, box.low, box.high, count)
+    critics = Critics(encoder, box.low, box.high, count)
 
     def init(key: PRNGKeyArray) -> Params:
         return critics.init(key, jnp.zeros((1, *env.obs_shape)), jnp.zeros((1, len(box.low))))["params"]
@@ -137,7 +137,7 @@ def noisy_algorithm(
 ) -> Algorithm:
     """Exploration of a deterministic policy around `update_fn`: uniform at first, then Gaussian noise.
 
-    The agent's state must have `actor`, and `hyper` `exploration_std`, in half ranges of the box.
+    The agent's state must have `actor`, and `hyper` `action_noise_std`, in half ranges of the box.
     """
 
     def noise_fn(key: PRNGKeyArray, shape: tuple[int, int]) -> tuple[Array, Array]:
@@ -150,7 +150,7 @@ def noisy_algorithm(
 
     def act_fn(state: Any, hyper: Any, obs: Array, noise: tuple[Array, Array], steps: Array) -> Array:
         del steps
-        shift = hyper.exploration_std * box.half_range * noise[0]
+        shift = hyper.action_noise_std * box.half_range * noise[0]
         return box.clip(actor_fn(state.actor.params, obs) + shift)
 
     def policy_fn(state: Any, obs: Array, key: PRNGKeyArray, deterministic: bool) -> Array:

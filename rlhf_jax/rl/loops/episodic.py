@@ -56,7 +56,7 @@ class State:
 
 @dataclasses.dataclass(frozen=True)
 class Learning:
-    """What a run needs to know of an algorithm.
+    """Callables of an episodic algorithm, from which a run is made.
 
     Attributes:
       init_fn: (params, key, hyper) -> agent, whose `learner.params` are the parameters.
@@ -81,25 +81,25 @@ def collect_episodes(
 ) -> Episodes:
     """One episode from each of `states`, cut after `max_steps`."""
     count = states.episode_length.shape[0]
-    memory = network.begin(count)
+    carry = network.initial_carry(count)
 
-    def step(carry: tuple[EnvState, Any, Array], key: PRNGKeyArray):
-        states, memory, alive = carry
+    def step(scan_state: tuple[EnvState, Any, Array], key: PRNGKeyArray):
+        states, carry, alive = scan_state
         act_key, env_key = jax.random.split(key)
-        starts = states.episode_length == 0
-        distribution, memory = call(network, params, states.obs, starts, memory, method="act")
+        is_first = states.episode_length == 0
+        distribution, carry = call(network, params, states.obs, is_first, carry, method="act")
         action = distribution.sample(act_key)
         # What comes after the end is masked, so going on from anywhere will do: no reset is drawn.
-        states, transition = jax.vmap(env.step_or_become, (0, 0, 0, None, 0))(
+        states, transition = jax.vmap(env.auto_reset_step, (0, 0, 0, None, 0))(
             jax.random.split(env_key, count), states, action, env_params, states
         )
-        seen = (transition, alive, starts, distribution.logp(action))
-        return (states, memory, alive & ~transition.done), seen
+        seen = (transition, alive, is_first, distribution.logp(action))
+        return (states, carry, alive & ~transition.done), seen
 
-    carry = (states, memory, jnp.ones(count, bool))
-    by_time = jax.lax.scan(step, carry, jax.random.split(key, max_steps))[1]
-    transition, mask, starts, logp = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), by_time)
-    return Episodes(transition, mask, logp, Inputs(transition.obs, transition.action, starts, memory))
+    scan_state = (states, carry, jnp.ones(count, bool))
+    by_time = jax.lax.scan(step, scan_state, jax.random.split(key, max_steps))[1]
+    transition, mask, is_first, logp = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), by_time)
+    return Episodes(transition, mask, logp, Inputs(transition.obs, transition.action, is_first, carry))
 
 
 def make_run(
@@ -144,5 +144,5 @@ def make_run(
         act=make_act_fn(network, lambda state: state.agent.learner.params),
         updates=updates,
         steps_per_update=episodes * max_steps,
-        begin=network.begin,
+        initial_carry=network.initial_carry,
     )

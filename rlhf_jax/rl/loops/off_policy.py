@@ -24,7 +24,7 @@ from rlhf_jax.rl.loops.replay import (
     init_priorities,
     init_replay,
     insert,
-    sample_prioritised,
+    sample_prioritized,
     sample_uniform,
     update_priorities,
 )
@@ -48,10 +48,10 @@ class RunConfig:
       batch_size: transitions an update.
       capacity: transitions on record, rounded up to whole trainings.
       n_step: rewards before the bootstrap.
-      noise_hold: steps for which an environment keeps a draw of what chance its actions need, at most until
+      noise_repeat: steps for which an environment keeps a draw of what chance its actions need, at most until
         the next training. Noise that is held pushes further, which rewards far away may need (as in Raffin et
         al. 2021).
-      reports: entries of the history.
+      num_logs: entries of the history.
     """
 
     total_steps: int = 500_000
@@ -62,8 +62,8 @@ class RunConfig:
     batch_size: int = 128
     capacity: int = 10_000
     n_step: int = 1
-    noise_hold: int = 1
-    reports: int = 20
+    noise_repeat: int = 1
+    num_logs: int = 20
 
     @property
     def steps_per_training(self) -> int:
@@ -82,24 +82,24 @@ class RunConfig:
         return max(-(-self.learning_starts // self.steps_per_training), -(-self.n_step // self.train_every))
 
     @property
-    def trainings_per_report(self) -> int:
+    def trainings_per_log(self) -> int:
         """Trainings in each report.
 
         Raises:
           UserError: there is none.
         """
         trainings = self.total_steps // self.steps_per_training - self.warm_ups
-        if trainings < self.reports:
+        if trainings < self.num_logs:
             raise UserError(
                 f"Run: total_steps={self.total_steps} leaves {max(trainings, 0)} trainings for "
-                f"reports={self.reports}: raise total_steps or lower learning_starts or reports."
+                f"num_logs={self.num_logs}: raise total_steps or lower learning_starts or num_logs."
             )
-        return trainings // self.reports
+        return trainings // self.num_logs
 
 
 @dataclasses.dataclass(frozen=True)
 class Algorithm:
-    """What a run needs to know of an algorithm.
+    """Callables of an off-policy algorithm, from which a run is made.
 
     Attributes:
       init_fn: (key, hyper) -> agent, the algorithm's state.
@@ -139,14 +139,14 @@ class RunState:
 
 
 def make_run(
-    config: RunConfig, env: Environment, env_params: Any, algorithm: Algorithm, *, prioritised: bool = False
+    config: RunConfig, env: Environment, env_params: Any, algorithm: Algorithm, *, prioritized: bool = False
 ) -> Run:
     """A run whose steps are the reports of its history.
 
     In a report, counts and sums are over its steps, other numbers means over its updates. `hyper` must have
     `gamma`, and `priority_alpha` and `priority_beta` where sampling is prioritised.
     """
-    trainings = config.trainings_per_report
+    trainings = config.trainings_per_log
 
     def init(key: PRNGKeyArray, hyper: Hyper) -> RunState:
         key, agent_key, env_key = jax.random.split(key, 3)
@@ -155,7 +155,7 @@ def make_run(
             agent=algorithm.init_fn(agent_key, hyper),
             envs=envs,
             replay=init_replay(_example(env, env_params), rows=config.rows, num_envs=config.num_envs),
-            priorities=init_priorities(config.rows * config.num_envs) if prioritised else None,
+            priorities=init_priorities(config.rows * config.num_envs) if prioritized else None,
             steps=jnp.int32(0),
             key=key,
         )
@@ -186,16 +186,16 @@ def make_run(
         return dataclasses.replace(state, envs=envs), report
 
     def act(
-        state: RunState, obs: Array, starts: Array, memory: Any, key: PRNGKeyArray, *, deterministic: bool
+        state: RunState, obs: Array, is_first: Array, carry: Any, key: PRNGKeyArray, *, deterministic: bool
     ) -> tuple[Array, Any]:
-        del starts
-        return algorithm.policy_fn(state.agent, obs, key, deterministic), memory
+        del is_first
+        return algorithm.policy_fn(state.agent, obs, key, deterministic), carry
 
     return Run(
         init=init,
         step=step,
         act=act,
-        updates=config.reports,
+        updates=config.num_logs,
         steps_per_update=trainings * config.steps_per_training,
     )
 
@@ -227,13 +227,13 @@ def _collect(
     # All chance is drawn before the loop over time: one large draw costs much less than many small ones.
     reset = jax.vmap(jax.vmap(env.reset, (0, None)), (0, None))
     fresh = reset(jax.random.split(reset_key, shape), env_params)
-    draws = -(-config.train_every // config.noise_hold)
+    draws = -(-config.train_every // config.noise_repeat)
     noise = jax.tree.map(
-        lambda x: jnp.repeat(x, config.noise_hold, axis=0)[: config.train_every],
+        lambda x: jnp.repeat(x, config.noise_repeat, axis=0)[: config.train_every],
         noise_fn(noise_key, (draws, config.num_envs)),
     )
     chance = (noise, jax.random.split(env_key, shape), fresh)
-    step_envs = jax.vmap(env.step_or_become, (0, 0, 0, None, 0))
+    step_envs = jax.vmap(env.auto_reset_step, (0, 0, 0, None, 0))
 
     def step(carry: tuple[EnvState, Array], now: tuple[Noise, PRNGKeyArray, EnvState]):
         envs, steps = carry
@@ -264,7 +264,7 @@ def _learn(
             batch = gather(replay, indices, gamma=hyper.gamma, n_step=config.n_step)
             agent, metrics, _ = algorithm.update_fn(agent, hyper, batch)
             return (agent, None), metrics
-        indices, weight = sample_prioritised(
+        indices, weight = sample_prioritized(
             priorities, key, batch_size=config.batch_size, beta=hyper.priority_beta
         )
         batch = gather(replay, indices, gamma=hyper.gamma, n_step=config.n_step)
@@ -278,7 +278,7 @@ def _learn(
 
 
 def over_steps(metrics: Metrics) -> Metrics:
-    """Of metrics along a scan: counters at the last step, means of the rest."""
+    """Metrics along a scan, reduced: counters at the last step, means of the rest."""
     return {
         name: x[-1] if jnp.issubdtype(x.dtype, jnp.integer) else jnp.mean(x) for name, x in metrics.items()
     }

@@ -23,7 +23,7 @@ from rlhf_jax.rl.loops.continuous import CriticFn, box_of, critic_fns
 from rlhf_jax.rl.loops.off_policy import over_steps
 from rlhf_jax.rl.loops.replay import Batch, Replay, gather, sample_uniform
 from rlhf_jax.rl.loops.runs import Run
-from rlhf_jax.rl.networks.networks import default_body, make_head, make_torso
+from rlhf_jax.rl.networks.networks import default_encoder, make_encoder, make_head
 from rlhf_jax.rl.networks.q_networks import ActionValues, applied
 
 
@@ -34,31 +34,31 @@ class RunConfig:
     Attributes:
       updates: optimizer steps in the whole run, rounded down to whole reports.
       batch_size: transitions an update, drawn uniformly with replacement.
-      reports: entries of the history.
+      num_logs: entries of the history.
     """
 
     updates: int = 5_000
     batch_size: int = 128
-    reports: int = 20
+    num_logs: int = 20
 
     @property
-    def updates_per_report(self) -> int:
+    def updates_per_log(self) -> int:
         """Updates in each report.
 
         Raises:
           UserError: there is none.
         """
-        if self.updates < self.reports:
+        if self.updates < self.num_logs:
             raise UserError(
-                f"Run: updates={self.updates} is less than reports={self.reports}: raise the first, or "
+                f"Run: updates={self.updates} is less than num_logs={self.num_logs}: raise the first, or "
                 "lower the second."
             )
-        return self.updates // self.reports
+        return self.updates // self.num_logs
 
 
 @dataclasses.dataclass(frozen=True)
 class Algorithm:
-    """What a run needs to know of an algorithm.
+    """Callables of an offline algorithm, from which a run is made.
 
     Attributes:
       init_fn: key -> agent, the algorithm's state.
@@ -107,7 +107,7 @@ def sample(replay: Replay, key: PRNGKeyArray, *, batch_size: int, gamma: Scalar)
 
 def make_run(config: RunConfig, data: Transition, algorithm: Algorithm) -> Run:
     """A run whose steps are the reports of its history; `steps` counts optimizer steps."""
-    per_report = config.updates_per_report
+    per_report = config.updates_per_log
     replay = as_replay(data)
 
     def init(key: PRNGKeyArray, hyper: Any) -> State:
@@ -127,26 +127,26 @@ def make_run(config: RunConfig, data: Transition, algorithm: Algorithm) -> Run:
         return State(agent, key, steps), {"steps": steps, **over_steps(metrics)}
 
     def act(
-        state: State, obs: Array, starts: Array, memory: Any, key: PRNGKeyArray, *, deterministic: bool
+        state: State, obs: Array, is_first: Array, carry: Any, key: PRNGKeyArray, *, deterministic: bool
     ) -> tuple[Array, Any]:
-        del starts
-        return algorithm.policy_fn(state.agent, obs, key, deterministic), memory
+        del is_first
+        return algorithm.policy_fn(state.agent, obs, key, deterministic), carry
 
-    return Run(init=init, step=step, act=act, updates=config.reports, steps_per_update=per_report)
+    return Run(init=init, step=step, act=act, updates=config.num_logs, steps_per_update=per_report)
 
 
-def make_policy(env: Environment, body: nn.Module | None) -> nn.Module:
+def make_policy(env: Environment, encoder: nn.Module | None) -> nn.Module:
     """obs -> distribution of actions, with the body and the head of the actor-critics; no memory."""
-    return nn.Sequential([make_torso(env, body or default_body(env)), make_head(env)])
+    return nn.Sequential([make_encoder(env, encoder or default_encoder(env)), make_head(env)])
 
 
 def make_critics(
-    env: Environment, body: nn.Module, *, count: int
+    env: Environment, encoder: nn.Module, *, count: int
 ) -> tuple[Callable[[PRNGKeyArray], Params], CriticFn]:
     """(init(key) -> params, apply) of `count` independent Q(s, a), for either kind of action."""
     if env.num_actions is None:
-        return critic_fns(env, body, box_of(env, "Learning from a log"), count=count)
-    network = ActionValues(make_torso(env, body), env.num_actions)
+        return critic_fns(env, encoder, box_of(env, "Learning from a log"), count=count)
+    network = ActionValues(make_encoder(env, encoder), env.num_actions)
 
     def init_one(key: PRNGKeyArray) -> Params:
         return network.init(key, no_observation(env))["params"]

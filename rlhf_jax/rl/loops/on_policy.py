@@ -16,14 +16,14 @@ from rlhf_jax.rl.loops.rollout import (
     Experience,
     Network,
     RolloutConfig,
-    Worlds,
+    VectorEnvState,
     collect,
     init_params,
-    init_worlds,
+    init_vector_env,
     make_act_fn,
 )
 from rlhf_jax.rl.loops.runs import Run
-from rlhf_jax.rl.networks.networks import default_body, make_actor_critic, make_recurrent_actor_critic
+from rlhf_jax.rl.networks.networks import default_encoder, make_actor_critic, make_recurrent_actor_critic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,22 +31,22 @@ class NetworkConfig:
     """The actor-critic.
 
     Attributes:
-      body: what turns observations into features; None for the environment's usual one.
+      encoder: what turns observations into features; None for the environment's usual one.
       shared: actor and critic share their body.
       memory_width: of a GRU between the body, then shared, and the heads; 0 for none.
     """
 
-    body: nn.Module | None = None
+    encoder: nn.Module | None = None
     shared: bool = False
     memory_width: int = 0
 
 
 def make_network(config: NetworkConfig, env: Environment) -> Network:
     """The actor-critic of `config` for this environment."""
-    body = config.body or default_body(env)
+    encoder = config.encoder or default_encoder(env)
     if config.memory_width:
-        return make_recurrent_actor_critic(env, body, width=config.memory_width)
-    return make_actor_critic(env, body, shared=config.shared)
+        return make_recurrent_actor_critic(env, encoder, width=config.memory_width)
+    return make_actor_critic(env, encoder, shared=config.shared)
 
 
 @pytree_dataclass
@@ -55,19 +55,19 @@ class State:
 
     Attributes:
       agent: the algorithm's own state.
-      worlds: its environments.
+      envs: its environments.
       steps: environment steps taken.
     """
 
     agent: Any
-    worlds: Worlds
+    envs: VectorEnvState = dataclasses.field(metadata={"saved_as": "worlds"})
     key: PRNGKeyArray
     steps: Int[Array, ""]
 
 
 @dataclasses.dataclass(frozen=True)
 class Learning:
-    """What a run needs to know of an algorithm.
+    """Callables of an on-policy algorithm, from which a run is made.
 
     Attributes:
       init_fn: (params, key, hyper) -> agent.
@@ -109,24 +109,24 @@ def make_run(
     def init(key: PRNGKeyArray, hyper: Any) -> State:
         key, params_key, agent_key, env_key = jax.random.split(key, 4)
         params = init_params(network, env, params_key)
-        worlds = init_worlds(network, env, env_params, config, env_key)
-        return State(learning.init_fn(params, agent_key, hyper), worlds, key, jnp.int32(0))
+        envs = init_vector_env(network, env, env_params, config, env_key)
+        return State(learning.init_fn(params, agent_key, hyper), envs, key, jnp.int32(0))
 
     def step(state: State, hyper: Any) -> tuple[State, Metrics]:
         key, rollout_key = jax.random.split(state.key)
-        worlds, experience, episodes = collect(
+        envs, experience, episodes = collect(
             network,
             env,
             env_params,
             config,
             learning.params_fn(state.agent),
-            state.worlds,
+            state.envs,
             rollout_key,
             gamma=hyper.gamma,
         )
         agent, metrics = learning.learn_fn(state.agent, hyper, experience)
         steps = state.steps + config.num_envs * config.num_steps
-        return State(agent, worlds, key, steps), {"steps": steps, **episodes, **metrics}
+        return State(agent, envs, key, steps), {"steps": steps, **episodes, **metrics}
 
     return Run(
         init=init,
@@ -134,5 +134,5 @@ def make_run(
         act=make_act_fn(network, lambda state: learning.params_fn(state.agent)),
         updates=count_updates(total_steps, config),
         steps_per_update=config.num_envs * config.num_steps,
-        begin=network.begin,
+        initial_carry=network.initial_carry,
     )

@@ -21,7 +21,7 @@ def cross_entropy_method(
     iterations: int,
     smoothing: Scalar = 0.0,
 ) -> Float[Array, "*D"]:
-    """What scores highest, by a Gaussian that moves to the best of its own samples (Rubinstein 1999).
+    """Cross-entropy method: a Gaussian moves to the best of its own samples (Rubinstein 1999).
 
         x_i ~ N(mean, std^2) within the bounds;  mean, std <- those of the `elites` best x_i
 

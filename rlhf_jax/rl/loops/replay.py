@@ -194,7 +194,7 @@ def admit(priorities: Priorities, replay: Replay, *, count: int, n_step: int = 1
     return set_weights(priorities, incomplete, jnp.zeros(incomplete.shape))
 
 
-def sample_prioritised(
+def sample_prioritized(
     priorities: Priorities, key: PRNGKeyArray, *, batch_size: int, beta: Scalar
 ) -> tuple[Int[Array, " N"], Float[Array, " N"]]:
     """One draw from each of `batch_size` equal shares of the whole weight (Schaul et al. 2016, section 3.3).

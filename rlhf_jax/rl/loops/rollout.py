@@ -31,14 +31,14 @@ from rlhf_jax.rl.envs.normalization import (
     scale_rewards,
 )
 from rlhf_jax.rl.loops.runs import ActFn
-from rlhf_jax.rl.networks.networks import ActorCritic, Memory, RecurrentActorCritic
+from rlhf_jax.rl.networks.networks import ActorCritic, Carry, RecurrentActorCritic
 
 Network = ActorCritic | RecurrentActorCritic
 
 
 @dataclasses.dataclass(frozen=True)
 class RolloutConfig:
-    """Where experience comes from.
+    """Rollout settings: environments, steps, normalization, bootstrapping.
 
     Attributes:
       num_envs: environments stepped together.
@@ -57,36 +57,36 @@ class RolloutConfig:
 
 
 @pytree_dataclass
-class Worlds:
+class VectorEnvState:
     """The environments of a run, and what is known of them.
 
     Attributes:
       states: of the environments, [B].
-      memory: what the policy remembers in each.
+      carry: what the policy remembers in each.
       obs_moments: None where observations are not normalised.
       reward_scale: None where rewards are not.
     """
 
     states: EnvState
-    memory: Memory
+    carry: Carry = dataclasses.field(metadata={"saved_as": "memory"})
     obs_moments: Moments | None
     reward_scale: RewardScale | None
 
 
 @pytree_dataclass
 class Inputs:
-    """What a network needs to score actions.
+    """Network inputs for scoring actions.
 
     Attributes:
       obs: normalised where the run does so.
-      starts: first steps of episodes.
-      memory: at the first step of each row.
+      is_first: first steps of episodes.
+      carry: at the first step of each row.
     """
 
     obs: Array
     action: Array
-    starts: Bool[Array, "B T"]
-    memory: Memory
+    is_first: Bool[Array, "B T"]
+    carry: Carry
 
 
 @pytree_dataclass
@@ -94,14 +94,14 @@ class Experience:
     """One rollout, [B, T]. `transition` holds observations as the network sees them, and scaled rewards."""
 
     transition: Transition
-    starts: Bool[Array, "B T"]
-    memory: Memory
+    is_first: Bool[Array, "B T"]
+    carry: Carry
     logp: Float[Array, "B T"]
 
     @property
     def inputs(self) -> Inputs:
-        """What a network needs to score it."""
-        return Inputs(self.transition.obs, self.transition.action, self.starts, self.memory)
+        """Network inputs of these steps."""
+        return Inputs(self.transition.obs, self.transition.action, self.is_first, self.carry)
 
 
 def call(network: Network, params: Params, *inputs: Any, method: str = "__call__") -> Any:
@@ -110,25 +110,25 @@ def call(network: Network, params: Params, *inputs: Any, method: str = "__call__
 
 
 def init_params(network: Network, env: Environment, key: PRNGKeyArray) -> Params:
-    """New parameters."""
-    obs, starts = jnp.zeros((1, 1, *env.obs_shape), env.obs_dtype), jnp.zeros((1, 1), bool)
-    return network.init(key, obs, starts, network.begin(1))["params"]
+    """Initial parameters of the network."""
+    obs, is_first = jnp.zeros((1, 1, *env.obs_shape), env.obs_dtype), jnp.zeros((1, 1), bool)
+    return network.init(key, obs, is_first, network.initial_carry(1))["params"]
 
 
-def init_worlds(
+def init_vector_env(
     network: Network, env: Environment, env_params: Any, config: RolloutConfig, key: PRNGKeyArray
-) -> Worlds:
+) -> VectorEnvState:
     """Environments at the beginning of an episode."""
     states = jax.vmap(env.reset, (0, None))(jax.random.split(key, config.num_envs), env_params)
-    return Worlds(
+    return VectorEnvState(
         states,
-        network.begin(config.num_envs),
+        network.initial_carry(config.num_envs),
         init_observation_moments(env.obs_shape) if config.normalize_obs else None,
         init_reward_scale(config.num_envs) if config.normalize_rewards else None,
     )
 
 
-def see(obs: Array, moments: Moments | None) -> Array:
+def normalize_obs(obs: Array, moments: Moments | None) -> Array:
     """Observations as the network gets them."""
     return obs if moments is None else normalize_observations(obs, moments)
 
@@ -139,18 +139,18 @@ def collect(
     env_params: Any,
     config: RolloutConfig,
     params: Params,
-    worlds: Worlds,
+    envs: VectorEnvState,
     key: PRNGKeyArray,
     *,
     gamma: Scalar,
-) -> tuple[Worlds, Experience, Metrics]:
+) -> tuple[VectorEnvState, Experience, Metrics]:
     """`config.num_steps` steps in each environment.
 
     Statistics of observations are those before the rollout, for acting and learning alike; they count the
     rollout afterwards.
 
     Returns:
-      (worlds, experience, metrics): sums over the episodes that finished.
+      (envs, experience, metrics): sums over the episodes that finished.
     """
     step_key, reset_key = jax.random.split(key)
     steps, count = config.num_steps, config.num_envs
@@ -158,23 +158,23 @@ def collect(
     reset_keys = jax.random.split(reset_key, (steps, count))
     fresh = jax.vmap(jax.vmap(env.reset, (0, None)), (0, None))(reset_keys, env_params)
 
-    def step(carry: tuple[EnvState, Memory], now: tuple[PRNGKeyArray, EnvState]):
-        states, memory = carry
+    def step(scan_state: tuple[EnvState, Carry], now: tuple[PRNGKeyArray, EnvState]):
+        states, carry = scan_state
         act_key, env_key = jax.random.split(now[0])
-        starts = states.episode_length == 0
-        obs = see(states.obs, worlds.obs_moments)
-        distribution, memory = call(network, params, obs, starts, memory, method="act")
+        is_first = states.episode_length == 0
+        obs = normalize_obs(states.obs, envs.obs_moments)
+        distribution, carry = call(network, params, obs, is_first, carry, method="act")
         action = distribution.sample(act_key)
-        states, transition = jax.vmap(env.step_or_become, (0, 0, 0, None, 0))(
+        states, transition = jax.vmap(env.auto_reset_step, (0, 0, 0, None, 0))(
             jax.random.split(env_key, count), states, action, env_params, now[1]
         )
-        return (states, memory), (transition, starts, distribution.logp(action))
+        return (states, carry), (transition, is_first, distribution.logp(action))
 
     keys = jax.random.split(step_key, steps)
-    carry, by_time = jax.lax.scan(step, (worlds.states, worlds.memory), (keys, fresh))
-    transition, starts, logp = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), by_time)
-    states, statistics = take_statistics(carry[0])
-    moments, scale = worlds.obs_moments, worlds.reward_scale
+    scan_state, by_time = jax.lax.scan(step, (envs.states, envs.carry), (keys, fresh))
+    transition, is_first, logp = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), by_time)
+    states, statistics = take_statistics(scan_state[0])
+    moments, scale = envs.obs_moments, envs.reward_scale
     if moments is not None:
         moments = add_observations(moments, transition.obs)
     if scale is not None:
@@ -182,14 +182,14 @@ def collect(
         transition = dataclasses.replace(transition, reward=rewards)
     transition = dataclasses.replace(
         transition,
-        obs=see(transition.obs, worlds.obs_moments),
-        next_obs=see(transition.next_obs, worlds.obs_moments),
+        obs=normalize_obs(transition.obs, envs.obs_moments),
+        next_obs=normalize_obs(transition.next_obs, envs.obs_moments),
     )
-    experience = Experience(transition, starts, worlds.memory, logp)
-    return Worlds(states, carry[1], moments, scale), experience, episode_metrics(statistics)
+    experience = Experience(transition, is_first, envs.carry, logp)
+    return VectorEnvState(states, scan_state[1], moments, scale), experience, episode_metrics(statistics)
 
 
-def estimate(
+def compute_gae(
     network: Network,
     params: Params,
     experience: Experience,
@@ -207,17 +207,17 @@ def estimate(
 
     which is GAE with gamma V(next_obs_t) added to the reward of a cut step, and discount 0 there.
     """
-    seen, starts, memory = experience.transition, experience.starts, experience.memory
-    _, values = call(network, params, seen.obs, starts, memory)
-    following = call(network, params, seen.obs, seen.next_obs, starts, memory, method="following")
+    seen, is_first, carry = experience.transition, experience.is_first, experience.carry
+    _, values = call(network, params, seen.obs, is_first, carry)
+    next_values = call(network, params, seen.obs, seen.next_obs, is_first, carry, method="next_value")
     rewards = seen.reward
     if bootstrap_truncation:
-        rewards = rewards + jnp.where(seen.truncated, gamma * following, 0)
+        rewards = rewards + jnp.where(seen.truncated, gamma * next_values, 0)
     advantages, returns = generalized_advantage_estimation(
         rewards,
         values,
         jnp.where(seen.done, 0.0, gamma),
-        following[:, -1],
+        next_values[:, -1],
         jnp.ones(rewards.shape, bool),
         gae_lambda=gae_lambda,
     )
@@ -235,31 +235,31 @@ def make_logprob_fn(network: Network) -> LogprobFn:
     """`logprob_fn(params, inputs: Inputs) -> TokenLogprobs`."""
 
     def score(params: Params, inputs: Inputs) -> TokenLogprobs:
-        distribution, values = call(network, params, inputs.obs, inputs.starts, inputs.memory)
+        distribution, values = call(network, params, inputs.obs, inputs.is_first, inputs.carry)
         return TokenLogprobs(distribution.logp(inputs.action), distribution.entropy(), values)
 
     return score
 
 
 def make_act_fn(network: Network, params_fn: Callable[[Any], Params]) -> ActFn:
-    """How agents act.
+    """Acting function of a network and its parameters.
 
     Args:
-      params_fn: state of a run -> parameters. Where the state has `worlds`, observations are normalised as
+      params_fn: state of a run -> parameters. Where the state has `envs`, observations are normalised as
         they say.
     """
 
     def act(
         state: Any,
         obs: Array,
-        starts: Bool[Array, " B"],
-        memory: Memory,
+        is_first: Bool[Array, " B"],
+        carry: Carry,
         key: PRNGKeyArray,
         *,
         deterministic: bool,
-    ) -> tuple[Array, Memory]:
-        seen = see(obs, state.worlds.obs_moments if hasattr(state, "worlds") else None)
-        distribution, memory = call(network, params_fn(state), seen, starts, memory, method="act")
-        return distribution.mode() if deterministic else distribution.sample(key), memory
+    ) -> tuple[Array, Carry]:
+        seen = normalize_obs(obs, state.envs.obs_moments if hasattr(state, "envs") else None)
+        distribution, carry = call(network, params_fn(state), seen, is_first, carry, method="act")
+        return distribution.mode() if deterministic else distribution.sample(key), carry
 
     return act

@@ -13,14 +13,14 @@ Train = Callable[[PRNGKeyArray, Any], tuple[Any, Metrics]]
 
 @runtime_checkable
 class ActFn(Protocol):
-    """How a trained agent acts in [B] environments."""
+    """Acting function of a trained agent in [B] environments."""
 
     def __call__(
         self,
         state: Any,
         obs: Array,
-        starts: Bool[Array, " B"],
-        memory: Any,
+        is_first: Bool[Array, " B"],
+        carry: Any,
         key: PRNGKeyArray,
         *,
         deterministic: bool,
@@ -29,7 +29,7 @@ class ActFn(Protocol):
         ...
 
 
-def remember_nothing(count: int) -> tuple[()]:
+def no_carry(count: int) -> tuple[()]:
     """The memory of agents without one."""
     del count
     return ()
@@ -45,7 +45,7 @@ class Run:
       act: how the agent of a state acts.
       updates: steps of a whole run.
       steps_per_update: environment steps that one update takes.
-      begin: what the agent remembers at the start of `count` episodes.
+      initial_carry: what the agent remembers at the start of `count` episodes.
     """
 
     init: Callable[[PRNGKeyArray, Any], Any]
@@ -53,10 +53,10 @@ class Run:
     act: ActFn
     updates: int
     steps_per_update: int
-    begin: Callable[[int], Any] = remember_nothing
+    initial_carry: Callable[[int], Any] = no_carry
 
 
-def advance(run: Run, state: Any, hyper: Any, *, updates: int) -> tuple[Any, Metrics]:
+def run_updates(run: Run, state: Any, hyper: Any, *, updates: int) -> tuple[Any, Metrics]:
     """`updates` steps on from `state`; a run in chunks ends in the same state, bit for bit.
 
     Returns:
@@ -65,10 +65,10 @@ def advance(run: Run, state: Any, hyper: Any, *, updates: int) -> tuple[Any, Met
     return jax.lax.scan(lambda state, _: run.step(state, hyper), state, length=updates)
 
 
-def whole(run: Run) -> Train:
+def make_train_fn(run: Run) -> Train:
     """`train(key, hyper) -> (state, history)`."""
 
     def train(key: PRNGKeyArray, hyper: Any) -> tuple[Any, Metrics]:
-        return advance(run, run.init(key, hyper), hyper, updates=run.updates)
+        return run_updates(run, run.init(key, hyper), hyper, updates=run.updates)
 
     return train

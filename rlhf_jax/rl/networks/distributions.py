@@ -60,7 +60,7 @@ class DiagonalGaussian:
         return self.mean + jnp.exp(self.log_std) * noise
 
     def mode(self) -> Float[Array, "... A"]:
-        """The mean."""
+        """Mode of the Gaussian: its mean."""
         return self.mean
 
     def logp(self, action: Float[Array, "... A"]) -> Float[Array, "..."]:
@@ -104,7 +104,7 @@ class TanhGaussian:
         return self._squash(raw), gaussian.logp(raw) - self._log_slope(raw)
 
     def mode(self) -> Float[Array, "... A"]:
-        """The squashed mean."""
+        """Squashed mean, taken for the mode."""
         return self._squash(self.mean)
 
     def logp(self, action: Float[Array, "... A"]) -> Float[Array, "..."]:

@@ -1,7 +1,8 @@
-"""Networks of control: bodies, heads, and actor-critics with and without memory.
+"""Networks of control: encoders, heads, and feed-forward and recurrent actor-critics.
 
-A body maps [N, *obs_shape] to features [N, D]; `Torso` brings observations into that form, whatever their
-leading axes. Bodies and heads are Flax modules, which are frozen dataclasses: a config may hold them.
+An encoder maps [N, *obs_shape] to features [N, D]; `ObsEncoder` brings observations into that form, whatever
+their leading axes. Encoders and heads are Flax modules, which are frozen dataclasses: a config may hold them.
+Attributes called `torso` and `body` are names in the parameters' paths of saved agents.
 """
 
 import itertools
@@ -19,7 +20,7 @@ from rlhf_jax.rl.envs.environments import Environment
 from rlhf_jax.rl.networks.distributions import Categorical, DiagonalGaussian, Distribution, TanhGaussian
 
 Activation: TypeAlias = Callable[[Array], Array]
-Memory: TypeAlias = Any
+Carry: TypeAlias = Any
 ROOT_2 = math.sqrt(2)
 
 
@@ -84,7 +85,7 @@ class MinAtarConv(nn.Module):
         return self.activation(linear(self.width, ROOT_2)(flat))
 
 
-class Torso(nn.Module):
+class ObsEncoder(nn.Module):
     """A body behind the repair of observations: any leading axes, float32, state numbers one-hot.
 
     Attributes:
@@ -178,29 +179,29 @@ class ActorCritic(nn.Module):
         """The value's own layer."""
         self.critic_head = linear(1, 1.0)
 
-    def begin(self, count: int) -> Memory:
-        """What `count` environments remember at first: nothing."""
+    def initial_carry(self, count: int) -> Carry:
+        """Initial carry of `count` environments: empty."""
         del count
         return ()
 
-    def act(self, obs: Array, starts: Bool[Array, " B"], memory: Memory) -> tuple[Distribution, Memory]:
+    def act(self, obs: Array, is_first: Bool[Array, " B"], carry: Carry) -> tuple[Distribution, Carry]:
         """The distribution of actions in [B] environments, and what they remember next."""
-        del starts
-        return self.actor_head(self.actor_torso(obs)), memory
+        del is_first
+        return self.actor_head(self.actor_torso(obs)), carry
 
     def __call__(
-        self, obs: Array, starts: Bool[Array, "B T"], memory: Memory
+        self, obs: Array, is_first: Bool[Array, "B T"], carry: Carry
     ) -> tuple[Distribution, Float[Array, "B T"]]:
-        """Distributions and values along [B, T] trajectories, which began with `memory`."""
-        del starts, memory
+        """Distributions and values along [B, T] trajectories, which began with `carry`."""
+        del is_first, carry
         features = self.actor_torso(obs)
         return self.actor_head(features), self._value(obs if self.critic_torso else features)
 
-    def following(
-        self, obs: Array, next_obs: Array, starts: Bool[Array, "B T"], memory: Memory
+    def next_value(
+        self, obs: Array, next_obs: Array, is_first: Bool[Array, "B T"], carry: Carry
     ) -> Float[Array, "B T"]:
         """Values of `next_obs`, each as what follows `obs`."""
-        del obs, starts, memory
+        del obs, is_first, carry
         return self._value(next_obs if self.critic_torso else self.actor_torso(next_obs))
 
     def _value(self, inputs: Array) -> Float[Array, "..."]:
@@ -228,61 +229,61 @@ class RecurrentActorCritic(nn.Module):
         self.cell = nn.GRUCell(self.width)
         self.critic_head = linear(1, 1.0)
 
-    def begin(self, count: int) -> Memory:
-        """What `count` environments remember at first."""
+    def initial_carry(self, count: int) -> Carry:
+        """Initial carry of `count` environments: zeros."""
         return jnp.zeros((count, self.width))
 
-    def act(self, obs: Array, starts: Bool[Array, " B"], memory: Memory) -> tuple[Distribution, Memory]:
+    def act(self, obs: Array, is_first: Bool[Array, " B"], carry: Carry) -> tuple[Distribution, Carry]:
         """The distribution of actions in [B] environments, and what they remember next."""
-        memory = self._remember(memory, starts, self.torso(obs))
-        return self.actor_head(memory), memory
+        carry = self._next_carry(carry, is_first, self.torso(obs))
+        return self.actor_head(carry), carry
 
     def __call__(
-        self, obs: Array, starts: Bool[Array, "B T"], memory: Memory
+        self, obs: Array, is_first: Bool[Array, "B T"], carry: Carry
     ) -> tuple[Distribution, Float[Array, "B T"]]:
-        """Distributions and values along [B, T] trajectories, which began with `memory`."""
-        hidden = self._unroll(obs, starts, memory)
+        """Distributions and values along [B, T] trajectories, which began with `carry`."""
+        hidden = self._unroll(obs, is_first, carry)
         return self.actor_head(hidden), self.critic_head(hidden)[..., 0]
 
-    def following(
-        self, obs: Array, next_obs: Array, starts: Bool[Array, "B T"], memory: Memory
+    def next_value(
+        self, obs: Array, next_obs: Array, is_first: Bool[Array, "B T"], carry: Carry
     ) -> Float[Array, "B T"]:
         """Values of `next_obs`, each as what follows `obs`."""
-        hidden = self._unroll(obs, starts, memory)
+        hidden = self._unroll(obs, is_first, carry)
         after, _ = self.cell(hidden, self.torso(next_obs))
         return self.critic_head(after)[..., 0]
 
-    def _remember(self, memory: Memory, starts: Bool[Array, " B"], features: Float[Array, "B D"]) -> Memory:
-        return self.cell(jnp.where(starts[..., None], 0, memory), features)[0]
+    def _next_carry(self, carry: Carry, is_first: Bool[Array, " B"], features: Float[Array, "B D"]) -> Carry:
+        return self.cell(jnp.where(is_first[..., None], 0, carry), features)[0]
 
-    def _unroll(self, obs: Array, starts: Bool[Array, "B T"], memory: Memory) -> Float[Array, "B T D"]:
-        def step(module: "RecurrentActorCritic", memory: Memory, inputs: tuple[Array, Array]):
-            memory = module._remember(memory, *inputs)
-            return memory, memory
+    def _unroll(self, obs: Array, is_first: Bool[Array, "B T"], carry: Carry) -> Float[Array, "B T D"]:
+        def step(module: "RecurrentActorCritic", carry: Carry, inputs: tuple[Array, Array]):
+            carry = module._next_carry(carry, *inputs)
+            return carry, carry
 
         scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False}, in_axes=1, out_axes=1)
-        return scan(self, memory, (starts, self.torso(obs)))[1]
+        return scan(self, carry, (is_first, self.torso(obs)))[1]
 
 
-def make_actor_critic(env: Environment, body: nn.Module, *, shared: bool = False) -> ActorCritic:
-    """An actor-critic for this environment, whose torsos are two of `body`, or one shared.
+def make_actor_critic(env: Environment, encoder: nn.Module, *, shared: bool = False) -> ActorCritic:
+    """An actor-critic for this environment, whose torsos are two of `encoder`, or one shared.
 
     Heads are categorical for discrete actions and Gaussian for continuous ones.
     """
-    critic = None if shared else make_torso(env, body)
-    return ActorCritic(make_torso(env, body), make_head(env), critic)
+    critic = None if shared else make_encoder(env, encoder)
+    return ActorCritic(make_encoder(env, encoder), make_head(env), critic)
 
 
 def make_recurrent_actor_critic(
-    env: Environment, body: nn.Module, *, width: int = 64
+    env: Environment, encoder: nn.Module, *, width: int = 64
 ) -> RecurrentActorCritic:
     """An actor-critic with memory for this environment."""
-    return RecurrentActorCritic(make_torso(env, body), make_head(env), width)
+    return RecurrentActorCritic(make_encoder(env, encoder), make_head(env), width)
 
 
-def make_torso(env: Environment, body: nn.Module) -> Torso:
-    """A copy of `body` behind the repair of this environment's observations."""
-    return Torso(body.clone(), env.obs_shape, env.num_states)
+def make_encoder(env: Environment, encoder: nn.Module) -> ObsEncoder:
+    """A copy of `encoder` behind the repair of this environment's observations."""
+    return ObsEncoder(encoder.clone(), env.obs_shape, env.num_states)
 
 
 def make_head(env: Environment) -> nn.Module:
@@ -292,6 +293,6 @@ def make_head(env: Environment) -> nn.Module:
     return GaussianHead(int(np.prod(env.action_shape)))
 
 
-def default_body(env: Environment) -> nn.Module:
+def default_encoder(env: Environment) -> nn.Module:
     """The convolution for MinAtar's planes, a tanh MLP of two layers of 64 for the rest."""
     return MinAtarConv() if env.name.endswith("-MinAtar") else MLP()

@@ -10,7 +10,7 @@ from flax import linen as nn
 from rlhf_jax.core.types import Array, Float, Int
 from rlhf_jax.rl.envs.environments import Environment
 from rlhf_jax.rl.networks.distributions import TanhGaussian
-from rlhf_jax.rl.networks.networks import MLP, MinAtarConv, TanhGaussianHead, Torso, linear
+from rlhf_jax.rl.networks.networks import MLP, MinAtarConv, ObsEncoder, TanhGaussianHead, linear
 
 
 class ActionValues(nn.Module):
@@ -62,7 +62,7 @@ class ActionInputValue(nn.Module):
     width: int = 64
 
     def setup(self) -> None:
-        """Names the parts."""
+        """Names the submodules of the network."""
         self.body = self.torso.clone(parent=None)
         self.join = MLP((self.width,), nn.relu, output=1)
 
@@ -126,28 +126,28 @@ class Critics(nn.Module):
     """Several independent Q(s, a) of continuous actions.
 
     Attributes:
-      body: of each, [N, D] -> [N, D].
+      encoder: of each, [N, D] -> [N, D].
       low: of the box of actions, which the critics see as [-1, 1].
       high: of the box.
       count: how many.
     """
 
-    body: nn.Module
+    encoder: nn.Module
     low: tuple[float, ...]
     high: tuple[float, ...]
     count: int
 
     def setup(self) -> None:
-        """Names the parts."""
-        self.bodies = [self.body.clone(parent=None) for _ in range(self.count)]
+        """Names the submodules of the network."""
+        self.bodies = [self.encoder.clone(parent=None) for _ in range(self.count)]
         self.heads = [linear(1, 1.0) for _ in range(self.count)]
 
     def __call__(self, obs: Array, action: Float[Array, "B A"]) -> Float[Array, "C B"]:
-        """A value each."""
+        """Value of each critic, [C, B]."""
         low, high = jnp.asarray(self.low), jnp.asarray(self.high)
         unit = (2 * action - (high + low)) / (high - low)
         inputs = jnp.concatenate([obs.reshape(obs.shape[0], -1).astype(jnp.float32), unit], axis=-1)
-        values = [head(body(inputs)) for head, body in zip(self.heads, self.bodies, strict=True)]
+        values = [head(encoder(inputs)) for head, encoder in zip(self.heads, self.bodies, strict=True)]
         return jnp.stack(values)[..., 0]
 
 
@@ -156,11 +156,11 @@ def applied(network: nn.Module, method: str | None = None) -> Callable[..., Any]
     return lambda params, *inputs: network.apply({"params": params}, *inputs, method=method)
 
 
-def default_value_body(env: Environment) -> nn.Module:
+def default_value_encoder(env: Environment) -> nn.Module:
     """The convolution for MinAtar's planes, a ReLU MLP of 120 and 84 for the rest."""
     return MinAtarConv() if env.name.endswith("-MinAtar") else MLP((120, 84), nn.relu)
 
 
-def make_value_torso(env: Environment, body: nn.Module | None) -> Torso:
-    """`body`, or the default, behind the repair of this environment's observations."""
-    return Torso(body or default_value_body(env), env.obs_shape, env.num_states)
+def make_value_encoder(env: Environment, encoder: nn.Module | None) -> ObsEncoder:
+    """`encoder`, or the default, behind the repair of this environment's observations."""
+    return ObsEncoder(encoder or default_value_encoder(env), env.obs_shape, env.num_states)

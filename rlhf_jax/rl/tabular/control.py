@@ -46,21 +46,21 @@ class Config:
     """Static choices.
 
     Attributes:
-      steps: transitions in a whole run; `reports` divides it.
-      reports: entries of the history, each over `steps / reports` transitions.
+      steps: transitions in a whole run; `num_logs` divides it.
+      num_logs: entries of the history, each over `steps / num_logs` transitions.
       max_episode_steps: an episode is cut, not terminated, after so many.
       online: make each change at once; otherwise at the end of its episode.
     """
 
     steps: int = 100_000
-    reports: int = 20
+    num_logs: int = 20
     max_episode_steps: int = 100
     online: bool = True
 
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary.
+    """Hyperparameters of tabular TD control that a sweep may vary (array leaves).
 
     Attributes:
       learning_rate: step size on the first visit of a state and action.
@@ -131,10 +131,10 @@ def make_step(
         next_values, done = q[taken.next_state], taken.done
 
         next_action = epsilon_greedy(next_values, action_key, epsilon=epsilon)
-        following = jnp.where(taken.terminated, 0, target_fn(next_values, next_action, epsilon))
+        next_value = jnp.where(taken.terminated, 0, target_fn(next_values, next_action, epsilon))
         visits = state.visits.at[place].add(1)
         rate = hyper.learning_rate * visits[place].astype(jnp.float32) ** -hyper.learning_rate_power
-        error = taken.reward + hyper.gamma * following - q[place]
+        error = taken.reward + hyper.gamma * next_value - q[place]
         pending = state.pending.at[place].add(rate * error)
         apply = done | config.online
         q, pending = jnp.where(apply, q + pending, q), jnp.where(apply, 0, pending)
@@ -185,9 +185,9 @@ def make_train(
                 state, sums = step(carry[0], hyper)
                 return state, tree_add(carry[1], sums)
 
-            return jax.lax.fori_loop(0, config.steps // config.reports, one, (state, zeros))
+            return jax.lax.fori_loop(0, config.steps // config.num_logs, one, (state, zeros))
 
-        return jax.lax.scan(report, init(process, key, hyper), length=config.reports)
+        return jax.lax.scan(report, init(process, key, hyper), length=config.num_logs)
 
     return train
 
@@ -230,8 +230,8 @@ def learn_from_log(
     counts = jnp.zeros(action_values.shape).at[place].add(1)
 
     def sweep(_: Int[Array, ""], q: Float[Array, "S A"]) -> Float[Array, "S A"]:
-        following = jnp.where(log.terminated, 0, jnp.max(q[log.next_states], axis=-1))
-        errors = log.rewards + gamma * following - q[place]
+        next_values = jnp.where(log.terminated, 0, jnp.max(q[log.next_states], axis=-1))
+        errors = log.rewards + gamma * next_values - q[place]
         total = jnp.zeros_like(q).at[place].add(errors)
         return q + learning_rate * total / jnp.maximum(counts, 1)
 

@@ -152,8 +152,8 @@ def action_values(
 
     0 in terminal states.
     """
-    following = jnp.where(process.terminal, 0, values)
-    backup = jnp.sum(process.transitions * (process.rewards + gamma * following), axis=-1)
+    next_values = jnp.where(process.terminal, 0, values)
+    backup = jnp.sum(process.transitions * (process.rewards + gamma * next_values), axis=-1)
     return jnp.where(process.terminal[:, None], 0, backup)
 
 

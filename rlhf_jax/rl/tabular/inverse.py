@@ -51,7 +51,7 @@ class Config:
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary.
+    """Hyperparameters of maximum-entropy inverse RL that a sweep may vary (array leaves).
 
     Attributes:
       gamma: discount per step, below 1, or 1 where every policy ends.

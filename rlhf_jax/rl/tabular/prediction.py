@@ -54,7 +54,7 @@ class Averages:
 
 
 def init_averages(num_states: int) -> Averages:
-    """Means of nothing."""
+    """Initial averages: no visits, values of 0."""
     return Averages(jnp.zeros(num_states), jnp.zeros(num_states, jnp.int32))
 
 
@@ -65,10 +65,12 @@ def sample_episodes(chain: MarkovChain, key: PRNGKeyArray, *, episodes: int, len
 
     def step(carry: tuple[Array, Array], step_key: PRNGKeyArray):
         states, running = carry
-        following = jax.random.categorical(step_key, log_transitions[states])
-        terminated = chain.terminal[following]
-        taken = Episode(states, chain.rewards[states, following], following, terminated & running, running)
-        return (following, running & ~terminated), taken
+        next_states = jax.random.categorical(step_key, log_transitions[states])
+        terminated = chain.terminal[next_states]
+        taken = Episode(
+            states, chain.rewards[states, next_states], next_states, terminated & running, running
+        )
+        return (next_states, running & ~terminated), taken
 
     states = jax.random.categorical(start_key, jnp.log(chain.start), shape=(episodes,))
     first = (states, ~chain.terminal[states])
@@ -115,7 +117,7 @@ def lambda_targets(
 
 
 def first_visits(states: Int[Array, " T"], mask: Bool[Array, " T"], num_states: int) -> Bool[Array, " T"]:
-    """Whether each step is the first in its state."""
+    """Mask of first visits: steps that are the first in their state."""
     length = len(states)
     time = jnp.arange(length)
     first = jnp.full(num_states, length).at[states].min(jnp.where(mask, time, length))
@@ -168,8 +170,8 @@ def td_lambda(
 
     def step(carry: tuple[Array, Array, Array], now: Episode):
         current, changed, traces = carry
-        following = jnp.where(now.terminated, 0, current[now.next_states])
-        error = now.rewards + gamma * following - current[now.states]
+        next_values = jnp.where(now.terminated, 0, current[now.next_states])
+        error = now.rewards + gamma * next_values - current[now.states]
         traces = (gamma * lambda_ * traces).at[now.states].add(1)
         changed = changed + jnp.where(now.mask, learning_rate * error, 0) * traces
         return (changed if online else current, changed, traces), None

@@ -1,4 +1,4 @@
-"""What learners from samples of a decision process share: one transition, and runs episode by episode."""
+"""Sampled transitions of a decision process, and runs episode by episode, for learners from samples."""
 
 from collections.abc import Callable
 from typing import Any
@@ -42,7 +42,7 @@ TakeFn = Callable[[tuple[PRNGKeyArray, PRNGKeyArray], Array, Array, Array], Step
 
 
 def make_take(process: DecisionProcess, *, max_episode_steps: int) -> TakeFn:
-    """What draws transitions of `process`; an episode is cut, not terminated, after so many."""
+    """Transition sampler of `process`; an episode is cut, not terminated, after so many steps."""
     log_transitions, log_start = jnp.log(process.transitions), jnp.log(process.start)
 
     def take(keys: tuple[PRNGKeyArray, PRNGKeyArray], state: Array, action: Array, before: Array) -> Step:

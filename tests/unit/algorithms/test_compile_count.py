@@ -21,7 +21,7 @@ def _batch(config, seed):
 
 
 def test_grpo_over_several_steps():
-    config = grpo.Config(group_size=3, epochs=2, minibatches=2)
+    config = grpo.Config(group_size=3, num_iterations=2, num_minibatches=2)
     tx = optax.scale_by_adam()
     update = jax.jit(chex.assert_max_traces(grpo.make_update(config, tabular.score, tx), n=1))
     state = grpo.init(tabular.init(), tx, jax.random.key(0))

@@ -196,9 +196,9 @@ def test_a_penalty_holds_back_and_none_is_no_clip():
         state, _ = jax.jit(make_bandit_step(config, hyper))(start, key)
         return state.learner.params["logits"]
 
-    free = run(ppo.penalised, penalty_coef=0.0)
+    free = run(ppo.penalized, penalty_coef=0.0)
     np.testing.assert_allclose(free, run(ppo.clipped, epsilon_low=1.0, epsilon_high=jnp.inf), rtol=1e-5)
-    assert jnp.abs(run(ppo.penalised, penalty_coef=10.0)).max() < 0.3 * jnp.abs(free).max()
+    assert jnp.abs(run(ppo.penalized, penalty_coef=10.0)).max() < 0.3 * jnp.abs(free).max()
 
 
 def test_max_kl_ends_the_update_before_it_goes_too_far():

@@ -141,7 +141,7 @@ def test_a_group_of_one_is_refused_where_answers_are_compared():
 def test_variants_and_losses_of_ones_own_are_found_by_path_and_as_callables(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own_methods.py").write_text(
-        "from rlhf_jax.algorithms.group_members import grpo\n"
+        "from rlhf_jax.algorithms.grpo_variants import grpo\n"
         "from rlhf_jax.losses import dpo_loss\n"
         "def variant(**static):\n    return grpo(**static)\n"
         "def loss(pairs, **options):\n    return dpo_loss(pairs, **options)\n"
@@ -275,12 +275,12 @@ def test_a_judge_s_choice_decides_which_is_chosen():
 
 def test_only_answers_that_are_good_enough_are_imitated():
     sequences = rollout_of(tabular.init()).sequences
-    best, counts = selection.best_of_group(sequences, GROUPED, at_least=2.0)
+    best, counts = selection.best_of_group(sequences, GROUPED, reward_threshold=2.0)
     np.testing.assert_array_equal(counts, [True, False, True])
     np.testing.assert_array_equal(best.tokens, sequences.tokens[jnp.asarray([1, 4, 8])])
     assert not best.mask[1].any()
     assert best.mask[0].any()
-    every, counts = selection.all_above(sequences, GROUPED, at_least=2.0)
+    every, counts = selection.all_above(sequences, GROUPED, reward_threshold=2.0)
     np.testing.assert_array_equal(counts, GROUPED.reshape(-1) >= 2)
     np.testing.assert_array_equal(every.mask.any(axis=1), counts)
 

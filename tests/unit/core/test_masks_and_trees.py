@@ -1,5 +1,7 @@
 """Masked sums and functions over trees."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,6 +83,16 @@ def test_leaves_by_name():
     assert named_leaves(tree) == {"left/a/0": 2, "left/a/1": 3, "left/b": 1, "right": 4}
     doubled = map_named(lambda name, leaf: leaf * (2 if name.startswith("left/a") else 1), tree)
     assert doubled == Pair({"b": 1, "a": (4, 6)}, 4)
+
+
+def test_a_renamed_field_keeps_the_name_it_was_saved_as():
+    @pytree_dataclass
+    class Pair:
+        new: object = dataclasses.field(metadata={"saved_as": "old"})
+        same: object
+
+    assert named_leaves(Pair(1, 2)) == {"old": 1, "same": 2}
+    assert map_named(lambda name, leaf: name, Pair(1, 2)) == Pair("old", "same")
 
 
 def test_a_tree_split_in_two_is_put_together_again():

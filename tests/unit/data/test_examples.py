@@ -95,11 +95,11 @@ def test_long_rows(caplog):
     with pytest.raises(UserError, match=r"data.jsonl:1: the conversation has 11\d tokens, more than 100;"):
         supervised(*rows, max_length=100)
     with caplog.at_level(logging.WARNING):
-        [example] = supervised(*rows, max_length=100, too_long="drop")
+        [example] = supervised(*rows, max_length=100, overlength="drop")
     assert example.where == "data.jsonl:2"
     assert "dropped 1 of 2 rows longer than 100 tokens, the first at data.jsonl:1" in caplog.text
     with pytest.raises(UserError, match="all 2 rows have more than 5 tokens"):
-        supervised(*rows, max_length=5, too_long="drop")
+        supervised(*rows, max_length=5, overlength="drop")
     assert supervised(rows[1], max_length=len(example.ids))  # the limit itself fits
 
 

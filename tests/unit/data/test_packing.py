@@ -82,11 +82,11 @@ def test_samples_that_do_not_fit(make, caplog):
     with pytest.raises(UserError, match=r"data.jsonl:12: the sample has 7 tokens and a row holds 6"):
         make(samples, 6)
     with caplog.at_level(logging.WARNING):
-        kept = make(samples, 6, too_long="drop")
+        kept = make(samples, 6, overlength="drop")
     assert unpack(kept) == expected([samples[0], samples[2]])
     assert "dropped 1 of 3 samples longer than 6 tokens" in caplog.text
     with pytest.raises(UserError, match="all 3 samples are longer than 1"):
-        make(samples, 1, too_long="drop")
+        make(samples, 1, overlength="drop")
     with pytest.raises(UserError, match="no samples"):
         make([], 6)
     with pytest.raises(UserError, match=r"data.jsonl:1: the sample has no tokens"):

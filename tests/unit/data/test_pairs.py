@@ -6,7 +6,7 @@ import math
 import pytest
 
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.data.pairs import REASONS, Pair, best_against_worst, clean, solution_pairs
+from rlhf_jax.data.pairs import REASONS, Pair, best_vs_worst, clean, solution_pairs
 from rlhf_jax.data.sources import Row
 
 GOOD = Pair("2+2=?", "4", "5", 1.0, 0.0)
@@ -45,10 +45,10 @@ def test_pairs_in_both_orders_contradict_each_other():
 
 def test_the_best_meets_the_worst():
     answers = [("b", 2.0), ("unjudged", math.nan), ("d", 0.0), ("a", 3.0), ("c", 1.0)]
-    pairs = best_against_worst("p", answers, 2)
+    pairs = best_vs_worst("p", answers, 2)
     assert [(pair.chosen, pair.rejected, pair.margin) for pair in pairs] == [("a", "d", 3.0), ("b", "c", 1.0)]
-    assert len(best_against_worst("p", answers, 9)) == 2  # nobody twice
-    assert best_against_worst("p", answers[:2], 1) == []
+    assert len(best_vs_worst("p", answers, 9)) == 2  # nobody twice
+    assert best_vs_worst("p", answers[:2], 1) == []
 
 
 def test_solutions_of_models_become_pairs():

@@ -8,7 +8,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec as P
 
 from rlhf_jax import distributed, models
 from rlhf_jax.algorithms import sft
-from rlhf_jax.core.axes import MESH_AXES, axis_rules, constrain, gathered, partition_spec, shards
+from rlhf_jax.core.axes import MESH_AXES, all_gathered, axis_rules, constrain, partition_spec, shards
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
 from rlhf_jax.core.trees import named_leaves
@@ -61,9 +61,9 @@ def test_a_wrong_spec_is_one_sentence(spec, message):
 )
 def test_wrong_hosts_are_one_sentence(hosts, message):
     with pytest.raises(UserError, match=message):
-        distributed.start_hosts(distributed.HostOptions(hosts))
+        distributed.init_distributed(distributed.DistributedOptions(hosts))
     with pytest.raises(UserError, match="--heartbeat-timeout 0 is not positive"):
-        distributed.start_hosts(distributed.HostOptions("auto", heartbeat_timeout=0))
+        distributed.init_distributed(distributed.DistributedOptions("auto", heartbeat_timeout=0))
 
 
 def state_shapes(config):
@@ -72,7 +72,13 @@ def state_shapes(config):
 
 
 DENSE = models.dense_config(
-    vocab_size=32, width=16, num_layers=2, num_heads=4, num_kv_heads=2, hidden_dim=48, tied_embeddings=False
+    vocab_size=32,
+    width=16,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    intermediate_size=48,
+    tie_word_embeddings=False,
 )
 
 
@@ -129,7 +135,7 @@ def test_what_does_not_divide_stays_whole_and_is_named():
         P(None, "tensor"),
         ("embed",),
     )
-    config = models.dense_config(vocab_size=33, width=16, num_layers=2, num_heads=4, hidden_dim=32)
+    config = models.dense_config(vocab_size=33, width=16, num_layers=2, num_heads=4, intermediate_size=32)
     mesh = abstract(tensor=4)
     summary, fallbacks = distributed.describe_shardings(mesh, state_shapes(config))
     assert fallbacks == [
@@ -178,7 +184,7 @@ def test_one_device_takes_batches_and_states_as_they_are():
     assert distributed.shard_batch(placed)["a"] is placed["a"]
     assert distributed.local_rows(3).tolist() == [0, 1, 2]
     assert np.array_equal(distributed.local_values(placed["a"]), rows["a"])
-    made = distributed.born_sharded(
+    made = distributed.init_sharded(
         lambda key: {"embedding": jax.random.normal(key, (4, 2))}, jax.random.key(1)
     )
     assert np.array_equal(made["embedding"], jax.random.normal(jax.random.key(1), (4, 2)))
@@ -190,7 +196,7 @@ def test_a_gradient_goes_back_to_where_its_parameter_lives():
         return [e.params["sharding"].spec for e in program.eqns if e.primitive.name == "sharding_constraint"]
 
     plain = lambda x: constrain(x, "vocab", None)  # noqa: E731
-    straight = lambda x: gathered(x, "vocab", "embed")  # noqa: E731
+    straight = lambda x: all_gathered(x, "vocab", "embed")  # noqa: E731
     with jax.sharding.use_abstract_mesh(abstract(fsdp=2)):
         assert specs(plain) == [P(None, None)] * 2  # summed and held whole everywhere
         assert specs(straight) == [P(None, "fsdp")]  # that of the values stands within the custom rule

@@ -11,13 +11,13 @@ from rlhf_jax import models
 from rlhf_jax.data.tokenizers import character_tokenizer
 from rlhf_jax.generation import (
     Sampling,
+    continuous_batching_generate,
+    draft_model_proposer,
     generate,
-    generate_continuously,
-    generate_speculatively,
-    lookahead_drafter,
-    model_drafter,
-    prompt_drafter,
+    lookahead_proposer,
+    prompt_lookup_proposer,
     regex_automaton,
+    speculative_decode,
     stop_automaton,
 )
 
@@ -39,25 +39,27 @@ def prompts_of(lengths, width=5):
     return jnp.where(mask, jax.random.randint(jax.random.key(1), mask.shape, 2, 11), PAD), mask
 
 
-def drafters(toy, other):
+def proposers(toy, other):
     return {
-        "model": model_drafter(other.prefill, other.extend, other.table, count=3, eos_id=EOS),
-        "prompt": prompt_drafter(count=3, longest=2),
-        "lookahead": lookahead_drafter(count=3, slots=4),
+        "model": draft_model_proposer(
+            other.prefill, other.extend, other.table, num_speculative_tokens=3, eos_id=EOS
+        ),
+        "prompt": prompt_lookup_proposer(num_speculative_tokens=3, longest=2),
+        "lookahead": lookahead_proposer(num_speculative_tokens=3, num_slots=4),
     }
 
 
 @functools.partial(jit, static_argnums=(0, 1, 2), static_argnames="steps")
-def speculate(toy, rows, drafter, sampling, key, prompt, steps=4):
+def speculate(toy, rows, proposer, sampling, key, prompt, steps=4):
     prompts = jnp.broadcast_to(prompt, (rows, len(prompt)))
-    return generate_speculatively(
+    return speculative_decode(
         toy.prefill,
         toy.extend,
         toy.table,
         prompts,
         prompts > 0,
         key,
-        drafter=drafter,
+        proposer=proposer,
         max_new_tokens=steps,
         sampling=sampling,
         **OPTIONS,
@@ -66,10 +68,10 @@ def speculate(toy, rows, drafter, sampling, key, prompt, steps=4):
 
 @pytest.mark.parametrize("name", ["model", "prompt", "lookahead"])
 def test_speculative_samples_have_the_target_distribution(name, toy, make_toy, check_distribution):
-    drafter = drafters(toy, make_toy(seed=7))[name]
+    proposer = proposers(toy, make_toy(seed=7))[name]
     prompt = jnp.array([2, 3, 4, 2, 3])
     sampling = Sampling(temperature=0.9)
-    rollout, acceptance = speculate(toy, 100_000, drafter, sampling, jax.random.key(0), prompt)
+    rollout, acceptance = speculate(toy, 100_000, proposer, sampling, jax.random.key(0), prompt)
 
     def probs(logits, _):
         weights = np.exp(logits / 0.9)
@@ -77,7 +79,7 @@ def test_speculative_samples_have_the_target_distribution(name, toy, make_toy, c
 
     expected = toy.enumerate((2, 3), 4, probs)
     check_distribution(rollout, expected)
-    share = acceptance.accepted.sum() / acceptance.guessed.sum()
+    share = acceptance.num_accepted_tokens.sum() / acceptance.num_draft_tokens.sum()
     assert 0.02 < share < 0.95
     mask = np.asarray(rollout.sequences.mask)[:100]
     tokens = np.asarray(rollout.sequences.tokens)[:100]
@@ -88,9 +90,9 @@ def test_speculative_samples_have_the_target_distribution(name, toy, make_toy, c
 
 @pytest.mark.slow
 def test_rules_hold_in_speculative_samples_too(toy, make_toy, check_distribution):
-    drafter = drafters(toy, make_toy(seed=7))["model"]
+    proposer = proposers(toy, make_toy(seed=7))["model"]
     sampling = Sampling(top_k=3, presence_penalty=0.7, min_new_tokens=1)
-    rollout, _ = speculate(toy, 30_000, drafter, sampling, jax.random.key(4), jnp.array([2, 3]), steps=3)
+    rollout, _ = speculate(toy, 30_000, proposer, sampling, jax.random.key(4), jnp.array([2, 3]), steps=3)
 
     def probs(logits, said):
         logits = logits - 0.7 * (np.bincount(np.array(said, int), minlength=5) > 0)
@@ -119,28 +121,28 @@ def decoder():
 def test_greedy_speculative_is_greedy(name, decoder):
     params, prompts, mask, greedy, _ = decoder
     draft = SMALL if name == "model" else CONFIG
-    drafter = {
-        "model": lambda: model_drafter(
+    proposer = {
+        "model": lambda: draft_model_proposer(
             models.make_decode_fns(draft)[0],
             models.make_extend_fn(draft),
             far_from_uniform(draft, 0),
-            count=3,
+            num_speculative_tokens=3,
             eos_id=EOS,
         ),
-        "prompt": lambda: prompt_drafter(count=3),
-        "lookahead": lambda: lookahead_drafter(count=3),
+        "prompt": lambda: prompt_lookup_proposer(num_speculative_tokens=3),
+        "lookahead": lambda: lookahead_proposer(num_speculative_tokens=3),
     }[name if name != "itself" else "model"]()
 
     @jit
     def run(params):
-        return generate_speculatively(
+        return speculative_decode(
             models.make_decode_fns(CONFIG)[0],
             models.make_extend_fn(CONFIG),
             params,
             prompts,
             mask,
             jax.random.key(0),
-            drafter=drafter,
+            proposer=proposer,
             max_new_tokens=14,
             sampling=Sampling(temperature=0.0),
             **OPTIONS,
@@ -151,7 +153,7 @@ def test_greedy_speculative_is_greedy(name, decoder):
     np.testing.assert_array_equal(found.finished, greedy.finished)
     np.testing.assert_allclose(found.logp, greedy.logp, atol=1e-4)
     lengths = np.asarray(greedy.sequences.mask.sum(axis=1))
-    checks = np.asarray(acceptance.checks)
+    checks = np.asarray(acceptance.num_drafts)
     assert (checks <= lengths).all()
     if name == "itself":  # every guess is right: four tokens a check
         np.testing.assert_array_equal(checks, -(-(lengths - 1) // 4))
@@ -165,15 +167,15 @@ def test_slots_are_filled_in_any_order_and_change_nothing(decoder, slots, refill
 
     @functools.partial(jit, static_argnames=("slots", "refill"))
     def run(params, slots, refill):
-        return generate_continuously(
+        return continuous_batching_generate(
             models.make_decode_fns(CONFIG)[0],
             models.make_extend_fn(CONFIG),
             params,
             prompts,
             mask,
             jax.random.key(0),
-            slots=slots,
-            refill=refill,
+            max_num_seqs=slots,
+            prefill_batch_size=refill,
             max_new_tokens=14,
             **OPTIONS,
         )
@@ -193,9 +195,9 @@ def test_continuous_batches_obey_automata(toy):
     prompts = jnp.broadcast_to(jnp.array([2, 3]), (40, 2))
     options = {"max_new_tokens": 8, "eos_id": 2, "pad_id": PAD, "sampling": sampling}
     inputs = toy.table, prompts, prompts > 0, jax.random.key(0)
-    found = jit(functools.partial(generate_continuously, toy.prefill, toy.extend, slots=7, **options))(
-        *inputs
-    )
+    found = jit(
+        functools.partial(continuous_batching_generate, toy.prefill, toy.extend, max_num_seqs=7, **options)
+    )(*inputs)
     plain = jit(functools.partial(generate, toy.prefill, toy.decode, **options))(*inputs)
     jax.tree.map(np.testing.assert_array_equal, found, plain)
     rows = zip(*jax.device_get((found.sequences.tokens, found.sequences.mask)), strict=True)

@@ -13,28 +13,30 @@ from rlhf_jax.algorithms import ppo, preference, reward
 from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.distributed.runtime import compiler_options
 from rlhf_jax.jitted import reward_models
-from rlhf_jax.jitted.methods import ppo_method
-from rlhf_jax.jitted.train import Start, World, make_watched_train
+from rlhf_jax.jitted.algorithms import ppo_algorithm
+from rlhf_jax.jitted.train import SeedState, TaskSetup, make_train_with_eval
 from rlhf_jax.tasks import style
 
 OPTIMIZER = OptimizerConfig(epsilon=1e-4)
 
 
 @functools.cache
-def world():
+def task_setup():
     task = style.style_task(demonstrations=8)
     config = models.dense_config(
         vocab_size=task.tokenizer.vocab_size, width=8, num_layers=1, num_heads=2, num_kv_heads=1
     )
-    return World(task, models.make_policy(config, None, task.tokenizer), prompts=2, samples=2, heldout=4)
+    return TaskSetup(
+        task, models.make_policy(config, None, task.tokenizer), num_prompts=2, num_samples=2, heldout=4
+    )
 
 
 def start():
-    return Start(jax.random.key(0), models.init_params(world().policy, jax.random.key(0)))
+    return SeedState(jax.random.key(0), models.init_params(task_setup().policy, jax.random.key(0)))
 
 
 def draw(count=8, noise=0.5):
-    return reward_models.draw_pairs(world(), start().params, jax.random.key(1), count, noise=noise)
+    return reward_models.draw_pairs(task_setup(), start().params, jax.random.key(1), count, noise=noise)
 
 
 @pytest.mark.slow
@@ -43,18 +45,22 @@ def test_a_run_against_an_ensemble_is_traceable_from_end_to_end():
 
     def whole(start):
         pairs = draw()
-        train = reward_models.make_reward_train(world().policy, OPTIMIZER, steps=4, batch_size=4, every=2)
+        train = reward_models.make_reward_train(
+            task_setup().policy, OPTIMIZER, steps=4, batch_size=4, every=2
+        )
 
         def member(key, count):
-            begin = reward_models.RewardStart(key, start.params, pairs, pairs)
+            begin = reward_models.RewardSeedState(key, start.params, pairs, pairs)
             return train(begin, reward_models.RewardHyper(count, reward.Hyper()))
 
         members, seen = jax.vmap(member)(jax.random.split(start.key, 3), jnp.array([2, 4, 8]))
         reward_fn = reward_models.ensemble_reward_fn(
-            world().policy, members, lambda scores: scores.min(axis=0)
+            task_setup().policy, members, lambda scores: scores.min(axis=0)
         )
-        learned = dataclasses.replace(world(), reward_fn=reward_fn)
-        run = make_watched_train(learned, ppo_method(learned, ppo.Config(), OPTIMIZER), steps=4, every=2)
+        learned = dataclasses.replace(task_setup(), reward_fn=reward_fn)
+        run = make_train_with_eval(
+            learned, ppo_algorithm(learned, ppo.Config(), OPTIMIZER), steps=4, eval_every=2
+        )
         return seen, run(start, ppo.Hyper())[1]
 
     seen, history = jax.eval_shape(whole, start())
@@ -68,7 +74,9 @@ def test_a_run_against_an_ensemble_is_traceable_from_end_to_end():
 
 def test_looks_divide_the_steps():
     with pytest.raises(ValueError, match="4 steps cannot be looked at every 3"):
-        make_watched_train(world(), ppo_method(world(), ppo.Config(), OPTIMIZER), steps=4, every=3)
+        make_train_with_eval(
+            task_setup(), ppo_algorithm(task_setup(), ppo.Config(), OPTIMIZER), steps=4, eval_every=3
+        )
 
 
 @pytest.mark.slow
@@ -82,15 +90,15 @@ def test_judges_without_noise_prefer_by_gold_and_with_noise_less_often():
 @pytest.mark.slow
 def test_reward_models_learn_from_the_first_pairs_alone_and_scores_are_standardised():
     pairs = jax.jit(draw, compiler_options=compiler_options())()
-    train = reward_models.make_reward_train(world().policy, OPTIMIZER, steps=8, batch_size=4, every=2)
+    train = reward_models.make_reward_train(task_setup().policy, OPTIMIZER, steps=8, batch_size=4, every=2)
 
     @functools.partial(jax.jit, compiler_options=compiler_options())
     def fit(pairs, held_out, count):
-        begin = reward_models.RewardStart(jax.random.key(3), start().params, pairs, held_out)
+        begin = reward_models.RewardSeedState(jax.random.key(3), start().params, pairs, held_out)
         hyper = reward_models.RewardHyper(count, reward.Hyper(learning_rate=jnp.float32(3e-2)))
         model, seen = train(begin, hyper)
         both = [
-            reward_models.score_sequences(world().policy, model, side)
+            reward_models.score_sequences(task_setup().policy, model, side)
             for side in (held_out.chosen, held_out.rejected)
         ]
         return model, seen, jnp.concatenate(both)
@@ -108,15 +116,15 @@ def test_reward_models_learn_from_the_first_pairs_alone_and_scores_are_standardi
 @pytest.mark.slow
 def test_dpo_on_stored_pairs_raises_their_margin():
     pairs = jax.jit(draw, compiler_options=compiler_options())()
-    method = reward_models.stored_pairs_method(
-        world(), preference.Config(), OPTIMIZER, pairs, count=jnp.int32(8)
+    method = reward_models.stored_pairs_algorithm(
+        task_setup(), preference.Config(), OPTIMIZER, pairs, count=jnp.int32(8)
     )
-    run = make_watched_train(world(), method, steps=8, every=4)
+    run = make_train_with_eval(task_setup(), method, steps=8, eval_every=4)
     hyper = preference.Hyper(learning_rate=jnp.float32(1e-2), beta=jnp.float32(0.5))
     agent, history = jax.jit(run, compiler_options=compiler_options())(start(), hyper)
 
     def margin(params):
-        logps = preference.response_logp(world().logprob_fn, params, pairs.chosen, pairs.rejected)
+        logps = preference.response_logp(task_setup().logprob_fn, params, pairs.chosen, pairs.rejected)
         return float(jnp.mean(logps[0] - logps[1]))
 
     assert margin(method.policy(agent)) > margin(start().params) + 0.5

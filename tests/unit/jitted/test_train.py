@@ -20,8 +20,8 @@ from rlhf_jax.algorithms import (
 )
 from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.distributed.runtime import compiler_options
-from rlhf_jax.jitted import methods
-from rlhf_jax.jitted.train import Start, World, make_train
+from rlhf_jax.jitted import algorithms
+from rlhf_jax.jitted.train import SeedState, TaskSetup, make_train
 from rlhf_jax.tasks import style
 
 # An epsilon above the rounding of gradients: without it, noise of 1e-9 would move parameters by whole steps.
@@ -30,28 +30,30 @@ STEPS = 2
 
 
 @functools.cache
-def world():
+def task_setup():
     task = style.style_task(demonstrations=64)
     config = models.dense_config(
         vocab_size=task.tokenizer.vocab_size, width=8, num_layers=1, num_heads=2, num_kv_heads=1
     )
-    return World(task, models.make_policy(config, None, task.tokenizer), prompts=2, samples=2, heldout=8)
+    return TaskSetup(
+        task, models.make_policy(config, None, task.tokenizer), num_prompts=2, num_samples=2, heldout=8
+    )
 
 
 def start(seed):
     key = jax.random.key(seed)
-    return Start(key, models.init_params(world().model, key))
+    return SeedState(key, models.init_params(task_setup().policy.architecture, key))
 
 
 def grpo(**options):
-    return methods.group_method(world(), grpo_variants.grpo(group_size=2), OPTIMIZER, **options)
+    return algorithms.grpo_algorithm(task_setup(), grpo_variants.grpo(group_size=2), OPTIMIZER, **options)
 
 
 METHODS = {
     "group": (grpo, group.Hyper()),
     "behind": (
-        lambda: methods.group_method(
-            world(),
+        lambda: algorithms.grpo_algorithm(
+            task_setup(),
             grpo_variants.with_truncated_is(grpo_variants.grpo(group_size=2)),
             OPTIMIZER,
             one_step_off_policy=True,
@@ -59,39 +61,49 @@ METHODS = {
         group.Hyper(),
     ),
     "remax": (
-        lambda: methods.group_method(world(), grpo_variants.remax(group_size=2), OPTIMIZER),
+        lambda: algorithms.grpo_algorithm(task_setup(), grpo_variants.remax(group_size=2), OPTIMIZER),
         group.Hyper(),
     ),
     "dapo": (
-        lambda: methods.group_method(world(), grpo_variants.dapo(group_size=2), OPTIMIZER),
+        lambda: algorithms.grpo_algorithm(task_setup(), grpo_variants.dapo(group_size=2), OPTIMIZER),
         group.Hyper(),
     ),
-    "ppo": (lambda: methods.ppo_method(world(), ppo.Config(num_minibatches=2), OPTIMIZER), ppo.Hyper()),
+    "ppo": (
+        lambda: algorithms.ppo_algorithm(task_setup(), ppo.Config(num_minibatches=2), OPTIMIZER),
+        ppo.Hyper(),
+    ),
     "preference": (
-        lambda: methods.preference_method(world(), preference.Config(), OPTIMIZER, source="reference"),
+        lambda: algorithms.preference_algorithm(
+            task_setup(), preference.Config(), OPTIMIZER, source="reference"
+        ),
         preference.Hyper(),
     ),
     "xpo": (
-        lambda: methods.xpo_method(world(), preference.Config(loss_fn=losses.xpo_loss), OPTIMIZER),
+        lambda: algorithms.xpo_algorithm(task_setup(), preference.Config(loss_fn=losses.xpo_loss), OPTIMIZER),
         preference.Hyper(),
     ),
-    "nash_md": (lambda: methods.nash_md_method(world(), nash_md.Config(), OPTIMIZER), nash_md.Hyper()),
+    "nash_md": (
+        lambda: algorithms.nash_md_algorithm(task_setup(), nash_md.Config(), OPTIMIZER),
+        nash_md.Hyper(),
+    ),
     "kto": (
-        lambda: methods.unpaired_method(world(), unpaired.Config(), OPTIMIZER, source="policy"),
+        lambda: algorithms.unpaired_algorithm(task_setup(), unpaired.Config(), OPTIMIZER, source="policy"),
         unpaired.Hyper(),
     ),
     "imitation": (
-        lambda: methods.imitation_method(world(), sft.Config(), OPTIMIZER, source="policy", every=True),
+        lambda: algorithms.imitation_algorithm(
+            task_setup(), sft.Config(), OPTIMIZER, source="policy", every=True
+        ),
         sft.Hyper(),
     ),
-    "sft": (lambda: methods.supervised_method(world(), sft.Config(), OPTIMIZER), sft.Hyper()),
+    "sft": (lambda: algorithms.supervised_algorithm(task_setup(), sft.Config(), OPTIMIZER), sft.Hyper()),
     "distillation": (
-        lambda: methods.distillation_method(
-            world(),
+        lambda: algorithms.distillation_algorithm(
+            task_setup(),
             distillation.Config(),
             OPTIMIZER,
-            teacher=world().policy.with_params(start(7).params),
-            writer="student",
+            teacher=task_setup().policy.with_params(start(7).params),
+            generator="student",
         ),
         distillation.Hyper(),
     ),
@@ -102,7 +114,7 @@ METHODS = {
 def test_every_method_is_traceable_from_end_to_end(name):
     """What a run needs and returns, by shapes alone."""
     make, hyper = METHODS[name]
-    train = make_train(world(), make(), steps=STEPS)
+    train = make_train(task_setup(), make(), steps=STEPS)
     agent, history = jax.eval_shape(train, start(0), jax.tree.map(jnp.float32, hyper))
     assert {"score", "sampled_score", "kl", "length", "generated"} <= history.keys()
     assert history["train_tokens"].shape == (STEPS,)
@@ -111,7 +123,7 @@ def test_every_method_is_traceable_from_end_to_end(name):
 
 
 def test_a_run_among_others_is_the_run_alone():
-    train = make_train(world(), grpo(), steps=STEPS)
+    train = make_train(task_setup(), grpo(), steps=STEPS)
     hyper = group.Hyper(learning_rate=jnp.float32(3e-3))
     starts = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(start(seed) for seed in range(3)))
     options = {"compiler_options": compiler_options()}

@@ -138,7 +138,7 @@ def test_soft_labels_are_the_mean_of_both_verdicts() -> None:
         return losses.bradley_terry_loss(a, b, centring=0.3, **options)
 
     def dpo(a, b, **options):
-        return losses.dpo_loss(a, b, 0 * a, 0 * b, beta=0.7, **options)
+        return losses.dpo_loss(losses.PairLogps(a, b, 0 * a, 0 * b), beta=0.7, **options)
 
     for loss_fn in (bradley_terry, dpo):
         one = [float(loss_fn(first[i : i + 1], second[i : i + 1])[0]) for i in range(4)]

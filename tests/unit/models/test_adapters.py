@@ -20,7 +20,7 @@ from rlhf_jax.models import adapters, decoder
 CONFIG = models.dense_config(vocab_size=13, width=16, num_layers=2, num_heads=4, num_kv_heads=2)
 KINDS = {
     "lora": adapters.LoRA(4),
-    "rslora": adapters.LoRA(4, rank_stabilised=True, targets=".*attention/(query|value)"),
+    "rslora": adapters.LoRA(4, rank_stabilized=True, targets=".*attention/(query|value)"),
     "dora": adapters.DoRA(4),
     "pissa": adapters.PiSSA(4),
     "adalora": adapters.AdaLoRA(4, 2, total_steps=10, warmup_steps=2, final_steps=2),
@@ -257,9 +257,9 @@ def test_the_budget_falls_from_rank_to_target():
     ("format", "bound"), [slow("int8", 0.01), slow("fp8", 0.05), slow("int4", 0.13), ("nf4", 0.11)]
 )
 def test_quantised_kernels_are_near_and_layers_compute_with_them(format, bound, params):
-    config = adapters.Quantisation(format)
-    quantised = adapters.quantise(config, params)
-    back = adapters.dequantise(quantised)
+    config = adapters.Quantization(format)
+    quantised = adapters.quantize(config, params)
+    back = adapters.dequantize(quantised)
     leaves = quantised["layer_0"]["feed_forward"]["down"]
     assert leaves.keys() == {"kernel_values", "kernel_scale"}
     assert leaves["kernel_values"].shape == (48, 16)
@@ -268,14 +268,14 @@ def test_quantised_kernels_are_near_and_layers_compute_with_them(format, bound, 
         error = np.linalg.norm(np.asarray(leaf) - exact) / np.linalg.norm(exact)
         assert (error == 0) if not name.endswith("kernel") else (0 < error < bound), (name, error)
     np.testing.assert_allclose(logits_of(CONFIG, quantised), logits_of(CONFIG, back), atol=1e-5)
-    scanned = adapters.quantise(config, models.stack_layers(CONFIG, params))
+    scanned = adapters.quantize(config, models.stack_layers(CONFIG, params))
     scan = dataclasses.replace(CONFIG, scan_layers=True)
     np.testing.assert_allclose(logits_of(scan, scanned), logits_of(CONFIG, quantised), atol=2e-5)
 
 
 def test_nf4_is_the_nearest_of_its_sixteen_values(params):
     kernel = np.asarray(params["layer_0"]["feed_forward"]["down"]["kernel"])
-    leaves = adapters.quantise(adapters.Quantisation("nf4", block=16), params)["layer_0"]["feed_forward"]
+    leaves = adapters.quantize(adapters.Quantization("nf4", block=16), params)["layer_0"]["feed_forward"]
     levels = np.unique(np.asarray(leaves["down"]["kernel_values"]).astype(int))
     assert levels.min() >= 0
     assert levels.max() <= 15
@@ -286,14 +286,14 @@ def test_nf4_is_the_nearest_of_its_sixteen_values(params):
     scale = np.abs(blocks).max(axis=1, keepdims=True)
     nearest = np.abs((blocks / scale)[..., None] - table).argmin(axis=-1)
     expected = (table[nearest] * scale).reshape(48, 16)
-    found = adapters.dequantise({"down": leaves["down"]})["down"]["kernel"]
+    found = adapters.dequantize({"down": leaves["down"]})["down"]["kernel"]
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_an_adapter_on_a_quantised_base(params):
-    quantised = adapters.quantise(adapters.Quantisation("nf4"), params)
+    quantised = adapters.quantize(adapters.Quantization("nf4"), params)
     with pytest.raises(UserError, match="only a plain base is quantised"):
-        adapters.quantise(adapters.Quantisation("int8"), quantised)
+        adapters.quantize(adapters.Quantization("int8"), quantised)
     for kind in ("lora", "dora", "prefix"):
         fresh = adapters.init_adapter(KINDS[kind], quantised, jax.random.key(1))
         np.testing.assert_allclose(logits_of(CONFIG, fresh), logits_of(CONFIG, quantised), atol=1e-6)
@@ -308,7 +308,7 @@ def test_an_adapter_on_a_quantised_base(params):
 
 def latent_config():
     attention = models.LatentAttention(
-        num_heads=2, query_rank=None, latent_dim=8, nope_dim=4, rope_dim=4, value_dim=4
+        num_heads=2, q_lora_rank=None, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=4
     )
     expert = models.GatedFeedForward(16)
     mixture = models.MixtureOfExperts(4, 2, expert, shared=expert)

@@ -9,7 +9,7 @@ from rlhf_jax import models
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Sequences
 from rlhf_jax.losses.reductions import packed_sequence_mean, sequence_mean, token_mean
-from rlhf_jax.models import decoder
+from rlhf_jax.models import adapters, config, decoder
 
 # Compiled: dispatched one by one, the operations of one pass are hundreds of programs.
 init_params = jax.jit(models.init_params, static_argnums=0)
@@ -68,7 +68,7 @@ def test_numpy_oracle_of_one_layer():
 
 @pytest.mark.parametrize(("tied", "remats"), [(True, ["none", "dots"]), (False, ["full", "attention"])])
 def test_scanned_and_rematerialised_layers_equal_unrolled(tied, remats):
-    config = dataclasses.replace(CONFIG, tied_embeddings=tied)
+    config = dataclasses.replace(CONFIG, tie_word_embeddings=tied)
     params = init_params(config, jax.random.key(0))
     rows = _rows([6, 4], width=6)
 
@@ -99,7 +99,10 @@ def test_patterns_of_several_blocks_alternate():
     shapes = jax.eval_shape(lambda: models.init_params(config, jax.random.key(0)))
     for repeat in range(2):
         layer = shapes[f"layer_{repeat}"]
-        assert layer["block_0_feed_forward"]["up"]["kernel"].shape == (16, block.feed_forward.hidden_dim)
+        assert layer["block_0_feed_forward"]["up"]["kernel"].shape == (
+            16,
+            block.feed_forward.intermediate_size,
+        )
         assert layer["block_1_feed_forward"]["up"]["kernel"].shape == (16, 64)
 
 
@@ -179,6 +182,57 @@ def test_bfloat16_compute_keeps_float32_log_probs():
     assert scored.logp.dtype == jnp.float32
     full = jax.jit(models.make_logprob_fn(CONFIG))(params, _rows([6], width=6))
     np.testing.assert_allclose(scored.logp, full.logp, atol=0.05)
+
+
+def test_configs_written_under_earlier_names_are_read():
+    written = {
+        "kind": "ModelConfig",
+        "vocab_size": 13,
+        "width": 16,
+        "num_layers": 3,
+        "tied_embeddings": False,
+        "further_depth": 2,
+        "prefix": [{"kind": "Block", "attention": {"kind": "Recurrence", "cell": "gru", "hidden_dim": 6}}],
+        "pattern": [
+            {
+                "kind": "Block",
+                "attention": {
+                    "kind": "LatentAttention",
+                    "num_heads": 2,
+                    "query_rank": 5,
+                    "latent_dim": 6,
+                    "nope_dim": 7,
+                    "rope_dim": 8,
+                    "value_dim": 9,
+                },
+            }
+        ],
+    }
+    expert, dense = {"kind": "GatedFeedForward", "hidden_dim": 24}, {"kind": "FeedForward", "hidden_dim": 32}
+    router = {"kind": "SigmoidRouter", "renormalise": False}
+    mixture = {"kind": "MixtureOfExperts", "num_experts": 4, "experts_per_token": 2, "expert": expert}
+    written["prefix"][0]["feed_forward"] = dense
+    written["pattern"][0]["feed_forward"] = {**mixture, "router": router}
+    latent = config.LatentAttention(
+        2, q_lora_rank=5, kv_lora_rank=6, qk_nope_head_dim=7, qk_rope_head_dim=8, v_head_dim=9
+    )
+    experts = models.MixtureOfExperts(
+        4, 2, models.GatedFeedForward(intermediate_size=24), models.SigmoidRouter(renormalize=False)
+    )
+    recurrence = config.Recurrence("gru", hidden_size=6)
+    assert models.config_from_dict(written) == models.ModelConfig(
+        vocab_size=13,
+        width=16,
+        num_layers=3,
+        prefix=(models.Block(recurrence, config.FeedForward(intermediate_size=32)),),
+        pattern=(models.Block(latent, experts),),
+        tie_word_embeddings=False,
+        mtp_depth=2,
+    )
+    lora = {"kind": "LoRA", "rank": 4, "rank_stabilised": True}
+    assert models.adapter_from_dict(lora) == adapters.LoRA(4, rank_stabilized=True)
+    bits = {"kind": "Quantisation", "format": "nf4", "block": 16}
+    assert models.adapter_from_dict(bits) == adapters.Quantization("nf4", block=16)
 
 
 def test_config_round_trips_and_refuses_impossible_heads():

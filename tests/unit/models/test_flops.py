@@ -12,7 +12,7 @@ from rlhf_jax.core.types import Sequences
 from rlhf_jax.models import config as parts
 from rlhf_jax.planning.hlo_analysis import matmul_flops
 
-SIZES = {"vocab_size": 50, "width": 16, "num_layers": 3, "num_heads": 4, "hidden_dim": 24}
+SIZES = {"vocab_size": 50, "width": 16, "num_layers": 3, "num_heads": 4, "intermediate_size": 24}
 
 
 def latent_config():
@@ -23,7 +23,7 @@ def latent_config():
 
 CONFIGS = {
     "llama": models.dense_config(**SIZES, num_kv_heads=2),
-    "untied": models.dense_config(**SIZES, tied_embeddings=False, scan_layers=True),
+    "untied": models.dense_config(**SIZES, tie_word_embeddings=False, scan_layers=True),
     "latent": latent_config(),
 }
 
@@ -50,7 +50,7 @@ def test_presets_have_as_many_parameters_as_their_makers_say(preset, billions):
     shapes = jax.eval_shape(functools.partial(models.init_params, config), jax.random.key(0))
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     assert count / 1e9 == pytest.approx(billions, rel=1e-3)
-    looked_up = 0 if config.tied_embeddings else config.vocab_size * config.width
+    looked_up = 0 if config.tie_word_embeddings else config.vocab_size * config.width
     norms = config.width * (2 * config.num_layers + 1)
     assert models.matmul_params(config) == count - looked_up - norms
 

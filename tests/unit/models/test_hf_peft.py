@@ -39,7 +39,9 @@ def test_logits_are_those_of_peft_and_the_folder_comes_back(case, base, tmp_path
     for tree in (adapted, adapters.merge_adapter(adapted)):
         np.testing.assert_allclose(logits(config, tree, expected["tokens"]), expected["logits"], atol=1e-4)
     scanned = dataclasses.replace(config, scan_layers=True)
-    peft.save(tmp_path, scanned, models.stack_layers(config, adapted), stabilised=adapter.rank_stabilised)
+    peft.save(
+        tmp_path, scanned, models.stack_layers(config, adapted), rank_stabilized=adapter.rank_stabilized
+    )
     ours, theirs = (load_file(f / "adapter_model.safetensors") for f in (tmp_path, folder))
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():

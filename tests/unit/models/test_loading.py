@@ -103,7 +103,7 @@ def test_a_model_that_exists_changes_precision_and_layout_and_back(tmp_path):
 
 def test_adapters_and_kernels_of_few_bits_keep_their_dtype_and_follow_the_layout(tmp_path):
     config, params = deep_folder(tmp_path, layers=3)
-    base = adapters.quantise(adapters.Quantisation("nf4"), params)
+    base = adapters.quantize(adapters.Quantization("nf4"), params)
     adapted = adapters.init_adapter(adapters.DoRA(4, 8.0), base, jax.random.key(1))
     adapted = jax.tree.map(lambda x: x + 0.01 if x.dtype == jnp.float32 and x.ndim > 1 else x, adapted)
     stacked_config, stacked = models.reconfigure(config, adapted, scan_layers=True)
@@ -213,7 +213,7 @@ def interleaved(tensor, heads):
     return rows[:, order].reshape(tensor.shape)
 
 
-def write_gguf(path, arch, source, *, quantise=None):
+def write_gguf(path, arch, source, *, quantize=None):
     """A GGUF file of a Hugging Face folder, as its format says."""
     data = json.loads((source / "config.json").read_text())
     writer = gguf.GGUFWriter(path, arch)
@@ -247,10 +247,10 @@ def write_gguf(path, arch, source, *, quantise=None):
             tensor = interleaved(tensor, kv_heads)
         if arch.startswith("gemma") and "norm" in name:
             tensor = tensor + 1
-        if quantise is None or tensor.ndim == 1:
+        if quantize is None or tensor.ndim == 1 or tensor.shape[-1] % 32:  # blocks are of 32
             writer.add_tensor(gguf_name(arch, name), tensor)
         else:
-            kind = gguf.GGMLQuantizationType[quantise]
+            kind = gguf.GGMLQuantizationType[quantize]
             writer.add_tensor(gguf_name(arch, name), gguf.quantize(tensor, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -302,10 +302,10 @@ def test_a_gguf_file_computes_what_the_folder_does(tmp_path, arch):
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "BF16", "F16"])
 def test_quantised_tensors_come_out_of_their_blocks(tmp_path, kind):
     source = GOLDEN / "hf_llama"
-    write_gguf(tmp_path / "model.gguf", "llama", source, quantise=kind)
+    write_gguf(tmp_path / "model.gguf", "llama", source, quantize=kind)
     _, params, _ = load_checkpoint(tmp_path / "model.gguf")
     _, expected = hf.load(source)
-    kernel, exact = (p["layer_0"]["feed_forward"]["down"]["kernel"] for p in (params, expected))
+    kernel, exact = (p["layer_0"]["feed_forward"]["up"]["kernel"] for p in (params, expected))
     steps = {"Q8_0": 254, "Q4_0": 14, "Q4_1": 14, "BF16": 256, "F16": 2048}[kind]
     assert 0 < np.abs(kernel - exact).max() <= 2 * np.abs(exact).max() / steps
     assert jax.tree.all(jax.tree.map(lambda x: x.dtype == jnp.float32, params))

@@ -12,14 +12,14 @@ from rlhf_jax.algorithms import sft
 from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
 from rlhf_jax.core.types import Sequences
 from rlhf_jax.losses.moe import load_balance_loss, load_violation, router_z_loss
-from rlhf_jax.losses.supervised import further_masks, further_token_loss
+from rlhf_jax.losses.supervised import mtp_loss, mtp_masks
 
 VOCAB, EXPERTS = 13, 4
 
 
 @pytest.fixture(scope="module")
 def config():
-    dense = models.dense_config(vocab_size=VOCAB, width=8, num_layers=1, num_heads=2, further_depth=2)
+    dense = models.dense_config(vocab_size=VOCAB, width=8, num_layers=1, num_heads=2, mtp_depth=2)
     expert = models.GatedFeedForward(6)
     mixture = models.MixtureOfExperts(EXPERTS, 2, expert, models.SigmoidRouter())
     block = dataclasses.replace(dense.pattern[0], feed_forward=mixture)
@@ -86,17 +86,17 @@ def test_modules_are_those_of_the_report(config, params, batch, logprob_fn):
     for depth, logp in enumerate([plain, *foreseen(params, hidden)]):
         columns = np.arange(depth + 1, 12)
         wanted = np.asarray(logp)[0, columns - depth - 1, tokens[columns]]
-        ours = got.logp if depth == 0 else got.further_logp[depth - 1]
+        ours = got.logp if depth == 0 else got.mtp_logp[depth - 1]
         np.testing.assert_allclose(ours[0, columns], wanted, rtol=2e-4, atol=2e-5)
 
 
 def test_packed_samples_foresee_what_they_foresee_alone(params, batch, logprob_fn):
-    packed = logprob_fn(params, batch).further_logp
-    masks = further_masks(batch.mask, batch.segment_ids, 2)
+    packed = logprob_fn(params, batch).mtp_logp
+    masks = mtp_masks(batch.mask, batch.segment_ids, 2)
     alone = rows(
         jnp.roll(batch.tokens, -7, axis=1), jnp.where(jnp.arange(12) < 5, 1, 0) * jnp.ones((4, 1), int)
     )
-    unpacked = logprob_fn(params, alone).further_logp
+    unpacked = logprob_fn(params, alone).mtp_logp
     for depth, mask in enumerate(masks, start=1):
         np.testing.assert_array_equal(
             mask[1], [column > depth and column != 7 and not 7 <= column <= 7 + depth for column in range(12)]
@@ -108,20 +108,20 @@ def test_packed_samples_foresee_what_they_foresee_alone(params, batch, logprob_f
 
 def test_further_loss_splits_and_ignores_what_is_masked(batch):
     logp = -jnp.abs(jax.random.normal(jax.random.key(1), (2, *batch.mask.shape)))
-    masks = further_masks(batch.mask, batch.segment_ids, 2)
+    masks = mtp_masks(batch.mask, batch.segment_ids, 2)
     dirty = jnp.where(jnp.stack(masks), logp, jnp.nan)
-    loss, _ = further_token_loss(dirty, masks)
+    loss, _ = mtp_loss(dirty, masks)
     wanted = np.mean(
         [-np.mean(np.asarray(one)[np.asarray(mask)]) for one, mask in zip(logp, masks, strict=True)]
     )
     np.testing.assert_allclose(loss, wanted, rtol=1e-6)
     totals = [mask.sum() for mask in masks]
     parts = [
-        further_token_loss(dirty[:, part], [mask[part] for mask in masks], denominators=totals)[0]
+        mtp_loss(dirty[:, part], [mask[part] for mask in masks], denominators=totals)[0]
         for part in (slice(0, 1), slice(1, 4))
     ]
     np.testing.assert_allclose(sum(parts), loss, rtol=1e-6)
-    gradient = jax.grad(lambda x: further_token_loss(x, masks)[0])(dirty)
+    gradient = jax.grad(lambda x: mtp_loss(x, masks)[0])(dirty)
     assert bool(jnp.all(jnp.isfinite(gradient)))
 
 
@@ -147,7 +147,7 @@ def test_routing_is_counted_over_tokens_that_are_there(config, params, batch, lo
 
 
 def test_scanned_layers_route_alike(config, params, batch, logprob_fn):
-    scanned = dataclasses.replace(config, scan_layers=True, further_depth=0)
+    scanned = dataclasses.replace(config, scan_layers=True, mtp_depth=0)
     stacked = models.stack_layers(config, params)
     routing = jax.jit(lambda p: models.make_logprob_fn_with_auxiliaries(scanned)(p, batch).routing)(stacked)
     (sums,) = routing.values()
@@ -161,7 +161,7 @@ def test_scanned_layers_route_alike(config, params, batch, logprob_fn):
 @pytest.fixture(scope="module")
 def updates(config):
     tx = make_optimizer(OptimizerConfig())
-    score = models.make_logprob_fn_with_auxiliaries(dataclasses.replace(config, further_depth=0))
+    score = models.make_logprob_fn_with_auxiliaries(dataclasses.replace(config, mtp_depth=0))
     return tx, {
         parts: jax.jit(sft.make_update(sft.Config(parts), score, tx, models.rebalance)) for parts in (1, 2)
     }

@@ -14,7 +14,9 @@ from rlhf_jax.models import dense_config, forward, init_params, pruning, stack_l
 
 @pytest.fixture(scope="module")
 def config():
-    return dense_config(vocab_size=11, width=8, num_layers=2, num_heads=2, num_kv_heads=1, hidden_dim=12)
+    return dense_config(
+        vocab_size=11, width=8, num_layers=2, num_heads=2, num_kv_heads=1, intermediate_size=12
+    )
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,7 @@ def lowest(values, count):
 
 
 def test_each_output_loses_its_lowest_weights(scores):
-    masks = pruning.keep_masks(scores, sparsity=0.4, scope="output")
+    masks = pruning.keep_masks(scores, sparsity=0.4, granularity="output")
     for name, mask in named_leaves(masks).items():
         leaf = np.asarray(named_leaves(scores)[name])
         for column in range(leaf.shape[1]):
@@ -46,12 +48,12 @@ def test_each_output_loses_its_lowest_weights(scores):
 
 
 def test_a_layer_and_all_layers_lose_their_lowest_weights(scores):
-    masks = named_leaves(pruning.keep_masks(scores, sparsity=0.25, scope="layer"))
+    masks = named_leaves(pruning.keep_masks(scores, sparsity=0.25, granularity="layer"))
     leaves = named_leaves(scores)
     for name, mask in masks.items():
         assert set(np.flatnonzero(~np.asarray(mask))) == lowest(leaves[name].ravel(), leaves[name].size // 4)
     everything = np.concatenate([np.ravel(leaf) for leaf in leaves.values()])
-    kept = pruning.keep_masks(scores, sparsity=0.25, scope="global")
+    kept = pruning.keep_masks(scores, sparsity=0.25, granularity="global")
     flat = np.concatenate([np.ravel(mask) for mask in named_leaves(kept).values()])
     assert set(np.flatnonzero(~flat)) == lowest(everything, everything.size // 4)
 
@@ -67,14 +69,14 @@ def test_n_of_every_m_inputs_of_an_output_stay(scores):
 
 
 def test_equal_scores_lose_exactly_as_many():
-    masks = pruning.keep_masks({"a": {"kernel": jnp.ones((10, 3))}}, sparsity=0.5, scope="layer")
+    masks = pruning.keep_masks({"a": {"kernel": jnp.ones((10, 3))}}, sparsity=0.5, granularity="layer")
     assert int(masks["a"]["kernel"].sum()) == 15
 
 
 def test_stacked_layers_compete_apart(config, params):
     scores = pruning.magnitude_scores(params)
-    alone = pruning.keep_masks(scores, sparsity=0.5, scope="layer")
-    stacked = pruning.keep_masks(stack_layers(config, scores), sparsity=0.5, scope="layer")
+    alone = pruning.keep_masks(scores, sparsity=0.5, granularity="layer")
+    stacked = pruning.keep_masks(stack_layers(config, scores), sparsity=0.5, granularity="layer")
     for name, mask in named_leaves(stack_layers(config, alone)).items():
         assert np.array_equal(mask, named_leaves(stacked)[name])
 
@@ -106,9 +108,9 @@ def test_inputs_are_measured_where_there_are_tokens(config, params):
 
 
 def test_pruned_weights_stay_exactly_zero_and_the_others_learn(config, params):
-    masks = pruning.keep_masks(pruning.magnitude_scores(params), sparsity=0.5, scope="output")
+    masks = pruning.keep_masks(pruning.magnitude_scores(params), sparsity=0.5, granularity="output")
     pruned = pruning.apply_masks(params, masks)
-    tx = pruning.keep_zeros(optax.adamw(0.1, weight_decay=0.1))
+    tx = pruning.preserve_sparsity(optax.adamw(0.1, weight_decay=0.1))
     state, tokens = tx.init(pruned), jnp.asarray([[1, 2, 3, 4]])
 
     @jax.jit
@@ -129,15 +131,15 @@ def test_pruned_weights_stay_exactly_zero_and_the_others_learn(config, params):
         mask = np.asarray(mask)
         assert not np.asarray(after[name])[~mask].any()
         assert (np.asarray(after[name]) != np.asarray(before[name]))[mask].all()
-    assert pruning.zero_share(trained)[""] == pytest.approx(0.5, abs=0.05)
+    assert pruning.kernel_sparsity(trained)[""] == pytest.approx(0.5, abs=0.05)
     assert not np.array_equal(after["embedding"], before["embedding"])
 
 
 def test_heads_of_scalar_models_are_left_alone():
     head = {"head": {"kernel": jnp.zeros(3), "bias": jnp.zeros(())}}
     assert pruning.linear_kernels(head) == {}
-    updates, _ = pruning.keep_zeros(optax.sgd(1.0)).update(
-        head, pruning.keep_zeros(optax.sgd(1.0)).init(head)
+    updates, _ = pruning.preserve_sparsity(optax.sgd(1.0)).update(
+        head, pruning.preserve_sparsity(optax.sgd(1.0)).init(head)
     )
     assert jax.tree.structure(updates) == jax.tree.structure(head)
 

@@ -12,7 +12,7 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Sequences
 from rlhf_jax.data.packing import left_pad
 from rlhf_jax.data.tokenizers import character_tokenizer
-from rlhf_jax.generation import Sampling, generate, generate_continuously
+from rlhf_jax.generation import Sampling, continuous_batching_generate, generate
 
 TOKENIZER = character_tokenizer("0123456789+=")
 CONFIG = models.dense_config(vocab_size=TOKENIZER.vocab_size, width=8, num_layers=1, num_heads=2)
@@ -138,7 +138,9 @@ def test_sampling_without_a_cache_samples_the_same(own, foreign, group_size):
 
 
 def test_slots_are_refilled_without_a_cache(foreign):
-    run = functools.partial(generate_continuously, foreign.prefill, foreign.extend, slots=2, **ENDS)
+    run = functools.partial(
+        continuous_batching_generate, foreign.prefill, foreign.extend, max_num_seqs=2, **ENDS
+    )
     rollout = jax.jit(run)(foreign.params, *prompts(), jax.random.key(3))
     whole = sampled(foreign)
     np.testing.assert_array_equal(rollout.sequences.tokens, whole.sequences.tokens)

@@ -6,7 +6,7 @@ import pytest
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.distributed.accelerator_specs import CHIPS, chip_of, roofline
-from rlhf_jax.planning.hlo_analysis import Program, arrays_of, matmul_flops, memory_traffic
+from rlhf_jax.planning.hlo_analysis import HloModule, arrays_of, matmul_flops, memory_traffic
 from rlhf_jax.planning.hlo_collectives import by_kind, collectives
 from rlhf_jax.planning.topologies import topology_devices
 
@@ -95,9 +95,9 @@ ENTRY %main (a: f32[10,4,8], b: bf16[4,8]) -> f32[10,4,8] {
 
 
 def test_loops_run_as_often_as_their_condition_says():
-    assert [i.times for i in Program(TEXT).walk() if " dynamic-slice(" in i.line] == [10]
+    assert [i.times for i in HloModule(TEXT).walk() if " dynamic-slice(" in i.line] == [10]
     unknown = TEXT.replace("condition=%condition", "condition=%forever")
-    assert [i.times for i in Program(unknown).walk(3) if " dynamic-slice(" in i.line] == [3]
+    assert [i.times for i in HloModule(unknown).walk(3) if " dynamic-slice(" in i.line] == [3]
 
 
 def test_a_gather_that_starts_and_ends_counts_once():
@@ -109,7 +109,7 @@ def test_memory_that_is_moved():
     # Every round reads a slice of the stack and the counter, and compares that with its limit; what lies in
     # S(1) is on the chip. At the end the stack is copied.
     rounds = 10 * (4 * 8 * 4 + 4 + 4 + 4 + 1)
-    assert memory_traffic(Program(TEXT)) == rounds + 2 * whole
+    assert memory_traffic(HloModule(TEXT)) == rounds + 2 * whole
 
 
 def test_arrays_of_a_type():

@@ -1,35 +1,25 @@
 """Plans: bytes that are known, what the compiler says, verdicts, and sentences for mistakes."""
 
 import dataclasses
-import importlib.util
 import json
 import math
-import sys
-from pathlib import Path
 
 import jax
 import pytest
 
 from rlhf_jax import distributed, models
+from rlhf_jax.cli.commands import main
 from rlhf_jax.core.axes import GATHERED_SAMPLING, axis_rules
 from rlhf_jax.distributed.accelerator_specs import chip_of
 from rlhf_jax.planning import compiled
-from rlhf_jax.planning.analytic import plan_by_formula
+from rlhf_jax.planning.analytic import analytic_plan
+from rlhf_jax.stages import plan as plan_stage
 
 CONFIG = models.dense_config(
-    vocab_size=64, width=16, num_layers=2, num_heads=4, hidden_dim=32, scan_layers=True, remat="full"
+    vocab_size=64, width=16, num_layers=2, num_heads=4, intermediate_size=32, scan_layers=True, remat="full"
 )
 PARAMS = 64 * 16 + 2 * (4 * 16 * 16 + 3 * 16 * 32 + 2 * 16) + 16
 SPLIT = PARAMS - 5 * 16  # norms are whole on every device
-
-
-def tool(name):
-    path = Path(__file__).parents[3] / "tools" / "tables" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def work(algorithm, **options):
@@ -77,7 +67,7 @@ def test_a_step_compiled_for_the_device_at_hand(tmp_path):
 
 
 def test_plans_on_paper():
-    plan = plan_by_formula(work("grpo", batch=16), distributed.abstract_mesh("fsdp=8"))
+    plan = analytic_plan(work("grpo", batch=16), distributed.abstract_mesh("fsdp=8"))
     # Gathered forward and backward, scattered, and gathered for two scorings.
     sent = 5 * 7 / 8 * plan.resident["parameters"] * 8
     assert plan.programs["update"].sent_bytes == pytest.approx(sent)
@@ -87,9 +77,9 @@ def test_plans_on_paper():
 
 def test_parameters_gathered_once_on_paper():
     mesh = distributed.abstract_mesh("fsdp=8")
-    often = plan_by_formula(work("grpo", batch=16), mesh).programs["generation"]
+    often = analytic_plan(work("grpo", batch=16), mesh).programs["generation"]
     with axis_rules(GATHERED_SAMPLING):
-        once = plan_by_formula(work("grpo", batch=16), mesh).programs["generation"]
+        once = analytic_plan(work("grpo", batch=16), mesh).programs["generation"]
     assert once.sent_bytes == pytest.approx(often.sent_bytes / 4)  # of the 4 new tokens
     assert once.temporary_bytes > often.temporary_bytes
 
@@ -118,25 +108,25 @@ def test_a_program_that_finds_no_room(monkeypatch):
     assert "Used 22.50G of 15.75G" in plan.too_big
     small = sum(plan.resident.values())
     assert plan.peak_bytes == pytest.approx(22.5 * 2**30, abs=2 * small)
-    said = tool("plan").verdict(plan, chip_of("TPU v5 lite"))
+    said = plan_stage.verdict(plan, chip_of("TPU v5 lite"))
     assert said == "Does not fit: 22.50 GiB of 15.75 GiB on each device, 6.75 GiB too much."
 
 
 def test_verdicts_and_json():
-    command = tool("plan")
     prediction = compiled.Prediction(10, 2**30, 3 * 2**30, 197e12, 0.0, {"all-gather": (4, 100e9)}, 1.0)
     plan = compiled.Plan({"parameters": 2.0**30}, {"update": prediction}, 0.0)
     chip = chip_of("TPU v5 lite")
-    assert command.verdict(plan, chip) == "Fits: 5.00 GiB of 15.75 GiB on each device, 10.75 GiB free."
-    assert command.verdict(plan, None) == "Needs 5.00 GiB on each device, whose memory is not known here."
-    data = json.loads(json.dumps(command.to_json(command.Options(), plan, distributed.make_mesh(), chip)))
+    assert plan_stage.verdict(plan, chip) == "Fits: 5.00 GiB of 15.75 GiB on each device, 10.75 GiB free."
+    assert plan_stage.verdict(plan, None) == "Needs 5.00 GiB on each device, whose memory is not known here."
+    made = plan_stage.to_json(plan_stage.Options(), plan, distributed.make_mesh(), chip)
+    data = json.loads(json.dumps(made))
     assert data["predicted"]
     assert data["fits"]
     least = data["programs"]["update"]["roofline_seconds"]
     assert (least["compute"], least["communication"]) == (1.0, 0.5)
     unknown = dataclasses.replace(prediction, temporary_bytes=math.nan)
     lost = compiled.Plan({}, {"update": unknown}, 0.0)
-    assert command.to_json(command.Options(), lost, distributed.make_mesh(), chip)["fits"] is None
+    assert plan_stage.to_json(plan_stage.Options(), lost, distributed.make_mesh(), chip)["fits"] is None
 
 
 @pytest.mark.parametrize(
@@ -154,9 +144,8 @@ def test_verdicts_and_json():
         ("--topology v5e-64", "--topology 'v5e-64' is not understood: write a generation and its shape"),
     ],
 )
-def test_mistakes_are_one_sentence(words, sentence, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["plan.py", *words.split()])
+def test_mistakes_are_one_sentence(words, sentence, capsys):
     with pytest.raises(SystemExit) as ended:
-        tool("plan").main()
+        main(["plan", *words.split()])
     assert ended.value.code == 2
     assert capsys.readouterr().err.startswith(f"error: {sentence}")

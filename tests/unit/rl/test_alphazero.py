@@ -66,7 +66,7 @@ def test_search_wins_at_once_and_never_moves_illegally():
     """With no knowledge at all, for either colour: the signs and the terminal states are right."""
     boards = [b for b in OPEN if any(wins_at_once(b, a) for a in range(9) if b[a] == 0)]
     some = positions(boards)
-    choose = jax.jit(alphazero.make_player(TIC_TAC_TOE, ignorant, None, simulations=48))
+    choose = jax.jit(alphazero.make_player(TIC_TAC_TOE, ignorant, None, num_simulations=48))
     for seen in (some, turned(some)):
         actions = np.asarray(choose(seen, jax.random.key(0)))
         assert all(board[action] == 0 for board, action in zip(boards, actions, strict=True))
@@ -77,7 +77,7 @@ def test_search_wins_at_once_and_never_moves_illegally():
 @pytest.mark.slow
 def test_search_with_the_exact_value_keeps_it():
     """The value of the position after my move is my opponent's: every sign wrong would show."""
-    choose = jax.jit(alphazero.make_player(TIC_TAC_TOE, exact, None, simulations=64))
+    choose = jax.jit(alphazero.make_player(TIC_TAC_TOE, exact, None, num_simulations=64))
     actions = np.asarray(choose(positions(OPEN), jax.random.key(0))).tolist()
     policy = dict(zip(OPEN, actions, strict=True))
     best = [policy[board] in games.best_moves(TIC_TAC_TOE, VALUES, board) for board in OPEN]
@@ -131,7 +131,9 @@ def test_loss_against_numpy_and_its_gradients():
 
 
 def test_an_iteration_plays_whole_games_and_learns():
-    config = alphazero.Config(iterations=2, num_games=8, plies=6, simulations=4, widths=(16,), minibatches=2)
+    config = alphazero.Config(
+        iterations=2, num_games=8, plies=6, num_simulations=4, widths=(16,), num_minibatches=2
+    )
     # It runs twice: compiled quickly rather than well.
     quick = {"xla_backend_optimization_level": 0, **compiler_options()}
     train = jax.jit(alphazero.make_train(config, CONNECT_FOUR), compiler_options=quick)
@@ -153,6 +155,8 @@ def test_tic_tac_toe_is_never_lost_after_training():
     train = jax.jit(alphazero.make_train(alphazero.Config(iterations=120), TIC_TAC_TOE))
     state, _ = train(jax.random.key(0), alphazero.Hyper())
     _, apply = alphazero.make_network(alphazero.Config(), TIC_TAC_TOE)
-    for simulations, most in ((32, 0), (0, 40)):
-        player = alphazero.make_player(TIC_TAC_TOE, apply, state.learner.params, simulations=simulations)
+    for num_simulations, most in ((32, 0), (0, 40)):
+        player = alphazero.make_player(
+            TIC_TAC_TOE, apply, state.learner.params, num_simulations=num_simulations
+        )
         assert lines_lost(jax.jit(player)) <= most

@@ -17,8 +17,8 @@ from rlhf_jax.rl.envs.evaluation import evaluate
 from rlhf_jax.rl.loops.continuous import Box, critic_fns
 from rlhf_jax.rl.loops.off_policy import RunConfig
 from rlhf_jax.rl.loops.replay import Batch
-from rlhf_jax.rl.loops.runs import whole
-from rlhf_jax.rl.networks.networks import MLP, Torso
+from rlhf_jax.rl.loops.runs import make_train_fn
+from rlhf_jax.rl.networks.networks import MLP, ObsEncoder
 from rlhf_jax.rl.networks.q_networks import DeterministicActor, applied
 
 PENDULUM = environments.make("Pendulum-v1")
@@ -26,7 +26,7 @@ BODY = MLP((16,), nn.relu)
 BOX = Box((-2.0,), (2.0,))
 TX = make_optimizer(OptimizerConfig(clip_norm=1e6, b2=0.999))
 SHORT = RunConfig(
-    total_steps=300, learning_starts=40, capacity=100, batch_size=8, reports=2, num_envs=2, train_every=2
+    total_steps=300, learning_starts=40, capacity=100, batch_size=8, num_logs=2, num_envs=2, train_every=2
 )
 
 
@@ -43,7 +43,7 @@ def batch_of(count: int = 8, seed: int = 0) -> Batch:
 
 
 def parts(seed: int = 0):
-    actor = DeterministicActor(Torso(BODY, (3,)), BOX.low, BOX.high)
+    actor = DeterministicActor(ObsEncoder(BODY, (3,)), BOX.low, BOX.high)
     init_critic, critic_fn = critic_fns(PENDULUM[0], BODY, BOX, count=1)
     params = actor.init(jax.random.key(seed), jnp.zeros((1, 3)))["params"]
     return params, init_critic(jax.random.key(seed + 1)), applied(actor), critic_fn
@@ -55,13 +55,13 @@ def test_targets_against_numpy_and_targets_follow():
     state = dataclasses.replace(
         ddpg.init(actor, critic, TX), target_actor=other_actor, target_critic=other_critic
     )
-    batch, hyper = batch_of(), ddpg.Hyper(target_rate=0.25)
+    batch, hyper = batch_of(), ddpg.Hyper(tau=0.25)
     after, metrics, errors = jax.jit(ddpg.make_update(ddpg.Config(), actor_fn, critic_fn, TX))(
         state, hyper, batch
     )
-    following = critic_fn(other_critic, batch.next_obs, actor_fn(other_actor, batch.next_obs))[0]
+    next_values = critic_fn(other_critic, batch.next_obs, actor_fn(other_actor, batch.next_obs))[0]
     values = critic_fn(critic, batch.obs, batch.action)[0]
-    expected = np.asarray(values) - (np.asarray(batch.reward) + batch.discount * np.asarray(following))
+    expected = np.asarray(values) - (np.asarray(batch.reward) + batch.discount * np.asarray(next_values))
     np.testing.assert_allclose(errors, expected, atol=1e-5)
     np.testing.assert_allclose(metrics["value_loss"], np.mean(expected**2) / 2, rtol=1e-5)
     for new, old, trained in zip(
@@ -108,8 +108,8 @@ def test_discrete_actions_are_refused(algorithm):
 
 
 def test_a_short_run_explores_inside_the_box_and_never_terminates():
-    run = ddpg.make_run(ddpg.Config(run=SHORT, body=BODY), *PENDULUM)
-    state, history = jax.jit(whole(run))(jax.random.key(0), ddpg.Hyper(exploration_std=3.0))
+    run = ddpg.make_run(ddpg.Config(run=SHORT, encoder=BODY), *PENDULUM)
+    state, history = jax.jit(make_train_fn(run))(jax.random.key(0), ddpg.Hyper(action_noise_std=3.0))
     data = state.replay.data
     assert jnp.all(jnp.abs(data.action) <= 2)
     assert jnp.any(jnp.abs(data.action) == 2)
@@ -118,8 +118,8 @@ def test_a_short_run_explores_inside_the_box_and_never_terminates():
 
 
 def test_held_noise_stays_for_its_steps():
-    config = dataclasses.replace(SHORT, train_every=10, capacity=40, noise_hold=4)
-    run = ddpg.make_run(ddpg.Config(run=config, body=BODY), *PENDULUM)
+    config = dataclasses.replace(SHORT, train_every=10, capacity=40, noise_repeat=4)
+    run = ddpg.make_run(ddpg.Config(run=config, encoder=BODY), *PENDULUM)
     state = jax.jit(run.init)(jax.random.key(0), ddpg.Hyper())
     collected = np.asarray(state.replay.data.action[:10, :, 0])  # the first collection, of uniform actions
     changes = np.abs(np.diff(collected, axis=0)) > 0
@@ -136,12 +136,17 @@ def test_pendulum(algorithm, score):
     """Two seeds, 10,000 steps each (a random policy gets about -1200)."""
     config = algorithm.Config(
         run=RunConfig(
-            total_steps=10_000, learning_starts=1000, train_every=1, capacity=10_000, batch_size=64, reports=4
+            total_steps=10_000,
+            learning_starts=1000,
+            train_every=1,
+            capacity=10_000,
+            batch_size=64,
+            num_logs=4,
         )
     )
     run = algorithm.make_run(config, *PENDULUM)
     keys = jax.random.split(jax.random.key(0), 2)
-    states, _ = jax.jit(jax.vmap(whole(run), (0, None)), compiler_options=compiler_options())(
+    states, _ = jax.jit(jax.vmap(make_train_fn(run), (0, None)), compiler_options=compiler_options())(
         keys, algorithm.Hyper()
     )
 

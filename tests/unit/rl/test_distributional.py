@@ -17,8 +17,8 @@ from rlhf_jax.rl.envs import environments
 from rlhf_jax.rl.envs.evaluation import evaluate
 from rlhf_jax.rl.loops.off_policy import RunConfig
 from rlhf_jax.rl.loops.replay import Batch
-from rlhf_jax.rl.loops.runs import whole
-from rlhf_jax.rl.networks.networks import MLP, Torso
+from rlhf_jax.rl.loops.runs import make_train_fn
+from rlhf_jax.rl.networks.networks import MLP, ObsEncoder
 from rlhf_jax.rl.networks.q_networks import ActionValues
 from rlhf_jax.rl.tabular import dynamic_programming
 
@@ -40,12 +40,12 @@ def batch_of(count: int = 8, seed: int = 0) -> Batch:
 
 def test_c51_targets_against_a_loop():
     rng = np.random.default_rng(0)
-    batch, hyper = batch_of(), c51.Hyper(value_min=-2.0, value_max=2.0)
-    chosen, following = (jnp.asarray(rng.normal(size=(8, 5)), jnp.float32) for _ in range(2))
-    loss, (_, errors) = c51.categorical_loss(chosen, following, batch, hyper, token_mean)
+    batch, hyper = batch_of(), c51.Hyper(v_min=-2.0, v_max=2.0)
+    chosen, next_values = (jnp.asarray(rng.normal(size=(8, 5)), jnp.float32) for _ in range(2))
+    loss, (_, errors) = c51.categorical_loss(chosen, next_values, batch, hyper, token_mean)
     losses, entropies = [], []
     for i in range(8):
-        probs = np.exp(following[i]) / np.exp(following[i]).sum()
+        probs = np.exp(next_values[i]) / np.exp(next_values[i]).sum()
         target = np.zeros(5)
         for j, atom in enumerate(np.linspace(-2, 2, 5)):
             place = np.clip(batch.reward[i] + batch.discount[i] * atom, -2, 2) + 2  # spacing 1
@@ -63,18 +63,18 @@ def test_c51_targets_against_a_loop():
 
 def test_ranking_actions_needs_no_support():
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(6, 3, 7)), jnp.float32)
-    for hyper in (c51.Hyper(value_min=-3.0, value_max=8.0), c51.Hyper(value_min=0.0, value_max=0.1)):
+    for hyper in (c51.Hyper(v_min=-3.0, v_max=8.0), c51.Hyper(v_min=0.0, v_max=0.1)):
         means = jax.nn.softmax(logits) @ c51.atoms_of(7, hyper)
         np.testing.assert_array_equal(jnp.argmax(means, -1), jnp.argmax(c51.rank_actions(logits), -1))
 
 
 def test_one_quantile_is_half_of_hubers_dqn():
     """tau = 1/2 weighs both sides by one half; Adam does not see the factor."""
-    body = MLP((16,), nn.relu)
-    quantile = ActionValues(Torso(body, (4,)), 3, outputs=1)
+    encoder = MLP((16,), nn.relu)
+    quantile = ActionValues(ObsEncoder(encoder, (4,)), 3, outputs=1)
     params = quantile.init(jax.random.key(0), jnp.zeros((1, 4)))["params"]
     tx = make_optimizer(OptimizerConfig(clip_norm=1e6, b2=0.999, epsilon=1e-30))
-    plain_fns = dqn.network_fns(ActionValues(Torso(body, (4,)), 3))
+    plain_fns = dqn.network_fns(ActionValues(ObsEncoder(encoder, (4,)), 3))
     quantile_fns = dqn.network_fns(quantile, qr_dqn.rank_actions)
     one = jax.jit(dqn.make_update(dqn.Config(double=False), plain_fns, tx))
     other = jax.jit(qr_dqn.make_update(qr_dqn.Config(), quantile_fns, tx))
@@ -89,13 +89,13 @@ def test_one_quantile_is_half_of_hubers_dqn():
 def lake_batch(lake: dynamic_programming.DecisionProcess, gamma: float) -> Batch:
     states, actions = np.meshgrid(np.flatnonzero(~np.asarray(lake.terminal)), np.arange(4), indexing="ij")
     states, actions = states.reshape(-1), actions.reshape(-1)
-    following = np.argmax(np.asarray(lake.transitions)[states, actions], axis=-1)
+    next_states = np.argmax(np.asarray(lake.transitions)[states, actions], axis=-1)
     return Batch(
         obs=jnp.asarray(states),
         action=jnp.asarray(actions),
-        reward=lake.rewards[states, actions, following],
-        discount=jnp.where(lake.terminal[following], 0, gamma),
-        next_obs=jnp.asarray(following),
+        reward=lake.rewards[states, actions, next_states],
+        discount=jnp.where(lake.terminal[next_states], 0, gamma),
+        next_obs=jnp.asarray(next_states),
         weight=jnp.ones(len(states)),
     )
 
@@ -106,13 +106,13 @@ def test_means_are_the_exact_values_of_a_lake(name):
     exact, _ = dynamic_programming.value_iteration(lake, gamma=0.8)
     q = dynamic_programming.action_values(lake, exact, gamma=0.8)
     batch = lake_batch(lake, 0.8)
-    network = ActionValues(Torso(MLP(()), (), 16), 4, outputs=11)
+    network = ActionValues(ObsEncoder(MLP(()), (), 16), 4, outputs=11)
     if name == "c51":
-        hyper = c51.Hyper(learning_rate=0.05, target_every=20, value_min=-0.2, value_max=1.2)
+        hyper = c51.Hyper(learning_rate=0.05, target_update_interval=20, v_min=-0.2, v_max=1.2)
         values = dqn.network_fns(network, c51.rank_actions)
         update = c51.make_update(c51.Config(), values, TX)
     else:
-        hyper = qr_dqn.Hyper(learning_rate=0.01, target_every=20, huber_delta=0.05)
+        hyper = qr_dqn.Hyper(learning_rate=0.01, target_update_interval=20, huber_delta=0.05)
         values = dqn.network_fns(network, qr_dqn.rank_actions)
         update = qr_dqn.make_update(qr_dqn.Config(), values, TX)
     params = network.init(jax.random.key(0), jnp.zeros(1, jnp.int32))["params"]
@@ -131,7 +131,7 @@ def test_means_are_the_exact_values_of_a_lake(name):
 
 def test_quantiles_of_a_coin():
     """Rewards 0 and 1 with equal chances, nothing after: the quantiles are 0s and 1s, half and half."""
-    network = ActionValues(Torso(MLP(()), (), 1), 1, outputs=4)
+    network = ActionValues(ObsEncoder(MLP(()), (), 1), 1, outputs=4)
     values = dqn.network_fns(network, qr_dqn.rank_actions)
     count = 64
     batch = Batch(
@@ -156,9 +156,9 @@ def test_quantiles_of_a_coin():
 
 def test_users_mistakes_are_one_sentence():
     with pytest.raises(UserError, match="at least 2"):
-        c51.make_run(c51.Config(atoms=1), *CARTPOLE)
+        c51.make_run(c51.Config(num_atoms=1), *CARTPOLE)
     with pytest.raises(UserError, match="at least 1"):
-        qr_dqn.make_run(qr_dqn.Config(quantiles=0), *CARTPOLE)
+        qr_dqn.make_run(qr_dqn.Config(num_quantiles=0), *CARTPOLE)
     with pytest.raises(UserError, match="C51 needs discrete"):
         c51.make_run(c51.Config(), *environments.make("Pendulum-v1"))
 
@@ -172,10 +172,12 @@ def test_cartpole(algorithm):
     )
     run = algorithm.make_run(config, *CARTPOLE)
     hyper = dataclasses.replace(
-        algorithm.Hyper(), learning_rate=1e-3, epsilon_steps=15_000.0, target_every=100
+        algorithm.Hyper(), learning_rate=1e-3, epsilon_steps=15_000.0, target_update_interval=100
     )
     keys = jax.random.split(jax.random.key(0), 2)
-    states, _ = jax.jit(jax.vmap(whole(run), (0, None)), compiler_options=compiler_options())(keys, hyper)
+    states, _ = jax.jit(jax.vmap(make_train_fn(run), (0, None)), compiler_options=compiler_options())(
+        keys, hyper
+    )
 
     def score(state, key):
         return evaluate(run, state, *CARTPOLE, key, episodes=16, deterministic=True)[0]

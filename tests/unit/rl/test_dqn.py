@@ -17,15 +17,15 @@ from rlhf_jax.rl.envs import environments
 from rlhf_jax.rl.envs.evaluation import evaluate
 from rlhf_jax.rl.loops.off_policy import RunConfig
 from rlhf_jax.rl.loops.replay import Batch
-from rlhf_jax.rl.loops.runs import whole
-from rlhf_jax.rl.networks.networks import MLP, Torso
+from rlhf_jax.rl.loops.runs import make_train_fn
+from rlhf_jax.rl.networks.networks import MLP, ObsEncoder
 from rlhf_jax.rl.networks.q_networks import ActionInputValue, ActionValues
 from rlhf_jax.rl.tabular import dynamic_programming
 
 CARTPOLE = environments.make("CartPole-v1")
 SMALL = MLP((16,), nn.relu)
 SHORT = RunConfig(
-    total_steps=400, learning_starts=50, capacity=200, batch_size=16, reports=2, num_envs=2, train_every=5
+    total_steps=400, learning_starts=50, capacity=200, batch_size=16, num_logs=2, num_envs=2, train_every=5
 )
 TX = make_optimizer(OptimizerConfig(clip_norm=10.0, b2=0.999))
 
@@ -48,9 +48,9 @@ def agent_of(network: nn.Module, seed: int = 0) -> tuple[dqn.State, dqn.ValueFns
 
 
 NETWORKS = {
-    "all": ActionValues(Torso(SMALL, (4,)), 3),
-    "dueling": ActionValues(Torso(SMALL, (4,)), 3, dueling=True),
-    "scalar": ActionInputValue(Torso(SMALL, (4,)), 3, width=8),
+    "all": ActionValues(ObsEncoder(SMALL, (4,)), 3),
+    "dueling": ActionValues(ObsEncoder(SMALL, (4,)), 3, dueling=True),
+    "scalar": ActionInputValue(ObsEncoder(SMALL, (4,)), 3, width=8),
 }
 
 
@@ -70,7 +70,7 @@ def test_both_forms_agree_on_the_action_taken(name):
 
 
 def test_dueling_advantages_have_mean_zero():
-    network = ActionValues(Torso(SMALL, (4,)), 3, dueling=True)
+    network = ActionValues(ObsEncoder(SMALL, (4,)), 3, dueling=True)
     params = network.init(jax.random.key(0), jnp.zeros((1, 4)))["params"]
     shifted = {**params, "actions": {**params["actions"], "bias": params["actions"]["bias"] + 5.0}}
     obs = batch_of().obs
@@ -113,7 +113,7 @@ def test_double_is_single_while_both_networks_are_one():
 def test_the_target_network_moves_when_due_and_by_its_rate():
     state, values = agent_of(NETWORKS["all"])
     update = jax.jit(dqn.make_update(dqn.Config(), values, TX))
-    hyper = dqn.Hyper(target_every=2, target_rate=0.25)
+    hyper = dqn.Hyper(target_update_interval=2, tau=0.25)
     first = state.target_params
     state, _, _ = update(state, hyper, batch_of())
     assert_trees_close(state.target_params, first, rtol=0)
@@ -134,13 +134,13 @@ def lake_batch(lake: dynamic_programming.DecisionProcess, gamma: float) -> Batch
     """Every state and action of a lake without slips once; observations are numbers of states."""
     states, actions = np.meshgrid(np.flatnonzero(~np.asarray(lake.terminal)), np.arange(4), indexing="ij")
     states, actions = states.reshape(-1), actions.reshape(-1)
-    following = np.argmax(np.asarray(lake.transitions)[states, actions], axis=-1)
+    next_states = np.argmax(np.asarray(lake.transitions)[states, actions], axis=-1)
     return Batch(
         obs=jnp.asarray(states),
         action=jnp.asarray(actions),
-        reward=lake.rewards[states, actions, following],
-        discount=jnp.where(lake.terminal[following], 0, gamma),
-        next_obs=jnp.asarray(following),
+        reward=lake.rewards[states, actions, next_states],
+        discount=jnp.where(lake.terminal[next_states], 0, gamma),
+        next_obs=jnp.asarray(next_states),
         weight=jnp.ones(len(states)),
     )
 
@@ -160,10 +160,10 @@ def test_it_finds_the_exact_values_of_a_lake(double):
     lake = dynamic_programming.frozen_lake(slippery=False)
     exact, _ = dynamic_programming.value_iteration(lake, gamma=0.8)
     q = dynamic_programming.action_values(lake, exact, gamma=0.8)
-    network = ActionValues(Torso(MLP(()), (), 16), 4)  # linear in one-hot states: a table
+    network = ActionValues(ObsEncoder(MLP(()), (), 16), 4)  # linear in one-hot states: a table
     values = dqn.network_fns(network)
     update = dqn.make_update(dqn.Config(double=double), values, TX)
-    hyper = dqn.Hyper(learning_rate=0.01, target_every=20)
+    hyper = dqn.Hyper(learning_rate=0.01, target_update_interval=20)
     learned, batch = learned_lake(values, network, update, hyper, lake_batch(lake, 0.8), 3000)
     np.testing.assert_allclose(learned, q[batch.obs], atol=2e-3)
 
@@ -188,7 +188,7 @@ def plain(tree):
 def test_resume_is_bit_identical_with_everything_on():
     run = dqn.make_run(
         dqn.Config(
-            run=dataclasses.replace(SHORT, n_step=3, updates=2), body=SMALL, dueling=True, prioritised=True
+            run=dataclasses.replace(SHORT, n_step=3, updates=2), encoder=SMALL, dueling=True, prioritized=True
         ),
         *CARTPOLE,
     )
@@ -215,8 +215,8 @@ def test_resume_is_bit_identical_with_everything_on():
 
 
 def test_vmap_over_keys_and_every_hyper_equals_single_runs_and_copies_no_replay():
-    config = dqn.Config(run=dataclasses.replace(SHORT, capacity=50_000), body=SMALL)
-    train = whole(dqn.make_run(config, *CARTPOLE))
+    config = dqn.Config(run=dataclasses.replace(SHORT, capacity=50_000), encoder=SMALL)
+    train = make_train_fn(dqn.make_run(config, *CARTPOLE))
     hypers = jax.tree.map(
         lambda x: jnp.asarray(x, jnp.float32) * jnp.array([1.0, 0.9]), dqn.Hyper(epsilon_steps=200.0)
     )
@@ -254,9 +254,11 @@ def test_cartpole(changes, n_step):
         **changes,
     )
     run = dqn.make_run(config, *CARTPOLE)
-    hyper = dqn.Hyper(learning_rate=1e-3, epsilon_steps=15_000.0, target_every=100)
+    hyper = dqn.Hyper(learning_rate=1e-3, epsilon_steps=15_000.0, target_update_interval=100)
     keys = jax.random.split(jax.random.key(0), 3)
-    states, _ = jax.jit(jax.vmap(whole(run), (0, None)), compiler_options=compiler_options())(keys, hyper)
+    states, _ = jax.jit(jax.vmap(make_train_fn(run), (0, None)), compiler_options=compiler_options())(
+        keys, hyper
+    )
     score = functools.partial(evaluate, run, episodes=16, deterministic=True)
     scores = jax.vmap(lambda s, k: score(s, *CARTPOLE, k))
     returns, _ = jax.jit(scores, compiler_options=compiler_options())(states, keys)

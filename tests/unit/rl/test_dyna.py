@@ -18,13 +18,13 @@ CORRIDOR = mazes.maze(("S...G",))
 GAMMA = 0.9
 HYPER = dyna.Hyper(gamma=GAMMA, learning_rate=1.0)
 RIGHT = 2
-PLANNERS = {"uniform": dyna.uniform_planning, "sweeping": dyna.prioritised_sweeping}
+PLANNERS = {"uniform": dyna.uniform_planning, "sweeping": dyna.prioritized_sweeping}
 
 
-def seen(process: dynamic_programming.DecisionProcess, visits: np.ndarray) -> dyna.Model:
+def seen(process: dynamic_programming.DecisionProcess, visits: np.ndarray) -> dyna.TabularModel:
     """The model after `visits` [N, 3] of state, action and next state."""
 
-    def one(model: dyna.Model, visit: jax.Array) -> tuple[dyna.Model, None]:
+    def one(model: dyna.TabularModel, visit: jax.Array) -> tuple[dyna.TabularModel, None]:
         reward = process.rewards[visit[0], visit[1], visit[2]]
         no = jnp.bool_(False)
         return dyna.observe(model, Step(visit[0], visit[1], reward, visit[2], no, no, visit[2])), None
@@ -39,7 +39,7 @@ def everywhere(process: dynamic_programming.DecisionProcess) -> np.ndarray:
     return np.argwhere(possible).astype(np.int32)
 
 
-def plan(plan_fn, model: dyna.Model, q, priorities, hyper: dyna.Hyper, steps: int):
+def plan(plan_fn, model: dyna.TabularModel, q, priorities, hyper: dyna.Hyper, steps: int):
     def step(number, carry):
         return plan_fn(*carry, model, jax.random.fold_in(jax.random.key(1), number), hyper)
 
@@ -105,17 +105,17 @@ def test_sweeping_goes_backwards_from_what_changed():
     model = seen(CORRIDOR, everywhere(CORRIDOR))
     q = jnp.zeros((5, 4))
     due = jnp.zeros_like(q).at[3, RIGHT].set(1.0)
-    swept, left = plan(dyna.prioritised_sweeping, model, q, due, HYPER, 1)
+    swept, left = plan(dyna.prioritized_sweeping, model, q, due, HYPER, 1)
     assert float(swept[3, RIGHT]) == 1.0
     assert set(np.argwhere(np.asarray(left) > 0)[:, 0]) == {2, 3}  # 3: moves that stay in place
     half = dataclasses.replace(HYPER, learning_rate=0.5)
-    swept, left = plan(dyna.prioritised_sweeping, model, q, due, half, 1)
+    swept, left = plan(dyna.prioritized_sweeping, model, q, due, half, 1)
     np.testing.assert_allclose([swept[3, RIGHT], left[3, RIGHT]], [0.5, 0.5])
 
 
 def test_nothing_due_changes_nothing():
     model, q = dyna.init_model(5, 4), jnp.ones((5, 4))
-    same, _ = plan(dyna.prioritised_sweeping, model, q, jnp.zeros_like(q), HYPER, 2)
+    same, _ = plan(dyna.prioritized_sweeping, model, q, jnp.zeros_like(q), HYPER, 2)
     np.testing.assert_array_equal(same, q)
 
 

@@ -27,7 +27,7 @@ def has_line(board, connect):
 def test_random_games_against_plain_rules(game):
     play, legal = jax.jit(jax.vmap(game.play)), jax.jit(jax.vmap(game.legal))
     rng, count = np.random.default_rng(0), 64
-    positions = jax.vmap(lambda _: game.begin())(jnp.arange(count))
+    positions = jax.vmap(lambda _: game.initial_position())(jnp.arange(count))
     boards = np.zeros((count, game.rows, game.columns), int)
     over, winner, player = np.zeros(count, bool), np.zeros(count, int), 1
     for _ in range(game.length):
@@ -55,7 +55,7 @@ def test_random_games_against_plain_rules(game):
 
 
 def test_observations_are_the_movers():
-    position = TIC_TAC_TOE.play(TIC_TAC_TOE.play(TIC_TAC_TOE.begin(), 4), 0)
+    position = TIC_TAC_TOE.play(TIC_TAC_TOE.play(TIC_TAC_TOE.initial_position(), 4), 0)
     planes = np.asarray(TIC_TAC_TOE.observe(position))
     assert planes[1, 1].tolist() == [1, 0]
     assert planes[0, 0].tolist() == [0, 1]
@@ -144,7 +144,9 @@ def test_games_of_pgx_are_played_as_ours(name, ours):
         return both, (*facts, ours.legal(both[0]), theirs.legal(both[1]))
 
     def play(key):
-        return jax.lax.scan(step, (ours.begin(), theirs.begin()), jax.random.split(key, ours.length + 2))[1]
+        return jax.lax.scan(
+            step, (ours.initial_position(), theirs.initial_position()), jax.random.split(key, ours.length + 2)
+        )[1]
 
     one, two, expected, legal = jax.jit(jax.vmap(play))(jax.random.split(jax.random.key(0), 64))
     for name, a, b in zip(("player", "winner", "terminated"), one, two, strict=True):

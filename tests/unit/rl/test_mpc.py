@@ -17,9 +17,9 @@ from rlhf_jax.rl.loops.replay import Batch
 
 ENV, PARAMS = environments.make("Pendulum-v1")
 RUN = mpc.RunConfig(
-    total_steps=60, learning_starts=20, train_every=10, updates=4, batch_size=12, capacity=100, reports=2
+    total_steps=60, learning_starts=20, train_every=10, updates=4, batch_size=12, capacity=100, num_logs=2
 )
-CONFIG = mpc.Config(run=RUN, widths=(8,), members=3, horizon=4, population=12, elites=3, iterations=3)
+CONFIG = mpc.Config(run=RUN, widths=(8,), ensemble_size=3, horizon=4, population=12, elites=3, iterations=3)
 TX = make_optimizer(CONFIG.optimizer)
 
 
@@ -70,13 +70,13 @@ def test_a_plan_looks_ahead():
 
 def test_the_loss_against_numpy():
     rng = np.random.default_rng(0)
-    init_members, member_fn = mpc.make_members(CONFIG, ENV)
+    init_ensemble, dynamics_fn = mpc.make_ensemble(CONFIG, ENV)
     sizes = {"obs_size": 3, "action_size": 1}
-    state = mpc.init(init_members(jax.random.key(0)), TX, jax.random.key(1), mpc.Hyper(), **sizes)
+    state = mpc.init(init_ensemble(jax.random.key(0)), TX, jax.random.key(1), mpc.Hyper(), **sizes)
     obs, action, after = (rng.normal(size=(12, n)).astype(np.float32) for n in (3, 1, 3))
     reward = rng.normal(size=12).astype(np.float32)
     batch = Batch(*map(jnp.asarray, (obs, action, reward)), jnp.ones(12), jnp.asarray(after), jnp.ones(12))
-    new, metrics, errors = jax.jit(mpc.make_update(CONFIG, member_fn, TX))(state, mpc.Hyper(), batch)
+    new, metrics, errors = jax.jit(mpc.make_update(CONFIG, dynamics_fn, TX))(state, mpc.Hyper(), batch)
 
     def scaled(x):
         return (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-8)
@@ -87,7 +87,7 @@ def test_the_loss_against_numpy():
     for member in range(3):
         part = slice(4 * member, 4 * member + 4)
         params = jax.tree.map(lambda x, member=member: x[member], state.ensemble.params)
-        total += np.mean((np.asarray(member_fn(params, jnp.asarray(inputs[part]))) - targets[part]) ** 2)
+        total += np.mean((np.asarray(dynamics_fn(params, jnp.asarray(inputs[part]))) - targets[part]) ** 2)
     np.testing.assert_allclose(metrics["model_loss"], total / 6, rtol=1e-4)
     assert errors.shape == (12,)
     np.testing.assert_allclose(new.outputs.mean[:3], (after - obs).mean(0), rtol=1e-4, atol=1e-6)
@@ -105,7 +105,7 @@ def test_a_short_run_and_what_it_refuses():
     action, _ = run.act(state, obs, jnp.ones(2, bool), (), jax.random.key(3), deterministic=True)
     assert action.shape == (2, 1)
     assert jnp.all(jnp.abs(action) <= 2)
-    with pytest.raises(UserError, match="members=3 does not divide"):
+    with pytest.raises(UserError, match="ensemble_size=3 does not divide"):
         mpc.make_run(dataclasses.replace(CONFIG, run=dataclasses.replace(RUN, batch_size=10)), ENV, PARAMS)
     with pytest.raises(UserError, match="needs a vector of continuous actions"):
         mpc.make_run(CONFIG, *environments.make("CartPole-v1"))
@@ -113,7 +113,7 @@ def test_a_short_run_and_what_it_refuses():
 
 @pytest.mark.slow
 def test_pendulum_in_a_thousand_steps():
-    run = dataclasses.replace(mpc.Config().run, total_steps=1200, reports=5)
+    run = dataclasses.replace(mpc.Config().run, total_steps=1200, num_logs=5)
     config = mpc.Config(run=run)
     _, history = jax.jit(mpc.make_train(config, ENV, PARAMS))(jax.random.key(0), mpc.Hyper())
     returns = history["episode_return_sum"] / jnp.maximum(history["episodes"], 1)

@@ -52,12 +52,12 @@ def test_tanh_gaussian_is_a_density_inside_its_box():
 def test_actor_critic_of_every_kind_of_environment(name, shared):
     env, params = environments.make(name)
     states = jax.vmap(env.reset, (0, None))(jax.random.split(KEY, 3), params)
-    body = networks.default_body(env)
-    network = networks.make_actor_critic(env, body, shared=shared)
-    starts = jnp.zeros(3, bool)
-    variables = network.init(KEY, states.obs[:, None], starts[:, None], network.begin(3))
-    distribution, values = network.apply(variables, states.obs[:, None], starts[:, None], ())
-    acting, _ = network.apply(variables, states.obs, starts, (), method="act")
+    encoder = networks.default_encoder(env)
+    network = networks.make_actor_critic(env, encoder, shared=shared)
+    is_first = jnp.zeros(3, bool)
+    variables = network.init(KEY, states.obs[:, None], is_first[:, None], network.initial_carry(3))
+    distribution, values = network.apply(variables, states.obs[:, None], is_first[:, None], ())
+    acting, _ = network.apply(variables, states.obs, is_first, (), method="act")
     assert values.shape == (3, 1)
     assert distribution.sample(KEY).shape == (3, 1, *env.action_shape)
     np.testing.assert_allclose(distribution.mode()[:, 0], acting.mode(), rtol=1e-5)
@@ -72,31 +72,33 @@ def test_recurrent_network_acts_as_it_is_scored_and_forgets_at_starts():
     env, _ = environments.make("CartPole-v1")
     network = networks.make_recurrent_actor_critic(env, networks.MLP((8,)), width=8)
     obs = jax.random.normal(KEY, (2, 6, 4))
-    starts = jnp.zeros((2, 6), bool).at[0, 3].set(True)
-    memory = jax.random.normal(jax.random.key(1), (2, 8))
-    variables = network.init(KEY, obs, starts, memory)
-    distribution, values = network.apply(variables, obs, starts, memory)
-    carried = memory
+    is_first = jnp.zeros((2, 6), bool).at[0, 3].set(True)
+    carry = jax.random.normal(jax.random.key(1), (2, 8))
+    variables = network.init(KEY, obs, is_first, carry)
+    distribution, values = network.apply(variables, obs, is_first, carry)
+    carried = carry
     for t in range(6):
-        acting, carried = network.apply(variables, obs[:, t], starts[:, t], carried, method="act")
+        acting, carried = network.apply(variables, obs[:, t], is_first[:, t], carried, method="act")
         np.testing.assert_allclose(acting.logits, distribution.logits[:, t], rtol=1e-5, atol=1e-7)
     # What follows each observation, as the next observation of the same trajectory, has the next value.
-    following = network.apply(variables, obs[:, :-1], obs[:, 1:], starts[:, :-1], memory, method="following")
-    np.testing.assert_allclose(following[1], values[1, 1:], rtol=1e-5)
-    assert not np.allclose(following[0, 2], values[0, 3])
+    next_values = network.apply(
+        variables, obs[:, :-1], obs[:, 1:], is_first[:, :-1], carry, method="next_value"
+    )
+    np.testing.assert_allclose(next_values[1], values[1, 1:], rtol=1e-5)
+    assert not np.allclose(next_values[0, 2], values[0, 3])
     # Nothing before a start matters after it.
-    changed = network.apply(variables, obs.at[0, :3].set(7.0), starts, memory)[1]
+    changed = network.apply(variables, obs.at[0, :3].set(7.0), is_first, carry)[1]
     np.testing.assert_allclose(changed[0, 3:], values[0, 3:], rtol=1e-6)
     assert not np.allclose(changed[0, :3], values[0, :3])
 
 
 def test_a_pixel_of_every_plane_reaches_the_output():
-    body = networks.MinAtarConv(channels=4, width=8, activation=jnp.tanh)
+    encoder = networks.MinAtarConv(channels=4, width=8, activation=jnp.tanh)
     image = jnp.zeros((1, 10, 10, 3))
-    variables = body.init(KEY, image)
-    base = body.apply(variables, image)
+    variables = encoder.init(KEY, image)
+    base = encoder.apply(variables, image)
     for corner in itertools.product((0, 9), (0, 9), range(3)):
-        assert not np.allclose(body.apply(variables, image.at[(0, *corner)].set(1.0)), base)
+        assert not np.allclose(encoder.apply(variables, image.at[(0, *corner)].set(1.0)), base)
 
 
 def test_a_dense_layer_on_patches_is_a_convolution():

@@ -17,7 +17,7 @@ from rlhf_jax.rl.envs.environments import Transition
 from rlhf_jax.rl.envs.evaluation import evaluate
 from rlhf_jax.rl.loops import offline
 from rlhf_jax.rl.loops.rollout import RolloutConfig
-from rlhf_jax.rl.loops.runs import whole
+from rlhf_jax.rl.loops.runs import make_train_fn
 from rlhf_jax.rl.networks.networks import MLP
 from rlhf_jax.rl.networks.q_networks import applied
 from rlhf_jax.stages import rl_offline
@@ -26,7 +26,7 @@ CARTPOLE, CARTPOLE_PARAMS = environments.make("CartPole-v1")
 PENDULUM, PENDULUM_PARAMS = environments.make("Pendulum-v1")
 BODY = MLP((8,), nn.relu)
 TX = make_optimizer(OptimizerConfig(clip_norm=1e6, b2=0.999))
-SHORT = offline.RunConfig(updates=4, batch_size=16, reports=2)
+SHORT = offline.RunConfig(updates=4, batch_size=16, num_logs=2)
 
 
 @pytest.fixture(scope="module")
@@ -80,16 +80,16 @@ def test_files_come_back_and_mistakes_are_one_sentence(log, tmp_path):
 def test_without_conservatism_cql_is_dqn(log):
     replay = offline.as_replay(log)
     batch = offline.sample(replay, jax.random.key(1), batch_size=16, gamma=0.9)
-    network = dqn.make_network(dqn.Config(body=BODY), CARTPOLE)
+    network = dqn.make_network(dqn.Config(encoder=BODY), CARTPOLE)
     values = dqn.network_fns(network)
     state = dqn.init(network.init(jax.random.key(0), batch.obs)["params"], TX)
-    hyper = cql.Hyper(conservatism=0.0)
-    plain = dqn.Hyper(learning_rate=1e-3, target_every=1, target_rate=0.01)
+    hyper = cql.Hyper(cql_alpha=0.0)
+    plain = dqn.Hyper(learning_rate=1e-3, target_update_interval=1, tau=0.01)
     expected, _, _ = jax.jit(dqn.make_update(dqn.Config(), values, TX))(state, plain, batch)
     update = jax.jit(cql.make_update(cql.Config(), values, TX))
     found, metrics = update(state, hyper, batch)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, expected)
-    more, _ = update(state, cql.Hyper(conservatism=5.0), batch)
+    more, _ = update(state, cql.Hyper(cql_alpha=5.0), batch)
     penalties = [float(update(s, hyper, batch)[1]["conservative_penalty"]) for s in (state, more)]
     assert penalties[1] < penalties[0] == pytest.approx(float(metrics["conservative_penalty"]))
 
@@ -123,15 +123,15 @@ def test_iql_prefers_what_paid_where_cloning_does_as_was_done():
     """A bandit of which the log has the better arm one time in five."""
     actions = np.resize([0, 0, 0, 0, 1], 200).astype(np.int32)
     data = bandit(CARTPOLE, actions, actions * 3.0)
-    run_config = offline.RunConfig(updates=400, batch_size=64, reports=1)
+    run_config = offline.RunConfig(updates=400, batch_size=64, num_logs=1)
     obs = jnp.zeros((1, 4))
     chances = []
     for module, hyper in (
         (bc, bc.Hyper(learning_rate=1e-2)),
-        (iql, iql.Hyper(learning_rate=1e-2, target_rate=0.1)),
+        (iql, iql.Hyper(learning_rate=1e-2, tau=0.1)),
     ):
-        run = module.make_run(module.Config(run=run_config, body=BODY), CARTPOLE, data)
-        state, _ = jax.jit(whole(run))(jax.random.key(0), hyper)
+        run = module.make_run(module.Config(run=run_config, encoder=BODY), CARTPOLE, data)
+        state, _ = jax.jit(make_train_fn(run))(jax.random.key(0), hyper)
         policy = state.agent.policy.params if module is iql else state.agent.params
         logits = applied(offline.make_policy(CARTPOLE, BODY))(policy, obs).logits
         chances.append(float(jax.nn.softmax(logits)[0, 1]))
@@ -141,8 +141,8 @@ def test_iql_prefers_what_paid_where_cloning_does_as_was_done():
 
 def test_runs_on_continuous_actions_and_mistakes(log):
     data = bandit(PENDULUM, np.linspace(-2, 2, 40, dtype=np.float32)[:, None], np.ones(40))
-    run = iql.make_run(iql.Config(run=SHORT, body=BODY), PENDULUM, data)
-    state = jax.eval_shape(lambda key: whole(run)(key, iql.Hyper()), jax.random.key(0))[0]
+    run = iql.make_run(iql.Config(run=SHORT, encoder=BODY), PENDULUM, data)
+    state = jax.eval_shape(lambda key: make_train_fn(run)(key, iql.Hyper()), jax.random.key(0))[0]
     action, _ = jax.eval_shape(
         lambda s: run.act(
             s, jnp.zeros((3, 3)), jnp.zeros(3, bool), (), jax.random.key(0), deterministic=True
@@ -152,7 +152,7 @@ def test_runs_on_continuous_actions_and_mistakes(log):
     assert action.shape == (3, 1)
     with pytest.raises(UserError, match="CQL needs discrete actions"):
         cql.make_run(cql.Config(), PENDULUM, data)
-    with pytest.raises(UserError, match="updates=1 is less than reports=2"):
+    with pytest.raises(UserError, match="updates=1 is less than num_logs=2"):
         bc.make_run(bc.Config(run=dataclasses.replace(SHORT, updates=1)), CARTPOLE, log)
     with pytest.raises(UserError, match="no transitions"):
         offline.as_replay(jax.tree.map(lambda x: x[:0], log))
@@ -169,7 +169,7 @@ def test_gail_pays_for_looking_like_the_log(log):
     init_fn, logit_fn = gail.make_discriminator(CARTPOLE, BODY)
     learner = init_train_state(init_fn(jax.random.key(0)), TX)
     action = jnp.zeros(16, jnp.int32)
-    pairs = gail.Pairs(jnp.ones((16, 4)), action, -jnp.ones((16, 4)), action)
+    pairs = gail.ImitationBatch(jnp.ones((16, 4)), action, -jnp.ones((16, 4)), action)
     hyper = dataclasses.replace(gail.default_hyper(), discriminator_learning_rate=1e-2)
     update = gail.make_update(logit_fn, TX)
     learner, history = jax.jit(
@@ -181,7 +181,7 @@ def test_gail_pays_for_looking_like_the_log(log):
     assert logits[0].min() > 0 > logits[1].max()
     np.testing.assert_array_equal(history["discriminator_accuracy"][-1], 1)
     run = gail.make_run(tiny_gail(), CARTPOLE, CARTPOLE_PARAMS, log)
-    shapes = jax.eval_shape(lambda key: whole(run)(key, gail.default_hyper()), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: make_train_fn(run)(key, gail.default_hyper()), jax.random.key(0))
     assert shapes[1]["imitation_reward"].shape == (2,)
     normalised = dataclasses.replace(tiny_gail().policy, rollout=RolloutConfig(normalize_obs=True))
     with pytest.raises(UserError, match="normalize_obs"):
@@ -197,7 +197,7 @@ def test_the_script_collects_trains_and_resumes(tmp_path, capsys):
         algo="bc",
         seeds=2,
         steps=4,
-        set=("run.batch_size=16", "run.reports=2"),
+        set=("run.batch_size=16", "run.num_logs=2"),
         chunks=2,
         eval_episodes=2,
         quiet=True,
@@ -245,15 +245,15 @@ def test_mistakes_of_the_script_are_one_sentence(tmp_path, changes, sentence):
 def test_cartpole_from_a_log_of_half_blind_balancing(module):
     """The log's policy balances, but half of its actions are anything."""
 
-    def act(state, obs, starts, memory, key, *, deterministic):
+    def act(state, obs, is_first, carry, key, *, deterministic):
         chance_key, action_key = jax.random.split(key)
         balancing = (obs[:, 2] + obs[:, 3] > 0).astype(jnp.int32)
         anything = jax.random.randint(action_key, balancing.shape, 0, 2)
-        return jnp.where(jax.random.bernoulli(chance_key, 0.5, balancing.shape), anything, balancing), memory
+        return jnp.where(jax.random.bernoulli(chance_key, 0.5, balancing.shape), anything, balancing), carry
 
     key = jax.random.key(0)
     log = transitions.collect(act, None, CARTPOLE, CARTPOLE_PARAMS, key, episodes=200)
     run = module.make_run(module.Config(), CARTPOLE, log)
-    state, _ = jax.jit(whole(run))(key, module.Hyper())
+    state, _ = jax.jit(make_train_fn(run))(key, module.Hyper())
     returns, _ = evaluate(run, state, CARTPOLE, CARTPOLE_PARAMS, key, episodes=16, deterministic=True)
     assert returns.mean() > 1.5 * transitions.episode_returns(log).mean()

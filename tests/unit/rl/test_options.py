@@ -105,8 +105,8 @@ def test_rules_against_a_loop():
     for option in range(6):
         chance = float(BOTH.policies[option, 9, 2]) * allowed[option, 9]
         ends = float(BOTH.terminations[option, HALLWAY])
-        following = (1 - ends) * values[HALLWAY, option] + ends * best(HALLWAY)
-        expected[9, option] += 0.5 * chance * (0.3 + GAMMA * following - values[9, option])
+        next_values = (1 - ends) * values[HALLWAY, option] + ends * best(HALLWAY)
+        expected[9, option] += 0.5 * chance * (0.3 + GAMMA * next_values - values[9, option])
     np.testing.assert_allclose(after, expected, rtol=1e-5)
     assert (after != values).sum() == 2  # the hallway option of the room, and the action itself
 

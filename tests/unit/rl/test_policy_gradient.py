@@ -14,21 +14,21 @@ from rlhf_jax.rl.envs import environments
 from rlhf_jax.rl.envs.evaluation import evaluate
 from rlhf_jax.rl.loops import episodic, rollout
 from rlhf_jax.rl.loops.on_policy import NetworkConfig
-from rlhf_jax.rl.loops.runs import advance
+from rlhf_jax.rl.loops.runs import run_updates
 from rlhf_jax.rl.networks import networks
 
 KEY = jax.random.key(0)
-NETWORK = NetworkConfig(body=networks.MLP((8,)))
+NETWORK = NetworkConfig(encoder=networks.MLP((8,)))
 
 
 def random_batch(env, network, rows=24):
     keys = jax.random.split(KEY, 6)
     obs = jax.random.normal(keys[0], (rows, 1, *env.obs_shape))
-    starts = jnp.zeros((rows, 1), bool)
+    is_first = jnp.zeros((rows, 1), bool)
     params = rollout.init_params(network, env, keys[1])
-    distribution, values = rollout.call(network, params, obs, starts, ())
+    distribution, values = rollout.call(network, params, obs, is_first, ())
     action = distribution.sample(keys[2])
-    inputs = rollout.Inputs(obs, action, starts, ())
+    inputs = rollout.Inputs(obs, action, is_first, ())
     advantages, returns = jax.random.normal(keys[3], (2, rows, 1))
     mask = jnp.ones((rows, 1), bool)
     return params, shared.Batch(inputs, mask, distribution.logp(action), values, advantages, returns)
@@ -86,15 +86,15 @@ def test_reinforce_returns_against_a_loop(baseline):
     config = reinforce.Config(baseline=baseline)
     batch = reinforce.make_batch(config, network, weights, reinforce.default_hyper(gamma=0.9), seen)
     mask, transition = np.asarray(seen.mask), seen.transition
-    following = rollout.call(
-        network, weights, transition.obs, transition.next_obs, None, (), method="following"
+    next_values = rollout.call(
+        network, weights, transition.obs, transition.next_obs, None, (), method="next_value"
     )
     cut = mask[:, -1] & ~np.asarray(transition.terminated[:, -1])
     assert cut.any()
     assert not cut.all()
     for row in range(8):
         length = mask[row].sum()
-        total = float(following[row, length - 1]) if baseline and cut[row] else 0.0
+        total = float(next_values[row, length - 1]) if baseline and cut[row] else 0.0
         for t in reversed(range(length)):
             total = 1.0 + 0.9 * total
             np.testing.assert_allclose(batch.returns[row, t], total, rtol=1e-5)
@@ -105,7 +105,7 @@ def test_reinforce_returns_against_a_loop(baseline):
 
 def test_groups_begin_in_one_state():
     env, params = environments.make("CartPole-v1")
-    states = grpo.make_starts(env, params, KEY, groups=3, size=4)
+    states = grpo.make_initial_states(env, params, KEY, groups=3, size=4)
     obs = np.asarray(states.obs).reshape(3, 4, 4)
     np.testing.assert_array_equal(obs, np.broadcast_to(obs[:, :1], obs.shape))
     assert len(np.unique(obs[:, 0], axis=0)) == 3
@@ -118,7 +118,7 @@ def test_a_group_of_one_teaches_nothing():
     )
     run, hyper = grpo.make_run(config, env, params), grpo.default_hyper()
     start = run.init(KEY, hyper)
-    after, history = advance(run, start, hyper, updates=2)
+    after, history = run_updates(run, start, hyper, updates=2)
     np.testing.assert_array_equal(history["frac_reward_zero_std"], 1.0)
     for before, now in zip(
         jax.tree.leaves(start.agent.learner.params), jax.tree.leaves(after.agent.learner.params), strict=True
@@ -129,7 +129,7 @@ def test_a_group_of_one_teaches_nothing():
 def test_steps_count_only_what_was_lived():
     env, params = environments.make("CartPole-v1")
     run = reinforce.make_run(reinforce.Config(updates=3, network=NETWORK), env, params)
-    state, history = advance(
+    state, history = run_updates(
         run, run.init(KEY, reinforce.default_hyper()), reinforce.default_hyper(), updates=3
     )
     assert int(state.steps) == int(history["episode_length_sum"].sum()) == int(history["steps"][-1])
@@ -153,9 +153,9 @@ def test_a_trust_region_step_is_the_natural_gradient_within_the_region():
     actor = trpo.init(params, optax.identity(), KEY).actor
 
     def policy_fn(actor, inputs):
-        return rollout.call(network, actor, inputs.obs, inputs.starts, (), method="act")[0]
+        return rollout.call(network, actor, inputs.obs, inputs.is_first, (), method="act")[0]
 
-    config, hyper = trpo.Config(cg_iterations=60), trpo.default_hyper(max_kl=1e-4)
+    config, hyper = trpo.Config(cg_iterations=60), trpo.default_hyper(target_kl=1e-4)
     after, metrics = trpo.natural_step(policy_fn, config, hyper, actor, batch)
     assert metrics["step_taken"] == 1
     assert float(metrics["surrogate_gain"]) > 0
@@ -188,7 +188,7 @@ def score(module, config, hyper):
     run = module.make_run(config, env, params)
 
     def one(key):
-        state, _ = advance(run, run.init(key, hyper), hyper, updates=run.updates)
+        state, _ = run_updates(run, run.init(key, hyper), hyper, updates=run.updates)
         return evaluate(run, state, env, params, key, episodes=8, deterministic=True)[0].mean()
 
     return float(jax.jit(jax.vmap(one), compiler_options=compiler_options())(jax.random.split(KEY, 2)).mean())

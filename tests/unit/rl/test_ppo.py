@@ -14,13 +14,13 @@ from rlhf_jax.rl.envs import environments
 from rlhf_jax.rl.envs.evaluation import evaluate
 from rlhf_jax.rl.loops.on_policy import NetworkConfig
 from rlhf_jax.rl.loops.rollout import RolloutConfig
-from rlhf_jax.rl.loops.runs import advance
+from rlhf_jax.rl.loops.runs import run_updates
 from rlhf_jax.rl.networks import networks
 
 SMALL = ppo.Config(
     total_steps=4 * 64,
     rollout=RolloutConfig(num_envs=2, num_steps=32, normalize_obs=True, normalize_rewards=True),
-    network=NetworkConfig(body=networks.MLP((8,))),
+    network=NetworkConfig(encoder=networks.MLP((8,))),
     update=shared.Config(num_ppo_epochs=2, num_minibatches=2),
 )
 KEYS = jax.random.split(jax.random.key(0), 3)
@@ -56,7 +56,7 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path):
     network = NetworkConfig(networks.MLP((8,)), memory_width=8)
     run = ppo.make_run(dataclasses.replace(SMALL, network=network), env, params)
     hyper = ppo.default_hyper()
-    two = jax.jit(lambda state: advance(run, state, hyper, updates=2)[0])
+    two = jax.jit(lambda state: run_updates(run, state, hyper, updates=2)[0])
     start = jax.jit(run.init)(KEYS[0], hyper)
     half = two(start)
     straight = two(half)
@@ -102,7 +102,7 @@ def test_cartpole_is_learned():
 
     def score(key):
         hyper = ppo.default_hyper()
-        state, _ = advance(run, run.init(key, hyper), hyper, updates=run.updates)
+        state, _ = run_updates(run, run.init(key, hyper), hyper, updates=run.updates)
         return evaluate(run, state, env, params, key, episodes=16, deterministic=True)[0].mean()
 
     scores = jax.jit(jax.vmap(score), compiler_options=compiler_options())(
@@ -126,7 +126,7 @@ def test_pendulum_is_learned_with_the_bootstrap_alone():
         run = ppo.make_run(dataclasses.replace(config, rollout=rollout), env, params)
 
         def one(key):
-            state = advance(run, run.init(key, hyper), hyper, updates=run.updates)[0]
+            state = run_updates(run, run.init(key, hyper), hyper, updates=run.updates)[0]
             return evaluate(run, state, env, params, key, episodes=32, deterministic=True)[0].mean()
 
         keys = jax.random.split(jax.random.key(1), 2)

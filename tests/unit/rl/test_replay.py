@@ -131,7 +131,7 @@ def test_priorities_follow_their_weights():
     priorities = replays.set_weights(
         replays.init_priorities(10), jnp.arange(10), jnp.asarray(weights, jnp.float32)
     )
-    draw = functools.partial(replays.sample_prioritised, batch_size=9000, beta=1.0)
+    draw = functools.partial(replays.sample_prioritized, batch_size=9000, beta=1.0)
     indices, importance = jax.jit(draw)(priorities, jax.random.key(0))
     frequency = np.bincount(np.asarray(indices), minlength=10) / 9000
     # Stratified draws are within a draw or two of their share.
@@ -158,7 +158,7 @@ def test_sums_are_exact_and_empty_entries_are_never_drawn(changes, seed):
     np.testing.assert_array_equal(flat[:17], expected)
     np.testing.assert_allclose(priorities.sums, np.asarray(priorities.weights).sum(1), rtol=1e-6)
     if expected.sum() > 1e-30:
-        indices, importance = replays.sample_prioritised(
+        indices, importance = replays.sample_prioritized(
             priorities, jax.random.key(seed), batch_size=16, beta=0.5
         )
         assert np.all(flat[np.asarray(indices)] > 0)

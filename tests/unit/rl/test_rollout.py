@@ -16,34 +16,34 @@ KEY = jax.random.key(0)
 class Stub:
     """A network that says what it was told."""
 
-    def __init__(self, values, following):
-        self.values, self.following = values, following
+    def __init__(self, values, next_values):
+        self.values, self.next_values = values, next_values
 
     def apply(self, variables, *inputs, method):
-        return (None, self.values) if method == "__call__" else self.following
+        return (None, self.values) if method == "__call__" else self.next_values
 
 
 def random_experience(rng, batch=3, time=9):
     terminated, truncated = rng.random((2, batch, time)) < 0.2
     truncated &= ~terminated
-    values, following = rng.normal(size=(2, batch, time)).astype(np.float32)
+    values, next_values = rng.normal(size=(2, batch, time)).astype(np.float32)
     # Within an episode, what follows is what the next step sees.
     going_on = ~(terminated | truncated)[:, :-1]
-    following[:, :-1] = np.where(going_on, values[:, 1:], following[:, :-1])
+    next_values[:, :-1] = np.where(going_on, values[:, 1:], next_values[:, :-1])
     rewards = rng.normal(size=(batch, time)).astype(np.float32)
-    seen = Transition(*map(jnp.asarray, (values, values, rewards, terminated, truncated, following)))
+    seen = Transition(*map(jnp.asarray, (values, values, rewards, terminated, truncated, next_values)))
     experience = rollout.Experience(seen, jnp.zeros((batch, time), bool), (), jnp.zeros((batch, time)))
-    return Stub(jnp.asarray(values), jnp.asarray(following)), experience
+    return Stub(jnp.asarray(values), jnp.asarray(next_values)), experience
 
 
 def loop(network, seen, gamma, gae_lambda, bootstrap):
-    values, following = np.asarray(network.values), np.asarray(network.following)
+    values, next_values = np.asarray(network.values), np.asarray(network.next_values)
     advantages = np.zeros_like(values)
     for b in range(values.shape[0]):
         later = 0.0
         for t in reversed(range(values.shape[1])):
             ended = seen.terminated[b, t] or (seen.truncated[b, t] and not bootstrap)
-            next_value = 0.0 if ended else following[b, t]
+            next_value = 0.0 if ended else next_values[b, t]
             delta = seen.reward[b, t] + gamma * next_value - values[b, t]
             later = delta + gamma * gae_lambda * later * (not seen.done[b, t])
             advantages[b, t] = later
@@ -54,7 +54,7 @@ def loop(network, seen, gamma, gae_lambda, bootstrap):
 @pytest.mark.parametrize("bootstrap", [True, False])
 def test_advantages_against_a_loop_over_steps(seed, bootstrap):
     network, experience = random_experience(np.random.default_rng(seed))
-    values, advantages, returns = rollout.estimate(
+    values, advantages, returns = rollout.compute_gae(
         network, None, experience, gamma=0.9, gae_lambda=0.8, bootstrap_truncation=bootstrap
     )
     expected = loop(network, experience.transition, 0.9, 0.8, bootstrap)
@@ -65,7 +65,9 @@ def test_advantages_against_a_loop_over_steps(seed, bootstrap):
 def test_bootstrap_matters_where_an_episode_was_cut():
     network, experience = random_experience(np.random.default_rng(0))
     with_, without = (
-        rollout.estimate(network, None, experience, gamma=0.9, gae_lambda=0.0, bootstrap_truncation=flag)[1]
+        rollout.compute_gae(network, None, experience, gamma=0.9, gae_lambda=0.0, bootstrap_truncation=flag)[
+            1
+        ]
         for flag in (True, False)
     )
     np.testing.assert_array_equal(np.asarray(with_ != without), experience.transition.truncated)
@@ -76,23 +78,23 @@ def setup(name="CartPole-v1", **options):
     config = rollout.RolloutConfig(**{"num_envs": 3, "num_steps": 40, **options})
     network = networks.make_actor_critic(env, networks.MLP((8,)))
     weights = rollout.init_params(network, env, KEY)
-    worlds = rollout.init_worlds(network, env, params, config, jax.random.key(1))
+    envs = rollout.init_vector_env(network, env, params, config, jax.random.key(1))
     collect = jax.jit(
-        lambda worlds, key: rollout.collect(network, env, params, config, weights, worlds, key, gamma=0.99)
+        lambda envs, key: rollout.collect(network, env, params, config, weights, envs, key, gamma=0.99)
     )
-    return network, weights, worlds, collect
+    return network, weights, envs, collect
 
 
 def test_rollouts_go_on_where_they_stopped_and_are_scored_as_they_were_acted():
-    network, weights, worlds, collect = setup()
-    after, first, statistics = collect(worlds, jax.random.key(2))
+    network, weights, envs, collect = setup()
+    after, first, statistics = collect(envs, jax.random.key(2))
     _, second, _ = collect(after, jax.random.key(3))
     np.testing.assert_array_equal(second.transition.obs[:, 0], after.states.obs)
     seen = first.transition
     going_on = ~seen.done[:, :-1]
     np.testing.assert_array_equal(seen.next_obs[:, :-1][going_on], seen.obs[:, 1:][going_on])
-    np.testing.assert_array_equal(first.starts[:, 1:], seen.done[:, :-1])
-    assert first.starts[:, 0].all()
+    np.testing.assert_array_equal(first.is_first[:, 1:], seen.done[:, :-1])
+    assert first.is_first[:, 0].all()
     score = rollout.make_logprob_fn(network)(weights, rollout.as_rows(network, first.inputs))
     np.testing.assert_allclose(score.logp.reshape(first.logp.shape), first.logp, atol=1e-6)
     assert int(statistics["episodes"]) == int(seen.done.sum()) > 0
@@ -100,14 +102,14 @@ def test_rollouts_go_on_where_they_stopped_and_are_scored_as_they_were_acted():
     assert float(statistics["episode_return_sum"]) == int(statistics["episode_length_sum"])
     assert int(after.states.finished.episodes.sum()) == 0
     # Fresh beginnings differ from each other: resets are not one state repeated.
-    beginnings = np.asarray(seen.obs[np.asarray(first.starts)])
+    beginnings = np.asarray(seen.obs[np.asarray(first.is_first)])
     assert len(np.unique(beginnings, axis=0)) == len(beginnings)
 
 
 def test_observation_statistics_are_those_of_all_environments():
-    _, _, worlds, collect = setup(normalize_obs=True)
+    _, _, envs, collect = setup(normalize_obs=True)
     raw = setup()[3](setup()[2], jax.random.key(2))[1].transition.obs
-    after, experience, _ = collect(worlds, jax.random.key(2))
+    after, experience, _ = collect(envs, jax.random.key(2))
     # Nothing is known before the first rollout, so it passes unchanged, and counts afterwards.
     np.testing.assert_allclose(experience.transition.obs, raw, rtol=1e-6)
     flat = np.asarray(raw).reshape(-1, 4)
@@ -137,7 +139,7 @@ def test_reward_scale_against_a_loop():
 def test_evaluation_counts_whole_episodes_and_each_once():
     env, params = environments.make("CartPole-v1")
 
-    def act(state, obs, starts, memory, key, *, deterministic):
+    def act(state, obs, is_first, carry, key, *, deterministic):
         # Push against the lean, or at random: the first lives longer.
         lean = (obs[:, 2] + obs[:, 3] > 0).astype(jnp.int32)
         return (lean if deterministic else jax.random.bernoulli(key, shape=lean.shape).astype(jnp.int32)), ()
@@ -145,7 +147,7 @@ def test_evaluation_counts_whole_episodes_and_each_once():
     @dataclasses.dataclass
     class Run:
         act: object
-        begin = staticmethod(lambda count: ())
+        initial_carry = staticmethod(lambda count: ())
 
     def mean(deterministic):
         returns, lengths = evaluation.evaluate(

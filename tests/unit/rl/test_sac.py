@@ -12,7 +12,7 @@ from rlhf_jax.rl.envs import environments
 from rlhf_jax.rl.loops.continuous import Box, critic_fns
 from rlhf_jax.rl.loops.off_policy import RunConfig
 from rlhf_jax.rl.loops.replay import Batch
-from rlhf_jax.rl.networks.networks import MLP, Torso
+from rlhf_jax.rl.networks.networks import MLP, ObsEncoder
 from rlhf_jax.rl.networks.q_networks import SquashedGaussianActor, applied
 
 PENDULUM = environments.make("Pendulum-v1")
@@ -22,7 +22,7 @@ TX = make_optimizer(OptimizerConfig(clip_norm=1e6, b2=0.999))
 
 
 def parts():
-    actor = SquashedGaussianActor(Torso(BODY, (3,)), BOX.low, BOX.high)
+    actor = SquashedGaussianActor(ObsEncoder(BODY, (3,)), BOX.low, BOX.high)
     init_critics, critic_fn = critic_fns(PENDULUM[0], BODY, BOX, count=2)
     params = actor.init(jax.random.key(0), jnp.zeros((1, 3)))["params"]
     return params, init_critics(jax.random.key(1)), applied(actor), critic_fn
@@ -101,9 +101,9 @@ def test_soft_optimum_of_a_bandit():
 def test_resume_is_bit_identical_and_acting_is_in_the_box():
     config = sac.Config(
         run=RunConfig(
-            total_steps=120, learning_starts=20, capacity=60, batch_size=8, reports=2, train_every=1
+            total_steps=120, learning_starts=20, capacity=60, batch_size=8, num_logs=2, train_every=1
         ),
-        body=BODY,
+        encoder=BODY,
     )
     run = sac.make_run(config, *PENDULUM)
     hyper = sac.Hyper()
@@ -125,9 +125,9 @@ def test_resume_is_bit_identical_and_acting_is_in_the_box():
     for a, b in zip(plain(step(middle, hyper)[0]), plain(step(copied, hyper)[0]), strict=True):
         np.testing.assert_array_equal(a, b)
     obs = jnp.zeros((5, 3))
-    starts = jnp.zeros(5, bool)
-    mode, _ = run.act(middle, obs, starts, (), jax.random.key(1), deterministic=True)
-    drawn, _ = run.act(middle, obs, starts, (), jax.random.key(1), deterministic=False)
+    is_first = jnp.zeros(5, bool)
+    mode, _ = run.act(middle, obs, is_first, (), jax.random.key(1), deterministic=True)
+    drawn, _ = run.act(middle, obs, is_first, (), jax.random.key(1), deterministic=False)
     assert mode.shape == drawn.shape == (5, 1)
     assert jnp.all(mode == mode[0])
     assert jnp.any(drawn != drawn[0])

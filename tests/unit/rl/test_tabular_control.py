@@ -57,7 +57,7 @@ def test_sarsa_learns_the_values_of_the_policy_it_follows(target_fn):
 
 
 def test_history_counts_what_happened():
-    config = control.Config(steps=4000, reports=4, max_episode_steps=50)
+    config = control.Config(steps=4000, num_logs=4, max_episode_steps=50)
     state, history = jax.jit(control.make_train(config, LAKE, control.q_learning_target))(KEYS[0], HYPER)
     assert history["episodes"].shape == (4,)
     # Every transition belongs to an ended episode or to the one that runs.
@@ -87,7 +87,7 @@ def test_a_cut_episode_is_bootstrapped():
     endless = dynamic_programming.DecisionProcess(
         jnp.ones((1, 1, 1)), jnp.ones((1, 1, 1)), jnp.ones(1), jnp.zeros(1, bool)
     )
-    config = control.Config(steps=200, reports=1, max_episode_steps=1)
+    config = control.Config(steps=200, num_logs=1, max_episode_steps=1)
     hyper = dataclasses.replace(HYPER, gamma=0.5, learning_rate=0.5, learning_rate_power=0.0)
     state, history = control.make_train(config, endless, control.sarsa_target)(KEYS[0], hyper)
     np.testing.assert_allclose(state.action_values, 2.0, rtol=1e-4)
@@ -111,7 +111,7 @@ def test_vmap_over_every_hyper_equals_single_runs():
         lambda x: jnp.asarray(x) * jnp.array([1.0, 0.7]), dataclasses.replace(HYPER, epsilon_steps=300.0)
     )
     train = jax.jit(
-        control.make_train(control.Config(steps=500, reports=1), LAKE, control.expected_sarsa_target)
+        control.make_train(control.Config(steps=500, num_logs=1), LAKE, control.expected_sarsa_target)
     )
     together, _ = jax.vmap(train)(KEYS[:2], hypers)
     for i in range(2):
@@ -131,19 +131,19 @@ def test_epsilon_greedy_and_its_decay():
 def test_log_learning_is_value_iteration_on_the_empirical_process():
     rng = np.random.default_rng(0)
     states, actions = rng.integers(16, size=3000), rng.integers(4, size=3000)
-    following = np.array(
+    next_states = np.array(
         [rng.choice(16, p=np.asarray(LAKE.transitions[s, a])) for s, a in zip(states, actions, strict=True)]
     )
-    rewards = np.asarray(LAKE.rewards[states, actions, following])
+    rewards = np.asarray(LAKE.rewards[states, actions, next_states])
     counts = np.zeros((16, 4, 16))
-    np.add.at(counts, (states, actions, following), 1)
+    np.add.at(counts, (states, actions, next_states), 1)
     empirical = dataclasses.replace(
         LAKE, transitions=jnp.asarray(counts / counts.sum(-1, keepdims=True), jnp.float32)
     )
     values, _ = dynamic_programming.value_iteration(empirical, gamma=GAMMA, tolerance=1e-7)
     exact = dynamic_programming.action_values(empirical, values, gamma=GAMMA)
     log = control.Log(
-        *(jnp.asarray(x) for x in (states, actions, rewards, following, LAKE.terminal[following]))
+        *(jnp.asarray(x) for x in (states, actions, rewards, next_states, LAKE.terminal[next_states]))
     )
     learned = control.learn_from_log(jnp.zeros((16, 4)), log, gamma=GAMMA, sweeps=400)
     free = ~np.asarray(LAKE.terminal)

@@ -26,11 +26,11 @@ def test_moments_are_those_of_sampled_estimates(gamma, gae_lambda):
     )
     mean, variance = advantage_moments(WALK, ROUGH, gamma=gamma, gae_lambda=gae_lambda)
     first = np.asarray(advantages[:, 0], np.float64)  # of the first step: every sample is independent
-    for following in (2, 4):
-        chosen = first[np.asarray(episodes.next_states[:, 0]) == following]
+    for next_state in (2, 4):
+        chosen = first[np.asarray(episodes.next_states[:, 0]) == next_state]
         error = 6 * chosen.std() / np.sqrt(len(chosen)) + 1e-6
-        assert abs(chosen.mean() - mean[3, following]) < error
-        assert chosen.var() == pytest.approx(float(variance[3, following]), rel=0.06, abs=1e-6)
+        assert abs(chosen.mean() - mean[3, next_state]) < error
+        assert chosen.var() == pytest.approx(float(variance[3, next_state]), rel=0.06, abs=1e-6)
 
 
 def test_there_is_no_bias_with_exact_values_or_with_whole_returns():

@@ -15,7 +15,7 @@ from rlhf_jax.rl.envs import environments
 from rlhf_jax.rl.loops.continuous import Box, critic_fns
 from rlhf_jax.rl.loops.off_policy import RunConfig
 from rlhf_jax.rl.loops.replay import Batch
-from rlhf_jax.rl.networks.networks import MLP, Torso
+from rlhf_jax.rl.networks.networks import MLP, ObsEncoder
 from rlhf_jax.rl.networks.q_networks import DeterministicActor, applied
 
 PENDULUM = environments.make("Pendulum-v1")
@@ -37,7 +37,7 @@ def batch_of(count: int = 8) -> Batch:
 
 
 def parts(critics: int, seed: int = 0):
-    actor = DeterministicActor(Torso(BODY, (3,)), BOX.low, BOX.high)
+    actor = DeterministicActor(ObsEncoder(BODY, (3,)), BOX.low, BOX.high)
     init_critics, critic_fn = critic_fns(PENDULUM[0], BODY, BOX, count=critics)
     params = actor.init(jax.random.key(seed), jnp.zeros((1, 3)))["params"]
     return params, init_critics(jax.random.key(seed + 1)), applied(actor), critic_fn
@@ -45,12 +45,12 @@ def parts(critics: int, seed: int = 0):
 
 def test_one_critic_no_delay_and_no_noise_is_ddpg():
     actor, critic, actor_fn, critic_fn = parts(1)
-    config = td3.Config(critics=1, policy_every=1)
+    config = td3.Config(num_critics=1, policy_delay=1)
     update = jax.jit(td3.make_update(config, actor_fn, critic_fn, BOX, TX))
     ddpg_update = jax.jit(ddpg.make_update(ddpg.Config(), actor_fn, critic_fn, TX))
     state, other = td3.init(actor, critic, TX, jax.random.key(0)), ddpg.init(actor, critic, TX)
     for _ in range(3):
-        state, metrics, _ = update(state, td3.Hyper(smoothing_std=0.0), batch_of())
+        state, metrics, _ = update(state, td3.Hyper(target_policy_noise=0.0), batch_of())
         other, same, _ = ddpg_update(other, ddpg.Hyper(), batch_of())
     np.testing.assert_allclose(metrics["value_loss"], same["value_loss"], rtol=1e-5)
     pairs = [
@@ -66,12 +66,12 @@ def test_one_critic_no_delay_and_no_noise_is_ddpg():
 
 def test_the_target_is_the_least_of_the_critics():
     actor, critics, actor_fn, critic_fn = parts(2)
-    update = jax.jit(td3.make_update(td3.Config(policy_every=1), actor_fn, critic_fn, BOX, TX))
+    update = jax.jit(td3.make_update(td3.Config(policy_delay=1), actor_fn, critic_fn, BOX, TX))
     batch = batch_of()
     state = td3.init(actor, critics, TX, jax.random.key(0))
-    _, _, errors = update(state, td3.Hyper(smoothing_std=0.0), batch)
-    following = critic_fn(critics, batch.next_obs, actor_fn(actor, batch.next_obs))
-    targets = np.asarray(batch.reward) + 0.9 * np.minimum(*np.asarray(following))
+    _, _, errors = update(state, td3.Hyper(target_policy_noise=0.0), batch)
+    next_values = critic_fn(critics, batch.next_obs, actor_fn(actor, batch.next_obs))
+    targets = np.asarray(batch.reward) + 0.9 * np.minimum(*np.asarray(next_values))
     values = np.asarray(critic_fn(critics, batch.obs, batch.action))
     np.testing.assert_allclose(errors, values.mean(0) - targets, atol=1e-5)
 
@@ -79,10 +79,10 @@ def test_the_target_is_the_least_of_the_critics():
 def test_smoothing_stays_within_its_clip():
     """With noise clipped to 0 the target is that of the policy itself, whatever its spread."""
     actor, critics, actor_fn, critic_fn = parts(2)
-    update = jax.jit(td3.make_update(td3.Config(policy_every=1), actor_fn, critic_fn, BOX, TX))
+    update = jax.jit(td3.make_update(td3.Config(policy_delay=1), actor_fn, critic_fn, BOX, TX))
     state = td3.init(actor, critics, TX, jax.random.key(0))
     errors = [
-        np.asarray(update(state, td3.Hyper(smoothing_std=s, smoothing_clip=c), batch_of())[2])
+        np.asarray(update(state, td3.Hyper(target_policy_noise=s, target_noise_clip=c), batch_of())[2])
         for s, c in ((0.0, 0.5), (9.0, 0.0), (9.0, 0.5))
     ]
     np.testing.assert_allclose(errors[0], errors[1], atol=1e-6)
@@ -92,7 +92,7 @@ def test_smoothing_stays_within_its_clip():
 def test_the_actor_waits():
     """One update: three steps of the critics, each on its part of the batch, and one of the actor."""
     actor, critics, actor_fn, critic_fn = parts(2)
-    update = jax.jit(td3.make_update(td3.Config(policy_every=3), actor_fn, critic_fn, BOX, TX))
+    update = jax.jit(td3.make_update(td3.Config(policy_delay=3), actor_fn, critic_fn, BOX, TX))
     state, metrics, errors = update(
         td3.init(actor, critics, TX, jax.random.key(0)), td3.Hyper(), batch_of(12)
     )
@@ -102,12 +102,12 @@ def test_the_actor_waits():
 
 
 def test_batches_must_part():
-    config = td3.Config(run=RunConfig(batch_size=9), policy_every=2)
+    config = td3.Config(run=RunConfig(batch_size=9), policy_delay=2)
     with pytest.raises(UserError, match="divide"):
         td3.make_run(config, *PENDULUM)
 
 
 def test_defaults_are_the_papers():
     hyper = td3.Hyper()
-    assert (hyper.target_rate, hyper.smoothing_std, hyper.smoothing_clip) == (0.005, 0.2, 0.5)
-    assert dataclasses.asdict(td3.Config())["policy_every"] == 2
+    assert (hyper.tau, hyper.target_policy_noise, hyper.target_noise_clip) == (0.005, 0.2, 0.5)
+    assert dataclasses.asdict(td3.Config())["policy_delay"] == 2

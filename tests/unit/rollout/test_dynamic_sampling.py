@@ -8,7 +8,7 @@ import pytest
 
 from rlhf_jax.core.types import Rollout, Sequences
 from rlhf_jax.rewards.functions import Scored
-from rlhf_jax.rollout.dynamic_sampling import Answers, draw_groups_that_differ, term_means
+from rlhf_jax.rollout.dynamic_sampling import Answers, filter_zero_std_groups, term_means
 
 # Three prompts with two answers each, in each of four draws; group 1 of draw 0 is the first that differs.
 REWARDS = np.float32(
@@ -38,7 +38,7 @@ def drawn(most):
         seen.append(number)
         return draw(number)
 
-    answers, metrics = draw_groups_that_differ(watched, groups=3, group_size=2, most=most)
+    answers, metrics = filter_zero_std_groups(watched, groups=3, group_size=2, most=most)
     return answers, metrics, seen
 
 
@@ -65,7 +65,7 @@ def test_with_too_few_tries_idle_groups_fill_the_batch():
 
 
 def test_one_draw_of_groups_that_all_differ_stays_as_it_is():
-    answers, metrics = draw_groups_that_differ(lambda _: draw(3), groups=3, group_size=2, most=8)
+    answers, metrics = filter_zero_std_groups(lambda _: draw(3), groups=3, group_size=2, most=8)
     assert metrics["draws"] == 1
     assert answers.rollout.sequences.tokens[:, 0].tolist() == list(range(30, 36))
 

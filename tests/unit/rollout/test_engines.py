@@ -26,7 +26,7 @@ from rlhf_jax.rollout.engines import (
     make_engine,
     parse_engine,
     publish_from_disk,
-    sampler_mismatch,
+    sampling_logp_diff,
 )
 from rlhf_jax.rollout.http_json import HTTPOptions
 from rlhf_jax.rollout.sampler import make_generate_fn
@@ -197,7 +197,7 @@ def server(running):
     return running
 
 
-def engine(server, publish=None, score_fn=None, group_size=1, **more):
+def engine(server, publish=None, logprob_fn=None, group_size=1, **more):
     return HTTPEngine(
         server.options(**more),
         TOKENIZER,
@@ -205,7 +205,7 @@ def engine(server, publish=None, score_fn=None, group_size=1, **more):
         max_new_tokens=NEW,
         group_size=group_size,
         publish=publish,
-        score_fn=score_fn,
+        logprob_fn=logprob_fn,
     )
 
 
@@ -224,12 +224,12 @@ def test_answers_of_the_server_are_a_rollout_that_rescores(server):
     )
     assert jax.tree.map(jnp.shape, rollout.sequences) == jax.tree.map(jnp.shape, ours.sequences)
     for found in (rollout, ours):
-        assert sampler_mismatch(SCORE, policy(0), found) < 1e-5
+        assert sampling_logp_diff(SCORE, policy(0), found) < 1e-5
         mask = np.asarray(found.sequences.mask)
         tokens = np.asarray(found.sequences.tokens)
         last = [row[kept][-1] for row, kept in zip(tokens, mask, strict=True)]
         np.testing.assert_array_equal(found.finished, np.array(last) == TOKENIZER.eos_id)
-    assert sampler_mismatch(SCORE, policy(1), rollout) > 0.1
+    assert sampling_logp_diff(SCORE, policy(1), rollout) > 0.1
     assert not failed_rows(rollout).any()
 
 
@@ -245,7 +245,7 @@ def test_a_group_s_prompt_is_sent_once_and_its_answers_differ(server):
     assert any(
         tokens[row][mask[row]].tolist() != tokens[row + 1][mask[row + 1]].tolist() for row in (0, 2, 4)
     )
-    assert sampler_mismatch(SCORE, policy(0), rollout) < 1e-5
+    assert sampling_logp_diff(SCORE, policy(0), rollout) < 1e-5
     with pytest.raises(ValueError, match="groups of 2 equal ones"):
         ask(engine(server, group_size=2), prompts=PROMPTS[:2])
 
@@ -284,7 +284,7 @@ def test_published_weights_arrive_and_are_proven(server, tmp_path, kind):
     assert remote.version == 1
     rollout = ask(remote, policy(4))
     assert remote.version == 2
-    assert sampler_mismatch(SCORE, policy(4), rollout) < 1e-5
+    assert sampling_logp_diff(SCORE, policy(4), rollout) < 1e-5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["weights_0", "weights_1"]
     assert ("/reset_prefix_cache" in server.paths) == (kind == "vllm")
 
@@ -348,7 +348,7 @@ def test_rows_without_an_answer_come_back_empty(server):
     assert not np.asarray(rollout.finished)[:2].any()
     assert np.asarray(rollout.logp)[:2].tolist() == np.zeros((2, PROMPT + NEW)).tolist()
     rest = jax.tree.map(lambda x: x[2:], rollout)
-    assert sampler_mismatch(SCORE, policy(0), rest) < 1e-5
+    assert sampling_logp_diff(SCORE, policy(0), rest) < 1e-5
 
 
 def test_a_failed_row_is_unscorable_and_moves_no_baseline():
@@ -446,6 +446,6 @@ def test_engines_by_name(server, tmp_path, monkeypatch):
     shared = {"prompt_length": PROMPT, "max_new_tokens": NEW, "logprob_fn": SCORE}
     made = make_engine(spec, TOKENIZER, write=write, folder=tmp_path, **shared)
     rollout = ask(made, policy(2))
-    assert sampler_mismatch(SCORE, policy(2), rollout) < 1e-5
+    assert sampling_logp_diff(SCORE, policy(2), rollout) < 1e-5
     assert {body["model"] for body in server.requests} == {"mine"}
     assert "secret" not in repr(made._options)

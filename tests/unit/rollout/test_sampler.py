@@ -275,7 +275,7 @@ def test_groups_and_slots_give_the_answers_of_plain_batches():
     options = {"prompt_length": 6, "max_new_tokens": 5}
     grouped = make_generate_fn(POLICY, group_size=2, **options)
     plain = make_generate_fn(POLICY, **options)
-    in_slots = make_generate_fn(POLICY, slots=4, **options)
+    in_slots = make_generate_fn(POLICY, max_num_seqs=4, **options)
     expected = plain(policy(0), chosen, jax.random.key(3))
     for fn in (grouped, in_slots):
         found = fn(policy(0), chosen, jax.random.key(3))

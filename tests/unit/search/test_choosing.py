@@ -150,7 +150,7 @@ def test_scores_of_chains_and_steps():
     logp = jnp.log(jnp.array([[0.5, 0.25, jnp.nan], [0.9, 0.8, 0.7]]))
     mask = jnp.array([[True, True, False], [True, True, True]])
     assert search.likelihood_scores(logp, mask, length_power=0)[0] == pytest.approx(math.log(0.125))
-    assert search.chain_weights(logp, mask)[0] == pytest.approx(math.sqrt(0.125))
+    assert search.length_normalized_probs(logp, mask)[0] == pytest.approx(math.sqrt(0.125))
     odds = jnp.log(
         jnp.array([[1.0, 3.0, jnp.nan], [9.0, 1.0, 3.0]])
     )  # probabilities 1/2, 3/4; 9/10, 1/2, 3/4

@@ -38,7 +38,7 @@ def make_generate(vocab=4, least=1):
 def roots():
     width = max(map(len, PROMPTS))
     tokens = np.array([[PAD] * (width - len(p)) + p for p in PROMPTS])
-    return steps.begin(jnp.asarray(tokens), jnp.asarray(tokens != PAD), room=ROOM)
+    return steps.init_solution(jnp.asarray(tokens), jnp.asarray(tokens != PAD), room=ROOM)
 
 
 def text(state):
@@ -48,9 +48,9 @@ def text(state):
     return [(row[: len(row) - n], row[len(row) - n :]) for row, n in zip(rows, written, strict=True)]
 
 
-def make_propose(ways=WAYS, vocab=4):
+def make_propose(branching_factor=WAYS, vocab=4):
     return steps.make_propose_fn(
-        make_generate(vocab), ways=ways, step_length=LENGTH, end_ids=[END], eos_id=EOS
+        make_generate(vocab), branching_factor=branching_factor, step_length=LENGTH, end_ids=[END], eos_id=EOS
     )
 
 
@@ -83,12 +83,14 @@ def test_candidates_are_the_samples_cut_and_merged():
         going = np.asarray(found.mask & ~found.states.done)
         if not going.any(axis=1).all():
             continue
-        state = interface.take(found.states, jnp.asarray(going.argmax(axis=1)))
+        state = interface.gather(found.states, jnp.asarray(going.argmax(axis=1)))
 
 
 def test_a_text_without_room_fails():
     never_ends = make_generate(vocab=3, least=END)
-    propose = steps.make_propose_fn(never_ends, ways=1, step_length=LENGTH, end_ids=[END], eos_id=EOS)
+    propose = steps.make_propose_fn(
+        never_ends, branching_factor=1, step_length=LENGTH, end_ids=[END], eos_id=EOS
+    )
     many = jax.tree.map(lambda x: jnp.repeat(x, 50, axis=0), roots())
     state, cost = interface.follow(propose, steps.is_done, many, jax.random.key(0), steps=ROOM + 1)
     assert bool(jnp.all(state.done & state.failed))
@@ -167,16 +169,20 @@ def test_the_policy_is_asked_for_values():
 
 def test_beams_avoid_what_the_judge_doubts_and_thoughts_are_rewritten():
     generate = make_generate(vocab=9)
-    propose = steps.make_propose_fn(generate, ways=8, step_length=LENGTH, end_ids=[END], eos_id=EOS)
+    propose = steps.make_propose_fn(
+        generate, branching_factor=8, step_length=LENGTH, end_ids=[END], eos_id=EOS
+    )
     evaluate = steps.make_process_value_fn(doubts_nines, end_ids=[END])
 
     @jax.jit
     def search(key):
         start = jax.tree.map(lambda x: jnp.repeat(x, 20, axis=0), roots())
         beam = tree.breadth_first(
-            propose, tree.by_value(evaluate), steps.is_done, start, key, width=2, depth=3
+            propose, tree.value_scorer(evaluate), steps.is_done, start, key, beam_width=2, depth=3
         )
-        alone = steps.make_propose_fn(generate, ways=1, step_length=LENGTH, end_ids=[END], eos_id=EOS)
+        alone = steps.make_propose_fn(
+            generate, branching_factor=1, step_length=LENGTH, end_ids=[END], eos_id=EOS
+        )
         ends, _ = interface.follow(alone, steps.is_done, start, key, steps=3)
         rewrite = steps.make_rewrite_fn(propose, doubts_nines, [END], depth=3)
         again, _ = rewrite(ends, key)

@@ -74,7 +74,7 @@ def check_optimal(found, share=1.0):
 def test_breadth_first_of_full_width_is_exhaustive():
     found = jax.jit(
         lambda key: tree.breadth_first(
-            propose, tree.by_value(leaf_value), done, ROOTS, key, width=WAYS**DEPTH, depth=DEPTH + 1
+            propose, tree.value_scorer(leaf_value), done, ROOTS, key, beam_width=WAYS**DEPTH, depth=DEPTH + 1
         )
     )(jax.random.key(0))
     check_optimal(found)
@@ -85,22 +85,22 @@ def test_breadth_first_of_full_width_is_exhaustive():
 def test_breadth_first_of_width_one_follows_the_values():
     search = jax.jit(
         lambda key: tree.breadth_first(
-            propose, tree.by_value(best_below), done, ROOTS, key, width=1, depth=DEPTH
+            propose, tree.value_scorer(best_below), done, ROOTS, key, beam_width=1, depth=DEPTH
         )
     )
     found = search(jax.random.key(0))
     check_optimal(found)
     np.testing.assert_array_equal(found.cost, DEPTH * (WAYS + WAYS))  # proposals, and a value for each
     vote = jax.jit(
-        lambda key: tree.breadth_first(propose, tree.by_votes, done, ROOTS, key, width=1, depth=DEPTH)
+        lambda key: tree.breadth_first(propose, tree.vote_scorer, done, ROOTS, key, beam_width=1, depth=DEPTH)
     )
     greedy = vote(jax.random.key(0))
     np.testing.assert_array_equal(greedy.states.number, 0)  # the likeliest way, again and again
 
 
 def test_an_unfinished_search_says_so():
-    judge = tree.by_value(best_below)
-    search = jax.jit(lambda key: tree.breadth_first(propose, judge, done, ROOTS, key, width=2, depth=2))
+    judge = tree.value_scorer(best_below)
+    search = jax.jit(lambda key: tree.breadth_first(propose, judge, done, ROOTS, key, beam_width=2, depth=2))
     found = search(jax.random.key(0))
     assert not bool(jnp.any(found.done))
     assert (np.asarray(found.states.depth) == 2).all()
@@ -130,7 +130,7 @@ def test_monte_carlo_tree_search_finds_the_optimum():
     # Knowing nothing of what is no leaf, it finds the best of 81 leaves by exploring.
     blind = jax.jit(
         lambda key: mcts.search_step(
-            propose, leaf_value, done, ROOTS, key, simulations=800, value_scale=0.001
+            propose, leaf_value, done, ROOTS, key, num_simulations=800, value_scale=0.001
         )
     )(jax.random.key(0))
     np.testing.assert_array_equal(blind.best.number, BEST)
@@ -138,7 +138,7 @@ def test_monte_carlo_tree_search_finds_the_optimum():
     # With good advice, a few simulations come close: means over what was visited are not maxima.
     found = jax.jit(
         lambda key: mcts.monte_carlo_tree_search(
-            propose, best_below, done, ROOTS, key, simulations=16, depth=DEPTH
+            propose, best_below, done, ROOTS, key, num_simulations=16, depth=DEPTH
         )
     )(jax.random.key(0))
     assert bool(jnp.all(found.done))
@@ -148,7 +148,7 @@ def test_monte_carlo_tree_search_finds_the_optimum():
 
 def test_one_search_counts_and_pays_once():
     roots = Path(jnp.arange(2), jnp.zeros(2, int), jnp.array([DEPTH - 1, DEPTH]))
-    search = jax.jit(lambda key: mcts.search_step(propose, leaf_value, done, roots, key, simulations=30))
+    search = jax.jit(lambda key: mcts.search_step(propose, leaf_value, done, roots, key, num_simulations=30))
     found = search(jax.random.key(0))
     # Below the first root are three leaves, whose values are paid once, however often they are visited.
     np.testing.assert_allclose(found.values[0], LEAVES[0, :WAYS], rtol=1e-6)

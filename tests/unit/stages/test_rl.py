@@ -15,6 +15,7 @@ TINY = (
     "update.num_ppo_epochs=1",
     "update.num_minibatches=1",
     "hyper.learning_rate=1e-3",
+    "network.encoder=mlp",
 )
 
 
@@ -47,6 +48,10 @@ def test_train_load_and_render(tmp_path, capsys):
     again = json.loads((out / "evaluation.json").read_text())
     assert again["evaluation_return"] == summary["evaluation_return"]
     assert (out / "episode.gif").read_bytes()[:3] == b"GIF"
+    old = json.loads((out / "agent.json").read_text())
+    old["set"] = [change.replace("network.encoder=", "network.body=") for change in old["set"]]
+    (out / "agent.json").write_text(json.dumps(old))
+    assert rl.read_description(out)["set"] == [*TINY]
     with pytest.raises(UserError, match="holds agents for CartPole-v1, not for Acrobot-v1"):
         rl.run(rl.Options(load=out, env="Acrobot-v1"))
     with pytest.raises(UserError, match="already holds a run"):
@@ -88,9 +93,13 @@ def test_means_over_no_episode_are_left_out():
         ({"algo": "sac"}, "sac is for continuous actions and CartPole-v1 has discrete ones"),
         ({"algo": "dqn", "env": "Pendulum-v1"}, "dqn is for discrete actions and Pendulum-v1"),
         ({"set": ("hyper.lr=1",)}, "no setting 'lr': choose among learning_rate"),
-        ({"algo": "ppo", "set": ("network.body=mpl",)}, "no body 'mpl': choose among mlp, relu_mlp"),
-        ({"algo": "ppo", "set": ("network.body=mlp:8,a",)}, "mlp:8,a': give the widths of an MLP's layers"),
-        ({"algo": "ppo", "set": ("network.body=minatar_conv:8",)}, "give the widths of an MLP's layers"),
+        ({"algo": "ppo", "set": ("network.body=mlp",)}, "'body' has another name: write network.encoder=mlp"),
+        ({"algo": "ppo", "set": ("network.encoder=mpl",)}, "no encoder 'mpl': choose among mlp, relu_mlp"),
+        (
+            {"algo": "ppo", "set": ("network.encoder=mlp:8,a",)},
+            "mlp:8,a': give the widths of an MLP's layers",
+        ),
+        ({"algo": "ppo", "set": ("network.encoder=minatar_conv:8",)}, "give the widths of an MLP's layers"),
         ({"set": ("rollout.num_envs=many",)}, "'many' is no int"),
         ({"set": ("total_steps",)}, "write it as NAME=VALUE"),
         ({"out": None}, "--out is missing"),

@@ -1,5 +1,6 @@
 """The training loop: resuming, signals, divergence, evaluation, failing disks."""
 
+import errno
 import os
 import signal
 import threading
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 
 from rlhf_jax.checkpoint import CheckpointManager
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.distributed import born_sharded, shardings_of
+from rlhf_jax.distributed import init_sharded, shardings_of
 from rlhf_jax.metrics.writers import read_metrics
 from rlhf_jax.training import Interrupted, LoopConfig, loop as loop_module, run_loop
 
@@ -243,7 +245,7 @@ def test_an_evaluation_at_the_start_compiles_nothing_anew(tmp_path):
     def measure(state):
         return {"score": jnp.sum(state["weights"])}
 
-    state = born_sharded(initial_state)
+    state = init_sharded(initial_state)
     step = jax.jit(take_step, donate_argnums=0, out_shardings=(shardings_of(state), None))
     config = LoopConfig(steps=4, eval_every=2, quiet=True)
     run_loop(state, step, config, stage="toy", folder=tmp_path, eval_fn=lambda state, _: measure(state))
@@ -303,14 +305,16 @@ def test_loggers_are_closed_where_a_run_is_refused_or_dies(tmp_path, unbroken):
     assert (other.closed, len(other.lines)) == (1, 1)
 
 
-def test_a_save_that_fails_is_said_in_one_sentence(tmp_path):
-    def spoils(state, number):
-        if number == 3:  # a file stands where the save would write
-            (tmp_path / "checkpoints" / ".saving_00000004").write_text("")
-        return take_step(state, number)
+def test_a_save_that_fails_is_said_in_one_sentence(tmp_path, monkeypatch):
+    def full_disk(path, text):
+        if "step_00000004" in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return write_whole(path, text)
 
+    write_whole = files.write_whole
+    monkeypatch.setattr(files, "write_whole", full_disk)
     with pytest.raises(UserError, match="step 4 could not be saved"):
-        run(tmp_path, spoils, save_every=2)
+        run(tmp_path, save_every=2)
     assert latest(tmp_path) == 2
 
 

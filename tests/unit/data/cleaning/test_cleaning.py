@@ -125,12 +125,12 @@ def test_near_duplicates_are_those_of_a_loop_over_all_pairs(corpus, threshold):
             expected[place] = (best, alike[best])
         else:
             kept.append(place)
-    found = dedup.near_duplicates(corpus, threshold=threshold)
+    found = dedup.near_duplicates(corpus, jaccard_threshold=threshold)
     assert 3 < len(expected) < 20
     assert {r.place: r.first for r in found} == {place: first for place, (first, _) in expected.items()}
     for repeat in found:
         assert repeat.similarity == pytest.approx(expected[repeat.place][1])
-    assert found == dedup.near_duplicates(corpus, threshold=threshold)
+    assert found == dedup.near_duplicates(corpus, jaccard_threshold=threshold)
 
 
 def test_signatures_agree_as_often_as_sets_overlap():
@@ -157,7 +157,7 @@ def test_bands_find_a_pair_at_the_threshold():
 def test_signs_of_arithmetic_keep_sums_apart():
     assert not dedup.near_duplicates(["5+4=?", "5-4=?", "5*4=?"])
     with pytest.raises(UserError, match="threshold 0"):
-        dedup.near_duplicates(["a"], threshold=0)
+        dedup.near_duplicates(["a"], jaccard_threshold=0)
 
 
 # Decontamination --------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ def test_overlaps_are_those_of_a_loop(corpus, size, least_share):
         shares = [naive_share(text, question, size) for question in questions]
         if max(shares) > least_share:
             expected[place] = (shares.index(max(shares)), max(shares))
-    found = decontamination.overlaps(corpus, questions, size=size, least_share=least_share)
+    found = decontamination.find_ngram_overlaps(corpus, questions, size=size, least_share=least_share)
     assert 3 < len(expected) < len(corpus)
     assert {o.place: (o.question, pytest.approx(o.share)) for o in found} == expected
 
@@ -197,19 +197,19 @@ def test_overlaps_are_those_of_a_loop(corpus, size, least_share):
 def test_case_and_punctuation_hide_nothing_and_phrases_count_for_nothing():
     question = "Janet sells 16 eggs a day; how many in a week?"
     texts = ["JANET sells 16 eggs, a day... How MANY in a week", "something else altogether"]
-    assert [o.place for o in decontamination.overlaps(texts, [question], size=8)] == [0]
-    assert decontamination.overlaps(texts[:1] * 3, [question], size=8, most_rows=2) == []
-    assert len(decontamination.overlaps(texts[:1] * 3, [question], size=8, most_rows=3)) == 3
+    assert [o.place for o in decontamination.find_ngram_overlaps(texts, [question], size=8)] == [0]
+    assert decontamination.find_ngram_overlaps(texts[:1] * 3, [question], size=8, most_rows=2) == []
+    assert len(decontamination.find_ngram_overlaps(texts[:1] * 3, [question], size=8, most_rows=3)) == 3
 
 
 def test_short_questions_are_only_themselves():
-    found = decontamination.overlaps(
+    found = decontamination.find_ngram_overlaps(
         ["what is 2 + 2", "what is 2 2", "so what is 2 + 2 now"], ["What is 2+2?"], size=8
     )
     assert [o.place for o in found] == [0, 1]
-    assert decontamination.overlaps(["a b c"], [], size=2) == []
+    assert decontamination.find_ngram_overlaps(["a b c"], [], size=2) == []
     with pytest.raises(UserError, match="at least 1"):
-        decontamination.overlaps([], [], size=0)
+        decontamination.find_ngram_overlaps([], [], size=0)
 
 
 def test_rows_are_dropped_by_what_their_prompt_or_answer_gives_away():

@@ -12,7 +12,7 @@ from rlhf_jax import models
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.models.attention import backends
 from rlhf_jax.models.attention.backends import (
-    Context,
+    AttentionContext,
     blocked_attention,
     choose_backend,
     cudnn_attention,
@@ -34,7 +34,7 @@ def _case(rows, *, heads=4, kv_heads=2, width=8):
     columns = jnp.broadcast_to(jnp.arange(time), (batch, time))
     causal = columns[:, :, None] >= columns[:, None, :]
     mask = causal & (segments[:, :, None] == segments[:, None, :])
-    return arrays, Context(columns, columns, mask, jnp.int32(0), segments, segments > 0)
+    return arrays, AttentionContext(columns, columns, mask, jnp.int32(0), segments, segments > 0)
 
 
 def _values_and_gradients(function, arrays, segments):
@@ -186,7 +186,7 @@ def test_the_choice(asked, platform, change, expected):
     query = jax.ShapeDtypeStruct((2, 8, 4, case["width"]), case["dtype"])
     value = jax.ShapeDtypeStruct((2, 8, 4, case["value_width"]), case["dtype"])
     nothing = jnp.zeros(0, jnp.int32)
-    context = Context(nothing, nothing, nothing, nothing, segment_ids=nothing, present=nothing)
+    context = AttentionContext(nothing, nothing, nothing, nothing, segment_ids=nothing, present=nothing)
 
     def choose(context):
         options = {name: case[name] for name in ("softcap", "biased")}

@@ -11,7 +11,7 @@ from rlhf_jax.algorithms.grpo_variants import GRPOVariant
 from rlhf_jax.core.masks import masked_sum
 from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
 from rlhf_jax.core.types import Array, Float, Metrics, Params, PRNGKeyArray, Rollout
-from rlhf_jax.jitted.train import Method, World
+from rlhf_jax.jitted.train import Algorithm, TaskSetup
 from rlhf_jax.models import Policy
 from rlhf_jax.rewards.rules import overlong_penalties
 from rlhf_jax.tasks.base import Prompts
@@ -25,43 +25,47 @@ def _described(rollout: Rollout, rewards: Float[Array, " B"]) -> Metrics:
     return {"reward": jnp.mean(rewards), "length": jnp.mean(lengths), "tokens": jnp.sum(lengths)}
 
 
-def _grouped(world: World, rewards: Float[Array, " B"]) -> Float[Array, "N G"]:
-    return rewards.reshape(-1, world.samples)
+def _grouped(task_setup: TaskSetup, rewards: Float[Array, " B"]) -> Float[Array, "N G"]:
+    return rewards.reshape(-1, task_setup.num_samples)
 
 
 # Policy gradients ------------------------------------------------------------------------------------
 
 
-def group_method(
-    world: World, variant: GRPOVariant, optimizer: OptimizerConfig, *, one_step_off_policy: bool = False
-) -> Method:
+def grpo_algorithm(
+    task_setup: TaskSetup,
+    variant: GRPOVariant,
+    optimizer: OptimizerConfig,
+    *,
+    one_step_off_policy: bool = False,
+) -> Algorithm:
     """GRPO and its variants.
 
     Args:
       one_step_off_policy: answers come from the policy of one step before, as of asynchronous rollouts; give
-        a variant with `weights_fn` (`group_members.with_truncated_is`) to make up for it.
+        a variant with `weights_fn` (`grpo_variants.with_truncated_is`) to make up for it.
     """
-    logprob_fn, tx, config = world.logprob_fn, make_optimizer(optimizer), variant.config
+    logprob_fn, tx, config = task_setup.logprob_fn, make_optimizer(optimizer), variant.config
     update = grpo.make_update(config, logprob_fn, tx)
 
     def step(state: Any, hyper: Any, ref_params: Params, key: PRNGKeyArray) -> tuple[Any, Metrics]:
         draw_key, answer_key = jax.random.split(key)
         params = state.learner.all_params
-        prompts = world.draw(draw_key, prompts=world.prompts * variant.oversampling)
-        rollout = world.answer(state.rollout_params, prompts, answer_key)
-        rewards = world.rewards(rollout, prompts)
+        prompts = task_setup.draw(draw_key, num_prompts=task_setup.num_prompts * variant.oversampling)
+        rollout = task_setup.answer(state.rollout_params, prompts, answer_key)
+        rewards = task_setup.rewards(rollout, prompts)
         described = _described(rollout, rewards)
         if variant.oversampling > 1:
-            rollout, rewards = _keep_groups_that_differ(world, rollout, rewards)
+            rollout, rewards = _keep_groups_that_differ(task_setup, rollout, rewards)
         if variant.overlong_penalty_coef:
             lengths = jnp.sum(rollout.sequences.mask, axis=1)
-            penalties = overlong_penalties(lengths, world.task.completion_length)
+            penalties = overlong_penalties(lengths, task_setup.task.completion_length)
             rewards = rewards + variant.overlong_penalty_coef * penalties
         greedy_rewards = None
         if variant.needs_greedy:
-            once = jax.tree.map(lambda leaf: leaf[:: world.samples], prompts)
-            greedy = world.answer(params, once, answer_key, temperature=0.0)
-            greedy_rewards = world.rewards(greedy, once)
+            once = jax.tree.map(lambda leaf: leaf[:: task_setup.num_samples], prompts)
+            greedy = task_setup.answer(params, once, answer_key, temperature=0.0)
+            greedy_rewards = task_setup.rewards(greedy, once)
             described["tokens"] += jnp.sum(greedy.sequences.mask)
         old_logp = logprob_fn(params, rollout.sequences).logp
         ref_logp = logprob_fn(ref_params, rollout.sequences).logp
@@ -69,78 +73,78 @@ def group_method(
         state, metrics = update(state, hyper, batch)
         return state, {**more, **metrics, **described}
 
-    return Method(
+    return Algorithm(
         lambda params, key, _: grpo.init(params, tx, key, one_step_off_policy=one_step_off_policy), step
     )
 
 
 def _keep_groups_that_differ(
-    world: World, rollout: Rollout, rewards: Float[Array, " B"]
+    task_setup: TaskSetup, rollout: Rollout, rewards: Float[Array, " B"]
 ) -> tuple[Rollout, Float[Array, " B"]]:
-    chosen, _ = selection.groups_that_differ(_grouped(world, rewards), world.prompts)
-    rows = (chosen[:, None] * world.samples + jnp.arange(world.samples)).reshape(-1)
+    chosen, _ = selection.groups_that_differ(_grouped(task_setup, rewards), task_setup.num_prompts)
+    rows = (chosen[:, None] * task_setup.num_samples + jnp.arange(task_setup.num_samples)).reshape(-1)
     return jax.tree.map(lambda leaf: leaf[rows], rollout), rewards[rows]
 
 
-def ppo_method(world: World, config: ppo.Config, optimizer: OptimizerConfig) -> Method:
+def ppo_algorithm(task_setup: TaskSetup, config: ppo.Config, optimizer: OptimizerConfig) -> Algorithm:
     """PPO with a value model of its own, which starts from the policy's body."""
-    logprob_fn = world.policy.make_actor_critic_fn(temperature=world.temperature)
-    policy_fn, tx = world.logprob_fn, make_optimizer(optimizer)
+    logprob_fn = task_setup.policy.make_actor_critic_fn(temperature=task_setup.temperature)
+    policy_fn, tx = task_setup.logprob_fn, make_optimizer(optimizer)
     update = ppo.make_update(config, logprob_fn, tx)
 
     def init(params: Params, key: PRNGKeyArray, hyper: Any) -> ppo.State:
         head_key, key = jax.random.split(key)
-        value = world.policy.init_scalar_model(head_key, params)
+        value = task_setup.policy.init_scalar_model(head_key, params)
         return ppo.init({"policy": params, "value": value}, tx, key, hyper)
 
     def step(state: ppo.State, hyper: Any, ref_params: Params, key: PRNGKeyArray) -> tuple[Any, Metrics]:
         draw_key, answer_key = jax.random.split(key)
         params = state.learner.all_params
-        prompts = world.draw(draw_key)
-        rollout = world.answer(params["policy"], prompts, answer_key)
-        rewards = world.rewards(rollout, prompts)
+        prompts = task_setup.draw(draw_key)
+        rollout = task_setup.answer(params["policy"], prompts, answer_key)
+        rewards = task_setup.rewards(rollout, prompts)
         score = logprob_fn(params, rollout.sequences)
         ref_logp = policy_fn(ref_params, rollout.sequences).logp
         state, batch, more = ppo.language_batch(config, state, hyper, rollout, score, ref_logp, rewards)
         state, metrics = update(state, hyper, batch)
         return state, {**more, **metrics, **_described(rollout, rewards)}
 
-    return Method(init, step, lambda state: state.learner.all_params["policy"])
+    return Algorithm(init, step, lambda state: state.learner.all_params["policy"])
 
 
 # Preferences -----------------------------------------------------------------------------------------
 
 
-def preference_method(
-    world: World, config: preference.Config, optimizer: OptimizerConfig, *, source: Source
-) -> Method:
+def preference_algorithm(
+    task_setup: TaskSetup, config: preference.Config, optimizer: OptimizerConfig, *, source: Source
+) -> Algorithm:
     """The DPO family on the best and the worst of the answers to each prompt, offline or online."""
-    logprob_fn, tx = world.logprob_fn, make_optimizer(optimizer)
+    logprob_fn, tx = task_setup.logprob_fn, make_optimizer(optimizer)
     update = preference.make_update(config, logprob_fn, tx)
 
     def step(state: Any, hyper: Any, ref_params: Params, key: PRNGKeyArray) -> tuple[Any, Metrics]:
-        writer = ref_params if source == "reference" else state.learner.all_params
-        _, rollout, rewards = _answers(world, writer, key)
-        pairs = selection.best_and_worst(rollout.sequences, _grouped(world, rewards))
+        behavior_params = ref_params if source == "reference" else state.learner.all_params
+        _, rollout, rewards = _answers(task_setup, behavior_params, key)
+        pairs = selection.best_and_worst(rollout.sequences, _grouped(task_setup, rewards))
         batch = preference.make_batch(logprob_fn, ref_params, pairs.chosen, pairs.rejected, pairs.mask)
         state, metrics = update(state, hyper, batch)
         return state, {**metrics, **_described(rollout, rewards)}
 
-    return Method(lambda params, key, _: preference.init(params, tx, key), step)
+    return Algorithm(lambda params, key, _: preference.init(params, tx, key), step)
 
 
-def xpo_method(world: World, config: preference.Config, optimizer: OptimizerConfig) -> Method:
+def xpo_algorithm(task_setup: TaskSetup, config: preference.Config, optimizer: OptimizerConfig) -> Algorithm:
     """XPO: one answer of each pair is the policy's, the other the reference's (Xie et al. 2024)."""
-    logprob_fn, tx = world.logprob_fn, make_optimizer(optimizer)
+    logprob_fn, tx = task_setup.logprob_fn, make_optimizer(optimizer)
     update = preference.make_update(config, logprob_fn, tx)
-    half = dataclasses.replace(world, samples=world.samples // 2)
+    half = dataclasses.replace(task_setup, num_samples=task_setup.num_samples // 2)
 
     def step(state: Any, hyper: Any, ref_params: Params, key: PRNGKeyArray) -> tuple[Any, Metrics]:
         draw_key, own_key, ref_key = jax.random.split(key, 3)
         prompts = half.draw(draw_key)
-        own = world.answer(state.learner.all_params, prompts, own_key)
-        other = world.answer(ref_params, prompts, ref_key)
-        own_rewards, other_rewards = (world.rewards(rollout, prompts) for rollout in (own, other))
+        own = task_setup.answer(state.learner.all_params, prompts, own_key)
+        other = task_setup.answer(ref_params, prompts, ref_key)
+        own_rewards, other_rewards = (task_setup.rewards(rollout, prompts) for rollout in (own, other))
         pairs = selection.judged(own.sequences, other.sequences, own_rewards >= other_rewards)
         counts = own_rewards != other_rewards
         batch = preference.make_batch(logprob_fn, ref_params, pairs.chosen, pairs.rejected, counts)
@@ -150,28 +154,30 @@ def xpo_method(world: World, config: preference.Config, optimizer: OptimizerConf
         described["tokens"] += jnp.sum(other.sequences.mask)
         return state, {**metrics, **described}
 
-    return Method(lambda params, key, _: preference.init(params, tx, key), step)
+    return Algorithm(lambda params, key, _: preference.init(params, tx, key), step)
 
 
-def nash_md_method(
-    world: World, config: nash_md.Config, optimizer: OptimizerConfig, *, noise: float = 0.25
-) -> Method:
+def nash_md_algorithm(
+    task_setup: TaskSetup, config: nash_md.Config, optimizer: OptimizerConfig, *, noise: float = 0.25
+) -> Algorithm:
     """Nash-MD against the mixture of the policy and the reference (Munos et al. 2023).
 
     Args:
       noise: of the judge, who prefers by rewards.
     """
-    logprob_fn, tx = world.logprob_fn, make_optimizer(optimizer)
+    logprob_fn, tx = task_setup.logprob_fn, make_optimizer(optimizer)
     update = nash_md.make_update(config, logprob_fn, tx)
-    half = dataclasses.replace(world, samples=world.samples // 2)
+    half = dataclasses.replace(task_setup, num_samples=task_setup.num_samples // 2)
 
     def step(state: Any, hyper: Any, ref_params: Params, key: PRNGKeyArray) -> tuple[Any, Metrics]:
         draw_key, own_key, other_key = jax.random.split(key, 3)
         params, prompts = state.learner.all_params, half.draw(draw_key)
-        own = world.answer(params, prompts, own_key)
-        mixture = nash_md.mixture_fns(world.policy.prefill, world.policy.decode, mixing=hyper.mixing)
-        other = world.answer((params, ref_params), prompts, other_key, decode_fns=mixture)
-        rewards, other_rewards = (world.rewards(rollout, prompts) for rollout in (own, other))
+        own = task_setup.answer(params, prompts, own_key)
+        mixture = nash_md.mixture_fns(
+            task_setup.policy.prefill, task_setup.policy.decode, mixture_coef=hyper.mixture_coef
+        )
+        other = task_setup.answer((params, ref_params), prompts, other_key, decode_fns=mixture)
+        rewards, other_rewards = (task_setup.rewards(rollout, prompts) for rollout in (own, other))
         wins = nash_md.win_probability(rewards, other_rewards, noise=noise)
         ref_logp = masked_sum(logprob_fn(ref_params, own.sequences).logp, own.sequences.mask, axis=-1)
         state, metrics = update(state, hyper, nash_md.Batch(own.sequences, ref_logp, wins))
@@ -179,107 +185,119 @@ def nash_md_method(
         described["tokens"] += jnp.sum(other.sequences.mask)
         return state, {**metrics, **described}
 
-    return Method(lambda params, key, _: nash_md.init(params, tx, key), step)
+    return Algorithm(lambda params, key, _: nash_md.init(params, tx, key), step)
 
 
-def unpaired_method(
-    world: World, config: unpaired.Config, optimizer: OptimizerConfig, *, source: Source
-) -> Method:
+def unpaired_algorithm(
+    task_setup: TaskSetup, config: unpaired.Config, optimizer: OptimizerConfig, *, source: Source
+) -> Algorithm:
     """KTO and BCO on single answers: desirable are those of more than the batch's mean reward."""
-    logprob_fn, tx = world.logprob_fn, make_optimizer(optimizer)
+    logprob_fn, tx = task_setup.logprob_fn, make_optimizer(optimizer)
     update = unpaired.make_update(config, logprob_fn, tx)
 
     def step(state: Any, hyper: Any, ref_params: Params, key: PRNGKeyArray) -> tuple[Any, Metrics]:
-        writer = ref_params if source == "reference" else state.learner.all_params
-        prompts, rollout, rewards = _answers(world, writer, key)
+        behavior_params = ref_params if source == "reference" else state.learner.all_params
+        prompts, rollout, rewards = _answers(task_setup, behavior_params, key)
         mismatched = None
         if config.shift_decay is None:
             # One prompt's answers stand together: a whole group on is another prompt's.
-            mismatched = unpaired.mismatch(prompts.tokens.shape[1], rollout.sequences, shift=world.samples)
+            mismatched = unpaired.mismatch(
+                prompts.tokens.shape[1], rollout.sequences, shift=task_setup.num_samples
+            )
         desirable = rewards > jnp.mean(rewards)
         batch = unpaired.make_batch(logprob_fn, ref_params, rollout.sequences, desirable, mismatched)
         state, metrics = update(state, hyper, batch)
         return state, {**metrics, **_described(rollout, rewards)}
 
-    return Method(lambda params, key, _: unpaired.init(params, tx, key), step)
+    return Algorithm(lambda params, key, _: unpaired.init(params, tx, key), step)
 
 
-def _answers(world: World, writer: Params, key: PRNGKeyArray) -> tuple[Prompts, Rollout, Float[Array, " B"]]:
+def _answers(
+    task_setup: TaskSetup, behavior_params: Params, key: PRNGKeyArray
+) -> tuple[Prompts, Rollout, Float[Array, " B"]]:
     draw_key, answer_key = jax.random.split(key)
-    prompts = world.draw(draw_key)
-    rollout = world.answer(writer, prompts, answer_key)
-    return prompts, rollout, world.rewards(rollout, prompts)
+    prompts = task_setup.draw(draw_key)
+    rollout = task_setup.answer(behavior_params, prompts, answer_key)
+    return prompts, rollout, task_setup.rewards(rollout, prompts)
 
 
 # Imitation -------------------------------------------------------------------------------------------
 
 
-def imitation_method(
-    world: World, config: sft.Config, optimizer: OptimizerConfig, *, source: Source, every: bool = False
-) -> Method:
+def imitation_algorithm(
+    task_setup: TaskSetup,
+    config: sft.Config,
+    optimizer: OptimizerConfig,
+    *,
+    source: Source,
+    every: bool = False,
+) -> Algorithm:
     """Filtering: best-of-n distillation (of the reference), RAFT (policy), expert iteration (`every`).
 
     Good is what is worth more than the mean reward of the batch, so where all are equal nothing is learned.
     """
     tx = make_optimizer(optimizer)
-    update = sft.make_update(config, world.logprob_fn, tx)
+    update = sft.make_update(config, task_setup.logprob_fn, tx)
 
     def step(state: Any, hyper: Any, ref_params: Params, key: PRNGKeyArray) -> tuple[Any, Metrics]:
-        writer = ref_params if source == "reference" else state.learner.all_params
-        _, rollout, rewards = _answers(world, writer, key)
+        behavior_params = ref_params if source == "reference" else state.learner.all_params
+        _, rollout, rewards = _answers(task_setup, behavior_params, key)
         bar = jnp.nextafter(jnp.mean(rewards), jnp.inf)
-        grouped, select = _grouped(world, rewards), selection.all_above if every else selection.best_of_group
-        chosen, _ = select(rollout.sequences, grouped, at_least=bar)
+        grouped, select = (
+            _grouped(task_setup, rewards),
+            selection.all_above if every else selection.best_of_group,
+        )
+        chosen, _ = select(rollout.sequences, grouped, reward_threshold=bar)
         state, metrics = update(state, hyper, chosen)
         return state, {**metrics, **_described(rollout, rewards)}
 
-    return Method(lambda params, key, _: sft.init(params, tx, key), step)
+    return Algorithm(lambda params, key, _: sft.init(params, tx, key), step)
 
 
-def supervised_method(world: World, config: sft.Config, optimizer: OptimizerConfig) -> Method:
+def supervised_algorithm(task_setup: TaskSetup, config: sft.Config, optimizer: OptimizerConfig) -> Algorithm:
     """SFT on the demonstrations of the task, as many rows a step as others sample."""
     tx = make_optimizer(optimizer)
-    update = sft.make_update(config, world.logprob_fn, tx)
-    table = jax.tree.map(jnp.asarray, world.task.demonstrations)
+    update = sft.make_update(config, task_setup.logprob_fn, tx)
+    table = jax.tree.map(jnp.asarray, task_setup.task.demonstrations)
 
     def step(state: Any, hyper: Any, ref_params: Params, key: PRNGKeyArray) -> tuple[Any, Metrics]:
         del ref_params
-        count = world.prompts * world.samples
+        count = task_setup.num_prompts * task_setup.num_samples
         rows = jax.random.randint(key, (count,), 0, table.tokens.shape[0])
         state, metrics = update(state, hyper, selection.take_rows(table, rows))
         return state, {**metrics, "tokens": jnp.int32(0)}
 
-    return Method(lambda params, key, _: sft.init(params, tx, key), step)
+    return Algorithm(lambda params, key, _: sft.init(params, tx, key), step)
 
 
-def distillation_method(
-    world: World,
+def distillation_algorithm(
+    task_setup: TaskSetup,
     config: distillation.Config,
     optimizer: OptimizerConfig,
     *,
     teacher: Policy,
-    writer: Literal["teacher", "student"],
-) -> Method:
+    generator: Literal["teacher", "student"],
+) -> Algorithm:
     """Distillation on the teacher's answers (soft labels), or on the student's own (GKD).
 
     Args:
       teacher: with its parameters; of the same vocabulary.
     """
     tx = make_optimizer(optimizer)
-    student_fn, teacher_fn = (model.make_distribution_fn() for model in (world.policy, teacher))
+    student_fn, teacher_fn = (model.make_distribution_fn() for model in (task_setup.policy, teacher))
     update = distillation.make_update(config, student_fn, tx)
 
     def step(state: Any, hyper: Any, ref_params: Params, key: PRNGKeyArray) -> tuple[Any, Metrics]:
         del ref_params
         draw_key, answer_key = jax.random.split(key)
-        prompts = world.draw(draw_key)
-        if writer == "teacher":
+        prompts = task_setup.draw(draw_key)
+        if generator == "teacher":
             fns = teacher.prefill, teacher.decode
-            rollout = world.answer(teacher.params, prompts, answer_key, decode_fns=fns)
+            rollout = task_setup.answer(teacher.params, prompts, answer_key, decode_fns=fns)
         else:
-            rollout = world.answer(state.learner.all_params, prompts, answer_key)
+            rollout = task_setup.answer(state.learner.all_params, prompts, answer_key)
         batch = distillation.Batch(rollout.sequences, teacher_fn(teacher.params, rollout.sequences))
         state, metrics = update(state, hyper, batch)
-        return state, {**metrics, **_described(rollout, world.rewards(rollout, prompts))}
+        return state, {**metrics, **_described(rollout, task_setup.rewards(rollout, prompts))}
 
-    return Method(lambda params, key, _: distillation.init(params, tx, key), step)
+    return Algorithm(lambda params, key, _: distillation.init(params, tx, key), step)
