@@ -138,7 +138,7 @@ def write_data(folder: Path, options: Options, seed: int) -> None:
     general = reasoning.general_rows(options.documents // 8, seed)
     solutions = reasoning.solution_rows(options.documents, seed, writers=reasoning.Writers())
     prompts = reasoning.prompt_rows("train", options.documents, seed)
-    files = {
+    data = {
         "base": [*solutions, *general],
         "traces": reasoning.solution_rows(options.cold_traces, seed + 1, writers=reasoning.CAREFUL),
         "general": general[: max(options.chosen_prompts // 4, 1)],
@@ -147,7 +147,7 @@ def write_data(folder: Path, options: Options, seed: int) -> None:
         "pairs": style.preference_rows("train", 8_000, seed, noise=0.5),
         "heldout_pairs": style.preference_rows("heldout", 256, seed, noise=0.5),
     }
-    for name, rows in files.items():
+    for name, rows in data.items():
         files.write_lines(folder / f"{name}.jsonl", rows)
     reasoning.reasoning_tokenizer().save(folder / "tokenizer")
 
@@ -214,7 +214,7 @@ def stage_runs(options: Options, folder: Path, seed: int) -> dict[str, Callable[
         chosen = rounds.Options(
             run=run_options(name, steps),
             model=str(folder / start),
-            writer=str(policy_folder(folder, writer)),
+            generator=str(policy_folder(folder, writer)),
             prompts=prompts,
             method="expert_iteration",
             rounds=1,

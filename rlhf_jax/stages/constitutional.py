@@ -218,7 +218,7 @@ def describe(options: Options, prompts: Sequence[PromptExample], found: Sequence
 # Everything -------------------------------------------------------------------------------------------
 
 
-def train(options: Options, start: Path, rows: list[dict[str, Any]]) -> Path:
+def train(options: Options, start: files.Path, rows: list[dict[str, Any]]) -> Path:
     """The run folder of the policy that has learnt from revisions."""
     data, folder = options.run.out / "rows.jsonl", options.run.out / "policy"
     files.write_lines(data, rows)

@@ -113,7 +113,7 @@ def read_documents(paths: Sequence[str]) -> Iterator[tuple[str, str]]:
                 ) from None
 
 
-def _texts_of_rows(file: Path) -> Iterator[tuple[str, str]]:
+def _texts_of_rows(file: files.Path) -> Iterator[tuple[str, str]]:
     for row in read_rows(file):
         text = row.fields.get("text")
         if not isinstance(text, str):

@@ -8,6 +8,8 @@ run/
   tokenizer/     in the Hugging Face layout
   checkpoints/   see `rlhf_jax.checkpoint`
   metrics.jsonl  one line a step; tensorboard/ has the same
+  digests.json   what the files beside it were when they were written
+  .lock          while a process runs in the folder: its number and host
 """
 
 import dataclasses

@@ -118,7 +118,7 @@ def load(path: Path, env: Environment | None = None) -> tuple[Transition, dict[s
     """
     fields = f"{', '.join(FIELDS)} and {DESCRIPTION}"
     remedy = f"no log of transitions can be read: give an .npz with {fields}, as --collect writes it"
-    arrays = files.read_arrays(path, keys=(*FIELDS, DESCRIPTION), remedy=remedy)
+    arrays: dict[str, Any] = files.read_arrays(path, keys=(*FIELDS, DESCRIPTION), remedy=remedy)
     try:
         description = dict(json.loads(arrays[DESCRIPTION].item()))
     except (ValueError, TypeError) as error:
