@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import jax
 
 from rlhf_jax import distributed
+from rlhf_jax.cli.output import whole_output
 from rlhf_jax.cli.parsing import parse, with_plain_resume
 from rlhf_jax.core.axes import GATHERED_SAMPLING, axis_rules
 from rlhf_jax.core.errors import UserError
@@ -30,6 +31,7 @@ EXIT_NOT_FINISHED = 75
 of "try again later" (sysexits.h), at which schedulers are told to start the run anew."""
 
 
+@whole_output()
 def run_command(
     run: Callable[[Options], Any],
     options_type: type[Options],
