@@ -151,7 +151,7 @@ def label(options: Options, policy: Policy, rows: tuple[list[Row], list[Row]]) -
         )
 
     if distributed.is_main_process():
-        files.hold(options.run.out)
+        files.hold(options.run.out, "--out")
     seed, makers = options.run.seed, makers_of(options, policy, train)
     labelled = held_labels(options.run.out, makers) if options.run.resume else None
     if labelled is None:

@@ -381,6 +381,7 @@ def check(options: Options) -> None:
 def run(options: Options) -> None:
     """Makes the index, answers, and writes what came of it."""
     check(options)
+    describe_run(options.out, common.to_json(options), stage="rag")
     model = load(options.model or train_policy(options))
     if options.index:
         index = RetrievalIndex.load(Path(options.index))
@@ -390,7 +391,6 @@ def run(options: Options) -> None:
         )
         index = make_index(options, documents)
         index.save(options.out / "index")
-    describe_run(options.out, common.to_json(options), stage="rag")
     if options.ask:
         ask(options, model, index)
         return

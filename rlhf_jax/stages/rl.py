@@ -297,8 +297,8 @@ def run(options: Options) -> None:
     if options.load:
         state = restored(folder, course, agent.hyper, keys)
     else:
-        files.write_json(folder / AGENT, description)
         describe_run(folder, common.to_json(options), stage="rl")
+        files.write_json(folder / AGENT, description)
         state, rate = train(options, folder, course, agent.hyper, keys, description)
         speed = {"steps_per_second": rate, "environment_steps": course.updates * course.steps_per_update}
     found = evaluations(options, course, state, env, env_params, keys)

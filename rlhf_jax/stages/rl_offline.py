@@ -180,8 +180,8 @@ def train(options: Options, path: Path, folder: Path) -> None:
     description = rl.described(options, folder, NAMES)
     course, hyper = make_course(options, env, env_params, log)
     keys = rl.seed_keys(description)
-    files.write_json(folder / rl.AGENT, description)
     describe_run(folder, common.to_json(options), stage="rl")
+    files.write_json(folder / rl.AGENT, description)
     control = rl.Options(
         seeds=options.seeds,
         resume=options.resume,

@@ -111,7 +111,7 @@ def describe_run(folder: Path, config: Mapping[str, Any], **more: Any) -> None:
       UserError: another process runs in the folder, or it cannot be written to.
     """
     folder = files.as_path(folder)
-    files.hold(folder)
+    files.hold(folder, "--out")
     files.write_text(folder / "config.yaml", _as_yaml(folder / "config.yaml", config))
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     files.write_json(
@@ -207,7 +207,7 @@ def write_model_files(
             "step": base.step,
             "digest": base.digest,
         }
-    files.hold(folder)
+    files.hold(folder, "--out")
     files.write_json(path, description)
     try:
         files.forget_digests(folder, "tokenizer/")

@@ -173,7 +173,7 @@ def run(options: Options) -> None:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least 1")
     rows = chosen(options.rows)
     if not options.list:
-        files.hold(options.out)
+        files.hold(options.out, "--out")
         for number, row in enumerate(rows, 1):
             if not options.quiet:
                 print(f"[{number}/{len(rows)}] {row.name}", flush=True)

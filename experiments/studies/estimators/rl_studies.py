@@ -275,7 +275,7 @@ def run(options: Options) -> None:
     for name in ("seeds", "steps", "chunk", "episodes"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} {getattr(options, name)}: give at least 1")
-    files.hold(options.out)
+    files.hold(options.out, "--out")
     learnt = []
     for env in ENVIRONMENTS:
         train_all(env, options, options.out / env)

@@ -386,7 +386,7 @@ def check(options: Options) -> Path:
 def run(options: Options) -> None:
     """Every stage that is not done, and the page after each."""
     out = check(options)
-    files.hold(out)
+    files.hold(out, "--out")
     if not files.exists(out / PLAN):
         files.write_json(out / PLAN, plan(options))
     describe_run(out, common.to_json(options), stage="overoptimisation")

@@ -194,7 +194,7 @@ def run(options: Options) -> None:
     for name in ("seeds", "control_seeds", "episodes", "eval_episodes"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least 1")
-    files.hold(options.out)
+    files.hold(options.out, "--out")
     found = run_dyna(options), run_control(options), run_hierarchies(options)
     names = ("dyna", "sweeping", *CONTROL, *(f"rooms_{number}" for number in range(len(found[2]))))
     cells = [files.read_json(options.out / name / SUMMARY) for name in names]

@@ -286,7 +286,7 @@ def run(options: Options) -> None:
     algorithms = chosen("algorithms", options.algorithms, post_training_rows.ALGORITHMS)
     page = options.page or options.out / "RESULTS.md"
     if not options.list:
-        files.hold(options.out)
+        files.hold(options.out, "--out")
     for row in [] if options.list else rows:
         task_setup, held = make_task_setup(row, options), {}
 

@@ -137,7 +137,7 @@ def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 def run(options: Options) -> None:
     """Trains all of them, and writes the table and the picture."""
-    files.hold(options.out)
+    files.hold(options.out, "--out")
     tokenizer = byte_tokenizer()
     transformer = common.ArchOptions(width=options.width, layers=options.layers)
     found: dict[str, list[dict[str, Any]]] = {}

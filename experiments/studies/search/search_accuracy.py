@@ -210,7 +210,7 @@ def run(options: Options) -> None:
         published, writers = published_curves(options)
         panels["GSM8K, published solutions of several models"] = {"": published}
         results |= {"published": published, "published_writers": writers}
-    files.hold(options.out)
+    files.hold(options.out, "--out")
     files.write_json(options.out / "results.json", results)
     plot(options.out / "search_accuracy.png", panels)
     if not options.quiet:

@@ -322,7 +322,7 @@ def run(options: Options) -> None:
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least 1")
     studies = post_training.chosen("studies", options.studies, STUDIES)
-    files.hold(options.out)
+    files.hold(options.out, "--out")
     task_setup, starts = make_starts(options, options.out)
     page = options.page or options.out / "STUDIES.md"
     for number, study in enumerate(studies, 1):

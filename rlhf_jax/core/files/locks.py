@@ -29,22 +29,34 @@ _held: dict[str, Callable[[], None]] = {}  # folder -> how to release it
 _scopes = 0
 
 
-def hold(folder: PathLike) -> None:
+class InUse(Exception):
+    """Another process, which the text names, holds a folder."""
+
+
+def hold(folder: PathLike, name: str = "folder") -> None:
     """Keeps other processes out of a folder until the enclosing `releasing_locks` ends.
 
     Outside of any, it only looks whether another process is in it. The holder may take it again.
+
+    Args:
+      name: of the parameter or option that says which folder.
 
     Raises:
       UserError: another process holds it; or the folder cannot be written to.
     """
     folder = as_path(folder)
-    name = str(folder.resolve())
-    if name in _held:
+    place = str(folder.resolve())
+    if place in _held:
         return
-    with disk_errors(folder / LOCK):
-        release = _flock(folder) if isinstance(folder, pathlib.Path) else _lease(folder)
+    try:
+        with disk_errors(folder / LOCK, name):
+            release = _flock(folder) if isinstance(folder, pathlib.Path) else _lease(folder)
+    except InUse as error:
+        raise UserError(
+            f"{folder} is in use by {error}: wait for its end or stop it, or choose another {name}"
+        ) from None
     if _scopes:
-        _held[name] = release
+        _held[place] = release
     else:
         release()
 
@@ -75,7 +87,7 @@ def _flock(folder: pathlib.Path) -> Callable[[], None]:
         except BlockingIOError:
             holder = os.pread(lock, 4096, 0)
             os.close(lock)
-            raise UserError(_in_use(folder, holder)) from None
+            raise InUse(_who(holder)) from None
         except OSError as error:
             os.close(lock)
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
@@ -103,7 +115,7 @@ def _lease(folder: Path) -> Callable[[], None]:
     if held and not _is_dead(held):
         time.sleep(3 * SECONDS_BETWEEN_BEATS)
         if (now := _content(path)) and now != held:
-            raise UserError(_in_use(folder, now))
+            raise InUse(_who(now))
     stores.write_whole(path, _me())
     ended = threading.Event()
 
@@ -155,10 +167,9 @@ def _is_dead(holder: bytes) -> bool:
     return pid == os.getpid()
 
 
-def _in_use(folder: Path, holder: bytes) -> str:
+def _who(holder: bytes) -> str:
     try:
         told = json.loads(holder)
-        who = f"process {told['pid']} on {told['host']}"
+        return f"process {told['pid']} on {told['host']}"
     except (ValueError, KeyError, TypeError):  # it has only just begun
-        who = "another process"
-    return f"{folder} is in use by {who}: wait for its end or stop it, or choose another folder"
+        return "another process"

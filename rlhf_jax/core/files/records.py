@@ -28,8 +28,12 @@ _SUM = "sha256"  # the array that holds the digest of the others
 
 
 @contextlib.contextmanager
-def disk_errors(path: PathLike) -> Iterator[None]:
-    """Turns errors of the file system into a `UserError` that names `path`."""
+def disk_errors(path: PathLike, name: str = "folder") -> Iterator[None]:
+    """Turns errors of the file system into a `UserError` that names `path`.
+
+    Args:
+      name: of the parameter or option that says where.
+    """
     try:
         yield
     except OSError as error:
@@ -37,7 +41,7 @@ def disk_errors(path: PathLike) -> Iterator[None]:
         if isinstance(error, FileExistsError | NotADirectoryError):
             reason = "a file stands where a folder should be"
         raise UserError(
-            f"{path}: cannot be written ({reason}): free or unlock the disk, or choose another folder"
+            f"{path}: cannot be written ({reason}): free or unlock the disk, or choose another {name}"
         ) from error
 
 

@@ -146,5 +146,5 @@ def test_a_lease_that_lives_keeps_others_out(store, monkeypatch):
         (store / locks.LOCK).write_text(lease(host="elsewhere", pid=7, time=2.0))
 
     monkeypatch.setattr(locks.time, "sleep", beats_meanwhile)
-    with pytest.raises(UserError, match="in use by process 7 on elsewhere"):
+    with pytest.raises(locks.InUse, match="process 7 on elsewhere"):
         locks._lease(store)
