@@ -103,7 +103,7 @@ class RunOptions:
             self.steps,
             save_every=self.save_every,
             eval_every=self.eval_every,
-            keep=self.max_to_keep,
+            max_to_keep=self.max_to_keep,
             quiet=self.quiet,
             profile=self.profile,
             thresholds=thresholds,

@@ -47,7 +47,7 @@ class LoopConfig:
       save_every: steps between checkpoints; one is always saved at the end.
       eval_every: steps between evaluations, 0 for none between the first and the last.
       eval_at_start: evaluate before the first step, too, so that curves begin where the run did.
-      keep: newest checkpoints that are kept.
+      max_to_keep: newest checkpoints that are kept.
       max_consecutive_skipped: give up after this many steps in a row were not finite.
       quiet: show no progress.
       profile: steps that are recorded for a profiler in `folder/profile`, after the two first ones.
@@ -58,7 +58,7 @@ class LoopConfig:
     save_every: int = 100
     eval_every: int = 0
     eval_at_start: bool = True
-    keep: int = 2
+    max_to_keep: int = 2
     max_consecutive_skipped: int = 10
     quiet: bool = False
     profile: int = 0
@@ -125,7 +125,9 @@ def run_loop(
         others = [as_logger(logger) for logger in loggers]
         for logger in others:
             stack.callback(logger.close)
-        checkpoints = CheckpointManager(folder / "checkpoints", keep=config.keep, config=run_config)
+        checkpoints = CheckpointManager(
+            folder / "checkpoints", max_to_keep=config.max_to_keep, config=run_config
+        )
         stack.enter_context(checkpoints)
         start, state = _restore(state, checkpoints, folder, resume, data_fingerprint)
         log, flush = _open_log(stack, folder, stage, start, others)
