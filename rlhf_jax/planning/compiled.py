@@ -23,6 +23,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax import distributed, models
 from rlhf_jax.algorithms import grpo, ppo, preference, sft
+from rlhf_jax.core import files
 from rlhf_jax.core.protocols import LogprobFn
 from rlhf_jax.core.train_state import OptimizerConfig, TrainState, make_optimizer
 from rlhf_jax.core.types import Params, Rollout, Sequences
@@ -332,8 +333,7 @@ def predict(program: Program, mesh: Mesh, keep: Path | None = None) -> Predictio
     memory: Any = compiled.memory_analysis()
     text = compiled.as_text() or ""
     if keep is not None:
-        keep.parent.mkdir(parents=True, exist_ok=True)
-        keep.write_text(text, encoding="utf-8")
+        files.write_text(keep, text)
     return Prediction(
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes - memory.alias_size_in_bytes,

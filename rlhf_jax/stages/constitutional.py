@@ -16,8 +16,6 @@ principles, and revisions; what was revised is not revised again by --resume. Th
 """
 
 import dataclasses
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from typing import Any
 import numpy as np
 import tyro
 
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.data.examples import PromptExample
@@ -36,11 +35,11 @@ from rlhf_jax.metrics import Progress, final_table
 from rlhf_jax.models import Policy
 from rlhf_jax.rewards.functions import call_reward, load_reward
 from rlhf_jax.stages import common, embedded, inputs, sft
-from rlhf_jax.stages.rounds import prompt_of, write_rows
+from rlhf_jax.stages.rounds import check_held, prompt_of
 from rlhf_jax.tasks import arithmetic_reviews as reviews
 from rlhf_jax.tasks.arithmetic import Split
 from rlhf_jax.training.loading import load
-from rlhf_jax.training.run_folder import describe_run, load_policy, write_json
+from rlhf_jax.training.run_folder import describe_run, load_policy
 
 DATA = "arithmetic:0"
 VERIFIER = "rlhf_jax.rewards.verifiers:exact_answer_reward"
@@ -107,12 +106,7 @@ def check(options: Options) -> None:
         raise UserError("--model and --constitution go together: the embedded task brings both of its own")
     if not options.model and options.prompts.data != DATA:
         raise UserError(f"--data {options.prompts.data} needs a policy: give --model and --constitution")
-    held = options.run.out / "config.json"
-    if held.exists():
-        if not options.run.resume:
-            raise UserError(f"{options.run.out} already holds a run: add --resume, or choose another --out")
-        theirs = json.loads(held.read_text(encoding="utf-8"))["config"]
-        common.check_same_options(options, theirs, options.run.out)
+    check_held(options, options.run)
 
 
 # Skills ---------------------------------------------------------------------------------------------
@@ -127,8 +121,9 @@ def train_skills(options: Options) -> Path:
     )
     for name, split, count in splits:
         rows = reviews.skill_rows(reviews.REVIEW_LEVEL, split, mixture(count), run.seed, **RATES)
-        write_rows(run.out / name, rows)
-    reviews.review_tokenizer().save(run.out / "tokenizer")
+        files.write_lines(run.out / name, rows)
+    with files.disk_errors(run.out / "tokenizer"):
+        reviews.review_tokenizer().save(run.out / "tokenizer")
     stage = sft.Options(
         run=dataclasses.replace(
             run, out=out, steps=options.skill_steps, eval_every=0, report=False, resume=_begun(out)
@@ -153,7 +148,7 @@ def mixture(rows: int) -> reviews.Mixture:
 
 
 def _begun(folder: Path) -> bool:
-    return (folder / "checkpoints").exists()
+    return files.is_folder(folder / "checkpoints")
 
 
 # Revisions --------------------------------------------------------------------------------------------
@@ -164,13 +159,10 @@ def revise(
 ) -> list[Review]:
     """Reviews of the prompts, kept in `revisions.jsonl` batch by batch; those that are there are read."""
     path, size = options.run.out / "revisions.jsonl", options.answer_batch_size
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    whole = [line for line in lines if line.endswith("\n")]
-    kept = len(whole) if len(whole) == len(prompts) else len(whole) // size * size
-    if kept < len(lines):  # a batch torn by a stop is made again
-        part = path.with_name(path.name + ".part")
-        part.write_text("".join(whole[:kept]), encoding="utf-8")
-        os.replace(part, path)
+    rows = files.read_lines(path, keys=("prompt", "answer", "turns", "finished"))
+    kept = len(rows) if len(rows) == len(prompts) else len(rows) // size * size
+    if kept < len(rows):  # a batch torn by a stop is made again
+        files.write_lines(path, rows[:kept])
     review = make_review_fn(
         model,
         principles,
@@ -183,11 +175,9 @@ def revise(
     with Progress("revisions", len(prompts), quiet=options.run.quiet) as progress:
         for start in range(kept, len(prompts), size):
             found = review(prompts[start : start + size], start)
-            with path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(one.row()) + "\n" for one in found)
+            files.append_lines(path, (one.row() for one in found))
             progress.update(min(start + size, len(prompts)))
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [_review(row) for row in rows]
+    return [_review(row) for row in files.read_lines(path)]
 
 
 def _review(row: dict[str, Any]) -> Review:
@@ -228,10 +218,10 @@ def describe(options: Options, prompts: Sequence[PromptExample], found: Sequence
 # Everything -------------------------------------------------------------------------------------------
 
 
-def train(options: Options, start: Path, rows: list[dict[str, Any]]) -> Path:
+def train(options: Options, start: files.Path, rows: list[dict[str, Any]]) -> Path:
     """The run folder of the policy that has learnt from revisions."""
     data, folder = options.run.out / "rows.jsonl", options.run.out / "policy"
-    write_rows(data, rows)
+    files.write_lines(data, rows)
     rate = options.learning_rate if options.learning_rate or options.model else 3e-4
     run = dataclasses.replace(options.run, out=folder, report=False, resume=_begun(folder))
     sft.run(
@@ -251,16 +241,16 @@ def run(options: Options) -> None:
     """All of it; leaves `policy`, and what it learned from."""
     check(options)
     out = options.run.out
-    out.mkdir(parents=True, exist_ok=True)
     principles = (
         read_constitution(options.constitution) if options.constitution else list(reviews.CONSTITUTION)
     )
     describe_run(out, common.to_json(options), stage="constitutional")
-    start = Path(options.model) if options.model else train_skills(options)
+    start = files.as_path(options.model) if options.model else train_skills(options)
     model = load(start)
-    write_rows(out / "constitution.jsonl", constitution_rows(principles))
-    judge = {"kind": "rating", "model": os.path.relpath(start, out), "constitution": "constitution.jsonl"}
-    write_json(out / "judge.json", judge)
+    files.write_lines(out / "constitution.jsonl", constitution_rows(principles))
+    where = files.relative(out, start) if files.exists(start) else options.model
+    judge = {"kind": "rating", "model": where, "constitution": "constitution.jsonl"}
+    files.write_json(out / "judge.json", judge)
 
     prompts = inputs.load_prompts(options.prompts, model, options.run.seed)
     drawn = BatchSampler(len(prompts), options.revised, options.run.seed).indices(0)
@@ -275,7 +265,7 @@ def run(options: Options) -> None:
     if prompts.evaluate is not None:
         numbers["before"] = prompts.evaluate(model.params, model.params).metrics()
         numbers["after"] = prompts.evaluate(params, model.params).metrics()
-    write_json(out / "results.json", numbers)
+    files.write_json(out / "results.json", numbers)
     common.finish(options.run, inputs.before_and_after("constitutional", before, prompts.answer(params)))
     if not options.run.quiet:
         show(options, numbers)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Params, Sequences
 from rlhf_jax.data import packing
@@ -304,6 +305,8 @@ def make_sampler(
         return make_generate_fn(model, max_num_seqs=max_num_seqs or None, **shared)
     if max_num_seqs:
         raise UserError(f"--max-num-seqs is for --engine local: the server of {engine} has its own way")
+    if parse_engine(engine)[0] != "openai":
+        folder = files.as_local(folder, f"weights for --engine {engine} are written")
     logprob_fn = model.make_logprob_fn()
 
     def write(path: Path, params: Params) -> None:

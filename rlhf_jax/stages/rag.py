@@ -13,7 +13,6 @@ known) it answers a file of them. The run folder gets `index/`, `answers.jsonl` 
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.data.examples import PromptExample, prompt_examples
 from rlhf_jax.data.sources import Row, read_rows
@@ -33,7 +33,7 @@ from rlhf_jax.stages import common, embedded, inputs, sft
 from rlhf_jax.tasks import facts
 from rlhf_jax.tool_use import Chunk, RetrievalIndex, numbered_prompt, read_answer, split_document
 from rlhf_jax.training.loading import load
-from rlhf_jax.training.run_folder import describe_run, write_json
+from rlhf_jax.training.run_folder import describe_run
 
 TEXTS = (".txt", ".md")
 WORLDS = 8
@@ -95,23 +95,25 @@ def read_documents(paths: Sequence[str]) -> Iterator[tuple[str, str]]:
     Raises:
       UserError: a path is missing, or of a kind that is not read, or a row has no text.
     """
-    for path in map(Path, paths):
-        files = sorted(file for file in path.rglob("*") if file.suffix in TEXTS) if path.is_dir() else [path]
-        if not files:
+    for path in map(files.as_path, paths):
+        is_folder = files.is_folder(path)
+        inside = [path / name for name in files.list_files(path)] if is_folder else []
+        found = [file for file in inside if file.suffix in TEXTS] if is_folder else [path]
+        if not found:
             raise UserError(f"--documents {path}: no {' or '.join(TEXTS)} file in this folder: name another")
-        for file in files:
+        for file in found:
             if file.suffix not in TEXTS:
                 yield from _texts_of_rows(file)
                 continue
             try:
-                yield file.read_text(encoding="utf-8"), str(file.relative_to(path) if path.is_dir() else file)
+                yield files.read_text(file), str(file.relative_to(path) if is_folder else file)
             except (OSError, UnicodeDecodeError) as error:
                 raise UserError(
                     f"{file}: cannot be read as UTF-8 text ({error}): mend or leave it out"
                 ) from None
 
 
-def _texts_of_rows(file: Path) -> Iterator[tuple[str, str]]:
+def _texts_of_rows(file: files.Path) -> Iterator[tuple[str, str]]:
     for row in read_rows(file):
         text = row.fields.get("text")
         if not isinstance(text, str):
@@ -171,7 +173,7 @@ def says(chunk: Chunk, question: dict[str, str]) -> bool:
 def train_policy(options: Options) -> Path:
     """The run folder of a policy that answers from passages."""
     out, data = options.out / "sft", options.out / "training.json"
-    write_json(data, training_rows(options))
+    files.write_json(data, training_rows(options))
     facts.facts_tokenizer().save(options.out / "tokenizer")
     stage = sft.Options(
         run=common.RunOptions(
@@ -379,6 +381,7 @@ def check(options: Options) -> None:
 def run(options: Options) -> None:
     """Makes the index, answers, and writes what came of it."""
     check(options)
+    describe_run(options.out, common.to_json(options), stage="rag")
     model = load(options.model or train_policy(options))
     if options.index:
         index = RetrievalIndex.load(Path(options.index))
@@ -388,13 +391,12 @@ def run(options: Options) -> None:
         )
         index = make_index(options, documents)
         index.save(options.out / "index")
-    describe_run(options.out, common.to_json(options), stage="rag")
     if options.ask:
         ask(options, model, index)
         return
     judged = measure(options, model, index)
-    lines = [json.dumps({"passages": count, **row}) for count, rows in judged.items() for row in rows]
-    (options.out / "answers.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    lines = ({"passages": count, **row} for count, rows in judged.items() for row in rows)
+    files.write_lines(options.out / "answers.jsonl", lines)
     results = {count: summary(rows) for count, rows in judged.items()}
-    write_json(options.out / "results.json", results)
+    files.write_json(options.out / "results.json", results)
     show(results)

@@ -22,6 +22,7 @@ import numpy as np
 import tyro
 
 from rlhf_jax.algorithms import grpo
+from rlhf_jax.core.files import write_json
 from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer, with_total_steps
 from rlhf_jax.core.types import Array, Float, Params, Rollout
 from rlhf_jax.data.examples import PromptExample, prompt_examples
@@ -46,7 +47,6 @@ from rlhf_jax.tasks.arithmetic_tools import TOOL_LEVEL, tool_demonstration_rows,
 from rlhf_jax.tool_use import calculator, call_pattern
 from rlhf_jax.training import run_loop
 from rlhf_jax.training.loading import load
-from rlhf_jax.training.run_folder import write_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -112,13 +112,16 @@ def run_loop(
       meter: what `step_fn` times its parts with; the step as a whole is always timed.
 
     Raises:
-      UserError: the folder holds checkpoints and `resume` is False, or those of a run on other data; too
-        many steps were not finite.
+      UserError: the folder holds checkpoints and `resume` is False, or those of a run on other data; another
+        process runs in it; too many steps were not finite.
       Interrupted: on SIGINT, SIGTERM or SIGUSR1, after the step under way was finished and saved.
     """
     folder, meter, first = files.as_path(folder), meter or Meter(), is_main_process()
     calls = [on_step] if callable(on_step) else list(on_step)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(files.releasing_locks())
+        if first:
+            files.hold(folder)
         others = [as_logger(logger) for logger in loggers]
         for logger in others:
             stack.callback(logger.close)

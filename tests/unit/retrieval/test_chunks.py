@@ -85,7 +85,7 @@ def test_an_index_that_is_none(tmp_path):
     RetrievalIndex(PASSAGES).save(tmp_path)
     with (tmp_path / "passages.jsonl").open("a") as file:
         file.write('{"text": "half\n')
-    with pytest.raises(UserError, match=r"passages\.jsonl:4: not a passage"):
+    with pytest.raises(UserError, match=r"passages\.jsonl:4: not JSON .*: make the index anew"):
         RetrievalIndex.load(tmp_path)
 
 
