@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rlhf_jax.core.masks import clean
-from rlhf_jax.core.types import Array, Bool, Float, Shaped
+from rlhf_jax.core.types import Array, Bool, Shaped
 
 
 def full_precision(values: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
