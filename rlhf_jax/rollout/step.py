@@ -1,7 +1,12 @@
-"""From a rollout and its rewards to a new state: what the scripts compile, and what plans are made of."""
+"""Training steps of GRPO and PPO: from a rollout and its rewards to a new state.
+
+Stages compile them, whole runs under `jit` are made of them, and plans count them.
+"""
 
 from collections.abc import Callable
 from typing import Any
+
+import optax
 
 from rlhf_jax.algorithms import grpo, ppo
 from rlhf_jax.core.protocols import LogprobFn
@@ -11,19 +16,30 @@ ReferenceFn = Callable[[Any, Params], Params]
 """(learner, original) -> the frozen reference; `original` is what the learner does not hold of it."""
 
 
-def make_group_learn(
+def whole_reference(learner: Any, original: Params) -> Params:
+    """The reference of full training: the learner holds nothing of it."""
+    del learner
+    return original
+
+
+def make_grpo_train_step(
     config: grpo.Config,
     logprob_fn: LogprobFn,
-    update: Callable[..., tuple[grpo.State, Metrics]],
-    hyper: grpo.Hyper,
-    reference_fn: ReferenceFn,
+    tx: optax.GradientTransformation,
+    reference_fn: ReferenceFn = whole_reference,
 ) -> Callable[..., tuple[grpo.State, Metrics]]:
-    """`learn(state, original, rollout, rewards, scored=None, greedy_rewards=None)` of the GRPO family:
-    log-probs of the answers under policy and reference, comparison of those that have a reward, update.
-    """
+    """Training step of the GRPO family: log-probs of the answers under policy and reference, advantages,
+    and the update.
 
-    def learn(
+    Returns:
+      `train_step(state, hyper, original, rollout, rewards, scored=None, greedy_rewards=None) -> (state,
+      metrics)`; `scored` marks the answers that have a reward.
+    """
+    update = grpo.make_update(config, logprob_fn, tx)
+
+    def train_step(
         state: grpo.State,
+        hyper: grpo.Hyper,
         original: Params,
         rollout: Rollout,
         rewards: Float[Array, " B"],
@@ -38,27 +54,31 @@ def make_group_learn(
         state, metrics = update(state, hyper, batch)
         return state, {**described, **metrics}
 
-    return learn
+    return train_step
 
 
-def make_ppo_learn(
+def make_ppo_train_step(
     config: ppo.Config,
     logprob_fn: LogprobFn,
     ref_logprob_fn: LogprobFn,
-    update: Callable[..., tuple[ppo.State, Metrics]],
-    hyper: ppo.Hyper,
-    reference_fn: ReferenceFn,
+    tx: optax.GradientTransformation,
+    reference_fn: ReferenceFn = whole_reference,
 ) -> Callable[..., tuple[ppo.State, Metrics]]:
-    """`learn(state, original, rollout, rewards, scored=None)` of PPO: log-probs and values of the answers,
-    the KL to the reference, advantages, and all epochs.
+    """Training step of PPO: log-probs and values of the answers, the KL to the reference, advantages, and all
+    epochs.
 
     Args:
       logprob_fn: of policy and value.
       ref_logprob_fn: of the reference.
-    """
 
-    def learn(
+    Returns:
+      `train_step(state, hyper, original, rollout, rewards, scored=None) -> (state, metrics)`.
+    """
+    update = ppo.make_update(config, logprob_fn, tx)
+
+    def train_step(
         state: ppo.State,
+        hyper: ppo.Hyper,
         original: Params,
         rollout: Rollout,
         rewards: Float[Array, " B"],
@@ -72,4 +92,4 @@ def make_ppo_learn(
         state, metrics = update(state, hyper, batch)
         return state, {**described, **metrics}
 
-    return learn
+    return train_step

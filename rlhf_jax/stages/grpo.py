@@ -38,7 +38,7 @@ from rlhf_jax.rewards.functions import Scored
 from rlhf_jax.rewards.rules import soft_overlong_reward
 from rlhf_jax.rollout.dynamic_sampling import Answers, filter_zero_std_groups, term_means
 from rlhf_jax.rollout.sampler import make_generate_fn
-from rlhf_jax.rollout.step import make_group_learn
+from rlhf_jax.rollout.step import make_grpo_train_step
 from rlhf_jax.stages import adapting, common, defaults, entry, inputs
 from rlhf_jax.stages.entry import NOTHING, Given, Trained, policy_of, trained
 from rlhf_jax.stages.reward_specs import make_reward_fn
@@ -309,10 +309,8 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     brought = given.policy is not None
     split = adapting.split_trainable(options.adapter, model, seed=seed, steps=steps, brought=brought)
     tx = split.optimizer(with_total_steps(options.optimizer, steps))
-    update = grpo.make_update(variant.config, logprob_fn, tx)
     evaluate = prompts.evaluate
-
-    learn = make_group_learn(variant.config, logprob_fn, update, variant.hyper, split.reference)
+    train_step = make_grpo_train_step(variant.config, logprob_fn, tx, split.reference)
     state = adapting.init_sharded_state(
         lambda *x: grpo.init(x[0], tx, x[1], one_step_off_policy=options.one_step_off_policy),
         split.trained,
@@ -320,7 +318,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         jax.random.key(seed),
     )
     adapting.print_trainable_parameters(options.run, state.learner)
-    learn = common.jit_update(learn, state)
+    learn = common.jit_update(lambda state, *data: train_step(state, variant.hyper, *data), state)
 
     def step(state: grpo.State, number: int):
         answers, drawn = draw(state.rollout_params, number)

@@ -64,7 +64,7 @@ def train(args: argparse.Namespace) -> None:
     def make_batch(params: Params, reference: Params, rollout: Rollout, rewards: Array, scored: Array):
         old_logp = logprob_fn(params, rollout.sequences).logp
         ref_logp = logprob_fn(reference, rollout.sequences).logp
-        return grpo.make_batch(config, hyper, rollout, rewards, old_logp, ref_logp)
+        return grpo.make_batch(config, hyper, rollout, rewards, old_logp, ref_logp, scored=scored)
 
     write_model_files(args.out, policy, "policy")
     describe_run(args.out, vars(args), stage="grpo")
