@@ -123,6 +123,7 @@ def store(tmp_path, monkeypatch):
         lease(pid=2**22 + 1),  # no such process here
         lease(host="elsewhere"),  # stands still
     ],
+    ids=["torn", "own number", "no process", "elsewhere"],
 )
 def test_a_dead_lease_is_taken_over(store, left):
     (store / locks.LOCK).write_text(left)
