@@ -122,7 +122,7 @@ def make_config(options: Options, game: games.Game) -> alphazero.Config:
         "--num-minibatches", options.num_minibatches, "--games x --plies", options.games * plies
     )
     return alphazero.Config(
-        iterations=options.run.steps,
+        iterations=options.run.num_steps,
         num_games=options.games,
         plies=plies,
         opening=options.opening,
@@ -280,7 +280,7 @@ def run(options: Options) -> None:
         raise UserError(
             "--num-simulations, --play-simulations, --games and --openings are 1 or more: raise them"
         )
-    if -(-options.run.steps // options.run.save_every) > options.run.max_to_keep:
+    if -(-options.run.num_steps // options.run.save_every) > options.run.max_to_keep:
         raise UserError(
             f"--max-to-keep {options.run.max_to_keep} would remove checkpoints that the Elo curve needs: "
             "raise it, or --save-every"

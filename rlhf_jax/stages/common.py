@@ -44,7 +44,8 @@ class RunOptions:
       seed: decides initial weights, order of the data, and sampling.
       resume: go on from the newest whole checkpoint in the run folder, if there is one, and start otherwise;
         --resume auto says the same, --resume never the opposite.
-      steps: steps in all.
+      steps: steps in all; None for as many as `num_train_epochs` takes.
+      num_train_epochs: passes over the data, where `steps` does not say more.
       save_every: steps between checkpoints.
       eval_every: steps between evaluations on the held-out data; 0 for one at the end.
       max_to_keep: newest checkpoints that are kept.
@@ -73,7 +74,8 @@ class RunOptions:
     out: Path
     seed: int = 0
     resume: bool = False
-    steps: int = 200
+    steps: int | None = None
+    num_train_epochs: float = 1.0
     save_every: int = 100
     eval_every: int = 0
     max_to_keep: int = 2
@@ -92,6 +94,12 @@ class RunOptions:
     remat: models.Remat | None = None
     scan_layers: bool | None = None
 
+    @property
+    def num_steps(self) -> int:
+        """Steps in all, once they are known."""
+        assert self.steps is not None
+        return self.steps
+
     def load(self, name: str) -> Policy:
         """The policy of this name, in the precision and layout that these options say."""
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
@@ -100,7 +108,7 @@ class RunOptions:
     def loop(self, thresholds: Thresholds = Thresholds()) -> LoopConfig:
         """The part of it that the training loop knows."""
         return LoopConfig(
-            self.steps,
+            self.num_steps,
             save_every=self.save_every,
             eval_every=self.eval_every,
             max_to_keep=self.max_to_keep,
@@ -270,7 +278,7 @@ class PromptOptions:
     eval_reward: str = ""
     max_prompt_length: int = 0
     overlength: Overlength = "error"
-    max_new_tokens: int = 40
+    max_new_tokens: int = 256
     prompt_count: int = 8_000
     eval_count: int = 256
     samples: int = 8
@@ -370,16 +378,16 @@ def local_indices(sampler: Batches, step: int, repeat: int = 1) -> np.ndarray:
 
 WITHOUT_PREFIX = ("run", "pairs", "prompts", "task")
 _POSITIVE = """
-    --steps --max-to-keep --batch-size --micro-batches --minibatches --num-minibatches --group-size --epochs
-    --num-iterations --num-ppo-epochs --temperature
+    --steps --num-train-epochs --max-to-keep --batch-size --micro-batches --minibatches --num-minibatches
+    --group-size --epochs --num-iterations --num-ppo-epochs --temperature
     --max-new-tokens --demonstrations --pair-count --prompt-count --eval-count --optimizer.clip-norm
     --arch.width --arch.layers --arch.heads --arch.kv-heads --max-seq-length
     --rounds --prompts-per-round --samples-per-prompt
 """.split()  # noqa: SIM905 (a list of literals would fill the screen)
 # They change how a run is watched, or how long it is, and nothing of what it computes until then.
 _MAY_DIFFER = """
-    --out --resume --steps --save-every --eval-every --max-to-keep --quiet --report --micro-batches
-    --eval-data --eval-reward --eval-count --samples --mesh --all-gather-params --coordinator
+    --out --resume --steps --num-train-epochs --save-every --eval-every --max-to-keep --quiet --report
+    --micro-batches --eval-data --eval-reward --eval-count --samples --mesh --all-gather-params --coordinator
     --init-timeout --heartbeat-timeout --profile --peak-tflops --log --engine --prompts --sample-tokens
     --against --remat
 """.split()  # noqa: SIM905
@@ -409,8 +417,18 @@ def brief(options: Any) -> Any:
     """A stage's options; one far shorter than the script's own gets a shorter warm-up."""
     if options.optimizer.warmup_steps is None:
         return options
-    warmup = min(options.optimizer.warmup_steps, options.run.steps // 4)
+    warmup = min(options.optimizer.warmup_steps, options.run.num_steps // 4)
     return dataclasses.replace(options, optimizer=dataclasses.replace(options.optimizer, warmup_steps=warmup))
+
+
+def with_steps(options: Options, rows: int, batch_size: int) -> Options:
+    """Options of a stage whose run knows its steps: the given ones, or those of its passes over the data."""
+    run: RunOptions = options.run  # pyright: ignore[reportAttributeAccessIssue]
+    if run.steps is not None:
+        return options
+    steps = max(math.ceil(run.num_train_epochs * rows / batch_size), 1)
+    run = dataclasses.replace(run, steps=steps)
+    return dataclasses.replace(options, run=run)  # pyright: ignore[reportArgumentType]
 
 
 def check_divides(part_name: str, part: int, whole_name: str, whole: int) -> None:
@@ -429,9 +447,9 @@ def check(options: Any, run: RunOptions, stage: str) -> None:
     for name, value in ours.items():
         if isinstance(value, float) and math.isnan(value):
             raise UserError(f"{name} is not a number: give one")
-        if name in _POSITIVE and value <= 0:
+        if name in _POSITIVE and value is not None and value <= 0:
             raise UserError(f"{name} {value} is not positive: give a number above 0")
-        if name in ("--profile", "--peak-tflops") and value < 0:
+        if name in ("--profile", "--peak-tflops") and float(value or 0) < 0:
             raise UserError(f"{name} {value} is below 0: give 0 for none")
     make_loggers(run.log, run.out, stage=stage)  # refuses names that are none, before anything is read
     if not 0 <= run.seed < 2**32:
@@ -491,7 +509,7 @@ def announce(options: RunOptions, model: Policy, data: str) -> None:
     if options.quiet or not distributed.is_main_process():
         return
     size = sum(leaf.size for leaf in jax.tree.leaves(model.params))
-    print(f"{options.out}: {data}; a model of {size:,} parameters; {options.steps} steps")
+    print(f"{options.out}: {data}; a model of {size:,} parameters; {options.num_steps:,} steps")
     mesh = distributed.current_mesh()
     if mesh.size > 1:
         summary, whole = distributed.describe_shardings(mesh, model.params)

@@ -71,7 +71,7 @@ class Options:
       learning_rate: at its peak; None for the published one (2e-5, with an adapter 2e-4).
     """
 
-    run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/distill"), steps=200)
+    run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/distill"))
     teacher: str
     model: str = ""
     prompts: tyro.conf.OmitArgPrefixes[common.PromptOptions]
@@ -170,12 +170,13 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     model = start_from(options, teacher, given)
     prompts = inputs.load_prompts(options.prompts, model, seed, given)
     size = sum(leaf.size for leaf in jax.tree.leaves(teacher.params))
+    options = common.with_steps(options, len(prompts), options.batch_size)
     common.announce(options.run, model, f"{len(prompts):,} prompts; a teacher of {size:,} parameters")
     write = make_sample_completions_fn(options, model, teacher, prompts, share, given)
 
-    steps, brought = options.run.steps, given.policy is not None
+    steps, brought = options.run.num_steps, given.policy is not None
     split = adapting.split_trainable(options.adapter, model, seed=seed, steps=steps, brought=brought)
-    tx = split.optimizer(with_total_steps(options.optimizer, options.run.steps))
+    tx = split.optimizer(with_total_steps(options.optimizer, options.run.num_steps))
     config = distillation.Config(options.micro_batches, (WHOLE | SAMPLED)[options.loss])
     student_fn, teacher_fn = make_logp_fn(options, model), make_logp_fn(options, teacher)
     update = distillation.make_update(config, student_fn, tx)

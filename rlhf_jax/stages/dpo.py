@@ -65,7 +65,7 @@ class Options:
         model in memory (with an adapter: the same one, adapter off). Both give the same training.
     """
 
-    run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/dpo"), steps=60)
+    run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/dpo"))
     model: str
     pairs: tyro.conf.OmitArgPrefixes[common.PairOptions]
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
@@ -219,12 +219,13 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     load = inputs.load_labeled if loss in UNPAIRED_LOSSES else inputs.load_pairs
     train, held_out = load(options.pairs, model.tokenizer, seed, given)
     what = "responses" if loss in UNPAIRED_LOSSES else "pairs"
+    options = common.with_steps(options, len(train), options.batch_size)
     common.announce(options.run, model, f"{len(train):,} {what}, {len(held_out):,} held out")
 
-    steps, brought = options.run.steps, given.policy is not None
+    steps, brought = options.run.num_steps, given.policy is not None
     split = adapting.split_trainable(options.adapter, model, seed=seed, steps=steps, brought=brought)
     logprob_fn = model.make_logprob_fn()
-    tx = split.optimizer(with_total_steps(options.optimizer, options.run.steps))
+    tx = split.optimizer(with_total_steps(options.optimizer, options.run.num_steps))
     if isinstance(loss, str) and loss in UNPAIRED_LOSSES:
         objective = unpaired_objective(options, loss, logprob_fn, tx)
     else:

@@ -113,7 +113,7 @@ class Options:
       entropy_coef: weight of the entropy bonus.
     """
 
-    run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/grpo"), steps=60)
+    run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/grpo"))
     model: str
     prompts: tyro.conf.OmitArgPrefixes[common.PromptOptions]
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
@@ -299,13 +299,14 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     common.check_rewards(inputs.rewards_of(options.prompts, given))
     model = policy_of(options.model, given, options.run)
     prompts = inputs.load_prompts(options.prompts, model, seed, given)
+    options = common.with_steps(options, len(prompts), options.batch_size)
     common.announce(options.run, model, f"{len(prompts):,} prompts")
     variant = variant_of(options)
     meter = options.run.meter(update_flops(options, model, prompts.length))
     draw = make_draw_fn(options, variant, model, prompts, meter, given)
     greedy = make_greedy_fn(options, model, prompts, given)
     logprob_fn = model.make_logprob_fn(temperature=options.temperature)
-    steps = options.run.steps * options.num_iterations * options.num_minibatches
+    steps = options.run.num_steps * options.num_iterations * options.num_minibatches
     brought = given.policy is not None
     split = adapting.split_trainable(options.adapter, model, seed=seed, steps=steps, brought=brought)
     tx = split.optimizer(with_total_steps(options.optimizer, steps))

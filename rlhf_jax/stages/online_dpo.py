@@ -71,7 +71,7 @@ class Options:
         by how much.
     """
 
-    run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/online_dpo"), steps=60)
+    run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/online_dpo"))
     model: str
     prompts: tyro.conf.OmitArgPrefixes[common.PromptOptions]
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
@@ -217,12 +217,13 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     prompts = inputs.load_prompts(options.prompts, model, seed, given)
     sampler = BatchSampler(len(prompts), options.batch_size, seed)
     compare = make_compare_fn(options, model, given)
+    options = common.with_steps(options, len(prompts), options.batch_size)
     common.announce(options.run, model, f"{len(prompts):,} prompts")
 
-    steps, brought = options.run.steps, given.policy is not None
+    steps, brought = options.run.num_steps, given.policy is not None
     split = adapting.split_trainable(options.adapter, model, seed=seed, steps=steps, brought=brought)
     logprob_fn = model.make_logprob_fn(temperature=options.temperature)
-    tx = split.optimizer(with_total_steps(options.optimizer, options.run.steps))
+    tx = split.optimizer(with_total_steps(options.optimizer, options.run.num_steps))
     init, learn_from = (nash_update if options.method == "nash_md" else pair_update)(options, logprob_fn, tx)
     state = adapting.init_sharded_state(init, split.trained, split.frozen, jax.random.key(seed))
     adapting.print_trainable_parameters(options.run, state.learner)

@@ -87,7 +87,7 @@ class Options:
       scale_rewards: divide rewards by the standard deviation of all rewards seen.
     """
 
-    run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/ppo"), steps=25)
+    run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/ppo"))
     model: str
     reward_model: tuple[str, ...] = ()
     ensemble: Literal["mean", "worst", "uncertainty"] = "mean"
@@ -255,8 +255,9 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     evaluated = dataclasses.replace(options.prompts, eval_reward=looked_at)
     prompts = inputs.load_prompts(evaluated, model, seed, given)
     sampler = BatchSampler(len(prompts), options.batch_size, seed)
+    options = common.with_steps(options, len(prompts), options.batch_size)
     common.announce(options.run, model, f"{len(prompts):,} prompts")
-    steps = options.run.steps * options.num_ppo_epochs * options.num_minibatches
+    steps = options.run.num_steps * options.num_ppo_epochs * options.num_minibatches
     brought = given.policy is not None
     split = adapting.split_trainable(options.adapter, model, seed=seed, steps=steps, brought=brought)
     reward = reward_on_base(options, model, split)

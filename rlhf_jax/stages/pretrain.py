@@ -315,7 +315,7 @@ def run(options: Options) -> None:
     check(options)
     documents, held_out = split(options)
     model = starting_model(options, documents)
-    optimizer = with_total_steps(options.optimizer, options.run.steps)
+    optimizer = with_total_steps(options.optimizer, options.run.num_steps)
     batches = Batches(options, model.tokenizer, documents, optimizer.decay_start)
     tokens = sum(int(rows.mask.sum()) for rows in batches.rows)
     common.announce(

@@ -80,9 +80,7 @@ class Options:
       eval_count: how many held-out solutions are evaluated at most.
     """
 
-    run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(
-        Path("runs/process_reward"), steps=150
-    )
+    run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/process_reward"))
     arch: common.ArchOptions = common.ArchOptions()
     optimizer: OptimizerConfig = defaults.LINEAR
     data: str
@@ -91,7 +89,7 @@ class Options:
     labels: Literal["given", "rollouts"] = "given"
     rollouts: int = 8
     label_reward: str = ""
-    max_new_tokens: int = 40
+    max_new_tokens: int = 256
     tokenizer: str = ""
     train_tokenizer: int = 0
     model: str = ""
@@ -303,10 +301,11 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         rows = label(options, model, rows)
     train, held_out = load(options, model.tokenizer, list(rows))
     sampler = BatchSampler(len(train), options.batch_size, seed)
+    options = common.with_steps(options, len(train), options.batch_size)
     common.announce(options.run, model, f"{len(train):,} solutions, {len(held_out):,} held out")
 
     step_reward_fn = model.make_process_reward_fn()
-    tx = make_optimizer(with_total_steps(options.optimizer, options.run.steps))
+    tx = make_optimizer(with_total_steps(options.optimizer, options.run.num_steps))
     init_key, state_key = jax.random.split(jax.random.key(seed))
 
     def init(params: Params, init_key: PRNGKeyArray, state_key: PRNGKeyArray) -> process_reward.State:

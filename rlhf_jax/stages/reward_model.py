@@ -40,9 +40,7 @@ class Options:
       center_rewards_coefficient: weight of (chosen + rejected)^2, which keeps scores near 0.
     """
 
-    run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(
-        Path("runs/reward_model"), steps=160
-    )
+    run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/reward_model"))
     pairs: tyro.conf.OmitArgPrefixes[common.PairOptions]
     arch: common.ArchOptions = common.ArchOptions()
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
@@ -67,12 +65,13 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     )
     train, held_out = inputs.load_pairs(options.pairs, model.tokenizer, seed, given)
     sampler = BatchSampler(len(train), options.batch_size, seed)
+    options = common.with_steps(options, len(train), options.batch_size)
     common.announce(options.run, model, f"{len(train):,} pairs, {len(held_out):,} held out")
 
-    steps, brought = options.run.steps, given.policy is not None
+    steps, brought = options.run.num_steps, given.policy is not None
     split = adapting.split_trainable(options.adapter, model, seed=seed, steps=steps, brought=brought)
     reward_fn = model.make_reward_fn()
-    tx = split.optimizer(with_total_steps(options.optimizer, options.run.steps))
+    tx = split.optimizer(with_total_steps(options.optimizer, options.run.num_steps))
     state = adapting.init_sharded_state(
         lambda params, *keys: reward.init(model.init_scalar_model(keys[0], params), tx, keys[1]),
         split.trained,

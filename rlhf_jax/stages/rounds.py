@@ -71,7 +71,7 @@ class Options:
         conversations beside those that rewards chose; empty for none.
     """
 
-    run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/raft"), steps=60)
+    run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/raft"))
     model: str
     generator: str = ""
     prompts: tyro.conf.OmitArgPrefixes[common.PromptOptions]

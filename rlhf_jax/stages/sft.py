@@ -64,7 +64,7 @@ class Options:
       eval_count: how many held-out conversations are evaluated at most.
     """
 
-    run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/sft"), steps=600)
+    run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/sft"))
     arch: common.ArchOptions = common.ArchOptions()
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
     optimizer: OptimizerConfig = defaults.COSINE
@@ -147,7 +147,7 @@ def make_batches(
     shares = mixing_shares(sizes, weights=weights or None, **how)
     sampler = MixtureSampler(tuple(sizes), tuple(shares.tolist()), options.batch_size, options.run.seed)
     if not options.run.quiet and distributed.is_main_process():
-        seen = sampler.epochs(options.run.steps)
+        seen = sampler.epochs(options.run.num_steps)
         columns = ["source", "rows", "share of batches", "times seen"]
         cells = zip(sources, sizes, shares.tolist(), seen.tolist(), strict=True)
         final_table(
@@ -206,16 +206,17 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     # Each source is packed by itself, so that a row has one source.
     parts_of_rows = [lay_out(options, some, length) for some in by_source]
     rows = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts_of_rows)
+    options = common.with_steps(options, len(rows.tokens), options.batch_size)
     sampler = make_batches(options, sources, [len(part.tokens) for part in parts_of_rows])
     common.announce(options.run, model, f"{len(examples):,} conversations in {len(rows.tokens):,} rows")
     common.show_sample(options.run, model.tokenizer, examples[0])
 
     seed, brought = options.run.seed, given.policy is not None
     split = adapting.split_trainable(
-        options.adapter, model, seed=seed, steps=options.run.steps, brought=brought
+        options.adapter, model, seed=seed, steps=options.run.num_steps, brought=brought
     )
     logprob_fn = model.make_logprob_fn_with_auxiliaries()
-    tx = split.optimizer(with_total_steps(options.optimizer, options.run.steps))
+    tx = split.optimizer(with_total_steps(options.optimizer, options.run.num_steps))
     state = adapting.init_sharded_state(
         lambda *x: sft.init(x[0], tx, x[1]),
         split.trained,

@@ -182,7 +182,7 @@ def run(options: Options) -> None:
     )
     evaluate = make_evaluate_fn(generate, model.tokenizer, held_out, sampling)
     logprob_fn = model.make_logprob_fn(temperature=options.temperature)
-    tx = make_optimizer(with_total_steps(options.optimizer, options.run.steps))
+    tx = make_optimizer(with_total_steps(options.optimizer, options.run.num_steps))
     config = grpo.Config(options.group_size, micro_batches=options.micro_batches)
     update = grpo.make_update(config, logprob_fn, tx)
     hyper = grpo.Hyper(learning_rate=jnp.float32(options.learning_rate), kl_coef=options.kl_coef)
