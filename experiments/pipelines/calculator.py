@@ -5,7 +5,7 @@
 
 A small decoder learns from demonstrations, in two thirds of which the writer guesses instead of calling the
 calculator (`rlhf sft`); then GRPO finds out what pays (`rlhf tool-use`): of held-out problems the most
-likely conversation solves 0 % before, never calling, and 91 % after, always calling, in under four minutes
+likely conversation solves 0 % before, never calling, and 99 % after, always calling, in under four minutes
 on two CPU cores. The run folder holds both stages' own.
 """
 
