@@ -21,17 +21,13 @@ os.environ.setdefault(
 )
 
 import jax
+import jaxtyping
 import pytest
 
-# RLHF_JAX_TYPECHECK=1: every function of the package checks the types and shapes that it is annotated with.
-# Installed before any of its modules is imported. (Processes that tests start run without.) An int passes for
-# a float (PEP 484).
-if os.environ.get("RLHF_JAX_TYPECHECK"):
-    import jaxtyping
-
-    jaxtyping.install_import_hook(
-        "rlhf_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
-    )
+# Every function of these rooms checks the types and shapes that it is annotated with (processes that tests
+# start run without). Installed before any of them is imported; an int passes for a float (PEP 484).
+CHECKED = os.environ.get("RLHF_JAX_TYPECHECK", "rlhf_jax.kernels,rlhf_jax.losses").split(",")
+jaxtyping.install_import_hook(CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 # One folder for each worker: JAX does not write cache entries atomically.
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")

@@ -105,10 +105,8 @@ def train_sft(options: Options) -> Trained:
 
 def train_grpo(options: Options, start: Path) -> Trained:
     """The same policy, after GRPO with the calculator."""
-    rows, held_out = (
-        prompt_rows(TOOL_LEVEL, split, count, options.seed)
-        for split, count in (("train", options.prompt_count), ("heldout", options.eval_prompts))
-    )
+    rows = prompt_rows(TOOL_LEVEL, "train", options.prompt_count, options.seed)
+    held_out = prompt_rows(TOOL_LEVEL, "heldout", options.eval_prompts, options.seed)
     run = pipeline_stages.run_options(options, options.out / "grpo", options.seed, options.steps)
     stage = tool_use.Options(
         run=run,

@@ -18,11 +18,11 @@ from typing import Any
 import pipeline_stages
 
 from rlhf_jax.cli import command_line
+from rlhf_jax.core import files
 from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.feedback.constitution import constitution_rows
 from rlhf_jax.stages import common, constitutional, rule_rewards, sft
 from rlhf_jax.stages.entry import Given
-from rlhf_jax.stages.rounds import write_rows
 from rlhf_jax.tasks import arithmetic_reviews as reviews
 from rlhf_jax.training.run_folder import describe_run
 
@@ -102,10 +102,9 @@ def mixture(rows: int) -> reviews.Mixture:
 
 def train_skills(options: Options) -> Path:
     """The run folder of a decoder that answers, criticises, revises, judges and grades."""
-    rows, held_out = (
-        reviews.skill_rows(reviews.REVIEW_LEVEL, split, mixture(count), options.seed, **RATES)
-        for split, count in (("train", options.skill_rows), ("heldout", 512))
-    )
+    level, seed = reviews.REVIEW_LEVEL, options.seed
+    rows = reviews.skill_rows(level, "train", mixture(options.skill_rows), seed, **RATES)
+    held_out = reviews.skill_rows(level, "heldout", mixture(512), seed, **RATES)
     reviews.review_tokenizer().save(options.out / "tokenizer")
     run = pipeline_stages.run_options(options, options.out / "skills", options.seed, options.skill_steps)
     stage = sft.Options(
@@ -124,7 +123,7 @@ def train_skills(options: Options) -> Path:
 def revise(options: Options, skills: Path) -> None:
     """The supervised stage: the policy that has learnt from its own revisions."""
     constitution = options.out / "principles.jsonl"
-    write_rows(constitution, constitution_rows(reviews.CONSTITUTION))
+    files.write_lines(constitution, constitution_rows(reviews.CONSTITUTION))
     run = pipeline_stages.run_options(options, options.out / "constitutional", options.seed, options.steps)
     constitutional.run(
         constitutional.Options(
@@ -156,9 +155,9 @@ def fit_rules(options: Options, skills: Path) -> None:
         for split in ("train", "heldout")
         for row in reviews.ranked_rows(reviews.REVIEW_LEVEL, split, options.ranked, options.seed)
     ]
-    write_rows(ranked, rows)
+    files.write_lines(ranked, rows)
     questions = reviews.PROPOSITIONS.items()
-    write_rows(propositions, [{"name": name, "question": question} for name, question in questions])
+    files.write_lines(propositions, [{"name": name, "question": question} for name, question in questions])
     rule_rewards.run(
         rule_rewards.Options(
             out=out,

@@ -1,7 +1,6 @@
 """What jobs of several stages share: the stages of a seed in order, none run twice, and tables over seeds."""
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,12 +9,12 @@ from typing import Any, Protocol
 
 import jax
 
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.evaluation.statistics import Interval, mean_interval, wilson_interval
-from rlhf_jax.metrics import TableRow
+from rlhf_jax.metrics import TableRow, read_metrics
 from rlhf_jax.stages import common, embedded
-from rlhf_jax.training.run_folder import write_json
 
 EVALUATIONS = 3
 """Of every stage, on held-out data."""
@@ -106,7 +105,7 @@ def run_seed(
       measure: name of a stage that was run -> its results.
     """
     results_file = folder / "results.json"
-    results = json.loads(results_file.read_text()) if results_file.exists() else {}
+    results = files.read_json(results_file, otherwise={}, keys=())
     for name, run in stages.items():
         if name in results:
             continue
@@ -114,7 +113,7 @@ def run_seed(
         run()
         seconds = time.perf_counter() - began
         results[name] = {"seconds": seconds, **measure(name)}
-        write_json(results_file, results)
+        files.write_json(results_file, results)
     return results
 
 
@@ -129,8 +128,7 @@ def run_seeds(job: Job, run_one: Callable[[int], Results]) -> list[Results]:
 
 def last_metric(folder: Path, name: str) -> float:
     """The newest value of a metric of a stage."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return next(json.loads(line)[name] for line in reversed(lines) if f'"{name}"' in line)
+    return next(line[name] for line in reversed(read_metrics(folder)) if name in line)
 
 
 def summarise(results: Sequence[Results]) -> dict[str, dict[str, list[float]]]:

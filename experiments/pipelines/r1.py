@@ -25,6 +25,7 @@ import pipeline_stages
 import r1_page
 
 from rlhf_jax.cli import command_line
+from rlhf_jax.core import files
 from rlhf_jax.core.types import Rollout
 from rlhf_jax.data.examples import PromptExample, prompt_examples
 from rlhf_jax.data.sources import Row
@@ -36,7 +37,7 @@ from rlhf_jax.rollout.sampler import Evaluation, completion_texts, make_evaluate
 from rlhf_jax.stages import common, grpo, reward_model, rounds, sft
 from rlhf_jax.stages.reward_specs import make_reward_fn
 from rlhf_jax.tasks import reasoning, style
-from rlhf_jax.training.run_folder import describe_run, load_policy, write_json
+from rlhf_jax.training.run_folder import describe_run, load_policy
 
 ACCURACY = "rlhf_jax.rewards.verifiers:symbolic_reward"
 FORMAT = "rlhf_jax.rewards.rules:think_answer_reward"
@@ -137,7 +138,7 @@ def write_data(folder: Path, options: Options, seed: int) -> None:
     general = reasoning.general_rows(options.documents // 8, seed)
     solutions = reasoning.solution_rows(options.documents, seed, writers=reasoning.Writers())
     prompts = reasoning.prompt_rows("train", options.documents, seed)
-    files = {
+    data = {
         "base": [*solutions, *general],
         "traces": reasoning.solution_rows(options.cold_traces, seed + 1, writers=reasoning.CAREFUL),
         "general": general[: max(options.chosen_prompts // 4, 1)],
@@ -146,9 +147,8 @@ def write_data(folder: Path, options: Options, seed: int) -> None:
         "pairs": style.preference_rows("train", 8_000, seed, noise=0.5),
         "heldout_pairs": style.preference_rows("heldout", 256, seed, noise=0.5),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in files.items():
-        rounds.write_rows(folder / f"{name}.jsonl", rows)
+    for name, rows in data.items():
+        files.write_lines(folder / f"{name}.jsonl", rows)
     reasoning.reasoning_tokenizer().save(folder / "tokenizer")
 
 
@@ -214,7 +214,7 @@ def stage_runs(options: Options, folder: Path, seed: int) -> dict[str, Callable[
         chosen = rounds.Options(
             run=run_options(name, steps),
             model=str(folder / start),
-            writer=str(policy_folder(folder, writer)),
+            generator=str(policy_folder(folder, writer)),
             prompts=prompts,
             method="expert_iteration",
             rounds=1,
@@ -344,9 +344,10 @@ def run(options: Options) -> None:
     describe_run(options.out, common.to_json(options), stage="r1", seeds=seeds, task=task)
     results = pipeline_stages.run_seeds(options, lambda seed: run_seed(options, seed))
     summary = pipeline_stages.summarise(results)
-    write_json(options.out / "summary.json", summary)
+    files.write_json(options.out / "summary.json", summary)
     prompts = reasoning.prompt_rows("heldout", options.eval_prompts, 0)[:SAMPLES]
-    write_json(options.out / "samples.json", pipeline_stages.sample_cards(prompts, results[0], POLICIES))
+    cards = pipeline_stages.sample_cards(prompts, results[0], POLICIES)
+    files.write_json(options.out / "samples.json", cards)
     rows = pipeline_stages.table_rows(summary, POLICIES, options.eval_prompts, shares=SHARES)
     picture = options.out / "curves.png"
     r1_page.draw(picture, options.out, seeds)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pipeline_stages
 
+from rlhf_jax.core import files
 from rlhf_jax.metrics import TableRow, final_table, format_seconds, read_metrics
 from rlhf_jax.metrics.plots import Curve, smooth, trend
 
@@ -54,7 +55,8 @@ def draw(path: Path, out: Path, seeds: Sequence[int]) -> None:
         axes.set_ylim(bottom=0, top=1.02 if name.startswith("reward/") else None)
     handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(RUNS), fontsize=9, frameon=False)
-    figure.savefig(path, dpi=110)
+    with files.writing(path) as local:
+        figure.savefig(local, dpi=110)
 
 
 def show(

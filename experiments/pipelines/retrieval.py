@@ -11,7 +11,6 @@ that of each number of passages, and `results.json`.
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,14 @@ import numpy as np
 import pipeline_stages
 
 from rlhf_jax.cli import command_line
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.metrics import final_table
 from rlhf_jax.retrieval.chunks import numbered_prompt
 from rlhf_jax.stages import common, rag, sft
 from rlhf_jax.stages.entry import Given
-from rlhf_jax.stages.rounds import write_rows
 from rlhf_jax.tasks import facts
-from rlhf_jax.training.run_folder import describe_run, write_json
+from rlhf_jax.training.run_folder import describe_run
 
 WORLDS = 8
 """In how many worlds the people to train on live; in each, other things are true of them."""
@@ -147,8 +146,8 @@ def ask(options: Options, policy: Path) -> dict[int, dict[str, Any]]:
     """What `rlhf rag` counts with 0, 1, ... passages a question."""
     people = held_out(options)
     documents, questions = options.out / "documents.jsonl", options.out / "questions.jsonl"
-    write_rows(documents, [{"text": text, "source": source} for text, source in documents_of(people)])
-    write_rows(questions, questions_about(people))
+    files.write_lines(documents, [{"text": text, "source": source} for text, source in documents_of(people)])
+    files.write_lines(questions, questions_about(people))
     results = {}
     for count in range(options.top_k + 1):
         out = options.out / f"passages_{count}"
@@ -166,7 +165,7 @@ def ask(options: Options, policy: Path) -> dict[int, dict[str, Any]]:
             quiet=True,
         )
         rag.run(stage)
-        results[count] = json.loads((out / "results.json").read_text(encoding="utf-8"))
+        results[count] = files.read_json(out / "results.json")
     return results
 
 
@@ -175,7 +174,7 @@ def run(options: Options) -> None:
     check(options)
     describe_run(options.out, common.to_json(options), stage="retrieval")
     results = ask(options, train_policy(options))
-    write_json(options.out / "results.json", results)
+    files.write_json(options.out / "results.json", results)
     if options.quiet:
         return
     final_table(

@@ -19,6 +19,7 @@ from typing import Any
 import pipeline_stages
 
 from rlhf_jax.cli import command_line
+from rlhf_jax.core import files
 from rlhf_jax.data.examples import prompt_examples
 from rlhf_jax.metrics import TableRow, final_table, format_seconds, write_report
 from rlhf_jax.rollout.sampler import Evaluation, make_evaluate_fn
@@ -26,7 +27,7 @@ from rlhf_jax.stages import common, dpo, embedded, grpo, ppo, reward_model, sft
 from rlhf_jax.stages.inputs import load_rows
 from rlhf_jax.stages.reward_specs import make_reward_fn
 from rlhf_jax.tasks.arithmetic import Level, arithmetic_tokenizer, prompt_rows, widest_completion
-from rlhf_jax.training.run_folder import describe_run, load_policy, write_json
+from rlhf_jax.training.run_folder import describe_run, load_policy
 
 EXACT_MATCH = "rlhf_jax.rewards.verifiers:exact_answer_reward"
 POLICIES = ("sft", "ppo", "dpo", "grpo")
@@ -203,9 +204,10 @@ def run(options: Options) -> None:
     results = pipeline_stages.run_seeds(options, lambda seed: run_seed(options, seed, max_new_tokens))
     summary = pipeline_stages.summarise(results)
     rows = pipeline_stages.table_rows(summary, POLICIES, options.eval_prompts)
-    write_json(options.out / "summary.json", summary)
+    files.write_json(options.out / "summary.json", summary)
     prompts = prompt_rows(level, "heldout", options.eval_prompts, 0)[:SAMPLES]
-    write_json(options.out / "samples.json", pipeline_stages.sample_cards(prompts, results[0], POLICIES))
+    cards = pipeline_stages.sample_cards(prompts, results[0], POLICIES)
+    files.write_json(options.out / "samples.json", cards)
     over = "seeds" if options.seeds > 1 else "prompts"
     report = write_report(options.out, rows, interval=f"95 % interval over {over}")
     show(options, rows, summary["reward_model"]["pair_accuracy"], time.perf_counter() - began)

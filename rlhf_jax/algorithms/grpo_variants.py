@@ -1,6 +1,6 @@
 """Variants of GRPO, and its relatives: all that differs between them, in one function each.
 
-A variant function takes the static choices of `group.Config` that are not its own (`group_size=`, ...), and
+A variant function takes the static choices of `grpo.Config` that are not its own (`group_size=`, ...), and
 what it needs of its own, and returns a `GRPOVariant`. A new one is in `grpo_variants()`, and so in the
 choices of every command, once it is written here.
 """
@@ -11,14 +11,15 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax.numpy as jnp
-
-from rlhf_jax.algorithms.grpo import Config, GroupStats, Hyper
+from rlhf_jax.algorithms import group_advantages
+from rlhf_jax.algorithms.grpo import AdvantageFn, Config, Hyper
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.importing import is_import_path, load_function, nearest_name
-from rlhf_jax.core.types import Array, Float
-from rlhf_jax.kernels import advantages as baselines
-from rlhf_jax.losses.policy_ratios import sequence_log_ratio
+from rlhf_jax.losses.policy_ratios import (
+    sequence_log_ratio,
+    sequence_token_log_ratio,
+    token_log_ratio,
+)
 from rlhf_jax.losses.policy_surrogates import (
     cispo_surrogate,
     geometric_mean_surrogate,
@@ -26,7 +27,7 @@ from rlhf_jax.losses.policy_surrogates import (
     vespo_surrogate,
 )
 from rlhf_jax.losses.policy_weights import truncated_importance_weights
-from rlhf_jax.losses.reductions import constant_length, length_weighted, token_mean
+from rlhf_jax.losses.reductions import constant_length, sequence_sum, token_mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +55,17 @@ class GRPOVariant:
     overlong_penalty_coef: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuses groups of one where answers are compared with each other."""
+        """Refuses groups of one where answers are compared with each other, and parts that do not fit."""
         if self.config.group_size == 1 and not self.needs_no_group:
             raise UserError(
                 "group_size 1: the algorithm compares the answers to one prompt, so give 2 or more, or take "
                 "one that compares none (reinforce, reinforce++, remax)"
+            )
+        if self.config.surrogate_fn in (geometric_mean_surrogate, vespo_surrogate) and (
+            self.config.ratio_fn is not token_log_ratio
+        ):
+            raise UserError(
+                "ratio_fn: GMPO and VESPO make an answer's ratio of those of its tokens: leave it"
             )
 
 
@@ -113,11 +120,11 @@ def make_variant(
     """A variant of GRPO with changes, by name, by a path `module:function`, or by its function.
 
     Args:
-      changes: what replaces the published hyperparameters and fields; None leaves one as it is. What the
-        variant's function takes itself goes there: the KL of REINFORCE++ stands in the reward, so its
-        `kl_coef` does.
+      changes: what replaces the published hyperparameters and the fields of variant and `Config`; None leaves
+        one as it is. What the variant's function takes itself goes there: the KL of the policy gradients
+        (REINFORCE, RLOO, ...) stands in the reward, so their `kl_coef` does.
       max_completion_length: tokens of the longest answer, for variants that need it (Dr. GRPO).
-      static: fields of `group.Config`.
+      static: fields of `grpo.Config`.
     """
     function = find_variant(variant)
     own = inspect.signature(function).parameters
@@ -125,111 +132,140 @@ def make_variant(
     if "max_completion_length" in own:
         static["max_completion_length"] = max_completion_length
     made = function(**static, **{name: given.pop(name) for name in [*given] if name in own})
-    fields = {field.name for field in dataclasses.fields(GRPOVariant)}
-    made = dataclasses.replace(made, **{name: given.pop(name) for name in [*given] if name in fields})
+    made = dataclasses.replace(made, **_taken(given, GRPOVariant))
+    made = dataclasses.replace(made, config=dataclasses.replace(made.config, **_taken(given, Config)))
     return dataclasses.replace(made, hyper=dataclasses.replace(made.hyper, **given))
 
 
-def _no_baseline(stats: GroupStats) -> Float[Array, "N G"]:
-    return stats.rewards
+def _taken(given: dict[str, Any], options: type) -> dict[str, Any]:
+    """Takes from `given` what is a field of `options`."""
+    names = {field.name for field in dataclasses.fields(options)} & given.keys()
+    return {name: given.pop(name) for name in names}
 
 
-def _batch_baseline(stats: GroupStats) -> Float[Array, "N G"]:
-    return stats.rewards - jnp.mean(stats.rewards)
+# Policy gradients -----------------------------------------------------------------------------------------
+#
+# One step on policy the clip of the surrogate never acts: what is left is E[A sum_t grad log pi(y_t)], the
+# sum over an answer's tokens and the mean over answers. The KL stands in the reward, before the baseline.
 
 
-def _unscaled(stats: GroupStats) -> Float[Array, "N G"]:
-    return baselines.group_relative_advantages(stats.rewards, scale_fn=baselines.unit_scale)
+def _policy_gradient(
+    advantage_fn: AdvantageFn, kl_coef: float, static: dict[str, Any]
+) -> tuple[Config, Hyper]:
+    config = Config(advantage_fn=advantage_fn, reduce=sequence_sum, **static)
+    return config, Hyper(kl_coef=0.0, reward_kl_coef=kl_coef)
 
 
-def _leave_one_out(stats: GroupStats) -> Float[Array, "N G"]:
-    return baselines.leave_one_out_advantages(stats.rewards)
+def reinforce(*, kl_coef: float = 0.0, **static: Any) -> GRPOVariant:
+    """REINFORCE (Williams 1992), with the mean reward of the batch as baseline.
 
+    Gradient: that of E[r], times 1 - 1/B for B answers in a batch, whose mean holds the answer's own reward.
 
-def _greedy_baseline(stats: GroupStats) -> Float[Array, "N G"]:
-    if stats.greedy_rewards is None:
-        raise ValueError("ReMax compares with the most likely answer: give make_batch greedy_rewards=")
-    return baselines.remax_advantages(stats.rewards, stats.greedy_rewards)
-
-
-def _optimal_baseline(stats: GroupStats) -> Float[Array, "N G"]:
-    return baselines.optimal_baseline_advantages(stats.rewards, stats.lengths)
-
-
-def _whitened_returns(kl_coef: float, stats: GroupStats) -> Float[Array, "B T"]:
-    return baselines.reinforce_plus_plus_advantages(
-        stats.rewards.reshape(-1), stats.kl, stats.mask, kl_coef=kl_coef
+    Args:
+      kl_coef: weight of the KL in the reward.
+    """
+    return GRPOVariant(
+        *_policy_gradient(group_advantages.batch_baseline, kl_coef, static), needs_no_group=True
     )
 
 
-def _whitened_within_groups(stats: GroupStats) -> Float[Array, "N G"]:
-    return baselines.reinforce_plus_plus_baseline_advantages(stats.rewards)
+def reinforce_without_baseline(*, kl_coef: float = 0.0, **static: Any) -> GRPOVariant:
+    """REINFORCE (Williams 1992) on bare rewards.
 
+    Gradient: that of E[r], unbiased.
 
-# Policy gradients, one step on policy: the clip of the surrogate never acts, so it is REINFORCE's gradient.
-
-
-def reinforce(**static: Any) -> GRPOVariant:
-    """REINFORCE (Williams 1992), with the mean reward of the batch as baseline."""
-    config = Config(advantage_fn=_batch_baseline, **static)
-    return GRPOVariant(config, Hyper(kl_coef=0.0), needs_no_group=True)
-
-
-def reinforce_without_baseline(**static: Any) -> GRPOVariant:
-    """REINFORCE (Williams 1992) on bare rewards."""
-    config = Config(advantage_fn=_no_baseline, **static)
-    return GRPOVariant(config, Hyper(kl_coef=0.0), needs_no_group=True)
+    Args:
+      kl_coef: weight of the KL in the reward.
+    """
+    return GRPOVariant(*_policy_gradient(group_advantages.no_baseline, kl_coef, static), needs_no_group=True)
 
 
 def reinforce_plus_plus(*, kl_coef: float = 0.01, **static: Any) -> GRPOVariant:
-    """REINFORCE++ (Hu et al. 2025): the KL in the reward, by `kl_coef`; returns whitened over the batch."""
-    advantage_fn = functools.partial(_whitened_returns, kl_coef)
-    config = Config(advantage_fn=advantage_fn, reduce=token_mean, **static)
-    return GRPOVariant(config, Hyper(kl_coef=0.0), needs_no_group=True)
+    """REINFORCE++ (Hu et al. 2025): the KL in the reward of each token; returns whitened over the batch.
+
+    Gradient: biased: advantages over the spread of the batch, answers over its tokens.
+
+    Args:
+      kl_coef: weight of the KL in the reward.
+    """
+    config = Config(advantage_fn=group_advantages.whitened_returns, reduce=token_mean, **static)
+    return GRPOVariant(config, Hyper(kl_coef=0.0, reward_kl_coef=kl_coef), needs_no_group=True)
 
 
 def reinforce_plus_plus_baseline(**static: Any) -> GRPOVariant:
-    """REINFORCE++ with the group's mean as baseline (Hu et al. 2025)."""
-    return GRPOVariant(Config(advantage_fn=_whitened_within_groups, reduce=token_mean, **static))
+    """REINFORCE++ with the group's mean as baseline (Hu et al. 2025).
 
-
-def rloo(**static: Any) -> GRPOVariant:
-    """RLOO (Ahmadian et al. 2024): the baseline is the mean of the other answers."""
-    return GRPOVariant(Config(advantage_fn=_leave_one_out, **static))
-
-
-def remax(**static: Any) -> GRPOVariant:
-    """ReMax (Li et al. 2024): the baseline is the reward of the most likely answer."""
+    Gradient: biased: advantages over the spread of the batch, answers over its tokens.
+    """
     return GRPOVariant(
-        Config(advantage_fn=_greedy_baseline, **static), needs_greedy=True, needs_no_group=True
+        Config(advantage_fn=group_advantages.whitened_within_groups, reduce=token_mean, **static)
     )
 
 
-def opo(**static: Any) -> GRPOVariant:
-    """OPO (Hao et al. 2025): the length-weighted baseline, exactly on policy, no KL."""
-    return GRPOVariant(Config(advantage_fn=_optimal_baseline, **static), Hyper(kl_coef=0.0))
+def rloo(*, kl_coef: float = 0.02, **static: Any) -> GRPOVariant:
+    """RLOO (Ahmadian et al. 2024): the baseline is the mean of the other answers.
+
+    Gradient: that of E[r], unbiased.
+
+    Args:
+      kl_coef: weight of the KL in the reward, which the baseline sees as well.
+    """
+    return GRPOVariant(*_policy_gradient(group_advantages.leave_one_out, kl_coef, static))
+
+
+def remax(*, kl_coef: float = 0.02, **static: Any) -> GRPOVariant:
+    """ReMax (Li et al. 2024): the baseline is the reward of the most likely answer.
+
+    Gradient: that of E[r], unbiased.
+
+    Args:
+      kl_coef: weight of the KL in the reward; the baseline has none.
+    """
+    made = _policy_gradient(group_advantages.greedy_baseline, kl_coef, static)
+    return GRPOVariant(*made, needs_greedy=True, needs_no_group=True)
+
+
+def opo(*, kl_coef: float = 0.0, **static: Any) -> GRPOVariant:
+    """OPO (Hao et al. 2025): the length-weighted baseline, exactly on policy.
+
+    Gradient: biased by the answer's own reward in the baseline, which vanishes in large groups.
+
+    Args:
+      kl_coef: weight of the KL in the reward; the paper has none.
+    """
+    return GRPOVariant(*_policy_gradient(group_advantages.optimal_baseline, kl_coef, static))
 
 
 # GRPO and its descendants ---------------------------------------------------------------------------------
 
 
 def grpo(**static: Any) -> GRPOVariant:
-    """GRPO (Shao et al. 2024)."""
+    """GRPO (Shao et al. 2024).
+
+    Gradient: biased: answers over their length, prompts over the spread of their rewards.
+    """
     return GRPOVariant(Config(**static))
 
 
 def bnpo(**static: Any) -> GRPOVariant:
-    """GRPO with the mean over all tokens of the batch instead of within each answer."""
+    """GRPO with the mean over all tokens of the batch instead of within each answer.
+
+    Gradient: biased: answers over the batch's tokens, prompts over the spread of their rewards.
+    """
     return GRPOVariant(Config(reduce=token_mean, **static))
 
 
 def dr_grpo(*, max_completion_length: int, **static: Any) -> GRPOVariant:
     """Dr. GRPO (Liu et al. 2025): neither lengths nor the spread of a group's rewards are divided by.
 
+    Gradient: that of E[r], times (1 - 1/G) / max_completion_length.
+
     Args:
       max_completion_length: the constant that replaces lengths, in tokens.
     """
-    config = Config(advantage_fn=_unscaled, reduce=constant_length(max_completion_length), **static)
+    config = Config(
+        advantage_fn=group_advantages.SCALES["none"], reduce=constant_length(max_completion_length), **static
+    )
     return GRPOVariant(config, Hyper(kl_coef=0.0))
 
 
@@ -237,6 +273,8 @@ def dapo(
     *, dynamic_sampling_max_rounds: int = 8, overlong_penalty_coef: float = 1.0, **static: Any
 ) -> GRPOVariant:
     """DAPO (Yu et al. 2025): clip-higher, token mean, no KL, dynamic sampling, soft overlong punishment.
+
+    Gradient: biased as BNPO's; prompts whose answers are all alike are drawn again.
 
     Args:
       dynamic_sampling_max_rounds: rounds of sampling in a step at most; the paper sets no bound.
@@ -252,37 +290,89 @@ def dapo(
 
 
 def gspo(**static: Any) -> GRPOVariant:
-    """GSPO (Zheng et al. 2025): one ratio for a whole answer."""
+    """GSPO (Zheng et al. 2025): one ratio for a whole answer.
+
+    Gradient: on policy GRPO's without the KL.
+    """
     hyper = Hyper(epsilon_low=3e-4, epsilon_high=4e-4, kl_coef=0.0)
     return GRPOVariant(Config(ratio_fn=sequence_log_ratio, **static), hyper)
 
 
-def luspo(**static: Any) -> GRPOVariant:
-    """LUSPO (arXiv 2602.05261): GSPO with answers weighted by their length."""
+def gspo_token(**static: Any) -> GRPOVariant:
+    """GSPO-token (Zheng et al. 2025, section 4.3): GSPO with a gradient for each token's own advantage.
+
+    Gradient: GSPO's where the advantages of an answer's tokens are equal, on policy and off.
+    """
     hyper = Hyper(epsilon_low=3e-4, epsilon_high=4e-4, kl_coef=0.0)
-    return GRPOVariant(Config(ratio_fn=sequence_log_ratio, reduce=length_weighted, **static), hyper)
+    return GRPOVariant(Config(ratio_fn=sequence_token_log_ratio, **static), hyper)
+
+
+def luspo(**static: Any) -> GRPOVariant:
+    """LUSPO (arXiv 2602.05261): GSPO with answers weighted by their length.
+
+    Gradient: biased: prompts over the spread of their rewards.
+    """
+    hyper = Hyper(epsilon_low=3e-4, epsilon_high=4e-4, kl_coef=0.0)
+    return GRPOVariant(Config(ratio_fn=sequence_log_ratio, reduce=sequence_sum, **static), hyper)
 
 
 def gmpo(**static: Any) -> GRPOVariant:
-    """GMPO (Zhao et al. 2025): the geometric mean of an answer's ratios, bounds in log space."""
+    """GMPO (Zhao et al. 2025): the geometric mean of an answer's ratios, bounds in log space.
+
+    Gradient: on policy GRPO's.
+    """
     hyper = Hyper(epsilon_low=0.4, epsilon_high=0.4)
     return GRPOVariant(Config(surrogate_fn=geometric_mean_surrogate, **static), hyper)
 
 
 def cispo(**static: Any) -> GRPOVariant:
-    """CISPO (Chen et al. 2025): the weight is clipped, no token loses its gradient."""
+    """CISPO (Chen et al. 2025): the weight is clipped, no token loses its gradient.
+
+    Gradient: on policy BNPO's without the KL.
+    """
     hyper = Hyper(epsilon_low=1.0, epsilon_high=0.28, kl_coef=0.0)
     return GRPOVariant(Config(surrogate_fn=cispo_surrogate, reduce=token_mean, **static), hyper)
 
 
 def sapo(**static: Any) -> GRPOVariant:
-    """SAPO (Gao et al. 2025): a soft gate instead of a clip."""
+    """SAPO (Gao et al. 2025): a soft gate instead of a clip.
+
+    Gradient: on policy GRPO's without the KL.
+    """
     return GRPOVariant(Config(surrogate_fn=sapo_surrogate, **static), Hyper(kl_coef=0.0))
 
 
 def vespo(**static: Any) -> GRPOVariant:
-    """VESPO (arXiv 2602.10693): a smooth weight of the whole answer's ratio."""
+    """VESPO (arXiv 2602.10693): a smooth weight of the whole answer's ratio.
+
+    Gradient: on policy BNPO's without the KL.
+    """
     return GRPOVariant(Config(surrogate_fn=vespo_surrogate, reduce=token_mean, **static), Hyper(kl_coef=0.0))
+
+
+def max_rl(**static: Any) -> GRPOVariant:
+    """MaxRL (arXiv 2602.02710): advantages over the group's mean reward, for rewards of 0 and 1.
+
+    Gradient: that of -sum_{k < G} (1 - p)^k / k, which nears log p, p being the share of right answers.
+    """
+    config = Config(advantage_fn=group_advantages.SCALES["mean"], reduce=sequence_sum, **static)
+    return GRPOVariant(config, Hyper(kl_coef=0.0))
+
+
+def pass_at_k(*, k: int = 2, **static: Any) -> GRPOVariant:
+    """Training for pass@k (Chen et al. 2025, arXiv 2508.10751): GRPO on the rewards of sets of k answers.
+
+    An answer passes where its reward is above 0; the KL in the reward has no say in it.
+
+    Gradient: biased as GRPO's, towards pass@k: prompts of which all sets pass have none.
+
+    Args:
+      k: size of the sets, at most group_size.
+    """
+    made = GRPOVariant(Config(advantage_fn=functools.partial(group_advantages.passing, k), **static))
+    if not 1 <= k <= made.config.group_size:
+        raise UserError(f"k={k}: give a number from 1 to group_size, {made.config.group_size}")
+    return made
 
 
 def with_truncated_is(variant: GRPOVariant) -> GRPOVariant:

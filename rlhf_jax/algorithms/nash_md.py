@@ -12,7 +12,7 @@ from rlhf_jax.core.masks import masked_sum
 from rlhf_jax.core.protocols import DecodeFn, LogprobFn, PrefillFn
 from rlhf_jax.core.train_state import TrainState, accumulate_gradients, apply_gradients, init_train_state
 from rlhf_jax.core.trees import pytree_dataclass
-from rlhf_jax.core.types import Array, Float, Metrics, Params, PRNGKeyArray, Scalar, Sequences
+from rlhf_jax.core.types import Array, Bool, Float, Metrics, Params, PRNGKeyArray, Scalar, Sequences
 from rlhf_jax.losses.preference_online import nash_md_loss
 
 
@@ -56,11 +56,13 @@ class Batch:
     Attributes:
       ref_logp: the reference's, in nats summed over the answer.
       preference: probability that the answer is preferred to its opponent's.
+      mask: answers that count; None for all.
     """
 
     answers: Sequences
     ref_logp: Float[Array, "B"]
     preference: Float[Array, "B"]
+    mask: Bool[Array, "B"] | None = None
 
 
 def init(params: Params, tx: optax.GradientTransformation, key: PRNGKeyArray, frozen: Params = None) -> State:
@@ -74,11 +76,13 @@ def make_update(
     """`update(state, hyper, batch) -> (state, metrics)`: one optimizer step."""
 
     def update(state: State, hyper: Hyper, batch: Batch) -> tuple[State, Metrics]:
-        count = batch.ref_logp.shape[0]
+        count = batch.ref_logp.shape[0] if batch.mask is None else jnp.sum(batch.mask)
 
         def loss_fn(params: Params, part: Batch) -> Any:
             logp = masked_sum(logprob_fn(params, part.answers).logp, part.answers.mask, axis=-1)
-            return nash_md_loss(logp, part.ref_logp, part.preference, beta=hyper.beta, denominator=count)
+            return nash_md_loss(
+                logp, part.ref_logp, part.preference, beta=hyper.beta, mask=part.mask, denominator=count
+            )
 
         gradients, loss, metrics = accumulate_gradients(
             loss_fn, state.learner, batch, micro_batches=config.micro_batches

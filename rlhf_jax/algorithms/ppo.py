@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rlhf_jax.core.masks import last_unmasked_index, masked_mean, masked_sum
+from rlhf_jax.core.masks import clean, last_unmasked_index, masked_mean
 from rlhf_jax.core.minibatches import scan_minibatches
 from rlhf_jax.core.protocols import LogprobFn
 from rlhf_jax.core.train_state import TrainState, accumulate_gradients, apply_gradients, init_train_state
@@ -30,6 +30,7 @@ from rlhf_jax.core.types import (
     TokenLogprobs,
 )
 from rlhf_jax.kernels.controllers import adaptive_kl_update
+from rlhf_jax.kernels.prepare import mask_or_all
 from rlhf_jax.kernels.returns import generalized_advantage_estimation
 from rlhf_jax.kernels.whitening import (
     Moments,
@@ -223,6 +224,8 @@ def language_batch(
     score: TokenLogprobs,
     ref_logp: Float[Array, "B T"],
     rewards: Float[Array, "B"],
+    *,
+    scored: Bool[Array, "B"] | None = None,
 ) -> tuple[State, Batch, Metrics]:
     """Turns sampled answers into a PPO batch; moves the KL controller and the reward moments.
 
@@ -231,14 +234,17 @@ def language_batch(
     Args:
       score: of the rollout under the policy that sampled it, with values.
       ref_logp: of the same tokens under the frozen reference.
-      rewards: of whole answers.
+      rewards: of whole answers; anything where `scored` is False.
+      scored: answers that have a reward; None for all. The batch is as if the others were not in it.
 
     Returns:
       (state, batch, metrics). `kl` is the mean over answers of the summed log-ratio to the reference, in
-      nats; `sampling_logp_diff` the mean |delta log-prob| between sampler and scorer, in nats per token.
+      nats; `sampling_logp_diff` the mean |delta log-prob| between sampler and scorer, in nats per token;
+      `unscorable` the number of answers without a reward, which of the rest only `tokens` counts.
     """
-    mask = rollout.sequences.mask
-    moments = merge_moments(state.reward_moments, batch_moments(rewards, jnp.ones_like(rewards, bool)))
+    scored = mask_or_all(scored, rewards)
+    mask, rewards = rollout.sequences.mask & scored[:, None], clean(rewards, scored)
+    moments = merge_moments(state.reward_moments, batch_moments(rewards, scored))
     scaled = rewards / _reward_scale(moments) if config.scale_rewards else rewards
     outcome = scaled - hyper.missing_eos_penalty * ~rollout.finished
     log_ratio = jnp.where(mask, score.logp - ref_logp, 0)
@@ -255,23 +261,25 @@ def language_batch(
     raw_std = jnp.sqrt(masked_mean(jnp.square(advantages - masked_mean(advantages, mask)), mask))
     if config.whiten_advantages:
         advantages = whiten(advantages, mask)
-    kl = jnp.mean(jnp.sum(log_ratio, axis=1))
+    kl = masked_mean(jnp.sum(log_ratio, axis=1), scored)
     kl_coef = state.kl_coef
     if config.adaptive_kl:
         kl_coef = adaptive_kl_update(
-            kl_coef, kl, target=hyper.kl_target, horizon=hyper.kl_horizon, num_steps=mask.shape[0]
+            kl_coef, kl, target=hyper.kl_target, horizon=hyper.kl_horizon, num_steps=jnp.sum(scored)
         )
+    mean = masked_mean(rewards, scored)
     metrics = {
         "kl": kl,
         "kl_coef": state.kl_coef,
-        "reward": jnp.mean(rewards),
-        "reward_std": jnp.std(rewards),
-        "penalised_reward": jnp.mean(jnp.sum(token_rewards, axis=1)),
+        "reward": mean,
+        "reward_std": jnp.sqrt(masked_mean(jnp.square(rewards - mean), scored)),
+        "penalised_reward": masked_mean(jnp.sum(token_rewards, axis=1), scored),
+        "unscorable": jnp.sum(~scored),
         "advantage_std": raw_std,
-        "length": jnp.mean(jnp.sum(mask, axis=1)),
-        "finished": jnp.mean(rollout.finished),
+        "length": masked_mean(jnp.sum(mask, axis=1), scored),
+        "finished": masked_mean(rollout.finished, scored),
         "sampling_logp_diff": masked_mean(jnp.abs(score.logp - rollout.logp), mask),
-        "tokens": masked_sum(jnp.ones_like(mask, jnp.int32), mask),
+        "tokens": jnp.sum(rollout.sequences.mask),
     }
     batch = Batch(rollout.sequences, mask, score.logp, score.value, advantages, returns)
     return dataclasses.replace(state, kl_coef=kl_coef, reward_moments=moments), batch, metrics

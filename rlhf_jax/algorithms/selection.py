@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Bool, Float, Int, Scalar, Sequences
+from rlhf_jax.kernels.advantages import reward_spread
 
 
 @pytree_dataclass
@@ -90,12 +91,17 @@ def _only(answers: Sequences, counts: Bool[Array, " B"]) -> Sequences:
     return Sequences(answers.tokens, answers.positions, answers.segment_ids, mask)
 
 
-def groups_that_differ(rewards: Float[Array, "N G"], keep: int) -> tuple[Int[Array, " K"], Bool[Array, " K"]]:
+def groups_that_differ(
+    rewards: Float[Array, "N G"], scored: Bool[Array, "N G"] | None = None, *, keep: int
+) -> tuple[Int[Array, " K"], Bool[Array, " K"]]:
     """`keep` of the prompts, those whose answers differ in reward first (DAPO, Yu et al. 2025).
+
+    Args:
+      scored: answers that have a reward; None for all.
 
     Returns:
       (which prompts, whether each one's answers do differ): there may be too few.
     """
-    differs = jnp.ptp(rewards, axis=1) > 0
+    differs = reward_spread(rewards, scored) > 0
     chosen = jnp.argsort(~differs, stable=True)[:keep]
     return chosen, differs[chosen]

@@ -59,7 +59,7 @@ class CheckpointManager:
     Args:
       folder: where the steps live, a local path or an address such as `s3://bucket/run/checkpoints`; made at
         the first save.
-      keep: how many of the newest steps remain when a new one is whole.
+      max_to_keep: how many of the newest steps remain when a new one is whole.
       config: the run's configuration, as JSON types, for the manifest.
       warn: receives one sentence about each damaged step that is passed over.
     """
@@ -68,14 +68,14 @@ class CheckpointManager:
         self,
         folder: str | os.PathLike[str],
         *,
-        keep: int = 3,
+        max_to_keep: int = 3,
         config: dict[str, Any] | None = None,
         warn: Warn = print_warning,
     ):
-        if keep < 1:
-            raise UserError(f"keep={keep} would leave no checkpoint: keep at least 1")
+        if max_to_keep < 1:
+            raise UserError(f"max_to_keep={max_to_keep} would leave no checkpoint: keep at least 1")
         self._folder = files.as_path(folder)
-        self._keep = keep
+        self._max_to_keep = max_to_keep
         self._config = config
         self._warn = warn
         self._pending: concurrent.futures.Future[None] | None = None
@@ -192,9 +192,9 @@ class CheckpointManager:
             self._prune(manifest.step)
 
     def _prune(self, saved: int) -> None:
-        """Removes all but the newest `keep` steps up to the one just saved; newer ones it leaves alone."""
+        """Removes all but the newest `max_to_keep` steps up to the one saved; newer ones it leaves alone."""
         steps = {step: path for step, path in list_steps(self._folder).items() if step <= saved}
-        kept = [step for step, path in steps.items() if is_sealed(path)][-self._keep :]
+        kept = [step for step, path in steps.items() if is_sealed(path)][-self._max_to_keep :]
         for step in steps.keys() - set(kept):
             try:
                 drafts.remove(steps[step])

@@ -15,9 +15,11 @@ from typing import Any, TypeVar
 import jax
 
 from rlhf_jax import distributed
+from rlhf_jax.cli.output import whole_output
 from rlhf_jax.cli.parsing import parse, with_plain_resume
 from rlhf_jax.core.axes import GATHERED_SAMPLING, axis_rules
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.files import releasing_locks
 from rlhf_jax.distributed.runtime import choose_threads
 from rlhf_jax.stages.common import RunOptions
 from rlhf_jax.training import Interrupted
@@ -29,6 +31,7 @@ EXIT_NOT_FINISHED = 75
 of "try again later" (sysexits.h), at which schedulers are told to start the run anew."""
 
 
+@whole_output()
 def run_command(
     run: Callable[[Options], Any],
     options_type: type[Options],
@@ -57,7 +60,8 @@ def run_command(
         choose_threads(side_by_side=side_by_side)
         use_compile_cache()
         run_options = getattr(options, "run", None)
-        with on_mesh(run_options) if isinstance(run_options, RunOptions) else contextlib.nullcontext():
+        mesh = on_mesh(run_options) if isinstance(run_options, RunOptions) else contextlib.nullcontext()
+        with mesh, releasing_locks():
             run(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

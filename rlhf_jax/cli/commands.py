@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rlhf_jax.cli.output import whole_output
+
 COMMANDS: dict[str, tuple[str, ...]] = {
     "Training": (
         "sft",
@@ -34,6 +36,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 _IN_CLI = ("report", "diff", "eject")
 
 
+@whole_output()
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console command.
 

@@ -228,7 +228,6 @@ OLD = {
     "--arch.tied": ("--arch.tie-word-embeddings",),
     "--arch.hidden": ("--arch.intermediate-size",),
     "--adapter.keep-zeros": ("--adapter.preserve-sparsity",),
-    "--prune.scope": ("--prune.granularity",),
     "--scope": ("--granularity",),
     "--model.kind": ("--arch.kind",),
     "--model.width": ("--arch.width",),

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import distributed
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Array, Bool, Float, Int, Params
 from rlhf_jax.data.chat import encode_prompt
@@ -200,19 +201,19 @@ def load_reward_file(path: Path) -> RewardFn:
       UserError: there is no such file, it describes no reward, or what it names is not there.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(files.read_text(path))
         kind = data["kind"]
         if kind not in ("rating", "rules"):
             raise ValueError(f"kind {kind!r} is neither rating nor rules")
         named = data["model"] if kind == "rating" else data.get("grader")
+        folder = files.follow(path.parent, named) if named else None
         constitution = path.parent / (data["constitution"] if kind == "rating" else "")
         propositions = [] if kind == "rating" else [Proposition(**entry) for entry in data["propositions"]]
         if kind == "rules":
             check_propositions(propositions, path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: describes no reward ({error}): see rlhf_jax.feedback.judges") from error
-    beside = path.parent / (named or "")
-    model = load(beside if beside.exists() else named) if named else None
+    model = load(folder if files.exists(folder) else named) if folder else None
     if kind == "rules" or model is None:
         return make_rules_reward(propositions, model)
     return make_rating_reward(model, read_constitution(constitution))

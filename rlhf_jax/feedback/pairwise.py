@@ -13,6 +13,7 @@ from rlhf_jax.data.examples import PromptExample
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.evaluation.win_rate import both_orders, order_bias
 from rlhf_jax.rewards.functions import RewardFn, load_reward, score_rows
+from rlhf_jax.rollout.dynamic_sampling import Answers
 from rlhf_jax.rollout.rewards import RolloutReward, reward_fields
 from rlhf_jax.rollout.sampler import completion_texts
 
@@ -22,13 +23,16 @@ class PairwiseResult:
     """Two answers to each prompt.
 
     Attributes:
-      preference: [N] float32, probability that the first is preferred; 1/2 is a tie.
+      preference: [N] float32, probability that the first is preferred; 1/2 is a tie, and what could not be
+        judged.
+      scored: [N] bool, pairs of which both sides could be judged.
       metrics: what is known of the answers.
       position_bias: [N] a judge's advantage for what it sees first, from -1 to 1: what the probabilities that
         it gives in the two orders sum to, minus 1; zeros where nobody was asked twice.
     """
 
     preference: np.ndarray
+    scored: np.ndarray
     metrics: dict[str, float]
     position_bias: np.ndarray
 
@@ -40,15 +44,16 @@ def compare_by_rewards(reward_fn: RolloutReward, *, noise: float) -> CompareFn:
     """Bradley-Terry preferences, sigmoid(difference of rewards / noise)."""
 
     def compare(prompts: Sequence[PromptExample], first: Rollout, second: Rollout) -> PairwiseResult:
-        scored = [reward_fn.score(rollout, prompts) for rollout in (first, second)]
-        ours, theirs = (jnp.asarray(side.rewards) for side in scored)
+        sides = [Answers(prompts, side, reward_fn.score(side, prompts)) for side in (first, second)]
+        ours, theirs = (jnp.asarray(side.rewards) for side in sides)
+        scored = ~np.any([side.scored.unscorable for side in sides], axis=0)
         metrics = {
-            "reward": float(np.mean(scored[0].rewards)),
-            "opponent_reward": float(np.mean(scored[1].rewards)),
-            "unscorable": int(sum(side.unscorable.sum() for side in scored)),
+            "reward": sides[0].mean_reward(),
+            "opponent_reward": sides[1].mean_reward(),
+            "unscorable": int(sum(side.scored.unscorable.sum() for side in sides)),
         }
-        preference = np.asarray(win_probability(ours, theirs, noise=noise))
-        return PairwiseResult(preference, metrics, np.zeros_like(preference))
+        preference = np.where(scored, win_probability(ours, theirs, noise=noise), 0.5).astype(np.float32)
+        return PairwiseResult(preference, scored, metrics, np.zeros_like(preference))
 
     return compare
 
@@ -58,14 +63,17 @@ def compare_by_judge(judge: str | RewardFn, tokenizer: Tokenizer) -> CompareFn:
 
     Args:
       judge: a reward function, or `module:function` of one, that also takes `opponents`, the other answers,
-        and returns for each completion the probability that it is preferred to its opponent; None is a tie.
+        and returns for each completion the probability that it is preferred to its opponent; None where it
+        cannot tell.
 
     Raises:
       UserError: there is no such function; when called, it returns something else.
     """
     judge_fn, name = (load_reward(judge), judge) if isinstance(judge, str) else (judge, "of the model")
 
-    def ask(prompts: Sequence[PromptExample], rollout: Rollout, others: Rollout) -> np.ndarray:
+    def ask(
+        prompts: Sequence[PromptExample], rollout: Rollout, others: Rollout
+    ) -> tuple[np.ndarray, np.ndarray]:
         fields = reward_fields(rollout, prompts) | {"opponents": completion_texts(tokenizer, others)}
         texts, where = [prompt.text for prompt in prompts], [prompt.where for prompt in prompts]
         scored = score_rows(judge_fn, texts, completion_texts(tokenizer, rollout), fields, where=where)
@@ -76,12 +84,15 @@ def compare_by_judge(judge: str | RewardFn, tokenizer: Tokenizer) -> CompareFn:
                 f"judge {name} returned {said[row]:g} for row {row} ({where[row]}): expected a probability, "
                 "from 0 to 1: that the completion is preferred to its opponent"
             )
-        return said
+        return said, ~scored.unscorable
 
     def compare(prompts: Sequence[PromptExample], first: Rollout, second: Rollout) -> PairwiseResult:
-        forth, back = ask(prompts, first, second), ask(prompts, second, first)
-        preference = both_orders(forth, back).astype(np.float32)
-        gap = (forth + back - 1).astype(np.float32)
-        return PairwiseResult(preference, {"order_bias": order_bias(forth, back)}, gap)
+        (forth, judged), (back, judged_back) = ask(prompts, first, second), ask(prompts, second, first)
+        scored = judged & judged_back
+        preference = np.where(scored, both_orders(forth, back), 0.5).astype(np.float32)
+        gap = np.where(scored, forth + back - 1, 0).astype(np.float32)
+        bias = order_bias(forth[scored], back[scored]) if scored.any() else 0.0
+        metrics = {"order_bias": bias, "unscorable": int(np.sum(~scored))}
+        return PairwiseResult(preference, scored, metrics, gap)
 
     return compare

@@ -14,6 +14,7 @@ from rlhf_jax.core.types import Array, Float, Metrics, Params, PRNGKeyArray, Rol
 from rlhf_jax.jitted.train import Algorithm, TaskSetup
 from rlhf_jax.models import Policy
 from rlhf_jax.rewards.rules import overlong_penalties
+from rlhf_jax.rollout.step import make_grpo_train_step, make_ppo_train_step
 from rlhf_jax.tasks.base import Prompts
 
 Source = Literal["reference", "policy"]
@@ -46,7 +47,7 @@ def grpo_algorithm(
         a variant with `weights_fn` (`grpo_variants.with_truncated_is`) to make up for it.
     """
     logprob_fn, tx, config = task_setup.logprob_fn, make_optimizer(optimizer), variant.config
-    update = grpo.make_update(config, logprob_fn, tx)
+    train_step = make_grpo_train_step(config, logprob_fn, tx)
 
     def step(state: Any, hyper: Any, ref_params: Params, key: PRNGKeyArray) -> tuple[Any, Metrics]:
         draw_key, answer_key = jax.random.split(key)
@@ -67,11 +68,9 @@ def grpo_algorithm(
             greedy = task_setup.answer(params, once, answer_key, temperature=0.0)
             greedy_rewards = task_setup.rewards(greedy, once)
             described["tokens"] += jnp.sum(greedy.sequences.mask)
-        old_logp = logprob_fn(params, rollout.sequences).logp
-        ref_logp = logprob_fn(ref_params, rollout.sequences).logp
-        batch, more = grpo.make_batch(config, rollout, rewards, old_logp, ref_logp, greedy_rewards)
-        state, metrics = update(state, hyper, batch)
-        return state, {**more, **metrics, **described}
+        answers = {"greedy_rewards": greedy_rewards}
+        state, metrics = train_step(state, hyper, ref_params, rollout, rewards, **answers)
+        return state, {**metrics, **described}
 
     return Algorithm(
         lambda params, key, _: grpo.init(params, tx, key, one_step_off_policy=one_step_off_policy), step
@@ -81,7 +80,7 @@ def grpo_algorithm(
 def _keep_groups_that_differ(
     task_setup: TaskSetup, rollout: Rollout, rewards: Float[Array, " B"]
 ) -> tuple[Rollout, Float[Array, " B"]]:
-    chosen, _ = selection.groups_that_differ(_grouped(task_setup, rewards), task_setup.num_prompts)
+    chosen, _ = selection.groups_that_differ(_grouped(task_setup, rewards), keep=task_setup.num_prompts)
     rows = (chosen[:, None] * task_setup.num_samples + jnp.arange(task_setup.num_samples)).reshape(-1)
     return jax.tree.map(lambda leaf: leaf[rows], rollout), rewards[rows]
 
@@ -89,8 +88,8 @@ def _keep_groups_that_differ(
 def ppo_algorithm(task_setup: TaskSetup, config: ppo.Config, optimizer: OptimizerConfig) -> Algorithm:
     """PPO with a value model of its own, which starts from the policy's body."""
     logprob_fn = task_setup.policy.make_actor_critic_fn(temperature=task_setup.temperature)
-    policy_fn, tx = task_setup.logprob_fn, make_optimizer(optimizer)
-    update = ppo.make_update(config, logprob_fn, tx)
+    tx = make_optimizer(optimizer)
+    train_step = make_ppo_train_step(config, logprob_fn, task_setup.logprob_fn, tx)
 
     def init(params: Params, key: PRNGKeyArray, hyper: Any) -> ppo.State:
         head_key, key = jax.random.split(key)
@@ -99,15 +98,11 @@ def ppo_algorithm(task_setup: TaskSetup, config: ppo.Config, optimizer: Optimize
 
     def step(state: ppo.State, hyper: Any, ref_params: Params, key: PRNGKeyArray) -> tuple[Any, Metrics]:
         draw_key, answer_key = jax.random.split(key)
-        params = state.learner.all_params
         prompts = task_setup.draw(draw_key)
-        rollout = task_setup.answer(params["policy"], prompts, answer_key)
+        rollout = task_setup.answer(state.learner.all_params["policy"], prompts, answer_key)
         rewards = task_setup.rewards(rollout, prompts)
-        score = logprob_fn(params, rollout.sequences)
-        ref_logp = policy_fn(ref_params, rollout.sequences).logp
-        state, batch, more = ppo.language_batch(config, state, hyper, rollout, score, ref_logp, rewards)
-        state, metrics = update(state, hyper, batch)
-        return state, {**more, **metrics, **_described(rollout, rewards)}
+        state, metrics = train_step(state, hyper, ref_params, rollout, rewards)
+        return state, {**metrics, **_described(rollout, rewards)}
 
     return Algorithm(init, step, lambda state: state.learner.all_params["policy"])
 

@@ -2,6 +2,7 @@
 
 from rlhf_jax.kernels.advantages import (
     batch_std,
+    group_mean,
     group_relative_advantages,
     group_std,
     leave_one_out_advantages,
@@ -10,6 +11,7 @@ from rlhf_jax.kernels.advantages import (
     reinforce_plus_plus_advantages,
     reinforce_plus_plus_baseline_advantages,
     remax_advantages,
+    reward_spread,
     unit_scale,
 )
 from rlhf_jax.kernels.controllers import adaptive_kl_update, fixed_kl_update
@@ -55,6 +57,7 @@ __all__ = [
     "following_unmasked",
     "forward_kl",
     "generalized_advantage_estimation",
+    "group_mean",
     "group_relative_advantages",
     "group_std",
     "init_moments",
@@ -76,6 +79,7 @@ __all__ = [
     "remax_advantages",
     "retrace",
     "reverse_kl",
+    "reward_spread",
     "sequential_following",
     "time_major",
     "token_logprobs",

@@ -36,6 +36,20 @@ def _group_mean(values: Float[Array, "N G"], mask: Bool[Array, "N G"]) -> Float[
     return masked_mean(values, mask, axis=-1)[..., None]
 
 
+def reward_spread(rewards: Float[Array, "N G"], mask: Bool[Array, "N G"] | None = None) -> Float[Array, " N"]:
+    """Largest less smallest reward of each group: 0 where nothing is to be learned from comparing.
+
+    Args:
+      rewards: one reward for each completion.
+      mask: completions that count.
+    """
+    rewards, mask = _prepare("reward_spread", rewards, mask)
+    spread = jnp.max(clean(rewards, mask, -jnp.inf), axis=-1) - jnp.min(
+        clean(rewards, mask, jnp.inf), axis=-1
+    )
+    return jnp.maximum(spread, 0)
+
+
 def group_std(
     rewards: Float[Array, "N G"], mask: Bool[Array, "N G"], *, epsilon: Scalar = 1e-4
 ) -> Float[Array, "N 1"]:
@@ -59,6 +73,15 @@ def unit_scale(rewards: Float[Array, "N G"], mask: Bool[Array, "N G"]) -> Float[
     return jnp.ones((rewards.shape[0], 1), rewards.dtype)
 
 
+def group_mean(rewards: Float[Array, "N G"], mask: Bool[Array, "N G"]) -> Float[Array, "N 1"]:
+    """Scale of MaxRL (arXiv 2602.02710): each group's mean reward; infinite where it is not positive.
+
+    With rewards of 0 and 1 a right answer counts the more the rarer it is.
+    """
+    mean = _group_mean(rewards, mask)
+    return jnp.where(mean > 0, mean, jnp.inf)
+
+
 def group_relative_advantages(
     rewards: Float[Array, "N G"],
     mask: Bool[Array, "N G"] | None = None,
@@ -72,8 +95,8 @@ def group_relative_advantages(
     Args:
       rewards: one reward for each completion.
       mask: completions that count.
-      scale_fn: `group_std` (GRPO), `batch_std` (group mean, batch scale) or `unit_scale` (Dr. GRPO);
-        any function of (rewards, mask) that returns the divisor of each group.
+      scale_fn: `group_std` (GRPO), `batch_std` (group mean, batch scale), `unit_scale` (Dr. GRPO) or
+        `group_mean` (MaxRL); any function of (rewards, mask) that returns the divisor of each group.
 
     Returns:
       Advantages, 0 where masked; no gradient.

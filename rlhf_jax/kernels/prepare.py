@@ -8,20 +8,20 @@ import jax.numpy as jnp
 from jax import lax
 
 from rlhf_jax.core.masks import clean
-from rlhf_jax.core.types import Array, Bool, Float
+from rlhf_jax.core.types import Array, Bool, Shaped
 
 
-def full_precision(values: Float[Array, "..."]) -> Float[Array, "..."]:
+def full_precision(values: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
     """At least float32: sums of log-probs, and recurrences over time, have few correct digits in bfloat16."""
     return values.astype(jnp.promote_types(values.dtype, jnp.float32))
 
 
-def constant(values: Float[Array, "..."]) -> Float[Array, "..."]:
+def constant(values: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
     """Without gradient, in at least float32: targets, advantages, and what an older policy said."""
     return lax.stop_gradient(full_precision(values))
 
 
-def cleaned(values: Float[Array, "..."], mask: Bool[Array, "..."]) -> Float[Array, "..."]:
+def cleaned(values: Shaped[Array, "..."], mask: Bool[Array, "..."]) -> Shaped[Array, "..."]:
     """In at least float32, and 0 where masked; gradient flows."""
     values = full_precision(values)
     missing = mask.ndim - values.ndim
@@ -29,11 +29,11 @@ def cleaned(values: Float[Array, "..."], mask: Bool[Array, "..."]) -> Float[Arra
     return clean(values, mask.reshape(mask.shape + (1,) * max(-missing, 0)))
 
 
-def cleaned_constant(values: Float[Array, "..."], mask: Bool[Array, "..."]) -> Float[Array, "..."]:
+def cleaned_constant(values: Shaped[Array, "..."], mask: Bool[Array, "..."]) -> Shaped[Array, "..."]:
     """`cleaned`, without gradient."""
     return lax.stop_gradient(cleaned(values, mask))
 
 
-def mask_or_all(mask: Bool[Array, "..."] | None, values: Float[Array, "..."]) -> Bool[Array, "..."]:
+def mask_or_all(mask: Bool[Array, "..."] | None, values: Shaped[Array, "..."]) -> Bool[Array, "..."]:
     """The mask; where it is None, every entry of `values` counts."""
     return jnp.ones(values.shape, bool) if mask is None else mask

@@ -65,9 +65,9 @@ from rlhf_jax.losses.preference_reference_free import alpha_po_loss, cpo_loss, o
 from rlhf_jax.losses.reductions import (
     Reduction,
     constant_length,
-    length_weighted,
     packed_sequence_mean,
     sequence_mean,
+    sequence_sum,
     token_mean,
 )
 from rlhf_jax.losses.reward import (
@@ -135,7 +135,6 @@ __all__ = [
     "kto_loss",
     "length_desensitized_logp",
     "length_normalized_dpo_loss",
-    "length_weighted",
     "load_balance_loss",
     "load_violation",
     "masked_importance_weights",
@@ -162,6 +161,7 @@ __all__ = [
     "sequence_log_ratio",
     "sequence_mean",
     "sequence_reverse_kl_loss",
+    "sequence_sum",
     "sequence_token_log_ratio",
     "sequence_total_log_ratio",
     "simpo_loss",

@@ -257,7 +257,7 @@ def grpo_loss(
     | Dr. GRPO | `reduce=constant_length(L)`, advantages with `unit_scale` |
     | GSPO | `ratio_fn=sequence_log_ratio`, `epsilon_low=3e-4`, `epsilon_high=4e-4` |
     | GSPO-token | `ratio_fn=sequence_token_log_ratio`, bounds as GSPO |
-    | LUSPO | as GSPO, with `reduce=length_weighted` |
+    | LUSPO | as GSPO, with `reduce=sequence_sum` |
     | GMPO | `surrogate_fn=geometric_mean_surrogate`, `epsilon_low=0.4`, `epsilon_high=0.4` |
     | CISPO | `surrogate_fn=cispo_surrogate`, `epsilon_low=1`, `reduce=token_mean` |
     | SAPO | `surrogate_fn=sapo_surrogate` |

@@ -22,7 +22,7 @@ RatioFn: TypeAlias = Callable[
 ]
 
 
-def sequence_sum(
+def sequence_total(
     values: Float[Array, "B T"], mask: Bool[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None
 ) -> Float[Array, "B T"]:
     """At each token, the sum over the unmasked tokens of its sequence.
@@ -46,8 +46,8 @@ def sequence_average(
     values: Float[Array, "B T"], mask: Bool[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None
 ) -> Float[Array, "B T"]:
     """At each token, the mean over the unmasked tokens of its sequence; 0 where there are none."""
-    count = sequence_sum(mask.astype(values.dtype), mask, segment_ids)
-    return sequence_sum(values, mask, segment_ids) / jnp.maximum(count, 1)
+    count = sequence_total(mask.astype(values.dtype), mask, segment_ids)
+    return sequence_total(values, mask, segment_ids) / jnp.maximum(count, 1)
 
 
 def token_log_ratio(
@@ -99,4 +99,4 @@ def sequence_total_log_ratio(
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T"]:
     """The sequence's summed log-ratio at every token: its importance weight, not normalised by length."""
-    return sequence_sum(logp - old_logp, mask, segment_ids)
+    return sequence_total(logp - old_logp, mask, segment_ids)

@@ -12,7 +12,7 @@ from jax import lax
 
 from rlhf_jax.core.numerics import EXP_LIMIT, bounded_exp
 from rlhf_jax.core.types import Array, Bool, Float, Int, Scalar
-from rlhf_jax.losses.policy_ratios import sequence_average, sequence_sum
+from rlhf_jax.losses.policy_ratios import sequence_average, sequence_total
 
 
 def clip_surrogate(
@@ -144,7 +144,7 @@ def vespo_surrogate(
     """
     del epsilon_low, epsilon_high
     clamped = jnp.clip(lax.stop_gradient(log_ratio), -EXP_LIMIT, EXP_LIMIT)
-    log_w = jnp.clip(sequence_sum(clamped, mask, segment_ids), jnp.log(1e-8), EXP_LIMIT)
+    log_w = jnp.clip(sequence_total(clamped, mask, segment_ids), jnp.log(1e-8), EXP_LIMIT)
     gains = advantages >= 0
     k = jnp.where(gains, k_positive, k_negative)
     decay = jnp.where(gains, lambda_positive, lambda_negative)

@@ -1,4 +1,4 @@
-"""Reductions of per-token losses [B, T] to one number: token mean, sequence mean, constant length.
+"""Reductions of per-token losses [B, T] to one number: token mean, sequence mean, sequence sum.
 
 Every reduction is a weighted sum over a denominator:
 
@@ -76,8 +76,9 @@ def constant_length(length: int) -> Reduction:
     return Reduction(weights=_token_weights, total=lambda mask: _row_count(mask) * length)
 
 
-length_weighted = constant_length(1)
-"""Mean over rows of each row's token *sum* (LUSPO, arXiv 2602.05261): GSPO with rows weighted by length."""
+sequence_sum = constant_length(1)
+"""Mean over rows of each row's token *sum*: the policy gradient E[A grad log pi(y)] of whole answers
+(REINFORCE, Williams 1992; RLOO, ReMax, OPO); LUSPO (arXiv 2602.05261), GSPO with rows weighted by length."""
 
 
 RowMean: TypeAlias = Callable[[Float[Array, "B"]], Float[Array, ""]]

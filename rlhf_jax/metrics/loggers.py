@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import importlib.util
 import inspect
-import json
 import os
 import re
 import sys
@@ -20,10 +19,11 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.files import Path
 from rlhf_jax.metrics.tensorboard import TensorBoardLogger
 
 PROJECT = "rlhf_jax"
@@ -125,21 +125,12 @@ class RunInfo:
     def remember(self, tracker: str, identity: str) -> None:
         """Keeps the id in the run folder."""
         ids = _read_ids(self.folder) | {f"{tracker}/{self.stage}": identity}
-        path = self.folder / IDS_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(ids, indent=1), encoding="utf-8")
-        os.replace(part, path)
+        files.write_json(self.folder / IDS_FILE, ids)
 
 
 def _read_ids(folder: Path) -> dict[str, str]:
     path = folder / IDS_FILE
-    if not path.exists():
-        return {}
-    try:
-        ids = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        ids = None
+    ids = files.read_json(path, otherwise={}, remedy="remove it, and the trackers begin new runs")
     if not isinstance(ids, dict) or not all(isinstance(value, str) for value in ids.values()):
         raise UserError(f"{path}: no JSON object of strings: remove the file")
     return ids
@@ -324,7 +315,7 @@ def make_loggers(
     Raises:
       UserError: there is no such logger, or its package is not installed.
     """
-    info = RunInfo(Path(folder), stage, config or {}, resume)
+    info = RunInfo(files.as_path(folder), stage, config or {}, resume)
     return [_make_logger(name, info) for name in dict.fromkeys(names)]
 
 
@@ -333,6 +324,8 @@ def _make_logger(name: str, info: RunInfo) -> Logger:
         raise UserError(f"there is no logger {name!r}: choose from {', '.join(LOGGER_NAMES)}")
     if importlib.util.find_spec(_PACKAGES[name]) is None:
         raise UserError(f"the logger {name} needs a package that is missing: pip install 'rlhf_jax[{name}]'")
+    if name == "wandb" or (name == "mlflow" and not os.environ.get("MLFLOW_TRACKING_URI")):
+        files.as_local(info.folder, f"with --log {name}, a run folder is")
     if name == "tensorboard":
         return TensorBoardLogger(info.folder / "tensorboard" / info.stage)
     return {"wandb": WandbLogger, "trackio": TrackioLogger, "mlflow": MLflowLogger}[name](info)

@@ -2,12 +2,12 @@
 and outlives every rewriting.
 """
 
-import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.files import Path
 
 PLAN, SUMMARY = "plan.json", "summary.json"
 REMARKS = "## What it shows"
@@ -23,34 +23,24 @@ def held_summary(folder: Path, planned: dict[str, Any], *, growing: str = "") ->
     Raises:
       UserError: the folder holds the cell with other settings.
     """
-    path = folder / PLAN
-    if not path.exists():
+    again = f"remove {folder}, and the cell is made again"
+    held = files.read_json(folder / PLAN, otherwise=None, keys=planned, remedy=again)
+    if held is None:
         return None
-    held = json.loads(path.read_text(encoding="utf-8"))
     for name, value in planned.items():
         if held.get(name) != value and not (name == growing and held[name] < value):
             raise UserError(
                 f"{folder} holds this cell with {name} {held.get(name)}, not {value}: remove the folder, or "
                 "choose another --out"
             )
-    done = folder / SUMMARY
-    return json.loads(done.read_text(encoding="utf-8")) if done.exists() else None
-
-
-def whole_lines(path: Path) -> list[Any]:
-    """What a JSONL file holds, none if there is no such file; a line torn by a stop is cut off it."""
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")  # not splitlines, which splits within texts
-    if lines.pop():
-        path.write_bytes(b"".join(line + b"\n" for line in lines))
-    return [json.loads(line) for line in lines]
+    return files.read_json(folder / SUMMARY, otherwise=None, keys=planned)
 
 
 def made(folder: Path) -> dict[str, Any]:
     """How a cell was made, from what `describe_run` left: command, start, versions, commit."""
-    described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return {name: described[name] for name in ("command", "started", "versions", "commit")}
+    names = ("command", "started", "versions", "commit")
+    described = files.read_json(folder / "config.json", keys=names)
+    return {name: described[name] for name in names}
 
 
 def when_and_with(summaries: Iterable[Mapping[str, Any]]) -> str:
@@ -70,7 +60,11 @@ def commands(summaries: Iterable[Mapping[str, Any]]) -> str:
 
 def kept_remarks(page: Path) -> str:
     """The section of the page that is written by hand; a new page has only its title."""
-    if not page.exists():
+    if not files.exists(page):
         return REMARKS
-    _, found, rest = page.read_text(encoding="utf-8").partition(REMARKS)
+    try:
+        text = files.read_text(page)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{page}: its remarks cannot be read ({error}): mend or remove it") from error
+    _, found, rest = text.partition(REMARKS)
     return f"{REMARKS}{rest.partition(chr(10) + '## ')[0]}".strip() if found else REMARKS

@@ -90,12 +90,8 @@ def write_report(
     # JSON may hold lone surrogates, which UTF-8 cannot.
     data = html.encode("utf-8", errors="backslashreplace")
     path = folder / REPORT_FILE
-    try:
+    with files.disk_errors(path):
         files.write_whole(path, data)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot write the report ({error.strerror}); free or unlock the disk"
-        ) from error
     return path
 
 
@@ -133,18 +129,13 @@ def _view(folder: Path, table: Sequence[TableRow], interval: str) -> dict[str, A
 
 def _picture_views(pictures: Mapping[str, Path]) -> list[dict[str, str]]:
     return [
-        {"caption": caption, "data": base64.b64encode(path.read_bytes()).decode("ascii")}
+        {"caption": caption, "data": base64.b64encode(files.read_bytes(path)).decode("ascii")}
         for caption, path in pictures.items()
     ]
 
 
 def _read_json(path: Path, kind: type) -> Any:
-    try:
-        value = json.loads(files.read_text(path))
-    except FileNotFoundError:
-        return kind()
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); mend or remove the file") from error
+    value = files.read_json(path, otherwise=kind(), remedy="mend or remove the file")
     if not isinstance(value, kind):
         raise UserError(
             f"{path}: holds a {type(value).__name__}, not a {kind.__name__}; mend or remove the file"

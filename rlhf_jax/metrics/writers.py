@@ -169,9 +169,7 @@ def _open_lines(path: Path, kept: bytes) -> Any:
     """What lines are appended to."""
     if not isinstance(path, pathlib.Path):
         return _UploadedLines(path, kept)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Unbuffered: nothing is left in the process for a kill to lose or for `close` to fail on.
-    return open(path, "ab", buffering=0)
+    return files.open_lines(path)
 
 
 class _UploadedLines:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.hf import FAMILIES
@@ -64,7 +65,7 @@ class GgufFile:
             import gguf
         except ImportError as error:
             raise UserError(f"{path}: GGUF needs the package `gguf`: pip install rlhf_jax[gguf].") from error
-        self.folder = path
+        self.folder = path = files.as_local(path, "a GGUF file is read")
         self._gguf = gguf
         try:
             self._reader = gguf.GGUFReader(path)

@@ -23,14 +23,15 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax import distributed, models
 from rlhf_jax.algorithms import grpo, ppo, preference, sft
+from rlhf_jax.core import files
 from rlhf_jax.core.protocols import LogprobFn
-from rlhf_jax.core.train_state import OptimizerConfig, TrainState, make_optimizer
+from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
 from rlhf_jax.core.types import Params, Rollout, Sequences
 from rlhf_jax.data.tokenizers import byte_tokenizer
 from rlhf_jax.distributed.placement import batch_sharding
 from rlhf_jax.planning import hlo_analysis, hlo_collectives
 from rlhf_jax.rollout.sampler import make_completion_fn, read_at_once
-from rlhf_jax.rollout.step import make_group_learn, make_ppo_learn
+from rlhf_jax.rollout.step import make_grpo_train_step, make_ppo_train_step
 
 Algorithm = Literal["sft", "dpo", "grpo", "ppo"]
 
@@ -189,10 +190,6 @@ def _rollout(mesh: Mesh | AbstractMesh, rows: int, length: int) -> Any:
     return _shapes_of_rows(mesh, functools.partial(_blank_rollout, rows, length))
 
 
-def _original(learner: TrainState, original: Params) -> Params:
-    return original
-
-
 def build(workload: Workload, mesh: Mesh | AbstractMesh) -> tuple[dict[str, float], dict[str, Program]]:
     """(what is resident, the programs of one step), from shapes alone.
 
@@ -227,8 +224,8 @@ def build(workload: Workload, mesh: Mesh | AbstractMesh) -> tuple[dict[str, floa
         case "grpo":
             params, init = policy, grpo.init
             settings = grpo.Config(workload.group_size, workload.num_ppo_epochs, *split)
-            update = grpo.make_update(settings, logprob_fn, tx)
-            learn = make_group_learn(settings, logprob_fn, update, grpo.Hyper(), _original)
+            train_step = make_grpo_train_step(settings, logprob_fn, tx)
+            learn = lambda state, *data: train_step(state, grpo.Hyper(), *data)  # noqa: E731
             data = (reference, _rollout(mesh, rows, length), rewards)
             frozen = {"reference": reference}
         case "ppo":
@@ -236,8 +233,8 @@ def build(workload: Workload, mesh: Mesh | AbstractMesh) -> tuple[dict[str, floa
             init = functools.partial(ppo.init, hyper=ppo.Hyper())
             of_ppo = ppo.Config(workload.num_ppo_epochs, *split)
             both_fn = models.make_actor_critic_fn(config)
-            update = ppo.make_update(of_ppo, both_fn, tx)
-            learn = make_ppo_learn(of_ppo, both_fn, logprob_fn, update, ppo.Hyper(), _original)
+            train_step = make_ppo_train_step(of_ppo, both_fn, logprob_fn, tx)
+            learn = lambda state, *data: train_step(state, ppo.Hyper(), *data)  # noqa: E731
             data = (reference, _rollout(mesh, rows, length), rewards)
             frozen = {"reference": reference, "reward model": on_mesh(mesh, scalar)}
     state = on_mesh(mesh, jax.eval_shape(lambda params, key: init(params, tx, key), params, key))
@@ -332,8 +329,7 @@ def predict(program: Program, mesh: Mesh, keep: Path | None = None) -> Predictio
     memory: Any = compiled.memory_analysis()
     text = compiled.as_text() or ""
     if keep is not None:
-        keep.parent.mkdir(parents=True, exist_ok=True)
-        keep.write_text(text, encoding="utf-8")
+        files.write_text(keep, text)
     return Prediction(
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes - memory.alias_size_in_bytes,

@@ -6,17 +6,18 @@ Offline, once: `split_document`, `RetrievalIndex`, `save`. Online, for each ques
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.retrieval.bm25 import Index
 
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 _CITATION = re.compile(r"\s*\[(\d{1,3})\]")
 _FILE = "passages.jsonl"
+_ANEW = "make the index anew"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +104,7 @@ class RetrievalIndex:
 
     def save(self, folder: Path) -> None:
         """Writes the passages, a line each."""
-        lines = [json.dumps(dataclasses.asdict(chunk), ensure_ascii=False) for chunk in self.chunks]
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / _FILE).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        files.write_lines(folder / _FILE, map(dataclasses.asdict, self.chunks))
 
     @classmethod
     def load(cls, folder: Path) -> "RetrievalIndex":
@@ -115,14 +114,16 @@ class RetrievalIndex:
           UserError: there is none, or a line is not what `save` wrote.
         """
         file = folder / _FILE
-        if not file.is_file():
+        if not files.is_file(file):
             raise UserError(f"{folder}: no index ({_FILE}) here: make one with --documents")
         chunks = []
-        for number, line in enumerate(file.read_text(encoding="utf-8").split("\n")[:-1], start=1):
+        for number, fields in enumerate(files.read_lines(file, remedy=_ANEW), start=1):
             try:
-                chunks.append(Chunk(**json.loads(line)))
-            except (ValueError, TypeError):
-                raise UserError(f"{file}:{number}: not a passage: make the index anew") from None
+                chunks.append(Chunk(**fields))
+            except TypeError:
+                raise UserError(f"{file}:{number}: not a passage: {_ANEW}") from None
+        if not chunks:
+            raise UserError(f"{file}: holds no passage: {_ANEW}")
         return cls(chunks)
 
 

@@ -9,8 +9,9 @@ import numpy as np
 
 from rlhf_jax import distributed
 from rlhf_jax.algorithms.selection import groups_that_differ
-from rlhf_jax.core.types import Rollout
+from rlhf_jax.core.types import Array, Bool, Float, Rollout
 from rlhf_jax.data.examples import PromptExample
+from rlhf_jax.kernels.advantages import reward_spread
 from rlhf_jax.rewards.functions import Scored
 
 
@@ -33,42 +34,27 @@ class Answers:
         """[B] float32."""
         return self.scored.rewards
 
-    def grouped(self, group_size: int) -> np.ndarray:
-        """Rewards as [N, G]."""
-        return self.rewards.reshape(-1, group_size)
+    def mean_reward(self) -> float:
+        """Over the answers that could be scored; 0 where there are none."""
+        counted = self.rewards[~self.scored.unscorable]
+        return float(np.mean(counted)) if counted.size else 0.0
 
 
-def without_failed(scored: Scored, failed: np.ndarray, group_size: int = 1) -> Scored:
-    """Rewards in which rows without an answer are unscorable, and worth what the rest of their group is.
-
-    Such a row has no token to learn from. With the mean of the others in its place it moves no baseline
-    either, as a reward of 0 would.
-
-    Args:
-      failed: [B] bool.
-      group_size: neighbouring rows that are compared; 1 for the mean of all.
-    """
-    if not failed.any():
-        return scored
-    grouped, gone = (
-        x.reshape(-1, group_size if group_size > 1 else len(failed)) for x in (scored.rewards, failed)
-    )
-    count = np.maximum(np.sum(~gone, axis=1, keepdims=True), 1)
-    means = np.sum(np.where(gone, 0, grouped), axis=1, keepdims=True) / count
-    rewards = np.where(gone, means, grouped).reshape(-1).astype(scored.rewards.dtype)
-    terms = {name: np.where(failed, np.nan, values) for name, values in scored.terms.items()}
-    return Scored(rewards, scored.unscorable | failed, terms)
+def without_failed(scored: Scored, failed: np.ndarray) -> Scored:
+    """Rewards in which rows without an answer, [B] bool, are unscorable."""
+    return dataclasses.replace(scored, unscorable=scored.unscorable | failed)
 
 
 def term_means(scored: Scored) -> dict[str, float]:
-    """`reward/NAME`: the mean of each term, without its weight, over all rows that it is meant for.
+    """`reward/NAME`: the mean of each term, without its weight, over all scored rows that it is meant for.
 
     Empty where there is one term only, which is the reward.
     """
     if len(scored.terms) < 2:
         return {}
     found = {
-        name: distributed.all_values(distributed.shard_batch(values)) for name, values in scored.terms.items()
+        name: distributed.all_values(distributed.shard_batch(np.where(scored.unscorable, np.nan, values)))
+        for name, values in scored.terms.items()
     }
     return {
         f"reward/{name}": float(np.nanmean(values))
@@ -93,19 +79,26 @@ def filter_zero_std_groups(
       (answers to `groups` prompts, metrics): `draws`, and of all that was drawn `drawn_reward`, the mean,
       and `drawn_frac_reward_zero_std`, the share of groups that teach nothing.
     """
-    drawn = [draw(0)]
-    rewards = drawn[0].grouped(group_size)
-    while np.sum(np.ptp(rewards, axis=1) > 0) < groups and len(drawn) < most:
-        drawn.append(draw(len(drawn)))
-        rewards = np.concatenate([rewards, drawn[-1].grouped(group_size)])
-    chosen = np.asarray(groups_that_differ(jnp.asarray(rewards), groups)[0])
+    whole = draw(0)
+    draws = 1
+    while jnp.sum(reward_spread(*_grouped(whole, group_size)) > 0) < groups and draws < most:
+        whole = concatenate([whole, draw(draws)])
+        draws += 1
+    chosen = np.asarray(groups_that_differ(*_grouped(whole, group_size), keep=groups)[0])
     rows = (chosen[:, None] * group_size + np.arange(group_size)).reshape(-1)
     metrics = {
-        "draws": len(drawn),
-        "drawn_reward": float(np.mean(rewards)),
-        "drawn_frac_reward_zero_std": float(np.mean(np.ptp(rewards, axis=1) == 0)),
+        "draws": draws,
+        "drawn_reward": whole.mean_reward(),
+        "drawn_frac_reward_zero_std": float(np.mean(reward_spread(*_grouped(whole, group_size)) == 0)),
     }
-    return take(concatenate(drawn), rows), metrics
+    return take(whole, rows), metrics
+
+
+def _grouped(answers: Answers, group_size: int) -> tuple[Float[Array, "N G"], Bool[Array, "N G"]]:
+    """Rewards, and which answers have one."""
+    shape = (-1, group_size)
+    scored = ~answers.scored.unscorable
+    return jnp.asarray(answers.rewards.reshape(shape)), jnp.asarray(scored.reshape(shape))
 
 
 def concatenate(parts: Sequence[Answers]) -> Answers:

@@ -278,8 +278,8 @@ def tool_tokens(rollout: Rollout) -> Bool[Array, "B T"]:
 def _describe(rollout: Rollout) -> dict[str, np.ndarray]:
     mask = np.asarray(rollout.sequences.mask)
     return {
-        "tool_use": np.asarray(tool_tokens(rollout)).any(axis=1),
-        "turns": np.sum(mask[:, 1:] & ~mask[:, :-1], axis=1),
+        "tool_use": np.asarray(jnp.any(tool_tokens(rollout), axis=1)),
+        "turns": np.asarray(np.sum(mask[:, 1:] & ~mask[:, :-1], axis=1)),
     }
 
 

@@ -203,8 +203,9 @@ def single_turn(policy: Policy, *, max_new_tokens: int) -> RolloutFns:
     """One completion of each prompt."""
 
     def make(prompt_length: int, sampling: Sampling) -> GenerateFn:
-        sizes = {"prompt_length": prompt_length, "max_new_tokens": max_new_tokens}
-        return make_generate_fn(policy, **sizes, sampling=sampling)
+        return make_generate_fn(
+            policy, prompt_length=prompt_length, max_new_tokens=max_new_tokens, sampling=sampling
+        )
 
     return RolloutFns(make)
 

@@ -1,67 +1,95 @@
-"""From a rollout and its rewards to a new state: what the scripts compile, and what plans are made of."""
+"""Training steps of GRPO and PPO: from a rollout and its rewards to a new state.
+
+Stages compile them, whole runs under `jit` are made of them, and plans count them.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
+import optax
+
 from rlhf_jax.algorithms import grpo, ppo
 from rlhf_jax.core.protocols import LogprobFn
-from rlhf_jax.core.types import Array, Float, Metrics, Params, Rollout
+from rlhf_jax.core.types import Array, Bool, Float, Metrics, Params, Rollout
 
 ReferenceFn = Callable[[Any, Params], Params]
 """(learner, original) -> the frozen reference; `original` is what the learner does not hold of it."""
 
 
-def make_group_learn(
+def whole_reference(learner: Any, original: Params) -> Params:
+    """The reference of full training: the learner holds nothing of it."""
+    del learner
+    return original
+
+
+def make_grpo_train_step(
     config: grpo.Config,
     logprob_fn: LogprobFn,
-    update: Callable[..., tuple[grpo.State, Metrics]],
-    hyper: grpo.Hyper,
-    reference_fn: ReferenceFn,
+    tx: optax.GradientTransformation,
+    reference_fn: ReferenceFn = whole_reference,
 ) -> Callable[..., tuple[grpo.State, Metrics]]:
-    """`learn(state, original, rollout, rewards, greedy_rewards=None)` of GRPO's family: scores the answers
-    under the policy and the reference, compares them, and updates.
-    """
+    """Training step of the GRPO family: log-probs of the answers under policy and reference, advantages,
+    and the update.
 
-    def learn(
+    Returns:
+      `train_step(state, hyper, original, rollout, rewards, scored=None, greedy_rewards=None) -> (state,
+      metrics)`; `scored` marks the answers that have a reward.
+    """
+    update = grpo.make_update(config, logprob_fn, tx)
+
+    def train_step(
         state: grpo.State,
+        hyper: grpo.Hyper,
         original: Params,
         rollout: Rollout,
         rewards: Float[Array, " B"],
+        scored: Bool[Array, " B"] | None = None,
         greedy_rewards: Float[Array, " N"] | None = None,
     ) -> tuple[grpo.State, Metrics]:
         reference = reference_fn(state.learner, original)
         old_logp = logprob_fn(state.learner.all_params, rollout.sequences).logp
         ref_logp = logprob_fn(reference, rollout.sequences).logp
-        batch, described = grpo.make_batch(config, rollout, rewards, old_logp, ref_logp, greedy_rewards)
+        answers = {"scored": scored, "greedy_rewards": greedy_rewards}
+        batch, described = grpo.make_batch(config, hyper, rollout, rewards, old_logp, ref_logp, **answers)
         state, metrics = update(state, hyper, batch)
         return state, {**described, **metrics}
 
-    return learn
+    return train_step
 
 
-def make_ppo_learn(
+def make_ppo_train_step(
     config: ppo.Config,
     logprob_fn: LogprobFn,
     ref_logprob_fn: LogprobFn,
-    update: Callable[..., tuple[ppo.State, Metrics]],
-    hyper: ppo.Hyper,
-    reference_fn: ReferenceFn,
-) -> Callable[[ppo.State, Params, Rollout, Float[Array, " B"]], tuple[ppo.State, Metrics]]:
-    """`learn(state, original, rollout, rewards)` of PPO: log-probs and values of the answers, the KL to the
-    reference, advantages, and all epochs.
+    tx: optax.GradientTransformation,
+    reference_fn: ReferenceFn = whole_reference,
+) -> Callable[..., tuple[ppo.State, Metrics]]:
+    """Training step of PPO: log-probs and values of the answers, the KL to the reference, advantages, and all
+    epochs.
 
     Args:
       logprob_fn: of policy and value.
       ref_logprob_fn: of the reference.
-    """
 
-    def learn(
-        state: ppo.State, original: Params, rollout: Rollout, rewards: Float[Array, " B"]
+    Returns:
+      `train_step(state, hyper, original, rollout, rewards, scored=None) -> (state, metrics)`.
+    """
+    update = ppo.make_update(config, logprob_fn, tx)
+
+    def train_step(
+        state: ppo.State,
+        hyper: ppo.Hyper,
+        original: Params,
+        rollout: Rollout,
+        rewards: Float[Array, " B"],
+        scored: Bool[Array, " B"] | None = None,
     ) -> tuple[ppo.State, Metrics]:
         score = logprob_fn(state.learner.all_params, rollout.sequences)
         ref_logp = ref_logprob_fn(reference_fn(state.learner, original), rollout.sequences).logp
-        state, batch, described = ppo.language_batch(config, state, hyper, rollout, score, ref_logp, rewards)
+        state, batch, described = ppo.language_batch(
+            config, state, hyper, rollout, score, ref_logp, rewards, scored=scored
+        )
         state, metrics = update(state, hyper, batch)
         return state, {**described, **metrics}
 
-    return learn
+    return train_step

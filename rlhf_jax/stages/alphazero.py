@@ -11,7 +11,6 @@ the lines of play that each agent loses, over every reply of its opponent.
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import numpy as np
 import tyro
 
 from rlhf_jax.checkpoint import CheckpointManager, restore_params
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Metrics, Params
 from rlhf_jax.distributed.runtime import compiler_options
@@ -31,7 +31,7 @@ from rlhf_jax.rl import games
 from rlhf_jax.rl.algorithms import alphazero
 from rlhf_jax.stages import common
 from rlhf_jax.training import run_loop
-from rlhf_jax.training.run_folder import describe_run, write_json
+from rlhf_jax.training.run_folder import describe_run
 
 GAMES = {
     "tic-tac-toe": games.TIC_TAC_TOE,
@@ -207,14 +207,14 @@ def round_robin(
         return float(jnp.sum(programs[kinds](*params, jax.random.fold_in(match_key, number)) + 1) / 2)
 
     path = options.run.out / "matches.json"
-    played = json.loads(path.read_text()) if path.exists() else {}
+    played = files.read_json(path, otherwise={})
     table, pairs = np.zeros((len(agents),) * 2), list(itertools.combinations(range(len(agents)), 2))
     with Progress("round robin", len(pairs), quiet=options.run.quiet) as progress:
         for number, (i, j) in enumerate(pairs):
             name = f"{agents[i].name} - {agents[j].name}"
             if name not in played:
                 played[name] = points(agents[i], agents[j], number)
-                write_json(path, played)
+                files.write_json(path, played)
             table[i, j], table[j, i] = played[name], 2 * options.openings - played[name]
             progress.update(number + 1)
     return agents, table
@@ -269,7 +269,8 @@ def plot(path: Path, agents: Sequence[Agent], elo: np.ndarray, error: np.ndarray
     axes.axhline(0, color="grey", linewidth=0.8, linestyle=":")
     axes.set(xlabel="steps of training", ylabel="Elo, 0 = random player", title=title)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    with files.writing(path) as local:
+        figure.savefig(local, dpi=150)
 
 
 def run(options: Options) -> None:
@@ -307,7 +308,7 @@ def run(options: Options) -> None:
     }
     if options.game in SOLVED:
         results["against_every_reply"] = lost_lines(GAMES[options.game], config, snapshots, agents)
-    write_json(options.run.out / "results.json", results)
+    files.write_json(options.run.out / "results.json", results)
     plot(options.run.out / "elo.png", agents, ratings.elo, ratings.error, options.game)
     if not options.run.quiet:
         show(results)

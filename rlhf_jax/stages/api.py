@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.files import releasing_locks
 from rlhf_jax.data.examples import prompt_examples
 from rlhf_jax.data.sources import as_rows
 from rlhf_jax.models import Policy
@@ -240,7 +241,7 @@ def _run(stage: Any, out: Any, settings: dict[str, Any], **objects: Any) -> Trai
     _check_policy(objects["policy"])
     objects |= {name: settings.pop(name) for name in _OBJECTS if name in settings}
     if isinstance(settings.get("adapter", AdapterOptions()), AdapterOptions):
-        with parameters_named():
+        with parameters_named(), releasing_locks():
             return stage.run(options_of(stage.Options, out, settings), Given(**objects))
     raise UserError(f"adapter is {settings['adapter']!r}: give one such as rlhf_jax.lora(rank=16)")
 

@@ -16,7 +16,6 @@ hold the question that they stand before.
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import jax
 import numpy as np
 import tyro
 
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.data.pipeline import fingerprint
 from rlhf_jax.evaluation.benchmarks import (
@@ -37,7 +37,7 @@ from rlhf_jax.evaluation.likelihood import (
     score_requests,
 )
 from rlhf_jax.evaluation.lm_eval import lm_eval_model
-from rlhf_jax.metrics.pages import SUMMARY, whole_lines
+from rlhf_jax.metrics.pages import SUMMARY
 from rlhf_jax.metrics.progress import Progress
 from rlhf_jax.models import Policy
 from rlhf_jax.rewards.functions import load_reward, score_rows
@@ -45,7 +45,7 @@ from rlhf_jax.rollout.texts import Answer, make_answer_texts_fn
 from rlhf_jax.stages import benchmark_items as items, benchmark_page, common
 from rlhf_jax.stages.benchmark_page import RESULTS
 from rlhf_jax.training.loading import load
-from rlhf_jax.training.run_folder import describe_run, write_json
+from rlhf_jax.training.run_folder import describe_run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -178,9 +178,15 @@ def check_same_data(folder: Path, ids: Sequence[Any]) -> None:
       UserError: the benchmark in the folder scored something else.
     """
     path, found = folder / "data.json", fingerprint(np.asarray(each, np.int32) for each in ids)
-    if (folder / RESULTS).exists() and json.loads(path.read_text(encoding="utf-8"))["fingerprint"] != found:
-        raise UserError(f"{folder}: its items or prompts are not those of --data now: choose another --out")
-    write_json(path, {"fingerprint": found, "rows": len(ids)})
+    if files.exists(folder / RESULTS):
+        held = files.read_json(
+            path, keys=("fingerprint",), remedy=f"remove {folder}, or choose another --out"
+        )
+        if held["fingerprint"] != found:
+            raise UserError(
+                f"{folder}: its items or prompts are not those of --data now: choose another --out"
+            )
+    files.write_json(path, {"fingerprint": found, "rows": len(ids)})
 
 
 def check(options: Options) -> None:
@@ -190,11 +196,12 @@ def check(options: Options) -> None:
     for name, value in {**vars(options), **vars(task)}.items():
         if name in least and value < least[name]:
             raise UserError(f"--{name.replace('_', '-')} {value} is too low: give at least {least[name]}")
-    if not any((options.out / name).exists() for name in (RESULTS, SUMMARY)):
+    if not any(files.exists(options.out / name) for name in (RESULTS, SUMMARY)):
         return
     if not options.resume:
         raise UserError(f"{options.out} already holds a benchmark: add --resume, or choose another --out")
-    held = json.loads((options.out / "config.json").read_text(encoding="utf-8")).get("config", {})
+    again = f"remove {options.out}, or choose another --out"
+    held = files.read_json(options.out / "config.json", keys=("config",), remedy=again)["config"]
     if held.get("task", {}).keys() != common.to_json(task).keys():
         raise UserError(f"{options.out} holds another kind of benchmark: choose another --out")
     common.check_same_options(options, held, options.out)
@@ -204,20 +211,19 @@ def run(options: Options) -> None:
     """Scores what is not scored yet, and sums up."""
     check(options)
     model, task = load(options.model), options.task
-    options.out.mkdir(parents=True, exist_ok=True)
     describe_run(options.out, common.to_json(options), stage="benchmark")
     if isinstance(task, items.Harness):
         run_harness(options, task, model)
         return
     path = options.out / RESULTS
-    held = whole_lines(path)
+    held = files.read_lines(path, keys=("index", "subject"))
     make: Callable[..., Iterator[list[dict[str, Any]]]]
     make = run_choices if isinstance(task, items.Choices) else run_answers
     for lines in make(options, task, model, held):
-        with path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    other = whole_lines(Path(options.against) / RESULTS) if options.against else None
-    benchmark_page.write(options.out, whole_lines(path), other, quiet=options.quiet)
+        files.append_lines(path, lines)
+    keys = ("index", "subject", "where")
+    other = files.read_lines(Path(options.against) / RESULTS, keys=keys) if options.against else None
+    benchmark_page.write(options.out, files.read_lines(path, keys=keys), other, quiet=options.quiet)
 
 
 def run_harness(options: Options, task: items.Harness, model: Policy) -> None:
@@ -236,6 +242,6 @@ def run_harness(options: Options, task: items.Harness, model: Policy) -> None:
         task_manager=TaskManager(include_path=task.include or None),
         log_samples=False,
     )
-    write_json(options.out / SUMMARY, {"results": found["results"], "versions": found["versions"]})
+    files.write_json(options.out / SUMMARY, {"results": found["results"], "versions": found["versions"]})
     if not options.quiet:
         benchmark_page.show_harness(found["results"])

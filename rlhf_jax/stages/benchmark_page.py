@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.evaluation.statistics import (
     Comparison,
@@ -17,7 +18,6 @@ from rlhf_jax.evaluation.statistics import (
 )
 from rlhf_jax.metrics.pages import SUMMARY
 from rlhf_jax.metrics.progress import final_table
-from rlhf_jax.training.run_folder import write_json
 
 RESULTS = "results.jsonl"
 MACRO = "mean over subjects"
@@ -108,7 +108,7 @@ def write(
         }
     differences = {} if other is None else compare(lines, other)
     compared = {name: dataclasses.asdict(difference) for name, difference in differences.items()}
-    write_json(folder / SUMMARY, {**counts, "scores": shares, "against": compared})
+    files.write_json(folder / SUMMARY, {**counts, "scores": shares, "against": compared})
     plot(folder / "results.png", found, guess)
     if quiet:
         return
@@ -147,7 +147,8 @@ def plot(path: Path, found: dict[str, dict[str, Interval]], guess: float | None)
     axes.set_ylim(len(subjects) - 0.5, -0.5)
     axes.grid(axis="x", alpha=0.3)
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(path, dpi=150)
+    with files.writing(path) as local:
+        figure.savefig(local, dpi=150)
 
 
 def show_harness(results: dict[str, dict[str, Any]]) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 import tyro
 
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.data.cleaning import rules as cleaning
 from rlhf_jax.data.cleaning.rules import Dropped, Limits, Outcome, RowText
@@ -28,8 +29,7 @@ from rlhf_jax.data.pairs import solution_rows
 from rlhf_jax.data.sources import Row, read_rows
 from rlhf_jax.metrics import Progress, final_table
 from rlhf_jax.stages import common
-from rlhf_jax.stages.rounds import write_rows
-from rlhf_jax.training.run_folder import describe_run, write_json
+from rlhf_jax.training.run_folder import describe_run
 
 Rule = Callable[[Sequence[RowText], Callable[[int], None]], Outcome]
 
@@ -199,7 +199,6 @@ def run(options: Options) -> None:
     benchmark, unreadable = cleaning.readable(questions)
     if unreadable:
         raise UserError(f"{unreadable[0].row.where}: {unreadable[0].detail}")
-    options.out.mkdir(parents=True, exist_ok=True)
     kept, dropped = clean(options, [row for _, row in found], benchmark)
     report = summarise(options, sources, kept, dropped)
     left = ", ".join(f"{count} {reason}" for reason, count in report["dropped"].items())
@@ -207,16 +206,16 @@ def run(options: Options) -> None:
         raise UserError(f"none of {len(found)} rows is left ({left}): widen the limits")
     describe_run(options.out, common.to_json(options), stage="clean_data")
     rows = [{"source": sources[item.row.where], **item.row.fields} for item in kept]
-    write_rows(options.out / "rows.jsonl", rows)
-    write_rows(
+    files.write_lines(options.out / "rows.jsonl", rows)
+    files.write_lines(
         options.out / "dropped.jsonl",
         [
             {"where": d.row.where, "reason": d.reason, "detail": d.detail, "row": d.row.fields}
             for d in dropped
         ],
     )
-    write_json(options.out / "report.json", report)
-    (options.out / "report.html").write_text(page(report), encoding="utf-8")
+    files.write_json(options.out / "report.json", report)
+    files.write_text(options.out / "report.html", page(report))
     if not options.quiet:
         final_table(
             "cleaned",

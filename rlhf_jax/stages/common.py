@@ -15,6 +15,7 @@ import numpy as np
 from rlhf_jax import distributed, models
 from rlhf_jax.algorithms import sft
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.files import write_json
 from rlhf_jax.core.train_state import frozen_parts, with_frozen_parts, without_frozen
 from rlhf_jax.core.types import Params
 from rlhf_jax.data.examples import Overlength, SupervisedExample
@@ -26,14 +27,7 @@ from rlhf_jax.models import Policy
 from rlhf_jax.stages import embedded
 from rlhf_jax.training import LoopConfig, Meter
 from rlhf_jax.training.loading import load
-from rlhf_jax.training.run_folder import (
-    Adaptation,
-    Kind,
-    describe_run,
-    read_held_run,
-    write_json,
-    write_model_files,
-)
+from rlhf_jax.training.run_folder import Adaptation, Kind, describe_run, read_held_run, write_model_files
 
 DType = Literal["float32", "bfloat16"]
 ModelKind = Literal["transformer", "rnn", "gru", "lstm"]
@@ -109,7 +103,7 @@ class RunOptions:
             self.steps,
             save_every=self.save_every,
             eval_every=self.eval_every,
-            keep=self.max_to_keep,
+            max_to_keep=self.max_to_keep,
             quiet=self.quiet,
             profile=self.profile,
             thresholds=thresholds,

@@ -16,8 +16,6 @@ revisions; what was revised is not revised again by --resume. The run folder of 
 """
 
 import dataclasses
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from typing import Any
 import numpy as np
 import tyro
 
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.importing import is_import_path
 from rlhf_jax.core.train_state import OptimizerConfig
@@ -39,8 +38,8 @@ from rlhf_jax.models import Policy
 from rlhf_jax.rewards.functions import RewardFn, call_reward, load_reward
 from rlhf_jax.stages import adapting, common, defaults, inputs, sft
 from rlhf_jax.stages.entry import NOTHING, Given, policy_of
-from rlhf_jax.stages.rounds import folder_of, prompt_of, write_rows
-from rlhf_jax.training.run_folder import describe_run, load_policy, write_json
+from rlhf_jax.stages.rounds import check_held, folder_of, prompt_of
+from rlhf_jax.training.run_folder import describe_run, load_policy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,12 +83,7 @@ def check(options: Options) -> None:
         if getattr(options, name) < least:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} {getattr(options, name)}: give at least {least}")
-    held = options.run.out / "config.json"
-    if held.exists():
-        if not options.run.resume:
-            raise UserError(f"{options.run.out} already holds a run: add --resume, or choose another --out")
-        theirs = json.loads(held.read_text(encoding="utf-8"))["config"]
-        common.check_same_options(options, theirs, options.run.out)
+    check_held(options, options.run)
 
 
 # Revisions --------------------------------------------------------------------------------------------
@@ -100,13 +94,10 @@ def revise(
 ) -> list[Review]:
     """Reviews of the prompts, kept in `revisions.jsonl` batch by batch; those that are there are read."""
     path, size = options.run.out / "revisions.jsonl", options.answer_batch_size
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    whole = [line for line in lines if line.endswith("\n")]
-    kept = len(whole) if len(whole) == len(prompts) else len(whole) // size * size
-    if kept < len(lines):  # a batch torn by a stop is made again
-        part = path.with_name(path.name + ".part")
-        part.write_text("".join(whole[:kept]), encoding="utf-8")
-        os.replace(part, path)
+    rows = files.read_lines(path, keys=("prompt", "answer", "turns", "finished"))
+    kept = len(rows) if len(rows) == len(prompts) else len(rows) // size * size
+    if kept < len(rows):  # a batch torn by a stop is made again
+        files.write_lines(path, rows[:kept])
     review = make_review_fn(
         model,
         principles,
@@ -119,11 +110,9 @@ def revise(
     with Progress("revisions", len(prompts), quiet=options.run.quiet) as progress:
         for start in range(kept, len(prompts), size):
             found = review(prompts[start : start + size], start)
-            with path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(one.row()) + "\n" for one in found)
+            files.append_lines(path, (one.row() for one in found))
             progress.update(min(start + size, len(prompts)))
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [_review(row) for row in rows]
+    return [_review(row) for row in files.read_lines(path)]
 
 
 def _review(row: dict[str, Any]) -> Review:
@@ -182,11 +171,11 @@ def describe(
 # Everything -------------------------------------------------------------------------------------------
 
 
-def train(options: Options, start: str, rows: list[dict[str, Any]]) -> Path:
+def train(options: Options, start: str, rows: list[dict[str, Any]]) -> files.Path:
     """The run folder of the policy that has learnt from revisions."""
     data, folder = options.run.out / "rows.jsonl", options.run.out / "policy"
-    write_rows(data, rows)
-    begun = (folder / "checkpoints").exists()
+    files.write_lines(data, rows)
+    begun = files.is_folder(folder / "checkpoints")
     sft.run(
         sft.Options(
             run=dataclasses.replace(options.run, out=folder, report=False, resume=begun),
@@ -214,18 +203,20 @@ def choose_prompts(options: Options, prompts: inputs.Prompts) -> list[PromptExam
     return [prompts.train[index] for index in drawn]
 
 
-def write_judge(out: Path, start: str, principles: Sequence[Principle]) -> None:
+def write_judge(out: files.Path, start: str, principles: Sequence[Principle]) -> None:
     """The model and its principles as a reward, which may be moved together with `out`."""
-    write_rows(out / "constitution.jsonl", constitution_rows(principles))
-    model = os.path.relpath(start, out) if Path(start).exists() else start
-    write_json(out / "judge.json", {"kind": "rating", "model": model, "constitution": "constitution.jsonl"})
+    files.write_lines(out / "constitution.jsonl", constitution_rows(principles))
+    # A name in the hub cache is no folder.
+    model = files.relative(out, files.as_path(start)) if files.exists(start) else start
+    files.write_json(
+        out / "judge.json", {"kind": "rating", "model": model, "constitution": "constitution.jsonl"}
+    )
 
 
 def run(options: Options, given: Given = NOTHING) -> None:
     """All of it; leaves `policy`, and what it learned from."""
     check(options)
     out = options.run.out
-    out.mkdir(parents=True, exist_ok=True)
     principles = read_constitution(options.constitution)
     describe_run(out, common.to_json(options), stage="constitutional")
     model = policy_of(options.model, given, options.run)
@@ -245,7 +236,7 @@ def run(options: Options, given: Given = NOTHING) -> None:
     if prompts.evaluate is not None:
         numbers["before"] = prompts.evaluate(model.params, model.params).metrics()
         numbers["after"] = prompts.evaluate(params, model.params).metrics()
-    write_json(out / "results.json", numbers)
+    files.write_json(out / "results.json", numbers)
     common.finish(options.run, inputs.before_and_after("constitutional", before, prompts.answer(params)))
     if not options.run.quiet:
         show(options, numbers)

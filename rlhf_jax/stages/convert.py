@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from rlhf_jax.checkpoint import CheckpointManager
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.trees import partition
 from rlhf_jax.data.tokenizers import load_tokenizer
@@ -103,9 +104,9 @@ def run(options: Options) -> None:
     """
     if options.source.resolve() == options.out.resolve():
         raise UserError(f"--out is --source ({options.out}): name another folder")
-    if (options.source / "model.json").is_file():
+    if files.is_file(options.source / "model.json"):
         print(to_hugging_face(options))
-    elif (options.source / "adapter_config.json").is_file():
+    elif files.is_file(options.source / "adapter_config.json"):
         print(adapter_to_run(options))
     else:
         print(to_run(options))

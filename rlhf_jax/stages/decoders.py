@@ -11,6 +11,7 @@ import numpy as np
 import tyro
 
 from rlhf_jax import generation, models
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.protocols import DecodeFn, PrefillFn
 from rlhf_jax.core.types import Rollout
@@ -124,11 +125,9 @@ def answer_rules(model: Policy, *, stop: Sequence[str], regex: str, json_schema:
     if json_schema:
         path = Path(json_schema)
         try:
-            schema = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise UserError(
-                f"--json-schema {path}: cannot be read ({error.strerror}): give a file"
-            ) from error
+            schema = files.read_text(path)
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--json-schema {path}: cannot be read ({error}): give a file") from error
         constraint = generation.json_automaton(model.tokenizer, schema)
     if regex:
         constraint = generation.regex_automaton(model.tokenizer, regex)

@@ -142,7 +142,7 @@ def make_sample_completions_fn(
         answers = ours(params, number) if by_student else theirs(teacher.params, number)
         return answers.rollout, {
             "student_writes": float(by_student),
-            "reward": float(np.mean(answers.rewards)),
+            "reward": answers.mean_reward(),
             "unscorable": int(answers.scored.unscorable.sum()),
         }
 

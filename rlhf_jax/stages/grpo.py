@@ -11,6 +11,7 @@ Rows hold `prompt`, `question` or `messages`; their other fields go to the rewar
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -23,18 +24,21 @@ import tyro
 
 from rlhf_jax import distributed
 from rlhf_jax.algorithms import grpo
+from rlhf_jax.algorithms.group_advantages import SCALES
 from rlhf_jax.algorithms.grpo_variants import GRPOVariant, grpo_variants, make_variant
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.train_state import OptimizerConfig, with_total_steps
 from rlhf_jax.core.types import Params
 from rlhf_jax.generation import Sampling
-from rlhf_jax.losses import policy_weights
+from rlhf_jax.kernels import kl
+from rlhf_jax.losses import policy_ratios, policy_weights, reductions
 from rlhf_jax.metrics import Thresholds
 from rlhf_jax.models import Policy
+from rlhf_jax.rewards.functions import Scored
 from rlhf_jax.rewards.rules import soft_overlong_reward
 from rlhf_jax.rollout.dynamic_sampling import Answers, filter_zero_std_groups, term_means
 from rlhf_jax.rollout.sampler import single_turn
-from rlhf_jax.rollout.step import make_group_learn
+from rlhf_jax.rollout.step import make_grpo_train_step
 from rlhf_jax.stages import adapting, common, defaults, entry, inputs
 from rlhf_jax.stages.entry import NOTHING, Given, Trained, policy_of, trained
 from rlhf_jax.stages.reward_specs import make_reward_fn
@@ -44,6 +48,17 @@ CORRECTIONS = {
     "none": None,
     "tis": policy_weights.truncated_importance_weights,
     "mis": policy_weights.masked_importance_weights,
+}
+RATIOS = {
+    "token": policy_ratios.token_log_ratio,
+    "sequence": policy_ratios.sequence_log_ratio,
+    "sequence_token": policy_ratios.sequence_token_log_ratio,
+}
+KL_ESTIMATORS = {"k1": kl.k1, "k2": kl.k2, "k3": kl.k3}
+REDUCTIONS = {
+    "token_mean": reductions.token_mean,
+    "sequence_mean": reductions.sequence_mean,
+    "sequence_sum": reductions.sequence_sum,
 }
 AlgorithmName = Annotated[
     str,
@@ -80,8 +95,17 @@ class GroupOptions:
         count where answers are asked to differ; None for 1 with DAPO, and 0 with the others.
       epsilon_low: how far below 1 a ratio may go; None for the algorithm's own.
       epsilon_high: how far above 1; None for the algorithm's own.
-      kl_coef: weight of the KL to the reference, in the loss (REINFORCE++: in the reward); None for the
-        algorithm's own.
+      kl_coef: weight of the KL to the reference, where the algorithm has it: in the reward (REINFORCE,
+        REINFORCE++, RLOO, ReMax, OPO) or in the loss; None for the algorithm's own.
+      reward_kl_coef: weight of the KL to the reference in the reward, in any algorithm; None for its own.
+      kl_estimator: of the KL in the loss; None for the algorithm's own, k3.
+      kl_ratio_correction: multiply the KL in the loss by the ratio, so that its gradient is that of the KL.
+      scale_rewards: what rewards less their group's mean are divided by: the deviation of the group or of the
+        batch, nothing, or the group's mean (MaxRL); None for the algorithm's own.
+      importance_sampling_level: of what the ratio is: a token, an answer (GSPO), or an answer in value and a
+        token in gradient; None for the algorithm's own.
+      reduction: how tokens become one number: the mean over all tokens, over answers of the mean over their
+        tokens, or of the sum; None for the algorithm's own.
       entropy_coef: weight of the entropy bonus.
     """
 
@@ -105,6 +129,12 @@ class GroupOptions:
     epsilon_low: float | None = None
     epsilon_high: float | None = None
     kl_coef: float | None = None
+    reward_kl_coef: float | None = None
+    kl_estimator: Literal["k1", "k2", "k3"] | None = None
+    kl_ratio_correction: bool = False
+    scale_rewards: Literal["group", "batch", "none", "mean"] | None = None
+    importance_sampling_level: Literal["token", "sequence", "sequence_token"] | None = None
+    reduction: Literal["token_mean", "sequence_mean", "sequence_sum"] | None = None
     entropy_coef: float = 0.0
 
 
@@ -145,11 +175,28 @@ PUBLISHED = (
     "epsilon_low",
     "epsilon_high",
     "kl_coef",
+    "reward_kl_coef",
     "entropy_coef",
     "dynamic_sampling_max_rounds",
     "overlong_penalty_coef",
 )
 """Options that are the variant's own where they are None."""
+
+
+def parts_of(options: GroupOptions) -> dict[str, Any]:
+    """Functions that the options put in the place of the variant's own."""
+    if options.kl_estimator == "k1" and not options.kl_ratio_correction:
+        raise UserError(
+            "--kl-estimator k1 has no gradient on average: add --kl-ratio-correction, or take k2 or k3"
+        )
+    chosen = {
+        "kl_fn": (KL_ESTIMATORS, options.kl_estimator),
+        "advantage_fn": (SCALES, options.scale_rewards),
+        "ratio_fn": (RATIOS, options.importance_sampling_level),
+        "reduce": (REDUCTIONS, options.reduction),
+    }
+    named = {part: table[name] for part, (table, name) in chosen.items() if name is not None}
+    return {**named, "kl_ratio_correction": options.kl_ratio_correction or None}
 
 
 def variant_of(options: GroupOptions, max_completion_length: int = 0) -> GRPOVariant:
@@ -158,15 +205,21 @@ def variant_of(options: GroupOptions, max_completion_length: int = 0) -> GRPOVar
     Args:
       max_completion_length: tokens of the longest answer; 0 for `--max-new-tokens`.
     """
-    variant = make_variant(
+    make = functools.partial(
+        make_variant,
         options.algorithm,
-        changes={name: getattr(options, name) for name in PUBLISHED},
         max_completion_length=max_completion_length or options.prompts.max_new_tokens,
         group_size=options.group_size,
         num_iterations=options.num_iterations,
         num_minibatches=options.num_minibatches,
         micro_batches=options.micro_batches,
     )
+    if options.scale_rewards and make().config.advantage_fn not in SCALES.values():
+        raise UserError(
+            f"--scale-rewards is for algorithms whose baseline is the group's mean, which that of "
+            f"--algorithm {options.algorithm} is not: leave it out"
+        )
+    variant = make(changes={name: getattr(options, name) for name in PUBLISHED} | parts_of(options))
     correction = options.importance_sampling_correction or ("tis" if options.one_step_off_policy else "none")
     return dataclasses.replace(
         variant,
@@ -230,23 +283,22 @@ def make_draw_fn(
             scored = dataclasses.replace(answers.scored, rewards=answers.rewards + penalties)
             answers = dataclasses.replace(answers, scored=scored)
         metrics |= {name: float(np.mean(values)) for name, values in describe_fn(answers.rollout).items()}
-        unscorable = distributed.all_values(distributed.shard_batch(answers.scored.unscorable))
-        return answers, {**metrics, **term_means(answers.scored), "unscorable": unscorable.sum()}
+        return answers, {**metrics, **term_means(answers.scored)}
 
     return draw
 
 
 def make_greedy_fn(
     options: GroupOptions, model: Policy, prompts: inputs.Prompts, given: Given = NOTHING
-) -> Callable[[Params, Answers], np.ndarray]:
-    """`greedy(params, answers) -> [N]`: rewards of the most likely answers to the same prompts, for ReMax."""
+) -> Callable[[Params, Answers], Scored]:
+    """`greedy(params, answers)`: rewards [N] of the most likely answers to the same prompts, for ReMax."""
     fns = prompts.rollout_fns or single_turn(model, max_new_tokens=options.prompts.max_new_tokens)
     generate = fns.make_generate_fn(prompts.length, Sampling(temperature=0.0))
     reward_fn = make_reward_fn(inputs.rewards_of(options.prompts, given), model.tokenizer, fns)
 
-    def greedy(params: Params, answers: Answers) -> np.ndarray:
+    def greedy(params: Params, answers: Answers) -> Scored:
         chosen = answers.prompts[:: options.group_size]
-        return reward_fn(generate(params, chosen, jax.random.key(0)), chosen)
+        return reward_fn.score(generate(params, chosen, jax.random.key(0)), chosen)
 
     return greedy
 
@@ -293,10 +345,8 @@ def train(
     brought = given.policy is not None
     split = adapting.split_trainable(options.adapter, model, seed=seed, steps=steps, brought=brought)
     tx = split.optimizer(with_total_steps(options.optimizer, steps))
-    update = grpo.make_update(variant.config, logprob_fn, tx)
     evaluate = prompts.evaluate
-
-    learn = make_group_learn(variant.config, logprob_fn, update, variant.hyper, split.reference)
+    train_step = make_grpo_train_step(variant.config, logprob_fn, tx, split.reference)
     state = adapting.init_sharded_state(
         lambda *x: grpo.init(x[0], tx, x[1], one_step_off_policy=options.one_step_off_policy),
         split.trained,
@@ -304,12 +354,17 @@ def train(
         jax.random.key(seed),
     )
     adapting.print_trainable_parameters(options.run, state.learner)
-    learn = common.jit_update(learn, state)
+    learn = common.jit_update(lambda state, *data: train_step(state, variant.hyper, *data), state)
 
     def step(state: grpo.State, number: int):
         answers, drawn = draw(state.rollout_params, number)
-        rewards = [answers.rewards, greedy(state.rollout_params, answers) if variant.needs_greedy else None]
-        data = (split.original, answers.rollout, *distributed.shard_batch(rewards))
+        scored, greedy_rewards = ~answers.scored.unscorable, None
+        if variant.needs_greedy:
+            compared = greedy(state.rollout_params, answers)
+            greedy_rewards = compared.rewards
+            scored &= np.repeat(~compared.unscorable, options.group_size)  # no baseline, nothing to learn
+        rewards = distributed.shard_batch([answers.rewards, scored, greedy_rewards])
+        data = (split.original, answers.rollout, *rewards)
         state, metrics = meter.timed("update", learn, state, *data)
         return state, {**metrics, **drawn}
 

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Params, Sequences
 from rlhf_jax.data import packing
@@ -318,6 +319,8 @@ def make_sampler(
         return make_generate_fn(model, max_num_seqs=max_num_seqs or None, **shared)
     if max_num_seqs:
         raise UserError(f"--max-num-seqs is for --engine local: the server of {engine} has its own way")
+    if parse_engine(engine)[0] != "openai":
+        folder = files.as_local(folder, f"weights for --engine {engine} are written")
     logprob_fn = model.make_logprob_fn()
 
     def write(path: Path, params: Params) -> None:
@@ -377,7 +380,7 @@ def make_answer_fn(
         rollout = meter.timed("rollout", generate, params, chosen, jax.random.fold_in(key, number))
         scored = meter.timed("reward", reward_fn.score, rollout, chosen)
         if engine != "local":
-            scored = without_failed(scored, failed_rows(rollout), group_size)
+            scored = without_failed(scored, failed_rows(rollout))
         return Answers(chosen, rollout, scored)
 
     return answer

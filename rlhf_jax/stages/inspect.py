@@ -12,7 +12,6 @@ beside that, is not counted.
 
 import dataclasses
 import functools
-import json
 import math
 import re
 from collections.abc import Iterable
@@ -26,10 +25,12 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf_jax import models
+from rlhf_jax.core import files
 from rlhf_jax.core.optimizers import OPTIMIZERS
 from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
 from rlhf_jax.core.trees import named_leaves
 from rlhf_jax.models import hf
+from rlhf_jax.training.run_folder import read_architecture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +60,8 @@ class Options:
 
 def read_config(options: Options) -> models.ModelConfig:
     """The architecture in the folder, its layers stacked: a deep model is traced as fast as a shallow one."""
-    described = options.model / "model.json"
-    if described.is_file():
-        config = models.config_from_dict(json.loads(described.read_text(encoding="utf-8"))["config"])
+    if files.is_file(options.model / "model.json"):
+        config = read_architecture(options.model)
     else:
         config = hf.load_config(options.model)
     return dataclasses.replace(

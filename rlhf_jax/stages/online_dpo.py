@@ -16,7 +16,6 @@ from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import tyro
 
 from rlhf_jax import distributed, losses
@@ -157,7 +156,7 @@ def describe(first: Rollout, ref_logp: Float[Array, " N"]) -> Metrics:
 
 
 def pair_update(options: Options, logprob_fn: LogprobFn, tx: Any) -> tuple[Callable[..., Any], Any]:
-    """(init, learn) of online DPO and XPO: learn(state, reference, first, second, preference)."""
+    """(init, learn) of online DPO and XPO: learn(state, reference, first, second, preference, scored)."""
     is_xpo = options.method == "xpo"
     loss_fn = preference.find_pair_loss(options.loss)
     if is_xpo:
@@ -165,10 +164,12 @@ def pair_update(options: Options, logprob_fn: LogprobFn, tx: Any) -> tuple[Calla
     hyper = preference.Hyper(jnp.float32(options.learning_rate), jnp.float32(options.beta))
     update = preference.make_update(preference.Config(options.micro_batches, loss_fn), logprob_fn, tx)
 
-    def learn(state: preference.State, reference: Params, first: Rollout, second: Rollout, wins: Any):
+    def learn(
+        state: preference.State, reference: Params, first: Rollout, second: Rollout, wins: Any, scored: Any
+    ):
         first_wins: Bool[Array, " N"] = wins > 0.5
         pairs = selection.judged(first.sequences, second.sequences, first_wins)
-        counts = wins != 0.5
+        counts = scored & (wins != 0.5)
         batch = preference.make_batch(logprob_fn, reference, pairs.chosen, pairs.rejected, counts)
         if is_xpo:
             batch = dataclasses.replace(batch, chosen_from_ref=~first_wins)
@@ -184,11 +185,13 @@ def nash_update(options: Options, logprob_fn: LogprobFn, tx: Any) -> tuple[Calla
     hyper = nash_md.Hyper(jnp.float32(options.learning_rate), jnp.float32(options.beta), options.mixture_coef)
     update = nash_md.make_update(nash_md.Config(options.micro_batches), logprob_fn, tx)
 
-    def learn(state: nash_md.State, reference: Params, first: Rollout, second: Rollout, wins: Any):
+    def learn(
+        state: nash_md.State, reference: Params, first: Rollout, second: Rollout, wins: Any, scored: Any
+    ):
         del second
         sequences = first.sequences
         ref_logp = masked_sum(logprob_fn(reference, sequences).logp, sequences.mask, axis=-1)
-        state, metrics = update(state, hyper, nash_md.Batch(sequences, ref_logp, wins))
+        state, metrics = update(state, hyper, nash_md.Batch(sequences, ref_logp, wins, scored))
         return state, {**metrics, **describe(first, ref_logp)}
 
     return lambda params, key: nash_md.init(params, tx, key), learn
@@ -226,8 +229,8 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     write = make_sample_completions_fn(options, model, prompts, lambda state: split.reference(state.learner))
     evaluate, rollout_key = prompts.evaluate, jax.random.key(seed + 1)
 
-    def learn(state: Any, original: Params, first: Rollout, second: Rollout, wins: Float[Array, " N"]):
-        return learn_from(state, split.reference(state.learner, original), first, second, wins)
+    def learn(state: Any, original: Params, first: Rollout, second: Rollout, *compared: Array):
+        return learn_from(state, split.reference(state.learner, original), first, second, *compared)
 
     learn = common.jit_update(learn, state)
     meter = options.run.meter()
@@ -237,13 +240,13 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         answers = meter.timed("rollout", write, state, chosen, jax.random.fold_in(rollout_key, number))
         with meter.timing("reward"):
             compared = compare(chosen, *answers)
-        preference = compared.preference
-        if options.engine != "local":  # where an answer is missing, neither is better
-            missing = failed_rows(answers[0]) | failed_rows(answers[1])
-            preference = np.where(missing, 0.5, preference).astype(preference.dtype)
-        wins = distributed.shard_batch(preference)
-        state, metrics = meter.timed("update", learn, state, split.original, *answers, wins)
-        return state, {**metrics, **compared.metrics, "win_rate": compared.preference.mean()}
+        scored = compared.scored
+        if options.engine != "local":
+            scored = scored & ~failed_rows(answers[0]) & ~failed_rows(answers[1])
+        judged = distributed.shard_batch((compared.preference, scored))
+        state, metrics = meter.timed("update", learn, state, split.original, *answers, *judged)
+        won = compared.preference[scored].mean() if scored.any() else 0.5
+        return state, {**metrics, **compared.metrics, "win_rate": won}
 
     before = prompts.answer(model.params)
     state = entry.train(

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf_jax import distributed, models
+from rlhf_jax.core import files
 from rlhf_jax.core.axes import GATHERED_SAMPLING, axis_rules
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.distributed.accelerator_specs import CHIPS, Chip, chip_of, roofline
@@ -30,6 +31,7 @@ from rlhf_jax.models import hf
 from rlhf_jax.planning import compiled
 from rlhf_jax.planning.analytic import analytic_plan
 from rlhf_jax.planning.topologies import topology_devices
+from rlhf_jax.training.run_folder import read_architecture
 
 DType = Literal["float32", "bfloat16"]
 Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
@@ -96,13 +98,12 @@ def read_config(options: Options) -> models.ModelConfig:
     }
     if options.model in get_args(models.Preset):
         return models.preset_config(options.model, **chosen)  # pyright: ignore[reportArgumentType]
-    folder = Path(options.model)
-    if not folder.is_dir():
+    folder = files.as_path(options.model)
+    if not files.is_folder(folder):
         presets = ", ".join(get_args(models.Preset))
         raise UserError(f"--model {options.model}: no such folder, and no preset: give one, or {presets}")
-    described = folder / "model.json"
-    if described.is_file():
-        config = models.config_from_dict(json.loads(described.read_text(encoding="utf-8"))["config"])
+    if files.is_file(folder / "model.json"):
+        config = read_architecture(folder)
     else:
         config = hf.load_config(folder)
     return dataclasses.replace(config, **chosen)
@@ -319,5 +320,5 @@ def run(options: Options) -> None:
         if options.json == "-":
             print(text)
             return
-        Path(options.json).write_text(text + "\n", encoding="utf-8")
+        files.write_text(options.json, text + "\n")
     show(options, plan, mesh, chip)

@@ -40,7 +40,7 @@ from rlhf_jax.rollout.dynamic_sampling import term_means, without_failed
 from rlhf_jax.rollout.engines import failed_rows
 from rlhf_jax.rollout.rewards import RolloutReward
 from rlhf_jax.rollout.sampler import Evaluation
-from rlhf_jax.rollout.step import make_ppo_learn
+from rlhf_jax.rollout.step import make_ppo_train_step
 from rlhf_jax.stages import adapting, common, defaults, entry, inputs
 from rlhf_jax.stages.entry import NOTHING, Given, Trained, policy_of, trained
 from rlhf_jax.stages.reward_specs import make_ensemble_fn, make_reward_fn
@@ -277,16 +277,15 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     logprob_fn = make_logprob_fn(temperature=options.temperature)
     ref_logprob_fn = model.make_logprob_fn(temperature=options.temperature)
     tx = split.optimizer(with_total_steps(options.optimizer, steps))
-    update = ppo.make_update(config, logprob_fn, tx)
     hyper, evaluate = make_hyper(options), prompts.evaluate
 
     def reference(learner: TrainState, original: Params) -> Params:
         return models.reference_params(learner.all_params, original)
 
-    learn = make_ppo_learn(config, logprob_fn, ref_logprob_fn, update, hyper, reference)
+    train_step = make_ppo_train_step(config, logprob_fn, ref_logprob_fn, tx, reference)
     state = adapting.init_sharded_state(lambda *x: ppo.init(x[0], tx, x[1], hyper), params, frozen, state_key)
     adapting.print_trainable_parameters(options.run, state.learner)
-    learn = common.jit_update(learn, state)
+    learn = common.jit_update(lambda state, *data: train_step(state, hyper, *data), state)
     rollout_key = jax.random.key(seed + 1)
     meter = options.run.meter(update_flops(options, model, prompts.length))
 
@@ -308,9 +307,9 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
             scored = meter.timed("reward", reward_fn.score, rollout, chosen)
         if options.engine != "local":
             scored = without_failed(scored, failed_rows(rollout))
-        rewards, unscorable = distributed.shard_batch((scored.rewards, scored.unscorable))
-        state, metrics = meter.timed("update", learn, state, split.original, rollout, rewards)
-        return state, {**metrics, **term_means(scored), "unscorable": jnp.sum(unscorable)}
+        rewards = distributed.shard_batch((scored.rewards, ~scored.unscorable))
+        state, metrics = meter.timed("update", learn, state, split.original, rollout, *rewards)
+        return state, {**metrics, **term_means(scored)}
 
     def measured(state: ppo.State, evaluate: Callable[..., Evaluation]) -> dict[str, float]:
         whole = state.learner.all_params

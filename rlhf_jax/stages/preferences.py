@@ -24,6 +24,7 @@ import jax
 import numpy as np
 import tyro
 
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Rollout
 from rlhf_jax.data.examples import PromptExample
@@ -34,14 +35,13 @@ from rlhf_jax.feedback.judges import make_model_judge
 from rlhf_jax.feedback.pairwise import compare_by_judge
 from rlhf_jax.generation import Sampling, row_keys
 from rlhf_jax.metrics import Progress, final_table
-from rlhf_jax.metrics.pages import whole_lines
 from rlhf_jax.models import Policy
 from rlhf_jax.rollout.sampler import completion_texts
 from rlhf_jax.stages import common, inputs
 from rlhf_jax.stages.reward_specs import make_reward_fn
-from rlhf_jax.stages.rounds import prompt_of, write_rows
+from rlhf_jax.stages.rounds import prompt_of
 from rlhf_jax.training.loading import load
-from rlhf_jax.training.run_folder import describe_run, write_json
+from rlhf_jax.training.run_folder import describe_run
 
 PairFn = Callable[[Sequence[PromptExample], Rollout], list[Pair]]
 
@@ -119,8 +119,12 @@ def check(options: Options) -> None:
     if judged and options.prompts.rewards:
         raise UserError("--judge and --judge-model exclude --rewards: give one of them")
     held = options.out / "config.json"
-    if held.exists():
-        ours, theirs = common.to_json(options), json.loads(held.read_text(encoding="utf-8"))["config"]
+    if files.exists(held):
+        again = f"remove {options.out}, or choose another --out"
+        ours, theirs = (
+            common.to_json(options),
+            files.read_json(held, keys=("config",), remedy=again)["config"],
+        )
         changed = [name for name in ours if name not in CLEANING and ours[name] != theirs.get(name)]
         if changed:
             raise UserError(
@@ -172,7 +176,8 @@ def _judged_pairs(options: Options, model: Policy) -> PairFn:
             sides = [jax.tree.map(lambda x, rows=rows: x[rows], rollout) for rows in (first, second)]
             asked = prompts[2 * number :: size]
             compared = compare(asked, *sides)
-            preference = np.where(finished[first] & finished[second], compared.preference, np.nan)
+            counts = finished[first] & finished[second] & compared.scored
+            preference = np.where(counts, compared.preference, np.nan)
             lead = np.zeros(len(asked))
             if verifier is not None:
                 lead = verifier(sides[0], asked) - verifier(sides[1], asked)
@@ -216,8 +221,7 @@ def sampled(options: Options, model: Policy) -> list[Pair]:
                 fresh = np.unique(part, return_index=True)[1].size * size  # the last part repeats its last
                 rollout = generate(model.params, chosen, keys)
                 judged = pair_fn(chosen[:fresh], jax.tree.map(lambda x, n=fresh: x[:n], rollout))
-                with path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps([pair.row() for pair in judged]) + "\n")
+                files.append_lines(path, [[pair.row() for pair in judged]])
                 done.append(judged)
             progress.update(number + 1)
     return [pair for batch in done for pair in batch]
@@ -225,8 +229,11 @@ def sampled(options: Options, model: Policy) -> list[Pair]:
 
 def _held(path: Path) -> Iterator[list[Pair]]:
     """Batches that were judged before."""
-    for batch in whole_lines(path):
-        yield [Pair(**row) for row in batch]
+    for number, batch in enumerate(files.read_lines(path), start=1):
+        try:
+            yield [Pair(**row) for row in batch]
+        except TypeError as error:
+            raise UserError(f"{path}:{number}: no judged pairs ({error}): remove the file") from error
 
 
 # Rows ---------------------------------------------------------------------------------------------------
@@ -243,7 +250,6 @@ def run(options: Options) -> None:
     """Samples and judges what is missing, then cleans and writes."""
     check(options)
     model = load(options.model) if options.model else None
-    options.out.mkdir(parents=True, exist_ok=True)
     describe_run(options.out, common.to_json(options), stage="preferences")
     if model is None:
         pairs = solution_pairs(read_rows(options.solutions), most=options.pairs_per_prompt, seed=options.seed)
@@ -256,10 +262,10 @@ def run(options: Options) -> None:
     held_out = [pair for pair in kept if is_held_out(pair, options)]
     sides = {"pairs": [p for p in kept if not is_held_out(p, options)], "held_out": held_out}
     for name, side in sides.items():
-        write_rows(options.out / f"{name}.jsonl", [pair.row() for pair in side])
+        files.write_lines(options.out / f"{name}.jsonl", [pair.row() for pair in side])
     found = {"judged": len(pairs), **counts, **{name: len(side) for name, side in sides.items()}}
     judge = describe_judge(pairs)
-    write_json(options.out / "counts.json", found | ({"judge": judge} if judge else {}))
+    files.write_json(options.out / "counts.json", found | ({"judge": judge} if judge else {}))
     if not options.quiet:
         margin = float(np.mean([pair.margin for pair in kept]))
         judged = [(f"judge: {name}", f"{value:.3g}") for name, value in judge.items()]

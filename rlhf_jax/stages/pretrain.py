@@ -24,6 +24,7 @@ import tyro
 
 from rlhf_jax import distributed, models
 from rlhf_jax.algorithms import sft
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.protocols import LogprobFn
 from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer, with_total_steps
@@ -302,8 +303,7 @@ def make_sample_fn(
 def write_samples(folder: Path, step: int, samples: list[tuple[str, str]]) -> None:
     """`folder/samples/STEP.txt`: the same after a resume as without one."""
     path = folder / "samples" / f"{step:07d}.txt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n\n".join(f"--- {p}\n>>> {answer}" for p, answer in samples) + "\n", encoding="utf-8")
+    files.write_text(path, "\n\n".join(f"--- {p}\n>>> {answer}" for p, answer in samples) + "\n")
 
 
 # The run -------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ scores whole answers, so that `rlhf ppo --reward-model` and `rlhf grpo --rewards
 """
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,7 @@ import tyro
 
 from rlhf_jax import distributed
 from rlhf_jax.algorithms import process_reward
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer, with_total_steps
 from rlhf_jax.core.types import Params, PRNGKeyArray
@@ -43,7 +45,7 @@ from rlhf_jax.data.process_rewards import (
     solution_of,
     until_first_mistake,
 )
-from rlhf_jax.data.sources import Row, read_rows
+from rlhf_jax.data.sources import Row
 from rlhf_jax.data.tokenizers import Tokenizer, train_bpe
 from rlhf_jax.evaluation.classification import brier_score, reliability, roc_auc
 from rlhf_jax.feedback.step_labels import label_by_rollouts
@@ -52,9 +54,10 @@ from rlhf_jax.rewards.functions import call_reward, load_reward
 from rlhf_jax.stages import common, defaults, embedded, entry, inputs
 from rlhf_jax.stages.entry import NOTHING, Given, Trained, trained_reward_model
 from rlhf_jax.stages.reward_specs import make_reward_fn
-from rlhf_jax.training.run_folder import write_json
 
 HELD_OUT_PART = 8
+LABELLED, MAKERS = "labelled.jsonl", "labelled.json"
+"""Labels by rollouts, and what made them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,16 +167,45 @@ def label(options: Options, policy: Policy, rows: tuple[list[Row], list[Row]]) -
             quiet=options.run.quiet,
         )
 
-    path, seed = options.run.out / "labelled.jsonl", options.run.seed
-    if options.run.resume and path.exists():
-        train = read_rows(str(path))
-    else:
-        train = by_rollouts(train, seed)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row.fields) + "\n" for row in train), encoding="utf-8")
+    if distributed.is_main_process():
+        files.hold(options.run.out, "--out")
+    seed, makers = options.run.seed, makers_of(options, policy, train)
+    labelled = held_labels(options.run.out, makers) if options.run.resume else None
+    if labelled is None:
+        labelled = by_rollouts(train, seed)
+        if distributed.is_main_process():
+            files.remove_file(options.run.out / MAKERS)  # or a kill would leave them with others' labels
+            files.write_lines(options.run.out / LABELLED, (row.fields for row in labelled))
+            files.write_json(options.run.out / MAKERS, makers)
+    train = labelled
     if embedded.find_level(options.eval_data or options.data):
         return train, list(map(until_first_mistake, held_out))
     return train, by_rollouts(held_out, seed + 1)
+
+
+def makers_of(options: Options, policy: Policy, rows: list[Row]) -> dict[str, Any]:
+    """What decides labels by rollouts."""
+    asked = json.dumps([row.fields for row in rows], sort_keys=True, default=str)
+    names = ("label_reward", "rollouts", "max_new_tokens", "batch_size")
+    return {
+        **{name: getattr(options, name) for name in names},
+        "seed": options.run.seed,
+        "policy": policy.source and policy.source.digest,
+        "rows": hashlib.sha256(asked.encode()).hexdigest(),
+    }
+
+
+def held_labels(folder: Path, makers: dict[str, Any]) -> list[Row] | None:
+    """Labels that the same makers made before; None where there are none, or they are damaged."""
+    path, again = folder / LABELLED, "the labels are made again"
+    try:
+        if files.read_json(folder / MAKERS, otherwise=None, remedy=again) != makers:
+            return None
+        rows = files.read_lines(path, keys=("prompt", "completions", "labels"), remedy=again)
+    except files.DamagedFile as error:
+        files.made_again(error)
+        return None
+    return [Row(fields, f"{path}:{number}") for number, fields in enumerate(rows, start=1)] or None
 
 
 def _split(rows: list[Row]) -> tuple[list[Row], list[Row]]:
@@ -252,7 +284,7 @@ def make_eval_fn(
         truth = np.concatenate(labels) > 0.5
         curve = reliability(chances, truth)
         if distributed.is_main_process():
-            write_json(
+            files.write_json(
                 options.run.out / "calibration.json",
                 {name: values.tolist() for name, values in dataclasses.asdict(curve).items()},
             )

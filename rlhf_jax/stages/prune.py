@@ -18,6 +18,7 @@ import tyro
 
 from rlhf_jax.checkpoint import CheckpointManager
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.files import write_json
 from rlhf_jax.core.trees import tree_add
 from rlhf_jax.core.types import Params, Sequences
 from rlhf_jax.data import packing
@@ -25,7 +26,7 @@ from rlhf_jax.metrics import final_table
 from rlhf_jax.models import Policy, pruning
 from rlhf_jax.stages import common, sft
 from rlhf_jax.training.loading import load
-from rlhf_jax.training.run_folder import describe_run, write_json, write_model_files
+from rlhf_jax.training.run_folder import describe_run, write_model_files
 
 Method = Literal["wanda", "magnitude"]
 _BATCH = 32  # rows measured at a time

@@ -11,13 +11,13 @@ passage, was given, and was given with its source.
 """
 
 import dataclasses
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.data.examples import PromptExample, prompt_examples
 from rlhf_jax.data.sources import Row, read_rows
@@ -29,7 +29,7 @@ from rlhf_jax.rollout.sampler import completion_texts, make_generate_fn
 from rlhf_jax.stages import common, inputs
 from rlhf_jax.tool_use import Chunk, RetrievalIndex, numbered_prompt, read_answer, split_document
 from rlhf_jax.training.loading import load
-from rlhf_jax.training.run_folder import describe_run, write_json
+from rlhf_jax.training.run_folder import describe_run
 
 TEXTS = (".txt", ".md")
 INSTRUCTION = (
@@ -101,23 +101,25 @@ def read_documents(paths: Sequence[str]) -> Iterator[tuple[str, str]]:
     Raises:
       UserError: a path is missing, or of a kind that is not read, or a row has no text.
     """
-    for path in map(Path, paths):
-        files = sorted(file for file in path.rglob("*") if file.suffix in TEXTS) if path.is_dir() else [path]
-        if not files:
+    for path in map(files.as_path, paths):
+        is_folder = files.is_folder(path)
+        inside = [path / name for name in files.list_files(path)] if is_folder else []
+        found = [file for file in inside if file.suffix in TEXTS] if is_folder else [path]
+        if not found:
             raise UserError(f"--documents {path}: no {' or '.join(TEXTS)} file in this folder: name another")
-        for file in files:
+        for file in found:
             if file.suffix not in TEXTS:
                 yield from _texts_of_rows(file)
                 continue
             try:
-                yield file.read_text(encoding="utf-8"), str(file.relative_to(path) if path.is_dir() else file)
+                yield files.read_text(file), str(file.relative_to(path) if is_folder else file)
             except (OSError, UnicodeDecodeError) as error:
                 raise UserError(
                     f"{file}: cannot be read as UTF-8 text ({error}): mend or leave it out"
                 ) from None
 
 
-def _texts_of_rows(file: Path) -> Iterator[tuple[str, str]]:
+def _texts_of_rows(file: files.Path) -> Iterator[tuple[str, str]]:
     for row in read_rows(file):
         text = row.fields.get("text")
         if not isinstance(text, str):
@@ -275,6 +277,7 @@ def ask(options: Options, model: Policy, index: RetrievalIndex) -> None:
 def run(options: Options) -> None:
     """Makes the index, answers, and writes what came of it."""
     check(options)
+    describe_run(options.out, common.to_json(options), stage="rag")
     model = load(options.model)
     if options.index:
         index = RetrievalIndex.load(Path(options.index))
@@ -282,14 +285,12 @@ def run(options: Options) -> None:
         size = {"chunk_size": options.chunk_size, "chunk_overlap": options.chunk_overlap}
         index = make_index(read_documents(options.documents), **size)
         index.save(options.out / "index")
-    describe_run(options.out, common.to_json(options), stage="rag")
     if options.ask:
         ask(options, model, index)
         return
     judged = measure(options, model, index)
-    lines = "".join(json.dumps(row) + "\n" for row in judged)
-    (options.out / "answers.jsonl").write_text(lines, encoding="utf-8")
+    files.write_lines(options.out / "answers.jsonl", judged)
     result = summary(judged)
-    write_json(options.out / "results.json", result)
+    files.write_json(options.out / "results.json", result)
     if not options.quiet:
         show(result)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Rollout
 from rlhf_jax.data.examples import PromptExample
@@ -69,7 +70,7 @@ def make_ensemble_fn(
 
 def _split_weight(spec: str) -> tuple[str, float]:
     name, equals, text = spec.rpartition("=")
-    if not equals or Path(spec).is_dir():
+    if not equals or files.is_folder(spec):
         return spec, 1.0
     try:
         weight = float(text)
@@ -81,10 +82,10 @@ def _split_weight(spec: str) -> tuple[str, float]:
 
 
 def _make_term(spec: str, weight: float, tokenizer: Tokenizer) -> RewardTerm:
-    name, at, kind = (spec, "", "") if Path(spec).is_dir() else spec.partition("@")
-    if name.endswith(".json") and not Path(name).is_dir():
+    name, at, kind = (spec, "", "") if files.is_folder(spec) else spec.partition("@")
+    if name.endswith(".json") and not files.is_folder(name):
         short, term = Path(name).stem, function_term(load_reward_file(Path(name)))
-    elif ":" not in name or Path(name).is_dir():
+    elif ":" not in name or files.is_remote(name) or files.is_folder(name):
         short, term = Path(name).name, _model_term(Path(name), tokenizer)
     else:
         short, term = name.rpartition(":")[2], function_term(load_reward(name))

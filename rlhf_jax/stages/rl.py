@@ -10,7 +10,6 @@ cores; every seed should reach 500.
 
 import dataclasses
 import functools
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import numpy as np
 import tyro
 
 from rlhf_jax.checkpoint import CheckpointManager
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Metrics
 from rlhf_jax.distributed.runtime import compiler_options
@@ -31,7 +31,7 @@ from rlhf_jax.rl.envs.evaluation import evaluate
 from rlhf_jax.rl.loops.runs import Run, run_updates
 from rlhf_jax.stages import common, rl_agents, rl_render
 from rlhf_jax.training import LoopConfig, run_loop
-from rlhf_jax.training.run_folder import describe_run, write_json
+from rlhf_jax.training.run_folder import describe_run
 
 AGENT = "agent.json"
 
@@ -200,12 +200,9 @@ def read_description(folder: Path) -> dict[str, Any]:
       UserError: it holds no agent.
     """
     path = folder / AGENT
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: no agent can be read: give the folder that a run wrote with --out"
-        ) from error
+    keys = ("algo", "env", "seeds", "seed", "steps")
+    remedy = "no agent can be read: give the folder that a run wrote with --out"
+    description = files.read_json(path, keys=keys, remedy=remedy)
     return {**description, "set": [rl_agents.current_name(change) for change in description.get("set", ())]}
 
 
@@ -236,7 +233,7 @@ def described(
     if not (options.resume or CheckpointManager(folder / "checkpoints").latest_step() is None):
         raise UserError(f"{folder} already holds a run: add --resume, or choose another --out")
     description = {name: common.to_json(getattr(options, name)) for name in names}
-    if options.resume and (folder / AGENT).exists():
+    if options.resume and files.exists(folder / AGENT):
         before = read_description(folder)
         for name in names:
             if before.get(name) != description[name]:
@@ -300,14 +297,14 @@ def run(options: Options) -> None:
     if options.load:
         state = restored(folder, course, agent.hyper, keys)
     else:
-        write_json(folder / AGENT, description)
         describe_run(folder, common.to_json(options), stage="rl")
+        files.write_json(folder / AGENT, description)
         state, rate = train(options, folder, course, agent.hyper, keys, description)
         speed = {"steps_per_second": rate, "environment_steps": course.updates * course.steps_per_update}
     found = evaluations(options, course, state, env, env_params, keys)
     summary = {**description, **speed, "eval_episodes": options.eval_episodes, **found}
     target = options.out or folder
-    write_json(target / ("evaluation.json" if options.load else "summary.json"), summary)
+    files.write_json(target / ("evaluation.json" if options.load else "summary.json"), summary)
     report(summary)
     if options.render:
         render_first(target, course, state, env, env_params, description["seed"])

@@ -19,13 +19,14 @@ import jax
 import numpy as np
 import tyro
 
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.evaluation.statistics import iqm_interval, mean_interval
 from rlhf_jax.metrics.progress import final_table
 from rlhf_jax.rl.envs import environments, transitions
 from rlhf_jax.rl.envs.environments import Environment, Transition
 from rlhf_jax.stages import common, rl, rl_agents, rl_rows
-from rlhf_jax.training.run_folder import describe_run, write_json
+from rlhf_jax.training.run_folder import describe_run
 
 ALGORITHMS = ("bc", "cql", "iql", "gail")
 CHANCE = "random"
@@ -171,14 +172,16 @@ def make_course(options: Options, env: Environment, env_params: Any, log: Transi
 def train(options: Options, path: Path, folder: Path) -> None:
     """Trains all seeds on the log, evaluates them, and leaves a summary."""
     log, about = transitions.load(path)
-    env, env_params = environments.make(about["env"])
-    transitions.check(log, env, of=options.env or about["env"], path=path)
+    if not isinstance(name := about.get("env"), str):
+        raise UserError(f"{path}: does not say which environment it is of: collect the log again")
+    env, env_params = environments.make(name)
+    transitions.check(log, env, of=options.env or name, path=path)
     options = dataclasses.replace(options, env=env.name)
     description = rl.described(options, folder, NAMES)
     course, hyper = make_course(options, env, env_params, log)
     keys = rl.seed_keys(description)
-    write_json(folder / rl.AGENT, description)
     describe_run(folder, common.to_json(options), stage="rl")
+    files.write_json(folder / rl.AGENT, description)
     control = rl.Options(
         seeds=options.seeds,
         resume=options.resume,
@@ -187,7 +190,7 @@ def train(options: Options, path: Path, folder: Path) -> None:
         quiet=options.quiet,
         log=options.log,
     )
-    fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
+    fingerprint = hashlib.sha256(files.read_bytes(path)).hexdigest()
     state, rate = rl.train(control, folder, course, hyper, keys, description, data_fingerprint=fingerprint)
     found = rl.evaluations(control, course, state, env, env_params, keys)
     returns = transitions.episode_returns(log)
@@ -195,14 +198,14 @@ def train(options: Options, path: Path, folder: Path) -> None:
         **description,
         "steps_per_second": rate,
         "steps_taken": course.updates * course.steps_per_update,
-        "data_sources": about["sources"],
+        "data_sources": about.get("sources", []),
         "data_transitions": len(log.reward),
         "data_return": float(returns.mean()),
         "data_best_return": float(returns.max()),
         "eval_episodes": options.eval_episodes,
         **found,
     }
-    write_json(folder / "summary.json", summary)
+    files.write_json(folder / "summary.json", summary)
     report(summary)
     if options.render:
         rl.render_first(folder, course, state, env, env_params, options.seed)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlhf_jax.core.errors import UserError
+from rlhf_jax.core import files
 from rlhf_jax.rl.envs.environments import Environment
 from rlhf_jax.rl.loops.runs import Run
 
@@ -50,16 +50,12 @@ def render(env: Environment, obs: np.ndarray, rewards: np.ndarray, path: Path) -
     writer = PillowWriter(fps=25)
     every = -(-len(obs) // MOST_FRAMES)
     totals = np.cumsum(rewards)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with writer.saving(figure, str(path), dpi=80):
-            for frame in range(0, len(obs), every):
-                axes.clear()
-                draw(env, axes, obs[frame])
-                axes.set_title(f"{env.name}  step {frame + 1}  return {totals[frame]:.6g}", fontsize=8)
-                writer.grab_frame()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}): free or unlock the disk") from error
+    with files.writing(path) as local, writer.saving(figure, str(local), dpi=80):
+        for frame in range(0, len(obs), every):
+            axes.clear()
+            draw(env, axes, obs[frame])
+            axes.set_title(f"{env.name}  step {frame + 1}  return {totals[frame]:.6g}", fontsize=8)
+            writer.grab_frame()
 
 
 def draw(env: Environment, axes: Any, obs: np.ndarray) -> None:

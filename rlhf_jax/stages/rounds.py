@@ -15,7 +15,6 @@ the rewards by name.
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +25,7 @@ import numpy as np
 import tyro
 
 from rlhf_jax.algorithms import selection
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.core.types import Bool, Params, Sequences
@@ -40,7 +40,7 @@ from rlhf_jax.stages import common, defaults, dpo, inputs, sft
 from rlhf_jax.stages.entry import NOTHING, Given, Trained, policy_of
 from rlhf_jax.stages.reward_specs import check_same_vocabulary
 from rlhf_jax.training.loading import load
-from rlhf_jax.training.run_folder import describe_run, load_policy, write_json
+from rlhf_jax.training.run_folder import describe_run, load_policy
 
 Rows = list[dict[str, Any]]
 
@@ -103,12 +103,17 @@ def check(options: Options) -> None:
         )
     if jax.process_count() > 1:
         raise UserError("rounds are run by one process: run without --coordinator")
-    held = options.run.out / "config.json"
-    if held.exists():
-        if not options.run.resume:
-            raise UserError(f"{options.run.out} already holds a run: add --resume, or choose another --out")
-        theirs = json.loads(held.read_text(encoding="utf-8"))["config"]
-        common.check_same_options(options, theirs, options.run.out)
+    check_held(options, options.run)
+
+
+def check_held(options: Any, run: common.RunOptions) -> None:
+    """Raises: UserError where the folder holds a run, and this one does not go on with it."""
+    held = run.out / "config.json"
+    if files.exists(held):
+        if not run.resume:
+            raise UserError(f"{run.out} already holds a run: add --resume, or choose another --out")
+        theirs = files.read_json(held, keys=("config",), remedy=f"remove {run.out}, or choose another --out")
+        common.check_same_options(options, theirs["config"], run.out)
 
 
 # Answers to rows ------------------------------------------------------------------------------------
@@ -117,14 +122,15 @@ def check(options: Options) -> None:
 def selected(options: Options, answers: Answers) -> dict[str, tuple[Sequences, Bool[np.ndarray, " N"]]]:
     """Which answers are learned from, by the name of their field in the rows, and which of them count.
 
-    An answer that was cut at its limit is never taken: it would teach to end there.
+    An answer that was cut at its limit is never taken, for it would teach to end there; nor is one that no
+    reward could score.
     """
-    finished = np.asarray(answers.rollout.finished)
+    usable = np.asarray(answers.rollout.finished) & ~answers.scored.unscorable
     sequences, size = answers.rollout.sequences, options.samples_per_prompt
     bar = options.reward_threshold
     if bar is None:
-        bar = np.nextafter(np.mean(answers.rewards, where=finished), np.inf) if finished.any() else np.inf
-    rewards = jnp.where(finished, answers.rewards, -jnp.inf).reshape(-1, size)
+        bar = np.nextafter(np.mean(answers.rewards, where=usable), np.inf) if usable.any() else np.inf
+    rewards = jnp.where(usable, answers.rewards, -jnp.inf).reshape(-1, size)
     if options.method == "dpo":
         pairs = selection.best_and_worst(sequences, rewards)
         counts = np.asarray(pairs.mask & jnp.all(jnp.isfinite(rewards), axis=1))
@@ -164,13 +170,6 @@ def prompt_of(example: PromptExample) -> Any:
     messages = prompt_messages(Row(example.fields, example.where))
     plain = len(messages) == 1 and messages[0].keys() == {"role", "content"}
     return messages[0]["content"] if plain and messages[0]["role"] == "user" else messages
-
-
-def write_rows(path: Path, rows: Rows) -> None:
-    """Writes rows, whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    os.replace(part, path)
 
 
 def folder_of(policy: Policy) -> str:
@@ -213,9 +212,10 @@ def make_round_fn(
 
 def train(options: Options, data: Path, folder: Path, start: Path) -> None:
     """Trains on the rows of a round, from where it stopped."""
-    rows = len(data.read_text(encoding="utf-8").splitlines())
+    rows = len(files.read_lines(data, keys=("prompt",)))
     batch = min(options.batch_size, rows)
-    run = dataclasses.replace(options.run, out=folder, report=False, resume=(folder / "checkpoints").exists())
+    begun = files.is_folder(folder / "checkpoints")
+    run = dataclasses.replace(options.run, out=folder, report=False, resume=begun)
     shared: dict[str, Any] = {"optimizer": options.optimizer, "learning_rate": options.learning_rate}
     if options.method == "dpo":
         pairs = common.PairOptions(data=str(data))
@@ -238,10 +238,11 @@ def rounds(
         folder, data = out / f"round_{number + 1}", out / f"rows_{number + 1}.jsonl"
         result = out / f"result_{number + 1}.json"
         before = out / f"round_{number}" if number else Path(options.model)
-        if result.exists():
-            yield json.loads(result.read_text(encoding="utf-8"))
+        if files.exists(result):
+            yield files.read_json(result, keys=("reward", "kept"))
             continue
-        if not data.exists():
+        answered = out / f"answered_{number + 1}.json"
+        if not (files.exists(data) and files.exists(answered)):
             answers = answer((generator or load(before)).params, number)
             rows = to_rows(options, answers, model.tokenizer)
             if not rows:
@@ -250,15 +251,15 @@ def rounds(
                     f"{answers.rewards.min():g} to {answers.rewards.max():g}): answer more prompts, give "
                     "--reward-threshold, or start from another policy"
                 )
-            write_json(out / f"answered_{number + 1}.json", describe(answers, rows))
+            files.write_json(answered, describe(answers, rows))
             more = read_rows(options.extra_data) if options.extra_data else []
-            write_rows(data, [*rows, *(dict(row.fields) for row in more)])
+            files.write_lines(data, [*rows, *(dict(row.fields) for row in more)])
         train(options, data, folder, Path(options.model) if options.reinit_each_round else before)
-        found = json.loads((out / f"answered_{number + 1}.json").read_text(encoding="utf-8"))
+        found = files.read_json(answered, keys=("reward", "kept"))
         if prompts.evaluate is not None:
             params = load_policy(folder).params
             found |= {f"eval/{k}": v for k, v in prompts.evaluate(params, model.params).metrics().items()}
-        write_json(result, found)
+        files.write_json(result, found)
         yield found
 
 
@@ -266,7 +267,7 @@ def describe(answers: Answers, rows: Sequence[Any]) -> dict[str, float]:
     """A round's answers in numbers."""
     mask = np.asarray(answers.rollout.sequences.mask)
     return {
-        "reward": float(np.mean(answers.rewards)),
+        "reward": answers.mean_reward(),
         "length": float(np.mean(mask.sum(axis=1))),
         "finished": float(np.mean(answers.rollout.finished)),
         "kept": len(rows),

@@ -12,7 +12,6 @@ the total score, that of the reward model included; held-out rows say how many p
 """
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.algorithms import rule_reward
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
 from rlhf_jax.data.examples import supervised_examples
@@ -33,7 +33,7 @@ from rlhf_jax.models import Policy
 from rlhf_jax.stages import common
 from rlhf_jax.stages.inputs import UNBOUNDED
 from rlhf_jax.training.loading import load
-from rlhf_jax.training.run_folder import describe_run, load_reward_model, write_json
+from rlhf_jax.training.run_folder import describe_run, load_reward_model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ def check(options: Options) -> None:
         if getattr(options, name) < least:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} {getattr(options, name)}: give at least {least}")
-    if (options.out / "rules.json").exists():
+    if files.exists(options.out / "rules.json"):
         raise UserError(f"{options.out} already holds rules: choose another --out")
 
 
@@ -161,7 +161,6 @@ def run(options: Options) -> None:
     propositions = load_propositions(options.propositions)
     fit, held_out = load_ranked(options)
     grader = load(options.grader) if options.grader else None
-    options.out.mkdir(parents=True, exist_ok=True)
     describe_run(options.out, common.to_json(options), stage="rule_rewards")
     rankings, others = (graded(rows, propositions, grader, options.reward_model) for rows in (fit, held_out))
     config = rule_reward.Config(steps=options.steps)
@@ -181,10 +180,11 @@ def run(options: Options) -> None:
         }
         for name, some in (("without_rules", [0.0] * len(weights)), ("with_rules", weights))
     }
-    write_json(options.out / "fit.json", numbers | {"reward_model": options.reward_model})
-    is_here = bool(options.grader) and Path(options.grader).exists()
-    where = os.path.relpath(options.grader, options.out) if is_here else options.grader
-    write_json(options.out / "rules.json", {"kind": "rules", "grader": where, "propositions": entries})
+    files.write_json(options.out / "fit.json", numbers | {"reward_model": options.reward_model})
+    where = options.grader
+    if options.grader and files.exists(options.grader):  # not a name in the hub cache
+        where = files.relative(options.out, files.as_path(options.grader))
+    files.write_json(options.out / "rules.json", {"kind": "rules", "grader": where, "propositions": entries})
     if not options.quiet:
         rows: list[tuple[str, str]] = [
             (f"weight of {entry['name']}", f"{entry['weight']:.3f}") for entry in entries

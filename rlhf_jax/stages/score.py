@@ -19,6 +19,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.data.sources import Row, read_rows
 from rlhf_jax.evaluation import classification, text, win_rate
@@ -242,7 +243,8 @@ def plot(path: Path, values: dict[str, dict[str, Interval]]) -> None:
         axes.set(title=name, yticks=range(len(systems)), yticklabels=systems)
         axes.set_ylim(len(systems) - 0.5, -0.5)
         axes.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=150)
+    with files.writing(path) as local:
+        figure.savefig(local, dpi=150)
 
 
 def show(

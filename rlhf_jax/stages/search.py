@@ -11,7 +11,6 @@ Without reward models, what needs none is compared. A run that was stopped goes 
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import search
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Rollout
 from rlhf_jax.data.examples import Overlength, PromptExample, prompt_examples
@@ -34,7 +34,7 @@ from rlhf_jax.rollout.sampler import completion_texts, make_generate_fn
 from rlhf_jax.stages import common, embedded, inputs, search_methods
 from rlhf_jax.stages.search_methods import METHODS, Judges, SearchOptions
 from rlhf_jax.training.loading import load
-from rlhf_jax.training.run_folder import describe_run, load_reward_model, write_json
+from rlhf_jax.training.run_folder import describe_run, load_reward_model
 
 CURVES = {
     "pass@k (some sample is right)": "any",
@@ -341,7 +341,8 @@ def plot(
     for axes in (left, right):
         axes.legend(frameon=False, fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.13))
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    with files.writing(path) as local:
+        figure.savefig(local, dpi=150)
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -385,10 +386,22 @@ def check(options: Options, held: dict[str, Any]) -> None:
             )
 
 
+def read_pool(path: Path) -> Pool | None:
+    """The pool that was sampled before; None where it is not there, or damaged."""
+    names = [field.name for field in dataclasses.fields(Pool)]
+    try:
+        arrays = files.read_arrays(path, keys=names, remedy="the pool is sampled again")
+    except files.DamagedFile as error:
+        if files.exists(path):
+            files.made_again(error)
+        return None
+    return Pool(**{name: arrays[name] for name in names})
+
+
 def run(options: Options) -> None:
     """Samples, searches, and writes what came out; what was done before is kept."""
     path, pool_path = options.out / "results.json", options.out / "pool.npz"
-    held = json.loads(path.read_text()) if path.exists() else {}
+    held = files.read_json(path, otherwise={}, keys=("config", "methods"))
     check(options, held)
     policy = load(options.model)
     judges = Judges(
@@ -397,19 +410,17 @@ def run(options: Options) -> None:
     problems = load_problems(options, policy)
     describe_run(options.out, common.to_json(options), stage="search")
     results = held or {"config": common.to_json(options), "methods": {}}
-    if "greedy" in results["methods"] and pool_path.exists():
-        with np.load(pool_path) as stored:
-            pool = Pool(**stored)
-    else:
+    pool = read_pool(pool_path) if "greedy" in results["methods"] else None
+    if pool is None:
         pool, correct, tokens = sample_pool(options, policy, judges, problems)
-        np.savez_compressed(pool_path, **dataclasses.asdict(pool))
+        files.write_arrays(pool_path, dataclasses.asdict(pool))
         results["methods"]["greedy"] = {"correct": correct.tolist(), "tokens": tokens.tolist()}
-        write_json(path, results)
+        files.write_json(path, results)
     for name, (_, needs_process, needs_outcome) in METHODS.items():
         missing = (needs_process and not judges.process) or (needs_outcome and not judges.outcome)
         if name not in results["methods"] and not missing:
             results["methods"][name] = run_search(options, policy, judges, problems, name)
-            write_json(path, results)
+            files.write_json(path, results)
             jax.clear_caches()  # each search is a program of its own, and large
     curves = accuracy_curves(options, pool, judges)
     sample_tokens = float(pool.tokens.mean())
@@ -419,7 +430,7 @@ def run(options: Options) -> None:
     results["table"] = [
         {k: dataclasses.asdict(v) if isinstance(v, Interval) else v for k, v in row.items()} for row in rows
     ]
-    write_json(path, results)
+    files.write_json(path, results)
     plot(options.out / "search.png", curves, results["methods"], sample_tokens)
     if not options.quiet:
         show(rows)

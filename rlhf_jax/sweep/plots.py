@@ -1,11 +1,12 @@
 """Pictures of a sweep: learning curves and performance profiles, a line a setting."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.files import PathLike
 from rlhf_jax.evaluation.statistics import interquartile_mean, stratified_bootstrap_interval
 from rlhf_jax.sweep.results import Results
 from rlhf_jax.sweep.summaries import performance_profile
@@ -13,7 +14,7 @@ from rlhf_jax.sweep.summaries import performance_profile
 _RESAMPLES = 200
 
 
-def plot_curves(results: Results, metric: str, path: str | Path, *, points: int = 60) -> None:
+def plot_curves(results: Results, metric: str, path: PathLike, *, points: int = 60) -> None:
     """IQM over seeds of a metric along the updates, with 95 % bootstrap intervals shaded.
 
     Args:
@@ -60,7 +61,7 @@ def curve_with_band(runs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarra
     return middle, low, high
 
 
-def plot_profiles(results: Results, metric: str, path: str | Path) -> None:
+def plot_profiles(results: Results, metric: str, path: PathLike) -> None:
     """Share of each setting's seeds that score above a threshold, over all thresholds."""
     scores = results.scores(metric)
     figure, axes = _axes()
@@ -77,10 +78,10 @@ def _axes() -> tuple[Any, Any]:
     return figure, figure.add_subplot()
 
 
-def _finish(figure: Any, axes: Any, x_label: str, y_label: str, path: str | Path) -> None:
+def _finish(figure: Any, axes: Any, x_label: str, y_label: str, path: PathLike) -> None:
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.legend(fontsize=8, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with files.writing(path) as local:
+        figure.savefig(local)

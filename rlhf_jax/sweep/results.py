@@ -1,12 +1,13 @@
 """Sweep results: every setting and every seed apart, as arrays and as one tidy table."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.files import PathLike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Results:
                 columns[name] = pa.array(np.repeat(values.reshape(-1), updates), mask=index[2] < updates - 1)
         return pa.table(columns)
 
-    def write(self, path: str | Path) -> None:
+    def write(self, path: PathLike) -> None:
         """Writes the table as Parquet; the folder is made if missing.
 
         Raises:
@@ -70,9 +71,6 @@ class Results:
         """
         import pyarrow.parquet as pq
 
-        path = Path(path)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            pq.write_table(self.table(), path)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error}): free or unlock the disk") from error
+        table = self.table()
+        with files.writing(path) as local:
+            pq.write_table(table, local)

@@ -1,10 +1,7 @@
 """The sweep itself: one compiled program, run over chunks of seeds x settings, on all devices."""
 
 import hashlib
-import json
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.files import Path, PathLike
 from rlhf_jax.core.trees import named_leaves
 from rlhf_jax.distributed.runtime import compiler_options
 from rlhf_jax.metrics.progress import Progress
@@ -29,7 +28,7 @@ def sweep(
     *,
     mesh: Mesh | None = None,
     chunk_size: int | None = None,
-    folder: str | Path | None = None,
+    folder: PathLike | None = None,
     quiet: bool = False,
 ) -> Results:
     """Every setting with every seed. Runs do not depend on chunks, devices or their neighbours.
@@ -53,6 +52,7 @@ def sweep(
     Raises:
       UserError: the folder holds another sweep, or cannot be written to.
     """
+    folder = None if folder is None else files.as_path(folder)
     mesh = mesh or jax.make_mesh((jax.device_count(),), ("runs",), axis_types=(AxisType.Auto,))
     settings, seeds = (jax.tree.leaves(tree)[0].shape[0] for tree in (hypers, keys))
     runs = settings * seeds
@@ -79,7 +79,7 @@ def sweep(
     metrics = {name: values.reshape(settings, seeds, *values.shape[1:]) for name, values in metrics.items()}
     results = Results({name: np.asarray(leaf) for name, leaf in named_leaves(hypers).items()}, metrics)
     if folder is not None:
-        results.write(Path(folder) / "results.parquet")
+        results.write(folder / "results.parquet")
     return results
 
 
@@ -163,47 +163,44 @@ def _rows(tree: Any, index: np.ndarray) -> Any:
 class _Store:
     """Chunks on disk; nothing where there is no folder."""
 
-    def __init__(self, folder: str | Path | None, description: dict[str, Any]) -> None:
-        self._folder = None if folder is None else Path(folder) / "chunks"
+    def __init__(self, folder: Path | None, description: dict[str, Any]) -> None:
+        self._folder = None if folder is None else folder / "chunks"
+        self._names = list(description["history"])
         if self._folder is None:
             return
         held = self.held(folder)
         first = description["runs"][: len(held.get("runs", []))]
         if held and held != {**description, "runs": first}:
             raise UserError(f"{folder} holds another sweep: choose another folder, or remove it")
-        self._write(self._folder / _DESCRIPTION, lambda file: file.write(json.dumps(description).encode()))
+        files.write_json(self._folder / _DESCRIPTION, description)
 
     @staticmethod
-    def held(folder: str | Path | None) -> dict[str, Any]:
+    def held(folder: Path | None) -> dict[str, Any]:
         """The description of what the folder holds; empty where it holds nothing."""
-        path = None if folder is None else Path(folder) / "chunks" / _DESCRIPTION
-        return {} if path is None or not path.exists() else json.loads(path.read_text(encoding="utf-8"))
+        if folder is None:
+            return {}
+        path, keys = folder / "chunks" / _DESCRIPTION, ("chunk_size", "history", "runs")
+        if not files.exists(path):
+            return {}
+        return files.read_json(path, keys=keys, remedy=f"remove {path.parent}, and the sweep is made again")
 
     def load(self, chunk: int, runs: int) -> dict[str, np.ndarray] | None:
-        """A chunk done before; None too where runs were added to it since."""
+        """A chunk done before; None too where runs were added to it since, or it is damaged."""
         path = self._path(chunk)
-        if path is None or not path.exists():
+        if path is None or not files.exists(path):
             return None
-        with np.load(path) as arrays:
-            part = dict(arrays)
-        return part if len(next(iter(part.values()))) == runs else None
+        try:
+            part = files.read_arrays(path, keys=self._names, remedy="the chunk is made again")
+        except files.DamagedFile as error:
+            files.made_again(error)
+            return None
+        return part if {len(part[name]) for name in self._names} == {runs} else None
 
     def save(self, chunk: int, part: dict[str, np.ndarray]) -> None:
         """Writes the results of a chunk."""
         path = self._path(chunk)
         if path is not None:
-            self._write(path, lambda file: np.savez(file, allow_pickle=False, **part))
+            files.write_arrays(path, part)
 
     def _path(self, chunk: int) -> Path | None:
         return None if self._folder is None else self._folder / f"{chunk}.npz"
-
-    def _write(self, path: Path, write_fn: Callable[[Any], Any]) -> None:
-        """Whole or not at all: under another name first."""
-        partial = path.with_name(path.name + ".part")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(partial, "wb") as file:
-                write_fn(file)
-            os.replace(partial, path)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror}): make room there") from error

@@ -47,7 +47,7 @@ class LoopConfig:
       save_every: steps between checkpoints; one is always saved at the end.
       eval_every: steps between evaluations, 0 for none between the first and the last.
       eval_at_start: evaluate before the first step, too, so that curves begin where the run did.
-      keep: newest checkpoints that are kept.
+      max_to_keep: newest checkpoints that are kept.
       max_consecutive_skipped: give up after this many steps in a row were not finite.
       quiet: show no progress.
       profile: steps that are recorded for a profiler in `folder/profile`, after the two first ones.
@@ -58,7 +58,7 @@ class LoopConfig:
     save_every: int = 100
     eval_every: int = 0
     eval_at_start: bool = True
-    keep: int = 2
+    max_to_keep: int = 2
     max_consecutive_skipped: int = 10
     quiet: bool = False
     profile: int = 0
@@ -112,17 +112,22 @@ def run_loop(
       meter: what `step_fn` times its parts with; the step as a whole is always timed.
 
     Raises:
-      UserError: the folder holds checkpoints and `resume` is False, or those of a run on other data; too
-        many steps were not finite.
+      UserError: the folder holds checkpoints and `resume` is False, or those of a run on other data; another
+        process runs in it; too many steps were not finite.
       Interrupted: on SIGINT, SIGTERM or SIGUSR1, after the step under way was finished and saved.
     """
     folder, meter, first = files.as_path(folder), meter or Meter(), is_main_process()
     calls = [on_step] if callable(on_step) else list(on_step)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(files.releasing_locks())
+        if first:
+            files.hold(folder)
         others = [as_logger(logger) for logger in loggers]
         for logger in others:
             stack.callback(logger.close)
-        checkpoints = CheckpointManager(folder / "checkpoints", keep=config.keep, config=run_config)
+        checkpoints = CheckpointManager(
+            folder / "checkpoints", max_to_keep=config.max_to_keep, config=run_config
+        )
         stack.enter_context(checkpoints)
         start, state = _restore(state, checkpoints, folder, resume, data_fingerprint)
         log, flush = _open_log(stack, folder, stage, start, others)

@@ -8,6 +8,8 @@ run/
   tokenizer/     in the Hugging Face layout
   checkpoints/   see `rlhf_jax.checkpoint`
   metrics.jsonl  one line a step; tensorboard/ has the same
+  digests.json   what the files beside it were when they were written
+  .lock          while a process runs in the folder: its number and host
 """
 
 import dataclasses
@@ -16,7 +18,6 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-import os
 import pathlib
 import platform
 import shlex
@@ -65,24 +66,6 @@ class Adaptation:
         return partition(tree, adapters.is_trained(self.adapter))
 
 
-def write_json(path: Path, data: Any) -> None:
-    """Writes JSON for people to read, whole or not at all; the folder is made if missing.
-
-    Raises:
-      UserError: the disk is full or read-only, or the object store does not answer.
-    """
-    _write(path, json.dumps(data, indent=2, default=str) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        files.write_whole(path, text)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror}): free or unlock the disk, or choose another --out"
-        ) from error
-
-
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide the numbers."""
     found = {"python": platform.python_version()}
@@ -122,11 +105,16 @@ def command_words() -> list[str]:
 
 
 def describe_run(folder: Path, config: Mapping[str, Any], **more: Any) -> None:
-    """Writes `folder/config.json`, and `folder/config.yaml`, which starts the same run again."""
+    """Writes `folder/config.json`, and `folder/config.yaml`, which starts the same run again.
+
+    Raises:
+      UserError: another process runs in the folder, or it cannot be written to.
+    """
     folder = files.as_path(folder)
-    _write(folder / "config.yaml", _as_yaml(folder / "config.yaml", config))
+    files.hold(folder, "--out")
+    files.write_text(folder / "config.yaml", _as_yaml(folder / "config.yaml", config))
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    write_json(
+    files.write_json(
         folder / "config.json",
         {
             "command": shlex.join(command_words()),
@@ -170,16 +158,10 @@ def read_held_run(folder: Path, stage: str, *, resume: bool) -> Mapping[str, Any
             f"{folder} already holds a run at step {latest}: add --resume to go on with it, "
             "or choose another --out"
         )
-    try:
-        held = json.loads(files.read_text(path))
-        held_stage, config = held.get("stage", stage), dict(held["config"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path}: not a run's description ({error}): remove it, or choose another --out"
-        ) from error
-    if held_stage != stage:
+    held = files.read_json(path, keys=("config",), remedy="remove it, or choose another --out")
+    if (held_stage := held.get("stage", stage)) != stage:
         raise UserError(f"{folder} holds a run of {held_stage}, not of {stage}: choose another --out")
-    return config
+    return held["config"]
 
 
 def write_model_files(
@@ -221,37 +203,21 @@ def write_model_files(
         description["adapter"] = models.adapter_to_dict(adaptation.adapter)
         description["quantisation"] = models.adapter_to_dict(adaptation.quantization)
         description["base"] = base and {
-            "folder": _way(folder, base.folder),
+            "folder": files.relative(folder, base.folder),
             "step": base.step,
             "digest": base.digest,
         }
-    write_json(path, description)
+    files.hold(folder, "--out")
+    files.write_json(path, description)
     try:
+        files.forget_digests(folder, "tokenizer/")
         policy.tokenizer.save(folder / "tokenizer")
+        files.note_folder(folder, "tokenizer/")
     except Exception as error:  # the tokenizers library raises bare Exception for a full disk
         raise UserError(
             f"{folder / 'tokenizer'}: cannot be written ({error}): free or unlock the disk, "
             "or choose another --out"
         ) from error
-
-
-def _way(folder: Path, other: Path) -> str:
-    """How to get from a run's folder to another: relative, so that both may be moved together."""
-    if isinstance(folder, pathlib.Path) and isinstance(other, pathlib.Path):
-        return os.path.relpath(other.resolve(), folder.resolve())
-    if files.is_remote(folder) and files.is_remote(other) and folder.parts[:3] == other.parts[:3]:
-        return os.path.relpath("/".join(other.parts[3:]), "/".join(folder.parts[3:]))
-    return str(other.resolve())
-
-
-def _go(folder: Path, way: str) -> Path:
-    """The folder that `_way` leads to."""
-    if files.is_remote(way) or os.path.isabs(way):
-        return files.as_path(way)
-    if isinstance(folder, pathlib.Path):
-        return pathlib.Path(os.path.normpath(folder / way))
-    scheme, _, rest = str(folder).partition("://")
-    return files.as_path(f"{scheme}://{os.path.normpath(f'{rest}/{way}')}")
 
 
 def load_policy(folder: files.PathLike) -> Policy:
@@ -379,7 +345,19 @@ def _read_model_files(
         raise UserError(f"{path}: no such file: give the folder that a stage wrote with --out") from error
     except (OSError, ValueError, KeyError, TypeError, UserError) as error:
         raise UserError(f"{path}: not a model description ({error}): run the stage again") from error
-    return kind, config, load_tokenizer(folder / "tokenizer"), adaptation
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    for prefix in ("model.json", "tokenizer/"):
+        files.check_digests(folder, prefix)
+    return kind, config, tokenizer, adaptation
+
+
+def read_architecture(folder: files.PathLike) -> models.ModelConfig:
+    """The architecture of a run, without its parameters.
+
+    Raises:
+      UserError: there is no such run, or its description is damaged.
+    """
+    return _read_ours(files.as_path(folder))[1]
 
 
 def _read_ours(folder: Path) -> tuple[Kind, models.ModelConfig, Tokenizer, Adaptation | None]:
@@ -394,6 +372,6 @@ def _read_ours(folder: Path) -> tuple[Kind, models.ModelConfig, Tokenizer, Adapt
 
 def _read_adaptation(folder: Path, data: Mapping[str, Any]) -> Adaptation:
     base = data["base"]
-    source = base and Source(_go(folder, base["folder"]), int(base["step"]), str(base["digest"]))
+    source = base and Source(files.follow(folder, base["folder"]), int(base["step"]), str(base["digest"]))
     adapter, quantization = (models.adapter_from_dict(data[name]) for name in ("adapter", "quantisation"))
     return Adaptation(adapter, source, quantization)

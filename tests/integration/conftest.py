@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import tyro
 
+from rlhf_jax.core import files
+
 ROOT = Path(__file__).resolve().parents[2]
 
 _MODEL = "--arch.width 16 --arch.layers 1 --arch.heads 2 --arch.kv-heads 1"
@@ -119,3 +121,19 @@ def talker(tiny, tmp_path_factory):
         "--tokenizer",
         tiny.finished("sft") / "tokenizer",
     )
+
+
+@pytest.fixture
+def stop_within_a_line():
+    """`stop(path, count)`: of line `count` and those after it, leaves what a kill would have."""
+
+    def stop(path, count):
+        lines = path.read_text().splitlines()
+        path.unlink()
+        files.forget_digests(path.parent, path.name)
+        files.append_lines(path, map(json.loads, lines[:count]))
+        whole = path.stat().st_size
+        files.append_lines(path, map(json.loads, lines[count:]))
+        os.truncate(path, whole + len(lines[count]) // 2)
+
+    return stop

@@ -7,6 +7,7 @@ import pytest
 import tyro
 
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.files import write_json
 from rlhf_jax.metrics import read_metrics
 from rlhf_jax.stages import alphazero as script
 
@@ -35,7 +36,7 @@ def test_a_run_its_resume_and_its_results(tmp_path):
     (tmp_path / "whole" / "results.json").unlink()
     played = json.loads((tmp_path / "whole" / "matches.json").read_text())
     kept = dict(list(played.items())[:10])
-    (tmp_path / "whole" / "matches.json").write_text(json.dumps(kept))
+    write_json(tmp_path / "whole" / "matches.json", kept)
     assert run(tmp_path / "whole", "--steps", 4, "--resume")["points"] == whole["points"]
     with pytest.raises(UserError, match="already holds a run"):
         run(tmp_path / "whole", "--steps", 4)

@@ -33,7 +33,7 @@ QUESTIONS = [
 ]
 
 
-def test_choices_with_shots_and_a_stop(bench, tmp_path):
+def test_choices_with_shots_and_a_stop(bench, tmp_path, stop_within_a_line):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
     words = ["choices", "--data", "rows.jsonl", "--shots", 2, "--form", "letters"]
     status, shown, _ = bench(*words, quiet=False)
@@ -60,8 +60,7 @@ def test_choices_with_shots_and_a_stop(bench, tmp_path):
     (tmp_path / "other" / "results.jsonl").write_text(json.dumps(lines[0]) + "\n")
     assert "not the same as the 12" in bench(*words, more=["--resume", "--against", "other"])[2]
     # Stopped within a line: what is missing comes out as it was, to the bit.
-    kept = path.read_text()
-    path.write_text(kept[: len(kept) // 2])
+    stop_within_a_line(path, 6)
     assert bench(*words)[0] == 2  # not without being told
     assert bench(*words, more=["--resume"])[0] == 0
     again = [json.loads(line) for line in path.read_text().splitlines()]
@@ -73,7 +72,7 @@ def test_choices_with_shots_and_a_stop(bench, tmp_path):
     assert "its items or prompts are not those of --data now" in error
 
 
-def test_whole_solutions_and_written_answers(bench, tmp_path):
+def test_whole_solutions_and_written_answers(bench, tmp_path, stop_within_a_line):
     words = ["choices", "--data", "arithmetic:1", "--form", "answers", "--chat", "--count", 8]
     assert bench(*words, out="choices")[0] == 0
     scores = json.loads((tmp_path / "choices" / "summary.json").read_text())
@@ -97,7 +96,7 @@ def test_whole_solutions_and_written_answers(bench, tmp_path):
     lines = [json.loads(line) for line in kept.splitlines()]
     assert sorted(line["index"] for line in lines) == list(range(8))
     assert all(line["tokens"] <= 6 and line["reward"] in (0, 1) for line in lines)
-    path.write_text(kept.splitlines()[0] + "\n{")
+    stop_within_a_line(path, 1)
     assert bench(*words, out="answers", more=["--resume"])[0] == 0
     assert path.read_text() == kept
 

@@ -37,8 +37,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.loaded.append(path)
         if len(self.loaded) == 1:
             shared = {"prompt_length": PROMPT, "max_new_tokens": NEW}
-            self.sample = make_generate_fn(config, self.tokenizer, **shared)
-            self.score = jax.jit(models.make_logprob_fn(config))
+            policy = models.make_policy(config, self.params, self.tokenizer)
+            self.sample = make_generate_fn(policy, **shared)
+            self.score = jax.jit(policy.make_logprob_fn())
 
 
 class Handler(http.server.BaseHTTPRequestHandler):

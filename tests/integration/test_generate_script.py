@@ -86,7 +86,7 @@ def test_answers_for_people(say):
         (["--prompt", "1", "--n", "2", "contrastive"], "contrastive search finds one answer"),
         (["--raw"], "--raw has no meaning in a chat"),
         (["--prompt", "1", "sample", "--dola", "5"], "the model has layers 0 to 0"),
-        (["--prompt", "1", "speculative", "--draft", "nowhere"], "nowhere: neither a run"),
+        (["--prompt", "1", "speculative", "--draft", "nowhere"], "nowhere: no such file or folder"),
         (["--prompt", "\u00e9"], "not in the tokenizer's alphabet"),
         (["--file", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
     ],
@@ -99,4 +99,4 @@ def test_mistakes_are_one_sentence(say, words, message):
 
 def test_a_folder_that_is_no_model(tiny, monkeypatch, capsys, tmp_path):
     assert tiny.main("generate", ["--model", tmp_path, "--prompt", "1"], monkeypatch) == 2
-    assert "neither a run (model.json) nor a Hugging Face folder" in capsys.readouterr().err
+    assert "neither a run folder (model.json) nor a Hugging Face folder" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.algorithms.grpo_variants import grpo_variants, make_variant
+from rlhf_jax.core.errors import UserError
 from rlhf_jax.metrics import read_metrics
 from rlhf_jax.training.run_folder import load_policy
 
@@ -119,10 +120,12 @@ def test_published_numbers_hold_unless_they_are_replaced(tmp_path):
     assert hyper("dapo", epsilon_high=None, kl_coef=0.1).kl_coef == 0.1
     assert hyper("dapo", epsilon_high=0.4).epsilon_high == 0.4
     assert hyper("gspo").epsilon_low == 3e-4
-    # Its KL is in the reward, so the loss has none.
-    assert hyper("reinforce++", kl_coef=0.5).kl_coef == 0
-    advantage_fn = make_variant("reinforce++", changes={"kl_coef": 0.5}, group_size=2).config.advantage_fn
-    assert getattr(advantage_fn, "args", ()) == (0.5,)
+    # Their KL is in the reward, so the loss has none.
+    for name in ("reinforce++", "rloo", "remax"):
+        assert hyper(name).kl_coef == 0 < hyper(name).reward_kl_coef
+        assert hyper(name, kl_coef=0.5).kl_coef == 0
+        assert hyper(name, kl_coef=0.5).reward_kl_coef == 0.5
+    assert hyper("grpo", reward_kl_coef=0.5).kl_coef > 0
 
 
 def test_impossible_options_of_the_family(tiny, tmp_path, monkeypatch, capsys):
@@ -134,3 +137,32 @@ def test_impossible_options_of_the_family(tiny, tmp_path, monkeypatch, capsys):
     assert "compares the answers to one prompt" in refused("--algorithm", "rloo", "--group-size", 1)
     assert "--dynamic-sampling-max-rounds 0 is not positive" in refused("--dynamic-sampling-max-rounds", 0)
     assert "nowhere" in refused("--algorithm", "remax", "--group-size", 1, "--model", "nowhere")
+
+
+def test_options_put_other_parts_into_a_variant():
+    from rlhf_jax.kernels import k1, k2
+    from rlhf_jax.losses.reductions import constant_length, sequence_sum
+    from rlhf_jax.stages import common, grpo
+
+    def config(**options):
+        prompts = common.PromptOptions(data="arithmetic:1", max_new_tokens=8)
+        return grpo.variant_of(grpo.Options(model="x", prompts=prompts, learning_rate=1.0, **options)).config
+
+    plain = config()
+    for options, name, part in (
+        ({"kl_estimator": "k2"}, "kl_fn", k2),
+        ({"kl_estimator": "k1", "kl_ratio_correction": True}, "kl_fn", k1),
+        ({"importance_sampling_level": "sequence"}, "ratio_fn", config(algorithm="gspo").ratio_fn),
+        ({"scale_rewards": "none"}, "advantage_fn", config(algorithm="dr_grpo").advantage_fn),
+        ({"reduction": "sequence_sum"}, "reduce", sequence_sum),
+    ):
+        assert getattr(config(**options), name) is part
+        assert getattr(plain, name) is not part
+    assert config(algorithm="dr_grpo").reduce is constant_length(8)
+    for options, message in (
+        ({"kl_estimator": "k1"}, "--kl-estimator k1 has no gradient on average"),
+        ({"algorithm": "rloo", "scale_rewards": "batch"}, "--scale-rewards is for algorithms whose baseline"),
+        ({"algorithm": "gmpo", "importance_sampling_level": "sequence"}, "GMPO and VESPO"),
+    ):
+        with pytest.raises(UserError, match=message):
+            config(**options)

@@ -8,6 +8,7 @@ import pytest
 import rlhf
 
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.files import write_json
 from rlhf_jax.stages import common, dpo, grpo, ppo, reward_model, sft
 
 STEPS = {"sft_steps": 3, "reward_steps": 2, "ppo_steps": 1, "dpo_steps": 2, "grpo_steps": 1}
@@ -55,7 +56,7 @@ def test_main_job_writes_everything_and_resumes(tmp_path, capsys):
     # A stage that was not measured is run again from its checkpoint; the others are not.
     results = out / "seed_0" / "results.json"
     kept = json.loads(results.read_text())
-    results.write_text(json.dumps({name: kept[name] for name in kept if name != "grpo"}))
+    write_json(results, {name: kept[name] for name in kept if name != "grpo"})
     rlhf.run(rlhf.Options(out, eval_prompts=8, quiet=True, resume=True, **STEPS))
     again = json.loads(results.read_text())
     assert again["sft"] == kept["sft"]

@@ -34,7 +34,9 @@ def run(out, *more):
     return rows, json.loads((out / "counts.json").read_text())
 
 
-def test_pairs_by_rewards_go_on_after_a_stop_and_train_dpo(tmp_path, tiny, talker, functions):
+def test_pairs_by_rewards_go_on_after_a_stop_and_train_dpo(
+    tmp_path, tiny, talker, functions, stop_within_a_line
+):
     words = ["--model", talker, "--rewards", f"{functions}:mixed", "--pairs-per-prompt", 2]
     rows, counts = run(tmp_path / "pairs", *words)
     assert counts["judged"] == len((tmp_path / "pairs" / "judged.jsonl").read_text().split('"prompt"')) - 1
@@ -45,7 +47,7 @@ def test_pairs_by_rewards_go_on_after_a_stop_and_train_dpo(tmp_path, tiny, talke
     # The second batch is missing, and the line behind it is torn: both are made again, as they were.
     judged = tmp_path / "pairs" / "judged.jsonl"
     whole = judged.read_text()
-    judged.write_text(whole.splitlines()[0] + "\n" + whole.splitlines()[1][:20])
+    stop_within_a_line(judged, 1)
     assert run(tmp_path / "pairs", *words) == (rows, counts)
     assert judged.read_text() == whole
     # Cleaning again samples nothing.

@@ -9,6 +9,7 @@ import r1
 import r1_page
 
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.files import write_json
 from rlhf_jax.metrics import TableRow, write_report
 from rlhf_jax.stages import common
 
@@ -86,7 +87,7 @@ def test_the_whole_job_writes_everything_and_resumes(tmp_path, monkeypatch):
         r1.run(options)
     file = out / "seed_0" / "results.json"
     kept = json.loads(file.read_text())
-    file.write_text(json.dumps({name: kept[name] for name in kept if name not in ("student", "r1")}))
+    write_json(file, {name: kept[name] for name in kept if name not in ("student", "r1")})
     r1.run(dataclasses.replace(options, resume=True))
     again = json.loads(file.read_text())
     for name in ("base", "r1", "student"):

@@ -39,7 +39,7 @@ def revised(talker, tmp_path_factory):
     return folder / "run", words
 
 
-def test_revisions_can_be_read_and_are_not_made_twice(revised):
+def test_revisions_can_be_read_and_are_not_made_twice(revised, stop_within_a_line):
     out, words = revised
     text = (out / "revisions.jsonl").read_text()
     rows = [json.loads(line) for line in text.splitlines()]
@@ -50,8 +50,7 @@ def test_revisions_can_be_read_and_are_not_made_twice(revised):
     assert learned == [row["revision"] for row in rows if row["finished"] and row["revision"].strip()]
     results = json.loads((out / "results.json").read_text())
     # The second batch is torn: it is made again as it was.
-    lines = text.splitlines(keepends=True)
-    (out / "revisions.jsonl").write_text("".join(lines[:20]) + lines[20][:9])
+    stop_within_a_line(out / "revisions.jsonl", 20)
     call(constitutional, words + " --resume")
     assert (out / "revisions.jsonl").read_text() == text
     assert json.loads((out / "results.json").read_text()) == results

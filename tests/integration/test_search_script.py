@@ -9,6 +9,7 @@ import search_accuracy as accuracy
 import tyro
 
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.files import write_json
 from rlhf_jax.search import interface
 from rlhf_jax.stages import common, process_reward, search as script
 
@@ -55,7 +56,7 @@ def test_a_policy_alone_and_its_resume(tiny, tmp_path, monkeypatch):
     # What was searched before the stop is read, the rest is done again, to the same result.
     stored = json.loads((tmp_path / "run" / "results.json").read_text())
     del stored["methods"]["looked up"]
-    (tmp_path / "run" / "results.json").write_text(json.dumps(stored))
+    write_json(tmp_path / "run" / "results.json", stored)
     assert run(tmp_path / "run", "--model", sft, "--resume")["methods"] == found["methods"]
 
 

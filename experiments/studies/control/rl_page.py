@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.core.errors import UserError
+from rlhf_jax.core import files
 from rlhf_jax.evaluation.statistics import Interval, iqm_interval
 from rlhf_jax.metrics.pages import commands, when_and_with
 from rlhf_jax.metrics.progress import format_seconds
@@ -116,7 +116,8 @@ def draw(path: Path, out: Path, names: list[str]) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
-    figure.savefig(path, dpi=110)
+    with files.writing(path) as local:
+        figure.savefig(local, dpi=110)
 
 
 def write(path: Path, out: Path, done: Mapping[str, Mapping[str, Any]]) -> None:
@@ -125,9 +126,5 @@ def write(path: Path, out: Path, done: Mapping[str, Mapping[str, Any]]) -> None:
     Raises:
       UserError: the disk is full or read-only.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page_text(done), encoding="utf-8")
-        draw(path.with_name(CURVES), out, list(done))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}): free or unlock the disk") from error
+    files.write_text(path, page_text(done))
+    draw(path.with_name(CURVES), out, list(done))

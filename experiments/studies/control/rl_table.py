@@ -11,7 +11,6 @@ goes on after its last chunk of seeds. Each row leaves `summary.json`, every see
 
 import dataclasses
 import fnmatch
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import numpy as np
 import rl_page
 
 from rlhf_jax.cli import command_line
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Metrics
 from rlhf_jax.metrics.pages import PLAN, SUMMARY, held_summary, made
@@ -31,7 +31,7 @@ from rlhf_jax.rl.loops.runs import Train, make_train_fn
 from rlhf_jax.stages import common, rl_agents, rl_rows
 from rlhf_jax.stages.rl_rows import Row
 from rlhf_jax.sweep import product, sweep
-from rlhf_jax.training.run_folder import describe_run, write_json
+from rlhf_jax.training.run_folder import describe_run
 
 TIMES = ("seconds", "cpu_seconds")
 
@@ -118,7 +118,7 @@ def seconds_before(folder: Path, held: dict[str, Any] | None) -> dict[str, float
     """What the seeds of a row have taken so far; None after a stop, of which nothing is known."""
     if not (folder / "chunks").exists():
         return dict.fromkeys(TIMES, 0.0)
-    begun = json.loads((folder / PLAN).read_text(encoding="utf-8"))["seeds"]
+    begun = files.read_json(folder / PLAN, keys=("seeds",))["seeds"]
     return held if held is not None and held["seeds"] == begun else dict.fromkeys(TIMES, None)
 
 
@@ -129,7 +129,7 @@ def run_row(row: Row, options: Options, folder: Path) -> None:
     if held is not None and held["seeds"] == planned["seeds"]:
         return
     before = seconds_before(folder, held)
-    write_json(folder / PLAN, planned)
+    files.write_json(folder / PLAN, planned)
     describe_run(folder, common.to_json(options), stage="rl_table", row=row.name)
     train, hyper = make_train(row, planned["steps"], options.eval_episodes)
     keys = jax.vmap(jax.random.key)(np.arange(planned["seeds"], dtype=np.uint32))
@@ -144,16 +144,14 @@ def run_row(row: Row, options: Options, folder: Path) -> None:
     }
     scores = {name: results.scores(name)[0].tolist() for name in results.metrics if "evaluation" in name}
     taken = int(results.scores("steps").mean())
-    write_json(folder / SUMMARY, {**planned, "steps_taken": taken, **times, **scores, **made(folder)})
+    files.write_json(folder / SUMMARY, {**planned, "steps_taken": taken, **times, **scores, **made(folder)})
     jax.clear_caches()  # or memory grows with every row
 
 
 def summaries(out: Path, rows: list[Row]) -> dict[str, dict[str, Any]]:
     """Of the rows that are done, by name."""
     paths = {row.name: out / row.name / SUMMARY for row in rows}
-    return {
-        name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()
-    }
+    return {name: files.read_json(path) for name, path in paths.items() if files.exists(path)}
 
 
 def show(out: Path, rows: list[Row]) -> None:
@@ -175,6 +173,7 @@ def run(options: Options) -> None:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least 1")
     rows = chosen(options.rows)
     if not options.list:
+        files.hold(options.out, "--out")
         for number, row in enumerate(rows, 1):
             if not options.quiet:
                 print(f"[{number}/{len(rows)}] {row.name}", flush=True)

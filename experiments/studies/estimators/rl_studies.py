@@ -20,6 +20,7 @@ import numpy as np
 import rl_table
 
 from rlhf_jax.cli import command_line
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Array, Float, PRNGKeyArray
 from rlhf_jax.evaluation.statistics import iqm_interval
@@ -30,7 +31,7 @@ from rlhf_jax.rl.tabular import dynamic_programming
 from rlhf_jax.rl.tabular.moments import bias_and_variance
 from rlhf_jax.stages import common, rl_rows
 from rlhf_jax.sweep import product, sweep
-from rlhf_jax.training.run_folder import describe_run, write_json
+from rlhf_jax.training.run_folder import describe_run
 
 ENVIRONMENTS = ("CartPole-v1", "Pendulum-v1")
 GAMMAS = (0.9, 0.97, 0.99, 0.997, 1.0)
@@ -95,7 +96,7 @@ def train_all(env: str, options: Options, folder: Path) -> None:
     planned = json.loads(json.dumps({"env": env, **planned}))
     if held_summary(folder, planned) is not None:
         return
-    write_json(folder / PLAN, planned)
+    files.write_json(folder / PLAN, planned)
     describe_run(folder, common.to_json(options), stage="rl_studies", cell=env)
     row = next(row for row in rl_rows.ROWS if (row.env, row.algo, row.variant) == (env, "ppo", ""))
     train, hyper = rl_table.make_train(row, options.steps, eval_episodes=32)
@@ -103,7 +104,7 @@ def train_all(env: str, options: Options, folder: Path) -> None:
     hypers = product(hyper, gamma=GAMMAS, gae_lambda=LAMBDAS)
     results = sweep(train, keys, hypers, chunk_size=options.chunk, folder=folder, quiet=options.quiet)
     scores = results.scores("evaluation_return").reshape(len(GAMMAS), len(LAMBDAS), -1)
-    write_json(folder / SUMMARY, {**planned, "evaluation_return": scores.tolist(), **made(folder)})
+    files.write_json(folder / SUMMARY, {**planned, "evaluation_return": scores.tolist(), **made(folder)})
     jax.clear_caches()
 
 
@@ -245,7 +246,8 @@ def draw_gae(path: Path, learnt: Sequence[Mapping[str, Any]]) -> None:
     for axes in (bias_axes, variance_axes, *maps):
         axes.title.set_fontsize(9)
         axes.tick_params(labelsize=7)
-    figure.savefig(path, dpi=100)
+    with files.writing(path) as local:
+        figure.savefig(local, dpi=100)
 
 
 def draw_weights(path: Path, found: Mapping[str, Sequence[tuple[float, float]]]) -> None:
@@ -262,7 +264,8 @@ def draw_weights(path: Path, found: Mapping[str, Sequence[tuple[float, float]]])
     for axes in (left, right):
         axes.set_xscale("log", base=2)
     left.legend(frameon=False, fontsize=7)
-    figure.savefig(path, dpi=100)
+    with files.writing(path) as local:
+        figure.savefig(local, dpi=100)
 
 
 def run(options: Options) -> None:
@@ -272,19 +275,16 @@ def run(options: Options) -> None:
     for name in ("seeds", "steps", "chunk", "episodes"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} {getattr(options, name)}: give at least 1")
+    files.hold(options.out, "--out")
     learnt = []
     for env in ENVIRONMENTS:
         train_all(env, options, options.out / env)
-        learnt.append(json.loads((options.out / env / SUMMARY).read_text(encoding="utf-8")))
+        learnt.append(files.read_json(options.out / env / SUMMARY))
     weights = importance_errors(options.episodes)
     page = options.page or options.out / PAGE
-    try:
-        page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(page_text(options, learnt, weights, kept_remarks(page)), encoding="utf-8")
-        draw_gae(page.with_name(GAE_PICTURE), learnt)
-        draw_weights(page.with_name(WEIGHTS_PICTURE), weights)
-    except OSError as error:
-        raise UserError(f"{page}: cannot be written ({error.strerror}): free or unlock the disk") from error
+    files.write_text(page, page_text(options, learnt, weights, kept_remarks(page)))
+    draw_gae(page.with_name(GAE_PICTURE), learnt)
+    draw_weights(page.with_name(WEIGHTS_PICTURE), weights)
     print(f"Page: {page}")
 
 

@@ -22,8 +22,9 @@ import post_training_rows
 
 from rlhf_jax.algorithms import ppo, preference, reward
 from rlhf_jax.cli import command_line
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.trees import map_named, named_leaves, pytree_dataclass
+from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Float, Int
 from rlhf_jax.distributed.runtime import compiler_options
 from rlhf_jax.evaluation import pass_at_k
@@ -37,7 +38,7 @@ from rlhf_jax.rewards import ensembles
 from rlhf_jax.stages import common
 from rlhf_jax.sweep import product, sweep
 from rlhf_jax.tasks.base import Prompts
-from rlhf_jax.training.run_folder import describe_run, write_json
+from rlhf_jax.training.run_folder import describe_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,16 +164,8 @@ def make_starts(options: Options, width: int, out: Path) -> tuple[TaskSetup, See
 def on_seeds(path: Path, function: Callable[..., Any], *trees: Any) -> Any:
     """All seeds side by side, unless `path` holds what comes of it, where it is kept."""
     together = jax.vmap(function)
-    if path.exists():
-        with np.load(path) as held:
-            return map_named(lambda name, _: jnp.asarray(held[name]), jax.eval_shape(together, *trees))
-    tree = jax.block_until_ready(jax.jit(together, compiler_options=compiler_options())(*trees))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    with open(part, "wb") as file:
-        np.savez(file, allow_pickle=False, **{name: np.asarray(x) for name, x in named_leaves(tree).items()})
-    part.replace(path)
-    return tree
+    compute = jax.jit(together, compiler_options=compiler_options())
+    return post_training.kept(path, lambda: compute(*trees), jax.eval_shape(together, *trees))
 
 
 def judged_pairs(
@@ -393,8 +386,9 @@ def check(options: Options) -> Path:
 def run(options: Options) -> None:
     """Every stage that is not done, and the page after each."""
     out = check(options)
-    if not (out / PLAN).exists():
-        write_json(out / PLAN, plan(options))
+    files.hold(out, "--out")
+    if not files.exists(out / PLAN):
+        files.write_json(out / PLAN, plan(options))
     describe_run(out, common.to_json(options), stage="overoptimisation")
     page = options.page or out / "OVEROPTIMISATION.md"
     for done in stages(options, out):

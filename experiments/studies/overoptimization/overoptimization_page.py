@@ -1,7 +1,6 @@
 """The page of the study of overoptimisation, and its pictures, from what the stages left in a folder."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.core.errors import UserError
+from rlhf_jax.core import files
 from rlhf_jax.evaluation import pass_at_k
 from rlhf_jax.evaluation.overoptimization import (
     BEST_OF_N,
@@ -77,8 +76,7 @@ class Study:
 
 def read(folder: Path) -> Study:
     """The study of a folder; stages that are not done are missing."""
-    plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-    about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    plan, about = (files.read_json(folder / name) for name in ("plan.json", "config.json"))
     names = [*map(str, plan["sizes"]), "ensemble"]
     amounts = [f"{count:,} pairs" for count in plan["pairs"]]
     labels = {name: RULES if name == "ensemble" else amounts for name in names}
@@ -114,10 +112,7 @@ def read(folder: Path) -> Study:
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
-    if not path.exists():
-        return {}
-    with np.load(path) as held:
-        return dict(held)
+    return files.read_arrays(path) if files.exists(path) else {}
 
 
 def _best_of_n(label: str, gold: np.ndarray, proxy: np.ndarray) -> Curve:
@@ -324,7 +319,8 @@ def draw_curves(path: Path, panels: Sequence[tuple[str, Form, list[Curve]]]) -> 
         axes.set_xlabel("sqrt(KL to the start)", fontsize=8)
     grid[0].set_ylabel("gain, deviations: gold -, fit ..., proxy --", fontsize=8)
     grid[-1].legend(fontsize=7, frameon=False)
-    figure.savefig(path, dpi=100)
+    with files.writing(path) as local:
+        figure.savefig(local, dpi=100)
 
 
 def draw_reward_models(path: Path, study: Study) -> None:
@@ -347,7 +343,8 @@ def draw_reward_models(path: Path, study: Study) -> None:
     axes.set_xlabel("preferences", fontsize=8)
     axes.set_ylabel("held-out pairs ranked as by gold, %", fontsize=8)
     axes.legend(fontsize=7, frameon=False)
-    figure.savefig(path, dpi=100)
+    with files.writing(path) as local:
+        figure.savefig(local, dpi=100)
 
 
 def draw(folder: Path, study: Study) -> None:
@@ -386,9 +383,5 @@ def write(page: Path, folder: Path, remarks: str = "") -> None:
       UserError: the disk is full or read-only.
     """
     study = read(folder)
-    try:
-        page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(page_text(study, remarks or kept_remarks(page)), encoding="utf-8")
-        draw(page.parent, study)
-    except OSError as error:
-        raise UserError(f"{page}: cannot be written ({error.strerror}): free or unlock the disk") from error
+    files.write_text(page, page_text(study, remarks or kept_remarks(page)))
+    draw(page.parent, study)

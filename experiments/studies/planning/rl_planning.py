@@ -20,6 +20,7 @@ import numpy as np
 from rl_planning_page import ENVIRONMENT, GAMMA, PICTURE, draw, four_rooms, option_sets, page_text
 
 from rlhf_jax.cli import command_line
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Metrics, PRNGKeyArray
 from rlhf_jax.metrics.pages import PLAN, SUMMARY, held_summary, kept_remarks, made
@@ -30,7 +31,7 @@ from rlhf_jax.rl.loops.runs import make_train_fn
 from rlhf_jax.rl.tabular.steps import whole_episodes
 from rlhf_jax.stages import common, rl_agents
 from rlhf_jax.sweep import product, sweep
-from rlhf_jax.training.run_folder import describe_run, write_json
+from rlhf_jax.training.run_folder import describe_run
 
 PLANNING_STEPS = (0, 5, 50)
 SWEEPING = "prioritised sweeping, 5"
@@ -67,21 +68,20 @@ def cell(name: str, train: Any, hypers: Any, seeds: int, options: Options, **des
     folder = Path(options.out or ".") / name
     planned = json.loads(json.dumps({"cell": name, "seeds": seeds, **described}))
     if held_summary(folder, planned) is None:
-        write_json(folder / PLAN, planned)
+        files.write_json(folder / PLAN, planned)
         describe_run(folder, common.to_json(options), stage="rl_planning", cell=name)
         keys = jax.vmap(jax.random.key)(np.arange(seeds, dtype=np.uint32))
         # A setting at a time: with those that plan less beside those that plan more, all would wait.
         results = sweep(train, keys, hypers, chunk_size=seeds, folder=folder, quiet=options.quiet)
-        np.savez(folder / "history.npz", allow_pickle=False, **results.metrics)
-        write_json(folder / SUMMARY, {**planned, **made(folder)})
+        files.write_arrays(folder / "history.npz", results.metrics)
+        files.write_json(folder / SUMMARY, {**planned, **made(folder)})
         jax.clear_caches()
     return folder
 
 
 def history(folder: Path) -> dict[str, np.ndarray]:
     """Metrics of a cell, [settings, seeds, ...] each."""
-    with np.load(folder / "history.npz") as arrays:
-        return dict(arrays)
+    return files.read_arrays(folder / "history.npz", remedy=f"remove {folder}, and the cell is made again")
 
 
 # Dyna -------------------------------------------------------------------------------------------------
@@ -194,17 +194,14 @@ def run(options: Options) -> None:
     for name in ("seeds", "control_seeds", "episodes", "eval_episodes"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least 1")
+    files.hold(options.out, "--out")
     found = run_dyna(options), run_control(options), run_hierarchies(options)
     names = ("dyna", "sweeping", *CONTROL, *(f"rooms_{number}" for number in range(len(found[2]))))
-    cells = [json.loads((options.out / name / SUMMARY).read_text(encoding="utf-8")) for name in names]
+    cells = [files.read_json(options.out / name / SUMMARY) for name in names]
     page = options.page or options.out / PAGE
     text = page_text(found, cells, kept_remarks(page), eval_episodes=options.eval_episodes)
-    try:
-        page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(text, encoding="utf-8")
-        draw(page.with_name(PICTURE), *found)
-    except OSError as error:
-        raise UserError(f"{page}: cannot be written ({error.strerror}): free or unlock the disk") from error
+    files.write_text(page, text)
+    draw(page.with_name(PICTURE), *found)
     print(f"Page: {page}")
 
 

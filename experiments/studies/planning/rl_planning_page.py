@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax.core import files
 from rlhf_jax.core.types import Array, Float
 from rlhf_jax.evaluation.statistics import iqm_interval
 from rlhf_jax.metrics.pages import commands, when_and_with
@@ -198,7 +199,8 @@ def draw(path: Path, mazes_found: Any, control: Any, rooms: Mapping[str, np.ndar
         axes.spines[["top", "right"]].set_visible(False)
         axes.title.set_fontsize(10)
         axes.tick_params(labelsize=7)
-    figure.savefig(path, dpi=100)
+    with files.writing(path) as local:
+        figure.savefig(local, dpi=100)
 
 
 def page_text(

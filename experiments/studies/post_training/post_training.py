@@ -14,7 +14,6 @@ leaves `summary.json`, every seed apart, and `results.parquet`.
 
 import dataclasses
 import fnmatch
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ from post_training_rows import AlgorithmRow, TaskRow
 from rlhf_jax import models
 from rlhf_jax.algorithms import sft
 from rlhf_jax.cli import command_line
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.core.trees import map_named, named_leaves
@@ -40,7 +40,7 @@ from rlhf_jax.metrics.pages import PLAN, SUMMARY, held_summary, made
 from rlhf_jax.metrics.progress import final_table
 from rlhf_jax.stages import common
 from rlhf_jax.sweep import Results, product, sweep
-from rlhf_jax.training.run_folder import describe_run, write_json
+from rlhf_jax.training.run_folder import describe_run
 
 SEARCH_SEEDS_FROM = 1_000
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -127,11 +127,8 @@ def make_starts(row: TaskRow, task_setup: TaskSetup, options: Options, seeds: np
     """Each seed's policy after supervised training, [seeds]; kept in the folder of the task."""
     steps = options.base_steps or row.base_steps
     keys = jax.vmap(jax.random.key)(seeds.astype(np.uint32))
-    shapes = jax.eval_shape(lambda key: models.init_params(task_setup.policy.architecture, key), keys[0])
-    path = Path(str(options.out)) / row.name / f"base-{seeds[0]}-{len(seeds)}-{steps}.npz"
-    if path.exists():
-        with np.load(path) as held:
-            return SeedState(keys, map_named(lambda name, _: jnp.asarray(held[name]), shapes))
+    assert options.out is not None
+    path = options.out / row.name / f"base-{seeds[0]}-{len(seeds)}-{steps}.npz"
     method = supervised_algorithm(task_setup, sft.Config(), schedule(steps))
     train = make_train(task_setup, method, steps=steps)
 
@@ -140,14 +137,35 @@ def make_starts(row: TaskRow, task_setup: TaskSetup, options: Options, seeds: np
         agent, history = train(start, sft.Hyper(learning_rate=row.base_learning_rate))
         return agent.learner.params, history
 
-    params, history = jax.jit(jax.vmap(begin), compiler_options=compiler_options())(keys)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as file:
-        leaves = {name: np.asarray(leaf) for name, leaf in named_leaves(params).items()}
-        np.savez(file, allow_pickle=False, **leaves)
-    scores = {name: np.asarray(history[name]).tolist() for name in ("score", "sampled_score", "length")}
-    write_json(path.with_suffix(".json"), {"seeds": len(seeds), **scores})
-    return SeedState(keys, params)
+    def shape_of(key: jax.Array) -> Any:
+        return models.init_params(task_setup.policy.architecture, key)
+
+    def trained() -> Any:
+        params, history = jax.jit(jax.vmap(begin), compiler_options=compiler_options())(keys)
+        scores = {name: np.asarray(history[name]).tolist() for name in ("score", "sampled_score", "length")}
+        files.write_json(path.with_suffix(".json"), {"seeds": len(seeds), **scores})
+        return params
+
+    return SeedState(keys, kept(path, trained, jax.eval_shape(jax.vmap(shape_of), keys)))
+
+
+def kept(path: Path, make: Callable[[], Any], like: Any) -> Any:
+    """A pytree of arrays from the file where it is kept; made, and kept there, where it is not or is damaged.
+
+    Args:
+      like: its structure and shapes.
+    """
+    leaves = named_leaves(like)
+    try:
+        if files.exists(path):
+            held = files.read_arrays(path, keys=leaves, remedy="it is made again")
+            if all(held[name].shape == leaf.shape for name, leaf in leaves.items()):
+                return map_named(lambda name, _: jnp.asarray(held[name]), like)
+    except files.DamagedFile as error:
+        files.made_again(error)
+    tree = make()
+    files.write_arrays(path, named_leaves(tree))
+    return tree
 
 
 # Cells -----------------------------------------------------------------------------------------------
@@ -187,7 +205,7 @@ def run_cell(
     if held_summary(folder, planned) is not None:
         return False
     resumed = (folder / PLAN).exists()
-    write_json(folder / PLAN, planned)
+    files.write_json(folder / PLAN, planned)
     describe_run(folder, common.to_json(options), stage="table", cell=f"{row.name}/{algorithm.name}")
     steps = planned["steps"]
     train = make_train(task_setup, algorithm.make(task_setup, schedule(steps)), steps=steps)
@@ -209,7 +227,7 @@ def run_cell(
     seconds = None if resumed else time.perf_counter() - began
     chosen_rate = {"learning_rate": rate, "search": {f"{r:g}": search[r] for r in sorted(search)}}
     chosen_rate["seconds"] = seconds
-    write_json(folder / SUMMARY, {**planned, **chosen_rate, **scores, **made(folder)})
+    files.write_json(folder / SUMMARY, {**planned, **chosen_rate, **scores, **made(folder)})
     jax.clear_caches()  # or memory grows with every cell
     return True
 
@@ -247,14 +265,14 @@ def summaries(out: Path) -> dict[tuple[str, str], dict[str, Any]]:
         for algorithm in post_training_rows.ALGORITHMS:
             path = out / row.name / algorithm.name / SUMMARY
             if path.exists():
-                found[row.name, algorithm.name] = json.loads(path.read_text(encoding="utf-8"))
+                found[row.name, algorithm.name] = files.read_json(path)
     return found
 
 
 def start_scores(out: Path) -> dict[str, dict[str, Any]]:
     """What the policies to start from score, by task."""
     paths = {row.name: sorted((out / row.name).glob("base-0-*.json")) for row in post_training_rows.TASKS}
-    return {name: json.loads(found[-1].read_text(encoding="utf-8")) for name, found in paths.items() if found}
+    return {name: files.read_json(found[-1]) for name, found in paths.items() if found}
 
 
 def run(options: Options) -> None:
@@ -267,6 +285,8 @@ def run(options: Options) -> None:
     rows = chosen("tasks", options.tasks, post_training_rows.TASKS)
     algorithms = chosen("algorithms", options.algorithms, post_training_rows.ALGORITHMS)
     page = options.page or options.out / "RESULTS.md"
+    if not options.list:
+        files.hold(options.out, "--out")
     for row in [] if options.list else rows:
         task_setup, held = make_task_setup(row, options), {}
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import post_training_rows
 
-from rlhf_jax.core.errors import UserError
+from rlhf_jax.core import files
 from rlhf_jax.core.trees import named_leaves
 from rlhf_jax.evaluation.statistics import (
     Interval,
@@ -167,7 +167,8 @@ def draw(path: Path, done: Summaries) -> None:
         for number, algorithm in shown.items()
     ]
     figure.legend(handles=handles, fontsize=7, frameon=False, loc="outside right center", ncols=1)
-    figure.savefig(path, dpi=100)
+    with files.writing(path) as local:
+        figure.savefig(local, dpi=100)
 
 
 def _colour(algorithm: post_training_rows.AlgorithmRow) -> str:
@@ -182,9 +183,5 @@ def write(path: Path, done: Summaries, starts: Mapping[str, Mapping[str, Any]]) 
     """
     if not done:
         return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page_text(done, starts, kept_remarks(path)), encoding="utf-8")
-        draw(path.with_name(FRONTIER), done)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}): free or unlock the disk") from error
+    files.write_text(path, page_text(done, starts, kept_remarks(path)))
+    draw(path.with_name(FRONTIER), done)

@@ -11,7 +11,6 @@ Each of `--models` is a seed. Cells that are done are not done again. Leaves `ce
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import numpy as np
 from rlhf_jax import models
 from rlhf_jax.algorithms import sft as supervised
 from rlhf_jax.cli import command_line
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer, with_total_steps
 from rlhf_jax.core.types import Params, Sequences
@@ -136,8 +136,7 @@ def grid(options: Options) -> list[Cell]:
 
 def read_cells(path: Path) -> Cells:
     """Cells that are done."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    cells = [json.loads(line) for line in lines]
+    cells = files.read_lines(path, keys=("method", "sparsity", "model", "before"))
     return {(c["method"], c["sparsity"], c["model"]): c for c in cells}
 
 
@@ -201,7 +200,8 @@ def draw(path: Path, options: Options, done: Cells) -> None:
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, frameon=False)
-    figure.savefig(path, dpi=120)
+    with files.writing(path) as local:
+        figure.savefig(local, dpi=120)
 
 
 def check(options: Options) -> None:
@@ -212,9 +212,10 @@ def check(options: Options) -> None:
         raise UserError(
             f"--data {options.data}: the study knows the embedded task alone: give arithmetic:LEVEL"
         )
-    if not (options.out / "cells.jsonl").exists():
+    if not files.exists(options.out / "cells.jsonl"):
         return
-    held = json.loads((options.out / "config.json").read_text(encoding="utf-8"))["config"]
+    again = f"remove {options.out}, or choose another --out"
+    held = files.read_json(options.out / "config.json", keys=("config",), remedy=again)["config"]
     ours = common.to_json(options)
     changed = [name for name in ours if name not in WATCHING and ours[name] != held.get(name)]
     if changed:
@@ -253,7 +254,6 @@ def run(options: Options) -> None:
     first = policies[options.models[0]]
     for name, model in policies.items():
         models.check_same_architecture(first.architecture, model.architecture, f"--models {name}")
-    options.out.mkdir(parents=True, exist_ok=True)
     describe_run(options.out, common.to_json(options), stage="prune_study")
     path, cells = options.out / "cells.jsonl", grid(options)
     done, compute = read_cells(path), make_cell_fn(options, policies)
@@ -261,13 +261,12 @@ def run(options: Options) -> None:
         for number, cell in enumerate(cells):
             if cell not in done:
                 done[cell] = compute(cell)
-                with path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(done[cell]) + "\n")
+                files.append_lines(path, [done[cell]])
             shown = {name: value for name, value in done[cell].items() if isinstance(value, float)}
             progress.update(number + 1, shown)
     note = made(options.out)
     text = f"{table(options, done)}\n`{note['command']}`, {when_and_with([note])}\n"
-    (options.out / "pruning.md").write_text(text, encoding="utf-8")
+    files.write_text(options.out / "pruning.md", text)
     draw(options.out / "pruning.png", options, done)
     if not options.quiet:
         print(table(options, done))

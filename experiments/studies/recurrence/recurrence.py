@@ -17,12 +17,12 @@ import numpy as np
 
 from rlhf_jax import models
 from rlhf_jax.cli import command_line
+from rlhf_jax.core import files
 from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.data.tokenizers import Tokenizer, byte_tokenizer
 from rlhf_jax.evaluation.statistics import mean_interval
 from rlhf_jax.metrics import read_metrics
 from rlhf_jax.stages import common, pretrain
-from rlhf_jax.training.run_folder import write_json
 
 KINDS: tuple[common.ModelKind, ...] = ("transformer", "lstm", "gru", "rnn")
 
@@ -130,12 +130,14 @@ def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    with files.writing(path) as local:
+        figure.savefig(local, dpi=120)
     plt.close(figure)
 
 
 def run(options: Options) -> None:
     """Trains all of them, and writes the table and the picture."""
+    files.hold(options.out, "--out")
     tokenizer = byte_tokenizer()
     transformer = common.ArchOptions(width=options.width, layers=options.layers)
     found: dict[str, list[dict[str, Any]]] = {}
@@ -151,8 +153,10 @@ def run(options: Options) -> None:
         count = size(arch, tokenizer)
         lines.append(f"| {kind} | {arch.width} | {count:,} | {last:.3f} | {rate:,.0f} |")
     table = "\n".join(lines) + "\n"
-    (options.out / "table.md").write_text(table, encoding="utf-8")
-    write_json(options.out / "results.json", {"config": common.to_json(options), "runs": cast(Any, found)})
+    files.write_text(options.out / "table.md", table)
+    files.write_json(
+        options.out / "results.json", {"config": common.to_json(options), "runs": cast(Any, found)}
+    )
     draw(found, options.out / "curves.png")
     print(table)
 

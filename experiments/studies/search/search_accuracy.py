@@ -12,7 +12,6 @@ gets `search_accuracy.png` and `results.json`.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.cli import command_line
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.data.sources import read_rows
 from rlhf_jax.evaluation import pass_at_k
@@ -28,7 +28,7 @@ from rlhf_jax.rewards.verifiers import final_number, gsm8k_answer
 from rlhf_jax.stages import common, embedded, search as search_script, sft
 from rlhf_jax.stages.search_methods import Judges
 from rlhf_jax.tasks.arithmetic import demonstration_rows
-from rlhf_jax.training.run_folder import load_policy, write_json
+from rlhf_jax.training.run_folder import load_policy
 
 Curves = dict[str, list[float]]
 """Accuracy for n = 1 ... N, by what it is of."""
@@ -66,11 +66,9 @@ def read_search(folder: Path) -> tuple[search_script.Options, Curves]:
     Raises:
       UserError: the folder holds no finished comparison on the embedded task.
     """
-    try:
-        results = json.loads((folder / "results.json").read_text())
-        curves = results["accuracy_against_n"]
-    except (OSError, ValueError, KeyError):
-        raise UserError(f"--search {folder}: holds no finished run of search.py: run it first") from None
+    remedy = f"--search {folder} holds no finished run of search.py: run it first"
+    results = files.read_json(folder / "results.json", keys=("config", "accuracy_against_n"), remedy=remedy)
+    curves = results["accuracy_against_n"]
     names = {field.name for field in dataclasses.fields(search_script.Options)} - {"search"}
     held = {name: value for name, value in results["config"].items() if name in names}
     options = search_script.Options(**{**held, "out": folder})
@@ -86,13 +84,12 @@ def train_direct(options: Options, searched: search_script.Options) -> Path:
     folder, rows_path = options.out / "direct", options.out / "direct.jsonl"
     level, theirs = embedded.find_level(searched.data), sft.Options(data=searched.data)
     assert level is not None
-    config = json.loads((Path(searched.model) / "config.json").read_text())["config"]
+    config = files.read_json(Path(searched.model) / "config.json", keys=("config",))["config"]
     rates = {name: config.get(name, getattr(theirs, name)) for name in ("slip_rate", "late_slip_rate")}
     rows = demonstration_rows(level, theirs.demonstrations, options.seed, **rates)
     for row in rows:
         row["messages"][1]["content"] = row["messages"][1]["content"].split("\n")[-1]
-    options.out.mkdir(parents=True, exist_ok=True)
-    rows_path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    files.write_lines(rows_path, rows)
     run = common.RunOptions(
         folder, seed=options.seed, resume=True, steps=options.steps, quiet=options.quiet, report=False
     )
@@ -193,7 +190,8 @@ def plot(path: Path, panels: dict[str, dict[str, Curves]]) -> None:
         axes.xaxis.set_major_formatter("{x:.0f}")
         axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.13))
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    with files.writing(path) as local:
+        figure.savefig(local, dpi=110)
 
 
 def run(options: Options) -> None:
@@ -212,8 +210,8 @@ def run(options: Options) -> None:
         published, writers = published_curves(options)
         panels["GSM8K, published solutions of several models"] = {"": published}
         results |= {"published": published, "published_writers": writers}
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_json(options.out / "results.json", results)
+    files.hold(options.out, "--out")
+    files.write_json(options.out / "results.json", results)
     plot(options.out / "search_accuracy.png", panels)
     if not options.quiet:
         print(f"Figure: {options.out / 'search_accuracy.png'}")

@@ -10,7 +10,6 @@ again.
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import post_training_rows
 from rlhf_jax.algorithms import grpo, grpo_variants, ppo, preference
 from rlhf_jax.algorithms.grpo_variants import VariantFn, make_variant
 from rlhf_jax.cli import command_line
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.evaluation.statistics import (
@@ -36,7 +36,7 @@ from rlhf_jax.losses.reductions import constant_length, sequence_mean, token_mea
 from rlhf_jax.metrics.pages import PLAN, SUMMARY, commands, held_summary, kept_remarks, made, when_and_with
 from rlhf_jax.stages import common
 from rlhf_jax.sweep import sweep, zipped
-from rlhf_jax.training.run_folder import describe_run, write_json
+from rlhf_jax.training.run_folder import describe_run
 
 METRICS = {"sampled_score": "score, share of the best", "kl": "KL to the start, nats", "length": "tokens"}
 
@@ -214,7 +214,7 @@ def run_study(study: Study, options: Options, task_setup: TaskSetup, starts: See
     planned |= {"base_steps": options.base_steps, "settings": [x for v in study.variants for x in v.labels()]}
     if held_summary(folder, planned) is not None:
         return
-    write_json(folder / PLAN, planned)
+    files.write_json(folder / PLAN, planned)
     describe_run(folder, common.to_json(options), stage="studies", cell=study.name)
     found: dict[str, list[Any]] = {name: [] for name in METRICS}
     for number, variant in enumerate(study.variants):
@@ -231,7 +231,7 @@ def run_study(study: Study, options: Options, task_setup: TaskSetup, starts: See
             rows.extend(results.scores(name).tolist())
         jax.clear_caches()
     hypers = [f"{variant.hyper}" for variant in study.variants[:1]]
-    write_json(folder / SUMMARY, {**planned, **found, **made(folder), "hyper": hypers})
+    files.write_json(folder / SUMMARY, {**planned, **found, **made(folder), "hyper": hypers})
 
 
 # Page --------------------------------------------------------------------------------------------------
@@ -296,7 +296,8 @@ def draw(path: Path, study: Study, summary: Mapping[str, Any]) -> None:
         axes.set_title(title, fontsize=8)
         axes.set_xlabel(study.setting, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=100)
+    with files.writing(path) as local:
+        figure.savefig(local, dpi=100)
 
 
 def write_page(page: Path, out: Path) -> None:
@@ -306,15 +307,11 @@ def write_page(page: Path, out: Path) -> None:
       UserError: the disk is full or read-only.
     """
     paths = {study.name: out / study.name / SUMMARY for study in STUDIES}
-    done = {name: json.loads(p.read_text(encoding="utf-8")) for name, p in paths.items() if p.exists()}
-    try:
-        page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(page_text(done, kept_remarks(page)), encoding="utf-8")
-        for study in STUDIES:
-            if study.name in done:
-                draw(page.with_name(f"study_{study.name}.png"), study, done[study.name])
-    except OSError as error:
-        raise UserError(f"{page}: cannot be written ({error.strerror}): free or unlock the disk") from error
+    done = {name: files.read_json(p) for name, p in paths.items() if files.exists(p)}
+    files.write_text(page, page_text(done, kept_remarks(page)))
+    for study in STUDIES:
+        if study.name in done:
+            draw(page.with_name(f"study_{study.name}.png"), study, done[study.name])
 
 
 def run(options: Options) -> None:
@@ -325,6 +322,7 @@ def run(options: Options) -> None:
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least 1")
     studies = post_training.chosen("studies", options.studies, STUDIES)
+    files.hold(options.out, "--out")
     task_setup, starts = make_starts(options, options.out)
     page = options.page or options.out / "STUDIES.md"
     for number, study in enumerate(studies, 1):

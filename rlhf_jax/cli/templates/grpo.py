@@ -61,10 +61,10 @@ def train(args: argparse.Namespace) -> None:
     reference = policy.params
 
     @jax.jit
-    def make_batch(params: Params, reference: Params, rollout: Rollout, rewards: Array):
+    def make_batch(params: Params, reference: Params, rollout: Rollout, rewards: Array, scored: Array):
         old_logp = logprob_fn(params, rollout.sequences).logp
         ref_logp = logprob_fn(reference, rollout.sequences).logp
-        return grpo.make_batch(config, rollout, rewards, old_logp, ref_logp)
+        return grpo.make_batch(config, hyper, rollout, rewards, old_logp, ref_logp, scored=scored)
 
     write_model_files(args.out, policy, "policy")
     describe_run(args.out, vars(args), stage="grpo")
@@ -76,8 +76,10 @@ def train(args: argparse.Namespace) -> None:
         for step in range(start, args.steps):
             asked = [prompts[i] for i in sampler.indices(step) for _ in range(args.group_size)]
             rollout = generate(state.rollout_params, asked, jax.random.fold_in(key, step))
-            rewards = reward_fn(rollout, asked)
-            batch, described = make_batch(state.learner.all_params, reference, rollout, rewards)
+            scored = reward_fn.score(rollout, asked)
+            batch, described = make_batch(
+                state.learner.all_params, reference, rollout, scored.rewards, ~scored.unscorable
+            )
             state, metrics = update(state, hyper, batch)
 
             log.log({**described, **metrics}, step + 1)

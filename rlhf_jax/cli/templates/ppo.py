@@ -55,10 +55,10 @@ def train(args: argparse.Namespace) -> None:
     reference = policy.params
 
     @jax.jit
-    def make_batch(state: ppo.State, reference: Params, rollout: Rollout, rewards: Array):
+    def make_batch(state: ppo.State, reference: Params, rollout: Rollout, rewards: Array, scored: Array):
         score = logprob_fn(state.learner.all_params, rollout.sequences)
         ref_logp = ref_logprob_fn(reference, rollout.sequences).logp
-        return ppo.language_batch(config, state, hyper, rollout, score, ref_logp, rewards)
+        return ppo.language_batch(config, state, hyper, rollout, score, ref_logp, rewards, scored=scored)
 
     write_model_files(args.out, policy, "actor_critic")
     describe_run(args.out, vars(args), stage="ppo")
@@ -69,8 +69,10 @@ def train(args: argparse.Namespace) -> None:
         for step in range(start, args.steps):
             asked = [prompts[i] for i in sampler.indices(step)]
             rollout = generate(state.learner.all_params["policy"], asked, jax.random.fold_in(key, step))
-            rewards = reward_fn(rollout, asked)
-            state, batch, described = make_batch(state, reference, rollout, rewards)
+            scored = reward_fn.score(rollout, asked)
+            state, batch, described = make_batch(
+                state, reference, rollout, scored.rewards, ~scored.unscorable
+            )
             state, metrics = update(state, hyper, batch)
 
             log.log({**described, **metrics}, step + 1)

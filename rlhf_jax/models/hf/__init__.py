@@ -12,6 +12,7 @@ import safetensors
 from jax.sharding import Mesh
 
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.files import as_local
 from rlhf_jax.core.trees import named_leaves
 from rlhf_jax.core.types import Params
 from rlhf_jax.models.adapters import is_adapter_leaf
@@ -64,7 +65,7 @@ def load_config(path: str | os.PathLike[str]) -> ModelConfig:
     Raises:
       UserError: there is no such file, or it describes something unsupported.
     """
-    return _read_config(Path(path))[1]
+    return _read_config(as_local(path, "a Hugging Face folder is read"))[1]
 
 
 def load(
@@ -92,7 +93,7 @@ def load(
       UserError: the architecture is not supported, or a file or tensor is missing, superfluous, of another
         shape or dtype, malformed or truncated.
     """
-    folder = Path(path)
+    folder = as_local(path, "a Hugging Face folder is read")
     check_dtype("dtype", dtype)
     family, config = _read_config(folder)
     checkpoint = Checkpoint(folder)
@@ -138,7 +139,7 @@ def save(
     Raises:
       UserError: no family has these parts, or the folder cannot be written.
     """
-    folder = Path(path)
+    folder = as_local(path, "a Hugging Face folder is written")
     if [name for name in named_leaves(params) if is_adapter_leaf(name)]:
         raise UserError(
             "The model has an adapter, for which no Hugging Face model has a place: merge it first "

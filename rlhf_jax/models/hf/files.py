@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
+from rlhf_jax.core import files as stores
 from rlhf_jax.core.errors import UserError
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
@@ -132,7 +132,7 @@ def read_json(path: Path) -> dict[str, Any]:
       UserError: there is no such file, or it holds something else.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(stores.read_text(path))
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file: give a Hugging Face model folder.") from error
     except (OSError, ValueError, RecursionError) as error:
@@ -196,6 +196,4 @@ class Writer:
         self._pending, self._size = {}, 0
 
     def _write_json(self, name: str, data: Mapping[str, Any]) -> None:
-        path = self._folder / f".writing-{name}"
-        path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-        os.replace(path, self._folder / name)
+        stores.write_whole(self._folder / name, json.dumps(data, indent=2) + "\n")

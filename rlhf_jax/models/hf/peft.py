@@ -11,6 +11,7 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Params
 from rlhf_jax.models.adapters import DoRA, LoRA, without_adapter
@@ -91,16 +92,13 @@ def save(
         "inference_mode": True,
     }
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f".writing-{WEIGHTS}"
-        save_file(tensors, part, metadata={"format": "pt"})
-        os.replace(part, folder / WEIGHTS)
-        (folder / CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    except (OSError, safetensors.SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
+        with files.writing(folder / WEIGHTS) as local:
+            save_file(tensors, local, metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:
         raise UserError(
-            f"{folder}: cannot be written ({reason}): make room or choose another folder."
+            f"{folder}: cannot be written ({error}): make room or choose another folder."
         ) from error
+    files.write_text(folder / CONFIG, json.dumps(description, indent=2) + "\n")
 
 
 def load(path: str | os.PathLike[str], config: ModelConfig, params: Params) -> tuple[LoRA | DoRA, Params]:
@@ -112,7 +110,7 @@ def load(path: str | os.PathLike[str], config: ModelConfig, params: Params) -> t
     Raises:
       UserError: it is of another kind or for another base, or a file is missing or damaged.
     """
-    folder = Path(path)
+    folder = files.as_local(path, "an adapter of PEFT is read")
     description = _read_description(folder / CONFIG)
     stacked = config.scan_layers
     base = without_adapter(unstack_layers(config, params) if stacked else params)

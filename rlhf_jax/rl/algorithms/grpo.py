@@ -1,6 +1,6 @@
 """GRPO (Shao et al. 2024) on control: groups of episodes from one initial state, no value function.
 
-The update is that of `algorithms.group`: an initial state is a prompt, an episode an answer, an action a
+The update is that of `algorithms.grpo`: an initial state is a prompt, an episode an answer, an action a
 token, and the undiscounted return the reward. What differs within a group is what the policy sampled, and
 the environment's own chance.
 """
@@ -83,7 +83,7 @@ def make_initial_states(
 
 def make_batch(config: grpo.Config, seen: Episodes) -> tuple[Batch, Metrics]:
     """Advantages within each group of neighbouring episodes."""
-    advantages, metrics = grpo.compute_advantages(config, seen.returns, seen.mask, jnp.zeros_like(seen.logp))
+    advantages, metrics = grpo.compute_advantages(config, seen.returns, seen.mask)
     sequences: Any = Actions(seen.inputs, seen.mask)
     return Batch(sequences, seen.logp, None, advantages), metrics
 

@@ -6,7 +6,6 @@ Observations and actions are in the environment's own units.
 """
 
 import json
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Array, Bool, PRNGKeyArray
 from rlhf_jax.rl.envs.environments import Environment, Transition
@@ -102,17 +102,9 @@ def save(path: Path, log: Transition, description: dict[str, Any]) -> None:
     Raises:
       UserError: the file cannot be written.
     """
-    arrays: dict[str, Any] = {name: np.asarray(getattr(log, name)) for name in FIELDS}
+    arrays: dict[str, Any] = {name: getattr(log, name) for name in FIELDS}
     arrays[DESCRIPTION] = np.array(json.dumps(description))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Under a name of its own first: a file that is there is whole.
-        writing = path.with_name(f".{path.name}.writing")
-        with writing.open("wb") as file:
-            np.savez_compressed(file, **arrays)
-        writing.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}): free or unlock the disk") from error
+    files.write_arrays(path, arrays)
 
 
 def load(path: Path, env: Environment | None = None) -> tuple[Transition, dict[str, Any]]:
@@ -124,16 +116,14 @@ def load(path: Path, env: Environment | None = None) -> tuple[Transition, dict[s
     Raises:
       UserError: it is no such file, is of another environment, or holds arrays that do not fit.
     """
+    fields = f"{', '.join(FIELDS)} and {DESCRIPTION}"
+    remedy = f"no log of transitions can be read: give an .npz with {fields}, as --collect writes it"
+    arrays: dict[str, Any] = files.read_arrays(path, keys=(*FIELDS, DESCRIPTION), remedy=remedy)
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in FIELDS}
-            description = json.loads(file[DESCRIPTION].item())
-    except (OSError, ValueError, KeyError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"{path}: no log of transitions can be read ({error}): give an .npz with "
-            f"{', '.join(FIELDS)} and {DESCRIPTION}, as --collect writes it"
-        ) from error
-    log = Transition(**arrays)
+        description = dict(json.loads(arrays[DESCRIPTION].item()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: its description is damaged ({error}): {remedy}") from error
+    log = Transition(**{name: arrays[name] for name in FIELDS})
     if env is not None:
         check(log, env, of=description.get("env"), path=path)
     return log, description

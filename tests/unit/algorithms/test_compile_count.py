@@ -16,7 +16,8 @@ def _batch(config, seed):
     rollout = tabular.rollout(params, sequences, jnp.ones(len(LENGTHS), bool))
     logp = tabular.score(params, sequences).logp
     rewards = jax.random.uniform(jax.random.key(seed), (len(LENGTHS),))
-    batch, _ = grpo.make_batch(config, rollout, rewards, logp, tabular.score(tabular.init(9), sequences).logp)
+    ref_logp = tabular.score(tabular.init(9), sequences).logp
+    batch, _ = grpo.make_batch(config, grpo.Hyper(), rollout, rewards, logp, ref_logp)
     return batch
 
 

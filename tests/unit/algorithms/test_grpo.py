@@ -23,7 +23,7 @@ def make_batch(config=grpo.Config(group_size=3), rewards=REWARDS, ref=True):
     rollout = tabular.rollout(params, sequences, jnp.array([True, True, False, True, True, True]))
     logp = tabular.score(params, sequences).logp
     ref_logp = tabular.score(tabular.init(1), sequences).logp if ref else None
-    return grpo.make_batch(config, rollout, rewards, logp, ref_logp)
+    return grpo.make_batch(config, PLAIN, rollout, rewards, logp, ref_logp)
 
 
 def one_step(config, hyper, batch, tx):
@@ -135,7 +135,7 @@ def test_answers_that_are_rewarded_become_likely():
         score = tabular.score(params, sequences)
         rollout = tabular.rollout(params, sequences, jnp.ones(40, bool))
         batch, described = grpo.make_batch(
-            config, rollout, rewards, score.logp, tabular.score(reference, sequences).logp
+            config, hyper, rollout, rewards, score.logp, tabular.score(reference, sequences).logp
         )
         state, metrics = update(state, hyper, batch)
         return state, {**described, **metrics}

@@ -187,6 +187,8 @@ def test_hyperparameters_do_not_recompile_and_all_have_an_effect(case):
     for field in dataclasses.fields(hyper):
         if isinstance(hyper, ppo.Hyper) and field.name in of_rollout | {"kl_coef"}:
             continue  # these act in `language_batch`
+        if isinstance(hyper, grpo.Hyper) and field.name == "reward_kl_coef":
+            continue  # acts in `make_batch`: see test_variants
         if field.name == "penalty_coef":
             continue  # acts in the other policy loss: see test_ppo
         if field.name == "auxiliary":

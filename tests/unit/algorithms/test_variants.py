@@ -1,7 +1,9 @@
 """Families: every GRPO variant learns what its rewards say, every pair loss is what its name says."""
 
 import contextlib
+import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +13,13 @@ import pytest
 import tabular
 
 from rlhf_jax import losses
-from rlhf_jax.algorithms import grpo, grpo_variants, preference, selection, unpaired
+from rlhf_jax.algorithms import group_advantages, grpo, grpo_variants, preference, selection, unpaired
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.types import TokenLogprobs
+from rlhf_jax.kernels import k1, k2, k3
 from rlhf_jax.losses.pair_logps import traits_of
-from rlhf_jax.losses.reductions import constant_length
+from rlhf_jax.losses.policy_ratios import sequence_log_ratio
+from rlhf_jax.losses.reductions import constant_length, token_mean
 
 N, G, WIDTH = 3, 4, 6
 REWARDS = jnp.asarray(np.random.default_rng(0).normal(size=N * G), jnp.float32)
@@ -35,29 +40,13 @@ def gradient_of(variant, *, ref=None, rollout=None, rewards=REWARDS):
     rollout = rollout_of(params) if rollout is None else rollout
     logp = tabular.score(params, rollout.sequences).logp
     greedy = jnp.zeros(N) if variant.needs_greedy else None
-    batch, _ = grpo.make_batch(variant.config, rollout, rewards, logp, ref, greedy)
+    batch, _ = grpo.make_batch(
+        variant.config, variant.hyper, rollout, rewards, logp, ref, greedy_rewards=greedy
+    )
     update = grpo.make_update(variant.config, tabular.score, tx)
     hyper = grpo.Hyper(**{**vars(variant.hyper), "learning_rate": 1.0})
     state, metrics = update(grpo.init(params, tx, jax.random.key(0)), hyper, batch)
     return params["logits"] - state.learner.params["logits"], batch, metrics
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_on_policy_the_gradient_is_that_of_the_weighted_log_probs(name):
-    """At ratio 1 no bound acts: what is left is -sum of weights x advantages x d log p, with the
-    variant's own weights and advantages.
-    """
-    variant = variant_of(name)
-    gradient, batch, _ = gradient_of(variant)
-    params, mask = tabular.init(), batch.sequences.mask
-    advantages = batch.advantages if batch.advantages.ndim == 2 else batch.advantages[:, None] * mask
-
-    def objective(logits):
-        logp = tabular.score({**params, "logits": logits}, batch.sequences).logp
-        # One ratio for an answer has a token's mean log-prob in its gradient, the same for all its tokens.
-        return variant.config.reduce(-advantages * jnp.where(mask, logp, 0), mask)
-
-    np.testing.assert_allclose(gradient, jax.grad(objective)(params["logits"]), rtol=1e-4, atol=1e-5)
 
 
 def test_advantages_of_variants_are_what_their_names_say():
@@ -78,10 +67,11 @@ def test_advantages_of_variants_are_what_their_names_say():
 
 def test_remax_without_greedy_rewards_is_refused():
     params = tabular.init()
-    config = grpo_variants.remax(group_size=G).config
+    variant = grpo_variants.remax(group_size=G)
     with pytest.raises(ValueError, match="greedy_rewards"):
         grpo.make_batch(
-            config,
+            variant.config,
+            variant.hyper,
             rollout_of(params),
             REWARDS,
             tabular.score(params, rollout_of(params).sequences).logp,
@@ -89,12 +79,69 @@ def test_remax_without_greedy_rewards_is_refused():
         )
 
 
-def test_reinforce_plus_plus_charges_the_kl_in_the_reward():
+def naive_kl(params, ref):
+    """Sum over each answer's tokens of the log-ratio to the reference."""
+    sequences = rollout_of(params).sequences
+    logp, mask = tabular.score(params, sequences).logp, np.asarray(sequences.mask)
+    return np.where(mask, np.asarray(logp) - np.asarray(ref), 0).sum(axis=1)
+
+
+def test_the_kl_in_the_reward_is_charged_before_the_baseline():
     params = tabular.init()
     ref = tabular.score(tabular.init(7), rollout_of(params).sequences).logp
-    without, _, _ = gradient_of(grpo_variants.reinforce_plus_plus(kl_coef=0.0, group_size=G), ref=ref)
-    charged, _, _ = gradient_of(grpo_variants.reinforce_plus_plus(kl_coef=0.5, group_size=G), ref=ref)
-    assert np.abs(without - charged).max() > 1e-2
+    charged = (np.asarray(REWARDS) - 0.5 * naive_kl(params, ref)).reshape(N, G)
+    others = (charged.sum(axis=1, keepdims=True) - charged) / (G - 1)
+    expected = {
+        "reinforce": charged - charged.mean(),
+        "reinforce_without_baseline": charged,
+        "rloo": charged - others,
+        "remax": charged,
+    }
+    for name, advantages in expected.items():
+        variant = variant_of(name, changes={"kl_coef": 0.5})
+        assert (variant.hyper.kl_coef, variant.hyper.reward_kl_coef) == (0, 0.5)
+        _, batch, _ = gradient_of(variant, ref=ref)
+        np.testing.assert_allclose(batch.advantages, advantages.reshape(-1), rtol=1e-4, atol=1e-5)
+
+
+def test_reinforce_plus_plus_charges_each_token_with_the_kl_from_there_on():
+    params = tabular.init()
+    sequences = rollout_of(params).sequences
+    ref = tabular.score(tabular.init(7), sequences).logp
+    mask = np.asarray(sequences.mask)
+    kl = np.where(mask, tabular.score(params, sequences).logp - ref, 0)
+    returns = np.asarray(REWARDS)[:, None] - 0.5 * np.cumsum(kl[:, ::-1], axis=1)[:, ::-1]
+    expected = (returns - returns[mask].mean()) / returns[mask].std()
+    _, batch, _ = gradient_of(variant_of("reinforce++", changes={"kl_coef": 0.5}), ref=ref)
+    np.testing.assert_allclose(np.asarray(batch.advantages)[mask], expected[mask], rtol=1e-4, atol=1e-5)
+
+
+def test_the_weight_of_the_kl_in_the_reward_is_a_number_that_a_sweep_varies():
+    """Under one jit, traced; and with any variant, GRPO among them."""
+    params, variant = tabular.init(), variant_of("grpo", changes={"reward_kl_coef": 0.3})
+    rollout = rollout_of(params)
+    logp = tabular.score(params, rollout.sequences).logp
+    ref = tabular.score(tabular.init(7), rollout.sequences).logp
+
+    def advantages(coef):
+        hyper = grpo.Hyper(reward_kl_coef=coef)
+        return grpo.make_batch(variant.config, hyper, rollout, REWARDS, logp, ref)[0].advantages
+
+    found = jax.jit(jax.vmap(advantages))(jnp.array([0.0, 0.3]))
+    for coef, lane in zip((0.0, 0.3), found, strict=True):
+        charged = (np.asarray(REWARDS) - coef * naive_kl(params, ref)).reshape(N, G)
+        spread = charged.std(axis=1, ddof=1, keepdims=True) + 1e-4
+        expected = (charged - charged.mean(axis=1, keepdims=True)) / spread
+        np.testing.assert_allclose(lane, expected.reshape(-1), rtol=1e-4, atol=1e-5)
+
+
+def test_metrics_of_tokens_are_means_over_tokens_whatever_the_loss_sums():
+    """On policy the ratio is 1 at every token and no token is clipped; entropy is in nats a token."""
+    entropy = tabular.score(tabular.init(), rollout_of(tabular.init()).sequences).entropy
+    for name in ("rloo", "luspo", "dr_grpo", "dapo"):
+        _, _, metrics = gradient_of(variant_of(name))
+        np.testing.assert_allclose(metrics["ratio"], 1, rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(metrics["entropy"], jnp.nanmean(entropy), rtol=1e-5, err_msg=name)
 
 
 def test_truncated_importance_sampling_weighs_tokens_by_the_sampler():
@@ -115,7 +162,7 @@ def test_names_of_variants_are_those_of_their_functions():
         "reinforce++-baseline",
         "rloo",
     ]
-    assert len(VARIANTS) == 17
+    assert len(VARIANTS) == 20
     assert {"with_truncated_is", "make_variant", "find_variant"}.isdisjoint(VARIANTS)
 
 
@@ -129,6 +176,62 @@ def test_a_variant_carries_what_it_is_published_with():
     assert changed.hyper.kl_coef == 0.5
     assert variant_of("grpo", changes={"overlong_penalty_coef": 0.3}).overlong_penalty_coef == 0.3
     assert variant_of("dr_grpo").config.reduce is constant_length(WIDTH)
+
+
+def test_parts_of_a_variant_are_changed_one_by_one():
+    changes = {"kl_fn": k2, "kl_ratio_correction": True, "ratio_fn": sequence_log_ratio, "reduce": token_mean}
+    changed = variant_of("grpo", changes={**changes, "advantage_fn": None, "kl_coef": 0.3})
+    expected = dataclasses.replace(variant_of("grpo").config, **changes)
+    assert changed.config == expected
+    assert changed.hyper.kl_coef == 0.3
+    for name in ("gmpo", "vespo"):
+        with pytest.raises(UserError, match="ratio_fn: GMPO and VESPO"):
+            variant_of(name, changes=changes)
+    with pytest.raises(UserError, match="k=5: give a number from 1 to group_size, 4"):
+        variant_of("pass_at_k", changes={"k": 5})
+
+
+def test_scales_of_advantages():
+    rewards = np.asarray(REWARDS, np.float64).reshape(N, G)
+    centred = rewards - rewards.mean(axis=1, keepdims=True)
+    own = rewards.mean(axis=1, keepdims=True)
+    expected = {
+        "group": centred / (rewards.std(axis=1, ddof=1, keepdims=True) + 1e-4),
+        "batch": centred / (rewards.std(ddof=1) + 1e-4),
+        "none": centred,
+        "mean": np.where(own > 0, centred / own, 0),
+    }
+    assert expected.keys() == group_advantages.SCALES.keys()
+    assert (own > 0).any()
+    assert (own < 0).any()
+    for name, advantages in expected.items():
+        variant = variant_of("grpo", changes={"advantage_fn": group_advantages.SCALES[name]})
+        _, batch, _ = gradient_of(variant)
+        np.testing.assert_allclose(batch.advantages, advantages.reshape(-1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kl_fn", [k1, k3])
+def test_a_corrected_kl_in_the_loss_has_the_gradient_of_the_kl(kl_fn):
+    """Enumerated over the answers of one token to one prompt, each as often as the older policy says it."""
+    table, ref = tabular.init()["logits"][0], tabular.init(7)["logits"][0]
+    old = jax.nn.softmax(table + jnp.array([0.3, -0.2, 0.1, 0.0, 0.4]))
+    config = dataclasses.replace(variant_of("grpo").config, kl_fn=kl_fn, kl_ratio_correction=True)
+
+    def loss(table, answer):
+        logp, old_logp, ref_logp = (
+            jax.nn.log_softmax(x)[answer][None, None] for x in (table, jnp.log(old), ref)
+        )
+        sequences = types.SimpleNamespace(mask=jnp.ones((1, 1), bool))
+        rows = grpo.Batch(sequences, old_logp, ref_logp, jnp.zeros(1))
+        score = TokenLogprobs(logp, jnp.zeros((1, 1)), None)
+        return grpo.batch_loss(config, grpo.Hyper(kl_coef=1.0), score, rows)[0]
+
+    def kl(table):
+        logp = jax.nn.log_softmax(table)
+        return jnp.sum(jnp.exp(logp) * (logp - jax.nn.log_softmax(ref)))
+
+    found = jax.vmap(jax.grad(loss), (None, 0))(table, jnp.arange(tabular.VOCAB))
+    np.testing.assert_allclose(old @ found, jax.grad(kl)(table), rtol=1e-4, atol=1e-5)
 
 
 def test_a_group_of_one_is_refused_where_answers_are_compared():
@@ -286,9 +389,9 @@ def test_only_answers_that_are_good_enough_are_imitated():
 
 
 def test_prompts_whose_answers_differ_come_first():
-    chosen, differ = selection.groups_that_differ(GROUPED, 2)
+    chosen, differ = selection.groups_that_differ(GROUPED, keep=2)
     np.testing.assert_array_equal(chosen, [0, 2])
     np.testing.assert_array_equal(differ, [True, True])
-    chosen, differ = selection.groups_that_differ(GROUPED, 3)
+    chosen, differ = selection.groups_that_differ(GROUPED, keep=3)
     np.testing.assert_array_equal(chosen, [0, 2, 1])
     np.testing.assert_array_equal(differ, [True, True, False])

@@ -164,19 +164,19 @@ def test_another_architecture_is_named(two_steps, params, message):
 
 
 def test_old_steps_are_pruned_after_the_new_one_is_whole(tmp_path):
-    with CheckpointManager(tmp_path, keep=2) as saver:
+    with CheckpointManager(tmp_path, max_to_keep=2) as saver:
         for step in (1, 2, 3, 4):
             saver.save(step, make_state(step), wait=True)
             assert saver.steps() == [s for s in (step - 1, step) if s > 0]
             assert saver.latest_step() == step
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000003", "step_00000004"]
-    with pytest.raises(UserError, match="keep=0"):
-        CheckpointManager(tmp_path, keep=0)
+    with pytest.raises(UserError, match="max_to_keep=0"):
+        CheckpointManager(tmp_path, max_to_keep=0)
 
 
 def test_pruning_spares_the_step_just_saved_below_damaged_ones(damaged):
     damage(damaged / "step_00000020" / "manifest.json", "truncate", random.Random(0))
-    with CheckpointManager(damaged, keep=1, warn=lambda _: None) as saver:
+    with CheckpointManager(damaged, max_to_keep=1, warn=lambda _: None) as saver:
         step, state, _ = saver.restore(make_state(0))
         saver.save(15, state, wait=True)
         assert (step, saver.steps()) == (10, [15])
@@ -292,7 +292,7 @@ def test_a_file_that_cannot_grow_fails_its_step_and_no_other(damaged, capfd):
     """A limit on file size stops the array writer as a full disk does."""
     before = snapshot(damaged)
     big = {"w": np.random.default_rng(0).normal(size=(300, 300))}
-    saver = CheckpointManager(damaged, keep=9)
+    saver = CheckpointManager(damaged, max_to_keep=9)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))
     try:
@@ -358,7 +358,7 @@ def test_an_old_step_that_cannot_be_removed_is_only_a_warning(damaged, monkeypat
         raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
 
     warnings: list[str] = []
-    with CheckpointManager(damaged, keep=1, warn=warnings.append) as saver:
+    with CheckpointManager(damaged, max_to_keep=1, warn=warnings.append) as saver:
         monkeypatch.setattr(shutil, "rmtree", refuse)
         saver.save(30, make_state(30), wait=True)
         assert saver.steps() == [30]

@@ -28,7 +28,7 @@ def count(event, args):
 def make_state(step):
     return {"w": np.random.default_rng(step).normal(size=(400, 400)), "key": jax.random.key(step)}
 
-manager = CheckpointManager(folder, keep=1)
+manager = CheckpointManager(folder, max_to_keep=1)
 start = 0
 if manager.steps():
     start, state, extra = manager.restore(make_state(0))

@@ -151,7 +151,7 @@ def test_buffers_may_be_donated_and_arrays_written_while_a_save_is_under_way(tmp
         return jnp.full((512, 512), value, jnp.float32)
 
     overwrite = jax.jit(lambda x: x * 0 - 1, donate_argnums=0)
-    with CheckpointManager(tmp_path, keep=10) as manager:
+    with CheckpointManager(tmp_path, max_to_keep=10) as manager:
         for step in range(8):
             state = {"device": fill(step), "host": np.full((512, 512), step)}
             manager.save(step, state)

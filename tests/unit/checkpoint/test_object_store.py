@@ -86,7 +86,7 @@ def names(folder):
 def test_what_is_saved_comes_back_and_old_steps_go(bucket, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = f"{bucket}/round-trip"
-    with CheckpointManager(folder, keep=2) as saver:
+    with CheckpointManager(folder, max_to_keep=2) as saver:
         for step in (1, 2, 3):
             saver.save(step, make_state(step), extra={"step": step})
         saver.save(3, make_state(4), extra={"step": 4})
@@ -178,7 +178,7 @@ def counted(call):
 
 for name in ("_put_file", "_pipe_file", "_rm_file", "_bulk_delete"):
     setattr(s3fs.S3FileSystem, name, counted(getattr(s3fs.S3FileSystem, name)))
-with CheckpointManager(folder, keep=1) as saver:
+with CheckpointManager(folder, max_to_keep=1) as saver:
     start = saver.latest_step() or 0
     for step in range(start + 1, start + 20):
         for _ in range(2):  # the second replaces the first
@@ -202,7 +202,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_step(bucket):
             assert_is_state(state, step)
         assert warnings == []
     assert whole > 0
-    with CheckpointManager(folder, keep=1) as saver:
+    with CheckpointManager(folder, max_to_keep=1) as saver:
         saver.save(whole + 5, make_state(1), wait=True)
     assert names(folder) == {f"step_{whole + 5:08d}"}
 

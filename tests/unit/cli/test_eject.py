@@ -53,8 +53,8 @@ def test_a_script_is_short_and_stands_on_the_library_alone(ejected, algorithm, c
     wanted = {
         "sft": ["update"],
         "dpo": ["update", "make_batch"],
-        "ppo": ["generate", "reward_fn", "make_batch", "update"],
-        "grpo": ["generate", "reward_fn", "make_batch", "update"],
+        "ppo": ["generate", "reward_fn.score", "make_batch", "update"],
+        "grpo": ["generate", "reward_fn.score", "make_batch", "update"],
     }
     assert set(wanted[algorithm]) <= set(called)
 

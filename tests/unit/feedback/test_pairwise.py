@@ -56,10 +56,12 @@ def test_a_judge_is_asked_in_both_orders():
     assert compared.metrics["order_bias"] == pytest.approx(0.2)
 
 
-def test_what_a_judge_cannot_tell_is_a_tie_and_no_probability_an_error():
+def test_what_a_judge_cannot_tell_does_not_count_and_no_probability_is_an_error():
     sides = rollout("1", "2", "3"), rollout("4", "5", "6")
     compared = compare_by_judge("some_judges:unsure", arithmetic_tokenizer())(PROMPTS, *sides)
     assert compared.preference.tolist() == [0.5, 0.5, 0.5]
+    assert compared.scored.tolist() == [False, True, True]
+    assert compared.metrics["unscorable"] == 1
     with pytest.raises(UserError, match=r"returned 1.5 for row 1 \(row 1\)"):
         compare_by_judge("some_judges:impossible", arithmetic_tokenizer())(PROMPTS, *sides)
 
@@ -70,12 +72,13 @@ def test_rewards_prefer_as_bradley_and_terry_do():
     class Reward:
         def score(self, answers, prompts):
             values = [1.0, 0.0, 0.5] if answers is sides[0] else [0.75, 1.0, 0.5]
-            return Scored(np.float32(values), np.array([False, True, False]))
+            return Scored(np.float32(values), np.array([False, answers is sides[1], False]))
 
     compared = compare_by_rewards(Reward(), noise=0.25)(PROMPTS, *sides)
-    np.testing.assert_allclose(compared.preference, 1 / (1 + np.exp([-1.0, 4.0, 0.0])), rtol=1e-6)
+    np.testing.assert_allclose(compared.preference, [1 / (1 + np.exp(-1.0)), 0.5, 0.5], rtol=1e-6)
+    assert compared.scored.tolist() == [True, False, True]
     assert compared.metrics == {
         "reward": pytest.approx(0.5),
-        "opponent_reward": pytest.approx(0.75),
-        "unscorable": 2,
+        "opponent_reward": pytest.approx(0.625),
+        "unscorable": 1,
     }

@@ -33,10 +33,17 @@ def test_group_relative_scales():
         kernels.group_std: by_groups(lambda r: (r - r.mean()) / (r.std(ddof=1) + 1e-4)),
         kernels.batch_std: by_groups(lambda r: (r - r.mean()) / (everything.std(ddof=1) + 1e-4)),
         kernels.unit_scale: by_groups(lambda r: r - r.mean()),
+        kernels.group_mean: by_groups(lambda r: (r - r.mean()) / (r.mean() if r.mean() > 0 else np.inf)),
     }
     for scale_fn, advantages in expected.items():
         result = kernels.group_relative_advantages(jnp.asarray(DIRTY), jnp.asarray(MASK), scale_fn=scale_fn)
         np.testing.assert_allclose(result, advantages, rtol=0, atol=1e-12)
+
+
+def test_the_spread_of_rewards_is_that_of_what_counts():
+    np.testing.assert_array_equal(kernels.reward_spread(jnp.asarray(DIRTY), jnp.asarray(MASK)), [2, 0, 4])
+    rewards, mask = jnp.array([[2.0, jnp.nan], [jnp.nan, jnp.inf]]), jnp.array([[True, False], [False] * 2])
+    assert kernels.reward_spread(rewards, mask).tolist() == [0, 0]
 
 
 def test_leave_one_out_is_the_mean_of_the_others():

@@ -24,9 +24,9 @@ from rlhf_jax.losses import (
 )
 from rlhf_jax.losses.reductions import (
     constant_length,
-    length_weighted,
     packed_sequence_mean,
     sequence_mean,
+    sequence_sum,
     token_mean,
 )
 
@@ -35,7 +35,7 @@ REDUCTIONS = {
     "token": token_mean,
     "sequence": sequence_mean,
     "constant": constant_length(10),
-    "length": length_weighted,
+    "length": sequence_sum,
 }
 SCALARS = {"epsilon_low": 0.2, "epsilon_high": 0.28, "kl_coef": 0.1, "entropy_coef": 0.02, "dual_clip": 3.0}
 ATOMS = np.linspace(-2, 2, N)

@@ -19,7 +19,7 @@ from rlhf_jax.losses.policy_surrogates import (
     vespo_surrogate,
 )
 from rlhf_jax.losses.policy_weights import off_policy_mask, top_entropy_mask
-from rlhf_jax.losses.reductions import constant_length, length_weighted, sequence_mean, token_mean
+from rlhf_jax.losses.reductions import constant_length, sequence_mean, sequence_sum, token_mean
 
 PATH = pathlib.Path(__file__).parents[2] / "golden" / "losses_policy_trl.npz"
 GOLDEN = dict(np.load(PATH))
@@ -43,7 +43,7 @@ def reduction_of(settings):
         "grpo": sequence_mean,
         "sapo": sequence_mean,
         "dr_grpo": constant_length(settings["max_completion_length"]),
-        "luspo": length_weighted,
+        "luspo": sequence_sum,
     }
     return by_type.get(settings["loss_type"], token_mean)
 

@@ -22,7 +22,7 @@ from rlhf_jax.losses.policy_surrogates import (
     sapo_surrogate,
     vespo_surrogate,
 )
-from rlhf_jax.losses.reductions import length_weighted, sequence_mean, token_mean
+from rlhf_jax.losses.reductions import sequence_mean, sequence_sum, token_mean
 
 B, T = 4, 6
 
@@ -203,7 +203,7 @@ def test_luspo_weighs_gspo_by_length():
     mask = jnp.arange(T)[None] < 4
     options = {"ratio_fn": sequence_log_ratio, "epsilon_low": 3e-4, "epsilon_high": 4e-4}
     gspo, _ = grpo_loss(logp, old_logp, None, jnp.ones(1), mask, **options)
-    luspo, _ = grpo_loss(logp, old_logp, None, jnp.ones(1), mask, reduce=length_weighted, **options)
+    luspo, _ = grpo_loss(logp, old_logp, None, jnp.ones(1), mask, reduce=sequence_sum, **options)
     np.testing.assert_allclose(luspo, 4 * gspo, rtol=1e-12)
 
 

@@ -6,10 +6,21 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from rlhf_jax.losses.reductions import constant_length, packed_sequence_mean, sequence_mean, token_mean
+from rlhf_jax.losses.reductions import (
+    constant_length,
+    packed_sequence_mean,
+    sequence_mean,
+    sequence_sum,
+    token_mean,
+)
 
 B, T = 4, 5
-REDUCTIONS = {"token": token_mean, "sequence": sequence_mean, "constant": constant_length(7)}
+REDUCTIONS = {
+    "token": token_mean,
+    "sequence": sequence_mean,
+    "constant": constant_length(7),
+    "sum": sequence_sum,
+}
 laws = settings(max_examples=25, deadline=None)
 masks = st.lists(st.booleans(), min_size=B * T, max_size=B * T).map(lambda bits: np.reshape(bits, (B, T)))
 
@@ -27,7 +38,7 @@ def loop(name, values, mask):
         return np.concatenate(rows).mean()
     if name == "sequence":
         return np.mean([row.mean() for row in rows])
-    return sum(row.sum() for row in rows) / (7 * len(rows))
+    return sum(row.sum() for row in rows) / (len(rows) * (7 if name == "constant" else 1))
 
 
 @laws
@@ -116,6 +127,6 @@ def test_bfloat16_counts_as_float32_does(name):
     mask = jnp.ones((257, 3), bool)
     value = REDUCTIONS[name](jnp.ones((257, 3), jnp.bfloat16), mask)
     assert value.dtype == jnp.float32
-    np.testing.assert_allclose(value, 3 / 7 if name == "constant" else 1.0, rtol=1e-6)
+    np.testing.assert_allclose(value, {"constant": 3 / 7, "sum": 3.0}.get(name, 1.0), rtol=1e-6)
     gradient = jax.grad(REDUCTIONS[name])(jnp.ones((257, 3), jnp.bfloat16), mask)
     assert gradient.dtype == jnp.bfloat16

@@ -50,15 +50,15 @@ def test_overlap_repeats_the_end_and_loses_nothing(lengths, words, data):
 
 def test_sentences_stay_whole():
     text = "One two three. Four five. Six!\n\nSeven eight nine ten eleven twelve."
-    pieces = [chunk.text for chunk in split_document(text, "a", words=5)]
+    pieces = [chunk.text for chunk in split_document(text, "a", chunk_size=5)]
     assert pieces == ["One two three. Four five.", "Six!", "Seven eight nine ten eleven", "twelve."]
-    overlapping = [chunk.text for chunk in split_document(text, "a", words=5, overlap=2)]
+    overlapping = [chunk.text for chunk in split_document(text, "a", chunk_size=5, chunk_overlap=2)]
     assert overlapping[:2] == ["One two three. Four five.", "Four five. Six!"]
 
 
 def test_an_overlap_must_leave_room():
-    with pytest.raises(ValueError, match="overlap 4 is not from 0 to below 4 words"):
-        split_document("a b", "a", words=4, overlap=4)
+    with pytest.raises(ValueError, match="chunk_overlap 4 is not from 0 to below chunk_size 4"):
+        split_document("a b", "a", chunk_size=4, chunk_overlap=4)
 
 
 PASSAGES = [
@@ -85,7 +85,7 @@ def test_an_index_that_is_none(tmp_path):
     RetrievalIndex(PASSAGES).save(tmp_path)
     with (tmp_path / "passages.jsonl").open("a") as file:
         file.write('{"text": "half\n')
-    with pytest.raises(UserError, match=r"passages\.jsonl:4: not a passage"):
+    with pytest.raises(UserError, match=r"passages\.jsonl:4: not JSON .*: make the index anew"):
         RetrievalIndex.load(tmp_path)
 
 

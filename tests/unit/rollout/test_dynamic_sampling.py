@@ -45,16 +45,23 @@ def drawn(most):
 def test_it_draws_until_enough_groups_differ():
     answers, metrics, seen = drawn(4)
     assert seen == [0, 1, 2]
-    assert [prompt.name for prompt in answers.prompts[::2]] == [(0, 1), (2, 0), (2, 1)]
-    assert answers.rewards.tolist() == [0, 1, 1, 0, 0.5, 0.25]
-    assert answers.rollout.sequences.tokens[:, 0].tolist() == [2, 3, 20, 21, 22, 23]
-    assert answers.scored.unscorable.tolist() == [False] * 5 + [True]
+    # Of (0.5, 0.25) the second has no score, so nothing differs from the first.
+    assert [prompt.name for prompt in answers.prompts[::2]] == [(0, 1), (2, 0), (2, 2)]
+    assert answers.rewards.tolist() == [0, 1, 1, 0, 1, 0]
+    assert answers.rollout.sequences.tokens[:, 0].tolist() == [2, 3, 20, 21, 24, 25]
     assert answers.scored.terms["right"].tolist() == answers.rewards.tolist()
     assert metrics == {
         "draws": 3,
-        "drawn_reward": pytest.approx(float(REWARDS[:3].mean())),
-        "drawn_frac_reward_zero_std": pytest.approx(5 / 9),
+        "drawn_reward": pytest.approx(float(REWARDS[:3][REWARDS[:3] != 0.25].mean())),
+        "drawn_frac_reward_zero_std": pytest.approx(6 / 9),
     }
+
+
+def test_what_no_reward_could_score_stays_marked():
+    answers, _ = filter_zero_std_groups(lambda _: draw(2), groups=3, group_size=2, most=1)
+    assert [prompt.name for prompt in answers.prompts[::2]] == [(2, 0), (2, 2), (2, 1)]
+    assert answers.scored.unscorable.tolist() == [False] * 5 + [True]
+    assert answers.mean_reward() == pytest.approx((1 + 0 + 1 + 0 + 0.5) / 5)
 
 
 def test_with_too_few_tries_idle_groups_fill_the_batch():

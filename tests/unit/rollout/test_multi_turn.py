@@ -301,7 +301,7 @@ def updated(name, rollout):
         state, _ = jax.jit(sft.make_update(sft.Config(), logprob_fn, tx))(state, hyper, sequences)
     elif name == "grpo":
         config = grpo.Config(group_size=2)
-        batch, _ = grpo.make_batch(config, rollout, rewards, rollout.logp, old + 0.02)
+        batch, _ = grpo.make_batch(config, grpo.Hyper(1.0), rollout, rewards, rollout.logp, old + 0.02)
         state = grpo.init(params, tx, key)
         state, _ = jax.jit(grpo.make_update(config, logprob_fn, tx))(state, grpo.Hyper(1.0), batch)
     else:

@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rlhf_jax import sweep as sweeping
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Scalar
@@ -112,9 +113,9 @@ def test_a_sweep_goes_on_after_the_last_chunk(tmp_path):
     killed = run(train, KEYS, hypers, chunk_size=2, folder=folder)
     (folder / "chunks" / "2.npz").unlink()
     (folder / "chunks" / "1.npz.part").write_bytes(b"torn")
-    marked = dict(np.load(folder / "chunks" / "0.npz"))
+    marked = files.read_arrays(folder / "chunks" / "0.npz")
     marked["score"][:] = 7.0
-    np.savez(folder / "chunks" / "0.npz", **marked)
+    files.write_arrays(folder / "chunks" / "0.npz", marked)
     again = run(train, KEYS, hypers, chunk_size=2, folder=folder)
     np.testing.assert_array_equal(again.metrics["score"].reshape(-1)[:2], 7.0)  # read, not run again
     np.testing.assert_array_equal(
@@ -130,9 +131,9 @@ def test_seeds_are_added_to_a_sweep_that_is_done(tmp_path):
     hypers = sweeping.product(Hyper(noise=0.2))
     whole = run(train, keys, hypers, chunk_size=2)
     run(train, keys[:3], hypers, chunk_size=2, folder=tmp_path)  # its second chunk holds one run
-    marked = dict(np.load(tmp_path / "chunks" / "0.npz"))
+    marked = files.read_arrays(tmp_path / "chunks" / "0.npz")
     marked["score"][:] = 7.0
-    np.savez(tmp_path / "chunks" / "0.npz", **marked)
+    files.write_arrays(tmp_path / "chunks" / "0.npz", marked)
     more = run(train, keys, hypers, folder=tmp_path)  # in chunks of two, as before
     np.testing.assert_array_equal(more.metrics["score"][0, :2], 7.0)  # read, not run again
     np.testing.assert_array_equal(more.metrics["score"][0, 2:], whole.metrics["score"][0, 2:])
@@ -188,3 +189,23 @@ def test_chunk_size_that_fits():
     size = sweeping.fitting_chunk_size(heavy, KEYS, hypers, memory_bytes=100 * 64 * 64 * 4)
     assert 10 <= size <= 110  # one to ten buffers of a run
     assert sweeping.fitting_chunk_size(heavy, KEYS, hypers, memory_bytes=1) == 1
+
+
+def test_damaged_chunks_are_made_again_and_a_damaged_description_is_named(tmp_path, capsys):
+    hypers, folder = sweeping.product(Hyper(noise=0.2)), tmp_path / "sweep"
+    whole = run(train, KEYS, hypers, chunk_size=2, folder=folder)
+    chunk, description = folder / "chunks" / "0.npz", folder / "chunks" / "sweep.json"
+    content = chunk.read_bytes()
+    flipped = [content[:i] + bytes([content[i] ^ 4]) + content[i + 1 :] for i in range(0, len(content), 97)]
+    for damaged in (b"", content[:99], *flipped[:12]):
+        chunk.write_bytes(damaged)
+        again = run(train, KEYS, hypers, chunk_size=2, folder=folder)
+        for name, values in whole.metrics.items():
+            np.testing.assert_array_equal(again.metrics[name], values)
+        np.testing.assert_array_equal(files.read_arrays(chunk)["score"], whole.metrics["score"][0, :2])
+    assert f"{chunk}: damaged" in capsys.readouterr().err
+    text = description.read_bytes()
+    for damaged in (b"", b"[]", b"{}", text[:40], text.replace(b"score", b"scope")):
+        description.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"sweep\.json: .*remove .*chunks, and the sweep is made again"):
+            run(train, KEYS, hypers, chunk_size=2, folder=folder)

@@ -14,6 +14,7 @@ from rlhf_jax import models
 from rlhf_jax.algorithms import sft
 from rlhf_jax.checkpoint import CheckpointManager
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.files import write_json
 from rlhf_jax.data.tokenizers import character_tokenizer
 from rlhf_jax.training import run_folder as run_folders
 from rlhf_jax.training.run_folder import (
@@ -21,7 +22,6 @@ from rlhf_jax.training.run_folder import (
     load_policy,
     load_reward_model,
     read_held_run,
-    write_json,
     write_model_files,
 )
 
@@ -88,7 +88,10 @@ def test_a_run_of_the_wrong_kind_is_refused(runs, kind, load, message):
 
 
 def edited(change):
+    """A description that says something else, in a folder from before there were digests."""
+
     def damage(folder):
+        (folder / "digests.json").unlink()
         data = json.loads((folder / "model.json").read_text())
         change(data)
         (folder / "model.json").write_text(json.dumps(data))
@@ -181,6 +184,7 @@ def test_files_that_cannot_be_written_are_named(tmp_path):
 
 def test_another_dtype_of_the_same_architecture_is_another_architecture(runs, tmp_path):
     shutil.copytree(runs["policy"][0], tmp_path / "run")
+    (tmp_path / "run" / "digests.json").unlink()
     half = dataclasses.replace(CONFIG, param_dtype="bfloat16")
     (tmp_path / "run" / "model.json").write_text(
         json.dumps({"kind": "policy", "config": models.config_to_dict(half)})
@@ -201,7 +205,7 @@ def test_a_folder_that_holds_a_run_is_used_again_only_by_the_same_stage_resumed(
         read_held_run(folder, "ppo", resume=True)
     for torn in ('{"stage": "sft"', '{"stage": "sft"}', "[]"):
         (folder / "config.json").write_text(torn)
-        with pytest.raises(UserError, match=r"config\.json: not a run's description"):
+        with pytest.raises(UserError, match=r"config\.json: .*: remove it, or choose another --out"):
             read_held_run(folder, "sft", resume=True)
 
 
@@ -217,3 +221,57 @@ def test_what_describes_checkpoints_stays_as_it_is(runs, tmp_path):
     with pytest.raises(UserError, match="another tokenizer"):
         write_model_files(folder, other, "policy")
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def damaged_copies(path):
+    """Contents of a file with a bit flipped at every few places, parts cut off, and another text."""
+    whole = path.read_bytes()
+    for place in range(0, len(whole), max(len(whole) // 60, 1)):
+        content = bytearray(whole)
+        content[place] ^= 1 << place % 7
+        yield bytes(content)
+    for part in range(4):
+        yield whole[: len(whole) * part // 4]
+    yield b"{}\n"
+
+
+@pytest.mark.parametrize(
+    "name", ["model.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"]
+)
+def test_no_damage_of_what_describes_a_model_is_believed(runs, tmp_path, name):
+    shutil.copytree(runs["policy"][0], tmp_path / "run")
+    path, sentences = tmp_path / "run" / name, []
+    for content in list(damaged_copies(path)):
+        path.write_bytes(content)
+        with pytest.raises(UserError) as refused:
+            load_policy(tmp_path / "run")
+        sentences.append(str(refused.value))
+    assert len(sentences) > 50
+    assert all(str(tmp_path / "run") in sentence and "\n" not in sentence for sentence in sentences)
+
+
+def test_a_digit_a_missing_file_and_another_chat_template_are_named(runs, tmp_path):
+    def spoilt(change):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        shutil.copytree(runs["policy"][0], tmp_path / "run")
+        change(tmp_path / "run")
+        with pytest.raises(UserError) as refused:
+            load_policy(tmp_path / "run")
+        return str(refused.value)
+
+    def more_theta(folder):
+        text = (folder / "model.json").read_text()
+        assert '"theta": 10000.0' in text
+        (folder / "model.json").write_text(text.replace('"theta": 10000.0', '"theta": 90000.0'))
+
+    assert "model.json: it was changed since it was written: put the old one back" in spoilt(more_theta)
+    gone = spoilt(lambda folder: (folder / "tokenizer" / "tokenizer_config.json").unlink())
+    assert "tokenizer_config.json: the file is gone: put it back" in gone
+    added = spoilt(lambda folder: (folder / "tokenizer" / "chat_template.jinja").write_text("{{ messages }}"))
+    assert "chat_template.jinja: the run did not write this file: remove it" in added
+
+
+def test_a_folder_without_digests_loads_and_is_taken_as_it_is(runs, tmp_path):
+    shutil.copytree(runs["policy"][0], tmp_path / "run")
+    (tmp_path / "run" / "digests.json").unlink()
+    assert_equal(load_policy(tmp_path / "run").params, runs["policy"][1])

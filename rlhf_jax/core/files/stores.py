@@ -1,4 +1,4 @@
-"""Files and folders on local disks and in object stores (`gs://`, `s3://`, `az://`).
+"""Paths and bytes on local disks and in object stores (`gs://`, `s3://`, `az://`).
 
 Local paths are `pathlib.Path`, addresses of object stores `etils.epath.Path`; `as_path` makes either. What a
 run writes goes through `write_whole`: a reader, and whoever comes after a kill, finds the old file or the new
@@ -61,6 +61,40 @@ def is_remote(path: PathLike) -> bool:
     return _ADDRESS.fullmatch(os.fspath(path)) is not None
 
 
+def as_local(path: PathLike, what: str) -> pathlib.Path:
+    """A local path, where only such will do.
+
+    Args:
+      what: stands there, as the subject of a sentence.
+
+    Raises:
+      UserError: it is the address of an object store.
+    """
+    local = as_path(path)
+    if not isinstance(local, pathlib.Path):
+        raise UserError(f"{path}: {what} on a local disk alone: give a local path")
+    return local
+
+
+def relative(folder: Path, other: Path) -> str:
+    """How to get from one folder to another: relative, so that both may be moved together."""
+    if isinstance(folder, pathlib.Path) and isinstance(other, pathlib.Path):
+        return os.path.relpath(other.resolve(), folder.resolve())
+    if is_remote(folder) and is_remote(other) and folder.parts[:3] == other.parts[:3]:
+        return os.path.relpath("/".join(other.parts[3:]), "/".join(folder.parts[3:]))
+    return str(other.resolve())
+
+
+def follow(folder: Path, way: str) -> Path:
+    """The folder that `relative` leads to."""
+    if is_remote(way) or os.path.isabs(way):
+        return as_path(way)
+    if isinstance(folder, pathlib.Path):
+        return pathlib.Path(os.path.normpath(folder / way))
+    scheme, _, rest = str(folder).partition("://")
+    return as_path(f"{scheme}://{os.path.normpath(f'{rest}/{way}')}")
+
+
 # Writing --------------------------------------------------------------------------------------------
 
 
@@ -89,12 +123,35 @@ def _write_local(path: pathlib.Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+        _replace(part, path)
     except BaseException:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
         raise
+
+
+def publish(part: pathlib.Path, path: Path) -> None:
+    """Makes a local file that is whole the file at `path`, durably."""
+    if not isinstance(path, pathlib.Path):
+        write_whole(path, part.read_bytes())
+        return
+    with open(part, "rb") as file:
+        os.fsync(file.fileno())
+    _replace(part, path)
+
+
+def _replace(part: pathlib.Path, path: pathlib.Path) -> None:
+    os.replace(part, path)
     sync_folder(path.parent)
+
+
+def open_lines(path: pathlib.Path) -> Any:
+    """A local file to which lines are appended.
+
+    It is not buffered: nothing is left in the process for a kill to lose or for `close` to fail on.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return open(path, "ab", buffering=0)
 
 
 def sync_folder(folder: pathlib.Path) -> None:
