@@ -44,7 +44,12 @@ def options_of(options_type: type, path: tuple[str, ...] = (), prefix: str = "")
             )
         if not groups:
             flag = f"--{prefix}{field.name}".replace("_", "-")
-            yield Option(flag, place, hint, options_type, field.default)
+            yield Option(flag, place, hint, _owner(options_type, field.name), field.default)
+
+
+def _owner(options_type: type, name: str) -> type:
+    """The class in which a field is written, which may be one that `options_type` extends."""
+    return next(kind for kind in options_type.__mro__ if name in vars(kind).get("__annotations__", {}))
 
 
 def required_flags(options_type: type, prefix: str = "") -> Iterator[str]:

@@ -6,7 +6,7 @@ A plain string is what the user says (`prompt`, `question`) or what the assistan
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -212,13 +212,21 @@ def labeled_examples(
 
 
 def prompt_examples(
-    rows: Sequence[Row], tokenizer: Tokenizer, *, max_length: int, overlength: Overlength = "error"
+    rows: Sequence[Row],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    overlength: Overlength = "error",
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> list[PromptExample]:
     """Prompts of rows with `messages`, `prompt` or `question`; all fields are kept for the reward.
 
     Messages that end with an assistant turn are a prompt without it.
 
-    Args: as `supervised_examples`; `max_length` holds for the prompt alone.
+    Args:
+      max_length: tokens of the longest prompt allowed.
+      overlength: as of `supervised_examples`.
+      tools: JSON schemas of the functions that the chat template offers to the assistant.
 
     Raises:
       UserError: as `supervised_examples`.
@@ -227,7 +235,7 @@ def prompt_examples(
     def make(row: Row) -> PromptExample:
         messages = prompt_messages(row)
         text = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
-        ids = np.array(encode_prompt(tokenizer, messages), np.int32)
+        ids = np.array(encode_prompt(tokenizer, messages, tools=tools or None), np.int32)
         return PromptExample(ids, text, row.fields, row.where)
 
     return _make_all(rows, make, lambda example: len(example.ids), max_length, overlength, "the prompt")

@@ -72,6 +72,33 @@ def until_first_mistake(row: Row) -> Row:
     return Row(row.fields | {"labels": labels}, row.where)
 
 
+def solution_of(row: Row) -> tuple[str, str]:
+    """(prompt, solution as one text) of a row whose labels need not be there yet.
+
+    Raises:
+      UserError: the row has no prompt, or no steps.
+    """
+    prompt, steps = _prompt_and_steps(row)
+    return prompt, STEP_END.join(steps)
+
+
+def outcome_row(row: Row, verdict: bool | None = None) -> Row:
+    """The row with its outcome as the only label, at its last step.
+
+    Args:
+      verdict: whether the answer is right; None for the last of the row's labels.
+
+    Raises:
+      UserError: nobody judged the last step.
+    """
+    steps, labels = _prompt_and_steps(row)[1], row.fields.get("labels")
+    if verdict is None:
+        verdict = labels[-1] if isinstance(labels, list) and labels else None
+    if verdict is None:
+        raise UserError(f"{row.where}: the last of its labels is null: judge the last step, the answer")
+    return Row(row.fields | {"labels": [None] * (len(steps) - 1) + [verdict]}, row.where)
+
+
 def _example(row: Row, tokenizer: Tokenizer) -> ProcessExample:
     prompt, steps, labels = _fields(row)
     ids = encode_prompt(tokenizer, prompt)
@@ -88,19 +115,24 @@ def _example(row: Row, tokenizer: Tokenizer) -> ProcessExample:
 
 
 def _fields(row: Row) -> tuple[str, list[str], list[Any]]:
-    fields = row.fields
-    prompt = fields.get("prompt", fields.get("question"))
-    steps, labels = fields.get("completions"), fields.get("labels")
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise UserError(f"{row.where}: field 'prompt' is no text: give one, or remove the row")
-    if not isinstance(steps, list) or not steps or not all(isinstance(step, str) and step for step in steps):
-        raise UserError(f"{row.where}: field 'completions' is no list of steps: give the steps as texts")
+    prompt, steps = _prompt_and_steps(row)
+    labels = row.fields.get("labels")
     if not isinstance(labels, list) or len(labels) != len(steps):
         raise UserError(f"{row.where}: field 'labels' is no list of {len(steps)}: give one label a step")
     judged = [label for label in labels if label is not None]
     if not judged or not all(isinstance(x, bool | int | float) and 0 <= x <= 1 for x in judged):
         raise UserError(f"{row.where}: labels are true, false, a share from 0 to 1, or null, not all null")
     return prompt, steps, labels
+
+
+def _prompt_and_steps(row: Row) -> tuple[str, list[str]]:
+    prompt = row.fields.get("prompt", row.fields.get("question"))
+    steps = row.fields.get("completions")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise UserError(f"{row.where}: field 'prompt' is no text: give one, or remove the row")
+    if not isinstance(steps, list) or not steps or not all(isinstance(step, str) and step for step in steps):
+        raise UserError(f"{row.where}: field 'completions' is no list of steps: give the steps as texts")
+    return prompt, steps
 
 
 # GSM8K ----------------------------------------------------------------------------------------------

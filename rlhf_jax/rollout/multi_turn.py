@@ -7,23 +7,23 @@ tools are out of the mask and have log-prob 0, and every update of the package t
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax import distributed
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Array, Bool, Int, Key, Params, PRNGKeyArray, Rollout, Sequences
 from rlhf_jax.data.chat import encode_conversation, encode_prompt
 from rlhf_jax.data.examples import PromptExample
 from rlhf_jax.data.packing import left_pad
 from rlhf_jax.data.tokenizers import Tokenizer
-from rlhf_jax.generation import Sampling, generate, row_keys
+from rlhf_jax.generation import Sampling, regex_automaton, row_keys
 from rlhf_jax.models import Policy
-from rlhf_jax.rollout.sampler import GenerateFn
-from rlhf_jax.tool_use import Tool, answer_calls
+from rlhf_jax.rollout.sampler import GenerateFn, RolloutFns, make_completion_fn
+from rlhf_jax.tool_use import Tool, answer_calls, call_pattern
 
 SampleFn = Callable[
     [Params, Int[np.ndarray, "B P"], Bool[np.ndarray, "B P"], Key[Array, "B"], Sampling], Rollout
@@ -52,16 +52,7 @@ class _Row:
 
 def make_sample_fn(policy: Policy, *, max_new_tokens: int) -> SampleFn:
     """`sample(params, tokens, mask, key, sampling) -> Rollout`: a turn, compiled once for each shape."""
-    compiled = jax.jit(
-        functools.partial(
-            generate,
-            policy.prefill,
-            policy.decode,
-            max_new_tokens=max_new_tokens,
-            eos_id=policy.tokenizer.eos_id,
-            pad_id=policy.tokenizer.pad_id,
-        )
-    )
+    compiled = jax.jit(make_completion_fn(policy, max_new_tokens=max_new_tokens))
 
     def sample(
         params: Params,
@@ -70,7 +61,7 @@ def make_sample_fn(policy: Policy, *, max_new_tokens: int) -> SampleFn:
         key: Key[Array, "B"],
         sampling: Sampling,
     ) -> Rollout:
-        return compiled(params, tokens, mask, key, sampling=sampling)
+        return compiled(params, *distributed.shard_batch((tokens, mask)), key, sampling=sampling)
 
     return sample
 
@@ -161,9 +152,65 @@ def make_multi_turn_fn(
             for row, length in going:
                 if not row.done:
                     answer(row, row.ids[length:], is_last_turn=turn == max_turns - 1)
-        return _assemble(rows, prompt_length, response_length, tokenizer.pad_id)
+        return distributed.shard_batch(_assemble(rows, prompt_length, response_length, tokenizer.pad_id))
 
     return run
+
+
+def multi_turn(
+    policy: Policy,
+    tools: Sequence[Tool],
+    *,
+    max_new_tokens: int,
+    max_turns: int,
+    response_length: int,
+    constrained: bool = False,
+) -> RolloutFns:
+    """Conversations with tools, as a stage samples and reads them.
+
+    Prompts offer the tools' schemas. Rewards get the last turn as the completion, and the field
+    `conversation`, all that follows the prompt. Logged are the share of conversations in which a tool
+    answered (`tool_use`), and `turns`, how many of the policy's there are in each.
+
+    Args:
+      max_new_tokens: of a turn.
+      max_turns: the policy's turns in a conversation.
+      response_length: tokens of all turns, what tools say included.
+      constrained: let the policy write no call that cannot be run.
+    """
+    constraint = regex_automaton(policy.tokenizer, call_pattern(tools)) if constrained else None
+    sample_fn = make_sample_fn(policy, max_new_tokens=max_new_tokens)
+
+    def make(prompt_length: int, sampling: Sampling) -> GenerateFn:
+        converse = make_multi_turn_fn(
+            sample_fn,
+            policy.tokenizer,
+            tools,
+            prompt_length=prompt_length,
+            max_new_tokens=max_new_tokens,
+            max_turns=max_turns,
+            response_length=response_length,
+        )
+
+        def run(
+            params: Params,
+            prompts: Sequence[PromptExample],
+            key: PRNGKeyArray | Key[Array, "B"],
+            sampling: Sampling = sampling,
+            /,
+        ) -> Rollout:
+            return converse(params, prompts, key, dataclasses.replace(sampling, constraint=constraint))
+
+        return run
+
+    return RolloutFns(
+        make,
+        [tool.schema() for tool in tools],
+        answer_texts_fn=last_turn_texts,
+        shown_texts_fn=conversation_texts,
+        fields_fn=lambda *read: {"conversation": conversation_texts(*read)},
+        describe_fn=_describe,
+    )
 
 
 def make_tool_turn_fn(tokenizer: Tokenizer) -> Callable[[Sequence[str]], list[int]]:
@@ -226,6 +273,14 @@ def tool_tokens(rollout: Rollout) -> Bool[Array, "B T"]:
     mask = rollout.sequences.mask
     begun = jnp.cumsum(mask, axis=1) > 0
     return begun & ~mask & (rollout.sequences.segment_ids > 0)
+
+
+def _describe(rollout: Rollout) -> dict[str, np.ndarray]:
+    mask = np.asarray(rollout.sequences.mask)
+    return {
+        "tool_use": np.asarray(jnp.any(tool_tokens(rollout), axis=1)),
+        "turns": np.asarray(np.sum(mask[:, 1:] & ~mask[:, :-1], axis=1)),
+    }
 
 
 def last_turn_texts(tokenizer: Tokenizer, rollout: Rollout) -> list[str]:

@@ -1,7 +1,7 @@
 """Rewards of rollouts: terms from functions of texts and from reward models, weighted and summed."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -51,10 +51,14 @@ class RolloutReward:
     Attributes:
       terms: rewards of whole completions.
       tokenizer: what completions are read with.
+      texts_fn: (tokenizer, rollout) -> the completions.
+      fields_fn: (tokenizer, rollout) -> what reward functions are given beside the fields of the rows.
     """
 
     terms: tuple[RewardTerm, ...]
     tokenizer: Tokenizer
+    texts_fn: Callable[[Tokenizer, Rollout], list[str]] = completion_texts
+    fields_fn: Callable[[Tokenizer, Rollout], Mapping[str, list[Any]]] = lambda *_: {}
 
     def __call__(self, rollout: Rollout, prompts: Sequence[PromptExample]) -> np.ndarray:
         """The rewards alone."""
@@ -62,7 +66,8 @@ class RolloutReward:
 
     def score(self, rollout: Rollout, prompts: Sequence[PromptExample]) -> Scored:
         """The rewards, which rows some term could not score, and what each term says."""
-        completions = completion_texts(self.tokenizer, rollout)
+        completions = self.texts_fn(self.tokenizer, rollout)
+        prompts = _with_fields(prompts, self.fields_fn(self.tokenizer, rollout))
         rewards, unscorable = np.zeros(len(prompts), np.float32), np.zeros(len(prompts), bool)
         terms: dict[str, np.ndarray] = {}
         for term in self.terms:
@@ -83,6 +88,16 @@ class RolloutReward:
                     f"reward '{term.name}': no prompt has '{term.kind}' in its field kind (there are "
                     f"{', '.join(known)}): mend the reward or the data"
                 )
+
+
+def _with_fields(
+    prompts: Sequence[PromptExample], fields: Mapping[str, list[Any]]
+) -> Sequence[PromptExample]:
+    if not fields:
+        return prompts
+    rows = [dict(zip(fields, values, strict=True)) for values in zip(*fields.values(), strict=True)]
+    pairs = zip(prompts, rows, strict=True)
+    return [dataclasses.replace(prompt, fields=prompt.fields | row) for prompt, row in pairs]
 
 
 def make_reward_fn(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -176,6 +176,40 @@ def completion_texts(tokenizer: Tokenizer, rollout: Rollout, *, of_all: bool = F
     return [tokenizer.decode(row[kept].tolist()) for row, kept in zip(tokens, mask, strict=True)]
 
 
+@dataclasses.dataclass(frozen=True)
+class RolloutFns:
+    """How prompts become rollouts, and what is read of them: one completion each, or several turns.
+
+    Attributes:
+      make_generate_fn: (tokens of the longest prompt, sampling) -> `GenerateFn`.
+      tools: JSON schemas that the prompts offer to the policy.
+      answer_texts_fn: (tokenizer, rollout) -> what rewards get as completions, of this process's rows.
+      shown_texts_fn: (tokenizer, rollout) -> what people read, of the rows of every process.
+      fields_fn: (tokenizer, rollout) -> further fields for rewards, a list each.
+      describe_fn: rollout -> numbers of each row, whose means are logged.
+    """
+
+    make_generate_fn: Callable[[int, Sampling], GenerateFn]
+    tools: Sequence[Mapping[str, Any]] = ()
+    answer_texts_fn: Callable[[Tokenizer, Rollout], list[str]] = completion_texts
+    shown_texts_fn: Callable[[Tokenizer, Rollout], list[str]] = functools.partial(
+        completion_texts, of_all=True
+    )
+    fields_fn: Callable[[Tokenizer, Rollout], Mapping[str, list[Any]]] = lambda *_: {}
+    describe_fn: Callable[[Rollout], Mapping[str, np.ndarray]] = lambda _: {}
+
+
+def single_turn(policy: Policy, *, max_new_tokens: int) -> RolloutFns:
+    """One completion of each prompt."""
+
+    def make(prompt_length: int, sampling: Sampling) -> GenerateFn:
+        return make_generate_fn(
+            policy, prompt_length=prompt_length, max_new_tokens=max_new_tokens, sampling=sampling
+        )
+
+    return RolloutFns(make)
+
+
 # Evaluation ----------------------------------------------------------------------------------------
 
 
@@ -191,6 +225,7 @@ class Evaluation:
       finished: share of them that ended by themselves.
       completions: their texts, in the order of the prompts.
       rewards: their rewards.
+      described: means of what `RolloutFns.describe_fn` says of them.
     """
 
     score: float
@@ -200,6 +235,7 @@ class Evaluation:
     finished: float
     completions: list[str]
     rewards: np.ndarray
+    described: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def metrics(self) -> dict[str, float]:
         """The numbers, for the log."""
@@ -209,6 +245,7 @@ class Evaluation:
             "kl": self.kl,
             "length": self.length,
             "finished": self.finished,
+            **self.described,
         }
 
 
@@ -219,14 +256,16 @@ def make_evaluate_fn(
     *,
     max_new_tokens: int,
     batch_size: int = 256,
+    rollout_fns: RolloutFns | None = None,
 ) -> Callable[[Params, Params | None], Evaluation]:
     """`evaluate(params, ref_params) -> Evaluation` on fixed prompts, with fixed keys.
 
     Args:
       batch_size: prompts at a time.
+      rollout_fns: how they are answered; None for by one completion each.
     """
-    length = max(len(prompt.ids) for prompt in prompts)
-    sample = make_generate_fn(policy, prompt_length=length, max_new_tokens=max_new_tokens)
+    fns = rollout_fns or single_turn(policy, max_new_tokens=max_new_tokens)
+    sample = fns.make_generate_fn(max(len(prompt.ids) for prompt in prompts), Sampling())
     logprob_fn = policy.make_logprob_fn()
 
     @jax.jit
@@ -238,13 +277,16 @@ def make_evaluate_fn(
 
     def evaluate(params: Params, ref_params: Params | None) -> Evaluation:
         texts, rewards, sampled_rewards, kl, lengths, finished = [], [], [], [], [], []
+        described: dict[str, list[np.ndarray]] = {}
         for start in range(0, len(prompts), batch_size):
             part = list(prompts[start : start + batch_size])
             kept = len(part)
             part += [part[-1]] * (min(batch_size, len(prompts)) - kept)  # one shape for every batch
             ask = functools.partial(answer_all, sample, reward_fn, params, part, first=start)
             (greedy, worth), (sampled, sampled_worth) = (ask(Sampling(temperature=t)) for t in (0.0, 1.0))
-            texts += completion_texts(policy.tokenizer, greedy, of_all=True)[:kept]
+            texts += fns.shown_texts_fn(policy.tokenizer, greedy)[:kept]
+            for name, values in fns.describe_fn(greedy).items():
+                described.setdefault(name, []).append(values[:kept])
             rewards.append(worth[:kept])
             sampled_rewards.append(sampled_worth[:kept])
             lengths.append(distributed.all_values(greedy.sequences.mask).sum(axis=1)[:kept])
@@ -259,6 +301,7 @@ def make_evaluate_fn(
             finished=float(np.mean(np.concatenate(finished))),
             completions=texts,
             rewards=np.concatenate(rewards),
+            described={name: float(np.mean(np.concatenate(found))) for name, found in described.items()},
         )
 
     return evaluate

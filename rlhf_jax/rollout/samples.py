@@ -10,7 +10,7 @@ from rlhf_jax.core.types import Params, Rollout
 from rlhf_jax.data.examples import PromptExample
 from rlhf_jax.generation import Sampling
 from rlhf_jax.models import Policy
-from rlhf_jax.rollout.sampler import answer_all, completion_texts, make_generate_fn
+from rlhf_jax.rollout.sampler import RolloutFns, answer_all, single_turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,19 +41,21 @@ def make_samples_fn(
     reward_fn: Callable[[Rollout, Sequence[PromptExample]], np.ndarray],
     *,
     max_new_tokens: int,
+    rollout_fns: RolloutFns | None = None,
 ) -> Callable[[Params], list[Sample]]:
-    """`answer(params) -> [Sample]`, one for each of a few prompts, without randomness."""
+    """`answer(params) -> [Sample]`, one for each of a few prompts, without randomness.
+
+    Args:
+      rollout_fns: how they are answered; None for by one completion each.
+    """
     if not prompts:
         return lambda _: []
-    decode = make_generate_fn(
-        policy,
-        prompt_length=max(len(prompt.ids) for prompt in prompts),
-        max_new_tokens=max_new_tokens,
-    )
+    fns = rollout_fns or single_turn(policy, max_new_tokens=max_new_tokens)
+    decode = fns.make_generate_fn(max(len(prompt.ids) for prompt in prompts), Sampling())
 
     def answer(params: Params) -> list[Sample]:
         rollout, rewards = answer_all(decode, reward_fn, params, prompts, Sampling(temperature=0.0))
-        texts = completion_texts(policy.tokenizer, rollout, of_all=True)[: len(prompts)]
+        texts = fns.shown_texts_fn(policy.tokenizer, rollout)[: len(prompts)]
         found = zip(prompts, texts, rewards, strict=True)
         return [Sample(p.text, p.fields.get("answer"), text, float(reward)) for p, text, reward in found]
 

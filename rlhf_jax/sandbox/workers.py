@@ -51,6 +51,7 @@ class LimitedWorker:
 
     Args:
       function: `module:name` of a function from one JSON value to another.
+      by_keywords: tasks are objects, whose entries the function takes by name.
       seconds: wall time of a task.
       cpu_seconds: processor time of a task, for a parent that is not there to count; None for `seconds`,
         rounded up, and one more.
@@ -63,12 +64,13 @@ class LimitedWorker:
         function: str,
         *,
         seconds: float,
+        by_keywords: bool = False,
         cpu_seconds: int | None = None,
         memory_bytes: int = 1 << 29,
         reply_bytes: int = 1 << 24,
     ) -> None:
         self.seconds = seconds
-        self._arguments = [function, cpu_seconds or int(seconds) + 2, memory_bytes]
+        self._arguments = [function, by_keywords, cpu_seconds or int(seconds) + 2, memory_bytes]
         self._reply_bytes = reply_bytes
         self._process: _Process | None = None
         self._lock = threading.Lock()
@@ -178,7 +180,7 @@ def _stop(owner: int, popen: subprocess.Popen, requests: Connection, replies: Co
 # The other process ----------------------------------------------------------------------------------
 
 
-def serve(function: str, cpu_seconds: int, memory_bytes: int) -> None:
+def serve(function: str, by_keywords: bool, cpu_seconds: int, memory_bytes: int) -> None:
     """The worker's loop: a task from standard input, its outcome to standard output, until input ends."""
     # Ctrl-C reaches the whole process group; it is for the parent to say what happens then.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -187,7 +189,8 @@ def serve(function: str, cpu_seconds: int, memory_bytes: int) -> None:
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 1)
     module, _, name = function.partition(":")
-    call = getattr(importlib.import_module(module), name)
+    function_of = getattr(importlib.import_module(module), name)
+    call = (lambda task: function_of(**task)) if by_keywords else function_of
     _limit_memory(memory_bytes)
     replies.send_bytes(b"ready")
     while True:

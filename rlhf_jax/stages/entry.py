@@ -36,6 +36,7 @@ class Given:
       rewards: what completions are worth.
       loss: on pairs.
       teacher: to distill.
+      tools: that the policy may call: functions of texts, or `tool_use.Tool`s.
       loggers: beside those that the options name.
       on_step: called with (state, metrics, step) after every step.
       eval_fn: (state, step) -> numbers, beside the stage's own evaluation.
@@ -47,6 +48,7 @@ class Given:
     rewards: Sequence[Any] = ()
     loss: Callable[..., Any] | None = None
     teacher: Policy | None = None
+    tools: Sequence[Any] = ()
     loggers: Sequence[Any] = ()
     on_step: Callable[..., Any] | Sequence[Callable[..., Any]] = ()
     eval_fn: Callable[[Any, int], Mapping[str, Any]] | None = None

@@ -37,7 +37,7 @@ from rlhf_jax.models import Policy
 from rlhf_jax.rewards.functions import Scored
 from rlhf_jax.rewards.rules import soft_overlong_reward
 from rlhf_jax.rollout.dynamic_sampling import Answers, filter_zero_std_groups, term_means
-from rlhf_jax.rollout.sampler import make_generate_fn
+from rlhf_jax.rollout.sampler import single_turn
 from rlhf_jax.rollout.step import make_grpo_train_step
 from rlhf_jax.stages import adapting, common, defaults, entry, inputs
 from rlhf_jax.stages.entry import NOTHING, Given, Trained, policy_of, trained
@@ -71,8 +71,8 @@ AlgorithmName = Annotated[
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """Options of the GRPO family; where one is None, the algorithm has what it is published with.
+class GroupOptions:
+    """Options of the GRPO family, wherever answers come from; None is what the algorithm is published with.
 
     Attributes:
       model: run folder of the policy to start from, which is also the reference.
@@ -85,10 +85,6 @@ class Options:
       micro_batches: parts in which a mini-batch is computed, to save memory.
       learning_rate: at its peak; None for the published one (1e-6, with an adapter 1e-5).
       temperature: of sampling; the scorer uses the same.
-      engine: what writes the answers: local (this process), or the server vllm:URL, sglang:URL or openai:URL,
-        with #NAME behind it where it does not call the model default. openai servers keep their weights.
-      max_num_seqs: answers on their way at a time, each of which makes room for the next; 0 for all at once,
-        which reads each prompt once for its whole group.
       one_step_off_policy: answers are sampled from the policy of one step before, as by a sampler beside the
         trainer (asynchronous rollouts).
       importance_sampling_correction: weights of tokens against what the sampler reported, truncated (tis) or
@@ -126,8 +122,6 @@ class Options:
     micro_batches: int = 1
     learning_rate: float | None = None
     temperature: float = 1.0
-    engine: str = "local"
-    max_num_seqs: int = 0
     one_step_off_policy: bool = False
     importance_sampling_correction: Literal["none", "tis", "mis"] | None = None
     dynamic_sampling_max_rounds: int | None = None
@@ -144,16 +138,29 @@ class Options:
     entropy_coef: float = 0.0
 
 
-def check(options: Options) -> None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(GroupOptions):
+    """Options of GRPO on single completions.
+
+    Attributes:
+      engine: what writes the answers: local (this process), or the server vllm:URL, sglang:URL or openai:URL,
+        with #NAME behind it where it does not call the model default. openai servers keep their weights.
+      max_num_seqs: answers on their way at a time, each of which makes room for the next; 0 for all at once,
+        which reads each prompt once for its whole group.
+    """
+
+    engine: str = "local"
+    max_num_seqs: int = 0
+
+
+def check(options: GroupOptions, stage: str) -> None:
     """Raises: UserError where the options do not fit each other."""
     rows = options.batch_size * options.group_size
-    common.check(options, options.run, "grpo")
+    common.check(options, options.run, stage)
     common.check_divides("--num-minibatches", options.num_minibatches, "--batch-size x --group-size", rows)
     common.check_divides(
         "--micro-batches", options.micro_batches, "the size of a mini-batch,", rows // options.num_minibatches
     )
-    if options.max_num_seqs < 0:
-        raise UserError(f"--max-num-seqs {options.max_num_seqs} is below 0: give 0 for all at once")
     rounds = options.dynamic_sampling_max_rounds
     if rounds is not None and rounds < 1:
         raise UserError(f"--dynamic-sampling-max-rounds {rounds} is not positive: give a number above 0")
@@ -176,7 +183,7 @@ PUBLISHED = (
 """Options that are the variant's own where they are None."""
 
 
-def parts_of(options: Options) -> dict[str, Any]:
+def parts_of(options: GroupOptions) -> dict[str, Any]:
     """Functions that the options put in the place of the variant's own."""
     if options.kl_estimator == "k1" and not options.kl_ratio_correction:
         raise UserError(
@@ -192,12 +199,16 @@ def parts_of(options: Options) -> dict[str, Any]:
     return {**named, "kl_ratio_correction": options.kl_ratio_correction or None}
 
 
-def variant_of(options: Options) -> GRPOVariant:
-    """The variant with what the options change in it."""
+def variant_of(options: GroupOptions, max_completion_length: int = 0) -> GRPOVariant:
+    """The variant with what the options change in it.
+
+    Args:
+      max_completion_length: tokens of the longest answer; 0 for `--max-new-tokens`.
+    """
     make = functools.partial(
         make_variant,
         options.algorithm,
-        max_completion_length=options.prompts.max_new_tokens,
+        max_completion_length=max_completion_length or options.prompts.max_new_tokens,
         group_size=options.group_size,
         num_iterations=options.num_iterations,
         num_minibatches=options.num_minibatches,
@@ -217,37 +228,41 @@ def variant_of(options: Options) -> GRPOVariant:
     )
 
 
-def update_flops(options: Options, model: Policy, prompt_length: int) -> float:
-    """Operations of scoring with policy and reference, and of all epochs."""
-    rows = options.batch_size * options.group_size
-    sizes = {"rows": rows, "length": prompt_length + options.prompts.max_new_tokens}
+def update_flops(options: GroupOptions, model: Policy, length: int) -> float:
+    """Operations of scoring with policy and reference, and of all epochs, on rows of so many tokens."""
+    sizes = {"rows": options.batch_size * options.group_size, "length": length}
     scored = 2 * model.forward_flops(**sizes)
     return scored + options.num_iterations * model.training_flops(**sizes)
 
 
 def make_draw_fn(
-    options: Options,
+    options: GroupOptions,
     variant: GRPOVariant,
     model: Policy,
     prompts: inputs.Prompts,
     meter: Meter,
     given: Given = NOTHING,
+    **sampler: Any,
 ) -> Callable[[Params, int], tuple[Answers, dict[str, float]]]:
-    """`draw(params, number) -> (answers, metrics)` of a step, a function of its number and of the sampler."""
+    """`draw(params, number) -> (answers, metrics)` of a step, a function of its number and of the sampler.
+
+    Args:
+      sampler: what else `inputs.make_answer_fn` takes.
+    """
     answer = inputs.make_answer_fn(
         options.prompts,
         model,
         prompts,
         batch_size=options.batch_size,
         group_size=options.group_size,
-        engine=options.engine,
         folder=options.run.out,
-        max_num_seqs=options.max_num_seqs,
         temperature=options.temperature,
         seed=options.run.seed,
         meter=meter,
         given=given,
+        **sampler,
     )
+    describe_fn = prompts.rollout_fns.describe_fn if prompts.rollout_fns else lambda _: {}
     rounds, coef = variant.dynamic_sampling_max_rounds, variant.overlong_penalty_coef
     penalty_fn = make_reward_fn([(soft_overlong_reward, coef)], model.tokenizer)
 
@@ -267,22 +282,19 @@ def make_draw_fn(
             metrics["overlong"] = float(np.mean(penalties))
             scored = dataclasses.replace(answers.scored, rewards=answers.rewards + penalties)
             answers = dataclasses.replace(answers, scored=scored)
+        metrics |= {name: float(np.mean(values)) for name, values in describe_fn(answers.rollout).items()}
         return answers, {**metrics, **term_means(answers.scored)}
 
     return draw
 
 
 def make_greedy_fn(
-    options: Options, model: Policy, prompts: inputs.Prompts, given: Given = NOTHING
+    options: GroupOptions, model: Policy, prompts: inputs.Prompts, given: Given = NOTHING
 ) -> Callable[[Params, Answers], Scored]:
     """`greedy(params, answers)`: rewards [N] of the most likely answers to the same prompts, for ReMax."""
-    generate = make_generate_fn(
-        model,
-        prompt_length=prompts.length,
-        max_new_tokens=options.prompts.max_new_tokens,
-        sampling=Sampling(temperature=0.0),
-    )
-    reward_fn = make_reward_fn(inputs.rewards_of(options.prompts, given), model.tokenizer)
+    fns = prompts.rollout_fns or single_turn(model, max_new_tokens=options.prompts.max_new_tokens)
+    generate = fns.make_generate_fn(prompts.length, Sampling(temperature=0.0))
+    reward_fn = make_reward_fn(inputs.rewards_of(options.prompts, given), model.tokenizer, fns)
 
     def greedy(params: Params, answers: Answers) -> Scored:
         chosen = answers.prompts[:: options.group_size]
@@ -294,16 +306,40 @@ def make_greedy_fn(
 def run(options: Options, given: Given = NOTHING) -> Trained:
     """Trains, and leaves a run folder."""
     options = defaults.fill_published(options, "grpo")
-    seed = options.run.seed
-    check(options)
+    check(options, "grpo")
+    if options.max_num_seqs < 0:
+        raise UserError(f"--max-num-seqs {options.max_num_seqs} is below 0: give 0 for all at once")
     common.check_rewards(inputs.rewards_of(options.prompts, given))
     model = policy_of(options.model, given, options.run)
-    prompts = inputs.load_prompts(options.prompts, model, seed, given)
+    prompts = inputs.load_prompts(options.prompts, model, options.run.seed, given)
     options = common.with_steps(options, len(prompts), options.batch_size)
     common.announce(options.run, model, f"{len(prompts):,} prompts")
-    variant = variant_of(options)
-    meter = options.run.meter(update_flops(options, model, prompts.length))
-    draw = make_draw_fn(options, variant, model, prompts, meter, given)
+    sampler = {"engine": options.engine, "max_num_seqs": options.max_num_seqs}
+    return train(options, given, model, prompts, stage="grpo", **sampler)
+
+
+def train(
+    options: GroupOptions,
+    given: Given,
+    model: Policy,
+    prompts: inputs.Prompts,
+    *,
+    stage: str,
+    max_completion_length: int = 0,
+    **sampler: Any,
+) -> Trained:
+    """Training on groups of answers, from prompts to the finished run folder.
+
+    Args:
+      stage: its name in the run folder.
+      max_completion_length: tokens of the longest answer; 0 for `--max-new-tokens`.
+      sampler: what else `inputs.make_answer_fn` takes.
+    """
+    seed = options.run.seed
+    longest = max_completion_length or options.prompts.max_new_tokens
+    variant = variant_of(options, longest)
+    meter = options.run.meter(update_flops(options, model, prompts.length + longest))
+    draw = make_draw_fn(options, variant, model, prompts, meter, given, **sampler)
     greedy = make_greedy_fn(options, model, prompts, given)
     logprob_fn = model.make_logprob_fn(temperature=options.temperature)
     steps = options.run.num_steps * options.num_iterations * options.num_minibatches
@@ -341,7 +377,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         given,
         state,
         step,
-        stage="grpo",
+        stage=stage,
         policy=model,
         meter=meter,
         data_fingerprint=prompts.fingerprint(),

@@ -29,7 +29,7 @@ from rlhf_jax.models import Policy
 from rlhf_jax.models.adapters import merge_adapter
 from rlhf_jax.rollout.dynamic_sampling import Answers, without_failed
 from rlhf_jax.rollout.engines import failed_rows, make_engine, parse_engine
-from rlhf_jax.rollout.sampler import Evaluation, GenerateFn, make_evaluate_fn, make_generate_fn
+from rlhf_jax.rollout.sampler import Evaluation, GenerateFn, RolloutFns, make_evaluate_fn, make_generate_fn
 from rlhf_jax.rollout.samples import Sample, make_samples_fn
 from rlhf_jax.stages import common, embedded
 from rlhf_jax.stages.entry import NOTHING, Given
@@ -223,11 +223,13 @@ class Prompts:
       train: the prompts.
       evaluate: (params, reference) -> Evaluation on held-out prompts; None where there are none.
       answer: params -> most likely answers to a few prompts, held-out ones where there are any.
+      rollout_fns: how they are answered; None for by one completion each.
     """
 
     train: list[PromptExample]
     evaluate: Callable[[Params, Params | None], Evaluation] | None
     answer: Callable[[Params], list[Sample]]
+    rollout_fns: RolloutFns | None = None
 
     def __len__(self) -> int:
         return len(self.train)
@@ -242,7 +244,13 @@ class Prompts:
         return max(len(prompt.ids) for prompt in self.train)
 
 
-def load_prompts(options: common.PromptOptions, model: Policy, seed: int, given: Given = NOTHING) -> Prompts:
+def load_prompts(
+    options: common.PromptOptions,
+    model: Policy,
+    seed: int,
+    given: Given = NOTHING,
+    rollout_fns: RolloutFns | None = None,
+) -> Prompts:
     """The prompts that the options name, or that were given.
 
     What answers are worth when they are looked at is `options.eval_reward`, else the first reward; without
@@ -252,7 +260,9 @@ def load_prompts(options: common.PromptOptions, model: Policy, seed: int, given:
     def examples(spec: str, split: embedded.Split, count: int, rows: Any) -> list[PromptExample]:
         read = load_rows(spec, lambda level: embedded.prompt_rows(level, split, count, seed), rows)
         longest = options.max_prompt_length or UNBOUNDED
-        return prompt_examples(read, model.tokenizer, max_length=longest, overlength=options.overlength)
+        tools = rollout_fns.tools if rollout_fns else ()
+        limits = {"max_length": longest, "overlength": options.overlength}
+        return prompt_examples(read, model.tokenizer, **limits, tools=tools)
 
     train, held_out = examples(options.data, "train", options.prompt_count, given.rows), []
     if given.eval_rows is not None or options.eval_data or embedded.find_level(options.data):
@@ -261,14 +271,18 @@ def load_prompts(options: common.PromptOptions, model: Policy, seed: int, given:
         held_out = held_out[: options.eval_count]
     looked_at = [options.eval_reward] if options.eval_reward else rewards_of(options, given)[:1]
     if not looked_at:
-        return Prompts(train, None, lambda params: [])
-    reward_fn = make_reward_fn(looked_at, model.tokenizer)
-    look = {"reward_fn": reward_fn, "max_new_tokens": options.max_new_tokens}
+        return Prompts(train, None, lambda params: [], rollout_fns)
+    look: dict[str, Any] = {
+        "reward_fn": make_reward_fn(looked_at, model.tokenizer, rollout_fns),
+        "max_new_tokens": options.max_new_tokens,
+        "rollout_fns": rollout_fns,
+    }
     shown = (held_out or train)[: options.samples]
     return Prompts(
         train,
         make_evaluate_fn(model, held_out, **look) if held_out else None,
         make_samples_fn(model, shown, **look),
+        rollout_fns,
     )
 
 
@@ -342,17 +356,22 @@ def make_answer_fn(
     """
     meter = meter or Meter()
     sampler = BatchSampler(len(prompts), batch_size, seed)
-    reward_fn = make_reward_fn(rewards_of(options, given), model.tokenizer)
+    fns, sampling = prompts.rollout_fns, Sampling(temperature=temperature)
+    reward_fn = make_reward_fn(rewards_of(options, given), model.tokenizer, fns)
     reward_fn.check_kinds(prompts.train)
-    generate = make_sampler(
-        engine,
-        model,
-        prompt_length=prompts.length,
-        max_new_tokens=options.max_new_tokens,
-        folder=folder,
-        group_size=group_size,
-        max_num_seqs=max_num_seqs,
-        sampling=Sampling(temperature=temperature),
+    generate = (
+        fns.make_generate_fn(prompts.length, sampling)
+        if fns
+        else make_sampler(
+            engine,
+            model,
+            prompt_length=prompts.length,
+            max_new_tokens=options.max_new_tokens,
+            folder=folder,
+            group_size=group_size,
+            max_num_seqs=max_num_seqs,
+            sampling=sampling,
+        )
     )
     key = jax.random.key(seed + 1)
 

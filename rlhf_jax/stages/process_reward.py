@@ -1,7 +1,7 @@
 """A process or outcome reward model: is each step of a solution right, or is its answer?
 
     rlhf process-reward --out runs/prm --model runs/sft --data judged.jsonl
-    rlhf process-reward --out runs/orm --model runs/sft --data arithmetic:1 --outcome
+    rlhf process-reward --out runs/orm --model runs/sft --data judged.jsonl --outcome
     rlhf process-reward --out runs/prm_rollouts --model runs/sft --data solutions.jsonl \\
         --labels rollouts --label-reward my_rewards:exact
     rlhf process-reward --out runs/gsm8k_prm --data gsm8k/test_socratic.jsonl \\
@@ -10,9 +10,9 @@
 Rows hold `prompt`, `completions` (the steps) and `labels` (true, false, a share, or null for a step nobody
 judged), or are GSM8K's socratic solutions, whose results are made wrong here and there. Where there are no
 held-out rows, an eighth of the data is held out. With `--labels rollouts` nobody needs to judge: a step is
-right where the policy still reaches the right `answer` from it; the labels go to `labelled.jsonl`. An outcome
-model scores whole answers, so that `rlhf ppo --reward-model` and `rlhf_jax/stages/grpo.py
---rewards` take its folder.
+right where the policy still reaches the right `answer` from it; the labels go to `labelled.jsonl`. With
+--outcome only the last step counts, the answer, by its own label or by --label-reward: an outcome model
+scores whole answers, so that `rlhf ppo --reward-model` and `rlhf grpo --rewards` take its folder.
 """
 
 import dataclasses
@@ -38,9 +38,11 @@ from rlhf_jax.data.pipeline import BatchSampler, fingerprint
 from rlhf_jax.data.process_rewards import (
     ProcessExample,
     is_socratic,
+    outcome_row,
     pad_labels,
     process_examples,
     socratic_rows,
+    solution_of,
     until_first_mistake,
 )
 from rlhf_jax.data.sources import Row
@@ -48,6 +50,7 @@ from rlhf_jax.data.tokenizers import Tokenizer, train_bpe
 from rlhf_jax.evaluation.classification import brier_score, reliability, roc_auc
 from rlhf_jax.feedback.step_labels import label_by_rollouts
 from rlhf_jax.models import Policy
+from rlhf_jax.rewards.functions import call_reward, load_reward
 from rlhf_jax.stages import common, defaults, embedded, entry, inputs
 from rlhf_jax.stages.entry import NOTHING, Given, Trained, trained_reward_model
 from rlhf_jax.stages.reward_specs import make_reward_fn
@@ -64,11 +67,12 @@ class Options:
     Attributes:
       data: judged solutions: a path, tfds:NAME[:SPLIT], or arithmetic:LEVEL.
       eval_data: held-out ones; empty for an eighth of the data (the embedded task brings its own).
-      outcome: judge only the answer of the embedded task, not the steps.
+      outcome: judge only the answer, which is the last step: by its label, or by `label_reward`.
       tokenizer: folder or tokenizer.json; empty for that of `model`, of the embedded task, or for bytes.
       labels: `given` by the rows, or made by `rollouts` of the policy `model`.
       rollouts: continuations of each step, of which one that is right makes it right.
-      label_reward: which continuations are right: a reward function by path, above 0.5.
+      label_reward: which continuations, or with `outcome` which solutions, are right: a reward function by
+        path, above 0.5.
       max_new_tokens: tokens of a continuation.
       train_tokenizer: learn a byte-level BPE vocabulary of this size from the data; 0 for none.
       model: run folder of the policy whose body is taken; empty for a new model.
@@ -107,11 +111,6 @@ class Options:
 def load_rows(options: Options, given: Given = NOTHING) -> tuple[list[Row], list[Row]]:
     """Judged solutions to train on, and held-out ones."""
     seed = options.run.seed
-    if options.outcome and not embedded.find_level(options.data):
-        raise UserError(
-            "--outcome is for the embedded task: in rows of your own, judge only the last step "
-            "(labels null, null, ..., true)"
-        )
 
     def read(spec: str, split: embedded.Split, count: int, rows: Any) -> list[Row]:
         def make(level: embedded.Level) -> list[dict[str, Any]]:
@@ -120,7 +119,8 @@ def load_rows(options: Options, given: Given = NOTHING) -> tuple[list[Row], list
             )
 
         rows = inputs.load_rows(spec, make, rows)
-        return socratic_rows(rows, seed) if all(map(is_socratic, rows)) else rows
+        judged = socratic_rows(rows, seed) if all(map(is_socratic, rows)) else rows
+        return outcomes(judged, options.label_reward) if options.outcome else judged
 
     train = read(options.data, "train", options.row_count, given.rows)
     if given.eval_rows is not None or options.eval_data or embedded.find_level(options.data):
@@ -129,6 +129,23 @@ def load_rows(options: Options, given: Given = NOTHING) -> tuple[list[Row], list
     else:
         train, held_out = _split(train)
     return train, held_out[: options.eval_count]
+
+
+def outcomes(rows: list[Row], label_reward: str) -> list[Row]:
+    """The rows with their outcomes as the only labels.
+
+    Args:
+      label_reward: path of a reward function that says which are right; empty for the rows' own last labels.
+    """
+    if not label_reward:
+        return [outcome_row(row) for row in rows]
+    prompts, solutions = zip(*map(solution_of, rows), strict=True)
+    names = sorted({name for row in rows for name in row.fields} - {"prompt", "completions", "labels"})
+    fields = {name: [row.fields.get(name) for row in rows] for name in names}
+    fields["finished"] = [True] * len(rows)
+    where = [row.where for row in rows]
+    right = call_reward(load_reward(label_reward), prompts, solutions, fields, where=where) > 0.5
+    return [outcome_row(row, verdict) for row, verdict in zip(rows, right.tolist(), strict=True)]
 
 
 def label(options: Options, policy: Policy, rows: tuple[list[Row], list[Row]]) -> tuple[list[Row], list[Row]]:
@@ -290,6 +307,10 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         raise UserError("--labels rollouts is of steps and by a policy: give --model, and no --outcome")
     if options.labels == "rollouts" and not options.label_reward:
         raise UserError("--labels rollouts asks which answers are right: name a function with --label-reward")
+    if options.label_reward and options.labels != "rollouts" and not options.outcome:
+        raise UserError(
+            "--label-reward means nothing here: add --labels rollouts or --outcome, or leave it out"
+        )
     if options.rollouts < 1:
         raise UserError(f"--rollouts {options.rollouts} is below 1: raise it")
     rows = load_rows(options, given)

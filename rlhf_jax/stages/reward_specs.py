@@ -1,5 +1,6 @@
 """Rewards by name, as the command line has them: functions by import path, run folders, JSON files."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,10 +19,13 @@ from rlhf_jax.feedback.judges import load_reward_file
 from rlhf_jax.rewards.functions import Scored, load_reward
 from rlhf_jax.rollout import rewards
 from rlhf_jax.rollout.rewards import RewardTerm, RolloutReward, TermFn, function_term, model_term
+from rlhf_jax.rollout.sampler import RolloutFns
 from rlhf_jax.training.run_folder import load_reward_model
 
 
-def make_reward_fn(specs: Sequence[Any], tokenizer: Tokenizer) -> RolloutReward:
+def make_reward_fn(
+    specs: Sequence[Any], tokenizer: Tokenizer, rollout_fns: RolloutFns | None = None
+) -> RolloutReward:
     """The weighted sum of what `specs` name.
 
     Args:
@@ -29,14 +33,18 @@ def make_reward_fn(specs: Sequence[Any], tokenizer: Tokenizer) -> RolloutReward:
         folder of a reward-model run, or a JSON file that describes a reward (`judges.load_reward_file`),
         with `@KIND` behind it where it counts only in rows whose field `kind` is this, and then `=WEIGHT`
         where the weight is not 1.
+      rollout_fns: what is read of a rollout; None for the one completion that it is.
 
     Raises:
       UserError: there is no such function or run, or a weight is no number.
     """
-    return rewards.make_reward_fn(
+    summed = rewards.make_reward_fn(
         [_make_term(*_split_weight(spec), tokenizer) if isinstance(spec, str) else spec for spec in specs],
         tokenizer,
     )
+    if rollout_fns is None:
+        return summed
+    return dataclasses.replace(summed, texts_fn=rollout_fns.answer_texts_fn, fields_fn=rollout_fns.fields_fn)
 
 
 def make_ensemble_fn(

@@ -1,15 +1,14 @@
 """Rule-based rewards: what propositions about an answer are worth, fitted to ranked answers (Mu et al. 2024).
 
-    rlhf rule-rewards --out runs/rules --grader runs/constitutional/skills
-    rlhf rule-rewards --out runs/safety --grader runs/judge --data ranked.jsonl \\
-        --propositions propositions.jsonl --reward-model runs/reward_model
-    rlhf rule-rewards --out runs/wide --grader runs/judge --data ranked.jsonl --margin 2
+    rlhf rule-rewards --out runs/rules --grader runs/judge --data ranked.jsonl --propositions rules.jsonl
+    rlhf rule-rewards --out runs/safety --grader runs/judge --data ranked.jsonl --propositions rules.jsonl \\
+        --reward-model runs/reward_model
+    rlhf rule-rewards --out runs/wide --data ranked.jsonl --propositions functions.jsonl --margin 2
 
-then, with `--rewards runs/rules/rules.json` (beside `runs/reward_model`, where there is one), `grpo.py` or
-`ppo.py`. Propositions are questions that the grader answers by yes or no, or functions by path; rows of the
+then, with `--rewards runs/rules/rules.json` (beside `runs/reward_model`, where there is one), `rlhf grpo` or
+`rlhf ppo`. Propositions are questions that the grader answers by yes or no, or functions by path; rows of the
 data hold `prompt`, `completions` and their `ranks`, 0 the best. Weights are fitted by the hinge on margins of
-the total score, that of the reward model included. The first takes half a minute and disappoints: its
-grader has seen few such questions, and the fitted rules put 60 % of held-out pairs in order.
+the total score, that of the reward model included; held-out rows say how many pairs it puts in order.
 """
 
 import dataclasses
@@ -33,8 +32,6 @@ from rlhf_jax.metrics import final_table
 from rlhf_jax.models import Policy
 from rlhf_jax.stages import common
 from rlhf_jax.stages.inputs import UNBOUNDED
-from rlhf_jax.tasks import arithmetic_reviews as reviews
-from rlhf_jax.tasks.arithmetic import Split
 from rlhf_jax.training.loading import load
 from rlhf_jax.training.run_folder import describe_run, load_reward_model
 
@@ -46,47 +43,46 @@ class Options:
     Attributes:
       out: folder of the weights.
       grader: run folder of a model that says yes or no; empty where all propositions are functions.
-      propositions: JSONL rows of `name` and `question` or `function`; empty for those of the embedded task.
-      data: JSONL rows of `prompt`, `completions` and `ranks`; empty for those of the embedded task.
+      propositions: JSONL rows of `name` and `question` or `function`.
+      data: JSONL rows of `prompt`, `completions` and `ranks`.
       reward_model: run folder of a reward model that the rules are added to; empty for rules alone.
-      count: rows to fit to.
-      held_out: rows to measure on, behind those; the embedded task has others.
+      count: rows to fit to; 0 for half of them.
+      held_out: rows behind those to measure on, at most; 0 for all.
       steps: of the fit.
       learning_rate: of the fit.
       margin: by how much the total score of the better answer is to lead.
-      seed: of the embedded task's rows.
       quiet: print nothing.
     """
 
     out: Path
     grader: str = ""
-    propositions: str = ""
-    data: str = ""
+    propositions: str
+    data: str
     reward_model: str = ""
-    count: int = 256
-    held_out: int = 256
+    count: int = 0
+    held_out: int = 0
     steps: int = 1000
     learning_rate: float = 0.05
     margin: float = 1.0
-    seed: int = 0
     quiet: bool = False
 
 
 def check(options: Options) -> None:
     """Raises: UserError where the options do not fit each other."""
-    for name in ("count", "held_out", "steps"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least 1")
-    if bool(options.propositions) != bool(options.data):
-        raise UserError("--propositions and --data go together: the embedded task brings both of its own")
+    for name, least in (("count", 0), ("held_out", 0), ("steps", 1)):
+        if getattr(options, name) < least:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} {getattr(options, name)}: give at least {least}")
     if files.exists(options.out / "rules.json"):
         raise UserError(f"{options.out} already holds rules: choose another --out")
 
 
 def load_propositions(path: str) -> list[Proposition]:
-    """Those of a file, or of the embedded task."""
-    if not path:
-        return [Proposition(name, question) for name, question in reviews.PROPOSITIONS.items()]
+    """Those of a file.
+
+    Raises:
+      UserError: a row is none.
+    """
     rows, found = read_rows(path), []
     for row in rows:
         unknown = row.fields.keys() - {"name", "question", "function"}
@@ -99,10 +95,11 @@ def load_propositions(path: str) -> list[Proposition]:
 
 
 def load_ranked(options: Options) -> tuple[list[Row], list[Row]]:
-    """Rows to fit to, and others to measure on."""
-    if not options.data:
-        fit = _embedded("train", options.count, options.seed)
-        return fit, _embedded("heldout", options.held_out, options.seed)
+    """Rows to fit to, and others to measure on.
+
+    Raises:
+      UserError: a row is not ranked, or none is left to measure on.
+    """
     rows = read_rows(options.data)
     for row in rows:
         texts, ranks = row.fields.get("completions"), row.fields.get("ranks")
@@ -112,14 +109,10 @@ def load_ranked(options: Options) -> tuple[list[Row], list[Row]]:
             raise UserError(f"{row.where}: `prompt` and `completions` are texts: write them so")
         if not all(type(rank) is int for rank in ranks):
             raise UserError(f"{row.where}: `ranks` are whole numbers, 0 the best: write them so")
-    if len(rows) <= options.count:
-        raise UserError(f"--count {options.count} leaves none of {len(rows)} rows to measure on: lower it")
-    return rows[: options.count], rows[options.count :][: options.held_out]
-
-
-def _embedded(split: Split, count: int, seed: int) -> list[Row]:
-    rows = reviews.ranked_rows(reviews.REVIEW_LEVEL, split, count, seed)
-    return [Row(row, f"{split}:{number}") for number, row in enumerate(rows, start=1)]
+    count = options.count or -(-len(rows) // 2)
+    if len(rows) <= count:
+        raise UserError(f"--count {count} leaves none of {len(rows)} rows to measure on: lower it")
+    return rows[:count], rows[count:][: options.held_out or None]
 
 
 def graded(

@@ -10,7 +10,16 @@ from rlhf_jax.retrieval.chunks import (
     split_document,
 )
 from rlhf_jax.tool_use.calls import Call, CallError, parse_calls
-from rlhf_jax.tool_use.tools import Tool, answer_calls, calculator, call_pattern, retriever, worker_tool
+from rlhf_jax.tool_use.functions import make_tools
+from rlhf_jax.tool_use.tools import (
+    Tool,
+    ToolError,
+    answer_calls,
+    calculator,
+    call_pattern,
+    retriever,
+    worker_tool,
+)
 
 __all__ = [
     "Call",
@@ -20,9 +29,11 @@ __all__ = [
     "Index",
     "RetrievalIndex",
     "Tool",
+    "ToolError",
     "answer_calls",
     "calculator",
     "call_pattern",
+    "make_tools",
     "numbered_prompt",
     "parse_calls",
     "read_answer",

@@ -145,10 +145,10 @@ def worker_tool(
     """A tool of the user's that may do anything, in a process of its own with limits on time and memory.
 
     Args:
-      path: `module:function` of a function from a dict of the arguments to a text.
+      path: `module:function` of a function that takes the arguments by name and returns a text.
       seconds: wall time of a call.
     """
-    worker = LimitedWorker(path, seconds=seconds)
+    worker = LimitedWorker(path, seconds=seconds, by_keywords=True)
 
     def run(**arguments: str) -> str:
         outcome = worker.run([arguments])[0]

@@ -52,9 +52,39 @@ def test_socratic_rows(socratic, tmp_path):
     assert read_metrics(out)[-1]["eval/right_share"] > 0
 
 
-def test_outcomes_are_of_the_embedded_task(socratic, tmp_path):
-    with pytest.raises(UserError, match="--outcome is for the embedded task"):
+def test_outcomes_are_those_of_the_last_step(socratic, tmp_path):
+    def read(rows, *more):
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        words = ["--out", str(tmp_path), "--data", str(path), "--eval-data", str(path), "--outcome", *more]
+        train, held_out = process_reward.load_rows(tyro.cli(process_reward.Options, args=words))
+        assert train == held_out
+        return [row.fields["labels"] for row in train]
+
+    steps = {"prompt": "1+1+1=?", "completions": ["1+1=2", "2+1=3", "#### 3"]}
+    judged = [{**steps, "labels": [True, False, True]}, {**steps, "labels": [None, True, False]}]
+    assert read(judged) == [[None, None, True], [None, None, False]]
+    known = [{**steps, "answer": "3"}, {**steps, "answer": "4", "labels": [True, True, True]}]
+    by_answer = ("--label-reward", "rlhf_jax.rewards.verifiers:exact_answer_reward")
+    assert read(known, *by_answer) == [[None, None, True], [None, None, False]]
+    with pytest.raises(UserError, match=r"rows.jsonl:1: the last of its labels is null"):
+        read([{**steps, "labels": [True, True, None]}])
+    with pytest.raises(UserError, match="the last of its labels is null"):
         run(tmp_path / "no", "--data", socratic, "--outcome")
+
+
+def test_an_outcome_model_of_rows_of_ones_own(tmp_path):
+    steps = {"prompt": "1+1=?", "completions": ["1+1=2", "#### 2"]}
+    rows = [{**steps, "labels": [True, number % 2 == 0]} for number in range(16)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = run(tmp_path / "run", "--data", path, "--eval-data", path, "--outcome", "--steps", 2)
+    assert read_metrics(out)[-1]["eval/right_share"] == 0.5
+
+
+def test_a_label_reward_that_labels_nothing(tmp_path):
+    with pytest.raises(UserError, match="--label-reward means nothing here"):
+        run(tmp_path / "run", "--label-reward", "my_rewards:exact")
 
 
 def test_labels_by_rollouts_need_a_policy(tmp_path):

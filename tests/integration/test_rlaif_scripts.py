@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import constitutional as pipeline
 import pytest
 import tyro
 
@@ -14,6 +15,7 @@ from rlhf_jax.tasks.arithmetic_reviews import CONSTITUTION, PROPOSITIONS, REVIEW
 from rlhf_jax.training.run_folder import load_policy
 
 _PROMPTS = "--prompt-count 40 --eval-count 8 --samples 2 --max-new-tokens 6 --data arithmetic:0"
+_EXACT = "rlhf_jax.rewards.verifiers:exact_answer_reward"
 
 
 def call(script, words):
@@ -31,7 +33,7 @@ def revised(talker, tmp_path_factory):
     (folder / "principles.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = f"--out {folder / 'run'} --model {talker} --constitution {folder / 'principles.jsonl'} {_PROMPTS}"
     words += " --steps 2 --revised 24 --batch-size 4 --answer-batch-size 16 --optimizer.warmup-steps 0"
-    words += " --learning-rate 3e-4"
+    words += f" --learning-rate 3e-4 --rewards {_EXACT}"
     words += " --review-temperature 1 --quiet --no-report"
     call(constitutional, words)
     return folder / "run", words
@@ -96,13 +98,12 @@ def test_a_model_judges_pairs_and_rewards_answers(revised, tmp_path, tiny, talke
 @pytest.mark.parametrize(
     ("script", "words", "said"),
     [
-        (constitutional, "--model a", "--model and --constitution go together"),
-        (constitutional, "--data x.jsonl", "needs a policy"),
-        (constitutional, "--revisions 0", "--revisions 0"),
+        (constitutional, "--model a --constitution b --data c --revisions 0", "--revisions 0"),
+        (constitutional, "--model a --constitution b --data c --revised -1", "--revised -1"),
         (preferences, "--model a --data d --judge-model b", "--judge-model and --constitution go together"),
         (preferences, "--model a --data d --judge m:f --judge-model b --constitution c", "--judge excludes"),
-        (rule_rewards, "--data x.jsonl", "--propositions and --data go together"),
-        (rule_rewards, "--steps 0", "--steps 0"),
+        (rule_rewards, "--data d --propositions p --steps 0", "--steps 0"),
+        (rule_rewards, "--data d --propositions p --count -1", "--count -1"),
     ],
 )
 def test_mistakes_are_one_sentence(tmp_path, script, words, said):
@@ -110,10 +111,31 @@ def test_mistakes_are_one_sentence(tmp_path, script, words, said):
         call(script, f"--out {tmp_path / 'run'} {words}")
 
 
+@pytest.mark.parametrize(
+    ("command", "required"),
+    [
+        ("constitutional", "--model and --constitution and --data must be given"),
+        ("rule_rewards", "--out and --propositions and --data must be given"),
+    ],
+)
+def test_what_must_be_given(tiny, monkeypatch, capsys, command, required):
+    assert tiny.main(command, [], monkeypatch) == 2
+    assert required in capsys.readouterr().err
+
+
+def test_more_revisions_than_prompts(revised, tmp_path):
+    _, words = revised
+    words = words.replace("--revised 24", "--revised 41").split()[2:]
+    with pytest.raises(UserError, match="--revised 41: there are 40 prompts"):
+        call(constitutional, f"--out {tmp_path / 'run'} {' '.join(words)}")
+
+
 @pytest.mark.slow
 def test_a_policy_learns_from_its_own_revisions(tmp_path):
-    words = f"--out {tmp_path / 'run'} --skill-steps 900 --revised 256 --eval-count 256 --quiet --no-report"
-    call(constitutional, words)
-    found = json.loads((tmp_path / "run" / "results.json").read_text())
+    words = f"--out {tmp_path / 'run'} --skill-steps 900 --revised 256 --eval-prompts 256 --quiet"
+    call(pipeline, words)
+    found = json.loads((tmp_path / "run" / "constitutional" / "results.json").read_text())
     assert found["train"]["revisions"] > found["train"]["answers"] + 0.1
     assert found["after"]["score"] > found["before"]["score"] + 0.1
+    rules = json.loads((tmp_path / "run" / "rules" / "rules.json").read_text())
+    assert [rule["name"] for rule in rules["propositions"]] == list(PROPOSITIONS)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,16 +15,20 @@ from rlhf_jax.algorithms import grpo, ppo, sft
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Rollout, Sequences, TokenLogprobs
 from rlhf_jax.data.chat import encode_conversation, encode_prompt
-from rlhf_jax.data.examples import PromptExample
+from rlhf_jax.data.examples import PromptExample, prompt_examples
+from rlhf_jax.data.sources import Row
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.generation import Sampling, generate, regex_automaton
+from rlhf_jax.rollout import multi_turn as multi_turn_module
 from rlhf_jax.rollout.multi_turn import (
     conversation_texts,
     last_turn_texts,
     make_multi_turn_fn,
     make_tool_turn_fn,
+    multi_turn,
     tool_tokens,
 )
+from rlhf_jax.stages.reward_specs import make_reward_fn
 from rlhf_jax.tasks.arithmetic import problem
 from rlhf_jax.tasks.arithmetic_tools import (
     TOOL_LEVEL,
@@ -178,6 +184,45 @@ def test_ids_and_log_probs_are_those_of_the_sampler():
     valid = sequences.segment_ids > 0
     np.testing.assert_array_equal(sequences.positions[valid], (np.cumsum(valid, axis=1) - 1)[valid])
     assert sequences.tokens.shape == (3, PROMPT_LENGTH + RESPONSE)
+
+
+def test_rewards_read_the_last_turn_and_the_conversation(monkeypatch):
+    def reply(context):
+        return "7" if context.startswith("<|im_start|>user\nno") else use_calculator(context)
+
+    engine, given = Scripted(reply), {}
+    monkeypatch.setattr(multi_turn_module, "make_sample_fn", lambda policy, *, max_new_tokens: engine)
+    policy = types.SimpleNamespace(tokenizer=TOKENIZER)
+    fns = multi_turn(policy, [calculator()], max_new_tokens=NEW, max_turns=3, response_length=RESPONSE)
+    assert fns.tools == [calculator().schema()]
+    prompts = [prompt("12+30=?"), prompt("no")]
+    rollout = fns.make_generate_fn(PROMPT_LENGTH, Sampling())(None, prompts, jax.random.key(0))
+
+    def judge(prompts, completions, **fields):
+        given.update(fields, completions=completions)
+        return [0.0, 1.0]
+
+    reward_fn = make_reward_fn([judge], TOKENIZER, fns)
+    assert reward_fn(rollout, prompts).tolist() == [0, 1]
+    assert given["completions"] == ["#### 42", "7"]
+    called = f"{CALL % '12+30'}<|im_end|>\n<|im_start|>tool\n42<|im_end|>\n<|im_start|>assistant\n#### 42"
+    assert given["conversation"] == [f"{called}<|im_end|>", "7<|im_end|>"]
+    described = fns.describe_fn(rollout)
+    assert {name: values.tolist() for name, values in described.items()} == {
+        "tool_use": [True, False],
+        "turns": [2, 1],
+    }
+
+
+def test_prompts_offer_the_tools_to_templates_that_have_a_place_for_them():
+    offering = "{{ tools | tojson if tools else 'none' }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer = Tokenizer(TOKENIZER.backend, TOKENIZER.names, offering)
+    row = Row({"prompt": "hi"}, "row 1")
+    schema = calculator().schema()
+    (with_tools,) = prompt_examples([row], tokenizer, max_length=1000, tools=[schema])
+    assert json.loads(tokenizer.decode(with_tools.ids.tolist()).removesuffix("hi")) == [schema]
+    (without,) = prompt_examples([row], tokenizer, max_length=1000)
+    assert tokenizer.decode(without.ids.tolist()) == "nonehi"
 
 
 @pytest.mark.parametrize("call", [CALL % "9^9^9", CALL % "1/0", CALL % "(", "<tool_call>", "<tool_call>{"])

@@ -21,6 +21,7 @@ from rlhf_jax.tool_use import (
     answer_calls,
     calculator,
     call_pattern,
+    make_tools,
     parse_calls,
     retriever,
     worker_tool,
@@ -170,11 +171,85 @@ def test_turns_that_the_pattern_allows_have_calls_that_can_be_run(text, allowed)
 
 
 def test_tools_of_users_run_under_limits():
-    tool = worker_tool("nap", "Sleeps.", {"x": "ignored"}, "builtins:len", seconds=20)
-    assert answer_calls([tool], call('{"name": "nap", "arguments": {"x": "1"}}')) == ["1"]
+    tool = worker_tool("dedent", "Moves left.", {"text": "to move"}, "textwrap:dedent", seconds=20)
+    assert answer_calls([tool], call('{"name": "dedent", "arguments": {"text": "  a"}}')) == ["a"]
     wrong = worker_tool("nap", "Sleeps.", {"x": "ignored"}, "time:sleep", seconds=20)
     said = answer_calls([wrong], call('{"name": "nap", "arguments": {"x": "1"}}'))
     assert said[0].startswith("error: nap raised TypeError")
+
+
+def look_up(word: str, language: str = "en") -> str:
+    """Finds a word
+    in a dictionary.
+
+    Args:
+      word: what to look for.
+    """
+    if not word:
+        raise KeyError(word)
+    return f"{word} ({language})"
+
+
+def add(a: int, b: int) -> int:
+    """Adds."""
+    return a + b
+
+
+def silent(x: str) -> str:
+    return x
+
+
+def ready() -> Tool:
+    return calculator()
+
+
+def test_a_function_is_told_by_its_docstring_and_signature():
+    (tool,) = make_tools([look_up], seconds=1)
+    assert tool.schema() == {
+        "type": "function",
+        "function": {
+            "name": "look_up",
+            "description": "Finds a word in a dictionary.",
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "word": {"type": "string", "description": "what to look for."},
+                    "language": {"type": "string", "description": "language"},
+                },
+                "required": ["word", "language"],
+            },
+        },
+    }
+    asked = '{"name": "look_up", "arguments": {"word": "%s", "language": "de"}}'
+    assert answer_calls([tool], call(asked % "Rad")) == ["Rad (de)"]
+    assert answer_calls([tool], call(asked % ""))[0].startswith("error: look_up raised KeyError")
+    made, same = make_tools([ready, retriever(Index(["a"]))], seconds=1)
+    assert (made.name, same.name) == ("calculator", "search")
+
+
+def test_a_function_by_its_path_runs_under_limits(tmp_path, monkeypatch):
+    (tmp_path / "tools_of_a_user.py").write_text(
+        "import time\n\n\ndef nap(seconds: str) -> str:\n"
+        '    """Sleeps."""\n    time.sleep(float(seconds))\n    return "awake"\n'
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tool,) = make_tools(["tools_of_a_user:nap"], seconds=2)
+    asked = '{"name": "nap", "arguments": {"seconds": "%s"}}'
+    assert answer_calls([tool], call(asked % "0")) == ["awake"]
+    assert answer_calls([tool], call(asked % "100")) == ["error: nap ran for more than 2 s"]
+
+
+def test_functions_that_are_no_tools():
+    for tools, said in (
+        ([silent], "tool 'silent' has no docstring"),
+        ([add], "tool 'add': its parameter a is not a text by name"),
+        ([look_up, look_up], "two tools are called look_up"),
+        (["textwrap:dedend"], "nearest name is dedent"),
+        ([7], "tool 7 is no function"),
+    ):
+        with pytest.raises(UserError, match=said):
+            make_tools(tools, seconds=1)
 
 
 # Retrieval -----------------------------------------------------------------------------------------
