@@ -17,7 +17,7 @@ import pipeline_stages
 
 from rlhf_jax.cli import command_line
 from rlhf_jax.metrics import final_table
-from rlhf_jax.stages import common, sft, tool_use
+from rlhf_jax.stages import option_checks, option_groups, sft, tool_use
 from rlhf_jax.stages.entry import Given, Trained
 from rlhf_jax.tasks.arithmetic import prompt_rows
 from rlhf_jax.tasks.arithmetic_tools import TOOL_LEVEL, tool_demonstration_rows, tool_tokenizer
@@ -60,7 +60,7 @@ class Options:
     out: Path = Path("runs/calculator")
     seed: int = 0
     resume: bool = False
-    arch: common.ArchOptions = common.ArchOptions()
+    arch: option_groups.ArchOptions = option_groups.ArchOptions()
     sft_steps: int = 600
     demonstrations: int = 8_000
     call_rate: float = 0.35
@@ -100,7 +100,7 @@ def train_sft(options: Options) -> Trained:
         tokenizer=str(options.out / "tokenizer"),
         **pipeline_stages.SFT,
     )
-    return sft.run(common.brief(stage), Given(rows=rows))
+    return sft.run(option_checks.brief(stage), Given(rows=rows))
 
 
 def train_grpo(options: Options, start: Path) -> Trained:
@@ -111,7 +111,7 @@ def train_grpo(options: Options, start: Path) -> Trained:
     stage = tool_use.Options(
         run=run,
         model=str(start),
-        prompts=common.PromptOptions(
+        prompts=option_groups.PromptOptions(
             data="problems", rewards=(EXACT_MATCH,), max_new_tokens=options.max_new_tokens
         ),
         tools=("calculator",),
@@ -122,13 +122,15 @@ def train_grpo(options: Options, start: Path) -> Trained:
         constrained=options.constrained,
         **GRPO,
     )
-    return tool_use.run(common.brief(stage), Given(rows=rows, eval_rows=held_out, tools=[calculator()]))
+    return tool_use.run(
+        option_checks.brief(stage), Given(rows=rows, eval_rows=held_out, tools=[calculator()])
+    )
 
 
 def run(options: Options) -> None:
     """Both stages."""
     pipeline_stages.check(options, COUNTS)
-    describe_run(options.out, common.to_json(options), stage="calculator")
+    describe_run(options.out, option_checks.to_json(options), stage="calculator")
     trained = train_grpo(options, train_sft(options).folder)
     if not options.quiet:
         last = trained.metrics[-1]

@@ -22,7 +22,7 @@ from rlhf_jax.cli import command_line
 from rlhf_jax.core import files
 from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.feedback.constitution import constitution_rows
-from rlhf_jax.stages import common, constitutional, rule_rewards, sft
+from rlhf_jax.stages import constitutional, option_checks, option_groups, rule_rewards, sft
 from rlhf_jax.stages.entry import Given
 from rlhf_jax.tasks import arithmetic_reviews as reviews
 from rlhf_jax.training.run_folder import describe_run
@@ -72,7 +72,7 @@ class Options:
     out: Path = Path("runs/cai")
     seed: int = 0
     resume: bool = False
-    arch: common.ArchOptions = common.ArchOptions()
+    arch: option_groups.ArchOptions = option_groups.ArchOptions()
     skill_steps: int = 1_400
     skill_rows: int = 16_000
     skill_batch_size: int = 6
@@ -118,7 +118,7 @@ def train_skills(options: Options) -> Path:
         batch_size=options.skill_batch_size,
         **pipeline_stages.SFT,
     )
-    return sft.run(common.brief(stage), Given(rows=rows, eval_rows=held_out)).folder
+    return sft.run(option_checks.brief(stage), Given(rows=rows, eval_rows=held_out)).folder
 
 
 def revise(options: Options, skills: Path) -> None:
@@ -131,7 +131,7 @@ def revise(options: Options, skills: Path) -> None:
             run=dataclasses.replace(run, eval_every=0),
             model=str(skills),
             constitution=str(constitution),
-            prompts=common.PromptOptions(
+            prompts=option_groups.PromptOptions(
                 data=DATA,
                 rewards=(EXACT_MATCH,),
                 max_new_tokens=32,
@@ -174,7 +174,7 @@ def fit_rules(options: Options, skills: Path) -> None:
 def run(options: Options) -> None:
     """All stages."""
     pipeline_stages.check(options, COUNTS)
-    describe_run(options.out, common.to_json(options), stage="constitutional_pipeline")
+    describe_run(options.out, option_checks.to_json(options), stage="constitutional_pipeline")
     skills = train_skills(options)
     revise(options, skills)
     fit_rules(options, skills)

@@ -14,7 +14,7 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.evaluation.statistics import Interval, mean_interval, wilson_interval
 from rlhf_jax.metrics import TableRow, read_metrics
-from rlhf_jax.stages import common, embedded
+from rlhf_jax.stages import embedded, option_groups
 
 EVALUATIONS = 3
 """Of every stage, on held-out data."""
@@ -83,9 +83,9 @@ def check(job: Job, counts: Sequence[str]) -> None:
         raise UserError(f"{job.out} already holds a run: add --resume, or choose another --out")
 
 
-def run_options(job: Job, folder: Path, seed: int, steps: int) -> common.RunOptions:
+def run_options(job: Job, folder: Path, seed: int, steps: int) -> option_groups.RunOptions:
     """How one of the stages runs."""
-    return common.RunOptions(
+    return option_groups.RunOptions(
         folder,
         seed,
         resume=job.resume,

@@ -34,7 +34,7 @@ from rlhf_jax.metrics import write_report
 from rlhf_jax.rewards.functions import call_reward
 from rlhf_jax.rewards.rules import step_language_reward, think_answer_reward
 from rlhf_jax.rollout.sampler import Evaluation, completion_texts, make_evaluate_fn
-from rlhf_jax.stages import common, grpo, reward_model, rounds, sft
+from rlhf_jax.stages import grpo, option_checks, option_groups, reward_model, rounds, sft
 from rlhf_jax.stages.reward_specs import make_reward_fn
 from rlhf_jax.tasks import reasoning, style
 from rlhf_jax.training.run_folder import describe_run, load_policy
@@ -110,8 +110,8 @@ class Options:
     seeds: int = 1
     first_seed: int = 0
     resume: bool = False
-    arch: common.ArchOptions = common.ArchOptions(width=64, heads=4, kv_heads=2)
-    small_arch: common.ArchOptions = common.ArchOptions(width=32, heads=4, kv_heads=2)
+    arch: option_groups.ArchOptions = option_groups.ArchOptions(width=64, heads=4, kv_heads=2)
+    small_arch: option_groups.ArchOptions = option_groups.ArchOptions(width=32, heads=4, kv_heads=2)
     documents: int = 24_000
     base_steps: int = 700
     small_base_steps: int = 700
@@ -176,22 +176,22 @@ def stage_runs(options: Options, folder: Path, seed: int) -> dict[str, Callable[
     """The stages of one seed, in order; each reads the folders of those before it."""
     data = {path.stem: str(path) for path in (folder / "data").glob("*.jsonl")}
 
-    def run_options(name: str, steps: int) -> common.RunOptions:
+    def run_options(name: str, steps: int) -> option_groups.RunOptions:
         return pipeline_stages.run_options(options, folder / name, seed, steps)
 
     def imitate(name: str, rows: str, steps: int, **more: Any) -> Callable[[], Any]:
         size = min(options.batch_size, options.cold_traces)
         chosen: dict[str, Any] = {**pipeline_stages.SFT, **more}
         stage = sft.Options(run=run_options(name, steps), data=data[rows], batch_size=size, **chosen)
-        return lambda: sft.run(common.brief(stage))
+        return lambda: sft.run(option_checks.brief(stage))
 
-    def pretrain(name: str, arch: common.ArchOptions, steps: int) -> Callable[[], Any]:
+    def pretrain(name: str, arch: option_groups.ArchOptions, steps: int) -> Callable[[], Any]:
         return imitate(name, "base", steps, arch=arch, tokenizer=str(folder / "data" / "tokenizer"))
 
     def reinforce(
         name: str, start: str, steps: int, rewards: Sequence[str], rows: str = "prompts", **more: Any
     ) -> Callable[[], Any]:
-        prompts = common.PromptOptions(
+        prompts = option_groups.PromptOptions(
             data=data[rows], rewards=tuple(rewards), max_new_tokens=longest_answer(), samples=0
         )
         reinforced = grpo.Options(
@@ -205,10 +205,10 @@ def stage_runs(options: Options, folder: Path, seed: int) -> dict[str, Callable[
             learning_rate=options.rl_learning_rate,
             **more,
         )
-        return lambda: grpo.run(common.brief(reinforced))
+        return lambda: grpo.run(option_checks.brief(reinforced))
 
     def imitate_chosen(name: str, start: str, writer: str, steps: int) -> Callable[[], Any]:
-        prompts = common.PromptOptions(
+        prompts = option_groups.PromptOptions(
             data=data["prompts"], rewards=rules(), max_new_tokens=longest_answer(), samples=0
         )
         chosen = rounds.Options(
@@ -225,12 +225,12 @@ def stage_runs(options: Options, folder: Path, seed: int) -> dict[str, Callable[
             **pipeline_stages.ROUNDS,
             extra_data=data["general"],
         )
-        return lambda: rounds.run(common.brief(chosen))
+        return lambda: rounds.run(option_checks.brief(chosen))
 
     rank = reward_model.Options(
         run=run_options("reward_model", options.reward_steps),
         model=str(folder / "base"),
-        pairs=common.PairOptions(data=data["pairs"], eval_data=data["heldout_pairs"]),
+        pairs=option_groups.PairOptions(data=data["pairs"], eval_data=data["heldout_pairs"]),
         **pipeline_stages.REWARD_MODEL,
         batch_size=options.batch_size,
     )
@@ -245,7 +245,7 @@ def stage_runs(options: Options, folder: Path, seed: int) -> dict[str, Callable[
         ),
         "reasoning": reinforce("reasoning", "cold_start", options.reasoning_steps, rules(), **free),
         "chosen_sft": imitate_chosen("chosen_sft", "base", "reasoning", options.chosen_steps),
-        "reward_model": lambda: reward_model.run(common.brief(rank)),
+        "reward_model": lambda: reward_model.run(option_checks.brief(rank)),
         # A reward model is gamed where rules are not: the last stage stays closer to what it starts from.
         "r1": reinforce("r1", "chosen_sft", options.final_steps, both, "all_prompts", kl_coef=0.1),
         "small_base": pretrain("small_base", options.small_arch, options.small_base_steps),
@@ -334,14 +334,16 @@ def run(options: Options) -> None:
     """All seeds, then the table, the picture and the report."""
     began = time.perf_counter()
     pipeline_stages.check(options, COUNTS)
-    common.check_divides("--batch-size", options.batch_size, "--chosen-prompts", options.chosen_prompts)
+    option_checks.check_divides(
+        "--batch-size", options.batch_size, "--chosen-prompts", options.chosen_prompts
+    )
     seeds = list(range(options.first_seed, options.first_seed + options.seeds))
     task = {
         "name": "reasoning",
         **dataclasses.asdict(reasoning.LEVEL),
         **dataclasses.asdict(reasoning.Writers()),
     }
-    describe_run(options.out, common.to_json(options), stage="r1", seeds=seeds, task=task)
+    describe_run(options.out, option_checks.to_json(options), stage="r1", seeds=seeds, task=task)
     results = pipeline_stages.run_seeds(options, lambda seed: run_seed(options, seed))
     summary = pipeline_stages.summarise(results)
     files.write_json(options.out / "summary.json", summary)

@@ -23,7 +23,7 @@ from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.metrics import final_table
 from rlhf_jax.retrieval.chunks import numbered_prompt
-from rlhf_jax.stages import common, rag, sft
+from rlhf_jax.stages import option_checks, option_groups, rag, sft
 from rlhf_jax.stages.entry import Given
 from rlhf_jax.tasks import facts
 from rlhf_jax.training.run_folder import describe_run
@@ -55,7 +55,7 @@ class Options:
     out: Path = Path("runs/retrieval")
     seed: int = 0
     resume: bool = False
-    arch: common.ArchOptions = common.ArchOptions()
+    arch: option_groups.ArchOptions = option_groups.ArchOptions()
     people: int = 128
     top_k: int = 4
     missing_rate: float = 0.15
@@ -138,7 +138,7 @@ def train_policy(options: Options) -> Path:
         tokenizer=str(options.out / "tokenizer"),
         **pipeline_stages.SFT,
     )
-    sft.run(common.brief(stage), Given(rows=training_rows(options)))
+    sft.run(option_checks.brief(stage), Given(rows=training_rows(options)))
     return out
 
 
@@ -172,7 +172,7 @@ def ask(options: Options, policy: Path) -> dict[int, dict[str, Any]]:
 def run(options: Options) -> None:
     """Both stages, and the table."""
     check(options)
-    describe_run(options.out, common.to_json(options), stage="retrieval")
+    describe_run(options.out, option_checks.to_json(options), stage="retrieval")
     results = ask(options, train_policy(options))
     files.write_json(options.out / "results.json", results)
     if options.quiet:

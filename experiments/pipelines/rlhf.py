@@ -23,7 +23,7 @@ from rlhf_jax.core import files
 from rlhf_jax.data.examples import prompt_examples
 from rlhf_jax.metrics import TableRow, final_table, format_seconds, write_report
 from rlhf_jax.rollout.sampler import Evaluation, make_evaluate_fn
-from rlhf_jax.stages import common, dpo, embedded, grpo, ppo, reward_model, sft
+from rlhf_jax.stages import dpo, embedded, grpo, option_checks, option_groups, ppo, reward_model, sft
 from rlhf_jax.stages.inputs import load_rows
 from rlhf_jax.stages.reward_specs import make_reward_fn
 from rlhf_jax.tasks.arithmetic import Level, arithmetic_tokenizer, prompt_rows, widest_completion
@@ -80,11 +80,11 @@ def stage_runs(
 ) -> dict[str, Callable[[], Any]]:
     """The stages of one seed, in order; each reads the folders of those before it."""
     data = f"arithmetic:{options.level}"
-    prompts = common.PromptOptions(data=data, rewards=(EXACT_MATCH,), max_new_tokens=max_new_tokens)
-    pairs = common.PairOptions(data=data)
+    prompts = option_groups.PromptOptions(data=data, rewards=(EXACT_MATCH,), max_new_tokens=max_new_tokens)
+    pairs = option_groups.PairOptions(data=data)
     policy, rewards = str(folder / "sft"), str(folder / "reward_model")
 
-    def run(name: str, steps: int) -> common.RunOptions:
+    def run(name: str, steps: int) -> option_groups.RunOptions:
         return pipeline_stages.run_options(options, folder / name, seed, steps)
 
     sft_options = sft.Options(
@@ -120,11 +120,11 @@ def stage_runs(
         **pipeline_stages.GRPO,
     )
     return {
-        "sft": lambda: sft.run(common.brief(sft_options)),
-        "reward_model": lambda: reward_model.run(common.brief(reward_options)),
-        "ppo": lambda: ppo.run(common.brief(ppo_options)),
-        "dpo": lambda: dpo.run(common.brief(dpo_options)),
-        "grpo": lambda: grpo.run(common.brief(grpo_options)),
+        "sft": lambda: sft.run(option_checks.brief(sft_options)),
+        "reward_model": lambda: reward_model.run(option_checks.brief(reward_options)),
+        "ppo": lambda: ppo.run(option_checks.brief(ppo_options)),
+        "dpo": lambda: dpo.run(option_checks.brief(dpo_options)),
+        "grpo": lambda: grpo.run(option_checks.brief(grpo_options)),
     }
 
 
@@ -200,7 +200,7 @@ def run(options: Options) -> None:
     max_new_tokens = len(arithmetic_tokenizer().encode(widest_completion(level))) + 1
     seeds = list(range(options.first_seed, options.first_seed + options.seeds))
     task = {"name": f"arithmetic:{options.level}", **dataclasses.asdict(level)}
-    describe_run(options.out, common.to_json(options), stage="rlhf", seeds=seeds, task=task)
+    describe_run(options.out, option_checks.to_json(options), stage="rlhf", seeds=seeds, task=task)
     results = pipeline_stages.run_seeds(options, lambda seed: run_seed(options, seed, max_new_tokens))
     summary = pipeline_stages.summarise(results)
     rows = pipeline_stages.table_rows(summary, POLICIES, options.eval_prompts)

@@ -21,7 +21,7 @@ from rlhf_jax.core.axes import GATHERED_SAMPLING, axis_rules
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.files import releasing_locks
 from rlhf_jax.distributed.runtime import choose_threads
-from rlhf_jax.stages.common import RunOptions
+from rlhf_jax.stages.option_groups import RunOptions
 from rlhf_jax.training import Interrupted
 from rlhf_jax.training.run_folder import command_words
 

@@ -19,7 +19,7 @@ import tyro
 
 from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.stages.common import flags
+from rlhf_jax.stages.option_checks import flags
 
 _OF_THE_FOLDER = ("--out", "--resume")
 _ABSENT = object()

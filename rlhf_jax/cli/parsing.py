@@ -76,6 +76,8 @@ def parse(
             print(f"\nexamples:\n{textwrap.indent(shown, '  ')}")
         raise
     if unknown:
+        if unknown[0] in words[1:] and words[list(words).index(unknown[0]) - 1] == "--resume":
+            raise _unknown_resume(unknown[0])
         _refuse(unknown[0], known)
     return options
 
@@ -108,6 +110,10 @@ def _refuse(word: str, known: Sequence[str]) -> None:
     raise UserError(f"there is no option {given}: {hint}--help lists them all")
 
 
+def _unknown_resume(value: str) -> UserError:
+    return UserError(f"--resume {value}: there is no such way to resume: give auto or never")
+
+
 def with_plain_resume(words: Sequence[str]) -> list[str]:
     """Words of a command line in which `--resume auto` is `--resume`, and `--resume never` is `--no-resume`.
 
@@ -124,7 +130,7 @@ def with_plain_resume(words: Sequence[str]) -> list[str]:
             # Another word may be a subcommand.
             value = rest.pop(0) if rest and rest[0] in _RESUME else "auto"
         if value not in _RESUME:
-            raise UserError(f"--resume {value}: there is no such way to resume: give auto or never")
+            raise _unknown_resume(value)
         plain.append(_RESUME[value])
     return plain
 

@@ -14,7 +14,7 @@ from rlhf_jax.core.train_state import OptimizerConfig, TrainState, check_paramet
 from rlhf_jax.core.trees import merge, named_leaves, partition
 from rlhf_jax.core.types import Params, PRNGKeyArray
 from rlhf_jax.models import Policy, adapters, pruning, reference_params
-from rlhf_jax.stages import common
+from rlhf_jax.stages import option_groups, starting
 from rlhf_jax.training.run_folder import Adaptation
 
 State = TypeVar("State")
@@ -153,7 +153,7 @@ class TrainableSplit:
     def fresh_unshared_params(self, key: jax.Array) -> Params:
         """The same for a second decoder on the base: a fresh adapter, or the original of what is trained."""
         if self.original or self.adaptation is None:
-            return common.copied(self.original)
+            return starting.copied(self.original)
         adapted = adapters.init_adapter(self.adaptation.adapter, self.base, key)
         return partition(adapted, lambda name, leaf: adapters.is_adapter_leaf(name))[0]
 
@@ -207,7 +207,7 @@ def split_trainable(
         )
     if adapter is None:
         return TrainableSplit(
-            common.copied(model.params), None, model.params, None, options.preserve_sparsity
+            starting.copied(model.params), None, model.params, None, options.preserve_sparsity
         )
     if model.source is None and not brought:
         raise UserError(
@@ -223,7 +223,7 @@ def split_trainable(
             f"names are such as {some}"
         )
     original = trained if isinstance(adapter, adapters.Partial) else {}
-    return TrainableSplit(common.copied(trained), frozen, original, adaptation, options.preserve_sparsity)
+    return TrainableSplit(starting.copied(trained), frozen, original, adaptation, options.preserve_sparsity)
 
 
 def init_sharded_state(
@@ -237,7 +237,7 @@ def init_sharded_state(
     return dataclasses.replace(state, learner=learner)
 
 
-def print_trainable_parameters(run: common.RunOptions, learner: TrainState) -> None:
+def print_trainable_parameters(run: option_groups.RunOptions, learner: TrainState) -> None:
     """Prints which leaves are trained, where not all are."""
     if not run.quiet and learner.frozen is not None and distributed.is_main_process():
         print(adapters.trainable_table(learner.params, learner.frozen))

@@ -29,7 +29,7 @@ from rlhf_jax.evaluation.ratings import bradley_terry_ratings
 from rlhf_jax.metrics.progress import Progress, final_table
 from rlhf_jax.rl import games
 from rlhf_jax.rl.algorithms import alphazero
-from rlhf_jax.stages import common
+from rlhf_jax.stages import edges, option_checks, option_groups
 from rlhf_jax.training import run_loop
 from rlhf_jax.training.run_folder import describe_run
 
@@ -62,7 +62,7 @@ class Options:
       opening_plies: random moves of those openings.
     """
 
-    run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(
+    run: tyro.conf.OmitArgPrefixes[option_groups.RunOptions] = option_groups.RunOptions(
         Path("runs/alphazero"), steps=120, save_every=20, max_to_keep=100
     )
     game: str = "tic-tac-toe"
@@ -118,11 +118,11 @@ def find_game(name: str) -> games.Game:
 def make_config(options: Options, game: games.Game) -> alphazero.Config:
     """What the options say of training."""
     plies = options.plies or game.length
-    common.check_divides(
+    option_checks.check_divides(
         "--num-minibatches", options.num_minibatches, "--games x --plies", options.games * plies
     )
     return alphazero.Config(
-        iterations=options.run.steps,
+        iterations=options.run.num_steps,
         num_games=options.games,
         plies=plies,
         opening=options.opening,
@@ -157,8 +157,8 @@ def train(options: Options, game: games.Game, config: alphazero.Config) -> dict[
         stage="alphazero",
         folder=options.run.out,
         resume=options.run.resume,
-        run_config=common.to_json(options),
-        loggers=common.loggers(options, "alphazero"),
+        run_config=option_checks.to_json(options),
+        loggers=edges.loggers(options, "alphazero"),
         meter=meter,
     )
     folder = options.run.out / "checkpoints"
@@ -275,19 +275,19 @@ def plot(path: Path, agents: Sequence[Agent], elo: np.ndarray, error: np.ndarray
 
 def run(options: Options) -> None:
     """Trains, lets the agents meet, and writes what came out."""
-    common.check(options, options.run, "alphazero")
+    option_checks.check(options, options.run, "alphazero")
     if min(options.num_simulations, options.play_simulations, options.games, options.openings) < 1:
         raise UserError(
             "--num-simulations, --play-simulations, --games and --openings are 1 or more: raise them"
         )
-    if -(-options.run.steps // options.run.save_every) > options.run.max_to_keep:
+    if -(-options.run.num_steps // options.run.save_every) > options.run.max_to_keep:
         raise UserError(
             f"--max-to-keep {options.run.max_to_keep} would remove checkpoints that the Elo curve needs: "
             "raise it, or --save-every"
         )
     game = find_game(options.game)
     config = make_config(options, game)
-    describe_run(options.run.out, common.to_json(options), stage="alphazero")
+    describe_run(options.run.out, option_checks.to_json(options), stage="alphazero")
     snapshots = train(options, game, config)
     agents, table = round_robin(options, game, config, snapshots)
     ratings = bradley_terry_ratings(table)
@@ -312,7 +312,7 @@ def run(options: Options) -> None:
     plot(options.run.out / "elo.png", agents, ratings.elo, ratings.error, options.game)
     if not options.run.quiet:
         show(results)
-    common.finish(options.run)
+    edges.finish(options.run)
 
 
 def show(results: dict[str, Any]) -> None:

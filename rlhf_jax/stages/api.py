@@ -226,8 +226,10 @@ def evaluate(
     """
     prompts = prompt_examples(as_rows(rows), policy.tokenizer, max_length=UNBOUNDED)
     reward_fn = make_reward_fn(rewards, policy.tokenizer)
-    sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    return make_evaluate_fn(policy, prompts, reward_fn, **sizes)(policy.params, None)
+    evaluate_policy = make_evaluate_fn(
+        policy, prompts, reward_fn, max_new_tokens=max_new_tokens, batch_size=batch_size
+    )
+    return evaluate_policy(policy.params, None)
 
 
 def _no_reward(prompts: list[str], completions: list[str], **_: Any) -> list[float]:

@@ -42,7 +42,7 @@ from rlhf_jax.metrics.progress import Progress
 from rlhf_jax.models import Policy
 from rlhf_jax.rewards.functions import load_reward, score_rows
 from rlhf_jax.rollout.texts import Answer, make_answer_texts_fn
-from rlhf_jax.stages import benchmark_items as items, benchmark_page, common
+from rlhf_jax.stages import benchmark_items as items, benchmark_page, option_checks
 from rlhf_jax.stages.benchmark_page import RESULTS
 from rlhf_jax.training.loading import load
 from rlhf_jax.training.run_folder import describe_run
@@ -202,16 +202,16 @@ def check(options: Options) -> None:
         raise UserError(f"{options.out} already holds a benchmark: add --resume, or choose another --out")
     again = f"remove {options.out}, or choose another --out"
     held = files.read_json(options.out / "config.json", keys=("config",), remedy=again)["config"]
-    if held.get("task", {}).keys() != common.to_json(task).keys():
+    if held.get("task", {}).keys() != option_checks.to_json(task).keys():
         raise UserError(f"{options.out} holds another kind of benchmark: choose another --out")
-    common.check_same_options(options, held, options.out)
+    option_checks.check_same_options(options, held, options.out)
 
 
 def run(options: Options) -> None:
     """Scores what is not scored yet, and sums up."""
     check(options)
     model, task = load(options.model), options.task
-    describe_run(options.out, common.to_json(options), stage="benchmark")
+    describe_run(options.out, option_checks.to_json(options), stage="benchmark")
     if isinstance(task, items.Harness):
         run_harness(options, task, model)
         return

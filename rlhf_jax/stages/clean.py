@@ -28,7 +28,7 @@ from rlhf_jax.data.cleaning.rules import Dropped, Limits, Outcome, RowText
 from rlhf_jax.data.pairs import solution_rows
 from rlhf_jax.data.sources import Row, read_rows
 from rlhf_jax.metrics import Progress, final_table
-from rlhf_jax.stages import common
+from rlhf_jax.stages import option_checks
 from rlhf_jax.training.run_folder import describe_run
 
 Rule = Callable[[Sequence[RowText], Callable[[int], None]], Outcome]
@@ -204,7 +204,7 @@ def run(options: Options) -> None:
     left = ", ".join(f"{count} {reason}" for reason, count in report["dropped"].items())
     if not kept:
         raise UserError(f"none of {len(found)} rows is left ({left}): widen the limits")
-    describe_run(options.out, common.to_json(options), stage="clean_data")
+    describe_run(options.out, option_checks.to_json(options), stage="clean_data")
     rows = [{"source": sources[item.row.where], **item.row.fields} for item in kept]
     files.write_lines(options.out / "rows.jsonl", rows)
     files.write_lines(

@@ -36,7 +36,7 @@ from rlhf_jax.generation import Sampling
 from rlhf_jax.metrics import Progress, final_table
 from rlhf_jax.models import Policy
 from rlhf_jax.rewards.functions import RewardFn, call_reward, load_reward
-from rlhf_jax.stages import adapting, common, defaults, inputs, sft
+from rlhf_jax.stages import adapting, defaults, edges, inputs, option_checks, option_groups, sft
 from rlhf_jax.stages.entry import NOTHING, Given, policy_of
 from rlhf_jax.stages.rounds import check_held, folder_of, prompt_of
 from rlhf_jax.training.run_folder import describe_run, load_policy
@@ -59,14 +59,14 @@ class Options:
       review_temperature: of critiques and revisions; 0 for the most likely ones.
     """
 
-    run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(
-        Path("runs/constitutional"), steps=60
+    run: tyro.conf.OmitArgPrefixes[option_groups.RunOptions] = option_groups.RunOptions(
+        Path("runs/constitutional")
     )
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
     optimizer: OptimizerConfig = defaults.COSINE
     model: str
     constitution: str
-    prompts: tyro.conf.OmitArgPrefixes[common.PromptOptions]
+    prompts: tyro.conf.OmitArgPrefixes[option_groups.PromptOptions]
     revised: int = 0
     revisions: int = 1
     batch_size: int = 64
@@ -78,7 +78,7 @@ class Options:
 
 def check(options: Options) -> None:
     """Raises: UserError where the options do not fit each other, or the folder holds another run."""
-    common.check(options, options.run, "constitutional")
+    option_checks.check(options, options.run, "constitutional")
     for name, least in (("revised", 0), ("revisions", 1), ("answer_batch_size", 1)):
         if getattr(options, name) < least:
             flag = name.replace("_", "-")
@@ -218,7 +218,7 @@ def run(options: Options, given: Given = NOTHING) -> None:
     check(options)
     out = options.run.out
     principles = read_constitution(options.constitution)
-    describe_run(out, common.to_json(options), stage="constitutional")
+    describe_run(out, option_checks.to_json(options), stage="constitutional")
     model = policy_of(options.model, given, options.run)
     start = options.model if given.policy is None else folder_of(model)
     write_judge(out, start, principles)
@@ -237,7 +237,7 @@ def run(options: Options, given: Given = NOTHING) -> None:
         numbers["before"] = prompts.evaluate(model.params, model.params).metrics()
         numbers["after"] = prompts.evaluate(params, model.params).metrics()
     files.write_json(out / "results.json", numbers)
-    common.finish(options.run, inputs.before_and_after("constitutional", before, prompts.answer(params)))
+    edges.finish(options.run, inputs.before_and_after("constitutional", before, prompts.answer(params)))
     if not options.run.quiet:
         show(options, numbers)
 

@@ -32,7 +32,7 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.train_state import OptimizerConfig, with_total_steps
 from rlhf_jax.core.types import Array, Float, Params, Rollout
 from rlhf_jax.models import Policy
-from rlhf_jax.stages import adapting, common, defaults, entry, inputs
+from rlhf_jax.stages import adapting, defaults, edges, entry, inputs, option_checks, option_groups, starting
 from rlhf_jax.stages.entry import NOTHING, Given, Trained, trained
 from rlhf_jax.stages.reward_specs import check_same_vocabulary
 from rlhf_jax.training.loading import load
@@ -71,11 +71,11 @@ class Options:
       learning_rate: at its peak; None for the published one (2e-5, with an adapter 2e-4).
     """
 
-    run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/distill"), steps=200)
+    run: tyro.conf.OmitArgPrefixes[option_groups.RunOptions] = option_groups.RunOptions(Path("runs/distill"))
     teacher: str
     model: str = ""
-    prompts: tyro.conf.OmitArgPrefixes[common.PromptOptions]
-    arch: common.ArchOptions = common.ArchOptions()
+    prompts: tyro.conf.OmitArgPrefixes[option_groups.PromptOptions]
+    arch: option_groups.ArchOptions = option_groups.ArchOptions()
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
     optimizer: OptimizerConfig = defaults.COSINE
     loss: Loss = "forward_kl"
@@ -91,8 +91,8 @@ def check(options: Options) -> float:
     Raises:
       UserError: the options do not fit each other.
     """
-    common.check(options, options.run, "distill")
-    common.check_divides("--micro-batches", options.micro_batches, "--batch-size", options.batch_size)
+    option_checks.check(options, options.run, "distill")
+    option_checks.check_divides("--micro-batches", options.micro_batches, "--batch-size", options.batch_size)
     needed, given = STUDENT_SHARE.get(options.loss), options.lmbda
     if given is not None and not 0 <= given <= 1:
         raise UserError(f"--lmbda {given} is no share: give a number from 0 to 1")
@@ -108,10 +108,10 @@ def start_from(options: Options, teacher: Policy, given: Given) -> Policy:
         check_same_vocabulary(teacher.tokenizer, given.policy.tokenizer, Path("teacher"), "teacher")
         return given.policy
     if options.model:
-        student = common.starting_model(options.model, "", "", options.arch, options.run)
+        student = starting.starting_model(options.model, "", "", options.arch, options.run)
         check_same_vocabulary(teacher.tokenizer, student.tokenizer, Path(options.teacher), "teacher")
         return student
-    return common.starting_model("", teacher.tokenizer, "", options.arch, options.run)
+    return starting.starting_model("", teacher.tokenizer, "", options.arch, options.run)
 
 
 def make_sample_completions_fn(
@@ -165,17 +165,18 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     """Trains, and leaves a run folder."""
     options = defaults.fill_published(options, "distill")
     seed, share = options.run.seed, check(options)
-    common.check_rewards(inputs.rewards_of(options.prompts, given))
+    option_checks.check_rewards(inputs.rewards_of(options.prompts, given))
     teacher = given.teacher if given.teacher is not None else load(options.teacher)
     model = start_from(options, teacher, given)
     prompts = inputs.load_prompts(options.prompts, model, seed, given)
     size = sum(leaf.size for leaf in jax.tree.leaves(teacher.params))
-    common.announce(options.run, model, f"{len(prompts):,} prompts; a teacher of {size:,} parameters")
+    options = option_checks.with_steps(options, len(prompts), options.batch_size)
+    edges.announce(options.run, model, f"{len(prompts):,} prompts; a teacher of {size:,} parameters")
     write = make_sample_completions_fn(options, model, teacher, prompts, share, given)
 
-    steps, brought = options.run.steps, given.policy is not None
+    steps, brought = options.run.num_steps, given.policy is not None
     split = adapting.split_trainable(options.adapter, model, seed=seed, steps=steps, brought=brought)
-    tx = split.optimizer(with_total_steps(options.optimizer, options.run.steps))
+    tx = split.optimizer(with_total_steps(options.optimizer, options.run.num_steps))
     config = distillation.Config(options.micro_batches, (WHOLE | SAMPLED)[options.loss])
     student_fn, teacher_fn = make_logp_fn(options, model), make_logp_fn(options, teacher)
     update = distillation.make_update(config, student_fn, tx)
@@ -193,7 +194,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         lambda *x: distillation.init(x[0], tx, x[1]), split.trained, split.frozen, jax.random.key(seed)
     )
     adapting.print_trainable_parameters(options.run, state.learner)
-    learn = common.jit_update(learn, state)
+    learn = edges.jit_update(learn, state)
     teacher_params, meter = distributed.shard_params(teacher.params), options.run.meter()
 
     def step(state: distillation.State, number: int):
@@ -221,5 +222,5 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         evaluate=evaluate and held_out,
     )
     after = prompts.answer(state.learner.all_params)
-    common.finish(options.run, inputs.before_and_after("distill", before, after))
+    edges.finish(options.run, inputs.before_and_after("distill", before, after))
     return trained(options.run, model, state.learner.all_params, state, options.adapter.kind)

@@ -31,7 +31,7 @@ from rlhf_jax.core.types import Metrics, Params, Sequences
 from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.evaluation.classification import roc_auc
 from rlhf_jax.losses.pair_logps import PairLossTraits, traits_of
-from rlhf_jax.stages import adapting, common, defaults, entry, inputs
+from rlhf_jax.stages import adapting, defaults, edges, entry, inputs, option_checks, option_groups
 from rlhf_jax.stages.entry import NOTHING, Given, Trained, policy_of, trained
 from rlhf_jax.training import Meter
 
@@ -65,9 +65,9 @@ class Options:
         model in memory (with an adapter: the same one, adapter off). Both give the same training.
     """
 
-    run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/dpo"), steps=60)
+    run: tyro.conf.OmitArgPrefixes[option_groups.RunOptions] = option_groups.RunOptions(Path("runs/dpo"))
     model: str
-    pairs: tyro.conf.OmitArgPrefixes[common.PairOptions]
+    pairs: tyro.conf.OmitArgPrefixes[option_groups.PairOptions]
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
     optimizer: OptimizerConfig = defaults.LINEAR
     batch_size: int = 64
@@ -82,8 +82,8 @@ class Options:
 
 def check(options: Options) -> None:
     """Raises: UserError where the options do not fit each other."""
-    common.check(options, options.run, "dpo")
-    common.check_divides("--micro-batches", options.micro_batches, "--batch-size", options.batch_size)
+    option_checks.check(options, options.run, "dpo")
+    option_checks.check_divides("--micro-batches", options.micro_batches, "--batch-size", options.batch_size)
     on_pairs = options.loss not in UNPAIRED_LOSSES
     traits = traits_of(preference.find_pair_loss(options.loss)) if on_pairs else PairLossTraits()
     if options.micro_batches > 1 and traits.uses_batch_sort:
@@ -174,10 +174,10 @@ def make_step_fn(
             ref = preference.response_logp(logprob_fn, split.reference(state.learner, original), *rows)
         return objective.update(state, objective.hyper, objective.make_batch(rows, ref, labels))
 
-    update = common.jit_update(score_and_update, state)
+    update = edges.jit_update(score_and_update, state)
 
     def batch(number: int) -> tuple[Any, ...]:
-        indices = common.local_indices(sampler, number)
+        indices = edges.local_indices(sampler, number)
         ref = None if stored is None else tuple(side[indices] for side in stored)
         labels = None if train.labels is None else train.labels[indices]
         return distributed.shard_batch((train.rows(indices), ref, labels))
@@ -219,12 +219,13 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     load = inputs.load_labeled if loss in UNPAIRED_LOSSES else inputs.load_pairs
     train, held_out = load(options.pairs, model.tokenizer, seed, given)
     what = "responses" if loss in UNPAIRED_LOSSES else "pairs"
-    common.announce(options.run, model, f"{len(train):,} {what}, {len(held_out):,} held out")
+    options = option_checks.with_steps(options, len(train), options.batch_size)
+    edges.announce(options.run, model, f"{len(train):,} {what}, {len(held_out):,} held out")
 
-    steps, brought = options.run.steps, given.policy is not None
+    steps, brought = options.run.num_steps, given.policy is not None
     split = adapting.split_trainable(options.adapter, model, seed=seed, steps=steps, brought=brought)
     logprob_fn = model.make_logprob_fn()
-    tx = split.optimizer(with_total_steps(options.optimizer, options.run.steps))
+    tx = split.optimizer(with_total_steps(options.optimizer, options.run.num_steps))
     if isinstance(loss, str) and loss in UNPAIRED_LOSSES:
         objective = unpaired_objective(options, loss, logprob_fn, tx)
     else:
@@ -250,5 +251,5 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         adaptation=split.adaptation,
         evaluate=evaluate,
     )
-    common.finish(options.run)
+    edges.finish(options.run)
     return trained(options.run, model, state.learner.all_params, state, options.adapter.kind)

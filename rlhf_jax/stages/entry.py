@@ -13,7 +13,7 @@ from rlhf_jax.core.files import as_path
 from rlhf_jax.core.types import Params
 from rlhf_jax.metrics import Thresholds, read_metrics
 from rlhf_jax.models import Policy, ScalarModel
-from rlhf_jax.stages import common
+from rlhf_jax.stages import edges, option_checks, option_groups
 from rlhf_jax.training import Meter, run_loop
 from rlhf_jax.training.run_folder import Adaptation, Kind
 
@@ -84,7 +84,7 @@ class Trained:
         return read_metrics(self.folder)
 
 
-def policy_of(name: str, given: Given, run: common.RunOptions) -> Policy:
+def policy_of(name: str, given: Given, run: option_groups.RunOptions) -> Policy:
     """The policy to start from."""
     return given.policy if given.policy is not None else run.load(name)
 
@@ -111,7 +111,7 @@ def train(
       evaluate: the stage's own evaluation, (state, step) -> numbers.
     """
     run = options.run
-    common.start(options, run, stage, policy, kind, adaptation)
+    edges.start(options, run, stage, policy, kind, adaptation)
     return run_loop(
         state,
         step,
@@ -119,8 +119,8 @@ def train(
         stage=stage,
         folder=run.out,
         resume=run.resume,
-        run_config=common.to_json(options),
-        loggers=[*common.loggers(options, stage), *given.loggers],
+        run_config=option_checks.to_json(options),
+        loggers=[*edges.loggers(options, stage), *given.loggers],
         data_fingerprint=data_fingerprint,
         eval_fn=_both(evaluate, given.eval_fn),
         on_step=given.on_step,
@@ -135,7 +135,9 @@ def _both(*functions: Callable[[Any, int], Mapping[str, Any]] | None) -> Callabl
     return lambda state, step: {k: v for function in present for k, v in function(state, step).items()}
 
 
-def trained(run: common.RunOptions, policy: Policy, params: Params, state: Any, adapter: str) -> Trained:
+def trained(
+    run: option_groups.RunOptions, policy: Policy, params: Params, state: Any, adapter: str
+) -> Trained:
     """What a stage that trains a policy leaves.
 
     Args:
@@ -146,7 +148,9 @@ def trained(run: common.RunOptions, policy: Policy, params: Params, state: Any, 
     return Trained(Path(run.out), after, state)
 
 
-def trained_reward_model(run: common.RunOptions, policy: Policy, params: Params, state: Any) -> Trained:
+def trained_reward_model(
+    run: option_groups.RunOptions, policy: Policy, params: Params, state: Any
+) -> Trained:
     """What a stage that trains a decoder with a scalar head leaves.
 
     Args:
@@ -189,7 +193,7 @@ def _filled(options_type: type[Any], left: dict[str, Any], default: Any = None) 
     for name, kind, otherwise in _fields(options_type, default):
         if name in left:
             values[name] = left.pop(name)
-        elif name in common.WITHOUT_PREFIX and dataclasses.is_dataclass(kind):
+        elif name in option_checks.WITHOUT_PREFIX and dataclasses.is_dataclass(kind):
             values[name] = _filled(cast(Any, kind), left, None if otherwise is _REQUIRED else otherwise)
         elif otherwise is not _REQUIRED:
             values[name] = otherwise
@@ -200,7 +204,7 @@ def _filled(options_type: type[Any], left: dict[str, Any], default: Any = None) 
 
 def _names(options_type: type[Any]) -> Iterator[str]:
     for name, kind, _ in _fields(options_type, None):
-        if name in common.WITHOUT_PREFIX and dataclasses.is_dataclass(kind):
+        if name in option_checks.WITHOUT_PREFIX and dataclasses.is_dataclass(kind):
             yield from (field.name for field in dataclasses.fields(kind))
         else:
             yield name

@@ -39,7 +39,7 @@ from rlhf_jax.rewards.rules import soft_overlong_reward
 from rlhf_jax.rollout.dynamic_sampling import Answers, filter_zero_std_groups, term_means
 from rlhf_jax.rollout.sampler import single_turn
 from rlhf_jax.rollout.step import make_grpo_train_step
-from rlhf_jax.stages import adapting, common, defaults, entry, inputs
+from rlhf_jax.stages import adapting, defaults, edges, entry, inputs, option_checks, option_groups
 from rlhf_jax.stages.entry import NOTHING, Given, Trained, policy_of, trained
 from rlhf_jax.stages.reward_specs import make_reward_fn
 from rlhf_jax.training import Meter
@@ -109,9 +109,9 @@ class GroupOptions:
       entropy_coef: weight of the entropy bonus.
     """
 
-    run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/grpo"), steps=60)
+    run: tyro.conf.OmitArgPrefixes[option_groups.RunOptions] = option_groups.RunOptions(Path("runs/grpo"))
     model: str
-    prompts: tyro.conf.OmitArgPrefixes[common.PromptOptions]
+    prompts: tyro.conf.OmitArgPrefixes[option_groups.PromptOptions]
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
     optimizer: OptimizerConfig = defaults.LINEAR
     algorithm: AlgorithmName = "grpo"
@@ -156,9 +156,11 @@ class Options(GroupOptions):
 def check(options: GroupOptions, stage: str) -> None:
     """Raises: UserError where the options do not fit each other."""
     rows = options.batch_size * options.group_size
-    common.check(options, options.run, stage)
-    common.check_divides("--num-minibatches", options.num_minibatches, "--batch-size x --group-size", rows)
-    common.check_divides(
+    option_checks.check(options, options.run, stage)
+    option_checks.check_divides(
+        "--num-minibatches", options.num_minibatches, "--batch-size x --group-size", rows
+    )
+    option_checks.check_divides(
         "--micro-batches", options.micro_batches, "the size of a mini-batch,", rows // options.num_minibatches
     )
     rounds = options.dynamic_sampling_max_rounds
@@ -309,10 +311,11 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     check(options, "grpo")
     if options.max_num_seqs < 0:
         raise UserError(f"--max-num-seqs {options.max_num_seqs} is below 0: give 0 for all at once")
-    common.check_rewards(inputs.rewards_of(options.prompts, given))
+    option_checks.check_rewards(inputs.rewards_of(options.prompts, given))
     model = policy_of(options.model, given, options.run)
     prompts = inputs.load_prompts(options.prompts, model, options.run.seed, given)
-    common.announce(options.run, model, f"{len(prompts):,} prompts")
+    options = option_checks.with_steps(options, len(prompts), options.batch_size)
+    edges.announce(options.run, model, f"{len(prompts):,} prompts")
     sampler = {"engine": options.engine, "max_num_seqs": options.max_num_seqs}
     return train(options, given, model, prompts, stage="grpo", **sampler)
 
@@ -341,7 +344,7 @@ def train(
     draw = make_draw_fn(options, variant, model, prompts, meter, given, **sampler)
     greedy = make_greedy_fn(options, model, prompts, given)
     logprob_fn = model.make_logprob_fn(temperature=options.temperature)
-    steps = options.run.steps * options.num_iterations * options.num_minibatches
+    steps = options.run.num_steps * options.num_iterations * options.num_minibatches
     brought = given.policy is not None
     split = adapting.split_trainable(options.adapter, model, seed=seed, steps=steps, brought=brought)
     tx = split.optimizer(with_total_steps(options.optimizer, steps))
@@ -354,7 +357,7 @@ def train(
         jax.random.key(seed),
     )
     adapting.print_trainable_parameters(options.run, state.learner)
-    learn = common.jit_update(lambda state, *data: train_step(state, variant.hyper, *data), state)
+    learn = edges.jit_update(lambda state, *data: train_step(state, variant.hyper, *data), state)
 
     def step(state: grpo.State, number: int):
         answers, drawn = draw(state.rollout_params, number)
@@ -386,5 +389,5 @@ def train(
         thresholds=thresholds,
     )
     after = prompts.answer(state.learner.all_params)
-    common.finish(options.run, inputs.before_and_after(str(options.algorithm), before, after))
+    edges.finish(options.run, inputs.before_and_after(str(options.algorithm), before, after))
     return trained(options.run, model, state.learner.all_params, state, options.adapter.kind)

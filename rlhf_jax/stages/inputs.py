@@ -31,7 +31,7 @@ from rlhf_jax.rollout.dynamic_sampling import Answers, without_failed
 from rlhf_jax.rollout.engines import failed_rows, make_engine, parse_engine
 from rlhf_jax.rollout.sampler import Evaluation, GenerateFn, RolloutFns, make_evaluate_fn, make_generate_fn
 from rlhf_jax.rollout.samples import Sample, make_samples_fn
-from rlhf_jax.stages import common, embedded
+from rlhf_jax.stages import edges, embedded, option_groups
 from rlhf_jax.stages.entry import NOTHING, Given
 from rlhf_jax.stages.reward_specs import make_reward_fn
 from rlhf_jax.training import Meter
@@ -136,7 +136,7 @@ Example = TypeVar("Example")
 
 
 def _pair_examples(
-    options: common.PairOptions,
+    options: option_groups.PairOptions,
     tokenizer: Tokenizer,
     seed: int,
     make: Callable[..., list[Example]],
@@ -157,7 +157,7 @@ def _pair_examples(
 
 
 def load_pairs(
-    options: common.PairOptions, tokenizer: Tokenizer, seed: int, given: Given = NOTHING
+    options: option_groups.PairOptions, tokenizer: Tokenizer, seed: int, given: Given = NOTHING
 ) -> tuple[Pairs, Pairs]:
     """Training pairs and held-out pairs (chosen, rejected), in rows of one length.
 
@@ -183,7 +183,7 @@ def load_pairs(
 
 
 def load_labeled(
-    options: common.PairOptions, tokenizer: Tokenizer, seed: int, given: Given = NOTHING
+    options: option_groups.PairOptions, tokenizer: Tokenizer, seed: int, given: Given = NOTHING
 ) -> tuple[Pairs, Pairs]:
     """Completions beside mismatched ones, which stand after another's prompt, labelled as desirable or not.
 
@@ -245,7 +245,7 @@ class Prompts:
 
 
 def load_prompts(
-    options: common.PromptOptions,
+    options: option_groups.PromptOptions,
     model: Policy,
     seed: int,
     given: Given = NOTHING,
@@ -286,7 +286,7 @@ def load_prompts(
     )
 
 
-def rewards_of(options: common.PromptOptions, given: Given) -> list[Any]:
+def rewards_of(options: option_groups.PromptOptions, given: Given) -> list[Any]:
     """What completions are worth: as it was given, or by name."""
     return list(given.rewards or options.rewards)
 
@@ -332,7 +332,7 @@ def make_sampler(
 
 
 def make_answer_fn(
-    options: common.PromptOptions,
+    options: option_groups.PromptOptions,
     model: Policy,
     prompts: Prompts,
     *,
@@ -376,7 +376,7 @@ def make_answer_fn(
     key = jax.random.key(seed + 1)
 
     def answer(params: Params, number: int) -> Answers:
-        chosen = [prompts.train[i] for i in common.local_indices(sampler, number, group_size)]
+        chosen = [prompts.train[i] for i in edges.local_indices(sampler, number, group_size)]
         rollout = meter.timed("rollout", generate, params, chosen, jax.random.fold_in(key, number))
         scored = meter.timed("reward", reward_fn.score, rollout, chosen)
         if engine != "local":

@@ -32,7 +32,7 @@ from rlhf_jax.losses.pair_logps import traits_of
 from rlhf_jax.models import Policy
 from rlhf_jax.rollout.engines import failed_rows
 from rlhf_jax.rollout.sampler import make_generate_fn
-from rlhf_jax.stages import adapting, common, defaults, entry, inputs
+from rlhf_jax.stages import adapting, defaults, edges, entry, inputs, option_checks, option_groups
 from rlhf_jax.stages.entry import NOTHING, Given, Trained, policy_of, trained
 from rlhf_jax.stages.reward_specs import make_reward_fn
 
@@ -71,9 +71,11 @@ class Options:
         by how much.
     """
 
-    run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/online_dpo"), steps=60)
+    run: tyro.conf.OmitArgPrefixes[option_groups.RunOptions] = option_groups.RunOptions(
+        Path("runs/online_dpo")
+    )
     model: str
-    prompts: tyro.conf.OmitArgPrefixes[common.PromptOptions]
+    prompts: tyro.conf.OmitArgPrefixes[option_groups.PromptOptions]
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
     optimizer: OptimizerConfig = defaults.LINEAR
     method: Literal["dpo", "xpo", "nash_md"] = "dpo"
@@ -95,8 +97,8 @@ METHOD_OF = {"loss": "dpo", "alpha": "xpo", "mixture_coef": "nash_md", "noise": 
 
 def check(options: Options) -> None:
     """Raises: UserError where the options do not fit each other."""
-    common.check(options, options.run, "online_dpo")
-    common.check_divides("--micro-batches", options.micro_batches, "--batch-size", options.batch_size)
+    option_checks.check(options, options.run, "online_dpo")
+    option_checks.check_divides("--micro-batches", options.micro_batches, "--batch-size", options.batch_size)
     if options.micro_batches > 1 and traits_of(preference.find_pair_loss(options.loss)).uses_batch_sort:
         raise UserError(f"--loss {options.loss} compares pairs with each other: it needs --micro-batches 1")
     unset = {field.name: field.default for field in dataclasses.fields(Options)}
@@ -212,17 +214,18 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     seed = options.run.seed
     check(options)
     if not options.judge:
-        common.check_rewards(inputs.rewards_of(options.prompts, given), " or --judge")
+        option_checks.check_rewards(inputs.rewards_of(options.prompts, given), " or --judge")
     model = policy_of(options.model, given, options.run)
     prompts = inputs.load_prompts(options.prompts, model, seed, given)
     sampler = BatchSampler(len(prompts), options.batch_size, seed)
     compare = make_compare_fn(options, model, given)
-    common.announce(options.run, model, f"{len(prompts):,} prompts")
+    options = option_checks.with_steps(options, len(prompts), options.batch_size)
+    edges.announce(options.run, model, f"{len(prompts):,} prompts")
 
-    steps, brought = options.run.steps, given.policy is not None
+    steps, brought = options.run.num_steps, given.policy is not None
     split = adapting.split_trainable(options.adapter, model, seed=seed, steps=steps, brought=brought)
     logprob_fn = model.make_logprob_fn(temperature=options.temperature)
-    tx = split.optimizer(with_total_steps(options.optimizer, options.run.steps))
+    tx = split.optimizer(with_total_steps(options.optimizer, options.run.num_steps))
     init, learn_from = (nash_update if options.method == "nash_md" else pair_update)(options, logprob_fn, tx)
     state = adapting.init_sharded_state(init, split.trained, split.frozen, jax.random.key(seed))
     adapting.print_trainable_parameters(options.run, state.learner)
@@ -232,11 +235,11 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     def learn(state: Any, original: Params, first: Rollout, second: Rollout, *compared: Array):
         return learn_from(state, split.reference(state.learner, original), first, second, *compared)
 
-    learn = common.jit_update(learn, state)
+    learn = edges.jit_update(learn, state)
     meter = options.run.meter()
 
     def step(state: Any, number: int):
-        chosen = [prompts.train[i] for i in common.local_indices(sampler, number)]
+        chosen = [prompts.train[i] for i in edges.local_indices(sampler, number)]
         answers = meter.timed("rollout", write, state, chosen, jax.random.fold_in(rollout_key, number))
         with meter.timing("reward"):
             compared = compare(chosen, *answers)
@@ -263,5 +266,5 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         and (lambda state, _: evaluate(state.learner.all_params, split.reference(state.learner)).metrics()),
     )
     after = prompts.answer(state.learner.all_params)
-    common.finish(options.run, inputs.before_and_after(options.method, before, after))
+    edges.finish(options.run, inputs.before_and_after(options.method, before, after))
     return trained(options.run, model, state.learner.all_params, state, options.adapter.kind)

@@ -41,7 +41,7 @@ from rlhf_jax.rollout.engines import failed_rows
 from rlhf_jax.rollout.rewards import RolloutReward
 from rlhf_jax.rollout.sampler import Evaluation
 from rlhf_jax.rollout.step import make_ppo_train_step
-from rlhf_jax.stages import adapting, common, defaults, entry, inputs
+from rlhf_jax.stages import adapting, defaults, edges, entry, inputs, option_checks, option_groups, starting
 from rlhf_jax.stages.entry import NOTHING, Given, Trained, policy_of, trained
 from rlhf_jax.stages.reward_specs import make_ensemble_fn, make_reward_fn
 from rlhf_jax.training.run_folder import load_reward_model, load_unmerged_reward_model
@@ -87,13 +87,13 @@ class Options:
       scale_rewards: divide rewards by the standard deviation of all rewards seen.
     """
 
-    run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/ppo"), steps=25)
+    run: tyro.conf.OmitArgPrefixes[option_groups.RunOptions] = option_groups.RunOptions(Path("runs/ppo"))
     model: str
     reward_model: tuple[str, ...] = ()
     ensemble: Literal["mean", "worst", "uncertainty"] = "mean"
     uncertainty_coef: float = 0.5
     value: Literal["separate", "shared"] = "separate"
-    prompts: tyro.conf.OmitArgPrefixes[common.PromptOptions]
+    prompts: tyro.conf.OmitArgPrefixes[option_groups.PromptOptions]
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
     optimizer: OptimizerConfig = defaults.LINEAR
     batch_size: int = 256
@@ -150,13 +150,13 @@ def initial_params(
     if options.value == "shared":
         value = {"head": policy.init_scalar_head(head_key)}
     elif reward is not None:
-        value = common.copied(reward)
+        value = starting.copied(reward)
     elif options.reward_model and split.adaptation is None:
         reward_model = load_reward_model(Path(options.reward_model[0]))
         models.check_same_architecture(
             policy.architecture, reward_model.architecture, options.reward_model[0]
         )
-        value = common.copied(reward_model.params)
+        value = starting.copied(reward_model.params)
     else:
         head = policy.init_scalar_head(head_key)
         value = {"decoder": split.fresh_unshared_params(adapter_key), "head": head}
@@ -218,10 +218,12 @@ def check(options: Options) -> None:
     Raises:
       UserError: naming the options.
     """
-    common.check(options, options.run, "ppo")
-    common.check_divides("--num-minibatches", options.num_minibatches, "--batch-size", options.batch_size)
+    option_checks.check(options, options.run, "ppo")
+    option_checks.check_divides(
+        "--num-minibatches", options.num_minibatches, "--batch-size", options.batch_size
+    )
     rows = options.batch_size // options.num_minibatches
-    common.check_divides("--micro-batches", options.micro_batches, "the size of a mini-batch,", rows)
+    option_checks.check_divides("--micro-batches", options.micro_batches, "the size of a mini-batch,", rows)
     if options.reward_model and options.prompts.rewards:
         raise UserError("--reward-model excludes --rewards: name the reward model in --rewards to mix them")
     if options.ensemble != "mean" and len(options.reward_model) < 2:
@@ -248,15 +250,16 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     options = defaults.fill_published(options, "ppo")
     check(options)
     if not options.reward_model:
-        common.check_rewards(inputs.rewards_of(options.prompts, given), " or --reward-model")
+        option_checks.check_rewards(inputs.rewards_of(options.prompts, given), " or --reward-model")
     seed, config = options.run.seed, make_config(options)
     model = policy_of(options.model, given, options.run)
     looked_at = options.prompts.eval_reward or next(iter(options.reward_model), "")
     evaluated = dataclasses.replace(options.prompts, eval_reward=looked_at)
     prompts = inputs.load_prompts(evaluated, model, seed, given)
     sampler = BatchSampler(len(prompts), options.batch_size, seed)
-    common.announce(options.run, model, f"{len(prompts):,} prompts")
-    steps = options.run.steps * options.num_ppo_epochs * options.num_minibatches
+    options = option_checks.with_steps(options, len(prompts), options.batch_size)
+    edges.announce(options.run, model, f"{len(prompts):,} prompts")
+    steps = options.run.num_steps * options.num_ppo_epochs * options.num_minibatches
     brought = given.policy is not None
     split = adapting.split_trainable(options.adapter, model, seed=seed, steps=steps, brought=brought)
     reward = reward_on_base(options, model, split)
@@ -285,7 +288,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     train_step = make_ppo_train_step(config, logprob_fn, ref_logprob_fn, tx, reference)
     state = adapting.init_sharded_state(lambda *x: ppo.init(x[0], tx, x[1], hyper), params, frozen, state_key)
     adapting.print_trainable_parameters(options.run, state.learner)
-    learn = common.jit_update(lambda state, *data: train_step(state, hyper, *data), state)
+    learn = edges.jit_update(lambda state, *data: train_step(state, hyper, *data), state)
     rollout_key = jax.random.key(seed + 1)
     meter = options.run.meter(update_flops(options, model, prompts.length))
 
@@ -293,7 +296,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     score_reward = jax.jit(model.make_shared_reward_fn())
 
     def step(state: ppo.State, number: int):
-        chosen = [prompts.train[i] for i in common.local_indices(sampler, number)]
+        chosen = [prompts.train[i] for i in edges.local_indices(sampler, number)]
         whole = state.learner.all_params
         key = jax.random.fold_in(rollout_key, number)
         rollout = meter.timed("rollout", generate, models.merge_with_base(whole, "policy"), chosen, key)
@@ -332,6 +335,6 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         evaluate=evaluate and (lambda state, _: measured(state, evaluate)),
     )
     after = prompts.answer(models.merge_with_base(state.learner.all_params, "policy"))
-    common.finish(options.run, inputs.before_and_after("ppo", before, after))
+    edges.finish(options.run, inputs.before_and_after("ppo", before, after))
     policy = models.merge_with_base(state.learner.all_params, "policy")
     return trained(options.run, model, policy, state, options.adapter.kind)

@@ -37,7 +37,7 @@ from rlhf_jax.generation import Sampling, row_keys
 from rlhf_jax.metrics import Progress, final_table
 from rlhf_jax.models import Policy
 from rlhf_jax.rollout.sampler import completion_texts
-from rlhf_jax.stages import common, inputs
+from rlhf_jax.stages import inputs, option_checks, option_groups
 from rlhf_jax.stages.reward_specs import make_reward_fn
 from rlhf_jax.stages.rounds import prompt_of
 from rlhf_jax.training.loading import load
@@ -74,7 +74,7 @@ class Options:
     out: Path
     model: str = ""
     solutions: str = ""
-    prompts: tyro.conf.OmitArgPrefixes[common.PromptOptions] = common.PromptOptions(data="")
+    prompts: tyro.conf.OmitArgPrefixes[option_groups.PromptOptions] = option_groups.PromptOptions(data="")
     judge: str = ""
     judge_model: str = ""
     constitution: str = ""
@@ -115,14 +115,14 @@ def check(options: Options) -> None:
         raise UserError("--judge-model and --constitution go together: a judge is asked by principles")
     judged = options.judge or options.judge_model
     if options.model and not judged:
-        common.check_rewards(options.prompts.rewards, ", --judge or --judge-model")
+        option_checks.check_rewards(options.prompts.rewards, ", --judge or --judge-model")
     if judged and options.prompts.rewards:
         raise UserError("--judge and --judge-model exclude --rewards: give one of them")
     held = options.out / "config.json"
     if files.exists(held):
         again = f"remove {options.out}, or choose another --out"
         ours, theirs = (
-            common.to_json(options),
+            option_checks.to_json(options),
             files.read_json(held, keys=("config",), remedy=again)["config"],
         )
         changed = [name for name in ours if name not in CLEANING and ours[name] != theirs.get(name)]
@@ -250,7 +250,7 @@ def run(options: Options) -> None:
     """Samples and judges what is missing, then cleans and writes."""
     check(options)
     model = load(options.model) if options.model else None
-    describe_run(options.out, common.to_json(options), stage="preferences")
+    describe_run(options.out, option_checks.to_json(options), stage="preferences")
     if model is None:
         pairs = solution_pairs(read_rows(options.solutions), most=options.pairs_per_prompt, seed=options.seed)
     else:

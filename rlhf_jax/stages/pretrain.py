@@ -38,7 +38,7 @@ from rlhf_jax.generation import Sampling
 from rlhf_jax.losses.supervised import cross_entropy_loss
 from rlhf_jax.models import LinearScaling, Policy, Rope, YarnScaling, ntk_theta
 from rlhf_jax.rollout.sampler import completion_texts, make_generate_fn
-from rlhf_jax.stages import common, defaults, embedded
+from rlhf_jax.stages import defaults, edges, embedded, option_checks, option_groups, starting
 from rlhf_jax.training import run_loop
 
 
@@ -85,16 +85,16 @@ class Options:
       sample_tokens: tokens of a sample; 0 for no samples.
     """
 
-    run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(
+    run: tyro.conf.OmitArgPrefixes[option_groups.RunOptions] = option_groups.RunOptions(
         Path("runs/pretrain"), steps=400, eval_every=200
     )
-    arch: common.ArchOptions = common.ArchOptions()
+    arch: option_groups.ArchOptions = option_groups.ArchOptions()
     optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", end_lr_ratio=0.1)
     fim_rate: float = 0.0
     fim_spm_rate: float = 0.5
     fim_chunk: int = 0
     rope: RopeOptions = RopeOptions()
-    aux: common.AuxiliaryOptions = common.AuxiliaryOptions()
+    aux: option_groups.AuxiliaryOptions = option_groups.AuxiliaryOptions()
     data: str
     eval_data: str = ""
     eval_share: float = 0.1
@@ -117,8 +117,8 @@ class Options:
 
 def check(options: Options) -> None:
     """Raises: UserError where options contradict each other."""
-    common.check(options, options.run, "pretrain")
-    common.check_divides("--micro-batches", options.micro_batches, "--batch-size", options.batch_size)
+    option_checks.check(options, options.run, "pretrain")
+    option_checks.check_divides("--micro-batches", options.micro_batches, "--batch-size", options.batch_size)
     shares = {
         "--fim-rate": options.fim_rate,
         "--fim-spm-rate": options.fim_spm_rate,
@@ -172,8 +172,8 @@ def starting_model(options: Options, documents: list[Document]) -> Policy:
     """A new model, or that of `--model` with its rotations changed, told the length of its rows."""
     chosen = choose_tokenizer(options, documents)
     if options.fim_rate and not options.model:
-        chosen = common.find_tokenizer(chosen, options.data).with_special(texts.FILL_MARKS)
-    model = common.starting_model(options.model, chosen, options.data, options.arch, options.run)
+        chosen = starting.find_tokenizer(chosen, options.data).with_special(texts.FILL_MARKS)
+    model = starting.starting_model(options.model, chosen, options.data, options.arch, options.run)
     lacking = [mark for mark in texts.FILL_MARKS if mark not in model.tokenizer.special_tokens]
     if options.fim_rate and lacking:
         raise UserError(
@@ -315,10 +315,10 @@ def run(options: Options) -> None:
     check(options)
     documents, held_out = split(options)
     model = starting_model(options, documents)
-    optimizer = with_total_steps(options.optimizer, options.run.steps)
+    optimizer = with_total_steps(options.optimizer, options.run.num_steps)
     batches = Batches(options, model.tokenizer, documents, optimizer.decay_start)
     tokens = sum(int(rows.mask.sum()) for rows in batches.rows)
-    common.announce(
+    edges.announce(
         options.run,
         model,
         f"{len(documents):,} documents, {tokens:,} tokens in rows of {options.max_seq_length}",
@@ -329,9 +329,9 @@ def run(options: Options) -> None:
     )
     logprob_fn = model.make_logprob_fn_with_auxiliaries()
     update = sft.make_update(sft.Config(options.micro_batches), logprob_fn, tx, models.rebalance)
-    update = common.jit_update(update, state)
+    update = edges.jit_update(update, state)
     hyper = options.aux.hyper(options.learning_rate)
-    common.start(options, options.run, "pretrain", model, "policy")
+    edges.start(options, options.run, "pretrain", model, "policy")
     measure = make_evaluate_fn(options, model, model.make_logprob_fn(), held_out) if held_out else None
     sample = make_sample_fn(options, model, held_out or documents) if options.sample_tokens else None
     meter = options.run.meter(model.training_flops(rows=options.batch_size, length=options.max_seq_length))
@@ -355,10 +355,10 @@ def run(options: Options) -> None:
         stage="pretrain",
         folder=options.run.out,
         resume=options.run.resume,
-        run_config=common.to_json(options),
-        loggers=common.loggers(options, "pretrain"),
+        run_config=option_checks.to_json(options),
+        loggers=edges.loggers(options, "pretrain"),
         data_fingerprint=fingerprint(jax.tree.leaves(batches.rows)),
         eval_fn=evaluate,
         meter=meter,
     )
-    common.finish(options.run)
+    edges.finish(options.run)

@@ -51,7 +51,7 @@ from rlhf_jax.evaluation.classification import brier_score, reliability, roc_auc
 from rlhf_jax.feedback.step_labels import label_by_rollouts
 from rlhf_jax.models import Policy
 from rlhf_jax.rewards.functions import call_reward, load_reward
-from rlhf_jax.stages import common, defaults, embedded, entry, inputs
+from rlhf_jax.stages import defaults, edges, embedded, entry, inputs, option_checks, option_groups, starting
 from rlhf_jax.stages.entry import NOTHING, Given, Trained, trained_reward_model
 from rlhf_jax.stages.reward_specs import make_reward_fn
 
@@ -84,10 +84,10 @@ class Options:
       eval_count: how many held-out solutions are evaluated at most.
     """
 
-    run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(
-        Path("runs/process_reward"), steps=150
+    run: tyro.conf.OmitArgPrefixes[option_groups.RunOptions] = option_groups.RunOptions(
+        Path("runs/process_reward")
     )
-    arch: common.ArchOptions = common.ArchOptions()
+    arch: option_groups.ArchOptions = option_groups.ArchOptions()
     optimizer: OptimizerConfig = defaults.LINEAR
     data: str
     eval_data: str = ""
@@ -95,7 +95,7 @@ class Options:
     labels: Literal["given", "rollouts"] = "given"
     rollouts: int = 8
     label_reward: str = ""
-    max_new_tokens: int = 40
+    max_new_tokens: int = 256
     tokenizer: str = ""
     train_tokenizer: int = 0
     model: str = ""
@@ -303,8 +303,8 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     """Trains, and leaves a run folder."""
     options = defaults.fill_published(options, "process_reward")
     seed = options.run.seed
-    common.check(options, options.run, "process_reward")
-    common.check_divides("--micro-batches", options.micro_batches, "--batch-size", options.batch_size)
+    option_checks.check(options, options.run, "process_reward")
+    option_checks.check_divides("--micro-batches", options.micro_batches, "--batch-size", options.batch_size)
     if options.labels == "rollouts" and (options.outcome or not options.model):
         raise UserError("--labels rollouts is of steps and by a policy: give --model, and no --outcome")
     if options.labels == "rollouts" and not options.label_reward:
@@ -317,31 +317,32 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         raise UserError(f"--rollouts {options.rollouts} is below 1: raise it")
     rows = load_rows(options, given)
     tokenizer = choose_tokenizer(options, rows[0])
-    model = common.starting_model(
+    model = starting.starting_model(
         options.model, tokenizer, options.data, options.arch, options.run, given.policy
     )
     if options.labels == "rollouts":
         rows = label(options, model, rows)
     train, held_out = load(options, model.tokenizer, list(rows))
     sampler = BatchSampler(len(train), options.batch_size, seed)
-    common.announce(options.run, model, f"{len(train):,} solutions, {len(held_out):,} held out")
+    options = option_checks.with_steps(options, len(train), options.batch_size)
+    edges.announce(options.run, model, f"{len(train):,} solutions, {len(held_out):,} held out")
 
     step_reward_fn = model.make_process_reward_fn()
-    tx = make_optimizer(with_total_steps(options.optimizer, options.run.steps))
+    tx = make_optimizer(with_total_steps(options.optimizer, options.run.num_steps))
     init_key, state_key = jax.random.split(jax.random.key(seed))
 
     def init(params: Params, init_key: PRNGKeyArray, state_key: PRNGKeyArray) -> process_reward.State:
         return process_reward.init(model.init_scalar_model(init_key, params), tx, state_key)
 
     state = distributed.init_sharded(init, model.params, init_key, state_key)
-    update = common.jit_update(
+    update = edges.jit_update(
         process_reward.make_update(process_reward.Config(options.micro_batches), step_reward_fn, tx), state
     )
     meter = options.run.meter(model.training_flops(rows=options.batch_size, length=train.length))
     hyper = process_reward.Hyper(jnp.float32(options.learning_rate))
 
     def step(state: process_reward.State, number: int):
-        batch = meter.timed("data", train.batch, common.local_indices(sampler, number))
+        batch = meter.timed("data", train.batch, edges.local_indices(sampler, number))
         return meter.timed("update", update, state, hyper, batch)
 
     state = entry.train(
@@ -356,5 +357,5 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         kind="reward_model",
         evaluate=make_eval_fn(options, step_reward_fn, held_out),
     )
-    common.finish(options.run)
+    edges.finish(options.run)
     return trained_reward_model(options.run, model, state.learner.all_params, state)

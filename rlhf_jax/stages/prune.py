@@ -24,7 +24,7 @@ from rlhf_jax.core.types import Params, Sequences
 from rlhf_jax.data import packing
 from rlhf_jax.metrics import final_table
 from rlhf_jax.models import Policy, pruning
-from rlhf_jax.stages import common, sft
+from rlhf_jax.stages import option_checks, option_groups, sft
 from rlhf_jax.training.loading import load
 from rlhf_jax.training.run_folder import describe_run, write_model_files
 
@@ -105,7 +105,7 @@ def measure(model: Policy, rows: Sequences) -> Params:
 
 def calibration_rows(data: str, count: int, seed: int, model: Policy) -> Sequences:
     """Conversations to measure on."""
-    run = common.RunOptions(Path(), seed=seed)
+    run = option_groups.RunOptions(Path(), seed=seed)
     options = sft.Options(run=run, data=data, demonstrations=count, slip_rate=0, late_slip_rate=0)
     rows = sft.load_rows(options, held_out=False)[:count]
     return sft.lay_out(options, sft.make_examples(options, rows, model.tokenizer))
@@ -125,7 +125,7 @@ def run(options: Options) -> None:
         sums = measure(model, calibration_rows(options.data, options.rows, options.seed, model))
     params = pruning.apply_masks(model.params, options.prune.masks(model.params, sums))
     write_model_files(options.out, model, "policy")
-    describe_run(options.out, common.to_json(options), stage="prune")
+    describe_run(options.out, option_checks.to_json(options), stage="prune")
     with CheckpointManager(options.out / "checkpoints") as manager:
         manager.save(0, {"learner": {"params": params}}, wait=True)
     shares = pruning.kernel_sparsity(params)

@@ -26,7 +26,7 @@ from rlhf_jax.generation import Sampling
 from rlhf_jax.metrics.progress import Progress, final_table
 from rlhf_jax.models import Policy
 from rlhf_jax.rollout.sampler import completion_texts, make_generate_fn
-from rlhf_jax.stages import common, inputs
+from rlhf_jax.stages import inputs, option_checks
 from rlhf_jax.tool_use import Chunk, RetrievalIndex, numbered_prompt, read_answer, split_document
 from rlhf_jax.training.loading import load
 from rlhf_jax.training.run_folder import describe_run
@@ -277,7 +277,7 @@ def ask(options: Options, model: Policy, index: RetrievalIndex) -> None:
 def run(options: Options) -> None:
     """Makes the index, answers, and writes what came of it."""
     check(options)
-    describe_run(options.out, common.to_json(options), stage="rag")
+    describe_run(options.out, option_checks.to_json(options), stage="rag")
     model = load(options.model)
     if options.index:
         index = RetrievalIndex.load(Path(options.index))

@@ -21,7 +21,7 @@ from rlhf_jax.algorithms import reward
 from rlhf_jax.core.train_state import OptimizerConfig, with_total_steps
 from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.evaluation.classification import reliability
-from rlhf_jax.stages import adapting, common, defaults, entry, inputs
+from rlhf_jax.stages import adapting, defaults, edges, entry, inputs, option_checks, option_groups, starting
 from rlhf_jax.stages.entry import NOTHING, Given, Trained, trained_reward_model
 
 
@@ -40,11 +40,11 @@ class Options:
       center_rewards_coefficient: weight of (chosen + rejected)^2, which keeps scores near 0.
     """
 
-    run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(
-        Path("runs/reward_model"), steps=160
+    run: tyro.conf.OmitArgPrefixes[option_groups.RunOptions] = option_groups.RunOptions(
+        Path("runs/reward_model")
     )
-    pairs: tyro.conf.OmitArgPrefixes[common.PairOptions]
-    arch: common.ArchOptions = common.ArchOptions()
+    pairs: tyro.conf.OmitArgPrefixes[option_groups.PairOptions]
+    arch: option_groups.ArchOptions = option_groups.ArchOptions()
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
     optimizer: OptimizerConfig = defaults.LINEAR
     tokenizer: str = ""
@@ -60,19 +60,20 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     """Trains, and leaves a run folder."""
     options = defaults.fill_published(options, "reward_model")
     seed = options.run.seed
-    common.check(options, options.run, "reward_model")
-    common.check_divides("--micro-batches", options.micro_batches, "--batch-size", options.batch_size)
-    model = common.starting_model(
+    option_checks.check(options, options.run, "reward_model")
+    option_checks.check_divides("--micro-batches", options.micro_batches, "--batch-size", options.batch_size)
+    model = starting.starting_model(
         options.model, options.tokenizer, options.pairs.data, options.arch, options.run, given.policy
     )
     train, held_out = inputs.load_pairs(options.pairs, model.tokenizer, seed, given)
     sampler = BatchSampler(len(train), options.batch_size, seed)
-    common.announce(options.run, model, f"{len(train):,} pairs, {len(held_out):,} held out")
+    options = option_checks.with_steps(options, len(train), options.batch_size)
+    edges.announce(options.run, model, f"{len(train):,} pairs, {len(held_out):,} held out")
 
-    steps, brought = options.run.steps, given.policy is not None
+    steps, brought = options.run.num_steps, given.policy is not None
     split = adapting.split_trainable(options.adapter, model, seed=seed, steps=steps, brought=brought)
     reward_fn = model.make_reward_fn()
-    tx = split.optimizer(with_total_steps(options.optimizer, options.run.steps))
+    tx = split.optimizer(with_total_steps(options.optimizer, options.run.num_steps))
     state = adapting.init_sharded_state(
         lambda params, *keys: reward.init(model.init_scalar_model(keys[0], params), tx, keys[1]),
         split.trained,
@@ -80,7 +81,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         *jax.random.split(jax.random.key(seed)),
     )
     adapting.print_trainable_parameters(options.run, state.learner)
-    update = common.jit_update(reward.make_update(reward.Config(options.micro_batches), reward_fn, tx), state)
+    update = edges.jit_update(reward.make_update(reward.Config(options.micro_batches), reward_fn, tx), state)
     hyper = reward.Hyper(
         *(jnp.float32(x) for x in (options.learning_rate, options.margin, options.center_rewards_coefficient))
     )
@@ -89,7 +90,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     meter = options.run.meter(model.training_flops(rows=2 * options.batch_size, length=train.length))
 
     def batch(number: int) -> reward.Pairs:
-        indices = common.local_indices(sampler, number)
+        indices = edges.local_indices(sampler, number)
         labels = None if train.labels is None else train.labels[indices]
         rows, labels = distributed.shard_batch((train.rows(indices), labels))
         return reward.Pairs(*rows, preference=labels)
@@ -124,5 +125,5 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         adaptation=split.adaptation,
         evaluate=accuracy if len(held_out) else None,
     )
-    common.finish(options.run)
+    edges.finish(options.run)
     return trained_reward_model(options.run, model, state.learner.all_params, state)

@@ -29,7 +29,7 @@ from rlhf_jax.rl.envs import environments
 from rlhf_jax.rl.envs.environments import Environment
 from rlhf_jax.rl.envs.evaluation import evaluate
 from rlhf_jax.rl.loops.runs import Run, run_updates
-from rlhf_jax.stages import common, rl_agents, rl_render
+from rlhf_jax.stages import option_checks, rl_agents, rl_render
 from rlhf_jax.training import LoopConfig, run_loop
 from rlhf_jax.training.run_folder import describe_run
 
@@ -232,7 +232,7 @@ def described(
     """
     if not (options.resume or CheckpointManager(folder / "checkpoints").latest_step() is None):
         raise UserError(f"{folder} already holds a run: add --resume, or choose another --out")
-    description = {name: common.to_json(getattr(options, name)) for name in names}
+    description = {name: option_checks.to_json(getattr(options, name)) for name in names}
     if options.resume and files.exists(folder / AGENT):
         before = read_description(folder)
         for name in names:
@@ -297,7 +297,7 @@ def run(options: Options) -> None:
     if options.load:
         state = restored(folder, course, agent.hyper, keys)
     else:
-        describe_run(folder, common.to_json(options), stage="rl")
+        describe_run(folder, option_checks.to_json(options), stage="rl")
         files.write_json(folder / AGENT, description)
         state, rate = train(options, folder, course, agent.hyper, keys, description)
         speed = {"steps_per_second": rate, "environment_steps": course.updates * course.steps_per_update}

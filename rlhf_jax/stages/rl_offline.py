@@ -25,7 +25,7 @@ from rlhf_jax.evaluation.statistics import iqm_interval, mean_interval
 from rlhf_jax.metrics.progress import final_table
 from rlhf_jax.rl.envs import environments, transitions
 from rlhf_jax.rl.envs.environments import Environment, Transition
-from rlhf_jax.stages import common, rl, rl_agents, rl_rows
+from rlhf_jax.stages import option_checks, rl, rl_agents, rl_rows
 from rlhf_jax.training.run_folder import describe_run
 
 ALGORITHMS = ("bc", "cql", "iql", "gail")
@@ -180,7 +180,7 @@ def train(options: Options, path: Path, folder: Path) -> None:
     description = rl.described(options, folder, NAMES)
     course, hyper = make_course(options, env, env_params, log)
     keys = rl.seed_keys(description)
-    describe_run(folder, common.to_json(options), stage="rl")
+    describe_run(folder, option_checks.to_json(options), stage="rl")
     files.write_json(folder / rl.AGENT, description)
     control = rl.Options(
         seeds=options.seeds,

@@ -36,7 +36,7 @@ from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.metrics import JSONLLogger, final_table
 from rlhf_jax.models import Policy
 from rlhf_jax.rollout.dynamic_sampling import Answers, concatenate, term_means
-from rlhf_jax.stages import common, defaults, dpo, inputs, sft
+from rlhf_jax.stages import defaults, dpo, edges, inputs, option_checks, option_groups, sft
 from rlhf_jax.stages.entry import NOTHING, Given, Trained, policy_of
 from rlhf_jax.stages.reward_specs import check_same_vocabulary
 from rlhf_jax.training.loading import load
@@ -71,10 +71,10 @@ class Options:
         conversations beside those that rewards chose; empty for none.
     """
 
-    run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/raft"), steps=60)
+    run: tyro.conf.OmitArgPrefixes[option_groups.RunOptions] = option_groups.RunOptions(Path("runs/raft"))
     model: str
     generator: str = ""
-    prompts: tyro.conf.OmitArgPrefixes[common.PromptOptions]
+    prompts: tyro.conf.OmitArgPrefixes[option_groups.PromptOptions]
     optimizer: OptimizerConfig = defaults.COSINE
     method: Literal["raft", "expert_iteration", "dpo"] = "raft"
     rounds: int = 3
@@ -92,9 +92,11 @@ class Options:
 
 def check(options: Options) -> None:
     """Raises: UserError where the options do not fit each other."""
-    common.check(options, options.run, options.method)
-    common.check_rewards(options.prompts.rewards)
-    common.check_divides("--batch-size", options.batch_size, "--prompts-per-round", options.prompts_per_round)
+    option_checks.check(options, options.run, options.method)
+    option_checks.check_rewards(options.prompts.rewards)
+    option_checks.check_divides(
+        "--batch-size", options.batch_size, "--prompts-per-round", options.prompts_per_round
+    )
     if options.method == "dpo" and options.samples_per_prompt < 2:
         raise UserError("--method dpo compares answers to one prompt: give --samples-per-prompt 2 or more")
     if options.method == "dpo" and options.reward_threshold is not None:
@@ -106,14 +108,14 @@ def check(options: Options) -> None:
     check_held(options, options.run)
 
 
-def check_held(options: Any, run: common.RunOptions) -> None:
+def check_held(options: Any, run: option_groups.RunOptions) -> None:
     """Raises: UserError where the folder holds a run, and this one does not go on with it."""
     held = run.out / "config.json"
     if files.exists(held):
         if not run.resume:
             raise UserError(f"{run.out} already holds a run: add --resume, or choose another --out")
         theirs = files.read_json(held, keys=("config",), remedy=f"remove {run.out}, or choose another --out")
-        common.check_same_options(options, theirs["config"], run.out)
+        option_checks.check_same_options(options, theirs["config"], run.out)
 
 
 # Answers to rows ------------------------------------------------------------------------------------
@@ -218,7 +220,7 @@ def train(options: Options, data: Path, folder: Path, start: Path) -> None:
     run = dataclasses.replace(options.run, out=folder, report=False, resume=begun)
     shared: dict[str, Any] = {"optimizer": options.optimizer, "learning_rate": options.learning_rate}
     if options.method == "dpo":
-        pairs = common.PairOptions(data=str(data))
+        pairs = option_groups.PairOptions(data=str(data))
         dpo.run(
             dpo.Options(run=run, model=str(start), pairs=pairs, batch_size=batch, beta=options.beta, **shared)
         )
@@ -286,9 +288,9 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     model = policy_of(options.model, given, options.run)
     prompts = inputs.load_prompts(options.prompts, model, options.run.seed, given)
     BatchSampler(len(prompts), options.prompts_per_round, options.run.seed)  # refuses more than there are
-    common.announce(options.run, model, f"{len(prompts):,} prompts, {options.rounds} rounds")
+    edges.announce(options.run, model, f"{len(prompts):,} prompts, {options.rounds} rounds")
     before = prompts.answer(model.params)
-    describe_run(options.run.out, common.to_json(options), stage=options.method)
+    describe_run(options.run.out, option_checks.to_json(options), stage=options.method)
     results = []
     with JSONLLogger(options.run.out, stage=options.method, resume_step=-1) as log:
         for number, found in enumerate(rounds(options, model, prompts, given), start=1):
@@ -298,7 +300,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
             )
     last = load_policy(options.run.out / f"round_{options.rounds}")
     after = prompts.answer(last.params)
-    common.finish(options.run, inputs.before_and_after(options.method, before, after))
+    edges.finish(options.run, inputs.before_and_after(options.method, before, after))
     if not options.run.quiet:
         columns = ["round", "reward of its answers", "rows kept", "held-out score", "KL to the start, nats"]
         final_table(f"{options.method}: {options.run.out / f'round_{options.rounds}'}", columns, results)

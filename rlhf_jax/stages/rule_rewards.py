@@ -30,7 +30,7 @@ from rlhf_jax.data.sources import Row, read_rows
 from rlhf_jax.feedback.judges import Proposition, check_propositions, make_features_fn
 from rlhf_jax.metrics import final_table
 from rlhf_jax.models import Policy
-from rlhf_jax.stages import common
+from rlhf_jax.stages import option_checks
 from rlhf_jax.stages.inputs import UNBOUNDED
 from rlhf_jax.training.loading import load
 from rlhf_jax.training.run_folder import describe_run, load_reward_model
@@ -161,7 +161,7 @@ def run(options: Options) -> None:
     propositions = load_propositions(options.propositions)
     fit, held_out = load_ranked(options)
     grader = load(options.grader) if options.grader else None
-    describe_run(options.out, common.to_json(options), stage="rule_rewards")
+    describe_run(options.out, option_checks.to_json(options), stage="rule_rewards")
     rankings, others = (graded(rows, propositions, grader, options.reward_model) for rows in (fit, held_out))
     config = rule_reward.Config(steps=options.steps)
     tx = make_optimizer(OptimizerConfig("linear", warmup_steps=0, total_steps=options.steps))

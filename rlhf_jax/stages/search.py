@@ -31,7 +31,7 @@ from rlhf_jax.metrics.progress import Progress, final_table
 from rlhf_jax.models import Policy, ScalarModel
 from rlhf_jax.rewards.verifiers import exact_answer, final_number, gsm8k_answer
 from rlhf_jax.rollout.sampler import completion_texts, make_generate_fn
-from rlhf_jax.stages import common, embedded, inputs, search_methods
+from rlhf_jax.stages import embedded, inputs, option_checks, search_methods
 from rlhf_jax.stages.search_methods import METHODS, Judges, SearchOptions
 from rlhf_jax.training.loading import load
 from rlhf_jax.training.run_folder import describe_run, load_reward_model
@@ -377,7 +377,7 @@ def check(options: Options, held: dict[str, Any]) -> None:
         raise UserError(f"--temperature {options.temperature} gives equal samples: give a number above 0")
     if held and not options.resume:
         raise UserError(f"{options.out} already holds a comparison: add --resume, or choose another --out")
-    ours = common.to_json(options)
+    ours = option_checks.to_json(options)
     for name in ours.keys() - {"out", "resume", "quiet"}:
         if held and held["config"].get(name) != ours[name]:
             raise UserError(
@@ -408,8 +408,8 @@ def run(options: Options) -> None:
         *(load_reward_model(Path(f)) if f else None for f in (options.process_reward, options.outcome_reward))
     )
     problems = load_problems(options, policy)
-    describe_run(options.out, common.to_json(options), stage="search")
-    results = held or {"config": common.to_json(options), "methods": {}}
+    describe_run(options.out, option_checks.to_json(options), stage="search")
+    results = held or {"config": option_checks.to_json(options), "methods": {}}
     pool = read_pool(pool_path) if "greedy" in results["methods"] else None
     if pool is None:
         pool, correct, tokens = sample_pool(options, policy, judges, problems)

@@ -34,7 +34,17 @@ from rlhf_jax.data.tokenizers import Tokenizer, train_bpe
 from rlhf_jax.losses.supervised import cross_entropy_loss
 from rlhf_jax.metrics import final_table
 from rlhf_jax.models import Policy
-from rlhf_jax.stages import adapting, common, defaults, embedded, entry, inputs
+from rlhf_jax.stages import (
+    adapting,
+    defaults,
+    edges,
+    embedded,
+    entry,
+    inputs,
+    option_checks,
+    option_groups,
+    starting,
+)
 from rlhf_jax.stages.entry import NOTHING, Given, Trained, trained
 
 
@@ -64,11 +74,11 @@ class Options:
       eval_count: how many held-out conversations are evaluated at most.
     """
 
-    run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/sft"), steps=600)
-    arch: common.ArchOptions = common.ArchOptions()
+    run: tyro.conf.OmitArgPrefixes[option_groups.RunOptions] = option_groups.RunOptions(Path("runs/sft"))
+    arch: option_groups.ArchOptions = option_groups.ArchOptions()
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
     optimizer: OptimizerConfig = defaults.COSINE
-    aux: common.AuxiliaryOptions = common.AuxiliaryOptions()
+    aux: option_groups.AuxiliaryOptions = option_groups.AuxiliaryOptions()
     data: str
     mixture_temperature: float = 1.0
     mixture_cap: int = 0
@@ -131,7 +141,7 @@ def lay_out(options: Options, examples: list[SupervisedExample], length: int = 0
 
 def make_batches(
     options: Options, sources: Mapping[str, float | None], sizes: Sequence[int]
-) -> common.Batches:
+) -> edges.Batches:
     """Which rows make up each step's batch; says what a mixture comes to.
 
     Args:
@@ -147,7 +157,7 @@ def make_batches(
     shares = mixing_shares(sizes, weights=weights or None, **how)
     sampler = MixtureSampler(tuple(sizes), tuple(shares.tolist()), options.batch_size, options.run.seed)
     if not options.run.quiet and distributed.is_main_process():
-        seen = sampler.epochs(options.run.steps)
+        seen = sampler.epochs(options.run.num_steps)
         columns = ["source", "rows", "share of batches", "times seen"]
         cells = zip(sources, sizes, shares.tolist(), seen.tolist(), strict=True)
         final_table(
@@ -192,12 +202,12 @@ def held_out_loss(
 def run(options: Options, given: Given = NOTHING) -> Trained:
     """Trains, and leaves a run folder."""
     options = defaults.fill_published(options, "sft")
-    common.check(options, options.run, "sft")
-    common.check_divides("--micro-batches", options.micro_batches, "--batch-size", options.batch_size)
+    option_checks.check(options, options.run, "sft")
+    option_checks.check_divides("--micro-batches", options.micro_batches, "--batch-size", options.batch_size)
     sources = inputs.split_mixture(options.data)
     data = [load_rows(options, held_out=False, source=source, given=given) for source in sources]
     tokenizer = choose_tokenizer(options, [row for rows in data for row in rows])
-    model = common.starting_model(
+    model = starting.starting_model(
         options.model, tokenizer, next(iter(sources)), options.arch, options.run, given.policy
     )
     by_source = [make_examples(options, rows, model.tokenizer) for rows in data]
@@ -206,16 +216,17 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     # Each source is packed by itself, so that a row has one source.
     parts_of_rows = [lay_out(options, some, length) for some in by_source]
     rows = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts_of_rows)
+    options = option_checks.with_steps(options, len(rows.tokens), options.batch_size)
     sampler = make_batches(options, sources, [len(part.tokens) for part in parts_of_rows])
-    common.announce(options.run, model, f"{len(examples):,} conversations in {len(rows.tokens):,} rows")
-    common.show_sample(options.run, model.tokenizer, examples[0])
+    edges.announce(options.run, model, f"{len(examples):,} conversations in {len(rows.tokens):,} rows")
+    edges.show_sample(options.run, model.tokenizer, examples[0])
 
     seed, brought = options.run.seed, given.policy is not None
     split = adapting.split_trainable(
-        options.adapter, model, seed=seed, steps=options.run.steps, brought=brought
+        options.adapter, model, seed=seed, steps=options.run.num_steps, brought=brought
     )
     logprob_fn = model.make_logprob_fn_with_auxiliaries()
-    tx = split.optimizer(with_total_steps(options.optimizer, options.run.steps))
+    tx = split.optimizer(with_total_steps(options.optimizer, options.run.num_steps))
     state = adapting.init_sharded_state(
         lambda *x: sft.init(x[0], tx, x[1]),
         split.trained,
@@ -225,14 +236,14 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     adapting.print_trainable_parameters(options.run, state.learner)
     names = source_names(list(sources)) if len(sources) > 1 else ()
     config = sft.Config(options.micro_batches, sources=names)
-    update = common.jit_update(sft.make_update(config, logprob_fn, tx, models.rebalance), state)
+    update = edges.jit_update(sft.make_update(config, logprob_fn, tx, models.rebalance), state)
     evaluate = held_out_loss(options, model, logprob_fn, given)
     hyper = options.aux.hyper(options.learning_rate)
 
     meter = options.run.meter(model.training_flops(rows=options.batch_size, length=length))
 
     def batch(number: int) -> tuple[Any, ...]:
-        indices = common.local_indices(sampler, number)
+        indices = edges.local_indices(sampler, number)
         chosen = (jax.tree.map(lambda x: x[indices], rows),)
         own = (sampler.source_of(indices),) if isinstance(sampler, MixtureSampler) else ()
         return distributed.shard_batch(chosen + own)
@@ -252,5 +263,5 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         adaptation=split.adaptation,
         evaluate=evaluate,
     )
-    common.finish(options.run)
+    edges.finish(options.run)
     return trained(options.run, model, state.learner.all_params, state, options.adapter.kind)

@@ -24,7 +24,7 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.models import Policy
 from rlhf_jax.rollout.multi_turn import multi_turn
 from rlhf_jax.rollout.sampler import RolloutFns
-from rlhf_jax.stages import common, defaults, grpo, inputs
+from rlhf_jax.stages import defaults, edges, grpo, inputs, option_checks, option_groups
 from rlhf_jax.stages.entry import FROM_PYTHON, NOTHING, Given, Trained, policy_of
 from rlhf_jax.tool_use import make_tools
 
@@ -41,7 +41,7 @@ class Options(grpo.GroupOptions):
       constrained: let the policy write no call that cannot be run.
     """
 
-    run: tyro.conf.OmitArgPrefixes[common.RunOptions] = common.RunOptions(Path("runs/tool_use"), steps=60)
+    run: tyro.conf.OmitArgPrefixes[option_groups.RunOptions] = option_groups.RunOptions(Path("runs/tool_use"))
     tools: tuple[str, ...]
     tool_timeout: float = 2.0
     max_turns: int = 3
@@ -57,7 +57,7 @@ class Options(grpo.GroupOptions):
 def check(options: Options, given: Given) -> None:
     """Raises: UserError where the options do not fit each other."""
     grpo.check(options, "tool_use")
-    common.check_rewards(inputs.rewards_of(options.prompts, given))
+    option_checks.check_rewards(inputs.rewards_of(options.prompts, given))
     if not given.tools and options.tools in ((), (FROM_PYTHON,)):
         raise UserError(
             "there is nothing to call: give --tools, such as --tools rlhf_jax.tool_use:calculator"
@@ -94,6 +94,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     model = policy_of(options.model, given, options.run)
     fns = rollouts_with_tools(options, model, given)
     prompts = inputs.load_prompts(options.prompts, model, options.run.seed, given, fns)
-    common.announce(options.run, model, f"{len(prompts):,} prompts, {len(fns.tools)} tools")
+    options = option_checks.with_steps(options, len(prompts), options.batch_size)
+    edges.announce(options.run, model, f"{len(prompts):,} prompts, {len(fns.tools)} tools")
     longest = options.max_response_length
     return grpo.train(options, given, model, prompts, stage="tool_use", max_completion_length=longest)

@@ -9,7 +9,7 @@ import rlhf
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.files import write_json
-from rlhf_jax.stages import common, dpo, grpo, ppo, reward_model, sft
+from rlhf_jax.stages import dpo, grpo, option_groups, ppo, reward_model, sft
 
 STEPS = {"sft_steps": 3, "reward_steps": 2, "ppo_steps": 1, "dpo_steps": 2, "grpo_steps": 1}
 
@@ -17,9 +17,9 @@ STEPS = {"sft_steps": 3, "reward_steps": 2, "ppo_steps": 1, "dpo_steps": 2, "grp
 @pytest.fixture
 def small(monkeypatch):
     """The same stages, on less."""
-    arch = common.ArchOptions(width=16, layers=1, heads=2, kv_heads=1)
-    pairs = common.PairOptions("", pair_count=32, eval_count=8)
-    prompts = functools.partial(common.PromptOptions, prompt_count=32, eval_count=8)
+    arch = option_groups.ArchOptions(width=16, layers=1, heads=2, kv_heads=1)
+    pairs = option_groups.PairOptions("", pair_count=32, eval_count=8)
+    prompts = functools.partial(option_groups.PromptOptions, prompt_count=32, eval_count=8)
     monkeypatch.setattr(common, "PairOptions", lambda data: dataclasses.replace(pairs, data=data))
     monkeypatch.setattr(common, "PromptOptions", prompts)
     for stage, more in (

@@ -109,12 +109,12 @@ def test_mistakes_are_sentences(tiny, tmp_path, functions, monkeypatch, capsys):
 
 
 def test_help_shows_every_option(monkeypatch, capsys, tiny):
-    from rlhf_jax.stages import common
+    from rlhf_jax.stages import option_checks, option_groups
 
     monkeypatch.setenv("COLUMNS", "110")
     assert tiny.main("online_dpo", ["--help"], monkeypatch) == 0
     shown = capsys.readouterr().out
-    for flag in common.flags(
-        common.to_json(online_dpo.Options(model="x", prompts=common.PromptOptions("x")))
+    for flag in option_checks.flags(
+        option_checks.to_json(online_dpo.Options(model="x", prompts=option_groups.PromptOptions("x")))
     ):
         assert flag in shown, flag

@@ -7,7 +7,7 @@ import tyro
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.metrics import read_metrics
-from rlhf_jax.stages import common, process_reward
+from rlhf_jax.stages import option_checks, process_reward
 
 _SMALL = "--arch.width 16 --arch.layers 1 --arch.heads 2 --arch.kv-heads 1 --row-count 64 --eval-count 16 "
 _LEARNING = (
@@ -112,5 +112,5 @@ def test_help_shows_every_option(tiny, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "110")
     assert tiny.main("process_reward", ["--help"], monkeypatch) == 0
     shown = capsys.readouterr().out
-    for flag in common.flags(common.to_json(process_reward.Options(data="x"))):
+    for flag in option_checks.flags(option_checks.to_json(process_reward.Options(data="x"))):
         assert flag in shown, flag

@@ -11,9 +11,9 @@ import r1_page
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.files import write_json
 from rlhf_jax.metrics import TableRow, write_report
-from rlhf_jax.stages import common
+from rlhf_jax.stages import option_groups
 
-TINY = common.ArchOptions(width=16, layers=1, heads=2, kv_heads=1)
+TINY = option_groups.ArchOptions(width=16, layers=1, heads=2, kv_heads=1)
 STEPS = {
     "documents": 80,
     "base_steps": 40,

@@ -10,7 +10,7 @@ import tyro
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.data.chat import encode_prompt
 from rlhf_jax.data.tokenizers import byte_tokenizer
-from rlhf_jax.stages import common, rag
+from rlhf_jax.stages import option_checks, rag
 from rlhf_jax.tool_use import Chunk
 
 _SMALL = (
@@ -131,7 +131,7 @@ def test_help_shows_every_option(tiny, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "110")
     assert tiny.main("rag", ["--help"], monkeypatch) == 0
     shown = capsys.readouterr().out
-    for flag in common.flags(common.to_json(rag.Options(model="x"))):
+    for flag in option_checks.flags(option_checks.to_json(rag.Options(model="x"))):
         assert flag in shown, flag
 
 

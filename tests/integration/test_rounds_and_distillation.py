@@ -14,14 +14,14 @@ from rlhf_jax.data.sources import read_rows
 from rlhf_jax.metrics import read_metrics
 from rlhf_jax.rewards.functions import Scored
 from rlhf_jax.rollout.dynamic_sampling import Answers
-from rlhf_jax.stages import common, distill, rounds
+from rlhf_jax.stages import distill, option_checks, option_groups, rounds
 from rlhf_jax.tasks.arithmetic import arithmetic_tokenizer
 from rlhf_jax.training.run_folder import load_policy
 
 SMALL = "--prompt-count 64 --eval-count 8 --samples 2 --optimizer.warmup-steps 0 --batch-size 8"
 SMALL += " --optimizer.schedule constant --save-every 3 --quiet --no-report --learning-rate 1e-2"
 SMALL += " --data arithmetic:1 --rewards rlhf_jax.rewards.verifiers:exact_answer_reward --optimizer.b2 0.95"
-PROMPTS = common.PromptOptions("x", rewards=("x:y",))
+PROMPTS = option_groups.PromptOptions("x", rewards=("x:y",))
 
 REWARDS = """
 def mixed(prompts, completions, **_):
@@ -180,7 +180,7 @@ def test_a_mixture_of_writers_on_a_new_student_resumes_to_the_bit(tmp_path, talk
 
 def test_mistakes_of_distillation(tmp_path):
     def refused(**options):
-        run = distill.common.RunOptions(tmp_path)
+        run = distill.option_groups.RunOptions(tmp_path)
         return distill.check(distill.Options(run=run, teacher="x", prompts=PROMPTS, **options))
 
     with pytest.raises(UserError, match="needs answers of the teacher"):
@@ -193,11 +193,10 @@ def test_mistakes_of_distillation(tmp_path):
 
 @pytest.mark.parametrize("script", [rounds, distill])
 def test_help_shows_every_option(script, tiny, monkeypatch, capsys):
-    from rlhf_jax.stages import common
 
     monkeypatch.setenv("COLUMNS", "110")
     assert tiny.main(script.__name__.rpartition(".")[2], ["--help"], monkeypatch) == 0
     shown = capsys.readouterr().out
     needed = {"teacher" if script is distill else "model": "x", "prompts": PROMPTS}
-    for flag in common.flags(common.to_json(script.Options(**needed))):
+    for flag in option_checks.flags(option_checks.to_json(script.Options(**needed))):
         assert flag in shown, flag

@@ -177,7 +177,7 @@ def test_labels_by_rollouts_are_of_the_options_that_made_them(tiny, tmp_path, mo
     policy = process_reward.common.load(str(tiny.finished("sft")))
 
     def labelled(**changes):
-        run = process_reward.common.RunOptions(tmp_path / "out", resume=True, quiet=True)
+        run = process_reward.option_groups.RunOptions(tmp_path / "out", resume=True, quiet=True)
         settings = {"rollouts": 2, "label_reward": "rlhf_jax.rewards.verifiers:exact_answer_reward"} | changes
         options = process_reward.Options(
             run=run, data="arithmetic:1", labels="rollouts", row_count=16, eval_count=2, **settings

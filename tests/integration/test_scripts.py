@@ -23,16 +23,18 @@ def without_time(folder):
 
 @pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo", "ppo", "grpo"])
 def test_help_shows_every_option(tiny, stage, monkeypatch, capsys):
-    from rlhf_jax.stages import common
+    from rlhf_jax.stages import option_checks
 
     monkeypatch.setenv("COLUMNS", "110")
     assert tiny.main(stage, ["--help"], monkeypatch) == 0
     shown = capsys.readouterr().out
     module = importlib.import_module(f"rlhf_jax.stages.{stage}")
     options = tyro.cli(module.Options, args=tiny.words(stage, "out"))
-    for flag in common.flags(common.to_json(options)):
+    for flag in option_checks.flags(option_checks.to_json(options)):
         assert f"{flag} " in shown or f"{flag}," in shown, flag
-    assert shown.count("(default:") + shown.count("(required)") >= len(common.flags(common.to_json(options)))
+    assert shown.count("(default:") + shown.count("(required)") >= len(
+        option_checks.flags(option_checks.to_json(options))
+    )
 
     def check_documented(described):
         for field in dataclasses.fields(described):

@@ -11,7 +11,7 @@ import tyro
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.files import write_json
 from rlhf_jax.search import interface
-from rlhf_jax.stages import common, process_reward, search as script
+from rlhf_jax.stages import option_checks, process_reward, search as script
 
 _TINY = (
     "--data arithmetic:1 --prompts 6 --samples 3 --batch-size 4 --max-new-tokens 12 --resamples 4 --quiet "
@@ -158,5 +158,5 @@ def test_help_shows_every_option(tiny, monkeypatch, capsys):
             from rlhf_jax.stages import alphazero
 
             options = alphazero.Options()
-        for flag in common.flags(common.to_json(options)):
+        for flag in option_checks.flags(option_checks.to_json(options)):
             assert flag in shown, flag

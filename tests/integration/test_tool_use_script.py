@@ -8,7 +8,7 @@ import tyro
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.metrics import read_metrics
-from rlhf_jax.stages import common, tool_use
+from rlhf_jax.stages import option_checks, option_groups, tool_use
 from rlhf_jax.stages.entry import Given
 
 EXACT = "rlhf_jax.rewards.verifiers:exact_answer_reward"
@@ -92,8 +92,8 @@ def test_help_shows_every_option(tiny, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "110")
     assert tiny.main("tool_use", ["--help"], monkeypatch) == 0
     shown = capsys.readouterr().out
-    options = tool_use.Options(model="x", prompts=common.PromptOptions("x"), tools=("x",))
-    for flag in common.flags(common.to_json(options)):
+    options = tool_use.Options(model="x", prompts=option_groups.PromptOptions("x"), tools=("x",))
+    for flag in option_checks.flags(option_checks.to_json(options)):
         assert flag in shown, flag
 
 

@@ -28,7 +28,7 @@ from rlhf_jax.metrics.progress import final_table
 from rlhf_jax.rl.envs import environments
 from rlhf_jax.rl.envs.evaluation import evaluate
 from rlhf_jax.rl.loops.runs import Train, make_train_fn
-from rlhf_jax.stages import common, rl_agents, rl_rows
+from rlhf_jax.stages import option_checks, rl_agents, rl_rows
 from rlhf_jax.stages.rl_rows import Row
 from rlhf_jax.sweep import product, sweep
 from rlhf_jax.training.run_folder import describe_run
@@ -130,7 +130,7 @@ def run_row(row: Row, options: Options, folder: Path) -> None:
         return
     before = seconds_before(folder, held)
     files.write_json(folder / PLAN, planned)
-    describe_run(folder, common.to_json(options), stage="rl_table", row=row.name)
+    describe_run(folder, option_checks.to_json(options), stage="rl_table", row=row.name)
     train, hyper = make_train(row, planned["steps"], options.eval_episodes)
     keys = jax.vmap(jax.random.key)(np.arange(planned["seeds"], dtype=np.uint32))
     began = time.perf_counter(), time.process_time()

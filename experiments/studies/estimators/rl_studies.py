@@ -29,7 +29,7 @@ from rlhf_jax.kernels.returns import discounted_returns
 from rlhf_jax.metrics.pages import PLAN, SUMMARY, commands, held_summary, kept_remarks, made, when_and_with
 from rlhf_jax.rl.tabular import dynamic_programming
 from rlhf_jax.rl.tabular.moments import bias_and_variance
-from rlhf_jax.stages import common, rl_rows
+from rlhf_jax.stages import option_checks, rl_rows
 from rlhf_jax.sweep import product, sweep
 from rlhf_jax.training.run_folder import describe_run
 
@@ -97,7 +97,7 @@ def train_all(env: str, options: Options, folder: Path) -> None:
     if held_summary(folder, planned) is not None:
         return
     files.write_json(folder / PLAN, planned)
-    describe_run(folder, common.to_json(options), stage="rl_studies", cell=env)
+    describe_run(folder, option_checks.to_json(options), stage="rl_studies", cell=env)
     row = next(row for row in rl_rows.ROWS if (row.env, row.algo, row.variant) == (env, "ppo", ""))
     train, hyper = rl_table.make_train(row, options.steps, eval_episodes=32)
     keys = jax.vmap(jax.random.key)(np.arange(options.seeds, dtype=np.uint32))

@@ -35,7 +35,7 @@ from rlhf_jax.jitted.train import RewardFn, SeedState, TaskSetup, make_train_wit
 from rlhf_jax.metrics.pages import PLAN, held_summary
 from rlhf_jax.models import Policy
 from rlhf_jax.rewards import ensembles
-from rlhf_jax.stages import common
+from rlhf_jax.stages import option_checks
 from rlhf_jax.sweep import product, sweep
 from rlhf_jax.tasks.base import Prompts
 from rlhf_jax.training.run_folder import describe_run
@@ -354,7 +354,7 @@ def settings(**axes: Sequence[int]) -> Setting:
 def plan(options: Options) -> dict[str, Any]:
     """What decides the numbers."""
     leave = ("out", "page", "chunk", "quiet")
-    return {name: value for name, value in common.to_json(options).items() if name not in leave}
+    return {name: value for name, value in option_checks.to_json(options).items() if name not in leave}
 
 
 def check(options: Options) -> Path:
@@ -371,9 +371,9 @@ def check(options: Options) -> Path:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least {least}")
     if not options.sizes or not options.pairs or sorted(options.pairs) != list(options.pairs):
         raise UserError("--sizes and --pairs: name at least one of each, the least amount of pairs first")
-    common.check_divides("20 looks at held-out pairs,", 20, "--reward-steps", options.reward_steps)
+    option_checks.check_divides("20 looks at held-out pairs,", 20, "--reward-steps", options.reward_steps)
     for name in ("ppo_steps", "dpo_steps"):
-        common.check_divides(
+        option_checks.check_divides(
             "--num-evals", options.num_evals, f"--{name.replace('_', '-')}", getattr(options, name)
         )
     for count in (max(options.pairs), options.held_out_pairs):
@@ -389,7 +389,7 @@ def run(options: Options) -> None:
     files.hold(out, "--out")
     if not files.exists(out / PLAN):
         files.write_json(out / PLAN, plan(options))
-    describe_run(out, common.to_json(options), stage="overoptimisation")
+    describe_run(out, option_checks.to_json(options), stage="overoptimisation")
     page = options.page or out / "OVEROPTIMISATION.md"
     for done in stages(options, out):
         if not options.quiet:

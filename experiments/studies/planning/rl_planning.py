@@ -29,7 +29,7 @@ from rlhf_jax.rl.envs import environments, mazes
 from rlhf_jax.rl.envs.evaluation import evaluate
 from rlhf_jax.rl.loops.runs import make_train_fn
 from rlhf_jax.rl.tabular.steps import whole_episodes
-from rlhf_jax.stages import common, rl_agents
+from rlhf_jax.stages import option_checks, rl_agents
 from rlhf_jax.sweep import product, sweep
 from rlhf_jax.training.run_folder import describe_run
 
@@ -69,7 +69,7 @@ def cell(name: str, train: Any, hypers: Any, seeds: int, options: Options, **des
     planned = json.loads(json.dumps({"cell": name, "seeds": seeds, **described}))
     if held_summary(folder, planned) is None:
         files.write_json(folder / PLAN, planned)
-        describe_run(folder, common.to_json(options), stage="rl_planning", cell=name)
+        describe_run(folder, option_checks.to_json(options), stage="rl_planning", cell=name)
         keys = jax.vmap(jax.random.key)(np.arange(seeds, dtype=np.uint32))
         # A setting at a time: with those that plan less beside those that plan more, all would wait.
         results = sweep(train, keys, hypers, chunk_size=seeds, folder=folder, quiet=options.quiet)

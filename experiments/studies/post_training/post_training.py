@@ -38,7 +38,7 @@ from rlhf_jax.jitted.algorithms import supervised_algorithm
 from rlhf_jax.jitted.train import SeedState, TaskSetup, make_train
 from rlhf_jax.metrics.pages import PLAN, SUMMARY, held_summary, made
 from rlhf_jax.metrics.progress import final_table
-from rlhf_jax.stages import common
+from rlhf_jax.stages import option_checks
 from rlhf_jax.sweep import Results, product, sweep
 from rlhf_jax.training.run_folder import describe_run
 
@@ -206,7 +206,7 @@ def run_cell(
         return False
     resumed = (folder / PLAN).exists()
     files.write_json(folder / PLAN, planned)
-    describe_run(folder, common.to_json(options), stage="table", cell=f"{row.name}/{algorithm.name}")
+    describe_run(folder, option_checks.to_json(options), stage="table", cell=f"{row.name}/{algorithm.name}")
     steps = planned["steps"]
     train = make_train(task_setup, algorithm.make(task_setup, schedule(steps)), steps=steps)
     common_options: dict[str, Any] = {"chunk_size": options.chunk, "quiet": options.quiet}

@@ -31,7 +31,7 @@ from rlhf_jax.evaluation.statistics import mean_interval
 from rlhf_jax.metrics import Progress
 from rlhf_jax.metrics.pages import made, when_and_with
 from rlhf_jax.models import Policy, pruning
-from rlhf_jax.stages import common, embedded, inputs, prune, sft
+from rlhf_jax.stages import embedded, inputs, option_checks, option_groups, prune, sft, starting
 from rlhf_jax.training.run_folder import describe_run, load_policy
 
 Cell = tuple[prune.Method, float, str]
@@ -84,7 +84,7 @@ WATCHING = ("out", "models", "methods", "sparsities", "quiet")
 
 def make_tune_fn(options: Options, model: Policy) -> Callable[[Params], Params]:
     """`tune(params)`: supervised fine-tuning in which zeros stay zeros; compiled once."""
-    run = common.RunOptions(options.out, seed=options.seed)
+    run = option_groups.RunOptions(options.out, seed=options.seed)
     source = sft.Options(
         run=run, data=options.data, demonstrations=options.demonstrations, slip_rate=0, late_slip_rate=0
     )
@@ -102,7 +102,7 @@ def make_tune_fn(options: Options, model: Policy) -> Callable[[Params], Params]:
         return jax.tree.map(lambda x: x[sampler.indices(step)], rows)
 
     def tune(params: Params) -> Params:
-        state = supervised.init(common.copied(params), tx, jax.random.key(options.seed))
+        state = supervised.init(starting.copied(params), tx, jax.random.key(options.seed))
         for step in range(options.steps):
             state, _ = update(state, hyper, batch(step))
         return state.learner.params
@@ -112,7 +112,7 @@ def make_tune_fn(options: Options, model: Policy) -> Callable[[Params], Params]:
 
 def make_exact_match(options: Options, model: Policy) -> Callable[[Params], float]:
     """`score(params)`: share of held-out problems whose most likely answer is right."""
-    prompts = common.PromptOptions(
+    prompts = option_groups.PromptOptions(
         data=options.data,
         rewards=("rlhf_jax.rewards.verifiers:exact_answer_reward",),
         prompt_count=options.batch_size,
@@ -216,7 +216,7 @@ def check(options: Options) -> None:
         return
     again = f"remove {options.out}, or choose another --out"
     held = files.read_json(options.out / "config.json", keys=("config",), remedy=again)["config"]
-    ours = common.to_json(options)
+    ours = option_checks.to_json(options)
     changed = [name for name in ours if name not in WATCHING and ours[name] != held.get(name)]
     if changed:
         raise UserError(f"{options.out} holds cells with other {', '.join(changed)}: choose another --out")
@@ -254,7 +254,7 @@ def run(options: Options) -> None:
     first = policies[options.models[0]]
     for name, model in policies.items():
         models.check_same_architecture(first.architecture, model.architecture, f"--models {name}")
-    describe_run(options.out, common.to_json(options), stage="prune_study")
+    describe_run(options.out, option_checks.to_json(options), stage="prune_study")
     path, cells = options.out / "cells.jsonl", grid(options)
     done, compute = read_cells(path), make_cell_fn(options, policies)
     with Progress("pruning", len(cells), quiet=options.quiet) as progress:

@@ -22,9 +22,9 @@ from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.data.tokenizers import Tokenizer, byte_tokenizer
 from rlhf_jax.evaluation.statistics import mean_interval
 from rlhf_jax.metrics import read_metrics
-from rlhf_jax.stages import common, pretrain
+from rlhf_jax.stages import option_checks, option_groups, pretrain
 
-KINDS: tuple[common.ModelKind, ...] = ("transformer", "lstm", "gru", "rnn")
+KINDS: tuple[option_groups.ModelKind, ...] = ("transformer", "lstm", "gru", "rnn")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,15 +58,15 @@ class Options:
     quiet: bool = False
 
 
-def size(arch: common.ArchOptions, tokenizer: Tokenizer) -> int:
+def size(arch: option_groups.ArchOptions, tokenizer: Tokenizer) -> int:
     """Parameters of a new model."""
     shapes = jax.eval_shape(lambda key: models.init_params(arch.config(tokenizer), key), jax.random.key(0))
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
 def of_equal_size(
-    kind: common.ModelKind, like: common.ArchOptions, tokenizer: Tokenizer
-) -> common.ArchOptions:
+    kind: option_groups.ModelKind, like: option_groups.ArchOptions, tokenizer: Tokenizer
+) -> option_groups.ArchOptions:
     """A recurrent model with as many layers and about as many parameters."""
     wanted = size(like, tokenizer)
     widths = range(8, 8 * like.width, 4)
@@ -74,10 +74,12 @@ def of_equal_size(
     return min(candidates, key=lambda arch: abs(size(arch, tokenizer) - wanted))
 
 
-def train(options: Options, arch: common.ArchOptions, seed: int, learning_rate: float) -> dict[str, Any]:
+def train(
+    options: Options, arch: option_groups.ArchOptions, seed: int, learning_rate: float
+) -> dict[str, Any]:
     """One run, unless it is finished; its evaluations."""
     out = options.out / f"{arch.kind}_{seed}"
-    run = common.RunOptions(
+    run = option_groups.RunOptions(
         out,
         seed=seed,
         resume=True,
@@ -139,7 +141,7 @@ def run(options: Options) -> None:
     """Trains all of them, and writes the table and the picture."""
     files.hold(options.out, "--out")
     tokenizer = byte_tokenizer()
-    transformer = common.ArchOptions(width=options.width, layers=options.layers)
+    transformer = option_groups.ArchOptions(width=options.width, layers=options.layers)
     found: dict[str, list[dict[str, Any]]] = {}
     lines = [
         "| model | width | parameters | bits a byte | trained tokens a second |",
@@ -155,7 +157,7 @@ def run(options: Options) -> None:
     table = "\n".join(lines) + "\n"
     files.write_text(options.out / "table.md", table)
     files.write_json(
-        options.out / "results.json", {"config": common.to_json(options), "runs": cast(Any, found)}
+        options.out / "results.json", {"config": option_checks.to_json(options), "runs": cast(Any, found)}
     )
     draw(found, options.out / "curves.png")
     print(table)

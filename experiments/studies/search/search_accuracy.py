@@ -25,7 +25,7 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.data.sources import read_rows
 from rlhf_jax.evaluation import pass_at_k
 from rlhf_jax.rewards.verifiers import final_number, gsm8k_answer
-from rlhf_jax.stages import common, embedded, search as search_script, sft
+from rlhf_jax.stages import embedded, option_checks, option_groups, search as search_script, sft
 from rlhf_jax.stages.search_methods import Judges
 from rlhf_jax.tasks.arithmetic import demonstration_rows
 from rlhf_jax.training.run_folder import load_policy
@@ -90,7 +90,7 @@ def train_direct(options: Options, searched: search_script.Options) -> Path:
     for row in rows:
         row["messages"][1]["content"] = row["messages"][1]["content"].split("\n")[-1]
     files.write_lines(rows_path, rows)
-    run = common.RunOptions(
+    run = option_groups.RunOptions(
         folder, seed=options.seed, resume=True, steps=options.steps, quiet=options.quiet, report=False
     )
     tokenizer = str(Path(searched.model) / "tokenizer")
@@ -199,7 +199,7 @@ def run(options: Options) -> None:
     if not (options.search or options.solutions):
         raise UserError("there is nothing to show: give --search, --solutions or both")
     panels: dict[str, dict[str, Curves]] = {}
-    results: dict[str, Any] = {"config": common.to_json(options)}
+    results: dict[str, Any] = {"config": option_checks.to_json(options)}
     if options.search:
         searched, chains = read_search(Path(options.search))
         direct, tokens = direct_curves(options, searched)

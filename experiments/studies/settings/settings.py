@@ -34,7 +34,7 @@ from rlhf_jax.jitted import algorithms
 from rlhf_jax.jitted.train import Algorithm, SeedState, TaskSetup, make_train
 from rlhf_jax.losses.reductions import constant_length, sequence_mean, token_mean
 from rlhf_jax.metrics.pages import PLAN, SUMMARY, commands, held_summary, kept_remarks, made, when_and_with
-from rlhf_jax.stages import common
+from rlhf_jax.stages import option_checks
 from rlhf_jax.sweep import sweep, zipped
 from rlhf_jax.training.run_folder import describe_run
 
@@ -215,7 +215,7 @@ def run_study(study: Study, options: Options, task_setup: TaskSetup, starts: See
     if held_summary(folder, planned) is not None:
         return
     files.write_json(folder / PLAN, planned)
-    describe_run(folder, common.to_json(options), stage="studies", cell=study.name)
+    describe_run(folder, option_checks.to_json(options), stage="studies", cell=study.name)
     found: dict[str, list[Any]] = {name: [] for name in METRICS}
     for number, variant in enumerate(study.variants):
         method = variant.make(task_setup, post_training.schedule(options.steps))

@@ -11,7 +11,7 @@ import yaml
 from rlhf_jax.cli.config_files import read_options, take_config
 from rlhf_jax.cli.parsing import parse
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.stages.common import to_json
+from rlhf_jax.stages.option_checks import to_json
 from rlhf_jax.training import run_folder
 
 

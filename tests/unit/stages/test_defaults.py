@@ -8,7 +8,7 @@ import pytest
 
 from rlhf_jax.algorithms import preference
 from rlhf_jax.algorithms.unpaired import UNPAIRED_LOSSES
-from rlhf_jax.stages import adapting, common, defaults, dpo, grpo, sft
+from rlhf_jax.stages import adapting, defaults, dpo, grpo, option_groups, sft
 
 ROOT = Path(__file__).resolve().parents[3]
 METHODS = {"pretrain", "sft", "reward_model", "process_reward", "distill", "ppo", "grpo"}
@@ -35,12 +35,12 @@ def test_what_is_left_out_is_filled_in():
     assert defaults.fill_published(sft.Options(data="x", adapter=lora), "sft").learning_rate == 2e-4
     part = adapting.AdapterOptions(kind="partial", train=".*")
     assert defaults.fill_published(sft.Options(data="x", adapter=part), "sft").learning_rate == 2e-5
-    options = dpo.Options(model="x", pairs=common.PairOptions("x"))
+    options = dpo.Options(model="x", pairs=option_groups.PairOptions("x"))
     filled = [defaults.fill_published(options, loss, otherwise="dpo") for loss in ("dpo", "simpo", "my:own")]
     assert [(found.learning_rate, found.beta) for found in filled] == [(1e-6, 0.1), (6e-7, 2.0), (1e-6, 0.1)]
     given = dataclasses.replace(options, beta=0.3, learning_rate=1e-2)
     assert defaults.fill_published(given, "dpo") == given
-    prompts = common.PromptOptions("x", rewards=("x:y",))
+    prompts = option_groups.PromptOptions("x", rewards=("x:y",))
     assert defaults.fill_published(grpo.Options(model="x", prompts=prompts), "grpo").learning_rate == 1e-6
 
 

@@ -1,0 +1,98 @@
+"""What a stage does at its edges: compiled updates, the run folder's files, reports, and what is printed."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from rlhf_jax import distributed
+from rlhf_jax.core.files import write_json
+from rlhf_jax.core.train_state import frozen_parts, with_frozen_parts, without_frozen
+from rlhf_jax.data.examples import SupervisedExample
+from rlhf_jax.data.mixing import MixtureSampler
+from rlhf_jax.data.pipeline import BatchSampler
+from rlhf_jax.data.tokenizers import Tokenizer
+from rlhf_jax.metrics import Logger, make_loggers, write_report
+from rlhf_jax.models import Policy
+from rlhf_jax.stages.option_checks import to_json
+from rlhf_jax.stages.option_groups import RunOptions
+from rlhf_jax.training.run_folder import Adaptation, Kind, describe_run, write_model_files
+
+Batches = BatchSampler | MixtureSampler
+
+
+def jit_update(update: Callable[..., Any], state: Any) -> Callable[..., Any]:
+    """`update(state, ...) -> (state, metrics)`, compiled; the state is donated, and stays where it lives.
+
+    What is frozen is neither donated nor returned: a policy that was given stays as it is.
+    """
+    shardings = distributed.shardings_of(without_frozen(state))
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
+    def compiled(trained: Any, frozen: Any, *rest: Any) -> tuple[Any, Any]:
+        new, metrics = update(with_frozen_parts(trained, frozen), *rest)
+        return without_frozen(new), metrics
+
+    def run(state: Any, *rest: Any) -> tuple[Any, Any]:
+        frozen = frozen_parts(state)
+        new, metrics = compiled(without_frozen(state), frozen, *rest)
+        return with_frozen_parts(new, frozen), metrics
+
+    return run
+
+
+def local_indices(sampler: Batches, step: int, repeat: int = 1) -> np.ndarray:
+    """Which examples this process brings to the batch of `step`, each of them `repeat` times."""
+    indices = np.repeat(sampler.indices(step), repeat)
+    return indices[distributed.local_rows(len(indices))]
+
+
+def start(
+    options: Any, run: RunOptions, stage: str, model: Policy, kind: Kind, adaptation: Adaptation | None = None
+) -> None:
+    """Writes what describes the run into its folder."""
+    if not distributed.is_main_process():
+        return
+    write_model_files(run.out, model, kind, adaptation)
+    describe_run(run.out, to_json(options), stage=stage)
+
+
+def loggers(options: Any, stage: str) -> list[Logger]:
+    """What --log names, for the stage of a script whose options hold `run`."""
+    run: RunOptions = options.run
+    return make_loggers(run.log, run.out, stage=stage, config=to_json(options), resume=run.resume)
+
+
+def finish(run: RunOptions, samples: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Writes the samples, where there are any, and the report."""
+    if not distributed.is_main_process():
+        return
+    if samples:
+        write_json(run.out / "samples.json", samples)
+    if run.report:
+        path = write_report(run.out)
+        if not run.quiet:
+            print(f"Report: {path}")
+
+
+def announce(options: RunOptions, model: Policy, data: str) -> None:
+    """Says what is about to run."""
+    if options.quiet or not distributed.is_main_process():
+        return
+    size = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+    print(f"{options.out}: {data}; a model of {size:,} parameters; {options.num_steps:,} steps")
+    mesh = distributed.current_mesh()
+    if mesh.size > 1:
+        summary, whole = distributed.describe_shardings(mesh, model.params)
+        print(f"Mesh: {distributed.describe_mesh(mesh)}; parameters of {summary}")
+        for line in whole:
+            print(f"  {line}: its size does not divide")
+
+
+def show_sample(options: RunOptions, tokenizer: Tokenizer, example: SupervisedExample) -> None:
+    """The first sample as the model sees it: ids beside tokens, those that count marked."""
+    if not options.quiet and distributed.is_main_process():
+        print(f"First sample ({example.where}); * marks the tokens that count:")
+        print(tokenizer.table(example.ids[:40].tolist(), example.mask[:40].tolist()))

@@ -1,0 +1,131 @@
+"""Options as flags and JSON, what is impossible among them, and what a resumed run may change."""
+
+import dataclasses
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.metrics import make_loggers
+from rlhf_jax.training.run_folder import read_held_run
+
+if TYPE_CHECKING:
+    from rlhf_jax.stages.option_groups import RunOptions
+
+Options = TypeVar("Options")
+
+
+WITHOUT_PREFIX = ("run", "pairs", "prompts", "task")
+
+
+_POSITIVE = """
+    --steps --num-train-epochs --max-to-keep --batch-size --micro-batches --minibatches --num-minibatches
+    --group-size --epochs --num-iterations --num-ppo-epochs --temperature
+    --max-new-tokens --demonstrations --pair-count --prompt-count --eval-count --optimizer.clip-norm
+    --arch.width --arch.layers --arch.heads --arch.kv-heads --max-seq-length
+    --rounds --prompts-per-round --samples-per-prompt
+""".split()  # noqa: SIM905 (a list of literals would fill the screen)
+
+
+# They change how a run is watched, or how long it is, and nothing of what it computes until then.
+_MAY_DIFFER = """
+    --out --resume --steps --num-train-epochs --save-every --eval-every --max-to-keep --quiet --report
+    --micro-batches --eval-data --eval-reward --eval-count --samples --mesh --all-gather-params --coordinator
+    --init-timeout --heartbeat-timeout --profile --peak-tflops --log --engine --prompts --sample-tokens
+    --against --remat
+""".split()  # noqa: SIM905
+
+
+def to_json(options: Any) -> Any:
+    """Options as JSON types."""
+    if dataclasses.is_dataclass(options):
+        return {f.name: to_json(getattr(options, f.name)) for f in dataclasses.fields(options)}
+    if isinstance(options, list | tuple):
+        return [to_json(item) for item in options]
+    return options if isinstance(options, bool | int | float | str | None) else str(options)
+
+
+def flags(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """What `to_json` gives of options, by their names on the command line."""
+    named: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            named |= flags(value, prefix if name in WITHOUT_PREFIX else f"{prefix}{name}.")
+        else:
+            named[f"--{prefix}{name}".replace("_", "-")] = value
+    return named
+
+
+def brief(options: Any) -> Any:
+    """A stage's options; one far shorter than the script's own gets a shorter warm-up."""
+    if options.optimizer.warmup_steps is None:
+        return options
+    warmup = min(options.optimizer.warmup_steps, options.run.num_steps // 4)
+    return dataclasses.replace(options, optimizer=dataclasses.replace(options.optimizer, warmup_steps=warmup))
+
+
+def with_steps(options: Options, rows: int, batch_size: int) -> Options:
+    """Options of a stage whose run knows its steps: the given ones, or those of its passes over the data."""
+    run: "RunOptions" = options.run  # pyright: ignore[reportAttributeAccessIssue]
+    if run.steps is not None:
+        return options
+    steps = max(math.ceil(run.num_train_epochs * rows / batch_size), 1)
+    run = dataclasses.replace(run, steps=steps)
+    return dataclasses.replace(options, run=run)  # pyright: ignore[reportArgumentType]
+
+
+def check_divides(part_name: str, part: int, whole_name: str, whole: int) -> None:
+    """Raises: UserError where `part` does not divide `whole`."""
+    if part < 1 or whole % part:
+        raise UserError(f"{whole_name} {whole} is not divisible by {part_name} {part}: change one of them")
+
+
+def check(options: Any, run: "RunOptions", stage: str) -> None:
+    """Looks at the options and at the run folder, before anything is read or written.
+
+    Raises:
+      UserError: a number out of range, or the folder holds a run that this one cannot go on with.
+    """
+    ours = flags(to_json(options))
+    for name, value in ours.items():
+        if isinstance(value, float) and math.isnan(value):
+            raise UserError(f"{name} is not a number: give one")
+        if name in _POSITIVE and value is not None and value <= 0:
+            raise UserError(f"{name} {value} is not positive: give a number above 0")
+        if name in ("--profile", "--peak-tflops") and float(value or 0) < 0:
+            raise UserError(f"{name} {value} is below 0: give 0 for none")
+    make_loggers(run.log, run.out, stage=stage)  # refuses names that are none, before anything is read
+    if not 0 <= run.seed < 2**32:
+        raise UserError(f"--seed {run.seed} is out of range: give one from 0 to {2**32 - 1}")
+    check_same_options(options, read_held_run(run.out, stage, resume=run.resume), run.out)
+
+
+def check_same_options(options: Any, held: Mapping[str, Any], out: Path) -> None:
+    """Raises: UserError where a resumed run would compute something else than the one in `out` does."""
+    ours, theirs = flags(to_json(options)), flags(held)
+    for name in sorted(theirs.keys() & ours.keys() - set(_MAY_DIFFER)):
+        if ours[name] != theirs[name]:
+            raise UserError(
+                f"{out}: its run has {name} {_shown(theirs[name])}, not {_shown(ours[name])}: "
+                "give --resume the same options, or choose another --out"
+            )
+
+
+def _shown(value: Any) -> str:
+    words = [str(item) for item in value] if isinstance(value, list) else [str(value)]
+    return shlex.join(words) or "(none)"
+
+
+def check_rewards(rewards: Sequence[Any], what: str = "") -> None:
+    """Raises: UserError where nothing says what an answer is worth.
+
+    Args:
+      rewards: by name, or as objects.
+      what: the flags that would do in the place of --rewards.
+    """
+    if not rewards:
+        raise UserError(
+            f"nothing says what an answer is worth: give --rewards{what}, such as --rewards my_rewards:exact"
+        )

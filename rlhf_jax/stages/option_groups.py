@@ -1,0 +1,269 @@
+"""Groups of options that stages share: the run, a new model, auxiliary losses, preference pairs, prompts."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from rlhf_jax import models
+from rlhf_jax.algorithms import sft
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.data.examples import Overlength
+from rlhf_jax.data.tokenizers import Tokenizer
+from rlhf_jax.metrics import Thresholds
+from rlhf_jax.models import Policy
+from rlhf_jax.stages.option_checks import check_divides
+from rlhf_jax.training import LoopConfig, Meter
+from rlhf_jax.training.loading import load
+
+DType = Literal["float32", "bfloat16"]
+
+
+ModelKind = Literal["transformer", "rnn", "gru", "lstm"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """Where a run writes, and how it goes on.
+
+    Attributes:
+      out: the run folder: a local one, or an address such as s3://BUCKET/RUN or gs://BUCKET/RUN.
+      seed: decides initial weights, order of the data, and sampling.
+      resume: go on from the newest whole checkpoint in the run folder, if there is one, and start otherwise;
+        --resume auto says the same, --resume never the opposite.
+      steps: steps in all; None for as many as `num_train_epochs` takes.
+      num_train_epochs: passes over the data, where `steps` does not say more.
+      save_every: steps between checkpoints.
+      eval_every: steps between evaluations on the held-out data; 0 for one at the end.
+      max_to_keep: newest checkpoints that are kept.
+      quiet: show no progress.
+      report: write report.html at the end.
+      mesh: how to use several devices: data=2,fsdp=4, further axes tensor, expert, sequence; auto for fsdp
+        over all; empty for one device. A run may be resumed on another mesh.
+      all_gather_params: for sampling, make parameters whole along fsdp once a batch of answers, in the
+        compute dtype, instead of at every token: many times faster where they fit (`rlhf plan` says whether).
+      coordinator: how several processes find each other: auto on Cloud TPU, SLURM and Open MPI,
+        HOST:PORT,COUNT,INDEX elsewhere; empty for this process alone.
+      init_timeout: seconds until all processes must have come.
+      heartbeat_timeout: seconds of silence after which a process counts as lost, and the others end.
+      profile: steps to record for a profiler, into the folder profile of the run (XProf, Perfetto).
+      peak_tflops: bfloat16 TFLOP/s of all devices together, for MFU where the device is not known; 0 for
+        what is known of it.
+      log: where metrics go besides metrics.jsonl: any of tensorboard, wandb, trackio, mlflow.
+      dtype: of computation in the model of --model; None for that of a run, and of a published checkpoint for
+        bfloat16 on GPUs and TPUs and float32 on CPUs.
+      param_dtype: of its parameters; None for that of a run, and for float32 of a published checkpoint.
+      remat: what its backward pass computes again; None for that of a run, and for nothing.
+      scan_layers: run its layers as one scan, whose compile time knows no depth; None for as in a run, and
+        of a published checkpoint for where it has more than eight layers.
+    """
+
+    out: Path
+    seed: int = 0
+    resume: bool = False
+    steps: int | None = None
+    num_train_epochs: float = 1.0
+    save_every: int = 100
+    eval_every: int = 0
+    max_to_keep: int = 2
+    quiet: bool = False
+    report: bool = True
+    mesh: str = ""
+    all_gather_params: bool = False
+    coordinator: str = ""
+    init_timeout: int = 300
+    heartbeat_timeout: int = 60
+    profile: int = 0
+    peak_tflops: float = 0.0
+    log: tuple[str, ...] = ("tensorboard",)
+    dtype: DType | None = None
+    param_dtype: DType | None = None
+    remat: models.Remat | None = None
+    scan_layers: bool | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """Steps in all, once they are known."""
+        assert self.steps is not None
+        return self.steps
+
+    def load(self, name: str) -> Policy:
+        """The policy of this name, in the precision and layout that these options say."""
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        return load(name, **dtypes, remat=self.remat, scan_layers=self.scan_layers)
+
+    def loop(self, thresholds: Thresholds = Thresholds()) -> LoopConfig:
+        """The part of it that the training loop knows."""
+        return LoopConfig(
+            self.num_steps,
+            save_every=self.save_every,
+            eval_every=self.eval_every,
+            max_to_keep=self.max_to_keep,
+            quiet=self.quiet,
+            profile=self.profile,
+            thresholds=thresholds,
+        )
+
+    def meter(self, update_flops: float = 0.0) -> Meter:
+        """What a step's parts are timed with.
+
+        Args:
+          update_flops: operations that the model needs for one update; 0 for no share of the peak.
+        """
+        return Meter(flops=update_flops, peak_flops=1e12 * self.peak_tflops or None)
+
+
+@dataclasses.dataclass(frozen=True)
+class ArchOptions:
+    """A new model, for runs that do not start from another one.
+
+    Attributes:
+      kind: a transformer, or the recurrent network of that name: a cell a layer, nothing else.
+      width: of the residual stream.
+      layers: number of blocks.
+      heads: query heads; divide the width.
+      kv_heads: key-value heads; divide the heads.
+      intermediate_size: width of the feed-forward; 0 for 8/3 of the width.
+      experts: above 0, feed-forwards are mixtures of so many experts of the hidden width.
+      experts_per_token: how many of them each token goes through.
+      router: softmax, balanced by a loss, or sigmoid, whose biases balance the load without one.
+      mtp_depth: modules of multi-token prediction, each of which foresees one token more.
+      tie_word_embeddings: use the input embedding as output matrix.
+      scan_layers: run the blocks as one scan: compile time independent of depth.
+      remat: what the backward pass computes again, to save memory.
+      param_dtype: dtype of the parameters.
+      compute_dtype: dtype of matmuls and activations.
+    """
+
+    kind: ModelKind = "transformer"
+    width: int = 96
+    layers: int = 2
+    heads: int = 8
+    kv_heads: int = 4
+    intermediate_size: int = 0
+    experts: int = 0
+    experts_per_token: int = 2
+    router: Literal["softmax", "sigmoid"] = "softmax"
+    mtp_depth: int = 0
+    tie_word_embeddings: bool = True
+    scan_layers: bool = False
+    remat: models.Remat = "none"
+    param_dtype: DType = "float32"
+    compute_dtype: DType = "float32"
+
+    def config(self, tokenizer: Tokenizer) -> models.ModelConfig:
+        """The architecture for this tokenizer's vocabulary.
+
+        Raises:
+          UserError: the numbers do not fit each other.
+        """
+        shape: dict[str, Any] = {
+            "vocab_size": tokenizer.vocab_size,
+            "width": self.width,
+            "num_layers": self.layers,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "scan_layers": self.scan_layers,
+            "remat": self.remat,
+            "param_dtype": self.param_dtype,
+            "compute_dtype": self.compute_dtype,
+        }
+        if self.kind != "transformer":
+            if self.experts or self.mtp_depth:
+                raise UserError(
+                    f"--arch.experts and --arch.mtp-depth mean nothing to --arch.kind {self.kind}: "
+                    "leave them out"
+                )
+            return models.recurrent_config(cell=self.kind, **shape)
+        check_divides("--arch.heads", self.heads, "--arch.width", self.width)
+        check_divides("--arch.kv-heads", self.kv_heads, "--arch.heads", self.heads)
+        dense = models.dense_config(
+            num_heads=self.heads,
+            num_kv_heads=self.kv_heads,
+            intermediate_size=self.intermediate_size or None,
+            mtp_depth=self.mtp_depth,
+            **shape,
+        )
+        if not self.experts:
+            return dense
+        (block,) = dense.pattern
+        assert isinstance(block.feed_forward, models.GatedFeedForward)
+        router = models.SoftmaxRouter() if self.router == "softmax" else models.SigmoidRouter()
+        mixture = models.MixtureOfExperts(self.experts, self.experts_per_token, block.feed_forward, router)
+        return dataclasses.replace(dense, pattern=(dataclasses.replace(block, feed_forward=mixture),))
+
+
+@dataclasses.dataclass(frozen=True)
+class AuxiliaryOptions:
+    """What is learned beside the next token, by models that have parts for it.
+
+    Attributes:
+      mtp_loss_coef: weight of the loss of multi-token prediction (--arch.mtp-depth).
+      router_aux_loss_coef: weight of the load-balance loss (--arch.experts).
+      router_z_loss_coef: weight of the z-loss of routers.
+      router_bias_update_rate: by how much the biases of sigmoid routers move in a step.
+    """
+
+    mtp_loss_coef: float = 0.3
+    router_aux_loss_coef: float = 0.01
+    router_z_loss_coef: float = 0.001
+    router_bias_update_rate: float = 0.001
+
+    def hyper(self, learning_rate: float | None) -> sft.Hyper:
+        """The settings of an update."""
+        weights = sft.Auxiliary(*map(jnp.float32, dataclasses.astuple(self)))
+        return sft.Hyper(jnp.float32(learning_rate), weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class PairOptions:
+    """Preference pairs.
+
+    Attributes:
+      data: rows with `prompt`, `chosen`, `rejected`: a path, tfds:NAME[:SPLIT], or arithmetic:LEVEL.
+      eval_data: held-out pairs; empty for none (the embedded task brings its own).
+      max_length: tokens of a prompt with its response; 0 for the longest.
+      overlength: whether longer pairs are an error, or dropped and counted.
+      pair_count: how many pairs of the embedded task.
+      eval_count: how many held-out pairs are evaluated at most.
+      soft_labels: learn from the rows' `preference`, how probably the chosen answer is the better one.
+    """
+
+    data: str
+    eval_data: str = ""
+    max_length: int = 0
+    overlength: Overlength = "error"
+    pair_count: int = 8_000
+    eval_count: int = 512
+    soft_labels: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptOptions:
+    """Prompts, and what an answer is worth.
+
+    Attributes:
+      data: rows with `prompt`, `question` or `messages`: a path, tfds:NAME[:SPLIT], or arithmetic:LEVEL.
+      eval_data: held-out prompts; empty for none (the embedded task brings its own).
+      rewards: functions by path (`module:function`), run folders of reward models, or JSON files that
+        describe a model's ratings or rules, each with @KIND behind it where it is meant only for rows with
+        that `kind`, and =WEIGHT where the weight is not 1.
+      eval_reward: the reward function of the evaluation; empty for the first of `rewards`.
+      max_prompt_length: tokens of a prompt; 0 for the longest.
+      overlength: whether longer prompts are an error, or dropped and counted.
+      max_new_tokens: tokens of an answer.
+      prompt_count: how many prompts of the embedded task.
+      eval_count: how many held-out prompts are evaluated at most.
+      samples: prompts whose answers before and after training are kept in samples.json.
+    """
+
+    data: str
+    eval_data: str = ""
+    rewards: tuple[str, ...] = ()
+    eval_reward: str = ""
+    max_prompt_length: int = 0
+    overlength: Overlength = "error"
+    max_new_tokens: int = 256
+    prompt_count: int = 8_000
+    eval_count: int = 256
+    samples: int = 8
