@@ -13,7 +13,7 @@ from rlhf_jax.data.sources import Row, read_rows
 from rlhf_jax.data.tokenizers import byte_tokenizer
 from rlhf_jax.feedback.revisions import Review, Turn
 from rlhf_jax.rewards.verifiers import exact_answer_reward
-from rlhf_jax.stages import common, constitutional, preferences, rule_rewards
+from rlhf_jax.stages import constitutional, option_groups, preferences, rule_rewards
 from rlhf_jax.stages.entry import NOTHING, Given
 from rlhf_jax.stages.reward_specs import make_reward_fn
 from rlhf_jax.tasks.arithmetic_reviews import CONSTITUTION, PROPOSITIONS, REVIEW_LEVEL, ranked_rows
@@ -159,7 +159,7 @@ def test_revisions_are_measured_only_where_something_measures_texts(tmp_path):
 
     def reward(given=NOTHING, **prompts):
         options = constitutional.Options(
-            model="m", constitution="c", prompts=common.PromptOptions("d", **prompts)
+            model="m", constitution="c", prompts=option_groups.PromptOptions("d", **prompts)
         )
         return constitutional.text_reward(options, given)
 

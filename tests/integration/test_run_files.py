@@ -166,6 +166,7 @@ def test_damaged_files_of_a_job_are_named_or_made_again(job, tmp_path, name, dam
 
 def test_labels_by_rollouts_are_of_the_options_that_made_them(tiny, tmp_path, monkeypatch):
     from rlhf_jax.stages import process_reward
+    from rlhf_jax.training.loading import load
 
     made = []
 
@@ -174,7 +175,7 @@ def test_labels_by_rollouts_are_of_the_options_that_made_them(tiny, tmp_path, mo
         return rows
 
     monkeypatch.setattr(process_reward, "label_by_rollouts", label)
-    policy = process_reward.common.load(str(tiny.finished("sft")))
+    policy = load(str(tiny.finished("sft")))
 
     def labelled(**changes):
         run = process_reward.option_groups.RunOptions(tmp_path / "out", resume=True, quiet=True)
