@@ -147,14 +147,14 @@ def init(params: Params, tx: optax.GradientTransformation, key: PRNGKeyArray, fr
 
 def token_logps(
     logprob_fn: LogprobFn, params: Params, chosen: Sequences, rejected: Sequences
-) -> tuple[Float[Array, "2B T"], Bool[Array, "2B T"]]:
-    """(log-probs of the tokens of chosen and rejected responses, which count), in one forward pass."""
+) -> tuple[Float[Array, "N T"], Bool[Array, "N T"]]:
+    """(log-probs of the tokens of chosen and then of rejected responses, which count), in one forward pass."""
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), chosen, rejected)
     return logprob_fn(params, both).logp, both.mask
 
 
 def summed(
-    logp: Float[Array, "2B T"], mask: Bool[Array, "2B T"], ld_alpha: Scalar | None
+    logp: Float[Array, "N T"], mask: Bool[Array, "N T"], ld_alpha: Scalar | None
 ) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
     """Log-probs of chosen and rejected responses from those of their tokens, as LD-DPO where it is asked."""
     if ld_alpha is None:

@@ -51,8 +51,8 @@ def preference_case(dtype, **config):
     chosen, rejected = preference_rows(dtype)
     return (
         update,
-        preference.Hyper(),
-        preference.make_batch(tabular.score, tabular.init(7, dtype), chosen, rejected),
+        preference.Hyper(loss_params={"label_smoothing": 0.1}, ld_alpha=0.5),
+        preference.make_batch(tabular.score, tabular.init(7, dtype), chosen, rejected, ld_alpha=0.5),
     )
 
 
