@@ -21,7 +21,8 @@ def pair_leads(
 def top1_accuracy(
     scores: Float[np.ndarray, "N K"], ranks: Int[np.ndarray, "N K"], mask: Bool[np.ndarray, "N K"]
 ) -> float:
-    """Share of rows whose answer of the highest score is one of the best rank. Args: as `pair_leads`."""
-    first = np.argmax(np.where(mask, scores, -np.inf), axis=1)[:, None]
-    best = np.min(np.where(mask, ranks, np.iinfo(ranks.dtype).max), axis=1)
-    return float(np.mean(np.take_along_axis(ranks, first, axis=1)[:, 0] == best))
+    """Share of rows in which only an answer of the best rank scores highest. Args: as `pair_leads`."""
+    lowest_rank = np.min(np.where(mask, ranks, np.iinfo(ranks.dtype).max), axis=1, keepdims=True)
+    best = mask & (ranks == lowest_rank)
+    highest, of_others = (np.max(np.where(x, scores, -np.inf), axis=1) for x in (best, mask & ~best))
+    return float(np.mean(highest > of_others))

@@ -157,7 +157,10 @@ def pair_examples(
 
 
 def soft_labels(options: option_groups.PairOptions, preferences: Sequence[float]) -> np.ndarray | None:
-    """How probably each chosen one is better; None without `options.soft_labels`. Raises: UserError for all 1."""
+    """How probably each chosen one is better; None without `options.soft_labels`.
+
+    Raises: UserError where no row says so.
+    """
     labels = np.array(preferences, np.float32) if options.soft_labels else None
     if labels is not None and np.all(labels == 1):
         raise UserError(
