@@ -37,6 +37,7 @@ PANELS = (
     Panel("Loss", ("loss",)),
     Panel("Held-out score", ("exact_match", "score"), percent=True),
     Panel("Pair accuracy", ("pair_accuracy", "accuracy", "reward_accuracy"), percent=True),
+    Panel("Best answer on top", ("top1_accuracy",), percent=True),
     Panel("Reward", ("reward", "rewards", "mean_reward", "reward_mean")),
     Panel("Reward margin", ("margin", "reward_margin", "margins")),
     Panel("KL to the reference, nats", ("kl", "ref_kl", "kl_ref")),

@@ -157,10 +157,7 @@ def pair_examples(
 
 
 def soft_labels(options: option_groups.PairOptions, preferences: Sequence[float]) -> np.ndarray | None:
-    """How probably each chosen one is better; None without `options.soft_labels`.
-
-    Raises: UserError where no row says so.
-    """
+    """Probabilities that the chosen ones are better, if asked for. Raises: UserError where all are 1."""
     labels = np.array(preferences, np.float32) if options.soft_labels else None
     if labels is not None and np.all(labels == 1):
         raise UserError(

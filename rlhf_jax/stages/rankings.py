@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from rlhf_jax import distributed
 from rlhf_jax.algorithms import reward
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Sequences
@@ -60,12 +61,13 @@ class Rankings:
         return tuple(jax.tree.map(lambda x: x[indices], side) for side in self._answers)
 
     def batch(self, indices: np.ndarray, *, on_pairs: bool) -> reward.Pairs | reward.Rankings:
-        """What an update takes of some of the prompts, as host arrays."""
-        margins, answers = None if self.margins is None else self.margins[indices], self.rows(indices)
+        """What an update takes of some of the prompts, on the mesh."""
+        arrays = self.ranks, self.mask, self.margins, self.labels
+        some = [None if array is None else array[indices] for array in arrays]
+        answers, (ranks, mask, margins, labels) = distributed.shard_batch((self.rows(indices), some))
         if on_pairs:
-            labels = None if self.labels is None else self.labels[indices]
             return reward.Pairs(*answers, preference=labels, margin=margins)
-        return reward.Rankings(answers, self.ranks[indices], self.mask[indices], margins)
+        return reward.Rankings(answers, ranks, mask, margins)
 
 
 def load_rankings(

@@ -14,7 +14,7 @@ A number in `margin` is by how much the better answers of that row are to lead (
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -153,9 +153,8 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         model.training_flops(rows=train.width * options.batch_size, length=train.length)
     )
 
-    def batch(number: int) -> Any:
-        indices = edges.local_indices(sampler, number)
-        return distributed.shard_batch(train.batch(indices, on_pairs=on_pairs))
+    def batch(number: int) -> reward.Pairs | reward.Rankings:
+        return train.batch(edges.local_indices(sampler, number), on_pairs=on_pairs)
 
     def step(state: reward.State, number: int):
         return meter.timed("update", update, state, hyper, meter.timed("data", batch, number))
