@@ -74,6 +74,7 @@ from rlhf_jax.losses.reductions import (
     token_mean,
 )
 from rlhf_jax.losses.reward import (
+    all_pairs_loss,
     bradley_terry_loss,
     hinge_ranking_loss,
     plackett_luce_loss,
@@ -102,6 +103,7 @@ __all__ = [
     "PairLogps",
     "Reduction",
     "advantage_weighted_loss",
+    "all_pairs_loss",
     "alpha_divergence_score",
     "alpha_po_loss",
     "aot_loss",

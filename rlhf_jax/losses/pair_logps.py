@@ -247,11 +247,11 @@ def smoothed_logistic(
 
 
 def paired(
-    losses: Float[Array, "B"],
-    chosen_reward: Float[Array, "B"],
-    rejected_reward: Float[Array, "B"],
+    losses: Float[Array, "*B"],
+    chosen_reward: Float[Array, "*B"],
+    rejected_reward: Float[Array, "*B"],
     mean: RowMean,
-    **extra: Float[Array, "B"],
+    **extra: Float[Array, "*B"],
 ) -> tuple[Float[Array, ""], Metrics]:
     """Mean loss over pairs, and the metrics of a paired loss as means over the same pairs.
 
