@@ -148,7 +148,7 @@ def init(params: Params, tx: optax.GradientTransformation, key: PRNGKeyArray, fr
 def token_logps(
     logprob_fn: LogprobFn, params: Params, chosen: Sequences, rejected: Sequences
 ) -> tuple[Float[Array, "N T"], Bool[Array, "N T"]]:
-    """(log-probs of the tokens of chosen, then of rejected responses, which count), in one forward pass."""
+    """(log-probs of the tokens of chosen, then of rejected responses; which count), in one forward pass."""
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), chosen, rejected)
     return logprob_fn(params, both).logp, both.mask
 

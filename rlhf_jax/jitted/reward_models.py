@@ -247,7 +247,9 @@ def stored_pairs_algorithm(
     def step(state: Any, hyper: Any, ref_params: Params, key: PRNGKeyArray) -> tuple[Any, Metrics]:
         rows = jax.random.randint(key, (task_setup.num_prompts * task_setup.num_samples // 2,), 0, count)
         part = pairs.take(rows)
-        batch = preference.make_batch(task_setup.logprob_fn, ref_params, part.chosen, part.rejected)
+        batch = preference.make_batch(
+            task_setup.logprob_fn, ref_params, part.chosen, part.rejected, ld_alpha=hyper.ld_alpha
+        )
         state, metrics = update(state, hyper, batch)
         return state, {**metrics, "tokens": jnp.int32(0)}
 

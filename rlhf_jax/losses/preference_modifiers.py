@@ -80,9 +80,9 @@ def wpo_weight(
 
         exp(1/|y| sum_t [log p(y_t) - log sum_v p(v)^2])
 
-    A pair's weight is the product of its two responses': pass it as `weights`. As in the paper it may be
-    above 1; TRL caps it there. With p_h the policy at half its temperature, log sum_v p(v)^2 at the place of
-    y_t is 2 log p(y_t) - log p_h(y_t).
+    A pair's weight is the product of its two responses': pass it as `weights`. It may be above 1, as in TRL
+    1.16; earlier releases of TRL cap it at 1. With p_h the policy at half its temperature,
+    log sum_v p(v)^2 at the place of y_t is 2 log p(y_t) - log p_h(y_t).
 
     Args:
       logp: policy log-probability of each token, in nats.

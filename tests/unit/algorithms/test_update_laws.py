@@ -217,7 +217,8 @@ def test_hyperparameters_do_not_recompile_and_all_have_an_effect(case):
             continue  # acts in the other policy loss: see test_ppo
         if field.name == "auxiliary":
             continue  # for models that tell of more than log-probs: see test_further_and_routing
-        smaller = 0.05 * getattr(hyper, field.name) if field.name != "target_kl" else jnp.float32(1e-9)
+        smaller = jax.tree.map(lambda number: 0.05 * number, getattr(hyper, field.name))
+        smaller = smaller if field.name != "target_kl" else jnp.float32(1e-9)
         changed, _ = update(state, dataclasses.replace(hyper, **{field.name: smaller}), batch)
         same = jax.tree.map(jnp.array_equal, changed.learner.params, expected.learner.params)
         assert not jax.tree.all(same), field.name
