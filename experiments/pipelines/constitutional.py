@@ -8,7 +8,8 @@ carelessly but criticise well; it answers training problems, names the first wro
 again, and is fine-tuned on that (`rlhf constitutional`). With 512 prompts held-out exact match of its most
 likely answers rose from 64 to 96 % (three seeds, 3 minutes of CPU time each, on a machine shared with other
 work). As a grader of propositions (`rlhf rule-rewards`) it has seen few such questions: the fitted rules put
-60 % of held-out pairs in order. The run folder holds the stages' own: `skills`, `constitutional`, `rules`.
+60 to 78 % of held-out pairs in order. The run folder holds the stages' own: `skills`, `constitutional`,
+`rules`.
 """
 
 import dataclasses

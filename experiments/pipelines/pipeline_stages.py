@@ -25,7 +25,7 @@ SAMPLED = OptimizerConfig("linear", warmup_steps=5, b2=0.99, epsilon=1e-4)
 SFT: dict[str, Any] = embedded.FROM_SCRATCH
 REWARD_MODEL: dict[str, Any] = {"optimizer": SLOW, "learning_rate": 5e-4}
 DPO: dict[str, Any] = {"optimizer": SLOW, "learning_rate": 1e-4, "beta": 2.0}
-GRPO: dict[str, Any] = {"optimizer": SAMPLED, "learning_rate": 3e-4}
+GRPO: dict[str, Any] = {"optimizer": SAMPLED, "learning_rate": 3e-4, "kl_coef": 0.02}
 PPO: dict[str, Any] = {
     **GRPO,
     "num_ppo_epochs": 1,

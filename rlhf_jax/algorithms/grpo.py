@@ -112,12 +112,12 @@ class Config:
 
 @pytree_dataclass
 class Hyper:
-    """What a sweep may vary.
+    """Hyperparameters of the GRPO family that a sweep may vary.
 
     Attributes:
       epsilon_low: how far below 1 a ratio may go.
       epsilon_high: how far above 1.
-      kl_coef: weight of the KL to the reference in the loss (GRPO).
+      kl_coef: weight of the KL to the reference in the loss (beta; 0.04 in GRPO's paper, section 4.2).
       reward_kl_coef: weight of the KL to the reference in the reward, before the baseline (RLOO).
       entropy_coef: weight of the entropy bonus.
     """
@@ -125,7 +125,7 @@ class Hyper:
     learning_rate: Scalar = 1e-4
     epsilon_low: Scalar = 0.2
     epsilon_high: Scalar = 0.2
-    kl_coef: Scalar = 0.02
+    kl_coef: Scalar = 0.04
     reward_kl_coef: Scalar = 0.0
     entropy_coef: Scalar = 0.0
 

@@ -202,24 +202,24 @@ def reinforce_plus_plus_baseline(**static: Any) -> GRPOVariant:
     )
 
 
-def rloo(*, kl_coef: float = 0.02, **static: Any) -> GRPOVariant:
+def rloo(*, kl_coef: float = 0.05, **static: Any) -> GRPOVariant:
     """RLOO (Ahmadian et al. 2024): the baseline is the mean of the other answers.
 
     Gradient: that of E[r], unbiased.
 
     Args:
-      kl_coef: weight of the KL in the reward, which the baseline sees as well.
+      kl_coef: weight of the KL in the reward, which the baseline sees as well (TRL's `RLOOConfig`: 0.05).
     """
     return GRPOVariant(*_policy_gradient(group_advantages.leave_one_out, kl_coef, static))
 
 
-def remax(*, kl_coef: float = 0.02, **static: Any) -> GRPOVariant:
+def remax(*, kl_coef: float = 0.05, **static: Any) -> GRPOVariant:
     """ReMax (Li et al. 2024): the baseline is the reward of the most likely answer.
 
     Gradient: that of E[r], unbiased.
 
     Args:
-      kl_coef: weight of the KL in the reward; the baseline has none.
+      kl_coef: weight of the KL in the reward, as RLOO's; the baseline has none.
     """
     made = _policy_gradient(group_advantages.greedy_baseline, kl_coef, static)
     return GRPOVariant(*made, needs_greedy=True, needs_no_group=True)

@@ -168,7 +168,7 @@ class CheckpointManager:
 
     def _refuse_older_than_whole(self, step: int) -> None:
         """A step saved below a newer whole one would never be resumed from, and that silently."""
-        for later, path in list_steps(self._folder).items():
+        for later, path in reversed(list_steps(self._folder).items()):
             if later <= step or later in self._known_damaged:
                 continue
             try:

@@ -81,8 +81,8 @@ sequence_sum = constant_length(1)
 (REINFORCE, Williams 1992; RLOO, ReMax, OPO); LUSPO (arXiv 2602.05261), GSPO with rows weighted by length."""
 
 
-RowMean: TypeAlias = Callable[[Float[Array, "B"]], Float[Array, ""]]
-"""Rows -> their mean, for losses on rows rather than tokens."""
+RowMean: TypeAlias = Callable[[Float[Array, "..."]], Float[Array, ""]]
+"""Rows, or pairs of them -> their mean, for losses on rows rather than tokens."""
 
 
 def row_mean(
@@ -90,7 +90,7 @@ def row_mean(
 ) -> RowMean:
     """The function rows -> sum of weighted unmasked rows / `denominator` (their number by default)."""
 
-    def mean(values: Float[Array, "B"]) -> Float[Array, ""]:
+    def mean(values: Float[Array, "..."]) -> Float[Array, ""]:
         total = jnp.asarray(jnp.sum(mask) if denominator is None else denominator, values.dtype)
         scaled = values if weights is None else values * cleaned(weights, mask)
         return jnp.sum(clean(scaled, mask)) / jnp.maximum(total, jnp.finfo(values.dtype).tiny)

@@ -5,12 +5,14 @@ import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.metrics import make_loggers
-from rlhf_jax.stages.option_groups import RunOptions
 from rlhf_jax.training.run_folder import read_held_run
+
+if TYPE_CHECKING:
+    from rlhf_jax.stages.option_groups import RunOptions
 
 Options = TypeVar("Options")
 
@@ -66,7 +68,7 @@ def brief(options: Any) -> Any:
 
 def with_steps(options: Options, rows: int, batch_size: int) -> Options:
     """Options of a stage whose run knows its steps: the given ones, or those of its passes over the data."""
-    run: RunOptions = options.run  # pyright: ignore[reportAttributeAccessIssue]
+    run: "RunOptions" = options.run  # pyright: ignore[reportAttributeAccessIssue]
     if run.steps is not None:
         return options
     steps = max(math.ceil(run.num_train_epochs * rows / batch_size), 1)
@@ -80,7 +82,7 @@ def check_divides(part_name: str, part: int, whole_name: str, whole: int) -> Non
         raise UserError(f"{whole_name} {whole} is not divisible by {part_name} {part}: change one of them")
 
 
-def check(options: Any, run: RunOptions, stage: str) -> None:
+def check(options: Any, run: "RunOptions", stage: str) -> None:
     """Looks at the options and at the run folder, before anything is read or written.
 
     Raises:

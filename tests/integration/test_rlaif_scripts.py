@@ -8,8 +8,13 @@ import pytest
 import tyro
 
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.data.sources import read_rows
-from rlhf_jax.stages import constitutional, preferences, rule_rewards
+from rlhf_jax.data.examples import prompt_examples
+from rlhf_jax.data.sources import Row, read_rows
+from rlhf_jax.data.tokenizers import byte_tokenizer
+from rlhf_jax.feedback.revisions import Review, Turn
+from rlhf_jax.rewards.verifiers import exact_answer_reward
+from rlhf_jax.stages import constitutional, option_groups, preferences, rule_rewards
+from rlhf_jax.stages.entry import NOTHING, Given
 from rlhf_jax.stages.reward_specs import make_reward_fn
 from rlhf_jax.tasks.arithmetic_reviews import CONSTITUTION, PROPOSITIONS, REVIEW_LEVEL, ranked_rows
 from rlhf_jax.training.run_folder import load_policy
@@ -128,6 +133,40 @@ def test_more_revisions_than_prompts(revised, tmp_path):
     words = words.replace("--revised 24", "--revised 41").split()[2:]
     with pytest.raises(UserError, match="--revised 41: there are 40 prompts"):
         call(constitutional, f"--out {tmp_path / 'run'} {' '.join(words)}")
+
+
+def test_revisions_are_measured_only_where_something_measures_texts(tmp_path):
+    def judge(prompts, completions, answer, **_):
+        return [float(text == right) for text, right in zip(completions, answer, strict=True)]
+
+    rows = [Row({"prompt": "1+1=?", "answer": "2"}, f"row {number}") for number in range(2)]
+    prompts = prompt_examples(rows, byte_tokenizer(), max_length=99)
+    talk = [{"role": "user", "content": "1+1=?"}]
+    reviews = [
+        Review(talk, "3", (Turn("right", "no", "2"),), True),
+        Review(talk, "2", (Turn("right", "yes", "2"),), False),
+    ]
+    assert constitutional.describe(None, prompts, reviews) == {"changed": 0.5, "finished": 0.5}
+    found = constitutional.describe(judge, prompts, reviews)
+    assert found == {
+        "changed": 0.5,
+        "finished": 0.5,
+        "answers": 0.5,
+        "revisions": 1.0,
+        "mended": 0.5,
+        "spoilt": 0.0,
+    }
+
+    def reward(given=NOTHING, **prompts):
+        options = constitutional.Options(
+            model="m", constitution="c", prompts=option_groups.PromptOptions("d", **prompts)
+        )
+        return constitutional.text_reward(options, given)
+
+    assert reward() is None
+    assert reward(rewards=("runs/reward_model",)) is None
+    assert reward(rewards=(f"{_EXACT}@sum=0.5",)) is exact_answer_reward
+    assert reward(Given(rewards=[(judge, 2.0)])) is judge
 
 
 @pytest.mark.slow

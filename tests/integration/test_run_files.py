@@ -41,6 +41,16 @@ SOLUTIONS = [
     }
     for n in range(12)
 ]
+RANKED = [{"prompt": f"{n}+1=?", "completions": ["a b c", "a a a"], "ranks": [0, 1]} for n in range(12)]
+RULES = [{"name": "varied", "function": "rlhf_jax.rewards.rules:repetition_reward"}]
+DATA = {
+    "rows": ROWS,
+    "solutions": SOLUTIONS,
+    "text": [{"text": "to be or not " * 500}],
+    "ranked": RANKED,
+    "rules": RULES,
+    "principles": [{"principle": "Be right."}],
+}
 JOBS = {
     "clean": "--data {rows}",
     "preferences": "--solutions {solutions} --held-out-share 0.5",
@@ -49,8 +59,9 @@ JOBS = {
     "search": "--model {sft} --data arithmetic:1 --prompts 2 --samples 2 --max-new-tokens 4",
     "alphazero": "--steps 1 --no-report",
     "rl": "--env CartPole-v1 --seeds 1",
-    "constitutional": "",
-    "rule-rewards": "--count 4 --held-out 4",
+    "constitutional": "--model {sft} --constitution {principles} --data {rows} --revised 4",
+    "rule-rewards": "--data {ranked} --propositions {rules} --count 4 --held-out 4",
+    "rag": "--model {sft} --documents {text} --ask why?",
     "pretrain": "--data {text} --arch.width 16 --arch.layers 1 --arch.heads 2 --arch.kv-heads 1 --steps 2",
     "sft": "--data {rows} --steps 2 --batch-size 4",
 }
@@ -59,9 +70,9 @@ JOBS = {
 @pytest.fixture
 def job(tiny, tmp_path, monkeypatch, capsys):
     """`run(name, out) -> (status, standard error)` of a small job, in this process."""
-    for name, rows in (("rows", ROWS), ("solutions", SOLUTIONS), ("text", [{"text": "to be or not " * 500}])):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    names = {name: tmp_path / f"{name}.jsonl" for name in ("rows", "solutions", "text")}
+    names = {name: tmp_path / f"{name}.jsonl" for name in DATA}
+    for name, rows in DATA.items():
+        names[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
     names["sft"] = tiny.finished("sft")
     monkeypatch.chdir(tmp_path)
 
@@ -155,6 +166,7 @@ def test_damaged_files_of_a_job_are_named_or_made_again(job, tmp_path, name, dam
 
 def test_labels_by_rollouts_are_of_the_options_that_made_them(tiny, tmp_path, monkeypatch):
     from rlhf_jax.stages import process_reward
+    from rlhf_jax.training.loading import load
 
     made = []
 
@@ -163,7 +175,7 @@ def test_labels_by_rollouts_are_of_the_options_that_made_them(tiny, tmp_path, mo
         return rows
 
     monkeypatch.setattr(process_reward, "label_by_rollouts", label)
-    policy = process_reward.common.load(str(tiny.finished("sft")))
+    policy = load(str(tiny.finished("sft")))
 
     def labelled(**changes):
         run = process_reward.option_groups.RunOptions(tmp_path / "out", resume=True, quiet=True)

@@ -101,6 +101,8 @@ TASKS = (
 
 GROUP = 4
 """Answers to each prompt."""
+KL_COEF = 0.02
+"""Weight of the KL to the reference, of all variants that are published with more."""
 
 
 LENGTH = 16
@@ -125,6 +127,9 @@ def _group(make: VariantFn, *, one_step_off_policy: bool = False, **changes: Any
 
 def _variant(name: str, make: VariantFn, what: str, *, cost: float = 1.0, **changes: Any) -> AlgorithmRow:
     hyper = make_variant(make, max_completion_length=LENGTH, group_size=GROUP).hyper
+    # Those that stay close to the reference all do so by one weight.
+    weights = {name: KL_COEF for name in ("kl_coef", "reward_kl_coef") if getattr(hyper, name) > KL_COEF}
+    hyper = dataclasses.replace(hyper, **weights)
     return AlgorithmRow(name, _group(make, **changes), hyper, what, cost=cost)
 
 

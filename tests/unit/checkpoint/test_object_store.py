@@ -18,7 +18,7 @@ from rlhf_jax.checkpoint import CheckpointManager, drafts
 from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.data.sources import read_rows
-from rlhf_jax.metrics import read_metrics, write_report
+from rlhf_jax.metrics import make_loggers, read_metrics, write_report
 from rlhf_jax.tasks import arithmetic
 from rlhf_jax.training import LoopConfig, run_loop
 from rlhf_jax.training.run_folder import describe_run, load_policy, read_held_run, write_model_files
@@ -189,7 +189,7 @@ with CheckpointManager(folder, max_to_keep=1) as saver:
 
 def test_a_kill_at_any_moment_leaves_a_whole_step(bucket):
     folder, whole, generator = f"{bucket}/killed", 0, random.Random(0)
-    for left in [generator.randint(1, 40) for _ in range(4)]:
+    for left in [generator.randint(1, 160) for _ in range(4)]:
         command = [sys.executable, "-c", KILLED, folder, str(left)]
         process = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         assert process.returncode == -signal.SIGKILL, process.stderr
@@ -218,7 +218,9 @@ def test_a_run_goes_on_as_if_it_had_not_been_stopped(bucket, tmp_path, monkeypat
     def run(folder, step_fn=take_step, **options):
         config = LoopConfig(8, save_every=3, quiet=True)
         start = {"x": jnp.zeros(4)}
-        return run_loop(start, step_fn, config, stage="toy", folder=files.as_path(folder), **options)
+        place = files.as_path(folder)
+        loggers = make_loggers(("tensorboard",), place, stage="toy", resume=options.get("resume", False))
+        return run_loop(start, step_fn, config, stage="toy", folder=place, loggers=loggers, **options)
 
     def stopped(state, step):
         if step == 5:
@@ -246,7 +248,7 @@ def test_a_run_folder_gives_its_policy_back(bucket, tmp_path, monkeypatch):
         vocab_size=tokenizer.vocab_size, width=16, num_layers=1, num_heads=2, num_kv_heads=1
     )
     params = models.init_params(config, jax.random.key(0))
-    write_model_files(folder, config, tokenizer, "policy")
+    write_model_files(folder, models.make_policy(config, params, tokenizer), "policy")
     describe_run(folder, {"seed": 3}, stage="sft")
     with CheckpointManager(folder / "checkpoints") as saver:
         saver.save(1, {"learner": {"params": params}}, wait=True)

@@ -154,7 +154,7 @@ def test_every_name_of_elsewhere_is_answered_by_some_command(all_flags):
         ("grpo", "--epochs", "--num-iterations"),
         ("ppo", "--epochs", "--num-ppo-epochs"),
         ("ppo", "--clip-range", "--epsilon"),
-        ("sft", "--num-train-epochs", "--steps"),
+        ("sft", "--num-epochs", "--num-train-epochs"),
         ("sft", "--warmup-ratio", "--optimizer.warmup-ratio"),
     ],
 )
