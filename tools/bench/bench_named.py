@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import tyro
 
 import rlhf_jax as rj
@@ -51,7 +52,7 @@ def seconds(function: Callable[[], Any]) -> tuple[float, Any]:
 def greedy_program(policy: Policy, rows: int, new: int) -> Callable[[], Any]:
     """The same question so many times."""
     ids = encode_prompt(policy.tokenizer, QUESTION)
-    tokens, mask = left_pad([ids] * rows, len(ids))
+    tokens, mask = map(jnp.asarray, left_pad([ids] * rows, len(ids)))
 
     @jax.jit
     def decode(params: Any) -> Any:
