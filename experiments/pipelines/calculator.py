@@ -34,7 +34,7 @@ GRPO: dict[str, Any] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(pipeline_stages.OneSeed):
     """Options of GRPO with a calculator.
 
     Attributes:
@@ -74,16 +74,6 @@ class Options:
     response_length: int = 72
     constrained: bool = False
     quiet: bool = False
-
-    @property
-    def seeds(self) -> int:
-        """One run."""
-        return 1
-
-    @property
-    def first_seed(self) -> int:
-        """The only one."""
-        return self.seed
 
 
 def train_sft(options: Options) -> Trained:

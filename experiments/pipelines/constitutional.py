@@ -49,7 +49,7 @@ COUNTS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(pipeline_stages.OneSeed):
     """Options of constitutional AI on the embedded task.
 
     Attributes:
@@ -83,16 +83,6 @@ class Options:
     eval_prompts: int = 512
     ranked: int = 256
     quiet: bool = False
-
-    @property
-    def seeds(self) -> int:
-        """One run."""
-        return 1
-
-    @property
-    def first_seed(self) -> int:
-        """The only one."""
-        return self.seed
 
 
 def mixture(rows: int) -> reviews.Mixture:

@@ -73,6 +73,22 @@ class Job(Protocol):
         ...
 
 
+class OneSeed:
+    """A job that runs once, with its `seed`."""
+
+    seed: int
+
+    @property
+    def seeds(self) -> int:
+        """One run."""
+        return 1
+
+    @property
+    def first_seed(self) -> int:
+        """The only one."""
+        return self.seed
+
+
 def check(job: Job, counts: Sequence[str]) -> None:
     """Raises: UserError where a count is not positive, or the folder holds another run."""
     for name in ("seeds", *counts):

@@ -35,7 +35,7 @@ CHUNK_SIZE = 6
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(pipeline_stages.OneSeed):
     """Options of answers from documents.
 
     Attributes:
@@ -63,16 +63,6 @@ class Options:
     max_new_tokens: int = 20
     batch_size: int = 64
     quiet: bool = False
-
-    @property
-    def seeds(self) -> int:
-        """One run."""
-        return 1
-
-    @property
-    def first_seed(self) -> int:
-        """The only one."""
-        return self.seed
 
 
 def check(options: Options) -> None:

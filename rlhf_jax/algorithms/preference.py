@@ -2,8 +2,8 @@
 
 import dataclasses
 import inspect
-from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,21 +17,11 @@ from rlhf_jax.core.train_state import TrainState, accumulate_gradients, apply_gr
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Bool, Float, Metrics, Params, PRNGKeyArray, Scalar, Sequences
 from rlhf_jax.losses import preference as with_reference, preference_online, preference_reference_free
-from rlhf_jax.losses.pair_logps import PairLogps, traits_of
+from rlhf_jax.losses.pair_logps import PairLogps, PairLossFn, check_loss_params, takes_weights, traits_of
 from rlhf_jax.losses.preference import dpo_loss
+from rlhf_jax.losses.preference_modifiers import length_desensitized_logp, wpo_weight
 
 _LOSS_MODULES = with_reference, preference_reference_free, preference_online
-
-
-@runtime_checkable
-class PairLossFn(Protocol):
-    """A loss on preference pairs, such as `losses.dpo_loss`."""
-
-    def __call__(
-        self, pairs: PairLogps, /, *, beta: Scalar, mask: Bool[Array, "B"], denominator: Scalar
-    ) -> tuple[Float[Array, ""], Metrics]:
-        """(loss, metrics) of the pairs under the mask, sums divided by `denominator`."""
-        ...
 
 
 def pair_losses() -> dict[str, PairLossFn]:
@@ -85,17 +75,22 @@ class Config:
 
     Attributes:
       micro_batches: parts in which a batch is computed; changes memory, not the result.
-      loss_fn: a loss on `PairLogps`, of `losses` or of your own; options by `functools.partial`, as in
-        `partial(simpo_loss, gamma=0.5)`.
+      loss_fn: a loss on `PairLogps`, of `losses` or of your own, or one of `with_divergence`, `with_nll` and
+        `mixed_loss`; its numbers are in `Hyper.loss_params`.
+      half_temperature_logprob_fn: the policy at half the temperature of `logprob_fn`, for the weights of WPO
+        (Zhou et al. 2024), as of `Policy.make_logprob_fn(temperature=0.5)`; None for no weights.
     """
 
     micro_batches: int = 1
     loss_fn: PairLossFn = dpo_loss
+    half_temperature_logprob_fn: LogprobFn | None = None
 
     def __post_init__(self) -> None:
-        """Refuses micro-batches where the loss compares all pairs of a batch."""
+        """Refuses micro-batches and weights where the loss compares all pairs of a batch."""
         if self.micro_batches > 1 and traits_of(self.loss_fn).uses_batch_sort:
             raise UserError("the loss compares pairs with each other: it needs micro_batches 1")
+        if self.half_temperature_logprob_fn is not None and not takes_weights(self.loss_fn):
+            raise UserError("the loss has no weights of pairs, which WPO needs: take another loss_fn")
 
 
 @pytree_dataclass
@@ -104,10 +99,16 @@ class Hyper:
 
     Attributes:
       beta: strength of the KL constraint, per nat.
+      loss_params: the numbers of the loss beside beta, by its own keywords, such as `label_smoothing` or
+        `gamma`; those left out have the defaults of the loss.
+      ld_alpha: LD-DPO's weight of the tokens beyond the shorter response of a pair (Liu et al. 2024); None
+        for the plain sum. `make_batch` must be given the same.
     """
 
     learning_rate: Scalar = 1e-4
     beta: Scalar = 0.1
+    loss_params: Mapping[str, Scalar] = dataclasses.field(default_factory=dict)
+    ld_alpha: Scalar | None = None
 
 
 @pytree_dataclass
@@ -144,14 +145,36 @@ def init(params: Params, tx: optax.GradientTransformation, key: PRNGKeyArray, fr
     return State(init_train_state(params, tx, frozen), key)
 
 
-def response_logp(
+def token_logps(
     logprob_fn: LogprobFn, params: Params, chosen: Sequences, rejected: Sequences
-) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
-    """Log-probs of chosen and rejected responses, in one forward pass."""
+) -> tuple[Float[Array, "N T"], Bool[Array, "N T"]]:
+    """(log-probs of the tokens of chosen, then of rejected responses, which count), in one forward pass."""
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), chosen, rejected)
-    summed = masked_sum(logprob_fn(params, both).logp, both.mask, axis=-1)
-    chosen_logp, rejected_logp = jnp.split(summed, 2)
+    return logprob_fn(params, both).logp, both.mask
+
+
+def summed(
+    logp: Float[Array, "N T"], mask: Bool[Array, "N T"], ld_alpha: Scalar | None
+) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
+    """Log-probs of chosen and rejected responses from those of their tokens, as LD-DPO where it is asked."""
+    if ld_alpha is None:
+        of_both = masked_sum(logp, mask, axis=-1)
+    else:
+        shorter = jnp.min(jnp.sum(mask, axis=-1).reshape(2, -1), axis=0)
+        of_both = length_desensitized_logp(logp, mask, jnp.tile(shorter, 2), alpha=ld_alpha)
+    chosen_logp, rejected_logp = jnp.split(of_both, 2)
     return chosen_logp, rejected_logp
+
+
+def response_logp(
+    logprob_fn: LogprobFn,
+    params: Params,
+    chosen: Sequences,
+    rejected: Sequences,
+    ld_alpha: Scalar | None = None,
+) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
+    """Log-probs of chosen and rejected responses, in one forward pass; `ld_alpha` as in `Hyper`."""
+    return summed(*token_logps(logprob_fn, params, chosen, rejected), ld_alpha)
 
 
 def make_batch(
@@ -160,26 +183,45 @@ def make_batch(
     chosen: Sequences,
     rejected: Sequences,
     mask: Bool[Array, "B"] | None = None,
+    ld_alpha: Scalar | None = None,
 ) -> Batch:
-    """Pairs with reference log-probs computed on the fly."""
-    return Batch(chosen, rejected, *response_logp(logprob_fn, ref_params, chosen, rejected), mask)
+    """Pairs with reference log-probs computed on the fly; `ld_alpha` as in `Hyper`."""
+    ref = response_logp(logprob_fn, ref_params, chosen, rejected, ld_alpha)
+    return Batch(chosen, rejected, *ref, mask)
+
+
+def _wpo_weights(
+    half_temperature_logprob_fn: LogprobFn, params: Params, part: Batch, logp: Any, mask: Any
+) -> Float[Array, "B"]:
+    """The product of the weights of both responses of a pair, without gradient."""
+    params, logp = jax.lax.stop_gradient((params, logp))
+    half, _ = token_logps(half_temperature_logprob_fn, params, part.chosen, part.rejected)
+    return jnp.prod(wpo_weight(logp, 2 * logp - half, mask).reshape(2, -1), axis=0)
 
 
 def make_update(
     config: Config, logprob_fn: LogprobFn, tx: optax.GradientTransformation
 ) -> Callable[[State, Hyper, Batch], tuple[State, Metrics]]:
-    """`update(state, hyper, batch) -> (state, metrics)`: one optimizer step."""
+    """`update(state, hyper, batch) -> (state, metrics)`: one optimizer step.
+
+    Raises:
+      UserError: `hyper.loss_params` has a number that the loss does not have.
+    """
 
     def update(state: State, hyper: Hyper, batch: Batch) -> tuple[State, Metrics]:
+        check_loss_params(config.loss_fn, hyper.loss_params)
         mask = jnp.ones(batch.ref_chosen_logp.shape, bool) if batch.mask is None else batch.mask
         count = jnp.sum(mask)
 
         def loss_fn(params: Params, rows: tuple[Batch, Bool[Array, "B"]]):
             part, part_mask = rows
-            chosen, rejected = response_logp(logprob_fn, params, part.chosen, part.rejected)
+            logp, counted = token_logps(logprob_fn, params, part.chosen, part.rejected)
+            options: dict[str, Any] = dict(hyper.loss_params)
+            if config.half_temperature_logprob_fn is not None:
+                half = config.half_temperature_logprob_fn
+                options["weights"] = _wpo_weights(half, params, part, logp, counted)
             pairs = PairLogps(
-                chosen,
-                rejected,
+                *summed(logp, counted, hyper.ld_alpha),
                 part.ref_chosen_logp,
                 part.ref_rejected_logp,
                 chosen_length=jnp.sum(part.chosen.mask, axis=-1),
@@ -187,7 +229,7 @@ def make_update(
                 chosen_from_ref=part.chosen_from_ref,
                 preference=part.preference,
             )
-            return config.loss_fn(pairs, beta=hyper.beta, mask=part_mask, denominator=count)
+            return config.loss_fn(pairs, beta=hyper.beta, mask=part_mask, denominator=count, **options)
 
         gradients, loss, metrics = accumulate_gradients(
             loss_fn, state.learner, (batch, mask), micro_batches=config.micro_batches

@@ -20,7 +20,7 @@ from rlhf_jax.core.types import (
     Scalar,
     Sequences,
 )
-from rlhf_jax.losses.unpaired import bco_loss, kto_kl, kto_loss
+from rlhf_jax.losses.unpaired import bco_loss, class_mean_shift, kto_kl, kto_loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +30,15 @@ class Config:
     Attributes:
       micro_batches: parts in which a batch is computed; changes memory, not the result.
       shift_decay: decay of the running mean reward that BCO shifts by; None for KTO, which has none.
+      shift_fn: metrics of a batch -> what the running mean is of: `class_mean_shift`, the mean of the mean
+        rewards of both classes as in the paper, or `row_mean_shift`, the mean over all rows as in TRL. They
+        differ where the classes are not as frequent. A batch where it is not finite, such as one that lacks
+        a class, leaves the running mean as it is.
     """
 
     micro_batches: int = 1
     shift_decay: float | None = None
+    shift_fn: Callable[[Metrics], Float[Array, ""]] = class_mean_shift
 
 
 UNPAIRED_LOSSES: dict[str, Config] = {"kto": Config(), "bco": Config(shift_decay=0.9)}
@@ -152,7 +157,7 @@ def make_update(
         )
         shift = state.shift
         if config.shift_decay is not None:
-            moved = config.shift_decay * shift + (1 - config.shift_decay) * metrics["reward"]
+            moved = config.shift_decay * shift + (1 - config.shift_decay) * config.shift_fn(metrics)
             shift = jnp.where(jnp.isfinite(moved), moved, shift).astype(shift.dtype)
         return dataclasses.replace(state, learner=learner, shift=shift), {**metrics, **guard}
 

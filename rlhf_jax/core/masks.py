@@ -21,7 +21,7 @@ def masked_sum(
 
 
 def masked_mean(
-    values: Float[Array, "..."], mask: Bool[Array, "..."], axis: int | tuple[int, ...] | None = None
+    values: Shaped[Array, "..."], mask: Bool[Array, "..."], axis: int | tuple[int, ...] | None = None
 ) -> Float[Array, "..."]:
     """Mean over the unmasked entries, in at least float32; 0 where there are none."""
     wide = values.astype(jnp.promote_types(values.dtype, jnp.float32))

@@ -67,12 +67,12 @@ class PreferenceExample:
     @property
     def chosen(self) -> SupervisedExample:
         """Prompt and better completion as one sample, for `packing`."""
-        return _join(self.prompt_ids, self.chosen_ids, self.chosen_mask, self.where)
+        return join_completion(self.prompt_ids, self.chosen_ids, self.chosen_mask, self.where)
 
     @property
     def rejected(self) -> SupervisedExample:
         """Prompt and worse completion as one sample, for `packing`."""
-        return _join(self.prompt_ids, self.rejected_ids, self.rejected_mask, self.where)
+        return join_completion(self.prompt_ids, self.rejected_ids, self.rejected_mask, self.where)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,12 +95,13 @@ class LabelledExample:
 
     def after(self, prompt_ids: Int[np.ndarray, " P"]) -> SupervisedExample:
         """The completion after a prompt, its own or another's, as one sample for `packing`."""
-        return _join(prompt_ids, self.completion_ids, self.completion_mask, self.where)
+        return join_completion(prompt_ids, self.completion_ids, self.completion_mask, self.where)
 
 
-def _join(
+def join_completion(
     prompt_ids: Int[np.ndarray, " P"], ids: Int[np.ndarray, " C"], mask: Bool[np.ndarray, " C"], where: str
 ) -> SupervisedExample:
+    """Prompt and completion as one sample, for `packing`."""
     silent = np.zeros(len(prompt_ids), np.bool_)
     return SupervisedExample(np.concatenate([prompt_ids, ids]), np.concatenate([silent, mask]), where)
 
@@ -145,7 +146,9 @@ def supervised_examples(
         end = int(np.flatnonzero(mask)[-1]) + 1
         return SupervisedExample(ids[:end], mask[:end], row.where)
 
-    return _make_all(rows, make, lambda example: len(example.ids), max_length, overlength, "the conversation")
+    return make_examples(
+        rows, make, lambda example: len(example.ids), max_length, overlength, "the conversation"
+    )
 
 
 def preference_examples(
@@ -160,19 +163,24 @@ def preference_examples(
     """
 
     def make(row: Row) -> PreferenceExample:
-        prompt, chosen, rejected = preference_messages(row)
-        if chosen == rejected:
-            raise UserError("chosen and rejected are the same; remove the row")
-        prompt_ids = encode_prompt(tokenizer, prompt)
-        chosen_ids, chosen_mask = _completion(tokenizer, prompt, prompt_ids, chosen)
-        rejected_ids, rejected_mask = _completion(tokenizer, prompt, prompt_ids, rejected)
-        sides = chosen_ids, rejected_ids, chosen_mask, rejected_mask
-        return PreferenceExample(np.array(prompt_ids, np.int32), *sides, row.where, _probability(row))
+        return preference_example(row, tokenizer)
 
     def size(example: PreferenceExample) -> int:
         return len(example.prompt_ids) + max(len(example.chosen_ids), len(example.rejected_ids))
 
-    return _make_all(rows, make, size, max_length, overlength, "the prompt with its longer completion")
+    return make_examples(rows, make, size, max_length, overlength, "the prompt with its longer completion")
+
+
+def preference_example(row: Row, tokenizer: Tokenizer) -> PreferenceExample:
+    """One of `preference_examples`, of any length."""
+    prompt, chosen, rejected = preference_messages(row)
+    if chosen == rejected:
+        raise UserError("chosen and rejected are the same; remove the row")
+    prompt_ids = encode_prompt(tokenizer, prompt)
+    chosen_ids, chosen_mask = encode_completion(tokenizer, prompt, prompt_ids, chosen)
+    rejected_ids, rejected_mask = encode_completion(tokenizer, prompt, prompt_ids, rejected)
+    sides = chosen_ids, rejected_ids, chosen_mask, rejected_mask
+    return PreferenceExample(np.array(prompt_ids, np.int32), *sides, row.where, _probability(row))
 
 
 def labeled_examples(
@@ -197,18 +205,18 @@ def labeled_examples(
         ]
 
     def make(row: Row) -> LabelledExample:
-        prompt, completion = _messages(row, "prompt", "user"), _messages(row, "completion", "assistant")
+        prompt, completion = row_messages(row, "prompt", "user"), row_messages(row, "completion", "assistant")
         label = row.fields.get("label")
         if label not in (True, False):
             raise UserError(f"field 'label' is {label!r}; give true or false, or remove the row")
         prompt_ids = encode_prompt(tokenizer, prompt)
-        encoded = _completion(tokenizer, prompt, prompt_ids, completion)
+        encoded = encode_completion(tokenizer, prompt, prompt_ids, completion)
         return LabelledExample(np.array(prompt_ids, np.int32), *encoded, bool(label), row.where)
 
     def size(example: LabelledExample) -> int:
         return len(example.prompt_ids) + len(example.completion_ids)
 
-    return _make_all(rows, make, size, max_length, overlength, "the prompt with its completion")
+    return make_examples(rows, make, size, max_length, overlength, "the prompt with its completion")
 
 
 def prompt_examples(
@@ -238,7 +246,7 @@ def prompt_examples(
         ids = np.array(encode_prompt(tokenizer, messages, tools=tools or None), np.int32)
         return PromptExample(ids, text, row.fields, row.where)
 
-    return _make_all(rows, make, lambda example: len(example.ids), max_length, overlength, "the prompt")
+    return make_examples(rows, make, lambda example: len(example.ids), max_length, overlength, "the prompt")
 
 
 def prompt_messages(row: Row) -> Messages:
@@ -248,7 +256,7 @@ def prompt_messages(row: Row) -> Messages:
       UserError: the row has none.
     """
     field = _first_field(row, ("messages", "prompt", "question"), "a prompt")
-    messages = _messages(row, field, "user")
+    messages = row_messages(row, field, "user")
     if messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     if not messages:
@@ -265,8 +273,8 @@ def conversation_messages(row: Row) -> Messages:
     answers = {"prompt": "completion", "question": "answer"}
     wanted = "messages, prompt and completion, or question and answer"
     field = _first_field(row, ("messages", *answers), wanted)
-    messages = _messages(row, field, "user")
-    return messages if field == "messages" else messages + _messages(row, answers[field], "assistant")
+    messages = row_messages(row, field, "user")
+    return messages if field == "messages" else messages + row_messages(row, answers[field], "assistant")
 
 
 def preference_messages(row: Row) -> tuple[Messages, Messages, Messages]:
@@ -275,9 +283,9 @@ def preference_messages(row: Row) -> tuple[Messages, Messages, Messages]:
     Raises:
       UserError: a side is missing or empty, or they do not begin with the same prompt.
     """
-    chosen, rejected = _messages(row, "chosen", "assistant"), _messages(row, "rejected", "assistant")
+    chosen, rejected = row_messages(row, "chosen", "assistant"), row_messages(row, "rejected", "assistant")
     if all(side[0]["role"] == "assistant" for side in (chosen, rejected)):
-        return _messages(row, "prompt", "user"), chosen, rejected
+        return row_messages(row, "prompt", "user"), chosen, rejected
     shared = 0
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
         shared += 1
@@ -289,7 +297,7 @@ def preference_messages(row: Row) -> tuple[Messages, Messages, Messages]:
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
-def _make_all(
+def make_examples(
     rows: Sequence[Row],
     make: Callable[[Row], Example],
     size: Callable[[Example], int],
@@ -297,6 +305,7 @@ def _make_all(
     overlength: Overlength,
     what: str,
 ) -> list[Example]:
+    """Examples of rows; errors name their row, and what is too long is refused or dropped (`overlength`)."""
     kept: list[Example] = []
     dropped: list[str] = []
     for row in rows:
@@ -339,7 +348,7 @@ def _first_field(row: Row, names: Sequence[str], wanted: str) -> str:
     raise UserError(f"the row has none of the fields {', '.join(names)} (it has: {present}); give {wanted}")
 
 
-def _messages(row: Row, field: str, role: str) -> Messages:
+def row_messages(row: Row, field: str, role: str) -> Messages:
     """The messages in `field`; a plain string is one message by `role`."""
     value = row.fields.get(field)
     if value is None:
@@ -369,7 +378,7 @@ def _kind(value: Any) -> str:
     return kinds.get(type(value), f"of type {type(value).__name__}")
 
 
-def _completion(
+def encode_completion(
     tokenizer: Tokenizer, prompt: Messages, prompt_ids: list[int], completion: Messages
 ) -> tuple[Int[np.ndarray, " T"], Bool[np.ndarray, " T"]]:
     """Ids and mask of what follows the prompt, up to the end of the last assistant turn."""

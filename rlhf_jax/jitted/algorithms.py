@@ -121,7 +121,9 @@ def preference_algorithm(
         behavior_params = ref_params if source == "reference" else state.learner.all_params
         _, rollout, rewards = _answers(task_setup, behavior_params, key)
         pairs = selection.best_and_worst(rollout.sequences, _grouped(task_setup, rewards))
-        batch = preference.make_batch(logprob_fn, ref_params, pairs.chosen, pairs.rejected, pairs.mask)
+        batch = preference.make_batch(
+            logprob_fn, ref_params, pairs.chosen, pairs.rejected, pairs.mask, hyper.ld_alpha
+        )
         state, metrics = update(state, hyper, batch)
         return state, {**metrics, **_described(rollout, rewards)}
 
@@ -142,7 +144,9 @@ def xpo_algorithm(task_setup: TaskSetup, config: preference.Config, optimizer: O
         own_rewards, other_rewards = (task_setup.rewards(rollout, prompts) for rollout in (own, other))
         pairs = selection.judged(own.sequences, other.sequences, own_rewards >= other_rewards)
         counts = own_rewards != other_rewards
-        batch = preference.make_batch(logprob_fn, ref_params, pairs.chosen, pairs.rejected, counts)
+        batch = preference.make_batch(
+            logprob_fn, ref_params, pairs.chosen, pairs.rejected, counts, hyper.ld_alpha
+        )
         batch = dataclasses.replace(batch, chosen_from_ref=~pairs.first_is_chosen)
         state, metrics = update(state, hyper, batch)
         described = _described(own, own_rewards)

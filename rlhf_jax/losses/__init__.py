@@ -57,7 +57,10 @@ from rlhf_jax.losses.preference_modifiers import (
     forward_kl_score,
     js_score,
     length_desensitized_logp,
+    mixed_loss,
     weighted_sum,
+    with_divergence,
+    with_nll,
     wpo_weight,
 )
 from rlhf_jax.losses.preference_online import nash_md_loss, xpo_loss
@@ -71,6 +74,7 @@ from rlhf_jax.losses.reductions import (
     token_mean,
 )
 from rlhf_jax.losses.reward import (
+    all_pairs_loss,
     bradley_terry_loss,
     hinge_ranking_loss,
     plackett_luce_loss,
@@ -82,7 +86,7 @@ from rlhf_jax.losses.supervised import (
     mtp_loss,
     mtp_masks,
 )
-from rlhf_jax.losses.unpaired import bco_loss, kto_kl, kto_loss
+from rlhf_jax.losses.unpaired import bco_loss, class_mean_shift, kto_kl, kto_loss, row_mean_shift
 from rlhf_jax.losses.value import (
     categorical_value_loss,
     clipped_value_loss,
@@ -99,6 +103,7 @@ __all__ = [
     "PairLogps",
     "Reduction",
     "advantage_weighted_loss",
+    "all_pairs_loss",
     "alpha_divergence_score",
     "alpha_po_loss",
     "aot_loss",
@@ -110,6 +115,7 @@ __all__ = [
     "bradley_terry_loss",
     "categorical_value_loss",
     "cispo_surrogate",
+    "class_mean_shift",
     "clip_surrogate",
     "clipped_value_loss",
     "conservative_penalty",
@@ -138,6 +144,7 @@ __all__ = [
     "load_balance_loss",
     "load_violation",
     "masked_importance_weights",
+    "mixed_loss",
     "mtp_loss",
     "mtp_masks",
     "nash_md_loss",
@@ -155,6 +162,7 @@ __all__ = [
     "reverse_kl_loss",
     "robust_dpo_loss",
     "router_z_loss",
+    "row_mean_shift",
     "sampled_forward_kl_loss",
     "sampled_reverse_kl_loss",
     "sapo_surrogate",
@@ -174,6 +182,8 @@ __all__ = [
     "truncated_importance_weights",
     "vespo_surrogate",
     "weighted_sum",
+    "with_divergence",
+    "with_nll",
     "wpo_weight",
     "xpo_loss",
 ]

@@ -17,8 +17,9 @@ and gradient at log-ratios of +-1e4.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, TypeVar
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -64,11 +65,14 @@ class PairLossTraits:
       uses_batch_sort: it compares pairs with each other, so a batch cannot be computed in micro-batches.
       uses_soft_labels: it reads `PairLogps.preference`.
       needs_chosen_from_ref: one response of each pair must have been sampled from the reference.
+      uses_plain_logps: it reads log-probs otherwise than as log-ratios of each response to the reference,
+        so that another f-divergence has no place in it.
     """
 
     uses_batch_sort: bool = False
     uses_soft_labels: bool = False
     needs_chosen_from_ref: bool = False
+    uses_plain_logps: bool = False
 
 
 LossFn = TypeVar("LossFn", bound=Callable[..., Any])
@@ -86,9 +90,57 @@ def pair_loss_traits(**traits: bool) -> Callable[[LossFn], LossFn]:
 
 def traits_of(loss_fn: Callable[..., Any]) -> PairLossTraits:
     """Declared traits of a loss, also through `functools.partial`; the usual ones where it declares none."""
+    return getattr(_unwrapped(loss_fn), "traits", PairLossTraits())
+
+
+def _unwrapped(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
     while hasattr(loss_fn, "func"):
         loss_fn = getattr(loss_fn, "func")  # noqa: B009 (only partials have it)
-    return getattr(loss_fn, "traits", PairLossTraits())
+    return loss_fn
+
+
+@runtime_checkable
+class PairLossFn(Protocol):
+    """A loss on preference pairs, such as `losses.dpo_loss`."""
+
+    def __call__(
+        self, pairs: PairLogps, /, *, beta: Scalar, mask: Bool[Array, "B"], denominator: Scalar
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """(loss, metrics) of the pairs under the mask, sums divided by `denominator`."""
+        ...
+
+
+_SHARED = {*inspect.signature(PairLossFn.__call__).parameters, "weights"}
+
+
+def loss_parameters(loss_fn: Callable[..., Any]) -> dict[str, Any]:
+    """The numbers of a loss that are its own, with their defaults, by its keywords.
+
+    They are what its signature has beside what all losses are called with: `label_smoothing`, `gamma`, ... A
+    default of `inspect.Parameter.empty` is none.
+    """
+    return {
+        name: parameter.default
+        for name, parameter in inspect.signature(loss_fn).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name not in _SHARED
+    }
+
+
+def takes_weights(loss_fn: Callable[..., Any]) -> bool:
+    """Whether a loss has `weights`, one for each pair."""
+    return "weights" in inspect.signature(loss_fn).parameters
+
+
+def check_loss_params(loss_fn: Callable[..., Any], given: Iterable[str]) -> None:
+    """Raises: UserError where a loss is given a number that it does not have, or lacks one that it needs."""
+    own, given = loss_parameters(loss_fn), list(given)
+    name = getattr(_unwrapped(loss_fn), "__name__", str(loss_fn))
+    unknown = [parameter for parameter in given if parameter not in own]
+    if unknown:
+        raise UserError(f"{name} has no parameter {unknown[0]}: it has {', '.join(own) or 'none but beta'}")
+    needed = [n for n, default in own.items() if default is inspect.Parameter.empty and n not in given]
+    if needed:
+        raise UserError(f"{name} needs {needed[0]}: give a number")
 
 
 REFERENCED = ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected")
@@ -195,11 +247,11 @@ def smoothed_logistic(
 
 
 def paired(
-    losses: Float[Array, "B"],
-    chosen_reward: Float[Array, "B"],
-    rejected_reward: Float[Array, "B"],
+    losses: Float[Array, "*B"],
+    chosen_reward: Float[Array, "*B"],
+    rejected_reward: Float[Array, "*B"],
     mean: RowMean,
-    **extra: Float[Array, "B"],
+    **extra: Float[Array, "*B"],
 ) -> tuple[Float[Array, ""], Metrics]:
     """Mean loss over pairs, and the metrics of a paired loss as means over the same pairs.
 

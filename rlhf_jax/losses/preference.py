@@ -110,7 +110,7 @@ def ipo_loss(
         (c / len_c - r / len_r - 1 / (2 b))^2
 
     The paper's equation has no lengths; its authors confirmed to the TRL project that its results are those
-    of the per-token form. Lengths of one give the equation as printed.
+    of the per-token form, which is TRL's too. Lengths of one give the equation as printed.
 
     Args:
       beta: the paper's tau; 1 / (2 b) is the margin in nats per token that the loss pulls to.
@@ -233,7 +233,7 @@ def _quantile_loss(
     return row_mean(first_rows, None, denominator)(smoothed_logistic(beta * delta, label_smoothing))
 
 
-@pair_loss_traits(uses_batch_sort=True)
+@pair_loss_traits(uses_batch_sort=True, uses_plain_logps=True)
 def aot_loss(
     pairs: PairLogps,
     *,

@@ -1,15 +1,16 @@
-"""Modifiers of preference losses: f-divergence scores (f-DPO), WPO weights, LD-DPO, weighted sums (MPO).
+"""Modifiers of preference losses: f-divergences (f-DPO), likelihood (RPO), mixes (MPO), WPO, LD-DPO.
 
-f-divergence scores replace log-ratios. DPO under another divergence is
+Three of them make a loss of losses, whose numbers are those of its parts and its own:
 
-    score = functools.partial(alpha_divergence_score, alpha=0.5)
-    zeros = jnp.zeros_like(chosen_log_ratio)
-    dpo_loss(PairLogps(score(chosen_log_ratio), score(rejected_log_ratio), zeros, zeros), beta=beta)
-
-and so with every loss that takes log-ratios.
+    with_divergence(dpo_loss, alpha_divergence_score)          # alpha
+    with_nll(simpo_loss)                                       # rpo_alpha
+    mixed_loss({"dpo": dpo_loss, "bco_pair": bco_pair_loss})   # dpo_weight, bco_pair_weight
 """
 
-from collections.abc import Mapping
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,20 @@ from rlhf_jax.core.masks import masked_mean
 from rlhf_jax.core.shapes import check_shapes
 from rlhf_jax.core.types import Array, Bool, Float, Int, Metrics, Scalar
 from rlhf_jax.kernels.prepare import cleaned, full_precision
-from rlhf_jax.losses.pair_logps import power_score
+from rlhf_jax.losses.pair_logps import (
+    PairLogps,
+    PairLossFn,
+    PairLossTraits,
+    log_ratios,
+    loss_parameters,
+    per_token,
+    policy_logps,
+    power_score,
+    takes_weights,
+    traits_of,
+)
+
+# f-divergences -------------------------------------------------------------------------------------
 
 
 def forward_kl_score(log_ratio: Float[Array, "B"]) -> Float[Array, "B"]:
@@ -56,6 +70,9 @@ def alpha_divergence_score(log_ratio: Float[Array, "B"], *, alpha: Scalar) -> Fl
     return power_score(full_precision(log_ratio), alpha)
 
 
+# Of single responses -------------------------------------------------------------------------------
+
+
 def wpo_weight(
     logp: Float[Array, "B T"], log_collision: Float[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> Float[Array, "B"]:
@@ -63,7 +80,9 @@ def wpo_weight(
 
         exp(1/|y| sum_t [log p(y_t) - log sum_v p(v)^2])
 
-    A pair's weight is the product of its two responses': pass it as `weights`.
+    A pair's weight is the product of its two responses': pass it as `weights`. As in the paper it may be
+    above 1; TRL caps it there. With p_h the policy at half its temperature, log sum_v p(v)^2 at the place of
+    y_t is 2 log p(y_t) - log p_h(y_t).
 
     Args:
       logp: policy log-probability of each token, in nats.
@@ -102,6 +121,125 @@ def length_desensitized_logp(
     )
     shared = jnp.cumsum(mask, axis=-1) <= shared_length[:, None]
     return jnp.sum(cleaned(logp, mask) * jnp.where(shared, 1, alpha), axis=-1)
+
+
+# Losses of losses ----------------------------------------------------------------------------------
+
+
+def with_divergence(loss_fn: PairLossFn, score_fn: Callable[..., Float[Array, "B"]]) -> PairLossFn:
+    """A loss under another f-divergence than the reverse KL (f-DPO, Wang et al. 2023): f'(u) for log u.
+
+    Args:
+      loss_fn: on log-ratios.
+      score_fn: log-ratio -> f'(u): `forward_kl_score`, `js_score`, `alpha_divergence_score`; its numbers are
+        numbers of the loss.
+    Raises:
+      UserError: a loss that does not compare log-ratios of single responses.
+    """
+    if traits_of(loss_fn).uses_plain_logps:
+        raise UserError(
+            f"{_name(loss_fn)} does not compare log-ratios to the reference: it has no f-divergence"
+        )
+    numbers = loss_parameters(score_fn)
+
+    def loss(pairs: PairLogps, /, **options: Any) -> tuple[Float[Array, ""], Metrics]:
+        own = {name: options.pop(name) for name in numbers if name in options}
+        chosen, rejected, _ = log_ratios(_name(loss_fn), pairs, options.get("mask"), None, None)
+        zeros = jnp.zeros_like(chosen)
+        scored = dataclasses.replace(
+            pairs,
+            policy_chosen=score_fn(chosen, **own),
+            policy_rejected=score_fn(rejected, **own),
+            ref_chosen=zeros,
+            ref_rejected=zeros,
+        )
+        return loss_fn(scored, **options)
+
+    return _declared(loss, f"{_name(loss_fn)} with {_name(score_fn)}", [loss_fn], numbers)
+
+
+def with_nll(loss_fn: PairLossFn) -> PairLossFn:
+    """A loss plus the likelihood of the chosen response per token (RPO, Pang et al. 2024, eq. 1).
+
+        L - a log p(y_c) / len_c
+
+    The number a is `rpo_alpha`, 1 by default as in the paper; TRL's likelihood is the mean over all tokens
+    of the batch instead. Weights of pairs hold for both terms. With LD-DPO the log-probability is that of
+    LD-DPO.
+    """
+
+    def loss(
+        pairs: PairLogps, /, *, rpo_alpha: Scalar = 1.0, **options: Any
+    ) -> tuple[Float[Array, ""], Metrics]:
+        rest, metrics = loss_fn(pairs, **options)
+        rows = (options.get(name) for name in ("mask", "weights", "denominator"))
+        chosen, rejected, mean = policy_logps("with_nll", pairs, *rows)
+        nll = mean(-per_token("with_nll", pairs, chosen, rejected)[0])
+        total = rest + rpo_alpha * nll
+        return total, jax.lax.stop_gradient({**metrics, "loss": total, "rpo_nll": nll})
+
+    own = loss_parameters(loss)
+    return _declared(loss, f"{_name(loss_fn)} with NLL", [loss_fn], own, uses_plain_logps=True)
+
+
+def mixed_loss(loss_fns: Mapping[str, PairLossFn]) -> PairLossFn:
+    """Weighted sum of losses on the same pairs (MPO, Wang et al. 2024).
+
+        sum_i w_i L_i
+
+    The weight of the loss by the name `dpo` is the number `dpo_weight`, 1 by default. Beta is that of all,
+    and so is a number that several of them have.
+
+    Args:
+      loss_fns: by name.
+    """
+
+    def loss(pairs: PairLogps, /, **options: Any) -> tuple[Float[Array, ""], Metrics]:
+        given = {name: options.pop(f"{name}_weight", 1.0) for name in loss_fns}
+        numbers = {name: options.pop(name) for name in shared if name in options}
+        results = {}
+        for name, loss_fn in loss_fns.items():
+            own = {key: numbers[key] for key in loss_parameters(loss_fn) if key in numbers}
+            results[name] = loss_fn(pairs, **options, **own)
+        return weighted_sum(results, given)
+
+    shared = {key for loss_fn in loss_fns.values() for key in loss_parameters(loss_fn)}
+    weights = {f"{name}_weight": 1.0 for name in loss_fns}
+    return _declared(loss, " + ".join(loss_fns), list(loss_fns.values()), weights)
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return getattr(function, "__name__", str(function))
+
+
+def _declared(
+    loss: Callable[..., Any],
+    name: str,
+    parts: list[PairLossFn],
+    own: Mapping[str, Any],
+    *,
+    uses_plain_logps: bool = False,
+) -> PairLossFn:
+    """The loss of losses with the name, the numbers and the traits that callers read."""
+    numbers = {key: value for part in parts for key, value in loss_parameters(part).items()}
+    both = numbers.keys() & own.keys()
+    if both:
+        raise UserError(f"{name}: {min(both)} is a number of both: bind one with functools.partial")
+    keywords = {**numbers, **own} | ({"weights": None} if all(map(takes_weights, parts)) else {})
+    kind = inspect.Parameter.KEYWORD_ONLY
+    signature = inspect.Signature([inspect.Parameter(k, kind, default=v) for k, v in keywords.items()])
+    traits = {
+        field.name: any(getattr(traits_of(part), field.name) for part in parts)
+        for field in dataclasses.fields(PairLossTraits)
+    }
+    traits["uses_plain_logps"] |= uses_plain_logps
+    for attribute, value in {
+        "__name__": name,
+        "__signature__": signature,
+        "traits": PairLossTraits(**traits),
+    }.items():
+        setattr(loss, attribute, value)
+    return loss
 
 
 def weighted_sum(

@@ -13,7 +13,7 @@ from rlhf_jax.losses.pair_logps import REFERENCED, PairLogps, pair_loss_traits, 
 from rlhf_jax.losses.reductions import row_mean
 
 
-@pair_loss_traits(needs_chosen_from_ref=True)
+@pair_loss_traits(needs_chosen_from_ref=True, uses_plain_logps=True)
 def xpo_loss(
     pairs: PairLogps,
     *,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from rlhf_jax.core.types import Array, Bool, Float, Metrics, Scalar
 from rlhf_jax.losses.pair_logps import (
     PairLogps,
+    pair_loss_traits,
     paired,
     per_token,
     policy_logps,
@@ -32,6 +33,7 @@ def _log_odds(logp: Float[Array, "B"]) -> Float[Array, "B"]:
     return logp - log1mexp
 
 
+@pair_loss_traits(uses_plain_logps=True)
 def orpo_loss(
     pairs: PairLogps,
     *,
@@ -62,6 +64,7 @@ def orpo_loss(
     return paired(losses, beta * chosen, beta * rejected, mean, **extra)
 
 
+@pair_loss_traits(uses_plain_logps=True)
 def cpo_loss(
     pairs: PairLogps,
     *,
@@ -90,6 +93,7 @@ def cpo_loss(
     return paired(losses, beta * chosen, beta * rejected, mean, nll=-chosen)
 
 
+@pair_loss_traits(uses_plain_logps=True)
 def simpo_loss(
     pairs: PairLogps,
     *,
@@ -119,6 +123,7 @@ def simpo_loss(
     return paired(losses, beta * chosen, beta * rejected, mean, nll=-chosen)
 
 
+@pair_loss_traits(uses_plain_logps=True)
 def alpha_po_loss(
     pairs: PairLogps,
     *,

@@ -1,5 +1,7 @@
 """Losses that train reward models: on pairs, on rankings, on the steps of a solution."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -7,7 +9,7 @@ from rlhf_jax.core.shapes import check_shapes
 from rlhf_jax.core.types import Array, Bool, Float, Int, Metrics, Scalar
 from rlhf_jax.kernels.prepare import cleaned, mask_or_all
 from rlhf_jax.losses.pair_logps import paired, row_values
-from rlhf_jax.losses.reductions import Reduction, row_mean, token_mean
+from rlhf_jax.losses.reductions import Reduction, RowMean, row_mean, token_mean
 
 
 def bradley_terry_loss(
@@ -92,39 +94,97 @@ def ranked_pairs(ranks: Int[Array, "B K"], mask: Bool[Array, "B K"]) -> Bool[Arr
     return mask[:, :, None] & mask[:, None, :] & (ranks[:, :, None] < ranks[:, None, :])
 
 
-def plackett_luce_loss(
+def all_pairs_loss(
     rewards: Float[Array, "B K"],
+    ranks: Int[Array, "B K"],
     mask: Bool[Array, "B K"] | None = None,
     *,
+    margin: Scalar | Float[Array, "B"] = 0.0,
+    centring: Scalar = 0.0,
+    denominator: Scalar | None = None,
+) -> tuple[Float[Array, ""], Metrics]:
+    """Bradley-Terry likelihood of all pairs of K ranked responses (Ouyang et al. 2022, eq. 1).
+
+        mean over prompts of  1 / C(K, 2) sum over a before b of  -log s(R_a - R_b - m) + k (R_a + R_b)^2
+
+    Every prompt counts alike, however many responses it has. Of equal ranks neither has to lead: such pairs
+    are in neither sum nor count. Of two responses it is `bradley_terry_loss`, metrics included.
+
+    Args:
+      rewards: scores R of the K responses to each prompt.
+      ranks: the smaller the better.
+      mask: responses there are (all by default); the others may hold NaN.
+      margin: m, by how much the better score must lead: one number or one per prompt.
+      centring: coefficient k that draws scores towards mean 0, as of `bradley_terry_loss`.
+      denominator: what the sum over prompts is divided by (by default the number of those with two
+        responses of different rank).
+    Returns:
+      (loss, metrics), all means over prompts of means over pairs: the scores of the better and of the worse
+      responses as `chosen_reward` and `rejected_reward`, their `margin` and the `accuracy`.
+    """
+    rewards, ranks, mask, margin = _ranked("all_pairs_loss", rewards, ranks, mask, margin)
+    mean = _mean_over_pairs(ranks, mask, denominator)
+    better, worse = jnp.broadcast_arrays(rewards[:, :, None], rewards[:, None, :])
+    losses = -jax.nn.log_sigmoid(better - worse - margin[:, None, None]) + centring * (better + worse) ** 2
+    return paired(losses, better, worse, mean)
+
+
+def plackett_luce_loss(
+    rewards: Float[Array, "B K"],
+    ranks: Int[Array, "B K"],
+    mask: Bool[Array, "B K"] | None = None,
+    *,
+    margin: Scalar | Float[Array, "B"] = 0.0,
+    centring: Scalar = 0.0,
     denominator: Scalar | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
     """Plackett-Luce likelihood of rankings (Plackett 1975; Rafailov et al. 2023, appendix A.3).
 
-        -sum_k [R_k - log sum_{j >= k} exp(R_j)],    items in order of preference, best first
+        -sum_a [R_a - log(exp R_a + sum_{b after a} exp(R_b + m))] + k mean_{a before b} (R_a + R_b)^2
 
-    Of two items it is `bradley_terry_loss`.
+    Responses of equal rank are not compared: each is chosen from itself and those behind it. So a best one
+    before equal others is the softmax of the best of K. Of two responses it is `bradley_terry_loss`.
 
-    Args:
-      rewards: scores of the K items of each ranking, best item first.
-      mask: items there are (all by default), anywhere in the row; the others may hold NaN.
-      denominator: what the sum over rankings is divided by (the number of those with two items or more).
+    Args: as of `all_pairs_loss`; `mask` may leave out any of a row.
+
     Returns:
-      (loss, metrics): `accuracy` is the mean share of a ranking's pairs that the scores order rightly.
+      (loss, metrics): the loss of a ranking is a sum over its responses, the metrics are those of
+      `all_pairs_loss`.
     """
-    rewards, mask = check_shapes("plackett_luce_loss", rewards=(rewards, "B K"), mask=(mask, "B K"))
-    mask = mask_or_all(mask, rewards)
-    rewards = cleaned(rewards, mask)
+    rewards, ranks, mask, margin = _ranked("plackett_luce_loss", rewards, ranks, mask, margin)
+    mean = _mean_over_pairs(ranks, mask, denominator)
+    better, worse = jnp.broadcast_arrays(rewards[:, :, None], rewards[:, None, :])
     # The lowest finite number stands for -inf, whose logsumexp with itself has a NaN gradient.
     lowest = jnp.asarray(jnp.finfo(rewards.dtype).min, rewards.dtype)
-    normaliser = jax.lax.cumlogsumexp(jnp.where(mask, rewards, lowest), axis=1, reverse=True)
-    losses = jnp.sum(jnp.where(mask, normaliser - rewards, 0), axis=1)
+    behind = jnp.where(ranked_pairs(ranks, mask), worse + margin[:, None, None], lowest)
+    itself = jnp.eye(rewards.shape[1], dtype=bool)
+    normalizer = jax.nn.logsumexp(jnp.where(itself, better, behind), axis=2)
+    # One number a ranking; as every pair's, the mean over its pairs gives it back.
+    losses = jnp.sum(normalizer - rewards, axis=1, where=mask)[:, None, None]
+    return paired(losses + centring * (better + worse) ** 2, better, worse, mean)
 
-    pairs = mask[:, :, None] & mask[:, None, :] & jnp.triu(jnp.ones(rewards.shape[1:] * 2, bool), 1)
-    ordered = pairs & (rewards[:, :, None] > rewards[:, None, :])
-    share = jnp.sum(ordered, axis=(1, 2)) / jnp.maximum(jnp.sum(pairs, axis=(1, 2)), 1)
-    mean = row_mean(jnp.any(pairs, axis=(1, 2)), None, denominator)
-    loss = mean(losses)
-    return loss, {"loss": jax.lax.stop_gradient(loss), "accuracy": mean(share.astype(losses.dtype))}
+
+def _ranked(
+    name: str, rewards: Any, ranks: Any, mask: Any, margin: Any
+) -> tuple[Float[Array, "B K"], Int[Array, "B K"], Bool[Array, "B K"], Float[Array, "B"]]:
+    """The arguments in full precision, one margin to each prompt; rewards are 0 where masked."""
+    rewards, ranks, mask = check_shapes(
+        name, rewards=(rewards, "B K"), ranks=(ranks, "B K"), mask=(mask, "B K")
+    )
+    mask = mask_or_all(mask, rewards)
+    rewards = cleaned(rewards, mask)
+    margin = row_values(name, "margin", margin, rewards[:, 0], jnp.any(mask, axis=1))
+    return rewards, ranks, mask, margin
+
+
+def _mean_over_pairs(
+    ranks: Int[Array, "B K"], mask: Bool[Array, "B K"], denominator: Scalar | None
+) -> RowMean:
+    """The mean over prompts of the mean over each one's ranked pairs; without such a pair none counts."""
+    pairs = ranked_pairs(ranks, mask)
+    counts = jnp.sum(pairs, axis=(1, 2))
+    mean = row_mean(counts > 0, None, denominator)
+    return lambda values: mean(jnp.sum(values, axis=(1, 2), where=pairs) / jnp.maximum(counts, 1))
 
 
 def process_reward_loss(

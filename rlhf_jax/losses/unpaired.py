@@ -128,7 +128,8 @@ def bco_loss(
       policy_logp: log-probability of each response in nats, summed over its tokens.
       ref_logp: the reference's.
       desirable: which responses are.
-      shift: delta, the running mean of the metric `reward`; kept by the caller, without gradient.
+      shift: delta, the running mean of `class_mean_shift` (the paper's) or of `row_mean_shift` (TRL's); kept
+        by the caller, without gradient.
       beta: scale b of the log-ratios.
       weights: factor of each row; the paper's density ratio p / (1 - p) on undesirable rows makes up for
         prompts that are distributed differently in the two classes.
@@ -143,3 +144,26 @@ def bco_loss(
     sign = jnp.where(desirable, 1, -1)
     losses = -jax.nn.log_sigmoid(sign * (reward - jax.lax.stop_gradient(shift)))
     return _unpaired(losses, reward, desirable, row_mean(counted, weights, denominator))
+
+
+def class_mean_shift(metrics: Metrics) -> Float[Array, ""]:
+    """BCO's shift from a batch (Jung et al. 2024): the mean of the mean rewards of both classes.
+
+        (mean of b z over the desirable + mean of b z over the others) / 2
+
+    Args:
+      metrics: of `bco_loss`, of the whole batch.
+    Returns:
+      NaN where the batch lacks a class.
+    """
+    share = metrics["desirable_fraction"]
+    return (metrics["chosen_reward"] / share + metrics["rejected_reward"] / (1 - share)) / 2
+
+
+def row_mean_shift(metrics: Metrics) -> Float[Array, ""]:
+    """BCO's shift from a batch as TRL has it: the mean of b z over all rows, whatever their classes.
+
+    Args:
+      metrics: of `bco_loss`, of the whole batch.
+    """
+    return metrics["reward"]

@@ -74,15 +74,26 @@ def sft(policy: Policy, rows: Rows, *, eval_rows: Rows = None, out: Any = None, 
 
 
 def reward_model(
-    policy: Policy, rows: Rows, *, eval_rows: Rows = None, out: Any = None, **settings: Any
+    policy: Policy,
+    rows: Rows,
+    *,
+    loss: str | Callable[..., Any] = "bradley_terry",
+    eval_rows: Rows = None,
+    out: Any = None,
+    **settings: Any,
 ) -> Trained:
-    """Reward modelling (Bradley-Terry) on preference pairs; the result has a `reward_model`.
+    """Reward modelling on preference pairs or rankings of K answers; the result has a `reward_model`.
 
     Args:
-      rows: with `prompt`, `chosen` and `rejected`.
+      rows: with `prompt`, `chosen` and `rejected`, or with `prompt`, `completions` and `ranks`, 0 the best.
+      loss: a name of `rlhf reward-model --loss`, or a function `(rewards, ranks, mask, *, margin, centring,
+        denominator) -> (loss, metrics)`, for which a pair is a ranking of two.
       settings: as of `sft`, with the options of `rlhf reward-model`.
     """
-    return _run(reward_stage, out, settings, policy=policy, rows=rows, eval_rows=eval_rows)
+    own = None if isinstance(loss, str) else loss
+    if isinstance(loss, str):
+        settings["loss"] = loss
+    return _run(reward_stage, out, settings, policy=policy, rows=rows, eval_rows=eval_rows, loss=own)
 
 
 def process_reward(

@@ -2,7 +2,8 @@
 
     rlhf dpo --out runs/dpo --model runs/sft --data pairs.jsonl
     rlhf dpo --out runs/mine --model runs/sft --data pairs.jsonl --beta 0.3
-    rlhf dpo --out runs/simpo --model runs/sft --data pairs.jsonl --loss simpo
+    rlhf dpo --out runs/simpo --model runs/sft --data pairs.jsonl --loss simpo --gamma 1.6
+    rlhf dpo --out runs/mpo --model runs/sft --data pairs.jsonl --loss dpo,bco_pair --loss-weights 0.8 0.2
     rlhf dpo --out runs/kto --model runs/sft --loss kto --data labelled.jsonl
 
 Rows hold `prompt`, `chosen` and `rejected`: plain strings, or lists of messages. KTO and BCO, which learn
@@ -20,9 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from rlhf_jax import distributed
+from rlhf_jax import distributed, losses
 from rlhf_jax.algorithms import preference, unpaired
-from rlhf_jax.algorithms.preference import PairLossFn
 from rlhf_jax.algorithms.unpaired import UNPAIRED_LOSSES
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.protocols import LogprobFn
@@ -30,8 +30,18 @@ from rlhf_jax.core.train_state import OptimizerConfig, with_total_steps
 from rlhf_jax.core.types import Metrics, Params, Sequences
 from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.evaluation.classification import roc_auc
-from rlhf_jax.losses.pair_logps import PairLossTraits, traits_of
-from rlhf_jax.stages import adapting, defaults, edges, entry, inputs, option_checks, option_groups
+from rlhf_jax.losses.pair_logps import PairLossFn, PairLossTraits, takes_weights, traits_of
+from rlhf_jax.models import Policy
+from rlhf_jax.stages import (
+    adapting,
+    defaults,
+    edges,
+    entry,
+    inputs,
+    loss_options,
+    option_checks,
+    option_groups,
+)
 from rlhf_jax.stages.entry import NOTHING, Given, Trained, policy_of, trained
 from rlhf_jax.training import Meter
 
@@ -41,7 +51,8 @@ LossName = Annotated[
     tyro.conf.arg(
         metavar="NAME",
         help=f"what is made of the pairs: {', '.join(preference.pair_losses())}; of single responses: "
-        f"{', '.join(UNPAIRED_LOSSES)}; or a loss of your own on pairs, by its path module:function.",
+        f"{', '.join(UNPAIRED_LOSSES)}; or a loss of your own on pairs, by its path module:function. Several "
+        "on pairs, with commas between them, are added with --loss-weights.",
     ),
 ]
 
@@ -59,8 +70,17 @@ class Options:
       loss: DPO, or another of its family; kto and bco for single responses.
       beta: strength of the KL constraint, per nat; for losses without a reference, the scale of log-probs;
         None for the published one (DPO: 0.1).
+      loss_params: the numbers of the loss.
+      loss_weights: of the losses that are mixed, in the order of --loss (MPO).
+      f_divergence_type: of the constraint: the reverse KL, or another f-divergence (f-DPO).
+      rpo_alpha: weight of the likelihood of the chosen response per token, beside the loss (RPO); None for no
+        likelihood.
+      ld_alpha: weight of the tokens beyond the shorter response of a pair (LD-DPO); None for the plain sum.
+      use_weighting: weigh each pair by how on-policy it is (WPO).
       desirable_weight: of the desirable responses in KTO and BCO.
       undesirable_weight: of the others.
+      bco_shift: what BCO's shift is the running mean of: the mean rewards of both classes as in the paper, or
+        the reward of all rows as in TRL.
       reference: score pairs with the reference once and keep the numbers, or at every step with a second
         model in memory (with an adapter: the same one, adapter off). Both give the same training.
     """
@@ -75,27 +95,81 @@ class Options:
     learning_rate: float | None = None
     loss: LossName = "dpo"
     beta: float | None = None
+    loss_params: tyro.conf.OmitArgPrefixes[
+        loss_options.LossParams  # pyright: ignore[reportInvalidTypeForm] (made from signatures)
+    ] = loss_options.LossParams()
+    loss_weights: tuple[float, ...] = ()
+    f_divergence_type: loss_options.Divergence = "reverse_kl"
+    rpo_alpha: float | None = None
+    ld_alpha: float | None = None
+    use_weighting: bool = False
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
+    bco_shift: Literal["classes", "rows"] = "classes"
     reference: Literal["stored", "each_step"] = "stored"
 
 
-def check(options: Options) -> None:
-    """Raises: UserError where the options do not fit each other."""
+ON_SINGLE_RESPONSES = {
+    "desirable_weight": tuple(UNPAIRED_LOSSES),
+    "undesirable_weight": tuple(UNPAIRED_LOSSES),
+    "bco_shift": ("bco",),
+}
+"""Options by the losses that they mean something to."""
+ON_PAIRS = "loss_params", "loss_weights", "f_divergence_type", "rpo_alpha", "ld_alpha", "use_weighting"
+SHIFTS = {"classes": losses.class_mean_shift, "rows": losses.row_mean_shift}
+
+
+def check(options: Options, loss_fn: PairLossFn | None) -> None:
+    """Raises: UserError where the options do not fit each other.
+
+    Args:
+      loss_fn: on pairs, with all that the options make of it; None for KTO and BCO.
+    """
     option_checks.check(options, options.run, "dpo")
     option_checks.check_divides("--micro-batches", options.micro_batches, "--batch-size", options.batch_size)
-    on_pairs = options.loss not in UNPAIRED_LOSSES
-    traits = traits_of(preference.find_pair_loss(options.loss)) if on_pairs else PairLossTraits()
+    traits = PairLossTraits() if loss_fn is None else traits_of(loss_fn)
     if options.micro_batches > 1 and traits.uses_batch_sort:
         raise UserError(f"--loss {options.loss} compares pairs with each other: it needs --micro-batches 1")
     if options.pairs.soft_labels and not traits.uses_soft_labels:
         raise UserError(
             f"--loss {options.loss} has no soft labels: leave --soft-labels out, or take --loss dpo"
         )
-    if on_pairs and (options.desirable_weight, options.undesirable_weight) != (1, 1):
-        raise UserError(
-            f"--loss {options.loss} learns from pairs: --desirable-weight and its other go with kto"
-        )
+    if options.use_weighting and loss_fn is not None and not takes_weights(loss_fn):
+        raise UserError(f"--loss {options.loss} has no weights of pairs: leave --use-weighting out")
+    if options.ld_alpha is not None and not 0 <= options.ld_alpha <= 1:
+        raise UserError(f"--ld-alpha {options.ld_alpha} is no weight: give a number from 0 to 1")
+    unset = {field.name: field.default for field in dataclasses.fields(Options)}
+    for name, owners in ON_SINGLE_RESPONSES.items():
+        if getattr(options, name) != unset[name] and (loss_fn is not None or options.loss not in owners):
+            raise UserError(
+                f"--{name.replace('_', '-')} means nothing to --loss {options.loss}: it goes with "
+                f"{' and '.join(owners)}"
+            )
+    for name in ON_PAIRS if loss_fn is None else ():
+        if getattr(options, name) != unset[name]:
+            named = next(iter(loss_options.given(options.loss_params))) if name == "loss_params" else name
+            raise UserError(
+                f"--{named.replace('_', '-')} goes with losses on pairs: --loss {options.loss} learns from "
+                "single responses"
+            )
+
+
+def resolve_loss(options: Options, given: Given) -> tuple[Options, PairLossFn | None, dict[str, float]]:
+    """(options with the numbers of the loss filled in, the loss on pairs or None, its numbers).
+
+    Raises:
+      UserError: a number that the loss does not have, or other options that do not fit it.
+    """
+    if given.loss is None and options.loss in UNPAIRED_LOSSES:
+        return options, None, {}
+    named, weights = loss_options.mixed(given.loss or options.loss, options.loss_weights)
+    loss_fn, added = loss_options.with_modifiers(
+        named, divergence=options.f_divergence_type, rpo_alpha=options.rpo_alpha
+    )
+    method = options.loss if given.loss is None else ""
+    params = loss_options.filled(options.loss_params, loss_fn, method)
+    numbers = {**loss_options.given(params), **weights, **added}
+    return dataclasses.replace(options, loss_params=params), loss_fn, numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,20 +188,35 @@ class Objective:
     make_batch: Callable[..., Any]
 
 
-def pair_objective(options: Options, loss: str | PairLossFn, logprob_fn: LogprobFn, tx: Any) -> Objective:
-    """DPO and its family, on pairs."""
-    config = preference.Config(options.micro_batches, preference.find_pair_loss(loss))
+def pair_objective(
+    options: Options, loss_fn: PairLossFn, numbers: dict[str, float], model: Policy, tx: Any
+) -> Objective:
+    """DPO and its family, on pairs.
+
+    Args:
+      numbers: of the loss, beside beta.
+    """
+    half = model.make_logprob_fn(temperature=0.5) if options.use_weighting else None
+    config = preference.Config(options.micro_batches, loss_fn, half)
+    hyper = preference.Hyper(
+        jnp.float32(options.learning_rate),
+        jnp.float32(options.beta),
+        {name: jnp.float32(number) for name, number in numbers.items()},
+        None if options.ld_alpha is None else jnp.float32(options.ld_alpha),
+    )
     return Objective(
         lambda params, key: preference.init(params, tx, key),
-        preference.make_update(config, logprob_fn, tx),
-        preference.Hyper(jnp.float32(options.learning_rate), jnp.float32(options.beta)),
+        preference.make_update(config, model.make_logprob_fn(), tx),
+        hyper,
         lambda rows, ref, labels: preference.Batch(*rows, *ref, preference=labels),
     )
 
 
 def unpaired_objective(options: Options, loss: str, logprob_fn: LogprobFn, tx: Any) -> Objective:
     """KTO and BCO, on single responses; KTO's reference point comes from the mismatched ones beside them."""
-    config = dataclasses.replace(UNPAIRED_LOSSES[loss], micro_batches=options.micro_batches)
+    config = dataclasses.replace(
+        UNPAIRED_LOSSES[loss], micro_batches=options.micro_batches, shift_fn=SHIFTS[options.bco_shift]
+    )
     numbers = options.learning_rate, options.beta, options.desirable_weight, options.undesirable_weight
 
     def make_batch(rows: Sides, ref: tuple[Any, Any], labels: Any) -> unpaired.Batch:
@@ -143,10 +232,14 @@ def unpaired_objective(options: Options, loss: str, logprob_fn: LogprobFn, tx: A
 
 
 def reference_logp(
-    logprob_fn: LogprobFn, params: Params, pairs: inputs.Pairs, batch_size: int
+    logprob_fn: LogprobFn,
+    params: Params,
+    pairs: inputs.Pairs,
+    batch_size: int,
+    ld_alpha: float | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The reference's log-probs of the responses on both sides, in nats."""
-    score = jax.jit(functools.partial(preference.response_logp, logprob_fn))
+    score = jax.jit(functools.partial(preference.response_logp, logprob_fn, ld_alpha=ld_alpha))
     parts = [score(params, *pairs.rows(indices)) for indices in inputs.parts(len(pairs), batch_size)]
     first, second = (
         np.concatenate([distributed.all_values(x) for x in side]) for side in zip(*parts, strict=True)
@@ -167,11 +260,13 @@ def make_step_fn(
     sampler = BatchSampler(len(train), options.batch_size, options.run.seed)
     stored = None
     if options.reference == "stored":
-        stored = reference_logp(logprob_fn, split.reference(state.learner), train, options.batch_size)
+        reference = split.reference(state.learner)
+        stored = reference_logp(logprob_fn, reference, train, options.batch_size, options.ld_alpha)
 
     def score_and_update(state: Any, original: Params, rows: Sides, ref: Any, labels: Any):
         if ref is None:
-            ref = preference.response_logp(logprob_fn, split.reference(state.learner, original), *rows)
+            reference = split.reference(state.learner, original)
+            ref = preference.response_logp(logprob_fn, reference, *rows, options.ld_alpha)
         return objective.update(state, objective.hyper, objective.make_batch(rows, ref, labels))
 
     update = edges.jit_update(score_and_update, state)
@@ -213,12 +308,12 @@ def make_evaluate_fn(
 def run(options: Options, given: Given = NOTHING) -> Trained:
     """Trains, and leaves a run folder."""
     options = defaults.fill_published(options, options.loss, otherwise="dpo")
-    seed, loss = options.run.seed, given.loss or options.loss
-    check(options)
-    model = policy_of(options.model, given, options.run)
-    load = inputs.load_labeled if loss in UNPAIRED_LOSSES else inputs.load_pairs
+    options, loss_fn, numbers = resolve_loss(options, given)
+    check(options, loss_fn)
+    seed, model = options.run.seed, policy_of(options.model, given, options.run)
+    load = inputs.load_labeled if loss_fn is None else inputs.load_pairs
     train, held_out = load(options.pairs, model.tokenizer, seed, given)
-    what = "responses" if loss in UNPAIRED_LOSSES else "pairs"
+    what = "responses" if loss_fn is None else "pairs"
     options = option_checks.with_steps(options, len(train), options.batch_size)
     edges.announce(options.run, model, f"{len(train):,} {what}, {len(held_out):,} held out")
 
@@ -226,10 +321,10 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     split = adapting.split_trainable(options.adapter, model, seed=seed, steps=steps, brought=brought)
     logprob_fn = model.make_logprob_fn()
     tx = split.optimizer(with_total_steps(options.optimizer, options.run.num_steps))
-    if isinstance(loss, str) and loss in UNPAIRED_LOSSES:
-        objective = unpaired_objective(options, loss, logprob_fn, tx)
+    if loss_fn is None:
+        objective = unpaired_objective(options, options.loss, logprob_fn, tx)
     else:
-        objective = pair_objective(options, loss, logprob_fn, tx)
+        objective = pair_objective(options, loss_fn, numbers, model, tx)
     state = adapting.init_sharded_state(objective.init, split.trained, split.frozen, jax.random.key(seed))
     adapting.print_trainable_parameters(options.run, state.learner)
     # Both sides, and the reference's pass over them where it is made at every step.

@@ -34,7 +34,7 @@ class Given:
       rows: to train on.
       eval_rows: held out.
       rewards: what completions are worth.
-      loss: on pairs.
+      loss: on pairs, or of a reward model on rankings.
       teacher: to distill.
       tools: that the policy may call: functions of texts, or `tool_use.Tool`s.
       loggers: beside those that the options name.

@@ -135,7 +135,7 @@ class Pairs:
 Example = TypeVar("Example")
 
 
-def _pair_examples(
+def pair_examples(
     options: option_groups.PairOptions,
     tokenizer: Tokenizer,
     seed: int,
@@ -156,23 +156,26 @@ def _pair_examples(
     return train, held_out[: options.eval_count]
 
 
-def load_pairs(
-    options: option_groups.PairOptions, tokenizer: Tokenizer, seed: int, given: Given = NOTHING
-) -> tuple[Pairs, Pairs]:
-    """Training pairs and held-out pairs (chosen, rejected), in rows of one length.
+def soft_labels(options: option_groups.PairOptions, preferences: Sequence[float]) -> np.ndarray | None:
+    """How probably each chosen one is better; None without `options.soft_labels`.
 
-    With `options.soft_labels` the labels of the training pairs are how probably the chosen one is better.
-
-    Raises:
-      UserError: soft labels are asked for, and no row has one.
+    Raises: UserError where no row says so.
     """
-    train, held_out = _pair_examples(options, tokenizer, seed, preference_examples, given)
-    labels = np.array([pair.preference for pair in train], np.float32) if options.soft_labels else None
+    labels = np.array(preferences, np.float32) if options.soft_labels else None
     if labels is not None and np.all(labels == 1):
         raise UserError(
             f"--soft-labels: no row of {options.data} has a `preference` below 1: make the pairs "
             "with a judge (preferences.py --judge-model), or leave the option out"
         )
+    return labels
+
+
+def load_pairs(
+    options: option_groups.PairOptions, tokenizer: Tokenizer, seed: int, given: Given = NOTHING
+) -> tuple[Pairs, Pairs]:
+    """Training pairs, with `soft_labels`, and held-out pairs (chosen, rejected), in rows of one length."""
+    train, held_out = pair_examples(options, tokenizer, seed, preference_examples, given)
+    labels = soft_labels(options, [pair.preference for pair in train])
     sizes = [len(side.ids) for pair in train + held_out for side in (pair.chosen, pair.rejected)]
     length = options.max_length or max(sizes)
 
@@ -189,7 +192,7 @@ def load_labeled(
 
     The other is half the data set away, so that it is never the other side of the same pair.
     """
-    train, held_out = _pair_examples(options, tokenizer, seed, labeled_examples, given)
+    train, held_out = pair_examples(options, tokenizer, seed, labeled_examples, given)
     sizes = [len(e.prompt_ids) + len(e.completion_ids) for e in train + held_out]
     length = options.max_length or max(sizes)
 

@@ -9,7 +9,6 @@ Which answer is preferred is what the rewards say, or a judge who sees both. Row
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,11 +27,20 @@ from rlhf_jax.core.types import Array, Bool, Float, Metrics, Params, Rollout
 from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.feedback.pairwise import CompareFn, compare_by_judge, compare_by_rewards
 from rlhf_jax.generation import Sampling
-from rlhf_jax.losses.pair_logps import traits_of
+from rlhf_jax.losses.pair_logps import PairLossFn, traits_of
 from rlhf_jax.models import Policy
 from rlhf_jax.rollout.engines import failed_rows
 from rlhf_jax.rollout.sampler import make_generate_fn
-from rlhf_jax.stages import adapting, defaults, edges, entry, inputs, option_checks, option_groups
+from rlhf_jax.stages import (
+    adapting,
+    defaults,
+    edges,
+    entry,
+    inputs,
+    loss_options,
+    option_checks,
+    option_groups,
+)
 from rlhf_jax.stages.entry import NOTHING, Given, Trained, policy_of, trained
 from rlhf_jax.stages.reward_specs import make_reward_fn
 
@@ -60,12 +68,14 @@ class Options:
         the rewards.
       batch_size: prompts a step, two answers to each.
       micro_batches: parts in which a batch is computed, to save memory.
-      learning_rate: at its peak; None for the published one (5e-7, with an adapter 5e-6).
+      learning_rate: at its peak; None for the published one of the method or of --loss (5e-7, with an adapter
+        5e-6).
       temperature: of sampling; the scorer uses the same.
       engine: what writes the answers: local (this process), or the server vllm:URL, sglang:URL or openai:URL,
         with #NAME behind it where it does not call the model default. openai servers keep their weights.
-      beta: strength of the KL constraint, per nat; None for the published 0.1.
-      alpha: weight of the optimism of xpo.
+      beta: strength of the KL constraint, per nat; None for the published one of the method or of --loss
+        (0.1).
+      loss_params: the numbers of the loss; alpha is xpo's weight of the optimism.
       mixture_coef: share of the reference in the opponent of nash_md.
       noise: difference of rewards at which one answer is preferred with probability 73 %; only nash_md minds
         by how much.
@@ -87,18 +97,23 @@ class Options:
     temperature: float = 1.0
     engine: str = "local"
     beta: float | None = None
-    alpha: float = 1e-3
+    loss_params: tyro.conf.OmitArgPrefixes[
+        loss_options.LossParams  # pyright: ignore[reportInvalidTypeForm] (made from signatures)
+    ] = loss_options.LossParams()
     mixture_coef: float = 0.125
     noise: float = 0.25
 
 
-METHOD_OF = {"loss": "dpo", "alpha": "xpo", "mixture_coef": "nash_md", "noise": "nash_md"}
+METHOD_OF = {"loss": "dpo", "mixture_coef": "nash_md", "noise": "nash_md"}
 
 
 def check(options: Options) -> None:
     """Raises: UserError where the options do not fit each other."""
     option_checks.check(options, options.run, "online_dpo")
     option_checks.check_divides("--micro-batches", options.micro_batches, "--batch-size", options.batch_size)
+    if options.method == "nash_md" and loss_options.given(options.loss_params):
+        name = next(iter(loss_options.given(options.loss_params)))
+        raise UserError(f"--{name.replace('_', '-')} means nothing to --method nash_md: leave it out")
     if options.micro_batches > 1 and traits_of(preference.find_pair_loss(options.loss)).uses_batch_sort:
         raise UserError(f"--loss {options.loss} compares pairs with each other: it needs --micro-batches 1")
     unset = {field.name: field.default for field in dataclasses.fields(Options)}
@@ -157,13 +172,17 @@ def describe(first: Rollout, ref_logp: Float[Array, " N"]) -> Metrics:
     }
 
 
+def loss_fn_of(options: Options) -> PairLossFn:
+    """The loss on pairs of online DPO and XPO."""
+    return losses.xpo_loss if options.method == "xpo" else preference.find_pair_loss(options.loss)
+
+
 def pair_update(options: Options, logprob_fn: LogprobFn, tx: Any) -> tuple[Callable[..., Any], Any]:
     """(init, learn) of online DPO and XPO: learn(state, reference, first, second, preference, scored)."""
     is_xpo = options.method == "xpo"
-    loss_fn = preference.find_pair_loss(options.loss)
-    if is_xpo:
-        loss_fn = functools.partial(losses.xpo_loss, alpha=options.alpha)
-    hyper = preference.Hyper(jnp.float32(options.learning_rate), jnp.float32(options.beta))
+    loss_fn = loss_fn_of(options)
+    numbers = {name: jnp.float32(x) for name, x in loss_options.given(options.loss_params).items()}
+    hyper = preference.Hyper(jnp.float32(options.learning_rate), jnp.float32(options.beta), numbers)
     update = preference.make_update(preference.Config(options.micro_batches, loss_fn), logprob_fn, tx)
 
     def learn(
@@ -210,9 +229,15 @@ def make_compare_fn(options: Options, model: Policy, given: Given = NOTHING) -> 
 
 def run(options: Options, given: Given = NOTHING) -> Trained:
     """Trains, and leaves a run folder."""
-    options = defaults.fill_published(options, "online_dpo" if options.method == "dpo" else options.method)
+    published = "online_dpo" if options.loss == "dpo" else options.loss
+    published = published if options.method == "dpo" else options.method
+    options = defaults.fill_published(options, published, otherwise="online_dpo")
     seed = options.run.seed
     check(options)
+    if options.method != "nash_md":
+        method = options.loss if options.method == "dpo" else options.method
+        params = loss_options.filled(options.loss_params, loss_fn_of(options), method)
+        options = dataclasses.replace(options, loss_params=params)
     if not options.judge:
         option_checks.check_rewards(inputs.rewards_of(options.prompts, given), " or --judge")
     model = policy_of(options.model, given, options.run)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Options = TypeVar("Options")
 
 
-WITHOUT_PREFIX = ("run", "pairs", "prompts", "task")
+WITHOUT_PREFIX = ("run", "pairs", "prompts", "task", "loss_params")
 
 
 _POSITIVE = """

@@ -1,7 +1,7 @@
 """Settings to sweep over: a `Hyper` whose every leaf has a first axis, one entry a setting."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -20,7 +20,7 @@ def product(base: H, **axes: Sequence[float]) -> H:
 
     Args:
       base: a pytree dataclass of scalars, or of trees of them; fields that are not named keep its value.
-      axes: values of each field.
+      axes: values of each field, or of each entry of a field that is a dictionary (`loss_params`).
 
     Raises:
       UserError: there is no such field, or it got no values.
@@ -58,19 +58,28 @@ def drawn(key: PRNGKeyArray, base: H, count: int, **draws: Draw) -> H:
     return _stack(base, columns, count=count)
 
 
+def _column_name(path: tuple[Any, ...], columns: Mapping[str, Any]) -> str | None:
+    """The column of a leaf: that of its field or, in a field that is a dictionary, of its key."""
+    names = [path[0].name, *(entry.key for entry in path[1:2] if isinstance(entry, jax.tree_util.DictKey))]
+    return next((name for name in names if name in columns), None)
+
+
 def _stack(base: Any, columns: dict[str, Any], *, count: int) -> Any:
-    fields = [field.name for field in dataclasses.fields(base)]
+    held_by_name = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
+    for mapping in [held for held in held_by_name.values() if isinstance(held, Mapping)]:
+        held_by_name |= mapping
     for name, values in columns.items():
-        if name not in fields:
-            raise UserError(f"{type(base).__name__} has no field {name!r}: choose among {', '.join(fields)}")
+        if name not in held_by_name:
+            known = ", ".join(held_by_name)
+            raise UserError(f"{type(base).__name__} has no field {name!r}: choose among {known}")
         if len(values) == 0:
             raise UserError(f"{name}: no values to sweep over: give at least one")
-        if not jax.tree.leaves(getattr(base, name)):
+        if not jax.tree.leaves(held_by_name[name]):
             raise UserError(f"{type(base).__name__}.{name} is None: give the base a number to sweep over it")
 
     def column(path: tuple[Any, ...], held: Any) -> Array:
-        name, held = path[0].name, jnp.asarray(held)
-        if name not in columns:
+        name, held = _column_name(path, columns), jnp.asarray(held)
+        if name is None:
             return jnp.broadcast_to(held, (count, *held.shape))
         values = jnp.asarray(columns[name])
         # A whole number among the values of a float field must not make integers of them all.

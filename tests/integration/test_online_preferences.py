@@ -103,7 +103,8 @@ def test_mistakes_are_sentences(tiny, tmp_path, functions, monkeypatch, capsys):
         assert tiny.main("online_dpo", words(tiny, tmp_path / "out", *more), monkeypatch) == 2
         return capsys.readouterr().err
 
-    assert "--alpha means nothing to --method dpo" in refused("--alpha", 0.5)
+    assert "dpo_loss has no parameter alpha: it has label_smoothing" in refused("--alpha", 0.5)
+    assert "--alpha means nothing to --method nash_md" in refused("--method", "nash_md", "--alpha", 0.5)
     assert "--judge excludes --rewards" in refused("--judge", "x:y", "--rewards", "z:u")
     assert "does not exist in" in refused("--judge", f"{functions}:nobody")
 

@@ -76,6 +76,40 @@ def test_another_loss_on_the_same_pairs(tiny, tmp_path, monkeypatch, capsys):
     assert "--micro-batches 1" in capsys.readouterr().err
 
 
+def test_losses_of_losses_and_their_numbers(tiny, tmp_path, monkeypatch, capsys):
+    """At the start policy and reference agree: the logistic losses are log 2 each, whatever is summed."""
+    mixed = ("--loss", "dpo,bco_pair", "--loss-weights", 0.8, 0.2, "--rpo-alpha", 1, "--ld-alpha", 0.5)
+    lines = {}
+    for reference in ("stored", "each_step"):
+        out = tiny.run("dpo", tmp_path / reference, "--steps", 3, "--reference", reference, *mixed)
+        lines[reference] = [line for line in without_time(out) if "loss" in line]
+    first, last = lines["stored"][0], lines["stored"][-1]
+    assert first["loss"] - first["rpo_nll"] == pytest.approx((0.8 + 0.2 * 2) * 0.6931, abs=1e-3)
+    assert last["loss"] == pytest.approx(lines["each_step"][-1]["loss"], abs=1e-4)
+
+    weighted = tiny.run(
+        "dpo", tmp_path / "wpo", "--steps", 2, "--use-weighting", "--f-divergence-type", "js_divergence"
+    )
+    (first, *_) = (line for line in without_time(weighted) if "loss" in line)
+    # Each pair's log 2 times the pair's weight.
+    assert first["loss"] > 0
+    assert first["loss"] != pytest.approx(0.6931, abs=1e-2)
+
+    for words, said in (
+        (("--gamma", 1), "dpo_loss has no parameter gamma: it has label_smoothing"),
+        (("--loss", "kto", "--gamma", 1), "--gamma goes with losses on pairs"),
+        (("--loss", "kto", "--rpo-alpha", 1), "--rpo-alpha goes with losses on pairs"),
+        (("--loss", "kto", "--bco-shift", "rows"), "--bco-shift means nothing to --loss kto"),
+        (("--desirable-weight", 2), "--desirable-weight means nothing to --loss dpo"),
+        (("--loss", "dpo,ipo"), "a weight for each"),
+        (("--ld-alpha", 2), "--ld-alpha 2.0 is no weight"),
+        (("--loss", "aot", "--use-weighting"), "--use-weighting"),
+        (("--loss", "orpo", "--f-divergence-type", "js_divergence"), "has no f-divergence"),
+    ):
+        assert tiny.main("dpo", [*tiny.words("dpo", tmp_path / "no"), *map(str, words)], monkeypatch) == 2
+        assert said in " ".join(capsys.readouterr().err.split()), words
+
+
 # Data by path ----------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tabular
 
+from rlhf_jax import losses
 from rlhf_jax.algorithms import distillation, grpo, ppo, preference, reward, sft, unpaired
 from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
 from rlhf_jax.core.types import Sequences
@@ -43,7 +44,28 @@ def sft_case(dtype, **config):
 
 def reward_case(dtype, **config):
     update = reward.make_update(reward.Config(**config), tabular.reward, TX)
-    return update, reward.Hyper(margin=0.1), reward.Pairs(*preference_rows(dtype))
+    margin = jnp.linspace(0, 1, ROWS, dtype=dtype)
+    return update, reward.Hyper(margin=0.1), reward.Pairs(*preference_rows(dtype), margin=margin)
+
+
+def ranking_case(dtype, loss_fn=losses.all_pairs_loss, slots=3, **config):
+    """Up to three answers to each prompt; those that are missing, in any slot, have a score of NaN."""
+    rng = np.random.default_rng(6)
+    mask = np.arange(ROWS)[:, None] % 4 != np.arange(slots)
+    mask[:, 3:] = False
+    answers = tuple(
+        dataclasses.replace(rows, positions=jnp.where(mask[:, slot, None], rows.positions, -1))
+        for slot, rows in enumerate(tabular.rows(seed, LENGTHS) for seed in range(slots))
+    )
+    ranks = np.concatenate([rng.permuted(np.tile(np.arange(3), (ROWS, 1)), axis=1), 0 * mask[:, 3:]], axis=1)
+    margin = jnp.linspace(0, 1, ROWS, dtype=dtype)
+    batch = reward.Rankings(answers, jnp.asarray(ranks, jnp.int32), jnp.asarray(mask), margin)
+    update = reward.make_update(reward.Config(loss_fn=loss_fn, **config), tabular.reward, TX)
+    return update, reward.Hyper(margin=0.1), batch
+
+
+def plackett_luce_case(dtype, **config):
+    return ranking_case(dtype, losses.plackett_luce_loss, **config)
 
 
 def preference_case(dtype, **config):
@@ -51,8 +73,8 @@ def preference_case(dtype, **config):
     chosen, rejected = preference_rows(dtype)
     return (
         update,
-        preference.Hyper(),
-        preference.make_batch(tabular.score, tabular.init(7, dtype), chosen, rejected),
+        preference.Hyper(loss_params={"label_smoothing": 0.1}, ld_alpha=0.5),
+        preference.make_batch(tabular.score, tabular.init(7, dtype), chosen, rejected, ld_alpha=0.5),
     )
 
 
@@ -99,6 +121,8 @@ def group_case(dtype, reduce=sequence_mean, **config):
 CASES = {
     "sft": sft_case,
     "reward": reward_case,
+    "ranking": ranking_case,
+    "plackett_luce": plackett_luce_case,
     "preference": preference_case,
     "kto": unpaired_case,
     "bco": bco_case,
@@ -239,6 +263,16 @@ def test_longer_padding_of_pairs_changes_nothing(case):
     update = jax.jit(update)
     expected = update(initial_state(hyper), hyper, batch)
     found = update(initial_state(hyper), hyper, padded(batch, 0, 3))
+    assert_same(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", [ranking_case, plackett_luce_case], ids=["all_pairs", "plackett_luce"])
+def test_more_slots_than_answers_change_nothing(case):
+    update, hyper, batch = case(jnp.float32)
+    _, _, wide = case(jnp.float32, slots=5)
+    assert wide.mask.shape[1] == 5
+    update = jax.jit(update)
+    expected, found = (update(initial_state(hyper), hyper, x) for x in (batch, wide))
     assert_same(found, expected, rtol=1e-5, atol=1e-6)
 
 

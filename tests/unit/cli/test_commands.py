@@ -102,6 +102,7 @@ def test_an_option_that_may_be_none_says_what_that_means(name):
 def test_help_names_every_choice(capsys, monkeypatch):
     from rlhf_jax.algorithms.grpo_variants import grpo_variants
     from rlhf_jax.algorithms.preference import pair_losses
+    from rlhf_jax.algorithms.reward import reward_losses
     from rlhf_jax.algorithms.unpaired import UNPAIRED_LOSSES
     from rlhf_jax.stages.adapting import OPTIONS_OF
 
@@ -110,6 +111,7 @@ def test_help_names_every_choice(capsys, monkeypatch):
         ("grpo", [*grpo_variants(), *OPTIONS_OF, "module:function"]),
         ("dpo", [*pair_losses(), *UNPAIRED_LOSSES, *OPTIONS_OF, "module:function"]),
         ("online-dpo", [*pair_losses(), "module:function"]),
+        ("reward-model", [*reward_losses(), "module:function"]),
     ):
         module = module_of(name)
         with pytest.raises(SystemExit):

@@ -1,9 +1,8 @@
 """Shape checks: what fits passes unchanged, and every wrong argument gets one sentence that names it."""
 
-import inspect
-
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -12,10 +11,16 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.shapes import check_shapes
 from rlhf_jax.kernels.prepare import cleaned, cleaned_constant
 
-# With annotations checked in tests, a wrong argument never gets to the check that users meet.
-unchecked = inspect.unwrap
 STEPS, ROWS = jnp.ones((4, 6)), jnp.ones(4)
 MASK = jnp.ones((4, 6), bool)
+
+
+@pytest.fixture(autouse=True)
+def _as_users_meet_it():
+    """With annotations checked, as in other tests, a wrong argument never gets to the check of this file."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def test_what_fits_comes_back_as_arrays():
@@ -53,20 +58,20 @@ def test_what_is_no_array_is_named_by_its_type():
 def test_a_scalar_discount_is_told_what_to_give():
     message = r"discounts has shape \(\), expected \[B, T\] with B = 4, T = 6 as in rewards: give one"
     with pytest.raises(UserError, match=message):
-        unchecked(kernels.generalized_advantage_estimation)(STEPS, STEPS, 0.99, ROWS, MASK)  # pyright: ignore
+        kernels.generalized_advantage_estimation(STEPS, STEPS, 0.99, ROWS, MASK)  # pyright: ignore
     with pytest.raises(UserError, match="vtrace: discounts has shape"):
-        unchecked(kernels.vtrace)(STEPS, STEPS, STEPS, 0.99, ROWS, MASK)  # pyright: ignore
+        kernels.vtrace(STEPS, STEPS, STEPS, 0.99, ROWS, MASK)  # pyright: ignore
 
 
 def test_wrong_ranks_name_function_and_parameter():
     with pytest.raises(UserError, match=r"_advantages: rewards has shape \(4,\), expected \[N, G\]: give"):
-        unchecked(kernels.group_relative_advantages)(ROWS)
+        kernels.group_relative_advantages(ROWS)
     with pytest.raises(UserError, match=r"grpo_loss: advantages has shape \(6,\), expected \[B, T\] or"):
-        unchecked(losses.grpo_loss)(STEPS, STEPS, None, jnp.ones(6), MASK)
+        losses.grpo_loss(STEPS, STEPS, None, jnp.ones(6), MASK)
     with pytest.raises(UserError, match=r"discounted_returns: bootstrap_value has shape \(4, 1\)"):
-        unchecked(kernels.discounted_returns)(STEPS, STEPS, jnp.ones((4, 1)), MASK)
+        kernels.discounted_returns(STEPS, STEPS, jnp.ones((4, 1)), MASK)
     with pytest.raises(UserError, match=r"squared_value_loss: returns has shape \(4,\), expected \[B, T\]"):
-        unchecked(losses.squared_value_loss)(STEPS, ROWS, MASK)
+        losses.squared_value_loss(STEPS, ROWS, MASK)
 
 
 def pairs_of(**columns):
@@ -81,7 +86,7 @@ def pairs_of(**columns):
 
 def test_pair_losses_take_one_argument_of_rows():
     with pytest.raises(UserError, match=r"dpo_loss: pairs has type list, expected one PairLogps"):
-        unchecked(losses.dpo_loss)([-1.0, -2.0])  # pyright: ignore
+        losses.dpo_loss([-1.0, -2.0])  # pyright: ignore
     columns = {
         "policy_chosen": [-1.0, -2.0],
         "policy_rejected": [-2.0, -3.0],
@@ -89,10 +94,10 @@ def test_pair_losses_take_one_argument_of_rows():
         "ref_rejected": [-2.0, -2.5],
     }
     as_arrays = losses.PairLogps(**{name: jnp.asarray(values) for name, values in columns.items()})
-    from_lists, _ = unchecked(losses.dpo_loss)(pairs_of(**columns))
+    from_lists, _ = losses.dpo_loss(pairs_of(**columns))
     np.testing.assert_array_equal(from_lists, losses.dpo_loss(as_arrays)[0])
     with pytest.raises(UserError, match=r"dpo_loss: pairs.policy_chosen has shape \(4, 6\), expected \[B\]"):
-        unchecked(losses.dpo_loss)(pairs_of(policy_chosen=STEPS))
+        losses.dpo_loss(pairs_of(policy_chosen=STEPS))
     with pytest.raises(UserError, match=r"ipo_loss: pairs.chosen_length .* needed"):
         losses.ipo_loss(losses.PairLogps(ROWS, ROWS, ROWS, ROWS))
     with pytest.raises(UserError, match=r"hinge_loss: pairs.ref_chosen is None"):

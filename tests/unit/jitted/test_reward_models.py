@@ -32,7 +32,9 @@ def task_setup():
 
 
 def start():
-    return SeedState(jax.random.key(0), models.init_params(task_setup().policy, jax.random.key(0)))
+    return SeedState(
+        jax.random.key(0), models.init_params(task_setup().policy.architecture, jax.random.key(0))
+    )
 
 
 def draw(count=8, noise=0.5):

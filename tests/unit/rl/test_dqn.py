@@ -243,7 +243,7 @@ def test_vmap_over_keys_and_every_hyper_equals_single_runs_and_copies_no_replay(
     [
         ({}, 1),
         ({"double": False}, 1),
-        ({"dueling": True, "prioritised": True}, 3),
+        ({"dueling": True, "prioritized": True}, 3),
         ({"action_input": True}, 1),
     ],
 )

@@ -8,6 +8,7 @@ import pytest
 
 from rlhf_jax.algorithms import preference
 from rlhf_jax.algorithms.unpaired import UNPAIRED_LOSSES
+from rlhf_jax.losses import xpo_loss
 from rlhf_jax.stages import adapting, defaults, dpo, grpo, option_groups, sft
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -23,10 +24,14 @@ def test_rows_are_stages_and_losses():
     losses = preference.pair_losses()
     assert set(defaults.PUBLISHED) <= METHODS | losses.keys() | UNPAIRED_LOSSES.keys()
     for name, found in defaults.PUBLISHED.items():
-        if name in losses and found.gamma is not None:
-            # The stage gives the loss no margin: the loss must have the published one itself.
-            assert inspect.signature(losses[name]).parameters["gamma"].default == found.gamma
+        if found.loss_params:
+            loss_fn = losses.get(name, xpo_loss)
+            assert found.loss_params.keys() <= inspect.signature(loss_fn).parameters.keys(), name
         assert found.adapter_learning_rate in (None, pytest.approx(10 * found.learning_rate))
+
+
+def test_every_loss_has_its_row():
+    assert preference.pair_losses().keys() | UNPAIRED_LOSSES.keys() <= set(defaults.PUBLISHED)
 
 
 def test_what_is_left_out_is_filled_in():
