@@ -1,4 +1,4 @@
-"""Published checkpoints, wherever they are: a Hugging Face folder, a GGUF file, a name in the hub cache.
+"""Published checkpoints, wherever they are: a Hugging Face folder, a GGUF file, a model known by name.
 
 What training needs is the default: parameters in float32 whatever the files hold, computation in bfloat16
 where the hardware has it, deep models with stacked layers.
@@ -20,10 +20,12 @@ from rlhf_jax.models.config import ModelConfig, Remat
 from rlhf_jax.models.gguf import GgufFile
 from rlhf_jax.models.gguf_tokenizer import tokenizer_of
 from rlhf_jax.models.hf.reading import read_params
+from rlhf_jax.models.named import NAMED_MODELS, find_in_package
 from rlhf_jax.models.reconfiguring import check_dtype, default_dtype, scans_by_default
 
-CheckpointKind = Literal["run", "hf", "gguf", "hub"]
-"""A run folder (`training.runs`), a Hugging Face folder, a GGUF file, or a name in the local hub cache."""
+CheckpointKind = Literal["run", "hf", "gguf", "package", "hub"]
+"""A run folder (`training.runs`), a Hugging Face folder, a GGUF file, a name of `named.NAMED_MODELS`, or a
+name in the local hub cache."""
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -49,6 +51,8 @@ def kind_of_checkpoint(path: str | os.PathLike[str]) -> CheckpointKind:
             f"{place}: neither a run folder (model.json) nor a Hugging Face folder (config.json): give the "
             "folder that holds one of these files."
         )
+    if os.fspath(path) in NAMED_MODELS:
+        return "package"
     if HUB_NAME.fullmatch(os.fspath(path)):
         return "hub"
     raise UserError(f"{place}: no such file or folder: give a run, a Hugging Face folder or a GGUF file.")
@@ -76,6 +80,17 @@ def find_in_hub_cache(name: str, *, revision: str = "main") -> Path:
     return folder
 
 
+def local_checkpoint(path: str | os.PathLike[str]) -> Path:
+    """The file or folder that a path or name refers to.
+
+    Raises:
+      UserError: there is none.
+    """
+    finders = {"package": find_in_package, "hub": find_in_hub_cache}
+    find = finders.get(kind_of_checkpoint(path), Path)
+    return find(os.fspath(path))
+
+
 def load_checkpoint(
     path: str | os.PathLike[str],
     *,
@@ -88,8 +103,8 @@ def load_checkpoint(
     """A published model: architecture, parameters and tokenizer.
 
     Args:
-      path: a Hugging Face folder, a GGUF file, or a name in the local hub cache. A run folder is not read
-        here but by `training.runs.load_policy`.
+      path: a Hugging Face folder, a GGUF file, a name of `named.NAMED_MODELS`, or a name in the local hub
+        cache. A run folder is not read here but by `training.runs.load_policy`.
       dtype: of computation; bfloat16 on GPUs and TPUs and float32 on CPUs by default.
       param_dtype: of parameters; float32 by default, so that small updates move them. A frozen base may do
         with bfloat16.
@@ -113,17 +128,17 @@ def load_checkpoint(
             scan_layers=scans_by_default(config) if scan_layers is None else scan_layers,
         )
 
-    kind = kind_of_checkpoint(path)
+    place = local_checkpoint(path)
+    kind = kind_of_checkpoint(place)
     if kind == "run":
         raise UserError(f"{path}: a run folder, no published model: load it by `training.runs.load_policy`.")
     if kind == "gguf":
-        file = GgufFile(Path(path))
+        file = GgufFile(place)
         config = planned(file.config())
         return config, read_params(file.family, config, file, mesh=mesh), _gguf_tokenizer(file)
-    folder = find_in_hub_cache(os.fspath(path)) if kind == "hub" else Path(path)
-    config = planned(hf.load_config(folder))
-    _, params = hf.load(folder, dtype=config.param_dtype, mesh=mesh, scan_layers=config.scan_layers)
-    return config, params, load_tokenizer(folder)
+    config = planned(hf.load_config(place))
+    _, params = hf.load(place, dtype=config.param_dtype, mesh=mesh, scan_layers=config.scan_layers)
+    return config, params, load_tokenizer(place)
 
 
 def _gguf_tokenizer(file: GgufFile) -> Tokenizer:

