@@ -26,8 +26,7 @@ import pytest
 
 # Every function of these rooms checks the types and shapes that it is annotated with (processes that tests
 # start run without). Installed before any of them is imported; an int passes for a float (PEP 484).
-ROOMS = "rlhf_jax.core,rlhf_jax.kernels,rlhf_jax.losses,rlhf_jax.algorithms"
-CHECKED = os.environ.get("RLHF_JAX_TYPECHECK", ROOMS).split(",")
+CHECKED = os.environ.get("RLHF_JAX_TYPECHECK", "rlhf_jax.kernels,rlhf_jax.losses").split(",")
 jaxtyping.install_import_hook(CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 # One folder for each worker: JAX does not write cache entries atomically.

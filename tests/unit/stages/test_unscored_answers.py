@@ -11,7 +11,7 @@ import tabular
 
 from rlhf_jax.rewards.functions import Scored
 from rlhf_jax.rollout.dynamic_sampling import Answers
-from rlhf_jax.stages import online_dpo, rounds
+from rlhf_jax.stages import loss_options, online_dpo, rounds
 
 LENGTHS = (1, 5, 2, 4)
 
@@ -22,7 +22,7 @@ def options(**given):
         "loss": "dpo",
         "learning_rate": 1.0,
         "beta": 0.5,
-        "alpha": 0.1,
+        "loss_params": loss_options.LossParams(alpha=0.1 if given.get("method") == "xpo" else None),
         "mixture_coef": 0.1,
         "micro_batches": 1,
         "samples_per_prompt": 2,
