@@ -27,7 +27,7 @@ def load_balance_loss(
       whole: of the whole batch; of the rows at hand by default.
     """
 
-    def of_layers(part: Routing, total: Routing) -> Float[Array, " R"]:
+    def of_layers(part: Routing, total: Routing) -> Float[Array, "*R"]:
         assigned = jax.lax.stop_gradient(total.assignments)
         share = assigned / jnp.maximum(jnp.sum(assigned, axis=-1, keepdims=True), 1)
         mean = part.probabilities / jnp.maximum(jax.lax.stop_gradient(total.tokens), 1)
@@ -39,7 +39,7 @@ def load_balance_loss(
 def router_z_loss(routing: dict[str, Routing], whole: dict[str, Routing] | None = None) -> Float[Array, ""]:
     """Mean over tokens and layers of (log sum exp of the router's logits)^2 (Zoph et al. 2022, eq. 5)."""
 
-    def of_layers(part: Routing, total: Routing) -> Float[Array, " R"]:
+    def of_layers(part: Routing, total: Routing) -> Float[Array, "*R"]:
         return part.squared_normaliser / jnp.maximum(jax.lax.stop_gradient(total.tokens), 1)
 
     return _mean_over_layers(of_layers, routing, whole)
@@ -50,7 +50,7 @@ def load_violation(routing: dict[str, Routing]) -> Float[Array, ""]:
     (MaxVio, Wang et al. 2024). 0 where all get the same, E - 1 where one gets everything of top-1 routing.
     """
 
-    def of_layers(part: Routing, _: Routing) -> Float[Array, " R"]:
+    def of_layers(part: Routing, _: Routing) -> Float[Array, "*R"]:
         mean = jnp.maximum(jnp.mean(part.assignments, axis=-1), jnp.finfo(part.assignments.dtype).tiny)
         return jnp.max(part.assignments, axis=-1) / mean - 1
 

@@ -139,7 +139,7 @@ def test_grpo_raises_the_reward(policy):
     logprob_fn = policy.make_logprob_fn()
     update = jax.jit(grpo.make_update(member.config, logprob_fn, tx))
     state = grpo.init(policy.params, tx, jax.random.key(0))
-    make = jax.jit(functools.partial(grpo.make_batch, member.config))
+    make = jax.jit(functools.partial(grpo.make_batch, member.config, member.hyper))
     score = jax.jit(logprob_fn)
     hyper = jax.tree.map(jnp.float32, member.hyper)
     hyper = dataclasses.replace(hyper, learning_rate=jnp.float32(0.03))

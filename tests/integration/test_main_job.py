@@ -20,8 +20,8 @@ def small(monkeypatch):
     arch = option_groups.ArchOptions(width=16, layers=1, heads=2, kv_heads=1)
     pairs = option_groups.PairOptions("", pair_count=32, eval_count=8)
     prompts = functools.partial(option_groups.PromptOptions, prompt_count=32, eval_count=8)
-    monkeypatch.setattr(common, "PairOptions", lambda data: dataclasses.replace(pairs, data=data))
-    monkeypatch.setattr(common, "PromptOptions", prompts)
+    monkeypatch.setattr(option_groups, "PairOptions", lambda data: dataclasses.replace(pairs, data=data))
+    monkeypatch.setattr(option_groups, "PromptOptions", prompts)
     for stage, more in (
         (sft, {"arch": arch, "demonstrations": 64}),
         (reward_model, {}),
