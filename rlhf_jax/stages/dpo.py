@@ -138,7 +138,7 @@ def check(options: Options, loss_fn: PairLossFn | None) -> None:
         raise UserError(f"--loss {options.loss} has no weights of pairs: leave --use-weighting out")
     if options.ld_alpha is not None and not 0 <= options.ld_alpha <= 1:
         raise UserError(f"--ld-alpha {options.ld_alpha} is no weight: give a number from 0 to 1")
-    unset = {field.name: field.default for field in dataclasses.fields(Options)}
+    unset = {field.name: field.default for field in dataclasses.fields(options)}
     for name, owners in ON_SINGLE_RESPONSES.items():
         if getattr(options, name) != unset[name] and (loss_fn is not None or options.loss not in owners):
             raise UserError(

@@ -116,7 +116,7 @@ def check(options: Options) -> None:
         raise UserError(f"--{name.replace('_', '-')} means nothing to --method nash_md: leave it out")
     if options.micro_batches > 1 and traits_of(preference.find_pair_loss(options.loss)).uses_batch_sort:
         raise UserError(f"--loss {options.loss} compares pairs with each other: it needs --micro-batches 1")
-    unset = {field.name: field.default for field in dataclasses.fields(Options)}
+    unset = {field.name: field.default for field in dataclasses.fields(options)}
     for name, method in METHOD_OF.items():
         if getattr(options, name) != unset[name] and options.method != method:
             raise UserError(
