@@ -1,5 +1,6 @@
 """The wheel builds, holds everything it needs, and imports outside the checkout."""
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -47,7 +48,9 @@ def test_the_wheel_alone_in_an_empty_environment(tmp_path):
     subprocess.run(install, check=True, cwd=tmp_path)
 
     def run(*words):
-        done = subprocess.run([*map(str, words)], cwd=tmp_path, capture_output=True, text=True)
+        # A path of the tests' own process would put the checkout before the wheel.
+        alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        done = subprocess.run([*map(str, words)], cwd=tmp_path, capture_output=True, text=True, env=alone)
         assert done.returncode == 0, done.stderr[-2000:]
         return done.stdout
 
@@ -75,4 +78,5 @@ def test_the_wheel_alone_in_an_empty_environment(tmp_path):
     run(rlhf, "sft", "--config", "sft/config.yaml", "--out", "again")
     assert run(rlhf, "generate", "--model", "again", "--prompt", "a") is not None
     run(rlhf, "eject", "sft", "mine.py")
-    run(python, "mine.py", "--model", "model", "--data", "rows.jsonl", "--out", "mine", "--steps", "2")
+    mine = (python, "mine.py", "--model", "model", "--data", "rows.jsonl", "--out", "mine")
+    run(*mine, "--steps", 2, "--batch-size", 2)
