@@ -11,7 +11,7 @@ def on_files(files: Any, config: Any) -> Any:
 
     root = Path(config.config_file_path).parent
     for path in sorted((root / "experiments").rglob("*")):
-        if path.suffix in (".md", ".png"):
+        if path.suffix in (".md", ".png", ".svg"):
             name = path.relative_to(root).as_posix()
             files.append(File(name, str(root), config.site_dir, config.use_directory_urls))
     return files

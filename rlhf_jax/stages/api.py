@@ -163,7 +163,8 @@ def ppo(
     """Proximal policy optimization with a value model.
 
     Args:
-      rows, rewards: as of `grpo`.
+      rows: as of `grpo`.
+      rewards: as of `grpo`.
       settings: as of `sft`, with the options of `rlhf ppo`.
     """
     return _run(ppo_stage, out, settings, policy=policy, rows=rows, eval_rows=eval_rows, rewards=rewards)
@@ -181,7 +182,8 @@ def online_dpo(
     """Online DPO, XPO or Nash-MD on pairs that the policy writes and the rewards compare.
 
     Args:
-      rows, rewards: as of `grpo`.
+      rows: as of `grpo`.
+      rewards: as of `grpo`.
       settings: as of `sft`, with the options of `rlhf online-dpo`.
     """
     return _run(online_stage, out, settings, policy=policy, rows=rows, eval_rows=eval_rows, rewards=rewards)
@@ -200,7 +202,8 @@ def rounds(
 
     Args:
       policy: of a folder: every round starts from what the one before wrote.
-      rows, rewards: as of `grpo`.
+      rows: as of `grpo`.
+      rewards: as of `grpo`.
       settings: as of `sft`, with the options of `rlhf rounds`.
     """
     return _run(rounds_stage, out, settings, policy=policy, rows=rows, eval_rows=eval_rows, rewards=rewards)
@@ -233,7 +236,8 @@ def evaluate(
     """Held-out evaluation: reward of greedy and of sampled completions, their length, and their texts.
 
     Args:
-      rows, rewards: as of `grpo`.
+      rows: as of `grpo`.
+      rewards: as of `grpo`.
     """
     prompts = prompt_examples(as_rows(rows), policy.tokenizer, max_length=UNBOUNDED)
     reward_fn = make_reward_fn(rewards, policy.tokenizer)

@@ -1,0 +1,81 @@
+"""The documentation site: pages made from code are up to date, docstrings are readable, nothing leads nowhere."""
+
+import importlib.util
+import inspect
+import logging
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def made():
+    """Pages that are made from the code, by their path from the root."""
+    spec = importlib.util.spec_from_file_location("docs_pages", ROOT / "tools/docs_pages.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.pages()
+
+
+def build(folder, *, reference):
+    """The site, every warning an error."""
+    env = os.environ | {"DOCS_REFERENCE": str(reference).lower(), "NO_MKDOCS_2_WARNING": "1"}
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_pages_made_from_the_code_are_up_to_date(made):
+    for name, text in made.items():
+        path = ROOT / name
+        assert path.exists(), f"{name} is missing: python tools/docs_pages.py"
+        assert path.read_text() == text, f"{name} is out of date: python tools/docs_pages.py"
+
+
+def test_no_page_of_the_reference_is_of_a_room_that_is_gone(made):
+    reference = {name for name in made if name.startswith("docs/reference/")}
+    assert reference == {str(path.relative_to(ROOT)) for path in (ROOT / "docs/reference").glob("*.md")}
+
+
+def test_the_reference_has_every_public_module():
+    listed = "\n".join(path.read_text() for path in (ROOT / "docs/reference").glob("*.md"))
+    for path in (ROOT / "rlhf_jax").rglob("*.py"):
+        name = inspect.getmodulename(path.name)
+        dotted = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        defines = [line for line in path.read_text().splitlines() if line.startswith(("def ", "class "))]
+        public = [line for line in defines if not line.split()[1].startswith("_")]
+        in_a_room = path.parent != ROOT / "rlhf_jax"
+        if public and in_a_room and name:
+            assert f"\n::: {dotted}\n" in listed + "\n", dotted
+
+
+def test_docstrings_are_read_as_they_are_meant(caplog):
+    import griffe
+
+    def read(thing):
+        for member in thing.members.values():
+            if not member.is_alias:
+                _ = member.docstring and member.docstring.parsed
+                read(member)
+
+    with caplog.at_level(logging.WARNING):
+        read(griffe.load("rlhf_jax", search_paths=[str(ROOT)], docstring_parser="google"))
+    assert not caplog.messages
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    build(tmp_path, reference=False)
+    front = (tmp_path / "index.html").read_text()
+    assert 'href="quickstart/"' in front
+    assert list(tmp_path.rglob("rl_curves.*"))  # pictures that stand beside their studies
+
+
+@pytest.mark.slow
+def test_the_site_builds_with_the_reference(tmp_path):
+    build(tmp_path, reference=True)
+    assert 'id="rlhf_jax.losses.preference.dpo_loss"' in (tmp_path / "reference/losses/index.html").read_text()
