@@ -52,9 +52,9 @@ def commands_page() -> str:
         "",
         _MADE,
         "",
-        "`rlhf COMMAND --help` shows the same. `--config FILE` reads options from YAML, such as the `config.yaml` of a run",
-        "folder; flags override it. Options by names that they have in TRL, verl or Hugging Face's Trainer are answered with",
-        "ours: [coming from](coming_from.md).",
+        "`rlhf COMMAND --help` shows the same. `--config FILE` reads options from YAML, such as the",
+        "`config.yaml` of a run folder; flags override it. Options by names that they have in TRL, verl or",
+        "Hugging Face's Trainer are answered with ours: [coming from](coming_from.md).",
     ]
     for kind, names in COMMANDS.items():
         lines += ["", f"## {kind}"]
@@ -145,8 +145,8 @@ def reference_pages() -> dict[str, str]:
         "",
         _MADE,
         "",
-        "Every public name of the package, by room, with types, shapes and equations. The pages show the docstrings on the",
-        "site; in the repository they list the modules.",
+        "Every public name of the package, by room, with types, shapes and equations. The pages show the",
+        "docstrings on the site; in the repository they list the modules.",
         "",
         "| room | what is in it |",
         "|---|---|",
