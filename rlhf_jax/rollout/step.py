@@ -11,6 +11,7 @@ import optax
 from rlhf_jax.algorithms import grpo, ppo
 from rlhf_jax.core.protocols import LogprobFn
 from rlhf_jax.core.types import Array, Bool, Float, Metrics, Params, Rollout
+from rlhf_jax.rollout.completions import describe_rows
 
 ReferenceFn = Callable[[Any, Params], Params]
 """(learner, original) -> the frozen reference; `original` is what the learner does not hold of it."""
@@ -27,9 +28,14 @@ def make_grpo_train_step(
     logprob_fn: LogprobFn,
     tx: optax.GradientTransformation,
     reference_fn: ReferenceFn = whole_reference,
+    *,
+    describes_rows: bool = False,
 ) -> Callable[..., tuple[grpo.State, Metrics]]:
     """Training step of the GRPO family: log-probs of the answers under policy and reference, advantages,
     and the update.
+
+    Args:
+      describes_rows: put numbers of each answer among the metrics, as `completions.describe_rows` gives them.
 
     Returns:
       `train_step(state, hyper, original, rollout, rewards, scored=None, greedy_rewards=None) -> (state,
@@ -51,6 +57,9 @@ def make_grpo_train_step(
         ref_logp = logprob_fn(reference, rollout.sequences).logp
         answers = {"scored": scored, "greedy_rewards": greedy_rewards}
         batch, described = grpo.make_batch(config, hyper, rollout, rewards, old_logp, ref_logp, **answers)
+        if describes_rows:
+            mask = batch.sequences.mask
+            described |= describe_rows(batch.advantages, old_logp, ref_logp, mask)
         state, metrics = update(state, hyper, batch)
         return state, {**described, **metrics}
 
@@ -63,6 +72,8 @@ def make_ppo_train_step(
     ref_logprob_fn: LogprobFn,
     tx: optax.GradientTransformation,
     reference_fn: ReferenceFn = whole_reference,
+    *,
+    describes_rows: bool = False,
 ) -> Callable[..., tuple[ppo.State, Metrics]]:
     """Training step of PPO: log-probs and values of the answers, the KL to the reference, advantages, and all
     epochs.
@@ -70,6 +81,7 @@ def make_ppo_train_step(
     Args:
       logprob_fn: of policy and value.
       ref_logprob_fn: of the reference.
+      describes_rows: put numbers of each answer among the metrics, as `completions.describe_rows` gives them.
 
     Returns:
       `train_step(state, hyper, original, rollout, rewards, scored=None) -> (state, metrics)`.
@@ -89,6 +101,8 @@ def make_ppo_train_step(
         state, batch, described = ppo.language_batch(
             config, state, hyper, rollout, score, ref_logp, rewards, scored=scored
         )
+        if describes_rows:
+            described |= describe_rows(batch.advantages, score.logp, ref_logp, batch.mask)
         state, metrics = update(state, hyper, batch)
         return state, {**described, **metrics}
 
