@@ -20,7 +20,7 @@ COMPLETIONS = "completions"
 """The folder of the tables in a run folder."""
 
 Row = Mapping[str, Any]
-"""One completion, by what there is of `prompt`, `completion`, `reward`, `reward/NAME` of each term, `advantage`,
+"""One completion: what there is of `prompt`, `completion`, `reward`, `reward/NAME` of each term, `advantage`,
 `length`, `logp`, `kl`, and the other fields of its prompt's row."""
 
 NUMBERS = ("reward", "advantage", "length", "logp", "kl")
