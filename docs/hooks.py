@@ -27,4 +27,5 @@ def in_the_site(markdown: str, name: str) -> str:
     if name.startswith("experiments/"):
         return re.sub(r"\]\(((?:\.\./)+)docs/", r"](\1", markdown)
     markdown = re.sub(r"\]\(\.\./((?:\.\./)*)experiments/", r"](\1experiments/", markdown)
-    return re.sub(r"\[([^\]]*)\]\((?:\.\./)+[A-Z]+\.md\)", r"\1", markdown)  # files of the repository alone
+    # Files of the repository alone.
+    return re.sub(r"\[([^\]]*)\]\((?:\.\./)+(?:[A-Z]+\.md|tests/[^)]*)\)", r"\1", markdown)

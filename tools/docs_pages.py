@@ -1,4 +1,4 @@
-"""Pages of docs/ that are made from the code: the command line, and the reference, a page for each room.
+"""Pages of docs/ that are made from the code: the command line, the reference, and tables in other pages.
 
     python tools/docs_pages.py
 
@@ -14,10 +14,13 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import paper_index
 import tyro
 
+from rlhf_jax.cli import foreign_names
 from rlhf_jax.cli.commands import COMMANDS, stage_module
 from rlhf_jax.cli.parsing import examples
+from rlhf_jax.metrics.health import HEALTH_CHECKS
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 HOUSE = ROOT / "rlhf_jax"
@@ -31,7 +34,49 @@ Row = tuple[str, str, str]
 
 def pages() -> dict[str, str]:
     """Every page by its path from the root."""
-    return {"docs/commands.md": commands_page(), **reference_pages()}
+    return {
+        "docs/commands.md": commands_page(),
+        "docs/papers.md": paper_index.page(_MADE),
+        "docs/coming_from.md": with_tables("docs/coming_from.md"),
+        "docs/troubleshooting.md": with_tables("docs/troubleshooting.md"),
+        **reference_pages(),
+    }
+
+
+def with_tables(name: str) -> str:
+    """A page written by hand, with its tables between `<!-- table: NAME -->` and `<!-- end -->` anew."""
+
+    def filled(found: re.Match[str]) -> str:
+        return "\n".join([found[1], *_TABLES[found[2]](), "<!-- end -->"])
+
+    text = (ROOT / name).read_text(encoding="utf-8")
+    return re.sub(r"(<!-- table: (\w+) -->)\n.*?<!-- end -->", filled, text, flags=re.DOTALL)
+
+
+def _foreign_table(names: Mapping[str, tuple[str, ...]]) -> list[str]:
+    rows = (f"| `{theirs}` | {', '.join(f'`{name}`' for name in ours)} |" for theirs, ours in names.items())
+    return ["| there | here |", "|---|---|", *rows]
+
+
+def _health_table() -> list[str]:
+    rows = (
+        f"| {check.title} | {_sentence(check.detect.__doc__)} | {check.advice} |" for check in HEALTH_CHECKS
+    )
+    return ["| warning | what it means | what to do |", "|---|---|---|", *rows]
+
+
+def _sentence(text: str | None) -> str:
+    return " ".join((text or "").split())
+
+
+_TABLES = {
+    "TRL": lambda: _foreign_table(foreign_names.TRL),
+    "TRAINER": lambda: _foreign_table(foreign_names.TRAINER),
+    "PEFT": lambda: _foreign_table(foreign_names.PEFT),
+    "VERL": lambda: _foreign_table(foreign_names.VERL),
+    "OPENRLHF": lambda: _foreign_table(foreign_names.OPENRLHF),
+    "HEALTH": _health_table,
+}
 
 
 # The command line ------------------------------------------------------------------------------------
@@ -156,8 +201,9 @@ def reference_pages() -> dict[str, str]:
 
 
 def public_modules(room: pathlib.Path) -> list[pathlib.Path]:
-    """Modules of a room that define public names."""
-    return [path for path in sorted(room.rglob("*.py")) if _public_names(path)]
+    """Modules of a room that define public names, without those that only a process of ours runs."""
+    found = [path for path in sorted(room.rglob("*.py")) if _public_names(path)]
+    return [path for path in found if not path.stem.endswith("_worker")]
 
 
 def _public_names(path: pathlib.Path) -> list[str]:

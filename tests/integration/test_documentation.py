@@ -1,14 +1,21 @@
 """The documentation site: pages made from code are up to date, docstrings readable, links alive."""
 
+import ast
+import dataclasses
+import importlib
 import importlib.util
 import inspect
 import logging
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
+
+from rlhf_jax import losses
+from rlhf_jax.algorithms.grpo_variants import grpo_variants
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -50,8 +57,16 @@ def test_the_reference_has_every_public_module():
         defines = [line for line in path.read_text().splitlines() if line.startswith(("def ", "class "))]
         public = [line for line in defines if not line.split()[1].startswith("_")]
         in_a_room = path.parent != ROOT / "rlhf_jax"
-        if public and in_a_room and name:
+        if public and in_a_room and not name.endswith("_worker"):
             assert f"\n::: {dotted}\n" in listed + "\n", dotted
+
+
+def test_the_index_of_papers_has_every_loss_and_variant():
+    page = (ROOT / "docs/papers.md").read_text()
+    wanted = [name for name in losses.__all__ if name.endswith("_loss")]
+    wanted += [function.__name__ for function in grpo_variants().values()]
+    wanted += ["k1", "k2", "k3", "generalized_advantage_estimation", "vtrace", "sac"]
+    assert not [name for name in wanted if f".{name}`" not in page]
 
 
 def test_docstrings_are_read_as_they_are_meant(caplog):
@@ -73,6 +88,55 @@ def test_the_site_builds_without_a_warning(tmp_path):
     front = (tmp_path / "index.html").read_text()
     assert 'href="quickstart/"' in front
     assert list(tmp_path.rglob("rl_curves.*"))  # pictures that stand beside their studies
+
+
+def settings_of(module):
+    """Paths of the settings of an RL algorithm, as `rlhf rl --set` takes them."""
+
+    def walk(holder, prefix):
+        for field in dataclasses.fields(holder):
+            yield f"{prefix}{field.name}"
+            value = getattr(holder, field.name)
+            if dataclasses.is_dataclass(value):
+                yield from walk(value, f"{prefix}{field.name}.")
+
+    return {*walk(module.Config(), ""), *walk(module.Hyper(), "hyper.")}
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "dqn", "sac"])
+def test_settings_beside_those_of_stable_baselines_exist(algorithm):
+    page = (ROOT / "docs/coming_from.md").read_text().partition("## Stable-Baselines3")[2]
+    table = page.partition(f"| `{algorithm.upper()}` there | `--set` here |")[2].partition("\n\n")[0]
+    ours = [name for line in table.splitlines()[2:] for name in re.findall(r"`([^`]+)`", line.split("|")[2])]
+    known = settings_of(importlib.import_module(f"rlhf_jax.rl.algorithms.{algorithm}")) | {"auto"}
+    assert len(ours) > 5
+    assert set(ours) <= known, set(ours) - known
+
+
+def messages():
+    """Every text in the package, its parts that are filled in as a NUL."""
+    for path in (ROOT / "rlhf_jax").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(
+                    str(part.value) if isinstance(part, ast.Constant) else "\0" for part in node.values
+                )
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_errors_that_are_explained_can_come():
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    table = page.partition("## Errors")[2].partition("## ")[0]
+    firsts = [line.split("|")[1] for line in table.splitlines() if line.startswith("| ") and "`" in line]
+    quoted = [words for first in firsts for words in re.findall(r"`([^`]+)`", first)]
+    assert len(quoted) > 12
+    known = list(messages())
+    for words in quoted:
+        pattern = re.compile(
+            re.sub(r"(--[xy]|\bN\b|\\\.\\\.\\\.)", ".*", re.escape(words).replace(r"\-", "-")), re.S
+        )
+        assert any(pattern.search(text) for text in known), words
 
 
 @pytest.mark.slow
