@@ -19,7 +19,8 @@
   function format(value, percent, digits = 4) {
     if (percent) return `${+(100 * value).toPrecision(3)} %`;
     const size = Math.abs(value);
-    if (value === 0 || (size >= 1e-3 && size < 1e6)) return String(+value.toPrecision(size >= 1000 ? 6 : digits));
+    if (size >= 1000 && size < 1e6) return String(Math.round(value));
+    if (value === 0 || (size >= 1e-3 && size < 1e6)) return String(+value.toPrecision(digits));
     return value.toExponential(2);
   }
 

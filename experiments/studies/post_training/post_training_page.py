@@ -81,8 +81,8 @@ def page_text(done: Summaries, starts: Mapping[str, Mapping[str, Any]], remarks:
         lines += [
             f"![scores of every algorithm on every task]({PICTURE})",
             "",
-            "The scores of the table with their intervals, a task a panel, in grey the KL to the start in nats an "
-            "answer; the line is where all begin.",
+            "The scores of the table with their intervals, a task a panel, in grey the KL to the start in "
+            "nats an answer; the line is where all begin.",
             "",
         ]
     lines += _against_grpo(done, tasks)
