@@ -35,7 +35,7 @@ fi
 . "$venv/bin/activate"
 fingerprint=$(cat "$root/pyproject.toml" "$root/tools/constraints.txt" | cksum)
 if [ "$(cat "$stamp" 2>/dev/null)" != "$fingerprint" ]; then
-    echo "Installing the locked dependencies into .venv ..."
+    echo "Installing the locked dependencies into .venv (a minute or two, 1.3 GB) ..."
     install || { echo "tools/env.sh: the installation failed; see the lines above" >&2; exit 1; }
     echo "$fingerprint" >"$stamp"
 fi

@@ -55,8 +55,9 @@ def entries(room: str) -> Iterator[Entry]:
 
 
 def _is_variant(node: ast.AST) -> bool:
-    returns = getattr(node, "returns", None)
-    return isinstance(returns, ast.Name) and returns.id == "GRPOVariant" and not node.args.args
+    if not isinstance(node, ast.FunctionDef) or node.args.args:
+        return False
+    return isinstance(node.returns, ast.Name) and node.returns.id == "GRPOVariant"
 
 
 def _sources(text: str) -> str:

@@ -39,18 +39,19 @@ class Options:
 
 def run(options: Options) -> None:
     """Writes the page, and prints where it is."""
-    if not options.folders:
+    folders: tuple[Path, ...] = tuple(options.folders)
+    if not folders:
         raise UserError("no run folder is given: give the folder that the run was told with --out")
     if options.every < 1:
         raise UserError(f"--every {options.every} is below 1: give seconds")
-    if len(options.folders) > 1:
+    if len(folders) > 1:
         if options.watch:
             raise UserError("--watch follows one run: give one folder")
-        print(write_comparison(options.folders, options.out))
+        print(write_comparison(folders, options.out))
         return
     if options.watch:
-        follow(options.folders[0], options.every)
-    print(write_report(options.folders[0]))
+        follow(folders[0], options.every)
+    print(write_report(folders[0]))
 
 
 def follow(folder: Path, every: int) -> None:

@@ -167,8 +167,8 @@ class WandbLogger:
         import wandb
 
         self._run = self._run or self._open()
-        columns = column_names(rows)
-        data = [[row.get(column) for column in columns] for row in rows]
+        columns: list[Any] = column_names(rows)
+        data: list[Any] = [[row.get(column) for column in columns] for row in rows]
         self._run.log({name: wandb.Table(columns=columns, data=data, allow_mixed_types=True)}, step=step)
 
     def close(self) -> None:
