@@ -39,19 +39,19 @@ class Options:
 
 def run(options: Options) -> None:
     """Writes the page, and prints where it is."""
-    folders: tuple[Path, ...] = tuple(options.folders)
-    if not folders:
+    if not options.folders:
         raise UserError("no run folder is given: give the folder that the run was told with --out")
     if options.every < 1:
         raise UserError(f"--every {options.every} is below 1: give seconds")
-    if len(folders) > 1:
-        if options.watch:
-            raise UserError("--watch follows one run: give one folder")
-        print(write_comparison(folders, options.out))
+    first, *others = options.folders
+    if others and options.watch:
+        raise UserError("--watch follows one run: give one folder")
+    if others:
+        print(write_comparison([first, *others], options.out))
         return
     if options.watch:
-        follow(folders[0], options.every)
-    print(write_report(folders[0]))
+        follow(first, options.every)
+    print(write_report(first))
 
 
 def follow(folder: Path, every: int) -> None:
