@@ -49,7 +49,12 @@ def entries(room: str) -> Iterator[Entry]:
                 always = path.stem == "kl" or node.name.endswith("_loss") or _is_variant(node)
                 text = re.split(r"\n(?:Args|Attributes|Returns|Raises):", ast.get_docstring(node) or "")[0]
                 if always or _sources(text):
-                    source = _sources(text) or _sources(ast.get_docstring(tree) or "")
+                    # The estimators of the KL share a source, that of their module.
+                    source = (
+                        _sources(text)
+                        or (path.stem == "kl" and _sources(ast.get_docstring(tree) or ""))
+                        or ""
+                    )
                     tested = _test_of(room, node.name, path.stem)
                     yield _plain(text.split("\n\n")[0]), source, f"{dotted}.{node.name}", tested
 
@@ -104,7 +109,7 @@ def page(made: str) -> str:
     for title, room in ROOMS.items():
         lines += ["", f"## {title}", "", "| what | source | here | test |", "|---|---|---|---|"]
         for what, source, name, test in entries(room):
-            short = name.removeprefix("rlhf_jax.")
+            short = name.rpartition(".")[2]
             link = f"[`{short}`](reference/{room}.md)"
             tested = f"[{pathlib.PurePosixPath(test).stem}](../{test})" if test else ""
             lines.append(f"| {_cell(what)} | {source} | {link} | {tested} |")
@@ -112,4 +117,4 @@ def page(made: str) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+    return text.replace("|", "\\|").replace("<", "&lt;")

@@ -66,7 +66,7 @@ def test_the_index_of_papers_has_every_loss_and_variant():
     wanted = [name for name in losses.__all__ if name.endswith("_loss")]
     wanted += [function.__name__ for function in grpo_variants().values()]
     wanted += ["k1", "k2", "k3", "generalized_advantage_estimation", "vtrace", "sac"]
-    assert not [name for name in wanted if f".{name}`" not in page]
+    assert not [name for name in wanted if f"[`{name}`]" not in page]
 
 
 def test_docstrings_are_read_as_they_are_meant(caplog):
