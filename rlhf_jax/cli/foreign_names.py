@@ -67,8 +67,6 @@ TRL = {
     "--max-seq-len": _LENGTH,
     "--max-seq-length": ("--max-length", "--length"),
     "--block-size": _LENGTH,
-    "--log-completions": ("--samples",),
-    "--num-completions-to-print": ("--samples",),
     "--judge-model-path": ("--judge-model", "--judge"),
 }
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from rlhf_jax import distributed
@@ -73,6 +74,9 @@ class LastCompletions:
         local = {name: distributed.local_values(values) for name, values in per_row.items()}
         # Where they are whole in every process, nothing says which rows are this one's.
         numbers = {name.removeprefix(PER_ROW): x for name, x in local.items() if len(x) == len(prompts)}
+        rewards = scored.rewards
+        if isinstance(rewards, jax.Array):  # of a reward model that runs beside the policy
+            rewards = distributed.local_values(rewards)
         terms = scored.terms if len(scored.terms) > 1 else {}
         found = []
         for row, completion in enumerate(self._texts_fn(self._tokenizer, rollout)):
@@ -81,7 +85,7 @@ class LastCompletions:
                 {
                     "prompt": prompts[row].text,
                     "completion": completion,
-                    "reward": None if failed else float(scored.rewards[row]),
+                    "reward": None if failed else float(rewards[row]),
                     **{f"reward/{name}": _number(values[row]) for name, values in terms.items()},
                     "length": int(lengths[row]),
                     **{name: _number(values[row]) for name, values in numbers.items()},

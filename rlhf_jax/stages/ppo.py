@@ -36,6 +36,7 @@ from rlhf_jax.generation import Sampling
 from rlhf_jax.models import Policy, adapters
 from rlhf_jax.rewards import ensembles
 from rlhf_jax.rewards.functions import Scored
+from rlhf_jax.rollout.completions import LastCompletions
 from rlhf_jax.rollout.dynamic_sampling import term_means, without_failed
 from rlhf_jax.rollout.engines import failed_rows
 from rlhf_jax.rollout.rewards import RolloutReward
@@ -95,6 +96,9 @@ class Options:
     uncertainty_coef: float = 0.5
     value: Literal["separate", "shared"] = "separate"
     prompts: tyro.conf.OmitArgPrefixes[option_groups.PromptOptions]
+    completions: tyro.conf.OmitArgPrefixes[option_groups.CompletionOptions] = (
+        option_groups.CompletionOptions()
+    )
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
     optimizer: OptimizerConfig = defaults.LINEAR
     batch_size: int = 256
@@ -284,7 +288,10 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     def reference(learner: TrainState, original: Params) -> Params:
         return models.reference_params(learner.all_params, original)
 
-    train_step = make_ppo_train_step(config, logprob_fn, ref_logprob_fn, split.tx, reference)
+    train_step = make_ppo_train_step(
+        config, logprob_fn, ref_logprob_fn, split.tx, reference, describes_rows=True
+    )
+    completions = LastCompletions(model.tokenizer)
     state = session.init_state(lambda *x: ppo.init(x[0], split.tx, x[1], hyper), params, frozen, state_key)
     learn = edges.jit_update(lambda state, *data: train_step(state, hyper, *data), state)
     rollout_key = jax.random.key(seed + 1)
@@ -300,7 +307,9 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         rollout = meter.timed("rollout", generate, models.merge_with_base(whole, "policy"), chosen, key)
         if reward_fn is None and options.engine == "local":
             rewards = meter.timed("reward", score_reward, whole, rollout.sequences)
-            return meter.timed("update", learn, state, split.original, rollout, rewards)
+            state, metrics = meter.timed("update", learn, state, split.original, rollout, rewards)
+            scored = Scored(rewards, np.zeros(len(chosen), bool))
+            return state, completions.keep(chosen, rollout, scored, metrics)
         if reward_fn is None:
             rewards = np.asarray(meter.timed("reward", score_reward, whole, rollout.sequences))
             scored = Scored(rewards, np.zeros(len(rewards), bool))
@@ -310,6 +319,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
             scored = without_failed(scored, failed_rows(rollout))
         rewards = distributed.shard_batch((scored.rewards, ~scored.unscorable))
         state, metrics = meter.timed("update", learn, state, split.original, rollout, *rewards)
+        metrics = completions.keep(chosen, rollout, scored, metrics)
         return state, {**metrics, **term_means(scored)}
 
     def measured(state: ppo.State, evaluate: Callable[..., Evaluation]) -> dict[str, float]:
@@ -327,6 +337,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         kind="actor_critic",
         adaptation=split.adaptation,
         evaluate=evaluate and (lambda state, _: measured(state, evaluate)),
+        completions=completions,
     )
     policy = models.merge_with_base(state.learner.all_params, "policy")
     samples = inputs.before_and_after("ppo", before, prompts.answer(policy))
