@@ -3,8 +3,8 @@
     python tools/notebooks.py                 # all
     python tools/notebooks.py own_loss        # some
 
-Each `NAME.py` becomes `NAME.ipynb`: cells begin with `# %%`, those of text with `# %% [markdown]`. What a cell
-prints stands below it, and so do the pictures that it hands to `show`.
+Each `NAME.py` becomes `NAME.ipynb`: cells begin with `# %%`, those of text with `# %% [markdown]`. What a
+cell prints stands below it, and so do the pictures that it hands to `show`.
 """
 
 import ast
@@ -37,7 +37,7 @@ def cells_of(text: str) -> list[Cell]:
 
 
 def execute(code: str, names: dict[str, Any]) -> list[dict[str, Any]]:
-    """Outputs of a code cell: what it prints, its pictures, and the value of a last line that is an expression."""
+    """Outputs of a code cell: what it prints, its pictures, and the value of an expression at its end."""
     pictures: list[bytes] = []
 
     def show(figure: Any) -> None:
@@ -68,7 +68,12 @@ def notebook(cells: list[Cell]) -> dict[str, Any]:
     made, names = [], {"__name__": "notebook"}
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         for place, (kind, text) in enumerate(cells):
-            cell: dict[str, Any] = {"cell_type": kind, "id": f"cell{place}", "metadata": {}, "source": _lines(text)}
+            cell: dict[str, Any] = {
+                "cell_type": kind,
+                "id": f"cell{place}",
+                "metadata": {},
+                "source": _lines(text),
+            }
             if kind == "code":
                 cell |= {"execution_count": None, "outputs": execute(text, names)}
             made.append(cell)

@@ -36,7 +36,9 @@ run = rj.grpo(
 )
 for line in run.metrics:
     if "reward" in line:
-        print(f"step {line['step']}: reward {line['reward']:.3f}, KL {line['kl']:.4f}, length {line['length']:.1f}")
+        print(
+            f"step {line['step']}: reward {line['reward']:.3f}, KL {line['kl']:.4f}, length {line['length']:.1f}"
+        )
 
 # %% [markdown]
 # What it wrote is in the run folder, as Parquet.

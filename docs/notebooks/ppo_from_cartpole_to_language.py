@@ -18,7 +18,9 @@ state, history = jax.jit(jax.vmap(train, (0, None)))(
     jax.random.split(jax.random.key(0), 4), ppo.default_hyper()
 )
 returns = np.asarray(history["episode_return_sum"] / np.maximum(history["episodes"], 1))
-print(f"return of training episodes: {returns[:, 0].mean():.0f} at first, {returns[:, -1].mean():.0f} at the end")
+print(
+    f"return of training episodes: {returns[:, 0].mean():.0f} at first, {returns[:, -1].mean():.0f} at the end"
+)
 
 # %%
 from matplotlib.figure import Figure
@@ -28,7 +30,7 @@ axes = figure.subplots()
 axes.plot(returns.T, color="C0", alpha=0.3)
 axes.plot(returns.mean(axis=0), color="C0")
 axes.set(xlabel="update", ylabel="return of training episodes", title="PPO on CartPole-v1, four seeds")
-show(figure)  # noqa: F821 (of the notebook)
+show(figure)
 
 # %% [markdown]
 # Then language. A completion is an episode: a token is an action, the reward comes at the last one, less a penalty for leaving the reference at each; the value
