@@ -1,8 +1,9 @@
 """Proximal policy optimisation (Schulman et al. 2017), for language models and for control alike.
 
 `make_update` knows nothing of tokens: it gets log-probs, values, advantages and returns of a batch of
-rows, and a score function. `language_batch` is the part that is RLHF: a reward for the whole answer, a KL
-penalty at every token, whitening, and the penalty's controller (Ziegler et al. 2019; Stiennon et al. 2020).
+rows, and a score function; with text beside them it is PPO-ptx (Ouyang et al. 2022). `language_batch` is the
+part that is RLHF: a reward for the whole answer, a KL penalty at every token, whitening, and the penalty's
+controller (Ziegler et al. 2019; Stiennon et al. 2020).
 """
 
 import dataclasses
@@ -13,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rlhf_jax.core.axes import constrain
+from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.masks import clean, last_unmasked_index, masked_mean
 from rlhf_jax.core.minibatches import scan_minibatches
 from rlhf_jax.core.protocols import LogprobFn
@@ -22,11 +25,13 @@ from rlhf_jax.core.types import (
     Array,
     Bool,
     Float,
+    Int,
     Metrics,
     Params,
     PRNGKeyArray,
     Rollout,
     Scalar,
+    Sequences,
     TokenLogprobs,
 )
 from rlhf_jax.kernels.controllers import adaptive_kl_update
@@ -42,6 +47,7 @@ from rlhf_jax.kernels.whitening import (
 )
 from rlhf_jax.losses.policy import ppo_clip_loss, ppo_penalty_loss
 from rlhf_jax.losses.reductions import Reduction, token_mean
+from rlhf_jax.losses.supervised import cross_entropy_loss
 from rlhf_jax.losses.value import clipped_value_loss
 
 PolicyLossFn = Callable[..., tuple[Float[Array, ""], Metrics]]
@@ -82,6 +88,11 @@ class Config:
     reduce: Reduction = token_mean
     policy_loss_fn: PolicyLossFn = clipped
 
+    @property
+    def optimizer_steps(self) -> int:
+        """Mini-batches of all epochs."""
+        return self.num_ppo_epochs * self.num_minibatches
+
 
 @pytree_dataclass
 class Hyper:
@@ -101,6 +112,7 @@ class Hyper:
       kl_horizon: answers over which the controller reacts.
       missing_eos_penalty: taken from the reward of an answer that did not end.
       target_kl: a mini-batch whose KL from the old policy (nats per token) is above this ends the update.
+      ptx_coef: weight of the loss on text in PPO-ptx (gamma; 27.8 in InstructGPT, appendix C.4).
     """
 
     learning_rate: Scalar = 1e-4
@@ -117,6 +129,7 @@ class Hyper:
     kl_horizon: Scalar = 10_000.0
     missing_eos_penalty: Scalar = 1.0
     target_kl: Scalar = jnp.inf
+    ptx_coef: Scalar = 27.8
 
 
 @pytree_dataclass
@@ -166,30 +179,60 @@ def init(
 
 
 def make_update(
-    config: Config, logprob_fn: LogprobFn, tx: optax.GradientTransformation
-) -> Callable[[State, Hyper, Batch], tuple[State, Metrics]]:
-    """`update(state, hyper, batch) -> (state, metrics)`: all epochs over one batch."""
+    config: Config,
+    logprob_fn: LogprobFn,
+    tx: optax.GradientTransformation,
+    ptx_logprob_fn: LogprobFn | None = None,
+) -> Callable[..., tuple[State, Metrics]]:
+    """`update(state, hyper, batch, ptx=None) -> (state, metrics)`: all epochs over one batch.
 
-    def update(state: State, hyper: Hyper, batch: Batch) -> tuple[State, Metrics]:
+    With `ptx`, sequences of text, it is PPO-ptx (InstructGPT, Ouyang et al. 2022, eq. 2): every mini-batch
+    has its own share of the text, whose loss is added to that of PPO.
+
+        loss = loss_PPO - ptx_coef E_text[log pi(x)]
+
+    The paper's expectation is over texts; here it is the mean over the tokens of the mini-batch's share,
+    as the loss of pre-training is. The metric `ptx_loss` is it, in nats per token.
+
+    Args:
+      ptx_logprob_fn: (params, text) -> log-probs of the policy at temperature 1; needed for `ptx`, the rows
+        of which `config.optimizer_steps` times `config.micro_batches` divides.
+    """
+
+    def update(
+        state: State, hyper: Hyper, batch: Batch, ptx: Sequences | None = None
+    ) -> tuple[State, Metrics]:
         key, shuffle_key = jax.random.split(state.key)
+        _check_text(config, ptx_logprob_fn, ptx)
 
-        def step(learner: TrainState, part: Batch):
+        def step(carry: tuple[TrainState, Int[Array, ""]], part: Batch):
+            learner, number = carry
+            text = _share_of_text(ptx, number, config.optimizer_steps)
             denominator = config.reduce.total(part.mask)
+            text_total = None if text is None else token_mean.total(text.mask)
 
-            def loss_fn(params: Params, rows: Batch):
-                return _loss(config, hyper, logprob_fn(params, rows.inputs), rows, denominator)
+            def loss_fn(params: Params, rows: tuple[Batch, Sequences | None]):
+                experience, some = rows
+                score = logprob_fn(params, experience.inputs)
+                loss, metrics = _loss(config, hyper, score, experience, denominator)
+                if some is None or ptx_logprob_fn is None:
+                    return loss, metrics
+                logp = ptx_logprob_fn(params, some).logp
+                ptx_loss, of_text = cross_entropy_loss(logp, some.mask, denominator=text_total)
+                loss += hyper.ptx_coef * ptx_loss
+                return loss, {**metrics, "loss": loss, "ptx_loss": of_text["loss"]}
 
             gradients, loss, metrics = accumulate_gradients(
-                loss_fn, learner, part, micro_batches=config.micro_batches
+                loss_fn, learner, (part, text), micro_batches=config.micro_batches
             )
             learner, guard = apply_gradients(
                 learner, gradients, tx, learning_rate=hyper.learning_rate, loss=loss
             )
-            return learner, {**metrics, **guard}, metrics["approx_kl"] > hyper.target_kl
+            return (learner, number + 1), {**metrics, **guard}, metrics["approx_kl"] > hyper.target_kl
 
-        learner, metrics = scan_minibatches(
+        (learner, _), metrics = scan_minibatches(
             step,
-            state.learner,
+            (state.learner, jnp.int32(0)),
             batch,
             shuffle_key,
             epochs=config.num_ppo_epochs,
@@ -198,6 +241,30 @@ def make_update(
         return dataclasses.replace(state, learner=learner, key=key), metrics
 
     return update
+
+
+def _check_text(config: Config, ptx_logprob_fn: LogprobFn | None, ptx: Sequences | None) -> None:
+    """Raises: UserError where the text cannot be shared out, or nothing scores it."""
+    if ptx is None:
+        return
+    if ptx_logprob_fn is None:
+        raise UserError("PPO-ptx: the update got text and cannot score it: give make_update ptx_logprob_fn")
+    rows, parts = ptx.tokens.shape[0], config.optimizer_steps * config.micro_batches
+    if rows % parts:
+        raise UserError(
+            f"PPO-ptx: {rows} rows of text cannot be shared out: give a multiple of num_ppo_epochs x "
+            f"num_minibatches x micro_batches, {parts}"
+        )
+
+
+def _share_of_text(ptx: Sequences | None, number: Int[Array, ""], parts: int) -> Sequences | None:
+    """The rows of an optimizer step: every `parts`-th one, so that each device brings some of its own."""
+
+    def share(x: Array) -> Array:
+        rows = x.reshape(-1, parts, *x.shape[1:])[:, number]
+        return constrain(rows, "batch", *(None,) * (rows.ndim - 1))
+
+    return None if ptx is None else jax.tree.map(share, ptx)
 
 
 def _loss(

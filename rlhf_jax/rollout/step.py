@@ -10,7 +10,7 @@ import optax
 
 from rlhf_jax.algorithms import grpo, ppo
 from rlhf_jax.core.protocols import LogprobFn
-from rlhf_jax.core.types import Array, Bool, Float, Metrics, Params, Rollout
+from rlhf_jax.core.types import Array, Bool, Float, Metrics, Params, Rollout, Sequences
 
 ReferenceFn = Callable[[Any, Params], Params]
 """(learner, original) -> the frozen reference; `original` is what the learner does not hold of it."""
@@ -63,6 +63,7 @@ def make_ppo_train_step(
     ref_logprob_fn: LogprobFn,
     tx: optax.GradientTransformation,
     reference_fn: ReferenceFn = whole_reference,
+    ptx_logprob_fn: LogprobFn | None = None,
 ) -> Callable[..., tuple[ppo.State, Metrics]]:
     """Training step of PPO: log-probs and values of the answers, the KL to the reference, advantages, and all
     epochs.
@@ -70,11 +71,13 @@ def make_ppo_train_step(
     Args:
       logprob_fn: of policy and value.
       ref_logprob_fn: of the reference.
+      ptx_logprob_fn: of the policy on text at temperature 1, for PPO-ptx; None without.
 
     Returns:
-      `train_step(state, hyper, original, rollout, rewards, scored=None) -> (state, metrics)`.
+      `train_step(state, hyper, original, rollout, rewards, scored=None, ptx=None) -> (state, metrics)`; `ptx`
+      is text (`ppo.make_update`).
     """
-    update = ppo.make_update(config, logprob_fn, tx)
+    update = ppo.make_update(config, logprob_fn, tx, ptx_logprob_fn)
 
     def train_step(
         state: ppo.State,
@@ -83,13 +86,14 @@ def make_ppo_train_step(
         rollout: Rollout,
         rewards: Float[Array, " B"],
         scored: Bool[Array, " B"] | None = None,
+        ptx: Sequences | None = None,
     ) -> tuple[ppo.State, Metrics]:
         score = logprob_fn(state.learner.all_params, rollout.sequences)
         ref_logp = ref_logprob_fn(reference_fn(state.learner, original), rollout.sequences).logp
         state, batch, described = ppo.language_batch(
             config, state, hyper, rollout, score, ref_logp, rewards, scored=scored
         )
-        state, metrics = update(state, hyper, batch)
+        state, metrics = update(state, hyper, batch, ptx)
         return state, {**described, **metrics}
 
     return train_step

@@ -110,6 +110,16 @@ def ppo_case(dtype, **config):
     return update, hyper, ppo.Batch(sequences, sequences.mask, old_logp, *arrays)
 
 
+def ptx_case(dtype, **config):
+    """PPO with text in the mini-batch, of other lengths than the answers."""
+    _, hyper, batch = ppo_case(dtype)
+    config = ppo.Config(num_ppo_epochs=1, num_minibatches=1, **config)
+    update = ppo.make_update(config, tabular.score, TX, tabular.score)
+    together = lambda state, hyper, both: update(state, hyper, *both)  # noqa: E731
+    hyper = dataclasses.replace(hyper, ptx_coef=0.5)
+    return together, hyper, (batch, tabular.rows(9, LENGTHS[3:] + LENGTHS[:3]))
+
+
 def group_case(dtype, reduce=sequence_mean, **config):
     sequences, old_logp, ref_logp = policy_arrays(dtype)
     advantages = jnp.asarray(np.random.default_rng(5).normal(size=ROWS), dtype)
@@ -128,6 +138,7 @@ CASES = {
     "bco": bco_case,
     "distillation": distillation_case,
     "ppo": ppo_case,
+    "ppo_ptx": ptx_case,
     "group": group_case,
 }
 every_algorithm = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -211,6 +222,8 @@ def test_hyperparameters_do_not_recompile_and_all_have_an_effect(case):
     for field in dataclasses.fields(hyper):
         if isinstance(hyper, ppo.Hyper) and field.name in of_rollout | {"kl_coef"}:
             continue  # these act in `language_batch`
+        if field.name == "ptx_coef" and case is not ptx_case:
+            continue  # weighs the loss on text
         if isinstance(hyper, grpo.Hyper) and field.name == "reward_kl_coef":
             continue  # acts in `make_batch`: see test_variants
         if field.name == "penalty_coef":
@@ -248,7 +261,9 @@ def padded(batch, rows, columns):
     return jax.tree.map(pad, batch)
 
 
-@pytest.mark.parametrize("case", [sft_case, ppo_case, group_case], ids=["sft", "ppo", "group"])
+@pytest.mark.parametrize(
+    "case", [sft_case, ppo_case, ptx_case, group_case], ids=["sft", "ppo", "ptx", "group"]
+)
 def test_padding_changes_nothing(case):
     """Rows of no answer, too: what stands there, NaN included, is not looked at."""
     update, hyper, batch = case(jnp.float32)
