@@ -27,11 +27,13 @@ from rlhf_jax.core.types import (
     Rollout,
     Scalar,
     Sequences,
+    StepRewards,
     TokenLogprobs,
 )
 from rlhf_jax.kernels.advantages import ScaleFn, group_relative_advantages, group_std, reward_spread
 from rlhf_jax.kernels.kl import k1, k3
 from rlhf_jax.kernels.prepare import cleaned_constant, mask_or_all
+from rlhf_jax.kernels.steps import process_supervision_advantages
 from rlhf_jax.losses.policy import KLFn, RatioFn, SurrogateFn, grpo_loss
 from rlhf_jax.losses.policy_ratios import token_log_ratio
 from rlhf_jax.losses.policy_surrogates import clip_surrogate
@@ -197,12 +199,15 @@ def compute_advantages(
     kl: Float[Array, "B T"] | None = None,
     kl_coef: Scalar = 0.0,
     greedy_rewards: Float[Array, " N"] | None = None,
+    steps: StepRewards | None = None,
 ) -> tuple[Float[Array, "B *T"], Metrics]:
     """Advantages within each group of `config.group_size` neighbouring rows, and the share of idle groups.
 
     Args:
       scored: rows that have a reward; all where it is None.
       kl: of each token to the reference, and `kl_coef`, its weight in the reward.
+      steps: process rewards, whose advantages (`kernels.process_supervision_advantages`) are added to those
+        of whole answers.
     """
     scored = mask_or_all(scored, rewards)
     mask = mask & scored[:, None]
@@ -223,7 +228,18 @@ def compute_advantages(
     if advantages.shape == outcomes.shape:
         advantages = advantages.reshape(-1)
     idle = reward_spread(outcomes, stats.scored) == 0
-    return advantages, {"frac_reward_zero_std": jnp.mean(idle)}
+    if steps is None:
+        return advantages, {"frac_reward_zero_std": jnp.mean(idle)}
+    ends = steps.ends & mask
+    of_steps = process_supervision_advantages(steps.rewards, ends, mask, group_size=config.group_size)
+    grouped = [x.reshape(outcomes.shape[0], -1) for x in (steps.rewards, ends)]
+    idle &= reward_spread(*grouped) == 0
+    metrics = {
+        "frac_reward_zero_std": jnp.mean(idle),
+        "step_reward": masked_mean(steps.rewards, ends),
+        "steps": masked_mean(jnp.sum(ends, axis=1), scored),
+    }
+    return of_steps + (advantages if advantages.ndim == 2 else advantages[:, None]), metrics
 
 
 def make_batch(
@@ -236,6 +252,7 @@ def make_batch(
     *,
     scored: Bool[Array, "B"] | None = None,
     greedy_rewards: Float[Array, " N"] | None = None,
+    steps: StepRewards | None = None,
 ) -> tuple[Batch, Metrics]:
     """Advantages within each group of `config.group_size` neighbouring rows.
 
@@ -245,6 +262,8 @@ def make_batch(
       old_logp: of the rollout as the scorer gives it.
       scored: answers that have a reward; None for all. The batch is as if the others were not in it.
       greedy_rewards: for advantages that compare with the most likely answer (ReMax).
+      steps: process rewards, which are compared apart from those of whole answers (process supervision of
+        DeepSeekMath); None for none.
 
     Returns:
       (batch, metrics). `frac_reward_zero_std` is the share of groups whose rewards are all equal, which teach
@@ -263,6 +282,7 @@ def make_batch(
         kl=kl,
         kl_coef=hyper.reward_kl_coef,
         greedy_rewards=greedy_rewards,
+        steps=steps,
     )
     weights = None if config.weights_fn is None else config.weights_fn(old_logp, rollout.logp, mask)
     mean = masked_mean(rewards, scored)

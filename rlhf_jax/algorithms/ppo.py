@@ -14,10 +14,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rlhf_jax.core.axes import constrain
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.masks import clean, last_unmasked_index, masked_mean
-from rlhf_jax.core.minibatches import scan_minibatches
+from rlhf_jax.core.minibatches import scan_minibatches, share_of_rows
 from rlhf_jax.core.protocols import LogprobFn
 from rlhf_jax.core.train_state import TrainState, accumulate_gradients, apply_gradients, init_train_state
 from rlhf_jax.core.trees import pytree_dataclass
@@ -32,11 +31,16 @@ from rlhf_jax.core.types import (
     Rollout,
     Scalar,
     Sequences,
+    StepRewards,
     TokenLogprobs,
 )
-from rlhf_jax.kernels.controllers import adaptive_kl_update
-from rlhf_jax.kernels.prepare import mask_or_all
-from rlhf_jax.kernels.returns import generalized_advantage_estimation
+from rlhf_jax.kernels.controllers import adaptive_kl_update, fixed_kl_update
+from rlhf_jax.kernels.prepare import cleaned_constant, mask_or_all
+from rlhf_jax.kernels.returns import (
+    generalized_advantage_estimation,
+    length_adaptive_lambda,
+    token_rewards,
+)
 from rlhf_jax.kernels.whitening import (
     Moments,
     batch_moments,
@@ -88,11 +92,6 @@ class Config:
     reduce: Reduction = token_mean
     policy_loss_fn: PolicyLossFn = clipped
 
-    @property
-    def optimizer_steps(self) -> int:
-        """Mini-batches of all epochs."""
-        return self.num_ppo_epochs * self.num_minibatches
-
 
 @pytree_dataclass
 class Hyper:
@@ -107,12 +106,18 @@ class Hyper:
       entropy_coef: weight of the entropy bonus.
       gamma: discount per step.
       gae_lambda: lambda of GAE.
+      critic_gae_lambda: lambda of the returns that the values learn, where it is another: decoupled GAE
+        (VC-PPO, Yuan et al. 2025, arXiv 2503.01491, with 1); None for the same.
+      gae_alpha: alpha of length-adaptive GAE (VAPO, Yue et al. 2025, arXiv 2504.05118, with 0.05), which
+        takes the place of `gae_lambda` in the advantages; None for one lambda at every length.
       kl_coef: weight of the per-token KL penalty in the reward; where the adaptive controller starts.
       kl_target: KL per answer in nats that the controller aims at.
       kl_horizon: answers over which the controller reacts.
       missing_eos_penalty: taken from the reward of an answer that did not end.
       target_kl: a mini-batch whose KL from the old policy (nats per token) is above this ends the update.
       ptx_coef: weight of the loss on text in PPO-ptx (gamma; 27.8 in InstructGPT, appendix C.4).
+      positive_lm_coef: weight of the loss on right answers (mu of VAPO, with 0.1); None for no such loss.
+      positive_threshold: an answer whose reward is above this is right.
     """
 
     learning_rate: Scalar = 1e-4
@@ -124,12 +129,16 @@ class Hyper:
     entropy_coef: Scalar = 0.0
     gamma: Scalar = 1.0
     gae_lambda: Scalar = 0.95
+    critic_gae_lambda: Scalar | None = None
+    gae_alpha: Scalar | None = None
     kl_coef: Scalar = 0.05
     kl_target: Scalar = 6.0
     kl_horizon: Scalar = 10_000.0
     missing_eos_penalty: Scalar = 1.0
     target_kl: Scalar = jnp.inf
     ptx_coef: Scalar = 27.8
+    positive_lm_coef: Scalar | None = None
+    positive_threshold: Scalar = 0.0
 
 
 @pytree_dataclass
@@ -156,6 +165,7 @@ class Batch:
       mask: actions that count.
       old_logp: log-probs under the policy at the start of the update.
       old_values: values at the start of the update.
+      positive: rows of right answers, for `Hyper.positive_lm_coef`; None without.
     """
 
     inputs: Any
@@ -164,6 +174,7 @@ class Batch:
     old_values: Float[Array, "B T"]
     advantages: Float[Array, "B T"]
     returns: Float[Array, "B T"]
+    positive: Bool[Array, "B"] | None = None
 
 
 def init(
@@ -195,30 +206,33 @@ def make_update(
     as the loss of pre-training is. The metric `ptx_loss` is it, in nats per token.
 
     Args:
-      ptx_logprob_fn: (params, text) -> log-probs of the policy at temperature 1; needed for `ptx`, the rows
-        of which `config.optimizer_steps` times `config.micro_batches` divides.
+      ptx_logprob_fn: (params, text) -> log-probs of the policy at temperature 1; needed for `ptx`, whose rows
+        num_ppo_epochs x num_minibatches x micro_batches divides.
+
+    Raises:
+      UserError: text that nothing scores, or that cannot be shared out.
     """
 
     def update(
         state: State, hyper: Hyper, batch: Batch, ptx: Sequences | None = None
     ) -> tuple[State, Metrics]:
         key, shuffle_key = jax.random.split(state.key)
-        _check_text(config, ptx_logprob_fn, ptx)
 
         def step(carry: tuple[TrainState, Int[Array, ""]], part: Batch):
             learner, number = carry
-            text = _share_of_text(ptx, number, config.optimizer_steps)
-            denominator = config.reduce.total(part.mask)
-            text_total = None if text is None else token_mean.total(text.mask)
+            text = share_of_rows(ptx, number, config.num_ppo_epochs * config.num_minibatches)
+            totals = _totals(config, part, text)
 
             def loss_fn(params: Params, rows: tuple[Batch, Sequences | None]):
                 experience, some = rows
                 score = logprob_fn(params, experience.inputs)
-                loss, metrics = _loss(config, hyper, score, experience, denominator)
-                if some is None or ptx_logprob_fn is None:
+                loss, metrics = _loss(config, hyper, score, experience, totals)
+                if some is None:
                     return loss, metrics
+                if ptx_logprob_fn is None:
+                    raise UserError("PPO-ptx: nothing scores the text: give make_update ptx_logprob_fn")
                 logp = ptx_logprob_fn(params, some).logp
-                ptx_loss, of_text = cross_entropy_loss(logp, some.mask, denominator=text_total)
+                ptx_loss, of_text = cross_entropy_loss(logp, some.mask, denominator=totals["text"])
                 loss += hyper.ptx_coef * ptx_loss
                 return loss, {**metrics, "loss": loss, "ptx_loss": of_text["loss"]}
 
@@ -243,44 +257,38 @@ def make_update(
     return update
 
 
-def _check_text(config: Config, ptx_logprob_fn: LogprobFn | None, ptx: Sequences | None) -> None:
-    """Raises: UserError where the text cannot be shared out, or nothing scores it."""
-    if ptx is None:
-        return
-    if ptx_logprob_fn is None:
-        raise UserError("PPO-ptx: the update got text and cannot score it: give make_update ptx_logprob_fn")
-    rows, parts = ptx.tokens.shape[0], config.optimizer_steps * config.micro_batches
-    if rows % parts:
-        raise UserError(
-            f"PPO-ptx: {rows} rows of text cannot be shared out: give a multiple of num_ppo_epochs x "
-            f"num_minibatches x micro_batches, {parts}"
-        )
-
-
-def _share_of_text(ptx: Sequences | None, number: Int[Array, ""], parts: int) -> Sequences | None:
-    """The rows of an optimizer step: every `parts`-th one, so that each device brings some of its own."""
-
-    def share(x: Array) -> Array:
-        rows = x.reshape(-1, parts, *x.shape[1:])[:, number]
-        return constrain(rows, "batch", *(None,) * (rows.ndim - 1))
-
-    return None if ptx is None else jax.tree.map(share, ptx)
+def _totals(config: Config, rows: Batch, text: Sequences | None) -> dict[str, Scalar]:
+    """Denominators of a mini-batch, whatever the parts in which it is computed."""
+    totals = {"actions": config.reduce.total(rows.mask)}
+    if rows.positive is not None:
+        totals["positive"] = token_mean.total(rows.mask & rows.positive[:, None])
+    if text is not None:
+        totals["text"] = token_mean.total(text.mask)
+    return totals
 
 
 def _loss(
-    config: Config, hyper: Hyper, score: TokenLogprobs, rows: Batch, denominator: Scalar
+    config: Config, hyper: Hyper, score: TokenLogprobs, rows: Batch, totals: dict[str, Scalar]
 ) -> tuple[Float[Array, ""], Metrics]:
-    """Policy loss + value loss - entropy bonus (Schulman et al. 2017, eq. 9)."""
-    reduction = {"reduce": config.reduce, "denominator": denominator}
+    """Policy loss + value loss - entropy bonus (Schulman et al. 2017, eq. 9); where it has a weight, the loss
+    on right answers beside them (VAPO): their mean negative log-likelihood, in nats per token.
+    """
+    reduction = {"reduce": config.reduce, "denominator": totals["actions"]}
     policy_loss, policy_metrics = config.policy_loss_fn(
         hyper, score.logp, rows.old_logp, rows.advantages, rows.mask, **reduction
     )
     value_loss, value_metrics = clipped_value_loss(
         score.value, rows.old_values, rows.returns, rows.mask, clip=hyper.cliprange_value, **reduction
     )
-    entropy = config.reduce(score.entropy, rows.mask, denominator=denominator)
+    entropy = config.reduce(score.entropy, rows.mask, denominator=totals["actions"])
     loss = policy_loss + hyper.value_coef * value_loss - hyper.entropy_coef * entropy
-    return loss, {"loss": loss, "entropy": entropy, **policy_metrics, **value_metrics}
+    metrics = {"entropy": entropy, **policy_metrics, **value_metrics}
+    if hyper.positive_lm_coef is not None and rows.positive is not None:
+        mask = rows.mask & rows.positive[:, None]
+        positive_loss, of_right = cross_entropy_loss(score.logp, mask, denominator=totals["positive"])
+        loss += hyper.positive_lm_coef * positive_loss
+        metrics["positive_lm_loss"] = of_right["loss"]
+    return loss, {"loss": loss, **metrics}
 
 
 def language_batch(
@@ -293,63 +301,79 @@ def language_batch(
     rewards: Float[Array, "B"],
     *,
     scored: Bool[Array, "B"] | None = None,
+    steps: StepRewards | None = None,
 ) -> tuple[State, Batch, Metrics]:
     """Turns sampled answers into a PPO batch; moves the KL controller and the reward moments.
 
-        r_t = -kl_coef (logp_t - ref_logp_t) + [t = last] (reward - penalty if unfinished)
+        r_t = -kl_coef (logp_t - ref_logp_t) + [t ends a step] its reward
+              + [t = last] (reward - penalty if unfinished)
 
     Args:
       score: of the rollout under the policy that sampled it, with values.
       ref_logp: of the same tokens under the frozen reference.
       rewards: of whole answers; anything where `scored` is False.
       scored: answers that have a reward; None for all. The batch is as if the others were not in it.
+      steps: process rewards beside those of whole answers; None for none.
 
     Returns:
       (state, batch, metrics). `kl` is the mean over answers of the summed log-ratio to the reference, in
       nats; `sampling_logp_diff` the mean |delta log-prob| between sampler and scorer, in nats per token;
-      `unscorable` the number of answers without a reward, which of the rest only `tokens` counts.
+      `unscorable` the number of answers without a reward, which of the rest only `tokens` counts;
+      `step_reward` the mean process reward of a step, and `steps` how many an answer has.
     """
     scored = mask_or_all(scored, rewards)
     mask, rewards = rollout.sequences.mask & scored[:, None], clean(rewards, scored)
-    moments = merge_moments(state.reward_moments, batch_moments(rewards, scored))
-    scaled = rewards / _reward_scale(moments) if config.scale_rewards else rewards
-    outcome = scaled - hyper.missing_eos_penalty * ~rollout.finished
+    ends = jnp.zeros_like(mask) if steps is None else steps.ends & mask
+    earned = jnp.zeros(mask.shape) if steps is None else cleaned_constant(steps.rewards, ends)
+    moments = merge_moments(state.reward_moments, batch_moments(rewards + jnp.sum(earned, axis=1), scored))
+    scale = _reward_scale(moments) if config.scale_rewards else 1.0
+    outcome = rewards / scale - hyper.missing_eos_penalty * ~rollout.finished
     log_ratio = jnp.where(mask, score.logp - ref_logp, 0)
-    is_last = jnp.arange(mask.shape[1]) == last_unmasked_index(mask)[:, None]
-    token_rewards = jnp.where(is_last, outcome[:, None], 0) - state.kl_coef * log_ratio
-    advantages, returns = generalized_advantage_estimation(
-        token_rewards,
-        score.value,
-        jnp.where(is_last, 0.0, hyper.gamma),
-        jnp.zeros_like(outcome),
-        mask,
-        gae_lambda=hyper.gae_lambda,
-    )
-    raw_std = jnp.sqrt(masked_mean(jnp.square(advantages - masked_mean(advantages, mask)), mask))
-    if config.whiten_advantages:
-        advantages = whiten(advantages, mask)
+    of_tokens = token_rewards(outcome, log_ratio, mask, kl_coef=state.kl_coef) + earned / scale
+    advantages, returns = _estimates(hyper, of_tokens, score.value, mask)
     kl = masked_mean(jnp.sum(log_ratio, axis=1), scored)
-    kl_coef = state.kl_coef
-    if config.adaptive_kl:
-        kl_coef = adaptive_kl_update(
-            kl_coef, kl, target=hyper.kl_target, horizon=hyper.kl_horizon, num_steps=jnp.sum(scored)
-        )
-    mean = masked_mean(rewards, scored)
+    control = adaptive_kl_update if config.adaptive_kl else fixed_kl_update
+    kl_coef = control(
+        state.kl_coef, kl, target=hyper.kl_target, horizon=hyper.kl_horizon, num_steps=jnp.sum(scored)
+    )
+    mean, raw_mean = masked_mean(rewards, scored), masked_mean(advantages, mask)
     metrics = {
         "kl": kl,
         "kl_coef": state.kl_coef,
         "reward": mean,
         "reward_std": jnp.sqrt(masked_mean(jnp.square(rewards - mean), scored)),
-        "penalised_reward": masked_mean(jnp.sum(token_rewards, axis=1), scored),
+        "penalised_reward": masked_mean(jnp.sum(of_tokens, axis=1), scored),
         "unscorable": jnp.sum(~scored),
-        "advantage_std": raw_std,
+        "advantage_std": jnp.sqrt(masked_mean(jnp.square(advantages - raw_mean), mask)),
         "length": masked_mean(jnp.sum(mask, axis=1), scored),
         "finished": masked_mean(rollout.finished, scored),
         "sampling_logp_diff": masked_mean(jnp.abs(score.logp - rollout.logp), mask),
         "tokens": jnp.sum(rollout.sequences.mask),
     }
-    batch = Batch(rollout.sequences, mask, score.logp, score.value, advantages, returns)
+    if steps is not None:
+        metrics["step_reward"] = masked_mean(steps.rewards, ends)
+        metrics["steps"] = masked_mean(jnp.sum(ends, axis=1), scored)
+    if config.whiten_advantages:
+        advantages = whiten(advantages, mask)
+    positive = None if hyper.positive_lm_coef is None else scored & (rewards > hyper.positive_threshold)
+    batch = Batch(rollout.sequences, mask, score.logp, score.value, advantages, returns, positive)
     return dataclasses.replace(state, kl_coef=kl_coef, reward_moments=moments), batch, metrics
+
+
+def _estimates(
+    hyper: Hyper, rewards: Float[Array, "B T"], values: Float[Array, "B T"], mask: Bool[Array, "B T"]
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """(advantages, returns) by GAE; with a lambda of its own each, where `hyper` has them."""
+    is_last = jnp.arange(mask.shape[1]) == last_unmasked_index(mask)[:, None]
+    arrays = (rewards, values, jnp.where(is_last, 0.0, hyper.gamma), jnp.zeros(mask.shape[0]), mask)
+    policy_lambda = hyper.gae_lambda
+    if hyper.gae_alpha is not None:
+        policy_lambda = length_adaptive_lambda(mask, alpha=hyper.gae_alpha)
+    value_lambda = hyper.gae_lambda if hyper.critic_gae_lambda is None else hyper.critic_gae_lambda
+    advantages, returns = generalized_advantage_estimation(*arrays, gae_lambda=policy_lambda)
+    if policy_lambda is not value_lambda:
+        returns = generalized_advantage_estimation(*arrays, gae_lambda=value_lambda)[1]
+    return advantages, returns
 
 
 def _reward_scale(moments: Moments) -> Float[Array, ""]:

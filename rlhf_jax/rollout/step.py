@@ -10,7 +10,7 @@ import optax
 
 from rlhf_jax.algorithms import grpo, ppo
 from rlhf_jax.core.protocols import LogprobFn
-from rlhf_jax.core.types import Array, Bool, Float, Metrics, Params, Rollout, Sequences
+from rlhf_jax.core.types import Array, Bool, Float, Metrics, Params, Rollout, Sequences, StepRewards
 
 ReferenceFn = Callable[[Any, Params], Params]
 """(learner, original) -> the frozen reference; `original` is what the learner does not hold of it."""
@@ -32,8 +32,8 @@ def make_grpo_train_step(
     and the update.
 
     Returns:
-      `train_step(state, hyper, original, rollout, rewards, scored=None, greedy_rewards=None) -> (state,
-      metrics)`; `scored` marks the answers that have a reward.
+      `train_step(state, hyper, original, rollout, rewards, scored=None, greedy_rewards=None, steps=None) ->
+      (state, metrics)`; `scored` marks the answers that have a reward, `steps` are process rewards.
     """
     update = grpo.make_update(config, logprob_fn, tx)
 
@@ -45,11 +45,12 @@ def make_grpo_train_step(
         rewards: Float[Array, " B"],
         scored: Bool[Array, " B"] | None = None,
         greedy_rewards: Float[Array, " N"] | None = None,
+        steps: StepRewards | None = None,
     ) -> tuple[grpo.State, Metrics]:
         reference = reference_fn(state.learner, original)
         old_logp = logprob_fn(state.learner.all_params, rollout.sequences).logp
         ref_logp = logprob_fn(reference, rollout.sequences).logp
-        answers = {"scored": scored, "greedy_rewards": greedy_rewards}
+        answers = {"scored": scored, "greedy_rewards": greedy_rewards, "steps": steps}
         batch, described = grpo.make_batch(config, hyper, rollout, rewards, old_logp, ref_logp, **answers)
         state, metrics = update(state, hyper, batch)
         return state, {**described, **metrics}
@@ -74,8 +75,8 @@ def make_ppo_train_step(
       ptx_logprob_fn: of the policy on text at temperature 1, for PPO-ptx; None without.
 
     Returns:
-      `train_step(state, hyper, original, rollout, rewards, scored=None, ptx=None) -> (state, metrics)`; `ptx`
-      is text (`ppo.make_update`).
+      `train_step(state, hyper, original, rollout, rewards, scored=None, steps=None, ptx=None) -> (state,
+      metrics)`; `steps` are process rewards, `ptx` is text (`ppo.make_update`).
     """
     update = ppo.make_update(config, logprob_fn, tx, ptx_logprob_fn)
 
@@ -86,12 +87,13 @@ def make_ppo_train_step(
         rollout: Rollout,
         rewards: Float[Array, " B"],
         scored: Bool[Array, " B"] | None = None,
+        steps: StepRewards | None = None,
         ptx: Sequences | None = None,
     ) -> tuple[ppo.State, Metrics]:
         score = logprob_fn(state.learner.all_params, rollout.sequences)
         ref_logp = ref_logprob_fn(reference_fn(state.learner, original), rollout.sequences).logp
         state, batch, described = ppo.language_batch(
-            config, state, hyper, rollout, score, ref_logp, rewards, scored=scored
+            config, state, hyper, rollout, score, ref_logp, rewards, scored=scored, steps=steps
         )
         state, metrics = update(state, hyper, batch, ptx)
         return state, {**described, **metrics}

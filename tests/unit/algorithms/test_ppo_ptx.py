@@ -80,12 +80,14 @@ def test_every_optimizer_step_learns_from_its_own_share_of_the_text(micro_batche
 
 def test_text_that_cannot_be_shared_out_or_scored_is_refused():
     config = ppo.Config(num_ppo_epochs=3, num_minibatches=2)
-    with pytest.raises(UserError, match=r"8 rows of text cannot be shared out.*, 6"):
+    with pytest.raises(UserError, match="8 rows cannot be shared out: give a multiple of 6"):
         update_once(config, ppo.Hyper(), experience(), TEXT)
+    with pytest.raises(UserError, match="micro_batches=2 does not divide the 1 rows"):
+        update_once(config, ppo.Hyper(), experience(), jax.tree.map(lambda x: x[:6], TEXT), micro_batches=2)
     update = ppo.make_update(config, tabular.score, PLAIN)
     state = ppo.init(tabular.init(), PLAIN, jax.random.key(0), ppo.Hyper())
     with pytest.raises(UserError, match="give make_update ptx_logprob_fn"):
-        update(state, ppo.Hyper(), experience(), TEXT)
+        jax.jit(update)(state, ppo.Hyper(), experience(), jax.tree.map(lambda x: x[:6], TEXT))
 
 
 # What it keeps -------------------------------------------------------------------------------------

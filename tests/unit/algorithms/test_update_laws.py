@@ -111,12 +111,13 @@ def ppo_case(dtype, **config):
 
 
 def ptx_case(dtype, **config):
-    """PPO with text in the mini-batch, of other lengths than the answers."""
+    """PPO with text in the mini-batch, of other lengths than the answers, some of which are imitated."""
     _, hyper, batch = ppo_case(dtype)
+    batch = dataclasses.replace(batch, positive=jnp.arange(ROWS) % 3 == 1)
     config = ppo.Config(num_ppo_epochs=1, num_minibatches=1, **config)
     update = ppo.make_update(config, tabular.score, TX, tabular.score)
     together = lambda state, hyper, both: update(state, hyper, *both)  # noqa: E731
-    hyper = dataclasses.replace(hyper, ptx_coef=0.5)
+    hyper = dataclasses.replace(hyper, ptx_coef=0.5, positive_lm_coef=0.3)
     return together, hyper, (batch, tabular.rows(9, LENGTHS[3:] + LENGTHS[:3]))
 
 
@@ -218,8 +219,17 @@ def test_hyperparameters_do_not_recompile_and_all_have_an_effect(case):
     update, hyper = jax.jit(update), as_arrays(hyper)
     state, _ = update(initial_state(hyper), hyper, batch)
     expected, _ = update(state, hyper, batch)
-    of_rollout = {"gamma", "gae_lambda", "kl_target", "kl_horizon", "missing_eos_penalty"}
+    of_rollout = {
+        "gamma",
+        "gae_lambda",
+        "kl_target",
+        "kl_horizon",
+        "missing_eos_penalty",
+        "positive_threshold",
+    }
     for field in dataclasses.fields(hyper):
+        if isinstance(hyper, ppo.Hyper) and getattr(hyper, field.name) is None:
+            continue  # not asked for: see test_process_rewards
         if isinstance(hyper, ppo.Hyper) and field.name in of_rollout | {"kl_coef"}:
             continue  # these act in `language_batch`
         if field.name == "ptx_coef" and case is not ptx_case:
