@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rlhf_jax.algorithms.selection import RankWeightsFn
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.masks import clean, last_unmasked_index, masked_mean
 from rlhf_jax.core.minibatches import scan_minibatches, share_of_rows
@@ -79,6 +80,8 @@ class Config:
       adaptive_kl: move the KL coefficient so that the KL stays near `Hyper.kl_target`.
       scale_rewards: divide rewards by the running standard deviation of all rewards seen, once they differ.
       reduce: how tokens become one number.
+      group_size: answers to each prompt; those to one stand together.
+      filter_fn: which one of them is learned from (PF-PPO, `selection.filter_by_rank`); None for all.
       policy_loss_fn: (hyper, logp, old_logp, advantages, mask, reduce, denominator) -> (loss, metrics), what
         keeps the policy near the old one: `clipped` or `penalized`.
     """
@@ -90,6 +93,8 @@ class Config:
     adaptive_kl: bool = False
     scale_rewards: bool = False
     reduce: Reduction = token_mean
+    group_size: int = 1
+    filter_fn: RankWeightsFn | None = None
     policy_loss_fn: PolicyLossFn = clipped
 
 

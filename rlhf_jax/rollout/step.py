@@ -3,14 +3,21 @@
 Stages compile them, whole runs under `jit` are made of them, and plans count them.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
+import jax
 import optax
 
-from rlhf_jax.algorithms import grpo, ppo
+from rlhf_jax.algorithms import grpo, ppo, selection
+from rlhf_jax.core.axes import constrain
+from rlhf_jax.core.masks import masked_mean
 from rlhf_jax.core.protocols import LogprobFn
-from rlhf_jax.core.types import Array, Bool, Float, Metrics, Params, Rollout, Sequences, StepRewards
+from rlhf_jax.core.types import Array, Bool, Float, Int, Metrics, Params, Rollout, Sequences, StepRewards
+from rlhf_jax.kernels.prepare import mask_or_all
+
+T = TypeVar("T")
 
 ReferenceFn = Callable[[Any, Params], Params]
 """(learner, original) -> the frozen reference; `original` is what the learner does not hold of it."""
@@ -90,12 +97,36 @@ def make_ppo_train_step(
         steps: StepRewards | None = None,
         ptx: Sequences | None = None,
     ) -> tuple[ppo.State, Metrics]:
+        described: Metrics = {}
+        if config.filter_fn is not None:
+            described["sampled_reward"] = masked_mean(rewards, mask_or_all(scored, rewards))
+            state, chosen = _chosen(config, config.filter_fn, state, rewards, scored)
+            rollout, rewards, scored, steps = _rows((rollout, rewards, scored, steps), chosen)
         score = logprob_fn(state.learner.all_params, rollout.sequences)
         ref_logp = ref_logprob_fn(reference_fn(state.learner, original), rollout.sequences).logp
-        state, batch, described = ppo.language_batch(
+        state, batch, of_batch = ppo.language_batch(
             config, state, hyper, rollout, score, ref_logp, rewards, scored=scored, steps=steps
         )
         state, metrics = update(state, hyper, batch, ptx)
-        return state, {**described, **metrics}
+        return state, {**described, **of_batch, **metrics}
 
     return train_step
+
+
+def _chosen(
+    config: ppo.Config,
+    filter_fn: selection.RankWeightsFn,
+    state: ppo.State,
+    rewards: Float[Array, " B"],
+    scored: Bool[Array, " B"] | None,
+) -> tuple[ppo.State, Int[Array, " N"]]:
+    """Rows of the answers that PF-PPO learns from, one to each prompt."""
+    key, filter_key = jax.random.split(state.key)
+    shape = (-1, config.group_size)
+    counts = None if scored is None else scored.reshape(shape)
+    rows = selection.filter_by_rank(rewards.reshape(shape), counts, filter_key, weights_fn=filter_fn)
+    return dataclasses.replace(state, key=key), rows
+
+
+def _rows(batch: T, rows: Int[Array, " N"]) -> T:
+    return jax.tree.map(lambda x: constrain(x[rows], "batch", *(None,) * (x.ndim - 1)), batch)
