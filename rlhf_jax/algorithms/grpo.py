@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rlhf_jax.algorithms.moving_reference import SyncHyper, init_reference
 from rlhf_jax.core.masks import masked_mean
 from rlhf_jax.core.minibatches import scan_minibatches
 from rlhf_jax.core.protocols import LogprobFn
@@ -122,6 +123,7 @@ class Hyper:
       kl_coef: weight of the KL to the reference in the loss (beta; 0.04 in GRPO's paper, section 4.2).
       reward_kl_coef: weight of the KL to the reference in the reward, before the baseline (RLOO).
       entropy_coef: weight of the entropy bonus.
+      sync: how the reference follows the policy, where `State.ref_params` says that it does.
     """
 
     learning_rate: Scalar = 1e-4
@@ -130,6 +132,7 @@ class Hyper:
     kl_coef: Scalar = 0.04
     reward_kl_coef: Scalar = 0.0
     entropy_coef: Scalar = 0.0
+    sync: SyncHyper = SyncHyper()
 
 
 @pytree_dataclass
@@ -139,11 +142,13 @@ class State:
     Attributes:
       stale_params: trained parameters before the last update, where training is one step off policy; else
         None.
+      ref_params: the reference's own, where it follows the policy (`moving_reference`); else None.
     """
 
     learner: TrainState
     key: PRNGKeyArray
     stale_params: Params = None
+    ref_params: Params = None
 
     @property
     def rollout_params(self) -> Params:
@@ -178,6 +183,7 @@ def init(
     frozen: Params = None,
     *,
     one_step_off_policy: bool = False,
+    moving_reference: bool = False,
 ) -> State:
     """The state at step 0.
 
@@ -185,9 +191,11 @@ def init(
       frozen: the part of the model that does not train.
       one_step_off_policy: answers are sampled from the policy of one update before, as by a sampler beside
         the trainer (asynchronous rollouts); give the configuration a `weights_fn` to make up for it.
+      moving_reference: the reference follows the policy, as `Hyper.sync` says.
     """
     stale = jax.tree.map(jnp.copy, params) if one_step_off_policy else None
-    return State(init_train_state(params, tx, frozen), key, stale)
+    reference = init_reference(params) if moving_reference else None
+    return State(init_train_state(params, tx, frozen), key, stale, reference)
 
 
 def compute_advantages(
@@ -379,6 +387,6 @@ def make_update(
             minibatches=config.num_minibatches,
         )
         stale = None if state.stale_params is None else state.learner.params
-        return State(learner, key, stale), metrics
+        return State(learner, key, stale, state.ref_params), metrics
 
     return update

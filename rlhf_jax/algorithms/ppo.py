@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rlhf_jax.algorithms.moving_reference import SyncHyper, init_reference
 from rlhf_jax.algorithms.selection import RankWeightsFn
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.masks import clean, last_unmasked_index, masked_mean
@@ -37,11 +38,7 @@ from rlhf_jax.core.types import (
 )
 from rlhf_jax.kernels.controllers import adaptive_kl_update, fixed_kl_update
 from rlhf_jax.kernels.prepare import cleaned_constant, mask_or_all
-from rlhf_jax.kernels.returns import (
-    generalized_advantage_estimation,
-    length_adaptive_lambda,
-    token_rewards,
-)
+from rlhf_jax.kernels.returns import generalized_advantage_estimation, length_adaptive_lambda, token_rewards
 from rlhf_jax.kernels.whitening import (
     Moments,
     batch_moments,
@@ -123,6 +120,7 @@ class Hyper:
       ptx_coef: weight of the loss on text in PPO-ptx (gamma; 27.8 in InstructGPT, appendix C.4).
       positive_lm_coef: weight of the loss on right answers (mu of VAPO, with 0.1); None for no such loss.
       positive_threshold: an answer whose reward is above this is right.
+      sync: how the reference follows the policy, where `State.ref_params` says that it does.
     """
 
     learning_rate: Scalar = 1e-4
@@ -144,6 +142,7 @@ class Hyper:
     ptx_coef: Scalar = 27.8
     positive_lm_coef: Scalar | None = None
     positive_threshold: Scalar = 0.0
+    sync: SyncHyper = SyncHyper()
 
 
 @pytree_dataclass
@@ -153,12 +152,14 @@ class State:
     Attributes:
       kl_coef: the KL penalty's weight as the controller left it.
       reward_moments: of all rewards seen, for their scaling.
+      ref_params: the reference's own, where it follows the policy (`moving_reference`); else None.
     """
 
     learner: TrainState
     key: PRNGKeyArray
     kl_coef: Float[Array, ""]
     reward_moments: Moments
+    ref_params: Params = None
 
 
 @pytree_dataclass
@@ -188,10 +189,18 @@ def init(
     key: PRNGKeyArray,
     hyper: Hyper,
     frozen: Params = None,
+    *,
+    moving_reference: bool = False,
 ) -> State:
-    """The state at step 0; `frozen` is the part of the models that does not train."""
+    """The state at step 0.
+
+    Args:
+      frozen: the part of the models that does not train.
+      moving_reference: the reference follows `params["policy"]`, as `hyper.sync` says.
+    """
     kl_coef = jnp.asarray(hyper.kl_coef, jnp.float32)
-    return State(init_train_state(params, tx, frozen), key, kl_coef, init_moments())
+    reference = init_reference(params["policy"]) if moving_reference else None
+    return State(init_train_state(params, tx, frozen), key, kl_coef, init_moments(), reference)
 
 
 def make_update(
@@ -262,7 +271,7 @@ def make_update(
     return update
 
 
-def _totals(config: Config, rows: Batch, text: Sequences | None) -> dict[str, Scalar]:
+def _totals(config: Config, rows: Batch, text: Sequences | None) -> dict[str, Float[Array, ""]]:
     """Denominators of a mini-batch, whatever the parts in which it is computed."""
     totals = {"actions": config.reduce.total(rows.mask)}
     if rows.positive is not None:
@@ -273,7 +282,7 @@ def _totals(config: Config, rows: Batch, text: Sequences | None) -> dict[str, Sc
 
 
 def _loss(
-    config: Config, hyper: Hyper, score: TokenLogprobs, rows: Batch, totals: dict[str, Scalar]
+    config: Config, hyper: Hyper, score: TokenLogprobs, rows: Batch, totals: dict[str, Float[Array, ""]]
 ) -> tuple[Float[Array, ""], Metrics]:
     """Policy loss + value loss - entropy bonus (Schulman et al. 2017, eq. 9); where it has a weight, the loss
     on right answers beside them (VAPO): their mean negative log-likelihood, in nats per token.

@@ -10,7 +10,9 @@ from typing import Any, TypeVar
 import jax
 import optax
 
+from rlhf_jax import models
 from rlhf_jax.algorithms import grpo, ppo, selection
+from rlhf_jax.algorithms.moving_reference import sync_reference, with_params
 from rlhf_jax.core.axes import constrain
 from rlhf_jax.core.masks import masked_mean
 from rlhf_jax.core.protocols import LogprobFn
@@ -18,6 +20,7 @@ from rlhf_jax.core.types import Array, Bool, Float, Int, Metrics, Params, Rollou
 from rlhf_jax.kernels.prepare import mask_or_all
 
 T = TypeVar("T")
+S = TypeVar("S", grpo.State, ppo.State)
 
 ReferenceFn = Callable[[Any, Params], Params]
 """(learner, original) -> the frozen reference; `original` is what the learner does not hold of it."""
@@ -54,13 +57,16 @@ def make_grpo_train_step(
         greedy_rewards: Float[Array, " N"] | None = None,
         steps: StepRewards | None = None,
     ) -> tuple[grpo.State, Metrics]:
-        reference = reference_fn(state.learner, original)
+        learner, ref_params = state.learner, state.ref_params
+        reference = (
+            reference_fn(learner, original) if ref_params is None else with_params(learner, ref_params)
+        )
         old_logp = logprob_fn(state.learner.all_params, rollout.sequences).logp
         ref_logp = logprob_fn(reference, rollout.sequences).logp
         answers = {"scored": scored, "greedy_rewards": greedy_rewards, "steps": steps}
         batch, described = grpo.make_batch(config, hyper, rollout, rewards, old_logp, ref_logp, **answers)
         state, metrics = update(state, hyper, batch)
-        return state, {**described, **metrics}
+        return _synced(state, hyper, learner.steps), {**described, **metrics}
 
     return train_step
 
@@ -103,14 +109,31 @@ def make_ppo_train_step(
             state, chosen = _chosen(config, config.filter_fn, state, rewards, scored)
             rollout, rewards, scored, steps = _rows((rollout, rewards, scored, steps), chosen)
         score = logprob_fn(state.learner.all_params, rollout.sequences)
-        ref_logp = ref_logprob_fn(reference_fn(state.learner, original), rollout.sequences).logp
+        learner = state.learner
+        if state.ref_params is None:
+            reference = reference_fn(learner, original)
+        else:
+            whole = with_params(learner, {**learner.params, "policy": state.ref_params})
+            reference = models.merge_with_base(whole, "policy")
+        ref_logp = ref_logprob_fn(reference, rollout.sequences).logp
         state, batch, of_batch = ppo.language_batch(
             config, state, hyper, rollout, score, ref_logp, rewards, scored=scored, steps=steps
         )
         state, metrics = update(state, hyper, batch, ptx)
+        state = _synced(state, hyper, learner.steps)
         return state, {**described, **of_batch, **metrics}
 
     return train_step
+
+
+def _synced(state: S, hyper: Any, before: Int[Array, ""]) -> S:
+    """The state with its reference where the policy has led it, if it follows."""
+    if state.ref_params is None:
+        return state
+    params = state.learner.params["policy"] if isinstance(state, ppo.State) else state.learner.params
+    steps = {"before": before, "after": state.learner.steps}
+    reference = sync_reference(state.ref_params, params, hyper.sync, **steps)
+    return dataclasses.replace(state, ref_params=reference)
 
 
 def _chosen(

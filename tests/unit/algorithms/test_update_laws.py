@@ -236,6 +236,8 @@ def test_hyperparameters_do_not_recompile_and_all_have_an_effect(case):
             continue  # weighs the loss on text
         if isinstance(hyper, grpo.Hyper) and field.name == "reward_kl_coef":
             continue  # acts in `make_batch`: see test_variants
+        if field.name == "sync":
+            continue  # acts in the training step: see test_moving_reference
         if field.name == "penalty_coef":
             continue  # acts in the other policy loss: see test_ppo
         if field.name == "auxiliary":
