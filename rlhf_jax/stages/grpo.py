@@ -6,6 +6,7 @@
         --algorithm dapo --num-minibatches 4
     rlhf grpo --out runs/stale --model runs/sft --data gsm8k.jsonl --rewards my_rewards:exact \\
         --algorithm rloo --one-step-off-policy
+    rlhf grpo --out runs/steps --model runs/sft --data gsm8k.jsonl --process-reward runs/prm
 
 Rows hold `prompt`, `question` or `messages`; their other fields go to the reward functions by name.
 """
@@ -34,14 +35,14 @@ from rlhf_jax.kernels import kl
 from rlhf_jax.losses import policy_ratios, policy_weights, reductions
 from rlhf_jax.metrics import Thresholds
 from rlhf_jax.models import Policy
-from rlhf_jax.rewards.functions import Scored
+from rlhf_jax.rewards.functions import Scored, no_reward
 from rlhf_jax.rewards.rules import soft_overlong_reward
 from rlhf_jax.rollout.dynamic_sampling import Answers, filter_zero_std_groups, term_means
 from rlhf_jax.rollout.sampler import single_turn
 from rlhf_jax.rollout.step import make_grpo_train_step
 from rlhf_jax.stages import adapting, defaults, edges, inputs, option_checks, option_groups
 from rlhf_jax.stages.entry import NOTHING, Given, Trained
-from rlhf_jax.stages.reward_specs import make_reward_fn
+from rlhf_jax.stages.reward_specs import make_process_reward_fn, make_reward_fn
 from rlhf_jax.stages.session import Session
 from rlhf_jax.training import Meter
 
@@ -115,6 +116,8 @@ class GroupOptions:
     prompts: tyro.conf.OmitArgPrefixes[option_groups.PromptOptions]
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
     optimizer: OptimizerConfig = defaults.LINEAR
+    process: tyro.conf.OmitArgPrefixes[option_groups.ProcessOptions] = option_groups.ProcessOptions()
+    sync: tyro.conf.OmitArgPrefixes[option_groups.SyncOptions] = option_groups.SyncOptions()
     algorithm: AlgorithmName = "grpo"
     batch_size: int = 32
     group_size: int = 8
@@ -182,10 +185,26 @@ def check(options: GroupOptions, stage: str) -> None:
     rounds = options.dynamic_sampling_max_rounds
     if rounds is not None and rounds < 1:
         raise UserError(f"--dynamic-sampling-max-rounds {rounds} is not positive: give a number above 0")
-    if variant_of(options).dynamic_sampling_max_rounds > 1 and jax.process_count() > 1:
+    variant = variant_of(options)
+    options.sync.check((variant.hyper.kl_coef, variant.hyper.reward_kl_coef))
+    if variant.dynamic_sampling_max_rounds > 1 and jax.process_count() > 1:
         raise UserError(
             "answers are sampled again in one process only: give --dynamic-sampling-max-rounds 1, or run "
             "without --coordinator"
+        )
+
+
+def check_rewards(options: GroupOptions, given: Given) -> None:
+    """Raises: UserError where nothing says what an answer is worth, or only its steps have a worth, by which
+    groups cannot be told apart.
+    """
+    rewards = inputs.rewards_of(options.prompts, given)
+    if not (options.process.process_reward or given.process_reward):
+        option_checks.check_rewards(rewards, " or --process-reward")
+    if not rewards and variant_of(options).dynamic_sampling_max_rounds > 1:
+        raise UserError(
+            "answers are sampled again where --rewards does not tell them apart: give --rewards, or "
+            "--dynamic-sampling-max-rounds 1"
         )
 
 
@@ -234,11 +253,12 @@ def variant_of(options: GroupOptions) -> GRPOVariant:
             f"--algorithm {options.algorithm} is not: leave it out"
         )
     variant = make(changes={name: getattr(options, name) for name in PUBLISHED} | parts_of(options))
+    rate = jnp.float32(options.learning_rate)
     correction = options.importance_sampling_correction or ("tis" if options.one_step_off_policy else "none")
     return dataclasses.replace(
         variant,
         config=dataclasses.replace(variant.config, weights_fn=CORRECTIONS[correction]),
-        hyper=dataclasses.replace(variant.hyper, learning_rate=jnp.float32(options.learning_rate)),
+        hyper=dataclasses.replace(variant.hyper, learning_rate=rate, sync=options.sync.hyper()),
     )
 
 
@@ -308,7 +328,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     check(options, "grpo")
     if options.max_num_seqs < 0:
         raise UserError(f"--max-num-seqs {options.max_num_seqs} is below 0: give 0 for all at once")
-    option_checks.check_rewards(inputs.rewards_of(options.prompts, given))
+    check_rewards(options, given)
     session = Session(options, given, "grpo")
     prompts = session.load_prompts()
     session.decide_steps(len(prompts))
@@ -322,8 +342,11 @@ def train(session: Session, prompts: inputs.Prompts) -> Trained:
     Args:
       session: whose options are `GroupOptions`.
     """
-    options, model = session.options, session.policy
+    options, model, given = session.options, session.policy, session.given
+    if not session.rewards:  # of whole answers; those of steps come beside them
+        session.given = dataclasses.replace(given, rewards=(no_reward,))
     variant = variant_of(options)
+    steps_fn = make_process_reward_fn(options.process, model.tokenizer, given.process_reward)
     meter = options.run.meter(update_flops(options, model, prompts.length + options.max_completion_length))
     draw = make_draw_fn(session, variant, prompts, meter)
     greedy = make_greedy_fn(session, prompts)
@@ -332,7 +355,13 @@ def train(session: Session, prompts: inputs.Prompts) -> Trained:
     evaluate = prompts.evaluate
     train_step = make_grpo_train_step(variant.config, logprob_fn, split.tx, split.reference)
     state = session.init_state(
-        lambda *x: grpo.init(x[0], split.tx, x[1], one_step_off_policy=options.one_step_off_policy),
+        lambda *x: grpo.init(
+            x[0],
+            split.tx,
+            x[1],
+            one_step_off_policy=options.one_step_off_policy,
+            moving_reference=options.sync.ref_model_sync_steps > 0,
+        ),
         split.trained,
         split.frozen,
     )
@@ -346,7 +375,8 @@ def train(session: Session, prompts: inputs.Prompts) -> Trained:
             greedy_rewards = compared.rewards
             scored &= np.repeat(~compared.unscorable, options.group_size)  # no baseline, nothing to learn
         rewards = distributed.shard_batch([answers.rewards, scored, greedy_rewards])
-        data = (split.original, answers.rollout, *rewards)
+        steps = steps_fn and meter.timed("reward", steps_fn, answers.rollout)
+        data = (split.original, answers.rollout, *rewards, steps)
         state, metrics = meter.timed("update", learn, state, *data)
         return state, {**metrics, **drawn}
 

@@ -14,6 +14,7 @@ from rlhf_jax.data.pipeline import BatchSampler, fingerprint
 from rlhf_jax.data.sources import Row
 from rlhf_jax.models import Policy
 from rlhf_jax.stages import edges, embedded, inputs
+from rlhf_jax.stages.option_groups import PtxOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,11 @@ class PtxText:
     rows: Sequences
     sampler: BatchSampler
 
+    @property
+    def length(self) -> int:
+        """Tokens a row."""
+        return self.rows.tokens.shape[1]
+
     def batch(self, number: int) -> Sequences:
         """Text of a step, on the mesh."""
         indices = edges.local_indices(self.sampler, number)
@@ -39,22 +45,24 @@ class PtxText:
 
 
 def load_text(
-    spec: str, model: Policy, *, length: int, batch_size: int, seed: int, given: Any = None
-) -> PtxText:
-    """Plain text in full rows, or conversations, several of them in a row where the model takes that.
+    options: PtxOptions, model: Policy, *, answers: int, mini_batches: int, seed: int, given: Any = None
+) -> PtxText | None:
+    """Plain text in full rows, or conversations, several of them in a row where the model takes that; None
+    where there is none.
 
     Args:
-      spec: a .txt file, a folder of them, rows with a field `text` or with conversations as `rlhf sft` takes
-        them (a path or tfds:NAME[:SPLIT]), or arithmetic:LEVEL.
-      length: tokens a row; longer conversations are dropped and counted.
-      batch_size: rows a step.
-      given: rows that were given as an object, and take the place of `spec`.
+      answers: in a mini-batch, beside which there are as many rows where the options do not say more.
+      mini_batches: optimizer steps in a step of the run.
+      given: rows that were given as an object, and take the place of `ptx_data`.
 
     Raises:
-      UserError: there is nothing to read, a row is neither, or there are fewer rows than `batch_size`.
+      UserError: there is nothing to read, a row is neither, or there are too few rows for a step.
     """
-    rows = _lay_out(spec, model, length, seed, given)
-    return PtxText(rows, BatchSampler(len(rows.tokens), batch_size, seed))
+    if given is None and not options.ptx_data:
+        return None
+    rows = _lay_out(options.ptx_data, model, options.ptx_max_length, seed, given)
+    size = mini_batches * (options.ptx_batch_size or answers)
+    return PtxText(rows, BatchSampler(len(rows.tokens), size, seed))
 
 
 def _lay_out(spec: str, model: Policy, length: int, seed: int, given: Any) -> Sequences:

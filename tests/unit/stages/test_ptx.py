@@ -8,6 +8,7 @@ from rlhf_jax import models
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.data.tokenizers import byte_tokenizer
 from rlhf_jax.stages import ptx
+from rlhf_jax.stages.option_groups import PtxOptions
 
 TOKENIZER = byte_tokenizer()
 POLICY = models.make_policy(
@@ -17,8 +18,9 @@ TEXTS = [f"Text {number}: once upon a time." for number in range(20)]
 CONVERSATIONS = [{"prompt": f"{number}?", "completion": f"It is {number}."} for number in range(20)]
 
 
-def load(given=None, spec="", batch_size=4, length=32, seed=0):
-    return ptx.load_text(spec, POLICY, length=length, batch_size=batch_size, seed=seed, given=given)
+def load(given=None, spec="", batch_size=2, length=32, seed=0):
+    options = PtxOptions(ptx_data=spec, ptx_batch_size=batch_size, ptx_max_length=length)
+    return ptx.load_text(options, POLICY, answers=3, mini_batches=2, seed=seed, given=given)
 
 
 def counted(text):
@@ -52,8 +54,13 @@ def test_batches_and_fingerprints_are_functions_of_text_seed_and_step():
     assert {row.tobytes() for row in seen} == {row.tobytes() for row in text.rows.tokens}  # each row once
 
 
+def test_a_mini_batch_has_as_many_rows_as_answers_where_nothing_else_is_said():
+    assert load() is None
+    assert load(CONVERSATIONS, batch_size=None).batch(0).tokens.shape == (6, 32)
+
+
 def test_too_little_text_and_rows_of_neither_kind_are_refused():
     with pytest.raises(UserError, match="a batch of 40 is larger"):
-        load(CONVERSATIONS, batch_size=40)
+        load(CONVERSATIONS, batch_size=20)
     with pytest.raises(UserError, match="row 1"):
         load([{"body": "text"}])
