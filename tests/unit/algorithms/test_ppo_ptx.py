@@ -78,6 +78,16 @@ def test_every_optimizer_step_learns_from_its_own_share_of_the_text(micro_batche
     np.testing.assert_allclose(metrics["ptx_loss"], np.mean(losses), rtol=1e-4)
 
 
+def test_rows_of_answers_and_of_text_may_stand_in_any_order():
+    config, hyper = ppo.Config(num_ppo_epochs=1, num_minibatches=1), ppo.Hyper(learning_rate=0.1)
+    expected, _ = update_once(config, hyper, experience(), TEXT)
+    answers = jax.tree.map(lambda x: x[jnp.array([2, 0, 3, 1])], experience())
+    text = jax.tree.map(lambda x: x[jnp.array([7, 1, 4, 0, 6, 2, 5, 3])], TEXT)
+    found, _ = update_once(config, hyper, answers, text, micro_batches=2)
+    for name, leaf in expected.learner.params.items():
+        np.testing.assert_allclose(found.learner.params[name], leaf, rtol=1e-5, atol=1e-6)
+
+
 def test_text_that_cannot_be_shared_out_or_scored_is_refused():
     config = ppo.Config(num_ppo_epochs=3, num_minibatches=2)
     with pytest.raises(UserError, match="8 rows cannot be shared out: give a multiple of 6"):

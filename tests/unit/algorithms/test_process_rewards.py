@@ -144,6 +144,31 @@ def test_what_stands_where_no_step_ends_does_not_matter(algorithm):
     assert np.isfinite(np.asarray(found.advantages)).all()
 
 
+def test_numbers_of_the_estimates_are_traced_and_have_an_effect():
+    rollout, score, ref_logp = experience()
+
+    @jax.jit
+    def make(hyper, order):
+        state = ppo.init(tabular.init(), PLAIN, jax.random.key(0), hyper)
+        given = (rollout, score, ref_logp, jnp.asarray(REWARDS, jnp.float32), jnp.asarray(SCORED), STEPS)
+        *arrays, scored, steps = jax.tree.map(lambda x: x[order], given)
+        batch = ppo.language_batch(ppo.Config(), state, hyper, *arrays, scored=scored, steps=steps)[1]
+        return batch.advantages, batch.returns, batch.positive
+
+    order = jnp.arange(len(LENGTHS))
+    numbers = {"critic_gae_lambda": 0.9, "gae_alpha": 0.5, "positive_lm_coef": 0.1, "positive_threshold": 0.0}
+    hyper = jax.tree.map(jnp.float32, ppo.Hyper(**numbers))
+    expected = make(hyper, order)
+    changes = {"critic_gae_lambda": 0.5, "gae_alpha": 2.0, "positive_threshold": 2.0}
+    for (name, value), place in zip(changes.items(), (1, 0, 2), strict=True):
+        found = make(dataclasses.replace(hyper, **{name: jnp.float32(value)}), order)
+        same = [np.array_equal(a, b) for a, b in zip(found, expected, strict=True)]
+        assert same == [number != place for number in range(3)], name
+    turned = make(hyper, order[::-1])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[::-1], b, rtol=1e-4, atol=1e-5), turned, expected)
+    assert make._cache_size() == 1
+
+
 # Learning ------------------------------------------------------------------------------------------
 
 
