@@ -14,7 +14,7 @@ from rlhf_jax import models
 from rlhf_jax.algorithms import grpo, ppo, selection
 from rlhf_jax.algorithms.moving_reference import sync_reference, with_params
 from rlhf_jax.core.axes import constrain
-from rlhf_jax.core.masks import masked_mean
+from rlhf_jax.core.masks import masked_mean, masked_sum
 from rlhf_jax.core.protocols import LogprobFn
 from rlhf_jax.core.types import Array, Bool, Float, Int, Metrics, Params, Rollout, Sequences, StepRewards
 from rlhf_jax.kernels.prepare import mask_or_all
@@ -106,7 +106,8 @@ def make_ppo_train_step(
         described: Metrics = {}
         if config.filter_fn is not None:
             described["sampled_reward"] = masked_mean(rewards, mask_or_all(scored, rewards))
-            state, chosen = _chosen(config, config.filter_fn, state, rewards, scored)
+            earned = 0.0 if steps is None else masked_sum(steps.rewards, steps.ends, axis=1)
+            state, chosen = _chosen(config, config.filter_fn, state, rewards + earned, scored)
             rollout, rewards, scored, steps = _rows((rollout, rewards, scored, steps), chosen)
         score = logprob_fn(state.learner.all_params, rollout.sequences)
         learner = state.learner
@@ -143,7 +144,7 @@ def _chosen(
     rewards: Float[Array, " B"],
     scored: Bool[Array, " B"] | None,
 ) -> tuple[ppo.State, Int[Array, " N"]]:
-    """Rows of the answers that PF-PPO learns from, one to each prompt."""
+    """Rows of the answers that PF-PPO learns from, one to each prompt, by all that each has earned."""
     key, filter_key = jax.random.split(state.key)
     shape = (-1, config.group_size)
     counts = None if scored is None else scored.reshape(shape)

@@ -58,7 +58,9 @@ def train(config, rows, rewards, scored, steps):
 
 def test_a_filtered_step_is_that_of_the_chosen_answers():
     rng = np.random.default_rng(0)
-    steps = StepRewards(jnp.asarray(rng.random((10, 6)), jnp.float32), jnp.asarray(rng.random((10, 6)) < 0.5))
+    ends = rng.random((10, 6)) < 0.5
+    worth = np.where(ends, 0.01 * rng.random((10, 6)), np.nan)
+    steps = StepRewards(jnp.asarray(worth, jnp.float32), jnp.asarray(ends))
     whole = ppo.Config(num_ppo_epochs=1, num_minibatches=1)
     filtering = dataclasses.replace(whole, group_size=5, filter_fn=selection.best_of_n_weights)
     rewards, scored = REWARDS.reshape(-1), SCORED.reshape(-1)
@@ -70,3 +72,13 @@ def test_a_filtered_step_is_that_of_the_chosen_answers():
     np.testing.assert_allclose(metrics.pop("sampled_reward"), rewards[scored].mean(), rtol=1e-6)
     jax.tree.map(np.testing.assert_array_equal, metrics, of_chosen)
     assert not np.array_equal(jax.random.key_data(state.key), jax.random.key_data(expected.key))
+
+
+def test_what_steps_earn_counts_in_the_ranking():
+    config = ppo.Config(1, 1, group_size=5, filter_fn=selection.best_of_n_weights)
+    ends = np.zeros((10, 6), bool)
+    ends[[2, 9], 1] = True
+    steps = StepRewards(jnp.where(ends, 1.0, jnp.nan), jnp.asarray(ends))
+    _, metrics = train(config, np.arange(10), np.zeros(10), np.ones(10, bool), steps)
+    np.testing.assert_allclose(metrics["length"], (3 + 5) / 2)  # of the only two answers with a step
+    np.testing.assert_allclose(metrics["steps"], 1)
