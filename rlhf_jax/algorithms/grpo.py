@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from rlhf_jax.algorithms.moving_reference import SyncHyper, init_reference
+from rlhf_jax.algorithms.process_supervision import add_step_advantages
 from rlhf_jax.core.masks import masked_mean
 from rlhf_jax.core.minibatches import scan_minibatches
 from rlhf_jax.core.protocols import LogprobFn
@@ -34,7 +35,6 @@ from rlhf_jax.core.types import (
 from rlhf_jax.kernels.advantages import ScaleFn, group_relative_advantages, group_std, reward_spread
 from rlhf_jax.kernels.kl import k1, k3
 from rlhf_jax.kernels.prepare import cleaned_constant, mask_or_all
-from rlhf_jax.kernels.steps import process_supervision_advantages
 from rlhf_jax.losses.policy import KLFn, RatioFn, SurrogateFn, grpo_loss
 from rlhf_jax.losses.policy_ratios import token_log_ratio
 from rlhf_jax.losses.policy_surrogates import clip_surrogate
@@ -207,15 +207,12 @@ def compute_advantages(
     kl: Float[Array, "B T"] | None = None,
     kl_coef: Scalar = 0.0,
     greedy_rewards: Float[Array, " N"] | None = None,
-    steps: StepRewards | None = None,
 ) -> tuple[Float[Array, "B *T"], Metrics]:
     """Advantages within each group of `config.group_size` neighbouring rows, and the share of idle groups.
 
     Args:
       scored: rows that have a reward; all where it is None.
       kl: of each token to the reference, and `kl_coef`, its weight in the reward.
-      steps: process rewards, whose advantages (`kernels.process_supervision_advantages`) are added to those
-        of whole answers.
     """
     scored = mask_or_all(scored, rewards)
     mask = mask & scored[:, None]
@@ -236,18 +233,7 @@ def compute_advantages(
     if advantages.shape == outcomes.shape:
         advantages = advantages.reshape(-1)
     idle = reward_spread(outcomes, stats.scored) == 0
-    if steps is None:
-        return advantages, {"frac_reward_zero_std": jnp.mean(idle)}
-    ends = steps.ends & mask
-    of_steps = process_supervision_advantages(steps.rewards, ends, mask, group_size=config.group_size)
-    grouped = [x.reshape(outcomes.shape[0], -1) for x in (steps.rewards, ends)]
-    idle &= reward_spread(*grouped) == 0
-    metrics = {
-        "frac_reward_zero_std": jnp.mean(idle),
-        "step_reward": masked_mean(steps.rewards, ends),
-        "steps": masked_mean(jnp.sum(ends, axis=1), scored),
-    }
-    return of_steps + (advantages if advantages.ndim == 2 else advantages[:, None]), metrics
+    return advantages, {"frac_reward_zero_std": jnp.mean(idle)}
 
 
 def make_batch(
@@ -270,8 +256,7 @@ def make_batch(
       old_logp: of the rollout as the scorer gives it.
       scored: answers that have a reward; None for all. The batch is as if the others were not in it.
       greedy_rewards: for advantages that compare with the most likely answer (ReMax).
-      steps: process rewards, which are compared apart from those of whole answers (process supervision of
-        DeepSeekMath); None for none.
+      steps: process rewards, compared apart (`process_supervision.add_step_advantages`); None for none.
 
     Returns:
       (batch, metrics). `frac_reward_zero_std` is the share of groups whose rewards are all equal, which teach
@@ -290,8 +275,11 @@ def make_batch(
         kl=kl,
         kl_coef=hyper.reward_kl_coef,
         greedy_rewards=greedy_rewards,
-        steps=steps,
     )
+    if steps is not None:
+        advantages, described = add_step_advantages(
+            advantages, rewards, scored, steps, mask, group_size=config.group_size
+        )
     weights = None if config.weights_fn is None else config.weights_fn(old_logp, rollout.logp, mask)
     mean = masked_mean(rewards, scored)
     metrics = {
