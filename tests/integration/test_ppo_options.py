@@ -24,16 +24,39 @@ def words(tiny, tmp_path):
     return (*EVERYTHING, "--ptx-data", text, "--process-reward", tiny.finished("reward_model"))
 
 
+def objects(tiny):
+    """(policy, process reward model, prompts, settings of a short quiet run)."""
+    rows = [{"prompt": f"{number}+1=?"} for number in range(8)]
+    settings = {"max_new_tokens": 32, "steps": 2, "learning_rate": 1e-2, "ref_model_sync_steps": 1}
+    settings |= {"ref_model_mixup_alpha": 1.0, "quiet": True, "report": False, "log": ()}
+    model = load_reward_model(tiny.finished("reward_model"))
+    return rj.load(tiny.finished("sft")), model, rows, settings
+
+
 @pytest.mark.slow
-def test_ppo_with_everything_beside_it(tiny, words, tmp_path):
-    lines = read_metrics(tiny.run("ppo", tmp_path / "ppo", "--steps", 3, *words))[1:]
-    for line in lines:
-        assert 0 < line["step_reward"] < 0.5
-        assert line["steps"] > 0
+def test_ppo_with_everything_as_objects(tiny):
+    policy, model, rows, settings = objects(tiny)
+    trained = rj.ppo(
+        policy,
+        rows,
+        process_reward=model,
+        ptx_rows=[{"text": "12+34=46\n"}] * 40,
+        ptx_coef=0.5,
+        ptx_max_length=16,
+        batch_size=4,
+        group_size=2,
+        policy_filter="best_worst",
+        gae_alpha=0.2,
+        critic_gae_lambda=1.0,
+        **settings,
+    )
+    for line in trained.metrics[-2:]:
+        assert line["reward"] == line["sampled_reward"] == 0
+        assert line["step_reward"] > 0
         assert 0 < line["ptx_loss"] < 10
-        assert {"positive_lm_loss", "sampled_reward"} <= line.keys()
         assert line["skipped"] == 0
-    assert lines[0]["kl"] == pytest.approx(0, abs=1e-4)
+        assert line["kl"] == pytest.approx(0, abs=1e-4)  # the reference is where the policy is
+    assert trained.metrics[-1]["ptx_loss"] < trained.metrics[-2]["ptx_loss"]
 
 
 @pytest.mark.slow
@@ -52,19 +75,14 @@ def test_a_run_with_everything_goes_on_as_if_it_had_not_stopped(tiny, words, tmp
         tiny.run("ppo", halves, *going_on, "--steps", 9)
 
 
-def test_grpo_by_rewards_of_steps_alone(tiny, tmp_path):
-    policy = rj.load(tiny.finished("sft"))
-    model = load_reward_model(tiny.finished("reward_model"))
-    rows = [{"prompt": f"{number}+1=?"} for number in range(8)]
-    settings = {"ref_model_sync_steps": 1, "ref_model_mixup_alpha": 1.0}
-    settings |= {"batch_size": 2, "group_size": 4, "max_new_tokens": 32, "steps": 2, "learning_rate": 1e-2}
-    quiet = {"quiet": True, "report": False, "log": ()}
-    trained = rj.grpo(policy, rows, process_reward=model, **settings, **quiet)
+def test_grpo_by_rewards_of_steps_alone(tiny):
+    policy, model, rows, settings = objects(tiny)
+    trained = rj.grpo(policy, rows, process_reward=model, batch_size=2, group_size=4, **settings)
     first, second = trained.metrics[-2:]
     assert first["reward"] == 0
     assert first["step_reward"] > 0
     assert first["loss"] != 0
-    assert second["kl"] == pytest.approx(0, abs=1e-4)  # the reference is where the policy is
+    assert second["kl"] == pytest.approx(0, abs=1e-4)
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), trained.policy.params, policy.params)
     assert max(jax.tree.leaves(moved)) > 1e-3
 
