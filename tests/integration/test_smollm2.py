@@ -96,7 +96,7 @@ def test_it_knows_the_capital_of_france(policy):
 
 
 def test_a_folder_of_16_bits_moves_as_one_of_32_bits_does(policy, tmp_path):
-    """Two layers and 1,024 tokens of it: 100 steps of Adam at 1e-6 on what is loaded where nothing is said."""
+    """Two layers and 1,024 tokens of it: 100 steps of Adam at 1e-6 on what is loaded by default."""
     config, params = models.reconfigure(policy.config, policy.params, scan_layers=False)
     config = dataclasses.replace(config, num_layers=2, vocab_size=VOCABULARY)
     held = {"embedding", "layer_0", "layer_1", "final_norm"}
