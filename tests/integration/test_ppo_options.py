@@ -75,6 +75,7 @@ def test_a_run_with_everything_goes_on_as_if_it_had_not_stopped(tiny, words, tmp
         tiny.run("ppo", halves, *going_on, "--steps", 9)
 
 
+@pytest.mark.slow
 def test_grpo_by_rewards_of_steps_alone(tiny):
     policy, model, rows, settings = objects(tiny)
     trained = rj.grpo(policy, rows, process_reward=model, batch_size=2, group_size=4, **settings)
