@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float, Int, Key, PRNGKeyArray, Shaped, UInt32
+from jaxtyping import Bool, Float, Int, Key, PRNGKeyArray, Shaped, UInt, UInt32
 
 from rlhf_jax.core.trees import pytree_dataclass
 
@@ -44,6 +44,7 @@ __all__ = [
     "StepRewards",
     "TokenLogprobs",
     "ToolFn",
+    "UInt",
     "UInt32",
 ]
 
