@@ -1,11 +1,51 @@
 """Advantage functions of the GRPO family: each takes `GroupStats`, and leaves out what has no reward."""
 
 import functools
+from collections.abc import Callable
 
-from rlhf_jax.algorithms.grpo import AdvantageFn, GroupStats, grpo_advantages
 from rlhf_jax.core.masks import clean, masked_mean
-from rlhf_jax.core.types import Array, Float
+from rlhf_jax.core.trees import pytree_dataclass
+from rlhf_jax.core.types import Array, Bool, Float, Int, Scalar
 from rlhf_jax.kernels import advantages as baselines
+
+
+@pytree_dataclass
+class GroupStats:
+    """Rewards and lengths of groups, from which advantages are computed.
+
+    N prompts have G answers each, in rows B = N x G.
+
+    Attributes:
+      rewards: one for each answer, less `kl_coef` times its KL: what is compared.
+      scored: answers that have a reward; where False, `rewards` may hold anything.
+      lengths: tokens of each answer.
+      mask: tokens of the answers that have a reward.
+      outcomes: the rewards before the KL was taken from them.
+      kl: log-ratio of each token to the reference (k1), in nats; zeros without one.
+      kl_coef: weight of the KL in the reward, `Hyper.reward_kl_coef`.
+      greedy_rewards: reward of the most likely answer to each prompt; None where the run does not ask.
+    """
+
+    rewards: Float[Array, "N G"]
+    scored: Bool[Array, "N G"]
+    lengths: Int[Array, "N G"]
+    mask: Bool[Array, "B T"]
+    outcomes: Float[Array, "N G"]
+    kl: Float[Array, "B T"]
+    kl_coef: Scalar
+    greedy_rewards: Float[Array, " N"] | None
+
+
+AdvantageFn = Callable[[GroupStats], Float[Array, "..."]]
+"""GroupStats -> advantages, [N, G] (one for each answer) or [B, T]."""
+
+
+def grpo_advantages(
+    stats: GroupStats, *, scale_fn: baselines.ScaleFn = baselines.group_std
+) -> Float[Array, "N G"]:
+    """GRPO's advantages: `kernels.group_relative_advantages`."""
+    return baselines.group_relative_advantages(stats.rewards, stats.scored, scale_fn=scale_fn)
+
 
 SCALES: dict[str, AdvantageFn] = {
     "group": grpo_advantages,

@@ -8,13 +8,15 @@ choices of every command, once it is written here.
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rlhf_jax.algorithms import group_advantages
-from rlhf_jax.algorithms.grpo import AdvantageFn, Config, Hyper
+from rlhf_jax.algorithms.group_advantages import AdvantageFn
+from rlhf_jax.algorithms.grpo import Config, Hyper
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.importing import is_import_path, load_function, nearest_name
+from rlhf_jax.losses.corrections import Correction, Preset, find_correction
 from rlhf_jax.losses.policy_ratios import (
     sequence_log_ratio,
     sequence_token_log_ratio,
@@ -26,7 +28,6 @@ from rlhf_jax.losses.policy_surrogates import (
     sapo_surrogate,
     vespo_surrogate,
 )
-from rlhf_jax.losses.policy_weights import truncated_importance_weights
 from rlhf_jax.losses.reductions import constant_length, sequence_sum, token_mean
 
 
@@ -375,7 +376,28 @@ def pass_at_k(*, k: int = 2, **static: Any) -> GRPOVariant:
     return made
 
 
-def with_truncated_is(variant: GRPOVariant) -> GRPOVariant:
-    """Truncated importance sampling (TIS) added to a variant, for rollouts of an older policy."""
-    config = dataclasses.replace(variant.config, weights_fn=truncated_importance_weights)
-    return dataclasses.replace(variant, config=config)
+# Off policy -------------------------------------------------------------------------------------------------
+
+
+def with_correction(
+    variant: GRPOVariant, correction: str | Correction, *, rules: Sequence[str] = (), **thresholds: Any
+) -> GRPOVariant:
+    """A variant with a correction for a sampler that is not the policy, as of rollouts of an older policy.
+
+    Args:
+      correction: a preset by its name (`losses.corrections.PRESETS`: "tis", "icepop", ...), or one's own.
+      rules: names of acceptance rules (`losses.corrections.RULES`) in the place of the correction's.
+      thresholds: `is_clip_low`, `is_clip_high`, `rejection_low`, `rejection_high`; None for the preset's.
+
+    Raises:
+      UserError: an unknown name, or rules without a threshold.
+    """
+    given = {name: value for name, value in thresholds.items() if value is not None}
+    if rules and "rejection_high" not in given:
+        raise UserError(f"rules {', '.join(rules)}: each has its own scale, so give rejection_high as well")
+    preset = find_correction(correction, rules) if isinstance(correction, str) else Preset(correction, {})
+    return dataclasses.replace(
+        variant,
+        config=dataclasses.replace(variant.config, correction=preset.correction),
+        hyper=dataclasses.replace(variant.hyper, **{**preset.thresholds, **given}),
+    )

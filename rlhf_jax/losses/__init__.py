@@ -1,5 +1,12 @@
 """Floor 1: losses as pure functions of arrays; `(loss, metrics)` out."""
 
+from rlhf_jax.losses.corrections import (
+    Correction,
+    apply_correction,
+    divergence_rule,
+    off_policy_metrics,
+    ratio_rule,
+)
 from rlhf_jax.losses.distillation import (
     forward_kl_loss,
     generalized_js_loss,
@@ -33,6 +40,7 @@ from rlhf_jax.losses.policy_surrogates import (
 from rlhf_jax.losses.policy_weights import (
     masked_importance_weights,
     off_policy_mask,
+    second_moment_mask,
     top_entropy_mask,
     truncated_importance_weights,
 )
@@ -100,6 +108,7 @@ from rlhf_jax.losses.value import (
 )
 
 __all__ = [
+    "Correction",
     "PairLogps",
     "Reduction",
     "advantage_weighted_loss",
@@ -110,6 +119,7 @@ __all__ = [
     "aot_unpaired_loss",
     "apo_down_loss",
     "apo_zero_loss",
+    "apply_correction",
     "bco_loss",
     "bco_pair_loss",
     "bradley_terry_loss",
@@ -123,6 +133,7 @@ __all__ = [
     "cpo_loss",
     "cross_entropy_loss",
     "discopop_loss",
+    "divergence_rule",
     "dpo_loss",
     "exo_loss",
     "expectile_value_loss",
@@ -150,6 +161,7 @@ __all__ = [
     "nash_md_loss",
     "nca_loss",
     "off_policy_mask",
+    "off_policy_metrics",
     "orpo_loss",
     "packed_sequence_mean",
     "plackett_luce_loss",
@@ -158,6 +170,7 @@ __all__ = [
     "process_reward_loss",
     "project_categorical",
     "quantile_value_loss",
+    "ratio_rule",
     "reinforce_loss",
     "reverse_kl_loss",
     "robust_dpo_loss",
@@ -166,6 +179,7 @@ __all__ = [
     "sampled_forward_kl_loss",
     "sampled_reverse_kl_loss",
     "sapo_surrogate",
+    "second_moment_mask",
     "sequence_log_ratio",
     "sequence_mean",
     "sequence_reverse_kl_loss",

@@ -47,10 +47,10 @@ def make_grpo_train_step(
         greedy_rewards: Float[Array, " N"] | None = None,
     ) -> tuple[grpo.State, Metrics]:
         reference = reference_fn(state.learner, original)
-        old_logp = logprob_fn(state.learner.all_params, rollout.sequences).logp
+        old = logprob_fn(state.learner.all_params, rollout.sequences)
         ref_logp = logprob_fn(reference, rollout.sequences).logp
-        answers = {"scored": scored, "greedy_rewards": greedy_rewards}
-        batch, described = grpo.make_batch(config, hyper, rollout, rewards, old_logp, ref_logp, **answers)
+        answers = {"scored": scored, "greedy_rewards": greedy_rewards, "entropy": old.entropy}
+        batch, described = grpo.make_batch(config, hyper, rollout, rewards, old.logp, ref_logp, **answers)
         state, metrics = update(state, hyper, batch)
         return state, {**described, **metrics}
 

@@ -25,13 +25,13 @@ import tyro
 from rlhf_jax import distributed
 from rlhf_jax.algorithms import grpo
 from rlhf_jax.algorithms.group_advantages import SCALES
-from rlhf_jax.algorithms.grpo_variants import GRPOVariant, grpo_variants, make_variant
+from rlhf_jax.algorithms.grpo_variants import GRPOVariant, grpo_variants, make_variant, with_correction
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.train_state import OptimizerConfig, with_total_steps
 from rlhf_jax.core.types import Params
 from rlhf_jax.generation import Sampling
 from rlhf_jax.kernels import kl
-from rlhf_jax.losses import policy_ratios, policy_weights, reductions
+from rlhf_jax.losses import policy_ratios, reductions
 from rlhf_jax.metrics import Thresholds
 from rlhf_jax.models import Policy
 from rlhf_jax.rewards.functions import Scored
@@ -44,11 +44,6 @@ from rlhf_jax.stages.entry import NOTHING, Given, Trained, policy_of, trained
 from rlhf_jax.stages.reward_specs import make_reward_fn
 from rlhf_jax.training import Meter
 
-CORRECTIONS = {
-    "none": None,
-    "tis": policy_weights.truncated_importance_weights,
-    "mis": policy_weights.masked_importance_weights,
-}
 RATIOS = {
     "token": policy_ratios.token_log_ratio,
     "sequence": policy_ratios.sequence_log_ratio,
@@ -223,9 +218,10 @@ def variant_of(options: GroupOptions, max_completion_length: int = 0) -> GRPOVar
         )
     variant = make(changes={name: getattr(options, name) for name in PUBLISHED} | parts_of(options))
     correction = options.importance_sampling_correction or ("tis" if options.one_step_off_policy else "none")
+    if correction != "none":
+        variant = with_correction(variant, correction)
     return dataclasses.replace(
         variant,
-        config=dataclasses.replace(variant.config, weights_fn=CORRECTIONS[correction]),
         hyper=dataclasses.replace(variant.hyper, learning_rate=jnp.float32(options.learning_rate)),
     )
 

@@ -50,7 +50,7 @@ def group_update(name, rows, group_size, scored, micro_batches=1):
     variant = grpo_variants.make_variant(
         name, group_size=group_size, max_completion_length=WIDTH, micro_batches=micro_batches
     )
-    variant = grpo_variants.with_truncated_is(variant)
+    variant = grpo_variants.with_correction(variant, "tis")
     numbers = {"learning_rate": 1.0, "kl_coef": 0.1, "reward_kl_coef": 0.2, "entropy_coef": 0.01}
     hyper = dataclasses.replace(variant.hyper, **numbers)
     rollout, score, ref_logp = answers(rows)

@@ -148,7 +148,7 @@ def test_truncated_importance_sampling_weighs_tokens_by_the_sampler():
     params = tabular.init()
     rollout = rollout_of(params)
     older = rollout.__class__(rollout.sequences, rollout.logp + 0.3, rollout.finished)
-    variant = grpo_variants.with_truncated_is(grpo_variants.grpo(group_size=G))
+    variant = grpo_variants.with_correction(grpo_variants.grpo(group_size=G), "tis")
     gradient, _, _ = gradient_of(variant, rollout=older)
     plain, _, _ = gradient_of(grpo_variants.grpo(group_size=G), rollout=older)
     np.testing.assert_allclose(gradient, np.exp(-0.3) * plain, rtol=1e-4, atol=1e-6)
@@ -163,7 +163,7 @@ def test_names_of_variants_are_those_of_their_functions():
         "rloo",
     ]
     assert len(VARIANTS) == 20
-    assert {"with_truncated_is", "make_variant", "find_variant"}.isdisjoint(VARIANTS)
+    assert {"with_correction", "make_variant", "find_variant"}.isdisjoint(VARIANTS)
 
 
 def test_a_variant_carries_what_it_is_published_with():
