@@ -46,8 +46,8 @@ def check_full_support(sampling: Sampling) -> None:
     given = [name for name in FILTERS if getattr(sampling, name) is not None]
     if given:
         raise UserError(
-            f"sampling: {', '.join(given)} leaves tokens out to which the policy gives probability, so that no "
-            "ratio of log-probs corrects for how answers were drawn: sample at a temperature alone, or give "
+            f"sampling: {', '.join(given)} leaves tokens out that the policy gives probability to, so that "
+            "no ratio corrects for how answers were drawn: sample at a temperature alone, or give "
             "allow_filters=True where nothing is learned from the sampler's log-probs"
         )
 
