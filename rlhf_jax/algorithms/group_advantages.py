@@ -3,6 +3,9 @@
 import functools
 from collections.abc import Callable
 
+import jax.numpy as jnp
+
+from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.masks import clean, masked_mean
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Bool, Float, Int, Scalar
@@ -24,6 +27,9 @@ class GroupStats:
       kl: log-ratio of each token to the reference (k1), in nats; zeros without one.
       kl_coef: weight of the KL in the reward, `Hyper.reward_kl_coef`.
       greedy_rewards: reward of the most likely answer to each prompt; None where the run does not ask.
+      terms: the rewards of which `rewards` is the weighted sum, NaN where one is not meant for an answer;
+        None where they are not told apart.
+      term_weights: their weights.
     """
 
     rewards: Float[Array, "N G"]
@@ -34,6 +40,8 @@ class GroupStats:
     kl: Float[Array, "B T"]
     kl_coef: Scalar
     greedy_rewards: Float[Array, " N"] | None
+    terms: Float[Array, "N G K"] | None = None
+    term_weights: Float[Array, " K"] | None = None
 
 
 AdvantageFn = Callable[[GroupStats], Float[Array, "..."]]
@@ -99,3 +107,31 @@ def whitened_returns(stats: GroupStats) -> Float[Array, "B T"]:
 def whitened_within_groups(stats: GroupStats) -> Float[Array, "N G"]:
     """REINFORCE++ with baseline: less the group's mean, whitened over the batch."""
     return baselines.reinforce_plus_plus_baseline_advantages(stats.rewards, stats.scored)
+
+
+def normalized_apart(stats: GroupStats) -> Float[Array, "N G"]:
+    """GDPO: each reward normalized within its group, their sum within the batch."""
+    if stats.terms is None or stats.term_weights is None:
+        raise UserError(
+            "GDPO normalizes each reward apart: give make_batch reward_terms= and Hyper reward_weights="
+        )
+    return baselines.decoupled_advantages(stats.terms, stats.term_weights, stats.scored)
+
+
+def shortest(stats: GroupStats) -> Float[Array, "N G"]:
+    """GFPO's metric of length: the shorter, the better."""
+    return -stats.lengths.astype(stats.rewards.dtype)
+
+
+def most_efficient(stats: GroupStats) -> Float[Array, "N G"]:
+    """GFPO's metric of token efficiency: reward per token."""
+    return clean(stats.rewards, stats.scored) / jnp.maximum(stats.lengths, 1)
+
+
+def of_the_best(
+    stats: GroupStats, *, keep: int, metric_fn: Callable[[GroupStats], Float[Array, "N G"]] = shortest
+) -> Float[Array, "N G"]:
+    """GFPO: GRPO's advantages among the `keep` answers that are best by a metric; 0 for the others."""
+    ranked = jnp.argsort(-clean(metric_fn(stats), stats.scored, -jnp.inf), axis=1, stable=True)
+    place = jnp.argsort(ranked, axis=1)
+    return baselines.group_relative_advantages(stats.rewards, stats.scored & (place < keep))

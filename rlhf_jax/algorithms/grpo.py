@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from rlhf_jax.algorithms.group_advantages import AdvantageFn, GroupStats, grpo_advantages
+from rlhf_jax.algorithms.selection import largest_advantages
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.masks import masked_mean
 from rlhf_jax.core.minibatches import scan_minibatches
@@ -37,7 +38,7 @@ from rlhf_jax.losses.corrections import Correction, apply_correction
 from rlhf_jax.losses.policy import KLFn, RatioFn, SurrogateFn, grpo_loss
 from rlhf_jax.losses.policy_ratios import token_log_ratio
 from rlhf_jax.losses.policy_surrogates import clip_surrogate
-from rlhf_jax.losses.policy_weights import off_policy_mask, second_moment_mask, top_entropy_mask
+from rlhf_jax.losses.policy_weights import batch_mask, off_policy_mask
 from rlhf_jax.losses.reductions import Reduction, sequence_mean
 
 
@@ -50,6 +51,7 @@ class Config:
       num_iterations: passes over each batch.
       num_minibatches: optimizer steps in each pass; divides the rows of a batch.
       micro_batches: parts in which a mini-batch is computed; changes memory, not the result.
+      num_kept: answers to each prompt that are learned from, those of largest advantage (CPPO); 0 for all.
       advantage_fn: advantages of a group's answers (`algorithms.grpo_variants` has the family's).
       ratio_fn: token or sequence level (`losses.policy_ratios`).
       surrogate_fn: what the ratio and the advantage become (`losses.policy_surrogates`).
@@ -65,6 +67,7 @@ class Config:
     num_iterations: int = 1
     num_minibatches: int = 1
     micro_batches: int = 1
+    num_kept: int = 0
     advantage_fn: AdvantageFn = grpo_advantages
     ratio_fn: RatioFn = token_log_ratio
     surrogate_fn: SurrogateFn = clip_surrogate
@@ -94,6 +97,7 @@ class Hyper:
         (`losses.second_moment_mask`); None for never.
       top_entropy_fraction: share of the batch's tokens, those of highest entropy, that the surrogate counts
         (`losses.top_entropy_mask`); None for all.
+      reward_weights: of the terms of the reward, for advantages that take them apart (GDPO).
     """
 
     learning_rate: Scalar = 1e-4
@@ -109,6 +113,7 @@ class Hyper:
     off_policy_threshold: Scalar | None = None
     second_moment_threshold: Scalar | None = None
     top_entropy_fraction: Scalar | None = None
+    reward_weights: Float[Array, " K"] | None = None
 
 
 @pytree_dataclass
@@ -180,12 +185,15 @@ def compute_advantages(
     kl: Float[Array, "B T"] | None = None,
     kl_coef: Scalar = 0.0,
     greedy_rewards: Float[Array, " N"] | None = None,
+    terms: Float[Array, "B K"] | None = None,
+    term_weights: Float[Array, " K"] | None = None,
 ) -> tuple[Float[Array, "B *T"], Metrics]:
     """Advantages within each group of `config.group_size` neighbouring rows, and the share of idle groups.
 
     Args:
       scored: rows that have a reward; all where it is None.
-      kl: of each token to the reference, and `kl_coef`, its weight in the reward.
+      kl: of each token to the reference; `kl_coef`: its weight in the reward.
+      terms: each reward, and `term_weights`; see `GroupStats`.
     """
     scored = mask_or_all(scored, rewards)
     mask = mask & scored[:, None]
@@ -201,6 +209,8 @@ def compute_advantages(
         kl=kl,
         kl_coef=kl_coef,
         greedy_rewards=greedy_rewards,
+        terms=None if terms is None else terms.reshape(*shape, terms.shape[1]),
+        term_weights=term_weights,
     )
     advantages = config.advantage_fn(stats)
     if advantages.shape == outcomes.shape:
@@ -220,6 +230,7 @@ def make_batch(
     scored: Bool[Array, "B"] | None = None,
     greedy_rewards: Float[Array, " N"] | None = None,
     entropy: Float[Array, "B T"] | None = None,
+    reward_terms: Float[Array, "B K"] | None = None,
 ) -> tuple[Batch, Metrics]:
     """Advantages within each group of `config.group_size` neighbouring rows, corrected for the sampler.
 
@@ -230,6 +241,7 @@ def make_batch(
       scored: answers that have a reward; None for all. The batch is as if the others were not in it.
       greedy_rewards: for advantages that compare with the most likely answer (ReMax).
       entropy: at each token, in nats, for `hyper.top_entropy_fraction`.
+      reward_terms: without `hyper.reward_weights`; NaN where one is not meant for an answer (GDPO).
 
     Returns:
       (batch, metrics). `frac_reward_zero_std` is the share of groups whose rewards are all equal, which teach
@@ -248,15 +260,32 @@ def make_batch(
         kl=kl,
         kl_coef=hyper.reward_kl_coef,
         greedy_rewards=greedy_rewards,
+        terms=reward_terms,
+        term_weights=hyper.reward_weights,
     )
     weights, accepted, corrected = None, mask, {}
     if config.correction is not None:
-        names = ("is_clip_low", "is_clip_high", "rejection_low", "rejection_high")
-        thresholds = {name: getattr(hyper, name) for name in names}
         weights, accepted, corrected = apply_correction(
-            config.correction, old_logp, rollout.logp, mask, **thresholds
+            config.correction,
+            old_logp,
+            rollout.logp,
+            mask,
+            is_clip_low=hyper.is_clip_low,
+            is_clip_high=hyper.is_clip_high,
+            rejection_low=hyper.rejection_low,
+            rejection_high=hyper.rejection_high,
         )
-    weights = _masked_weights(hyper, weights, old_logp, rollout.logp, advantages, mask, entropy)
+    kept = batch_mask(
+        old_logp,
+        rollout.logp,
+        advantages,
+        mask,
+        entropy=entropy,
+        top_entropy_fraction=hyper.top_entropy_fraction,
+        second_moment_threshold=hyper.second_moment_threshold,
+    )
+    if kept is not None:
+        weights = kept.astype(jnp.float32) if weights is None else weights * kept
     mean = masked_mean(rewards, scored)
     metrics = {
         "reward": mean,
@@ -271,41 +300,13 @@ def make_batch(
     if kl is not None:
         metrics["kl"] = masked_mean(jnp.sum(kl, axis=1), scored)
     sequences = dataclasses.replace(rollout.sequences, mask=accepted)
-    bypass = config.correction is not None and config.correction.bypass
-    batch = Batch(
-        sequences,
-        rollout.logp if bypass else old_logp,
-        ref_logp,
-        advantages,
-        weights,
-        None if hyper.off_policy_threshold is None else rollout.logp,
-    )
+    anchor = rollout.logp if config.correction is not None and config.correction.bypass else old_logp
+    sampler_logp = None if hyper.off_policy_threshold is None else rollout.logp
+    batch = Batch(sequences, anchor, ref_logp, advantages, weights, sampler_logp)
+    if config.num_kept:
+        rows = largest_advantages(advantages.reshape(-1, config.group_size), keep=config.num_kept)
+        batch = jax.tree.map(lambda leaf: leaf[rows], batch)
     return batch, metrics | corrected
-
-
-def _masked_weights(
-    hyper: Hyper,
-    weights: Float[Array, "B T"] | None,
-    old_logp: Float[Array, "B T"],
-    sampler_logp: Float[Array, "B T"],
-    advantages: Float[Array, "B *T"],
-    mask: Bool[Array, "B T"],
-    entropy: Float[Array, "B T"] | None,
-) -> Float[Array, "B T"] | None:
-    """The weights times the masks that look at the whole batch, and so cannot wait for its mini-batches."""
-    kept = None
-    if hyper.top_entropy_fraction is not None:
-        if entropy is None:
-            raise UserError("top_entropy_fraction needs the entropy of each token: give make_batch entropy=")
-        kept = top_entropy_mask(entropy, mask, fraction=hyper.top_entropy_fraction)
-    if hyper.second_moment_threshold is not None:
-        near = second_moment_mask(
-            old_logp, sampler_logp, advantages, mask, threshold=hyper.second_moment_threshold
-        )
-        kept = near if kept is None else kept & near
-    if kept is None:
-        return weights
-    return kept.astype(jnp.float32) if weights is None else weights * kept
 
 
 def batch_loss(
@@ -319,7 +320,10 @@ def batch_loss(
     """
     mask, weights, masked = rows.sequences.mask, rows.weights, {}
     if hyper.off_policy_threshold is not None:
-        kept = _near_policy(hyper.off_policy_threshold, score, rows)
+        if rows.sampler_logp is None:
+            raise UserError("off_policy_threshold needs what the sampler reported: give Batch sampler_logp=")
+        logps, bound = (score.logp, rows.sampler_logp), hyper.off_policy_threshold
+        kept = off_policy_mask(*logps, rows.advantages, mask, threshold=bound)
         weights = kept if weights is None else weights * kept
         masked["off_policy_masked"] = config.reduce(1.0 - kept, mask, denominator=denominator)
     loss, metrics = grpo_loss(
@@ -345,15 +349,6 @@ def batch_loss(
     # The batch's own `kl` sums over an answer; this one is the loss term, a mean over tokens.
     metrics["kl_loss"] = metrics.pop("kl", jnp.zeros(()))
     return loss, metrics
-
-
-def _near_policy(threshold: Scalar, score: TokenLogprobs, rows: Batch) -> Bool[Array, "B T"]:
-    """`losses.off_policy_mask` of the policy as it is now."""
-    if rows.sampler_logp is None:
-        raise UserError("off_policy_threshold needs what the sampler reported: give Batch sampler_logp=")
-    return off_policy_mask(
-        score.logp, rows.sampler_logp, rows.advantages, rows.sequences.mask, threshold=threshold
-    )
 
 
 def _per_token(config: Config, metrics: Metrics, mask: Bool[Array, "B T"], denominator: Scalar) -> Metrics:

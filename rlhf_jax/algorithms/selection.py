@@ -105,3 +105,13 @@ def groups_that_differ(
     differs = reward_spread(rewards, scored) > 0
     chosen = jnp.argsort(~differs, stable=True)[:keep]
     return chosen, differs[chosen]
+
+
+def largest_advantages(advantages: Float[Array, "N G"], *, keep: int) -> Int[Array, " K"]:
+    """Rows of the `keep` answers to each prompt whose advantages are largest in size (CPPO, Lin et al. 2025).
+
+    They stay in their order; of equals the first are kept.
+    """
+    order = jnp.argsort(-jnp.abs(advantages), axis=1, stable=True)[:, :keep]
+    start = jnp.arange(advantages.shape[0])[:, None] * advantages.shape[1]
+    return (start + jnp.sort(order, axis=1)).reshape(-1)

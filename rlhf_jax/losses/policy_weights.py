@@ -7,6 +7,7 @@ into micro-batches.
 
 import jax.numpy as jnp
 
+from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.masks import clean, masked_quantile
 from rlhf_jax.core.numerics import bounded_exp
 from rlhf_jax.core.shapes import check_shapes
@@ -73,6 +74,39 @@ def second_moment_mask(
     means = jnp.cumsum(drift[order]) / (1 + jnp.arange(drift.size))
     kept = jnp.zeros(drift.shape, bool).at[order].set(means <= threshold)
     return mask & (~bounded | kept.reshape(mask.shape))
+
+
+def batch_mask(
+    old_logp: Float[Array, "B T"],
+    sampler_logp: Float[Array, "B T"],
+    advantages: Float[Array, "..."],
+    mask: Bool[Array, "B T"],
+    *,
+    entropy: Float[Array, "B T"] | None = None,
+    top_entropy_fraction: Scalar | None = None,
+    second_moment_threshold: Scalar | None = None,
+) -> Bool[Array, "B T"] | None:
+    """The product of the masks that look at the whole batch, and so cannot wait for its mini-batches.
+
+    Args:
+      top_entropy_fraction: of `top_entropy_mask`, which needs `entropy`; None for without it.
+      second_moment_threshold: of `second_moment_mask`; None for without it.
+
+    Returns:
+      Tokens that count; None where there is no mask.
+
+    Raises:
+      UserError: there is no entropy to rank tokens by.
+    """
+    kept = None
+    if top_entropy_fraction is not None:
+        if entropy is None:
+            raise UserError("top_entropy_fraction needs the entropy of each token: give make_batch entropy=")
+        kept = top_entropy_mask(entropy, mask, fraction=top_entropy_fraction)
+    if second_moment_threshold is not None:
+        near = second_moment_mask(old_logp, sampler_logp, advantages, mask, threshold=second_moment_threshold)
+        kept = near if kept is None else kept & near
+    return kept
 
 
 def off_policy_mask(

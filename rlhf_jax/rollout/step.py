@@ -32,8 +32,8 @@ def make_grpo_train_step(
     and the update.
 
     Returns:
-      `train_step(state, hyper, original, rollout, rewards, scored=None, greedy_rewards=None) -> (state,
-      metrics)`; `scored` marks the answers that have a reward.
+      `train_step(state, hyper, original, rollout, rewards, scored=None, greedy_rewards=None,
+      reward_terms=None) -> (state, metrics)`; `scored` marks the answers that have a reward.
     """
     update = grpo.make_update(config, logprob_fn, tx)
 
@@ -45,12 +45,23 @@ def make_grpo_train_step(
         rewards: Float[Array, " B"],
         scored: Bool[Array, " B"] | None = None,
         greedy_rewards: Float[Array, " N"] | None = None,
+        reward_terms: Float[Array, "B K"] | None = None,
     ) -> tuple[grpo.State, Metrics]:
         reference = reference_fn(state.learner, original)
         old = logprob_fn(state.learner.all_params, rollout.sequences)
         ref_logp = logprob_fn(reference, rollout.sequences).logp
-        answers = {"scored": scored, "greedy_rewards": greedy_rewards, "entropy": old.entropy}
-        batch, described = grpo.make_batch(config, hyper, rollout, rewards, old.logp, ref_logp, **answers)
+        batch, described = grpo.make_batch(
+            config,
+            hyper,
+            rollout,
+            rewards,
+            old.logp,
+            ref_logp,
+            scored=scored,
+            greedy_rewards=greedy_rewards,
+            entropy=old.entropy,
+            reward_terms=reward_terms,
+        )
         state, metrics = update(state, hyper, batch)
         return state, {**described, **metrics}
 

@@ -209,7 +209,7 @@ def test_hyperparameters_do_not_recompile_and_all_have_an_effect(case):
     state, _ = update(initial_state(hyper), hyper, batch)
     expected, _ = update(state, hyper, batch)
     of_batch = {"reward_kl_coef", "is_clip_low", "is_clip_high", "rejection_low", "rejection_high"}
-    of_batch |= {"second_moment_threshold", "top_entropy_fraction"}
+    of_batch |= {"second_moment_threshold", "top_entropy_fraction", "reward_weights"}
     of_rollout = {"gamma", "gae_lambda", "kl_target", "kl_horizon", "missing_eos_penalty"}
     for field in dataclasses.fields(hyper):
         if isinstance(hyper, ppo.Hyper) and field.name in of_rollout | {"kl_coef"}:
