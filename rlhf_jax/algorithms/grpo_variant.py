@@ -34,6 +34,7 @@ class GRPOVariant:
       config: its static choices.
       hyper: the hyperparameters it is published with, where its paper says something of them.
       needs_greedy: it compares with the reward of the greedy answer.
+      needs_terms: it takes the terms of the reward apart.
       needs_no_group: it does not compare the answers to one prompt, so a group may be a single one.
       dynamic_sampling_max_rounds: rounds of sampling in a step at most, until the batch is full of prompts
         whose answers differ in reward; 1 for none of it.
@@ -45,6 +46,7 @@ class GRPOVariant:
     config: Config
     hyper: Hyper = Hyper()
     needs_greedy: bool = False
+    needs_terms: bool = False
     needs_no_group: bool = False
     dynamic_sampling_max_rounds: int = 1
     oversampling: int = 1

@@ -276,19 +276,19 @@ def gdpo(**static: Any) -> GRPOVariant:
 
     Gradient: biased: answers over their length, rewards over their own spread and the batch's.
     """
-    return GRPOVariant(Config(advantage_fn=group_advantages.normalized_apart, **static))
+    return GRPOVariant(Config(advantage_fn=group_advantages.normalized_apart, **static), needs_terms=True)
 
 
-def gfpo(*, keep: int = 0, metric_fn: MetricFn = group_advantages.shortest, **static: Any) -> GRPOVariant:
+def gfpo(*, num_kept: int = 0, metric_fn: MetricFn = group_advantages.shortest, **static: Any) -> GRPOVariant:
     """GFPO (Shrivastava et al. 2025, arXiv 2508.09726): of each group, the answers that a metric prefers.
 
     Gradient: biased: as BNPO's, of the shortest answers of each group alone.
 
     Args:
-      keep: answers of each group that count, with mean and deviation among them; 0 for half of them.
+      num_kept: answers of each group that count, with mean and deviation among them; 0 for half of them.
       metric_fn: `group_advantages.shortest` or `most_efficient`, or any function of `GroupStats`.
     """
-    keep = keep or _half(static)
+    keep = num_kept or _half(static)
     advantage_fn = functools.partial(group_advantages.of_the_best, keep=keep, metric_fn=metric_fn)
     return GRPOVariant(Config(advantage_fn=advantage_fn, reduce=token_mean, **static))
 

@@ -405,7 +405,7 @@ def test_gfpo_compares_the_answers_that_its_metric_prefers():
     rewards = np.asarray(REWARDS, np.float64).reshape(N, G)
     metrics = {"shortest": -lengths, "most_efficient": rewards / lengths}
     for name, metric in metrics.items():
-        changes = {"keep": 3, "metric_fn": getattr(group_advantages, name)}
+        changes = {"num_kept": 3, "metric_fn": getattr(group_advantages, name)}
         expected = np.zeros((N, G))
         for n in range(N):
             kept = np.argsort(-metric[n], kind="stable")[:3]

@@ -150,7 +150,7 @@ def test_permuting_a_group_permutes_its_advantages():
 
 
 def test_decoupled_advantages_are_those_of_loops():
-    """Each reward apart within its group, then the sum within the batch (GDPO); some are not meant for a row."""
+    """Each reward within its group, then the sum within the batch (GDPO); some are not meant for a row."""
     rng = np.random.default_rng(3)
     terms, weights, mask = rng.normal(size=(3, 4, 2)) * [1, 100], [1.0, 0.3], rng.random((3, 4)) > 0.2
     terms[0, 1, 1] = terms[2, :, 0] = np.nan
