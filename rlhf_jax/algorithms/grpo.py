@@ -87,12 +87,11 @@ class Hyper:
       kl_coef: weight of the KL to the reference in the loss (beta; 0.04 in GRPO's paper, section 4.2).
       reward_kl_coef: weight of the KL to the reference in the reward, before the baseline (RLOO).
       entropy_coef: weight of the entropy bonus.
-      is_clip_low: least importance weight of the correction.
-      is_clip_high: largest importance weight.
+      is_clip_low: least importance weight of the correction; is_clip_high: the largest.
       rejection_low: lower threshold of the correction's rules, one for all or one for each.
       rejection_high: upper threshold of the rules, likewise.
-      off_policy_threshold: nats a token from which on answers of negative advantage are dropped as too
-        unlikely (`losses.off_policy_mask`); None for never.
+      off_policy_threshold: nats a token at which answers of negative advantage are dropped as too unlikely
+        (`losses.off_policy_mask`); None for never.
       second_moment_threshold: nats squared at which the drift of the batch is cut
         (`losses.second_moment_mask`); None for never.
       top_entropy_fraction: share of the batch's tokens, those of highest entropy, that the surrogate counts
@@ -169,8 +168,8 @@ def init(
 
     Args:
       frozen: the part of the model that does not train.
-      one_step_off_policy: answers are sampled from the policy of one update before, as by a sampler beside
-        the trainer (asynchronous rollouts); give the configuration a `correction` to make up for it.
+      one_step_off_policy: answers are those of the policy one update before, as by a sampler beside the
+        trainer (asynchronous rollouts); give the configuration a `correction` to make up for it.
     """
     stale = jax.tree.map(jnp.copy, params) if one_step_off_policy else None
     return State(init_train_state(params, tx, frozen), key, stale)
@@ -246,8 +245,8 @@ def make_batch(
     Returns:
       (batch, metrics). `frac_reward_zero_std` is the share of groups whose rewards are all equal, which teach
       nothing; `unscorable` the number of answers without a reward, which of the rest of the metrics only
-      `tokens` counts; `sampling_logp_diff` the mean |delta log-prob| between sampler and scorer, in nats per
-      token. With a correction, the metrics of `losses.apply_correction`.
+      `tokens` counts; `sampling_logp_diff` the mean |delta log-prob| between sampler and scorer, in nats a
+      token; a correction's are those of `losses.apply_correction`.
     """
     scored = mask_or_all(scored, rewards)
     mask = rollout.sequences.mask & scored[:, None]
@@ -300,10 +299,14 @@ def make_batch(
     if kl is not None:
         metrics["kl"] = masked_mean(jnp.sum(kl, axis=1), scored)
     sequences = dataclasses.replace(rollout.sequences, mask=accepted)
-    anchor = rollout.logp if config.correction is not None and config.correction.bypass else old_logp
-    sampler_logp = None if hyper.off_policy_threshold is None else rollout.logp
-    batch = Batch(sequences, anchor, ref_logp, advantages, weights, sampler_logp)
+    anchor = rollout.logp if config.correction and config.correction.bypass else old_logp
+    sampler = None if hyper.off_policy_threshold is None else rollout.logp
+    batch = Batch(sequences, anchor, ref_logp, advantages, weights, sampler)
     if config.num_kept:
+        if advantages.ndim > 1:
+            raise UserError(
+                "num_kept: answers are pruned by one advantage each, and tokens have their own here"
+            )
         rows = largest_advantages(advantages.reshape(-1, config.group_size), keep=config.num_kept)
         batch = jax.tree.map(lambda leaf: leaf[rows], batch)
     return batch, metrics | corrected

@@ -92,9 +92,7 @@ def make_batch(config: grpo.Config, seen: Episodes) -> tuple[Batch, Metrics]:
 def make_run(config: Config, env: Environment, env_params: Any) -> Run:
     """A run as `init` and `step`."""
     if config.update.num_kept or config.update.correction is not None:
-        raise UserError(
-            "update: episodes are neither pruned nor corrected: leave out num_kept, correction"
-        )
+        raise UserError("update: episodes are neither pruned nor corrected: leave out num_kept, correction")
     network = on_policy.make_network(config.network, env)
     score_inputs = make_logprob_fn(network)
     steps = config.updates * config.update.num_iterations * config.update.num_minibatches
