@@ -169,22 +169,3 @@ def _row_name(row: int, where: Sequence[str] | None) -> str:
 def _shown(value: Any) -> str:
     """A value in one short line, whatever it is."""
     return shortened(repr(value[:100] if isinstance(value, str) else value))
-
-
-# Combining -----------------------------------------------------------------------------------------
-
-
-def combine_rewards(weighted: Sequence[tuple[RewardFn, float]]) -> RewardFn:
-    """One reward function: the weighted sum of several, each checked on its own (see `score_rows`).
-
-    It returns a `Scored`, whose rows are unscorable where those of any part are.
-    """
-    parts = tuple(weighted)
-
-    def combined(prompts: Sequence[str], completions: Sequence[str], **fields: Sequence[Any]) -> Scored:
-        terms = [(score_rows(fn, prompts, completions, fields), weight) for fn, weight in parts]
-        rewards = np.sum([weight * term.rewards for term, weight in terms], axis=0)
-        unscorable = np.any([term.unscorable for term, _ in terms], axis=0)
-        return Scored(np.asarray(rewards, np.float32), unscorable)
-
-    return combined

@@ -363,7 +363,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 def check(options: Options, held: dict[str, Any]) -> None:
     """Raises: UserError where the options make no sense, or the folder holds another comparison."""
     chosen = options.search
-    positive = {f"search.{f.name}": getattr(chosen, f.name) for f in dataclasses.fields(chosen)}
+    positive = {f"search.{name}": value for name, value in vars(chosen).items() if isinstance(value, int)}
     del positive["search.refinements"]
     positive |= {name: getattr(options, name) for name in ("prompts", "samples", "batch_size", "resamples")}
     for name, value in positive.items():
@@ -416,9 +416,9 @@ def run(options: Options) -> None:
         files.write_arrays(pool_path, dataclasses.asdict(pool))
         results["methods"]["greedy"] = {"correct": correct.tolist(), "tokens": tokens.tolist()}
         files.write_json(path, results)
-    for name, (_, needs_process, needs_outcome) in METHODS.items():
-        missing = (needs_process and not judges.process) or (needs_outcome and not judges.outcome)
-        if name not in results["methods"] and not missing:
+    present = {"": True} | vars(options) | vars(options.search)
+    for name, (_, needed) in METHODS.items():
+        if name not in results["methods"] and present[needed]:
             results["methods"][name] = run_search(options, policy, judges, problems, name)
             files.write_json(path, results)
             jax.clear_caches()  # each search is a program of its own, and large
