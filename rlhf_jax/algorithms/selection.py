@@ -110,6 +110,16 @@ def groups_that_differ(
     return chosen, differs[chosen]
 
 
+def largest_advantages(advantages: Float[Array, "N G"], *, keep: int) -> Int[Array, " K"]:
+    """Rows of the `keep` answers to each prompt whose advantages are largest in size (CPPO, Lin et al. 2025).
+
+    They stay in their order; of equals the first are kept.
+    """
+    order = jnp.argsort(-jnp.abs(advantages), axis=1, stable=True)[:, :keep]
+    start = jnp.arange(advantages.shape[0])[:, None] * advantages.shape[1]
+    return (start + jnp.sort(order, axis=1)).reshape(-1)
+
+
 # Policy filtration ---------------------------------------------------------------------------------
 
 RankWeightsFn = Callable[[Int[Array, "N G"], Int[Array, "N 1"]], Float[Array, "N G"]]

@@ -2,6 +2,7 @@
 
 from rlhf_jax.kernels.advantages import (
     batch_std,
+    decoupled_advantages,
     group_mean,
     group_relative_advantages,
     group_std,
@@ -52,6 +53,7 @@ __all__ = [
     "associative_following",
     "batch_moments",
     "batch_std",
+    "decoupled_advantages",
     "dense_token_logprobs",
     "discounted_returns",
     "entropy",

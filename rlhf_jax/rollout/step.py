@@ -42,8 +42,9 @@ def make_grpo_train_step(
     and the update.
 
     Returns:
-      `train_step(state, hyper, original, rollout, rewards, scored=None, greedy_rewards=None, steps=None) ->
-      (state, metrics)`; `scored` marks the answers that have a reward, `steps` are process rewards.
+      `train_step(state, hyper, original, rollout, rewards, scored=None, greedy_rewards=None, steps=None,
+      reward_terms=None) -> (state, metrics)`; `scored` marks the answers that have a reward, `steps` are
+      process rewards.
     """
     update = grpo.make_update(config, logprob_fn, tx)
 
@@ -56,15 +57,27 @@ def make_grpo_train_step(
         scored: Bool[Array, " B"] | None = None,
         greedy_rewards: Float[Array, " N"] | None = None,
         steps: StepRewards | None = None,
+        reward_terms: Float[Array, "B K"] | None = None,
     ) -> tuple[grpo.State, Metrics]:
         learner, ref_params = state.learner, state.ref_params
         reference = (
             reference_fn(learner, original) if ref_params is None else with_params(learner, ref_params)
         )
-        old_logp = logprob_fn(state.learner.all_params, rollout.sequences).logp
+        old = logprob_fn(state.learner.all_params, rollout.sequences)
         ref_logp = logprob_fn(reference, rollout.sequences).logp
-        answers = {"scored": scored, "greedy_rewards": greedy_rewards, "steps": steps}
-        batch, described = grpo.make_batch(config, hyper, rollout, rewards, old_logp, ref_logp, **answers)
+        batch, described = grpo.make_batch(
+            config,
+            hyper,
+            rollout,
+            rewards,
+            old.logp,
+            ref_logp,
+            scored=scored,
+            greedy_rewards=greedy_rewards,
+            steps=steps,
+            entropy=old.entropy,
+            reward_terms=reward_terms,
+        )
         state, metrics = update(state, hyper, batch)
         return _synced(state, hyper, learner.steps), {**described, **metrics}
 

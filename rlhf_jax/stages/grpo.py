@@ -13,6 +13,7 @@ Rows hold `prompt`, `question` or `messages`; their other fields go to the rewar
 
 import dataclasses
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -25,14 +26,14 @@ import tyro
 
 from rlhf_jax import distributed
 from rlhf_jax.algorithms import grpo
-from rlhf_jax.algorithms.group_advantages import SCALES
-from rlhf_jax.algorithms.grpo_variants import GRPOVariant, grpo_variants, make_variant
+from rlhf_jax.algorithms.group_advantages import SCALES, most_efficient, shortest
+from rlhf_jax.algorithms.grpo_variants import GRPOVariant, find_variant, grpo_variants, make_variant
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.core.types import Params
 from rlhf_jax.generation import Sampling
 from rlhf_jax.kernels import kl
-from rlhf_jax.losses import policy_ratios, policy_weights, reductions
+from rlhf_jax.losses import policy_ratios, reductions
 from rlhf_jax.metrics import Thresholds
 from rlhf_jax.models import Policy
 from rlhf_jax.rewards.functions import Scored, no_reward
@@ -42,15 +43,11 @@ from rlhf_jax.rollout.sampler import single_turn
 from rlhf_jax.rollout.step import make_grpo_train_step
 from rlhf_jax.stages import adapting, defaults, edges, inputs, option_checks, option_groups
 from rlhf_jax.stages.entry import NOTHING, Given, Trained
+from rlhf_jax.stages.off_policy_options import OffPolicyOptions, corrected
 from rlhf_jax.stages.reward_specs import make_process_reward_fn, make_reward_fn
 from rlhf_jax.stages.session import Session
 from rlhf_jax.training import Meter
 
-CORRECTIONS = {
-    "none": None,
-    "tis": policy_weights.truncated_importance_weights,
-    "mis": policy_weights.masked_importance_weights,
-}
 RATIOS = {
     "token": policy_ratios.token_log_ratio,
     "sequence": policy_ratios.sequence_log_ratio,
@@ -79,6 +76,7 @@ class GroupOptions:
     Attributes:
       model: run folder of the policy to start from, which is also the reference.
       prompts: which prompts, and what their answers are worth.
+      off_policy: corrections for answers that are not the policy's, and masks.
       algorithm: the variant of GRPO.
       batch_size: prompts a step.
       group_size: answers to each.
@@ -89,8 +87,6 @@ class GroupOptions:
       temperature: of sampling; the scorer uses the same.
       one_step_off_policy: answers are sampled from the policy of one step before, as by a sampler beside the
         trainer (asynchronous rollouts).
-      importance_sampling_correction: weights of tokens against what the sampler reported, truncated (tis) or
-        masked (mis) at 2; None for tis with --one-step-off-policy, and none without.
       dynamic_sampling_max_rounds: rounds of sampling in a step at most, until the batch is full of prompts
         whose answers differ in reward; None for 8 with DAPO, and one round with the others.
       overlong_penalty_coef: weight of the penalty on answers in the last fifth of the length, which does not
@@ -109,6 +105,11 @@ class GroupOptions:
       reduction: how tokens become one number: the mean over all tokens, over answers of the mean over their
         tokens, or of the sum; None for the algorithm's own.
       entropy_coef: weight of the entropy bonus.
+      num_kept: answers to each prompt that are learned from: those of largest advantage (CPPO), or those that
+        gfpo prefers; None for half of them with cppo and gfpo, and all with the others.
+      gfpo_metric: what gfpo prefers; None for the shortest.
+      dro_tau: how strongly dro holds an answer to where it was; None for 1.
+      pass_at: size of the sets of pass_at_k; None for 2.
     """
 
     run: tyro.conf.OmitArgPrefixes[option_groups.RunOptions] = option_groups.RunOptions(Path("runs/grpo"))
@@ -118,6 +119,7 @@ class GroupOptions:
     optimizer: OptimizerConfig = defaults.LINEAR
     process: tyro.conf.OmitArgPrefixes[option_groups.ProcessOptions] = option_groups.ProcessOptions()
     sync: tyro.conf.OmitArgPrefixes[option_groups.SyncOptions] = option_groups.SyncOptions()
+    off_policy: tyro.conf.OmitArgPrefixes[OffPolicyOptions] = OffPolicyOptions()
     algorithm: AlgorithmName = "grpo"
     batch_size: int = 32
     group_size: int = 8
@@ -127,7 +129,6 @@ class GroupOptions:
     learning_rate: float | None = None
     temperature: float = 1.0
     one_step_off_policy: bool = False
-    importance_sampling_correction: Literal["none", "tis", "mis"] | None = None
     dynamic_sampling_max_rounds: int | None = None
     overlong_penalty_coef: float | None = None
     epsilon_low: float | None = None
@@ -140,6 +141,10 @@ class GroupOptions:
     importance_sampling_level: Literal["token", "sequence", "sequence_token"] | None = None
     reduction: Literal["token_mean", "sequence_mean", "sequence_sum"] | None = None
     entropy_coef: float = 0.0
+    num_kept: int | None = None
+    gfpo_metric: Literal["shortest", "most_efficient"] | None = None
+    dro_tau: float | None = None
+    pass_at: int | None = None
 
     @property
     def max_completion_length(self) -> int:
@@ -172,21 +177,31 @@ class Options(GroupOptions):
         return {"engine": self.engine, "max_num_seqs": self.max_num_seqs}
 
 
+def rows_of(options: GroupOptions, variant: GRPOVariant) -> tuple[int, str]:
+    """Answers of a step that are learned from, and the options that say so."""
+    if kept := variant.config.num_kept:
+        return options.batch_size * kept, "--batch-size x --num-kept"
+    return options.batch_size * options.group_size, "--batch-size x --group-size"
+
+
 def check(options: GroupOptions, stage: str) -> None:
     """Raises: UserError where the options do not fit each other."""
-    rows = options.batch_size * options.group_size
     option_checks.check(options, options.run, stage)
-    option_checks.check_divides(
-        "--num-minibatches", options.num_minibatches, "--batch-size x --group-size", rows
-    )
+    variant = variant_of(options)
+    rows, of_what = rows_of(options, variant)
+    option_checks.check_divides("--num-minibatches", options.num_minibatches, of_what, rows)
     option_checks.check_divides(
         "--micro-batches", options.micro_batches, "the size of a mini-batch,", rows // options.num_minibatches
     )
     rounds = options.dynamic_sampling_max_rounds
     if rounds is not None and rounds < 1:
         raise UserError(f"--dynamic-sampling-max-rounds {rounds} is not positive: give a number above 0")
-    variant = variant_of(options)
     options.sync.check((variant.hyper.kl_coef, variant.hyper.reward_kl_coef))
+    if variant.needs_terms and variant.overlong_penalty_coef:
+        raise UserError(
+            f"--overlong-penalty-coef: --algorithm {options.algorithm} takes each reward apart: give "
+            "rlhf_jax.rewards.rules:soft_overlong_reward as one of --rewards"
+        )
     if variant.dynamic_sampling_max_rounds > 1 and jax.process_count() > 1:
         raise UserError(
             "answers are sampled again in one process only: give --dynamic-sampling-max-rounds 1, or run "
@@ -216,6 +231,7 @@ PUBLISHED = (
     "entropy_coef",
     "dynamic_sampling_max_rounds",
     "overlong_penalty_coef",
+    "num_kept",
 )
 """Options that are the variant's own where they are None."""
 
@@ -223,17 +239,29 @@ PUBLISHED = (
 def parts_of(options: GroupOptions) -> dict[str, Any]:
     """Functions that the options put in the place of the variant's own."""
     if options.kl_estimator == "k1" and not options.kl_ratio_correction:
-        raise UserError(
-            "--kl-estimator k1 has no gradient on average: add --kl-ratio-correction, or take k2 or k3"
-        )
-    chosen = {
-        "kl_fn": (KL_ESTIMATORS, options.kl_estimator),
-        "advantage_fn": (SCALES, options.scale_rewards),
-        "ratio_fn": (RATIOS, options.importance_sampling_level),
-        "reduce": (REDUCTIONS, options.reduction),
+        raise UserError("--kl-estimator k1 has no gradient on average: add --kl-ratio-correction, or take k3")
+    return {
+        "kl_fn": KL_ESTIMATORS.get(options.kl_estimator or ""),
+        "advantage_fn": SCALES.get(options.scale_rewards or ""),
+        "ratio_fn": RATIOS.get(options.importance_sampling_level or ""),
+        "reduce": REDUCTIONS.get(options.reduction or ""),
+        "kl_ratio_correction": options.kl_ratio_correction or None,
     }
-    named = {part: table[name] for part, (table, name) in chosen.items() if name is not None}
-    return {**named, "kl_ratio_correction": options.kl_ratio_correction or None}
+
+
+def own_of(options: GroupOptions) -> dict[str, Any]:
+    """What the options give to a variant that is a parameter of its own."""
+    metrics = {"shortest": shortest, "most_efficient": most_efficient, None: None}
+    given = {
+        "--gfpo-metric": ("metric_fn", metrics[options.gfpo_metric]),
+        "--dro-tau": ("tau", options.dro_tau),
+        "--pass-at": ("k", options.pass_at),
+    }
+    known = inspect.signature(find_variant(options.algorithm)).parameters
+    for flag, (name, value) in given.items():
+        if value is not None and name not in known:
+            raise UserError(f"{flag} is no parameter of --algorithm {options.algorithm}: leave it out")
+    return dict(given.values())
 
 
 def variant_of(options: GroupOptions) -> GRPOVariant:
@@ -252,21 +280,19 @@ def variant_of(options: GroupOptions) -> GRPOVariant:
             f"--scale-rewards is for algorithms whose baseline is the group's mean, which that of "
             f"--algorithm {options.algorithm} is not: leave it out"
         )
-    variant = make(changes={name: getattr(options, name) for name in PUBLISHED} | parts_of(options))
+    published = {name: getattr(options, name) for name in PUBLISHED} | options.off_policy.masks
+    variant = make(changes=published | parts_of(options) | own_of(options))
+    variant = corrected(variant, options.off_policy, one_step_off_policy=options.one_step_off_policy)
     rate = jnp.float32(options.learning_rate)
-    correction = options.importance_sampling_correction or ("tis" if options.one_step_off_policy else "none")
-    return dataclasses.replace(
-        variant,
-        config=dataclasses.replace(variant.config, weights_fn=CORRECTIONS[correction]),
-        hyper=dataclasses.replace(variant.hyper, learning_rate=rate, sync=options.sync.hyper()),
-    )
+    hyper = dataclasses.replace(variant.hyper, learning_rate=rate, sync=options.sync.hyper())
+    return dataclasses.replace(variant, hyper=hyper)
 
 
 def update_flops(options: GroupOptions, model: Policy, length: int) -> float:
     """Operations of scoring with policy and reference, and of all epochs, on rows of so many tokens."""
-    sizes = {"rows": options.batch_size * options.group_size, "length": length}
-    scored = 2 * model.forward_flops(**sizes)
-    return scored + options.num_iterations * model.training_flops(**sizes)
+    learned, _ = rows_of(options, variant_of(options))
+    scored = 2 * model.forward_flops(rows=options.batch_size * options.group_size, length=length)
+    return scored + options.num_iterations * model.training_flops(rows=learned, length=length)
 
 
 def make_draw_fn(
@@ -347,6 +373,10 @@ def train(session: Session, prompts: inputs.Prompts) -> Trained:
         session.given = dataclasses.replace(given, rewards=(no_reward,))
     variant = variant_of(options)
     steps_fn = make_process_reward_fn(options.process, model.tokenizer, given.process_reward)
+    if variant.needs_terms:
+        weights = [term.weight for term in make_reward_fn(session.rewards, model.tokenizer).terms]
+        hyper = dataclasses.replace(variant.hyper, reward_weights=jnp.asarray(weights, jnp.float32))
+        variant = dataclasses.replace(variant, hyper=hyper)
     meter = options.run.meter(update_flops(options, model, prompts.length + options.max_completion_length))
     draw = make_draw_fn(session, variant, prompts, meter)
     greedy = make_greedy_fn(session, prompts)
@@ -374,9 +404,10 @@ def train(session: Session, prompts: inputs.Prompts) -> Trained:
             compared = greedy(state.rollout_params, answers)
             greedy_rewards = compared.rewards
             scored &= np.repeat(~compared.unscorable, options.group_size)  # no baseline, nothing to learn
+        terms = np.stack([*answers.scored.terms.values()], axis=1) if variant.needs_terms else None
         rewards = distributed.shard_batch([answers.rewards, scored, greedy_rewards])
         steps = steps_fn and meter.timed("reward", steps_fn, answers.rollout)
-        data = (split.original, answers.rollout, *rewards, steps)
+        data = (split.original, answers.rollout, *rewards, steps, distributed.shard_batch(terms))
         state, metrics = meter.timed("update", learn, state, *data)
         return state, {**metrics, **drawn}
 

@@ -125,8 +125,9 @@ def group_case(dtype, reduce=sequence_mean, **config):
     sequences, old_logp, ref_logp = policy_arrays(dtype)
     advantages = jnp.asarray(np.random.default_rng(5).normal(size=ROWS), dtype)
     update = grpo.make_update(grpo.Config(reduce=reduce, **config), tabular.score, TX)
-    hyper = grpo.Hyper(entropy_coef=0.01, kl_coef=0.1)
-    return update, hyper, grpo.Batch(sequences, old_logp, ref_logp, advantages)
+    hyper = grpo.Hyper(entropy_coef=0.01, kl_coef=0.1, off_policy_threshold=jnp.asarray(0.15, dtype))
+    batch = grpo.Batch(sequences, old_logp, ref_logp, advantages)
+    return update, hyper, dataclasses.replace(batch, sampler_logp=old_logp)
 
 
 CASES = {
@@ -219,6 +220,8 @@ def test_hyperparameters_do_not_recompile_and_all_have_an_effect(case):
     update, hyper = jax.jit(update), as_arrays(hyper)
     state, _ = update(initial_state(hyper), hyper, batch)
     expected, _ = update(state, hyper, batch)
+    of_batch = {"reward_kl_coef", "is_clip_low", "is_clip_high", "rejection_low", "rejection_high"}
+    of_batch |= {"second_moment_threshold", "top_entropy_fraction", "reward_weights"}
     of_rollout = {
         "gamma",
         "gae_lambda",
@@ -234,8 +237,8 @@ def test_hyperparameters_do_not_recompile_and_all_have_an_effect(case):
             continue  # these act in `language_batch`
         if field.name == "ptx_coef" and case is not ptx_case:
             continue  # weighs the loss on text
-        if isinstance(hyper, grpo.Hyper) and field.name == "reward_kl_coef":
-            continue  # acts in `make_batch`: see test_variants
+        if isinstance(hyper, grpo.Hyper) and field.name in of_batch:
+            continue  # these act in `make_batch`: see test_variants and test_grpo_corrections
         if field.name == "sync":
             continue  # acts in the training step: see test_moving_reference
         if field.name == "penalty_coef":
