@@ -52,7 +52,7 @@ def cispo_surrogate(
     epsilon_low: Scalar,
     epsilon_high: Scalar,
 ) -> Float[Array, "B T"]:
-    """CISPO's surrogate, sg[clip(w, 1 - epsilon_low, 1 + epsilon_high)] A log pi (MiniMax-M1, eq. 4-5).
+    """CISPO's surrogate, sg[clip(w, 1 - epsilon_low, 1 + epsilon_high)] A log pi (MiniMax-M1, 2025, eq. 4-5).
 
     The weight is clipped, not the update: every token keeps a gradient. The paper sets no lower bound:
     epsilon_low = 1. TRL has the upper one only, as an absolute weight: its number is 1 + epsilon_high.

@@ -18,6 +18,7 @@ from rlhf_jax.core.masks import masked_mean, masked_sum
 from rlhf_jax.core.protocols import LogprobFn
 from rlhf_jax.core.types import Array, Bool, Float, Int, Metrics, Params, Rollout, Sequences, StepRewards
 from rlhf_jax.kernels.prepare import mask_or_all
+from rlhf_jax.rollout.completions import describe_rows
 
 T = TypeVar("T")
 S = TypeVar("S", grpo.State, ppo.State)
@@ -37,9 +38,14 @@ def make_grpo_train_step(
     logprob_fn: LogprobFn,
     tx: optax.GradientTransformation,
     reference_fn: ReferenceFn = whole_reference,
+    *,
+    describes_rows: bool = False,
 ) -> Callable[..., tuple[grpo.State, Metrics]]:
     """Training step of the GRPO family: log-probs of the answers under policy and reference, advantages,
     and the update.
+
+    Args:
+      describes_rows: put numbers of each answer among the metrics, as `completions.describe_rows` gives them.
 
     Returns:
       `train_step(state, hyper, original, rollout, rewards, scored=None, greedy_rewards=None, steps=None,
@@ -78,6 +84,9 @@ def make_grpo_train_step(
             entropy=old.entropy,
             reward_terms=reward_terms,
         )
+        # Of pruned answers the rows of the batch are some: nothing says whose they are.
+        if describes_rows and len(batch.sequences.mask) == len(rewards):
+            described |= describe_rows(batch.advantages, old.logp, ref_logp, rollout.sequences.mask)
         state, metrics = update(state, hyper, batch)
         return _synced(state, hyper, learner.steps), {**described, **metrics}
 
@@ -91,6 +100,8 @@ def make_ppo_train_step(
     tx: optax.GradientTransformation,
     reference_fn: ReferenceFn = whole_reference,
     ptx_logprob_fn: LogprobFn | None = None,
+    *,
+    describes_rows: bool = False,
 ) -> Callable[..., tuple[ppo.State, Metrics]]:
     """Training step of PPO: log-probs and values of the answers, the KL to the reference, advantages, and all
     epochs.
@@ -99,6 +110,7 @@ def make_ppo_train_step(
       logprob_fn: of policy and value.
       ref_logprob_fn: of the reference.
       ptx_logprob_fn: of the policy on text at temperature 1, for PPO-ptx; None without.
+      describes_rows: put numbers of each answer among the metrics, as `completions.describe_rows` gives them.
 
     Returns:
       `train_step(state, hyper, original, rollout, rewards, scored=None, steps=None, ptx=None) -> (state,
@@ -133,6 +145,8 @@ def make_ppo_train_step(
         state, batch, of_batch = ppo.language_batch(
             config, state, hyper, rollout, score, ref_logp, rewards, scored=scored, steps=steps
         )
+        if describes_rows:
+            described |= describe_rows(batch.advantages, score.logp, ref_logp, batch.mask)
         state, metrics = update(state, hyper, batch, ptx)
         state = _synced(state, hyper, learner.steps)
         return state, {**described, **of_batch, **metrics}

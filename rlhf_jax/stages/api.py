@@ -169,7 +169,9 @@ def ppo(
     """Proximal policy optimization with a value model.
 
     Args:
-      rows, rewards, process_reward: as of `grpo`.
+      rows: as of `grpo`.
+      rewards: as of `grpo`.
+      process_reward: as of `grpo`.
       ptx_rows: text that is to stay likely (PPO-ptx): rows with `text`, or as of `sft`.
       settings: as of `sft`, with the options of `rlhf ppo`.
     """
@@ -190,7 +192,8 @@ def online_dpo(
     """Online DPO, XPO or Nash-MD on pairs that the policy writes and the rewards compare.
 
     Args:
-      rows, rewards: as of `grpo`.
+      rows: as of `grpo`.
+      rewards: as of `grpo`.
       settings: as of `sft`, with the options of `rlhf online-dpo`.
     """
     return _run(online_stage, out, settings, policy=policy, rows=rows, eval_rows=eval_rows, rewards=rewards)
@@ -209,7 +212,8 @@ def rounds(
 
     Args:
       policy: of a folder: every round starts from what the one before wrote.
-      rows, rewards: as of `grpo`.
+      rows: as of `grpo`.
+      rewards: as of `grpo`.
       settings: as of `sft`, with the options of `rlhf rounds`.
     """
     return _run(rounds_stage, out, settings, policy=policy, rows=rows, eval_rows=eval_rows, rewards=rewards)
@@ -242,7 +246,8 @@ def evaluate(
     """Held-out evaluation: reward of greedy and of sampled completions, their length, and their texts.
 
     Args:
-      rows, rewards: as of `grpo`.
+      rows: as of `grpo`.
+      rewards: as of `grpo`.
     """
     prompts = prompt_examples(as_rows(rows), policy.tokenizer, max_length=UNBOUNDED)
     reward_fn = make_reward_fn(rewards, policy.tokenizer)

@@ -38,8 +38,9 @@ from rlhf_jax.metrics import Thresholds
 from rlhf_jax.models import Policy
 from rlhf_jax.rewards.functions import Scored, no_reward
 from rlhf_jax.rewards.rules import soft_overlong_reward
+from rlhf_jax.rollout.completions import LastCompletions
 from rlhf_jax.rollout.dynamic_sampling import Answers, filter_zero_std_groups, term_means
-from rlhf_jax.rollout.sampler import single_turn
+from rlhf_jax.rollout.sampler import completion_texts, single_turn
 from rlhf_jax.rollout.step import make_grpo_train_step
 from rlhf_jax.stages import adapting, defaults, edges, inputs, option_checks, option_groups
 from rlhf_jax.stages.entry import NOTHING, Given, Trained
@@ -115,6 +116,9 @@ class GroupOptions:
     run: tyro.conf.OmitArgPrefixes[option_groups.RunOptions] = option_groups.RunOptions(Path("runs/grpo"))
     model: str
     prompts: tyro.conf.OmitArgPrefixes[option_groups.PromptOptions]
+    completions: tyro.conf.OmitArgPrefixes[option_groups.CompletionOptions] = (
+        option_groups.CompletionOptions()
+    )
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
     optimizer: OptimizerConfig = defaults.LINEAR
     process: tyro.conf.OmitArgPrefixes[option_groups.ProcessOptions] = option_groups.ProcessOptions()
@@ -383,7 +387,11 @@ def train(session: Session, prompts: inputs.Prompts) -> Trained:
     logprob_fn = model.make_logprob_fn(temperature=options.temperature)
     split = session.split_trainable(options.num_iterations * options.num_minibatches)
     evaluate = prompts.evaluate
-    train_step = make_grpo_train_step(variant.config, logprob_fn, split.tx, split.reference)
+    train_step = make_grpo_train_step(
+        variant.config, logprob_fn, split.tx, split.reference, describes_rows=True
+    )
+    texts_fn = prompts.rollout_fns.answer_texts_fn if prompts.rollout_fns else completion_texts
+    completions = LastCompletions(model.tokenizer, texts_fn)
     state = session.init_state(
         lambda *x: grpo.init(
             x[0],
@@ -409,6 +417,7 @@ def train(session: Session, prompts: inputs.Prompts) -> Trained:
         steps = steps_fn and meter.timed("reward", steps_fn, answers.rollout)
         data = (split.original, answers.rollout, *rewards, steps, distributed.shard_batch(terms))
         state, metrics = meter.timed("update", learn, state, *data)
+        metrics = completions.keep(answers.prompts, answers.rollout, answers.scored, metrics)
         return state, {**metrics, **drawn}
 
     # One step off policy, sampler and trainer differ by design.
@@ -423,6 +432,7 @@ def train(session: Session, prompts: inputs.Prompts) -> Trained:
         evaluate=evaluate
         and (lambda state, _: evaluate(state.learner.all_params, split.reference(state.learner)).metrics()),
         thresholds=thresholds,
+        completions=completions,
     )
     after = prompts.answer(state.learner.all_params)
     samples = inputs.before_and_after(str(options.algorithm), before, after)

@@ -96,14 +96,19 @@ class RunOptions:
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         return load(name, **dtypes, remat=self.remat, scan_layers=self.scan_layers)
 
-    def loop(self, thresholds: Thresholds = Thresholds()) -> LoopConfig:
+    def loop(
+        self, thresholds: Thresholds = Thresholds(), completions: "CompletionOptions | None" = None
+    ) -> LoopConfig:
         """The part of it that the training loop knows."""
+        shown = completions or CompletionOptions(0, 0)
         return LoopConfig(
             self.num_steps,
             save_every=self.save_every,
             eval_every=self.eval_every,
             max_to_keep=self.max_to_keep,
             quiet=self.quiet,
+            log_completions=shown.log_completions,
+            num_completions_to_print=shown.num_completions_to_print,
             profile=self.profile,
             thresholds=thresholds,
         )
@@ -239,6 +244,21 @@ class PairOptions:
     pair_count: int = 8_000
     eval_count: int = 512
     soft_labels: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class CompletionOptions:
+    """Completions that are kept and shown while a run trains.
+
+    Attributes:
+      log_completions: steps between tables of what the policy wrote (prompt, completion, each reward,
+        advantage, length, logp, KL), as Parquet in the folder completions of the run, and to --log; 0 for
+        none.
+      num_completions_to_print: rows of such a table that are printed.
+    """
+
+    log_completions: int = 20
+    num_completions_to_print: int = 3
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,6 +34,8 @@ from rlhf_jax.core.types import Params, Sequences, TokenLogprobs
 from rlhf_jax.data.pipeline import BatchSampler, joint_fingerprint
 from rlhf_jax.generation import Sampling
 from rlhf_jax.models import Policy, adapters
+from rlhf_jax.rollout.completions import LastCompletions
+from rlhf_jax.rollout.dynamic_sampling import term_means
 from rlhf_jax.rollout.sampler import Evaluation
 from rlhf_jax.rollout.step import make_ppo_train_step
 from rlhf_jax.stages import adapting, defaults, edges, inputs, option_checks, option_groups, starting
@@ -107,6 +109,9 @@ class Options:
     uncertainty_coef: float = 0.5
     value: Literal["separate", "shared"] = "separate"
     prompts: tyro.conf.OmitArgPrefixes[option_groups.PromptOptions]
+    completions: tyro.conf.OmitArgPrefixes[option_groups.CompletionOptions] = (
+        option_groups.CompletionOptions()
+    )
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
     optimizer: OptimizerConfig = defaults.LINEAR
     process: tyro.conf.OmitArgPrefixes[option_groups.ProcessOptions] = option_groups.ProcessOptions()
@@ -334,9 +339,9 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     def text_logprobs(params: Params, rows: Sequences) -> TokenLogprobs:
         return plain_logprob_fn(models.merge_with_base(params, "policy"), rows)
 
-    train_step = make_ppo_train_step(
-        config, logprob_fn, ref_logprob_fn, split.tx, reference, ptx_logprob_fn=text_logprobs
-    )
+    fns = (logprob_fn, ref_logprob_fn, split.tx, reference, text_logprobs)
+    train_step = make_ppo_train_step(config, *fns, describes_rows=True)
+    completions = LastCompletions(model.tokenizer)
     moving = options.sync.ref_model_sync_steps > 0
     state = session.init_state(
         lambda *x: ppo.init(x[0], split.tx, x[1], hyper, moving_reference=moving), params, frozen, state_key
@@ -351,10 +356,11 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         whole = state.learner.all_params
         key = jax.random.fold_in(rollout_key, number)
         rollout = meter.timed("rollout", generate, models.merge_with_base(whole, "policy"), chosen, key)
-        *rewards, described = meter.timed("reward", score, whole, rollout, chosen)
+        scored, rewards, steps = meter.timed("reward", score, whole, rollout, chosen)
         rows = text and meter.timed("data", text.batch, number)
-        state, metrics = meter.timed("update", learn, state, split.original, rollout, *rewards, rows)
-        return state, {**metrics, **described}
+        state, metrics = meter.timed("update", learn, state, split.original, rollout, *rewards, steps, rows)
+        metrics = completions.keep(chosen, rollout, scored, metrics)
+        return state, {**metrics, **term_means(scored)}
 
     def measured(state: ppo.State, evaluate: Callable[..., Evaluation]) -> dict[str, float]:
         whole = state.learner.all_params
@@ -373,6 +379,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         kind="actor_critic",
         adaptation=split.adaptation,
         evaluate=evaluate and (lambda state, _: measured(state, evaluate)),
+        completions=completions,
     )
     policy = models.merge_with_base(state.learner.all_params, "policy")
     samples = inputs.before_and_after("ppo", before, prompts.answer(policy))

@@ -15,7 +15,7 @@ from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.models import Policy
 from rlhf_jax.rewards import ensembles
 from rlhf_jax.rewards.functions import Scored, no_reward
-from rlhf_jax.rollout.dynamic_sampling import term_means, without_failed
+from rlhf_jax.rollout.dynamic_sampling import without_failed
 from rlhf_jax.rollout.engines import failed_rows
 from rlhf_jax.rollout.rewards import RolloutReward
 from rlhf_jax.stages import inputs
@@ -45,9 +45,10 @@ def make_rollout_reward(options: "Options", tokenizer: Tokenizer, given: Given =
 def make_score_fn(
     options: "Options", model: Policy, reward: Params | None, given: Given = NOTHING
 ) -> Callable[[Params, Rollout, list[PromptExample]], tuple[Any, ...]]:
-    """`score(params, rollout, prompts) -> (rewards, which there are, rewards of steps, metrics)`.
+    """`score(params, rollout, prompts) -> (scored, (rewards, which there are), rewards of steps)`.
 
-    Without knowing which there are (None), all are there; without rewards of steps (None), none.
+    The rewards are placed for the update. Without knowing which there are (None), all are there; without
+    rewards of steps (None), none.
 
     Args:
       reward: what a reward model has of its own in `params`; None where rewards come from elsewhere.
@@ -61,13 +62,12 @@ def make_score_fn(
         if reward_fn is None:
             rewards = score_reward(params, rollout.sequences)
             if options.engine == "local":
-                return rewards, None, steps, {}
+                return Scored(rewards, np.zeros(len(chosen), bool)), (rewards, None), steps
             scored = Scored(np.asarray(rewards), np.zeros(len(rewards), bool))
         else:
             scored = reward_fn.score(rollout, chosen)
         if options.engine != "local":
             scored = without_failed(scored, failed_rows(rollout))
-        arrays = distributed.shard_batch((scored.rewards, ~scored.unscorable))
-        return *arrays, steps, term_means(scored)
+        return scored, distributed.shard_batch((scored.rewards, ~scored.unscorable)), steps
 
     return score
