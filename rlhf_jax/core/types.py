@@ -41,6 +41,7 @@ __all__ = [
     "Scalar",
     "Sequences",
     "Shaped",
+    "StepRewards",
     "TokenLogprobs",
     "ToolFn",
     "UInt",
@@ -82,6 +83,19 @@ class Rollout:
     logp: Float[Array, "B T"]
     finished: Bool[Array, "B"]
     filtered_logp: Float[Array, "B T"] | None = None
+
+
+@pytree_dataclass
+class StepRewards:
+    """Process rewards: what each step of an answer is worth, where it ends.
+
+    Attributes:
+      rewards: of the step that ends in a token; anything elsewhere.
+      ends: the last token of each step.
+    """
+
+    rewards: Float[Array, "B T"]
+    ends: Bool[Array, "B T"]
 
 
 @pytree_dataclass

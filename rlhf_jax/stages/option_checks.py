@@ -17,7 +17,18 @@ if TYPE_CHECKING:
 Options = TypeVar("Options")
 
 
-WITHOUT_PREFIX = ("run", "pairs", "prompts", "completions", "task", "loss_params")
+WITHOUT_PREFIX = (
+    "run",
+    "pairs",
+    "prompts",
+    "completions",
+    "task",
+    "loss_params",
+    "ptx",
+    "process",
+    "sync",
+    "off_policy",
+)
 
 
 _POSITIVE = """
@@ -25,7 +36,7 @@ _POSITIVE = """
     --group-size --epochs --num-iterations --num-ppo-epochs --temperature
     --max-new-tokens --demonstrations --pair-count --prompt-count --eval-count --optimizer.clip-norm
     --arch.width --arch.layers --arch.heads --arch.kv-heads --max-seq-length
-    --rounds --prompts-per-round --samples-per-prompt
+    --rounds --prompts-per-round --samples-per-prompt --ptx-batch-size --ptx-max-length
 """.split()  # noqa: SIM905 (a list of literals would fill the screen)
 
 
