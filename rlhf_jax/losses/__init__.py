@@ -1,6 +1,7 @@
 """Floor 1: losses as pure functions of arrays; `(loss, metrics)` out."""
 
 from rlhf_jax.losses.distillation import (
+    at_temperature,
     forward_kl_loss,
     generalized_js_loss,
     reverse_kl_loss,
@@ -8,6 +9,7 @@ from rlhf_jax.losses.distillation import (
     sampled_reverse_kl_loss,
     sequence_reverse_kl_loss,
     top_k_distributions,
+    with_hard_labels,
 )
 from rlhf_jax.losses.moe import load_balance_loss, load_violation, router_z_loss
 from rlhf_jax.losses.pair_logps import PairLogps
@@ -110,6 +112,7 @@ __all__ = [
     "aot_unpaired_loss",
     "apo_down_loss",
     "apo_zero_loss",
+    "at_temperature",
     "bco_loss",
     "bco_pair_loss",
     "bradley_terry_loss",
@@ -183,6 +186,7 @@ __all__ = [
     "vespo_surrogate",
     "weighted_sum",
     "with_divergence",
+    "with_hard_labels",
     "with_nll",
     "wpo_weight",
     "xpo_loss",

@@ -13,7 +13,7 @@ Soft labels on the teacher's answers (`forward_kl`), on-policy distillation on t
 `--lmbda 1`), a mixture of the two, or the teacher's answers alone (`sequence`), worked steps
 included. Without --model the student is a new model (--arch.width ...) with the tokenizer of the teacher.
 Rows hold `prompt`, `question` or `messages`. `forward_kl`, `reverse_kl` and `js` hold the log-probs of the
-whole vocabulary at every token.
+whole vocabulary at every token; with --top-k, of the teacher's likeliest tokens and of all others as one.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from rlhf_jax import distributed, losses
 from rlhf_jax.algorithms import distillation
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.train_state import OptimizerConfig
-from rlhf_jax.core.types import Array, Float, Params, Rollout
+from rlhf_jax.core.types import Params, Rollout
 from rlhf_jax.models import Policy
 from rlhf_jax.stages import adapting, defaults, edges, inputs, option_checks, option_groups, starting
 from rlhf_jax.stages.entry import NOTHING, Given, Trained
@@ -67,6 +67,12 @@ class Options:
         sampled_reverse_kl or sequence_reverse_kl (MiniLLM) on the tokens that were sampled.
       lmbda: share of steps in which the student writes the answers (GKD's lambda); None for what
         the loss needs, and 0 where either may write.
+      top_k: tokens of the teacher that a divergence tells apart, the likeliest; what is left is one outcome
+        more. 0 for the whole vocabulary.
+      temperature: of both softmaxes in a divergence, whose loss is multiplied by its square; answers are
+        sampled at 1.
+      hard_label_weight: of the cross-entropy on the teacher's answers, from 0 to 1; the divergence has the
+        rest.
       batch_size: prompts a step, one answer to each.
       micro_batches: parts in which a batch is computed, to save memory.
       learning_rate: at its peak; None for the published one (2e-5, with an adapter 2e-4).
@@ -81,6 +87,9 @@ class Options:
     optimizer: OptimizerConfig = defaults.COSINE
     loss: Loss = "forward_kl"
     lmbda: float | None = None
+    top_k: int = 0
+    temperature: float = 1.0
+    hard_label_weight: float = 0.0
     batch_size: int = 64
     micro_batches: int = 1
     learning_rate: float | None = None
@@ -100,7 +109,25 @@ def check(options: Options) -> float:
     if needed is not None and given not in (None, needed):
         writer = "student" if needed else "teacher"
         raise UserError(f"--loss {options.loss} needs answers of the {writer}: give --lmbda {needed:g}")
-    return given if given is not None else needed or 0.0
+    share = given if given is not None else needed or 0.0
+    check_labels(options, share)
+    return share
+
+
+def check_labels(options: Options, share: float) -> None:
+    """Raises: UserError where temperature, hard labels or top k do not fit the loss and who writes."""
+    weight = options.hard_label_weight
+    if not 0 <= weight <= 1:
+        raise UserError(f"--hard-label-weight {weight} is no share: give a number from 0 to 1")
+    if weight and share:
+        raise UserError("--hard-label-weight: labels are what the teacher writes: give --lmbda 0")
+    if options.top_k < 0:
+        raise UserError(f"--top-k {options.top_k} is below 0: give 0 for the whole vocabulary")
+    if options.loss not in WHOLE and (options.temperature != 1 or weight or options.top_k):
+        raise UserError(
+            f"--loss {options.loss} is of sampled tokens, without --temperature, --hard-label-weight and "
+            f"--top-k: leave them out, or give one of {', '.join(WHOLE)}"
+        )
 
 
 def start_from(options: Options, teacher: Policy, given: Given) -> Policy:
@@ -137,16 +164,18 @@ def make_sample_completions_fn(
     return write
 
 
-def make_logp_fn(options: Options, model: Policy) -> distillation.LogpFn:
-    """(params, sequences) -> log-probs as the loss takes them."""
-    if options.loss in WHOLE:
-        return model.make_distribution_fn()
-    logprob_fn = model.make_logprob_fn()
-
-    def logp(params: Params, sequences: Any) -> Float[Array, "B T"]:
-        return logprob_fn(params, sequences).logp
-
-    return logp
+def make_label_fn(options: Options, model: Policy) -> distillation.SoftLabelFn:
+    """Soft labels of a model, as the loss takes them."""
+    if options.loss not in WHOLE:
+        return distillation.on_tokens(model.make_logprob_fn())
+    if not options.top_k:
+        return distillation.over_vocabulary(model.make_distribution_fn())
+    if options.top_k >= model.tokenizer.vocab_size:
+        raise UserError(
+            f"--top-k {options.top_k} is not below the {model.tokenizer.vocab_size} tokens of the "
+            "vocabulary: give 0 for all of them"
+        )
+    return distillation.over_top_k(model.make_top_k_fn(options.top_k), model.make_candidate_fn())
 
 
 def run(options: Options, given: Given = NOTHING) -> Trained:
@@ -165,14 +194,15 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
 
     split = session.split_trainable()
     config = distillation.Config(options.micro_batches, (WHOLE | SAMPLED)[options.loss])
-    student_fn, teacher_fn = make_logp_fn(options, model), make_logp_fn(options, teacher)
+    student_fn, teacher_fn = make_label_fn(options, model), make_label_fn(options, teacher)
     update = distillation.make_update(config, student_fn, split.tx)
-    hyper = distillation.Hyper(jnp.float32(options.learning_rate))
+    numbers = options.learning_rate, options.temperature, options.hard_label_weight
+    hyper = distillation.Hyper(*map(jnp.float32, numbers))
     evaluate = prompts.evaluate
 
     def learn(state: distillation.State, teacher_params: Params, rollout: Rollout) -> Any:
         sequences = rollout.sequences
-        batch = distillation.Batch(sequences, teacher_fn(teacher_params, sequences))
+        batch = distillation.make_batch(teacher_fn, teacher_params, sequences, hyper)
         state, metrics = update(state, hyper, batch)
         length, finished = jnp.mean(jnp.sum(sequences.mask, axis=1)), jnp.mean(rollout.finished)
         return state, {**metrics, "length": length, "finished": finished}

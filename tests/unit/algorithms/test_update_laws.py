@@ -94,10 +94,27 @@ def bco_case(dtype, **config):
 
 
 def distillation_case(dtype, **config):
-    update = distillation.make_update(distillation.Config(**config), tabular.distribution, TX)
+    label_fn = distillation.over_vocabulary(tabular.distribution)
+    update = distillation.make_update(distillation.Config(**config), label_fn, TX)
+    hyper = distillation.Hyper(temperature=2.0, hard_label_weight=0.3)
     sequences = tabular.rows(1, LENGTHS)
-    teacher = tabular.distribution(tabular.init(7, dtype), sequences)
-    return update, distillation.Hyper(), distillation.Batch(sequences, teacher)
+    return update, hyper, distillation.make_batch(label_fn, tabular.init(7, dtype), sequences, hyper)
+
+
+def top_k_distillation_case(dtype, **config):
+    def top_k(params, sequences, temperature):
+        return jax.lax.top_k(jax.nn.log_softmax(tabular.distribution(params, sequences) / temperature), 2)
+
+    def candidates(params, sequences, token_ids, temperature):
+        logp = tabular.distribution(params, sequences)
+        taken = jnp.take_along_axis(jax.nn.log_softmax(logp / temperature), token_ids, axis=-1)
+        return taken, tabular.score(params, sequences).logp
+
+    label_fn = distillation.over_top_k(top_k, candidates)
+    update = distillation.make_update(distillation.Config(**config), label_fn, TX)
+    hyper = distillation.Hyper(temperature=2.0, hard_label_weight=0.3)
+    sequences = tabular.rows(1, LENGTHS)
+    return update, hyper, distillation.make_batch(label_fn, tabular.init(7, dtype), sequences, hyper)
 
 
 def ppo_case(dtype, **config):
@@ -127,6 +144,7 @@ CASES = {
     "kto": unpaired_case,
     "bco": bco_case,
     "distillation": distillation_case,
+    "distillation_top_k": top_k_distillation_case,
     "ppo": ppo_case,
     "group": group_case,
 }
