@@ -9,7 +9,7 @@ A model is a `SoftLabelFn` here: `over_vocabulary`, `over_top_k`, or `on_tokens`
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,10 +19,12 @@ import optax
 from rlhf_jax.core.protocols import DistributionFn, LogprobFn
 from rlhf_jax.core.train_state import TrainState, accumulate_gradients, apply_gradients, init_train_state
 from rlhf_jax.core.trees import pytree_dataclass
-from rlhf_jax.core.types import Array, Float, Int, Metrics, Params, PRNGKeyArray, Scalar, Sequences
+from rlhf_jax.core.types import Array, Bool, Float, Int, Metrics, Params, PRNGKeyArray, Scalar, Sequences
 from rlhf_jax.losses.distillation import (
+    Average,
     at_temperature,
     forward_kl_loss,
+    mean_of_teachers,
     top_k_distributions,
     with_hard_labels,
 )
@@ -92,6 +94,29 @@ def on_tokens(logprob_fn: LogprobFn) -> SoftLabelFn:
     return label
 
 
+def of_several(
+    label_fns: Sequence[SoftLabelFn],
+    weights: Sequence[float] | None = None,
+    average: Average = "probabilities",
+) -> SoftLabelFn:
+    """Soft labels of several teachers, whose parameters come as a sequence: `losses.mean_of_teachers`.
+
+    Args:
+      label_fns: over the vocabulary, or on tokens where probabilities are averaged.
+      weights: None for equal ones.
+    """
+
+    def label(
+        params: Sequence[Params], sequences: Sequences, candidates: Any, temperature: Scalar
+    ) -> SoftLabels:
+        pairs = zip(label_fns, params, strict=True)
+        logps = [label_fn(own, sequences, candidates, temperature).logp for label_fn, own in pairs]
+        shares = None if weights is None else jnp.array(weights)
+        return SoftLabels(mean_of_teachers(jnp.stack(logps), weights=shares, average=average))
+
+    return label
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Static choices.
@@ -114,19 +139,33 @@ class Hyper:
     Attributes:
       temperature: of both softmaxes in the divergence, whose loss is multiplied by its square.
       hard_label_weight: of the cross-entropy on the tokens that stand there; the divergence has the rest.
+      teacher_update_rate: share of the policy in a step of the teacher that is its moving average.
     """
 
     learning_rate: Scalar = 1e-4
     temperature: Scalar = 1.0
     hard_label_weight: Scalar = 0.0
+    teacher_update_rate: Scalar = 0.05
 
 
 @pytree_dataclass
 class State:
-    """All that a resume needs; the teacher is not in it."""
+    """All that a resume needs; a teacher that is another model is not in it.
+
+    Attributes:
+      ema_params: moving average of what is trained, where that is the teacher (self-distillation); else None.
+    """
 
     learner: TrainState
     key: PRNGKeyArray
+    ema_params: Params = None
+
+    @property
+    def teacher_params(self) -> Params:
+        """The policy as its own teacher: its moving average, or as it is where none is kept."""
+        if self.ema_params is None:
+            return self.learner.all_params
+        return dataclasses.replace(self.learner, params=self.ema_params).all_params
 
 
 @pytree_dataclass
@@ -144,15 +183,89 @@ class Batch:
     candidates: Int[Array, "B T K"] | None = None
 
 
-def make_batch(label_fn: SoftLabelFn, teacher_params: Params, sequences: Sequences, hyper: Hyper) -> Batch:
-    """The sequences with the teacher's soft labels, without gradient."""
-    labels = jax.lax.stop_gradient(label_fn(teacher_params, sequences, None, hyper.temperature))
+@pytree_dataclass
+class TeacherPrompts:
+    """Prompts of the teacher's own, which hold what the student does not see.
+
+    Attributes:
+      tokens: left-padded, one prompt a row.
+      mask: where they stand.
+    """
+
+    tokens: Int[Array, "B Q"]
+    mask: Bool[Array, "B Q"]
+
+
+def behind_prompts(sequences: Sequences, prompts: TeacherPrompts, *, prompt_length: int) -> Sequences:
+    """The same completions, column for column, behind other prompts.
+
+    Args:
+      prompt_length: P; completions stand from column P on, and from column Q of the result.
+    """
+    completions = jax.tree.map(lambda x: x[:, prompt_length:], sequences)
+    lengths = jnp.sum(prompts.mask, axis=1, keepdims=True)
+    own_lengths = jnp.sum(sequences.segment_ids[:, :prompt_length] > 0, axis=1, keepdims=True)
+    positions = jnp.where(
+        completions.segment_ids > 0, completions.positions - own_lengths + lengths, completions.positions
+    )
+    parts = Sequences(
+        prompts.tokens,
+        jnp.maximum(jnp.cumsum(prompts.mask, axis=1) - 1, 0),
+        prompts.mask.astype(sequences.segment_ids.dtype),
+        jnp.zeros_like(prompts.mask),
+    )
+    completions = dataclasses.replace(completions, positions=positions)
+    return jax.tree.map(lambda *x: jnp.concatenate([*x], axis=1, dtype=x[1].dtype), parts, completions)
+
+
+def make_batch(
+    label_fn: SoftLabelFn,
+    teacher_params: Params,
+    sequences: Sequences,
+    hyper: Hyper,
+    *,
+    teacher_prompts: TeacherPrompts | None = None,
+    prompt_length: int = 0,
+) -> Batch:
+    """The sequences with the teacher's soft labels, without gradient.
+
+    Args:
+      teacher_prompts: behind which the teacher sees the completions, where it is shown a demonstration or
+        feedback (on-policy self-distillation: SDFT, arXiv 2601.19897; SDPO, arXiv 2601.20802).
+      prompt_length: columns of the student's prompts, with `teacher_prompts`.
+    """
+    seen = sequences
+    if teacher_prompts is not None:
+        seen = behind_prompts(sequences, teacher_prompts, prompt_length=prompt_length)
+    labels = jax.lax.stop_gradient(label_fn(teacher_params, seen, None, hyper.temperature))
+
+    def aligned(values: Array) -> Array:
+        rows, rest = values.shape[0], values.shape[2:]
+        missing = jnp.zeros((rows, prompt_length, *rest), values.dtype)
+        # Completions are the last columns of both.
+        return jnp.concatenate([missing, values[:, prompt_length - sequences.tokens.shape[1] :]], axis=1)
+
+    if teacher_prompts is not None:
+        labels = jax.tree.map(aligned, labels)
     return Batch(sequences, labels.logp, labels.candidates)
 
 
-def init(params: Params, tx: optax.GradientTransformation, key: PRNGKeyArray, frozen: Params = None) -> State:
-    """The state at step 0; `frozen` is the part of the model that does not train."""
-    return State(init_train_state(params, tx, frozen), key)
+def init(
+    params: Params,
+    tx: optax.GradientTransformation,
+    key: PRNGKeyArray,
+    frozen: Params = None,
+    *,
+    ema: bool = False,
+) -> State:
+    """The state at step 0.
+
+    Args:
+      frozen: the part of the model that does not train.
+      ema: keep a moving average of what is trained, as a teacher.
+    """
+    average = jax.tree.map(jnp.copy, params) if ema else None
+    return State(init_train_state(params, tx, frozen), key, average)
 
 
 def make_update(
@@ -192,6 +305,9 @@ def make_update(
             state.learner, gradients, tx, learning_rate=hyper.learning_rate, loss=loss
         )
         metrics = {**metrics, **guard, "tokens": jnp.sum(batch.sequences.mask)}
-        return dataclasses.replace(state, learner=learner), metrics
+        average = state.ema_params
+        if average is not None:
+            average = optax.incremental_update(learner.params, average, hyper.teacher_update_rate)
+        return dataclasses.replace(state, learner=learner, ema_params=average), metrics
 
     return update

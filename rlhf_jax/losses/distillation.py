@@ -15,13 +15,19 @@ At a temperature, pass what `at_temperature` returns, and mix in hard labels wit
 Sequence-level distillation on the teacher's own outputs (Kim and Rush 2016) is `cross_entropy_loss` on them.
 """
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.shapes import check_shapes
 from rlhf_jax.core.types import Array, Bool, Float, Metrics, Scalar
-from rlhf_jax.kernels.prepare import cleaned, cleaned_constant
+from rlhf_jax.kernels.prepare import cleaned, cleaned_constant, full_precision
 from rlhf_jax.losses.reductions import Reduction, token_mean
+
+Average = Literal["probabilities", "log_probabilities"]
+"""Of what several teachers' mean is taken."""
 
 
 def _pair(
@@ -257,6 +263,35 @@ def at_temperature(
       temperature: T > 0; may be traced.
     """
     return jax.nn.log_softmax(cleaned(logp, mask) / temperature, axis=-1)
+
+
+def mean_of_teachers(
+    teacher_logp: Float[Array, "N B T *V"],
+    *,
+    weights: Float[Array, " N"] | None = None,
+    average: Average = "probabilities",
+) -> Float[Array, "B T *V"]:
+    """Ensemble of N teachers: the weighted mean of their probabilities, or of their log-probabilities.
+
+        log sum_n w_n p_n(v)    or    log softmax_v(sum_n w_n log p_n(v))
+
+    Args:
+      teacher_logp: over the whole vocabulary; of sampled tokens alone, only probabilities can be averaged.
+      weights: of the teachers, normalized here; None for equal ones.
+
+    Raises:
+      UserError: log-probabilities of sampled tokens alone.
+    """
+    count = teacher_logp.shape[0]
+    weights = jnp.ones(count) if weights is None else jnp.asarray(weights)
+    weights = (weights / jnp.sum(weights)).reshape(count, *(1,) * (teacher_logp.ndim - 1))
+    if average == "probabilities":
+        return jax.nn.logsumexp(full_precision(teacher_logp), axis=0, b=weights)
+    if teacher_logp.ndim < 4:
+        raise UserError(
+            "mean_of_teachers: a mean of log-probabilities needs the whole vocabulary: average probabilities"
+        )
+    return jax.nn.log_softmax(jnp.sum(weights * full_precision(teacher_logp), axis=0), axis=-1)
 
 
 def with_hard_labels(

@@ -208,7 +208,7 @@ def rounds(
 
 def distill(
     policy: Policy,
-    teacher: Policy,
+    teacher: Policy | Sequence[Policy] | None,
     rows: Rows,
     *,
     rewards: Sequence[Any] = (),
@@ -216,15 +216,17 @@ def distill(
     out: Any = None,
     **settings: Any,
 ) -> Trained:
-    """Distillation of a teacher into a policy, off and on policy (GKD).
+    """Distillation of a teacher into a policy, off and on policy (GKD), or of the policy into itself (SDFT).
 
     Args:
-      rows: prompts.
-      rewards: what answers are worth, which is only looked at.
+      teacher: of the policy's vocabulary, or several; None for the policy itself, with
+        `self_teacher="ema"` (or current, initial) and `teacher_context="FIELD"`.
+      rows: prompts, with that field.
+      rewards: what answers are worth, which is only looked at; none for answers without a score.
       settings: as of `sft`, with the options of `rlhf distill`.
     """
     objects = {"policy": policy, "teacher": teacher, "rows": rows, "eval_rows": eval_rows}
-    return _run(distilling, out, settings, **objects, rewards=rewards or [_no_reward])
+    return _run(distilling, out, settings, **objects, rewards=rewards)
 
 
 def evaluate(
@@ -241,10 +243,6 @@ def evaluate(
         policy, prompts, reward_fn, max_new_tokens=max_new_tokens, batch_size=batch_size
     )
     return evaluate_policy(policy.params, None)
-
-
-def _no_reward(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-    return [0.0] * len(completions)
 
 
 _OBJECTS = ("loggers", "on_step", "eval_fn")

@@ -32,7 +32,7 @@ class Given:
       eval_rows: held out.
       rewards: what completions are worth.
       loss: on pairs, or of a reward model on rankings.
-      teacher: to distill.
+      teacher: to distill; several, or None where the policy teaches itself.
       tools: that the policy may call: functions of texts, or `tool_use.Tool`s.
       loggers: beside those that the options name.
       on_step: called with (state, metrics, step) after every step.
@@ -44,7 +44,7 @@ class Given:
     eval_rows: Rows = None
     rewards: Sequence[Any] = ()
     loss: Callable[..., Any] | None = None
-    teacher: Policy | None = None
+    teacher: Policy | Sequence[Policy] | None = None
     tools: Sequence[Any] = ()
     loggers: Sequence[Any] = ()
     on_step: Callable[..., Any] | Sequence[Callable[..., Any]] = ()

@@ -231,6 +231,8 @@ def test_hyperparameters_do_not_recompile_and_all_have_an_effect(case):
             continue  # these act in `language_batch`
         if isinstance(hyper, grpo.Hyper) and field.name == "reward_kl_coef":
             continue  # acts in `make_batch`: see test_variants
+        if field.name == "teacher_update_rate":
+            continue  # moves a teacher that is an average of the policy: see test_distillation_updates
         if field.name == "penalty_coef":
             continue  # acts in the other policy loss: see test_ppo
         if field.name == "auxiliary":
