@@ -71,7 +71,7 @@ class Options:
       teacher_weights: of several teachers in their mean; none for equal ones.
       teacher_average: of what the mean of several teachers is taken.
       self_teacher: the policy teaches itself, in the place of --teacher: as it is, as its moving average
-        (ema), or as it was; it sees what the student does not.
+        (ema), or as it was; it sees what the student does not. None for --teacher.
       teacher_context: field of the rows that the teacher sees beside the prompt: a demonstration, a hint,
         feedback; empty for none.
       teacher_template: the teacher's last user message, of `{prompt}` and `{context}`.
