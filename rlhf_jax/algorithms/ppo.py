@@ -34,15 +34,17 @@ from rlhf_jax.kernels.prepare import mask_or_all
 from rlhf_jax.kernels.returns import generalized_advantage_estimation
 from rlhf_jax.kernels.whitening import (
     Moments,
-    batch_moments,
+    add_to_moments,
     init_moments,
-    merge_moments,
     moments_variance,
     whiten,
 )
 from rlhf_jax.losses.policy import ppo_clip_loss, ppo_penalty_loss
 from rlhf_jax.losses.reductions import Reduction, token_mean
 from rlhf_jax.losses.value import clipped_value_loss
+
+OUTLIER = 1e3
+"""Standard deviations of all rewards seen beyond which a reward is cut, where rewards are scaled by them."""
 
 PolicyLossFn = Callable[..., tuple[Float[Array, ""], Metrics]]
 
@@ -67,7 +69,8 @@ class Config:
       micro_batches: parts in which a mini-batch is computed; changes memory, not the result.
       whiten_advantages: bring advantages to mean 0 and variance 1 over the batch.
       adaptive_kl: move the KL coefficient so that the KL stays near `Hyper.kl_target`.
-      scale_rewards: divide rewards by the running standard deviation of all rewards seen, once they differ.
+      scale_rewards: divide rewards by the running standard deviation of all rewards seen, once they differ;
+        one that is more than `OUTLIER` of it from their mean is cut there.
       reduce: how tokens become one number.
       policy_loss_fn: (hyper, logp, old_logp, advantages, mask, reduce, denominator) -> (loss, metrics), what
         keeps the policy near the old one: `clipped` or `penalized`.
@@ -240,12 +243,14 @@ def language_batch(
     Returns:
       (state, batch, metrics). `kl` is the mean over answers of the summed log-ratio to the reference, in
       nats; `sampling_logp_diff` the mean |delta log-prob| between sampler and scorer, in nats per token;
-      `unscorable` the number of answers without a reward, which of the rest only `tokens` counts.
+      `unscorable` the number of answers without a reward, which of the rest only `tokens` counts;
+      `reward_outliers` the share of rewards that were cut (`scale_rewards`).
     """
     scored = mask_or_all(scored, rewards)
     mask, rewards = rollout.sequences.mask & scored[:, None], clean(rewards, scored)
-    moments = merge_moments(state.reward_moments, batch_moments(rewards, scored))
-    scaled = rewards / _reward_scale(moments) if config.scale_rewards else rewards
+    counted, outliers = _cut_outliers(rewards, state.reward_moments) if config.scale_rewards else (rewards, 0)
+    moments = add_to_moments(state.reward_moments, counted, scored)
+    scaled = counted / _reward_scale(moments) if config.scale_rewards else rewards
     outcome = scaled - hyper.missing_eos_penalty * ~rollout.finished
     log_ratio = jnp.where(mask, score.logp - ref_logp, 0)
     is_last = jnp.arange(mask.shape[1]) == last_unmasked_index(mask)[:, None]
@@ -275,6 +280,8 @@ def language_batch(
         "reward_std": jnp.sqrt(masked_mean(jnp.square(rewards - mean), scored)),
         "penalised_reward": masked_mean(jnp.sum(token_rewards, axis=1), scored),
         "unscorable": jnp.sum(~scored),
+        "unscorable_share": jnp.mean(~scored, dtype=jnp.float32),
+        "reward_outliers": masked_mean(jnp.broadcast_to(outliers, scored.shape), scored),
         "advantage_std": raw_std,
         "length": masked_mean(jnp.sum(mask, axis=1), scored),
         "finished": masked_mean(rollout.finished, scored),
@@ -283,6 +290,17 @@ def language_batch(
     }
     batch = Batch(rollout.sequences, mask, score.logp, score.value, advantages, returns)
     return dataclasses.replace(state, kl_coef=kl_coef, reward_moments=moments), batch, metrics
+
+
+def _cut_outliers(rewards: Float[Array, "B"], moments: Moments) -> tuple[Float[Array, "B"], Bool[Array, "B"]]:
+    """(rewards within `OUTLIER` deviations of the mean of those seen, which were not); all of them at first.
+
+    A single reward of 1e15 would otherwise set the scale, and make all later ones nothing, for ever.
+    """
+    bound = OUTLIER * jnp.sqrt(moments_variance(moments))
+    bound = jnp.where((moments.count > 0) & (bound > 0), bound, jnp.inf)
+    kept = jnp.clip(rewards, moments.mean - bound, moments.mean + bound)
+    return kept, kept != rewards
 
 
 def _reward_scale(moments: Moments) -> Float[Array, ""]:

@@ -12,7 +12,7 @@ import optax
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.optimizers import OPTIMIZERS, Optimizer, is_matrix
 from rlhf_jax.core.rounding import Rounding, in_float32, narrow_leaves, rounded, widened
-from rlhf_jax.core.trees import map_named, merge, pytree_dataclass, tree_add, tree_all_finite, tree_where
+from rlhf_jax.core.trees import map_named, merge, pytree_dataclass, tree_add, tree_all_finite
 from rlhf_jax.core.types import Array, Float, Int, Metrics, Params, Scalar
 
 T = TypeVar("T")
@@ -165,7 +165,7 @@ class TrainState:
       params: what is trained; a whole model, or its adapters, heads or some of its layers.
       opt_state: optax's state.
       steps: optimizer steps applied.
-      skipped: steps left out because loss or gradients were not finite.
+      skipped: steps left out because loss, gradients or updates were not finite.
       consecutive_skipped: of those, the latest unbroken run.
       frozen: the rest of the model, in nested dictionaries beside those of `params`; None where all is
         trained. No gradient, no moments, and no copy of it is ever made.
@@ -234,18 +234,30 @@ def apply_gradients(
 
     `tx` gives updates for a learning rate of 1, and is told the learning rate where it takes extra arguments.
     The choice is a `where` over whole trees, so not one NaN reaches parameters or moments.
+
+    Whole gradients can still give an update that is not finite, where the learning rate is absurd or an
+    epsilon of 0 divides 0. Then each parameter and moment that it would spoil stays, and the step counts as
+    skipped. To undo the others as well, a second copy of all of them would have to be held in every step.
     """
     norm = optax.global_norm(widened(gradients))
-    finite = tree_all_finite((gradients, norm, loss))
-    safe = jax.tree.map(lambda g: jnp.where(finite, g, 0).astype(g.dtype), gradients)
+    whole = tree_all_finite((gradients, norm, loss))
+    safe = jax.tree.map(lambda g: jnp.where(whole, g, 0).astype(g.dtype), gradients)
     update = optax.with_extra_args_support(tx).update
     updates, opt_state = update(safe, learner.opt_state, learner.params, learning_rate=learning_rate)
     updates = jax.tree.map(lambda u: (-learning_rate * u).astype(u.dtype), updates)
     params = optax.apply_updates(learner.params, updates)
+    finite = whole & tree_all_finite((params, opt_state))
     skip = jnp.where(finite, 0, 1)
+
+    def keep(new: Array, old: Array) -> Array:
+        if new is old:
+            return old
+        is_float = jnp.issubdtype(new.dtype, jnp.inexact)
+        return jnp.where(whole & jnp.isfinite(new) if is_float else whole, new, old)
+
     new = TrainState(
-        params=tree_where(finite, params, learner.params),
-        opt_state=tree_where(finite, opt_state, learner.opt_state),
+        params=jax.tree.map(keep, params, learner.params),
+        opt_state=jax.tree.map(keep, opt_state, learner.opt_state),
         steps=learner.steps + 1 - skip,
         skipped=learner.skipped + skip,
         consecutive_skipped=jnp.where(finite, 0, learner.consecutive_skipped + 1),

@@ -35,6 +35,7 @@ from rlhf_jax.kernels.returns import (
 )
 from rlhf_jax.kernels.whitening import (
     Moments,
+    add_to_moments,
     batch_moments,
     init_moments,
     merge_moments,
@@ -47,6 +48,7 @@ __all__ = [
     "Moments",
     "VTrace",
     "adaptive_kl_update",
+    "add_to_moments",
     "associative_following",
     "batch_moments",
     "batch_std",

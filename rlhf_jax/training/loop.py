@@ -15,12 +15,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 
 from rlhf_jax.checkpoint import CheckpointManager
 from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.files import Path
 from rlhf_jax.core.train_state import with_frozen, without_frozen
+from rlhf_jax.core.trees import not_finite
 from rlhf_jax.core.types import Metrics
 from rlhf_jax.distributed import any_process, is_main_process
 from rlhf_jax.metrics.health import HealthMonitor, Thresholds
@@ -113,7 +115,7 @@ def run_loop(
 
     Raises:
       UserError: the folder holds checkpoints and `resume` is False, or those of a run on other data; another
-        process runs in it; too many steps were not finite.
+        process runs in it; too many steps were not finite, or the state that would be saved is not.
       Interrupted: on SIGINT, SIGTERM or SIGUSR1, after the step under way was finished and saved.
     """
     folder, meter, first = files.as_path(folder), meter or Meter(), is_main_process()
@@ -170,6 +172,7 @@ def run_loop(
             stopping = any_process(bool(received))
             if stopping or _is_due(done, config.save_every, config.steps):
                 saved, wait = without_frozen(state), stopping or done == config.steps
+                _check_finite(saved, done, folder)
                 flush()  # a checkpoint whose lines are lost would leave a gap in them
                 # Its seconds stand in the next step's line: a step is logged before it is saved.
                 with meter.timing("save"):
@@ -235,9 +238,33 @@ def _stop_if_diverged(metrics: Mapping[str, Any], config: LoopConfig, done: int,
     in_a_row = int(metrics.get("consecutive_skipped", 0))
     if in_a_row >= config.max_consecutive_skipped:
         raise UserError(
-            f"step {done}: loss or gradients were not finite {in_a_row} times in a row, so training stopped "
-            f"(the checkpoints in {folder / 'checkpoints'} are untouched): lower the learning rate or look "
-            "for bad rows in the data"
+            f"step {done}: {_what_is_not_finite(metrics)} not finite {in_a_row} times in a row, so training "
+            f"stopped (the checkpoints in {folder / 'checkpoints'} are untouched): lower the learning rate "
+            "or look for bad rows in the data"
+        )
+
+
+def _what_is_not_finite(metrics: Mapping[str, Any]) -> str:
+    """The first of what a step computes that is not finite: what follows from it is not, either."""
+    for name, said in (("loss", "the loss is"), ("gradient_norm", "the gradients are")):
+        if name in metrics and not np.all(np.isfinite(np.asarray(metrics[name], np.float64))):
+            return said
+    return "updates of the optimizer are"
+
+
+def _check_finite(state: Any, done: int, folder: Path) -> None:
+    """Refuses to save a state that no run could go on from, beside those that are whole.
+
+    Raises:
+      UserError: a part of it is not finite.
+    """
+    bad = not_finite(state)
+    if bad:
+        name = next(iter(bad))
+        raise UserError(
+            f"step {done}: {len(bad)} parts of the state are not finite ({name}: {bad[name]} of its values), "
+            f"so it is not saved (the checkpoints in {folder / 'checkpoints'} are untouched): lower the "
+            "learning rate, or look for what computes it"
         )
 
 
