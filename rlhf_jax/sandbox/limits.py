@@ -23,11 +23,8 @@ _KEPT_PREFIXES = ("LC_", "PYTHON")
 
 # Numbers of system calls (<asm/unistd.h>), and of the machine (<linux/audit.h>).
 _MACHINES = {
-    "x86_64": (
-        0xC000003E,
-        {"clone": 56, "clone3": 435, "others": (57, 58, 59, 322)},
-    ),  # fork, vfork, execve(at)
-    "aarch64": (0xC00000B7, {"clone": 220, "clone3": 435, "others": (221, 281)}),  # execve, execveat
+    "x86_64": (0xC000003E, 56, 435, (57, 58, 59, 322)),  # clone, clone3; fork, vfork, execve, execveat
+    "aarch64": (0xC00000B7, 220, 435, (221, 281)),  # clone, clone3; execve, execveat
 }
 _SET_SECCOMP, _FILTER, _NO_NEW_PRIVILEGES = 22, 2, 38
 _ALLOW, _ERRNO = 0x7FFF0000, 0x00050000
@@ -117,11 +114,11 @@ def forbid_processes() -> bool:
     return libc.prctl(_SET_SECCOMP, _FILTER, ctypes.byref(filled), 0, 0) == 0
 
 
-def _filter(machine: int, calls: dict[str, int | tuple[int, ...]]) -> list[tuple[int, int, int, int]]:
+def _filter(
+    machine: int, clone: int, clone3: int, others: tuple[int, ...]
+) -> list[tuple[int, int, int, int]]:
     """(operation, jump if true, jump if false, value) of a BPF program over `struct seccomp_data`."""
     refused, unknown = _ERRNO | errno.EPERM, _ERRNO | errno.ENOSYS
-    others = calls["others"]
-    assert isinstance(others, tuple)
     lines: list[tuple[int, int, int, int]] = [
         (_LOAD, 0, 0, 4),  # the machine
         (_EQUAL, 1, 0, machine),
@@ -133,7 +130,7 @@ def _filter(machine: int, calls: dict[str, int | tuple[int, ...]]) -> list[tuple
             _EQUAL,
             0,
             1,
-            calls["clone3"],
+            clone3,
         ),  # its flags are in memory, out of reach: libraries fall back to clone
         (_RETURN, 0, 0, unknown),
     ]
@@ -141,7 +138,7 @@ def _filter(machine: int, calls: dict[str, int | tuple[int, ...]]) -> list[tuple
         lines += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, refused)]
     return [
         *lines,
-        (_EQUAL, 1, 0, calls["clone"]),
+        (_EQUAL, 1, 0, clone),
         (_RETURN, 0, 0, _ALLOW),
         (_LOAD, 0, 0, 16),  # its flags
         (_ANY_BIT, 0, 1, _CLONE_THREAD),
