@@ -26,6 +26,7 @@ import tyro
 
 from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.ranges import PositiveInt, Seed
 from rlhf_jax.data.pipeline import fingerprint
 from rlhf_jax.evaluation.benchmarks import (
     choose_shots,
@@ -65,8 +66,8 @@ class Options:
 
     model: str
     out: Path
-    batch_size: int = 16
-    seed: int = 0
+    batch_size: PositiveInt = 16
+    seed: Seed = 0
     against: str = ""
     resume: bool = False
     quiet: bool = False

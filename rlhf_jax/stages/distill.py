@@ -29,6 +29,7 @@ import tyro
 from rlhf_jax import distributed, losses
 from rlhf_jax.algorithms import distillation
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.ranges import LearningRate, PositiveInt, Share
 from rlhf_jax.core.train_state import OptimizerConfig, with_total_steps
 from rlhf_jax.core.types import Array, Float, Params, Rollout
 from rlhf_jax.models import Policy
@@ -79,10 +80,10 @@ class Options:
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
     optimizer: OptimizerConfig = defaults.COSINE
     loss: Loss = "forward_kl"
-    lmbda: float | None = None
-    batch_size: int = 64
-    micro_batches: int = 1
-    learning_rate: float | None = None
+    lmbda: Share | None = None
+    batch_size: PositiveInt = 64
+    micro_batches: PositiveInt = 1
+    learning_rate: LearningRate | None = None
 
 
 def check(options: Options) -> float:
@@ -94,8 +95,6 @@ def check(options: Options) -> float:
     option_checks.check(options, options.run, "distill")
     option_checks.check_divides("--micro-batches", options.micro_batches, "--batch-size", options.batch_size)
     needed, given = STUDENT_SHARE.get(options.loss), options.lmbda
-    if given is not None and not 0 <= given <= 1:
-        raise UserError(f"--lmbda {given} is no share: give a number from 0 to 1")
     if needed is not None and given not in (None, needed):
         writer = "student" if needed else "teacher"
         raise UserError(f"--loss {options.loss} needs answers of the {writer}: give --lmbda {needed:g}")

@@ -27,6 +27,7 @@ from rlhf_jax.algorithms import grpo
 from rlhf_jax.algorithms.group_advantages import SCALES
 from rlhf_jax.algorithms.grpo_variants import GRPOVariant, grpo_variants, make_variant
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.ranges import Count, LearningRate, PositiveInt, PositiveOrInf, Temperature, Weight
 from rlhf_jax.core.train_state import OptimizerConfig, with_total_steps
 from rlhf_jax.core.types import Params
 from rlhf_jax.generation import Sampling
@@ -115,27 +116,27 @@ class GroupOptions:
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
     optimizer: OptimizerConfig = defaults.LINEAR
     algorithm: AlgorithmName = "grpo"
-    batch_size: int = 32
-    group_size: int = 8
-    num_iterations: int = 1
-    num_minibatches: int = 1
-    micro_batches: int = 1
-    learning_rate: float | None = None
-    temperature: float = 1.0
+    batch_size: PositiveInt = 32
+    group_size: PositiveInt = 8
+    num_iterations: PositiveInt = 1
+    num_minibatches: PositiveInt = 1
+    micro_batches: PositiveInt = 1
+    learning_rate: LearningRate | None = None
+    temperature: Temperature = 1.0
     one_step_off_policy: bool = False
     importance_sampling_correction: Literal["none", "tis", "mis"] | None = None
-    dynamic_sampling_max_rounds: int | None = None
-    overlong_penalty_coef: float | None = None
-    epsilon_low: float | None = None
-    epsilon_high: float | None = None
-    kl_coef: float | None = None
-    reward_kl_coef: float | None = None
+    dynamic_sampling_max_rounds: PositiveInt | None = None
+    overlong_penalty_coef: Weight | None = None
+    epsilon_low: PositiveOrInf | None = None
+    epsilon_high: PositiveOrInf | None = None
+    kl_coef: Weight | None = None
+    reward_kl_coef: Weight | None = None
     kl_estimator: Literal["k1", "k2", "k3"] | None = None
     kl_ratio_correction: bool = False
     scale_rewards: Literal["group", "batch", "none", "mean"] | None = None
     importance_sampling_level: Literal["token", "sequence", "sequence_token"] | None = None
     reduction: Literal["token_mean", "sequence_mean", "sequence_sum"] | None = None
-    entropy_coef: float = 0.0
+    entropy_coef: Weight = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,7 +151,7 @@ class Options(GroupOptions):
     """
 
     engine: str = "local"
-    max_num_seqs: int = 0
+    max_num_seqs: Count = 0
 
 
 def check(options: GroupOptions, stage: str) -> None:
@@ -163,9 +164,6 @@ def check(options: GroupOptions, stage: str) -> None:
     option_checks.check_divides(
         "--micro-batches", options.micro_batches, "the size of a mini-batch,", rows // options.num_minibatches
     )
-    rounds = options.dynamic_sampling_max_rounds
-    if rounds is not None and rounds < 1:
-        raise UserError(f"--dynamic-sampling-max-rounds {rounds} is not positive: give a number above 0")
     if variant_of(options).dynamic_sampling_max_rounds > 1 and jax.process_count() > 1:
         raise UserError(
             "answers are sampled again in one process only: give --dynamic-sampling-max-rounds 1, or run "
@@ -309,8 +307,6 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     """Trains, and leaves a run folder."""
     options = defaults.fill_published(options, "grpo")
     check(options, "grpo")
-    if options.max_num_seqs < 0:
-        raise UserError(f"--max-num-seqs {options.max_num_seqs} is below 0: give 0 for all at once")
     option_checks.check_rewards(inputs.rewards_of(options.prompts, given))
     model = policy_of(options.model, given, options.run)
     prompts = inputs.load_prompts(options.prompts, model, options.run.seed, given)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.ranges import check_ranges
 from rlhf_jax.metrics import make_loggers
 from rlhf_jax.training.run_folder import read_held_run
 
@@ -17,16 +18,7 @@ if TYPE_CHECKING:
 Options = TypeVar("Options")
 
 
-WITHOUT_PREFIX = ("run", "pairs", "prompts", "task", "loss_params")
-
-
-_POSITIVE = """
-    --steps --num-train-epochs --max-to-keep --batch-size --micro-batches --minibatches --num-minibatches
-    --group-size --epochs --num-iterations --num-ppo-epochs --temperature
-    --max-new-tokens --demonstrations --pair-count --prompt-count --eval-count --optimizer.clip-norm
-    --arch.width --arch.layers --arch.heads --arch.kv-heads --max-seq-length
-    --rounds --prompts-per-round --samples-per-prompt
-""".split()  # noqa: SIM905 (a list of literals would fill the screen)
+WITHOUT_PREFIX = ("run", "pairs", "prompts", "task", "loss_params", "prune", "limits", "decoder")
 
 
 # They change how a run is watched, or how long it is, and nothing of what it computes until then.
@@ -76,6 +68,17 @@ def with_steps(options: Options, rows: int, batch_size: int) -> Options:
     return dataclasses.replace(options, run=run)  # pyright: ignore[reportArgumentType]
 
 
+def check_numbers(options: Any) -> None:
+    """Raises: UserError where a number is out of the range that stands with its field."""
+    check_ranges(options, _flag)
+
+
+def _flag(path: Sequence[str]) -> str:
+    """The name on the command line of a field, by its path."""
+    *groups, name = path
+    return "--" + ".".join([*(g for g in groups if g not in WITHOUT_PREFIX), name]).replace("_", "-")
+
+
 def check_divides(part_name: str, part: int, whole_name: str, whole: int) -> None:
     """Raises: UserError where `part` does not divide `whole`."""
     if part < 1 or whole % part:
@@ -88,17 +91,8 @@ def check(options: Any, run: "RunOptions", stage: str) -> None:
     Raises:
       UserError: a number out of range, or the folder holds a run that this one cannot go on with.
     """
-    ours = flags(to_json(options))
-    for name, value in ours.items():
-        if isinstance(value, float) and math.isnan(value):
-            raise UserError(f"{name} is not a number: give one")
-        if name in _POSITIVE and value is not None and value <= 0:
-            raise UserError(f"{name} {value} is not positive: give a number above 0")
-        if name in ("--profile", "--peak-tflops") and float(value or 0) < 0:
-            raise UserError(f"{name} {value} is below 0: give 0 for none")
+    check_numbers(options)
     make_loggers(run.log, run.out, stage=stage)  # refuses names that are none, before anything is read
-    if not 0 <= run.seed < 2**32:
-        raise UserError(f"--seed {run.seed} is out of range: give one from 0 to {2**32 - 1}")
     check_same_options(options, read_held_run(run.out, stage, resume=run.resume), run.out)
 
 

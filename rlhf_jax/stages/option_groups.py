@@ -9,6 +9,17 @@ import jax.numpy as jnp
 from rlhf_jax import models
 from rlhf_jax.algorithms import sft
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.ranges import (
+    Count,
+    Length,
+    LengthOrZero,
+    Positive,
+    PositiveInt,
+    Seed,
+    Weight,
+    Width,
+    WidthOrZero,
+)
 from rlhf_jax.data.examples import Overlength
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.metrics import Thresholds
@@ -60,22 +71,22 @@ class RunOptions:
     """
 
     out: Path
-    seed: int = 0
+    seed: Seed = 0
     resume: bool = False
-    steps: int | None = None
-    num_train_epochs: float = 1.0
-    save_every: int = 100
-    eval_every: int = 0
-    max_to_keep: int = 2
+    steps: PositiveInt | None = None
+    num_train_epochs: Positive = 1.0
+    save_every: PositiveInt = 100
+    eval_every: Count = 0
+    max_to_keep: PositiveInt = 2
     quiet: bool = False
     report: bool = True
     mesh: str = ""
     all_gather_params: bool = False
     coordinator: str = ""
-    init_timeout: int = 300
-    heartbeat_timeout: int = 60
-    profile: int = 0
-    peak_tflops: float = 0.0
+    init_timeout: PositiveInt = 300
+    heartbeat_timeout: PositiveInt = 60
+    profile: Count = 0
+    peak_tflops: Weight = 0.0
     log: tuple[str, ...] = ("tensorboard",)
     dtype: DType | None = None
     param_dtype: DType | None = None
@@ -137,15 +148,15 @@ class ArchOptions:
     """
 
     kind: ModelKind = "transformer"
-    width: int = 96
-    layers: int = 2
-    heads: int = 8
-    kv_heads: int = 4
-    intermediate_size: int = 0
-    experts: int = 0
-    experts_per_token: int = 2
+    width: Width = 96
+    layers: Width = 2
+    heads: Width = 8
+    kv_heads: Width = 4
+    intermediate_size: WidthOrZero = 0
+    experts: WidthOrZero = 0
+    experts_per_token: Width = 2
     router: Literal["softmax", "sigmoid"] = "softmax"
-    mtp_depth: int = 0
+    mtp_depth: WidthOrZero = 0
     tie_word_embeddings: bool = True
     scan_layers: bool = False
     remat: models.Remat = "none"
@@ -204,10 +215,10 @@ class AuxiliaryOptions:
       router_bias_update_rate: by how much the biases of sigmoid routers move in a step.
     """
 
-    mtp_loss_coef: float = 0.3
-    router_aux_loss_coef: float = 0.01
-    router_z_loss_coef: float = 0.001
-    router_bias_update_rate: float = 0.001
+    mtp_loss_coef: Weight = 0.3
+    router_aux_loss_coef: Weight = 0.01
+    router_z_loss_coef: Weight = 0.001
+    router_bias_update_rate: Weight = 0.001
 
     def hyper(self, learning_rate: float | None) -> sft.Hyper:
         """The settings of an update."""
@@ -231,10 +242,10 @@ class PairOptions:
 
     data: str
     eval_data: str = ""
-    max_length: int = 0
+    max_length: LengthOrZero = 0
     overlength: Overlength = "error"
-    pair_count: int = 8_000
-    eval_count: int = 512
+    pair_count: PositiveInt = 8_000
+    eval_count: PositiveInt = 512
     soft_labels: bool = False
 
 
@@ -261,9 +272,9 @@ class PromptOptions:
     eval_data: str = ""
     rewards: tuple[str, ...] = ()
     eval_reward: str = ""
-    max_prompt_length: int = 0
+    max_prompt_length: LengthOrZero = 0
     overlength: Overlength = "error"
-    max_new_tokens: int = 256
-    prompt_count: int = 8_000
-    eval_count: int = 256
-    samples: int = 8
+    max_new_tokens: Length = 256
+    prompt_count: PositiveInt = 8_000
+    eval_count: PositiveInt = 256
+    samples: Count = 8

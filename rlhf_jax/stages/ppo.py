@@ -27,6 +27,15 @@ import tyro
 from rlhf_jax import distributed, models
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.ranges import (
+    LearningRate,
+    Positive,
+    PositiveInt,
+    PositiveOrInf,
+    Share,
+    Temperature,
+    Weight,
+)
 from rlhf_jax.core.train_state import OptimizerConfig, TrainState, with_total_steps
 from rlhf_jax.core.trees import merge, partition
 from rlhf_jax.core.types import Params
@@ -91,32 +100,32 @@ class Options:
     model: str
     reward_model: tuple[str, ...] = ()
     ensemble: Literal["mean", "worst", "uncertainty"] = "mean"
-    uncertainty_coef: float = 0.5
+    uncertainty_coef: Weight = 0.5
     value: Literal["separate", "shared"] = "separate"
     prompts: tyro.conf.OmitArgPrefixes[option_groups.PromptOptions]
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
     optimizer: OptimizerConfig = defaults.LINEAR
-    batch_size: int = 256
-    num_ppo_epochs: int = 4
-    num_minibatches: int = 1
-    micro_batches: int = 1
-    learning_rate: float | None = None
-    temperature: float = 1.0
+    batch_size: PositiveInt = 256
+    num_ppo_epochs: PositiveInt = 4
+    num_minibatches: PositiveInt = 1
+    micro_batches: PositiveInt = 1
+    learning_rate: LearningRate | None = None
+    temperature: Temperature = 1.0
     engine: str = "local"
     policy_loss: Literal["clip", "penalty"] = "clip"
-    epsilon: float = 0.2
-    penalty_coef: float = 1.0
-    cliprange_value: float = 0.2
-    value_coef: float = 0.1
-    entropy_coef: float = 0.0
-    gamma: float = 1.0
-    gae_lambda: float = 0.95
-    kl_coef: float = 0.05
+    epsilon: PositiveOrInf = 0.2
+    penalty_coef: Weight = 1.0
+    cliprange_value: PositiveOrInf = 0.2
+    value_coef: Weight = 0.1
+    entropy_coef: Weight = 0.0
+    gamma: Share = 1.0
+    gae_lambda: Share = 0.95
+    kl_coef: Weight = 0.05
     adaptive_kl: bool = False
-    kl_target: float = 6.0
-    kl_horizon: float = 10_000.0
-    missing_eos_penalty: float = 1.0
-    target_kl: float = float("inf")
+    kl_target: Positive = 6.0
+    kl_horizon: Positive = 10_000.0
+    missing_eos_penalty: Weight = 1.0
+    target_kl: PositiveOrInf = float("inf")
     whiten_advantages: bool = True
     scale_rewards: bool = False
 

@@ -19,6 +19,7 @@ import tyro
 from rlhf_jax.checkpoint import CheckpointManager
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.files import write_json
+from rlhf_jax.core.ranges import PositiveInt, Seed, ShareBelow1
 from rlhf_jax.core.trees import tree_add
 from rlhf_jax.core.types import Params, Sequences
 from rlhf_jax.data import packing
@@ -44,7 +45,7 @@ class PruneOptions:
     """
 
     method: Method = "wanda"
-    sparsity: float = 0.5
+    sparsity: ShareBelow1 = 0.5
     pattern: str = ""
     granularity: pruning.Granularity = "output"
 
@@ -87,8 +88,8 @@ class Options:
     model: str
     prune: tyro.conf.OmitArgPrefixes[PruneOptions] = PruneOptions()
     data: str = ""
-    rows: int = 128
-    seed: int = 0
+    rows: PositiveInt = 128
+    seed: Seed = 0
     quiet: bool = False
 
 

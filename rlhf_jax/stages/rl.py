@@ -21,6 +21,7 @@ import tyro
 from rlhf_jax.checkpoint import CheckpointManager
 from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.ranges import Count, PositiveInt, Seed
 from rlhf_jax.core.types import Metrics
 from rlhf_jax.distributed.runtime import compiler_options
 from rlhf_jax.evaluation.statistics import interquartile_mean, mean_interval
@@ -63,16 +64,16 @@ class Options:
 
     algo: str = "ppo"
     env: str = ""
-    seeds: int = 1
-    seed: int = 0
-    steps: int = 0
+    seeds: PositiveInt = 1
+    seed: Seed = 0
+    steps: Count = 0
     set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     out: Path | None = None
     load: Path | None = None
     render: bool = False
     resume: bool = False
-    chunks: int = 20
-    eval_episodes: int = 32
+    chunks: PositiveInt = 20
+    eval_episodes: PositiveInt = 32
     debug: bool = False
     quiet: bool = False
     log: tuple[str, ...] = ("tensorboard",)

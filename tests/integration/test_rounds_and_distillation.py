@@ -185,7 +185,7 @@ def test_mistakes_of_distillation(tmp_path):
 
     with pytest.raises(UserError, match="needs answers of the teacher"):
         refused(loss="sequence", lmbda=0.5)
-    with pytest.raises(UserError, match="is no share"):
+    with pytest.raises(UserError, match="is out of range: give a number from 0 to 1"):
         refused(lmbda=1.5)
     assert refused(loss="sampled_reverse_kl") == 1
     assert refused(loss="js") == 0
