@@ -29,7 +29,7 @@ from rlhf_jax.core.importing import is_import_path
 from rlhf_jax.core.ranges import Count, GreedyTemperature, LearningRate, PositiveInt, Temperature
 from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.data.examples import PromptExample
-from rlhf_jax.data.pipeline import BatchSampler
+from rlhf_jax.data.pipeline import BatchSampler, fingerprint
 from rlhf_jax.feedback.constitution import Principle, constitution_rows, read_constitution
 from rlhf_jax.feedback.judges import load_reward_file
 from rlhf_jax.feedback.revisions import Review, Turn, make_review_fn
@@ -226,6 +226,9 @@ def run(options: Options, given: Given = NOTHING) -> None:
 
     prompts = inputs.load_prompts(options.prompts, model, options.run.seed, given)
     chosen = choose_prompts(options, prompts)
+    asked = [np.asarray(prompt.ids) for prompt in chosen]
+    begun = files.exists(out / "revisions.jsonl")
+    option_checks.check_same_data(out, fingerprint(asked, constitution_rows(principles)), begun=begun)
     before = prompts.answer(model.params)
     found = revise(options, model, principles, chosen)
     rows = rows_of(chosen, found)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.ranges import check_ranges
 from rlhf_jax.metrics import make_loggers
@@ -105,6 +106,27 @@ def check_same_options(options: Any, held: Mapping[str, Any], out: Path) -> None
                 f"{out}: its run has {name} {_shown(theirs[name])}, not {_shown(ours[name])}: "
                 "give --resume the same options, or choose another --out"
             )
+
+
+def check_same_data(out: Path, fingerprint: str, *, begun: bool) -> None:
+    """Notes which data a run is of whose parts are kept as files, one by one.
+
+    Args:
+      fingerprint: as `data.pipeline.fingerprint` gives it.
+      begun: whether some of it is there already.
+
+    Raises:
+      UserError: that was made of other data.
+    """
+    path = out / "data.json"
+    if begun:
+        held = files.read_json(path, keys=("fingerprint",), remedy=f"remove {out}, or choose another --out")
+        if held["fingerprint"] != fingerprint:
+            raise UserError(
+                f"{out}: its items or prompts are not those of --data now: give --resume the same data, or "
+                "choose another --out"
+            )
+    files.write_json(path, {"fingerprint": fingerprint})
 
 
 def _shown(value: Any) -> str:

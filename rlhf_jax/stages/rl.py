@@ -258,26 +258,13 @@ def restored(folder: Path, run: Run, hyper: Any, keys: jax.Array) -> Any:
         return checkpoints.restore(like)[1]
 
 
-def check_counts(options: Any) -> None:
-    """A look at the numbers among the options.
-
-    Raises:
-      UserError: one is out of range.
-    """
-    for name in ("seeds", "chunks", "eval_episodes"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least 1")
-    if options.steps < 0:
-        raise UserError(f"--steps {options.steps} is negative: give a positive number, or 0 for the usual")
-
-
 def check(options: Options) -> Path:
     """The run folder, after a look at the options.
 
     Raises:
       UserError: an option is missing or out of range.
     """
-    check_counts(options)
+    option_checks.check_numbers(options)
     folder = options.load or options.out
     if folder is None:
         raise UserError("--out is missing: name the folder to write to, or --load a run folder")

@@ -227,7 +227,7 @@ def report(summary: dict[str, Any]) -> None:
 
 def run(options: Options) -> None:
     """Collects, trains, or both."""
-    rl.check_counts(options)
+    option_checks.check_numbers(options)
     if options.data is None:
         raise UserError("--data is missing: name the log, or with --collect where it goes")
     if options.out is None and not options.collect:

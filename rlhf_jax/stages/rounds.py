@@ -292,6 +292,8 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     edges.announce(options.run, model, f"{len(prompts):,} prompts, {options.rounds} rounds")
     before = prompts.answer(model.params)
     describe_run(options.run.out, option_checks.to_json(options), stage=options.method)
+    begun = files.exists(options.run.out / "answered_1.json")
+    option_checks.check_same_data(options.run.out, prompts.fingerprint(), begun=begun)
     results = []
     with JSONLLogger(options.run.out, stage=options.method, resume_step=-1) as log:
         for number, found in enumerate(rounds(options, model, prompts, given), start=1):

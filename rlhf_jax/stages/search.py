@@ -25,6 +25,7 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.ranges import Length, LengthOrZero, PositiveInt, Seed, Temperature
 from rlhf_jax.core.types import Rollout
 from rlhf_jax.data.examples import Overlength, PromptExample, prompt_examples
+from rlhf_jax.data.pipeline import fingerprint
 from rlhf_jax.evaluation import pass_at_k
 from rlhf_jax.evaluation.statistics import Interval, stratified_bootstrap_interval
 from rlhf_jax.generation import Sampling
@@ -402,6 +403,8 @@ def run(options: Options) -> None:
         *(load_reward_model(Path(f)) if f else None for f in (options.process_reward, options.outcome_reward))
     )
     problems = load_problems(options, policy)
+    found = fingerprint([np.asarray(p.ids) for p in problems], [p.fields["answer"] for p in problems])
+    option_checks.check_same_data(options.out, found, begun=bool(held))
     describe_run(options.out, option_checks.to_json(options), stage="search")
     results = held or {"config": option_checks.to_json(options), "methods": {}}
     pool = read_pool(pool_path) if "greedy" in results["methods"] else None
