@@ -44,7 +44,7 @@ def _read(fields: Fields, ropes: dict[str, Rope], *, every: int, normed: bool) -
     scale_norm, bias = common.read_norm(fields, offset=True), fields.flag("attention_bias", default=False)
     activation = common.read_activation(fields, "hidden_activation", default="gelu_pytorch_tanh")
     feed_forward = GatedFeedForward(fields.integer("intermediate_size"), activation)
-    window = fields.integer("sliding_window", default=4096)
+    window = common.read_window(fields) or 4096
 
     def block(kind: str) -> Block:
         attention = common.read_attention(
