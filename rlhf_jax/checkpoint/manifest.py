@@ -247,9 +247,10 @@ def find_whole(
 
 
 def is_unfinished(step_folder: Path) -> bool:
-    """Whether the folder is what a save left that is under way or was killed."""
+    """Whether the folder is what a save left that is under way or was killed, even while it was marked."""
     names = {path.name for path in files.list_folder(step_folder)}
-    return not names or (UNFINISHED_NAME in names and MANIFEST_NAME not in names)
+    is_marked = any(name.startswith(UNFINISHED_NAME) for name in names)
+    return not names or (is_marked and MANIFEST_NAME not in names)
 
 
 def _verified(step_folder: Path, scratch: pathlib.Path) -> tuple[pathlib.Path, Manifest]:

@@ -11,7 +11,13 @@ import tyro
 from rlhf_jax import distributed
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.ranges import Length, Positive, Width
-from rlhf_jax.core.train_state import OptimizerConfig, TrainState, check_parameters_can_move, make_optimizer
+from rlhf_jax.core.train_state import (
+    OptimizerConfig,
+    TrainState,
+    check_parameters_can_move,
+    make_optimizer,
+    with_total_steps,
+)
 from rlhf_jax.core.trees import merge, named_leaves, partition
 from rlhf_jax.core.types import Params, PRNGKeyArray
 from rlhf_jax.models import Policy, adapters, pruning, reference_params
@@ -130,15 +136,15 @@ class TrainableSplit:
       frozen: the rest, shared with the model that was given, which must not be used once this is donated;
         None where everything is trained.
       original: what the frozen base lacks of the decoder as it was.
+      tx: the optimizer, with the rank budget of an adapter that has one, and under which zeros may stay.
       adaptation: how the run describes itself; None where everything is trained.
-      preserve_sparsity: whether weights that are zero stay so.
     """
 
     trained: Params
     frozen: Params
     original: Params
-    adaptation: Adaptation | None
-    preserve_sparsity: bool = False
+    tx: optax.GradientTransformation
+    adaptation: Adaptation | None = None
 
     @property
     def base(self) -> Params:
@@ -172,20 +178,15 @@ class TrainableSplit:
         base = adapters.without_adapter(learner.frozen or {})
         return reference_params({"base": base}, self.original if original is None else original)
 
-    def optimizer(self, config: OptimizerConfig) -> optax.GradientTransformation:
-        """The optimizer, with the rank budget of an adapter that has one, and under which zeros may stay."""
-        check_parameters_can_move(self.trained, config)
-        tx = (
-            pruning.preserve_sparsity(make_optimizer(config))
-            if self.preserve_sparsity
-            else make_optimizer(config)
-        )
-        adapter = self.adaptation and self.adaptation.adapter
-        return adapters.with_rank_budget(adapter, tx) if isinstance(adapter, adapters.AdaLoRA) else tx
-
 
 def split_trainable(
-    options: AdapterOptions, model: Policy, *, seed: int, steps: int, brought: bool = False
+    options: AdapterOptions,
+    optimizer: OptimizerConfig,
+    model: Policy,
+    *,
+    seed: int,
+    steps: int,
+    brought: bool = False,
 ) -> TrainableSplit:
     """What is trained of a model, and what is not.
 
@@ -206,10 +207,11 @@ def split_trainable(
             "the policy in --model has a prefix, a prompt or bottlenecks, which cannot be merged into it, "
             "and nothing is trained on top of these: start from the run that it adapts"
         )
+    tx = make_optimizer(with_total_steps(optimizer, steps))
+    tx = pruning.preserve_sparsity(tx) if options.preserve_sparsity else tx
     if adapter is None:
-        return TrainableSplit(
-            starting.copied(model.params), None, model.params, None, options.preserve_sparsity
-        )
+        check_parameters_can_move(model.params, optimizer)
+        return TrainableSplit(starting.copied(model.params), None, model.params, tx)
     if model.source is None and not brought:
         raise UserError(
             f"--adapter.kind {options.kind} needs a model to adapt, and this one is new: give one by --model"
@@ -223,8 +225,10 @@ def split_trainable(
             f"--adapter.train {options.train!r} matches no parameter, so nothing would be trained: the "
             f"names are such as {some}"
         )
+    check_parameters_can_move(trained, optimizer)
     original = trained if isinstance(adapter, adapters.Partial) else {}
-    return TrainableSplit(starting.copied(trained), frozen, original, adaptation, options.preserve_sparsity)
+    tx = adapters.with_rank_budget(adapter, tx) if isinstance(adapter, adapters.AdaLoRA) else tx
+    return TrainableSplit(starting.copied(trained), frozen, original, tx, adaptation)
 
 
 def init_sharded_state(

@@ -38,8 +38,9 @@ from rlhf_jax.metrics import Progress, final_table
 from rlhf_jax.models import Policy
 from rlhf_jax.rewards.functions import RewardFn, call_reward, load_reward
 from rlhf_jax.stages import adapting, defaults, edges, inputs, option_checks, option_groups, sft
-from rlhf_jax.stages.entry import NOTHING, Given, policy_of
+from rlhf_jax.stages.entry import NOTHING, Given
 from rlhf_jax.stages.rounds import check_held, folder_of, prompt_of
+from rlhf_jax.stages.session import Session
 from rlhf_jax.training.run_folder import describe_run, load_policy
 
 
@@ -220,11 +221,12 @@ def run(options: Options, given: Given = NOTHING) -> None:
     out = options.run.out
     principles = read_constitution(options.constitution)
     describe_run(out, option_checks.to_json(options), stage="constitutional")
-    model = policy_of(options.model, given, options.run)
+    session = Session(options, given, "constitutional")
+    model = session.policy
     start = options.model if given.policy is None else folder_of(model)
     write_judge(out, start, principles)
 
-    prompts = inputs.load_prompts(options.prompts, model, options.run.seed, given)
+    prompts = session.load_prompts()
     chosen = choose_prompts(options, prompts)
     asked = [np.asarray(prompt.ids) for prompt in chosen]
     begun = files.exists(out / "revisions.jsonl")

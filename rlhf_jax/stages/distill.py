@@ -30,12 +30,13 @@ from rlhf_jax import distributed, losses
 from rlhf_jax.algorithms import distillation
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.ranges import LearningRate, PositiveInt, Share
-from rlhf_jax.core.train_state import OptimizerConfig, with_total_steps
+from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.core.types import Array, Float, Params, Rollout
 from rlhf_jax.models import Policy
-from rlhf_jax.stages import adapting, defaults, edges, entry, inputs, option_checks, option_groups, starting
-from rlhf_jax.stages.entry import NOTHING, Given, Trained, trained
+from rlhf_jax.stages import adapting, defaults, edges, inputs, option_checks, option_groups, starting
+from rlhf_jax.stages.entry import NOTHING, Given, Trained
 from rlhf_jax.stages.reward_specs import check_same_vocabulary
+from rlhf_jax.stages.session import Session
 from rlhf_jax.training.loading import load
 
 Loss = Literal["forward_kl", "reverse_kl", "js", "sequence", "sampled_reverse_kl", "sequence_reverse_kl"]
@@ -114,30 +115,17 @@ def start_from(options: Options, teacher: Policy, given: Given) -> Policy:
 
 
 def make_sample_completions_fn(
-    options: Options,
-    student: Policy,
-    teacher: Policy,
-    prompts: inputs.Prompts,
-    share: float,
-    given: Given = NOTHING,
+    session: Session, teacher: Policy, prompts: inputs.Prompts, share: float
 ) -> Callable[[Params, int], tuple[Rollout, dict[str, float]]]:
     """`write(student's params, number) -> (answers, metrics)`; who writes is a function of the number."""
-
-    def make(model: Policy):
-        return inputs.make_answer_fn(
-            options.prompts,
-            model,
-            prompts,
-            batch_size=options.batch_size,
-            group_size=1,
-            seed=options.run.seed,
-            given=given,
-        )
-
-    ours, theirs = make(student), make(teacher)
+    seed, size = session.run.seed, session.options.batch_size
+    ours, theirs = (
+        session.make_answer_fn(prompts, writer, batch_size=size, group_size=1)
+        for writer in (session.policy, teacher)
+    )
 
     def write(params: Params, number: int) -> tuple[Rollout, dict[str, float]]:
-        by_student = np.random.default_rng((options.run.seed, number)).random() < share
+        by_student = np.random.default_rng((seed, number)).random() < share
         answers = ours(params, number) if by_student else theirs(teacher.params, number)
         return answers.rollout, {
             "student_writes": float(by_student),
@@ -163,22 +151,21 @@ def make_logp_fn(options: Options, model: Policy) -> distillation.LogpFn:
 def run(options: Options, given: Given = NOTHING) -> Trained:
     """Trains, and leaves a run folder."""
     options = defaults.fill_published(options, "distill")
-    seed, share = options.run.seed, check(options)
+    share = check(options)
     option_checks.check_rewards(inputs.rewards_of(options.prompts, given))
     teacher = given.teacher if given.teacher is not None else load(options.teacher)
     model = start_from(options, teacher, given)
-    prompts = inputs.load_prompts(options.prompts, model, seed, given)
+    session = Session(options, given, "distill", model)
+    prompts = session.load_prompts()
     size = sum(leaf.size for leaf in jax.tree.leaves(teacher.params))
-    options = option_checks.with_steps(options, len(prompts), options.batch_size)
-    edges.announce(options.run, model, f"{len(prompts):,} prompts; a teacher of {size:,} parameters")
-    write = make_sample_completions_fn(options, model, teacher, prompts, share, given)
+    session.decide_steps(len(prompts))
+    session.announce(f"{len(prompts):,} prompts; a teacher of {size:,} parameters")
+    write = make_sample_completions_fn(session, teacher, prompts, share)
 
-    steps, brought = options.run.num_steps, given.policy is not None
-    split = adapting.split_trainable(options.adapter, model, seed=seed, steps=steps, brought=brought)
-    tx = split.optimizer(with_total_steps(options.optimizer, options.run.num_steps))
+    split = session.split_trainable()
     config = distillation.Config(options.micro_batches, (WHOLE | SAMPLED)[options.loss])
     student_fn, teacher_fn = make_logp_fn(options, model), make_logp_fn(options, teacher)
-    update = distillation.make_update(config, student_fn, tx)
+    update = distillation.make_update(config, student_fn, split.tx)
     hyper = distillation.Hyper(jnp.float32(options.learning_rate))
     evaluate = prompts.evaluate
 
@@ -189,10 +176,9 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         length, finished = jnp.mean(jnp.sum(sequences.mask, axis=1)), jnp.mean(rollout.finished)
         return state, {**metrics, "length": length, "finished": finished}
 
-    state = adapting.init_sharded_state(
-        lambda *x: distillation.init(x[0], tx, x[1]), split.trained, split.frozen, jax.random.key(seed)
+    state = session.init_state(
+        lambda *x: distillation.init(x[0], split.tx, x[1]), split.trained, split.frozen
     )
-    adapting.print_trainable_parameters(options.run, state.learner)
     learn = edges.jit_update(learn, state)
     teacher_params, meter = distributed.shard_params(teacher.params), options.run.meter()
 
@@ -208,18 +194,14 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         return {name: value for name, value in numbers.items() if name != "kl"}
 
     before = prompts.answer(model.params)
-    state = entry.train(
-        options,
-        given,
+    state = session.train(
         state,
         step,
-        stage="distill",
-        policy=model,
         meter=meter,
         data_fingerprint=prompts.fingerprint(),
         adaptation=split.adaptation,
         evaluate=evaluate and held_out,
     )
     after = prompts.answer(state.learner.all_params)
-    edges.finish(options.run, inputs.before_and_after("distill", before, after))
-    return trained(options.run, model, state.learner.all_params, state, options.adapter.kind)
+    samples = inputs.before_and_after("distill", before, after)
+    return session.finish(state.learner.all_params, state, samples)

@@ -27,7 +27,7 @@ from rlhf_jax.algorithms.unpaired import UNPAIRED_LOSSES
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.protocols import LogprobFn
 from rlhf_jax.core.ranges import Finite, LearningRate, Positive, PositiveInt, Share, Weight
-from rlhf_jax.core.train_state import OptimizerConfig, with_total_steps
+from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.core.types import Metrics, Params, Sequences
 from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.evaluation.classification import roc_auc
@@ -37,13 +37,13 @@ from rlhf_jax.stages import (
     adapting,
     defaults,
     edges,
-    entry,
     inputs,
     loss_options,
     option_checks,
     option_groups,
 )
-from rlhf_jax.stages.entry import NOTHING, Given, Trained, policy_of, trained
+from rlhf_jax.stages.entry import NOTHING, Given, Trained
+from rlhf_jax.stages.session import Session
 from rlhf_jax.training import Meter
 
 Sides = tuple[Sequences, Sequences]
@@ -309,23 +309,21 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     options = defaults.fill_published(options, options.loss, otherwise="dpo")
     options, loss_fn, numbers = resolve_loss(options, given)
     check(options, loss_fn)
-    seed, model = options.run.seed, policy_of(options.model, given, options.run)
+    session = Session(options, given, "dpo")
+    model = session.policy
     load = inputs.load_labeled if loss_fn is None else inputs.load_pairs
-    train, held_out = load(options.pairs, model.tokenizer, seed, given)
+    train, held_out = load(options.pairs, model.tokenizer, options.run.seed, given)
     what = "responses" if loss_fn is None else "pairs"
-    options = option_checks.with_steps(options, len(train), options.batch_size)
-    edges.announce(options.run, model, f"{len(train):,} {what}, {len(held_out):,} held out")
+    session.decide_steps(len(train))
+    session.announce(f"{len(train):,} {what}, {len(held_out):,} held out")
 
-    steps, brought = options.run.num_steps, given.policy is not None
-    split = adapting.split_trainable(options.adapter, model, seed=seed, steps=steps, brought=brought)
+    split = session.split_trainable()
     logprob_fn = model.make_logprob_fn()
-    tx = split.optimizer(with_total_steps(options.optimizer, options.run.num_steps))
     if loss_fn is None:
-        objective = unpaired_objective(options, options.loss, logprob_fn, tx)
+        objective = unpaired_objective(options, options.loss, logprob_fn, split.tx)
     else:
-        objective = pair_objective(options, loss_fn, numbers, model, tx)
-    state = adapting.init_sharded_state(objective.init, split.trained, split.frozen, jax.random.key(seed))
-    adapting.print_trainable_parameters(options.run, state.learner)
+        objective = pair_objective(options, loss_fn, numbers, model, split.tx)
+    state = session.init_state(objective.init, split.trained, split.frozen)
     # Both sides, and the reference's pass over them where it is made at every step.
     sizes = {"rows": 2 * options.batch_size, "length": train.length}
     passes = model.forward_flops(**sizes) if options.reference == "each_step" else 0.0
@@ -333,17 +331,12 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     step = make_step_fn(options, objective, logprob_fn, split, state, train, meter)
     evaluate = make_evaluate_fn(options, logprob_fn, split.reference(state.learner), held_out)
 
-    state = entry.train(
-        options,
-        given,
+    state = session.train(
         state,
         step,
-        stage="dpo",
-        policy=model,
         meter=meter,
         data_fingerprint=train.fingerprint(),
         adaptation=split.adaptation,
         evaluate=evaluate,
     )
-    edges.finish(options.run)
-    return trained(options.run, model, state.learner.all_params, state, options.adapter.kind)
+    return session.finish(state.learner.all_params, state)

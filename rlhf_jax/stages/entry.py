@@ -10,12 +10,9 @@ from typing import Any, TypeVar, cast, get_origin, get_type_hints
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.files import as_path
-from rlhf_jax.core.types import Params
-from rlhf_jax.metrics import Thresholds, read_metrics
+from rlhf_jax.metrics import read_metrics
 from rlhf_jax.models import Policy, ScalarModel
-from rlhf_jax.stages import edges, option_checks, option_groups
-from rlhf_jax.training import Meter, run_loop
-from rlhf_jax.training.run_folder import Adaptation, Kind
+from rlhf_jax.stages import option_checks
 
 Options = TypeVar("Options")
 Rows = Any
@@ -82,82 +79,6 @@ class Trained:
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of the run's log, one a step."""
         return read_metrics(self.folder)
-
-
-def policy_of(name: str, given: Given, run: option_groups.RunOptions) -> Policy:
-    """The policy to start from."""
-    return given.policy if given.policy is not None else run.load(name)
-
-
-def train(
-    options: Any,
-    given: Given,
-    state: Any,
-    step: Callable[..., Any],
-    *,
-    stage: str,
-    policy: Policy,
-    meter: Meter,
-    data_fingerprint: str,
-    kind: Kind = "policy",
-    adaptation: Adaptation | None = None,
-    evaluate: Callable[[Any, int], Mapping[str, Any]] | None = None,
-    thresholds: Thresholds = Thresholds(),
-) -> Any:
-    """The training loop of a stage, in its run folder; returns the last state.
-
-    Args:
-      options: of the stage, with a `run`.
-      evaluate: the stage's own evaluation, (state, step) -> numbers.
-    """
-    run = options.run
-    edges.start(options, run, stage, policy, kind, adaptation)
-    return run_loop(
-        state,
-        step,
-        run.loop(thresholds),
-        stage=stage,
-        folder=run.out,
-        resume=run.resume,
-        run_config=option_checks.to_json(options),
-        loggers=[*edges.loggers(options, stage), *given.loggers],
-        data_fingerprint=data_fingerprint,
-        eval_fn=_both(evaluate, given.eval_fn),
-        on_step=given.on_step,
-        meter=meter,
-    )
-
-
-def _both(*functions: Callable[[Any, int], Mapping[str, Any]] | None) -> Callable[..., Any] | None:
-    present = [function for function in functions if function is not None]
-    if not present:
-        return None
-    return lambda state, step: {k: v for function in present for k, v in function(state, step).items()}
-
-
-def trained(
-    run: option_groups.RunOptions, policy: Policy, params: Params, state: Any, adapter: str
-) -> Trained:
-    """What a stage that trains a policy leaves.
-
-    Args:
-      params: of the whole policy, as it ended.
-      adapter: the kind of adapter that was trained.
-    """
-    after = dataclasses.replace(policy.with_params(params), rank_stabilized=adapter == "rslora")
-    return Trained(Path(run.out), after, state)
-
-
-def trained_reward_model(
-    run: option_groups.RunOptions, policy: Policy, params: Params, state: Any
-) -> Trained:
-    """What a stage that trains a decoder with a scalar head leaves.
-
-    Args:
-      params: `{"decoder", "head"}`.
-    """
-    body = policy.with_params(params["decoder"])
-    return Trained(Path(run.out), body, state, ScalarModel(body, params["head"]))
 
 
 # Options from keywords -----------------------------------------------------------------------------

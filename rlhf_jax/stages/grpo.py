@@ -28,7 +28,7 @@ from rlhf_jax.algorithms.group_advantages import SCALES
 from rlhf_jax.algorithms.grpo_variants import GRPOVariant, grpo_variants, make_variant
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.ranges import Count, LearningRate, PositiveInt, PositiveOrInf, Temperature, Weight
-from rlhf_jax.core.train_state import OptimizerConfig, with_total_steps
+from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.core.types import Params
 from rlhf_jax.generation import Sampling
 from rlhf_jax.kernels import kl
@@ -40,9 +40,10 @@ from rlhf_jax.rewards.rules import soft_overlong_reward
 from rlhf_jax.rollout.dynamic_sampling import Answers, filter_zero_std_groups, term_means
 from rlhf_jax.rollout.sampler import single_turn
 from rlhf_jax.rollout.step import make_grpo_train_step
-from rlhf_jax.stages import adapting, defaults, edges, entry, inputs, option_checks, option_groups
-from rlhf_jax.stages.entry import NOTHING, Given, Trained, policy_of, trained
+from rlhf_jax.stages import adapting, defaults, edges, inputs, option_checks, option_groups
+from rlhf_jax.stages.entry import NOTHING, Given, Trained
 from rlhf_jax.stages.reward_specs import make_reward_fn
+from rlhf_jax.stages.session import Session
 from rlhf_jax.training import Meter
 
 CORRECTIONS = {
@@ -138,6 +139,16 @@ class GroupOptions:
     reduction: Literal["token_mean", "sequence_mean", "sequence_sum"] | None = None
     entropy_coef: Weight = 0.0
 
+    @property
+    def max_completion_length(self) -> int:
+        """Tokens of the longest answer."""
+        return self.prompts.max_new_tokens
+
+    @property
+    def sampler(self) -> dict[str, Any]:
+        """What `inputs.make_answer_fn` is told about who writes the answers."""
+        return {}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(GroupOptions):
@@ -152,6 +163,11 @@ class Options(GroupOptions):
 
     engine: str = "local"
     max_num_seqs: Count = 0
+
+    @property
+    def sampler(self) -> dict[str, Any]:
+        """What `inputs.make_answer_fn` is told about who writes the answers."""
+        return {"engine": self.engine, "max_num_seqs": self.max_num_seqs}
 
 
 def check(options: GroupOptions, stage: str) -> None:
@@ -199,16 +215,12 @@ def parts_of(options: GroupOptions) -> dict[str, Any]:
     return {**named, "kl_ratio_correction": options.kl_ratio_correction or None}
 
 
-def variant_of(options: GroupOptions, max_completion_length: int = 0) -> GRPOVariant:
-    """The variant with what the options change in it.
-
-    Args:
-      max_completion_length: tokens of the longest answer; 0 for `--max-new-tokens`.
-    """
+def variant_of(options: GroupOptions) -> GRPOVariant:
+    """The variant with what the options change in it."""
     make = functools.partial(
         make_variant,
         options.algorithm,
-        max_completion_length=max_completion_length or options.prompts.max_new_tokens,
+        max_completion_length=options.max_completion_length,
         group_size=options.group_size,
         num_iterations=options.num_iterations,
         num_minibatches=options.num_minibatches,
@@ -236,35 +248,21 @@ def update_flops(options: GroupOptions, model: Policy, length: int) -> float:
 
 
 def make_draw_fn(
-    options: GroupOptions,
-    variant: GRPOVariant,
-    model: Policy,
-    prompts: inputs.Prompts,
-    meter: Meter,
-    given: Given = NOTHING,
-    **sampler: Any,
+    session: Session, variant: GRPOVariant, prompts: inputs.Prompts, meter: Meter
 ) -> Callable[[Params, int], tuple[Answers, dict[str, float]]]:
-    """`draw(params, number) -> (answers, metrics)` of a step, a function of its number and of the sampler.
-
-    Args:
-      sampler: what else `inputs.make_answer_fn` takes.
-    """
-    answer = inputs.make_answer_fn(
-        options.prompts,
-        model,
+    """`draw(params, number) -> (answers, metrics)` of a step, a function of its number and of the sampler."""
+    options: GroupOptions = session.options
+    answer = session.make_answer_fn(
         prompts,
         batch_size=options.batch_size,
         group_size=options.group_size,
-        folder=options.run.out,
         temperature=options.temperature,
-        seed=options.run.seed,
         meter=meter,
-        given=given,
-        **sampler,
+        **options.sampler,
     )
     describe_fn = prompts.rollout_fns.describe_fn if prompts.rollout_fns else lambda _: {}
     rounds, coef = variant.dynamic_sampling_max_rounds, variant.overlong_penalty_coef
-    penalty_fn = make_reward_fn([(soft_overlong_reward, coef)], model.tokenizer)
+    penalty_fn = make_reward_fn([(soft_overlong_reward, coef)], session.policy.tokenizer)
 
     def draw(params: Params, number: int) -> tuple[Answers, dict[str, float]]:
         metrics: dict[str, float] = {}
@@ -288,13 +286,12 @@ def make_draw_fn(
     return draw
 
 
-def make_greedy_fn(
-    options: GroupOptions, model: Policy, prompts: inputs.Prompts, given: Given = NOTHING
-) -> Callable[[Params, Answers], Scored]:
+def make_greedy_fn(session: Session, prompts: inputs.Prompts) -> Callable[[Params, Answers], Scored]:
     """`greedy(params, answers)`: rewards [N] of the most likely answers to the same prompts, for ReMax."""
-    fns = prompts.rollout_fns or single_turn(model, max_new_tokens=options.prompts.max_new_tokens)
+    options: GroupOptions = session.options
+    fns = prompts.rollout_fns or single_turn(session.policy, max_new_tokens=options.prompts.max_new_tokens)
     generate = fns.make_generate_fn(prompts.length, Sampling(temperature=0.0))
-    reward_fn = make_reward_fn(inputs.rewards_of(options.prompts, given), model.tokenizer, fns)
+    reward_fn = make_reward_fn(session.rewards, session.policy.tokenizer, fns)
 
     def greedy(params: Params, answers: Answers) -> Scored:
         chosen = answers.prompts[:: options.group_size]
@@ -308,51 +305,33 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     options = defaults.fill_published(options, "grpo")
     check(options, "grpo")
     option_checks.check_rewards(inputs.rewards_of(options.prompts, given))
-    model = policy_of(options.model, given, options.run)
-    prompts = inputs.load_prompts(options.prompts, model, options.run.seed, given)
-    options = option_checks.with_steps(options, len(prompts), options.batch_size)
-    edges.announce(options.run, model, f"{len(prompts):,} prompts")
-    sampler = {"engine": options.engine, "max_num_seqs": options.max_num_seqs}
-    return train(options, given, model, prompts, stage="grpo", **sampler)
+    session = Session(options, given, "grpo")
+    prompts = session.load_prompts()
+    session.decide_steps(len(prompts))
+    session.announce(f"{len(prompts):,} prompts")
+    return train(session, prompts)
 
 
-def train(
-    options: GroupOptions,
-    given: Given,
-    model: Policy,
-    prompts: inputs.Prompts,
-    *,
-    stage: str,
-    max_completion_length: int = 0,
-    **sampler: Any,
-) -> Trained:
+def train(session: Session, prompts: inputs.Prompts) -> Trained:
     """Training on groups of answers, from prompts to the finished run folder.
 
     Args:
-      stage: its name in the run folder.
-      max_completion_length: tokens of the longest answer; 0 for `--max-new-tokens`.
-      sampler: what else `inputs.make_answer_fn` takes.
+      session: whose options are `GroupOptions`.
     """
-    seed = options.run.seed
-    longest = max_completion_length or options.prompts.max_new_tokens
-    variant = variant_of(options, longest)
-    meter = options.run.meter(update_flops(options, model, prompts.length + longest))
-    draw = make_draw_fn(options, variant, model, prompts, meter, given, **sampler)
-    greedy = make_greedy_fn(options, model, prompts, given)
+    options, model = session.options, session.policy
+    variant = variant_of(options)
+    meter = options.run.meter(update_flops(options, model, prompts.length + options.max_completion_length))
+    draw = make_draw_fn(session, variant, prompts, meter)
+    greedy = make_greedy_fn(session, prompts)
     logprob_fn = model.make_logprob_fn(temperature=options.temperature)
-    steps = options.run.num_steps * options.num_iterations * options.num_minibatches
-    brought = given.policy is not None
-    split = adapting.split_trainable(options.adapter, model, seed=seed, steps=steps, brought=brought)
-    tx = split.optimizer(with_total_steps(options.optimizer, steps))
+    split = session.split_trainable(options.num_iterations * options.num_minibatches)
     evaluate = prompts.evaluate
-    train_step = make_grpo_train_step(variant.config, logprob_fn, tx, split.reference)
-    state = adapting.init_sharded_state(
-        lambda *x: grpo.init(x[0], tx, x[1], one_step_off_policy=options.one_step_off_policy),
+    train_step = make_grpo_train_step(variant.config, logprob_fn, split.tx, split.reference)
+    state = session.init_state(
+        lambda *x: grpo.init(x[0], split.tx, x[1], one_step_off_policy=options.one_step_off_policy),
         split.trained,
         split.frozen,
-        jax.random.key(seed),
     )
-    adapting.print_trainable_parameters(options.run, state.learner)
     learn = edges.jit_update(lambda state, *data: train_step(state, variant.hyper, *data), state)
 
     def step(state: grpo.State, number: int):
@@ -370,13 +349,9 @@ def train(
     # One step off policy, sampler and trainer differ by design.
     thresholds = Thresholds(sampling_logp_diff=math.inf) if options.one_step_off_policy else Thresholds()
     before = prompts.answer(model.params)
-    state = entry.train(
-        options,
-        given,
+    state = session.train(
         state,
         step,
-        stage=stage,
-        policy=model,
         meter=meter,
         data_fingerprint=prompts.fingerprint(),
         adaptation=split.adaptation,
@@ -385,5 +360,5 @@ def train(
         thresholds=thresholds,
     )
     after = prompts.answer(state.learner.all_params)
-    edges.finish(options.run, inputs.before_and_after(str(options.algorithm), before, after))
-    return trained(options.run, model, state.learner.all_params, state, options.adapter.kind)
+    samples = inputs.before_and_after(str(options.algorithm), before, after)
+    return session.finish(state.learner.all_params, state, samples)

@@ -23,7 +23,7 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.masks import masked_sum
 from rlhf_jax.core.protocols import LogprobFn
 from rlhf_jax.core.ranges import LearningRate, Positive, PositiveInt, Share, Temperature
-from rlhf_jax.core.train_state import OptimizerConfig, with_total_steps
+from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.core.types import Array, Bool, Float, Metrics, Params, Rollout
 from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.feedback.pairwise import CompareFn, compare_by_judge, compare_by_rewards
@@ -36,14 +36,14 @@ from rlhf_jax.stages import (
     adapting,
     defaults,
     edges,
-    entry,
     inputs,
     loss_options,
     option_checks,
     option_groups,
 )
-from rlhf_jax.stages.entry import NOTHING, Given, Trained, policy_of, trained
+from rlhf_jax.stages.entry import NOTHING, Given, Trained
 from rlhf_jax.stages.reward_specs import make_reward_fn
+from rlhf_jax.stages.session import Session
 
 LossName = Annotated[
     str,
@@ -239,20 +239,18 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         options = dataclasses.replace(options, loss_params=params)
     if not options.judge:
         option_checks.check_rewards(inputs.rewards_of(options.prompts, given), " or --judge")
-    model = policy_of(options.model, given, options.run)
-    prompts = inputs.load_prompts(options.prompts, model, seed, given)
+    session = Session(options, given, "online_dpo")
+    model, prompts = session.policy, session.load_prompts()
     sampler = BatchSampler(len(prompts), options.batch_size, seed)
     compare = make_compare_fn(options, model, given)
-    options = option_checks.with_steps(options, len(prompts), options.batch_size)
-    edges.announce(options.run, model, f"{len(prompts):,} prompts")
+    session.decide_steps(len(prompts))
+    session.announce(f"{len(prompts):,} prompts")
 
-    steps, brought = options.run.num_steps, given.policy is not None
-    split = adapting.split_trainable(options.adapter, model, seed=seed, steps=steps, brought=brought)
+    split = session.split_trainable()
     logprob_fn = model.make_logprob_fn(temperature=options.temperature)
-    tx = split.optimizer(with_total_steps(options.optimizer, options.run.num_steps))
-    init, learn_from = (nash_update if options.method == "nash_md" else pair_update)(options, logprob_fn, tx)
-    state = adapting.init_sharded_state(init, split.trained, split.frozen, jax.random.key(seed))
-    adapting.print_trainable_parameters(options.run, state.learner)
+    make_update = nash_update if options.method == "nash_md" else pair_update
+    init, learn_from = make_update(options, logprob_fn, split.tx)
+    state = session.init_state(init, split.trained, split.frozen)
     write = make_sample_completions_fn(options, model, prompts, lambda state: split.reference(state.learner))
     evaluate, rollout_key = prompts.evaluate, jax.random.key(seed + 1)
 
@@ -276,13 +274,9 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         return state, {**metrics, **compared.metrics, "win_rate": won}
 
     before = prompts.answer(model.params)
-    state = entry.train(
-        options,
-        given,
+    state = session.train(
         state,
         step,
-        stage="online_dpo",
-        policy=model,
         meter=meter,
         data_fingerprint=prompts.fingerprint(),
         adaptation=split.adaptation,
@@ -290,5 +284,5 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         and (lambda state, _: evaluate(state.learner.all_params, split.reference(state.learner)).metrics()),
     )
     after = prompts.answer(state.learner.all_params)
-    edges.finish(options.run, inputs.before_and_after(options.method, before, after))
-    return trained(options.run, model, state.learner.all_params, state, options.adapter.kind)
+    samples = inputs.before_and_after(options.method, before, after)
+    return session.finish(state.learner.all_params, state, samples)

@@ -36,7 +36,7 @@ from rlhf_jax.core.ranges import (
     Temperature,
     Weight,
 )
-from rlhf_jax.core.train_state import OptimizerConfig, TrainState, with_total_steps
+from rlhf_jax.core.train_state import OptimizerConfig, TrainState
 from rlhf_jax.core.trees import merge, partition
 from rlhf_jax.core.types import Params
 from rlhf_jax.data.pipeline import BatchSampler
@@ -50,9 +50,10 @@ from rlhf_jax.rollout.engines import failed_rows
 from rlhf_jax.rollout.rewards import RolloutReward
 from rlhf_jax.rollout.sampler import Evaluation
 from rlhf_jax.rollout.step import make_ppo_train_step
-from rlhf_jax.stages import adapting, defaults, edges, entry, inputs, option_checks, option_groups, starting
-from rlhf_jax.stages.entry import NOTHING, Given, Trained, policy_of, trained
+from rlhf_jax.stages import adapting, defaults, edges, inputs, option_checks, option_groups, starting
+from rlhf_jax.stages.entry import NOTHING, Given, Trained
 from rlhf_jax.stages.reward_specs import make_ensemble_fn, make_reward_fn
+from rlhf_jax.stages.session import Session
 from rlhf_jax.training.run_folder import load_reward_model, load_unmerged_reward_model
 
 
@@ -261,16 +262,15 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     if not options.reward_model:
         option_checks.check_rewards(inputs.rewards_of(options.prompts, given), " or --reward-model")
     seed, config = options.run.seed, make_config(options)
-    model = policy_of(options.model, given, options.run)
+    session = Session(options, given, "ppo")
+    model = session.policy
     looked_at = options.prompts.eval_reward or next(iter(options.reward_model), "")
     evaluated = dataclasses.replace(options.prompts, eval_reward=looked_at)
     prompts = inputs.load_prompts(evaluated, model, seed, given)
     sampler = BatchSampler(len(prompts), options.batch_size, seed)
-    options = option_checks.with_steps(options, len(prompts), options.batch_size)
-    edges.announce(options.run, model, f"{len(prompts):,} prompts")
-    steps = options.run.num_steps * options.num_ppo_epochs * options.num_minibatches
-    brought = given.policy is not None
-    split = adapting.split_trainable(options.adapter, model, seed=seed, steps=steps, brought=brought)
+    session.decide_steps(len(prompts))
+    session.announce(f"{len(prompts):,} prompts")
+    split = session.split_trainable(options.num_ppo_epochs * options.num_minibatches)
     reward = reward_on_base(options, model, split)
     value_key, state_key = jax.random.split(jax.random.key(seed))
     params, frozen = initial_params(options, model, split, reward, value_key)
@@ -288,15 +288,13 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     )
     logprob_fn = make_logprob_fn(temperature=options.temperature)
     ref_logprob_fn = model.make_logprob_fn(temperature=options.temperature)
-    tx = split.optimizer(with_total_steps(options.optimizer, steps))
     hyper, evaluate = make_hyper(options), prompts.evaluate
 
     def reference(learner: TrainState, original: Params) -> Params:
         return models.reference_params(learner.all_params, original)
 
-    train_step = make_ppo_train_step(config, logprob_fn, ref_logprob_fn, tx, reference)
-    state = adapting.init_sharded_state(lambda *x: ppo.init(x[0], tx, x[1], hyper), params, frozen, state_key)
-    adapting.print_trainable_parameters(options.run, state.learner)
+    train_step = make_ppo_train_step(config, logprob_fn, ref_logprob_fn, split.tx, reference)
+    state = session.init_state(lambda *x: ppo.init(x[0], split.tx, x[1], hyper), params, frozen, state_key)
     learn = edges.jit_update(lambda state, *data: train_step(state, hyper, *data), state)
     rollout_key = jax.random.key(seed + 1)
     meter = options.run.meter(update_flops(options, model, prompts.length))
@@ -330,20 +328,15 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         ).metrics()
 
     before = prompts.answer(model.params)
-    state = entry.train(
-        options,
-        given,
+    state = session.train(
         state,
         step,
-        stage="ppo",
-        policy=model,
         meter=meter,
         data_fingerprint=prompts.fingerprint(),
         kind="actor_critic",
         adaptation=split.adaptation,
         evaluate=evaluate and (lambda state, _: measured(state, evaluate)),
     )
-    after = prompts.answer(models.merge_with_base(state.learner.all_params, "policy"))
-    edges.finish(options.run, inputs.before_and_after("ppo", before, after))
     policy = models.merge_with_base(state.learner.all_params, "policy")
-    return trained(options.run, model, policy, state, options.adapter.kind)
+    samples = inputs.before_and_after("ppo", before, prompts.answer(policy))
+    return session.finish(policy, state, samples)

@@ -52,9 +52,10 @@ from rlhf_jax.evaluation.classification import brier_score, reliability, roc_auc
 from rlhf_jax.feedback.step_labels import label_by_rollouts
 from rlhf_jax.models import Policy
 from rlhf_jax.rewards.functions import call_reward, load_reward
-from rlhf_jax.stages import defaults, edges, embedded, entry, inputs, option_checks, option_groups, starting
-from rlhf_jax.stages.entry import NOTHING, Given, Trained, trained_reward_model
+from rlhf_jax.stages import defaults, edges, embedded, inputs, option_checks, option_groups, starting
+from rlhf_jax.stages.entry import NOTHING, Given, Trained
 from rlhf_jax.stages.reward_specs import make_reward_fn
+from rlhf_jax.stages.session import Session
 
 HELD_OUT_PART = 8
 LABELLED, MAKERS = "labelled.jsonl", "labelled.json"
@@ -323,11 +324,12 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         rows = label(options, model, rows)
     train, held_out = load(options, model.tokenizer, list(rows))
     sampler = BatchSampler(len(train), options.batch_size, seed)
-    options = option_checks.with_steps(options, len(train), options.batch_size)
-    edges.announce(options.run, model, f"{len(train):,} solutions, {len(held_out):,} held out")
+    session = Session(options, given, "process_reward", model)
+    session.decide_steps(len(train))
+    session.announce(f"{len(train):,} solutions, {len(held_out):,} held out")
 
     step_reward_fn = model.make_process_reward_fn()
-    tx = make_optimizer(with_total_steps(options.optimizer, options.run.num_steps))
+    tx = make_optimizer(with_total_steps(options.optimizer, session.run.num_steps))
     init_key, state_key = jax.random.split(jax.random.key(seed))
 
     def init(params: Params, init_key: PRNGKeyArray, state_key: PRNGKeyArray) -> process_reward.State:
@@ -344,17 +346,12 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         batch = meter.timed("data", train.batch, edges.local_indices(sampler, number))
         return meter.timed("update", update, state, hyper, batch)
 
-    state = entry.train(
-        options,
-        given,
+    state = session.train(
         state,
         step,
-        stage="process_reward",
-        policy=model,
         meter=meter,
         data_fingerprint=train.fingerprint(),
         kind="reward_model",
         evaluate=make_eval_fn(options, step_reward_fn, held_out),
     )
-    edges.finish(options.run)
-    return trained_reward_model(options.run, model, state.learner.all_params, state)
+    return session.finish_reward_model(state)

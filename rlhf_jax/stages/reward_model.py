@@ -25,13 +25,14 @@ from rlhf_jax import distributed
 from rlhf_jax.algorithms import reward
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.ranges import Finite, LearningRate, PositiveInt, Weight
-from rlhf_jax.core.train_state import OptimizerConfig, with_total_steps
+from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.evaluation.classification import reliability
 from rlhf_jax.evaluation.rankings import pair_leads, top1_accuracy
-from rlhf_jax.stages import adapting, defaults, edges, entry, inputs, option_checks, option_groups, starting
-from rlhf_jax.stages.entry import NOTHING, Given, Trained, trained_reward_model
+from rlhf_jax.stages import adapting, defaults, edges, inputs, option_checks, option_groups, starting
+from rlhf_jax.stages.entry import NOTHING, Given, Trained
 from rlhf_jax.stages.rankings import Rankings, load_rankings
+from rlhf_jax.stages.session import Session
 
 LossName = Annotated[
     str,
@@ -126,23 +127,21 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     if train.margins is None and options.margin_scale != 1:
         raise UserError("--margin-scale: no row has a `margin` to scale: leave it out")
     sampler = BatchSampler(len(train), options.batch_size, seed)
-    options = option_checks.with_steps(options, len(train), options.batch_size)
+    session = Session(options, given, "reward_model", model)
+    session.decide_steps(len(train))
     what = "pairs" if train.width == 2 else f"rankings of up to {train.width} answers"
-    edges.announce(options.run, model, f"{len(train):,} {what}, {len(held_out):,} held out")
+    session.announce(f"{len(train):,} {what}, {len(held_out):,} held out")
 
-    steps, brought = options.run.num_steps, given.policy is not None
-    split = adapting.split_trainable(options.adapter, model, seed=seed, steps=steps, brought=brought)
+    split = session.split_trainable()
     reward_fn = model.make_reward_fn()
-    tx = split.optimizer(with_total_steps(options.optimizer, options.run.num_steps))
-    state = adapting.init_sharded_state(
-        lambda params, *keys: reward.init(model.init_scalar_model(keys[0], params), tx, keys[1]),
+    state = session.init_state(
+        lambda params, *keys: reward.init(model.init_scalar_model(keys[0], params), split.tx, keys[1]),
         split.trained,
         None if split.frozen is None else {"decoder": split.frozen},
         *jax.random.split(jax.random.key(seed)),
     )
-    adapting.print_trainable_parameters(options.run, state.learner)
     config = reward.Config(options.micro_batches, loss_fn)
-    update = edges.jit_update(reward.make_update(config, reward_fn, tx), state)
+    update = edges.jit_update(reward.make_update(config, reward_fn, split.tx), state)
     numbers = (
         options.learning_rate,
         options.margin,
@@ -160,18 +159,13 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     def step(state: reward.State, number: int):
         return meter.timed("update", update, state, hyper, meter.timed("data", batch, number))
 
-    state = entry.train(
-        options,
-        given,
+    state = session.train(
         state,
         step,
-        stage="reward_model",
-        policy=model,
         meter=meter,
         data_fingerprint=train.fingerprint(),
         kind="reward_model",
         adaptation=split.adaptation,
         evaluate=make_evaluate_fn(reward_fn, held_out, options.batch_size) if len(held_out) else None,
     )
-    edges.finish(options.run)
-    return trained_reward_model(options.run, model, state.learner.all_params, state)
+    return session.finish_reward_model(state)

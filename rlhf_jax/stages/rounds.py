@@ -38,8 +38,9 @@ from rlhf_jax.metrics import JSONLLogger, final_table
 from rlhf_jax.models import Policy
 from rlhf_jax.rollout.dynamic_sampling import Answers, concatenate, term_means
 from rlhf_jax.stages import defaults, dpo, edges, inputs, option_checks, option_groups, sft
-from rlhf_jax.stages.entry import NOTHING, Given, Trained, policy_of
+from rlhf_jax.stages.entry import NOTHING, Given, Trained
 from rlhf_jax.stages.reward_specs import check_same_vocabulary
+from rlhf_jax.stages.session import Session
 from rlhf_jax.training.loading import load
 from rlhf_jax.training.run_folder import describe_run, load_policy
 
@@ -190,21 +191,18 @@ def folder_of(policy: Policy) -> str:
 
 
 def make_round_fn(
-    options: Options, model: Policy, prompts: inputs.Prompts, given: Given = NOTHING
+    session: Session, generator: Policy, prompts: inputs.Prompts
 ) -> Callable[[Params, int], Answers]:
     """`answer(params, round) -> Answers` to the prompts of a round, counted from 0."""
+    options: Options = session.options
     draws = options.prompts_per_round // options.batch_size
-    answer = inputs.make_answer_fn(
-        options.prompts,
-        model,
+    answer = session.make_answer_fn(
         prompts,
+        generator,
         batch_size=options.batch_size,
         group_size=options.samples_per_prompt,
         engine=options.engine,
-        folder=options.run.out,
         temperature=options.temperature,
-        seed=options.run.seed,
-        given=given,
     )
 
     def answer_all(params: Params, number: int) -> Answers:
@@ -229,14 +227,13 @@ def train(options: Options, data: Path, folder: Path, start: Path) -> None:
         sft.run(sft.Options(run=run, model=str(start), data=str(data), batch_size=batch, **shared))
 
 
-def rounds(
-    options: Options, model: Policy, prompts: inputs.Prompts, given: Given = NOTHING
-) -> Iterator[dict[str, float]]:
+def rounds(session: Session, prompts: inputs.Prompts) -> Iterator[dict[str, float]]:
     """What each round was like, and how good the policy is that it leaves; past ones are looked up."""
+    options, model = session.options, session.policy
     out, generator = options.run.out, load(options.generator) if options.generator else None
     if generator is not None:
         check_same_vocabulary(generator.tokenizer, model.tokenizer, Path(options.generator), "generator")
-    answer = make_round_fn(options, generator or model, prompts, given)
+    answer = make_round_fn(session, generator or model, prompts)
     for number in range(options.rounds):
         folder, data = out / f"round_{number + 1}", out / f"rows_{number + 1}.jsonl"
         result = out / f"result_{number + 1}.json"
@@ -286,17 +283,17 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     options = dataclasses.replace(options, model=folder_of(given.policy) if given.policy else options.model)
     options = defaults.fill_published(options, "dpo" if options.method == "dpo" else "sft")
     check(options)
-    model = policy_of(options.model, given, options.run)
-    prompts = inputs.load_prompts(options.prompts, model, options.run.seed, given)
+    session = Session(options, given, options.method)
+    model, prompts = session.policy, session.load_prompts()
     BatchSampler(len(prompts), options.prompts_per_round, options.run.seed)  # refuses more than there are
-    edges.announce(options.run, model, f"{len(prompts):,} prompts, {options.rounds} rounds")
+    session.announce(f"{len(prompts):,} prompts, {options.rounds} rounds")
     before = prompts.answer(model.params)
     describe_run(options.run.out, option_checks.to_json(options), stage=options.method)
     begun = files.exists(options.run.out / "answered_1.json")
     option_checks.check_same_data(options.run.out, prompts.fingerprint(), begun=begun)
     results = []
     with JSONLLogger(options.run.out, stage=options.method, resume_step=-1) as log:
-        for number, found in enumerate(rounds(options, model, prompts, given), start=1):
+        for number, found in enumerate(rounds(session, prompts), start=1):
             log.log(found, number)
             results.append(
                 [number, *(found.get(name) for name in ("reward", "kept", "eval/score", "eval/kl"))]

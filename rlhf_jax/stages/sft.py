@@ -24,7 +24,7 @@ from rlhf_jax.algorithms import sft
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.protocols import LogprobFn
 from rlhf_jax.core.ranges import Count, LearningRate, LengthOrZero, Positive, PositiveInt, Share
-from rlhf_jax.core.train_state import OptimizerConfig, with_total_steps
+from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.core.types import Params, Sequences
 from rlhf_jax.data import packing
 from rlhf_jax.data.examples import Overlength, SupervisedExample, supervised_examples
@@ -40,13 +40,13 @@ from rlhf_jax.stages import (
     defaults,
     edges,
     embedded,
-    entry,
     inputs,
     option_checks,
     option_groups,
     starting,
 )
-from rlhf_jax.stages.entry import NOTHING, Given, Trained, trained
+from rlhf_jax.stages.entry import NOTHING, Given, Trained
+from rlhf_jax.stages.session import Session
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -217,27 +217,19 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     # Each source is packed by itself, so that a row has one source.
     parts_of_rows = [lay_out(options, some, length) for some in by_source]
     rows = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts_of_rows)
-    options = option_checks.with_steps(options, len(rows.tokens), options.batch_size)
+    session = Session(options, given, "sft", model)
+    session.decide_steps(len(rows.tokens))
+    options = session.options
     sampler = make_batches(options, sources, [len(part.tokens) for part in parts_of_rows])
-    edges.announce(options.run, model, f"{len(examples):,} conversations in {len(rows.tokens):,} rows")
+    session.announce(f"{len(examples):,} conversations in {len(rows.tokens):,} rows")
     edges.show_sample(options.run, model.tokenizer, examples[0])
 
-    seed, brought = options.run.seed, given.policy is not None
-    split = adapting.split_trainable(
-        options.adapter, model, seed=seed, steps=options.run.num_steps, brought=brought
-    )
+    split = session.split_trainable()
     logprob_fn = model.make_logprob_fn_with_auxiliaries()
-    tx = split.optimizer(with_total_steps(options.optimizer, options.run.num_steps))
-    state = adapting.init_sharded_state(
-        lambda *x: sft.init(x[0], tx, x[1]),
-        split.trained,
-        split.frozen,
-        jax.random.key(options.run.seed),
-    )
-    adapting.print_trainable_parameters(options.run, state.learner)
+    state = session.init_state(lambda *x: sft.init(x[0], split.tx, x[1]), split.trained, split.frozen)
     names = source_names(list(sources)) if len(sources) > 1 else ()
     config = sft.Config(options.micro_batches, sources=names)
-    update = edges.jit_update(sft.make_update(config, logprob_fn, tx, models.rebalance), state)
+    update = edges.jit_update(sft.make_update(config, logprob_fn, split.tx, models.rebalance), state)
     evaluate = held_out_loss(options, model, logprob_fn, given)
     hyper = options.aux.hyper(options.learning_rate)
 
@@ -252,17 +244,12 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     def step(state: sft.State, number: int):
         return meter.timed("update", update, state, hyper, *meter.timed("data", batch, number))
 
-    state = entry.train(
-        options,
-        given,
+    state = session.train(
         state,
         step,
-        stage="sft",
-        policy=model,
         meter=meter,
         data_fingerprint=fingerprint(jax.tree.leaves(rows)),
         adaptation=split.adaptation,
         evaluate=evaluate,
     )
-    edges.finish(options.run)
-    return trained(options.run, model, state.learner.all_params, state, options.adapter.kind)
+    return session.finish(state.learner.all_params, state)

@@ -25,8 +25,9 @@ from rlhf_jax.core.ranges import LengthOrZero, Positive, PositiveInt
 from rlhf_jax.models import Policy
 from rlhf_jax.rollout.multi_turn import multi_turn
 from rlhf_jax.rollout.sampler import RolloutFns
-from rlhf_jax.stages import defaults, edges, grpo, inputs, option_checks, option_groups
-from rlhf_jax.stages.entry import FROM_PYTHON, NOTHING, Given, Trained, policy_of
+from rlhf_jax.stages import defaults, grpo, inputs, option_checks, option_groups
+from rlhf_jax.stages.entry import FROM_PYTHON, NOTHING, Given, Trained
+from rlhf_jax.stages.session import Session
 from rlhf_jax.tool_use import make_tools
 
 
@@ -50,7 +51,7 @@ class Options(grpo.GroupOptions):
     constrained: bool = False
 
     @property
-    def max_response_length(self) -> int:
+    def max_completion_length(self) -> int:
         """Tokens of all that follows a prompt."""
         return self.response_length or 2 * self.max_turns * self.prompts.max_new_tokens
 
@@ -63,7 +64,7 @@ def check(options: Options, given: Given) -> None:
         raise UserError(
             "there is nothing to call: give --tools, such as --tools rlhf_jax.tool_use:calculator"
         )
-    if options.max_response_length < options.prompts.max_new_tokens:
+    if options.max_completion_length < options.prompts.max_new_tokens:
         raise UserError(
             f"--response-length {options.response_length} is below --max-new-tokens "
             f"{options.prompts.max_new_tokens}: there is no room for a turn; raise it"
@@ -79,7 +80,7 @@ def rollouts_with_tools(options: Options, model: Policy, given: Given = NOTHING)
         make_tools(given.tools or options.tools, seconds=options.tool_timeout),
         max_new_tokens=options.prompts.max_new_tokens,
         max_turns=options.max_turns,
-        response_length=options.max_response_length,
+        response_length=options.max_completion_length,
         constrained=options.constrained,
     )
 
@@ -88,10 +89,9 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     """Trains, and leaves a run folder."""
     options = defaults.fill_published(options, "grpo")
     check(options, given)
-    model = policy_of(options.model, given, options.run)
-    fns = rollouts_with_tools(options, model, given)
-    prompts = inputs.load_prompts(options.prompts, model, options.run.seed, given, fns)
-    options = option_checks.with_steps(options, len(prompts), options.batch_size)
-    edges.announce(options.run, model, f"{len(prompts):,} prompts, {len(fns.tools)} tools")
-    longest = options.max_response_length
-    return grpo.train(options, given, model, prompts, stage="tool_use", max_completion_length=longest)
+    session = Session(options, given, "tool_use")
+    fns = rollouts_with_tools(options, session.policy, given)
+    prompts = session.load_prompts(fns)
+    session.decide_steps(len(prompts))
+    session.announce(f"{len(prompts):,} prompts, {len(fns.tools)} tools")
+    return grpo.train(session, prompts)

@@ -96,9 +96,9 @@ def test_resumed_is_unbroken_to_the_bit(tiny, tmp_path):
 
 def test_four_models_on_one_frozen_base(tiny, tmp_path, lora_reward, monkeypatch):
     """Policy, value, reference and reward: the base stands in memory once, never moves, never changes."""
-    from rlhf_jax.stages import entry
+    from rlhf_jax.stages import session
 
-    seen, run_loop = [], entry.run_loop
+    seen, run_loop = [], session.run_loop
 
     def watched(state, step, *rest, **options):
         expected = jax.tree.map(np.array, state.learner.frozen["base"])
@@ -114,7 +114,7 @@ def test_four_models_on_one_frozen_base(tiny, tmp_path, lora_reward, monkeypatch
 
     base = tiny.finished("sft")
     tiny.finished("reward_model")
-    monkeypatch.setattr(entry, "run_loop", watched)
+    monkeypatch.setattr(session, "run_loop", watched)
     out = tiny.run("ppo", tmp_path / "run", *LORA, "--reward-model", lora_reward, "--learning-rate", 1e-2)
     buffers = seen[-1]
     assert len(set(buffers.values())) == len(buffers)

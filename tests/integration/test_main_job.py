@@ -32,6 +32,7 @@ def small(monkeypatch):
         monkeypatch.setattr(stage, "Options", functools.partial(stage.Options, batch_size=8, **more))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_main_job_writes_everything_and_resumes(tmp_path, capsys):
     out = tmp_path / "run"

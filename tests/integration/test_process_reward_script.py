@@ -22,6 +22,7 @@ def run(out, *more):
     return out
 
 
+@pytest.mark.slow
 def test_a_run_and_its_resume(tmp_path):
     whole = run(tmp_path / "whole")
     halves = run(tmp_path / "halves", "--steps", 3, "--optimizer.total-steps", 6)

@@ -61,7 +61,10 @@ def check_equal(tiny, stage, folder):
     assert parameters_hash(stage, folder) == parameters_hash(stage, unbroken)
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward_model", "dpo", "ppo", "grpo"])
+SLOW = [pytest.param(stage, marks=pytest.mark.slow) for stage in ("reward_model", "dpo", "ppo", "grpo")]
+
+
+@pytest.mark.parametrize("stage", ["sft", *SLOW])
 def test_killed_and_restarted(tiny, stage, tmp_path):
     tiny.finished(stage)
     generator = random.Random(stage)

@@ -24,6 +24,7 @@ def finished(tmp_path_factory):
     return options
 
 
+@pytest.mark.slow
 def test_frozen_numbers(finished):
     done = post_training.summaries(finished.out)
     assert {name for _, name in done} == set(CELLS)
@@ -55,6 +56,7 @@ def test_the_search_goes_on_until_the_best_is_between_others(peak):
     assert 3 <= len(means) == len(tried) <= len(post_training.RATES)
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_done_again(finished, monkeypatch):
     monkeypatch.setattr(post_training, "sweep", None)
     path = finished.out / "RESULTS.md"
@@ -68,6 +70,7 @@ def test_what_is_done_is_not_done_again(finished, monkeypatch):
     assert (finished.out / post_training_page.FRONTIER).stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_other_settings_in_the_same_folder_are_refused(finished):
     other = post_training.Options(**{**vars(finished), "seeds": 5})
     with pytest.raises(UserError, match=r"seeds 4, not 5.*choose another --out"):
@@ -90,6 +93,7 @@ def test_bad_options(tmp_path, options, said):
         post_training.run(post_training.Options(**{"out": tmp_path if options else None, **options}))
 
 
+@pytest.mark.slow
 def test_equal_budgets(finished):
     rows = {algorithm.name: algorithm for algorithm in post_training.post_training_rows.ALGORITHMS}
     task = post_training.post_training_rows.TASKS[0]

@@ -76,6 +76,7 @@ def check_answers(result):
 CONTROLS = [f"{name}:data=8" for name in ("by_hand", "mean_of_means", "missing_psum", "dropped_micro_batch")]
 
 
+@pytest.mark.slow
 def test_one_layout_of_each_kind_and_the_negative_controls():
     updates = ["sft:data=2,fsdp=2,tensor=2", "sft:expert=4"]
     results = parity("float64", *updates, "generate_gathered:data=2,fsdp=2,tensor=2", *CONTROLS)

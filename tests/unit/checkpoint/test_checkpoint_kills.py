@@ -4,7 +4,10 @@ import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+
+from rlhf_jax.checkpoint import CheckpointManager
 
 SCRIPT = """
 import os, signal, sys, threading, time
@@ -76,3 +79,18 @@ def test_a_kill_at_any_moment_leaves_a_whole_step(tmp_path, seed):
         assert restored >= whole, (kill, lines)
         whole = int(lines[-1].removeprefix("whole "))
     assert [path.name for path in tmp_path.iterdir()] == [f"step_{whole:08d}"]
+
+
+def test_a_kill_while_the_step_is_marked_leaves_an_unfinished_one(tmp_path, capfd):
+    """The mark is written under another name first: with only that there, no word is said of damage."""
+    manager = CheckpointManager(tmp_path)
+    manager.save(1, {"w": np.ones(2)}, wait=True)
+    manager.close()
+    (tmp_path / "step_00000002").mkdir()
+    (tmp_path / "step_00000002" / "unfinished.4711.part").write_text("This st")
+    manager = CheckpointManager(tmp_path)
+    assert manager.restore({"w": np.zeros(2)})[0] == 1
+    manager.save(2, {"w": np.ones(2)}, wait=True)
+    manager.close()
+    assert not (tmp_path / "step_00000002" / "unfinished.4711.part").exists()
+    assert capfd.readouterr().err == ""

@@ -33,6 +33,7 @@ def leaves(tree):
     return [np.asarray(leaf) for leaf in jax.tree.leaves(raw)]
 
 
+@pytest.mark.slow
 def test_each_seed_of_many_is_the_run_alone():
     env, params = environments.make("CartPole-v1")
     train, hyper = ppo.make_train(SMALL, env, params), ppo.default_hyper()
@@ -84,6 +85,7 @@ def test_penalty_coefficient_can_find_back():
     assert float(ppo_penalty.next_penalty(least, jnp.float32(1.0), target=0.01)) == pytest.approx(2e-4)
 
 
+@pytest.mark.slow
 def test_penalty_holds_the_policy_back():
     env, params = environments.make("CartPole-v1")
     hypers = jax.vmap(lambda coef: ppo_penalty.default_hyper(kl_coef=coef, learning_rate=1e-2))
@@ -96,6 +98,7 @@ def test_penalty_holds_the_policy_back():
     assert float(held) < 0.3 * float(free)
 
 
+@pytest.mark.slow
 def test_cartpole_is_learned():
     env, params = environments.make("CartPole-v1")
     run = ppo.make_run(ppo.Config(total_steps=100_000), env, params)

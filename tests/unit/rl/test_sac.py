@@ -98,6 +98,7 @@ def test_soft_optimum_of_a_bandit():
     np.testing.assert_allclose(jnp.std(samples), 0.25, atol=0.08)
 
 
+@pytest.mark.slow
 def test_resume_is_bit_identical_and_acting_is_in_the_box():
     config = sac.Config(
         run=RunConfig(

@@ -33,6 +33,7 @@ def soft_values(hyper, epsilon: float):
     return dynamic_programming.action_values(LAKE, values, gamma=GAMMA)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("online", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_q_learning_finds_the_optimum(online):
     """Off-policy: exploring at random all the time, it still learns the greedy policy's values."""

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array
@@ -126,6 +127,7 @@ def test_depth_first_backtracks_to_the_optimum():
     np.testing.assert_array_equal(pruned.cost, 2 * WAYS)
 
 
+@pytest.mark.slow
 def test_monte_carlo_tree_search_finds_the_optimum():
     # Knowing nothing of what is no leaf, it finds the best of 81 leaves by exploring.
     blind = jax.jit(
