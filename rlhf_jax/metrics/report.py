@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
@@ -21,6 +22,7 @@ from rlhf_jax.metrics.plots import Curve, curve_svg
 from rlhf_jax.metrics.progress import format_seconds
 from rlhf_jax.metrics.writers import METRICS_FILE, read_metrics
 
+MOST = sys.float_info.max
 REPORT_FILE = "report.html"
 
 
@@ -159,8 +161,8 @@ def _read_curves(folder: Path) -> dict[str, dict[str, list[Curve]]]:
             stage, step = below or str(line.get("stage", "run")), line.get("step", 0)
             for name, value in line.items():
                 if name not in ("stage", "step", "time") and isinstance(value, int | float):
-                    # A step written twice counts as written last.
-                    of_run.setdefault((stage, name), {})[step] = float(value)
+                    # A step written twice counts as written last. A number may have 400 digits.
+                    of_run.setdefault((stage, name), {})[step] = float(min(max(value, -MOST), MOST))
         for (stage, name), values in of_run.items():
             points.setdefault(stage, {}).setdefault(name, []).append(values)
     known = [stage for stage in STAGE_NAMES if stage in points]

@@ -71,7 +71,7 @@ class Interrupted(Exception):
     """The loop was asked to stop, and saved.
 
     Attributes:
-      signal_number: SIGINT, SIGTERM or SIGUSR1.
+      signal_number: SIGINT, SIGTERM, SIGUSR1 or SIGHUP.
       step: the last step done, which the newest checkpoint holds.
     """
 
@@ -116,7 +116,7 @@ def run_loop(
     Raises:
       UserError: the folder holds checkpoints and `resume` is False, or those of a run on other data; another
         process runs in it; too many steps were not finite, or the state that would be saved is not.
-      Interrupted: on SIGINT, SIGTERM or SIGUSR1, after the step under way was finished and saved.
+      Interrupted: on SIGINT, SIGTERM, SIGUSR1 or SIGHUP, after the step under way was finished and saved.
     """
     folder, meter, first = files.as_path(folder), meter or Meter(), is_main_process()
     calls = [on_step] if callable(on_step) else list(on_step)
@@ -272,10 +272,13 @@ def _check_finite(state: Any, done: int, folder: Path) -> None:
 def _signals() -> Iterator[list[int]]:
     """Collects the signals that ask for an end; a second one of them takes its usual course.
 
-    SIGTERM is what Kubernetes and preempted machines send, SIGUSR1 what SLURM is told to send ahead of time.
+    SIGTERM is what Kubernetes and preempted machines send, SIGUSR1 what SLURM is told to send ahead of time,
+    SIGHUP what a lost connection does.
     """
     received: list[int] = []
-    watched = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    watched = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+        watched.append(signal.SIGHUP)
     try:
         previous: dict[int, Any] = {int(number): signal.getsignal(number) for number in watched}
 
