@@ -163,17 +163,19 @@ def _options(command: str) -> Any:
 
 
 @functools.cache
-def _numbers() -> list[tuple[str, str]]:
+def _numbers() -> list[tuple[str, str, bool]]:
     names = [name for group in COMMANDS.values() for name in group if name not in ("benchmark", "generate")]
     found = [(name, option) for name in names for option in options_of(_options(name))]
-    return [(name, o.flag) for name, o in found if isinstance(o.default, int | float) and o.type is not bool]
+    numbers = [(name, o) for name, o in found if isinstance(o.default, int | float) and o.type is not bool]
+    return [(name, option.flag, isinstance(option.default, int)) for name, option in numbers]
 
 
 @kind
 def extremes(world: World, rng: random.Random, scratch: pathlib.Path) -> Found:
     """Extreme numbers for any numeric option: not a number is never taken, nor what float32 cannot hold."""
-    name, flag = rng.choice(_numbers())
-    value = rng.choice(["nan", "1e308", "-1e308", "-inf", "99999999999999999999", "-9999999999"])
+    name, flag, is_count = rng.choice(_numbers())
+    counts = ["99999999999999999999", "-9999999999", "9999999999"]
+    value = rng.choice(counts if is_count else ["nan", "1e308", "-1e308", "-inf", "1e39", "-1e39"])
     given = [word for needed in required_flags(_options(name)) if needed != flag for word in (needed, "x")]
     outcome, said = judged(lambda: parse(_options(name), [*given, flag, value], name=f"rlhf {name}"))
     return f"{name} {flag} {value}", outcome if said else "silent", said

@@ -91,6 +91,8 @@ def _read_scaling(fields: Fields, inner: Fields) -> LinearScaling | Llama3Scalin
         named = inner.get("original_max_position_embeddings") or fields.get(
             "original_max_position_embeddings"
         )
+        if named is not None and not (isinstance(named, int) and named > 0):
+            raise fields.error("original_max_position_embeddings", "is no number of tokens")
         return named or fields.integer("max_position_embeddings")
 
     match inner.get("rope_type", "type") or "default":
