@@ -90,16 +90,15 @@ class World:
         return float(path.read_text())
 
 
-def start(words: list[str], **options: Any) -> subprocess.Popen:
-    """`rlhf` in a process of its own."""
+def start(words: list[str], limit: str = "") -> subprocess.Popen:
+    """`rlhf` in a process of its own, behind a shell command such as a `ulimit`."""
     return subprocess.Popen(
-        [sys.executable, "-m", "rlhf_jax", *words],
+        ["bash", "-c", f'{limit} exec "$0" "$@"', sys.executable, "-m", "rlhf_jax", *words],
         cwd=ROOT,
         env=os.environ | _CACHE | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        **options,
     )
 
 

@@ -101,7 +101,7 @@ def _read(path: pathlib.Path) -> list[dict[str, Any]]:
 
 def markdown(rows: list[tuple[str, int, int, int, int]]) -> str:
     """The table."""
-    total = ("all", *(sum(row[column] for row in rows) for column in range(1, 5)))
+    total = ("all", *map(sum, zip(*(numbers for _, *numbers in rows), strict=True)))
     lines = ["| kind | tried | right | unexplained | silent |", "|---|---|---|---|---|"]
     titles = {
         name: (kind.__doc__ or name).split("\n")[0].rstrip(".") for name, kind in fault_world.KINDS.items()

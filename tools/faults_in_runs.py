@@ -5,7 +5,6 @@ import hashlib
 import json
 import pathlib
 import random
-import resource
 import shutil
 import signal
 import time
@@ -96,11 +95,9 @@ def pairs(world: World, rng: random.Random, scratch: pathlib.Path) -> Found:
 @kind
 def full_disks(world: World, rng: random.Random, scratch: pathlib.Path) -> Found:
     """Files that cannot grow beyond a random size: one sentence, and with room the run ends to the bit."""
-    name, most = rng.choice(list(COMMAND_LINES)), int(2 ** rng.uniform(6, 16))
-    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (most, most))
-    environment = {"preexec_fn": limit}
-    code, said = finish(start(world.words(name, scratch / "run"), **environment))
-    what = f"{name}, files of {most} bytes at most, status {code}"
+    name, most = rng.choice(list(COMMAND_LINES)), int(2 ** rng.uniform(0, 6))
+    code, said = finish(start(world.words(name, scratch / "run"), f"ulimit -f {most};"))
+    what = f"{name}, files of {most} KiB at most, status {code}"
     if not fits(code, said):
         return what, "unexplained", said
     return resumed(world, name, scratch / "run", what)
