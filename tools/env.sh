@@ -1,5 +1,5 @@
-# Sourced by run.sh and test.sh: makes .venv from the lock when it is missing or out of date.
-# Usage: . tools/env.sh [dev]     (dev adds linters, type checker and pytest)
+# Sourced by run.sh, test.sh and docs.sh: makes .venv from the lock when it is missing or out of date.
+# Usage: . tools/env.sh [EXTRA]     (dev: linters, type checker, pytest, site; docs: the site alone)
 # PYTHON=python3.12 picks the interpreter; uv is used when it is on the PATH, pip otherwise.
 
 wanted=${1:-run}
@@ -23,7 +23,7 @@ install() {
     local tool=(python -m pip)
     if command -v uv >/dev/null 2>&1; then tool=(uv pip); fi
     local what="$root"
-    if [ "$wanted" = dev ]; then what="$root[dev]"; fi
+    if [ "$wanted" != run ]; then what="$root[$wanted]"; fi
     "${tool[@]}" install --quiet -c "$root/tools/constraints.txt" -e "$what"
 }
 
@@ -35,7 +35,7 @@ fi
 . "$venv/bin/activate"
 fingerprint=$(cat "$root/pyproject.toml" "$root/tools/constraints.txt" | cksum)
 if [ "$(cat "$stamp" 2>/dev/null)" != "$fingerprint" ]; then
-    echo "Installing the locked dependencies into .venv ..."
+    echo "Installing the locked dependencies into .venv (a minute or two, 1.3 GB) ..."
     install || { echo "tools/env.sh: the installation failed; see the lines above" >&2; exit 1; }
     echo "$fingerprint" >"$stamp"
 fi

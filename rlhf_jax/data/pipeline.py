@@ -83,3 +83,8 @@ def _as_json(value: Any) -> Any:
         return value.tolist()
     text = str(value)
     return type(value).__qualname__ if " at 0x" in text else text
+
+
+def joint_fingerprint(*fingerprints: str) -> str:
+    """The fingerprint of several sets of data that a run takes together."""
+    return hashlib.sha256(" ".join(fingerprints).encode()).hexdigest()

@@ -53,6 +53,12 @@ def load_reward(path: str) -> RewardFn:
     return load_function(path, kind="reward", example="my_rewards:exact_match")
 
 
+def no_reward(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float]:
+    """0 for every completion: of runs whose rewards come from elsewhere, or are none."""
+    del prompts
+    return [0.0] * len(completions)
+
+
 # Calling -------------------------------------------------------------------------------------------
 
 
@@ -169,22 +175,3 @@ def _name(function: RewardFn) -> str:
 
 def _row_name(row: int, where: Sequence[str] | None) -> str:
     return f"row {row}" if where is None else f"row {row} ({where[row]})"
-
-
-# Combining -----------------------------------------------------------------------------------------
-
-
-def combine_rewards(weighted: Sequence[tuple[RewardFn, float]]) -> RewardFn:
-    """One reward function: the weighted sum of several, each checked on its own (see `score_rows`).
-
-    It returns a `Scored`, whose rows are unscorable where those of any part are.
-    """
-    parts = tuple(weighted)
-
-    def combined(prompts: Sequence[str], completions: Sequence[str], **fields: Sequence[Any]) -> Scored:
-        terms = [(score_rows(fn, prompts, completions, fields), weight) for fn, weight in parts]
-        rewards = np.sum([weight * term.rewards for term, weight in terms], axis=0)
-        unscorable = np.any([term.unscorable for term, _ in terms], axis=0)
-        return Scored(np.asarray(rewards, np.float32), unscorable)
-
-    return combined

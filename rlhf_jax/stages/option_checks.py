@@ -19,7 +19,21 @@ if TYPE_CHECKING:
 Options = TypeVar("Options")
 
 
-WITHOUT_PREFIX = ("run", "pairs", "prompts", "task", "loss_params", "prune", "limits", "decoder")
+WITHOUT_PREFIX = (
+    "run",
+    "pairs",
+    "prompts",
+    "completions",
+    "task",
+    "loss_params",
+    "ptx",
+    "process",
+    "sync",
+    "off_policy",
+    "prune",
+    "limits",
+    "decoder",
+)
 
 
 # They change how a run is watched, or how long it is, and nothing of what it computes until then.
@@ -27,7 +41,7 @@ _MAY_DIFFER = """
     --out --resume --steps --num-train-epochs --save-every --eval-every --max-to-keep --quiet --report
     --micro-batches --eval-data --eval-reward --eval-count --samples --mesh --all-gather-params --coordinator
     --init-timeout --heartbeat-timeout --profile --peak-tflops --log --engine --prompts --sample-tokens
-    --against --remat
+    --against --remat --log-completions --num-completions-to-print
 """.split()  # noqa: SIM905
 
 

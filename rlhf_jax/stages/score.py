@@ -42,7 +42,8 @@ class Options:
       reference: field with what is right: a text or a list of texts, or true and false.
       metrics: of texts bleu, rouge1, rouge2, rougeL; of scores for a label auc, average_precision, brier, and
         at --threshold accuracy, precision, recall, f1; of lists of true and false pass@K; of preferences
-        from 0 to 1 win_rate; of any numbers mean.
+        from 0 to 1 win_rate, and length_controlled_win_rate where --reference is a field with how much longer
+        the first answer is than the second; of any numbers mean.
       threshold: scores at least this high say true.
       smoothing: of BLEU where an order has no n-gram right.
       resamples: draws of the bootstrap.
@@ -153,11 +154,11 @@ def find_metric(options: Options, name: str) -> Metric:
     def counted(said: Sequence[Any], right: Sequence[Any]) -> Columns:
         return [classification.confusion(numbers(said, "score") >= options.threshold, labels(right))]
 
-    def preferred(said: Sequence[Any], _: Sequence[Any]) -> Columns:
+    def preferred(said: Sequence[Any]) -> np.ndarray:
         values = numbers(said, "preference")
         if not ((values >= 0) & (values <= 1)).all():
             raise UserError("a preference must be from 0 to 1, 1/2 for a tie: name another field")
-        return [values]
+        return values
 
     known = {
         "bleu": Metric(
@@ -173,7 +174,11 @@ def find_metric(options: Options, name: str) -> Metric:
         "precision": Metric(counted, classification.precision),
         "recall": Metric(counted, classification.recall),
         "f1": Metric(counted, classification.f1),
-        "win_rate": Metric(preferred, win_rate.win_rate, needs_reference=False),
+        "win_rate": Metric(lambda said, _: [preferred(said)], win_rate.win_rate, needs_reference=False),
+        "length_controlled_win_rate": Metric(
+            lambda said, right: [preferred(said), numbers(right, "length difference")],
+            win_rate.length_controlled_win_rate,
+        ),
         "mean": Metric(lambda said, _: [numbers(said, "number")], np.mean, needs_reference=False),
     }
     size = name.removeprefix("pass@")

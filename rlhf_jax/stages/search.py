@@ -413,9 +413,9 @@ def run(options: Options) -> None:
         files.write_arrays(pool_path, dataclasses.asdict(pool))
         results["methods"]["greedy"] = {"correct": correct.tolist(), "tokens": tokens.tolist()}
         files.write_json(path, results)
-    for name, (_, needs_process, needs_outcome) in METHODS.items():
-        missing = (needs_process and not judges.process) or (needs_outcome and not judges.outcome)
-        if name not in results["methods"] and not missing:
+    present = {"": True} | vars(options) | vars(options.search)
+    for name, (_, needed) in METHODS.items():
+        if name not in results["methods"] and present[needed]:
             results["methods"][name] = run_search(options, policy, judges, problems, name)
             files.write_json(path, results)
             jax.clear_caches()  # each search is a program of its own, and large

@@ -9,7 +9,7 @@ import numpy as np
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.ranges import Count, PositiveInt
-from rlhf_jax.core.types import Array, Params, PRNGKeyArray
+from rlhf_jax.core.types import Array, Params, PRNGKeyArray, Sequences
 from rlhf_jax.data.examples import PromptExample
 from rlhf_jax.data.packing import left_pad
 from rlhf_jax.data.process_rewards import STEP_END
@@ -34,6 +34,10 @@ class SearchOptions:
       refinements: how often it writes doubtful ones anew.
       depth: steps of a solution, at most.
       step_length: tokens of a step, at most.
+      value_prompt: a question to the policy about what it has written so far, such as " Is this right?";
+        empty for no search by its own answer.
+      value_yes: the token that says that it is good, as a text.
+      value_no: the token that says that it is not.
     """
 
     branching_factor: PositiveInt = 4
@@ -45,6 +49,9 @@ class SearchOptions:
     refinements: Count = 1
     depth: PositiveInt = 6
     step_length: PositiveInt = 10
+    value_prompt: str = ""
+    value_yes: str = " yes"
+    value_no: str = " no"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +76,7 @@ class Tools:
       process: value by the process reward model.
       outcome: value of finished answers by the outcome reward model.
       step_logits: of the process reward model.
+      prompted: value by what the policy answers to the value prompt; None where there is none.
       end_ids: tokens that end a step.
     """
 
@@ -76,6 +84,7 @@ class Tools:
     process: EvaluateFn
     outcome: EvaluateFn
     step_logits: steps.StepLogitsFn
+    prompted: EvaluateFn | None
     end_ids: list[int]
 
 
@@ -96,6 +105,18 @@ def tree_vote(options: SearchOptions, tools: Tools, roots: steps.Solution, key: 
     propose = tools.propose(options.num_votes)
     return tree.breadth_first(
         propose, tree.vote_scorer, steps.is_done, roots, key, beam_width=1, depth=options.depth
+    )
+
+
+def tree_prompted(
+    options: SearchOptions, tools: Tools, roots: steps.Solution, key: PRNGKeyArray
+) -> SearchResult:
+    """Tree of thoughts, breadth first, by what the policy says of its own steps. No reward model."""
+    assert tools.prompted is not None
+    judge = tree.value_scorer(tools.prompted)
+    propose = tools.propose(options.branching_factor)
+    return tree.breadth_first(
+        propose, judge, steps.is_done, roots, key, beam_width=options.beam_width, depth=options.depth
     )
 
 
@@ -170,15 +191,48 @@ def tree_search_rollouts(
     )
 
 
-METHODS: dict[str, tuple[SearchFn, bool, bool]] = {
-    "tree of thoughts, votes": (tree_vote, False, False),
-    "beam, process reward": (beam, True, False),
-    "tree of thoughts, depth first": (tree_depth, True, False),
-    "graph of thoughts": (graph_thoughts, True, False),
-    "MCTS, process reward": (tree_search, True, False),
-    "MCTS, rollouts": (tree_search_rollouts, False, True),
+METHODS: dict[str, tuple[SearchFn, str]] = {
+    "tree of thoughts, votes": (tree_vote, ""),
+    "tree of thoughts, value prompt": (tree_prompted, "value_prompt"),
+    "beam, process reward": (beam, "process_reward"),
+    "tree of thoughts, depth first": (tree_depth, "process_reward"),
+    "graph of thoughts": (graph_thoughts, "process_reward"),
+    "MCTS, process reward": (tree_search, "process_reward"),
+    "MCTS, rollouts": (tree_search_rollouts, "outcome_reward"),
 }
-"""Search, and whether it needs the process and the outcome reward model."""
+"""Search, and the option that it needs."""
+
+
+def single_token(tokenizer: Tokenizer, text: str, flag: str) -> int:
+    """The token that is this text.
+
+    Raises:
+      UserError: the tokenizer writes it with another number of tokens.
+    """
+    ids = tokenizer.encode(text)
+    if len(ids) != 1:
+        raise UserError(f"{flag} {text!r} is {len(ids)} tokens for the policy: give one that is one")
+    return ids[0]
+
+
+def make_prompted_value(options: SearchOptions, policy: Policy, params: Params) -> EvaluateFn | None:
+    """Value by the policy's answer to the value prompt; None where there is no prompt."""
+    if not options.value_prompt:
+        return None
+    tokenizer, prefill = policy.tokenizer, policy.prefill
+
+    def next_logits(texts: Sequences) -> Array:
+        width = texts.tokens.shape[-1]
+        rows = jax.tree.map(lambda x: x.reshape(-1, width), texts)
+        logits, _ = prefill(params, rows.tokens, rows.positions, rows.segment_ids, width)
+        return logits.reshape(*texts.tokens.shape[:-1], -1)
+
+    return steps.make_prompted_value_fn(
+        next_logits,
+        tokenizer.encode(options.value_prompt),
+        yes=single_token(tokenizer, options.value_yes, "--search.value-yes"),
+        no=single_token(tokenizer, options.value_no, "--search.value-no"),
+    )
 
 
 def make_run(
@@ -233,7 +287,8 @@ def make_run(
         process = scores("process", judges.process)
         outcome = steps.make_outcome_value_fn(scores("outcome", judges.outcome))
         value = steps.make_process_value_fn(process, end_ids=end_ids)
-        tools = Tools(propose, value, outcome, process, end_ids)
+        prompted = make_prompted_value(options, policy, params["policy"])
+        tools = Tools(propose, value, outcome, process, prompted, end_ids)
         roots = steps.init_solution(tokens, mask, room=max_new_tokens)
         found = search(options, tools, roots, key)
         return found.states, steps.solution_mask(found.states), found.cost

@@ -37,7 +37,7 @@ def by_looking_up(options, tools, roots, key):
 
 
 def test_a_policy_alone_and_its_resume(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(script, "METHODS", {"looked up": (by_looking_up, False, False)})
+    monkeypatch.setattr(script, "METHODS", {"looked up": (by_looking_up, "")})
     sft = tiny.finished("sft")
     found = run(tmp_path / "run", "--model", sft)
     assert set(found["methods"]) == {"greedy", "looked up"}
@@ -83,7 +83,10 @@ def test_every_method(tiny, tmp_path):
         args = ["--out", tmp_path / name, "--model", sft, "--optimizer.warmup-steps", 2, *words, *more]
         process_reward.run(tyro.cli(process_reward.Options, args=[str(arg) for arg in args]))
     judges = ("--process-reward", tmp_path / "prm", "--outcome-reward", tmp_path / "orm")
-    found = run(tmp_path / "run", "--model", sft, *judges)
+    asked = ("--search.value-prompt", "=", "--search.value-yes", "1", "--search.value-no")
+    with pytest.raises(UserError, match=r"--search\.value-no '10' is 2 tokens"):
+        run(tmp_path / "asked", "--model", sft, *asked, "10")
+    found = run(tmp_path / "run", "--model", sft, *judges, *asked, "0")
     assert len(found["methods"]) == 1 + len(script.METHODS)
     assert len(found["accuracy_against_n"]) == len(script.CURVES)
 

@@ -1,4 +1,4 @@
-"""Tabular prediction, control and inverse RL against exact dynamic programming.
+"""Tabular prediction, control, search and inverse RL against exact dynamic programming.
 
     python experiments/studies/tabular/tabular_methods.py --out runs/tabular  # minutes on a CPU core
     python experiments/studies/tabular/tabular_methods.py --out runs/quick --seeds 4 --episodes 5
@@ -25,7 +25,9 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Array, Float, PRNGKeyArray
 from rlhf_jax.evaluation.statistics import iqm_interval
 from rlhf_jax.metrics.pages import commands, kept_remarks, made, when_and_with
+from rlhf_jax.rl.envs import mazes
 from rlhf_jax.rl.tabular import control, dynamic_programming as dp, inverse, prediction
+from rlhf_jax.search import astar
 from rlhf_jax.stages import option_checks
 from rlhf_jax.training.run_folder import describe_run
 
@@ -57,13 +59,15 @@ class Options:
     """Options of the study.
 
     Attributes:
-      out: folder of page and picture.
+      out: folder of the run.
+      page: where the page goes, with its picture beside it; None for the folder of the run.
       seeds: walks behind each point, and runs of control.
       episodes: of each walk.
       steps: transitions of each run of control, and in the log.
     """
 
     out: Path = Path("runs/tabular")
+    page: Path | None = None
     seeds: int = 100
     episodes: int = 10
     steps: int = 200_000
@@ -184,6 +188,43 @@ def policy_search_difference() -> float:
     return float(jnp.max(jnp.abs(every - iterated)))
 
 
+# Shortest paths --------------------------------------------------------------------------------------
+
+
+def shortest_paths() -> dict[str, tuple[int, int, int]]:
+    """(moves by A*, states that it expands, moves by value iteration), with an estimate and without."""
+    found = {}
+    for name, rows in (("Dyna maze", mazes.DYNA_MAZE), ("four rooms", mazes.FOUR_ROOMS)):
+        maze, width, letters = mazes.maze(rows), len(rows[0]), "".join(rows)
+        start, goal = letters.index("S"), letters.index("G")
+        after = jnp.argmax(maze.transitions, axis=-1)
+        values, _ = dp.value_iteration(maze, gamma=GAMMA)
+        moves = round(1 + float(jnp.log(values[start]) / jnp.log(GAMMA)))
+
+        def successors(state: Array, after: Array = after) -> tuple[Array, Array, Array]:
+            return after[state], jnp.ones(4), after[state] != state
+
+        def distance(states: Array, width: int = width, goal: int = goal) -> Array:
+            down, right = states // width - goal // width, states % width - goal % width
+            return (jnp.abs(down) + jnp.abs(right)).astype(jnp.float32)
+
+        def nothing(states: Array) -> Array:
+            return jnp.zeros(len(states))
+
+        for how, estimate in (("Dijkstra", nothing), ("A*, city blocks", distance)):
+            route = astar.a_star(successors, estimate, start, goal, num_states=len(letters))
+            path = astar.route_states(route, start, goal)
+            found[f"{name}, {how}"] = (len(path) - 1, int(route.expanded), moves)
+    return found
+
+
+def paths_table() -> str:
+    """Moves and expanded states of each search."""
+    lines = ["| maze | moves | states expanded | moves by value iteration |", "|---|---|---|---|"]
+    lines += [f"| {name} | {a} | {b} | {c} |" for name, (a, b, c) in shortest_paths().items()]
+    return "\n".join(lines)
+
+
 # Inverse RL ------------------------------------------------------------------------------------------
 
 
@@ -286,6 +327,9 @@ def page_text(
         "% bootstrap interval). Policy iteration and the best of all policies of a lake of nine fields "
         f"differ by {policy_search_difference():.1e}.",
         control_table(lacking, "algorithm"),
+        "## Shortest paths",
+        "A* in the mazes of the planning study, its estimate the distance in city blocks, or nothing.",
+        paths_table(),
         "## Inverse RL",
         f"The same lake without slips. Demonstrators are soft-optimal at a temperature of {TEMPERATURE:g}; "
         "what the policy, that is soft-optimal for the reward which maximum entropy finds behind so many of "
@@ -306,9 +350,9 @@ def run(options: Options) -> None:
     describe_run(options.out, option_checks.to_json(options), stage="tabular")
     errors, lacking = prediction_errors(options), control_shortfalls(options)
     explained = inverse_shortfalls(options, (1, 10, 100))
-    page = options.out / PAGE
+    page = options.page or options.out / PAGE
     files.write_text(page, page_text(options, errors, lacking, explained, kept_remarks(page)))
-    draw(options.out / PICTURE, errors)
+    draw(page.with_name(PICTURE), errors)
     print(f"Page: {page}")
 
 

@@ -10,6 +10,7 @@ def errors():
     return tabular_methods.prediction_errors(tabular_methods.Options(seeds=8, episodes=10))
 
 
+@pytest.mark.slow
 def test_the_corners_of_both_families_are_the_same_rule(errors):
     """n = 1 and lambda = 0 are TD(0), online as well as offline; lambda = 1, offline, is Monte Carlo."""
     for way in ("", ", offline"):
@@ -17,10 +18,18 @@ def test_the_corners_of_both_families_are_the_same_rule(errors):
         np.testing.assert_allclose(one, zero, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_middle_n_is_best_as_in_figure_7_2_of_the_book(errors):
     best = {name: row.min() for name, row in errors["n-step TD"].items()}
     assert min(best, key=best.__getitem__) in ("n = 4", "n = 8")
     assert 0.2 < best["n = 4"] < 0.35
+
+
+def test_a_star_is_as_short_as_dynamic_programming_and_looks_at_less():
+    found = tabular_methods.shortest_paths()
+    assert all(moves == exact for moves, _, exact in found.values())
+    for maze in ("Dyna maze", "four rooms"):
+        assert found[f"{maze}, A*, city blocks"][1] < found[f"{maze}, Dijkstra"][1]
 
 
 def test_demonstrations_are_explained():

@@ -10,7 +10,6 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.rewards.functions import (
     UNSCORABLE_SCORE,
     call_reward,
-    combine_rewards,
     load_reward,
     score_rows,
 )
@@ -222,12 +221,6 @@ def test_an_error_without_words_is_said():
         call_reward(failing, ["p"], ["a"], {})
 
 
-def test_weights_add_up():
-    combined = combine_rewards([(lengths, 0.5), (exact_answer_reward, 2.0)])
-    rewards = call_reward(combined, ["p"] * 2, ["#### 1", "#### 22"], {"answer": [1, 1]})
-    assert rewards.tolist() == [5.0, 3.5]
-
-
 def test_what_cannot_be_scored_gets_the_stated_score_and_is_counted():
     def unsure(prompts, completions, **_):
         return [None if text == "?" else 1.0 for text in completions]
@@ -237,19 +230,10 @@ def test_what_cannot_be_scored_gets_the_stated_score_and_is_counted():
     assert scored.rewards.dtype == np.float32
     assert scored.unscorable.tolist() == [False, True, False]
 
-    def lengths(prompts, completions, **_):
-        return [float(len(text)) for text in completions]
 
-    combined = combine_rewards([(lengths, 0.5), (unsure, 2.0)])
-    scored = score_rows(combined, ["p"] * 2, ["?", "bb"], {})
-    assert scored.rewards.tolist() == [0.5 + 2 * UNSCORABLE_SCORE, 3.0]
-    assert scored.unscorable.tolist() == [True, False]
-
-
-def test_a_part_that_fails_is_named():
+def test_a_function_that_fails_is_named():
     def half(prompts, completions, **_):
         return [float("nan")] * len(completions)
 
-    combined = combine_rewards([(lengths, 1.0), (half, 1.0)])
     with pytest.raises(UserError, match="half returned nan"):
-        call_reward(combined, ["p"], ["a"], {})
+        call_reward(half, ["p"], ["a"], {})

@@ -5,6 +5,7 @@ import math
 import pathlib
 import sys
 
+import numpy as np
 import pytest
 
 from rlhf_jax.cli.commands import main
@@ -57,6 +58,17 @@ def test_scores_pools_and_preferences(score):
     assert pooled["pass@2"]["pool"]["mean"] > pooled["pass@1"]["pool"]["mean"]
     wins = json.loads(score(rows, "--systems", "chance", "--metrics", "win_rate", "--json"))["values"]
     assert wins["win_rate"]["chance"]["mean"] == pytest.approx(sum(chances) / 6)
+
+
+def test_wins_that_length_explains_are_no_wins(score):
+    """A judge that asks for length alone: at equal length neither wins."""
+    longer = np.linspace(-2, 3, 200)
+    wins = 1 / (1 + np.exp(-np.tanh(longer / longer.std())))
+    rows = [{"chance": float(w), "longer": float(x)} for w, x in zip(wins, longer, strict=True)]
+    names = ("--metrics", "win_rate", "length_controlled_win_rate", "--reference", "longer", "--json")
+    found = json.loads(score(rows, "--systems", "chance", *names))["values"]
+    assert found["win_rate"]["chance"]["mean"] > 0.53
+    assert found["length_controlled_win_rate"]["chance"]["mean"] == pytest.approx(0.5, abs=1e-6)
 
 
 @pytest.mark.parametrize(
