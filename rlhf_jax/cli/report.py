@@ -42,8 +42,6 @@ def run(options: Options) -> None:
     """Writes the page, and prints where it is."""
     if not options.folders:
         raise UserError("no run folder is given: give the folder that the run was told with --out")
-    if options.every < 1:
-        raise UserError(f"--every {options.every} is below 1: give seconds")
     first, *others = options.folders
     if others and options.watch:
         raise UserError("--watch follows one run: give one folder")

@@ -51,8 +51,8 @@ class OffPolicyOptions:
     rejection_rules: RuleNames = ()
     is_clip_low: Weight | None = None
     is_clip_high: PositiveOrInf | None = None
-    rejection_low: tuple[float, ...] = ()
-    rejection_high: tuple[float, ...] = ()
+    rejection_low: tuple[Weight, ...] = ()
+    rejection_high: tuple[PositiveOrInf, ...] = ()
     off_policy_threshold: Weight | None = None
     second_moment_threshold: Weight | None = None
     top_entropy_fraction: Annotated[float, Range(0, 1, above=True)] | None = None

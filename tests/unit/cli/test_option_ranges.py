@@ -26,9 +26,10 @@ NAMES = [name for group in COMMANDS.values() for name in group]
 EXTREMES = (-1, 0, 1e308, math.inf, math.nan)
 # What the documentation of the options says of the extremes. Numbers that may be below 0:
 SIGNED = """shots length_penalty frequency_penalty presence_penalty margin margin_scale reward_threshold
-    threshold loss_weights alpha""".split()  # noqa: SIM905
+    threshold loss_weights alpha process_reward_coef positive_threshold""".split()  # noqa: SIM905
 # Bounds that infinity takes away:
-UNBOUNDED = "clip_norm cliprange_value epsilon epsilon_low epsilon_high target_kl".split()  # noqa: SIM905
+UNBOUNDED = """clip_norm cliprange_value epsilon epsilon_low epsilon_high target_kl is_clip_high
+    rejection_high""".split()  # noqa: SIM905
 # Counts and sizes of which there must be one at least, and what is divided by:
 NEEDED = """batch_size micro_batches num_minibatches num_iterations num_ppo_epochs num_epochs group_size
     answer_batch_size steps max_to_keep save_every init_timeout heartbeat_timeout num_train_epochs seeds
@@ -40,7 +41,8 @@ NEEDED = """batch_size micro_batches num_minibatches num_iterations num_ppo_epoc
     branching_factor depth expansions num_thoughts num_votes step_length max_turns tool_timeout
     dynamic_sampling_max_rounds beta tau noise mixture_temperature kl_target kl_horizon clip_norm
     cliprange_value epsilon epsilon_low epsilon_high target_kl temperature top_p typical_p repetition_penalty
-    confidence decay_fraction alpha rows""".split()  # noqa: SIM905
+    confidence decay_fraction alpha rows every ptx_batch_size ptx_max_length num_kept dro_tau pass_at
+    gae_alpha ref_model_mixup_alpha top_entropy_fraction is_clip_high rejection_high""".split()  # noqa: SIM905
 ABOVE_0 = {"AdapterOptions", "Contrastive", "Choices", "Generate", "rule_rewards"}  # numbers of these names
 # Of the same name, and with a use of 0: (owner, name).
 ZERO_TOO = {
