@@ -179,9 +179,9 @@ def test_a_mixture_of_writers_on_a_new_student_resumes_to_the_bit(tmp_path, talk
 
 
 def test_mistakes_of_distillation(tmp_path):
-    def refused(**options):
+    def refused(teachers=1, **options):
         run = distill.option_groups.RunOptions(tmp_path)
-        return distill.check(distill.Options(run=run, teacher="x", prompts=PROMPTS, **options))
+        return distill.check(distill.Options(run=run, prompts=PROMPTS, **options), teachers)
 
     with pytest.raises(UserError, match="needs answers of the teacher"):
         refused(loss="sequence", lmbda=0.5)
@@ -189,6 +189,7 @@ def test_mistakes_of_distillation(tmp_path):
         refused(lmbda=1.5)
     assert refused(loss="sampled_reverse_kl") == 1
     assert refused(loss="js") == 0
+    assert refused(0, self_teacher="current", teacher_context="hint") == 1
 
 
 @pytest.mark.parametrize("script", [rounds, distill])
