@@ -25,14 +25,14 @@ from rlhf_jax.core.ranges import LengthOrZero, Positive, PositiveInt
 from rlhf_jax.models import Policy
 from rlhf_jax.rollout.multi_turn import multi_turn
 from rlhf_jax.rollout.sampler import RolloutFns
-from rlhf_jax.stages import defaults, grpo, option_groups
+from rlhf_jax.stages import defaults, grpo, grpo_options, option_groups
 from rlhf_jax.stages.entry import FROM_PYTHON, NOTHING, Given, Trained
 from rlhf_jax.stages.session import Session
 from rlhf_jax.tool_use import make_tools
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(grpo.GroupOptions):
+class Options(grpo_options.GroupOptions):
     """Options of GRPO with tools.
 
     Attributes:
@@ -58,8 +58,8 @@ class Options(grpo.GroupOptions):
 
 def check(options: Options, given: Given) -> None:
     """Raises: UserError where the options do not fit each other."""
-    grpo.check(options, "tool_use")
-    grpo.check_rewards(options, given)
+    grpo_options.check(options, "tool_use")
+    grpo_options.check_rewards(options, given)
     if not given.tools and options.tools in ((), (FROM_PYTHON,)):
         raise UserError(
             "there is nothing to call: give --tools, such as --tools rlhf_jax.tool_use:calculator"
