@@ -38,6 +38,7 @@ from rlhf_jax.kernels.returns import (
 from rlhf_jax.kernels.steps import process_supervision_advantages, step_ends
 from rlhf_jax.kernels.whitening import (
     Moments,
+    add_to_moments,
     batch_moments,
     init_moments,
     merge_moments,
@@ -50,6 +51,7 @@ __all__ = [
     "Moments",
     "VTrace",
     "adaptive_kl_update",
+    "add_to_moments",
     "associative_following",
     "batch_moments",
     "batch_std",

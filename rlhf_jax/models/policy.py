@@ -294,7 +294,16 @@ def _compiled(
 def make_policy(
     config: ModelConfig, params: Params, tokenizer: Tokenizer, *, source: Source | None = None
 ) -> Policy:
-    """A decoder of ours as a `Policy`."""
+    """A decoder of ours as a `Policy`.
+
+    Raises:
+      UserError: the tokenizer has ids that the model has no embedding for, which would be taken for the last.
+    """
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}: they are "
+            "not of one model: give the tokenizer that it was trained with"
+        )
     prefill, decode = decode_fns.make_decode_fns(config)
     return Policy(
         params=params,

@@ -27,6 +27,7 @@ import tyro
 from rlhf_jax import distributed, losses
 from rlhf_jax.algorithms import distillation
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.ranges import Count, LearningRate, Positive, PositiveInt, Share
 from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.core.types import Params, Rollout
 from rlhf_jax.losses.distillation import Average
@@ -95,25 +96,25 @@ class Options:
 
     run: tyro.conf.OmitArgPrefixes[option_groups.RunOptions] = option_groups.RunOptions(Path("runs/distill"))
     teacher: tuple[str, ...] = ()
-    teacher_weights: tuple[float, ...] = ()
+    teacher_weights: tuple[Positive, ...] = ()
     teacher_average: Average = "probabilities"
     self_teacher: SelfTeacher | None = None
     teacher_context: str = ""
     teacher_template: str = "{prompt}\n\n{context}"
-    teacher_update_rate: float = 0.05
+    teacher_update_rate: Share = 0.05
     model: str = ""
     prompts: tyro.conf.OmitArgPrefixes[option_groups.PromptOptions]
     arch: option_groups.ArchOptions = option_groups.ArchOptions()
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
     optimizer: OptimizerConfig = defaults.COSINE
     loss: Loss = "forward_kl"
-    lmbda: float | None = None
-    top_k: int = 0
-    temperature: float = 1.0
-    hard_label_weight: float = 0.0
-    batch_size: int = 64
-    micro_batches: int = 1
-    learning_rate: float | None = None
+    lmbda: Share | None = None
+    top_k: Count = 0
+    temperature: Positive = 1.0
+    hard_label_weight: Share = 0.0
+    batch_size: PositiveInt = 64
+    micro_batches: PositiveInt = 1
+    learning_rate: LearningRate | None = None
 
 
 def check(options: Options, teachers: int) -> float:
@@ -129,8 +130,6 @@ def check(options: Options, teachers: int) -> float:
     option_checks.check_divides("--micro-batches", options.micro_batches, "--batch-size", options.batch_size)
     check_teachers(options, teachers)
     needed, given = STUDENT_SHARE.get(options.loss, 1.0 if options.self_teacher else None), options.lmbda
-    if given is not None and not 0 <= given <= 1:
-        raise UserError(f"--lmbda {given} is no share: give a number from 0 to 1")
     if needed is not None and given not in (None, needed):
         writer = "student" if needed else "teacher"
         what = f"--loss {options.loss}" if options.loss in STUDENT_SHARE else "--self-teacher"

@@ -29,6 +29,15 @@ from rlhf_jax.algorithms import grpo
 from rlhf_jax.algorithms.group_advantages import SCALES, most_efficient, shortest
 from rlhf_jax.algorithms.grpo_variants import GRPOVariant, find_variant, grpo_variants, make_variant
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.ranges import (
+    Count,
+    LearningRate,
+    Positive,
+    PositiveInt,
+    PositiveOrInf,
+    Temperature,
+    Weight,
+)
 from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.core.types import Params
 from rlhf_jax.generation import Sampling
@@ -125,30 +134,30 @@ class GroupOptions:
     sync: tyro.conf.OmitArgPrefixes[option_groups.SyncOptions] = option_groups.SyncOptions()
     off_policy: tyro.conf.OmitArgPrefixes[OffPolicyOptions] = OffPolicyOptions()
     algorithm: AlgorithmName = "grpo"
-    batch_size: int = 32
-    group_size: int = 8
-    num_iterations: int = 1
-    num_minibatches: int = 1
-    micro_batches: int = 1
-    learning_rate: float | None = None
-    temperature: float = 1.0
+    batch_size: PositiveInt = 32
+    group_size: PositiveInt = 8
+    num_iterations: PositiveInt = 1
+    num_minibatches: PositiveInt = 1
+    micro_batches: PositiveInt = 1
+    learning_rate: LearningRate | None = None
+    temperature: Temperature = 1.0
     one_step_off_policy: bool = False
-    dynamic_sampling_max_rounds: int | None = None
-    overlong_penalty_coef: float | None = None
-    epsilon_low: float | None = None
-    epsilon_high: float | None = None
-    kl_coef: float | None = None
-    reward_kl_coef: float | None = None
+    dynamic_sampling_max_rounds: PositiveInt | None = None
+    overlong_penalty_coef: Weight | None = None
+    epsilon_low: PositiveOrInf | None = None
+    epsilon_high: PositiveOrInf | None = None
+    kl_coef: Weight | None = None
+    reward_kl_coef: Weight | None = None
     kl_estimator: Literal["k1", "k2", "k3"] | None = None
     kl_ratio_correction: bool = False
     scale_rewards: Literal["group", "batch", "none", "mean"] | None = None
     importance_sampling_level: Literal["token", "sequence", "sequence_token"] | None = None
     reduction: Literal["token_mean", "sequence_mean", "sequence_sum"] | None = None
-    entropy_coef: float = 0.0
-    num_kept: int | None = None
+    entropy_coef: Weight = 0.0
+    num_kept: PositiveInt | None = None
     gfpo_metric: Literal["shortest", "most_efficient"] | None = None
-    dro_tau: float | None = None
-    pass_at: int | None = None
+    dro_tau: Positive | None = None
+    pass_at: PositiveInt | None = None
 
     @property
     def max_completion_length(self) -> int:
@@ -173,7 +182,7 @@ class Options(GroupOptions):
     """
 
     engine: str = "local"
-    max_num_seqs: int = 0
+    max_num_seqs: Count = 0
 
     @property
     def sampler(self) -> dict[str, Any]:
@@ -197,9 +206,6 @@ def check(options: GroupOptions, stage: str) -> None:
     option_checks.check_divides(
         "--micro-batches", options.micro_batches, "the size of a mini-batch,", rows // options.num_minibatches
     )
-    rounds = options.dynamic_sampling_max_rounds
-    if rounds is not None and rounds < 1:
-        raise UserError(f"--dynamic-sampling-max-rounds {rounds} is not positive: give a number above 0")
     options.sync.check((variant.hyper.kl_coef, variant.hyper.reward_kl_coef))
     if variant.needs_terms and variant.overlong_penalty_coef:
         raise UserError(
@@ -356,8 +362,6 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     """Trains, and leaves a run folder."""
     options = defaults.fill_published(options, "grpo")
     check(options, "grpo")
-    if options.max_num_seqs < 0:
-        raise UserError(f"--max-num-seqs {options.max_num_seqs} is below 0: give 0 for all at once")
     check_rewards(options, given)
     session = Session(options, given, "grpo")
     prompts = session.load_prompts()

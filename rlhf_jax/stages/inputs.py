@@ -235,8 +235,8 @@ class Prompts:
         return len(self.train)
 
     def fingerprint(self) -> str:
-        """Changes with any token of any prompt to train on."""
-        return fingerprint(np.asarray(prompt.ids) for prompt in self.train)
+        """Changes with any token of any prompt to train on, and with any field that rewards are given."""
+        return fingerprint([np.asarray(p.ids) for p in self.train], [p.fields for p in self.train])
 
     @property
     def length(self) -> int:

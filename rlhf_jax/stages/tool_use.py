@@ -21,6 +21,7 @@ import jax
 import tyro
 
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.ranges import LengthOrZero, Positive, PositiveInt
 from rlhf_jax.models import Policy
 from rlhf_jax.rollout.multi_turn import multi_turn
 from rlhf_jax.rollout.sampler import RolloutFns
@@ -44,9 +45,9 @@ class Options(grpo.GroupOptions):
 
     run: tyro.conf.OmitArgPrefixes[option_groups.RunOptions] = option_groups.RunOptions(Path("runs/tool_use"))
     tools: tuple[str, ...]
-    tool_timeout: float = 2.0
-    max_turns: int = 3
-    response_length: int = 0
+    tool_timeout: Positive = 2.0
+    max_turns: PositiveInt = 3
+    response_length: LengthOrZero = 0
     constrained: bool = False
 
     @property
@@ -63,10 +64,6 @@ def check(options: Options, given: Given) -> None:
         raise UserError(
             "there is nothing to call: give --tools, such as --tools rlhf_jax.tool_use:calculator"
         )
-    if options.max_turns < 1:
-        raise UserError(f"--max-turns {options.max_turns} is below 1: raise it")
-    if not options.tool_timeout > 0:
-        raise UserError(f"--tool-timeout {options.tool_timeout} is not above 0: raise it")
     if options.max_completion_length < options.prompts.max_new_tokens:
         raise UserError(
             f"--response-length {options.response_length} is below --max-new-tokens "

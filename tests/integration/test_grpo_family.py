@@ -154,7 +154,9 @@ def test_impossible_options_of_the_family(tiny, tmp_path, monkeypatch, capsys):
         return capsys.readouterr().err
 
     assert "compares the answers to one prompt" in refused("--algorithm", "rloo", "--group-size", 1)
-    assert "--dynamic-sampling-max-rounds 0 is not positive" in refused("--dynamic-sampling-max-rounds", 0)
+    assert "--dynamic-sampling-max-rounds 0 is out of range: give 1 or more" in refused(
+        "--dynamic-sampling-max-rounds", 0
+    )
     assert "nowhere" in refused("--algorithm", "remax", "--group-size", 1, "--model", "nowhere")
 
 

@@ -108,7 +108,7 @@ def test_rows_of_every_kind(tmp_path):
         ({"adapter": "lora"}, "rlhf_jax.lora"),
         ({"rows": "missing.jsonl"}, "no such file"),
         ({"policy": "a/path"}, "rlhf_jax.load"),
-        ({"steps": 0}, "steps 0 is not positive"),
+        ({"steps": 0}, "steps 0 is out of range: give 1 or more"),
     ],
 )
 def test_mistakes_in_words_of_python(change, said, folder, tmp_path):

@@ -203,12 +203,12 @@ def test_mistakes_of_distillation(tmp_path):
 
     for options, said in (
         ({"loss": "sequence", "lmbda": 0.5}, "needs answers of the teacher"),
-        ({"lmbda": 1.5}, "is no share"),
-        ({"hard_label_weight": -0.1}, "hard-label-weight -0.1 is no share"),
+        ({"lmbda": 1.5}, "--lmbda 1.5 is out of range: give a number from 0 to 1"),
+        ({"hard_label_weight": -0.1}, "hard-label-weight -0.1 is out of range"),
         ({"hard_label_weight": 0.5, "lmbda": 0.5}, "give --lmbda 0"),
         ({"loss": "sequence", "temperature": 2.0}, "is of sampled tokens"),
         ({"loss": "sampled_reverse_kl", "top_k": 4}, "is of sampled tokens"),
-        ({"top_k": -1}, "--top-k -1 is below 0"),
+        ({"top_k": -1}, "--top-k -1 is out of range"),
         ({"self_teacher": "ema"}, "give either --teacher"),
         ({"teachers": 0}, "give either --teacher"),
         ({"teachers": 0, "self_teacher": "ema"}, "give --teacher-context"),
@@ -218,7 +218,7 @@ def test_mistakes_of_distillation(tmp_path):
             "another --loss",
         ),
         ({"teacher_template": "{prompt}"}, "--teacher-template must hold"),
-        ({"teacher_update_rate": 2.0}, "teacher-update-rate 2.0 is no share"),
+        ({"teacher_update_rate": 2.0}, "teacher-update-rate 2 is out of range"),
         ({"teachers": 2, "teacher_weights": (1.0,)}, "each of the 2 teachers"),
         ({"teachers": 2, "top_k": 3}, "several teachers have no likeliest"),
         (
