@@ -1,5 +1,6 @@
 """RAFT, expert iteration and iterated DPO in rounds, and distillation, from the command line."""
 
+import json
 import shutil
 
 import jax
@@ -175,6 +176,23 @@ def test_a_mixture_of_writers_on_a_new_student_resumes_to_the_bit(tmp_path, talk
             k: v for k, v in theirs.items() if "eval" not in k
         }
     assert {line["student_writes"] for line in whole} == {0.0, 1.0}
+    assert_same_policy(tmp_path / "broken", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_moving_teacher_with_a_context_resumes_to_the_bit(tmp_path, talker):
+    data = tmp_path / "shown.jsonl"
+    rows = [
+        {"prompt": f"{a}+{b}=?", "hint": str(a + b), "answer": str(a + b)} for a in range(4) for b in range(4)
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ("--model", talker, "--self-teacher", "ema", "--teacher-context", "hint", "--data", data)
+    words += ("--loss", "reverse_kl", "--top-k", 4, "--max-new-tokens", 4, "--eval-every", 100)
+    whole = run(distill, tmp_path / "whole", *words, "--steps", 6)
+    run(distill, tmp_path / "broken", *words, "--steps", 4)
+    broken = run(distill, tmp_path / "broken", *words, "--steps", 6, "--resume")
+    assert [line["loss"] for line in broken] == [line["loss"] for line in whole]
+    assert {line["student_writes"] for line in whole} == {1.0}
     assert_same_policy(tmp_path / "broken", tmp_path / "whole")
 
 
