@@ -86,8 +86,11 @@ class Campaign:
     def table(self) -> list[tuple[str, int, int, int, int]]:
         """(kind, tried, right, unexplained, silent) of each kind."""
         counts = collections.Counter((case["kind"], case["outcome"]) for case in self.found)
-        rows = [(name, [counts[name, outcome] for outcome in OUTCOMES]) for name in self.kinds]
-        return [(name, sum(numbers), *numbers) for name, numbers in rows]
+        rows = []
+        for name in self.kinds:
+            right, unexplained, silent = (counts[name, outcome] for outcome in OUTCOMES)
+            rows.append((name, right + unexplained + silent, right, unexplained, silent))
+        return rows
 
 
 def _read(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -38,7 +38,7 @@ from rlhf_jax.rollout.sampler import completion_texts, single_turn
 from rlhf_jax.rollout.step import make_grpo_train_step
 from rlhf_jax.stages import defaults, edges, inputs
 from rlhf_jax.stages.entry import NOTHING, Given, Trained
-from rlhf_jax.stages.grpo_options import GroupOptions, check, check_rewards, variant_of
+from rlhf_jax.stages.grpo_options import GroupOptions, check, check_rewards, rows_of, variant_of
 from rlhf_jax.stages.reward_specs import make_process_reward_fn, make_reward_fn
 from rlhf_jax.stages.session import Session
 from rlhf_jax.training import Meter

@@ -133,7 +133,8 @@ def selected(options: Options, answers: Answers) -> dict[str, tuple[Sequences, B
     sequences, size = answers.rollout.sequences, options.samples_per_prompt
     bar = options.reward_threshold
     if bar is None:
-        bar = np.nextafter(np.mean(answers.rewards, where=usable), np.inf) if usable.any() else np.inf
+        mean = np.mean(answers.rewards, where=usable) if usable.any() else np.float32(np.inf)
+        bar = float(np.nextafter(mean, np.float32(np.inf)))
     rewards = jnp.where(usable, answers.rewards, -jnp.inf).reshape(-1, size)
     if options.method == "dpo":
         pairs = selection.best_and_worst(sequences, rewards)
