@@ -63,10 +63,8 @@ def read_curves(folder: Path) -> dict[str, dict[str, list[Curve]]]:
             stage, step = below or str(line.get("stage", "run")), line.get("step", 0)
             for name, value in line.items():
                 if name not in ("stage", "step", "time") and isinstance(value, int | float):
-                    # A step written twice counts as written last.
-                    of_run.setdefault((stage, name), {})[step] = float(
-                        min(max(value, -MOST), MOST)
-                    )  # it may have 400 digits
+                    # A step written twice counts as written last. A number may have 400 digits.
+                    of_run.setdefault((stage, name), {})[step] = float(min(max(value, -MOST), MOST))
         for (stage, name), values in of_run.items():
             points.setdefault(stage, {}).setdefault(name, []).append(values)
     known = [stage for stage in STAGE_NAMES if stage in points]
