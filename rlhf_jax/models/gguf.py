@@ -77,7 +77,7 @@ class GgufFile:
             self._reader = gguf.GGUFReader(path)
         except (OSError, ValueError, IndexError, KeyError) as error:
             raise UserError(f"{path}: not a whole GGUF file ({error}): download it again.") from error
-        self._stored = {tensor.name: tensor for tensor in self._reader.tensors}
+        self._stored: dict[str, Any] = {tensor.name: tensor for tensor in self._reader.tensors}
         self.architecture = str(self.get("general.architecture"))
         if self.architecture not in ARCHITECTURES:
             raise UserError(
