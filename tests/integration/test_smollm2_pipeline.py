@@ -43,10 +43,8 @@ def test_answers_are_those_of_other_arithmetic():
             case "product":
                 assert row["answer"] == math.prod(numbers)
             case "letters":
-                letter, word = (
-                    row["prompt"].split("letter ")[1][0],
-                    row["prompt"].split("word ")[1].split("?")[0],
-                )
+                letter = row["prompt"].split("letter ")[1][0]
+                word = row["prompt"].split("word ")[1].split("?")[0]
                 assert row["answer"] == len(word.split(letter)) - 1
 
 
