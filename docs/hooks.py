@@ -11,7 +11,7 @@ def on_files(files: Any, config: Any) -> Any:
 
     root = Path(config.config_file_path).parent
     for path in sorted((root / "experiments").rglob("*")):
-        if path.suffix in (".md", ".png"):
+        if path.suffix in (".md", ".png", ".svg"):
             name = path.relative_to(root).as_posix()
             files.append(File(name, str(root), config.site_dir, config.use_directory_urls))
     return files
@@ -27,4 +27,5 @@ def in_the_site(markdown: str, name: str) -> str:
     if name.startswith("experiments/"):
         return re.sub(r"\]\(((?:\.\./)+)docs/", r"](\1", markdown)
     markdown = re.sub(r"\]\(\.\./((?:\.\./)*)experiments/", r"](\1experiments/", markdown)
-    return re.sub(r"\[([^\]]*)\]\((?:\.\./)+[A-Z]+\.md\)", r"\1", markdown)  # files of the repository alone
+    # Files of the repository alone.
+    return re.sub(r"\[([^\]]*)\]\((?:\.\./)+(?:[A-Z]+\.md|tests/[^)]*)\)", r"\1", markdown)

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import pathlib
+import sys
 
 from packaging.version import Version
 
@@ -24,10 +25,14 @@ import jax
 import jaxtyping
 import pytest
 
-# Every function of these rooms checks the types and shapes that it is annotated with (processes that tests
-# start run without). Installed before any of them is imported; an int passes for a float (PEP 484).
-CHECKED = os.environ.get("RLHF_JAX_TYPECHECK", "rlhf_jax.kernels,rlhf_jax.losses").split(",")
-jaxtyping.install_import_hook(CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+# Functions check the types and shapes that they are annotated with (processes that tests start run without).
+# Installed before any of them is imported; an int passes for a float (PEP 484). Losses and kernels check the
+# fields of dataclasses too; elsewhere these stand for many runs at once, behind a vmap.
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+STRICT = ["rlhf_jax.kernels", "rlhf_jax.losses"]
+jaxtyping.install_import_hook(STRICT, "type_checks.check")
+others = os.environ.get("RLHF_JAX_TYPECHECK", "rlhf_jax.core,rlhf_jax.algorithms").split(",")
+jaxtyping.install_import_hook(others, "type_checks.check_functions")
 
 # One folder for each worker: JAX does not write cache entries atomically.
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")

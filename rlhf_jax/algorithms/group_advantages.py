@@ -1,11 +1,59 @@
 """Advantage functions of the GRPO family: each takes `GroupStats`, and leaves out what has no reward."""
 
 import functools
+from collections.abc import Callable
 
-from rlhf_jax.algorithms.grpo import AdvantageFn, GroupStats, grpo_advantages
+import jax.numpy as jnp
+
+from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.masks import clean, masked_mean
-from rlhf_jax.core.types import Array, Float
+from rlhf_jax.core.trees import pytree_dataclass
+from rlhf_jax.core.types import Array, Bool, Float, Int, Scalar
 from rlhf_jax.kernels import advantages as baselines
+
+
+@pytree_dataclass
+class GroupStats:
+    """Rewards and lengths of groups, from which advantages are computed.
+
+    N prompts have G answers each, in rows B = N x G.
+
+    Attributes:
+      rewards: one for each answer, less `kl_coef` times its KL: what is compared.
+      scored: answers that have a reward; where False, `rewards` may hold anything.
+      lengths: tokens of each answer.
+      mask: tokens of the answers that have a reward.
+      outcomes: the rewards before the KL was taken from them.
+      kl: log-ratio of each token to the reference (k1), in nats; zeros without one.
+      kl_coef: weight of the KL in the reward, `Hyper.reward_kl_coef`.
+      greedy_rewards: reward of the most likely answer to each prompt; None where the run does not ask.
+      terms: the rewards of which `rewards` is the weighted sum, NaN where one is not meant for an answer;
+        None where they are not told apart.
+      term_weights: their weights.
+    """
+
+    rewards: Float[Array, "N G"]
+    scored: Bool[Array, "N G"]
+    lengths: Int[Array, "N G"]
+    mask: Bool[Array, "B T"]
+    outcomes: Float[Array, "N G"]
+    kl: Float[Array, "B T"]
+    kl_coef: Scalar
+    greedy_rewards: Float[Array, " N"] | None
+    terms: Float[Array, "N G K"] | None = None
+    term_weights: Float[Array, " K"] | None = None
+
+
+AdvantageFn = Callable[[GroupStats], Float[Array, "..."]]
+"""GroupStats -> advantages, [N, G] (one for each answer) or [B, T]."""
+
+
+def grpo_advantages(
+    stats: GroupStats, *, scale_fn: baselines.ScaleFn = baselines.group_std
+) -> Float[Array, "N G"]:
+    """GRPO's advantages: `kernels.group_relative_advantages`."""
+    return baselines.group_relative_advantages(stats.rewards, stats.scored, scale_fn=scale_fn)
+
 
 SCALES: dict[str, AdvantageFn] = {
     "group": grpo_advantages,
@@ -59,3 +107,31 @@ def whitened_returns(stats: GroupStats) -> Float[Array, "B T"]:
 def whitened_within_groups(stats: GroupStats) -> Float[Array, "N G"]:
     """REINFORCE++ with baseline: less the group's mean, whitened over the batch."""
     return baselines.reinforce_plus_plus_baseline_advantages(stats.rewards, stats.scored)
+
+
+def normalized_apart(stats: GroupStats) -> Float[Array, "N G"]:
+    """GDPO: each reward normalized within its group, their sum within the batch."""
+    if stats.terms is None or stats.term_weights is None:
+        raise UserError(
+            "GDPO normalizes each reward apart: give make_batch reward_terms= and Hyper reward_weights="
+        )
+    return baselines.decoupled_advantages(stats.terms, stats.term_weights, stats.scored)
+
+
+def shortest(stats: GroupStats) -> Float[Array, "N G"]:
+    """GFPO's metric of length: the shorter, the better."""
+    return -stats.lengths.astype(stats.rewards.dtype)
+
+
+def most_efficient(stats: GroupStats) -> Float[Array, "N G"]:
+    """GFPO's metric of token efficiency: reward per token."""
+    return clean(stats.rewards, stats.scored) / jnp.maximum(stats.lengths, 1)
+
+
+def of_the_best(
+    stats: GroupStats, *, keep: int, metric_fn: Callable[[GroupStats], Float[Array, "N G"]] = shortest
+) -> Float[Array, "N G"]:
+    """GFPO: GRPO's advantages among the `keep` answers that are best by a metric; 0 for the others."""
+    ranked = jnp.argsort(-clean(metric_fn(stats), stats.scored, -jnp.inf), axis=1, stable=True)
+    place = jnp.argsort(ranked, axis=1)
+    return baselines.group_relative_advantages(stats.rewards, stats.scored & (place < keep))

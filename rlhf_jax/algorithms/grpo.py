@@ -11,6 +11,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rlhf_jax.algorithms.group_advantages import AdvantageFn, GroupStats, grpo_advantages
+from rlhf_jax.algorithms.moving_reference import SyncHyper, init_reference
+from rlhf_jax.algorithms.process_supervision import add_step_advantages
+from rlhf_jax.algorithms.selection import largest_advantages
+from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.masks import masked_mean
 from rlhf_jax.core.minibatches import scan_minibatches
 from rlhf_jax.core.protocols import LogprobFn
@@ -20,61 +25,24 @@ from rlhf_jax.core.types import (
     Array,
     Bool,
     Float,
-    Int,
     Metrics,
     Params,
     PRNGKeyArray,
     Rollout,
     Scalar,
     Sequences,
+    StepRewards,
     TokenLogprobs,
 )
-from rlhf_jax.kernels.advantages import ScaleFn, group_relative_advantages, group_std, reward_spread
+from rlhf_jax.kernels.advantages import reward_spread
 from rlhf_jax.kernels.kl import k1, k3
 from rlhf_jax.kernels.prepare import cleaned_constant, mask_or_all
+from rlhf_jax.losses.corrections import Correction, apply_correction
 from rlhf_jax.losses.policy import KLFn, RatioFn, SurrogateFn, grpo_loss
 from rlhf_jax.losses.policy_ratios import token_log_ratio
 from rlhf_jax.losses.policy_surrogates import clip_surrogate
+from rlhf_jax.losses.policy_weights import batch_mask, off_policy_mask
 from rlhf_jax.losses.reductions import Reduction, sequence_mean
-
-
-@pytree_dataclass
-class GroupStats:
-    """Rewards and lengths of groups, from which advantages are computed.
-
-    N prompts have G answers each, in rows B = N x G.
-
-    Attributes:
-      rewards: one for each answer, less `kl_coef` times its KL: what is compared.
-      scored: answers that have a reward; where False, `rewards` may hold anything.
-      lengths: tokens of each answer.
-      mask: tokens of the answers that have a reward.
-      outcomes: the rewards before the KL was taken from them.
-      kl: log-ratio of each token to the reference (k1), in nats; zeros without one.
-      kl_coef: weight of the KL in the reward, `Hyper.reward_kl_coef`.
-      greedy_rewards: reward of the most likely answer to each prompt; None where the run does not ask.
-    """
-
-    rewards: Float[Array, "N G"]
-    scored: Bool[Array, "N G"]
-    lengths: Int[Array, "N G"]
-    mask: Bool[Array, "B T"]
-    outcomes: Float[Array, "N G"]
-    kl: Float[Array, "B T"]
-    kl_coef: Scalar
-    greedy_rewards: Float[Array, " N"] | None
-
-
-AdvantageFn = Callable[[GroupStats], Float[Array, "..."]]
-"""GroupStats -> advantages, [N, G] (one for each answer) or [B, T]."""
-
-WeightsFn = Callable[[Float[Array, "B T"], Float[Array, "B T"], Bool[Array, "B T"]], Float[Array, "B T"]]
-"""(old_logp, sampler_logp, mask) -> weights of tokens; see `losses.policy_weights`."""
-
-
-def grpo_advantages(stats: GroupStats, *, scale_fn: ScaleFn = group_std) -> Float[Array, "N G"]:
-    """GRPO's advantages: `kernels.group_relative_advantages`."""
-    return group_relative_advantages(stats.rewards, stats.scored, scale_fn=scale_fn)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +54,12 @@ class Config:
       num_iterations: passes over each batch.
       num_minibatches: optimizer steps in each pass; divides the rows of a batch.
       micro_batches: parts in which a mini-batch is computed; changes memory, not the result.
+      num_kept: answers to each prompt that are learned from, those of largest advantage (CPPO); 0 for all.
       advantage_fn: advantages of a group's answers (`algorithms.grpo_variants` has the family's).
       ratio_fn: token or sequence level (`losses.policy_ratios`).
       surrogate_fn: what the ratio and the advantage become (`losses.policy_surrogates`).
-      weights_fn: corrects for a sampler that is not the policy at the start of the update (another
-        implementation, or an older policy); None for no correction.
+      correction: for a sampler that is not the policy at the start of the update (another implementation, or
+        an older policy); its thresholds are in `Hyper`. None for no correction.
       kl_fn: estimator of the KL to the reference in the loss (`kernels.kl`).
       kl_ratio_correction: multiply that KL by the ratio, which makes its gradient that of KL(pi || ref) for
         k1 and k3, on policy or off (`losses.grpo_loss`).
@@ -101,10 +70,11 @@ class Config:
     num_iterations: int = 1
     num_minibatches: int = 1
     micro_batches: int = 1
+    num_kept: int = 0
     advantage_fn: AdvantageFn = grpo_advantages
     ratio_fn: RatioFn = token_log_ratio
     surrogate_fn: SurrogateFn = clip_surrogate
-    weights_fn: WeightsFn | None = None
+    correction: Correction | None = None
     kl_fn: KLFn = k3
     kl_ratio_correction: bool = False
     reduce: Reduction = sequence_mean
@@ -120,6 +90,17 @@ class Hyper:
       kl_coef: weight of the KL to the reference in the loss (beta; 0.04 in GRPO's paper, section 4.2).
       reward_kl_coef: weight of the KL to the reference in the reward, before the baseline (RLOO).
       entropy_coef: weight of the entropy bonus.
+      sync: how the reference follows the policy, where `State.ref_params` says that it does.
+      is_clip_low: least importance weight of the correction; is_clip_high: the largest.
+      rejection_low: lower threshold of the correction's rules, one for all or one for each.
+      rejection_high: upper threshold of the rules, likewise.
+      off_policy_threshold: nats a token at which answers of negative advantage are dropped as too unlikely
+        (`losses.off_policy_mask`); None for never.
+      second_moment_threshold: nats squared at which the drift of the batch is cut
+        (`losses.second_moment_mask`); None for never.
+      top_entropy_fraction: share of the batch's tokens, those of highest entropy, that the surrogate counts
+        (`losses.top_entropy_mask`); None for all.
+      reward_weights: of the terms of the reward, for advantages that take them apart (GDPO).
     """
 
     learning_rate: Scalar = 1e-4
@@ -128,6 +109,15 @@ class Hyper:
     kl_coef: Scalar = 0.04
     reward_kl_coef: Scalar = 0.0
     entropy_coef: Scalar = 0.0
+    sync: SyncHyper = SyncHyper()
+    is_clip_low: Scalar = 0.0
+    is_clip_high: Scalar = 2.0
+    rejection_low: Scalar | Float[Array, " R"] = 0.5
+    rejection_high: Scalar | Float[Array, " R"] = 2.0
+    off_policy_threshold: Scalar | None = None
+    second_moment_threshold: Scalar | None = None
+    top_entropy_fraction: Scalar | None = None
+    reward_weights: Float[Array, " K"] | None = None
 
 
 @pytree_dataclass
@@ -137,11 +127,13 @@ class State:
     Attributes:
       stale_params: trained parameters before the last update, where training is one step off policy; else
         None.
+      ref_params: the reference's own, where it follows the policy (`moving_reference`); else None.
     """
 
     learner: TrainState
     key: PRNGKeyArray
     stale_params: Params = None
+    ref_params: Params = None
 
     @property
     def rollout_params(self) -> Params:
@@ -160,6 +152,7 @@ class Batch:
       ref_logp: under the frozen reference; None without one.
       advantages: one for each answer, or for each token.
       weights: factors of the tokens' surrogates; None for none.
+      sampler_logp: as the sampler reported it; None where nothing asks for it.
     """
 
     sequences: Sequences
@@ -167,6 +160,7 @@ class Batch:
     ref_logp: Float[Array, "B T"] | None
     advantages: Float[Array, "B *T"]
     weights: Float[Array, "B T"] | None = None
+    sampler_logp: Float[Array, "B T"] | None = None
 
 
 def init(
@@ -176,16 +170,19 @@ def init(
     frozen: Params = None,
     *,
     one_step_off_policy: bool = False,
+    moving_reference: bool = False,
 ) -> State:
     """The state at step 0.
 
     Args:
       frozen: the part of the model that does not train.
-      one_step_off_policy: answers are sampled from the policy of one update before, as by a sampler beside
-        the trainer (asynchronous rollouts); give the configuration a `weights_fn` to make up for it.
+      one_step_off_policy: answers are those of the policy one update before, as by a sampler beside the
+        trainer (asynchronous rollouts); give the configuration a `correction` to make up for it.
+      moving_reference: the reference follows the policy, as `Hyper.sync` says.
     """
     stale = jax.tree.map(jnp.copy, params) if one_step_off_policy else None
-    return State(init_train_state(params, tx, frozen), key, stale)
+    reference = init_reference(params) if moving_reference else None
+    return State(init_train_state(params, tx, frozen), key, stale, reference)
 
 
 def compute_advantages(
@@ -197,12 +194,15 @@ def compute_advantages(
     kl: Float[Array, "B T"] | None = None,
     kl_coef: Scalar = 0.0,
     greedy_rewards: Float[Array, " N"] | None = None,
+    terms: Float[Array, "B K"] | None = None,
+    term_weights: Float[Array, " K"] | None = None,
 ) -> tuple[Float[Array, "B *T"], Metrics]:
     """Advantages within each group of `config.group_size` neighbouring rows, and the share of idle groups.
 
     Args:
       scored: rows that have a reward; all where it is None.
-      kl: of each token to the reference, and `kl_coef`, its weight in the reward.
+      kl: of each token to the reference; `kl_coef`: its weight in the reward.
+      terms: each reward, and `term_weights`; see `GroupStats`.
     """
     scored = mask_or_all(scored, rewards)
     mask = mask & scored[:, None]
@@ -218,6 +218,8 @@ def compute_advantages(
         kl=kl,
         kl_coef=kl_coef,
         greedy_rewards=greedy_rewards,
+        terms=None if terms is None else terms.reshape(*shape, terms.shape[1]),
+        term_weights=term_weights,
     )
     advantages = config.advantage_fn(stats)
     if advantages.shape == outcomes.shape:
@@ -236,21 +238,27 @@ def make_batch(
     *,
     scored: Bool[Array, "B"] | None = None,
     greedy_rewards: Float[Array, " N"] | None = None,
+    steps: StepRewards | None = None,
+    entropy: Float[Array, "B T"] | None = None,
+    reward_terms: Float[Array, "B K"] | None = None,
 ) -> tuple[Batch, Metrics]:
-    """Advantages within each group of `config.group_size` neighbouring rows.
+    """Advantages within each group of `config.group_size` neighbouring rows, corrected for the sampler.
 
     Args:
-      hyper: of it `reward_kl_coef`.
+      hyper: of it the weight of the KL in the reward, and the thresholds of correction and masks.
       rewards: one for each answer; anything where `scored` is False.
       old_logp: of the rollout as the scorer gives it.
       scored: answers that have a reward; None for all. The batch is as if the others were not in it.
       greedy_rewards: for advantages that compare with the most likely answer (ReMax).
+      steps: process rewards, compared apart (`process_supervision.add_step_advantages`); None for none.
+      entropy: at each token, in nats, for `hyper.top_entropy_fraction`.
+      reward_terms: without `hyper.reward_weights`; NaN where one is not meant for an answer (GDPO).
 
     Returns:
       (batch, metrics). `frac_reward_zero_std` is the share of groups whose rewards are all equal, which teach
       nothing; `unscorable` the number of answers without a reward, which of the rest of the metrics only
-      `tokens` counts; `sampling_logp_diff` the mean |delta log-prob| between sampler and scorer, in nats per
-      token.
+      `tokens` counts; `sampling_logp_diff` the mean |delta log-prob| between sampler and scorer, in nats a
+      token; a correction's are those of `losses.apply_correction`.
     """
     scored = mask_or_all(scored, rewards)
     mask = rollout.sequences.mask & scored[:, None]
@@ -263,8 +271,36 @@ def make_batch(
         kl=kl,
         kl_coef=hyper.reward_kl_coef,
         greedy_rewards=greedy_rewards,
+        terms=reward_terms,
+        term_weights=hyper.reward_weights,
     )
-    weights = None if config.weights_fn is None else config.weights_fn(old_logp, rollout.logp, mask)
+    if steps is not None:
+        advantages, described = add_step_advantages(
+            advantages, rewards, scored, steps, mask, group_size=config.group_size
+        )
+    weights, accepted, corrected = None, mask, {}
+    if config.correction is not None:
+        weights, accepted, corrected = apply_correction(
+            config.correction,
+            old_logp,
+            rollout.logp,
+            mask,
+            is_clip_low=hyper.is_clip_low,
+            is_clip_high=hyper.is_clip_high,
+            rejection_low=hyper.rejection_low,
+            rejection_high=hyper.rejection_high,
+        )
+    kept = batch_mask(
+        old_logp,
+        rollout.logp,
+        advantages,
+        mask,
+        entropy=entropy,
+        top_entropy_fraction=hyper.top_entropy_fraction,
+        second_moment_threshold=hyper.second_moment_threshold,
+    )
+    if kept is not None:
+        weights = kept.astype(jnp.float32) if weights is None else weights * kept
     mean = masked_mean(rewards, scored)
     metrics = {
         "reward": mean,
@@ -278,10 +314,18 @@ def make_batch(
     }
     if kl is not None:
         metrics["kl"] = masked_mean(jnp.sum(kl, axis=1), scored)
-    if weights is not None:
-        metrics["is_ratio"] = masked_mean(weights, mask)
-    sequences = dataclasses.replace(rollout.sequences, mask=mask)
-    return Batch(sequences, old_logp, ref_logp, advantages, weights), metrics
+    sequences = dataclasses.replace(rollout.sequences, mask=accepted)
+    anchor = rollout.logp if config.correction and config.correction.bypass else old_logp
+    sampler = None if hyper.off_policy_threshold is None else rollout.logp
+    batch = Batch(sequences, anchor, ref_logp, advantages, weights, sampler)
+    if config.num_kept:
+        if advantages.ndim > 1:
+            raise UserError(
+                "num_kept: answers are pruned by one advantage each, and tokens have their own here"
+            )
+        rows = largest_advantages(advantages.reshape(-1, config.group_size), keep=config.num_kept)
+        batch = jax.tree.map(lambda leaf: leaf[rows], batch)
+    return batch, metrics | corrected
 
 
 def batch_loss(
@@ -293,18 +337,26 @@ def batch_loss(
       score: of the rows under the policy, with gradient.
       denominator: of the whole batch, where the rows are a part of it.
     """
+    mask, weights, masked = rows.sequences.mask, rows.weights, {}
+    if hyper.off_policy_threshold is not None:
+        if rows.sampler_logp is None:
+            raise UserError("off_policy_threshold needs what the sampler reported: give Batch sampler_logp=")
+        logps, bound = (score.logp, rows.sampler_logp), hyper.off_policy_threshold
+        kept = off_policy_mask(*logps, rows.advantages, mask, threshold=bound)
+        weights = kept if weights is None else weights * kept
+        masked["off_policy_masked"] = config.reduce(1.0 - kept, mask, denominator=denominator)
     loss, metrics = grpo_loss(
         score.logp,
         rows.old_logp,
         rows.ref_logp,
         rows.advantages,
-        rows.sequences.mask,
+        mask,
         epsilon_low=hyper.epsilon_low,
         epsilon_high=hyper.epsilon_high,
         kl_coef=hyper.kl_coef,
         entropy=score.entropy,
         entropy_coef=hyper.entropy_coef,
-        weights=rows.weights,
+        weights=weights,
         ratio_fn=config.ratio_fn,
         surrogate_fn=config.surrogate_fn,
         kl_fn=config.kl_fn,
@@ -312,7 +364,7 @@ def batch_loss(
         reduce=config.reduce,
         denominator=denominator,
     )
-    metrics = {"loss": loss, **metrics}
+    metrics = {"loss": loss, **metrics, **masked}
     # The batch's own `kl` sums over an answer; this one is the loss term, a mean over tokens.
     metrics["kl_loss"] = metrics.pop("kl", jnp.zeros(()))
     return loss, metrics
@@ -359,6 +411,6 @@ def make_update(
             minibatches=config.num_minibatches,
         )
         stale = None if state.stale_params is None else state.learner.params
-        return State(learner, key, stale), metrics
+        return State(learner, key, stale, state.ref_params), metrics
 
     return update

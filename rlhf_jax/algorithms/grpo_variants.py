@@ -1,5 +1,7 @@
 """Variants of GRPO, and its relatives: all that differs between them, in one function each.
 
+Policy gradients are in `policy_gradient_variants`, and stand here too.
+
 A variant function takes the static choices of `grpo.Config` that are not its own (`group_size=`, ...), and
 what it needs of its own, and returns a `GRPOVariant`. A new one is in `grpo_variants()`, and so in the
 choices of every command, once it is written here.
@@ -11,75 +13,51 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rlhf_jax.algorithms import group_advantages
-from rlhf_jax.algorithms.grpo import AdvantageFn, Config, Hyper
+from rlhf_jax.algorithms import group_advantages, policy_gradient_variants
+from rlhf_jax.algorithms.grpo import Config, Hyper
+from rlhf_jax.algorithms.grpo_variant import GRPOVariant, with_correction as with_correction
+from rlhf_jax.algorithms.policy_gradient_variants import (
+    opo as opo,
+    reinforce as reinforce,
+    reinforce_plus_plus as reinforce_plus_plus,
+    reinforce_plus_plus_baseline as reinforce_plus_plus_baseline,
+    reinforce_without_baseline as reinforce_without_baseline,
+    remax as remax,
+    rloo as rloo,
+)
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.importing import is_import_path, load_function, nearest_name
+from rlhf_jax.losses.corrections import Correction
+from rlhf_jax.losses.policy import SurrogateFn
 from rlhf_jax.losses.policy_ratios import (
     sequence_log_ratio,
     sequence_token_log_ratio,
-    token_log_ratio,
 )
 from rlhf_jax.losses.policy_surrogates import (
     cispo_surrogate,
+    dppo_kl_surrogate,
+    dppo_tv_surrogate,
+    dro_surrogate,
     geometric_mean_surrogate,
+    importance_surrogate,
     sapo_surrogate,
     vespo_surrogate,
 )
-from rlhf_jax.losses.policy_weights import truncated_importance_weights
 from rlhf_jax.losses.reductions import constant_length, sequence_sum, token_mean
 
-
-@dataclasses.dataclass(frozen=True)
-class GRPOVariant:
-    """A variant of GRPO: all that differs from the others. Whoever trains with one obeys every field.
-
-    Attributes:
-      config: its static choices.
-      hyper: the hyperparameters it is published with, where its paper says something of them.
-      needs_greedy: it compares with the reward of the greedy answer.
-      needs_no_group: it does not compare the answers to one prompt, so a group may be a single one.
-      dynamic_sampling_max_rounds: rounds of sampling in a step at most, until the batch is full of prompts
-        whose answers differ in reward; 1 for none of it.
-      oversampling: in whole runs under `jit`, where rounds cannot depend on rewards, how many times the
-        prompts are drawn of which those whose answers differ are kept.
-      overlong_penalty_coef: weight of the soft penalty on overlong answers, which is a part of the reward.
-    """
-
-    config: Config
-    hyper: Hyper = Hyper()
-    needs_greedy: bool = False
-    needs_no_group: bool = False
-    dynamic_sampling_max_rounds: int = 1
-    oversampling: int = 1
-    overlong_penalty_coef: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Refuses groups of one where answers are compared with each other, and parts that do not fit."""
-        if self.config.group_size == 1 and not self.needs_no_group:
-            raise UserError(
-                "group_size 1: the algorithm compares the answers to one prompt, so give 2 or more, or take "
-                "one that compares none (reinforce, reinforce++, remax)"
-            )
-        if self.config.surrogate_fn in (geometric_mean_surrogate, vespo_surrogate) and (
-            self.config.ratio_fn is not token_log_ratio
-        ):
-            raise UserError(
-                "ratio_fn: GMPO and VESPO make an answer's ratio of those of its tokens: leave it"
-            )
-
-
 VariantFn = Callable[..., GRPOVariant]
+MetricFn = Callable[[group_advantages.GroupStats], Any]
 
 
 def grpo_variants() -> dict[str, VariantFn]:
     """Variant functions by name: `grpo`, `dapo`, `reinforce++`, ...
 
-    They are the public functions of this module that return a `GRPOVariant` and are called by keywords alone.
+    They are the public functions of this module and of `policy_gradient_variants` that return a `GRPOVariant`
+    and are called by keywords alone.
     """
     return {
         name.replace("_plus_plus_", "++-").replace("_plus_plus", "++"): function
-        for name, function in globals().items()
+        for name, function in (vars(policy_gradient_variants) | globals()).items()
         if inspect.isfunction(function) and not name.startswith("_") and _is_variant(function)
     }
 
@@ -141,99 +119,6 @@ def _taken(given: dict[str, Any], options: type) -> dict[str, Any]:
     """Takes from `given` what is a field of `options`."""
     names = {field.name for field in dataclasses.fields(options)} & given.keys()
     return {name: given.pop(name) for name in names}
-
-
-# Policy gradients -----------------------------------------------------------------------------------------
-#
-# One step on policy the clip of the surrogate never acts: what is left is E[A sum_t grad log pi(y_t)], the
-# sum over an answer's tokens and the mean over answers. The KL stands in the reward, before the baseline.
-
-
-def _policy_gradient(
-    advantage_fn: AdvantageFn, kl_coef: float, static: dict[str, Any]
-) -> tuple[Config, Hyper]:
-    config = Config(advantage_fn=advantage_fn, reduce=sequence_sum, **static)
-    return config, Hyper(kl_coef=0.0, reward_kl_coef=kl_coef)
-
-
-def reinforce(*, kl_coef: float = 0.0, **static: Any) -> GRPOVariant:
-    """REINFORCE (Williams 1992), with the mean reward of the batch as baseline.
-
-    Gradient: that of E[r], times 1 - 1/B for B answers in a batch, whose mean holds the answer's own reward.
-
-    Args:
-      kl_coef: weight of the KL in the reward.
-    """
-    return GRPOVariant(
-        *_policy_gradient(group_advantages.batch_baseline, kl_coef, static), needs_no_group=True
-    )
-
-
-def reinforce_without_baseline(*, kl_coef: float = 0.0, **static: Any) -> GRPOVariant:
-    """REINFORCE (Williams 1992) on bare rewards.
-
-    Gradient: that of E[r], unbiased.
-
-    Args:
-      kl_coef: weight of the KL in the reward.
-    """
-    return GRPOVariant(*_policy_gradient(group_advantages.no_baseline, kl_coef, static), needs_no_group=True)
-
-
-def reinforce_plus_plus(*, kl_coef: float = 0.01, **static: Any) -> GRPOVariant:
-    """REINFORCE++ (Hu et al. 2025): the KL in the reward of each token; returns whitened over the batch.
-
-    Gradient: biased: advantages over the spread of the batch, answers over its tokens.
-
-    Args:
-      kl_coef: weight of the KL in the reward.
-    """
-    config = Config(advantage_fn=group_advantages.whitened_returns, reduce=token_mean, **static)
-    return GRPOVariant(config, Hyper(kl_coef=0.0, reward_kl_coef=kl_coef), needs_no_group=True)
-
-
-def reinforce_plus_plus_baseline(**static: Any) -> GRPOVariant:
-    """REINFORCE++ with the group's mean as baseline (Hu et al. 2025).
-
-    Gradient: biased: advantages over the spread of the batch, answers over its tokens.
-    """
-    return GRPOVariant(
-        Config(advantage_fn=group_advantages.whitened_within_groups, reduce=token_mean, **static)
-    )
-
-
-def rloo(*, kl_coef: float = 0.05, **static: Any) -> GRPOVariant:
-    """RLOO (Ahmadian et al. 2024): the baseline is the mean of the other answers.
-
-    Gradient: that of E[r], unbiased.
-
-    Args:
-      kl_coef: weight of the KL in the reward, which the baseline sees as well (TRL's `RLOOConfig`: 0.05).
-    """
-    return GRPOVariant(*_policy_gradient(group_advantages.leave_one_out, kl_coef, static))
-
-
-def remax(*, kl_coef: float = 0.05, **static: Any) -> GRPOVariant:
-    """ReMax (Li et al. 2024): the baseline is the reward of the most likely answer.
-
-    Gradient: that of E[r], unbiased.
-
-    Args:
-      kl_coef: weight of the KL in the reward, as RLOO's; the baseline has none.
-    """
-    made = _policy_gradient(group_advantages.greedy_baseline, kl_coef, static)
-    return GRPOVariant(*made, needs_greedy=True, needs_no_group=True)
-
-
-def opo(*, kl_coef: float = 0.0, **static: Any) -> GRPOVariant:
-    """OPO (Hao et al. 2025): the length-weighted baseline, exactly on policy.
-
-    Gradient: biased by the answer's own reward in the baseline, which vanishes in large groups.
-
-    Args:
-      kl_coef: weight of the KL in the reward; the paper has none.
-    """
-    return GRPOVariant(*_policy_gradient(group_advantages.optimal_baseline, kl_coef, static))
 
 
 # GRPO and its descendants ---------------------------------------------------------------------------------
@@ -375,7 +260,116 @@ def pass_at_k(*, k: int = 2, **static: Any) -> GRPOVariant:
     return made
 
 
-def with_truncated_is(variant: GRPOVariant) -> GRPOVariant:
-    """Truncated importance sampling (TIS) added to a variant, for rollouts of an older policy."""
-    config = dataclasses.replace(variant.config, weights_fn=truncated_importance_weights)
-    return dataclasses.replace(variant, config=config)
+def lite_ppo(**static: Any) -> GRPOVariant:
+    """Lite PPO (Liu et al. 2025, arXiv 2508.08221): less the group's mean, over the batch's deviation; no KL.
+
+    Gradient: biased: answers over the batch's tokens, all over the spread of its rewards.
+    """
+    config = Config(advantage_fn=group_advantages.SCALES["batch"], reduce=token_mean, **static)
+    return GRPOVariant(config, Hyper(kl_coef=0.0))
+
+
+def gdpo(**static: Any) -> GRPOVariant:
+    """GDPO (arXiv 2601.05242): each reward normalized within its group before they are summed.
+
+    The KL in the reward has no say in it.
+
+    Gradient: biased: answers over their length, rewards over their own spread and the batch's.
+    """
+    return GRPOVariant(Config(advantage_fn=group_advantages.normalized_apart, **static), needs_terms=True)
+
+
+def gfpo(*, num_kept: int = 0, metric_fn: MetricFn = group_advantages.shortest, **static: Any) -> GRPOVariant:
+    """GFPO (Shrivastava et al. 2025, arXiv 2508.09726): of each group, the answers that a metric prefers.
+
+    Gradient: biased: as BNPO's, of the shortest answers of each group alone.
+
+    Args:
+      num_kept: answers of each group that count, with mean and deviation among them; 0 for half of them.
+      metric_fn: `group_advantages.shortest` or `most_efficient`, or any function of `GroupStats`.
+    """
+    keep = num_kept or _half(static)
+    advantage_fn = functools.partial(group_advantages.of_the_best, keep=keep, metric_fn=metric_fn)
+    return GRPOVariant(Config(advantage_fn=advantage_fn, reduce=token_mean, **static))
+
+
+def cppo(*, num_kept: int = 0, **static: Any) -> GRPOVariant:
+    """CPPO (Lin et al. 2025, arXiv 2503.22342): answers of small advantage are pruned before the update.
+
+    Gradient: biased: as GRPO's, of the answers that differ most.
+
+    Args:
+      num_kept: answers of each group that are learned from; 0 for half of them.
+    """
+    return GRPOVariant(Config(num_kept=num_kept or _half(static), **static))
+
+
+def _half(static: dict[str, Any]) -> int:
+    """Of the answers of a group, but two at least."""
+    size = static.get("group_size", Config.group_size)
+    return min(size, max(2, size // 2))
+
+
+def dppo_tv(*, max_completion_length: int, **static: Any) -> GRPOVariant:
+    """DPPO (arXiv 2602.04879) with binary total variation: a bound of probabilities in the place of a clip.
+
+    The divergence is from the sampler (section 5.2 there); advantages and reduction are Dr. GRPO's, as in the
+    authors' runs.
+
+    Gradient: on policy Dr. GRPO's.
+
+    Args:
+      max_completion_length: the constant that replaces lengths, in tokens.
+    """
+    return _dppo(dppo_tv_surrogate, 0.15, max_completion_length, static)
+
+
+def dppo_kl(*, max_completion_length: int, **static: Any) -> GRPOVariant:
+    """DPPO (arXiv 2602.04879) with binary KL.
+
+    Gradient: on policy Dr. GRPO's.
+
+    Args:
+      max_completion_length: the constant that replaces lengths, in tokens.
+    """
+    return _dppo(dppo_kl_surrogate, 0.05, max_completion_length, static)
+
+
+def _dppo(surrogate_fn: SurrogateFn, bound: float, length: int, static: dict[str, Any]) -> GRPOVariant:
+    config = Config(
+        advantage_fn=group_advantages.SCALES["none"],
+        surrogate_fn=surrogate_fn,
+        correction=Correction(bypass=True),
+        reduce=constant_length(length),
+        **static,
+    )
+    return GRPOVariant(config, Hyper(epsilon_low=bound, epsilon_high=bound, kl_coef=0.0))
+
+
+def m2po(**static: Any) -> GRPOVariant:
+    """M2PO (Zheng et al. 2025, arXiv 2510.01161): no clip; the second moment of the drift is bounded instead.
+
+    Gradient: on policy BNPO's without the KL.
+    """
+    config = Config(
+        surrogate_fn=importance_surrogate, correction=Correction(bypass=True), reduce=token_mean, **static
+    )
+    return GRPOVariant(config, Hyper(kl_coef=0.0, second_moment_threshold=0.04))
+
+
+def dro(*, tau: float = 1.0, **static: Any) -> GRPOVariant:
+    """DRO (Richemond et al. 2024): the group's mean for its value function, the sampler for its reference.
+
+    Gradient: on policy that of E[r], times 1 - 1/G.
+
+    Args:
+      tau: how strongly an answer is held to where it was.
+    """
+    config = Config(
+        advantage_fn=group_advantages.SCALES["none"],
+        surrogate_fn=functools.partial(dro_surrogate, tau=tau),
+        correction=Correction(bypass=True),
+        reduce=sequence_sum,
+        **static,
+    )
+    return GRPOVariant(config, Hyper(kl_coef=0.0))

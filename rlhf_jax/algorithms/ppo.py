@@ -1,8 +1,9 @@
 """Proximal policy optimisation (Schulman et al. 2017), for language models and for control alike.
 
 `make_update` knows nothing of tokens: it gets log-probs, values, advantages and returns of a batch of
-rows, and a score function. `language_batch` is the part that is RLHF: a reward for the whole answer, a KL
-penalty at every token, whitening, and the penalty's controller (Ziegler et al. 2019; Stiennon et al. 2020).
+rows, and a score function; with text beside them it is PPO-ptx (Ouyang et al. 2022). `language_batch` is the
+part that is RLHF: a reward for the whole answer, a KL penalty at every token, whitening, and the penalty's
+controller (Ziegler et al. 2019; Stiennon et al. 2020).
 """
 
 import dataclasses
@@ -13,8 +14,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rlhf_jax.algorithms.moving_reference import SyncHyper, init_reference
+from rlhf_jax.algorithms.selection import RankWeightsFn
+from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.masks import clean, last_unmasked_index, masked_mean
-from rlhf_jax.core.minibatches import scan_minibatches
+from rlhf_jax.core.minibatches import scan_minibatches, share_of_rows
 from rlhf_jax.core.protocols import LogprobFn
 from rlhf_jax.core.train_state import TrainState, accumulate_gradients, apply_gradients, init_train_state
 from rlhf_jax.core.trees import pytree_dataclass
@@ -22,16 +26,19 @@ from rlhf_jax.core.types import (
     Array,
     Bool,
     Float,
+    Int,
     Metrics,
     Params,
     PRNGKeyArray,
     Rollout,
     Scalar,
+    Sequences,
+    StepRewards,
     TokenLogprobs,
 )
-from rlhf_jax.kernels.controllers import adaptive_kl_update
-from rlhf_jax.kernels.prepare import mask_or_all
-from rlhf_jax.kernels.returns import generalized_advantage_estimation
+from rlhf_jax.kernels.controllers import adaptive_kl_update, fixed_kl_update
+from rlhf_jax.kernels.prepare import cleaned_constant, mask_or_all
+from rlhf_jax.kernels.returns import generalized_advantage_estimation, length_adaptive_lambda, token_rewards
 from rlhf_jax.kernels.whitening import (
     Moments,
     batch_moments,
@@ -42,6 +49,7 @@ from rlhf_jax.kernels.whitening import (
 )
 from rlhf_jax.losses.policy import ppo_clip_loss, ppo_penalty_loss
 from rlhf_jax.losses.reductions import Reduction, token_mean
+from rlhf_jax.losses.supervised import cross_entropy_loss
 from rlhf_jax.losses.value import clipped_value_loss
 
 PolicyLossFn = Callable[..., tuple[Float[Array, ""], Metrics]]
@@ -69,6 +77,8 @@ class Config:
       adaptive_kl: move the KL coefficient so that the KL stays near `Hyper.kl_target`.
       scale_rewards: divide rewards by the running standard deviation of all rewards seen, once they differ.
       reduce: how tokens become one number.
+      group_size: answers to each prompt; those to one stand together.
+      filter_fn: which one of them is learned from (PF-PPO, `selection.filter_by_rank`); None for all.
       policy_loss_fn: (hyper, logp, old_logp, advantages, mask, reduce, denominator) -> (loss, metrics), what
         keeps the policy near the old one: `clipped` or `penalized`.
     """
@@ -80,6 +90,8 @@ class Config:
     adaptive_kl: bool = False
     scale_rewards: bool = False
     reduce: Reduction = token_mean
+    group_size: int = 1
+    filter_fn: RankWeightsFn | None = None
     policy_loss_fn: PolicyLossFn = clipped
 
 
@@ -96,11 +108,19 @@ class Hyper:
       entropy_coef: weight of the entropy bonus.
       gamma: discount per step.
       gae_lambda: lambda of GAE.
+      critic_gae_lambda: lambda of the returns that the values learn, where it is another: decoupled GAE
+        (VC-PPO, Yuan et al. 2025, arXiv 2503.01491, with 1); None for the same.
+      gae_alpha: alpha of length-adaptive GAE (VAPO, Yue et al. 2025, arXiv 2504.05118, with 0.05), which
+        takes the place of `gae_lambda` in the advantages; None for one lambda at every length.
       kl_coef: weight of the per-token KL penalty in the reward; where the adaptive controller starts.
       kl_target: KL per answer in nats that the controller aims at.
       kl_horizon: answers over which the controller reacts.
       missing_eos_penalty: taken from the reward of an answer that did not end.
       target_kl: a mini-batch whose KL from the old policy (nats per token) is above this ends the update.
+      ptx_coef: weight of the loss on text in PPO-ptx (gamma; 27.8 in InstructGPT, appendix C.4).
+      positive_lm_coef: weight of the loss on right answers (mu of VAPO, with 0.1); None for no such loss.
+      positive_threshold: an answer whose reward is above this is right.
+      sync: how the reference follows the policy, where `State.ref_params` says that it does.
     """
 
     learning_rate: Scalar = 1e-4
@@ -112,11 +132,17 @@ class Hyper:
     entropy_coef: Scalar = 0.0
     gamma: Scalar = 1.0
     gae_lambda: Scalar = 0.95
+    critic_gae_lambda: Scalar | None = None
+    gae_alpha: Scalar | None = None
     kl_coef: Scalar = 0.05
     kl_target: Scalar = 6.0
     kl_horizon: Scalar = 10_000.0
     missing_eos_penalty: Scalar = 1.0
     target_kl: Scalar = jnp.inf
+    ptx_coef: Scalar = 27.8
+    positive_lm_coef: Scalar | None = None
+    positive_threshold: Scalar = 0.0
+    sync: SyncHyper = SyncHyper()
 
 
 @pytree_dataclass
@@ -126,12 +152,14 @@ class State:
     Attributes:
       kl_coef: the KL penalty's weight as the controller left it.
       reward_moments: of all rewards seen, for their scaling.
+      ref_params: the reference's own, where it follows the policy (`moving_reference`); else None.
     """
 
     learner: TrainState
     key: PRNGKeyArray
     kl_coef: Float[Array, ""]
     reward_moments: Moments
+    ref_params: Params = None
 
 
 @pytree_dataclass
@@ -143,6 +171,7 @@ class Batch:
       mask: actions that count.
       old_logp: log-probs under the policy at the start of the update.
       old_values: values at the start of the update.
+      positive: rows of right answers, for `Hyper.positive_lm_coef`; None without.
     """
 
     inputs: Any
@@ -151,6 +180,7 @@ class Batch:
     old_values: Float[Array, "B T"]
     advantages: Float[Array, "B T"]
     returns: Float[Array, "B T"]
+    positive: Bool[Array, "B"] | None = None
 
 
 def init(
@@ -159,37 +189,78 @@ def init(
     key: PRNGKeyArray,
     hyper: Hyper,
     frozen: Params = None,
+    *,
+    moving_reference: bool = False,
 ) -> State:
-    """The state at step 0; `frozen` is the part of the models that does not train."""
+    """The state at step 0.
+
+    Args:
+      frozen: the part of the models that does not train.
+      moving_reference: the reference follows `params["policy"]`, as `hyper.sync` says.
+    """
     kl_coef = jnp.asarray(hyper.kl_coef, jnp.float32)
-    return State(init_train_state(params, tx, frozen), key, kl_coef, init_moments())
+    reference = init_reference(params["policy"]) if moving_reference else None
+    return State(init_train_state(params, tx, frozen), key, kl_coef, init_moments(), reference)
 
 
 def make_update(
-    config: Config, logprob_fn: LogprobFn, tx: optax.GradientTransformation
-) -> Callable[[State, Hyper, Batch], tuple[State, Metrics]]:
-    """`update(state, hyper, batch) -> (state, metrics)`: all epochs over one batch."""
+    config: Config,
+    logprob_fn: LogprobFn,
+    tx: optax.GradientTransformation,
+    ptx_logprob_fn: LogprobFn | None = None,
+) -> Callable[..., tuple[State, Metrics]]:
+    """`update(state, hyper, batch, ptx=None) -> (state, metrics)`: all epochs over one batch.
 
-    def update(state: State, hyper: Hyper, batch: Batch) -> tuple[State, Metrics]:
+    With `ptx`, sequences of text, it is PPO-ptx (InstructGPT, Ouyang et al. 2022, eq. 2): every mini-batch
+    has its own share of the text, whose loss is added to that of PPO.
+
+        loss = loss_PPO - ptx_coef E_text[log pi(x)]
+
+    The paper's expectation is over texts; here it is the mean over the tokens of the mini-batch's share,
+    as the loss of pre-training is. The metric `ptx_loss` is it, in nats per token.
+
+    Args:
+      ptx_logprob_fn: (params, text) -> log-probs of the policy at temperature 1; needed for `ptx`, whose rows
+        num_ppo_epochs x num_minibatches x micro_batches divides.
+
+    Raises:
+      UserError: text that nothing scores, or that cannot be shared out.
+    """
+
+    def update(
+        state: State, hyper: Hyper, batch: Batch, ptx: Sequences | None = None
+    ) -> tuple[State, Metrics]:
         key, shuffle_key = jax.random.split(state.key)
 
-        def step(learner: TrainState, part: Batch):
-            denominator = config.reduce.total(part.mask)
+        def step(carry: tuple[TrainState, Int[Array, ""]], part: Batch):
+            learner, number = carry
+            text = share_of_rows(ptx, number, config.num_ppo_epochs * config.num_minibatches)
+            totals = _totals(config, part, text)
 
-            def loss_fn(params: Params, rows: Batch):
-                return _loss(config, hyper, logprob_fn(params, rows.inputs), rows, denominator)
+            def loss_fn(params: Params, rows: tuple[Batch, Sequences | None]):
+                experience, some = rows
+                score = logprob_fn(params, experience.inputs)
+                loss, metrics = _loss(config, hyper, score, experience, totals)
+                if some is None:
+                    return loss, metrics
+                if ptx_logprob_fn is None:
+                    raise UserError("PPO-ptx: nothing scores the text: give make_update ptx_logprob_fn")
+                logp = ptx_logprob_fn(params, some).logp
+                ptx_loss, of_text = cross_entropy_loss(logp, some.mask, denominator=totals["text"])
+                loss += hyper.ptx_coef * ptx_loss
+                return loss, {**metrics, "loss": loss, "ptx_loss": of_text["loss"]}
 
             gradients, loss, metrics = accumulate_gradients(
-                loss_fn, learner, part, micro_batches=config.micro_batches
+                loss_fn, learner, (part, text), micro_batches=config.micro_batches
             )
             learner, guard = apply_gradients(
                 learner, gradients, tx, learning_rate=hyper.learning_rate, loss=loss
             )
-            return learner, {**metrics, **guard}, metrics["approx_kl"] > hyper.target_kl
+            return (learner, number + 1), {**metrics, **guard}, metrics["approx_kl"] > hyper.target_kl
 
-        learner, metrics = scan_minibatches(
+        (learner, _), metrics = scan_minibatches(
             step,
-            state.learner,
+            (state.learner, jnp.int32(0)),
             batch,
             shuffle_key,
             epochs=config.num_ppo_epochs,
@@ -200,20 +271,38 @@ def make_update(
     return update
 
 
+def _totals(config: Config, rows: Batch, text: Sequences | None) -> dict[str, Float[Array, ""]]:
+    """Denominators of a mini-batch, whatever the parts in which it is computed."""
+    totals = {"actions": config.reduce.total(rows.mask)}
+    if rows.positive is not None:
+        totals["positive"] = token_mean.total(rows.mask & rows.positive[:, None])
+    if text is not None:
+        totals["text"] = token_mean.total(text.mask)
+    return totals
+
+
 def _loss(
-    config: Config, hyper: Hyper, score: TokenLogprobs, rows: Batch, denominator: Scalar
+    config: Config, hyper: Hyper, score: TokenLogprobs, rows: Batch, totals: dict[str, Float[Array, ""]]
 ) -> tuple[Float[Array, ""], Metrics]:
-    """Policy loss + value loss - entropy bonus (Schulman et al. 2017, eq. 9)."""
-    reduction = {"reduce": config.reduce, "denominator": denominator}
+    """Policy loss + value loss - entropy bonus (Schulman et al. 2017, eq. 9); where it has a weight, the loss
+    on right answers beside them (VAPO): their mean negative log-likelihood, in nats per token.
+    """
+    reduction = {"reduce": config.reduce, "denominator": totals["actions"]}
     policy_loss, policy_metrics = config.policy_loss_fn(
         hyper, score.logp, rows.old_logp, rows.advantages, rows.mask, **reduction
     )
     value_loss, value_metrics = clipped_value_loss(
         score.value, rows.old_values, rows.returns, rows.mask, clip=hyper.cliprange_value, **reduction
     )
-    entropy = config.reduce(score.entropy, rows.mask, denominator=denominator)
+    entropy = config.reduce(score.entropy, rows.mask, denominator=totals["actions"])
     loss = policy_loss + hyper.value_coef * value_loss - hyper.entropy_coef * entropy
-    return loss, {"loss": loss, "entropy": entropy, **policy_metrics, **value_metrics}
+    metrics = {"entropy": entropy, **policy_metrics, **value_metrics}
+    if hyper.positive_lm_coef is not None and rows.positive is not None:
+        mask = rows.mask & rows.positive[:, None]
+        positive_loss, of_right = cross_entropy_loss(score.logp, mask, denominator=totals["positive"])
+        loss += hyper.positive_lm_coef * positive_loss
+        metrics["positive_lm_loss"] = of_right["loss"]
+    return loss, {"loss": loss, **metrics}
 
 
 def language_batch(
@@ -226,63 +315,79 @@ def language_batch(
     rewards: Float[Array, "B"],
     *,
     scored: Bool[Array, "B"] | None = None,
+    steps: StepRewards | None = None,
 ) -> tuple[State, Batch, Metrics]:
     """Turns sampled answers into a PPO batch; moves the KL controller and the reward moments.
 
-        r_t = -kl_coef (logp_t - ref_logp_t) + [t = last] (reward - penalty if unfinished)
+        r_t = -kl_coef (logp_t - ref_logp_t) + [t ends a step] its reward
+              + [t = last] (reward - penalty if unfinished)
 
     Args:
       score: of the rollout under the policy that sampled it, with values.
       ref_logp: of the same tokens under the frozen reference.
       rewards: of whole answers; anything where `scored` is False.
       scored: answers that have a reward; None for all. The batch is as if the others were not in it.
+      steps: process rewards beside those of whole answers; None for none.
 
     Returns:
       (state, batch, metrics). `kl` is the mean over answers of the summed log-ratio to the reference, in
       nats; `sampling_logp_diff` the mean |delta log-prob| between sampler and scorer, in nats per token;
-      `unscorable` the number of answers without a reward, which of the rest only `tokens` counts.
+      `unscorable` the number of answers without a reward, which of the rest only `tokens` counts;
+      `step_reward` the mean process reward of a step, and `steps` how many an answer has.
     """
     scored = mask_or_all(scored, rewards)
     mask, rewards = rollout.sequences.mask & scored[:, None], clean(rewards, scored)
-    moments = merge_moments(state.reward_moments, batch_moments(rewards, scored))
-    scaled = rewards / _reward_scale(moments) if config.scale_rewards else rewards
-    outcome = scaled - hyper.missing_eos_penalty * ~rollout.finished
+    ends = jnp.zeros_like(mask) if steps is None else steps.ends & mask
+    earned = jnp.zeros(mask.shape) if steps is None else cleaned_constant(steps.rewards, ends)
+    moments = merge_moments(state.reward_moments, batch_moments(rewards + jnp.sum(earned, axis=1), scored))
+    scale = _reward_scale(moments) if config.scale_rewards else 1.0
+    outcome = rewards / scale - hyper.missing_eos_penalty * ~rollout.finished
     log_ratio = jnp.where(mask, score.logp - ref_logp, 0)
-    is_last = jnp.arange(mask.shape[1]) == last_unmasked_index(mask)[:, None]
-    token_rewards = jnp.where(is_last, outcome[:, None], 0) - state.kl_coef * log_ratio
-    advantages, returns = generalized_advantage_estimation(
-        token_rewards,
-        score.value,
-        jnp.where(is_last, 0.0, hyper.gamma),
-        jnp.zeros_like(outcome),
-        mask,
-        gae_lambda=hyper.gae_lambda,
-    )
-    raw_std = jnp.sqrt(masked_mean(jnp.square(advantages - masked_mean(advantages, mask)), mask))
-    if config.whiten_advantages:
-        advantages = whiten(advantages, mask)
+    of_tokens = token_rewards(outcome, log_ratio, mask, kl_coef=state.kl_coef) + earned / scale
+    advantages, returns = _estimates(hyper, of_tokens, score.value, mask)
     kl = masked_mean(jnp.sum(log_ratio, axis=1), scored)
-    kl_coef = state.kl_coef
-    if config.adaptive_kl:
-        kl_coef = adaptive_kl_update(
-            kl_coef, kl, target=hyper.kl_target, horizon=hyper.kl_horizon, num_steps=jnp.sum(scored)
-        )
-    mean = masked_mean(rewards, scored)
+    control = adaptive_kl_update if config.adaptive_kl else fixed_kl_update
+    kl_coef = control(
+        state.kl_coef, kl, target=hyper.kl_target, horizon=hyper.kl_horizon, num_steps=jnp.sum(scored)
+    )
+    mean, raw_mean = masked_mean(rewards, scored), masked_mean(advantages, mask)
     metrics = {
         "kl": kl,
         "kl_coef": state.kl_coef,
         "reward": mean,
         "reward_std": jnp.sqrt(masked_mean(jnp.square(rewards - mean), scored)),
-        "penalised_reward": masked_mean(jnp.sum(token_rewards, axis=1), scored),
+        "penalised_reward": masked_mean(jnp.sum(of_tokens, axis=1), scored),
         "unscorable": jnp.sum(~scored),
-        "advantage_std": raw_std,
+        "advantage_std": jnp.sqrt(masked_mean(jnp.square(advantages - raw_mean), mask)),
         "length": masked_mean(jnp.sum(mask, axis=1), scored),
         "finished": masked_mean(rollout.finished, scored),
         "sampling_logp_diff": masked_mean(jnp.abs(score.logp - rollout.logp), mask),
         "tokens": jnp.sum(rollout.sequences.mask),
     }
-    batch = Batch(rollout.sequences, mask, score.logp, score.value, advantages, returns)
+    if steps is not None:
+        metrics["step_reward"] = masked_mean(steps.rewards, ends)
+        metrics["steps"] = masked_mean(jnp.sum(ends, axis=1), scored)
+    if config.whiten_advantages:
+        advantages = whiten(advantages, mask)
+    positive = None if hyper.positive_lm_coef is None else scored & (rewards > hyper.positive_threshold)
+    batch = Batch(rollout.sequences, mask, score.logp, score.value, advantages, returns, positive)
     return dataclasses.replace(state, kl_coef=kl_coef, reward_moments=moments), batch, metrics
+
+
+def _estimates(
+    hyper: Hyper, rewards: Float[Array, "B T"], values: Float[Array, "B T"], mask: Bool[Array, "B T"]
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """(advantages, returns) by GAE; with a lambda of its own each, where `hyper` has them."""
+    is_last = jnp.arange(mask.shape[1]) == last_unmasked_index(mask)[:, None]
+    arrays = (rewards, values, jnp.where(is_last, 0.0, hyper.gamma), jnp.zeros(mask.shape[0]), mask)
+    policy_lambda = hyper.gae_lambda
+    if hyper.gae_alpha is not None:
+        policy_lambda = length_adaptive_lambda(mask, alpha=hyper.gae_alpha)
+    value_lambda = hyper.gae_lambda if hyper.critic_gae_lambda is None else hyper.critic_gae_lambda
+    advantages, returns = generalized_advantage_estimation(*arrays, gae_lambda=policy_lambda)
+    if policy_lambda is not value_lambda:
+        returns = generalized_advantage_estimation(*arrays, gae_lambda=value_lambda)[1]
+    return advantages, returns
 
 
 def _reward_scale(moments: Moments) -> Float[Array, ""]:

@@ -3,12 +3,15 @@
 Rows of one prompt stand together: B = N x G.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from rlhf_jax.core.trees import pytree_dataclass
-from rlhf_jax.core.types import Array, Bool, Float, Int, Scalar, Sequences
+from rlhf_jax.core.types import Array, Bool, Float, Int, PRNGKeyArray, Scalar, Sequences
 from rlhf_jax.kernels.advantages import reward_spread
+from rlhf_jax.kernels.prepare import mask_or_all
 
 
 @pytree_dataclass
@@ -105,3 +108,66 @@ def groups_that_differ(
     differs = reward_spread(rewards, scored) > 0
     chosen = jnp.argsort(~differs, stable=True)[:keep]
     return chosen, differs[chosen]
+
+
+def largest_advantages(advantages: Float[Array, "N G"], *, keep: int) -> Int[Array, " K"]:
+    """Rows of the `keep` answers to each prompt whose advantages are largest in size (CPPO, Lin et al. 2025).
+
+    They stay in their order; of equals the first are kept.
+    """
+    order = jnp.argsort(-jnp.abs(advantages), axis=1, stable=True)[:, :keep]
+    start = jnp.arange(advantages.shape[0])[:, None] * advantages.shape[1]
+    return (start + jnp.sort(order, axis=1)).reshape(-1)
+
+
+# Policy filtration ---------------------------------------------------------------------------------
+
+RankWeightsFn = Callable[[Int[Array, "N G"], Int[Array, "N 1"]], Float[Array, "N G"]]
+"""(rank of each answer by reward, 0 for the best; how many of its group have one) -> its weight."""
+
+
+def best_of_n_weights(rank: Int[Array, "N G"], count: Int[Array, "N 1"]) -> Float[Array, "N G"]:
+    """PF-PPO's BoN: the best answer."""
+    del count
+    return (rank == 0).astype(jnp.float32)
+
+
+def best_random_weights(rank: Int[Array, "N G"], count: Int[Array, "N 1"]) -> Float[Array, "N G"]:
+    """PF-PPO's BR: the best answer, or one of the others, each half of the time."""
+    return jnp.where(rank == 0, 0.5, 0.5 / jnp.maximum(count - 1, 1))
+
+
+def best_worst_weights(rank: Int[Array, "N G"], count: Int[Array, "N 1"]) -> Float[Array, "N G"]:
+    """PF-PPO's BW: the best answer or the worst, each half of the time."""
+    return 0.5 * (rank == 0) + 0.5 * (rank == count - 1)
+
+
+def filter_by_rank(
+    rewards: Float[Array, "N G"],
+    scored: Bool[Array, "N G"] | None,
+    key: PRNGKeyArray,
+    *,
+    weights_fn: RankWeightsFn,
+) -> Int[Array, " N"]:
+    """Policy filtration (PF-PPO, Shen & Zhang 2024, arXiv 2409.06957): one of the answers to each prompt,
+    drawn by weights of their ranks.
+
+    A reward model is surest of answers that it rates very high or very low: to learn from these alone leaves
+    out much of its noise.
+
+    Args:
+      rewards: one for each answer; anything where `scored` is False.
+      scored: answers that have a reward, which are ranked; None for all.
+      key: decides the draw.
+      weights_fn: `best_of_n_weights`, `best_random_weights` or `best_worst_weights`.
+
+    Returns:
+      Rows of the chosen ones, among B = N x G.
+    """
+    scored = mask_or_all(scored, rewards)
+    order = jnp.argsort(jnp.where(scored, -rewards, jnp.inf), axis=1, stable=True)
+    rank = jnp.argsort(order, axis=1)
+    count = jnp.maximum(jnp.sum(scored, axis=1, keepdims=True), 1)
+    weights = jnp.where(rank < count, weights_fn(rank, count), 0)
+    chosen = jax.random.categorical(key, jnp.log(weights), axis=1)
+    return jnp.arange(rewards.shape[0]) * rewards.shape[1] + chosen

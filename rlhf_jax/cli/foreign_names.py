@@ -1,4 +1,4 @@
-"""Options by the names they have elsewhere: TRL, verl, Hugging Face's Trainer and PEFT, and here in the past.
+"""Options by the names they have elsewhere: TRL, verl, OpenRLHF, Hugging Face; and here before.
 
 Each name has one or more of ours; the first that a command has is the one it is told. Values may follow:
 `--bf16` is `--arch.compute-dtype bfloat16`.
@@ -37,6 +37,9 @@ TRL = {
     "--vf-coef": ("--value-coef",),
     "--vf-coeff": ("--value-coef",),
     "--lam": ("--gae-lambda",),
+    "--lam-critic": ("--critic-gae-lambda",),
+    "--sync-ref-model": ("--ref-model-sync-steps",),
+    "--pretrain-data": ("--ptx-data",),
     "--num-ppo-epochs": ("--num-iterations",),
     "--num-iterations": ("--num-ppo-epochs",),
     "--num-mini-batches": ("--num-minibatches",),
@@ -53,6 +56,14 @@ TRL = {
     "--loss-type": ("--loss", "--algorithm"),
     "--advantage-estimator": ("--algorithm",),
     "--vllm-importance-sampling-correction": ("--importance-sampling-correction",),
+    "--vllm-importance-sampling-mode": ("--importance-sampling-correction",),
+    "--vllm-importance-sampling-clip-min": ("--is-clip-low",),
+    "--vllm-importance-sampling-clip-max": ("--is-clip-high",),
+    "--vllm-importance-sampling-cap": ("--is-clip-high",),
+    "--off-policy-mask-threshold": ("--off-policy-threshold",),
+    "--top-entropy-quantile": ("--top-entropy-fraction",),
+    "--num-remains-in-group": ("--num-kept",),
+    "--multi-objective-aggregation": ("--algorithm gdpo",),
     "--use-vllm": ("--engine vllm:URL",),
     "--vllm-mode": ("--engine vllm:URL",),
     "--vllm-server-host": ("--engine vllm:URL",),
@@ -67,8 +78,6 @@ TRL = {
     "--max-seq-len": _LENGTH,
     "--max-seq-length": ("--max-length", "--length"),
     "--block-size": _LENGTH,
-    "--log-completions": ("--samples",),
-    "--num-completions-to-print": ("--samples",),
     "--judge-model-path": ("--judge-model", "--judge"),
 }
 
@@ -165,6 +174,11 @@ VERL = {
     "--ppo-micro-batch-size": ("--micro-batches",),
     "--ppo-micro-batch-size-per-gpu": ("--micro-batches",),
     "--filter-groups": ("--dynamic-sampling-max-rounds",),
+    "--rollout-is": ("--importance-sampling-correction",),
+    "--rollout-correction": ("--importance-sampling-correction",),
+    "--rollout-is-threshold": ("--is-clip-high",),
+    "--rollout-rs": ("--rejection-rules",),
+    "--rollout-rs-threshold": ("--rejection-high",),
     "--overlong-buffer": ("--overlong-penalty-coef",),
     "--total-epochs": ("--num-train-epochs",),
     "--total-training-steps": ("--steps",),
@@ -172,6 +186,60 @@ VERL = {
     "--default-local-dir": ("--out",),
     "--num-nodes": ("--coordinator",),
     "--nnodes": ("--coordinator",),
+}
+
+# OpenRLHF 0.11.2, read from its wheel.
+OPENRLHF = {
+    "--actor.model-name-or-path": _MODEL,
+    "--model.model-name-or-path": _MODEL,
+    "--reward.model-name-or-path": ("--reward-model", "--rewards"),
+    "--reward.remote-url": ("--rewards",),
+    "--reward.overlong-penalty-factor": ("--overlong-penalty-coef",),
+    "--data.prompt-dataset": ("--data",),
+    "--data.dataset": ("--data",),
+    "--data.max-len": _LENGTH,
+    "--eval.dataset": ("--eval-data",),
+    "--eval.steps": ("--eval-every",),
+    "--algo.advantage.estimator": ("--algorithm",),
+    "--algo.advantage.gamma": ("--gamma",),
+    "--algo.advantage.lambd": ("--gae-lambda",),
+    "--algo.kl.init-coef": ("--kl-coef",),
+    "--algo.kl.target": ("--kl-target",),
+    "--algo.kl.horizon": ("--kl-horizon",),
+    "--algo.kl.estimator": ("--kl-estimator",),
+    "--algo.dynamic-filtering-enable": ("--dynamic-sampling-max-rounds",),
+    "--actor.eps-clip": ("--epsilon", "--epsilon-low"),
+    "--critic.value-clip": ("--cliprange-value",),
+    "--rollout.batch-size": ("--batch-size",),
+    "--rollout.n-samples-per-prompt": _PER_PROMPT,
+    "--rollout.max-new-tokens": ("--max-new-tokens",),
+    "--rollout.temperature": ("--temperature",),
+    "--train.batch-size": ("--num-minibatches", "--batch-size"),
+    "--train.micro-batch-size": ("--micro-batches",),
+    "--train.max-epochs": (*_PASSES, "--num-train-epochs"),
+    "--train.num-episodes": ("--num-train-epochs",),
+    "--train.async-enable": ("--one-step-off-policy",),
+    "--train.seed": ("--seed",),
+    "--vllm.num-engines": ("--engine vllm:URL",),
+    "--model.beta": ("--beta",),
+    "--model.loss-type": ("--loss",),
+    "--adam.lr": ("--learning-rate",),
+    "--adam.weight-decay": ("--optimizer.weight-decay",),
+    "--max-norm": ("--optimizer.clip-norm",),
+    "--lr-warmup-ratio": ("--optimizer.warmup-ratio",),
+    "--min-lr-ratio": ("--optimizer.end-lr-ratio",),
+    "--ds.zero-stage": ("--mesh fsdp=N",),
+    "--ds.tensor-parallel-size": ("--mesh tensor=N",),
+    "--ds.packing-samples": ("--packing",),
+    "--ds.lora.rank": ("--adapter.rank",),
+    "--ds.lora.alpha": ("--adapter.alpha",),
+    "--ds.load-in-4bit": ("--adapter.quantize nf4",),
+    "--ckpt.output-dir": ("--out",),
+    "--ckpt.save-steps": ("--save-every",),
+    "--ckpt.max-num": ("--max-to-keep",),
+    "--ckpt.load-enable": ("--resume",),
+    "--logger.wandb.key": ("--log wandb",),
+    "--logger.tensorboard-dir": ("--log tensorboard",),
 }
 
 OLD = {
@@ -246,7 +314,7 @@ OLD = {
 }
 
 FOREIGN_NAMES: dict[str, tuple[str, ...]] = {}
-for _table in (TRL, TRAINER, PEFT, VERL, OLD):
+for _table in (TRL, TRAINER, PEFT, VERL, OPENRLHF, OLD):
     for _name, _ours in _table.items():
         FOREIGN_NAMES[_name] = (*FOREIGN_NAMES.get(_name, ()), *_ours)
 

@@ -1,18 +1,23 @@
-"""The report of a run, written anew from what its folder holds.
+"""The report of a run, written anew from what its folder holds; of several runs, their comparison.
 
     rlhf report runs/grpo
-    rlhf report runs/rlhf
+    rlhf report runs/grpo --watch
+    rlhf report runs/grpo runs/dapo runs/gspo --out comparison.html
     rlhf report s3://BUCKET/runs/grpo
 
-It stands in report.html of that folder, and needs nothing beside it.
+It stands in report.html of that folder, and needs nothing beside it. With --watch it is written again while
+the run goes on, and a browser that shows it follows. Several runs are drawn over each other on one page, with
+their results and what differs in their options.
 """
 
 import dataclasses
+import time
 from pathlib import Path
 
 import tyro
 
-from rlhf_jax.metrics import write_report
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.metrics import write_comparison, write_report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,12 +25,41 @@ class Options:
     """Options of the report.
 
     Attributes:
-      folder: the run folder, whose report.html is written.
+      folders: the run folder, whose report.html is written; several to compare.
+      out: the page that compares several.
+      watch: go on writing the page of a run under way, until Ctrl-C.
+      every: seconds between two versions of it.
     """
 
-    folder: tyro.conf.Positional[Path]
+    folders: tyro.conf.Positional[tuple[Path, ...]]
+    out: Path = Path("comparison.html")
+    watch: bool = False
+    every: int = 10
 
 
 def run(options: Options) -> None:
     """Writes the page, and prints where it is."""
-    print(write_report(options.folder))
+    if not options.folders:
+        raise UserError("no run folder is given: give the folder that the run was told with --out")
+    if options.every < 1:
+        raise UserError(f"--every {options.every} is below 1: give seconds")
+    first, *others = options.folders
+    if others and options.watch:
+        raise UserError("--watch follows one run: give one folder")
+    if others:
+        print(write_comparison([first, *others], options.out))
+        return
+    if options.watch:
+        follow(first, options.every)
+    print(write_report(first))
+
+
+def follow(folder: Path, every: int) -> None:
+    """Writes the report again and again, as a page that loads itself anew, until Ctrl-C."""
+    print(f"{write_report(folder, refresh=every)} is kept up to date; Ctrl-C ends it")
+    try:
+        while True:
+            time.sleep(every)
+            write_report(folder, refresh=every)
+    except KeyboardInterrupt:
+        return  # the last version, which the caller writes, does not load itself again

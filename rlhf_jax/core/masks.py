@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from rlhf_jax.core.types import Array, Bool, Float, Int, Shaped
+from rlhf_jax.core.types import Array, Bool, Float, Int, Scalar, Shaped
 
 
 def clean(values: Shaped[Array, "..."], mask: Bool[Array, "..."], fill: float = 0.0) -> Shaped[Array, "..."]:
@@ -27,6 +27,17 @@ def masked_mean(
     wide = values.astype(jnp.promote_types(values.dtype, jnp.float32))
     count = jnp.sum(mask, axis=axis, dtype=wide.dtype)
     return masked_sum(wide, mask, axis) / jnp.maximum(count, 1)
+
+
+def masked_quantile(values: Float[Array, "..."], mask: Bool[Array, "..."], q: Scalar) -> Float[Array, ""]:
+    """The q-quantile of the unmasked entries, interpolated linearly; infinite where there are none."""
+    ordered = jnp.sort(jnp.where(mask, values, jnp.inf), axis=None)
+    position = q * jnp.maximum(jnp.sum(mask) - 1, 0)
+    below = jnp.floor(position).astype(jnp.int32)
+    above = jnp.ceil(position).astype(jnp.int32)
+    low, high = ordered[below], ordered[above]
+    # At a whole position low itself, not low + 0 x gap: ties with a threshold must not be rounded away.
+    return jnp.where(below == above, low, low + (position - below) * (high - low))
 
 
 def last_unmasked_index(mask: Bool[Array, "*B T"]) -> Int[Array, "*B"]:

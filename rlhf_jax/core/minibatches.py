@@ -70,3 +70,21 @@ def scan_minibatches(
 
     metrics = jax.tree.map(summary, history)
     return carry, {**metrics, "epochs_done": epochs * jnp.mean(applied.astype(jnp.float32))}
+
+
+def share_of_rows(batch: Any, number: Array, parts: int) -> Any:
+    """Share `number` of `parts` of the rows, for what goes along with mini-batches without being shuffled.
+
+    Every `parts`-th row: a share then has some of the rows of every device.
+
+    Raises:
+      UserError: `parts` does not divide the rows.
+    """
+
+    def share(x: Array) -> Array:
+        if x.shape[0] % parts:
+            raise UserError(f"{x.shape[0]} rows cannot be shared out: give a multiple of {parts}")
+        rows = x.reshape(-1, parts, *x.shape[1:])[:, number]
+        return constrain(rows, "batch", *(None,) * (rows.ndim - 1))
+
+    return jax.tree.map(share, batch)

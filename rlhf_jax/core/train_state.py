@@ -273,7 +273,7 @@ def accumulate_gradients(
     least float32.
 
     Args:
-      batch: a pytree whose leaves share a first axis that `micro_batches` divides.
+      batch: a pytree whose leaves have a first axis that `micro_batches` divides.
 
     Raises:
       UserError: `micro_batches` does not divide the rows.
@@ -294,17 +294,17 @@ def sum_over_parts(function: Callable[[Any], T], batch: Any, *, micro_batches: i
     """The sum of `function(part)` over `micro_batches` parts of a batch's rows, one after the other.
 
     Args:
-      batch: a pytree whose leaves share a first axis that `micro_batches` divides.
+      batch: a pytree whose leaves have a first axis that `micro_batches` divides.
 
     Raises:
       UserError: `micro_batches` does not divide the rows.
     """
     if micro_batches == 1:
         return function(batch)
-    rows = jax.tree.leaves(batch)[0].shape[0]
-    if rows % micro_batches:
+    left_over = [leaf.shape[0] for leaf in jax.tree.leaves(batch) if leaf.shape[0] % micro_batches]
+    if left_over:
         raise UserError(
-            f"micro_batches={micro_batches} does not divide the {rows} rows of a batch: change one"
+            f"micro_batches={micro_batches} does not divide the {left_over[0]} rows of a batch: change one"
         )
     # Every `micro_batches`-th row: a part then has its share of the rows of every device.
     parts = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)

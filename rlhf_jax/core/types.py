@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float, Int, Key, PRNGKeyArray, Shaped, UInt32
+from jaxtyping import Bool, Float, Int, Key, PRNGKeyArray, Shaped, UInt, UInt32
 
 from rlhf_jax.core.trees import pytree_dataclass
 
@@ -41,8 +41,10 @@ __all__ = [
     "Scalar",
     "Sequences",
     "Shaped",
+    "StepRewards",
     "TokenLogprobs",
     "ToolFn",
+    "UInt",
     "UInt32",
 ]
 
@@ -81,6 +83,19 @@ class Rollout:
     logp: Float[Array, "B T"]
     finished: Bool[Array, "B"]
     filtered_logp: Float[Array, "B T"] | None = None
+
+
+@pytree_dataclass
+class StepRewards:
+    """Process rewards: what each step of an answer is worth, where it ends.
+
+    Attributes:
+      rewards: of the step that ends in a token; anything elsewhere.
+      ends: the last token of each step.
+    """
+
+    rewards: Float[Array, "B T"]
+    ends: Bool[Array, "B T"]
 
 
 @pytree_dataclass

@@ -12,7 +12,7 @@ from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.files import Path, PathLike
 from rlhf_jax.core.types import Bool, Int, PRNGKeyArray, Sequences
-from rlhf_jax.data.sources import read_rows
+from rlhf_jax.data.sources import Row, read_rows
 from rlhf_jax.data.tokenizers import Tokenizer
 
 PREFIX_MARK, SUFFIX_MARK, MIDDLE_MARK = "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"
@@ -81,16 +81,26 @@ def read_documents(spec: PathLike, *, separator: str = "") -> list[Document]:
     if texts:
         documents = [document for file in texts for document in _read_text(file, separator)]
     else:
-        documents = []
-        for row in read_rows(spec):
-            text = row.fields.get("text")
-            if not isinstance(text, str):
-                present = ", ".join(sorted(row.fields)) or "none"
-                raise UserError(f"{row.where}: the row has no field 'text' of text (it has: {present})")
-            documents.append(Document(text, row.where))
+        documents = documents_of(read_rows(spec))
     documents = [document for document in documents if document.text]
     if not documents:
         raise UserError(f"{spec}: there is no text; give data with some")
+    return documents
+
+
+def documents_of(rows: Sequence[Row]) -> list[Document]:
+    """Documents of rows with a field `text`.
+
+    Raises:
+      UserError: a row without it.
+    """
+    documents = []
+    for row in rows:
+        text = row.fields.get("text")
+        if not isinstance(text, str):
+            present = ", ".join(sorted(row.fields)) or "none"
+            raise UserError(f"{row.where}: the row has no field 'text' of text (it has: {present})")
+        documents.append(Document(text, row.where))
     return documents
 
 

@@ -68,3 +68,8 @@ def fingerprint(arrays: Iterable[np.ndarray]) -> str:
         digest.update(f"{array.dtype}{array.shape}".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
+
+
+def joint_fingerprint(*fingerprints: str) -> str:
+    """The fingerprint of several sets of data that a run takes together."""
+    return hashlib.sha256(" ".join(fingerprints).encode()).hexdigest()

@@ -63,6 +63,19 @@ def pad_labels(examples: Sequence[ProcessExample], length: int) -> Float[np.ndar
     return labels
 
 
+def step_tokens(tokenizer: Tokenizer) -> tuple[Bool[np.ndarray, " V"], Bool[np.ndarray, " V"]]:
+    """(tokens that close a step, tokens without content), for `kernels.step_ends`.
+
+    A step is closed by a token whose text ends in a new line, whatever else is in it, and by the end of the
+    turn.
+    """
+    texts = [tokenizer.decode([index], skip_special=False) for index in range(tokenizer.vocab_size)]
+    closing = np.array([text.endswith(STEP_END) for text in texts])
+    blank = np.array([not text.strip() for text in texts])
+    closing[tokenizer.eos_id] = blank[tokenizer.eos_id] = True
+    return closing, blank
+
+
 def until_first_mistake(row: Row) -> Row:
     """Labels of what stands so far instead of single steps: false from the first wrong step on."""
     labels, right = [], True

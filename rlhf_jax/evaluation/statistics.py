@@ -185,7 +185,11 @@ def paired_bootstrap(
     Args:
       first: columns of one system, as `bootstrap_interval` takes them.
       second: columns of the other, the same examples in the same order.
-      statistic_fn, groups, confidence, resamples, seed: as `bootstrap_interval`.
+      statistic_fn: as of `bootstrap_interval`.
+      groups: as of `bootstrap_interval`.
+      confidence: as of `bootstrap_interval`.
+      resamples: as of `bootstrap_interval`.
+      seed: as of `bootstrap_interval`.
     """
     ours, theirs = _columns(first), _columns(second)
     if len(ours[0]) != len(theirs[0]):

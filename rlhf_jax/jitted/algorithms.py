@@ -44,7 +44,7 @@ def grpo_algorithm(
 
     Args:
       one_step_off_policy: answers come from the policy of one step before, as of asynchronous rollouts; give
-        a variant with `weights_fn` (`grpo_variants.with_truncated_is`) to make up for it.
+        a variant with a correction (`grpo_variants.with_correction`) to make up for it.
     """
     logprob_fn, tx, config = task_setup.logprob_fn, make_optimizer(optimizer), variant.config
     train_step = make_grpo_train_step(config, logprob_fn, tx)

@@ -2,6 +2,7 @@
 
 from rlhf_jax.kernels.advantages import (
     batch_std,
+    decoupled_advantages,
     group_mean,
     group_relative_advantages,
     group_std,
@@ -29,10 +30,12 @@ from rlhf_jax.kernels.returns import (
     discounted_returns,
     generalized_advantage_estimation,
     lambda_returns,
+    length_adaptive_lambda,
     n_step_returns,
     token_rewards,
     upgo_returns,
 )
+from rlhf_jax.kernels.steps import process_supervision_advantages, step_ends
 from rlhf_jax.kernels.whitening import (
     Moments,
     batch_moments,
@@ -50,6 +53,7 @@ __all__ = [
     "associative_following",
     "batch_moments",
     "batch_std",
+    "decoupled_advantages",
     "dense_token_logprobs",
     "discounted_returns",
     "entropy",
@@ -67,6 +71,7 @@ __all__ = [
     "k3",
     "lambda_returns",
     "leave_one_out_advantages",
+    "length_adaptive_lambda",
     "merge_moments",
     "moments_variance",
     "n_step_returns",
@@ -74,6 +79,7 @@ __all__ = [
     "normalize",
     "optimal_baseline_advantages",
     "pass_at_k_advantages",
+    "process_supervision_advantages",
     "reinforce_plus_plus_advantages",
     "reinforce_plus_plus_baseline_advantages",
     "remax_advantages",
@@ -81,6 +87,7 @@ __all__ = [
     "reverse_kl",
     "reward_spread",
     "sequential_following",
+    "step_ends",
     "time_major",
     "token_logprobs",
     "token_rewards",

@@ -8,6 +8,7 @@ the group's own, a group with one completion that counts has nothing to compare 
 from collections.abc import Callable
 from typing import TypeAlias
 
+import jax
 import jax.numpy as jnp
 
 from rlhf_jax.core.masks import clean, masked_mean
@@ -103,6 +104,47 @@ def group_relative_advantages(
     """
     rewards, mask = _prepare("group_relative_advantages", rewards, mask)
     return clean((rewards - _group_mean(rewards, mask)) / scale_fn(rewards, mask), mask)
+
+
+def decoupled_advantages(
+    terms: Float[Array, "N G K"],
+    weights: Float[Array, " K"],
+    mask: Bool[Array, "N G"] | None = None,
+    *,
+    epsilon: Scalar = 1e-4,
+) -> Float[Array, "N G"]:
+    """GDPO: each reward normalized within its group, then their sum within the batch (arXiv 2601.05242).
+
+        S_i = sum_k w_k (r_ik - mean_j r_jk) / (std_j r_jk + epsilon)
+        A_i = (S_i - mean S) / (std S + epsilon)
+
+    A reward of small spread keeps its say beside one of large spread, which the sum of rewards drowns.
+    Deviations are Bessel-corrected, as in TRL's `normalize_then_sum`.
+
+    Args:
+      terms: K rewards for each completion; NaN where one is not meant for it, which then has no part in it.
+      weights: of the rewards.
+      mask: completions that count.
+      epsilon: added to deviations.
+
+    Returns:
+      Advantages, 0 where masked; no gradient.
+    """
+    terms, weights, mask = check_shapes(
+        "decoupled_advantages", terms=(terms, "N G K"), weights=(weights, "K"), mask=(mask, "N G")
+    )
+    mask = jnp.ones(terms.shape[:2], bool) if mask is None else mask
+    counts = mask[..., None] & ~jnp.isnan(terms)
+    by_term = jnp.moveaxis(cleaned_constant(terms, counts), -1, 0)
+
+    def normalized(rewards: Float[Array, "N G"], counts: Bool[Array, "N G"]) -> Float[Array, "N G"]:
+        scale = group_std(rewards, counts, epsilon=epsilon)
+        return clean((rewards - _group_mean(rewards, counts)) / scale, counts)
+
+    apart = jax.vmap(normalized)(by_term, jnp.moveaxis(counts, -1, 0))
+    total = jnp.einsum("k,kng->ng", constant(weights), apart)
+    scale = batch_std(total, mask, epsilon=epsilon)
+    return clean((total - masked_mean(total, mask)) / scale, mask)
 
 
 def leave_one_out_advantages(

@@ -70,7 +70,7 @@ def _lambda_returns(
     discounts: Float[Array, "B T"],
     bootstrap_value: Float[Array, " B"],
     mask: Bool[Array, "B T"],
-    lambda_: Scalar,
+    lambda_: Scalar | Float[Array, "B 1"],
 ) -> Float[Array, "B T"]:
     """On prepared arrays: G_t = r_t + gamma_t x_{t+1} with x_t = (1 - lambda) V(s_t) + lambda G_t."""
     offsets = (1 - lambda_) * values + lambda_ * rewards
@@ -184,7 +184,7 @@ def generalized_advantage_estimation(
     bootstrap_value: Float[Array, " B"],
     mask: Bool[Array, "B T"],
     *,
-    gae_lambda: Scalar = 0.95,
+    gae_lambda: Scalar | Float[Array, "B 1"] = 0.95,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """GAE(lambda) advantages and lambda-returns (Schulman et al. 2016, eq. 16).
 
@@ -202,7 +202,8 @@ def generalized_advantage_estimation(
       discounts: gamma_t; 0 where the episode terminates at t (not where it is truncated).
       bootstrap_value: V of the state after the last unmasked step.
       mask: steps that count.
-      gae_lambda: lambda; 0 is the one-step TD error, 1 is Monte Carlo minus the value.
+      gae_lambda: lambda; 0 is the one-step TD error, 1 is Monte Carlo minus the value. One number, or one
+        for each row (`length_adaptive_lambda`).
 
     Returns:
       (advantages, returns), not whitened, 0 where masked, no gradient.
@@ -217,6 +218,22 @@ def generalized_advantage_estimation(
     )
     returns = _lambda_returns(rewards, values, discounts, bootstrap_value, mask, gae_lambda)
     return returns - values, returns
+
+
+def length_adaptive_lambda(mask: Bool[Array, "B T"], *, alpha: Scalar = 0.05) -> Float[Array, "B 1"]:
+    """Lambda of length-adaptive GAE (VAPO, Yue et al. 2025, arXiv 2504.05118).
+
+        lambda = 1 - 1 / (alpha l)
+
+    The weights lambda^k of the TD errors then sum to alpha l, a constant share of the length l of the answer.
+    Answers of fewer than 1 / alpha tokens get 0, the one-step TD error.
+
+    Args:
+      mask: tokens of each answer, l of them.
+      alpha: the larger, the less bias and the more variance.
+    """
+    lengths = jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)
+    return jnp.maximum(1 - 1 / (alpha * lengths), 0.0)
 
 
 def token_rewards(

@@ -1,5 +1,12 @@
 """Floor 1: losses as pure functions of arrays; `(loss, metrics)` out."""
 
+from rlhf_jax.losses.corrections import (
+    Correction,
+    apply_correction,
+    divergence_rule,
+    off_policy_metrics,
+    ratio_rule,
+)
 from rlhf_jax.losses.distillation import (
     forward_kl_loss,
     generalized_js_loss,
@@ -26,13 +33,18 @@ from rlhf_jax.losses.policy_ratios import (
 from rlhf_jax.losses.policy_surrogates import (
     cispo_surrogate,
     clip_surrogate,
+    dppo_kl_surrogate,
+    dppo_tv_surrogate,
+    dro_surrogate,
     geometric_mean_surrogate,
+    importance_surrogate,
     sapo_surrogate,
     vespo_surrogate,
 )
 from rlhf_jax.losses.policy_weights import (
     masked_importance_weights,
     off_policy_mask,
+    second_moment_mask,
     top_entropy_mask,
     truncated_importance_weights,
 )
@@ -100,6 +112,7 @@ from rlhf_jax.losses.value import (
 )
 
 __all__ = [
+    "Correction",
     "PairLogps",
     "Reduction",
     "advantage_weighted_loss",
@@ -110,6 +123,7 @@ __all__ = [
     "aot_unpaired_loss",
     "apo_down_loss",
     "apo_zero_loss",
+    "apply_correction",
     "bco_loss",
     "bco_pair_loss",
     "bradley_terry_loss",
@@ -123,7 +137,11 @@ __all__ = [
     "cpo_loss",
     "cross_entropy_loss",
     "discopop_loss",
+    "divergence_rule",
     "dpo_loss",
+    "dppo_kl_surrogate",
+    "dppo_tv_surrogate",
+    "dro_surrogate",
     "exo_loss",
     "expectile_value_loss",
     "forward_kl_loss",
@@ -135,6 +153,7 @@ __all__ = [
     "hinge_loss",
     "hinge_ranking_loss",
     "huber_value_loss",
+    "importance_surrogate",
     "ipo_loss",
     "js_score",
     "kto_kl",
@@ -150,6 +169,7 @@ __all__ = [
     "nash_md_loss",
     "nca_loss",
     "off_policy_mask",
+    "off_policy_metrics",
     "orpo_loss",
     "packed_sequence_mean",
     "plackett_luce_loss",
@@ -158,6 +178,7 @@ __all__ = [
     "process_reward_loss",
     "project_categorical",
     "quantile_value_loss",
+    "ratio_rule",
     "reinforce_loss",
     "reverse_kl_loss",
     "robust_dpo_loss",
@@ -166,6 +187,7 @@ __all__ = [
     "sampled_forward_kl_loss",
     "sampled_reverse_kl_loss",
     "sapo_surrogate",
+    "second_moment_mask",
     "sequence_log_ratio",
     "sequence_mean",
     "sequence_reverse_kl_loss",

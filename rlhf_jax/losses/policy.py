@@ -262,6 +262,9 @@ def grpo_loss(
     | CISPO | `surrogate_fn=cispo_surrogate`, `epsilon_low=1`, `reduce=token_mean` |
     | SAPO | `surrogate_fn=sapo_surrogate` |
     | VESPO | `surrogate_fn=vespo_surrogate`, `reduce=token_mean` |
+    | DPPO | `surrogate_fn=dppo_tv_surrogate`, bounds 0.15, or `dppo_kl_surrogate`, bounds 0.05 |
+    | M2PO | `surrogate_fn=importance_surrogate`, `weights` of `second_moment_mask`, `reduce=token_mean` |
+    | DRO | `surrogate_fn=dro_surrogate`, `reduce=sequence_sum` |
 
     The order of weights, KL and entropy is TRL's: weights touch the surrogate alone. Unlike TRL's, the
     entropy bonus is reduced as the rest is, so that micro-batches sum exactly.

@@ -50,6 +50,20 @@ def sequence_average(
     return sequence_total(values, mask, segment_ids) / jnp.maximum(count, 1)
 
 
+def sequence_maximum(
+    values: Float[Array, "B T"], mask: Bool[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None
+) -> Float[Array, "B T"]:
+    """At each token, the largest value of the unmasked tokens of its sequence; -inf where there are none."""
+    values = clean(values, mask, -jnp.inf)
+    if segment_ids is None:
+        return jnp.broadcast_to(jnp.max(values, axis=-1, keepdims=True), values.shape)
+
+    def of_row(row: Float[Array, " T"], ids: Int[Array, " T"]) -> Float[Array, " T"]:
+        return jax.ops.segment_max(row, ids, num_segments=row.shape[0] + 1)[ids]
+
+    return jax.vmap(of_row)(values, segment_ids)
+
+
 def token_log_ratio(
     logp: Float[Array, "B T"], old_logp: Float[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> Float[Array, "B T"]:

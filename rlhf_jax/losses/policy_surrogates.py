@@ -52,7 +52,7 @@ def cispo_surrogate(
     epsilon_low: Scalar,
     epsilon_high: Scalar,
 ) -> Float[Array, "B T"]:
-    """CISPO's surrogate, sg[clip(w, 1 - epsilon_low, 1 + epsilon_high)] A log pi (MiniMax-M1, eq. 4-5).
+    """CISPO's surrogate, sg[clip(w, 1 - epsilon_low, 1 + epsilon_high)] A log pi (MiniMax-M1, 2025, eq. 4-5).
 
     The weight is clipped, not the update: every token keeps a gradient. The paper sets no lower bound:
     epsilon_low = 1. TRL has the upper one only, as an absolute weight: its number is 1 + epsilon_high.
@@ -149,3 +149,122 @@ def vespo_surrogate(
     k = jnp.where(gains, k_positive, k_negative)
     decay = jnp.where(gains, lambda_positive, lambda_negative)
     return jnp.exp(decay + k * log_w - decay * jnp.exp(log_w)) * advantages * logp
+
+
+def importance_surrogate(
+    logp: Float[Array, "B T"],
+    log_ratio: Float[Array, "B T"],
+    advantages: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    epsilon_low: Scalar,
+    epsilon_high: Scalar,
+) -> Float[Array, "B T"]:
+    """The surrogate without a clip, w A, for what bounds drift otherwise (M2PO, arXiv 2510.01161).
+
+    The clipping bounds only set what `clip_fraction` counts.
+    """
+    del logp, mask, epsilon_low, epsilon_high
+    return bounded_exp(log_ratio) * advantages
+
+
+def _within_divergence(
+    logp: Float[Array, "B T"],
+    log_ratio: Float[Array, "B T"],
+    advantages: Float[Array, "B T"],
+    near: tuple[Bool[Array, "B T"], Bool[Array, "B T"]],
+    max_ratio: Scalar,
+) -> Float[Array, "B T"]:
+    """sg[min(w, max_ratio)] A log pi where the divergence is `near` enough, for A > 0 and for the rest."""
+    kept = jnp.where(advantages > 0, *near)
+    weight = lax.stop_gradient(jnp.minimum(bounded_exp(log_ratio), max_ratio))
+    return jnp.where(kept, weight * advantages * logp, 0)
+
+
+def _probabilities(
+    logp: Float[Array, "B T"], log_ratio: Float[Array, "B T"]
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """Of each token now and before, without gradient."""
+    return jnp.exp(lax.stop_gradient(logp)), jnp.exp(lax.stop_gradient(logp - log_ratio))
+
+
+def dppo_tv_surrogate(
+    logp: Float[Array, "B T"],
+    log_ratio: Float[Array, "B T"],
+    advantages: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    epsilon_low: Scalar,
+    epsilon_high: Scalar,
+    max_ratio: Scalar = 20.0,
+) -> Float[Array, "B T"]:
+    """DPPO's surrogate, masked by binary total variation (arXiv 2602.04879).
+
+        sg[min(w, max_ratio)] A log pi   where A > 0 and pi - pi_old <= epsilon_high,
+                                         or A <= 0 and pi_old - pi <= epsilon_low;   else 0
+
+    The bounds are of probabilities, not of ratios: rare tokens may move by large factors, likely ones may
+    not. `clip_fraction` still counts ratios that are as far from 1. Use it with `token_log_ratio`.
+
+    Args:
+      max_ratio: bound of the weight.
+    """
+    del mask
+    new, old = _probabilities(logp, log_ratio)
+    near = (new - old <= epsilon_high, old - new <= epsilon_low)
+    return _within_divergence(logp, log_ratio, advantages, near, max_ratio)
+
+
+def dppo_kl_surrogate(
+    logp: Float[Array, "B T"],
+    log_ratio: Float[Array, "B T"],
+    advantages: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    epsilon_low: Scalar,
+    epsilon_high: Scalar,
+    max_ratio: Scalar = 20.0,
+) -> Float[Array, "B T"]:
+    """DPPO's surrogate, masked by binary KL (arXiv 2602.04879).
+
+    As `dppo_tv_surrogate`, with the divergence of the token from all others together,
+
+        D = pi_old log(pi_old / pi) + (1 - pi_old) log((1 - pi_old) / (1 - pi)),
+
+    held within epsilon_high where A > 0 and pi > pi_old, and within epsilon_low where A <= 0 and pi < pi_old.
+
+    Args:
+      max_ratio: bound of the weight.
+    """
+    del mask
+    new, old = _probabilities(logp, log_ratio)
+    others = jnp.log((1 - old + 1e-8) / (1 - new + 1e-8))
+    divergence = (1 - old) * others - old * lax.stop_gradient(log_ratio)
+    near = ((divergence <= epsilon_high) | (new <= old), (divergence <= epsilon_low) | (new >= old))
+    return _within_divergence(logp, log_ratio, advantages, near, max_ratio)
+
+
+def dro_surrogate(
+    logp: Float[Array, "B T"],
+    log_ratio: Float[Array, "B T"],
+    advantages: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    epsilon_low: Scalar,
+    epsilon_high: Scalar,
+    tau: Scalar = 1.0,
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T"]:
+    """DRO's surrogate, (A - tau sg[L]) log pi with L the answer's log-ratio (Richemond et al. 2024).
+
+    Its gradient is that of -(A - tau L)^2 / (2 tau), the squared error, with L = log pi(y) / pi_old(y) and
+    A = r - V. Sum it over answers (`sequence_sum`). The clipping bounds only set what `clip_fraction`
+    counts.
+
+    Args:
+      tau: how strongly the answer is held to where it was.
+      segment_ids: for packed rows; None when a row is a sequence.
+    """
+    del epsilon_low, epsilon_high
+    drift = lax.stop_gradient(sequence_total(log_ratio, mask, segment_ids))
+    return (advantages - tau * drift) * logp

@@ -7,7 +7,8 @@ into micro-batches.
 
 import jax.numpy as jnp
 
-from rlhf_jax.core.masks import clean
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.masks import clean, masked_quantile
 from rlhf_jax.core.numerics import bounded_exp
 from rlhf_jax.core.shapes import check_shapes
 from rlhf_jax.core.types import Array, Bool, Float, Int, Scalar
@@ -29,14 +30,83 @@ def top_entropy_mask(
     """
     entropy, mask = check_shapes("top_entropy_mask", entropy=(entropy, "B T"), mask=(mask, "B T"))
     entropy = cleaned_constant(entropy, mask)
-    ordered = jnp.sort(jnp.where(mask, entropy, jnp.inf), axis=None)
-    position = (1 - fraction) * jnp.maximum(jnp.sum(mask) - 1, 0)
-    below = jnp.floor(position).astype(jnp.int32)
-    above = jnp.ceil(position).astype(jnp.int32)
-    low, high = ordered[below], ordered[above]
-    # At a whole position low itself, not low + 0 x gap: ties with the threshold must not be rounded away.
-    threshold = jnp.where(below == above, low, low + (position - below) * (high - low))
+    threshold = masked_quantile(entropy, mask, 1 - fraction)
     return mask & (entropy >= threshold)
+
+
+def second_moment_mask(
+    old_logp: Float[Array, "B T"],
+    sampler_logp: Float[Array, "B T"],
+    advantages: Float[Array, "..."],
+    mask: Bool[Array, "B T"],
+    *,
+    threshold: Scalar = 0.04,
+) -> Bool[Array, "B T"]:
+    """Drops the tokens that have drifted furthest, until the second moment is small (M2PO, Zheng et al. 2025,
+    arXiv 2510.01161, section 5).
+
+    Of the tokens that a clip would hold back (A > 0 and rho > 1, or A < 0 and rho < 1, with rho the ratio of
+    policy to sampler) it keeps as many as it can, those of small |log rho| first, while
+
+        mean (log rho)^2 <= threshold
+
+    All other tokens stay. The bound is one of the batch: give it whole.
+
+    Args:
+      old_logp: log-probability in nats under the policy at the start of the update. The paper takes the
+        policy at each mini-batch, which is the same in the first one.
+      sampler_logp: as reported by the sampler.
+      advantages: [B, T] or [B].
+      mask: tokens that count.
+      threshold: in nats squared; 0.04 in the paper.
+    """
+    old_logp, sampler_logp, advantages, mask = check_shapes(
+        "second_moment_mask",
+        old_logp=(old_logp, "B T"),
+        sampler_logp=(sampler_logp, "B T"),
+        advantages=(advantages, "B T|B"),
+        mask=(mask, "B T"),
+    )
+    log_ratio = cleaned_constant(old_logp, mask) - cleaned_constant(sampler_logp, mask)
+    bounded = mask & (log_ratio * cleaned_constant(advantages, mask) > 0)
+    drift = jnp.where(bounded, jnp.square(log_ratio), jnp.inf).reshape(-1)
+    order = jnp.argsort(drift)
+    means = jnp.cumsum(drift[order]) / (1 + jnp.arange(drift.size))
+    kept = jnp.zeros(drift.shape, bool).at[order].set(means <= threshold)
+    return mask & (~bounded | kept.reshape(mask.shape))
+
+
+def batch_mask(
+    old_logp: Float[Array, "B T"],
+    sampler_logp: Float[Array, "B T"],
+    advantages: Float[Array, "..."],
+    mask: Bool[Array, "B T"],
+    *,
+    entropy: Float[Array, "B T"] | None = None,
+    top_entropy_fraction: Scalar | None = None,
+    second_moment_threshold: Scalar | None = None,
+) -> Bool[Array, "B T"] | None:
+    """The product of the masks that look at the whole batch, and so cannot wait for its mini-batches.
+
+    Args:
+      top_entropy_fraction: of `top_entropy_mask`, which needs `entropy`; None for without it.
+      second_moment_threshold: of `second_moment_mask`; None for without it.
+
+    Returns:
+      Tokens that count; None where there is no mask.
+
+    Raises:
+      UserError: there is no entropy to rank tokens by.
+    """
+    kept = None
+    if top_entropy_fraction is not None:
+        if entropy is None:
+            raise UserError("top_entropy_fraction needs the entropy of each token: give make_batch entropy=")
+        kept = top_entropy_mask(entropy, mask, fraction=top_entropy_fraction)
+    if second_moment_threshold is not None:
+        near = second_moment_mask(old_logp, sampler_logp, advantages, mask, threshold=second_moment_threshold)
+        kept = near if kept is None else kept & near
+    return kept
 
 
 def off_policy_mask(
@@ -48,7 +118,7 @@ def off_policy_mask(
     threshold: Scalar,
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Bool[Array, "B T"]:
-    """Drops sequences of negative advantage that have become unlikely (DeepSeek-V3.2, 2025).
+    """Drops sequences of negative advantage that have become unlikely (DeepSeek-V3.2, 2025, eq. 9; OPSM).
 
         keep = A >= 0  or  (1 / |y|) sum_t [log pi_sampler(y_t) - log pi(y_t)] <= threshold
 

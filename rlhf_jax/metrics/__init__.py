@@ -1,5 +1,6 @@
 """Metrics: loggers, progress, health checks and the run report. Their libraries load where they are used."""
 
+from rlhf_jax.metrics.comparison import write_comparison
 from rlhf_jax.metrics.health import HealthMonitor, Thresholds
 from rlhf_jax.metrics.loggers import LOGGER_NAMES, Logger, as_logger, make_loggers
 from rlhf_jax.metrics.progress import Progress, final_table, format_number, format_seconds
@@ -23,5 +24,6 @@ __all__ = [
     "format_seconds",
     "make_loggers",
     "read_metrics",
+    "write_comparison",
     "write_report",
 ]

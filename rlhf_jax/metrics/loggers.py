@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import inspect
+import json
 import os
 import re
 import sys
@@ -24,6 +25,7 @@ from typing import Any, Protocol, runtime_checkable
 from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.files import Path
+from rlhf_jax.metrics.completions import column_names
 from rlhf_jax.metrics.tensorboard import TensorBoardLogger
 
 PROJECT = "rlhf_jax"
@@ -37,7 +39,8 @@ IDS_FILE = "trackers.json"
 class Logger(Protocol):
     """Destination of metrics.
 
-    A logger serves one run: the training loop closes it at the end.
+    A logger serves one run: the training loop closes it at the end. One that has a method
+    `log_table(name, rows, step)` is given the tables of completions, too.
     """
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -62,6 +65,15 @@ class CallableLogger:
 
     def close(self) -> None:
         """Nothing is buffered."""
+
+
+@runtime_checkable
+class TableLogger(Protocol):
+    """Destination of tables, such as those of completions."""
+
+    def log_table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Takes the rows of one table at one step; rows may lack columns that others have."""
+        ...
 
 
 def as_logger(thing: Logger | Callable[..., Any]) -> Logger:
@@ -150,6 +162,15 @@ class WandbLogger:
         self._run = self._run or self._open()
         self._run.log(dict(metrics), step=step)
 
+    def log_table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """See `TableLogger`."""
+        import wandb
+
+        self._run = self._run or self._open()
+        columns: list[Any] = column_names(rows)
+        data: list[Any] = [[row.get(column) for column in columns] for row in rows]
+        self._run.log({name: wandb.Table(columns=columns, data=data, allow_mixed_types=True)}, step=step)
+
     def close(self) -> None:
         """Waits until all is handed over."""
         if self._run is not None:
@@ -183,6 +204,15 @@ class TrackioLogger:
         """See `Logger`."""
         self._run = self._run or self._open()
         self._run.log(dict(metrics), step=step)
+
+    def log_table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """See `TableLogger`."""
+        import pandas
+        import trackio
+
+        self._run = self._run or self._open()
+        frame = pandas.DataFrame([dict(row) for row in rows], columns=column_names(rows))
+        self._run.log({name: trackio.Table(dataframe=frame)}, step=step)
 
     def close(self) -> None:
         """Waits until all is handed over."""
@@ -234,6 +264,19 @@ class MLflowLogger:
             self._client.log_batch(self._run_id, metrics=values)
         except MlflowException as error:
             warnings.warn(f"MLflow did not take step {step}: {error}", stacklevel=2)
+
+    def log_table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """A JSON artifact; see `TableLogger`."""
+        from mlflow.exceptions import MlflowException
+
+        if self._client is None:
+            self._open()
+        assert self._client is not None
+        table = json.dumps([dict(row) for row in rows], default=str)
+        try:
+            self._client.log_text(self._run_id, table, f"{name}/{step:08d}.json")
+        except MlflowException as error:
+            warnings.warn(f"MLflow did not take the {name} of step {step}: {error}", stacklevel=2)
 
     def close(self) -> None:
         """Marks the run as ended."""

@@ -11,6 +11,8 @@ import numpy as np
 # matplotlib wants real colours. These stand in for CSS ones and are replaced in the SVG text.
 _STAND_INS = {"#0a0b01": "var(--chart-line)", "#0a0b02": "var(--chart-grid)", "#0a0b03": "var(--chart-text)"}
 _LINE, _GRID, _TEXT = _STAND_INS
+_RUNS = {f"var(--c{index})": f"#0a0c{index:02d}" for index in range(8)}
+_STAND_INS |= {stand_in: colour for colour, stand_in in _RUNS.items()}
 _MOST_POINTS = 160
 
 
@@ -27,11 +29,13 @@ class Curve:
     values: np.ndarray
 
 
-def curve_svg(curves: Sequence[Curve], *, percent: bool = False) -> str:
+def curve_svg(curves: Sequence[Curve], *, percent: bool = False, colours: Sequence[str] = ()) -> str:
     """A metric over steps: each seed thin, their smoothed mean thick, its last value written at its end.
 
     Args:
       curves: one a seed, at least one, none of them empty.
+      colours: `var(--c0)` to `var(--c7)`, one a curve, where each is a run of its own: then no mean is drawn,
+        and each is smoothed.
       percent: the values are shares; the axis runs from 0 to 100 %.
     Returns:
       One `<svg>` element without script, style sheet, ids of groups or fixed size. The page around it sets
@@ -42,33 +46,41 @@ def curve_svg(curves: Sequence[Curve], *, percent: bool = False) -> str:
     from matplotlib.figure import Figure
 
     curves = [thin_out(curve) for curve in curves]
-    mean = trend(curves)
+    runs = [(trend([curve]), _RUNS[colour]) for curve, colour in zip(curves, colours, strict=bool(colours))]
+    thick = runs or [(trend(curves), _LINE)]
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "curve", "font.size": 9.5}):
         # Figure and canvas directly: pyplot would keep global state and pick a window system.
         figure = Figure(figsize=(3.3, 1.75))
         canvas = FigureCanvasSVG(figure)
         axes = figure.add_axes((0.135, 0.15, 0.69, 0.77))
-        for curve in curves:
-            axes.plot(curve.steps, curve.values, color=_LINE, alpha=0.28, linewidth=0.8)
-        axes.plot(mean.steps, mean.values, color=_LINE, linewidth=1.9, solid_capstyle="round")
-        axes.plot(mean.steps[-1:], mean.values[-1:], "o", color=_LINE, markersize=4.2, clip_on=False)
-        _set_limits(axes, curves, mean, percent)
+        for place, curve in enumerate(curves):
+            colour = _RUNS[colours[place]] if colours else _LINE
+            axes.plot(curve.steps, curve.values, color=colour, alpha=0.28, linewidth=0.8)
+        for line, colour in thick:
+            axes.plot(line.steps, line.values, color=colour, linewidth=1.9, solid_capstyle="round")
+            axes.plot(line.steps[-1:], line.values[-1:], "o", color=colour, markersize=4.2, clip_on=False)
+        _set_limits(axes, curves, [line for line, _ in thick], percent)
         _set_ticks(axes, percent)
-        axes.annotate(
-            _label(float(mean.values[-1]), percent, float(np.ptp(axes.get_ylim()))),
-            (float(mean.steps[-1]), float(mean.values[-1])),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="center",
-            color=_LINE,
-            fontsize=10.5,
-            fontweight="bold",
-            annotation_clip=False,
-        )
+        for line, colour in thick:
+            _label_end(axes, line, colour, percent)
         text = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         canvas.print_svg(text, metadata=nothing)
     return _clean_svg(text.getvalue())
+
+
+def _label_end(axes: Any, line: Curve, colour: str, percent: bool) -> None:
+    axes.annotate(
+        _label(float(line.values[-1]), percent, float(np.ptp(axes.get_ylim()))),
+        (float(line.steps[-1]), float(line.values[-1])),
+        xytext=(6, 0),
+        textcoords="offset points",
+        va="center",
+        color=colour,
+        fontsize=10.5,
+        fontweight="bold",
+        annotation_clip=False,
+    )
 
 
 def trend(curves: Sequence[Curve]) -> Curve:
@@ -111,15 +123,16 @@ def smooth(curve: Curve) -> Curve:
     return Curve(curve.steps, weights @ curve.values / weights.sum(axis=1))
 
 
-def _set_limits(axes: Any, curves: Sequence[Curve], mean: Curve, percent: bool) -> None:
+def _set_limits(axes: Any, curves: Sequence[Curve], thick: Sequence[Curve], percent: bool) -> None:
     axes.margins(x=0)
     if percent:
         axes.set_ylim(0, 1)
         return
     # Single spikes of a seed may leave the picture; the mean never does.
     values = np.concatenate([curve.values for curve in curves])
-    low = min(float(np.percentile(values, 1)), float(np.min(mean.values)))
-    high = max(float(np.percentile(values, 99)), float(np.max(mean.values)))
+    drawn = np.concatenate([line.values for line in thick])
+    low = min(float(np.percentile(values, 1)), float(np.min(drawn)))
+    high = max(float(np.percentile(values, 99)), float(np.max(drawn)))
     room = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
     axes.set_ylim(low - room, high + room)
 
@@ -132,8 +145,8 @@ def _set_ticks(axes: Any, percent: bool) -> None:
     else:
         axes.yaxis.set_major_locator(MaxNLocator(nbins=3, steps=(1, 2, 2.5, 5, 10)))
     axes.xaxis.set_major_locator(MaxNLocator(nbins=3, integer=True, steps=(1, 2, 5, 10)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value, percent)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value, False)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value, percent, axes.get_ylim())))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value, False, axes.get_xlim())))
     axes.tick_params(length=0, colors=_TEXT, pad=4)
     axes.grid(axis="y", color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
@@ -143,20 +156,33 @@ def _set_ticks(axes: Any, percent: bool) -> None:
         side.set_visible(False)
 
 
-def _tick(value: float, percent: bool) -> str:
+def _tick(value: float, percent: bool, limits: tuple[float, float]) -> str:
+    """All ticks of an axis in one notation, which the largest of them decides."""
     if percent:
         return f"{100 * value:.0f} %"
-    if abs(value) >= 1000:
-        return f"{value / 1000:g}k" if abs(value) < 1e6 else f"{value:.0e}"
-    return f"{value:.10g}" if value == 0 or abs(value) >= 1e-3 else f"{value:.0e}"
+    largest = max(map(abs, limits))
+    if value == 0:
+        return "0"
+    if largest >= 1e6 or largest < 1e-3:
+        return _power(f"{value:.1e}")
+    return f"{value / 1000:g}k" if largest >= 10_000 else f"{value:.10g}"
 
 
 def _label(value: float, percent: bool, span: float) -> str:
+    """Three digits, in the notation of the axis."""
     if percent:
-        return f"{100 * value:.0f} %"
-    if abs(value) < 0.005 * span:
+        return f"{100 * value:.3g} %"
+    if abs(value) < 1e-4 * span:
         return "0"
+    if abs(value) >= 1e6 or abs(value) < 1e-3:
+        return _power(f"{value:.2e}")
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _power(text: str) -> str:
+    """`2.5e-04` as `2.5e-4`, `2.0e+06` as `2e6`."""
+    digits, _, exponent = text.partition("e")
+    return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
 def _clean_svg(text: str) -> str:

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress as RichProgress, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
-SAMPLED_METRICS = ("reward", "win_rate", "eval/score", "kl", "length")
+SAMPLED_METRICS = ("reward", "win_rate", "eval/score", "kl", "length", "entropy")
 """What is shown of a stage whose answers are rewarded or judged, in this order. Its loss says nothing."""
 FITTED_METRICS = (
     "episode_return",
@@ -22,10 +22,11 @@ FITTED_METRICS = (
     "eval/score",
     "kl",
     "length",
+    "entropy",
     "time/tokens_per_second",
 )
 """What is shown of every other stage: those that it has, in this order."""
-_MOST_SHOWN = 4
+_MOST_SHOWN = 5
 _LABELS = {"time/tokens_per_second": "tokens/s"}
 
 _RATE_WINDOW_SECONDS = 30.0
@@ -110,6 +111,11 @@ class Progress:
         """Prints a line above the bar, such as the result of an evaluation."""
         if not self._quiet:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def show(self, thing: Any) -> None:
+        """Prints what rich can show, such as a table, above the bar."""
+        if not self._quiet:
+            self._console.print(thing)
 
     @property
     def steps_per_second(self) -> float:

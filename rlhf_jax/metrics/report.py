@@ -1,13 +1,9 @@
 """The report of a run: one HTML file made from the run folder alone, readable without a network."""
 
 import base64
-import dataclasses
-import json
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from typing import Any
 
 import numpy as np
@@ -15,45 +11,23 @@ import numpy as np
 from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.files import Path
+from rlhf_jax.metrics.completions import COMPLETIONS, NUMBERS, column_names, read_completions
+from rlhf_jax.metrics.curves import Curves, chart_view, find_curves, panels_of, read_curves
 from rlhf_jax.metrics.headline import STAGE_NAMES, TableRow, base_row, display, headline
 from rlhf_jax.metrics.health import HEALTH, HEALTH_CHECKS
-from rlhf_jax.metrics.plots import Curve, curve_svg
-from rlhf_jax.metrics.progress import format_seconds
-from rlhf_jax.metrics.writers import METRICS_FILE, read_metrics
+from rlhf_jax.metrics.progress import format_number, format_seconds
+from rlhf_jax.metrics.rendering import render
+from rlhf_jax.metrics.run_facts import facts, flatten, read_json, settings_of_stages
 
 REPORT_FILE = "report.html"
 
-
-@dataclasses.dataclass(frozen=True)
-class Panel:
-    """One small multiple: the metrics that may fill it, by the last part of their name, first found wins."""
-
-    title: str
-    names: tuple[str, ...]
-    percent: bool = False
-
-
-PANELS = (
-    Panel("Loss", ("loss",)),
-    Panel("Held-out score", ("exact_match", "score"), percent=True),
-    Panel("Pair accuracy", ("pair_accuracy", "accuracy", "reward_accuracy"), percent=True),
-    Panel("Best answer on top", ("top1_accuracy",), percent=True),
-    Panel("Reward", ("reward", "rewards", "mean_reward", "reward_mean")),
-    Panel("Reward margin", ("margin", "reward_margin", "margins")),
-    Panel("KL to the reference, nats", ("kl", "ref_kl", "kl_ref")),
-    Panel("Length, tokens", ("length", "mean_length", "response_length", "completion_length")),
-    Panel("Entropy, nats", ("entropy",)),
-    Panel("Tokens a second", ("tokens_per_second",)),
-    Panel("Share of peak FLOP/s (MFU)", ("mfu",), percent=True),
-)
-_TERM = "reward/"
-"""Before the names of rewards that are summed."""
 # What a step's time is divided into, in the order of a step.
 _PARTS = ("data", "rollout", "reward", "update", "save", "eval")
 
 _COLOURS = 8  # --c0 to --c7 in the template; the first five belong to the names above
 _MOST_TEXT = 4000
 _MOST_SAMPLES = 40
+_MOST_TABLES = 5  # steps whose completions are shown
 
 
 def write_report(
@@ -62,34 +36,28 @@ def write_report(
     *,
     interval: str = "95 % interval over seeds",
     pictures: Mapping[str, Path] = {},
+    refresh: int = 0,
 ) -> Path:
     """Writes `folder/report.html` from what the run folder holds; parts that are missing are left out.
 
-    It reads `summary.json`, `config.json`, `samples.json`, and `metrics.jsonl` here and below `seed_*/`.
-    Texts of models are untrusted: everything is escaped, and the page forbids itself scripts and network.
+    It reads `summary.json`, `config.json`, `samples.json`, `completions/`, and `metrics.jsonl` here and below
+    `seed_*/`. Texts of models are untrusted: everything is escaped, and the page forbids itself the network
+    and all scripts but its own.
 
     Args:
       folder: the run folder.
       table: rows of the result table in order; intervals are computed by the caller.
       interval: what the intervals of `table` are.
       pictures: caption -> PNG, which is copied into the page.
+      refresh: seconds after which a browser loads the page again, while the run goes on; 0 for never.
     Raises:
       UserError: a file of the folder is damaged, or the report cannot be written.
     """
-    import jinja2
-
     folder = files.as_path(folder)
     if not files.is_folder(folder):
         raise UserError(f"{folder}: no such run folder; give the folder that the run was told with --out")
-    template = (resources.files("rlhf_jax.metrics") / "report.html.jinja").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    html = environment.from_string(template).render(
-        **_view(folder, table, interval), pictures=_picture_views(pictures)
-    )
-    # JSON may hold lone surrogates, which UTF-8 cannot.
-    data = html.encode("utf-8", errors="backslashreplace")
+    view = _view(folder, table, interval) | {"pictures": _picture_views(pictures)}
+    data = render("report.html.jinja", view, refresh=refresh)
     path = folder / REPORT_FILE
     with files.disk_errors(path):
         files.write_whole(path, data)
@@ -98,10 +66,10 @@ def write_report(
 
 def _view(folder: Path, table: Sequence[TableRow], interval: str) -> dict[str, Any]:
     """Everything the template shows, as plain values."""
-    config = _read_json(folder / "config.json", dict)
-    summary = _read_json(folder / "summary.json", dict)
-    samples = _read_json(folder / "samples.json", list)
-    curves = _read_curves(folder)
+    config = read_json(folder / "config.json", dict)
+    summary = read_json(folder / "summary.json", dict)
+    samples = read_json(folder / "samples.json", list)
+    curves = read_curves(folder)
     methods = list(dict.fromkeys([*summary, *curves, *(row.method for row in table)]))
     colours = _assign_colours(methods)
     rows = _table_view(table, summary, colours)
@@ -112,9 +80,9 @@ def _view(folder: Path, table: Sequence[TableRow], interval: str) -> dict[str, A
         "command": config.get("command"),
         "started": str(config.get("started", ""))[:16].replace("T", " "),
         "seeds": config.get("seeds", []),
-        "task": _flatten(config.get("task", {})),
-        "config": _flatten(config.get("config", {})),
-        "versions": _flatten(config.get("versions", {})),
+        "task": flatten(config.get("task", {})),
+        "config": flatten(config.get("config", {})),
+        "versions": flatten(config.get("versions", {})),
         "rows": rows,
         "table_note": _table_note(rows, interval),
         "curves_note": _curves_note(stages),
@@ -123,8 +91,11 @@ def _view(folder: Path, table: Sequence[TableRow], interval: str) -> dict[str, A
         "warnings": [
             view for stage, metrics in curves.items() for view in _warnings(stage, metrics, colours)
         ],
-        "samples": [_sample_view(sample, colours) for sample in samples[:_MOST_SAMPLES]],
+        "samples": [_sample_view(sample, colours) for sample in _by_disagreement(samples)[:_MOST_SAMPLES]],
         "sample_count": len(samples),
+        "facts": facts(config, curves),
+        "settings": settings_of_stages(folder, config),
+        **_completions_view(folder),
     }
 
 
@@ -133,50 +104,6 @@ def _picture_views(pictures: Mapping[str, Path]) -> list[dict[str, str]]:
         {"caption": caption, "data": base64.b64encode(files.read_bytes(path)).decode("ascii")}
         for caption, path in pictures.items()
     ]
-
-
-def _read_json(path: Path, kind: type) -> Any:
-    value = files.read_json(path, otherwise=kind(), remedy="mend or remove the file")
-    if not isinstance(value, kind):
-        raise UserError(
-            f"{path}: holds a {type(value).__name__}, not a {kind.__name__}; mend or remove the file"
-        )
-    return value
-
-
-def _read_curves(folder: Path) -> dict[str, dict[str, list[Curve]]]:
-    """Stage -> metric -> one curve a seed: the stages of RLHF in their order, then others as they come."""
-    below = [path for path in files.list_folder(folder) if path.name.startswith("seed_")]
-    found = [path / name for path in below for name in files.list_files(path)]
-    seeds = sorted(
-        (path for path in found if path.name == METRICS_FILE), key=lambda path: _natural(str(path))
-    )
-    points: dict[str, dict[str, list[dict[int, float]]]] = {}
-    for run in [folder, *(path.parent for path in seeds)]:
-        below = "/".join(run.relative_to(folder).parts[1:])  # two stages of a seed may run the same script
-        of_run: dict[tuple[str, str], dict[int, float]] = {}
-        for line in read_metrics(run):
-            stage, step = below or str(line.get("stage", "run")), line.get("step", 0)
-            for name, value in line.items():
-                if name not in ("stage", "step", "time") and isinstance(value, int | float):
-                    # A step written twice counts as written last.
-                    of_run.setdefault((stage, name), {})[step] = float(value)
-        for (stage, name), values in of_run.items():
-            points.setdefault(stage, {}).setdefault(name, []).append(values)
-    known = [stage for stage in STAGE_NAMES if stage in points]
-    return {
-        stage: {name: [_to_curve(values) for values in seeds] for name, seeds in points[stage].items()}
-        for stage in dict.fromkeys([*known, *points])
-    }
-
-
-def _to_curve(points: Mapping[int, float]) -> Curve:
-    steps = sorted(points)
-    return Curve(np.array(steps), np.array([points[step] for step in steps]))
-
-
-def _natural(name: str) -> list[Any]:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def _assign_colours(methods: Sequence[str]) -> dict[str, str]:
@@ -246,20 +173,13 @@ def _pair_accuracy(summary: Mapping[str, Any]) -> dict[str, Any] | None:
     return {"mean": 100 * sum(seeds) / len(seeds), "seeds": [100 * seed for seed in seeds]} if seeds else None
 
 
-def _stage_view(stage: str, metrics: Mapping[str, Sequence[Curve]], colour: str) -> dict[str, Any]:
-    import markupsafe
-
-    panels, steps, seeds = [], 0, 0
-    for curves in metrics.values():
-        steps = max(steps, *(int(curve.steps[-1]) for curve in curves))
-        seeds = max(seeds, len(curves))
-    terms = [Panel(name.replace("_", " "), (name,)) for name in metrics if name.startswith(_TERM)]
-    for panel in (*PANELS, *terms):
-        curves = _find(metrics, panel.names)
-        if curves and any(len(curve.steps) > 1 for curve in curves):
-            panels.append(
-                {"title": panel.title, "svg": markupsafe.Markup(curve_svg(curves, percent=panel.percent))}
-            )
+def _stage_view(stage: str, metrics: Curves, colour: str) -> dict[str, Any]:
+    steps = max((int(curve.steps[-1]) for curves in metrics.values() for curve in curves), default=0)
+    seeds = max((len(curves) for curves in metrics.values()), default=0)
+    panels = []
+    for panel in panels_of(metrics):
+        curves = find_curves(metrics, panel.names) or ()
+        panels.append(chart_view(panel, curves, [f"seed {seed}" for seed in range(len(curves))]))
     return {
         "name": display(stage),
         "colour": colour,
@@ -270,7 +190,7 @@ def _stage_view(stage: str, metrics: Mapping[str, Sequence[Curve]], colour: str)
     }
 
 
-def _time_by_part(metrics: Mapping[str, Sequence[Curve]]) -> str:
+def _time_by_part(metrics: Curves) -> str:
     """Where the time went, all steps together: `rollout 61 % (38 s), update 30 % (19 s), rest 9 % (6 s)`."""
 
     def seconds(part: str) -> float:
@@ -291,9 +211,7 @@ def _time_by_part(metrics: Mapping[str, Sequence[Curve]]) -> str:
     return ", ".join(words)
 
 
-def _warnings(
-    stage: str, metrics: Mapping[str, Sequence[Curve]], colours: Mapping[str, str]
-) -> list[dict[str, Any]]:
+def _warnings(stage: str, metrics: Curves, colours: Mapping[str, str]) -> list[dict[str, Any]]:
     """Failed health checks of a stage, with the steps at which they failed, over all seeds."""
     views = []
     for check in HEALTH_CHECKS:
@@ -314,16 +232,6 @@ def _warnings(
     return views
 
 
-def _find(metrics: Mapping[str, Sequence[Curve]], names: Sequence[str]) -> Sequence[Curve] | None:
-    for name in names:
-        if name in metrics:  # before `eval/NAME`, which may stand first
-            return metrics[name]
-        for full, curves in metrics.items():
-            if name == (full if full.startswith(_TERM) else full.rsplit("/", 1)[-1]):
-                return curves
-    return None
-
-
 def _sample_view(sample: Mapping[str, Any], colours: Mapping[str, str]) -> dict[str, Any]:
     completions = sample.get("completions", {})
     return {
@@ -335,24 +243,59 @@ def _sample_view(sample: Mapping[str, Any], colours: Mapping[str, str]) -> dict[
                 "colour": colours.get(method, "var(--c0)"),
                 "text": _shorten(completion.get("text", "")),
                 "correct": completion.get("correct"),
+                "reward": _number(completion.get("reward")),
             }
             for method, completion in completions.items()
         ],
     }
 
 
+def _by_disagreement(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Those on which the policies differ first: an even split says more than one dissenter."""
+
+    def spread(sample: Mapping[str, Any]) -> float:
+        completions = list(sample.get("completions", {}).values())
+        values = [one.get("correct", one.get("reward")) for one in completions]
+        known = [float(value) for value in values if isinstance(value, int | float)]
+        return float(np.std(known)) if known else 0.0
+
+    return sorted(samples, key=spread, reverse=True)
+
+
+def _completions_view(folder: Path) -> dict[str, Any]:
+    """The best and the worst completion of a few steps, first and last among them."""
+    tables = read_completions(folder)
+    steps = sorted(tables)
+    places = np.linspace(0, len(steps) - 1, min(_MOST_TABLES, len(steps)))
+    chosen = sorted({steps[round(place)] for place in places})
+    rows = [(step, row) for step in chosen for row in _ends_of(tables[step])]
+    names = column_names([row for _, row in rows])
+    columns = [name for name in names if name in NUMBERS or name.startswith("reward/")]
+    return {
+        "completions": [
+            {
+                "step": step,
+                "prompt": _shorten(row.get("prompt", "")),
+                "completion": _shorten(row.get("completion", "")),
+                "numbers": [_number(row.get(name)) or "-" for name in columns],
+            }
+            for step, row in rows
+        ],
+        "completion_columns": columns,
+        "completions_folder": COMPLETIONS,
+    }
+
+
+def _ends_of(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    scored = sorted((row for row in rows if row.get("reward") is not None), key=lambda row: row["reward"])
+    return [scored[-1], scored[0]] if len(scored) > 1 else list(rows[:1])
+
+
+def _number(value: Any) -> str | None:
+    return format_number(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
 def _shorten(text: Any) -> str:
     text = str(text)
     more = len(text) - _MOST_TEXT
     return text if more <= 0 else f"{text[:_MOST_TEXT]} … ({more} more characters)"
-
-
-def _flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
-    """Nested mappings as (dotted name, text) pairs."""
-    if not isinstance(value, Mapping):
-        return [(prefix, value if isinstance(value, str) else json.dumps(value))]
-    return [
-        pair
-        for name, inner in value.items()
-        for pair in _flatten(inner, f"{prefix}.{name}" if prefix else str(name))
-    ]

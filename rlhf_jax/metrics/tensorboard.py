@@ -6,10 +6,11 @@ import pathlib
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf_jax.core import files
+from rlhf_jax.metrics.completions import column_names
 from rlhf_jax.metrics.writers import SECONDS_BETWEEN_UPLOADS, disk_errors
 
 
@@ -43,10 +44,19 @@ class TensorBoardLogger:
             for name, number in metrics.items()
             if math.isfinite(number)
         ]
+        self._write(step, _event(step, summary={"value": values}))
+
+    def log_table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Writes a table under the tab for texts."""
+        from tensorboardX.summary import text
+
+        self._write(step, _event(step, summary=text(name, _markdown(rows))))
+
+    def _write(self, step: int, event: Any) -> None:
         with disk_errors(self._folder):
             if self._writer is None:
                 self._writer = self._open(step)
-            self._writer.write_event(_event(step, summary={"value": values}))
+            self._writer.write_event(event)
             # A flush of this writer also syncs the disk: too slow for every step.
             remote = files.is_remote(self._folder)
             pause = SECONDS_BETWEEN_UPLOADS if remote else self._seconds_between_flushes
@@ -83,6 +93,20 @@ class TensorBoardLogger:
     def _upload(self) -> None:
         if files.is_remote(self._folder) and self._local is not None:
             files.upload(self._local, self._folder, files.list_files(self._local))
+
+
+def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Texts stand as code, so that nothing in them is taken for markup."""
+    columns = column_names(rows)
+    lines = [columns, ["---"] * len(columns), *([_cell(row.get(name)) for name in columns] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None or isinstance(value, int | float):
+        return "" if value is None else f"{value:.6g}"
+    text = " ".join(str(value).replace("|", "\\|").replace("`", "'").split())
+    return f"`{text}`" if text else ""
 
 
 def _event(step: int, **what: Any) -> Any:

@@ -146,7 +146,8 @@ def mix_experts(
 
     Args:
       kernels: gate, up and down of the experts `first`, `first` + 1, ...
-      weights, chosen: of the k experts of each token; numbers of experts count from 0, wherever those are.
+      weights: of the k experts of each token.
+      chosen: their numbers, counted from 0 over all experts, wherever those are.
     """
     gate, up, down = kernels
     count, flat = gate.shape[0], inputs.reshape(-1, inputs.shape[-1])

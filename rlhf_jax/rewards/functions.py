@@ -50,6 +50,12 @@ def load_reward(path: str) -> RewardFn:
     return load_function(path, kind="reward", example="my_rewards:exact_match")
 
 
+def no_reward(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float]:
+    """0 for every completion: of runs whose rewards come from elsewhere, or are none."""
+    del prompts
+    return [0.0] * len(completions)
+
+
 # Calling -------------------------------------------------------------------------------------------
 
 

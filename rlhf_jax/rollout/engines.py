@@ -33,6 +33,7 @@ from rlhf_jax.rollout.openai_protocol import (
     read_prompt_logps,
     sampling_fields,
 )
+from rlhf_jax.rollout.sampler import check_full_support
 
 PublishFn = Callable[[Params, int], None]
 """(params, version): makes the server use these parameters from now on."""
@@ -73,6 +74,7 @@ class HTTPEngine:
         publish: PublishFn | None = None,
         logprob_fn: LogprobFn | None = None,
         tolerance: float = 0.05,
+        allow_filters: bool = False,
     ) -> None:
         """Sets up the client; nothing is sent.
 
@@ -82,10 +84,11 @@ class HTTPEngine:
           logprob_fn: our own log-probs at temperature 1, against which published weights are proven; None to
             take the server's word.
           tolerance: mean |delta log-prob| between us and the server that still passes, in nats a token.
+          allow_filters: sends top-k, top-p and min-p; see `rollout.sampler.make_generate_fn`.
         """
         self._options, self._tokenizer, self._publish = options, tokenizer, publish
         self._prompt_length, self._new_tokens, self._group_size = prompt_length, max_new_tokens, group_size
-        self._sampling = sampling
+        self._sampling, self._allow_filters = sampling, allow_filters
         self._score = (
             None if logprob_fn is None else jax.jit(lambda params, rows: logprob_fn(params, rows).logp)
         )
@@ -114,7 +117,10 @@ class HTTPEngine:
         if not equal or len(prompts) % size:
             raise ValueError(f"prompts do not come in groups of {size} equal ones")
         self._update(params, prompts)
-        fields = sampling_fields(self._sampling if sampling is None else sampling)
+        sampling = self._sampling if sampling is None else sampling
+        if not self._allow_filters:
+            check_full_support(sampling)
+        fields = sampling_fields(sampling)
         count = size if fields["temperature"] > 0 else 1  # vLLM refuses several most likely answers
         answers = self._ask_all(prompts[::count], count, fields, key)
         if all(answer is None for answer in answers):

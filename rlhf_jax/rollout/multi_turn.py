@@ -22,7 +22,7 @@ from rlhf_jax.data.packing import left_pad
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.generation import Sampling, regex_automaton, row_keys
 from rlhf_jax.models import Policy
-from rlhf_jax.rollout.sampler import GenerateFn, RolloutFns, make_completion_fn
+from rlhf_jax.rollout.sampler import GenerateFn, RolloutFns, check_full_support, make_completion_fn
 from rlhf_jax.tool_use import Tool, answer_calls, call_pattern
 
 SampleFn = Callable[
@@ -141,6 +141,7 @@ def make_multi_turn_fn(
         sampling: Sampling = sampling,
         /,
     ) -> Rollout:
+        check_full_support(sampling)
         rows = [_Row(np.asarray(prompt.ids).tolist(), len(prompt.ids)) for prompt in prompts]
         keys = row_keys(key, len(rows)) if key.ndim == 0 else key
         for turn in range(max_turns):

@@ -37,6 +37,21 @@ class GenerateFn(Protocol):
         ...
 
 
+FILTERS = ("top_k", "top_p", "min_p", "typical_p")
+"""Rules of sampling after which some tokens cannot be drawn."""
+
+
+def check_full_support(sampling: Sampling) -> None:
+    """Raises: UserError where `sampling` draws from a part of the distribution."""
+    given = [name for name in FILTERS if getattr(sampling, name) is not None]
+    if given:
+        raise UserError(
+            f"sampling: {', '.join(given)} leaves tokens out that the policy gives probability to, so that "
+            "no ratio corrects for how answers were drawn: sample at a temperature alone, or give "
+            "allow_filters=True where nothing is learned from the sampler's log-probs"
+        )
+
+
 def make_generate_fn(
     policy: Policy,
     *,
@@ -45,6 +60,7 @@ def make_generate_fn(
     group_size: int = 1,
     max_num_seqs: int | None = None,
     sampling: Sampling = Sampling(),
+    allow_filters: bool = False,
     decode_fns: tuple[PrefillFn, DecodeFn] | None = None,
 ) -> GenerateFn:
     """`generate(params, prompts, key) -> Rollout`, compiled once for each number of prompts.
@@ -58,6 +74,8 @@ def make_generate_fn(
       max_num_seqs: answers on their way at a time; where one ends, the next prompt is read (continuous
         batching). All by default. With it, prompts are read once for every answer.
       sampling: unless the call says otherwise, which compiles nothing anew while the same filters are on.
+      allow_filters: samples with top-k, top-p and their like, which are refused otherwise: log-probs of a
+        rollout are of the whole distribution, and policy gradients take answers for draws from it.
       decode_fns: (prefill, decode) where they are not the model's own; not with `max_num_seqs`.
     """
     group_size = group_size if max_num_seqs is None else 1
@@ -79,6 +97,8 @@ def make_generate_fn(
         sampling: Sampling = sampling,
         /,
     ) -> Rollout:
+        if not allow_filters:
+            check_full_support(sampling)
         if any(prompt is not prompts[row - row % group_size] for row, prompt in enumerate(prompts)):
             raise ValueError(f"prompts do not come in groups of {group_size} equal ones")
         mesh = distributed.current_mesh()

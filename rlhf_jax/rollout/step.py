@@ -3,14 +3,25 @@
 Stages compile them, whole runs under `jit` are made of them, and plans count them.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
+import jax
 import optax
 
-from rlhf_jax.algorithms import grpo, ppo
+from rlhf_jax import models
+from rlhf_jax.algorithms import grpo, ppo, selection
+from rlhf_jax.algorithms.moving_reference import sync_reference, with_params
+from rlhf_jax.core.axes import constrain
+from rlhf_jax.core.masks import masked_mean, masked_sum
 from rlhf_jax.core.protocols import LogprobFn
-from rlhf_jax.core.types import Array, Bool, Float, Metrics, Params, Rollout
+from rlhf_jax.core.types import Array, Bool, Float, Int, Metrics, Params, Rollout, Sequences, StepRewards
+from rlhf_jax.kernels.prepare import mask_or_all
+from rlhf_jax.rollout.completions import describe_rows
+
+T = TypeVar("T")
+S = TypeVar("S", grpo.State, ppo.State)
 
 ReferenceFn = Callable[[Any, Params], Params]
 """(learner, original) -> the frozen reference; `original` is what the learner does not hold of it."""
@@ -27,13 +38,19 @@ def make_grpo_train_step(
     logprob_fn: LogprobFn,
     tx: optax.GradientTransformation,
     reference_fn: ReferenceFn = whole_reference,
+    *,
+    describes_rows: bool = False,
 ) -> Callable[..., tuple[grpo.State, Metrics]]:
     """Training step of the GRPO family: log-probs of the answers under policy and reference, advantages,
     and the update.
 
+    Args:
+      describes_rows: put numbers of each answer among the metrics, as `completions.describe_rows` gives them.
+
     Returns:
-      `train_step(state, hyper, original, rollout, rewards, scored=None, greedy_rewards=None) -> (state,
-      metrics)`; `scored` marks the answers that have a reward.
+      `train_step(state, hyper, original, rollout, rewards, scored=None, greedy_rewards=None, steps=None,
+      reward_terms=None) -> (state, metrics)`; `scored` marks the answers that have a reward, `steps` are
+      process rewards.
     """
     update = grpo.make_update(config, logprob_fn, tx)
 
@@ -45,14 +62,33 @@ def make_grpo_train_step(
         rewards: Float[Array, " B"],
         scored: Bool[Array, " B"] | None = None,
         greedy_rewards: Float[Array, " N"] | None = None,
+        steps: StepRewards | None = None,
+        reward_terms: Float[Array, "B K"] | None = None,
     ) -> tuple[grpo.State, Metrics]:
-        reference = reference_fn(state.learner, original)
-        old_logp = logprob_fn(state.learner.all_params, rollout.sequences).logp
+        learner, ref_params = state.learner, state.ref_params
+        reference = (
+            reference_fn(learner, original) if ref_params is None else with_params(learner, ref_params)
+        )
+        old = logprob_fn(state.learner.all_params, rollout.sequences)
         ref_logp = logprob_fn(reference, rollout.sequences).logp
-        answers = {"scored": scored, "greedy_rewards": greedy_rewards}
-        batch, described = grpo.make_batch(config, hyper, rollout, rewards, old_logp, ref_logp, **answers)
+        batch, described = grpo.make_batch(
+            config,
+            hyper,
+            rollout,
+            rewards,
+            old.logp,
+            ref_logp,
+            scored=scored,
+            greedy_rewards=greedy_rewards,
+            steps=steps,
+            entropy=old.entropy,
+            reward_terms=reward_terms,
+        )
+        # Of pruned answers the rows of the batch are some: nothing says whose they are.
+        if describes_rows and len(batch.sequences.mask) == len(rewards):
+            described |= describe_rows(batch.advantages, old.logp, ref_logp, rollout.sequences.mask)
         state, metrics = update(state, hyper, batch)
-        return state, {**described, **metrics}
+        return _synced(state, hyper, learner.steps), {**described, **metrics}
 
     return train_step
 
@@ -63,6 +99,9 @@ def make_ppo_train_step(
     ref_logprob_fn: LogprobFn,
     tx: optax.GradientTransformation,
     reference_fn: ReferenceFn = whole_reference,
+    ptx_logprob_fn: LogprobFn | None = None,
+    *,
+    describes_rows: bool = False,
 ) -> Callable[..., tuple[ppo.State, Metrics]]:
     """Training step of PPO: log-probs and values of the answers, the KL to the reference, advantages, and all
     epochs.
@@ -70,11 +109,14 @@ def make_ppo_train_step(
     Args:
       logprob_fn: of policy and value.
       ref_logprob_fn: of the reference.
+      ptx_logprob_fn: of the policy on text at temperature 1, for PPO-ptx; None without.
+      describes_rows: put numbers of each answer among the metrics, as `completions.describe_rows` gives them.
 
     Returns:
-      `train_step(state, hyper, original, rollout, rewards, scored=None) -> (state, metrics)`.
+      `train_step(state, hyper, original, rollout, rewards, scored=None, steps=None, ptx=None) -> (state,
+      metrics)`; `steps` are process rewards, `ptx` is text (`ppo.make_update`).
     """
-    update = ppo.make_update(config, logprob_fn, tx)
+    update = ppo.make_update(config, logprob_fn, tx, ptx_logprob_fn)
 
     def train_step(
         state: ppo.State,
@@ -83,13 +125,59 @@ def make_ppo_train_step(
         rollout: Rollout,
         rewards: Float[Array, " B"],
         scored: Bool[Array, " B"] | None = None,
+        steps: StepRewards | None = None,
+        ptx: Sequences | None = None,
     ) -> tuple[ppo.State, Metrics]:
+        described: Metrics = {}
+        if config.filter_fn is not None:
+            described["sampled_reward"] = masked_mean(rewards, mask_or_all(scored, rewards))
+            earned = 0.0 if steps is None else masked_sum(steps.rewards, steps.ends, axis=1)
+            state, chosen = _chosen(config, config.filter_fn, state, rewards + earned, scored)
+            rollout, rewards, scored, steps = _rows((rollout, rewards, scored, steps), chosen)
         score = logprob_fn(state.learner.all_params, rollout.sequences)
-        ref_logp = ref_logprob_fn(reference_fn(state.learner, original), rollout.sequences).logp
-        state, batch, described = ppo.language_batch(
-            config, state, hyper, rollout, score, ref_logp, rewards, scored=scored
+        learner = state.learner
+        if state.ref_params is None:
+            reference = reference_fn(learner, original)
+        else:
+            whole = with_params(learner, {**learner.params, "policy": state.ref_params})
+            reference = models.merge_with_base(whole, "policy")
+        ref_logp = ref_logprob_fn(reference, rollout.sequences).logp
+        state, batch, of_batch = ppo.language_batch(
+            config, state, hyper, rollout, score, ref_logp, rewards, scored=scored, steps=steps
         )
-        state, metrics = update(state, hyper, batch)
-        return state, {**described, **metrics}
+        if describes_rows:
+            described |= describe_rows(batch.advantages, score.logp, ref_logp, batch.mask)
+        state, metrics = update(state, hyper, batch, ptx)
+        state = _synced(state, hyper, learner.steps)
+        return state, {**described, **of_batch, **metrics}
 
     return train_step
+
+
+def _synced(state: S, hyper: Any, before: Int[Array, ""]) -> S:
+    """The state with its reference where the policy has led it, if it follows."""
+    if state.ref_params is None:
+        return state
+    params = state.learner.params["policy"] if isinstance(state, ppo.State) else state.learner.params
+    steps = {"before": before, "after": state.learner.steps}
+    reference = sync_reference(state.ref_params, params, hyper.sync, **steps)
+    return dataclasses.replace(state, ref_params=reference)
+
+
+def _chosen(
+    config: ppo.Config,
+    filter_fn: selection.RankWeightsFn,
+    state: ppo.State,
+    rewards: Float[Array, " B"],
+    scored: Bool[Array, " B"] | None,
+) -> tuple[ppo.State, Int[Array, " N"]]:
+    """Rows of the answers that PF-PPO learns from, one to each prompt, by all that each has earned."""
+    key, filter_key = jax.random.split(state.key)
+    shape = (-1, config.group_size)
+    counts = None if scored is None else scored.reshape(shape)
+    rows = selection.filter_by_rank(rewards.reshape(shape), counts, filter_key, weights_fn=filter_fn)
+    return dataclasses.replace(state, key=key), rows
+
+
+def _rows(batch: T, rows: Int[Array, " N"]) -> T:
+    return jax.tree.map(lambda x: constrain(x[rows], "batch", *(None,) * (x.ndim - 1)), batch)

@@ -312,7 +312,7 @@ def run(options: Options) -> None:
     plot(options.run.out / "elo.png", agents, ratings.elo, ratings.error, options.game)
     if not options.run.quiet:
         show(results)
-    edges.finish(options.run)
+    edges.finish(options.run, kind="other")
 
 
 def show(results: dict[str, Any]) -> None:

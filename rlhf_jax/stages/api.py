@@ -15,7 +15,8 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.files import releasing_locks
 from rlhf_jax.data.examples import prompt_examples
 from rlhf_jax.data.sources import as_rows
-from rlhf_jax.models import Policy
+from rlhf_jax.models import Policy, ScalarModel
+from rlhf_jax.rewards.functions import no_reward
 from rlhf_jax.rollout.rewards import make_reward_fn
 from rlhf_jax.rollout.sampler import Evaluation, make_evaluate_fn
 from rlhf_jax.stages import (
@@ -135,7 +136,8 @@ def grpo(
     policy: Policy,
     rows: Rows,
     *,
-    rewards: Sequence[Any],
+    rewards: Sequence[Any] = (),
+    process_reward: str | ScalarModel = "",
     eval_rows: Rows = None,
     out: Any = None,
     **settings: Any,
@@ -146,16 +148,20 @@ def grpo(
       rows: with `prompt`, `question` or `messages`; their other fields go to the rewards by name.
       rewards: functions `(prompts, completions, **fields) -> numbers`, with a weight as (function, weight);
         reward models too. They are summed.
+      process_reward: a process reward model, whose word on each step is a reward beside them, or alone.
       settings: as of `sft`, with the options of `rlhf grpo`.
     """
-    return _run(grpo_stage, out, settings, policy=policy, rows=rows, eval_rows=eval_rows, rewards=rewards)
+    objects = _with_process_reward(process_reward, settings, rewards)
+    return _run(grpo_stage, out, settings, policy=policy, rows=rows, eval_rows=eval_rows, **objects)
 
 
 def ppo(
     policy: Policy,
     rows: Rows,
     *,
-    rewards: Sequence[Any],
+    rewards: Sequence[Any] = (),
+    process_reward: str | ScalarModel = "",
+    ptx_rows: Rows = None,
     eval_rows: Rows = None,
     out: Any = None,
     **settings: Any,
@@ -163,10 +169,15 @@ def ppo(
     """Proximal policy optimization with a value model.
 
     Args:
-      rows, rewards: as of `grpo`.
+      rows: as of `grpo`.
+      rewards: as of `grpo`.
+      process_reward: as of `grpo`.
+      ptx_rows: text that is to stay likely (PPO-ptx): rows with `text`, or as of `sft`.
       settings: as of `sft`, with the options of `rlhf ppo`.
     """
-    return _run(ppo_stage, out, settings, policy=policy, rows=rows, eval_rows=eval_rows, rewards=rewards)
+    objects = _with_process_reward(process_reward, settings, rewards)
+    objects |= {"rows": rows, "eval_rows": eval_rows, "ptx_rows": ptx_rows}
+    return _run(ppo_stage, out, settings, policy=policy, **objects)
 
 
 def online_dpo(
@@ -181,7 +192,8 @@ def online_dpo(
     """Online DPO, XPO or Nash-MD on pairs that the policy writes and the rewards compare.
 
     Args:
-      rows, rewards: as of `grpo`.
+      rows: as of `grpo`.
+      rewards: as of `grpo`.
       settings: as of `sft`, with the options of `rlhf online-dpo`.
     """
     return _run(online_stage, out, settings, policy=policy, rows=rows, eval_rows=eval_rows, rewards=rewards)
@@ -200,7 +212,8 @@ def rounds(
 
     Args:
       policy: of a folder: every round starts from what the one before wrote.
-      rows, rewards: as of `grpo`.
+      rows: as of `grpo`.
+      rewards: as of `grpo`.
       settings: as of `sft`, with the options of `rlhf rounds`.
     """
     return _run(rounds_stage, out, settings, policy=policy, rows=rows, eval_rows=eval_rows, rewards=rewards)
@@ -224,7 +237,7 @@ def distill(
       settings: as of `sft`, with the options of `rlhf distill`.
     """
     objects = {"policy": policy, "teacher": teacher, "rows": rows, "eval_rows": eval_rows}
-    return _run(distilling, out, settings, **objects, rewards=rewards or [_no_reward])
+    return _run(distilling, out, settings, **objects, rewards=rewards or [no_reward])
 
 
 def evaluate(
@@ -233,7 +246,8 @@ def evaluate(
     """Held-out evaluation: reward of greedy and of sampled completions, their length, and their texts.
 
     Args:
-      rows, rewards: as of `grpo`.
+      rows: as of `grpo`.
+      rewards: as of `grpo`.
     """
     prompts = prompt_examples(as_rows(rows), policy.tokenizer, max_length=UNBOUNDED)
     reward_fn = make_reward_fn(rewards, policy.tokenizer)
@@ -243,8 +257,14 @@ def evaluate(
     return evaluate_policy(policy.params, None)
 
 
-def _no_reward(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-    return [0.0] * len(completions)
+def _with_process_reward(
+    model: str | ScalarModel, settings: dict[str, Any], rewards: Sequence[Any]
+) -> dict[str, Any]:
+    """Rewards as objects; a process reward model by its folder goes into the settings."""
+    if isinstance(model, ScalarModel):
+        return {"rewards": rewards, "process_reward": model}
+    settings["process_reward"] = str(model)
+    return {"rewards": rewards}
 
 
 _OBJECTS = ("loggers", "on_step", "eval_fn")

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -56,7 +56,7 @@ def start(
     if not distributed.is_main_process():
         return
     write_model_files(run.out, model, kind, adaptation)
-    describe_run(run.out, to_json(options), stage=stage)
+    describe_run(run.out, to_json(options), stage=stage, parameters=_size(model))
 
 
 def loggers(options: Any, stage: str) -> list[Logger]:
@@ -65,24 +65,42 @@ def loggers(options: Any, stage: str) -> list[Logger]:
     return make_loggers(run.log, run.out, stage=stage, config=to_json(options), resume=run.resume)
 
 
-def finish(run: RunOptions, samples: Sequence[Mapping[str, Any]] = ()) -> None:
-    """Writes the samples, where there are any, and the report."""
+Left = Literal["policy", "reward_model", "other"]
+"""What a stage leaves, and so what can be done with it."""
+_NEXT: dict[Left, tuple[tuple[str, str], ...]] = {
+    "policy": (
+        ("Talk to it", 'rlhf generate --model {out} --prompt "..."'),
+        ("Evaluate it", "rlhf benchmark --model {out} --out {out}/benchmark generate --data HELD_OUT"),
+        ("Take it away", "rlhf convert --source {out} --out FOLDER"),
+    ),
+    "reward_model": (("Train against it", "rlhf ppo --model POLICY --data PROMPTS --reward-model {out}"),),
+    "other": (),
+}
+
+
+def finish(run: RunOptions, samples: Sequence[Mapping[str, Any]] = (), kind: Left = "policy") -> None:
+    """Writes the samples, where there are any, and the report, and says what can be done next."""
     if not distributed.is_main_process():
         return
     if samples:
         write_json(run.out / "samples.json", samples)
+    lines = [(title, command.format(out=run.out)) for title, command in _NEXT[kind]]
     if run.report:
-        path = write_report(run.out)
-        if not run.quiet:
-            print(f"Report: {path}")
+        lines.insert(0, ("Report", f"{write_report(run.out)} (open it in a browser)"))
+    if not run.quiet:
+        for title, words in lines:
+            print(f"{title + ':':<18}{words}")
+
+
+def _size(model: Policy) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(model.params))
 
 
 def announce(options: RunOptions, model: Policy, data: str) -> None:
     """Says what is about to run."""
     if options.quiet or not distributed.is_main_process():
         return
-    size = sum(leaf.size for leaf in jax.tree.leaves(model.params))
-    print(f"{options.out}: {data}; a model of {size:,} parameters; {options.num_steps:,} steps")
+    print(f"{options.out}: {data}; a model of {_size(model):,} parameters; {options.num_steps:,} steps")
     mesh = distributed.current_mesh()
     if mesh.size > 1:
         summary, whole = distributed.describe_shardings(mesh, model.params)

@@ -33,6 +33,8 @@ class Given:
       rewards: what completions are worth.
       loss: on pairs, or of a reward model on rankings.
       teacher: to distill.
+      process_reward: a process reward model, for rewards of steps.
+      ptx_rows: text that is to stay likely (PPO-ptx), as rows.
       tools: that the policy may call: functions of texts, or `tool_use.Tool`s.
       loggers: beside those that the options name.
       on_step: called with (state, metrics, step) after every step.
@@ -45,6 +47,8 @@ class Given:
     rewards: Sequence[Any] = ()
     loss: Callable[..., Any] | None = None
     teacher: Policy | None = None
+    process_reward: ScalarModel | None = None
+    ptx_rows: Rows = None
     tools: Sequence[Any] = ()
     loggers: Sequence[Any] = ()
     on_step: Callable[..., Any] | Sequence[Callable[..., Any]] = ()

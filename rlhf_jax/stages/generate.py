@@ -30,6 +30,8 @@ from rlhf_jax.data.packing import bucket_batches, left_pad, length_bucket
 from rlhf_jax.data.sources import read_rows
 from rlhf_jax.generation import Sampling, row_keys
 from rlhf_jax.models import Policy
+from rlhf_jax.rewards.verifiers import final_number
+from rlhf_jax.search import majority_vote
 from rlhf_jax.stages import decoders
 from rlhf_jax.stages.decoders import Beam, Contrastive, Decode, Decoder, Sample
 from rlhf_jax.training.loading import load
@@ -45,6 +47,7 @@ class Options:
       file: rows with `prompt`, `question` or `messages`: a path, or tfds:NAME[:SPLIT].
       raw: give the model the prompt as it stands, without the chat template.
       n: answers to each prompt.
+      majority_vote: of these show the one that most agree with in their last number (self-consistency).
       max_new_tokens: tokens of an answer.
       seed: decides what is drawn.
       stop: texts at which an answer ends, which they are cut from.
@@ -60,6 +63,7 @@ class Options:
     file: str = ""
     raw: bool = False
     n: int = 1
+    majority_vote: bool = False
     max_new_tokens: int = 128
     seed: int = 0
     stop: tuple[str, ...] = ()
@@ -86,6 +90,8 @@ def check(options: Options) -> None:
         )
     if isinstance(decoder, Contrastive) and options.n > 1:
         raise UserError(f"--n {options.n}: contrastive search finds one answer a prompt: give --n 1")
+    if options.majority_vote and options.n < 3:
+        raise UserError(f"--majority-vote among {options.n} answers says nothing: give --n 3 or more")
     if options.raw and not (options.prompt or options.file):
         raise UserError("--raw has no meaning in a chat: give --prompt or --file")
 
@@ -134,6 +140,21 @@ def describe(
     return found
 
 
+def voted(answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first of the answers that most agree with in their last number, and the share that does.
+
+    Self-consistency (Wang et al. 2023). Those without a number have no vote; all are returned if none has.
+    """
+    numbers = [final_number(answer["text"]) for answer in answers]
+    known = {number: place for place, number in reversed(list(enumerate(numbers)))}
+    places = np.array([known[number] for number in numbers])
+    votes = np.array([number is not None for number in numbers])
+    if not votes.any():
+        return answers
+    chosen = int(majority_vote(jnp.asarray(places), jnp.asarray(votes)))
+    return [{**answers[chosen], "votes": float(np.mean(votes & (places == places[chosen])))}]
+
+
 def show(options: Options, model: Policy, prompt: str, answers: Sequence[dict[str, Any]]) -> None:
     """Prints the answers to one prompt."""
     if options.json:
@@ -142,6 +163,7 @@ def show(options: Options, model: Policy, prompt: str, answers: Sequence[dict[st
     for answer in answers:
         score = f", score {answer['score']:.3f}" if answer.get("score") is not None else ""
         end = "" if answer["finished"] else ", cut at --max-new-tokens"
+        end += f", {answer['votes']:.0%} of the votes" if "votes" in answer else ""
         print(f"> {prompt}\n{answer['text']}")
         print(f"[{answer['tokens']} tokens, log-prob {answer['logp']:.2f}{score}{end}]")
         if options.logprobs:
@@ -253,4 +275,4 @@ def run(options: Options) -> None:
         for row, place in enumerate(places):
             answers[place] = found[row * options.n : (row + 1) * options.n]
     for place, (text, _) in enumerate(prompts):
-        show(options, model, text, answers[place])
+        show(options, model, text, voted(answers[place]) if options.majority_vote else answers[place])

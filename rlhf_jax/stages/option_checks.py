@@ -17,7 +17,18 @@ if TYPE_CHECKING:
 Options = TypeVar("Options")
 
 
-WITHOUT_PREFIX = ("run", "pairs", "prompts", "task", "loss_params")
+WITHOUT_PREFIX = (
+    "run",
+    "pairs",
+    "prompts",
+    "completions",
+    "task",
+    "loss_params",
+    "ptx",
+    "process",
+    "sync",
+    "off_policy",
+)
 
 
 _POSITIVE = """
@@ -25,8 +36,11 @@ _POSITIVE = """
     --group-size --epochs --num-iterations --num-ppo-epochs --temperature
     --max-new-tokens --demonstrations --pair-count --prompt-count --eval-count --optimizer.clip-norm
     --arch.width --arch.layers --arch.heads --arch.kv-heads --max-seq-length
-    --rounds --prompts-per-round --samples-per-prompt
+    --rounds --prompts-per-round --samples-per-prompt --ptx-batch-size --ptx-max-length
 """.split()  # noqa: SIM905 (a list of literals would fill the screen)
+
+
+_NONE_AT_0 = ("--profile", "--peak-tflops", "--log-completions", "--num-completions-to-print")
 
 
 # They change how a run is watched, or how long it is, and nothing of what it computes until then.
@@ -34,7 +48,7 @@ _MAY_DIFFER = """
     --out --resume --steps --num-train-epochs --save-every --eval-every --max-to-keep --quiet --report
     --micro-batches --eval-data --eval-reward --eval-count --samples --mesh --all-gather-params --coordinator
     --init-timeout --heartbeat-timeout --profile --peak-tflops --log --engine --prompts --sample-tokens
-    --against --remat
+    --against --remat --log-completions --num-completions-to-print
 """.split()  # noqa: SIM905
 
 
@@ -94,7 +108,7 @@ def check(options: Any, run: "RunOptions", stage: str) -> None:
             raise UserError(f"{name} is not a number: give one")
         if name in _POSITIVE and value is not None and value <= 0:
             raise UserError(f"{name} {value} is not positive: give a number above 0")
-        if name in ("--profile", "--peak-tflops") and float(value or 0) < 0:
+        if name in _NONE_AT_0 and float(value or 0) < 0:
             raise UserError(f"{name} {value} is below 0: give 0 for none")
     make_loggers(run.log, run.out, stage=stage)  # refuses names that are none, before anything is read
     if not 0 <= run.seed < 2**32:

@@ -1,6 +1,7 @@
 """Groups of options that stages share: the run, a new model, auxiliary losses, preference pairs, prompts."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,7 +9,9 @@ import jax.numpy as jnp
 
 from rlhf_jax import models
 from rlhf_jax.algorithms import sft
+from rlhf_jax.algorithms.moving_reference import SyncHyper
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.types import Scalar
 from rlhf_jax.data.examples import Overlength
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.metrics import Thresholds
@@ -93,14 +96,19 @@ class RunOptions:
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         return load(name, **dtypes, remat=self.remat, scan_layers=self.scan_layers)
 
-    def loop(self, thresholds: Thresholds = Thresholds()) -> LoopConfig:
+    def loop(
+        self, thresholds: Thresholds = Thresholds(), completions: "CompletionOptions | None" = None
+    ) -> LoopConfig:
         """The part of it that the training loop knows."""
+        shown = completions or CompletionOptions(0, 0)
         return LoopConfig(
             self.num_steps,
             save_every=self.save_every,
             eval_every=self.eval_every,
             max_to_keep=self.max_to_keep,
             quiet=self.quiet,
+            log_completions=shown.log_completions,
+            num_completions_to_print=shown.num_completions_to_print,
             profile=self.profile,
             thresholds=thresholds,
         )
@@ -239,6 +247,21 @@ class PairOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class CompletionOptions:
+    """Completions that are kept and shown while a run trains.
+
+    Attributes:
+      log_completions: steps between tables of what the policy wrote (prompt, completion, each reward,
+        advantage, length, logp, KL), as Parquet in the folder completions of the run, and to --log; 0 for
+        none.
+      num_completions_to_print: rows of such a table that are printed.
+    """
+
+    log_completions: int = 20
+    num_completions_to_print: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
 class PromptOptions:
     """Prompts, and what an answer is worth.
 
@@ -267,3 +290,66 @@ class PromptOptions:
     prompt_count: int = 8_000
     eval_count: int = 256
     samples: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessOptions:
+    """Process rewards: what each step of an answer is worth, where it ends.
+
+    Attributes:
+      process_reward: run folder of a process reward model (`rlhf process-reward`), whose probability that a
+        step is right is the reward of that step, beside --rewards or alone; empty for none.
+      process_reward_coef: weight of it.
+    """
+
+    process_reward: str = ""
+    process_reward_coef: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class SyncOptions:
+    """A reference that follows the policy (TR-DPO's updates, in RL).
+
+    Attributes:
+      ref_model_sync_steps: optimizer steps between two updates of the reference; 0 for the policy as it was
+        at the start, which evaluations always compare with.
+      ref_model_mixup_alpha: share of the policy in a new reference: 1 takes its place. A small one at every
+        step makes the reference a moving average.
+    """
+
+    ref_model_sync_steps: int = 0
+    ref_model_mixup_alpha: float = 0.6
+
+    def hyper(self) -> SyncHyper:
+        """The settings of an update."""
+        return SyncHyper(self.ref_model_mixup_alpha, max(self.ref_model_sync_steps, 1))
+
+    def check(self, kl_coefs: Sequence[Scalar]) -> None:
+        """Raises: UserError where the numbers are out of range, or no KL to the reference has a weight."""
+        steps, alpha = self.ref_model_sync_steps, self.ref_model_mixup_alpha
+        if not 0 < alpha <= 1:
+            raise UserError(f"--ref-model-mixup-alpha {alpha} is no share: give one above 0, and 1 at most")
+        if steps < 0:
+            raise UserError(f"--ref-model-sync-steps {steps} is below 0: give 0 for never")
+        if steps and not any(kl_coefs):
+            raise UserError(
+                "--ref-model-sync-steps moves a reference that no KL is taken to: give --kl-coef above 0"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class PtxOptions:
+    """Text that is to stay likely beside PPO (PPO-ptx, InstructGPT).
+
+    Attributes:
+      ptx_data: a .txt file, a folder of them, rows with a field `text` or with conversations as `rlhf sft`
+        takes them, or arithmetic:LEVEL; empty for none.
+      ptx_coef: weight of its loss, which is a mean over tokens (gamma of InstructGPT).
+      ptx_batch_size: rows of it in each mini-batch; None for as many as there are answers.
+      ptx_max_length: tokens a row; longer conversations are dropped and counted.
+    """
+
+    ptx_data: str = ""
+    ptx_coef: float = 27.8
+    ptx_batch_size: int | None = None
+    ptx_max_length: int = 512

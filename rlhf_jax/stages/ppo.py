@@ -9,43 +9,48 @@ adapter and head.
         --adaptive-kl --kl-target 4
     rlhf ppo --out runs/safer --model runs/sft --reward-model runs/rm1 runs/rm2 runs/rm3 \\
         --data my.jsonl --ensemble worst
+    rlhf ppo --out runs/ptx --model runs/sft --reward-model runs/rm2 --data my.jsonl --ptx-data books.txt
+    rlhf ppo --out runs/steps --model runs/sft --process-reward runs/prm --data my.jsonl \\
+        --rewards my_rewards:exact
 
 Rows hold `prompt`, `question` or `messages`; their other fields go to reward functions by name.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import tyro
 
-from rlhf_jax import distributed, models
-from rlhf_jax.algorithms import ppo
+from rlhf_jax import models
+from rlhf_jax.algorithms import ppo, selection
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.train_state import OptimizerConfig, TrainState
 from rlhf_jax.core.trees import merge, partition
-from rlhf_jax.core.types import Params
-from rlhf_jax.data.pipeline import BatchSampler
-from rlhf_jax.data.tokenizers import Tokenizer
+from rlhf_jax.core.types import Params, Sequences, TokenLogprobs
+from rlhf_jax.data.pipeline import BatchSampler, joint_fingerprint
 from rlhf_jax.generation import Sampling
 from rlhf_jax.models import Policy, adapters
-from rlhf_jax.rewards import ensembles
-from rlhf_jax.rewards.functions import Scored
-from rlhf_jax.rollout.dynamic_sampling import term_means, without_failed
-from rlhf_jax.rollout.engines import failed_rows
-from rlhf_jax.rollout.rewards import RolloutReward
+from rlhf_jax.rollout.completions import LastCompletions
+from rlhf_jax.rollout.dynamic_sampling import term_means
 from rlhf_jax.rollout.sampler import Evaluation
 from rlhf_jax.rollout.step import make_ppo_train_step
 from rlhf_jax.stages import adapting, defaults, edges, inputs, option_checks, option_groups, starting
 from rlhf_jax.stages.entry import NOTHING, Given, Trained
-from rlhf_jax.stages.reward_specs import make_ensemble_fn, make_reward_fn
+from rlhf_jax.stages.ppo_rewards import make_score_fn
+from rlhf_jax.stages.ptx import PtxText, load_text
 from rlhf_jax.stages.session import Session
 from rlhf_jax.training.run_folder import load_reward_model, load_unmerged_reward_model
+
+FILTERS = {
+    "none": None,
+    "best": selection.best_of_n_weights,
+    "best_random": selection.best_random_weights,
+    "best_worst": selection.best_worst_weights,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +67,10 @@ class Options:
       uncertainty_coef: weight of that variance.
       value: a value model of its own, or a second head that reads the policy's hidden states.
       prompts: which prompts, and what their answers are worth in evaluation.
-      batch_size: prompts a step, one answer to each.
+      batch_size: prompts a step.
+      group_size: answers to each.
+      policy_filter: which of them is learned from (PF-PPO): the best by its reward, or half of the time one
+        of the others (best_random) or the worst (best_worst); none for all of them.
       num_ppo_epochs: passes over each batch of answers.
       num_minibatches: optimizer steps in each pass.
       micro_batches: parts in which a mini-batch is computed, to save memory.
@@ -78,6 +86,12 @@ class Options:
       entropy_coef: weight of the entropy bonus.
       gamma: discount per token.
       gae_lambda: lambda of GAE.
+      critic_gae_lambda: lambda of what the values learn (decoupled GAE, VC-PPO: 1); None for the same.
+      gae_alpha: alpha of a lambda of the advantages that follows the length, 1 - 1 / (alpha length) (VAPO:
+        0.05); None for `gae_lambda`.
+      positive_lm_coef: weight of the likelihood of answers whose reward is above `positive_threshold` (VAPO:
+        0.1); 0 for none.
+      positive_threshold: see `positive_lm_coef`.
       kl_coef: weight of the KL to the reference, taken from the reward at every token.
       adaptive_kl: move that weight so that the KL stays near `kl_target`.
       kl_target: nats per answer.
@@ -95,9 +109,17 @@ class Options:
     uncertainty_coef: float = 0.5
     value: Literal["separate", "shared"] = "separate"
     prompts: tyro.conf.OmitArgPrefixes[option_groups.PromptOptions]
+    completions: tyro.conf.OmitArgPrefixes[option_groups.CompletionOptions] = (
+        option_groups.CompletionOptions()
+    )
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
     optimizer: OptimizerConfig = defaults.LINEAR
+    process: tyro.conf.OmitArgPrefixes[option_groups.ProcessOptions] = option_groups.ProcessOptions()
+    ptx: tyro.conf.OmitArgPrefixes[option_groups.PtxOptions] = option_groups.PtxOptions()
+    sync: tyro.conf.OmitArgPrefixes[option_groups.SyncOptions] = option_groups.SyncOptions()
     batch_size: int = 256
+    group_size: int = 1
+    policy_filter: Literal["none", "best", "best_random", "best_worst"] = "none"
     num_ppo_epochs: int = 4
     num_minibatches: int = 1
     micro_batches: int = 1
@@ -112,6 +134,10 @@ class Options:
     entropy_coef: float = 0.0
     gamma: float = 1.0
     gae_lambda: float = 0.95
+    critic_gae_lambda: float | None = None
+    gae_alpha: float | None = None
+    positive_lm_coef: float = 0.0
+    positive_threshold: float = 0.0
     kl_coef: float = 0.05
     adaptive_kl: bool = False
     kl_target: float = 6.0
@@ -120,6 +146,16 @@ class Options:
     target_kl: float = float("inf")
     whiten_advantages: bool = True
     scale_rewards: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Answers that a step learns from."""
+        return self.batch_size * (self.group_size if self.policy_filter == "none" else 1)
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps in a step."""
+        return self.num_ppo_epochs * self.num_minibatches
 
 
 def reward_on_base(options: Options, policy: Policy, split: adapting.TrainableSplit) -> Params | None:
@@ -169,22 +205,6 @@ def initial_params(
     return trained, merge(held, {"base": split.base, **rest})
 
 
-def make_rollout_reward(options: Options, tokenizer: Tokenizer, given: Given = NOTHING) -> RolloutReward:
-    """What an answer is worth: by reward functions, by a reward model, or by several."""
-    if len(options.reward_model) < 2:
-        named = options.reward_model and not given.rewards
-        rewards = options.reward_model if named else inputs.rewards_of(options.prompts, given)
-        return make_reward_fn(rewards, tokenizer)
-    combine_fn = {
-        "mean": ensembles.ensemble_mean,
-        "worst": ensembles.ensemble_worst_case,
-        "uncertainty": functools.partial(
-            ensembles.ensemble_uncertainty_weighted, coef=options.uncertainty_coef
-        ),
-    }[options.ensemble]
-    return make_ensemble_fn([Path(folder) for folder in options.reward_model], tokenizer, combine_fn)
-
-
 def make_hyper(options: Options) -> ppo.Hyper:
     """The numbers of `options` that a sweep could vary."""
     return ppo.Hyper(
@@ -202,15 +222,24 @@ def make_hyper(options: Options) -> ppo.Hyper:
         kl_horizon=options.kl_horizon,
         missing_eos_penalty=options.missing_eos_penalty,
         target_kl=options.target_kl,
+        critic_gae_lambda=options.critic_gae_lambda,
+        gae_alpha=options.gae_alpha,
+        ptx_coef=options.ptx.ptx_coef,
+        positive_lm_coef=options.positive_lm_coef or None,
+        positive_threshold=options.positive_threshold,
+        sync=options.sync.hyper(),
     )
 
 
-def update_flops(options: Options, model: Policy, prompt_length: int) -> float:
-    """Operations of scoring with policy, value and reference, and of all epochs of policy and value."""
-    sizes = {"rows": options.batch_size, "length": prompt_length + options.prompts.max_new_tokens}
+def update_flops(options: Options, model: Policy, prompt_length: int, text: PtxText | None) -> float:
+    """Operations of scoring with policy, value and reference, and of all epochs of policy, value and text."""
+    sizes = {"rows": options.rows, "length": prompt_length + options.prompts.max_new_tokens}
     trained = 1 if options.value == "shared" else 2
     scored = (trained + 1) * model.forward_flops(**sizes)
-    return scored + trained * options.num_ppo_epochs * model.training_flops(**sizes)
+    answers = trained * options.num_ppo_epochs * model.training_flops(**sizes)
+    if text is None:
+        return scored + answers
+    return scored + answers + model.training_flops(rows=text.sampler.batch_size, length=text.length)
 
 
 def check(options: Options) -> None:
@@ -221,10 +250,20 @@ def check(options: Options) -> None:
     """
     option_checks.check(options, options.run, "ppo")
     option_checks.check_divides(
-        "--num-minibatches", options.num_minibatches, "--batch-size", options.batch_size
+        "--num-minibatches", options.num_minibatches, "the answers that a step learns from,", options.rows
     )
-    rows = options.batch_size // options.num_minibatches
+    rows = options.rows // options.num_minibatches
     option_checks.check_divides("--micro-batches", options.micro_batches, "the size of a mini-batch,", rows)
+    if options.ptx.ptx_batch_size:
+        option_checks.check_divides(
+            "--micro-batches", options.micro_batches, "--ptx-batch-size", options.ptx.ptx_batch_size
+        )
+    if options.policy_filter != "none" and options.group_size < 2:
+        raise UserError(
+            f"--policy-filter {options.policy_filter} chooses among answers to a prompt, and there is one: "
+            "raise --group-size"
+        )
+    options.sync.check((options.kl_coef,))
     if options.reward_model and options.prompts.rewards:
         raise UserError("--reward-model excludes --rewards: name the reward model in --rewards to mix them")
     if options.ensemble != "mean" and len(options.reward_model) < 2:
@@ -242,6 +281,8 @@ def make_config(options: Options) -> ppo.Config:
         whiten_advantages=options.whiten_advantages,
         adaptive_kl=options.adaptive_kl,
         scale_rewards=options.scale_rewards,
+        group_size=options.group_size,
+        filter_fn=FILTERS[options.policy_filter],
         policy_loss_fn=ppo.penalized if options.policy_loss == "penalty" else ppo.clipped,
     )
 
@@ -250,7 +291,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     """Trains, and leaves a run folder."""
     options = defaults.fill_published(options, "ppo")
     check(options)
-    if not options.reward_model:
+    if not (options.reward_model or options.process.process_reward or given.process_reward):
         option_checks.check_rewards(inputs.rewards_of(options.prompts, given), " or --reward-model")
     seed, config = options.run.seed, make_config(options)
     session = Session(options, given, "ppo")
@@ -261,7 +302,15 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     sampler = BatchSampler(len(prompts), options.batch_size, seed)
     session.decide_steps(len(prompts))
     session.announce(f"{len(prompts):,} prompts")
-    split = session.split_trainable(options.num_ppo_epochs * options.num_minibatches)
+    text = load_text(
+        options.ptx,
+        model,
+        answers=options.rows // options.num_minibatches,
+        mini_batches=options.updates,
+        seed=seed,
+        given=given.ptx_rows,
+    )
+    split = session.split_trainable(options.updates)
     reward = reward_on_base(options, model, split)
     value_key, state_key = jax.random.split(jax.random.key(seed))
     params, frozen = initial_params(options, model, split, reward, value_key)
@@ -272,6 +321,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         prompt_length=prompts.length,
         max_new_tokens=options.prompts.max_new_tokens,
         folder=options.run.out,
+        group_size=options.group_size,
         sampling=Sampling(temperature=options.temperature),
     )
     make_logprob_fn = (
@@ -284,32 +334,32 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     def reference(learner: TrainState, original: Params) -> Params:
         return models.reference_params(learner.all_params, original)
 
-    train_step = make_ppo_train_step(config, logprob_fn, ref_logprob_fn, split.tx, reference)
-    state = session.init_state(lambda *x: ppo.init(x[0], split.tx, x[1], hyper), params, frozen, state_key)
+    plain_logprob_fn = model.make_logprob_fn()
+
+    def text_logprobs(params: Params, rows: Sequences) -> TokenLogprobs:
+        return plain_logprob_fn(models.merge_with_base(params, "policy"), rows)
+
+    fns = (logprob_fn, ref_logprob_fn, split.tx, reference, text_logprobs)
+    train_step = make_ppo_train_step(config, *fns, describes_rows=True)
+    completions = LastCompletions(model.tokenizer)
+    moving = options.sync.ref_model_sync_steps > 0
+    state = session.init_state(
+        lambda *x: ppo.init(x[0], split.tx, x[1], hyper, moving_reference=moving), params, frozen, state_key
+    )
     learn = edges.jit_update(lambda state, *data: train_step(state, hyper, *data), state)
     rollout_key = jax.random.key(seed + 1)
-    meter = options.run.meter(update_flops(options, model, prompts.length))
-
-    reward_fn = make_rollout_reward(options, model.tokenizer, given) if reward is None else None
-    score_reward = jax.jit(model.make_shared_reward_fn())
+    meter = options.run.meter(update_flops(options, model, prompts.length, text))
+    score = make_score_fn(options, model, reward, given)
 
     def step(state: ppo.State, number: int):
-        chosen = [prompts.train[i] for i in edges.local_indices(sampler, number)]
+        chosen = [prompts.train[i] for i in edges.local_indices(sampler, number, options.group_size)]
         whole = state.learner.all_params
         key = jax.random.fold_in(rollout_key, number)
         rollout = meter.timed("rollout", generate, models.merge_with_base(whole, "policy"), chosen, key)
-        if reward_fn is None and options.engine == "local":
-            rewards = meter.timed("reward", score_reward, whole, rollout.sequences)
-            return meter.timed("update", learn, state, split.original, rollout, rewards)
-        if reward_fn is None:
-            rewards = np.asarray(meter.timed("reward", score_reward, whole, rollout.sequences))
-            scored = Scored(rewards, np.zeros(len(rewards), bool))
-        else:
-            scored = meter.timed("reward", reward_fn.score, rollout, chosen)
-        if options.engine != "local":
-            scored = without_failed(scored, failed_rows(rollout))
-        rewards = distributed.shard_batch((scored.rewards, ~scored.unscorable))
-        state, metrics = meter.timed("update", learn, state, split.original, rollout, *rewards)
+        scored, rewards, steps = meter.timed("reward", score, whole, rollout, chosen)
+        rows = text and meter.timed("data", text.batch, number)
+        state, metrics = meter.timed("update", learn, state, split.original, rollout, *rewards, steps, rows)
+        metrics = completions.keep(chosen, rollout, scored, metrics)
         return state, {**metrics, **term_means(scored)}
 
     def measured(state: ppo.State, evaluate: Callable[..., Evaluation]) -> dict[str, float]:
@@ -323,10 +373,13 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         state,
         step,
         meter=meter,
-        data_fingerprint=prompts.fingerprint(),
+        data_fingerprint=joint_fingerprint(prompts.fingerprint(), text.fingerprint())
+        if text
+        else prompts.fingerprint(),
         kind="actor_critic",
         adaptation=split.adaptation,
         evaluate=evaluate and (lambda state, _: measured(state, evaluate)),
+        completions=completions,
     )
     policy = models.merge_with_base(state.learner.all_params, "policy")
     samples = inputs.before_and_after("ppo", before, prompts.answer(policy))

@@ -12,7 +12,8 @@ judged), or are GSM8K's socratic solutions, whose results are made wrong here an
 held-out rows, an eighth of the data is held out. With `--labels rollouts` nobody needs to judge: a step is
 right where the policy still reaches the right `answer` from it; the labels go to `labelled.jsonl`. With
 --outcome only the last step counts, the answer, by its own label or by --label-reward: an outcome model
-scores whole answers, so that `rlhf ppo --reward-model` and `rlhf grpo --rewards` take its folder.
+scores whole answers, so that `rlhf ppo --reward-model` and `rlhf grpo --rewards` take its folder. That of a
+process model goes to --process-reward of `rlhf grpo`, `rlhf ppo` and `rlhf search`.
 """
 
 import dataclasses

@@ -12,14 +12,17 @@ import numpy as np
 
 from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.types import Rollout
+from rlhf_jax.core.types import Rollout, StepRewards
 from rlhf_jax.data.examples import PromptExample
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.feedback.judges import load_reward_file
+from rlhf_jax.models import ScalarModel
 from rlhf_jax.rewards.functions import Scored, load_reward
 from rlhf_jax.rollout import rewards
 from rlhf_jax.rollout.rewards import RewardTerm, RolloutReward, TermFn, function_term, model_term
 from rlhf_jax.rollout.sampler import RolloutFns
+from rlhf_jax.rollout.step_rewards import make_step_reward_fn
+from rlhf_jax.stages.option_groups import ProcessOptions
 from rlhf_jax.training.run_folder import load_reward_model
 
 
@@ -96,6 +99,25 @@ def _model_term(folder: Path, tokenizer: Tokenizer) -> TermFn:
     model = load_reward_model(folder)
     check_same_vocabulary(model.tokenizer, tokenizer, folder, "reward model")
     return model_term(model)
+
+
+def make_process_reward_fn(
+    options: ProcessOptions, tokenizer: Tokenizer, given: ScalarModel | None = None
+) -> Callable[[Rollout], StepRewards] | None:
+    """`step_rewards(rollout)` by a process reward model; None where none is named.
+
+    Args:
+      given: a model that was given as an object, and takes the place of the run in `options`.
+
+    Raises:
+      UserError: there is no such run, or its tokenizer is not the policy's.
+    """
+    if given is None and not options.process_reward:
+        return None
+    folder = Path(options.process_reward or "process_reward")
+    model = load_reward_model(folder) if given is None else given
+    check_same_vocabulary(model.tokenizer, tokenizer, folder, "process reward model")
+    return make_step_reward_fn(model, coef=options.process_reward_coef)
 
 
 def check_same_vocabulary(theirs: Tokenizer, ours: Tokenizer, folder: Path, kind: str) -> None:

@@ -21,9 +21,8 @@ class Row:
       steps: environment steps of each seed, as the number to beat had them.
       to_beat: evaluation return; None where the row shows what one setting changes.
       source: where that number comes from.
-      settings: changes of the defaults, as after `--set` of `rlhf_jax/stages/rl.py`; those of a variant come
-      on
-        top of the row it is a variant of.
+      settings: changes of the defaults, as after `--set` of `rlhf_jax/stages/rl.py`; those of a variant
+        come on top of the row it is a variant of.
       variant: what sets the row apart from another of the same environment and algorithm.
       chunk: seeds that run at once; 0 for all. What is done is kept after each chunk.
       seeds: 0 for those of the whole table; fewer where a row takes long.

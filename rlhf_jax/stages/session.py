@@ -10,6 +10,7 @@ import jax
 from rlhf_jax.core.types import Params, PRNGKeyArray
 from rlhf_jax.metrics import Thresholds
 from rlhf_jax.models import Policy, ScalarModel
+from rlhf_jax.rollout.completions import LastCompletions
 from rlhf_jax.rollout.dynamic_sampling import Answers
 from rlhf_jax.rollout.sampler import RolloutFns
 from rlhf_jax.stages import adapting, edges, inputs, option_checks
@@ -120,6 +121,7 @@ class Session:
         adaptation: Adaptation | None = None,
         evaluate: Callable[[Any, int], Mapping[str, Any]] | None = None,
         thresholds: Thresholds = Thresholds(),
+        completions: LastCompletions | None = None,
     ) -> Any:
         """The training loop, in the run folder; returns the last state.
 
@@ -127,12 +129,13 @@ class Session:
           kind: of what is trained.
           adaptation: how it was adapted; None where everything is trained.
           evaluate: the stage's own evaluation, (state, step) -> numbers.
+          completions: what was written in the last step, of a stage whose options hold `completions`.
         """
         edges.start(self.options, self.run, self.stage, self.policy, kind, adaptation)
         return run_loop(
             state,
             step,
-            self.run.loop(thresholds),
+            self.run.loop(thresholds, self.options.completions if completions else None),
             stage=self.stage,
             folder=self.run.out,
             resume=self.run.resume,
@@ -142,6 +145,7 @@ class Session:
             eval_fn=_both(evaluate, self.given.eval_fn),
             on_step=self.given.on_step,
             meter=meter,
+            completions_fn=completions,
         )
 
     def finish(self, params: Params, state: Any, samples: Sequence[Mapping[str, Any]] = ()) -> Trained:
@@ -157,7 +161,7 @@ class Session:
 
     def finish_reward_model(self, state: Any) -> Trained:
         """Writes the report; what a stage that trains a decoder with a scalar head leaves."""
-        edges.finish(self.run)
+        edges.finish(self.run, kind="reward_model")
         params = state.learner.all_params
         body = self.policy.with_params(params["decoder"])
         return Trained(Path(self.run.out), body, state, ScalarModel(body, params["head"]))

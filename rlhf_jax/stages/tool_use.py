@@ -24,7 +24,7 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.models import Policy
 from rlhf_jax.rollout.multi_turn import multi_turn
 from rlhf_jax.rollout.sampler import RolloutFns
-from rlhf_jax.stages import defaults, grpo, inputs, option_checks, option_groups
+from rlhf_jax.stages import defaults, grpo, option_groups
 from rlhf_jax.stages.entry import FROM_PYTHON, NOTHING, Given, Trained
 from rlhf_jax.stages.session import Session
 from rlhf_jax.tool_use import make_tools
@@ -58,7 +58,7 @@ class Options(grpo.GroupOptions):
 def check(options: Options, given: Given) -> None:
     """Raises: UserError where the options do not fit each other."""
     grpo.check(options, "tool_use")
-    option_checks.check_rewards(inputs.rewards_of(options.prompts, given))
+    grpo.check_rewards(options, given)
     if not given.tools and options.tools in ((), (FROM_PYTHON,)):
         raise UserError(
             "there is nothing to call: give --tools, such as --tools rlhf_jax.tool_use:calculator"

@@ -23,8 +23,9 @@ from rlhf_jax.core.files import Path
 from rlhf_jax.core.train_state import with_frozen, without_frozen
 from rlhf_jax.core.types import Metrics
 from rlhf_jax.distributed import any_process, is_main_process
+from rlhf_jax.metrics.completions import COMPLETIONS, Row, show_completions, write_completions
 from rlhf_jax.metrics.health import HealthMonitor, Thresholds
-from rlhf_jax.metrics.loggers import Logger, as_logger
+from rlhf_jax.metrics.loggers import Logger, TableLogger, as_logger
 from rlhf_jax.metrics.progress import Progress
 from rlhf_jax.metrics.writers import JSONLLogger, read_metrics, to_numbers
 from rlhf_jax.training.timers import Meter, Trace, describe
@@ -33,6 +34,7 @@ State = TypeVar("State")
 StepFn = Callable[[State, int], tuple[State, Metrics]]
 EvalFn = Callable[[State, int], Mapping[str, Any]]
 """(state, steps done) -> numbers."""
+CompletionsFn = Callable[[], Sequence[Row]]
 OnStepFn = Callable[[State, Mapping[str, Any], int], Any]
 """(state, metrics, steps done); what it returns is not looked at. A jitted step donates the state's buffers:
 copy what is to be kept."""
@@ -50,6 +52,8 @@ class LoopConfig:
       max_to_keep: newest checkpoints that are kept.
       max_consecutive_skipped: give up after this many steps in a row were not finite.
       quiet: show no progress.
+      log_completions: steps between tables of completions, 0 for none; the last step has one, too.
+      num_completions_to_print: rows of such a table that are printed.
       profile: steps that are recorded for a profiler in `folder/profile`, after the two first ones.
       thresholds: when a run is warned of: see `metrics.monitoring`.
     """
@@ -61,6 +65,8 @@ class LoopConfig:
     max_to_keep: int = 2
     max_consecutive_skipped: int = 10
     quiet: bool = False
+    log_completions: int = 0
+    num_completions_to_print: int = 3
     profile: int = 0
     thresholds: Thresholds = Thresholds()
 
@@ -92,6 +98,7 @@ def run_loop(
     on_step: OnStepFn[State] | Sequence[OnStepFn[State]] = (),
     loggers: Sequence[Logger | Callable[..., Any]] = (),
     meter: Meter | None = None,
+    completions_fn: CompletionsFn | None = None,
 ) -> State:
     """Runs `step_fn` until `config.steps` steps are done.
 
@@ -110,6 +117,8 @@ def run_loop(
       loggers: take the metrics that go to `metrics.jsonl` (`metrics.as_logger` says what may stand here);
         closed at the end.
       meter: what `step_fn` times its parts with; the step as a whole is always timed.
+      completions_fn: what the policy wrote in the step just done, for `folder/completions`, the loggers that
+        take tables, and the console; called in the first process alone.
 
     Raises:
       UserError: the folder holds checkpoints and `resume` is False, or those of a run on other data; another
@@ -167,6 +176,9 @@ def run_loop(
             progress.update(done, metrics | times, note=describe(times))
             for call in calls:
                 call(state, metrics | times, done)
+            every = config.log_completions
+            if completions_fn and first and every and _is_due(done, every, config.steps):
+                _log_completions(completions_fn(), done, folder, others, progress, config)
             stopping = any_process(bool(received))
             if stopping or _is_due(done, config.save_every, config.steps):
                 saved, wait = without_frozen(state), stopping or done == config.steps
@@ -217,6 +229,22 @@ def _open_log(
             logger.log(numbers, done)
 
     return log, writer.flush
+
+
+def _log_completions(
+    rows: Sequence[Row],
+    done: int,
+    folder: Path,
+    loggers: Sequence[Logger],
+    progress: Progress,
+    config: LoopConfig,
+) -> None:
+    write_completions(folder, done, rows)
+    for logger in loggers:
+        if isinstance(logger, TableLogger):
+            logger.log_table(COMPLETIONS, rows, done)
+    if config.num_completions_to_print:
+        progress.show(show_completions(rows, step=done, count=config.num_completions_to_print))
 
 
 def _recall(monitor: HealthMonitor, folder: Path, stage: str, start: int) -> HealthMonitor:

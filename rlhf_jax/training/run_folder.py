@@ -97,6 +97,12 @@ def commit() -> str | None:
         return None
 
 
+def device() -> str:
+    """The devices of all processes in words, such as `8 x TPU v5e`."""
+    found = jax.devices()
+    return f"{len(found)} x {found[0].device_kind}"
+
+
 def command_words() -> list[str]:
     """The command that runs, as a person would type it."""
     script = pathlib.Path(sys.argv[0])
@@ -122,6 +128,7 @@ def describe_run(folder: Path, config: Mapping[str, Any], **more: Any) -> None:
             "config": config,
             "versions": versions(),
             "commit": commit(),
+            "device": device(),
             **more,
         },
     )

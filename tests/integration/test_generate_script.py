@@ -5,6 +5,8 @@ import json
 
 import pytest
 
+from rlhf_jax.stages import generate
+
 
 @pytest.fixture
 def say(tiny, monkeypatch, capsys, tmp_path):
@@ -82,6 +84,7 @@ def test_answers_for_people(say):
         (["--prompt", "1", "--json-schema", "nowhere"], "--json-schema nowhere: cannot be read"),
         (["--prompt", "1", "--regex", "("], "regular expression '('"),
         (["--prompt", "1", "--n", "0"], "--n 0 is below 1"),
+        (["--prompt", "1", "--n", "2", "--majority-vote"], "among 2 answers says nothing"),
         (["--prompt", "1", "--n", "9", "beam"], "--n 9 is more than the 4 beams"),
         (["--prompt", "1", "--n", "2", "contrastive"], "contrastive search finds one answer"),
         (["--raw"], "--raw has no meaning in a chat"),
@@ -100,3 +103,9 @@ def test_mistakes_are_one_sentence(say, words, message):
 def test_a_folder_that_is_no_model(tiny, monkeypatch, capsys, tmp_path):
     assert tiny.main("generate", ["--model", tmp_path, "--prompt", "1"], monkeypatch) == 2
     assert "neither a run folder (model.json) nor a Hugging Face folder" in capsys.readouterr().err
+
+
+def test_the_majority_of_last_numbers_is_shown():
+    answers = [{"text": text} for text in ("so 5", "none", "7 and then 4", "is 5.0", "4", "#### 4")]
+    assert generate.voted(answers) == [{"text": "7 and then 4", "votes": 0.5}]
+    assert generate.voted(answers[1:2]) == answers[1:2]

@@ -93,6 +93,25 @@ def test_one_step_behind_is_corrected_and_resumes_to_the_bit(tiny, tmp_path, rew
 
 
 @pytest.mark.slow
+def test_rules_and_masks_act_on_stale_answers_and_say_so(tiny, tmp_path, rewards):
+    words = ("--rewards", rewards, "--steps", 3, "--one-step-off-policy", "--learning-rate", 1e-2)
+    rules = ("--importance-sampling-correction", "seq_is", "--rejection-rules", "seq_sum_k1", "token_k2")
+    bounds = ("--rejection-low", 0.97, 0, "--rejection-high", 1.03, 1e-4)
+    masks = ("--off-policy-threshold", -1.0, "--top-entropy-fraction", 0.5)
+    words = (*words, *rules, *bounds, *masks, *CONSTANT, "--optimizer.epsilon", 1e-8)
+    out = tiny.run("grpo", tmp_path / "run", *words)
+    first, *stale = lines(out)
+    assert first["rejected"] == 0
+    assert 0 < first["off_policy_masked"] < 1  # below 0 it takes all answers of negative advantage
+    assert first["ess"] == pytest.approx(1, abs=1e-4)
+    for line in stale:
+        assert 0 < line["rejected"] <= 1
+        assert line["ess"] < 1 - 1e-6
+        assert line["ratio_q01"] < line["ratio_q50"] < line["ratio_q99"]
+        assert np.isfinite([line["chi2_token"], line["chi2_sequence"], line["perplexity_gap"]]).all()
+
+
+@pytest.mark.slow
 def test_one_step_behind_with_an_adapter_keeps_the_adapter_alone(tiny, tmp_path, rewards):
     words = ("--rewards", rewards, "--one-step-off-policy", "--adapter.kind", "lora", "--adapter.rank", 2)
     found = check_resume(tiny, tmp_path, *words, "--learning-rate", 1e-2)

@@ -65,10 +65,12 @@ PYTHON = [
     for index, found in enumerate(fences(page, "python"))
     if (found["mark"] or "").strip() != "<!-- not run -->"
 ]
+WITH_A_TEST = {"own_loss.md", "own_reward.md", "own_model.md", "rl_algorithm.md"}
+"""Pages whose block is also looked at, below."""
 RUNNABLE = [
     pytest.param(code, id=f"{name_of(page)}-{index}")
     for page in PAGES
-    if page.parent.name != "extend"  # each of those has a test of its own
+    if page.name not in WITH_A_TEST
     for index, code in enumerate(marked(page, "run"))
 ]
 EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -159,7 +161,11 @@ def test_own_algorithm_prefers_the_greater_learning_rate():
 
 def command_lines(page):
     """(command, words behind it) of every `rlhf COMMAND ...` in code."""
-    shell = "\n".join(found["code"].replace("\\\n", " ") for found in fences(page, "bash", ""))
+    shell = "\n".join(
+        found["code"].replace("\\\n", " ")
+        for found in fences(page, "bash", "")
+        if found["mark"] != "<!-- not run -->\n"
+    )
     for text in [*shell.splitlines(), *inline_code(page)]:
         for found in re.finditer(r"(?:^|[\s\"'(=])rlhf ([a-z][\w-]*)((?:\s+[^\s#;|&]+)*)", text):
             yield found[1], found[2].replace('"', " ").replace("'", " ")
@@ -275,13 +281,13 @@ def test_the_tree_has_every_room(page):
 
 def test_the_readme_fits_on_a_page():
     text = (ROOT / "README.md").read_text()
-    assert len(text.splitlines()) <= 250
+    assert len(text.splitlines()) <= 200
     assert "bash tools/run.sh" in text
     assert "bash tools/test.sh" in text
 
 
 def test_every_page_is_in_the_navigation():
-    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text().replace("!ENV ", ""))
 
     def pages(entry):
         if isinstance(entry, str):

@@ -5,10 +5,12 @@ import importlib
 import json
 import textwrap
 
+import numpy as np
 import pytest
 import tyro
 
 from rlhf_jax.metrics import read_metrics
+from rlhf_jax.metrics.completions import read_completions
 
 EXAMPLES = [
     {"prompt": f"{a}+{b}=?", "completion": str(a + b), "chosen": str(a + b), "rejected": "x", "answer": a + b}
@@ -69,6 +71,24 @@ def test_what_a_run_leaves_behind(tiny, tmp_path):
         for completion in sample["completions"].values():
             assert completion["correct"] == (completion["reward"] == 1)
     assert samples[0]["prompt"] in (tmp_path / "grpo" / "report.html").read_text()
+    check_completions(tmp_path / "grpo", steps=3)
+
+
+def check_completions(folder, steps):
+    """The table of the last step says of each row what the log says of all of them."""
+    tables = read_completions(folder)
+    assert list(tables) == [steps]
+    line, rows = without_time(folder)[-1], tables[steps]
+    assert line["step"] == steps
+    for name in ("reward", "kl", "length"):
+        np.testing.assert_allclose(np.mean([row[name] for row in rows]), line[name], rtol=1e-4, atol=1e-5)
+    assert all(row["logp"] < 0 and row["answer"] for row in rows)
+    groups = {}
+    for row in rows:
+        groups.setdefault(row["prompt"], []).append(row["advantage"])
+    for advantages in groups.values():  # of a group that differs, mean 0 and deviation 1; of another, 0
+        assert sum(advantages) == pytest.approx(0, abs=1e-4)
+        assert np.std(advantages, ddof=1) == pytest.approx(1, abs=1e-3) or not any(advantages)
 
 
 def test_another_loss_on_the_same_pairs(tiny, tmp_path, monkeypatch, capsys):
@@ -199,6 +219,10 @@ def test_ppo_with_reward_functions(tiny, tmp_path):
         assert "clip_fraction" not in line
         assert line["unscorable"] == 0
         assert line["loss"] is not None
+    (rows,) = read_completions(out).values()
+    for name in ("reward", "kl", "length"):
+        found = np.mean([row[name] for row in rows])
+        np.testing.assert_allclose(found, read_metrics(out)[-1][name], rtol=1e-4, atol=1e-5)
 
 
 # DPO -------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The pipeline of the named model: its tasks and verifiers, and, among the slow tests, five steps of every stage."""
+"""The named model's pipeline: its tasks and verifiers; five steps of every stage among the slow tests."""
 
 import importlib.util
 import json

@@ -67,7 +67,7 @@ def test_what_is_done_is_not_done_again(finished, monkeypatch):
     assert by_hand in page
     assert all(f" {name} |" in page for name in (*CELLS, "start"))
     assert post_training_page.cell(post_training.summaries(finished.out)["style", "grpo"]) in page
-    assert (finished.out / post_training_page.FRONTIER).stat().st_size > 10_000
+    assert (finished.out / post_training_page.PICTURE).stat().st_size > 10_000
 
 
 @pytest.mark.slow

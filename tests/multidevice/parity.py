@@ -97,17 +97,22 @@ def case_grpo(config, dtype):
 
 
 def case_ppo(config, dtype):
-    update = ppo.make_update(
-        ppo.Config(num_ppo_epochs=1, num_minibatches=2), models.make_actor_critic_fn(config), TX
-    )
-    rows, hyper = pool_of_rows(0), ppo.Hyper(1e-2, entropy_coef=0.01)
+    """With text in each mini-batch, as in PPO-ptx."""
+    score = models.make_logprob_fn(config)
+    of_text = lambda params, text: score(params["policy"], text)  # noqa: E731
+    settings = ppo.Config(num_ppo_epochs=1, num_minibatches=2)
+    update = ppo.make_update(settings, models.make_actor_critic_fn(config), TX, of_text)
+    rows, hyper = pool_of_rows(0), ppo.Hyper(1e-2, entropy_coef=0.01, ptx_coef=0.5)
     old_logp = -3.7 + 0.3 * pool_of_numbers(1, dtype)
     pool = ppo.Batch(rows, rows.mask, old_logp, *(pool_of_numbers(seed, dtype) for seed in (2, 3, 4)))
 
     def init(key):
         return {"policy": models.init_params(config, key), "value": models.init_scalar_model(config, key)}
 
-    return init, functools.partial(ppo.init, hyper=hyper), update, hyper, pool
+    def both(state, hyper, batch_and_text):
+        return update(state, hyper, *batch_and_text)
+
+    return init, functools.partial(ppo.init, hyper=hyper), both, hyper, (pool, pool_of_rows(7))
 
 
 CASES = {"sft": case_sft, "dpo": case_dpo, "grpo": case_grpo, "ppo": case_ppo}

@@ -30,6 +30,7 @@ losses_policy_trl.npz   (TRL: GRPO and GMPO trainers)
   variants: JSON, {variant: the trainer's settings used, in full}
   {variant}/value (), {variant}/grad [B, T] by logp, {variant}/grad_entropy [B, T] by entropy
   DAPO, CISPO and VESPO divide by the number of unmasked tokens; Dr. GRPO by B * max_completion_length.
+corrections_verl.npz has a maker of its own, `goldens_verl.py`, since verl and TRL do not go together.
 kernels_rlax.npz   (rlax; time runs along the last axis, [B, T] by vmap)
   {function}/{argument}: the inputs by rlax's own argument names, {function}/output (or output_errors,
   output_pg_advantage, output_q_estimate of vtrace_td_error_and_advantage), and {function}/grad by the

@@ -103,6 +103,12 @@ def true_gradient(params: Any, rewards: np.ndarray) -> np.ndarray:
     return np.asarray(jax.grad(lambda p: jnp.sum(jnp.exp(answer_logp(p)) * rewards))(jnp.asarray(params)))
 
 
+def terms_of(rewards: Any) -> jax.Array:
+    """[15, 2], two rewards whose sum it is: whether an answer is worth more than 0, and the rest (GDPO)."""
+    right = jnp.asarray(rewards > 0, rewards.dtype)
+    return jnp.stack([right, rewards - right], axis=1)
+
+
 def make_gradient_fn(variant: GRPOVariant) -> Callable[..., jax.Array]:
     """`gradients(groups, params, old, ref, rewards, greedy_reward, hyper) -> [N, 7, 3]`, of ascent."""
 
@@ -110,9 +116,15 @@ def make_gradient_fn(variant: GRPOVariant) -> Callable[..., jax.Array]:
         sequences = jax.tree.map(lambda leaf: leaf[group], sequences_of(ANSWERS))
         old_logp, ref_logp = (logprob_fn(table, sequences).logp for table in (old, ref))
         rollout = Rollout(sequences, old_logp, jnp.ones(group.shape, bool))
-        greedy = greedy_reward[None] if variant.needs_greedy else None
         batch, _ = grpo.make_batch(
-            variant.config, hyper, rollout, rewards[group], old_logp, ref_logp, greedy_rewards=greedy
+            variant.config,
+            hyper,
+            rollout,
+            rewards[group],
+            old_logp,
+            ref_logp,
+            greedy_rewards=greedy_reward[None] if variant.needs_greedy else None,
+            reward_terms=terms_of(rewards)[group],
         )
 
         def loss(table: Any) -> jax.Array:
@@ -132,7 +144,8 @@ def variant_of(name: str) -> GRPOVariant:
             variant = variant_of(now)
             config = dataclasses.replace(variant.config, reduce=sequence_mean)
             return dataclasses.replace(variant, config=config)
-    return make_variant(name, group_size=GROUP_SIZE, max_completion_length=LENGTH)
+    changes = {"reward_weights": (1.0, 1.0)} if name == "gdpo" else {}
+    return make_variant(name, group_size=GROUP_SIZE, max_completion_length=LENGTH, changes=changes)
 
 
 @functools.cache
@@ -147,7 +160,8 @@ def gradients(name: str, toy: Toy, params: Any = None, **hyper: float) -> np.nda
       params: the policy that learns; None for the one that samples.
       hyper: in place of the published numbers.
     """
-    numbers = jax.tree.map(jnp.asarray, dataclasses.replace(variant_of(name).hyper, **hyper))
+    given = dataclasses.replace(variant_of(name).hyper, **hyper)
+    numbers = jax.tree.map(jnp.asarray, given, is_leaf=lambda leaf: isinstance(leaf, tuple))
     arrays = (toy.old if params is None else params, toy.old, toy.ref, toy.rewards, toy.greedy_reward)
     found = _gradient_fn(name)(jnp.asarray(GROUPS), *map(jnp.asarray, arrays), numbers)
     return np.asarray(found)
@@ -249,7 +263,8 @@ the gradient of E[r] - kl_coef KL(policy, reference) wherever that of E[r] is un
 {now}
 
 max_rl and pass_at_k, which are for right and wrong answers, have rewards of 1 (above 0 in the toy) and 0, and
-are compared with the gradient of the share of right ones.
+are compared with the gradient of the share of right ones. gdpo has the same reward as the sum of two: 1 where
+it is above 0, and the rest. gfpo and cppo keep two answers of three.
 
 A factor that all answers share, such as 1 - 1/G, changes the length of the gradient and not its direction:
 Adam does not see it. Three things change the direction. Answers over their length: a token of a short answer
@@ -262,7 +277,8 @@ Off policy, ratios of single tokens leave out that the tokens before have moved 
 gradients away: those of tokens that have moved far enough as their advantage asks. What is left are tokens
 that have moved the other way, so the cosine falls, for several below 0. That is what a bound is for: it ends
 the step. DAPO's wider upper bound does so later; CISPO, SAPO, VESPO and GMPO, which bound weights or whole
-answers, keep the direction.
+answers, DPPO, which bounds probabilities, M2PO, which bounds the batch, and DRO, which pulls back, keep the
+direction.
 
 ## Normalization: what was wrong before
 

@@ -112,7 +112,8 @@ def draw(path: Path, out: Path, names: list[str]) -> None:
         axes.set_title(env, fontsize=9)
         axes.set_xlabel("environment steps", fontsize=8)
         axes.tick_params(labelsize=7)
-        axes.legend(fontsize=7, frameon=False)
+        # Below its panel, where no curve is.
+        axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in grid[len(panels) :]:
         axes.set_axis_off()

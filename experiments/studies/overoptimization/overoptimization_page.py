@@ -317,10 +317,20 @@ def draw_curves(path: Path, panels: Sequence[tuple[str, Form, list[Curve]]]) -> 
             axes.plot(fine, fitted, color=colour, linestyle=":", linewidth=1)
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("sqrt(KL to the start)", fontsize=8)
-    grid[0].set_ylabel("gain, deviations: gold -, fit ..., proxy --", fontsize=8)
+    grid[0].set_ylabel("gain over the start, standard deviations", fontsize=8)
     grid[-1].legend(fontsize=7, frameon=False)
+    kinds = {"gold reward": "-", "form fitted to it": ":", "learned reward": "--"}
+    handles = [_legend_line(style) for style in kinds.values()]
+    figure.legend(handles, kinds, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
     with files.writing(path) as local:
         figure.savefig(local, dpi=100)
+
+
+def _legend_line(style: str) -> Any:
+    """A line for a legend."""
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color="0.3", linestyle=style)
 
 
 def draw_reward_models(path: Path, study: Study) -> None:

@@ -171,7 +171,7 @@ def draw(path: Path, mazes_found: Any, control: Any, rooms: Mapping[str, np.ndar
     """The three studies side by side."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    figure = Figure(figsize=(11, 4.0), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
 
     def line(axes: Any, x: np.ndarray, runs: np.ndarray, name: str) -> None:
@@ -195,7 +195,8 @@ def draw(path: Path, mazes_found: Any, control: Any, rooms: Mapping[str, np.ndar
     right.axvline(half + 0.5, color="grey", linewidth=0.6)
     right.set(title="four rooms, the goal moves half way", xlabel="episode", yscale="log")
     for axes in (left, middle, right):
-        axes.legend(fontsize=7, frameon=False)
+        # Below its panel, where no curve is.
+        axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2)
         axes.spines[["top", "right"]].set_visible(False)
         axes.title.set_fontsize(10)
         axes.tick_params(labelsize=7)

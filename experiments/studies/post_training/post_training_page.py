@@ -1,5 +1,6 @@
 """The page of the table of post-training algorithms, and its pictures, from what the cells left behind."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from rlhf_jax.evaluation.statistics import (
 from rlhf_jax.metrics.pages import commands, kept_remarks, when_and_with
 from rlhf_jax.metrics.progress import format_seconds
 
-FRONTIER = "table_frontier.png"
+PICTURE = "table_scores.svg"
 Summaries = Mapping[tuple[str, str], Mapping[str, Any]]
 
 HEAD = """# Post-training algorithms, one table
@@ -78,9 +79,10 @@ def page_text(done: Summaries, starts: Mapping[str, Mapping[str, Any]], remarks:
     lines += ["", f"Seeds a cell: {' or '.join(map(str, seeds))}.", ""]
     if ("style", "grpo") in done or len(done) > 1:
         lines += [
-            f"![score against KL]({FRONTIER})",
+            f"![scores of every algorithm on every task]({PICTURE})",
             "",
-            "Every seed's score against its KL, a task a panel; the numbers of the table stand at the means.",
+            "The scores of the table with their intervals, a task a panel, in grey the KL to the start in "
+            "nats an answer; the line is where all begin.",
             "",
         ]
     lines += _against_grpo(done, tasks)
@@ -138,37 +140,61 @@ def _against_grpo(done: Summaries, tasks: list[str]) -> list[str]:
     return ["## Probability that a run beats one of GRPO", "", *head, *rows, ""]
 
 
-def draw(path: Path, done: Summaries) -> None:
-    """Score against KL, every seed a point, a task a panel; means are numbered as in the table."""
+Cells = Mapping[str, Mapping[str, tuple[Interval, float]]]
+"""Task -> algorithm -> (score, KL)."""
+
+
+def cells_of(done: Summaries) -> Cells:
+    """What the picture shows, in the order of the page."""
+    found: dict[str, dict[str, tuple[Interval, float]]] = {row.name: {} for row in post_training_rows.TASKS}
+    for (task, algorithm), summary in done.items():
+        found[task][algorithm] = iqm(summary), float(np.mean(summary["kl"]))
+    return {task: cells for task, cells in found.items() if cells}
+
+
+def draw(path: Path, cells: Cells, starts: Mapping[str, float]) -> None:
+    """Scores with their intervals: a row an algorithm, a panel a task; readable 800 pixels wide.
+
+    Args:
+      starts: score of the start on each task.
+    """
+    import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    tasks = [row.name for row in post_training_rows.TASKS if any(task == row.name for task, _ in done)]
-    figure = Figure(figsize=(6.0 * len(tasks) + 2.6, 5.0), layout="constrained")
-    shown: dict[int, post_training_rows.AlgorithmRow] = {}
-    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False).reshape(-1), tasks, strict=True):
-        for number, algorithm in enumerate(post_training_rows.ALGORITHMS, 1):
-            summary = done.get((task, algorithm.name))
-            if summary is None:
-                continue
-            shown[number], colour = algorithm, _colour(algorithm)
-            kl, score = np.asarray(summary["kl"]), 100 * np.asarray(summary["sampled_score"])
-            axes.scatter(kl, score, s=5, alpha=0.25, color=colour, linewidths=0)
-            box = {"boxstyle": "circle,pad=0.15", "facecolor": colour, "edgecolor": "white", "linewidth": 0.6}
-            middle = {"ha": "center", "va": "center", "fontsize": 6, "color": "white", "bbox": box}
-            axes.text(kl.mean(), score.mean(), str(number), **middle)
-        axes.set_title(task, fontsize=10)
-        axes.set_xlabel("KL to the start, nats an answer", fontsize=8)
-        axes.set_ylabel("held-out score, %", fontsize=8)
-        axes.tick_params(labelsize=7)
-        axes.spines[["top", "right"]].set_visible(False)
-    handles = [
-        Line2D([], [], marker="o", linestyle="", color=_colour(algorithm), label=f"{number} {algorithm.name}")
-        for number, algorithm in shown.items()
-    ]
-    figure.legend(handles=handles, fontsize=7, frameon=False, loc="outside right center", ncols=1)
-    with files.writing(path) as local:
-        figure.savefig(local, dpi=100)
+    known = {algorithm.name: algorithm for algorithm in post_training_rows.ALGORITHMS}
+    names = [name for name in known if any(name in scores for scores in cells.values())]
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "scores", "font.size": 8.5}):
+        figure = Figure(figsize=(8.3, 0.165 * len(names) + 1.0), layout="constrained", facecolor="white")
+        panels = figure.subplots(1, len(cells), squeeze=False, sharey=True).reshape(-1)
+        for axes, (task, scores) in zip(panels, cells.items(), strict=True):
+            axes.axvline(100 * starts.get(task, math.nan), color="0.6", linewidth=0.8, zorder=0)
+            for row, name in enumerate(names):
+                if name in scores:
+                    score, kl = scores[name]
+                    colour, low, high = _colour(known[name]), 100 * score.low, 100 * score.high
+                    axes.plot([low, high], [row, row], color=colour, linewidth=1.4, solid_capstyle="butt")
+                    axes.plot(100 * score.mean, row, "o", color=colour, markersize=4)
+                    place = {"xycoords": ("axes fraction", "data"), "va": "center", "ha": "right"}
+                    axes.annotate(f"{kl:.2g}", (1.0, row), fontsize=7, color="0.45", **place)
+            axes.set_title(task, fontsize=9.5)
+            axes.set_xlabel("score, %")
+            low, high = axes.get_xlim()
+            axes.set_xlim(low, high + 0.22 * (high - low))  # room for the KL
+            axes.grid(axis="y", color="0.93", linewidth=0.6)
+            axes.set_axisbelow(True)
+            axes.tick_params(length=0)
+            axes.spines[["top", "right", "left"]].set_visible(False)
+        panels[0].set_yticks(range(len(names)), names)
+        panels[0].set_ylim(len(names) - 0.4, -0.6)
+        families = dict.fromkeys(known[name].family for name in names)
+        handles = [
+            Line2D([], [], marker="o", linestyle="", color=f"C{post_training_rows.FAMILIES.index(one)}")
+            for one in families
+        ]
+        figure.legend(handles, families, loc="outside upper center", ncols=len(families), frameon=False)
+        with files.writing(path) as local:
+            figure.savefig(local, format="svg", metadata={"Date": None})
 
 
 def _colour(algorithm: post_training_rows.AlgorithmRow) -> str:
@@ -184,4 +210,5 @@ def write(path: Path, done: Summaries, starts: Mapping[str, Mapping[str, Any]]) 
     if not done:
         return
     files.write_text(path, page_text(done, starts, kept_remarks(path)))
-    draw(path.with_name(FRONTIER), done)
+    begun = {task: iqm(summary).mean for task, summary in starts.items()}
+    draw(path.with_name(PICTURE), cells_of(done), begun)

@@ -7,7 +7,7 @@ from typing import Any
 
 from rlhf_jax import losses
 from rlhf_jax.algorithms import grpo_variants, nash_md, ppo, preference, sft, unpaired
-from rlhf_jax.algorithms.grpo_variants import VariantFn, make_variant, with_truncated_is
+from rlhf_jax.algorithms.grpo_variants import VariantFn, make_variant, with_correction
 from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.jitted import algorithms
 from rlhf_jax.jitted.train import Algorithm, TaskSetup
@@ -114,7 +114,7 @@ def _group(make: VariantFn, *, one_step_off_policy: bool = False, **changes: Any
         static = {"group_size": task_setup.num_samples, **changes}
         variant = make_variant(make, max_completion_length=LENGTH, **static)
         if one_step_off_policy:
-            variant = with_truncated_is(variant)
+            variant = with_correction(variant, "tis")
         if static.get("num_iterations", 1) > 1:
             steps = optimizer.total_steps * static["num_iterations"]
             optimizer = dataclasses.replace(optimizer, total_steps=steps)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.types import Bool, Int
+from rlhf_jax.core.types import Bool, UInt
 from rlhf_jax.data.cleaning.text import run_hashes, words
 
 
@@ -97,7 +97,7 @@ def find_ngram_overlaps(
     return found
 
 
-def _among(numbers: Int[np.ndarray, " N"], wanted: Int[np.ndarray, " W"]) -> Bool[np.ndarray, " N"]:
+def _among(numbers: UInt[np.ndarray, " N"], wanted: UInt[np.ndarray, " W"]) -> Bool[np.ndarray, " N"]:
     """Mask of the numbers that are wanted; these are sorted, and many."""
     places = np.minimum(np.searchsorted(wanted, numbers), len(wanted) - 1)
     return wanted[places] == numbers if len(wanted) else np.zeros(len(numbers), bool)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.types import Int
+from rlhf_jax.core.types import UInt
 from rlhf_jax.data.cleaning.text import mix, run_hashes, words
 
 _RECALL = 0.98
@@ -78,7 +78,7 @@ def near_duplicates(
     bands = hashes // rows
     multipliers, shifts = _hash_functions(bands * rows, seed)
     kept: list[defaultdict[bytes, list[int]]] = [defaultdict(list) for _ in range(bands)]
-    sets: dict[int, Int[np.ndarray, " N"]] = {}
+    sets: dict[int, UInt[np.ndarray, " N"]] = {}
     found = []
     for place, text in enumerate(texts):
         shingles = shingle_set(text, ngram_size)
@@ -99,7 +99,7 @@ def near_duplicates(
     return found
 
 
-def shingle_set(text: str, size: int) -> Int[np.ndarray, " N"]:
+def shingle_set(text: str, size: int) -> UInt[np.ndarray, " N"]:
     """Hashes of the runs of `size` words, sorted, each once; of all words where there are fewer.
 
     Signs of arithmetic are words here: 5+4 is not 5-4.
@@ -108,7 +108,7 @@ def shingle_set(text: str, size: int) -> Int[np.ndarray, " N"]:
     return np.unique(run_hashes(units, min(size, len(units))))
 
 
-def jaccard(first: Int[np.ndarray, " N"], second: Int[np.ndarray, " M"]) -> float:
+def jaccard(first: UInt[np.ndarray, " N"], second: UInt[np.ndarray, " M"]) -> float:
     """|A and B| / |A or B| of two sets as `shingle_set` gives them."""
     shared = len(np.intersect1d(first, second, assume_unique=True))
     return shared / (len(first) + len(second) - shared)
@@ -125,7 +125,7 @@ def band_rows(threshold: float, hashes: int) -> int:
     return max(fitting, default=1)
 
 
-def _hash_functions(count: int, seed: int) -> tuple[Int[np.ndarray, " H"], Int[np.ndarray, " H"]]:
+def _hash_functions(count: int, seed: int) -> tuple[UInt[np.ndarray, " H"], UInt[np.ndarray, " H"]]:
     """a and b of h(x) = (a x + b) mod 2^64, of which the upper half counts; a is odd."""
     numbers = mix(np.arange(2 * count, dtype=np.uint64) + mix(np.array([seed], np.uint64)))
     return numbers[:count] | np.uint64(1), numbers[count:]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rlhf_jax.core.types import Int
+from rlhf_jax.core.types import UInt
 
 # Scripts without spaces between words: each character is a word there.
 _WORD = re.compile(r"[぀-ヿ㐀-鿿豈-﫿]|[^\W_぀-ヿ㐀-鿿豈-﫿]+")
@@ -41,7 +41,7 @@ def words(text: str, *, signs: bool = False) -> list[str]:
     return (_WORD_OR_SIGN if signs else _WORD).findall(unicodedata.normalize("NFKC", text).lower())
 
 
-def run_hashes(units: Sequence[str], size: int) -> Int[np.ndarray, " N"]:
+def run_hashes(units: Sequence[str], size: int) -> UInt[np.ndarray, " N"]:
     """One 64-bit number for each run of `size` words, in their order, the same in every process.
 
     A polynomial in the hashes of the words, mixed; two different runs agree with probability about 2^-64.
@@ -56,7 +56,7 @@ def run_hashes(units: Sequence[str], size: int) -> Int[np.ndarray, " N"]:
     return mix(total)
 
 
-def mix(numbers: Int[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
+def mix(numbers: UInt[np.ndarray, "..."]) -> UInt[np.ndarray, "..."]:
     """A fixed one-to-one scrambling of 64-bit numbers: the finaliser of SplitMix64."""
     numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

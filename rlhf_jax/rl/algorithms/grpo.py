@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.algorithms import grpo
 from rlhf_jax.algorithms.grpo import Batch, Hyper, State, init, make_update
+from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer, with_total_steps
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Bool, Metrics, Params, PRNGKeyArray, TokenLogprobs
@@ -90,6 +91,8 @@ def make_batch(config: grpo.Config, seen: Episodes) -> tuple[Batch, Metrics]:
 
 def make_run(config: Config, env: Environment, env_params: Any) -> Run:
     """A run as `init` and `step`."""
+    if config.update.num_kept or config.update.correction is not None:
+        raise UserError("update: episodes are neither pruned nor corrected: leave out num_kept, correction")
     network = on_policy.make_network(config.network, env)
     score_inputs = make_logprob_fn(network)
     steps = config.updates * config.update.num_iterations * config.update.num_minibatches

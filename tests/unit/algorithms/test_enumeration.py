@@ -73,6 +73,9 @@ UNBIASED = {
     "rloo": 1.0,
     "remax": 1.0,
     "dr_grpo": (1 - 1 / G) / LONGEST,
+    "dppo_tv": (1 - 1 / G) / LONGEST,
+    "dppo_kl": (1 - 1 / G) / LONGEST,
+    "dro": 1 - 1 / G,
 }
 
 
@@ -143,16 +146,40 @@ def mean_over_sets(rewards, lengths, k=2, epsilon=1e-6):
     return [sum(values) / len(values) for values in of_answer]
 
 
-def over_own_length(lengths):
+def each_apart(rewards, lengths):
+    """Two rewards, 1 above 0 and the rest, each normalized by itself, then their sum (GDPO)."""
+    right = [float(r > 0) for r in rewards]
+    parts = [right, [r - one for r, one in zip(rewards, right, strict=True)]]
+    sums = [sum(pair) for pair in zip(*(standardized(part, lengths) for part in parts), strict=True)]
+    return standardized(sums, lengths)
+
+
+def of_the_two_shortest(rewards, lengths):
+    """Mean and deviation are those of the two; the third answer has none (GFPO)."""
+    first, second = sorted(range(G), key=lambda i: lengths[i])[:2]
+    mean, half = (rewards[first] + rewards[second]) / 2, abs(rewards[first] - rewards[second]) / 2
+    return [
+        (rewards[i] - mean) / (math.sqrt(2) * half + 1e-4) if i in (first, second) else 0.0 for i in range(G)
+    ]
+
+
+def over_own_length(lengths, rewards):
     return [1 / (G * n) for n in lengths]
 
 
-def over_tokens(lengths):
+def over_tokens(lengths, rewards):
     return [1 / sum(lengths)] * G
 
 
-def over_answers(lengths):
+def over_answers(lengths, rewards):
     return [1 / G] * G
+
+
+def over_own_length_of_the_two_that_differ_most(lengths, rewards):
+    """The answer nearest to the mean is pruned, with its KL (CPPO)."""
+    mean = sum(rewards) / G
+    kept = sorted(range(G), key=lambda i: -abs(rewards[i] - mean))[:2]
+    return [1 / (2 * lengths[i]) if i in kept else 0.0 for i in range(G)]
 
 
 BIASED = {
@@ -171,6 +198,11 @@ BIASED = {
     "sapo": (standardized, over_own_length, "none"),
     "vespo": (standardized, over_tokens, "none"),
     "pass_at_k": (mean_over_sets, over_own_length, "loss"),
+    "lite_ppo": (standardized, over_tokens, "none"),  # one group is the batch
+    "gdpo": (each_apart, over_own_length, "loss"),
+    "gfpo": (of_the_two_shortest, over_tokens, "loss"),
+    "cppo": (standardized, over_own_length_of_the_two_that_differ_most, "loss"),
+    "m2po": (standardized, over_tokens, "none"),
 }
 
 
@@ -188,7 +220,7 @@ def naive_gradient(name):
             advantages = whitened_returns(rewards, [kls[i] for i in group])
         else:
             advantages = [[a] * LONGEST for a in advantages_of(rewards, lengths)]
-        for i, weight, of_tokens in zip(group, weights_of(lengths), advantages, strict=True):
+        for i, weight, of_tokens in zip(group, weights_of(lengths, rewards), advantages, strict=True):
             for t in range(len(ANSWERS[i])):
                 push = of_tokens[t]
                 if (
@@ -218,7 +250,7 @@ def test_the_others_are_the_weighted_sums_of_their_papers(name):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_kl_stands_where_the_paper_has_it(name):
     in_reward = {"reinforce++", "rloo", "remax"}
-    in_loss = {"grpo", "bnpo", "gmpo", "reinforce++-baseline", "pass_at_k"}
+    in_loss = {"grpo", "bnpo", "gmpo", "reinforce++-baseline", "pass_at_k", "gdpo", "gfpo", "cppo"}
     hyper = tool.variant_of(name).hyper
     assert (hyper.kl_coef > 0) == (name in in_loss)
     assert (hyper.reward_kl_coef > 0) == (name in in_reward)
@@ -251,6 +283,14 @@ FROZEN = {
     "vespo": (0.966353229336, 0.170116573434, 2.55393119355, 0.974456392508),
     "max_rl": (1, 2.8851029212e-15, 6.64182839495, 0.999781815038),
     "pass_at_k": (0.949625743674, 0.380417738806, 61.5464258823, 0.947779732305),
+    "lite_ppo": (0.966353229336, 0.170116573434, 2.55393119355, -0.100427032609),
+    "gdpo": (0.909740618575, 0.339506311813, 1.48122330136, -0.229301439403),
+    "gfpo": (0.876075630296, 0.343117299551, 3.81131811693, -0.332824562954),
+    "cppo": (0.922618404117, 0.31882621353, 1.67263338418, -0.0821763832916),
+    "dppo_tv": (1, 4.9822477803e-16, 3.0555667127, 0.997510174238),
+    "dppo_kl": (1, 4.9822477803e-16, 3.0555667127, 0.997510174238),
+    "m2po": (0.966353229336, 0.170116573434, 2.55393119355, 0.969555513762),
+    "dro": (1, 7.97159644848e-16, 3.0555667127, 0.951372717405),
     "rloo, before": (0.943741409716, 0.30395656711, 1.73218134757, 0.0676082141291),
 }
 

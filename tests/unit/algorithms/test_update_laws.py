@@ -110,12 +110,24 @@ def ppo_case(dtype, **config):
     return update, hyper, ppo.Batch(sequences, sequences.mask, old_logp, *arrays)
 
 
+def ptx_case(dtype, **config):
+    """PPO with text in the mini-batch, of other lengths than the answers, some of which are imitated."""
+    _, hyper, batch = ppo_case(dtype)
+    batch = dataclasses.replace(batch, positive=jnp.arange(ROWS) % 3 == 1)
+    config = ppo.Config(num_ppo_epochs=1, num_minibatches=1, **config)
+    update = ppo.make_update(config, tabular.score, TX, tabular.score)
+    together = lambda state, hyper, both: update(state, hyper, *both)  # noqa: E731
+    hyper = dataclasses.replace(hyper, ptx_coef=0.5, positive_lm_coef=0.3)
+    return together, hyper, (batch, tabular.rows(9, LENGTHS[3:] + LENGTHS[:3]))
+
+
 def group_case(dtype, reduce=sequence_mean, **config):
     sequences, old_logp, ref_logp = policy_arrays(dtype)
     advantages = jnp.asarray(np.random.default_rng(5).normal(size=ROWS), dtype)
     update = grpo.make_update(grpo.Config(reduce=reduce, **config), tabular.score, TX)
-    hyper = grpo.Hyper(entropy_coef=0.01, kl_coef=0.1)
-    return update, hyper, grpo.Batch(sequences, old_logp, ref_logp, advantages)
+    hyper = grpo.Hyper(entropy_coef=0.01, kl_coef=0.1, off_policy_threshold=jnp.asarray(0.15, dtype))
+    batch = grpo.Batch(sequences, old_logp, ref_logp, advantages)
+    return update, hyper, dataclasses.replace(batch, sampler_logp=old_logp)
 
 
 CASES = {
@@ -128,6 +140,7 @@ CASES = {
     "bco": bco_case,
     "distillation": distillation_case,
     "ppo": ppo_case,
+    "ppo_ptx": ptx_case,
     "group": group_case,
 }
 every_algorithm = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -207,12 +220,27 @@ def test_hyperparameters_do_not_recompile_and_all_have_an_effect(case):
     update, hyper = jax.jit(update), as_arrays(hyper)
     state, _ = update(initial_state(hyper), hyper, batch)
     expected, _ = update(state, hyper, batch)
-    of_rollout = {"gamma", "gae_lambda", "kl_target", "kl_horizon", "missing_eos_penalty"}
+    of_batch = {"reward_kl_coef", "is_clip_low", "is_clip_high", "rejection_low", "rejection_high"}
+    of_batch |= {"second_moment_threshold", "top_entropy_fraction", "reward_weights"}
+    of_rollout = {
+        "gamma",
+        "gae_lambda",
+        "kl_target",
+        "kl_horizon",
+        "missing_eos_penalty",
+        "positive_threshold",
+    }
     for field in dataclasses.fields(hyper):
+        if isinstance(hyper, ppo.Hyper) and getattr(hyper, field.name) is None:
+            continue  # not asked for: see test_process_rewards
         if isinstance(hyper, ppo.Hyper) and field.name in of_rollout | {"kl_coef"}:
             continue  # these act in `language_batch`
-        if isinstance(hyper, grpo.Hyper) and field.name == "reward_kl_coef":
-            continue  # acts in `make_batch`: see test_variants
+        if field.name == "ptx_coef" and case is not ptx_case:
+            continue  # weighs the loss on text
+        if isinstance(hyper, grpo.Hyper) and field.name in of_batch:
+            continue  # these act in `make_batch`: see test_variants and test_grpo_corrections
+        if field.name == "sync":
+            continue  # acts in the training step: see test_moving_reference
         if field.name == "penalty_coef":
             continue  # acts in the other policy loss: see test_ppo
         if field.name == "auxiliary":
@@ -248,7 +276,9 @@ def padded(batch, rows, columns):
     return jax.tree.map(pad, batch)
 
 
-@pytest.mark.parametrize("case", [sft_case, ppo_case, group_case], ids=["sft", "ppo", "group"])
+@pytest.mark.parametrize(
+    "case", [sft_case, ppo_case, ptx_case, group_case], ids=["sft", "ppo", "ptx", "group"]
+)
 def test_padding_changes_nothing(case):
     """Rows of no answer, too: what stands there, NaN included, is not looked at."""
     update, hyper, batch = case(jnp.float32)

@@ -148,7 +148,7 @@ def test_truncated_importance_sampling_weighs_tokens_by_the_sampler():
     params = tabular.init()
     rollout = rollout_of(params)
     older = rollout.__class__(rollout.sequences, rollout.logp + 0.3, rollout.finished)
-    variant = grpo_variants.with_truncated_is(grpo_variants.grpo(group_size=G))
+    variant = grpo_variants.with_correction(grpo_variants.grpo(group_size=G), "tis")
     gradient, _, _ = gradient_of(variant, rollout=older)
     plain, _, _ = gradient_of(grpo_variants.grpo(group_size=G), rollout=older)
     np.testing.assert_allclose(gradient, np.exp(-0.3) * plain, rtol=1e-4, atol=1e-6)
@@ -162,8 +162,8 @@ def test_names_of_variants_are_those_of_their_functions():
         "reinforce++-baseline",
         "rloo",
     ]
-    assert len(VARIANTS) == 20
-    assert {"with_truncated_is", "make_variant", "find_variant"}.isdisjoint(VARIANTS)
+    assert len(VARIANTS) == 28
+    assert {"with_correction", "make_variant", "find_variant"}.isdisjoint(VARIANTS)
 
 
 def test_a_variant_carries_what_it_is_published_with():
@@ -386,6 +386,46 @@ def test_only_answers_that_are_good_enough_are_imitated():
     every, counts = selection.all_above(sequences, GROUPED, reward_threshold=2.0)
     np.testing.assert_array_equal(counts, GROUPED.reshape(-1) >= 2)
     np.testing.assert_array_equal(every.mask.any(axis=1), counts)
+
+
+def test_answers_of_small_advantage_are_pruned():
+    """CPPO: the two of each group that are furthest from 0, in their order, with all that belongs to them."""
+    _, whole, _ = gradient_of(variant_of("grpo"))
+    _, pruned, _ = gradient_of(variant_of("cppo", changes={"num_kept": 2}))
+    size = np.abs(np.asarray(whole.advantages)).reshape(N, G)
+    rows = np.concatenate([G * n + np.sort(np.argsort(-size[n])[:2]) for n in range(N)])
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[rows]), pruned, whole)
+    assert selection.largest_advantages(jnp.array([[1.0, -1.0, 0.0, 1.0]]), keep=2).tolist() == [0, 1]
+    with pytest.raises(UserError, match="num_kept 5: give 0 for all, or up to group_size"):
+        variant_of("cppo", changes={"num_kept": 5})
+
+
+def test_gfpo_compares_the_answers_that_its_metric_prefers():
+    lengths = np.array([1, 5, 2, 4, 3, 3, 5, 1, 2, 2, 4, 5]).reshape(N, G)
+    rewards = np.asarray(REWARDS, np.float64).reshape(N, G)
+    metrics = {"shortest": -lengths, "most_efficient": rewards / lengths}
+    for name, metric in metrics.items():
+        changes = {"num_kept": 3, "metric_fn": getattr(group_advantages, name)}
+        expected = np.zeros((N, G))
+        for n in range(N):
+            kept = np.argsort(-metric[n], kind="stable")[:3]
+            expected[n, kept] = rewards[n, kept] - rewards[n, kept].mean()
+            expected[n] /= rewards[n, kept].std(ddof=1) + 1e-4
+        _, batch, _ = gradient_of(variant_of("gfpo", changes=changes))
+        np.testing.assert_allclose(batch.advantages, expected.reshape(-1), rtol=1e-4, atol=1e-5)
+
+
+def test_gdpo_needs_its_rewards_apart():
+    with pytest.raises(UserError, match="give make_batch reward_terms= and Hyper reward_weights="):
+        gradient_of(variant_of("gdpo"))
+
+
+def test_a_variant_keeps_to_the_sampler_under_a_correction():
+    """DPPO's ratio is to the sampler, whatever weight or rule is added."""
+    plain, corrected = variant_of("dppo_tv"), grpo_variants.with_correction(variant_of("dppo_tv"), "k3_rs")
+    assert plain.config.correction.bypass
+    assert corrected.config.correction.bypass
+    assert len(corrected.config.correction.rules) == 1
 
 
 def test_prompts_whose_answers_differ_come_first():

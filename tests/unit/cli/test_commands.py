@@ -73,7 +73,7 @@ def test_flags_are_those_of_the_help(name, capsys, monkeypatch):
     in_subcommands = {o.flag for o in options_of(module.Options) if o.path[0] in ("decoder", "task")}
     assert {o.flag for o in options_of(module.Options) if o.flag not in in_subcommands} - words <= {
         # Words without `--` in front of them: they are positions, not flags.
-        "--folder",
+        "--folders",
         "--first",
         "--second",
         "--algorithm",

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.core.masks import clean, last_unmasked_index, masked_mean, masked_sum
+from rlhf_jax.core.masks import clean, last_unmasked_index, masked_mean, masked_quantile, masked_sum
 from rlhf_jax.core.trees import (
     map_named,
     merge,
@@ -105,3 +105,11 @@ def test_a_tree_split_in_two_is_put_together_again():
     for a, b in ((tree, {"c": 5}), (tree, {"a": 5}), ({"a": 5}, tree)):
         with pytest.raises(ValueError, match="both trees have a leaf at"):
             merge(a, b)
+
+
+@pytest.mark.parametrize("q", [0.0, 0.01, 0.5, 0.77, 1.0])
+def test_masked_quantile_is_numpys_of_what_is_unmasked(q):
+    rng = np.random.default_rng(0)
+    values, mask = rng.normal(size=(4, 5)), rng.random((4, 5)) > 0.4
+    found = masked_quantile(jnp.asarray(np.where(mask, values, np.nan), jnp.float32), jnp.asarray(mask), q)
+    np.testing.assert_allclose(found, np.quantile(values[mask], q), rtol=1e-5)

@@ -54,7 +54,7 @@ METHODS = {
     "behind": (
         lambda: algorithms.grpo_algorithm(
             task_setup(),
-            grpo_variants.with_truncated_is(grpo_variants.grpo(group_size=2)),
+            grpo_variants.with_correction(grpo_variants.grpo(group_size=2), "tis"),
             OPTIMIZER,
             one_step_off_policy=True,
         ),

@@ -147,3 +147,26 @@ def test_permuting_a_group_permutes_its_advantages():
     advantages = kernels.group_relative_advantages(jnp.asarray(REWARDS))
     permuted = kernels.group_relative_advantages(jnp.asarray(REWARDS[:, order]))
     np.testing.assert_allclose(permuted, advantages[:, order], atol=1e-12)
+
+
+def test_decoupled_advantages_are_those_of_loops():
+    """Each reward within its group, then the sum within the batch (GDPO); some are not meant for a row."""
+    rng = np.random.default_rng(3)
+    terms, weights, mask = rng.normal(size=(3, 4, 2)) * [1, 100], [1.0, 0.3], rng.random((3, 4)) > 0.2
+    terms[0, 1, 1] = terms[2, :, 0] = np.nan
+    total = np.zeros((3, 4))
+    for k, weight in enumerate(weights):
+        for n in range(3):
+            rows = [i for i in range(4) if mask[n, i] and not np.isnan(terms[n, i, k])]
+            if not rows:
+                continue
+            values = terms[n, rows, k]
+            total[n, rows] += weight * (values - values.mean()) / (values.std(ddof=1) + 1e-4)
+    expected = np.where(mask, (total - total[mask].mean()) / (total[mask].std(ddof=1) + 1e-4), 0)
+    dirty = jnp.asarray(np.where(mask[..., None], terms, np.nan), jnp.float32)
+    found = jax.jit(kernels.decoupled_advantages)(dirty, jnp.asarray(weights), jnp.asarray(mask))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    scaled = kernels.decoupled_advantages(
+        dirty * jnp.array([1.0, 0.01]), jnp.asarray(weights), jnp.asarray(mask)
+    )
+    np.testing.assert_allclose(scaled, expected, rtol=2e-3, atol=1e-3)  # no reward drowns the other

@@ -131,6 +131,10 @@ CASES = {
     "cispo": grpo("token", surrogate_fn=policy_surrogates.cispo_surrogate),
     "sapo": grpo("constant", surrogate_fn=policy_surrogates.sapo_surrogate),
     "vespo": grpo("token", surrogate_fn=policy_surrogates.vespo_surrogate),
+    "unclipped": grpo("token", surrogate_fn=policy_surrogates.importance_surrogate),
+    "dppo_tv": grpo("constant", surrogate_fn=policy_surrogates.dppo_tv_surrogate),
+    "dppo_kl": grpo("constant", surrogate_fn=policy_surrogates.dppo_kl_surrogate),
+    "dro": grpo("length", surrogate_fn=policy_surrogates.dro_surrogate),
     "weighted": (weighted, "token"),
     "squared": plain(value.squared_value_loss, "token", "values", "returns"),
     "clipped": plain(
@@ -360,6 +364,7 @@ def packed_cases(segment_ids):
             "surrogate_fn": functools.partial(policy_surrogates.geometric_mean_surrogate, **of_sequences)
         },
         "vespo": {"surrogate_fn": functools.partial(policy_surrogates.vespo_surrogate, **of_sequences)},
+        "dro": {"surrogate_fn": functools.partial(policy_surrogates.dro_surrogate, **of_sequences)},
     }
     reduce = sequence_mean if segment_ids is None else packed_sequence_mean(segment_ids, 3)
 

@@ -18,7 +18,11 @@ from rlhf_jax.losses.policy_ratios import (
 from rlhf_jax.losses.policy_surrogates import (
     cispo_surrogate,
     clip_surrogate,
+    dppo_kl_surrogate,
+    dppo_tv_surrogate,
+    dro_surrogate,
     geometric_mean_surrogate,
+    importance_surrogate,
     sapo_surrogate,
     vespo_surrogate,
 )
@@ -209,7 +213,17 @@ def test_luspo_weighs_gspo_by_length():
 
 @pytest.mark.parametrize(
     "surrogate_fn",
-    [clip_surrogate, cispo_surrogate, sapo_surrogate, geometric_mean_surrogate, vespo_surrogate],
+    [
+        clip_surrogate,
+        cispo_surrogate,
+        sapo_surrogate,
+        geometric_mean_surrogate,
+        vespo_surrogate,
+        importance_surrogate,
+        dppo_tv_surrogate,
+        dppo_kl_surrogate,
+        dro_surrogate,
+    ],
 )
 def test_every_surrogate_has_the_policy_gradient_on_policy(surrogate_fn, example):
     """At pi = pi_old all descendants agree with REINFORCE, whatever their bounds."""
@@ -223,6 +237,59 @@ def test_every_surrogate_has_the_policy_gradient_on_policy(surrogate_fn, example
         return reinforce_loss(x, logp, advantages, mask, reduce=sequence_mean)[0]
 
     np.testing.assert_allclose(jax.grad(loss)(logp), jax.grad(reinforce)(logp), rtol=0, atol=1e-12)
+
+
+def binary_divergence(new, old, kind):
+    if kind == "tv":
+        return abs(new - old)
+    return old * np.log(old / new) + (1 - old) * np.log((1 - old) / (1 - new))
+
+
+@pytest.mark.parametrize(("surrogate_fn", "kind"), [(dppo_tv_surrogate, "tv"), (dppo_kl_surrogate, "kl")])
+def test_dppo_masks_tokens_that_have_moved_too_far_the_way_they_are_pushed(surrogate_fn, kind, example):
+    """Its gradient, against loops; bounds and the cap of the weight all act."""
+    low, high, cap = (0.03, 0.05, 1.4) if kind == "tv" else (0.004, 0.008, 1.4)
+    logp, old_logp, mask = (example[name] for name in ("logp", "old_logp", "mask"))
+    old_logp = np.minimum(old_logp, -0.01)
+    expected, held, capped = np.zeros((B, T)), 0, 0
+    for b, t in np.argwhere(mask):
+        new, old, advantage = np.exp(logp[b, t]), np.exp(old_logp[b, t]), example["advantages"][b, t]
+        away = (new > old) if advantage > 0 else (new < old)
+        if away and binary_divergence(new, old, kind) > (high if advantage > 0 else low):
+            held += 1
+            continue
+        expected[b, t] = -min(new / old, cap) * advantage / mask.sum()
+        capped += new / old > cap
+    assert 0 < held < mask.sum()
+    assert capped > 0
+    options = {"epsilon_low": low, "epsilon_high": high, "reduce": token_mean}
+    advantages = jnp.asarray(example["advantages"])
+
+    def loss(x):
+        surrogate = functools.partial(surrogate_fn, max_ratio=cap)
+        dirty = (jnp.where(mask, y, jnp.nan) for y in (x, old_logp))
+        return grpo_loss(*dirty, None, advantages, jnp.asarray(mask), surrogate_fn=surrogate, **options)[0]
+
+    np.testing.assert_allclose(jax.grad(loss)(jnp.asarray(logp)), expected, rtol=0, atol=1e-6)
+
+
+def test_dro_has_the_gradient_of_its_squared_error(example):
+    """-(A - tau L)^2 / (2 tau) of each answer, L the sum of its log-ratios (Richemond et al. 2024)."""
+    logp, old_logp, mask = (example[name] for name in ("logp", "old_logp", "mask"))
+    advantages, tau = example["advantages"][:, 0], 0.7
+
+    def squared_error(x):
+        drift = np.where(mask, x - old_logp, 0).sum(axis=1)
+        return np.mean((advantages - tau * drift) ** 2 / (2 * tau))
+
+    def loss(x):
+        surrogate = functools.partial(dro_surrogate, tau=tau)
+        arrays = (x, jnp.asarray(old_logp), None, jnp.asarray(advantages), jnp.asarray(mask))
+        return grpo_loss(*arrays, surrogate_fn=surrogate, reduce=sequence_sum)[0]
+
+    found = jax.grad(loss)(jnp.asarray(logp))
+    np.testing.assert_allclose(found, numerical_gradient(squared_error, logp), rtol=0, atol=1e-8)
+    assert np.abs(found).max() > 0.1
 
 
 def test_delta_is_the_dual_clip(example):

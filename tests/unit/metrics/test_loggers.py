@@ -15,10 +15,15 @@ CONFIG = {"optimizer": {"name": "adamw", "rate": 0.5}, "steps": 3}
 STEPS = [(0, {"eval/score": 0.25}), (1, {"loss": 0.5}), (2, {"loss": 0.125, "reward/a@b": 2.0})]
 
 
-def log_run(name, folder, steps=STEPS, **options):
+TABLE = [{"prompt": "p|q", "completion": "`a`\nb", "reward": 0.5}, {"prompt": "r", "completion": "c"}]
+
+
+def log_run(name, folder, steps=STEPS, table=None, **options):
     (logger,) = make_loggers([name], folder, stage="grpo", config=CONFIG, **options)
     for step, metrics in steps:
         logger.log(metrics, step)
+    if table:
+        logger.log_table("completions", table, steps[-1][0])
     logger.close()
     logger.close()
 
@@ -136,12 +141,16 @@ def read_wandb(folder):
 def test_wandb_keeps_each_step_and_the_config_and_goes_on_with_its_run(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    log_run("wandb", tmp_path)
+    log_run("wandb", tmp_path, table=TABLE)
     log_run("wandb", tmp_path, [(2, {"loss": 0.125}), (3, {"loss": 0.0})], resume=True)
     (first, config, steps), (second, _, more) = read_wandb(tmp_path)
     assert first == second == f"run-{identities(tmp_path)['wandb/grpo']}"
     assert config["optimizer"] == CONFIG["optimizer"]
+    for name in [name for name in steps[2] if name.startswith("completions")]:
+        del steps[2][name]  # of the table, whose rows are in a file
     assert steps == dict(STEPS)
+    (path,) = (tmp_path / "wandb").rglob("completions_*.table.json")
+    assert json.loads(path.read_text())["data"] == [["p|q", "`a`\nb", 0.5], ["r", "c", None]]
     assert more == {2: {"loss": 0.125}, 3: {"loss": 0.0}}
     log_run("wandb", tmp_path, [(0, {"loss": 1.0})])
     assert first != f"run-{identities(tmp_path)['wandb/grpo']}"
@@ -154,7 +163,7 @@ def test_trackio_keeps_each_step_and_the_config_and_goes_on_with_its_run(tmp_pat
     for module in (utils, sqlite_storage):
         monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path / "trackio")
     monkeypatch.setenv("TRACKIO_PROJECT", "mine")
-    log_run("trackio", tmp_path)
+    log_run("trackio", tmp_path, table=TABLE)
     log_run("trackio", tmp_path, [(3, {"loss": 0.0})], resume=True)
     (run,) = trackio.Api().runs("mine")
     assert run.name == identities(tmp_path)["trackio/grpo"]
@@ -162,7 +171,9 @@ def test_trackio_keeps_each_step_and_the_config_and_goes_on_with_its_run(tmp_pat
     lines = sqlite_storage.SQLiteStorage.get_logs("mine", run.name)
     names = {"loss", "eval/score", "reward/a@b"}
     found = [(line["step"], {name: line[name] for name in names & line.keys()}) for line in lines]
-    assert found == [*STEPS, (3, {"loss": 0.0})]
+    assert [one for one in found if one[1]] == [*STEPS, (3, {"loss": 0.0})]
+    (table,) = [line["completions"]["_value"] for line in lines if "completions" in line]
+    assert [row["prompt"] for row in table] == ["p|q", "r"]
     assert capsys.readouterr().out == ""
     log_run("trackio", tmp_path, [(0, {"loss": 1.0})])
     assert len(list(trackio.Api().runs("mine"))) == 2
@@ -173,7 +184,7 @@ def test_mlflow_keeps_each_step_and_the_config_and_goes_on_with_its_run(tmp_path
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     from mlflow.tracking import MlflowClient
 
-    log_run("mlflow", tmp_path)
+    log_run("mlflow", tmp_path, table=TABLE)
     log_run("mlflow", tmp_path, [(3, {"loss": math.nan})], resume=True)
     client = MlflowClient(tracking_uri=(tmp_path / "mlflow").as_uri())
     identity = identities(tmp_path)["mlflow/grpo"]
@@ -190,3 +201,5 @@ def test_mlflow_keeps_each_step_and_the_config_and_goes_on_with_its_run(tmp_path
     assert found["loss"][:2] == [(1, 0.5), (2, 0.125)]
     assert math.isnan(found["loss"][2][1])
     assert found["reward/a_b"] == [(2, 2.0)]
+    (artifact,) = (tmp_path / "mlflow").rglob("completions/00000002.json")
+    assert json.loads(artifact.read_text()) == TABLE

@@ -1,4 +1,13 @@
+import contextlib
+import fcntl
 import io
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
 
 import jax.numpy as jnp
 import pytest
@@ -104,7 +113,7 @@ def rendered(width, metrics, steps=(21,), note="", total=60):
 
 
 RL = {"approx_kl": 1.24e-15, "clip_fraction": 0.0, "kl": 0.25, "length": 21.5, "loss": 3e-8, "reward": 0.75}
-RL |= {"eval/score": 0.5, "eval/kl": 9.0, "time/tokens_per_second": 1000.0}
+RL |= {"entropy": 0.125, "eval/score": 0.5, "eval/kl": 9.0, "time/tokens_per_second": 1000.0}
 
 
 @pytest.mark.parametrize("width", [80, 120, 200])
@@ -120,6 +129,53 @@ def test_bar_and_steps_stay_at_any_width(width):
         assert "reward 0.75" in line
 
 
+IN_A_TERMINAL = """
+import sys, time
+from rlhf_jax.metrics.progress import Progress
+with Progress("grpo", 60) as progress:
+    time.sleep(0.3)
+    for step in (20, 21):
+        time.sleep(0.3)
+        progress.update(step, dict(reward=0.75, kl=0.25, length=21.5, loss=3e-8), note="rollout 61 %")
+    time.sleep(0.3)
+"""
+
+
+def frames_of(width):
+    """The lines that a program shows in a terminal of this width, one for each frame."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    process = subprocess.Popen(
+        [sys.executable, "-c", IN_A_TERMINAL],
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        env=environment | {"TERM": "xterm-256color"},
+    )
+    os.close(slave)
+    shown = b""
+    with contextlib.suppress(OSError):  # what a terminal says at its end
+        while part := os.read(master, 65536):
+            shown += part
+    os.close(master)
+    assert process.wait() == 0
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    return [line for line in re.split(r"[\r\n]+", plain) if line.strip()]
+
+
+@pytest.mark.parametrize("width", [80, 120, 200])
+def test_in_a_real_terminal_bar_steps_and_what_matters_are_there(width):
+    frames = frames_of(width)
+    assert all(len(line) <= width for line in frames)
+    assert all("━" in line for line in frames)
+    assert "0/60 compiling the first step" in frames[0]
+    assert "21/60" in frames[-1]
+    assert "reward 0.75" in frames[-1]
+    if width > 80:
+        assert "kl 0.25  length 21.5" in frames[-1]
+
+
 def test_the_first_step_is_said_to_compile():
     assert "0/60 compiling the first step" in rendered(80, {}, steps=())
     evaluated = rendered(80, {"eval/score": 0.5}, steps=(0,))
@@ -129,7 +185,7 @@ def test_the_first_step_is_said_to_compile():
 @pytest.mark.parametrize(
     ("metrics", "shown"),
     [
-        (RL, ["reward", "eval/score", "kl", "length"]),
+        (RL, ["reward", "eval/score", "kl", "length", "entropy"]),
         ({"kl": 1, "length": 2, "reward": 3, "loss": 4}, ["reward", "kl", "length"]),
         ({"loss": 1, "win_rate": 2, "length": 3, "kl": 4, "accuracy": 5}, ["win_rate", "kl", "length"]),
         ({"accuracy": 1, "chosen_reward": 2, "loss": 3, "margin": 4}, ["loss", "accuracy", "margin"]),

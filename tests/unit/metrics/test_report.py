@@ -1,3 +1,5 @@
+import base64
+import hashlib
 import json
 import re
 from html.parser import HTMLParser
@@ -7,7 +9,9 @@ import pytest
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.metrics import JSONLLogger
-from rlhf_jax.metrics.report import TableRow, _find, _read_curves, write_report
+from rlhf_jax.metrics.completions import write_completions
+from rlhf_jax.metrics.curves import find_curves, read_curves
+from rlhf_jax.metrics.report import TableRow, write_report
 
 METHODS = ("sft", "ppo", "dpo", "grpo")
 HOSTILE = "</p><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7 * 7 }} $x$ \u202e\x00\ud800 & \"'"
@@ -165,9 +169,21 @@ def test_a_whole_run_shows_every_part(tmp_path):
     assert page.tags.count("svg") == 22
 
 
-def test_the_page_needs_no_network_and_no_script(tmp_path):
+def script_of(text):
+    """The one script of a page, whose hash its policy names."""
+    (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert (
+        f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'" in text
+    )
+    return script
+
+
+def test_the_page_needs_no_network_and_obeys_one_script_only(tmp_path):
     text, page = report_page(tmp_path, write_run(tmp_path))
-    assert not {"script", "link", "iframe", "img", "object", "base", "form"} & set(page.tags)
+    script = script_of(text)
+    assert not re.search(r"innerHTML|eval|Function|fetch|XMLHttp|import|https?://(?!www\.w3\.org)", script)
+    assert not {"link", "iframe", "img", "object", "base", "form"} & set(page.tags)
     assert not [
         name for name, _ in page.attributes if name.startswith("on") or name in ("src", "href", "action")
     ]
@@ -190,8 +206,10 @@ def test_hostile_text_is_shown_and_not_obeyed(tmp_path):
     lines = [{"stage": HOSTILE, "step": step, "time": 0.0, "loss": 1.0, HOSTILE: 2.0} for step in (1, 2)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     table = [TableRow(HOSTILE, (0.5, 0.4, 0.6), 0.1, 3.0, 4.0)]
+    write_completions(tmp_path, 3, [{"prompt": HOSTILE[:-12], "completion": HOSTILE[:-12], "reward": 1.0}])
     text, page = report_page(tmp_path, table)
-    assert "script" not in page.tags
+    assert "alert" not in script_of(text)
+    assert page.tags.count("script") == 1
     assert "img" not in page.tags
     assert not [name for name, _ in page.attributes if name.startswith("on")]
     assert "{{ 7 * 7 }}" in page.words
@@ -224,9 +242,9 @@ def test_the_headline_of_reinforcement_is_no_loss(tmp_path):
             writer.log({name: values[step] for name, values in policy.items()} | held_out, step + 1)
     _, page = report_page(tmp_path / "b")
     assert "GRPO: held-out score 0.4375 at first, 0.9688 at the end" in page.words
-    curves = _read_curves(tmp_path / "b")["grpo"]
+    curves = read_curves(tmp_path / "b")["grpo"]
     assert list(curves["eval/score"][0].steps) == [0, 5]
-    assert _find(curves, ("length",)) is curves["length"]
+    assert find_curves(curves, ("length",)) is curves["length"]
 
 
 def test_equals_are_named_together(tmp_path):
@@ -260,7 +278,7 @@ def test_curves_join_seeds_and_drop_what_was_not_finite(tmp_path):
         values = np.linspace(0, 1, 12) + offset
         values[3] = np.nan
         write_stage(tmp_path / f"seed_{seed}", "ppo", 12, **{"train/reward": values})
-    curves = _read_curves(tmp_path)["ppo"]["train/reward"]
+    curves = read_curves(tmp_path)["ppo"]["train/reward"]
     assert [curve.values[0] for curve in curves] == [0.0, 1.0, 2.0]
     assert all(list(curve.steps) == [1, 2, 3, 5, 6, 7, 8, 9, 10, 11, 12] for curve in curves)
     _, page = report_page(tmp_path)

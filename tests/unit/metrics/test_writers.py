@@ -123,6 +123,23 @@ def test_tensorboard_events_can_be_read_back(tmp_path):
     assert found == [(1, "loss", 0.5), (2, "loss", 0.25)]
 
 
+def test_tensorboard_shows_a_table_among_its_texts(tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    logger.log_table("completions", [{"prompt": "a|b", "completion": "`x`\n# y", "reward": 0.5}, {}], 3)
+    logger.close()
+    (path,) = tmp_path.iterdir()
+    (event,) = [event for event in read_events(path) if event.HasField("summary")]
+    (value,) = event.summary.value
+    assert (event.step, value.tag) == (3, "completions/text_summary")
+    assert value.metadata.plugin_data.plugin_name == "text"
+    assert value.tensor.string_val[0].decode().splitlines() == [
+        "| prompt | completion | reward |",
+        "| --- | --- | --- |",
+        "| `a\\|b` | `'x' # y` | 0.5 |",
+        "|  |  |  |",
+    ]
+
+
 def test_tensorboard_hides_what_a_resumed_run_repeats(tmp_path):
     for steps in ([1, 2, 3], [2, 3]):
         logger = TensorBoardLogger(tmp_path)

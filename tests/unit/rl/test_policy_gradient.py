@@ -9,6 +9,7 @@ import pytest
 from rlhf_jax.algorithms import grpo as group, ppo as shared
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.distributed.runtime import compiler_options
+from rlhf_jax.losses.corrections import Correction
 from rlhf_jax.rl.algorithms import a2c, grpo, ppo, reinforce, trpo
 from rlhf_jax.rl.envs import environments
 from rlhf_jax.rl.envs.evaluation import evaluate
@@ -109,6 +110,14 @@ def test_groups_begin_in_one_state():
     obs = np.asarray(states.obs).reshape(3, 4, 4)
     np.testing.assert_array_equal(obs, np.broadcast_to(obs[:, :1], obs.shape))
     assert len(np.unique(obs[:, 0], axis=0)) == 3
+
+
+def test_what_episodes_have_no_part_in_is_refused():
+    env, params = environments.make("CartPole-v1")
+    for changes in ({"num_kept": 1}, {"correction": Correction()}):
+        config = grpo.Config(update=group.Config(group_size=2, **changes))
+        with pytest.raises(UserError, match="neither pruned nor corrected"):
+            grpo.make_run(config, env, params)
 
 
 def test_a_group_of_one_teaches_nothing():

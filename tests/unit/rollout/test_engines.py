@@ -197,7 +197,7 @@ def server(running):
     return running
 
 
-def engine(server, publish=None, logprob_fn=None, group_size=1, **more):
+def engine(server, publish=None, logprob_fn=None, group_size=1, allow_filters=False, **more):
     return HTTPEngine(
         server.options(**more),
         TOKENIZER,
@@ -206,6 +206,7 @@ def engine(server, publish=None, logprob_fn=None, group_size=1, **more):
         group_size=group_size,
         publish=publish,
         logprob_fn=logprob_fn,
+        allow_filters=allow_filters,
     )
 
 
@@ -251,13 +252,16 @@ def test_a_group_s_prompt_is_sent_once_and_its_answers_differ(server):
 
 
 def test_sampling_is_sent_and_what_servers_do_not_know_is_refused(server):
-    ask(engine(server), None, PROMPTS[:1], 0, Sampling(temperature=0.5, top_k=4, top_p=0.75))
+    filtered = Sampling(temperature=0.5, top_k=4, top_p=0.75)
+    with pytest.raises(UserError, match=r"top_k, top_p leaves tokens out .* sample at a temperature alone"):
+        ask(engine(server), None, PROMPTS[:1], 0, filtered)
+    ask(engine(server, allow_filters=True), None, PROMPTS[:1], 0, filtered)
     (body,) = server.requests
     assert (body["temperature"], body["top_k"], body["top_p"]) == (0.5, 4, 0.75)
     assert body["stop_token_ids"] == [TOKENIZER.eos_id]
     assert "min_p" not in body
     with pytest.raises(UserError, match="typical_p is not known to servers"):
-        ask(engine(server), None, PROMPTS, 0, Sampling(typical_p=0.5))
+        ask(engine(server, allow_filters=True), None, PROMPTS, 0, Sampling(typical_p=0.5))
 
 
 def test_most_likely_answers_are_asked_for_one_by_one(server):

@@ -269,6 +269,24 @@ def test_sampling_may_differ_from_call_to_call():
     assert completion_texts(TOKENIZER, found) == completion_texts(TOKENIZER, expected)
 
 
+@pytest.mark.parametrize("rule", [{"top_p": 0.9}, {"top_k": 3}, {"min_p": 0.1}, {"typical_p": 0.5}])
+def test_answers_from_a_part_of_the_distribution_are_refused(rule):
+    generate = make_generate_fn(POLICY, prompt_length=6, max_new_tokens=5)
+    with pytest.raises(UserError, match=rf"{next(iter(rule))} leaves tokens out .* at a temperature alone"):
+        generate(policy(0), PROMPTS, jax.random.key(0), Sampling(**rule))
+
+
+def test_filters_are_allowed_where_nothing_is_learned_from_log_probs():
+    options = {"prompt_length": 6, "max_new_tokens": 5, "allow_filters": True}
+    rollout = make_generate_fn(POLICY, **options, sampling=Sampling(top_k=1))(
+        policy(0), PROMPTS, jax.random.key(0)
+    )
+    greedy = make_generate_fn(POLICY, **options)(
+        policy(0), PROMPTS, jax.random.key(0), Sampling(temperature=0.0)
+    )
+    np.testing.assert_array_equal(rollout.sequences.tokens, greedy.sequences.tokens)
+
+
 @pytest.mark.slow
 def test_groups_and_slots_give_the_answers_of_plain_batches():
     chosen = [prompt for prompt in PROMPTS for _ in range(2)]

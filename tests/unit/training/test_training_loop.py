@@ -14,6 +14,7 @@ from rlhf_jax.checkpoint import CheckpointManager
 from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.distributed import init_sharded, shardings_of
+from rlhf_jax.metrics.completions import read_completions
 from rlhf_jax.metrics.writers import read_metrics
 from rlhf_jax.training import Interrupted, LoopConfig, loop as loop_module, run_loop
 
@@ -43,9 +44,19 @@ def with_signals(*signals, at):
     return step
 
 
-def run(folder, step_fn=take_step, *, resume=False, eval_fn=None, on_step=(), loggers=(), **config):
+def run(
+    folder,
+    step_fn=take_step,
+    *,
+    resume=False,
+    eval_fn=None,
+    on_step=(),
+    loggers=(),
+    completions_fn=None,
+    **config,
+):
     config = LoopConfig(**{"steps": STEPS, "quiet": True, **config})
-    calls = {"eval_fn": eval_fn, "on_step": on_step, "loggers": loggers}
+    calls = {"eval_fn": eval_fn, "on_step": on_step, "loggers": loggers, "completions_fn": completions_fn}
     return run_loop(initial_state(), step_fn, config, stage="toy", folder=folder, resume=resume, **calls)
 
 
@@ -293,6 +304,45 @@ def test_loggers_get_what_the_file_gets_as_numbers_and_are_closed(tmp_path):
     assert seen == [metrics for _, metrics in expected]
     assert {type(value) for _, metrics in kept.lines for value in metrics.values()} <= {float, int}
     assert kept.closed == 1
+
+
+class Tables:
+    """A logger that takes tables."""
+
+    def __init__(self):
+        self.found = []
+
+    def log(self, metrics, step):
+        pass
+
+    def close(self):
+        pass
+
+    def log_table(self, name, rows, step):
+        self.found.append((name, step, rows[0]["completion"]))
+
+
+def test_completions_come_every_few_steps_and_at_the_end(tmp_path, capfd):
+    asked = []
+
+    def completions():
+        asked.append(len(asked))
+        return [{"prompt": "p", "completion": f"answer {len(asked)}", "reward": 0.5}]
+
+    tables, options = Tables(), {"completions_fn": completions, "log_completions": 3, "quiet": False}
+    run(tmp_path, loggers=[tables, lambda metrics: None], **options)
+    expected = [(3, "answer 1"), (6, "answer 2"), (7, "answer 3")]
+    assert tables.found == [("completions", *one) for one in expected]
+    held = read_completions(tmp_path)
+    assert [(step, rows[0]["completion"]) for step, rows in held.items()] == expected
+    shown = capfd.readouterr().err
+    assert "Completions at step 6" in shown
+    assert "answer 3" in shown
+
+
+def test_no_completions_where_none_are_wanted(tmp_path):
+    run(tmp_path, completions_fn=lambda: pytest.fail("nobody wants them"))
+    assert not (tmp_path / "completions").exists()
 
 
 def test_loggers_are_closed_where_a_run_is_refused_or_dies(tmp_path, unbroken):

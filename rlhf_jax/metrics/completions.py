@@ -1,0 +1,115 @@
+"""Completions tables: what a policy wrote at a step and what it was worth, as Parquet, and on the console."""
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from rlhf_jax.core import files
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.files import Path
+from rlhf_jax.metrics.progress import format_number
+
+COMPLETIONS = "completions"
+"""The folder of the tables in a run folder."""
+
+Row = Mapping[str, Any]
+"""One completion: what there is of `prompt`, `completion`, `reward`, `reward/NAME` of each term, `advantage`,
+`length`, `logp`, `kl`, and the other fields of its prompt's row."""
+
+NUMBERS = ("reward", "advantage", "length", "logp", "kl")
+"""Columns of numbers, beside those of the single rewards."""
+_TERM = "reward/"
+_MOST_SHOWN = 240  # characters of a text on the console
+
+
+def write_completions(folder: str | os.PathLike[str], step: int, rows: Sequence[Row]) -> Path:
+    """Writes the table of one step as `folder/completions/STEP.parquet`, whole; an older one is replaced.
+
+    Texts and fields that are no numbers are strings; lists and objects among them are JSON.
+
+    Raises:
+      UserError: the disk is full or read-only.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = files.as_path(folder) / COMPLETIONS / f"{step:08d}.parquet"
+    columns = {"step": [step] * len(rows)}
+    columns |= {name: _column([row.get(name) for row in rows]) for name in column_names(rows)}
+    with files.writing(path) as local:
+        pq.write_table(pa.table(columns), local)
+    return path
+
+
+def read_completions(folder: str | os.PathLike[str]) -> dict[int, list[dict[str, Any]]]:
+    """The tables of a run by step, in order; none where it wrote none.
+
+    Raises:
+      UserError: a file is damaged.
+    """
+    place = files.as_path(folder) / COMPLETIONS
+    names = [name for name in files.list_files(place) if re.fullmatch(r"\d+\.parquet", name)]
+    return {int(name.partition(".")[0]): _read(place / name) for name in sorted(names)}
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_table(pa.BufferReader(files.read_bytes(path))).to_pylist()
+    except pa.ArrowException as error:
+        raise UserError(f"{path}: not a table of completions ({error}); remove the file") from error
+
+
+def column_names(rows: Sequence[Row]) -> list[str]:
+    """Columns of a table: prompt and completion, rewards, other numbers, then what else the rows have."""
+    found = dict.fromkeys(name for row in rows for name in row)
+    terms = [name for name in found if name.startswith(_TERM)]
+    first = ["prompt", "completion", "reward", *terms, *NUMBERS[1:]]
+    return [name for name in dict.fromkeys([*first, *found]) if name in found]
+
+
+def _column(values: Sequence[Any]) -> list[Any]:
+    present = [value for value in values if value is not None]
+    if all(isinstance(value, int | float) for value in present):
+        return [None if value is None else float(value) for value in values]
+    return [value if isinstance(value, str | None) else json.dumps(value, default=str) for value in values]
+
+
+def show_completions(rows: Sequence[Row], *, step: int, count: int) -> Table:
+    """A table of the first rows for the console: prompt, completion, each reward, advantage.
+
+    Args:
+      rows: of one step.
+      count: how many of them; those of one prompt stand together, so that a group can be compared.
+    """
+    numbers = [name for name in column_names(rows) if name.startswith(_TERM) or name in NUMBERS]
+    table = Table(
+        title=f"Completions at step {step}", title_justify="left", box=box.SIMPLE_HEAD, show_lines=True
+    )
+    table.add_column("prompt", ratio=2, overflow="fold")
+    table.add_column("completion", ratio=3, overflow="fold")
+    for name in numbers:
+        table.add_column(name.removeprefix(_TERM), justify="right", overflow="fold")
+    for row in rows[:count]:
+        # As Text, because words of models may look like console markup.
+        texts = [Text(_short(row.get(name, ""))) for name in ("prompt", "completion")]
+        table.add_row(*texts, *(Text(_number(row.get(name))) for name in numbers))
+    return table
+
+
+def _short(text: Any) -> str:
+    text = str(text)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]} …"
+
+
+def _number(value: Any) -> str:
+    return "-" if value is None or not math.isfinite(value) else format_number(float(value))

@@ -1,0 +1,83 @@
+import io
+import math
+
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.metrics.completions import (
+    column_names,
+    read_completions,
+    show_completions,
+    write_completions,
+)
+
+ROWS = [
+    {
+        "prompt": "2+2=?",
+        "completion": "[red]4[/red]\nso 4",
+        "reward": 1.5,
+        "length": 3,
+        "reward/exact": 1.0,
+        "reward/brief": 0.5,
+        "advantage": 0.25,
+        "logp": -1.25,
+        "kl": 0.125,
+        "answer": "4",
+        "tags": ["sum", 2],
+    },
+    {"prompt": "3+2=?", "completion": "6", "reward": None, "length": 1, "answer": "5"},
+]
+
+
+def test_columns_stand_in_the_order_people_read_them():
+    names = ["prompt", "completion", "reward", "reward/exact", "reward/brief", "advantage", "length", "logp"]
+    assert column_names(ROWS) == [*names, "kl", "answer", "tags"]
+
+
+def test_tables_are_parquet_by_step_and_come_back(tmp_path):
+    write_completions(tmp_path, 20, ROWS[:1])
+    write_completions(tmp_path, 3, ROWS)
+    path = tmp_path / "completions" / "00000003.parquet"
+    table = pq.read_table(path).to_pydict()
+    assert table["step"] == [3, 3]
+    assert table["reward"] == [1.5, None]
+    assert table["length"] == [3.0, 1.0]
+    assert table["tags"] == ['["sum", 2]', None]
+    found = read_completions(tmp_path)
+    assert list(found) == [3, 20]
+    assert found[3][1]["completion"] == "6"
+    assert found[20][0]["kl"] == 0.125
+
+
+def test_a_step_done_again_replaces_its_table(tmp_path):
+    for rows in (ROWS, ROWS[1:]):
+        write_completions(tmp_path, 3, rows)
+    assert [row["prompt"] for row in read_completions(tmp_path)[3]] == ["3+2=?"]
+
+
+def test_a_damaged_table_is_named(tmp_path):
+    assert read_completions(tmp_path) == {}
+    path = write_completions(tmp_path, 3, ROWS)
+    path.write_bytes(b"PAR1 nonsense")
+    with pytest.raises(UserError, match=r"00000003\.parquet: not a table of completions"):
+        read_completions(tmp_path)
+
+
+def test_the_console_shows_texts_as_they_are_and_each_reward():
+    console = Console(file=io.StringIO(), width=120)
+    rows = [{**ROWS[0], "kl": math.nan}, *ROWS[1:], {**ROWS[1], "prompt": "not shown"}]
+    console.print(show_completions(rows, step=7, count=2))
+    text = console.file.getvalue()
+    for word in ("Completions at step 7", "[red]4[/red]", "exact", "brief", "0.25", "-1.25", "3+2=?"):
+        assert word in text
+    assert "not shown" not in text
+    assert "reward/exact" not in text
+
+
+def test_long_texts_are_cut():
+    console = Console(file=io.StringIO(), width=100)
+    console.print(show_completions([{"prompt": "p", "completion": "word " * 400}], step=1, count=1))
+    assert 240 // 5 <= console.file.getvalue().count("word") <= 240 // 5 + 1
+    assert "…" in console.file.getvalue()

@@ -1,0 +1,98 @@
+"""Notebooks of docs/notebooks/: written as scripts in percent format, executed, and kept with their outputs.
+
+    python tools/notebooks.py                 # all
+    python tools/notebooks.py own_loss        # some
+
+Each `NAME.py` becomes `NAME.ipynb`: cells begin with `# %%`, those of text with `# %% [markdown]`. What a
+cell prints stands below it, and so do the pictures that it hands to `show`.
+"""
+
+import ast
+import base64
+import contextlib
+import io
+import json
+import pathlib
+import re
+import sys
+import tempfile
+from typing import Any
+
+FOLDER = pathlib.Path(__file__).resolve().parents[1] / "docs" / "notebooks"
+Cell = tuple[str, str]
+"""("markdown" or "code", text)."""
+
+
+def cells_of(text: str) -> list[Cell]:
+    """The cells of a script."""
+    found = []
+    for part in re.split(r"^# %%", text, flags=re.M)[1:]:
+        head, _, body = part.partition("\n")
+        if "[markdown]" in head:
+            lines = [line.removeprefix("#").removeprefix(" ") for line in body.strip().splitlines()]
+            found.append(("markdown", "\n".join(lines)))
+        else:
+            found.append(("code", body.strip()))
+    return found
+
+
+def execute(code: str, names: dict[str, Any]) -> list[dict[str, Any]]:
+    """Outputs of a code cell: what it prints, its pictures, and the value of an expression at its end."""
+    pictures: list[bytes] = []
+
+    def show(figure: Any) -> None:
+        data = io.BytesIO()
+        figure.savefig(data, format="png", dpi=80)
+        pictures.append(data.getvalue())
+
+    names["show"] = show
+    tree = ast.parse(code)
+    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(tree, "cell", "exec"), names)
+        value = eval(compile(ast.Expression(last.value), "cell", "eval"), names) if last else None
+        if value is not None:
+            print(repr(value))
+    outputs: list[dict[str, Any]] = []
+    if printed.getvalue():
+        outputs.append({"output_type": "stream", "name": "stdout", "text": _lines(printed.getvalue())})
+    for picture in pictures:
+        data = {"image/png": base64.b64encode(picture).decode("ascii")}
+        outputs.append({"output_type": "display_data", "data": data, "metadata": {}})
+    return outputs
+
+
+def notebook(cells: list[Cell]) -> dict[str, Any]:
+    """The cells as a notebook, executed from the first to the last in a folder of their own."""
+    made, names = [], {"__name__": "notebook"}
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        for place, (kind, text) in enumerate(cells):
+            cell: dict[str, Any] = {
+                "cell_type": kind,
+                "id": f"cell{place}",
+                "metadata": {},
+                "source": _lines(text),
+            }
+            if kind == "code":
+                cell |= {"execution_count": None, "outputs": execute(text, names)}
+            made.append(cell)
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    return {"cells": made, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
+
+
+def _lines(text: str) -> list[str]:
+    return text.splitlines(keepends=True)
+
+
+def main() -> None:
+    """Makes the notebooks that are named, or all."""
+    for script in sorted(FOLDER.glob("*.py")):
+        if sys.argv[1:] in ([], ["all"]) or script.stem in sys.argv[1:]:
+            made = notebook(cells_of(script.read_text(encoding="utf-8")))
+            script.with_suffix(".ipynb").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+            print(script.with_suffix(".ipynb"), flush=True)
+
+
+if __name__ == "__main__":
+    main()
