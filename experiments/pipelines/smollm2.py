@@ -98,12 +98,12 @@ class Options(pipeline_stages.OneSeed):
     steps: int | None = None
     sft_steps: int = 60
     dpo_steps: int = 30
-    grpo_steps: int = 30
-    ppo_steps: int = 30
+    grpo_steps: int = 20
+    ppo_steps: int = 16
     demonstrations: int = 1_000
     prompt_count: int = 1_000
-    pair_prompts: int = 200
-    eval_prompts: int = 250
+    pair_prompts: int = 150
+    eval_prompts: int = 200
     max_new_tokens: int = 40
     quiet: bool = False
 

@@ -1,8 +1,8 @@
 """Five kinds of small tasks with verifiers, of which a model of 135 million parameters can do some.
 
-Each kind makes rows of `prompt`, `completion` (a demonstration), `answer` and `kind`. Four end in a number;
-the fifth asks for words of a list under a constraint: lower case, at most so many words, JSON, a beginning.
-Held-out prompts are none of those that are trained on.
+Each kind makes rows of `prompt`, `completion` (a demonstration), `answer` and `kind`. Four want a number,
+which is the last one of an answer, as GSM8K is judged; the fifth asks for words of a list under a constraint:
+lower case, at most so many words, JSON, a beginning. Held-out prompts are none of those that are trained on.
 """
 
 import json
@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_jax.rewards.verifiers import gsm8k_answer
+
 ENDING = " End with 'Answer: ' and the number."
-ANSWER = re.compile(r"Answer: (-?\d{1,9})\.?\s*\Z")
 WORDS = [
     "banana",
     "cheese",
@@ -98,7 +99,7 @@ Row = dict[str, Any]
 def gcd_task(rng: np.random.Generator) -> Row:
     """A greatest common divisor, by taking it out of both numbers."""
     while True:
-        divisor, first, second = int(rng.integers(2, 10)), *map(int, rng.integers(1, 13, 2))
+        divisor, first, second = int(rng.integers(2, 8)), *map(int, rng.integers(1, 10, 2))
         if first != second and math.gcd(first, second) == 1:
             break
     a, b = divisor * first, divisor * second
@@ -111,7 +112,7 @@ def gcd_task(rng: np.random.Generator) -> Row:
 
 def sum_task(rng: np.random.Generator) -> Row:
     """A sum of two terms."""
-    a, b = map(int, rng.integers(10, 500, 2))
+    a, b = map(int, rng.integers(5, 100, 2))
     return {"prompt": f"What is {a} + {b}?{ENDING}", "completion": f"Answer: {a + b}", "answer": a + b}
 
 
@@ -129,7 +130,7 @@ def letter_task(rng: np.random.Generator) -> Row:
 
 def product_task(rng: np.random.Generator) -> Row:
     """A product, by tens and ones."""
-    a, b = int(rng.integers(2, 13)), int(rng.integers(11, 50))
+    a, b = int(rng.integers(2, 10)), int(rng.integers(11, 30))
     tens, ones = b - b % 10, b % 10
     return {
         "prompt": f"What is {a} * {b}?{ENDING}",
@@ -192,12 +193,6 @@ def _rows(count: int, entropy: Sequence[int], taken: set[str], *, unique: bool) 
 # Verifiers -----------------------------------------------------------------------------------------
 
 
-def number_right(text: str, answer: int) -> bool:
-    """Whether a text ends with `Answer: ` and the number, and says so once."""
-    found = ANSWER.search(text)
-    return found is not None and text.count("Answer:") == 1 and int(found[1]) == answer
-
-
 def instruction_followed(text: str, wanted: Mapping[str, Any]) -> bool:
     """Whether a text names exactly so many words of the list and obeys the constraint."""
     spoken = re.findall(r"[a-z]+", text.lower())
@@ -237,5 +232,5 @@ def mixture_reward(
     verify = {"instruction": instruction_followed}
     rows = zip(completions, kind, answer, ended, strict=True)
     return [
-        float(bool(end) and verify.get(name, number_right)(text, wanted)) for text, name, wanted, end in rows
+        float(bool(end) and verify.get(name, gsm8k_answer)(text, wanted)) for text, name, wanted, end in rows
     ]
