@@ -21,6 +21,7 @@ from rlhf_jax.cli import foreign_names
 from rlhf_jax.cli.commands import COMMANDS, stage_module
 from rlhf_jax.cli.parsing import examples
 from rlhf_jax.metrics.health import HEALTH_CHECKS
+from rlhf_jax.stages.defaults import PUBLISHED
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 HOUSE = ROOT / "rlhf_jax"
@@ -39,6 +40,7 @@ def pages() -> dict[str, str]:
         "docs/papers.md": paper_index.page(_MADE),
         "docs/coming_from.md": with_tables("docs/coming_from.md"),
         "docs/troubleshooting.md": with_tables("docs/troubleshooting.md"),
+        "docs/guide/defaults.md": with_tables("docs/guide/defaults.md"),
         **reference_pages(),
     }
 
@@ -65,6 +67,17 @@ def _health_table() -> list[str]:
     return ["| warning | what it means | what to do |", "|---|---|---|", *rows]
 
 
+def _defaults_table() -> list[str]:
+    rows = []
+    for name, found in PUBLISHED.items():
+        numbers = found.learning_rate, found.adapter_learning_rate, found.beta
+        cells = ["" if number is None else f"{number:g}" for number in numbers]
+        cells.append(", ".join(f"{key} {value:g}" for key, value in found.loss_params.items()))
+        rows.append(f"| {name} | {' | '.join(cells)} | {found.source} |")
+    titles = ("method", "learning rate", "with an adapter", "beta", "others", "source")
+    return [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|", *rows]
+
+
 def _sentence(text: str | None) -> str:
     return " ".join((text or "").split())
 
@@ -76,6 +89,7 @@ _TABLES = {
     "VERL": lambda: _foreign_table(foreign_names.VERL),
     "OPENRLHF": lambda: _foreign_table(foreign_names.OPENRLHF),
     "HEALTH": _health_table,
+    "DEFAULTS": _defaults_table,
 }
 
 

@@ -47,11 +47,17 @@ def execute(code: str, names: dict[str, Any]) -> list[dict[str, Any]]:
 
     names["show"] = show
     tree = ast.parse(code)
-    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+    last = tree.body[-1] if tree.body else None
+    if isinstance(last, ast.Expr):
+        tree.body.pop()
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(compile(tree, "cell", "exec"), names)
-        value = eval(compile(ast.Expression(last.value), "cell", "eval"), names) if last else None
+        value = (
+            eval(compile(ast.Expression(last.value), "cell", "eval"), names)
+            if isinstance(last, ast.Expr)
+            else None
+        )
         if value is not None:
             print(repr(value))
     outputs: list[dict[str, Any]] = []

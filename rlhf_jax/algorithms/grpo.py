@@ -307,6 +307,7 @@ def make_batch(
         "reward_std": jnp.sqrt(masked_mean(jnp.square(rewards - mean), scored)),
         **described,
         "unscorable": jnp.sum(~scored),
+        "unscorable_share": jnp.mean(~scored, dtype=jnp.float32),
         "length": masked_mean(jnp.sum(mask, axis=1), scored),
         "finished": masked_mean(rollout.finished, scored),
         "sampling_logp_diff": masked_mean(jnp.abs(old_logp - rollout.logp), mask),

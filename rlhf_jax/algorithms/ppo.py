@@ -41,9 +41,8 @@ from rlhf_jax.kernels.prepare import cleaned_constant, mask_or_all
 from rlhf_jax.kernels.returns import generalized_advantage_estimation, length_adaptive_lambda, token_rewards
 from rlhf_jax.kernels.whitening import (
     Moments,
-    batch_moments,
+    add_to_moments,
     init_moments,
-    merge_moments,
     moments_variance,
     whiten,
 )
@@ -51,6 +50,9 @@ from rlhf_jax.losses.policy import ppo_clip_loss, ppo_penalty_loss
 from rlhf_jax.losses.reductions import Reduction, token_mean
 from rlhf_jax.losses.supervised import cross_entropy_loss
 from rlhf_jax.losses.value import clipped_value_loss
+
+OUTLIER = 1e3
+"""Standard deviations of all rewards seen beyond which a reward is cut, where rewards are scaled by them."""
 
 PolicyLossFn = Callable[..., tuple[Float[Array, ""], Metrics]]
 
@@ -75,7 +77,8 @@ class Config:
       micro_batches: parts in which a mini-batch is computed; changes memory, not the result.
       whiten_advantages: bring advantages to mean 0 and variance 1 over the batch.
       adaptive_kl: move the KL coefficient so that the KL stays near `Hyper.kl_target`.
-      scale_rewards: divide rewards by the running standard deviation of all rewards seen, once they differ.
+      scale_rewards: divide rewards by the running standard deviation of all rewards seen, once they differ;
+        one that is more than `OUTLIER` of it from their mean is cut there.
       reduce: how tokens become one number.
       group_size: answers to each prompt; those to one stand together.
       filter_fn: which one of them is learned from (PF-PPO, `selection.filter_by_rank`); None for all.
@@ -333,15 +336,17 @@ def language_batch(
       (state, batch, metrics). `kl` is the mean over answers of the summed log-ratio to the reference, in
       nats; `sampling_logp_diff` the mean |delta log-prob| between sampler and scorer, in nats per token;
       `unscorable` the number of answers without a reward, which of the rest only `tokens` counts;
+      `reward_outliers` the share of rewards that were cut (`scale_rewards`);
       `step_reward` the mean process reward of a step, and `steps` how many an answer has.
     """
     scored = mask_or_all(scored, rewards)
     mask, rewards = rollout.sequences.mask & scored[:, None], clean(rewards, scored)
     ends = jnp.zeros_like(mask) if steps is None else steps.ends & mask
     earned = jnp.zeros(mask.shape) if steps is None else cleaned_constant(steps.rewards, ends)
-    moments = merge_moments(state.reward_moments, batch_moments(rewards + jnp.sum(earned, axis=1), scored))
+    kept, outliers = _cut_outliers(rewards, state.reward_moments) if config.scale_rewards else (rewards, 0)
+    moments = add_to_moments(state.reward_moments, kept + jnp.sum(earned, axis=1), scored)
     scale = _reward_scale(moments) if config.scale_rewards else 1.0
-    outcome = rewards / scale - hyper.missing_eos_penalty * ~rollout.finished
+    outcome = kept / scale - hyper.missing_eos_penalty * ~rollout.finished
     log_ratio = jnp.where(mask, score.logp - ref_logp, 0)
     of_tokens = token_rewards(outcome, log_ratio, mask, kl_coef=state.kl_coef) + earned / scale
     advantages, returns = _estimates(hyper, of_tokens, score.value, mask)
@@ -358,6 +363,8 @@ def language_batch(
         "reward_std": jnp.sqrt(masked_mean(jnp.square(rewards - mean), scored)),
         "penalised_reward": masked_mean(jnp.sum(of_tokens, axis=1), scored),
         "unscorable": jnp.sum(~scored),
+        "unscorable_share": jnp.mean(~scored, dtype=jnp.float32),
+        "reward_outliers": masked_mean(jnp.broadcast_to(outliers, scored.shape), scored),
         "advantage_std": jnp.sqrt(masked_mean(jnp.square(advantages - raw_mean), mask)),
         "length": masked_mean(jnp.sum(mask, axis=1), scored),
         "finished": masked_mean(rollout.finished, scored),
@@ -372,6 +379,17 @@ def language_batch(
     positive = None if hyper.positive_lm_coef is None else scored & (rewards > hyper.positive_threshold)
     batch = Batch(rollout.sequences, mask, score.logp, score.value, advantages, returns, positive)
     return dataclasses.replace(state, kl_coef=kl_coef, reward_moments=moments), batch, metrics
+
+
+def _cut_outliers(rewards: Float[Array, "B"], moments: Moments) -> tuple[Float[Array, "B"], Bool[Array, "B"]]:
+    """(rewards within `OUTLIER` deviations of the mean of those seen, which were not); all of them at first.
+
+    A single reward of 1e15 would otherwise set the scale, and make all later ones nothing, for ever.
+    """
+    bound = OUTLIER * jnp.sqrt(moments_variance(moments))
+    bound = jnp.where((moments.count > 0) & (bound > 0), bound, jnp.inf)
+    kept = jnp.clip(rewards, moments.mean - bound, moments.mean + bound)
+    return kept, kept != rewards
 
 
 def _estimates(

@@ -43,8 +43,8 @@ def run_command(
 ) -> None:
     """Parses the command line, runs, and turns what went wrong into one sentence and an exit status.
 
-    Status 2 for a mistake of the user; 130 after Ctrl-C; 75, not finished, after SIGTERM or SIGUSR1 and where
-    another process of the run was lost. The run was saved before it ended by a signal.
+    Status 2 for a mistake of the user; 130 after Ctrl-C; 75, not finished, after SIGTERM, SIGUSR1 or SIGHUP,
+    and where another process of the run was lost. The run was saved before it ended by a signal.
 
     Args:
       description: docstring that tells of the command, with its examples.

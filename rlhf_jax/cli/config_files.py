@@ -210,6 +210,8 @@ def _convert(hint: Any, value: Any) -> Any:
     Raises:
       _WrongType: it is of another.
     """
+    if typing.get_origin(hint) is typing.Annotated:  # within a tuple
+        return _convert(typing.get_args(hint)[0], value)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if len(kinds := members(hint)) > 1:
         return _convert_union(kinds, value)

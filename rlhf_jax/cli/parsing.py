@@ -14,6 +14,7 @@ from rlhf_jax.cli.foreign_names import our_name
 from rlhf_jax.cli.options import flags_of, required_flags
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.files import as_path
+from rlhf_jax.stages.option_checks import check_numbers
 
 Options = TypeVar("Options")
 
@@ -51,7 +52,7 @@ def parse(
       text: docstring that tells of it: its first paragraph begins the help, its examples end it.
 
     Raises:
-      UserError: an option that there is not, or a YAML file with a mistake.
+      UserError: an option that there is not, a number out of its range, or a YAML file with a mistake.
     """
     config, rest = take_config(with_plain_resume(words))
     known = flags_of(options_type)
@@ -79,6 +80,7 @@ def parse(
         if unknown[0] in words[1:] and words[list(words).index(unknown[0]) - 1] == "--resume":
             raise _unknown_resume(unknown[0])
         _refuse(unknown[0], known)
+    check_numbers(options)
     return options
 
 

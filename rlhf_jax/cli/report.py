@@ -17,6 +17,7 @@ from pathlib import Path
 import tyro
 
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.ranges import PositiveInt
 from rlhf_jax.metrics import write_comparison, write_report
 
 
@@ -34,15 +35,13 @@ class Options:
     folders: tyro.conf.Positional[tuple[Path, ...]]
     out: Path = Path("comparison.html")
     watch: bool = False
-    every: int = 10
+    every: PositiveInt = 10
 
 
 def run(options: Options) -> None:
     """Writes the page, and prints where it is."""
     if not options.folders:
         raise UserError("no run folder is given: give the folder that the run was told with --out")
-    if options.every < 1:
-        raise UserError(f"--every {options.every} is below 1: give seconds")
     first, *others = options.folders
     if others and options.watch:
         raise UserError("--watch follows one run: give one folder")

@@ -13,7 +13,10 @@ class UserError(Exception):
 
 def error_summary(error: BaseException) -> str:
     """Type of an error and the first line of its message."""
-    lines = str(error).splitlines()
+    try:
+        lines = str(error).splitlines()
+    except Exception:  # of a user's own class
+        lines = []
     return type(error).__name__ + (f" ({shortened(lines[0])})" if lines else "")
 
 
@@ -23,6 +26,14 @@ def error_place(error: BaseException) -> str:
         return f" at {error.filename}:{error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
     return f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+
+
+def shown(value: object) -> str:
+    """At most 100 characters of a value's `repr`, whatever that does."""
+    try:
+        return shortened(repr(value[:100] if isinstance(value, str) else value))
+    except Exception as error:
+        return f"a {type(value).__name__} (whose repr raises {type(error).__name__})"
 
 
 def shortened(text: str) -> str:

@@ -75,7 +75,9 @@ def _import_module(name: str, subject: str) -> ModuleType:
             raise UserError(f"{subject}: {name} needs the module {missing}: install it") from error
         hint = nearest_name(missing, _sibling_modules(missing, folder))
         raise UserError(f"{subject}: no module {missing} in {folder} or installed{hint}") from error
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit of a module would end the run in silence
         raise UserError(
             f"{subject}: importing {name} fails{error_place(error)} with {error_summary(error)}"
         ) from error

@@ -17,7 +17,7 @@ column for each row and may write over what stands there.
 
 from typing import Any, Protocol, runtime_checkable
 
-from rlhf_jax.core.types import Array, Float, Int, Params, Sequences, TokenLogprobs
+from rlhf_jax.core.types import Array, Float, Int, Params, Scalar, Sequences, TokenLogprobs
 
 Cache = Any
 """Whatever a model remembers of the columns it has read."""
@@ -90,6 +90,33 @@ class DistributionFn(Protocol):
 
     def __call__(self, params: Params, sequences: Sequences, /) -> Float[Array, "B T V"]:
         """Entry [b, t] is the distribution that the token at [b, t] is from; column 0 is uniform."""
+        ...
+
+
+@runtime_checkable
+class TopKFn(Protocol):
+    """The K likeliest tokens at each place."""
+
+    def __call__(
+        self, params: Params, sequences: Sequences, temperature: Scalar = ..., /
+    ) -> tuple[Float[Array, "B T K"], Int[Array, "B T K"]]:
+        """(log-probs over the whole softmax in nats, ids), the likeliest first."""
+        ...
+
+
+@runtime_checkable
+class CandidateFn(Protocol):
+    """Log-probs of given tokens at each place."""
+
+    def __call__(
+        self,
+        params: Params,
+        sequences: Sequences,
+        token_ids: Int[Array, "B T K"],
+        temperature: Scalar = ...,
+        /,
+    ) -> tuple[Float[Array, "B T K"], Float[Array, "B T"]]:
+        """(log-probs of `token_ids` at the temperature, of the tokens that stand there at 1), in nats."""
         ...
 
 

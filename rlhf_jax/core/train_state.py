@@ -1,9 +1,8 @@
 """What every update shares: the train state, gradient accumulation, and a guarded optimizer step."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +10,9 @@ import optax
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.optimizers import OPTIMIZERS, Optimizer, is_matrix
+from rlhf_jax.core.ranges import Count, PositiveOrInf, Range, Share, ShareBelow1, Weight, check_ranges
 from rlhf_jax.core.rounding import Rounding, in_float32, narrow_leaves, rounded, widened
-from rlhf_jax.core.trees import map_named, merge, pytree_dataclass, tree_add, tree_all_finite, tree_where
+from rlhf_jax.core.trees import map_named, merge, pytree_dataclass, tree_add, tree_all_finite
 from rlhf_jax.core.types import Array, Float, Int, Metrics, Params, Scalar
 
 T = TypeVar("T")
@@ -45,16 +45,16 @@ class OptimizerConfig:
 
     schedule: Schedule = "constant"
     optimizer: Optimizer = "adamw"
-    warmup_ratio: float = 0.03
-    warmup_steps: int | None = None
-    total_steps: int = 0
-    end_lr_ratio: float = 0.0
-    decay_fraction: float = 0.2
-    clip_norm: float = 1.0
-    weight_decay: float = 0.0
-    b1: float = 0.9
-    b2: float = 0.95
-    epsilon: float = 1e-8
+    warmup_ratio: ShareBelow1 = 0.03
+    warmup_steps: Count | None = None
+    total_steps: Count = 0
+    end_lr_ratio: Share = 0.0
+    decay_fraction: Annotated[float, Range(0, 1, above=True)] = 0.2
+    clip_norm: PositiveOrInf = 1.0
+    weight_decay: Weight = 0.0
+    b1: ShareBelow1 = 0.9
+    b2: ShareBelow1 = 0.95
+    epsilon: Weight = 1e-8
     rounding: Rounding = "nearest"
 
     @property
@@ -86,7 +86,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     Raises:
       UserError: a number that no optimizer can have, or a decay without an end.
     """
-    _check(config)
+    check_ranges(config, lambda path: f"Optimizer: {'.'.join(path)}")
     chain = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         OPTIMIZERS[config.optimizer](config.b1, config.b2, config.epsilon),
@@ -114,26 +114,6 @@ def check_parameters_can_move(params: Params, config: OptimizerConfig) -> None:
         f"{leaf.dtype}, which rounds updates away, so that training would not move them: load the model with "
         "param_dtype='float32', or choose rounding='kahan' or rounding='stochastic'."
     )
-
-
-def _check(config: OptimizerConfig) -> None:
-    wrong = {
-        "b1": not 0 <= config.b1 < 1,
-        "b2": not 0 <= config.b2 < 1,
-        "epsilon": not 0 <= config.epsilon < math.inf,
-        "clip_norm": not config.clip_norm > 0,
-        "weight_decay": not 0 <= config.weight_decay < math.inf,
-        "end_lr_ratio": not 0 <= config.end_lr_ratio <= 1,
-        "decay_fraction": not 0 < config.decay_fraction <= 1,
-        "warmup_ratio": not 0 <= config.warmup_ratio < 1,
-        "warmup_steps": (config.warmup_steps or 0) < 0,
-        "total_steps": config.total_steps < 0,
-    }
-    for name in (name for name, is_wrong in wrong.items() if is_wrong):
-        raise UserError(
-            f"Optimizer: {name}={getattr(config, name)} is out of range: b1 and b2 lie in [0, 1), shares in "
-            "[0, 1], clip_norm is above 0, and nothing is negative or infinite."
-        )
 
 
 def _share_of_learning_rate(config: OptimizerConfig) -> optax.Schedule:
@@ -165,7 +145,7 @@ class TrainState:
       params: what is trained; a whole model, or its adapters, heads or some of its layers.
       opt_state: optax's state.
       steps: optimizer steps applied.
-      skipped: steps left out because loss or gradients were not finite.
+      skipped: steps left out because loss, gradients or updates were not finite.
       consecutive_skipped: of those, the latest unbroken run.
       frozen: the rest of the model, in nested dictionaries beside those of `params`; None where all is
         trained. No gradient, no moments, and no copy of it is ever made.
@@ -234,18 +214,30 @@ def apply_gradients(
 
     `tx` gives updates for a learning rate of 1, and is told the learning rate where it takes extra arguments.
     The choice is a `where` over whole trees, so not one NaN reaches parameters or moments.
+
+    Whole gradients can still give an update that is not finite, where the learning rate is absurd or an
+    epsilon of 0 divides 0. Then each parameter and moment that it would spoil stays, and the step counts as
+    skipped. To undo the others as well, a second copy of all of them would have to be held in every step.
     """
     norm = optax.global_norm(widened(gradients))
-    finite = tree_all_finite((gradients, norm, loss))
-    safe = jax.tree.map(lambda g: jnp.where(finite, g, 0).astype(g.dtype), gradients)
+    whole = tree_all_finite((gradients, norm, loss))
+    safe = jax.tree.map(lambda g: jnp.where(whole, g, 0).astype(g.dtype), gradients)
     update = optax.with_extra_args_support(tx).update
     updates, opt_state = update(safe, learner.opt_state, learner.params, learning_rate=learning_rate)
     updates = jax.tree.map(lambda u: (-learning_rate * u).astype(u.dtype), updates)
     params = optax.apply_updates(learner.params, updates)
+    finite = whole & tree_all_finite((params, opt_state))
     skip = jnp.where(finite, 0, 1)
+
+    def keep(new: Array, old: Array) -> Array:
+        if new is old:
+            return old
+        is_float = jnp.issubdtype(new.dtype, jnp.inexact)
+        return jnp.where(whole & jnp.isfinite(new) if is_float else whole, new, old)
+
     new = TrainState(
-        params=tree_where(finite, params, learner.params),
-        opt_state=tree_where(finite, opt_state, learner.opt_state),
+        params=jax.tree.map(keep, params, learner.params),
+        opt_state=jax.tree.map(keep, opt_state, learner.opt_state),
         steps=learner.steps + 1 - skip,
         skipped=learner.skipped + skip,
         consecutive_skipped=jnp.where(finite, 0, learner.consecutive_skipped + 1),

@@ -67,6 +67,18 @@ def tree_all_finite(tree: Any) -> jax.Array:
     return jnp.all(jnp.stack(leaves)) if leaves else jnp.bool_(True)
 
 
+def not_finite(tree: Any) -> dict[str, int]:
+    """How many values are NaN or infinite, by the `a/b/0` names of the leaves that have any."""
+    floats = {n: x for n, x in named_leaves(tree).items() if jnp.issubdtype(jnp.result_type(x), jnp.inexact)}
+    counts = jax.device_get({name: _count_not_finite(leaf) for name, leaf in floats.items()})
+    return {name: int(count) for name, count in counts.items() if count}
+
+
+@jax.jit
+def _count_not_finite(leaf: jax.Array) -> jax.Array:
+    return jnp.sum(~jnp.isfinite(leaf))
+
+
 def path_name(path: tuple[Any, ...]) -> str:
     """A key path of `jax.tree_util` as `a/b/0`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -93,11 +93,58 @@ def _check_message(message: Any, number: int) -> dict[str, Any]:
         if not all(isinstance(text, str) for text in texts):
             raise UserError(f"message {number} has a content part that is not text; keep text parts only")
         content = "".join(map(str, texts))
-    if content is None and role == "assistant" and message.get("tool_calls"):
-        return dict(message)
+    message = dict(message)
+    if message.get("tool_calls"):
+        message["tool_calls"] = _check_calls(message["tool_calls"], number)
+        if content is None and role == "assistant":
+            return message
     if not isinstance(content, str):
         raise UserError(f"message {number} ({role}) has no text in its content; give it a string")
     return {**message, "content": content}
+
+
+def _check_calls(calls: Any, number: int) -> list[dict[str, Any]]:
+    """Calls in the one form that templates read: `{"type": "function", "function": {"name", "arguments"}}`.
+
+    Arguments come as an object, or as its JSON text; a call may stand without `function` around it.
+    """
+    if not isinstance(calls, Sequence) or isinstance(calls, str):
+        raise UserError(f"message {number} has tool_calls that are no list; write [{{...}}]")
+    return [_check_call(call, number) for call in calls]
+
+
+def _check_call(call: Any, number: int) -> dict[str, Any]:
+    inner = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
+        raise UserError(f'message {number} has a tool call without a name; write {{"name", "arguments"}}')
+    arguments = inner.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):
+            arguments = None
+    if not isinstance(arguments, Mapping):
+        raise UserError(f"message {number}: the arguments of {inner['name']} are no object; mend the call")
+    kept = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+    return {**kept, "type": "function", "function": {"name": inner["name"], "arguments": dict(arguments)}}
+
+
+def check_tools(tools: Any) -> list[Mapping[str, Any]] | None:
+    """The schemas in a row's `tools`: a list of objects, or its JSON text; None where there are none.
+
+    Raises:
+      UserError: they are something else.
+    """
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except (ValueError, RecursionError):
+            raise UserError("field 'tools' is text that is not JSON; give a list of schemas") from None
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise UserError("field 'tools' is no list of objects; give the schemas of the functions")
+    return tools
 
 
 def _encode(

@@ -13,7 +13,7 @@ import numpy as np
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Bool, Int
-from rlhf_jax.data.chat import check_messages, encode_conversation, encode_prompt
+from rlhf_jax.data.chat import check_messages, check_tools, encode_conversation, encode_prompt
 from rlhf_jax.data.packing import Overlength
 from rlhf_jax.data.sources import Row
 from rlhf_jax.data.tokenizers import Tokenizer
@@ -139,7 +139,7 @@ def supervised_examples(
     """
 
     def make(row: Row) -> SupervisedExample:
-        encoded = encode_conversation(tokenizer, conversation_messages(row))
+        encoded = encode_conversation(tokenizer, conversation_messages(row), tools=tools_of(row))
         ids, mask = np.array(encoded.ids, np.int32), np.array(encoded.mask, np.bool_)
         if not mask.any():
             raise UserError("messages have no assistant turn to learn from; add one or remove the row")
@@ -176,9 +176,10 @@ def preference_example(row: Row, tokenizer: Tokenizer) -> PreferenceExample:
     prompt, chosen, rejected = preference_messages(row)
     if chosen == rejected:
         raise UserError("chosen and rejected are the same; remove the row")
-    prompt_ids = encode_prompt(tokenizer, prompt)
-    chosen_ids, chosen_mask = encode_completion(tokenizer, prompt, prompt_ids, chosen)
-    rejected_ids, rejected_mask = encode_completion(tokenizer, prompt, prompt_ids, rejected)
+    tools = tools_of(row)
+    prompt_ids = encode_prompt(tokenizer, prompt, tools=tools)
+    chosen_ids, chosen_mask = encode_completion(tokenizer, prompt, prompt_ids, chosen, tools)
+    rejected_ids, rejected_mask = encode_completion(tokenizer, prompt, prompt_ids, rejected, tools)
     sides = chosen_ids, rejected_ids, chosen_mask, rejected_mask
     return PreferenceExample(np.array(prompt_ids, np.int32), *sides, row.where, _probability(row))
 
@@ -209,8 +210,9 @@ def labeled_examples(
         label = row.fields.get("label")
         if label not in (True, False):
             raise UserError(f"field 'label' is {label!r}; give true or false, or remove the row")
-        prompt_ids = encode_prompt(tokenizer, prompt)
-        encoded = encode_completion(tokenizer, prompt, prompt_ids, completion)
+        tools = tools_of(row)
+        prompt_ids = encode_prompt(tokenizer, prompt, tools=tools)
+        encoded = encode_completion(tokenizer, prompt, prompt_ids, completion, tools)
         return LabelledExample(np.array(prompt_ids, np.int32), *encoded, bool(label), row.where)
 
     def size(example: LabelledExample) -> int:
@@ -234,7 +236,8 @@ def prompt_examples(
     Args:
       max_length: tokens of the longest prompt allowed.
       overlength: as of `supervised_examples`.
-      tools: JSON schemas of the functions that the chat template offers to the assistant.
+      tools: JSON schemas of the functions that the chat template offers to the assistant; none for those in
+        the field `tools` of each row.
 
     Raises:
       UserError: as `supervised_examples`.
@@ -243,7 +246,7 @@ def prompt_examples(
     def make(row: Row) -> PromptExample:
         messages = prompt_messages(row)
         text = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
-        ids = np.array(encode_prompt(tokenizer, messages, tools=tools or None), np.int32)
+        ids = np.array(encode_prompt(tokenizer, messages, tools=tools or tools_of(row)), np.int32)
         return PromptExample(ids, text, row.fields, row.where)
 
     return make_examples(rows, make, lambda example: len(example.ids), max_length, overlength, "the prompt")
@@ -348,6 +351,11 @@ def _first_field(row: Row, names: Sequence[str], wanted: str) -> str:
     raise UserError(f"the row has none of the fields {', '.join(names)} (it has: {present}); give {wanted}")
 
 
+def tools_of(row: Row) -> list[Mapping[str, Any]] | None:
+    """Schemas of the functions that a row offers to the assistant, in its field `tools`."""
+    return check_tools(row.fields.get("tools"))
+
+
 def row_messages(row: Row, field: str, role: str) -> Messages:
     """The messages in `field`; a plain string is one message by `role`."""
     value = row.fields.get(field)
@@ -357,6 +365,10 @@ def row_messages(row: Row, field: str, role: str) -> Messages:
     if isinstance(value, str):
         if not value.strip():
             raise UserError(f"field {field!r} is empty; fill it or remove the row")
+        if field == "messages":
+            raise UserError(
+                "field 'messages' is text, not a list of messages; give it as a list, not as JSON"
+            )
         return [{"role": role, "content": value}]
     if not isinstance(value, list) or field in ("question", "answer"):
         raise UserError(f"field {field!r} is {_kind(value)}; give it text or remove the row")
@@ -379,10 +391,14 @@ def _kind(value: Any) -> str:
 
 
 def encode_completion(
-    tokenizer: Tokenizer, prompt: Messages, prompt_ids: list[int], completion: Messages
+    tokenizer: Tokenizer,
+    prompt: Messages,
+    prompt_ids: list[int],
+    completion: Messages,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> tuple[Int[np.ndarray, " T"], Bool[np.ndarray, " T"]]:
     """Ids and mask of what follows the prompt, up to the end of the last assistant turn."""
-    encoded = encode_conversation(tokenizer, prompt + completion)
+    encoded = encode_conversation(tokenizer, prompt + completion, tools=tools)
     if encoded.ids[: len(prompt_ids)] != prompt_ids or not any(encoded.mask[len(prompt_ids) :]):
         raise UserError(
             "the chat template does not lay the prompt out alike with and without a completion; "

@@ -103,7 +103,7 @@ def _solutions(row: Row) -> tuple[str, dict[str, dict[str, Any]]]:
     found = {
         name: x
         for name, x in row.fields.items()
-        if isinstance(x, dict) and {"solution", "is_correct"} <= x.keys()
+        if isinstance(x, dict) and {"solution", "is_correct"} <= x.keys() and isinstance(x["solution"], str)
     }
     question = row.fields.get("question")
     if not found or not isinstance(question, str):

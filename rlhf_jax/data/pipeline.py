@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -60,14 +61,28 @@ class BatchSampler:
         return grain.MapDataset.range(self.num_examples).shuffle(seed=self.seed).repeat()
 
 
-def fingerprint(arrays: Iterable[np.ndarray]) -> str:
-    """SHA-256 over the arrays' shapes, dtypes and contents, in their order; kept with checkpoints."""
+def fingerprint(arrays: Iterable[np.ndarray], rows: Iterable[Any] = ()) -> str:
+    """SHA-256 over the arrays' shapes, dtypes and contents, in their order; kept with checkpoints.
+
+    Args:
+      rows: values as of JSON that count, too, such as the fields that rewards are given.
+    """
     digest = hashlib.sha256()
     for array in arrays:
         array = np.ascontiguousarray(array)
         digest.update(f"{array.dtype}{array.shape}".encode())
         digest.update(array.tobytes())
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=_as_json).encode())
     return digest.hexdigest()
+
+
+def _as_json(value: Any) -> Any:
+    """Of what JSON does not know, in the same words in every process."""
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    text = str(value)
+    return type(value).__qualname__ if " at 0x" in text else text
 
 
 def joint_fingerprint(*fingerprints: str) -> str:

@@ -21,6 +21,7 @@ from rlhf_jax.data.examples import (
     make_examples,
     preference_example,
     row_messages,
+    tools_of,
 )
 from rlhf_jax.data.packing import Overlength
 from rlhf_jax.data.sources import Row
@@ -86,11 +87,12 @@ def _ranking(row: Row, tokenizer: Tokenizer) -> RankingExample:
     for (a, text), (b, other) in itertools.combinations(enumerate(texts), 2):
         if text == other and ranks[a] != ranks[b]:
             raise UserError(f"completions {a} and {b} are the same, and their ranks differ; remove one")
-    prompt_ids = encode_prompt(tokenizer, prompt)
+    tools = tools_of(row)
+    prompt_ids = encode_prompt(tokenizer, prompt, tools=tools)
     answers = tuple(
         join_completion(
             np.array(prompt_ids, np.int32),
-            *encode_completion(tokenizer, prompt, prompt_ids, text),
+            *encode_completion(tokenizer, prompt, prompt_ids, text, tools),
             row.where,
         )
         for text in texts

@@ -92,7 +92,11 @@ def compare_by_judge(judge: str | RewardFn, tokenizer: Tokenizer) -> CompareFn:
         preference = np.where(scored, both_orders(forth, back), 0.5).astype(np.float32)
         gap = np.where(scored, forth + back - 1, 0).astype(np.float32)
         bias = order_bias(forth[scored], back[scored]) if scored.any() else 0.0
-        metrics = {"order_bias": bias, "unscorable": int(np.sum(~scored))}
+        metrics = {
+            "order_bias": bias,
+            "unscorable": int(np.sum(~scored)),
+            "unscorable_share": float(np.mean(~scored)),
+        }
         return PairwiseResult(preference, scored, metrics, gap)
 
     return compare

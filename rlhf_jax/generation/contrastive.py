@@ -52,7 +52,7 @@ def contrastive_search(
       prefill: `prefill(params, tokens, positions, segment_ids, length) -> (logits [B, V], hidden [B, P, D],
         cache)`.
       extend: `extend(params, cache, tokens [B, 1], positions, columns) -> (logits [B, 1, V], hidden, cache)`.
-      top_k: k.
+      top_k: k; all tokens where it is more than there are.
       alpha: weight of the penalty; 0 is greedy search.
       sampling: the rules; nothing is drawn.
 
@@ -63,6 +63,7 @@ def contrastive_search(
     batch, width = prompts.shape
     length = width + max_new_tokens
     logits, hidden, cache = prefill(params, prompts, *prompt_inputs(prompt_mask), length)
+    top_k = min(top_k, logits.shape[-1])
 
     def empty_cache(rows: int) -> Any:
         zeros = jnp.zeros((rows, 1), jnp.int32)

@@ -70,7 +70,9 @@ def process_logits(
         logits = processors.forced_tokens(logits, context, sampling.forced_tokens)
     if sampling.constraint is not None and context.constraint is not None:
         allowed = allowed_tokens(sampling.constraint, context.constraint, eos_id=eos_id)
-        logits = jnp.where(allowed, logits, -jnp.inf)
+        # A vocabulary may be padded beyond the tokenizer's: no text has those ids.
+        padding = logits.shape[-1] - allowed.shape[-1]
+        logits = jnp.where(jnp.pad(allowed, ((0, 0), (0, padding))), logits, -jnp.inf)
     rules = (sampling.bias, sampling.min_new_tokens, sampling.forced_tokens, sampling.constraint)
     if any(rule is not None for rule in rules):
         stuck = jnp.all(logits == -jnp.inf, axis=-1, keepdims=True)

@@ -283,7 +283,9 @@ def distillation_algorithm(
       teacher: with its parameters; of the same vocabulary.
     """
     tx = make_optimizer(optimizer)
-    student_fn, teacher_fn = (model.make_distribution_fn() for model in (task_setup.policy, teacher))
+    student_fn, teacher_fn = (
+        distillation.over_vocabulary(model.make_distribution_fn()) for model in (task_setup.policy, teacher)
+    )
     update = distillation.make_update(config, student_fn, tx)
 
     def step(state: Any, hyper: Any, ref_params: Params, key: PRNGKeyArray) -> tuple[Any, Metrics]:
@@ -295,7 +297,7 @@ def distillation_algorithm(
             rollout = task_setup.answer(teacher.params, prompts, answer_key, decode_fns=fns)
         else:
             rollout = task_setup.answer(state.learner.all_params, prompts, answer_key)
-        batch = distillation.Batch(rollout.sequences, teacher_fn(teacher.params, rollout.sequences))
+        batch = distillation.make_batch(teacher_fn, teacher.params, rollout.sequences, hyper)
         state, metrics = update(state, hyper, batch)
         return state, {**metrics, **_described(rollout, task_setup.rewards(rollout, prompts))}
 

@@ -17,7 +17,7 @@ from rlhf_jax.kernels.advantages import (
 )
 from rlhf_jax.kernels.controllers import adaptive_kl_update, fixed_kl_update
 from rlhf_jax.kernels.kl import entropy, forward_kl, jensen_shannon, k1, k2, k3, reverse_kl
-from rlhf_jax.kernels.logprobs import dense_token_logprobs, token_logprobs
+from rlhf_jax.kernels.logprobs import candidate_logprobs, dense_token_logprobs, token_logprobs, top_k_logprobs
 from rlhf_jax.kernels.off_policy import VTrace, retrace, vtrace
 from rlhf_jax.kernels.recurrence import (
     associative_following,
@@ -38,6 +38,7 @@ from rlhf_jax.kernels.returns import (
 from rlhf_jax.kernels.steps import process_supervision_advantages, step_ends
 from rlhf_jax.kernels.whitening import (
     Moments,
+    add_to_moments,
     batch_moments,
     init_moments,
     merge_moments,
@@ -50,9 +51,11 @@ __all__ = [
     "Moments",
     "VTrace",
     "adaptive_kl_update",
+    "add_to_moments",
     "associative_following",
     "batch_moments",
     "batch_std",
+    "candidate_logprobs",
     "decoupled_advantages",
     "dense_token_logprobs",
     "discounted_returns",
@@ -91,6 +94,7 @@ __all__ = [
     "time_major",
     "token_logprobs",
     "token_rewards",
+    "top_k_logprobs",
     "unit_scale",
     "upgo_returns",
     "vtrace",

@@ -63,7 +63,7 @@ def token_logprobs(
 
 def _chunking(shape: tuple[int, ...], chunk_size: int) -> tuple[Callable[[Array], Array], ...]:
     """[*shape, ...] -> [chunks, devices, tokens, ...], where every device finds its own tokens in its row of
-    each chunk; and the inverse, without `...`.
+    each chunk; and the inverse.
     """
     parts = [shards(name, size) for name, size in zip(("batch", "time"), shape, strict=False)]
     parts += [1] * (len(shape) - len(parts))
@@ -82,11 +82,78 @@ def _chunking(shape: tuple[int, ...], chunk_size: int) -> tuple[Callable[[Array]
         return constrain(array, None, "tokens", *(None,) * (1 + len(rest)))
 
     def restored(array: Array) -> Array:
-        array = array.swapaxes(0, 1).reshape(devices, -1)[:, :own]
-        array = array.reshape([split[axis] for axis in order])
-        return array.transpose(*np.argsort(order)).reshape(shape)
+        rest = array.shape[3:]
+        array = array.swapaxes(0, 1).reshape(devices, -1, *rest)[:, :own]
+        array = array.reshape(*[split[axis] for axis in order], *rest)
+        return array.transpose(*np.argsort(order), *range(len(split), array.ndim)).reshape(*shape, *rest)
 
     return chunked, restored
+
+
+def top_k_logprobs(
+    hidden: Float[Array, "*batch D"],
+    unembedding: Float[Array, "V D"],
+    k: int,
+    *,
+    temperature: Scalar = 1.0,
+    softcap: float | None = None,
+    chunk_size: int = 512,
+) -> tuple[Float[Array, "*batch K"], Int[Array, "*batch K"]]:
+    """The k likeliest tokens: (log-probabilities in nats, ids), the likeliest first, over the full softmax.
+
+    In chunks, as `token_logprobs`, whose arguments the others are; without gradient.
+    """
+    chunked, restored = _chunking(hidden.shape[:-1], chunk_size)
+    hidden, unembedding = jax.lax.stop_gradient((hidden, unembedding))
+
+    def one(states: Float[Array, "S N D"]) -> tuple[Array, Array]:
+        logits = _chunk_logits(states, unembedding, softcap) / temperature
+        top, ids = jax.lax.top_k(logits, k)
+        return top - jax.nn.logsumexp(logits, axis=-1, keepdims=True), ids
+
+    return jax.tree.map(restored, _map_chunks(one, chunked(hidden)))
+
+
+def candidate_logprobs(
+    hidden: Float[Array, "*batch D"],
+    unembedding: Float[Array, "V D"],
+    targets: Int[Array, "*batch"],
+    candidates: Int[Array, "*batch K"],
+    *,
+    temperature: Scalar = 1.0,
+    softcap: float | None = None,
+    chunk_size: int = 512,
+) -> tuple[Float[Array, "*batch K"], Float[Array, "*batch"]]:
+    """Log-probabilities of K candidates at a temperature, and of each target at temperature 1, in nats.
+
+    In chunks, as `token_logprobs`, whose arguments the others are; the backward pass computes each chunk's
+    logits again. Differentiable in `hidden` and `unembedding`.
+
+    Args:
+      candidates: ids in [0, V), K for each hidden state.
+      temperature: of the candidates alone.
+    """
+    hidden, unembedding, targets, candidates = check_shapes(
+        "candidate_logprobs",
+        hidden=(hidden, "*S D"),
+        unembedding=(unembedding, "V D"),
+        targets=(targets, "*S"),
+        candidates=(candidates, "*S K"),
+    )
+    chunked, restored = _chunking(targets.shape, chunk_size)
+    # Sums over chunks of the unembedding's gradient are then wide, too.
+    wide = unembedding.astype(_wide(unembedding.dtype))
+
+    @jax.checkpoint
+    def one(chunk: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        states, ids, others = chunk
+        logits = _chunk_logits(states, wide.astype(unembedding.dtype), softcap)
+        tempered = logits / temperature
+        normalizers = [jax.nn.logsumexp(x, axis=-1) for x in (tempered, logits)]
+        taken = jax.vmap(functools.partial(_taken, tempered), -1, -1)(others)
+        return taken - normalizers[0][..., None], _taken(logits, ids) - normalizers[1]
+
+    return jax.tree.map(restored, _map_chunks(one, (chunked(hidden), chunked(targets), chunked(candidates))))
 
 
 def dense_token_logprobs(
@@ -201,6 +268,6 @@ _chunked.defvjp(_forward, _backward)
 
 def _map_chunks(function, chunks):
     """`lax.map`, without the loop where there is one chunk only."""
-    if chunks[0].shape[0] == 1:
+    if jax.tree.leaves(chunks)[0].shape[0] == 1:
         return jax.tree.map(lambda x: x[None], function(jax.tree.map(lambda x: x[0], chunks)))
     return jax.lax.map(function, chunks)

@@ -1,5 +1,6 @@
 """Whitening over unmasked entries, and running moments."""
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -79,6 +80,16 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
         mean=a.mean + difference * share,
         squares=a.squares + b.squares + jnp.square(difference) * a.count * share,
     )
+
+
+def add_to_moments(moments: Moments, values: Float[Array, "..."], mask: Bool[Array, "..."]) -> Moments:
+    """`moments` and those of one batch together, each quantity as it was where the result is not finite.
+
+    One infinite value, or one whose square is, would otherwise stay in the moments for ever.
+    """
+    merged = merge_moments(moments, batch_moments(values, mask))
+    finite = jnp.isfinite(merged.mean) & jnp.isfinite(merged.squares)
+    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), merged, moments)
 
 
 def moments_variance(moments: Moments) -> Float[Array, "*S"]:

@@ -8,13 +8,16 @@ from rlhf_jax.losses.corrections import (
     ratio_rule,
 )
 from rlhf_jax.losses.distillation import (
+    at_temperature,
     forward_kl_loss,
     generalized_js_loss,
+    mean_of_teachers,
     reverse_kl_loss,
     sampled_forward_kl_loss,
     sampled_reverse_kl_loss,
     sequence_reverse_kl_loss,
     top_k_distributions,
+    with_hard_labels,
 )
 from rlhf_jax.losses.moe import load_balance_loss, load_violation, router_z_loss
 from rlhf_jax.losses.pair_logps import PairLogps
@@ -124,6 +127,7 @@ __all__ = [
     "apo_down_loss",
     "apo_zero_loss",
     "apply_correction",
+    "at_temperature",
     "bco_loss",
     "bco_pair_loss",
     "bradley_terry_loss",
@@ -163,6 +167,7 @@ __all__ = [
     "load_balance_loss",
     "load_violation",
     "masked_importance_weights",
+    "mean_of_teachers",
     "mixed_loss",
     "mtp_loss",
     "mtp_masks",
@@ -205,6 +210,7 @@ __all__ = [
     "vespo_surrogate",
     "weighted_sum",
     "with_divergence",
+    "with_hard_labels",
     "with_nll",
     "wpo_weight",
     "xpo_loss",

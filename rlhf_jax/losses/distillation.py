@@ -11,16 +11,23 @@ Shared arguments, beside those of each function:
 
 The forms of the literature, by composition: over the whole vocabulary, pass [B, T, V]; over the top k, pass
 what `top_k_distributions` returns; on sampled tokens and whole sequences, the functions on [B, T] below.
+At a temperature, pass what `at_temperature` returns, and mix in hard labels with `with_hard_labels`.
 Sequence-level distillation on the teacher's own outputs (Kim and Rush 2016) is `cross_entropy_loss` on them.
 """
+
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.shapes import check_shapes
-from rlhf_jax.core.types import Array, Bool, Float, Int, Metrics, Scalar
-from rlhf_jax.kernels.prepare import cleaned, cleaned_constant
+from rlhf_jax.core.types import Array, Bool, Float, Metrics, Scalar
+from rlhf_jax.kernels.prepare import cleaned, cleaned_constant, full_precision
 from rlhf_jax.losses.reductions import Reduction, token_mean
+
+Average = Literal["probabilities", "log_probabilities"]
+"""Of what several teachers' mean is taken."""
 
 
 def _pair(
@@ -119,12 +126,11 @@ def generalized_js_loss(
 
 
 def top_k_distributions(
-    student_logp: Float[Array, "B T V"],
+    student_logp: Float[Array, "B T K"],
     teacher_logp: Float[Array, "B T K"],
-    token_ids: Int[Array, "B T K"],
     mask: Bool[Array, "B T"],
 ) -> tuple[Float[Array, "B T K+1"], Float[Array, "B T K+1"]]:
-    """Student and teacher on K tokens and one more outcome, "any other token".
+    """Student and teacher on K tokens and one more outcome, the tail: "any other token".
 
         (p(v_1), ..., p(v_K), 1 - sum_k p(v_k))
 
@@ -132,22 +138,20 @@ def top_k_distributions(
     bound of the one over the vocabulary, and is 0 only where the two agree on the K tokens.
 
     Args:
-      teacher_logp: the teacher's log-probabilities of its K likeliest tokens, *not* renormalized.
-      token_ids: which tokens those are, distinct.
+      student_logp: log-probabilities of K distinct tokens, *not* renormalized.
+      teacher_logp: the teacher's of the same tokens, usually its K likeliest.
     """
-    student_logp, teacher_logp, token_ids, mask = check_shapes(
+    student_logp, teacher_logp, mask = check_shapes(
         "top_k_distributions",
-        student_logp=(student_logp, "B T V"),
+        student_logp=(student_logp, "B T K"),
         teacher_logp=(teacher_logp, "B T K"),
-        token_ids=(token_ids, "B T K"),
         mask=(mask, "B T"),
     )
-    student_top = jnp.take_along_axis(student_logp, jnp.where(mask[..., None], token_ids, 0), axis=-1)
-    student, teacher = _pair(student_top, teacher_logp, mask)
-    return _with_rest(student), _with_rest(teacher)
+    student, teacher = _pair(student_logp, teacher_logp, mask)
+    return _with_tail(student), _with_tail(teacher)
 
 
-def _with_rest(logp: Float[Array, "B T K"]) -> Float[Array, "B T K+1"]:
+def _with_tail(logp: Float[Array, "B T K"]) -> Float[Array, "B T K+1"]:
     total = jax.scipy.special.logsumexp(logp, axis=-1, keepdims=True)
     # Rounding may sum the K to 1 or more; the rest then has the least mass that tells the total from 1.
     total = jnp.minimum(total, -jnp.finfo(logp.dtype).eps)
@@ -241,3 +245,79 @@ def sequence_reverse_kl_loss(
     to_go = jnp.cumsum(log_ratio[:, ::-1], axis=1)[:, ::-1]
     surrogate = to_go * (student - jax.lax.stop_gradient(student))
     return _reduced(log_ratio + surrogate, mask, reduce, denominator)
+
+
+# Temperature and hard labels -------------------------------------------------------------------------
+
+
+def at_temperature(
+    logp: Float[Array, "B T V"], mask: Bool[Array, "B T"], *, temperature: Scalar
+) -> Float[Array, "B T V"]:
+    """Softmax with temperature (Hinton et al. 2015, eq. 1): log softmax(z / T) from log softmax(z).
+
+    The logits are known but for a constant, which the softmax takes away. Over the whole vocabulary only:
+    what is left out of a top k has no temperature of its own.
+
+    Args:
+      logp: log-probabilities at temperature 1.
+      temperature: T > 0; may be traced.
+    """
+    return jax.nn.log_softmax(cleaned(logp, mask) / temperature, axis=-1)
+
+
+def mean_of_teachers(
+    teacher_logp: Float[Array, "N B T *V"],
+    *,
+    weights: Float[Array, " N"] | None = None,
+    average: Average = "probabilities",
+) -> Float[Array, "B T *V"]:
+    """Ensemble of N teachers: the weighted mean of their probabilities, or of their log-probabilities.
+
+        log sum_n w_n p_n(v)    or    log softmax_v(sum_n w_n log p_n(v))
+
+    Args:
+      teacher_logp: over the whole vocabulary; of sampled tokens alone, only probabilities can be averaged.
+      weights: of the teachers, normalized here; None for equal ones.
+
+    Raises:
+      UserError: log-probabilities of sampled tokens alone.
+    """
+    count = teacher_logp.shape[0]
+    weights = jnp.ones(count) if weights is None else jnp.asarray(weights)
+    weights = (weights / jnp.sum(weights)).reshape(count, *(1,) * (teacher_logp.ndim - 1))
+    if average == "probabilities":
+        return jax.nn.logsumexp(full_precision(teacher_logp), axis=0, b=weights)
+    if teacher_logp.ndim < 4:
+        raise UserError(
+            "mean_of_teachers: a mean of log-probabilities needs the whole vocabulary: average probabilities"
+        )
+    return jax.nn.log_softmax(jnp.sum(weights * full_precision(teacher_logp), axis=0), axis=-1)
+
+
+def with_hard_labels(
+    soft_loss: Float[Array, ""],
+    token_logp: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    temperature: Scalar = 1.0,
+    hard_label_weight: Scalar = 0.0,
+    reduce: Reduction = token_mean,
+    denominator: Scalar | None = None,
+) -> tuple[Float[Array, ""], Metrics]:
+    """Knowledge distillation objective (Hinton et al. 2015, sec. 2): soft and hard labels, averaged.
+
+        (1 - w) T^2 D(p_T, p_S at temperature T) + w CE(labels, p_S at temperature 1)
+
+    Gradients of the soft part shrink as 1 / T^2; the factor keeps both parts' shares when T changes.
+
+    Args:
+      soft_loss: D, reduced as the hard part is.
+      token_logp: the student's log-probability of each label, in nats, at temperature 1.
+      temperature: T, at which `soft_loss` was computed.
+      hard_label_weight: w in [0, 1]; at 0 the labels count for nothing.
+    """
+    token_logp, mask = check_shapes("with_hard_labels", token_logp=(token_logp, "B T"), mask=(mask, "B T"))
+    hard_loss = reduce(-cleaned(token_logp, mask), mask, denominator=denominator)
+    loss = (1 - hard_label_weight) * temperature**2 * soft_loss + hard_label_weight * hard_loss
+    metrics = {"loss": loss, "soft_loss": soft_loss, "hard_loss": hard_loss}
+    return loss, jax.lax.stop_gradient(metrics)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from rlhf_jax.core.files import Path
 from rlhf_jax.metrics.headline import STAGE_NAMES
 from rlhf_jax.metrics.plots import Curve, curve_svg, thin_out
 from rlhf_jax.metrics.writers import METRICS_FILE, read_metrics
+
+MOST = sys.float_info.max
 
 Curves = Mapping[str, Sequence[Curve]]
 """Metric -> one curve a seed."""
@@ -61,7 +64,9 @@ def read_curves(folder: Path) -> dict[str, dict[str, list[Curve]]]:
             for name, value in line.items():
                 if name not in ("stage", "step", "time") and isinstance(value, int | float):
                     # A step written twice counts as written last.
-                    of_run.setdefault((stage, name), {})[step] = float(value)
+                    of_run.setdefault((stage, name), {})[step] = float(
+                        min(max(value, -MOST), MOST)
+                    )  # it may have 400 digits
         for (stage, name), values in of_run.items():
             points.setdefault(stage, {}).setdefault(name, []).append(values)
     known = [stage for stage in STAGE_NAMES if stage in points]

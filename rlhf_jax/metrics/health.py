@@ -14,7 +14,16 @@ from typing import Any
 HEALTH = "health/"
 """Before the name of a check in the metrics: 1 at each step at which it fails."""
 
-_WATCHED = ("frac_reward_zero_std", "kl", "entropy", "length", "sampling_logp_diff", "clip_fraction")
+_WATCHED = (
+    "frac_reward_zero_std",
+    "kl",
+    "entropy",
+    "length",
+    "sampling_logp_diff",
+    "clip_fraction",
+    "reward_outliers",
+    "unscorable_share",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +111,17 @@ def clipped_ratios(recent: Means, first: Means, limits: Thresholds) -> str | Non
     return f"{share:.0%} of the tokens have a clipped ratio" if share > limits.clip_fraction else None
 
 
+def reward_outliers(recent: Means, first: Means, limits: Thresholds) -> str | None:
+    """Rewards so far from all others that they were cut."""
+    share = recent.get("reward_outliers", 0.0)
+    return f"{share:.2%} of the rewards are far from all seen before, and were cut" if share > 0 else None
+
+
+def unscored_answers(recent: Means, first: Means, limits: Thresholds) -> str | None:
+    """No reward says anything of any answer, so that nothing is learned."""
+    return "no answer had a reward" if recent.get("unscorable_share", 0.0) >= 1 else None
+
+
 @dataclasses.dataclass(frozen=True)
 class HealthCheck:
     """One known failure.
@@ -159,6 +179,19 @@ HEALTH_CHECKS = (
         "clipped ratios",
         "lower the learning rate, num_iterations or num_minibatches, or widen epsilon_low and epsilon_high",
         clipped_ratios,
+    ),
+    HealthCheck(
+        "reward_outliers",
+        "reward outliers",
+        "look at what the reward function gives for the answers in the samples, and bound it",
+        reward_outliers,
+    ),
+    HealthCheck(
+        "unscored_answers",
+        "answers without a reward",
+        "see why the reward function returns None for every row (is it a field of the rows that it cannot "
+        "read?), or why no server answers",
+        unscored_answers,
     ),
 )
 

@@ -136,7 +136,10 @@ def _table_view(
                 "base": 100 * base if math.isfinite(base) and row is not base_row(table) else None,
                 "seeds": [100 * seed for seed in seeds] if len(seeds) > 1 else [],
                 "cells": [
-                    *((title, _or_dash(x, "{:.1%}".format), 100 * x) for title, x in row.shares.items()),
+                    *(
+                        (title, _or_dash(100 * x, "{:.1f} %".format), 100 * x)
+                        for title, x in row.shares.items()
+                    ),
                     ("KL, nats", _or_dash(row.kl, "{:.2f}".format), share(row, "kl")),
                     ("Length, tokens", _or_dash(row.length, "{:.1f}".format), share(row, "length")),
                     ("Wall time", _or_dash(row.seconds, format_seconds), share(row, "seconds")),

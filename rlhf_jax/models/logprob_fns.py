@@ -13,17 +13,19 @@ from jaxtyping import Shaped
 
 from rlhf_jax.core.masks import last_unmasked_index
 from rlhf_jax.core.protocols import (
+    CandidateFn,
     DistributionFn,
     GreedyMatchFn,
     HiddenFn,
     LogitsFn,
     LogprobFn,
     RewardFn,
+    TopKFn,
     ValueFn,
 )
 from rlhf_jax.core.trees import merge
 from rlhf_jax.core.types import Array, Bool, Float, Int, Params, Scalar, Sequences, TokenLogprobs
-from rlhf_jax.kernels.logprobs import token_logprobs
+from rlhf_jax.kernels.logprobs import candidate_logprobs, token_logprobs, top_k_logprobs
 from rlhf_jax.models import decoder as decoders
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.heads import apply_scalar_head
@@ -101,6 +103,32 @@ def distribution_from_logits_fn(logits_fn: LogitsFn, *, temperature: Scalar = 1.
     return logp
 
 
+def top_k_from_logits_fn(logits_fn: LogitsFn, k: int) -> TopKFn:
+    """`make_top_k_fn` of any model that gives logits."""
+    distribution_fn = distribution_from_logits_fn(logits_fn)
+
+    def top_k(params: Params, sequences: Sequences, temperature: Scalar = 1.0) -> tuple[Array, Array]:
+        logp = jax.nn.log_softmax(distribution_fn(params, sequences) / temperature, axis=-1)
+        return jax.lax.stop_gradient(jax.lax.top_k(logp, k))
+
+    return top_k
+
+
+def candidates_from_logits_fn(logits_fn: LogitsFn) -> CandidateFn:
+    """`make_candidate_fn` of any model that gives logits."""
+    distribution_fn = distribution_from_logits_fn(logits_fn)
+
+    def candidates(
+        params: Params, sequences: Sequences, token_ids: Int[Array, "B T K"], temperature: Scalar = 1.0
+    ) -> tuple[Array, Array]:
+        logp = distribution_fn(params, sequences)
+        tempered = jax.nn.log_softmax(logp / temperature, axis=-1)
+        taken = jnp.take_along_axis(logp, sequences.tokens[..., None], axis=-1)[..., 0]
+        return jnp.take_along_axis(tempered, token_ids, axis=-1), taken
+
+    return candidates
+
+
 def make_logprob_fn(config: ModelConfig, *, temperature: Scalar = 1.0, chunk_size: int = 512) -> LogprobFn:
     """`score(params, sequences) -> TokenLogprobs` of a policy without a value head (values are 0).
 
@@ -171,6 +199,53 @@ def make_distribution_fn(config: ModelConfig, *, temperature: Scalar = 1.0) -> D
     Holds [B, T, V]; for distillation with small vocabularies.
     """
     return distribution_from_logits_fn(make_logits_fn(config), temperature=temperature)
+
+
+def make_top_k_fn(config: ModelConfig, k: int, *, chunk_size: int = 512) -> TopKFn:
+    """`top_k(params, sequences, temperature) -> (logp, ids)`, [B, T, K] each: the likeliest tokens at each
+    place, without gradient.
+
+    Args:
+      chunk_size: tokens whose logits are held at once.
+    """
+
+    def top_k(params: Params, sequences: Sequences, temperature: Scalar = 1.0) -> tuple[Array, Array]:
+        found = top_k_logprobs(
+            _hidden(config, params, sequences),
+            decoders.unembedding(config, params),
+            k,
+            temperature=temperature,
+            softcap=config.logit_softcap,
+            chunk_size=chunk_size,
+        )
+        return jax.tree.map(shift, found)
+
+    return top_k
+
+
+def make_candidate_fn(config: ModelConfig, *, chunk_size: int = 512) -> CandidateFn:
+    """`candidates(params, sequences, token_ids, temperature) -> (logp [B, T, K], token_logp [B, T])`.
+
+    Log-probs of K given tokens at each place, and of the one that stands there at temperature 1.
+
+    Args:
+      chunk_size: tokens whose logits are held at once.
+    """
+
+    def candidates(
+        params: Params, sequences: Sequences, token_ids: Int[Array, "B T K"], temperature: Scalar = 1.0
+    ) -> tuple[Array, Array]:
+        scored = candidate_logprobs(
+            _hidden(config, params, sequences),
+            decoders.unembedding(config, params),
+            *(jnp.roll(ids, -1, axis=1) for ids in (sequences.tokens, token_ids)),
+            temperature=temperature,
+            softcap=config.logit_softcap,
+            chunk_size=chunk_size,
+        )
+        return jax.tree.map(shift, scored)
+
+    return candidates
 
 
 def _score_hidden(

@@ -13,6 +13,7 @@ import numpy as np
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.files import Path as FolderPath
 from rlhf_jax.core.protocols import (
+    CandidateFn,
     DecodeFn,
     DistributionFn,
     ExtendFn,
@@ -22,6 +23,7 @@ from rlhf_jax.core.protocols import (
     LogprobFn,
     PrefillFn,
     RewardFn,
+    TopKFn,
     ValueFn,
 )
 from rlhf_jax.core.types import Array, Float, Int, Params, PRNGKeyArray, Rollout, Scalar
@@ -119,6 +121,18 @@ class Policy:
         if self.config is None:
             return self.make_logprob_fn()
         return logprob_fns.make_logprob_fn_with_auxiliaries(self.config)
+
+    def make_top_k_fn(self, k: int) -> TopKFn:
+        """The k likeliest tokens at each place, in chunks: models from `wrap` hold [B, T, V]."""
+        if self.config is None:
+            return logprob_fns.top_k_from_logits_fn(self.logits_fn, k)
+        return logprob_fns.make_top_k_fn(self.config, k)
+
+    def make_candidate_fn(self) -> CandidateFn:
+        """Log-probs of given tokens at each place, in chunks: models from `wrap` hold [B, T, V]."""
+        if self.config is None:
+            return logprob_fns.candidates_from_logits_fn(self.logits_fn)
+        return logprob_fns.make_candidate_fn(self.config)
 
     def make_value_fn(self) -> ValueFn:
         """Values of the states in which tokens are chosen, by a scalar model on this one."""
@@ -289,7 +303,16 @@ def _compiled(
 def make_policy(
     config: ModelConfig, params: Params, tokenizer: Tokenizer, *, source: Source | None = None
 ) -> Policy:
-    """A decoder of ours as a `Policy`."""
+    """A decoder of ours as a `Policy`.
+
+    Raises:
+      UserError: the tokenizer has ids that the model has no embedding for, which would be taken for the last.
+    """
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}: they are "
+            "not of one model: give the tokenizer that it was trained with"
+        )
     prefill, decode = decode_fns.make_decode_fns(config)
     return Policy(
         params=params,

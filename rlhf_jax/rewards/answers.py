@@ -28,6 +28,16 @@ _DEGREES = re.compile(r"\^?\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))|\\degree(?
 _NAMED = re.compile(r"^(?:[A-Za-z]|[a-zA-Z]\([a-zA-Z]\))\s*(?:=|\\in(?![A-Za-z]))\s*(?=[^\s=])")
 _WRAPPERS = [("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), (r"\boxed{", "}")]
 _GROUPED = re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])")
+_WORD_BETWEEN = re.compile(r"\s+(?:or|and)\s+")
+_SPELLINGS = [
+    (r"\geq", r"\ge"),
+    (r"\leq", r"\le"),
+    (r"\neq", r"\ne"),
+    ("\N{MINUS SIGN}", "-"),
+    (r"\cdot", "*"),
+]
+MAX_SPELLED = 200
+"""Characters of a text whose spelling is compared before it is read."""
 _DOLLAR: Unit = (Fraction(1), (("money in dollars", 1),))
 
 
@@ -57,7 +67,29 @@ def answers_equal(answer: str, reference: str) -> bool:
     Raises:
       TooLarge: one of them is beyond the limits on size.
     """
+    if max(len(answer), len(reference)) <= MAX_SPELLED and spelled(answer) == spelled(reference):
+        return True
     return _equal(read_answer(answer), read_answer(reference))
+
+
+def spelled(text: str) -> str:
+    """A text without what only its typesetting differs by: spaces, sizes of brackets, names of signs."""
+    text = _without_wrapping(text.strip())
+    text = re.sub(r"\\(?:left|right|displaystyle|limits|[,;:! ])", " ", text)
+    text = _WORD_BETWEEN.sub(", ", text)
+    for long, short in _SPELLINGS:
+        text = text.replace(long, short)
+    text = re.sub(r"\\([dt])frac", r"\\frac", text)
+    text = re.sub(r"(?<![A-Za-z])([A-Za-z])\^\{1/2\}", r"\\sqrt{\1}", text)
+    text = re.sub(r"(\\(?:ln|log|exp|sin|cos|tan))\s*\(([A-Za-z0-9])\)", r"\1 \2", text)
+    text = re.sub(r"(\\sqrt|\^|_)\s*\{?([A-Za-z0-9])\}?", r"\1{\2}", text)
+    text = re.sub(r"(?<![0-9])([0-9]{1,3})((?: [0-9]{3})+)(?![0-9])", lambda m: m[0].replace(" ", ""), text)
+    text = re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", text)  # 1 2 is not 12
+    return ",".join(sorted(text.split(","))) if _is_bare_list(text) else text
+
+
+def _is_bare_list(text: str) -> bool:
+    return "," in text and not re.search(r"[()\[\]{}]", text)
 
 
 def read_answer(text: str, depth: int = 0) -> Answer:

@@ -17,8 +17,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from rlhf_jax.core.errors import UserError, error_place, error_summary, shortened
+from rlhf_jax.core.errors import UserError, error_place, error_summary, shown
 from rlhf_jax.core.importing import load_function
+
+REWARD_LIMIT = 1e15
+"""No reward is larger: sums of squares of rewards, in float32, must stay finite and keep the others' bits."""
 
 RewardFn: TypeAlias = Callable[..., Any]
 
@@ -95,11 +98,11 @@ def score_rows(
     _check_arguments(reward_fn, lists)
     try:
         returned = reward_fn(*texts, **lists)
-    except UserError:
+    except (UserError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:  # SystemExit of a reward would end the run in silence
         row = _first_failing_row(reward_fn, *texts, lists)
-        at = "" if row is None else f" on {_row_name(row, where)}, completion {_shown(texts[1][row])}"
+        at = "" if row is None else f" on {_row_name(row, where)}, completion {shown(texts[1][row])}"
         raise UserError(
             f"reward function {_name(reward_fn)} raised {error_summary(error)}{error_place(error)}{at}: "
             "mend the function"
@@ -131,20 +134,20 @@ def _check_arguments(reward_fn: RewardFn, fields: Mapping[str, Any]) -> None:
 
 def _checked(name: str, returned: Any, completions: list[str], where: Sequence[str] | None) -> np.ndarray:
     """The returned value as [B] float32."""
-    expected = f"expected {len(completions)} finite numbers, one for each completion"
+    expected = f"expected {len(completions)} finite numbers below {REWARD_LIMIT:g}, one for each completion"
     try:
         rewards = np.asarray(returned, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"reward function {name} returned {_shown(returned)}: {expected}") from error
+    except (TypeError, ValueError, OverflowError) as error:  # OverflowError: a whole number of 400 digits
+        raise UserError(f"reward function {name} returned {shown(returned)}: {expected}") from error
     if rewards.shape != (len(completions),):
-        shown = f"{_shown(returned)}, of shape {rewards.shape}"
-        raise UserError(f"reward function {name} returned {shown}: {expected}")
-    is_bad = ~(np.abs(rewards) <= np.finfo(np.float32).max)  # NaN, infinity, and what float32 cannot hold
+        text = f"{shown(returned)}, of shape {rewards.shape}"
+        raise UserError(f"reward function {name} returned {text}: {expected}")
+    is_bad = ~(np.abs(rewards) <= REWARD_LIMIT)  # NaN and infinity, too
     if is_bad.any():
         row = int(np.argmax(is_bad))
         raise UserError(
             f"reward function {name} returned {rewards[row]} for {_row_name(row, where)}, "
-            f"completion {_shown(completions[row])}: {expected}"
+            f"completion {shown(completions[row])}: {expected}"
         )
     return rewards.astype(np.float32)
 
@@ -156,7 +159,9 @@ def _first_failing_row(
     for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         try:
             reward_fn([prompt], [completion], **{name: [values[row]] for name, values in fields.items()})
-        except Exception:
+        except KeyboardInterrupt:
+            raise
+        except BaseException:
             return row
     return None
 
@@ -170,8 +175,3 @@ def _name(function: RewardFn) -> str:
 
 def _row_name(row: int, where: Sequence[str] | None) -> str:
     return f"row {row}" if where is None else f"row {row} ({where[row]})"
-
-
-def _shown(value: Any) -> str:
-    """A value in one short line, whatever it is."""
-    return shortened(repr(value[:100] if isinstance(value, str) else value))

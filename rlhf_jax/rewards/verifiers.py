@@ -21,6 +21,11 @@ MATH_VERIFY_SECONDS = 1.0
 MATH_VERIFY_CHARACTERS = 4096
 
 
+def is_reference(value: object) -> bool:
+    """Whether a row's field is an answer that completions can be compared with: a text or a number."""
+    return isinstance(value, str | int | float) and not isinstance(value, bool) and value == value
+
+
 def exact_answer(completion: str, answer: str | int, *, finished: bool = True) -> bool:
     """Whether a completion ends with the line `#### {answer}`, to the letter.
 
@@ -80,19 +85,27 @@ def exact_answer_reward(
     answer: Sequence[str | int],
     finished: Sequence[bool] | None = None,
     **_: object,
-) -> list[float]:
+) -> list[float | None]:
     """1 where `exact_answer` holds, else 0, for rows with a field `answer` (the embedded task)."""
     ended = finished if finished is not None else [True] * len(completions)
     rows = zip(completions, answer, ended, strict=True)
-    return [float(exact_answer(text, expected, finished=bool(end))) for text, expected, end in rows]
+    return [
+        float(exact_answer(text, expected, finished=bool(end))) if is_reference(expected) else None
+        for text, expected, end in rows
+    ]
 
 
 def gsm8k_reward(
     prompts: Sequence[str], completions: Sequence[str], *, answer: Sequence[str | int | float], **_: object
-) -> list[float]:
+) -> list[float | None]:
     """1 where `gsm8k_answer` holds, else 0, for rows with a field `answer` (GSM8K's worked solutions)."""
     pairs = zip(completions, answer, strict=True)
-    return [float(gsm8k_answer(text, reference)) for text, reference in pairs]
+    return [
+        float(gsm8k_answer(text, reference))
+        if is_reference(reference) and final_number(str(reference)) is not None
+        else None
+        for text, reference in pairs
+    ]
 
 
 def symbolic_reward(
@@ -120,7 +133,10 @@ def _symbolic(
     completions: Sequence[str], answers: Sequence[str | int | float], rule: Rule
 ) -> list[float | None]:
     pairs = zip(completions, answers, strict=True)
-    verdicts = [symbolic_answer(text, reference, rule=rule) for text, reference in pairs]
+    verdicts = [
+        symbolic_answer(text, reference, rule=rule) if is_reference(reference) else None
+        for text, reference in pairs
+    ]
     return [None if verdict is None else float(verdict) for verdict in verdicts]
 
 
@@ -136,7 +152,10 @@ def math_verify_reward(
       UserError: the package is not installed.
     """
     tasks = [
-        [text[-MATH_VERIFY_CHARACTERS:], reference_answer(reference) or ""]
+        [
+            text[-MATH_VERIFY_CHARACTERS:],
+            (reference_answer(reference) if is_reference(reference) else None) or "",
+        ]
         for text, reference in zip(completions, answer, strict=True)
     ]
     outcomes = _math_verify_worker().run(tasks)

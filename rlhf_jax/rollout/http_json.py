@@ -11,7 +11,7 @@ import urllib.parse
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.errors import UserError, shortened
 
 MOST_BYTES = 1 << 28
 """Of an answer."""
@@ -63,12 +63,12 @@ def post_json(path: str, body: Mapping[str, Any], options: HTTPOptions) -> Any:
             status, answer = _exchange(url, data, options)
             if status == 200:
                 return json.loads(answer) if answer.strip() else None
-            problem = f"status {status}: {answer[:500].decode(errors='replace').strip()}"
+            problem = f"status {status}: {' '.join(answer[:500].decode(errors='replace').split())}"
             if status < 500 and status not in (408, 429):
                 raise UserError(f"{url}: the server refuses ({problem}): mend the request or the address")
         # No connection, time-out, torn or malformed answer, one nested too deep.
         except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
-            problem = str(error) or type(error).__name__
+            problem = shortened(" ".join(str(error).split())) or type(error).__name__
         if attempt < options.retries:
             time.sleep(options.backoff * 2**attempt)
     raise NoAnswer(f"{url}: no answer in {options.retries + 1} attempts ({problem}): is the server up?")

@@ -49,7 +49,7 @@ class RolloutReward:
     """`reward(rollout, prompts) -> [B]`, the weighted sum of its terms.
 
     Attributes:
-      terms: rewards of whole completions.
+      terms: rewards of whole completions; without any, no row can be scored.
       tokenizer: what completions are read with.
       texts_fn: (tokenizer, rollout) -> the completions.
       fields_fn: (tokenizer, rollout) -> what reward functions are given beside the fields of the rows.
@@ -61,14 +61,14 @@ class RolloutReward:
     fields_fn: Callable[[Tokenizer, Rollout], Mapping[str, list[Any]]] = lambda *_: {}
 
     def __call__(self, rollout: Rollout, prompts: Sequence[PromptExample]) -> np.ndarray:
-        """The rewards alone."""
-        return self.score(rollout, prompts).rewards
+        """The rewards alone; NaN without terms."""
+        return self.score(rollout, prompts).rewards if self.terms else np.full(len(prompts), np.nan)
 
     def score(self, rollout: Rollout, prompts: Sequence[PromptExample]) -> Scored:
         """The rewards, which rows some term could not score, and what each term says."""
         completions = self.texts_fn(self.tokenizer, rollout)
         prompts = _with_fields(prompts, self.fields_fn(self.tokenizer, rollout))
-        rewards, unscorable = np.zeros(len(prompts), np.float32), np.zeros(len(prompts), bool)
+        rewards, unscorable = np.zeros(len(prompts), np.float32), np.full(len(prompts), not self.terms)
         terms: dict[str, np.ndarray] = {}
         for term in self.terms:
             rows = term.rows(prompts)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -238,7 +239,7 @@ class Evaluation:
     """What held-out prompts say of a policy.
 
     Attributes:
-      score: mean reward of the most likely completions.
+      score: mean reward of the most likely completions; NaN where nothing says what they are worth.
       sampled_score: mean reward of completions sampled at temperature 1.
       kl: KL(policy || reference) in nats per completion, estimated from the sampled ones.
       length: mean tokens of the most likely completions.
@@ -258,10 +259,10 @@ class Evaluation:
     described: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def metrics(self) -> dict[str, float]:
-        """The numbers, for the log."""
+        """The numbers, for the log; without scores where there are none."""
+        scores = {"score": self.score, "sampled_score": self.sampled_score}
         return {
-            "score": self.score,
-            "sampled_score": self.sampled_score,
+            **({} if math.isnan(self.score) else scores),
             "kl": self.kl,
             "length": self.length,
             "finished": self.finished,

@@ -1,6 +1,7 @@
 """Answers to a few prompts, kept for people to read."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ class Sample:
       prompt: the user's last message.
       answer: the field `answer` of its row; None where there is none.
       text: what the policy says.
-      reward: what that is worth.
+      reward: what that is worth; NaN where nothing says so.
     """
 
     prompt: str
@@ -31,6 +32,8 @@ class Sample:
 
     def completion(self) -> dict[str, Any]:
         """As `samples.json` has it; right or wrong only where the reward is a verdict, 1 or 0."""
+        if math.isnan(self.reward):
+            return {"text": self.text}
         verdict = {"correct": self.reward == 1} if self.reward in (0, 1) else {}
         return {"text": self.text, "reward": self.reward, **verdict}
 

@@ -10,6 +10,7 @@ import tyro
 
 from rlhf_jax import distributed
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.ranges import Length, Positive, Width
 from rlhf_jax.core.train_state import (
     OptimizerConfig,
     TrainState,
@@ -63,12 +64,12 @@ class AdapterOptions:
     """
 
     kind: Annotated[Kind, tyro.conf.arg(metavar="KIND")] = "none"
-    rank: int = 8
-    alpha: float = 16.0
+    rank: Width = 8
+    alpha: Positive = 16.0
     targets: str = ""
     train: str = ""
-    length: int = 16
-    width: int = 16
+    length: Length = 16
+    width: Width = 16
     quantize: Literal["none", "int8", "int4", "nf4", "fp8"] = "none"
     preserve_sparsity: bool = False
 

@@ -23,6 +23,7 @@ import tyro
 from rlhf_jax.checkpoint import CheckpointManager, restore_params
 from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.ranges import Count, LearningRate, PositiveInt, Width
 from rlhf_jax.core.types import Metrics, Params
 from rlhf_jax.distributed.runtime import compiler_options
 from rlhf_jax.evaluation.ratings import bradley_terry_ratings
@@ -66,18 +67,18 @@ class Options:
         Path("runs/alphazero"), steps=120, save_every=20, max_to_keep=100
     )
     game: str = "tic-tac-toe"
-    games: int = 128
-    plies: int = 0
-    opening: int = 4
-    num_simulations: int = 32
-    max_num_considered_actions: int = 16
-    widths: tuple[int, ...] = (128, 128)
-    num_epochs: int = 2
-    num_minibatches: int = 4
-    learning_rate: float = 2e-3
-    play_simulations: int = 32
-    openings: int = 16
-    opening_plies: int = 2
+    games: PositiveInt = 128
+    plies: Count = 0
+    opening: Count = 4
+    num_simulations: PositiveInt = 32
+    max_num_considered_actions: PositiveInt = 16
+    widths: tuple[Width, ...] = (128, 128)
+    num_epochs: PositiveInt = 2
+    num_minibatches: PositiveInt = 4
+    learning_rate: LearningRate = 2e-3
+    play_simulations: PositiveInt = 32
+    openings: PositiveInt = 16
+    opening_plies: Count = 2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,6 @@ from rlhf_jax.core.files import releasing_locks
 from rlhf_jax.data.examples import prompt_examples
 from rlhf_jax.data.sources import as_rows
 from rlhf_jax.models import Policy, ScalarModel
-from rlhf_jax.rewards.functions import no_reward
 from rlhf_jax.rollout.rewards import make_reward_fn
 from rlhf_jax.rollout.sampler import Evaluation, make_evaluate_fn
 from rlhf_jax.stages import (
@@ -221,7 +220,7 @@ def rounds(
 
 def distill(
     policy: Policy,
-    teacher: Policy,
+    teacher: Policy | Sequence[Policy] | None,
     rows: Rows,
     *,
     rewards: Sequence[Any] = (),
@@ -229,15 +228,17 @@ def distill(
     out: Any = None,
     **settings: Any,
 ) -> Trained:
-    """Distillation of a teacher into a policy, off and on policy (GKD).
+    """Distillation of a teacher into a policy, off and on policy (GKD), or of the policy into itself (SDFT).
 
     Args:
-      rows: prompts.
-      rewards: what answers are worth, which is only looked at.
+      teacher: of the policy's vocabulary, or several; None for the policy itself, with
+        `self_teacher="ema"` (or current, initial) and `teacher_context="FIELD"`.
+      rows: prompts, with that field.
+      rewards: what answers are worth, which is only looked at; none for answers without a score.
       settings: as of `sft`, with the options of `rlhf distill`.
     """
     objects = {"policy": policy, "teacher": teacher, "rows": rows, "eval_rows": eval_rows}
-    return _run(distilling, out, settings, **objects, rewards=rewards or [no_reward])
+    return _run(distilling, out, settings, **objects, rewards=rewards)
 
 
 def evaluate(

@@ -26,6 +26,7 @@ import tyro
 
 from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.ranges import PositiveInt, Seed
 from rlhf_jax.data.pipeline import fingerprint
 from rlhf_jax.evaluation.benchmarks import (
     choose_shots,
@@ -65,8 +66,8 @@ class Options:
 
     model: str
     out: Path
-    batch_size: int = 16
-    seed: int = 0
+    batch_size: PositiveInt = 16
+    seed: Seed = 0
     against: str = ""
     resume: bool = False
     quiet: bool = False
@@ -86,7 +87,8 @@ def run_choices(
     parts = [items.choice_requests(task, model, q, s) for q, s in zip(questions, shots, strict=True)]
     owners = [(item, place) for item, (requests, _) in enumerate(parts) for place in range(len(requests))]
     requests = [request for several, _ in parts for request in several]
-    check_same_data(options.out, [request.ids for request in requests])
+    ids = [np.asarray(request.ids, np.int32) for request in requests]
+    check_data(options, fingerprint(ids, [question.answer for question in questions]))
     found: list[dict[int, Likelihood]] = [{} for _ in questions]
     score = jax.jit(make_continuation_fn(model.make_greedy_match_fn()))
 
@@ -134,7 +136,8 @@ def run_answers(
     verify = load_reward(task.reward or items.default_reward(task.data))
     shots = [choose_shots(pool, problem, task.shots) for problem in problems]
     prompts = [items.prompt_ids(task, model, p, s) for p, s in zip(problems, shots, strict=True)]
-    check_same_data(options.out, prompts)
+    ids = [np.asarray(prompt, np.int32) for prompt in prompts]
+    check_data(options, fingerprint(ids, [problem.fields for problem in problems]))
     answer = make_answer_texts_fn(
         model, max_new_tokens=task.max_new_tokens, stop=task.stop, batch_size=options.batch_size
     )
@@ -171,31 +174,15 @@ def run_answers(
 # The run -------------------------------------------------------------------------------------------
 
 
-def check_same_data(folder: Path, ids: Sequence[Any]) -> None:
-    """Notes what is scored, token by token.
-
-    Raises:
-      UserError: the benchmark in the folder scored something else.
-    """
-    path, found = folder / "data.json", fingerprint(np.asarray(each, np.int32) for each in ids)
-    if files.exists(folder / RESULTS):
-        held = files.read_json(
-            path, keys=("fingerprint",), remedy=f"remove {folder}, or choose another --out"
-        )
-        if held["fingerprint"] != found:
-            raise UserError(
-                f"{folder}: its items or prompts are not those of --data now: choose another --out"
-            )
-    files.write_json(path, {"fingerprint": found, "rows": len(ids)})
+def check_data(options: Options, found: str) -> None:
+    """Raises: UserError where the folder's benchmark scored other items."""
+    option_checks.check_same_data(options.out, found, begun=files.exists(options.out / RESULTS))
 
 
 def check(options: Options) -> None:
     """Raises: UserError where the options make no sense, or the folder holds another benchmark."""
     task = options.task
-    least = {"batch_size": 1, "shots": -1 if isinstance(task, items.Harness) else 0, "count": 0, "limit": 0}
-    for name, value in {**vars(options), **vars(task)}.items():
-        if name in least and value < least[name]:
-            raise UserError(f"--{name.replace('_', '-')} {value} is too low: give at least {least[name]}")
+    option_checks.check_numbers(options)
     if not any(files.exists(options.out / name) for name in (RESULTS, SUMMARY)):
         return
     if not options.resume:

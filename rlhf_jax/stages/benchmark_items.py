@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from rlhf_jax.core.ranges import Count, Length, Range
 from rlhf_jax.data.chat import encode_prompt
 from rlhf_jax.data.examples import SupervisedExample, labeled_examples
 from rlhf_jax.data.sources import Row
@@ -45,10 +46,10 @@ class Choices:
 
     data: str
     form: Form = "letters"
-    shots: int = 0
+    shots: Count = 0
     shots_data: str = ""
     chat: bool = False
-    count: int = 0
+    count: Count = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,11 +70,11 @@ class Generate:
 
     data: str
     reward: str = ""
-    shots: int = 0
+    shots: Count = 0
     shots_data: str = ""
     chat: bool = False
-    count: int = 0
-    max_new_tokens: int = 256
+    count: Count = 0
+    max_new_tokens: Length = 256
     stop: tuple[str, ...] = (QUESTION.strip(),)
 
 
@@ -91,11 +92,11 @@ class Harness:
     """
 
     tasks: tuple[str, ...]
-    shots: int = -1
-    limit: int = 0
+    shots: Annotated[int, Range(-1)] = -1
+    limit: Count = 0
     include: str = ""
     chat: bool = False
-    max_length: int = 2048
+    max_length: Length = 2048
 
 
 Task = (

@@ -23,6 +23,7 @@ import tyro
 
 from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.ranges import Count, PositiveInt, Seed, Share, ShareBelow1
 from rlhf_jax.data.cleaning import rules as cleaning
 from rlhf_jax.data.cleaning.rules import Dropped, Limits, Outcome, RowText
 from rlhf_jax.data.pairs import solution_rows
@@ -64,14 +65,14 @@ class Options:
     solutions: tuple[str, ...] = ()
     benchmarks: tuple[str, ...] = ()
     limits: tyro.conf.OmitArgPrefixes[Limits] = Limits()
-    jaccard_threshold: float = 0.8
-    ngram_size: int = 3
+    jaccard_threshold: Share = 0.8
+    ngram_size: PositiveInt = 3
     duplicates_by: cleaning.Part = "all"
-    decontamination_ngram: int = 8
-    overlap_share: float = 0.5
-    overlap_rows: int = 0
-    examples: int = 5
-    seed: int = 0
+    decontamination_ngram: PositiveInt = 8
+    overlap_share: ShareBelow1 = 0.5
+    overlap_rows: Count = 0
+    examples: Count = 5
+    seed: Seed = 0
     quiet: bool = False
 
 

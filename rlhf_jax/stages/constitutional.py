@@ -26,9 +26,10 @@ import tyro
 from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.importing import is_import_path
+from rlhf_jax.core.ranges import Count, GreedyTemperature, LearningRate, PositiveInt, Temperature
 from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.data.examples import PromptExample
-from rlhf_jax.data.pipeline import BatchSampler
+from rlhf_jax.data.pipeline import BatchSampler, fingerprint
 from rlhf_jax.feedback.constitution import Principle, constitution_rows, read_constitution
 from rlhf_jax.feedback.judges import load_reward_file
 from rlhf_jax.feedback.revisions import Review, Turn, make_review_fn
@@ -68,13 +69,13 @@ class Options:
     model: str
     constitution: str
     prompts: tyro.conf.OmitArgPrefixes[option_groups.PromptOptions]
-    revised: int = 0
-    revisions: int = 1
-    batch_size: int = 64
-    answer_batch_size: int = 256
-    learning_rate: float | None = None
-    temperature: float = 1.0
-    review_temperature: float = 0.0
+    revised: Count = 0
+    revisions: PositiveInt = 1
+    batch_size: PositiveInt = 64
+    answer_batch_size: PositiveInt = 256
+    learning_rate: LearningRate | None = None
+    temperature: Temperature = 1.0
+    review_temperature: GreedyTemperature = 0.0
 
 
 def check(options: Options) -> None:
@@ -227,6 +228,9 @@ def run(options: Options, given: Given = NOTHING) -> None:
 
     prompts = session.load_prompts()
     chosen = choose_prompts(options, prompts)
+    asked = [np.asarray(prompt.ids) for prompt in chosen]
+    begun = files.exists(out / "revisions.jsonl")
+    option_checks.check_same_data(out, fingerprint(asked, constitution_rows(principles)), begun=begun)
     before = prompts.answer(model.params)
     found = revise(options, model, principles, chosen)
     rows = rows_of(chosen, found)

@@ -14,6 +14,7 @@ from rlhf_jax import generation, models
 from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.protocols import DecodeFn, PrefillFn
+from rlhf_jax.core.ranges import Count, Finite, GreedyTemperature, PositiveInt, Range, Share, Weight
 from rlhf_jax.core.types import Rollout
 from rlhf_jax.generation import Sampling
 from rlhf_jax.models import Policy
@@ -39,15 +40,15 @@ class Sample:
       dola: contrast the last layer with those after so many blocks, such as 0 2; none for plain logits.
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    typical_p: float = 1.0
-    repetition_penalty: float = 1.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    dola: tuple[int, ...] = ()
+    temperature: GreedyTemperature = 1.0
+    top_k: Count = 0
+    top_p: Annotated[float, Range(0, 1, above=True)] = 1.0
+    min_p: Share = 0.0
+    typical_p: Annotated[float, Range(0, 1, above=True)] = 1.0
+    repetition_penalty: Annotated[float, Range(0.01, 100)] = 1.0
+    frequency_penalty: Annotated[float, Range(-100, 100)] = 0.0
+    presence_penalty: Annotated[float, Range(-100, 100)] = 0.0
+    dola: tuple[Count, ...] = ()
 
     def sampling(self) -> Sampling:
         """The rules that differ from doing nothing."""
@@ -69,10 +70,10 @@ class Beam:
       early_stopping: stop once so many answers are complete as there are beams.
     """
 
-    beams: int = 4
-    groups: int = 1
-    diversity_penalty: float = 0.0
-    length_penalty: float = 1.0
+    beams: PositiveInt = 4
+    groups: PositiveInt = 1
+    diversity_penalty: Weight = 0.0
+    length_penalty: Finite = 1.0
     early_stopping: bool = False
 
 
@@ -85,8 +86,8 @@ class Contrastive:
       alpha: weight of the likeness; 0 is greedy.
     """
 
-    top_k: int = 4
-    alpha: float = 0.6
+    top_k: PositiveInt = 4
+    alpha: Share = 0.6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +102,8 @@ class Speculative:
     """
 
     draft: str = "prompt"
-    num_speculative_tokens: int = 4
-    temperature: float = 1.0
+    num_speculative_tokens: PositiveInt = 4
+    temperature: GreedyTemperature = 1.0
 
 
 Decoder = (
@@ -195,8 +196,6 @@ def make_proposer(decoder: Speculative, model: Policy) -> generation.Proposer:
     Raises:
       UserError: the draft model has another vocabulary.
     """
-    if decoder.num_speculative_tokens < 1:
-        raise UserError(f"--num-speculative-tokens {decoder.num_speculative_tokens} is below 1: raise it")
     if model.architecture.is_recurrent:
         raise UserError("speculative: a recurrent model cannot take back guesses: choose another decoder")
     if decoder.draft == "prompt":

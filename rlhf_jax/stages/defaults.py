@@ -111,15 +111,3 @@ def fill_published(options: Options, method: str, otherwise: str = "") -> Option
     values = {"learning_rate": rate, "beta": found.beta}
     missing = {name: x for name, x in values.items() if getattr(options, name, 0) is None and x is not None}
     return dataclasses.replace(options, **missing)  # pyright: ignore[reportArgumentType]
-
-
-def markdown_table() -> str:
-    """The table as the documentation has it."""
-    titles = ("method", "learning rate", "with an adapter", "beta", "others", "source")
-    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for name, found in PUBLISHED.items():
-        numbers = found.learning_rate, found.adapter_learning_rate, found.beta
-        cells = ["" if number is None else f"{number:g}" for number in numbers]
-        cells.append(", ".join(f"{key} {value:g}" for key, value in found.loss_params.items()))
-        lines.append(f"| {name} | {' | '.join(cells)} | {found.source} |")
-    return "\n".join(lines) + "\n"

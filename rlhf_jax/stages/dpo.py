@@ -26,6 +26,7 @@ from rlhf_jax.algorithms import preference, unpaired
 from rlhf_jax.algorithms.unpaired import UNPAIRED_LOSSES
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.protocols import LogprobFn
+from rlhf_jax.core.ranges import Finite, LearningRate, Positive, PositiveInt, Share, Weight
 from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.core.types import Metrics, Params, Sequences
 from rlhf_jax.data.pipeline import BatchSampler
@@ -90,21 +91,21 @@ class Options:
     pairs: tyro.conf.OmitArgPrefixes[option_groups.PairOptions]
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
     optimizer: OptimizerConfig = defaults.LINEAR
-    batch_size: int = 64
-    micro_batches: int = 1
-    learning_rate: float | None = None
+    batch_size: PositiveInt = 64
+    micro_batches: PositiveInt = 1
+    learning_rate: LearningRate | None = None
     loss: LossName = "dpo"
-    beta: float | None = None
+    beta: Positive | None = None
     loss_params: tyro.conf.OmitArgPrefixes[
         loss_options.LossParams  # pyright: ignore[reportInvalidTypeForm] (made from signatures)
     ] = loss_options.LossParams()
-    loss_weights: tuple[float, ...] = ()
+    loss_weights: tuple[Finite, ...] = ()
     f_divergence_type: loss_options.Divergence = "reverse_kl"
-    rpo_alpha: float | None = None
-    ld_alpha: float | None = None
+    rpo_alpha: Weight | None = None
+    ld_alpha: Share | None = None
     use_weighting: bool = False
-    desirable_weight: float = 1.0
-    undesirable_weight: float = 1.0
+    desirable_weight: Weight = 1.0
+    undesirable_weight: Weight = 1.0
     bco_shift: Literal["classes", "rows"] = "classes"
     reference: Literal["stored", "each_step"] = "stored"
 
@@ -136,8 +137,6 @@ def check(options: Options, loss_fn: PairLossFn | None) -> None:
         )
     if options.use_weighting and loss_fn is not None and not takes_weights(loss_fn):
         raise UserError(f"--loss {options.loss} has no weights of pairs: leave --use-weighting out")
-    if options.ld_alpha is not None and not 0 <= options.ld_alpha <= 1:
-        raise UserError(f"--ld-alpha {options.ld_alpha} is no weight: give a number from 0 to 1")
     unset = {field.name: field.default for field in dataclasses.fields(options)}
     for name, owners in ON_SINGLE_RESPONSES.items():
         if getattr(options, name) != unset[name] and (loss_fn is not None or options.loss not in owners):

@@ -32,7 +32,7 @@ class Given:
       eval_rows: held out.
       rewards: what completions are worth.
       loss: on pairs, or of a reward model on rankings.
-      teacher: to distill.
+      teacher: to distill; several, or None where the policy teaches itself.
       process_reward: a process reward model, for rewards of steps.
       ptx_rows: text that is to stay likely (PPO-ptx), as rows.
       tools: that the policy may call: functions of texts, or `tool_use.Tool`s.
@@ -46,7 +46,7 @@ class Given:
     eval_rows: Rows = None
     rewards: Sequence[Any] = ()
     loss: Callable[..., Any] | None = None
-    teacher: Policy | None = None
+    teacher: Policy | Sequence[Policy] | None = None
     process_reward: ScalarModel | None = None
     ptx_rows: Rows = None
     tools: Sequence[Any] = ()

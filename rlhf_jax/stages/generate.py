@@ -23,6 +23,7 @@ import tyro
 
 from rlhf_jax import generation
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.ranges import Length, PositiveInt, Seed
 from rlhf_jax.core.types import Rollout
 from rlhf_jax.data.chat import encode_prompt
 from rlhf_jax.data.examples import prompt_examples
@@ -32,7 +33,7 @@ from rlhf_jax.generation import Sampling, row_keys
 from rlhf_jax.models import Policy
 from rlhf_jax.rewards.verifiers import final_number
 from rlhf_jax.search import majority_vote
-from rlhf_jax.stages import decoders
+from rlhf_jax.stages import decoders, option_checks
 from rlhf_jax.stages.decoders import Beam, Contrastive, Decode, Decoder, Sample
 from rlhf_jax.training.loading import load
 
@@ -62,10 +63,10 @@ class Options:
     prompt: str = ""
     file: str = ""
     raw: bool = False
-    n: int = 1
+    n: PositiveInt = 1
     majority_vote: bool = False
-    max_new_tokens: int = 128
-    seed: int = 0
+    max_new_tokens: Length = 128
+    seed: Seed = 0
     stop: tuple[str, ...] = ()
     regex: str = ""
     json_schema: str = ""
@@ -76,13 +77,11 @@ class Options:
 
 def check(options: Options) -> None:
     """Raises: UserError where options contradict each other."""
+    option_checks.check_numbers(options)
     if options.prompt and options.file:
         raise UserError("--prompt and --file exclude each other: give one of them")
     if options.regex and options.json_schema:
         raise UserError("--regex and --json-schema exclude each other: give one of them")
-    for flag, value in (("--n", options.n), ("--max-new-tokens", options.max_new_tokens)):
-        if value < 1:
-            raise UserError(f"{flag} {value} is below 1: raise it")
     decoder = options.decoder
     if isinstance(decoder, Beam) and options.n > decoder.beams * decoder.groups:
         raise UserError(

@@ -33,7 +33,7 @@ from rlhf_jax.rollout.sampler import Evaluation, GenerateFn, RolloutFns, make_ev
 from rlhf_jax.rollout.samples import Sample, make_samples_fn
 from rlhf_jax.stages import edges, embedded, option_groups
 from rlhf_jax.stages.entry import NOTHING, Given
-from rlhf_jax.stages.reward_specs import make_reward_fn
+from rlhf_jax.stages.reward_specs import make_optional_reward_fn
 from rlhf_jax.training import Meter
 
 UNBOUNDED = 1 << 30
@@ -235,8 +235,8 @@ class Prompts:
         return len(self.train)
 
     def fingerprint(self) -> str:
-        """Changes with any token of any prompt to train on."""
-        return fingerprint(np.asarray(prompt.ids) for prompt in self.train)
+        """Changes with any token of any prompt to train on, and with any field that rewards are given."""
+        return fingerprint([np.asarray(p.ids) for p in self.train], [p.fields for p in self.train])
 
     @property
     def length(self) -> int:
@@ -254,7 +254,7 @@ def load_prompts(
     """The prompts that the options name, or that were given.
 
     What answers are worth when they are looked at is `options.eval_reward`, else the first reward; without
-    any, nothing is evaluated or shown.
+    any, they are looked at without a score.
     """
 
     def examples(spec: str, split: embedded.Split, count: int, rows: Any) -> list[PromptExample]:
@@ -270,10 +270,8 @@ def load_prompts(
         held_out = examples(spec, "heldout", options.eval_count, given.eval_rows)
         held_out = held_out[: options.eval_count]
     looked_at = [options.eval_reward] if options.eval_reward else rewards_of(options, given)[:1]
-    if not looked_at:
-        return Prompts(train, None, lambda params: [], rollout_fns)
     look: dict[str, Any] = {
-        "reward_fn": make_reward_fn(looked_at, model.tokenizer, rollout_fns),
+        "reward_fn": make_optional_reward_fn(looked_at, model.tokenizer, rollout_fns),
         "max_new_tokens": options.max_new_tokens,
         "rollout_fns": rollout_fns,
     }
@@ -357,7 +355,7 @@ def make_answer_fn(
     meter = meter or Meter()
     sampler = BatchSampler(len(prompts), batch_size, seed)
     fns, sampling = prompts.rollout_fns, Sampling(temperature=temperature)
-    reward_fn = make_reward_fn(rewards_of(options, given), model.tokenizer, fns)
+    reward_fn = make_optional_reward_fn(rewards_of(options, given), model.tokenizer, fns)
     reward_fn.check_kinds(prompts.train)
     generate = (
         fns.make_generate_fn(prompts.length, sampling)

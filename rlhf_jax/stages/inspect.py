@@ -27,6 +27,7 @@ from rich.table import Table
 from rlhf_jax import models
 from rlhf_jax.core import files
 from rlhf_jax.core.optimizers import OPTIMIZERS
+from rlhf_jax.core.ranges import Length, PositiveInt, Width
 from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
 from rlhf_jax.core.trees import named_leaves
 from rlhf_jax.models import hf
@@ -49,11 +50,11 @@ class Options:
     """
 
     model: Path
-    batch: int = 1
-    length: int = 2048
-    devices: int = 1
+    batch: PositiveInt = 1
+    length: Length = 2048
+    devices: PositiveInt = 1
     dtype: str = "bfloat16"
-    rank: int = 16
+    rank: Width = 16
     attention: Literal["blocked", "plain"] = "blocked"
     parameters: bool = True
 

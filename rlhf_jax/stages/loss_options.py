@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from rlhf_jax.algorithms import preference
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.ranges import Finite, Positive, Share, Weight
 from rlhf_jax.losses import preference_modifiers as modifiers
 from rlhf_jax.losses.pair_logps import PairLossFn, check_loss_params, loss_parameters
 from rlhf_jax.losses.preference_online import xpo_loss
@@ -38,9 +39,12 @@ def _documented(owners: dict[str, list[str]]) -> str:
     return "\n".join(["Numbers of losses beside beta.", "", "Attributes:", *lines, ""])
 
 
+_RANGES: dict[str, Any] = {"label_smoothing": Share, "nll_weight": Weight, "tau": Positive, "gamma": Weight}
+
+
 LossParams: Any = dataclasses.make_dataclass(
     "LossParams",
-    [(number, float | None, dataclasses.field(default=None)) for number in _owners()],
+    [(number, _RANGES.get(number, Finite) | None, dataclasses.field(default=None)) for number in _owners()],
     frozen=True,
     kw_only=True,
     namespace={"__doc__": _documented(_owners()), "__module__": __name__},

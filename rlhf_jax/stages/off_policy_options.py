@@ -8,6 +8,7 @@ import tyro
 
 from rlhf_jax.algorithms.grpo_variants import GRPOVariant, with_correction
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.ranges import PositiveOrInf, Range, Weight
 from rlhf_jax.losses.corrections import PRESETS, RULES
 
 CorrectionName = Annotated[
@@ -48,13 +49,13 @@ class OffPolicyOptions:
 
     importance_sampling_correction: CorrectionName = None
     rejection_rules: RuleNames = ()
-    is_clip_low: float | None = None
-    is_clip_high: float | None = None
-    rejection_low: tuple[float, ...] = ()
-    rejection_high: tuple[float, ...] = ()
-    off_policy_threshold: float | None = None
-    second_moment_threshold: float | None = None
-    top_entropy_fraction: float | None = None
+    is_clip_low: Weight | None = None
+    is_clip_high: PositiveOrInf | None = None
+    rejection_low: tuple[Weight, ...] = ()
+    rejection_high: tuple[PositiveOrInf, ...] = ()
+    off_policy_threshold: Weight | None = None
+    second_moment_threshold: Weight | None = None
+    top_entropy_fraction: Annotated[float, Range(0, 1, above=True)] | None = None
 
     @property
     def masks(self) -> dict[str, float | None]:

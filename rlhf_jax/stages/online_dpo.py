@@ -22,6 +22,7 @@ from rlhf_jax.algorithms import nash_md, preference, selection
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.masks import masked_sum
 from rlhf_jax.core.protocols import LogprobFn
+from rlhf_jax.core.ranges import LearningRate, Positive, PositiveInt, Share, Temperature
 from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.core.types import Array, Bool, Float, Metrics, Params, Rollout
 from rlhf_jax.data.pipeline import BatchSampler
@@ -91,17 +92,17 @@ class Options:
     method: Literal["dpo", "xpo", "nash_md"] = "dpo"
     loss: LossName = "dpo"
     judge: str = ""
-    batch_size: int = 128
-    micro_batches: int = 1
-    learning_rate: float | None = None
-    temperature: float = 1.0
+    batch_size: PositiveInt = 128
+    micro_batches: PositiveInt = 1
+    learning_rate: LearningRate | None = None
+    temperature: Temperature = 1.0
     engine: str = "local"
-    beta: float | None = None
+    beta: Positive | None = None
     loss_params: tyro.conf.OmitArgPrefixes[
         loss_options.LossParams  # pyright: ignore[reportInvalidTypeForm] (made from signatures)
     ] = loss_options.LossParams()
-    mixture_coef: float = 0.125
-    noise: float = 0.25
+    mixture_coef: Share = 0.125
+    noise: Positive = 0.25
 
 
 METHOD_OF = {"loss": "dpo", "mixture_coef": "nash_md", "noise": "nash_md"}
@@ -122,8 +123,6 @@ def check(options: Options) -> None:
             raise UserError(
                 f"--{name.replace('_', '-')} means nothing to --method {options.method}: leave it out"
             )
-    if not options.noise > 0:
-        raise UserError(f"--noise {options.noise} is not positive: give a number above 0")
     if options.judge and options.prompts.rewards:
         raise UserError("--judge excludes --rewards: give one; --eval-reward is for evaluation")
 

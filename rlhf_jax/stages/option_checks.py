@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.ranges import check_ranges
 from rlhf_jax.metrics import make_loggers
 from rlhf_jax.training.run_folder import read_held_run
 
@@ -28,19 +30,10 @@ WITHOUT_PREFIX = (
     "process",
     "sync",
     "off_policy",
+    "prune",
+    "limits",
+    "decoder",
 )
-
-
-_POSITIVE = """
-    --steps --num-train-epochs --max-to-keep --batch-size --micro-batches --minibatches --num-minibatches
-    --group-size --epochs --num-iterations --num-ppo-epochs --temperature
-    --max-new-tokens --demonstrations --pair-count --prompt-count --eval-count --optimizer.clip-norm
-    --arch.width --arch.layers --arch.heads --arch.kv-heads --max-seq-length
-    --rounds --prompts-per-round --samples-per-prompt --ptx-batch-size --ptx-max-length
-""".split()  # noqa: SIM905 (a list of literals would fill the screen)
-
-
-_NONE_AT_0 = ("--profile", "--peak-tflops", "--log-completions", "--num-completions-to-print")
 
 
 # They change how a run is watched, or how long it is, and nothing of what it computes until then.
@@ -90,6 +83,17 @@ def with_steps(options: Options, rows: int, batch_size: int) -> Options:
     return dataclasses.replace(options, run=run)  # pyright: ignore[reportArgumentType]
 
 
+def check_numbers(options: Any) -> None:
+    """Raises: UserError where a number is out of the range that stands with its field."""
+    check_ranges(options, _flag)
+
+
+def _flag(path: Sequence[str]) -> str:
+    """The name on the command line of a field, by its path."""
+    *groups, name = path
+    return "--" + ".".join([*(g for g in groups if g not in WITHOUT_PREFIX), name]).replace("_", "-")
+
+
 def check_divides(part_name: str, part: int, whole_name: str, whole: int) -> None:
     """Raises: UserError where `part` does not divide `whole`."""
     if part < 1 or whole % part:
@@ -102,17 +106,8 @@ def check(options: Any, run: "RunOptions", stage: str) -> None:
     Raises:
       UserError: a number out of range, or the folder holds a run that this one cannot go on with.
     """
-    ours = flags(to_json(options))
-    for name, value in ours.items():
-        if isinstance(value, float) and math.isnan(value):
-            raise UserError(f"{name} is not a number: give one")
-        if name in _POSITIVE and value is not None and value <= 0:
-            raise UserError(f"{name} {value} is not positive: give a number above 0")
-        if name in _NONE_AT_0 and float(value or 0) < 0:
-            raise UserError(f"{name} {value} is below 0: give 0 for none")
+    check_numbers(options)
     make_loggers(run.log, run.out, stage=stage)  # refuses names that are none, before anything is read
-    if not 0 <= run.seed < 2**32:
-        raise UserError(f"--seed {run.seed} is out of range: give one from 0 to {2**32 - 1}")
     check_same_options(options, read_held_run(run.out, stage, resume=run.resume), run.out)
 
 
@@ -125,6 +120,27 @@ def check_same_options(options: Any, held: Mapping[str, Any], out: Path) -> None
                 f"{out}: its run has {name} {_shown(theirs[name])}, not {_shown(ours[name])}: "
                 "give --resume the same options, or choose another --out"
             )
+
+
+def check_same_data(out: Path, fingerprint: str, *, begun: bool) -> None:
+    """Notes which data a run is of whose parts are kept as files, one by one.
+
+    Args:
+      fingerprint: as `data.pipeline.fingerprint` gives it.
+      begun: whether some of it is there already.
+
+    Raises:
+      UserError: that was made of other data.
+    """
+    path = out / "data.json"
+    if begun:
+        held = files.read_json(path, keys=("fingerprint",), remedy=f"remove {out}, or choose another --out")
+        if held["fingerprint"] != fingerprint:
+            raise UserError(
+                f"{out}: its items or prompts are not those of --data now: give --resume the same data, or "
+                "choose another --out"
+            )
+    files.write_json(path, {"fingerprint": fingerprint})
 
 
 def _shown(value: Any) -> str:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax.numpy as jnp
 
@@ -11,6 +11,19 @@ from rlhf_jax import models
 from rlhf_jax.algorithms import sft
 from rlhf_jax.algorithms.moving_reference import SyncHyper
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.ranges import (
+    Count,
+    Finite,
+    Length,
+    LengthOrZero,
+    Positive,
+    PositiveInt,
+    Range,
+    Seed,
+    Weight,
+    Width,
+    WidthOrZero,
+)
 from rlhf_jax.core.types import Scalar
 from rlhf_jax.data.examples import Overlength
 from rlhf_jax.data.tokenizers import Tokenizer
@@ -63,22 +76,22 @@ class RunOptions:
     """
 
     out: Path
-    seed: int = 0
+    seed: Seed = 0
     resume: bool = False
-    steps: int | None = None
-    num_train_epochs: float = 1.0
-    save_every: int = 100
-    eval_every: int = 0
-    max_to_keep: int = 2
+    steps: PositiveInt | None = None
+    num_train_epochs: Positive = 1.0
+    save_every: PositiveInt = 100
+    eval_every: Count = 0
+    max_to_keep: PositiveInt = 2
     quiet: bool = False
     report: bool = True
     mesh: str = ""
     all_gather_params: bool = False
     coordinator: str = ""
-    init_timeout: int = 300
-    heartbeat_timeout: int = 60
-    profile: int = 0
-    peak_tflops: float = 0.0
+    init_timeout: PositiveInt = 300
+    heartbeat_timeout: PositiveInt = 60
+    profile: Count = 0
+    peak_tflops: Weight = 0.0
     log: tuple[str, ...] = ("tensorboard",)
     dtype: DType | None = None
     param_dtype: DType | None = None
@@ -145,15 +158,15 @@ class ArchOptions:
     """
 
     kind: ModelKind = "transformer"
-    width: int = 96
-    layers: int = 2
-    heads: int = 8
-    kv_heads: int = 4
-    intermediate_size: int = 0
-    experts: int = 0
-    experts_per_token: int = 2
+    width: Width = 96
+    layers: Width = 2
+    heads: Width = 8
+    kv_heads: Width = 4
+    intermediate_size: WidthOrZero = 0
+    experts: WidthOrZero = 0
+    experts_per_token: Width = 2
     router: Literal["softmax", "sigmoid"] = "softmax"
-    mtp_depth: int = 0
+    mtp_depth: WidthOrZero = 0
     tie_word_embeddings: bool = True
     scan_layers: bool = False
     remat: models.Remat = "none"
@@ -212,10 +225,10 @@ class AuxiliaryOptions:
       router_bias_update_rate: by how much the biases of sigmoid routers move in a step.
     """
 
-    mtp_loss_coef: float = 0.3
-    router_aux_loss_coef: float = 0.01
-    router_z_loss_coef: float = 0.001
-    router_bias_update_rate: float = 0.001
+    mtp_loss_coef: Weight = 0.3
+    router_aux_loss_coef: Weight = 0.01
+    router_z_loss_coef: Weight = 0.001
+    router_bias_update_rate: Weight = 0.001
 
     def hyper(self, learning_rate: float | None) -> sft.Hyper:
         """The settings of an update."""
@@ -239,10 +252,10 @@ class PairOptions:
 
     data: str
     eval_data: str = ""
-    max_length: int = 0
+    max_length: LengthOrZero = 0
     overlength: Overlength = "error"
-    pair_count: int = 8_000
-    eval_count: int = 512
+    pair_count: PositiveInt = 8_000
+    eval_count: PositiveInt = 512
     soft_labels: bool = False
 
 
@@ -257,8 +270,8 @@ class CompletionOptions:
       num_completions_to_print: rows of such a table that are printed.
     """
 
-    log_completions: int = 20
-    num_completions_to_print: int = 3
+    log_completions: Count = 20
+    num_completions_to_print: Count = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,12 +297,12 @@ class PromptOptions:
     eval_data: str = ""
     rewards: tuple[str, ...] = ()
     eval_reward: str = ""
-    max_prompt_length: int = 0
+    max_prompt_length: LengthOrZero = 0
     overlength: Overlength = "error"
-    max_new_tokens: int = 256
-    prompt_count: int = 8_000
-    eval_count: int = 256
-    samples: int = 8
+    max_new_tokens: Length = 256
+    prompt_count: PositiveInt = 8_000
+    eval_count: PositiveInt = 256
+    samples: Count = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,7 +316,7 @@ class ProcessOptions:
     """
 
     process_reward: str = ""
-    process_reward_coef: float = 1.0
+    process_reward_coef: Finite = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,8 +330,8 @@ class SyncOptions:
         step makes the reference a moving average.
     """
 
-    ref_model_sync_steps: int = 0
-    ref_model_mixup_alpha: float = 0.6
+    ref_model_sync_steps: Count = 0
+    ref_model_mixup_alpha: Annotated[float, Range(0, 1, above=True)] = 0.6
 
     def hyper(self) -> SyncHyper:
         """The settings of an update."""
@@ -350,6 +363,6 @@ class PtxOptions:
     """
 
     ptx_data: str = ""
-    ptx_coef: float = 27.8
-    ptx_batch_size: int | None = None
-    ptx_max_length: int = 512
+    ptx_coef: Weight = 27.8
+    ptx_batch_size: PositiveInt | None = None
+    ptx_max_length: Length = 512

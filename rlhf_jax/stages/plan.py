@@ -25,12 +25,14 @@ from rlhf_jax import distributed, models
 from rlhf_jax.core import files
 from rlhf_jax.core.axes import GATHERED_SAMPLING, axis_rules
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.ranges import Length, PositiveInt
 from rlhf_jax.distributed.accelerator_specs import CHIPS, Chip, chip_of, roofline
 from rlhf_jax.metrics.progress import format_seconds
 from rlhf_jax.models import hf
 from rlhf_jax.planning import compiled
 from rlhf_jax.planning.analytic import analytic_plan
 from rlhf_jax.planning.topologies import topology_devices
+from rlhf_jax.stages import option_checks
 from rlhf_jax.training.run_folder import read_architecture
 
 DType = Literal["float32", "bfloat16"]
@@ -69,13 +71,13 @@ class Options:
     mesh: str = "auto"
     topology: str = ""
     chip: Literal["", "v4", "v5e", "v5p", "v6e", "a100", "h100", "h200"] = ""
-    batch: int = 64
-    length: int = 2048
-    new_tokens: int = 512
-    group_size: int = 8
-    micro_batches: int = 1
-    num_minibatches: int = 1
-    num_ppo_epochs: int = 1
+    batch: PositiveInt = 64
+    length: Length = 2048
+    new_tokens: Length = 512
+    group_size: PositiveInt = 8
+    micro_batches: PositiveInt = 1
+    num_minibatches: PositiveInt = 1
+    num_ppo_epochs: PositiveInt = 1
     all_gather_params: bool = False
     remat: models.Remat = "full"
     param_dtype: DType = "float32"
@@ -115,19 +117,7 @@ def workload(options: Options) -> compiled.Workload:
     Raises:
       UserError: numbers that do not fit each other.
     """
-    for name in (
-        "batch",
-        "length",
-        "new_tokens",
-        "group_size",
-        "micro_batches",
-        "num_minibatches",
-        "num_ppo_epochs",
-    ):
-        if getattr(options, name) < 1:
-            raise UserError(
-                f"--{name.replace('_', '-')} {getattr(options, name)} is not positive: give 1 or more"
-            )
+    option_checks.check_numbers(options)
     parts = options.micro_batches * (options.num_minibatches if options.algo in ("grpo", "ppo") else 1)
     if options.batch % parts:
         raise UserError(

@@ -28,6 +28,16 @@ import tyro
 from rlhf_jax import models
 from rlhf_jax.algorithms import ppo, selection
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.ranges import (
+    Finite,
+    LearningRate,
+    Positive,
+    PositiveInt,
+    PositiveOrInf,
+    Share,
+    Temperature,
+    Weight,
+)
 from rlhf_jax.core.train_state import OptimizerConfig, TrainState
 from rlhf_jax.core.trees import merge, partition
 from rlhf_jax.core.types import Params, Sequences, TokenLogprobs
@@ -106,7 +116,7 @@ class Options:
     model: str
     reward_model: tuple[str, ...] = ()
     ensemble: Literal["mean", "worst", "uncertainty"] = "mean"
-    uncertainty_coef: float = 0.5
+    uncertainty_coef: Weight = 0.5
     value: Literal["separate", "shared"] = "separate"
     prompts: tyro.conf.OmitArgPrefixes[option_groups.PromptOptions]
     completions: tyro.conf.OmitArgPrefixes[option_groups.CompletionOptions] = (
@@ -117,33 +127,33 @@ class Options:
     process: tyro.conf.OmitArgPrefixes[option_groups.ProcessOptions] = option_groups.ProcessOptions()
     ptx: tyro.conf.OmitArgPrefixes[option_groups.PtxOptions] = option_groups.PtxOptions()
     sync: tyro.conf.OmitArgPrefixes[option_groups.SyncOptions] = option_groups.SyncOptions()
-    batch_size: int = 256
-    group_size: int = 1
+    batch_size: PositiveInt = 256
+    group_size: PositiveInt = 1
     policy_filter: Literal["none", "best", "best_random", "best_worst"] = "none"
-    num_ppo_epochs: int = 4
-    num_minibatches: int = 1
-    micro_batches: int = 1
-    learning_rate: float | None = None
-    temperature: float = 1.0
+    num_ppo_epochs: PositiveInt = 4
+    num_minibatches: PositiveInt = 1
+    micro_batches: PositiveInt = 1
+    learning_rate: LearningRate | None = None
+    temperature: Temperature = 1.0
     engine: str = "local"
     policy_loss: Literal["clip", "penalty"] = "clip"
-    epsilon: float = 0.2
-    penalty_coef: float = 1.0
-    cliprange_value: float = 0.2
-    value_coef: float = 0.1
-    entropy_coef: float = 0.0
-    gamma: float = 1.0
-    gae_lambda: float = 0.95
-    critic_gae_lambda: float | None = None
-    gae_alpha: float | None = None
-    positive_lm_coef: float = 0.0
-    positive_threshold: float = 0.0
-    kl_coef: float = 0.05
+    epsilon: PositiveOrInf = 0.2
+    penalty_coef: Weight = 1.0
+    cliprange_value: PositiveOrInf = 0.2
+    value_coef: Weight = 0.1
+    entropy_coef: Weight = 0.0
+    gamma: Share = 1.0
+    gae_lambda: Share = 0.95
+    critic_gae_lambda: Share | None = None
+    gae_alpha: Positive | None = None
+    positive_lm_coef: Weight = 0.0
+    positive_threshold: Finite = 0.0
+    kl_coef: Weight = 0.05
     adaptive_kl: bool = False
-    kl_target: float = 6.0
-    kl_horizon: float = 10_000.0
-    missing_eos_penalty: float = 1.0
-    target_kl: float = float("inf")
+    kl_target: Positive = 6.0
+    kl_horizon: Positive = 10_000.0
+    missing_eos_penalty: Weight = 1.0
+    target_kl: PositiveOrInf = float("inf")
     whiten_advantages: bool = True
     scale_rewards: bool = False
 

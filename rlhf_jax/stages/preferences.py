@@ -26,6 +26,7 @@ import tyro
 
 from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.ranges import PositiveInt, Seed, ShareBelow1, Temperature, Weight
 from rlhf_jax.core.types import Rollout
 from rlhf_jax.data.examples import PromptExample
 from rlhf_jax.data.pairs import Pair, best_vs_worst, clean, describe_judge, solution_pairs
@@ -78,14 +79,14 @@ class Options:
     judge: str = ""
     judge_model: str = ""
     constitution: str = ""
-    samples_per_prompt: int = 4
-    pairs_per_prompt: int = 1
-    batch_size: int = 64
-    temperature: float = 1.0
+    samples_per_prompt: PositiveInt = 4
+    pairs_per_prompt: PositiveInt = 1
+    batch_size: PositiveInt = 64
+    temperature: Temperature = 1.0
     engine: str = "local"
-    min_margin: float = 0.0
-    held_out_share: float = 0.1
-    seed: int = 0
+    min_margin: Weight = 0.0
+    held_out_share: ShareBelow1 = 0.1
+    seed: Seed = 0
     quiet: bool = False
 
 
@@ -99,16 +100,12 @@ def check(options: Options) -> None:
         raise UserError("give either --model, a policy that answers, or --solutions that are there already")
     if options.model and not options.prompts.data:
         raise UserError("--model answers prompts: give their rows with --data")
-    for name in ("samples_per_prompt", "pairs_per_prompt", "batch_size"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least 1")
+    option_checks.check_numbers(options)
     if options.model and options.samples_per_prompt < 2 * options.pairs_per_prompt:
         raise UserError(
             f"--pairs-per-prompt {options.pairs_per_prompt} needs twice as many answers: give "
             f"--samples-per-prompt {2 * options.pairs_per_prompt}, or fewer pairs"
         )
-    if not 0 <= options.held_out_share < 1:
-        raise UserError(f"--held-out-share {options.held_out_share}: give a share from 0 to below 1")
     if options.judge and options.judge_model:
         raise UserError("--judge excludes --judge-model: give one of them")
     if bool(options.judge_model) != bool(options.constitution):

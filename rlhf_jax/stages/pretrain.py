@@ -27,6 +27,7 @@ from rlhf_jax.algorithms import sft
 from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.protocols import LogprobFn
+from rlhf_jax.core.ranges import Count, LearningRate, Length, LengthOrZero, PositiveInt, Share, Weight
 from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer, with_total_steps
 from rlhf_jax.core.types import Params, Sequences
 from rlhf_jax.data import documents as texts, packing
@@ -52,7 +53,7 @@ class RopeOptions:
         for: position interpolation, a larger base, or YaRN.
     """
 
-    theta: float = 0.0
+    theta: Weight = 0.0
     scaling: Literal["none", "linear", "ntk", "yarn"] = "none"
 
 
@@ -90,44 +91,35 @@ class Options:
     )
     arch: option_groups.ArchOptions = option_groups.ArchOptions()
     optimizer: OptimizerConfig = OptimizerConfig(schedule="cosine", end_lr_ratio=0.1)
-    fim_rate: float = 0.0
-    fim_spm_rate: float = 0.5
-    fim_chunk: int = 0
+    fim_rate: Share = 0.0
+    fim_spm_rate: Share = 0.5
+    fim_chunk: Count = 0
     rope: RopeOptions = RopeOptions()
     aux: option_groups.AuxiliaryOptions = option_groups.AuxiliaryOptions()
     data: str
     eval_data: str = ""
-    eval_share: float = 0.1
-    eval_rows: int = 256
+    eval_share: Share = 0.1
+    eval_rows: PositiveInt = 256
     separator: str = ""
     decay_data: str = ""
-    decay_data_share: float = 0.5
+    decay_data_share: Share = 0.5
     tokenizer: str = ""
-    train_tokenizer: int = 0
+    train_tokenizer: LengthOrZero = 0
     model: str = ""
-    max_seq_length: int = 256
+    max_seq_length: Length = 256
     intra_document_masking: bool = False
-    batch_size: int = 16
-    micro_batches: int = 1
-    learning_rate: float | None = None
-    demonstrations: int = 8_000
+    batch_size: PositiveInt = 16
+    micro_batches: PositiveInt = 1
+    learning_rate: LearningRate | None = None
+    demonstrations: PositiveInt = 8_000
     prompts: tuple[str, ...] = ()
-    sample_tokens: int = 200
+    sample_tokens: LengthOrZero = 200
 
 
 def check(options: Options) -> None:
     """Raises: UserError where options contradict each other."""
     option_checks.check(options, options.run, "pretrain")
     option_checks.check_divides("--micro-batches", options.micro_batches, "--batch-size", options.batch_size)
-    shares = {
-        "--fim-rate": options.fim_rate,
-        "--fim-spm-rate": options.fim_spm_rate,
-        "--eval-share": options.eval_share,
-        "--decay-data-share": options.decay_data_share,
-    }
-    for name, share in shares.items():
-        if not 0 <= share <= 1:
-            raise UserError(f"{name} {share} is no share: give a number from 0 to 1")
     if options.decay_data and options.optimizer.schedule != "wsd":
         raise UserError("--decay-data is for the decay of --optimizer.schedule wsd: give both, or neither")
     if options.rope != RopeOptions() and not options.model:

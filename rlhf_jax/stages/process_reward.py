@@ -32,6 +32,7 @@ from rlhf_jax import distributed
 from rlhf_jax.algorithms import process_reward
 from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.ranges import LearningRate, Length, LengthOrZero, PositiveInt, Share
 from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer, with_total_steps
 from rlhf_jax.core.types import Params, PRNGKeyArray
 from rlhf_jax.data import packing
@@ -95,18 +96,18 @@ class Options:
     eval_data: str = ""
     outcome: bool = False
     labels: Literal["given", "rollouts"] = "given"
-    rollouts: int = 8
+    rollouts: PositiveInt = 8
     label_reward: str = ""
-    max_new_tokens: int = 256
+    max_new_tokens: Length = 256
     tokenizer: str = ""
-    train_tokenizer: int = 0
+    train_tokenizer: LengthOrZero = 0
     model: str = ""
-    batch_size: int = 64
-    micro_batches: int = 1
-    learning_rate: float | None = None
-    slip_rate: float = 0.5
-    row_count: int = 8_000
-    eval_count: int = 512
+    batch_size: PositiveInt = 64
+    micro_batches: PositiveInt = 1
+    learning_rate: LearningRate | None = None
+    slip_rate: Share = 0.5
+    row_count: PositiveInt = 8_000
+    eval_count: PositiveInt = 512
 
 
 # Data ----------------------------------------------------------------------------------------------
@@ -315,8 +316,6 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         raise UserError(
             "--label-reward means nothing here: add --labels rollouts or --outcome, or leave it out"
         )
-    if options.rollouts < 1:
-        raise UserError(f"--rollouts {options.rollouts} is below 1: raise it")
     rows = load_rows(options, given)
     tokenizer = choose_tokenizer(options, rows[0])
     model = starting.starting_model(

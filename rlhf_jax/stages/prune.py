@@ -17,8 +17,9 @@ import jax
 import tyro
 
 from rlhf_jax.checkpoint import CheckpointManager
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.files import write_json
+from rlhf_jax.core.ranges import PositiveInt, Seed, ShareBelow1
 from rlhf_jax.core.trees import tree_add
 from rlhf_jax.core.types import Params, Sequences
 from rlhf_jax.data import packing
@@ -28,6 +29,8 @@ from rlhf_jax.stages import option_checks, option_groups, sft
 from rlhf_jax.training.loading import load
 from rlhf_jax.training.run_folder import describe_run, write_model_files
 
+ZEROS = "zeros.json"
+"""Written last: what is pruned without it was stopped on the way."""
 Method = Literal["wanda", "magnitude"]
 _BATCH = 32  # rows measured at a time
 
@@ -44,7 +47,7 @@ class PruneOptions:
     """
 
     method: Method = "wanda"
-    sparsity: float = 0.5
+    sparsity: ShareBelow1 = 0.5
     pattern: str = ""
     granularity: pruning.Granularity = "output"
 
@@ -87,8 +90,8 @@ class Options:
     model: str
     prune: tyro.conf.OmitArgPrefixes[PruneOptions] = PruneOptions()
     data: str = ""
-    rows: int = 128
-    seed: int = 0
+    rows: PositiveInt = 128
+    seed: Seed = 0
     quiet: bool = False
 
 
@@ -111,12 +114,24 @@ def calibration_rows(data: str, count: int, seed: int, model: Policy) -> Sequenc
     return sft.lay_out(options, sft.make_examples(options, rows, model.tokenizer))
 
 
+def check_out(out: files.Path) -> None:
+    """Makes room for what a pruning that was stopped has left.
+
+    Raises:
+      UserError: the folder holds a finished pruning, or another run.
+    """
+    if CheckpointManager(out / "checkpoints").latest_step() is None:
+        return
+    held = files.read_json(out / "config.json", otherwise={})
+    if held.get("stage") != "prune" or files.exists(out / ZEROS):
+        raise UserError(f"{out} already holds a run: choose another --out")
+    files.remove_tree(out / "checkpoints")
+
+
 def run(options: Options) -> None:
     """Measures, prunes and writes a run folder."""
-    if options.rows < 1:
-        raise UserError(f"--rows {options.rows} measures nothing: give at least 1")
-    if CheckpointManager(options.out / "checkpoints").latest_step() is not None:
-        raise UserError(f"{options.out} already holds a run: choose another --out")
+    option_checks.check_numbers(options)
+    check_out(options.out)
     if options.prune.method == "wanda" and not options.data:
         raise UserError("--method wanda measures on conversations: give them with --data")
     model = load(options.model)
@@ -129,7 +144,7 @@ def run(options: Options) -> None:
     with CheckpointManager(options.out / "checkpoints") as manager:
         manager.save(0, {"learner": {"params": params}}, wait=True)
     shares = pruning.kernel_sparsity(params)
-    write_json(options.out / "zeros.json", shares)
+    files.write_json(options.out / ZEROS, shares)
     if not options.quiet:
         rows = [(name or "all linear layers", f"{share:.1%}") for name, share in shares.items()]
         final_table("pruned", ["kernel", "zeros"], rows)

@@ -19,6 +19,7 @@ import jax
 
 from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.ranges import Count, Length, PositiveInt
 from rlhf_jax.data.examples import PromptExample, prompt_examples
 from rlhf_jax.data.sources import Row, read_rows
 from rlhf_jax.evaluation.statistics import wilson_interval
@@ -67,11 +68,11 @@ class Options:
     ask: str = ""
     instruction: str = INSTRUCTION
     unknown: str = "unknown"
-    top_k: int = 4
-    chunk_size: int = 100
-    chunk_overlap: int = 0
-    max_new_tokens: int = 128
-    batch_size: int = 16
+    top_k: Count = 4
+    chunk_size: PositiveInt = 100
+    chunk_overlap: Count = 0
+    max_new_tokens: Length = 128
+    batch_size: PositiveInt = 16
     quiet: bool = False
 
 
@@ -81,15 +82,9 @@ def check(options: Options) -> None:
         raise UserError("give the passages: either --documents, or the --index that another run made of them")
     if bool(options.ask) == bool(options.questions):
         raise UserError("give something to answer: either --ask, or a file of --questions")
-    for name in ("chunk_size", "max_new_tokens", "batch_size"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} is below 1: raise it")
-    if options.top_k < 0:
-        raise UserError(f"--top-k {options.top_k} is below 0: give 0 for no passages")
-    if not 0 <= options.chunk_overlap < options.chunk_size:
-        raise UserError(
-            f"--chunk-overlap {options.chunk_overlap} is not from 0 to below --chunk-size: lower it"
-        )
+    option_checks.check_numbers(options)
+    if options.chunk_overlap >= options.chunk_size:
+        raise UserError(f"--chunk-overlap {options.chunk_overlap} is not below --chunk-size: lower it")
 
 
 # Documents -----------------------------------------------------------------------------------------

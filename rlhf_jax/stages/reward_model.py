@@ -24,6 +24,7 @@ import tyro
 from rlhf_jax import distributed
 from rlhf_jax.algorithms import reward
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.ranges import Finite, LearningRate, PositiveInt, Weight
 from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.evaluation.classification import reliability
@@ -69,13 +70,13 @@ class Options:
     optimizer: OptimizerConfig = defaults.LINEAR
     tokenizer: str = ""
     model: str = ""
-    batch_size: int = 64
-    micro_batches: int = 1
-    learning_rate: float | None = None
+    batch_size: PositiveInt = 64
+    micro_batches: PositiveInt = 1
+    learning_rate: LearningRate | None = None
     loss: LossName = "bradley_terry"
-    margin: float = 0.0
-    margin_scale: float = 1.0
-    center_rewards_coefficient: float = 0.01
+    margin: Finite = 0.0
+    margin_scale: Finite = 1.0
+    center_rewards_coefficient: Weight = 0.01
 
 
 def check(options: Options, loss_fn: reward.RewardLossFn) -> None:

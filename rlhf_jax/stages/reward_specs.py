@@ -50,6 +50,13 @@ def make_reward_fn(
     return dataclasses.replace(summed, texts_fn=rollout_fns.answer_texts_fn, fields_fn=rollout_fns.fields_fn)
 
 
+def make_optional_reward_fn(
+    specs: Sequence[Any], tokenizer: Tokenizer, rollout_fns: RolloutFns | None = None
+) -> RolloutReward:
+    """`make_reward_fn`; of nothing, a reward that can score no row."""
+    return make_reward_fn(specs, tokenizer, rollout_fns) if specs else RolloutReward((), tokenizer)
+
+
 def make_ensemble_fn(
     folders: Sequence[Path], tokenizer: Tokenizer, combine_fn: Callable[[jax.Array], jax.Array]
 ) -> RolloutReward:

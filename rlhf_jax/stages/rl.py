@@ -21,6 +21,7 @@ import tyro
 from rlhf_jax.checkpoint import CheckpointManager
 from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.ranges import Count, PositiveInt, Seed
 from rlhf_jax.core.types import Metrics
 from rlhf_jax.distributed.runtime import compiler_options
 from rlhf_jax.evaluation.statistics import interquartile_mean, mean_interval
@@ -63,16 +64,16 @@ class Options:
 
     algo: str = "ppo"
     env: str = ""
-    seeds: int = 1
-    seed: int = 0
-    steps: int = 0
+    seeds: PositiveInt = 1
+    seed: Seed = 0
+    steps: Count = 0
     set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     out: Path | None = None
     load: Path | None = None
     render: bool = False
     resume: bool = False
-    chunks: int = 20
-    eval_episodes: int = 32
+    chunks: PositiveInt = 20
+    eval_episodes: PositiveInt = 32
     debug: bool = False
     quiet: bool = False
     log: tuple[str, ...] = ("tensorboard",)
@@ -257,26 +258,13 @@ def restored(folder: Path, run: Run, hyper: Any, keys: jax.Array) -> Any:
         return checkpoints.restore(like)[1]
 
 
-def check_counts(options: Any) -> None:
-    """A look at the numbers among the options.
-
-    Raises:
-      UserError: one is out of range.
-    """
-    for name in ("seeds", "chunks", "eval_episodes"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least 1")
-    if options.steps < 0:
-        raise UserError(f"--steps {options.steps} is negative: give a positive number, or 0 for the usual")
-
-
 def check(options: Options) -> Path:
     """The run folder, after a look at the options.
 
     Raises:
       UserError: an option is missing or out of range.
     """
-    check_counts(options)
+    option_checks.check_numbers(options)
     folder = options.load or options.out
     if folder is None:
         raise UserError("--out is missing: name the folder to write to, or --load a run folder")

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.ranges import Range
 from rlhf_jax.rl.envs.environments import Environment
 from rlhf_jax.rl.loops.runs import Run
 from rlhf_jax.rl.networks.networks import MLP, MinAtarConv
@@ -44,6 +45,8 @@ RENAMED = {
     "max_kl": "target_kl",
 }
 """Settings by the names they had: agents saved with them are read, and `--set` answers with the new name."""
+_ZERO_TOO = ("learning_starts", "memory_width", "total_steps", "warmup_steps")
+_UNBOUNDED = ("target_kl", "cliprange_value", "clip_norm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +171,15 @@ def _encoder(text: str, change: str) -> nn.Module:
     return encoder.clone(widths=tuple(map(int, numbers)))
 
 
+def _range_of(name: str, kind: type) -> Range:
+    """The numbers that a setting may have; algorithms look at what else they need."""
+    if kind is int:
+        return Range(0 if name in _ZERO_TOO else 1)
+    if name == "learning_rate" or name.endswith("_learning_rate"):
+        return Range(0, 1000)
+    return Range(infinite=name in _UNBOUNDED)
+
+
 def _parsed(value: Any, text: str, change: str) -> Any:
     if isinstance(value, bool):
         if text.lower() in ("true", "false"):
@@ -181,4 +193,7 @@ def _parsed(value: Any, text: str, change: str) -> Any:
         number = kind(text)
     except ValueError as error:
         raise UserError(f"--set {change!r}: {text!r} is no {kind.__name__}") from error
+    name = change.partition("=")[0].rpartition(".")[2]
+    if number not in _range_of(name, kind):
+        raise UserError(f"--set {change!r}: {text} is out of range: give {_range_of(name, kind)}")
     return number if dtype is None else jnp.asarray(number, dtype)

@@ -21,6 +21,7 @@ import tyro
 
 from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.ranges import Count, PositiveInt, Seed
 from rlhf_jax.evaluation.statistics import iqm_interval, mean_interval
 from rlhf_jax.metrics.progress import final_table
 from rlhf_jax.rl.envs import environments, transitions
@@ -67,15 +68,15 @@ class Options:
     collect: tuple[str, ...] = ()
     algo: str = "iql"
     env: str = ""
-    seeds: int = 1
-    seed: int = 0
-    steps: int = 0
+    seeds: PositiveInt = 1
+    seed: Seed = 0
+    steps: Count = 0
     set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     out: Path | None = None
     render: bool = False
     resume: bool = False
-    chunks: int = 5
-    eval_episodes: int = 32
+    chunks: PositiveInt = 5
+    eval_episodes: PositiveInt = 32
     quiet: bool = False
     log: tuple[str, ...] = ("tensorboard",)
 
@@ -226,7 +227,7 @@ def report(summary: dict[str, Any]) -> None:
 
 def run(options: Options) -> None:
     """Collects, trains, or both."""
-    rl.check_counts(options)
+    option_checks.check_numbers(options)
     if options.data is None:
         raise UserError("--data is missing: name the log, or with --collect where it goes")
     if options.out is None and not options.collect:

@@ -27,6 +27,7 @@ import tyro
 from rlhf_jax.algorithms import selection
 from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.ranges import Finite, LearningRate, Positive, PositiveInt, Temperature
 from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.core.types import Bool, Params, Sequences
 from rlhf_jax.data.examples import PromptExample, prompt_messages
@@ -78,15 +79,15 @@ class Options:
     prompts: tyro.conf.OmitArgPrefixes[option_groups.PromptOptions]
     optimizer: OptimizerConfig = defaults.COSINE
     method: Literal["raft", "expert_iteration", "dpo"] = "raft"
-    rounds: int = 3
+    rounds: PositiveInt = 3
     reinit_each_round: bool = False
-    prompts_per_round: int = 512
-    samples_per_prompt: int = 4
-    reward_threshold: float | None = None
-    batch_size: int = 64
-    learning_rate: float | None = None
-    beta: float | None = None
-    temperature: float = 1.0
+    prompts_per_round: PositiveInt = 512
+    samples_per_prompt: PositiveInt = 4
+    reward_threshold: Finite | None = None
+    batch_size: PositiveInt = 64
+    learning_rate: LearningRate | None = None
+    beta: Positive | None = None
+    temperature: Temperature = 1.0
     engine: str = "local"
     extra_data: str = ""
 
@@ -132,7 +133,8 @@ def selected(options: Options, answers: Answers) -> dict[str, tuple[Sequences, B
     sequences, size = answers.rollout.sequences, options.samples_per_prompt
     bar = options.reward_threshold
     if bar is None:
-        bar = np.nextafter(np.mean(answers.rewards, where=usable), np.inf) if usable.any() else np.inf
+        mean = np.mean(answers.rewards, where=usable) if usable.any() else np.float32(np.inf)
+        bar = float(np.nextafter(mean, np.float32(np.inf)))
     rewards = jnp.where(usable, answers.rewards, -jnp.inf).reshape(-1, size)
     if options.method == "dpo":
         pairs = selection.best_and_worst(sequences, rewards)
@@ -288,6 +290,8 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     session.announce(f"{len(prompts):,} prompts, {options.rounds} rounds")
     before = prompts.answer(model.params)
     describe_run(options.run.out, option_checks.to_json(options), stage=options.method)
+    begun = files.exists(options.run.out / "answered_1.json")
+    option_checks.check_same_data(options.run.out, prompts.fingerprint(), begun=begun)
     results = []
     with JSONLLogger(options.run.out, stage=options.method, resume_step=-1) as log:
         for number, found in enumerate(rounds(session, prompts), start=1):

@@ -23,6 +23,7 @@ import numpy as np
 from rlhf_jax.algorithms import rule_reward
 from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.ranges import Count, LearningRate, PositiveInt, Weight
 from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
 from rlhf_jax.data.examples import supervised_examples
 from rlhf_jax.data.packing import pad_rows
@@ -59,11 +60,11 @@ class Options:
     propositions: str
     data: str
     reward_model: str = ""
-    count: int = 0
-    held_out: int = 0
-    steps: int = 1000
-    learning_rate: float = 0.05
-    margin: float = 1.0
+    count: Count = 0
+    held_out: Count = 0
+    steps: PositiveInt = 1000
+    learning_rate: LearningRate = 0.05
+    margin: Weight = 1.0
     quiet: bool = False
 
 

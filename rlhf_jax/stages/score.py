@@ -14,18 +14,20 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.ranges import Finite, PositiveInt, Range, Seed
 from rlhf_jax.data.sources import Row, read_rows
 from rlhf_jax.evaluation import classification, text, win_rate
 from rlhf_jax.evaluation.pass_at_k import pass_at_k
 from rlhf_jax.evaluation.statistics import Comparison, Interval, bootstrap_interval, paired_bootstrap
 from rlhf_jax.metrics.progress import Progress, final_table
+from rlhf_jax.stages import option_checks
 
 Columns = list[np.ndarray]
 
@@ -55,11 +57,11 @@ class Options:
     systems: tuple[str, ...]
     reference: str = ""
     metrics: tuple[str, ...]
-    threshold: float = 0.5
+    threshold: Finite = 0.5
     smoothing: text.Smoothing = "exp"
-    resamples: int = 1000
-    confidence: float = 0.95
-    seed: int = 0
+    resamples: PositiveInt = 1000
+    confidence: Annotated[float, Range(0, 1, above=True, below=True)] = 0.95
+    seed: Seed = 0
     plot: str = ""
     json: bool = False
 
@@ -282,8 +284,7 @@ def difference_cell(found: Comparison) -> str:
 
 def run(options: Options) -> None:
     """Scores, and shows."""
-    if options.resamples < 1 or not 0 < options.confidence < 1:
-        raise UserError("--resamples must be at least 1 and --confidence between 0 and 1: change them")
+    option_checks.check_numbers(options)
     if len(set(options.systems)) < len(options.systems):
         raise UserError("--systems names a field twice: name each once")
     rows = read_rows(options.data)

@@ -22,8 +22,10 @@ import numpy as np
 from rlhf_jax import search
 from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.ranges import Length, LengthOrZero, PositiveInt, Seed, Temperature
 from rlhf_jax.core.types import Rollout
 from rlhf_jax.data.examples import Overlength, PromptExample, prompt_examples
+from rlhf_jax.data.pipeline import fingerprint
 from rlhf_jax.evaluation import pass_at_k
 from rlhf_jax.evaluation.statistics import Interval, stratified_bootstrap_interval
 from rlhf_jax.generation import Sampling
@@ -75,15 +77,15 @@ class Options:
     process_reward: str = ""
     outcome_reward: str = ""
     data: str
-    prompts: int = 256
-    max_prompt_length: int = 0
+    prompts: PositiveInt = 256
+    max_prompt_length: LengthOrZero = 0
     overlength: Overlength = "error"
-    samples: int = 32
-    temperature: float = 1.0
-    max_new_tokens: int = 40
-    resamples: int = 50
-    batch_size: int = 64
-    seed: int = 0
+    samples: PositiveInt = 32
+    temperature: Temperature = 1.0
+    max_new_tokens: Length = 40
+    resamples: PositiveInt = 50
+    batch_size: PositiveInt = 64
+    seed: Seed = 0
     resume: bool = False
     quiet: bool = False
     search: SearchOptions = SearchOptions()
@@ -363,18 +365,11 @@ def show(rows: list[dict[str, Any]]) -> None:
 def check(options: Options, held: dict[str, Any]) -> None:
     """Raises: UserError where the options make no sense, or the folder holds another comparison."""
     chosen = options.search
-    positive = {f"search.{name}": value for name, value in vars(chosen).items() if isinstance(value, int)}
-    del positive["search.refinements"]
-    positive |= {name: getattr(options, name) for name in ("prompts", "samples", "batch_size", "resamples")}
-    for name, value in positive.items():
-        if value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value} is not positive: give at least 1")
+    option_checks.check_numbers(options)
     if chosen.num_thoughts % 2:
         raise UserError(
             f"--search.num-thoughts {chosen.num_thoughts} is odd, and two are merged: give an even number"
         )
-    if not options.temperature > 0:
-        raise UserError(f"--temperature {options.temperature} gives equal samples: give a number above 0")
     if held and not options.resume:
         raise UserError(f"{options.out} already holds a comparison: add --resume, or choose another --out")
     ours = option_checks.to_json(options)
@@ -408,6 +403,8 @@ def run(options: Options) -> None:
         *(load_reward_model(Path(f)) if f else None for f in (options.process_reward, options.outcome_reward))
     )
     problems = load_problems(options, policy)
+    found = fingerprint([np.asarray(p.ids) for p in problems], [p.fields["answer"] for p in problems])
+    option_checks.check_same_data(options.out, found, begun=bool(held))
     describe_run(options.out, option_checks.to_json(options), stage="search")
     results = held or {"config": option_checks.to_json(options), "methods": {}}
     pool = read_pool(pool_path) if "greedy" in results["methods"] else None

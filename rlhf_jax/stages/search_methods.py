@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.ranges import Count, PositiveInt
 from rlhf_jax.core.types import Array, Params, PRNGKeyArray, Sequences
 from rlhf_jax.data.examples import PromptExample
 from rlhf_jax.data.packing import left_pad
@@ -39,15 +40,15 @@ class SearchOptions:
       value_no: the token that says that it is not.
     """
 
-    branching_factor: int = 4
-    num_votes: int = 4
-    beam_width: int = 2
-    expansions: int = 10
-    num_simulations: int = 2
-    num_thoughts: int = 2
-    refinements: int = 1
-    depth: int = 6
-    step_length: int = 10
+    branching_factor: PositiveInt = 4
+    num_votes: PositiveInt = 4
+    beam_width: PositiveInt = 2
+    expansions: PositiveInt = 10
+    num_simulations: PositiveInt = 2
+    num_thoughts: PositiveInt = 2
+    refinements: Count = 1
+    depth: PositiveInt = 6
+    step_length: PositiveInt = 10
     value_prompt: str = ""
     value_yes: str = " yes"
     value_no: str = " no"

@@ -23,6 +23,7 @@ from rlhf_jax import distributed, models
 from rlhf_jax.algorithms import sft
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.protocols import LogprobFn
+from rlhf_jax.core.ranges import Count, LearningRate, LengthOrZero, Positive, PositiveInt, Share
 from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.core.types import Params, Sequences
 from rlhf_jax.data import packing
@@ -80,22 +81,22 @@ class Options:
     optimizer: OptimizerConfig = defaults.COSINE
     aux: option_groups.AuxiliaryOptions = option_groups.AuxiliaryOptions()
     data: str
-    mixture_temperature: float = 1.0
-    mixture_cap: int = 0
+    mixture_temperature: Positive = 1.0
+    mixture_cap: Count = 0
     eval_data: str = ""
     tokenizer: str = ""
-    train_tokenizer: int = 0
+    train_tokenizer: LengthOrZero = 0
     model: str = ""
-    batch_size: int = 64
-    micro_batches: int = 1
-    max_length: int = 0
+    batch_size: PositiveInt = 64
+    micro_batches: PositiveInt = 1
+    max_length: LengthOrZero = 0
     overlength: Overlength = "error"
     packing: bool = False
-    learning_rate: float | None = None
-    demonstrations: int = 32_000
-    slip_rate: float = 0.3
-    late_slip_rate: float = 0.7
-    eval_count: int = 256
+    learning_rate: LearningRate | None = None
+    demonstrations: PositiveInt = 32_000
+    slip_rate: Share = 0.3
+    late_slip_rate: Share = 0.7
+    eval_count: PositiveInt = 256
 
 
 def load_rows(options: Options, *, held_out: bool, source: str = "", given: Given = NOTHING) -> list[Row]:

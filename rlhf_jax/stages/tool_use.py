@@ -21,17 +21,18 @@ import jax
 import tyro
 
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.ranges import LengthOrZero, Positive, PositiveInt
 from rlhf_jax.models import Policy
 from rlhf_jax.rollout.multi_turn import multi_turn
 from rlhf_jax.rollout.sampler import RolloutFns
-from rlhf_jax.stages import defaults, grpo, option_groups
+from rlhf_jax.stages import defaults, grpo, grpo_options, option_groups
 from rlhf_jax.stages.entry import FROM_PYTHON, NOTHING, Given, Trained
 from rlhf_jax.stages.session import Session
 from rlhf_jax.tool_use import make_tools
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(grpo.GroupOptions):
+class Options(grpo_options.GroupOptions):
     """Options of GRPO with tools.
 
     Attributes:
@@ -44,9 +45,9 @@ class Options(grpo.GroupOptions):
 
     run: tyro.conf.OmitArgPrefixes[option_groups.RunOptions] = option_groups.RunOptions(Path("runs/tool_use"))
     tools: tuple[str, ...]
-    tool_timeout: float = 2.0
-    max_turns: int = 3
-    response_length: int = 0
+    tool_timeout: Positive = 2.0
+    max_turns: PositiveInt = 3
+    response_length: LengthOrZero = 0
     constrained: bool = False
 
     @property
@@ -57,16 +58,12 @@ class Options(grpo.GroupOptions):
 
 def check(options: Options, given: Given) -> None:
     """Raises: UserError where the options do not fit each other."""
-    grpo.check(options, "tool_use")
-    grpo.check_rewards(options, given)
+    grpo_options.check(options, "tool_use")
+    grpo_options.check_rewards(options, given)
     if not given.tools and options.tools in ((), (FROM_PYTHON,)):
         raise UserError(
             "there is nothing to call: give --tools, such as --tools rlhf_jax.tool_use:calculator"
         )
-    if options.max_turns < 1:
-        raise UserError(f"--max-turns {options.max_turns} is below 1: raise it")
-    if not options.tool_timeout > 0:
-        raise UserError(f"--tool-timeout {options.tool_timeout} is not above 0: raise it")
     if options.max_completion_length < options.prompts.max_new_tokens:
         raise UserError(
             f"--response-length {options.response_length} is below --max-new-tokens "

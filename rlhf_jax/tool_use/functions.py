@@ -90,7 +90,9 @@ def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., str]:
             return str(function(**arguments))
         except ToolError:
             raise
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # SystemExit, too
             raise ToolError(f"{name} raised {error_summary(error)}") from None
 
     return run

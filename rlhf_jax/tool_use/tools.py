@@ -140,15 +140,24 @@ def retriever(index: Index, *, count: int = 3) -> Tool:
 
 
 def worker_tool(
-    name: str, description: str, parameters: Mapping[str, str], path: str, *, seconds: float = 2.0
+    name: str,
+    description: str,
+    parameters: Mapping[str, str],
+    path: str,
+    *,
+    seconds: float = 2.0,
+    environment: Sequence[str] = (),
 ) -> Tool:
     """A tool of the user's that may do anything, in a process of its own with limits on time and memory.
+
+    It may start processes, which are ended with each call. Its environment holds no keys but those named.
 
     Args:
       path: `module:function` of a function that takes the arguments by name and returns a text.
       seconds: wall time of a call.
+      environment: names of variables that it needs, such as the key of a search engine.
     """
-    worker = LimitedWorker(path, seconds=seconds, by_keywords=True)
+    worker = LimitedWorker(path, seconds=seconds, by_keywords=True, processes=True, environment=environment)
 
     def run(**arguments: str) -> str:
         outcome = worker.run([arguments])[0]

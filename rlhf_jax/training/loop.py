@@ -15,12 +15,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 
 from rlhf_jax.checkpoint import CheckpointManager
 from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.files import Path
 from rlhf_jax.core.train_state import with_frozen, without_frozen
+from rlhf_jax.core.trees import not_finite
 from rlhf_jax.core.types import Metrics
 from rlhf_jax.distributed import any_process, is_main_process
 from rlhf_jax.metrics.completions import COMPLETIONS, Row, show_completions, write_completions
@@ -75,7 +77,7 @@ class Interrupted(Exception):
     """The loop was asked to stop, and saved.
 
     Attributes:
-      signal_number: SIGINT, SIGTERM or SIGUSR1.
+      signal_number: SIGINT, SIGTERM, SIGUSR1 or SIGHUP.
       step: the last step done, which the newest checkpoint holds.
     """
 
@@ -122,8 +124,8 @@ def run_loop(
 
     Raises:
       UserError: the folder holds checkpoints and `resume` is False, or those of a run on other data; another
-        process runs in it; too many steps were not finite.
-      Interrupted: on SIGINT, SIGTERM or SIGUSR1, after the step under way was finished and saved.
+        process runs in it; too many steps were not finite, or the state that would be saved is not.
+      Interrupted: on SIGINT, SIGTERM, SIGUSR1 or SIGHUP, after the step under way was finished and saved.
     """
     folder, meter, first = files.as_path(folder), meter or Meter(), is_main_process()
     calls = [on_step] if callable(on_step) else list(on_step)
@@ -182,6 +184,7 @@ def run_loop(
             stopping = any_process(bool(received))
             if stopping or _is_due(done, config.save_every, config.steps):
                 saved, wait = without_frozen(state), stopping or done == config.steps
+                _check_finite(saved, done, folder)
                 flush()  # a checkpoint whose lines are lost would leave a gap in them
                 # Its seconds stand in the next step's line: a step is logged before it is saved.
                 with meter.timing("save"):
@@ -263,9 +266,33 @@ def _stop_if_diverged(metrics: Mapping[str, Any], config: LoopConfig, done: int,
     in_a_row = int(metrics.get("consecutive_skipped", 0))
     if in_a_row >= config.max_consecutive_skipped:
         raise UserError(
-            f"step {done}: loss or gradients were not finite {in_a_row} times in a row, so training stopped "
-            f"(the checkpoints in {folder / 'checkpoints'} are untouched): lower the learning rate or look "
-            "for bad rows in the data"
+            f"step {done}: {_what_is_not_finite(metrics)} not finite {in_a_row} times in a row, so training "
+            f"stopped (the checkpoints in {folder / 'checkpoints'} are untouched): lower the learning rate "
+            "or look for bad rows in the data"
+        )
+
+
+def _what_is_not_finite(metrics: Mapping[str, Any]) -> str:
+    """The first of what a step computes that is not finite: what follows from it is not, either."""
+    for name, said in (("loss", "the loss is"), ("gradient_norm", "the gradients are")):
+        if name in metrics and not np.all(np.isfinite(np.asarray(metrics[name], np.float64))):
+            return said
+    return "updates of the optimizer are"
+
+
+def _check_finite(state: Any, done: int, folder: Path) -> None:
+    """Refuses to save a state that no run could go on from, beside those that are whole.
+
+    Raises:
+      UserError: a part of it is not finite.
+    """
+    bad = not_finite(state)
+    if bad:
+        name = next(iter(bad))
+        raise UserError(
+            f"step {done}: {len(bad)} parts of the state are not finite ({name}: {bad[name]} of its values), "
+            f"so it is not saved (the checkpoints in {folder / 'checkpoints'} are untouched): lower the "
+            "learning rate, or look for what computes it"
         )
 
 
@@ -273,10 +300,13 @@ def _stop_if_diverged(metrics: Mapping[str, Any], config: LoopConfig, done: int,
 def _signals() -> Iterator[list[int]]:
     """Collects the signals that ask for an end; a second one of them takes its usual course.
 
-    SIGTERM is what Kubernetes and preempted machines send, SIGUSR1 what SLURM is told to send ahead of time.
+    SIGTERM is what Kubernetes and preempted machines send, SIGUSR1 what SLURM is told to send ahead of time,
+    SIGHUP what a lost connection does.
     """
     received: list[int] = []
-    watched = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    watched = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+        watched.append(signal.SIGHUP)
     try:
         previous: dict[int, Any] = {int(number): signal.getsignal(number) for number in watched}
 

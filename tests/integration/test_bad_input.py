@@ -148,11 +148,11 @@ IMPOSSIBLE = {
     "heads": ("sft", "--arch.width 16 --arch.heads 3", "--arch.heads 3", "--arch.width 16"),
     "key-value heads": ("sft", "--arch.width 16 --arch.heads 4 --arch.kv-heads 3", "--arch.kv-heads 3"),
     "odd heads": ("sft", "--arch.width 12 --arch.heads 4 --arch.kv-heads 4", "head_dim=3"),
-    "no heads": ("sft", "--arch.heads 0", "--arch.heads 0 is not positive"),
+    "no heads": ("sft", "--arch.heads 0", "--arch.heads 0 is out of range: give a number from 1"),
     "micro-batches": ("sft", "--batch-size 8 --micro-batches 3", "--batch-size 8", "--micro-batches 3"),
     "batch of data": ("sft", "--demonstrations 5 --batch-size 6", "batch of 6", "5 examples"),
-    "no batch": ("sft", "--batch-size 0", "--batch-size 0 is not positive"),
-    "no steps": ("sft", "--steps 0", "--steps 0 is not positive"),
+    "no batch": ("sft", "--batch-size 0", "--batch-size 0 is out of range: give 1 or more"),
+    "no steps": ("sft", "--steps 0", "--steps 0 is out of range: give 1 or more"),
     "seed": ("sft", "--seed -1", "seed -1"),
     "not a number": ("sft", "--learning-rate nan", "--learning-rate is not a number"),
     "two tokenizers": ("sft", "--tokenizer a --train-tokenizer 300", "--train-tokenizer excludes"),
@@ -164,7 +164,7 @@ IMPOSSIBLE = {
     "temperature": (
         "ppo",
         "--model {sft} --reward-model x --temperature 0",
-        "--temperature 0.0 is not positive",
+        "--temperature 0 is out of range: give a number from 0.01 to 100",
     ),
     "PPO's parts": (
         "ppo",

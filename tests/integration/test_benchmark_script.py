@@ -105,7 +105,7 @@ def test_whole_solutions_and_written_answers(bench, tmp_path, stop_within_a_line
     ("words", "message"),
     [
         (["choices", "--data", "none.jsonl"], "no such file"),
-        (["choices", "--data", "arithmetic:1", "--shots", -1], "--shots -1 is too low"),
+        (["choices", "--data", "arithmetic:1", "--shots", -1], "--shots -1 is out of range: give 0 or more"),
         (["generate", "--data", "arithmetic:1", "--reward", "nowhere"], "not of the form module:function"),
         (["harness", "--tasks", "hellaswag"], "pip install lm_eval"),
     ],

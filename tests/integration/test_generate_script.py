@@ -83,7 +83,7 @@ def test_answers_for_people(say):
         (["--prompt", "1", "--regex", "1", "--json-schema", "x"], "--regex and --json-schema exclude"),
         (["--prompt", "1", "--json-schema", "nowhere"], "--json-schema nowhere: cannot be read"),
         (["--prompt", "1", "--regex", "("], "regular expression '('"),
-        (["--prompt", "1", "--n", "0"], "--n 0 is below 1"),
+        (["--prompt", "1", "--n", "0"], "--n 0 is out of range: give 1 or more"),
         (["--prompt", "1", "--n", "2", "--majority-vote"], "among 2 answers says nothing"),
         (["--prompt", "1", "--n", "9", "beam"], "--n 9 is more than the 4 beams"),
         (["--prompt", "1", "--n", "2", "contrastive"], "contrastive search finds one answer"),

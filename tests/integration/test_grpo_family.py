@@ -154,18 +154,22 @@ def test_impossible_options_of_the_family(tiny, tmp_path, monkeypatch, capsys):
         return capsys.readouterr().err
 
     assert "compares the answers to one prompt" in refused("--algorithm", "rloo", "--group-size", 1)
-    assert "--dynamic-sampling-max-rounds 0 is not positive" in refused("--dynamic-sampling-max-rounds", 0)
+    assert "--dynamic-sampling-max-rounds 0 is out of range: give 1 or more" in refused(
+        "--dynamic-sampling-max-rounds", 0
+    )
     assert "nowhere" in refused("--algorithm", "remax", "--group-size", 1, "--model", "nowhere")
 
 
 def test_options_put_other_parts_into_a_variant():
     from rlhf_jax.kernels import k1, k2
     from rlhf_jax.losses.reductions import constant_length, sequence_sum
-    from rlhf_jax.stages import grpo, option_groups
+    from rlhf_jax.stages import grpo, grpo_options, option_groups
 
     def config(**options):
         prompts = option_groups.PromptOptions(data="arithmetic:1", max_new_tokens=8)
-        return grpo.variant_of(grpo.Options(model="x", prompts=prompts, learning_rate=1.0, **options)).config
+        return grpo_options.variant_of(
+            grpo.Options(model="x", prompts=prompts, learning_rate=1.0, **options)
+        ).config
 
     plain = config()
     for options, name, part in (

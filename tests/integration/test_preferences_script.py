@@ -91,7 +91,10 @@ def test_pairs_of_solutions(tmp_path):
     [
         (["--model", "a", "--solutions", "b"], "give either --model"),
         (["--model", "a", "--samples-per-prompt", 3, "--pairs-per-prompt", 2], "--samples-per-prompt 4"),
-        (["--model", "a", "--held-out-share", 1.0], "--held-out-share 1.0"),
+        (
+            ["--model", "a", "--held-out-share", 1.0],
+            "--held-out-share 1 is out of range: give a number from 0 to below 1",
+        ),
         (["--model", "a", "--batch-size", 0], "--batch-size 0"),
         (
             ["--model", "a", "--judge", "m:f", "--rewards", "m:g"],

@@ -70,7 +70,7 @@ def test_everything_at_once_resumes_to_the_bit(tmp_path, text):
 def test_contradictions_are_one_sentence(tmp_path, text):
     out = tmp_path / "none"
     for words, said in [
-        ("--fim-rate 2", "no share"),
+        ("--fim-rate 2", "--fim-rate 2 is out of range: give a number from 0 to 1"),
         (f"--decay-data {text}", "wsd"),
         ("--rope.theta 1e5", "--model"),
         ("--arch.kind lstm --arch.mtp-depth 1", "mean nothing"),

@@ -108,7 +108,7 @@ def test_rows_of_every_kind(tmp_path):
         ({"adapter": "lora"}, "rlhf_jax.lora"),
         ({"rows": "missing.jsonl"}, "no such file"),
         ({"policy": "a/path"}, "rlhf_jax.load"),
-        ({"steps": 0}, "steps 0 is not positive"),
+        ({"steps": 0}, "steps 0 is out of range: give 1 or more"),
     ],
 )
 def test_mistakes_in_words_of_python(change, said, folder, tmp_path):
@@ -128,3 +128,21 @@ def test_preferences_rewards_and_distillation(folder, tmp_path):
     assert np.isfinite(run.metrics[-1]["loss"])
     run = rj.distill(policy, dpo.policy, [{"prompt": "a"}] * 2, out=tmp_path / "distill", **SIZES)
     assert np.isfinite(run.metrics[-1]["loss"])
+
+
+@pytest.mark.parametrize("teacher", ["ema", pytest.param("initial", marks=pytest.mark.slow)])
+def test_a_policy_that_teaches_itself_without_rewards(teacher, folder, tmp_path):
+    """At first both are one model, and only what the teacher sees sets them apart."""
+    rows = [{"prompt": "a", "hint": "say b"}] * 2
+    own = {"self_teacher": teacher, "loss": "reverse_kl", "top_k": 8, "learning_rate": 0.1}
+    run = rj.distill(
+        rj.load(folder), None, rows, eval_rows=rows[:1], teacher_context="hint", out=tmp_path, **own, **SIZES
+    )
+    assert run.metrics[-1]["student_writes"] == 1
+    assert all(line["loss"] > 0 and line["skipped"] == 0 for line in run.metrics if line["step"])
+    assert "eval/length" in run.metrics[-1]
+    assert not [name for line in run.metrics for name in line if "reward" in name or "score" in name]
+    samples = json.loads((tmp_path / "samples.json").read_text())
+    assert [set(done) for done in samples[0]["completions"].values()] == [{"text"}, {"text"}]
+    with pytest.raises(UserError, match="the field 'no' of teacher_context holds no text"):
+        rj.distill(rj.load(folder), None, rows, teacher_context="no", **own, **SIZES)

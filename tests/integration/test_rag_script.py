@@ -84,7 +84,9 @@ def test_mistakes_are_one_sentence(tiny, notes, tmp_path, monkeypatch, capsys):
     )
     assert "give the passages" in refused(*model, "--ask", "what?")
     assert "give the passages" in refused(*model, "--documents", notes, "--index", notes)
-    assert "--top-k -1 is below 0" in refused(*model, "--documents", notes, "--ask", "what?", "--top-k", "-1")
+    assert "--top-k -1 is out of range: give 0 or more" in refused(
+        *model, "--documents", notes, "--ask", "what?", "--top-k", "-1"
+    )
     assert "no index" in refused(*model, "--index", notes, "--ask", "what?")
     assert "no .txt or .md file" in refused(*model, "--documents", tmp_path, "--ask", "what?")
     assert "no such file" in refused(*model, "--documents", notes / "x.jsonl", "--ask", "what?")

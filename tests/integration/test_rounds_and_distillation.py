@@ -1,5 +1,6 @@
 """RAFT, expert iteration and iterated DPO in rounds, and distillation, from the command line."""
 
+import json
 import shutil
 
 import jax
@@ -178,17 +179,58 @@ def test_a_mixture_of_writers_on_a_new_student_resumes_to_the_bit(tmp_path, talk
     assert_same_policy(tmp_path / "broken", tmp_path / "whole")
 
 
-def test_mistakes_of_distillation(tmp_path):
-    def refused(**options):
-        run = distill.option_groups.RunOptions(tmp_path)
-        return distill.check(distill.Options(run=run, teacher="x", prompts=PROMPTS, **options))
+@pytest.mark.slow
+def test_a_moving_teacher_with_a_context_resumes_to_the_bit(tmp_path, talker):
+    data = tmp_path / "shown.jsonl"
+    rows = [
+        {"prompt": f"{a}+{b}=?", "hint": str(a + b), "answer": str(a + b)} for a in range(4) for b in range(4)
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ("--model", talker, "--self-teacher", "ema", "--teacher-context", "hint", "--data", data)
+    words += ("--loss", "reverse_kl", "--top-k", 4, "--max-new-tokens", 4, "--eval-every", 100)
+    whole = run(distill, tmp_path / "whole", *words, "--steps", 6)
+    run(distill, tmp_path / "broken", *words, "--steps", 4)
+    broken = run(distill, tmp_path / "broken", *words, "--steps", 6, "--resume")
+    assert [line["loss"] for line in broken] == [line["loss"] for line in whole]
+    assert {line["student_writes"] for line in whole} == {1.0}
+    assert_same_policy(tmp_path / "broken", tmp_path / "whole")
 
-    with pytest.raises(UserError, match="needs answers of the teacher"):
-        refused(loss="sequence", lmbda=0.5)
-    with pytest.raises(UserError, match="is no share"):
-        refused(lmbda=1.5)
+
+def test_mistakes_of_distillation(tmp_path):
+    def refused(teachers=1, **options):
+        run = distill.option_groups.RunOptions(tmp_path)
+        return distill.check(distill.Options(run=run, prompts=PROMPTS, **options), teachers)
+
+    for options, said in (
+        ({"loss": "sequence", "lmbda": 0.5}, "needs answers of the teacher"),
+        ({"lmbda": 1.5}, "--lmbda 1.5 is out of range: give a number from 0 to 1"),
+        ({"hard_label_weight": -0.1}, "hard-label-weight -0.1 is out of range"),
+        ({"hard_label_weight": 0.5, "lmbda": 0.5}, "give --lmbda 0"),
+        ({"loss": "sequence", "temperature": 2.0}, "is of sampled tokens"),
+        ({"loss": "sampled_reverse_kl", "top_k": 4}, "is of sampled tokens"),
+        ({"top_k": -1}, "--top-k -1 is out of range"),
+        ({"self_teacher": "ema"}, "give either --teacher"),
+        ({"teachers": 0}, "give either --teacher"),
+        ({"teachers": 0, "self_teacher": "ema"}, "give --teacher-context"),
+        ({"teachers": 0, "self_teacher": "ema", "teacher_context": "hint", "lmbda": 0.0}, "of the student"),
+        (
+            {"teachers": 0, "self_teacher": "ema", "teacher_context": "hint", "loss": "sequence"},
+            "another --loss",
+        ),
+        ({"teacher_template": "{prompt}"}, "--teacher-template must hold"),
+        ({"teacher_update_rate": 2.0}, "teacher-update-rate 2 is out of range"),
+        ({"teachers": 2, "teacher_weights": (1.0,)}, "each of the 2 teachers"),
+        ({"teachers": 2, "top_k": 3}, "several teachers have no likeliest"),
+        (
+            {"teachers": 2, "teacher_average": "log_probabilities", "loss": "sequence"},
+            "give --teacher-average probabilities",
+        ),
+    ):
+        with pytest.raises(UserError, match=said):
+            refused(**options)
     assert refused(loss="sampled_reverse_kl") == 1
     assert refused(loss="js") == 0
+    assert refused(0, self_teacher="current", teacher_context="hint") == 1
 
 
 @pytest.mark.parametrize("script", [rounds, distill])

@@ -128,7 +128,7 @@ def test_losses_of_losses_and_their_numbers(tiny, tmp_path, monkeypatch, capsys)
         (("--loss", "kto", "--bco-shift", "rows"), "--bco-shift means nothing to --loss kto"),
         (("--desirable-weight", 2), "--desirable-weight means nothing to --loss dpo"),
         (("--loss", "dpo,ipo"), "a weight for each"),
-        (("--ld-alpha", 2), "--ld-alpha 2.0 is no weight"),
+        (("--ld-alpha", 2), "--ld-alpha 2 is out of range: give a number from 0 to 1"),
         (("--loss", "aot", "--use-weighting"), "--use-weighting"),
         (("--loss", "orpo", "--f-divergence-type", "js_divergence"), "has no f-divergence"),
     ):

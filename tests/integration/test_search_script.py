@@ -94,10 +94,10 @@ def test_every_method(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--samples", 0], "--samples 0 is not positive"),
-        (["--search.branching-factor", 0], "--search.branching-factor 0 is not positive"),
+        (["--samples", 0], "--samples 0 is out of range: give 1 or more"),
+        (["--search.branching-factor", 0], "--search.branching-factor 0 is out of range: give 1 or more"),
         (["--search.num-thoughts", 3], "odd"),
-        (["--temperature", 0], "equal samples"),
+        (["--temperature", 0], "--temperature 0 is out of range: give a number from 0.01 to 100"),
     ],
 )
 def test_bad_options(tmp_path, words, said):

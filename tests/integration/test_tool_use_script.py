@@ -70,8 +70,8 @@ def test_callables_in_the_place_of_names(talker, problems, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--max-turns", 0), "--max-turns 0 is below 1"),
-        (("--tool-timeout", 0), "--tool-timeout 0.0 is not above 0"),
+        (("--max-turns", 0), "--max-turns 0 is out of range: give 1 or more"),
+        (("--tool-timeout", 0), "--tool-timeout 0 is out of range: give a number above 0"),
         (("--response-length", 3), "--response-length 3 is below --max-new-tokens 6"),
         (("--tools",), "nothing to call: give --tools"),
         (("--tools", "rlhf_jax.tool_use:calculater"), "nearest name is calculator"),

@@ -8,7 +8,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 HOME = "rlhf_jax/core/files/"
 EXEMPT = {
-    "rlhf_jax/sandbox/workers.py": "a limited process reads /proc and opens /dev/null, none of a run's files",
+    "rlhf_jax/sandbox/limits.py": "a limited process reads /proc, and none of a run's files",
+    "rlhf_jax/sandbox/workers.py": "a limited process opens /dev/null",
     "rlhf_jax/checkpoint/manifest.py": "hashes files of gigabytes as a stream",
     "rlhf_jax/training/loading.py": "takes a sample of a published checkpoint of gigabytes",
     "rlhf_jax/models/loading.py": "reads the first bytes of a GGUF file, and names in the hub cache",

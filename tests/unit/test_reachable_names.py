@@ -16,7 +16,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "rlhf_jax"
 FROM = ("rlhf_jax/stages", "rlhf_jax/cli", "rlhf_jax/serve", "experiments", "tools", "docs/examples")
-BY_REFLECTION = ("rlhf_jax/algorithms/grpo_variants.py",)
+BY_REFLECTION = ("rlhf_jax/algorithms/grpo_variants.py", "rlhf_jax/losses/reward.py")
 """Files whose public functions are found by their names."""
 OF_TASKS = ("tasks",)
 """Tasks with known truth, which tests are meant to use."""

@@ -102,6 +102,7 @@ def dppo(inputs: Arrays, kind: str) -> Arrays:
 def main() -> None:
     """Makes the file."""
     inputs, runs = make_inputs(), {}
+    metrics = {}
     for name, make in PRESETS.items():
         config = make()
         runs[name] = correct(

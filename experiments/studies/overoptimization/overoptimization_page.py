@@ -326,7 +326,7 @@ def draw_curves(path: Path, panels: Sequence[tuple[str, Form, list[Curve]]]) -> 
         figure.savefig(local, dpi=100)
 
 
-def _legend_line(style: str) -> Any:
+def _legend_line(style: Any) -> Any:
     """A line for a legend."""
     from matplotlib.lines import Line2D
 

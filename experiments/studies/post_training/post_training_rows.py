@@ -3,14 +3,19 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
 
 from rlhf_jax import losses
-from rlhf_jax.algorithms import grpo_variants, nash_md, ppo, preference, sft, unpaired
+from rlhf_jax.algorithms import distillation, grpo, grpo_variants, nash_md, ppo, preference, sft, unpaired
 from rlhf_jax.algorithms.grpo_variants import VariantFn, make_variant, with_correction
 from rlhf_jax.core.train_state import OptimizerConfig
+from rlhf_jax.distributed.runtime import compiler_options
 from rlhf_jax.jitted import algorithms
-from rlhf_jax.jitted.train import Algorithm, TaskSetup
+from rlhf_jax.jitted.train import Algorithm, SeedState, TaskSetup, make_train
+from rlhf_jax.models import Policy, init_params
 from rlhf_jax.tasks import arithmetic, base, calculator, countdown, style
 from rlhf_jax.tasks.base import Task
 
@@ -105,6 +110,9 @@ KL_COEF = 0.02
 """Weight of the KL to the reference, of all variants that are published with more."""
 
 
+TEACHER_SEED = 2_000
+"""Of the policy that distillation learns from, apart from those of the cells and of the search."""
+
 LENGTH = 16
 """Of the longest completion, for Dr. GRPO."""
 
@@ -161,6 +169,41 @@ def _ppo(task_setup: TaskSetup, optimizer: OptimizerConfig) -> Algorithm:
     return algorithms.ppo_algorithm(task_setup, config, optimizer)
 
 
+@functools.lru_cache(maxsize=1)
+def _teacher(task_setup: TaskSetup, steps: int) -> Policy:
+    """A policy of the task's own size that has learned for longer: from its demonstrations for 20 times the
+    steps of a row, then by GRPO for four times as many.
+    """
+    optimizer = OptimizerConfig("linear", total_steps=20 * steps, b2=0.99, epsilon=1e-4)
+    imitate = algorithms.supervised_algorithm(task_setup, sft.Config(), optimizer)
+    improve = _group(grpo_variants.grpo)(task_setup, dataclasses.replace(optimizer, total_steps=4 * steps))
+    first, second = jax.random.split(jax.random.key(TEACHER_SEED))
+
+    def train() -> Any:
+        params = init_params(task_setup.policy.architecture, first)
+        begin = make_train(task_setup, imitate, steps=20 * steps)
+        agent, _ = begin(SeedState(first, params), sft.Hyper(learning_rate=jnp.float32(3e-3)))
+        go_on = make_train(task_setup, improve, steps=4 * steps)
+        hyper = dataclasses.replace(grpo.Hyper(), learning_rate=jnp.float32(1e-3))
+        return go_on(SeedState(second, agent.learner.params), hyper)[0].learner.params
+
+    params = jax.jit(train, compiler_options=compiler_options())()
+    return task_setup.policy.with_params(params)
+
+
+def _distilled(
+    task_setup: TaskSetup,
+    optimizer: OptimizerConfig,
+    *,
+    config: distillation.Config,
+    generator: Literal["teacher", "student"],
+) -> Algorithm:
+    teacher = _teacher(task_setup, optimizer.total_steps)
+    return algorithms.distillation_algorithm(
+        task_setup, config, optimizer, teacher=teacher, generator=generator
+    )
+
+
 ALGORITHMS = (
     AlgorithmRow(
         "sft",
@@ -188,6 +231,22 @@ ALGORITHMS = (
         functools.partial(_imitation, source="policy", every=True),
         sft.Hyper(),
         "imitates all of its own answers that are above the mean",
+        IMITATION,
+    ),
+    AlgorithmRow(
+        "distillation",
+        functools.partial(_distilled, config=distillation.Config(), generator="teacher"),
+        distillation.Hyper(),
+        "soft labels on the answers of a teacher that was trained for longer",
+        IMITATION,
+    ),
+    AlgorithmRow(
+        "gkd",
+        functools.partial(
+            _distilled, config=distillation.Config(loss_fn=losses.reverse_kl_loss), generator="student"
+        ),
+        distillation.Hyper(),
+        "the same teacher on the policy's answers, by reverse KL",
         IMITATION,
     ),
     AlgorithmRow(

@@ -59,13 +59,15 @@ class Options:
     """Options of the study.
 
     Attributes:
-      out: folder of page and picture.
+      out: folder of the run.
+      page: where the page goes, with its picture beside it; None for the folder of the run.
       seeds: walks behind each point, and runs of control.
       episodes: of each walk.
       steps: transitions of each run of control, and in the log.
     """
 
     out: Path = Path("runs/tabular")
+    page: Path | None = None
     seeds: int = 100
     episodes: int = 10
     steps: int = 200_000
@@ -348,9 +350,9 @@ def run(options: Options) -> None:
     describe_run(options.out, option_checks.to_json(options), stage="tabular")
     errors, lacking = prediction_errors(options), control_shortfalls(options)
     explained = inverse_shortfalls(options, (1, 10, 100))
-    page = options.out / PAGE
+    page = options.page or options.out / PAGE
     files.write_text(page, page_text(options, errors, lacking, explained, kept_remarks(page)))
-    draw(options.out / PICTURE, errors)
+    draw(page.with_name(PICTURE), errors)
     print(f"Page: {page}")
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.ranges import Count, Share, check_ranges
 from rlhf_jax.data.cleaning import text as statistics
 from rlhf_jax.data.cleaning.decontamination import find_ngram_overlaps
 from rlhf_jax.data.cleaning.dedup import Repeat, exact_duplicates, near_duplicates
@@ -125,22 +126,20 @@ class Limits:
       banned: regular expressions that may stand nowhere in an answer, in any case.
     """
 
-    shortest_prompt: int = 1
-    longest_prompt: int = 0
-    shortest_answer: int = 1
-    longest_answer: int = 0
+    shortest_prompt: Count = 1
+    longest_prompt: Count = 0
+    shortest_answer: Count = 1
+    longest_answer: Count = 0
     script: str = ""
-    script_share: float = 0.9
+    script_share: Share = 0.9
     language: str = ""
-    repeated_share: float = 0.5
-    symbol_share: float = 0.5
+    repeated_share: Share = 0.5
+    symbol_share: Share = 0.5
     banned: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Raises: UserError for a share, language or expression that makes no sense."""
-        for name in ("script_share", "repeated_share", "symbol_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} {getattr(self, name)} is no share: give a number from 0 to 1")
+        check_ranges(self)
         if self.language and self.language not in statistics.LANGUAGES:
             known = ", ".join(statistics.LANGUAGES)
             raise UserError(f"language {self.language!r} is not known: give one of {known}, or a script")

@@ -13,7 +13,7 @@ import numpy as np
 import safetensors
 from jax.sharding import Mesh
 
-from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.errors import UserError, error_summary
 from rlhf_jax.core.files import as_local
 from rlhf_jax.core.trees import named_leaves
 from rlhf_jax.core.types import Params
@@ -114,7 +114,14 @@ def _read_config(folder: Path) -> tuple[Family, ModelConfig]:
     architecture = names[0] if isinstance(names, list) and names else None
     for family in FAMILIES:
         if architecture == family.architecture:
-            config = family.read(Fields(data, path))
+            try:
+                config = family.read(Fields(data, path))
+            # Of a field that holds something else than every file of the family does.
+            except (TypeError, ValueError, OverflowError, AttributeError, KeyError, IndexError) as error:
+                raise UserError(
+                    f"{path}: a field does not hold what the architecture needs ({error_summary(error)}): "
+                    "download the file again"
+                ) from error
             return family, dataclasses.replace(config, architecture=architecture)
     known = ", ".join(family.architecture for family in FAMILIES)
     raise UserError(f"{path}: architecture {architecture!r} is not supported: choose one of {known}.")

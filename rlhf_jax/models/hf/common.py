@@ -64,10 +64,26 @@ def read_rope(fields: Fields, *, theta: float = 10_000.0, kind: str | None = Non
     data = fields.get("rope_parameters")
     if kind is not None and isinstance(data, dict) and kind in data:
         data = data[kind]
-    inner = fields.inner(data or fields.get("rope_scaling") or {}, "rope_scaling")
+    # As transformers reads it: where both stand, the older `rope_scaling` wins.
+    scaling = fields.get("rope_scaling") if kind is None or not data else None
+    if scaling:
+        data = {k: v for k, v in (data or {}).items() if k not in ("rope_type", "type")} | scaling
+    inner = fields.inner(data or {}, "rope_scaling")
     theta = inner.get("rope_theta") or fields.number("rope_theta", default=theta)
     fraction = inner.get("partial_rotary_factor") or fields.number("partial_rotary_factor", default=1.0)
     return Rope(float(theta), _read_scaling(fields, inner), float(fraction))
+
+
+def read_window(fields: Fields) -> int | None:
+    """How many tokens are seen (`sliding_window`); None for all.
+
+    Raises:
+      UserError: none are.
+    """
+    window = fields.get("sliding_window")
+    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
+        raise fields.error("sliding_window", f"is {window!r}: give a number of tokens, or null for all")
+    return window
 
 
 def _read_scaling(fields: Fields, inner: Fields) -> LinearScaling | Llama3Scaling | YarnScaling | None:
@@ -75,6 +91,8 @@ def _read_scaling(fields: Fields, inner: Fields) -> LinearScaling | Llama3Scalin
         named = inner.get("original_max_position_embeddings") or fields.get(
             "original_max_position_embeddings"
         )
+        if named is not None and not (isinstance(named, int) and named > 0):
+            raise fields.error("original_max_position_embeddings", "is no number of tokens")
         return named or fields.integer("max_position_embeddings")
 
     match inner.get("rope_type", "type") or "default":

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.errors import UserError, shown
 
 
 class Fields:
@@ -26,21 +26,21 @@ class Fields:
         """A whole number above 0 under one of these names."""
         value = self._or_default(names, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise self.error(names[0], f"is {value!r}, not a whole number above 0")
+            raise self.error(names[0], f"is {shown(value)}, not a whole number above 0")
         return value
 
     def number(self, *names: str, default: float | None = None) -> float:
         """A finite number under one of these names."""
         value = self._or_default(names, default)
         if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < float("inf"):
-            raise self.error(names[0], f"is {value!r}, not a number")
+            raise self.error(names[0], f"is {shown(value)}, not a number")
         return float(value)
 
     def flag(self, name: str, *, default: bool) -> bool:
         """True or false."""
         value = self._or_default((name,), default)
         if not isinstance(value, bool):
-            raise self.error(name, f"is {value!r}, not true or false")
+            raise self.error(name, f"is {shown(value)}, not true or false")
         return value
 
     def expect(self, name: str, *allowed: Any) -> None:
@@ -48,12 +48,12 @@ class Fields:
         value = self.get(name)
         if value is not None and value not in allowed:
             known = " or ".join(repr(value) for value in allowed)
-            raise self.error(name, f"is {value!r}, and only {known} is supported")
+            raise self.error(name, f"is {shown(value)}, and only {known} is supported")
 
     def inner(self, data: Any, name: str) -> "Fields":
         """The fields of an object inside this one."""
         if not isinstance(data, dict):
-            raise self.error(name, f"is {data!r}, not an object")
+            raise self.error(name, f"is {shown(data)}, not an object")
         return Fields(data, self._path)
 
     def error(self, name: str, problem: str) -> UserError:

@@ -39,12 +39,12 @@ def _read(fields: Fields, ropes: dict[str, Rope], *, every: int, normed: bool) -
     count = fields.integer("num_hidden_layers")
     default = [GLOBAL if (index + 1) % every == 0 else LOCAL for index in range(count)]
     types: Sequence[str] = fields.get("layer_types") or default
-    if len(types) != count or not set(types) <= set(ropes):
+    if len(types) != count or not all(kind in list(ropes) for kind in types):
         raise fields.error("layer_types", f"is not {count} times {LOCAL} or {GLOBAL}")
     scale_norm, bias = common.read_norm(fields, offset=True), fields.flag("attention_bias", default=False)
     activation = common.read_activation(fields, "hidden_activation", default="gelu_pytorch_tanh")
     feed_forward = GatedFeedForward(fields.integer("intermediate_size"), activation)
-    window = fields.integer("sliding_window", default=4096)
+    window = common.read_window(fields) or 4096
 
     def block(kind: str) -> Block:
         attention = common.read_attention(

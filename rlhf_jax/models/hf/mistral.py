@@ -17,7 +17,7 @@ from rlhf_jax.models.hf.mapping import Family, Tensor, named_blocks
 
 def read_mistral(fields: Fields) -> ModelConfig:
     """config.json of a Mistral."""
-    attention = common.read_attention(fields, window=fields.get("sliding_window"))
+    attention = common.read_attention(fields, window=common.read_window(fields))
     block = Block(attention, common.read_gated(fields), common.read_norm(fields))
     return common.read_model(fields, block, tie_word_embeddings=False)
 
@@ -31,7 +31,7 @@ def write_mistral(config: ModelConfig) -> dict[str, Any]:
 def read_mixtral(fields: Fields) -> ModelConfig:
     """config.json of a Mixtral."""
     position = common.read_rope(fields, theta=1_000_000.0)
-    attention = common.read_attention(fields, position=position, window=fields.get("sliding_window"))
+    attention = common.read_attention(fields, position=position, window=common.read_window(fields))
     experts = MixtureOfExperts(
         fields.integer("num_local_experts"),
         fields.integer("num_experts_per_tok"),

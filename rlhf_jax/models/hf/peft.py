@@ -167,9 +167,21 @@ def _read_description(path: Path) -> dict[str, Any]:
         "modules_to_save": (None, []),
         "rank_pattern": (None, {}),
         "alpha_pattern": (None, {}),
+        # The others change the base as well, or are computed otherwise.
+        "init_lora_weights": (True, None, False, "gaussian"),
+        "fan_in_fan_out": (None, False),
+        "layer_replication": (None,),
+        "lora_bias": (None, False),
+        "use_qalora": (None, False),
+        "alora_invocation_tokens": (None,),
+        "trainable_token_indices": (None,),
+        "target_parameters": (None, []),
+        "layers_to_transform": (None, []),
     }
     for field, values in wanted.items():
-        if description.get(field) not in values:
+        if field in description and not any(
+            description[field] is v or description[field] == v for v in values
+        ):
             raise UserError(
                 f"{path}: `{field}` is {description.get(field)!r}, and only {values[0]!r} is supported: "
                 "merge the adapter in PEFT and load the whole model"

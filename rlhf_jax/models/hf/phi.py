@@ -11,7 +11,7 @@ from rlhf_jax.models.hf.mapping import Family, Tensor, linear, named_blocks, row
 
 def read(fields: Fields) -> ModelConfig:
     """config.json of a Phi-3."""
-    attention = common.read_attention(fields, window=fields.get("sliding_window"))
+    attention = common.read_attention(fields, window=common.read_window(fields))
     block = Block(attention, common.read_gated(fields), common.read_norm(fields, default=1e-5))
     return common.read_model(fields, block, tie_word_embeddings=False)
 

@@ -22,6 +22,9 @@ Place = tuple[int, ...]
 """Where a piece stands along the first axes of a parameter that stacks several (layers, experts)."""
 
 
+_HEAD = "lm_head.weight"
+
+
 @runtime_checkable
 class Tensors(Protocol):
     """Named tensors, wherever they are stored, under the names that the family's files have."""
@@ -51,6 +54,7 @@ def read_params(family: Family, config: ModelConfig, tensors: Tensors, *, mesh: 
       UserError: a tensor is missing, superfluous, of another shape or dtype, or damaged.
     """
     rules = _rules_by_stored_name(family, config, tensors)
+    _check_tied_copy(config, tensors, rules)
     shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
     wanted = named_leaves(shapes)
     shardings = named_leaves(tree_shardings(mesh, shapes)) if mesh is not None else {}
@@ -61,6 +65,19 @@ def read_params(family: Family, config: ModelConfig, tensors: Tensors, *, mesh: 
         for (param, place), piece in zip(places, pieces, strict=True):
             placed[param] = _put_in(piece, wanted[param], place, placed.get(param), shardings.get(param))
     return map_named(lambda name, _: placed[name], shapes)
+
+
+def _check_tied_copy(config: ModelConfig, tensors: Tensors, rules: Mapping[str, Tensor]) -> None:
+    """Refuses an output matrix of its own where config.json says that it is the embedding."""
+    if not config.tie_word_embeddings or _HEAD not in tensors.names():
+        return
+    embedding = next(name for name, rule in rules.items() if rule.params == ("embedding",))
+    held = dict(tensors.read({_HEAD, embedding}))
+    if held[_HEAD].shape != held[embedding].shape or (held[_HEAD] != held[embedding]).any():
+        raise UserError(
+            f"{tensors.where(_HEAD)}: tensor `{_HEAD}` is not the embedding, though config.json says "
+            "`tie_word_embeddings`: set that to false to use it, or remove the tensor"
+        )
 
 
 def stored_name(family: Family, config: ModelConfig, tensors: Tensors, param: str) -> str:
@@ -91,7 +108,7 @@ def _rules_by_stored_name(family: Family, config: ModelConfig, tensors: Tensors)
             f"{tensors.folder}: tensor `{missing[0]}`{others} is in none of the safetensors files, though "
             f"config.json asks for it: download the folder again or mend config.json."
         )
-    tied_copy = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    tied_copy = {_HEAD} if config.tie_word_embeddings else set()
     extra = sorted(n for n in stored - rules.keys() - tied_copy if not family.ignores(n, config))
     if extra:
         others = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Bool, Float, Scalar
-from rlhf_jax.kernels.whitening import Moments, batch_moments, init_moments, merge_moments, normalize
+from rlhf_jax.kernels.whitening import Moments, add_to_moments, init_moments, normalize
 
 CLIP = 10.0
 
@@ -22,9 +22,10 @@ def init_observation_moments(obs_shape: tuple[int, ...]) -> Moments:
 def add_observations(moments: Moments, obs: Array) -> Moments:
     """`moments` and those of `obs` [..., *obs_shape] together."""
     shape = moments.mean.shape
-    flat = obs.reshape(-1, moments.mean.size).astype(jnp.float32)
-    batch = jax.vmap(batch_moments, in_axes=1)(flat, jnp.ones(flat.shape, bool))
-    return merge_moments(moments, jax.tree.map(lambda x: x.reshape(shape), batch))
+    rows = obs.reshape(-1, moments.mean.size).astype(jnp.float32)
+    flat = jax.tree.map(lambda x: x.reshape(-1), moments)
+    added = jax.vmap(add_to_moments, in_axes=(0, 1, 1))(flat, rows, jnp.ones(rows.shape, bool))
+    return jax.tree.map(lambda x: x.reshape(shape), added)
 
 
 def normalize_observations(obs: Array, moments: Moments) -> Float[Array, "..."]:
@@ -64,6 +65,6 @@ def scale_rewards(
         return jnp.where(ended, 0, running), running
 
     running, sums = jax.lax.scan(step, scale.running, (rewards.T, done.T))
-    moments = merge_moments(scale.moments, batch_moments(sums, jnp.ones(sums.shape, bool)))
+    moments = add_to_moments(scale.moments, sums, jnp.ones(sums.shape, bool))
     scaled = normalize(rewards, moments, shift_mean=False)
     return RewardScale(running, moments), jnp.clip(scaled, -CLIP, CLIP)

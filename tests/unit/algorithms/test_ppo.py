@@ -141,6 +141,22 @@ def test_rewards_that_are_all_equal_are_not_blown_up(constant):
     np.testing.assert_allclose(batch.advantages, advantages, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("spoilt", [1e25, 1e14, np.inf, np.nan])
+def test_one_absurd_reward_does_not_make_later_ones_nothing(spoilt):
+    """The scale is soon again that of the rewards, and the state stays one that a run can go on from."""
+    config, hyper = ppo.Config(scale_rewards=True, whiten_advantages=False), ppo.Hyper()
+    step = jax.jit(lambda state, rewards: language_batch(config, hyper, state, rewards))
+    state, _, _ = step(ppo.init(tabular.init(), TX, jax.random.key(0), hyper), REWARDS)
+    state, _, metrics = step(state, np.array([*REWARDS[:3], spoilt]))
+    assert np.isfinite([state.reward_moments.mean, state.reward_moments.squares]).all()
+    assert metrics["reward_outliers"] == 0.25
+    for _ in range(500):
+        state, _, metrics = step(state, REWARDS)
+    deviation = float(np.sqrt(state.reward_moments.squares / state.reward_moments.count))
+    assert REWARDS.std() * 0.9 < deviation < REWARDS.std() * 100
+    assert metrics["reward_outliers"] == 0
+
+
 # Learning -----------------------------------------------------------------------------------------------
 
 PAYS = jnp.array([0.0, 0.2, 0.4, 1.0, 0.1])

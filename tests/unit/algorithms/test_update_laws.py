@@ -94,10 +94,27 @@ def bco_case(dtype, **config):
 
 
 def distillation_case(dtype, **config):
-    update = distillation.make_update(distillation.Config(**config), tabular.distribution, TX)
+    label_fn = distillation.over_vocabulary(tabular.distribution)
+    update = distillation.make_update(distillation.Config(**config), label_fn, TX)
+    hyper = distillation.Hyper(temperature=2.0, hard_label_weight=0.3)
     sequences = tabular.rows(1, LENGTHS)
-    teacher = tabular.distribution(tabular.init(7, dtype), sequences)
-    return update, distillation.Hyper(), distillation.Batch(sequences, teacher)
+    return update, hyper, distillation.make_batch(label_fn, tabular.init(7, dtype), sequences, hyper)
+
+
+def top_k_distillation_case(dtype, **config):
+    def top_k(params, sequences, temperature):
+        return jax.lax.top_k(jax.nn.log_softmax(tabular.distribution(params, sequences) / temperature), 2)
+
+    def candidates(params, sequences, token_ids, temperature):
+        logp = tabular.distribution(params, sequences)
+        taken = jnp.take_along_axis(jax.nn.log_softmax(logp / temperature), token_ids, axis=-1)
+        return taken, tabular.score(params, sequences).logp
+
+    label_fn = distillation.over_top_k(top_k, candidates)
+    update = distillation.make_update(distillation.Config(**config), label_fn, TX)
+    hyper = distillation.Hyper(temperature=2.0, hard_label_weight=0.3)
+    sequences = tabular.rows(1, LENGTHS)
+    return update, hyper, distillation.make_batch(label_fn, tabular.init(7, dtype), sequences, hyper)
 
 
 def ppo_case(dtype, **config):
@@ -139,6 +156,7 @@ CASES = {
     "kto": unpaired_case,
     "bco": bco_case,
     "distillation": distillation_case,
+    "distillation_top_k": top_k_distillation_case,
     "ppo": ppo_case,
     "ppo_ptx": ptx_case,
     "group": group_case,
@@ -235,6 +253,8 @@ def test_hyperparameters_do_not_recompile_and_all_have_an_effect(case):
             continue  # not asked for: see test_process_rewards
         if isinstance(hyper, ppo.Hyper) and field.name in of_rollout | {"kl_coef"}:
             continue  # these act in `language_batch`
+        if field.name == "teacher_update_rate":
+            continue  # moves a teacher that is an average of the policy: see test_distillation_updates
         if field.name == "ptx_coef" and case is not ptx_case:
             continue  # weighs the loss on text
         if isinstance(hyper, grpo.Hyper) and field.name in of_batch:

@@ -201,6 +201,25 @@ def test_a_step_that_is_not_finite_leaves_no_trace(spoilt):
         jax.tree.map(np.testing.assert_array_equal, getattr(learner, name), getattr(unbroken, name))
 
 
+@pytest.mark.parametrize(
+    ("options", "learning_rate"),
+    [({}, jnp.inf), ({}, jnp.nan), ({}, 3e38), ({"epsilon": 0.0}, 0.1), ({"optimizer": "sgd"}, 3e38)],
+)
+def test_an_update_that_is_not_finite_spoils_nothing(options, learning_rate):
+    """Gradients are whole: it is the learning rate, or 0 divided by an epsilon of 0."""
+    tx = make_optimizer(OptimizerConfig(warmup_ratio=0, clip_norm=1e9, **options))
+    params = {"a": jnp.float32([1.0, 3e38]), "b": jnp.zeros(2)}
+    learner = init_train_state(params, tx)
+    gradients = {"a": jnp.float32([1.0, -3.0]), "b": jnp.zeros(2)}
+    for count in (1, 2, 3):
+        learner, metrics = apply_gradients(
+            learner, gradients, tx, learning_rate=jnp.float32(learning_rate), loss=jnp.zeros(())
+        )
+        assert int(metrics["consecutive_skipped"]) == count
+    for leaf in jax.tree.leaves(learner):
+        assert np.isfinite(leaf).all()
+
+
 def learner_of(params, frozen=None):
     return init_train_state(params, optax.identity(), frozen)
 

@@ -128,7 +128,7 @@ def test_tool_calls_are_the_assistants_words():
     encoded = encode_conversation(BYTES, messages)
     assert counted(BYTES, encoded) == [
         '<tool_call>\n{"name": "w", "arguments": {"at": "<é>"}}\n</tool_call><|im_end|>',
-        'It rains.\n<tool_call>\n{"name": "umbrella"}\n</tool_call><|im_end|>',
+        'It rains.\n<tool_call>\n{"name": "umbrella", "arguments": {}}\n</tool_call><|im_end|>',
     ]
 
 

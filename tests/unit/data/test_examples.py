@@ -76,7 +76,7 @@ def test_supervised_turns_all_count():
         ({"question": [USER], "answer": "b"}, "field 'question' is a list"),
         ({"question": "a", "answer": 42}, "field 'answer' is a number"),
         ({"messages": []}, "field 'messages': messages must be a non-empty list"),
-        ({"messages": "a"}, "no assistant turn"),
+        ({"messages": "a"}, "field 'messages' is text, not a list"),
         ({"messages": ["a"]}, "field 'messages': message 0 is not an object"),
         ({"messages": [USER, {"role": "assistant"}]}, r"message 1 \(assistant\) has no text"),
         ({"messages": [USER, {"role": "assistant", "content": ""}]}, r"message 1 \(assistant\) is empty"),

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.data.pipeline import BatchSampler
+from rlhf_jax.data.pipeline import BatchSampler, fingerprint
 
 
 def stream(sampler, steps):
@@ -58,3 +58,34 @@ def test_sizes_out_of_range(arguments, message):
 def test_negative_step():
     with pytest.raises(UserError, match="step -1 is negative"):
         BatchSampler(4, 2, 0).indices(-1)
+
+
+ROW = {"question": "1+1?", "answer": "2", "tests": [{"in": 1, "out": None}], "weight": 0.5}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"answer": "3"},
+        {"answer": 2},
+        {"tests": [{"in": 1, "out": 0}]},
+        {"weight": 0.5000001},
+        {"more": ""},
+        {"question": "1+1?\ud800"},
+        {"answer": None},
+    ],
+)
+def test_every_field_of_every_row_is_in_the_fingerprint(change):
+    ids = [np.arange(3), np.arange(2)]
+    before = fingerprint(ids, [ROW, ROW])
+    assert before == fingerprint(ids, [dict(reversed(ROW.items())), ROW])
+    assert before != fingerprint(ids, [ROW, ROW | change])
+    assert fingerprint(ids, [ROW | change, ROW]) != fingerprint(ids, [ROW, ROW | change])
+
+
+def test_fingerprints_are_those_of_another_process():
+    """Objects whose text has their address say what they are, and arrays what they hold."""
+    rows = [{"x": np.arange(3), "y": np.float32(1.5), "z": object()}]
+    again = [{"x": np.arange(3), "y": np.float32(1.5), "z": object()}]
+    assert fingerprint([], rows) == fingerprint([], again)
+    assert fingerprint([], rows) != fingerprint([], [rows[0] | {"x": np.arange(1, 4)}])

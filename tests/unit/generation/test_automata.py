@@ -14,6 +14,8 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.data.tokenizers import byte_tokenizer, character_tokenizer, train_bpe
 from rlhf_jax.generation import Sampling, generate, json_automaton, regex_automaton, stop_automaton
 from rlhf_jax.generation.automata import allowed_tokens, next_state, token_bytes
+from rlhf_jax.generation.loop import start_context
+from rlhf_jax.generation.sampling import process_logits
 
 WORDS = character_tokenizer("abc", ["ab", "bca", "cc"])
 SENTENCE = "the answer of the other is 12, then 7; naïve übung - the end."
@@ -149,3 +151,15 @@ def test_a_stop_string_ends_the_row(toy):
     for row, by_string, finished in zip(rows, stopped, np.asarray(rollout.finished), strict=True):
         assert finished == (by_string or row[-1] == 1)
         assert "ab" not in tokenizer.decode(row[:-1])
+
+
+def test_ids_beyond_the_tokenizer_are_never_allowed():
+    """Vocabularies of models are padded, as those of Qwen."""
+    sampling = Sampling(constraint=regex_automaton(WORDS, "ab|b"))
+    size = WORDS.vocab_size + 5
+    context = start_context(
+        jnp.ones((1, 2), jnp.int32), jnp.ones((1, 2), bool), sampling, max_new_tokens=3, pad_id=WORDS.pad_id
+    )
+    logits = process_logits(jnp.zeros((1, size)), sampling, context, eos_id=WORDS.eos_id)
+    assert np.isfinite(logits[0, : WORDS.vocab_size]).any()
+    assert (np.asarray(logits)[0, WORDS.vocab_size :] == -np.inf).all()

@@ -5,7 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.kernels.logprobs import dense_token_logprobs, token_logprobs
+from rlhf_jax.kernels.logprobs import (
+    candidate_logprobs,
+    dense_token_logprobs,
+    token_logprobs,
+    top_k_logprobs,
+)
 
 
 def _inputs(dtype=jnp.float32, scale=1.0):
@@ -89,3 +94,77 @@ def test_temperature_is_traced_without_recompiling():
 
     assert not np.allclose(score(0.5), score(2.0))
     assert len(traces) == 1
+
+
+# The top k and candidates ------------------------------------------------------------------------------
+
+
+def _dense(hidden, unembedding, temperature, softcap):
+    logits = hidden @ unembedding.T
+    logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+    return jax.nn.log_softmax(logits / temperature)
+
+
+@pytest.mark.parametrize(("chunk_size", "temperature", "softcap"), [(64, 1.0, None), (4, 0.7, 5.0)])
+def test_top_k_and_candidates_equal_dense_in_value_and_gradient(chunk_size, temperature, softcap):
+    with jax.enable_x64(True):
+        hidden, unembedding, targets = _inputs(jnp.float64)
+        shared = {"temperature": temperature, "softcap": softcap, "chunk_size": chunk_size}
+        logp, ids = top_k_logprobs(hidden, unembedding, 3, **shared)
+        everything = np.asarray(_dense(hidden, unembedding, temperature, softcap))
+        np.testing.assert_array_equal(ids, np.argsort(-everything, axis=-1)[..., :3])
+        np.testing.assert_allclose(logp, -np.sort(-everything, axis=-1)[..., :3], rtol=1e-12)
+
+        def chunked(hidden, unembedding):
+            return candidate_logprobs(hidden, unembedding, targets, ids, **shared)
+
+        def dense(hidden, unembedding):
+            tempered, plain = (_dense(hidden, unembedding, t, softcap) for t in (temperature, 1.0))
+            taken = jnp.take_along_axis(plain, targets[..., None], axis=-1)[..., 0]
+            return jnp.take_along_axis(tempered, ids, axis=-1), taken
+
+        weights = jnp.sin(jnp.arange(63.0)).reshape(3, 7, 3)
+
+        def total(function, *inputs):
+            taken, target = function(*inputs)
+            return jnp.sum(weights * taken) + jnp.sum(jnp.cos(weights[..., 0]) * target)
+
+        for a, b in zip(chunked(hidden, unembedding), dense(hidden, unembedding), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-12)
+        gradients = [
+            jax.grad(functools.partial(total, f), argnums=(0, 1))(hidden, unembedding)
+            for f in (chunked, dense)
+        ]
+        for a, b in zip(*gradients, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
+
+
+def largest_array(function, *arguments):
+    """Numbers in the largest array of a program, and of the programs in it."""
+    largest, waiting = 0, [jax.make_jaxpr(function)(*arguments).jaxpr]
+    while waiting:
+        program = waiting.pop()
+        for equation in program.eqns:
+            largest = max([largest, *(variable.aval.size for variable in equation.outvars)])
+            for inner in jax.tree.leaves(
+                tuple(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+            ):
+                waiting += (
+                    [inner] if hasattr(inner, "eqns") else [inner.jaxpr] if hasattr(inner, "jaxpr") else []
+                )
+    return largest
+
+
+def test_neither_side_of_a_top_k_holds_all_logits():
+    """[B, T, V] has 4 x 512 x 4096 numbers; a chunk of 64 tokens, the largest array, one 32nd of it."""
+    hidden, unembedding = jnp.zeros((4, 512, 16)), jnp.zeros((4096, 16))
+    targets, ids = jnp.zeros((4, 512), int), jnp.zeros((4, 512, 8), int)
+
+    def student(hidden, unembedding):
+        found = candidate_logprobs(hidden, unembedding, targets, ids, temperature=2.0, chunk_size=64)
+        return sum(map(jnp.sum, found))
+
+    assert largest_array(jax.grad(student, argnums=(0, 1)), hidden, unembedding) == 64 * 4096
+    teacher = functools.partial(top_k_logprobs, k=8, chunk_size=64)
+    assert largest_array(teacher, hidden, unembedding) == 64 * 4096
+    assert largest_array(dense_token_logprobs, hidden, unembedding, targets) == 4 * 512 * 4096

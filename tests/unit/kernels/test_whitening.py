@@ -4,6 +4,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings, strategies as st
 
 from rlhf_jax import kernels
@@ -51,6 +52,15 @@ def test_merging_any_split_gives_the_moments_of_the_whole(cuts):
     np.testing.assert_array_equal(moments.count, MASK.sum())
     np.testing.assert_allclose(moments.mean, VALUES[MASK].mean(), rtol=0, atol=1e-12)
     np.testing.assert_allclose(variance, VALUES[MASK].var(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan, 1e25])
+def test_moments_take_no_batch_that_would_spoil_them(bad):
+    mask = jnp.ones((1, 7), bool)
+    good = kernels.add_to_moments(kernels.init_moments(), jnp.float32(VALUES[:1]), mask)
+    np.testing.assert_allclose(good.mean, VALUES[0].mean(), rtol=1e-6)
+    after = kernels.add_to_moments(good, jnp.float32(VALUES[1:2]).at[0, 3].set(bad), mask)
+    jax.tree.map(np.testing.assert_array_equal, after, good)
 
 
 def test_normalising_with_moments_of_the_batch_is_whitening():

@@ -112,7 +112,8 @@ def test_top_k_is_a_lower_bound_that_is_exact_with_every_token() -> None:
         for k in range(1, 6):
             token_ids = jnp.argsort(-teacher, axis=-1)[..., :k]
             top = jnp.take_along_axis(teacher, token_ids, axis=-1)
-            pair = losses.top_k_distributions(student, top, token_ids, mask)
+            student_top = jnp.take_along_axis(student, token_ids, axis=-1)
+            pair = losses.top_k_distributions(student_top, top, mask)
             np.testing.assert_allclose(np.exp(pair[0][MASK]).sum(-1), 1, rtol=1e-9)
             bounds.append(float(losses.forward_kl_loss(*pair, mask)[0]))
     assert (np.diff(bounds) >= -1e-12).all()
@@ -123,18 +124,67 @@ def test_top_k_is_a_lower_bound_that_is_exact_with_every_token() -> None:
 
 
 def test_top_k_ignores_masked_tokens() -> None:
-    student = jnp.asarray(np.where(MASK[..., None], STUDENT, np.nan))
-    token_ids = jnp.where(jnp.asarray(MASK)[..., None], jnp.array([0, 2]), -100)
-    teacher = jnp.asarray(np.where(MASK[..., None], TEACHER[..., [0, 2]], np.nan))
+    student, teacher = (
+        jnp.asarray(np.where(MASK[..., None], x[..., [0, 2]], np.nan)) for x in (STUDENT, TEACHER)
+    )
     mask = jnp.asarray(MASK)
 
     def value(x):
-        return losses.reverse_kl_loss(*losses.top_k_distributions(x, teacher, token_ids, mask), mask)[0]
+        return losses.reverse_kl_loss(*losses.top_k_distributions(x, teacher, mask), mask)[0]
 
     loss, grad = jax.value_and_grad(value)(student)
     assert math.isfinite(float(loss))
     assert np.isfinite(grad).all()
     np.testing.assert_array_equal(grad[~MASK], 0)
+
+
+# Temperature and hard labels
+
+
+def test_temperature_divides_logits() -> None:
+    with jax.enable_x64(True):
+        found = losses.at_temperature(
+            jnp.asarray(np.where(MASK[..., None], STUDENT, np.nan)), jnp.asarray(MASK), temperature=2.5
+        )
+    for place in zip(*np.nonzero(MASK), strict=True):
+        weights = [math.exp(z / 2.5) for z in LOGITS[0][place]]
+        np.testing.assert_allclose(np.exp(found[place]), np.array(weights) / sum(weights), rtol=1e-12)
+
+
+def test_at_high_temperature_the_gradient_matches_logits() -> None:
+    """Hinton et al. 2015, eq. 4: T^2 dC/dz_i -> (z_i - v_i) / N, for logits of mean zero."""
+    with jax.enable_x64(True):
+        student, teacher = (jnp.asarray(x - x.mean(-1, keepdims=True)) for x in (STUDENT, TEACHER))
+        mask, temperature = jnp.asarray(MASK), 1e4
+
+        def loss(logits):
+            pair = [losses.at_temperature(x, mask, temperature=temperature) for x in (logits, teacher)]
+            soft, _ = losses.forward_kl_loss(*pair, mask)
+            return losses.with_hard_labels(soft, jnp.zeros(MASK.shape), mask, temperature=temperature)[0]
+
+        grad = np.asarray(jax.grad(loss)(student)) * MASK.sum()
+        expected = np.asarray(student - teacher) / 5
+    np.testing.assert_allclose(grad[MASK], expected[MASK], atol=1e-3)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_hard_labels_are_averaged_in_under_nan_and_in_parts(weight: float) -> None:
+    labels = STUDENT[..., 1]
+    soft = [0.7, 0.2]
+    expected = (1 - weight) * 4 * 0.9 - weight * float(np.mean(labels[MASK]))
+    dirty, mask = jnp.asarray(np.where(MASK, labels, np.nan)), jnp.asarray(MASK)
+    total = losses.token_mean.total(mask)
+    parts = [
+        losses.with_hard_labels(
+            jnp.float32(part), dirty[s], mask[s], temperature=2.0, hard_label_weight=weight, denominator=total
+        )[0]
+        for part, s in zip(soft, (slice(0, 1), slice(1, 3)), strict=True)
+    ]
+    assert float(sum(parts)) == pytest.approx(expected, rel=1e-6)
+    grad = jax.grad(
+        lambda x: losses.with_hard_labels(jnp.float32(0.9), x, mask, hard_label_weight=weight)[0]
+    )(dirty)
+    np.testing.assert_allclose(grad, np.where(MASK, -weight / MASK.sum(), 0), rtol=1e-6)
 
 
 # Exact enumeration: sequences of two tokens over a vocabulary of three. The logits are [1 + 3, 3]: of the

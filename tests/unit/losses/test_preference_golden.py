@@ -129,8 +129,8 @@ def test_token_level_modifiers_match_trl(case: str) -> None:
 def distillation_losses(name: str, student: Any, teacher: Any, mask: Any, tokens: Any) -> Any:
     if name.startswith("top_k_"):
         top = jnp.argsort(-student, axis=-1)[..., :3]
-        teacher_top = jnp.take_along_axis(teacher, top, axis=-1)
-        student, teacher = losses.top_k_distributions(student, teacher_top, top, mask)
+        tops = (jnp.take_along_axis(x, top, axis=-1) for x in (student, teacher))
+        student, teacher = losses.top_k_distributions(*tops, mask)
         return loss_named(name.removeprefix("top_k_"))(student, teacher, mask)
     if name == "sampled_reverse_kl_loss":
         student, teacher = (

@@ -13,6 +13,8 @@ HEALTHY = {
     "entropy": 0.5,
     "sampling_logp_diff": 1e-6,
     "clip_fraction": 0.1,
+    "reward_outliers": 0.0,
+    "unscorable_share": 0.2,
 }
 PROVOKED = {
     "zero_std_groups": {"frac_reward_zero_std": 1.0},
@@ -21,6 +23,8 @@ PROVOKED = {
     "length_drift": {"length": 90.0},
     "sampler_mismatch": {"sampling_logp_diff": 0.2},
     "clipped_ratios": {"clip_fraction": 0.9},
+    "reward_outliers": {"reward_outliers": 0.01},
+    "unscored_answers": {"unscorable_share": 1.0},
 }
 
 

@@ -121,6 +121,38 @@ def test_superfluous_output_matrix_of_tied_embeddings_is_passed_over(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, hf.load(tmp_path)[1], hf.load(folder)[1])
 
 
+def test_an_output_matrix_of_its_own_is_not_dropped(tmp_path):
+    folder = LLAMA.with_name("hf_qwen2")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + np.float32(0.01)
+    save_file(tensors, tmp_path / "model.safetensors")
+    shutil.copy(folder / "config.json", tmp_path)
+    _refused(tmp_path, "`lm_head.weight` is not the embedding", "`tie_word_embeddings`")
+    _change_config(tmp_path, tie_word_embeddings=False)
+    hf.load(tmp_path)
+
+
+@pytest.mark.parametrize("window", [0, -1, True, "4"])
+def test_windows_of_no_token(tmp_path, window):
+    folder = LLAMA.with_name("hf_mistral")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(folder / name, tmp_path)
+    _change_config(tmp_path, sliding_window=window)
+    _refused(tmp_path, f"`sliding_window` is {window!r}")
+
+
+def test_the_older_scaling_wins_where_both_are_written(folder):
+    _change_config(folder, rope_parameters={"rope_type": "default", "rope_theta": 1e4})
+    plain = hf.load(folder)[0]
+    _change_config(folder, rope_scaling={"type": "linear", "factor": 2.0})
+    scaled = hf.load(folder)[0]
+    _change_config(
+        folder, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}, rope_scaling=None
+    )
+    assert scaled == hf.load(folder)[0]
+    assert scaled != plain
+
+
 def test_names_without_the_optional_prefix(tmp_path):
     folder = LLAMA.with_name("hf_gpt2")
     tensors = load_file(folder / "model.safetensors")

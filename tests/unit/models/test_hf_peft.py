@@ -84,6 +84,11 @@ def change(folder, **fields):
     [
         ({"peft_type": "IA3"}, "`peft_type` is 'IA3', and only 'LORA' is supported"),
         ({"bias": "all"}, "`bias` is 'all'"),
+        ({"init_lora_weights": "pissa"}, "`init_lora_weights` is 'pissa'"),
+        ({"init_lora_weights": "loftq"}, "`init_lora_weights` is 'loftq'"),
+        ({"fan_in_fan_out": True}, "`fan_in_fan_out` is True"),
+        ({"layer_replication": [[0, 2], [1, 3]]}, "`layer_replication` is"),
+        ({"lora_bias": True}, "`lora_bias` is True"),
         ({"rank_pattern": {"q_proj": 3}}, "`rank_pattern` is"),
         ({"r": "4"}, "is no number"),
         ({"r": 3}, r"has shape \[4, 32\], and the base asks for \[3, 32\]"),

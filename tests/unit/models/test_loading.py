@@ -15,7 +15,7 @@ from gguf_files import GOLDEN, TOKENS, write_gguf
 from rlhf_jax import models
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.trees import named_leaves
-from rlhf_jax.data.tokenizers import character_tokenizer
+from rlhf_jax.data.tokenizers import byte_tokenizer, character_tokenizer
 from rlhf_jax.models import adapters, hf
 from rlhf_jax.models.loading import find_in_hub_cache, kind_of_checkpoint, load_checkpoint
 from rlhf_jax.training.loading import load
@@ -256,3 +256,11 @@ def test_gguf_that_is_damaged_or_unknown_is_refused(tmp_path):
     writer.close()
     with pytest.raises(UserError, match="'mamba' is not supported in GGUF"):
         load_checkpoint(tmp_path / "other.gguf")
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused():
+    """Ids beyond the embedding would be taken for its last row, without a word."""
+    config = models.dense_config(vocab_size=200, width=16, num_layers=1, num_heads=2, num_kv_heads=1)
+    params = models.init_params(config, jax.random.key(0))
+    with pytest.raises(UserError, match="the tokenizer has 259 tokens and the model 200"):
+        models.make_policy(config, params, byte_tokenizer())

@@ -133,7 +133,7 @@ def test_verdicts_and_json():
     ("words", "sentence"),
     [
         ("--model nowhere", "--model nowhere: no such folder, and no preset: give one, or llama-1b"),
-        ("--batch 0", "--batch 0 is not positive"),
+        ("--batch 0", "--batch 0 is out of range: give 1 or more"),
         ("--batch 6 --micro-batches 4", "--batch 6 cannot be computed in 4 equal parts"),
         ("--algo ppo --length 512", "--new-tokens 512 leaves nothing of --length 512 for the prompt"),
         ("--algo grpo --batch 12", "--batch 12 is no multiple of --group-size 8"),

@@ -259,3 +259,47 @@ def test_what_cannot_be_told_is_none():
     assert symbolic_answer(r"\boxed{9^9^9}", "42") is None
     assert symbolic_answer("42", "9^9^9") is None
     assert symbolic_answer("no idea", "42") is False
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        (r"\sqrt[3]{2}", r"\sqrt[3]{2}"),
+        (r"\sqrt{n}", "n^{1/2}"),
+        ("2^n", "2^{n}"),
+        ("x + y = 5", "x+y=5"),
+        ("x>5", "x > 5"),
+        (r"x \geq 5", r"x\ge5"),
+        (r"-1\pm\sqrt2", r"-1 \pm \sqrt{2}"),
+        (r"(-\infty,1)\cup(2,\infty)", r"(-\infty, 1) \cup (2, \infty)"),
+        (r"2\sin x", r"2 \sin x"),
+        (r"\ln 2", r"\ln(2)"),
+        (r"x=5 \text{ or } x=-5", r"x=-5 \text{ or } x=5"),
+        (r"1 \text{ and } 2", "1, 2"),
+        (r"5\text{ cm}^{2}", r"5\text{ cm}^2"),
+        ("1 000 000", "1000000"),
+        (r"\left(1, 2\right]", "(1,2]"),
+        (r"\dfrac{a}{b}", r"\frac{a}{b}"),
+    ],
+)
+def test_what_is_spelled_alike_is_equal_though_it_cannot_be_read(left, right):
+    assert answers_equal(left, right)
+    assert answers_equal(right, left)
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        ("1 2", "12"),
+        ("x>5", "x<5"),
+        ("2^{12}", "2^12 3"),
+        ("(1, 2)", "(2, 1)"),
+        ("[1, 2)", "(1, 2]"),
+        (r"\sqrt{n}", r"\sqrt{m}"),
+        (r"x \geq 5", r"x \leq 5"),
+        ("1 and 2", "1 and 3"),
+        ("1 00", "100"),
+    ],
+)
+def test_what_is_spelled_otherwise_is_not(left, right):
+    assert not answers_equal(left, right)

@@ -26,6 +26,13 @@ def exact_match(prompts, completions, *, answer, **_):
 """
 
 
+class Unprintable:
+    """Says nothing of itself."""
+
+    def __repr__(self):
+        raise RuntimeError
+
+
 @pytest.fixture
 def rewards_folder(tmp_path, monkeypatch):
     """The current folder, with modules of the user's that no other test sees."""
@@ -35,6 +42,7 @@ def rewards_folder(tmp_path, monkeypatch):
     (tmp_path / "some_rewards.py").write_text(MODULE)
     (tmp_path / "unreadable_rewards.py").write_text("def f(:\n")
     (tmp_path / "failing_rewards.py").write_text("\n1 / 0\n")
+    (tmp_path / "leaving_rewards.py").write_text("import sys\nsys.exit(0)\n")
     (tmp_path / "needy_rewards.py").write_text("import no_such_package_at_all\n")
     yield tmp_path
     for name in set(sys.modules) - before:
@@ -56,6 +64,7 @@ def test_rewards_are_found_by_path(rewards_folder):
         (":exact_match", ["module:function"]),
         ("some_rewards:exact_mach", ["exact_mach does not exist", "some_rewards.py", "exact_match"]),
         ("some_rewards:LIMIT", ["LIMIT is not a function"]),
+        ("leaving_rewards:f", ["importing leaving_rewards fails", "leaving_rewards.py:2", "SystemExit"]),
         ("some_reward:exact_match", ["no module some_reward", "nearest name is some_rewards"]),
         ("rlhf_jax.rewards.verifier:f", ["nearest name is rlhf_jax.rewards.verifiers"]),
         ("no.such.thing:f", ["no module no"]),
@@ -109,6 +118,9 @@ def test_fields_reach_the_function_as_lists():
         ([1.0, float("nan"), 0.0], ["nan", "row 1 (rows.jsonl:8)", "'bb'"]),
         ([1.0, 0.0, float("inf")], ["inf", "row 2 (rows.jsonl:9)"]),
         ([1e39, 0.0, 0.0], ["1e+39", "row 0 (rows.jsonl:7)"]),
+        ([0.0, -1e25, 0.0], ["-1e+25", "row 1 (rows.jsonl:8)"]),
+        ([10**400, 0.0, 0.0], ["[1000000"]),
+        ([Unprintable(), 0.0, 0.0], ["a list (whose repr raises RuntimeError)"]),
         ([1.0, 0.0], ["shape (2,)", "3 finite numbers"]),
         ([[1.0, 0.0, 0.0]], ["shape (1, 3)"]),
         (1.0, ["shape ()"]),
@@ -182,6 +194,31 @@ def test_interrupts_pass_through():
 
     with pytest.raises(KeyboardInterrupt):
         call_reward(stopped, ["p"], ["a"], {})
+
+
+class EndOfTheWorld(BaseException):
+    """No Exception."""
+
+
+@pytest.mark.parametrize("error", [SystemExit(0), SystemExit("x"), EndOfTheWorld("now"), GeneratorExit()])
+def test_whatever_else_a_reward_raises_is_said(error):
+    def leaving(prompts, completions, **_):
+        raise error
+
+    with pytest.raises(UserError, match=rf"leaving raised {type(error).__name__}.* on row 0, completion 'a'"):
+        call_reward(leaving, ["p"], ["a"], {})
+
+
+def test_an_error_without_words_is_said():
+    class Mute(Exception):
+        def __str__(self):
+            raise RuntimeError
+
+    def failing(prompts, completions, **_):
+        raise Mute
+
+    with pytest.raises(UserError, match="failing raised Mute at"):
+        call_reward(failing, ["p"], ["a"], {})
 
 
 def test_what_cannot_be_scored_gets_the_stated_score_and_is_counted():

@@ -15,6 +15,7 @@ from rlhf_jax.rewards.verifiers import (
     gsm8k_answer,
     gsm8k_reward,
     symbolic_answer,
+    symbolic_reward,
 )
 
 GSM8K = pathlib.Path(__file__).resolve().parents[4] / "shared" / "data" / "gsm8k"
@@ -188,3 +189,18 @@ def test_published_verdicts_on_real_model_solutions():
             ]
     assert len(agreements) > 3000
     assert all(agreements)
+
+
+@pytest.mark.parametrize("reference", [None, True, ["5"], {"x": 5}, float("nan")])
+def test_a_row_without_an_answer_cannot_be_scored(reference):
+    """A null would otherwise be the word None, which an answer of that word earns."""
+    for reward, text in (
+        (symbolic_reward, rf"\boxed{{{reference}}}"),
+        (exact_answer_reward, f"#### {reference}"),
+        (gsm8k_reward, "5"),
+    ):
+        assert reward(["q", "q"], [text, text], answer=[reference, 5])[0] is None, reward.__name__
+
+
+def test_a_reference_without_a_number_cannot_be_scored():
+    assert gsm8k_reward(["q"] * 2, ["5", "five"], answer=["five", "five"]) == [None, None]

@@ -229,7 +229,7 @@ def test_the_script_collects_trains_and_resumes(tmp_path, capsys):
         ({"collect": ("random:0",)}, "write SOURCE:EPISODES"),
         ({"collect": ("random:5",)}, "--env is missing"),
         ({"collect": ("nowhere:5",)}, "no agent can be read"),
-        ({"seeds": 0}, "--seeds 0: give at least 1"),
+        ({"seeds": 0}, "--seeds 0 is out of range: give 1 or more"),
         ({}, "no log of transitions can be read"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import sys
 
 import jax
@@ -19,7 +20,8 @@ from rlhf_jax.data.examples import PromptExample
 from rlhf_jax.data.tokenizers import character_tokenizer
 from rlhf_jax.generation import Sampling
 from rlhf_jax.rollout.sampler import completion_texts, make_evaluate_fn, make_generate_fn
-from rlhf_jax.stages.reward_specs import make_ensemble_fn, make_reward_fn
+from rlhf_jax.rollout.samples import Sample
+from rlhf_jax.stages.reward_specs import make_ensemble_fn, make_optional_reward_fn, make_reward_fn
 from rlhf_jax.training.run_folder import write_model_files
 
 TOKENIZER = character_tokenizer("0123456789+=")
@@ -213,6 +215,17 @@ def test_a_reward_model_of_another_tokenizer_is_refused(tmp_path, alphabet):
     write_reward_model(tmp_path / "run", character_tokenizer(alphabet))
     with pytest.raises(UserError, match=r"tokenizer .* is not the policy's"):
         make_reward_fn([str(tmp_path / "run")], TOKENIZER)
+
+
+def test_without_rewards_no_row_can_be_scored():
+    rollout = answered("3", "7", "25")
+    nothing = make_optional_reward_fn([], TOKENIZER)
+    assert nothing.score(rollout, PROMPTS).unscorable.all()
+    assert np.isnan(nothing(rollout, PROMPTS)).all()
+    assert not make_reward_fn(["toy_rewards:length"], TOKENIZER).score(rollout, PROMPTS).unscorable.any()
+    found = [Sample("p", None, "text", reward).completion() for reward in (math.nan, 0.5, 1.0)]
+    assert found[0] == {"text": "text"}
+    assert found[1:] == [{"text": "text", "reward": 0.5}, {"text": "text", "reward": 1.0, "correct": True}]
 
 
 # Evaluation ---------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Work under limits: every way to go wrong is one outcome, and the next task is served."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.sandbox.workers import LimitedWorker
 
+sys.path.append(os.path.dirname(__file__))  # of `hostile`, which workers import
 TIMEOUT, ENDLESS = 0.4, 10**6
 
 
@@ -103,3 +105,119 @@ def test_the_process_ends_with_its_parent():
             return
         time.sleep(0.1)
     raise AssertionError("the worker is still alive")
+
+
+# Hostile tasks -----------------------------------------------------------------------------------------
+
+
+def is_alive(pid):
+    """Whether there is such a process, and it has not ended."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def marked_processes(worker):
+    """Processes of a worker beside its own."""
+    mark, found = worker._process.mark, []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{name}/environ", "rb") as file:
+                if mark in file.read() and is_alive(int(name)) and int(name) != worker.pid:
+                    found.append(int(name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.parametrize("how", ["popen", "session", "fork", "double", "exec"])
+def test_no_process_can_be_started(how):
+    worker = LimitedWorker("hostile:start_child", seconds=20)
+    assert one(worker, {"how": how}).value == "PermissionError"
+    assert one(worker, {"how": "thread"}).value == "threads"
+    assert marked_processes(worker) == []
+    worker.close()
+
+
+@pytest.mark.parametrize("hang", [False, True])
+@pytest.mark.parametrize("how", ["popen", "session", "fork", "double"])
+def test_processes_that_may_be_started_end_with_their_task(how, hang):
+    worker = LimitedWorker("hostile:start_child", seconds=0.5 if hang else 20, processes=True)
+    one(worker, {"how": "thread"})
+    mark = worker._process.mark
+    outcome = one(worker, {"how": how, "hang": hang})
+    assert outcome.status == ("timeout" if hang else "done")
+    assert hang or not is_alive(outcome.value)
+    alive = [int(n) for n in os.listdir("/proc") if n.isdigit() and has_mark(n, mark) and is_alive(n)]
+    assert alive == ([] if hang else [worker.pid])
+    worker.close()
+
+
+def has_mark(name, mark):
+    try:
+        with open(f"/proc/{name}/environ", "rb") as file:
+            return mark in file.read()
+    except OSError:
+        return False
+
+
+FORGED = '{"outcome": {"status": "done", "value": "FORGED", "message": ""}, "spent": false}\n'
+
+
+@pytest.mark.parametrize(
+    "text", [FORGED, "0" * 32 + " " + FORGED, "half a line", "\x00\x00\x01\x00ready", "\n"]
+)
+@pytest.mark.parametrize("hang", [False, True])
+def test_replies_cannot_be_forged_and_half_of_one_holds_nobody(text, hang):
+    worker = LimitedWorker("hostile:forge", seconds=0.5)
+    outcome = one(worker, {"text": text, "hang": hang})
+    assert outcome.status in ("killed", "timeout")
+    assert outcome.value is None
+    assert one(worker, {"text": ""}).value == "honest"
+    worker.close()
+
+
+def test_a_process_in_which_a_thread_was_left_gets_no_other_task():
+    worker = LimitedWorker("hostile:answer_later", seconds=20)
+    assert one(worker, 0).value == "honest"
+    pid = worker.pid
+    assert one(worker, 1).value == "honest"
+    assert worker.pid is None
+    assert one(worker, 0).value == "honest"
+    assert worker.pid != pid
+    worker.close()
+
+
+def test_files_are_limited(tmp_path):
+    worker = LimitedWorker("hostile:write_file", seconds=20, file_bytes=2 << 20)
+    outcomes = worker.run([{"path": str(tmp_path / "f"), "megabytes": count} for count in (2, 3)])
+    assert outcomes[0].value == 2 << 20
+    assert "File too large" in outcomes[1].message
+    assert os.path.getsize(tmp_path / "f") == 2 << 20
+    worker.close()
+
+
+def test_the_limit_on_processor_time_is_hard():
+    worker = LimitedWorker("hostile:burn", seconds=20, cpu_seconds=3)
+    hard = one(worker, {"lift": True}).value
+    assert 300 <= hard < 400
+    assert hard != resource.RLIM_INFINITY
+    worker.close()
+
+
+def test_keys_stay_with_the_parent(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
+    monkeypatch.setenv("SEARCH_KEY", "sk-2")
+    names = ["OPENAI_API_KEY", "SEARCH_KEY", "PATH"]
+    worker = LimitedWorker("hostile:environment", seconds=20)
+    assert one(worker, names).value == {
+        "OPENAI_API_KEY": None,
+        "SEARCH_KEY": None,
+        "PATH": os.environ["PATH"],
+    }
+    worker.close()
+    worker = LimitedWorker("hostile:environment", seconds=20, environment=["SEARCH_KEY"])
+    assert one(worker, names).value["SEARCH_KEY"] == "sk-2"
+    worker.close()

@@ -6,14 +6,16 @@ import pytest
 from rlhf_jax.algorithms import group_advantages
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.losses.corrections import PRESETS, RULES, WEIGHTS
-from rlhf_jax.stages import grpo, option_groups
+from rlhf_jax.stages import grpo, grpo_options, option_groups
 from rlhf_jax.stages.off_policy_options import OffPolicyOptions
 
 
 def variant(off_policy=None, **options):
     prompts = option_groups.PromptOptions(data="rows.jsonl", max_new_tokens=8)
     given = {"off_policy": OffPolicyOptions(**off_policy)} if off_policy else {}
-    return grpo.variant_of(grpo.Options(model="x", prompts=prompts, learning_rate=1.0, **given, **options))
+    return grpo_options.variant_of(
+        grpo.Options(model="x", prompts=prompts, learning_rate=1.0, **given, **options)
+    )
 
 
 def test_without_options_nothing_is_corrected_and_stale_answers_are_by_tis():
@@ -77,7 +79,7 @@ def test_parameters_of_single_variants():
         learning_rate=1.0,
     )
     with pytest.raises(UserError, match=r"--batch-size x --num-kept 96 .* --num-minibatches 5"):
-        grpo.check(pruned, "grpo")
+        grpo_options.check(pruned, "grpo")
 
 
 @pytest.mark.parametrize(
@@ -111,4 +113,4 @@ def test_rewards_taken_apart_have_no_penalty_beside_them():
         learning_rate=1.0,
     )
     with pytest.raises(UserError, match="--algorithm gdpo takes each reward apart"):
-        grpo.check(options, "grpo")
+        grpo_options.check(options, "grpo")

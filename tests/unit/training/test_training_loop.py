@@ -102,7 +102,7 @@ def test_a_run_writes_a_line_a_step_and_its_last_checkpoint(unbroken):
     np.testing.assert_array_equal(saved["weights"], state["weights"])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_finishes_the_step_saves_and_can_be_resumed_bit_for_bit(tmp_path, unbroken, number):
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
     with pytest.raises(Interrupted) as stopped:
@@ -205,6 +205,33 @@ def test_too_many_steps_in_a_row_that_are_not_finite_end_the_run(tmp_path):
     assert latest(tmp_path) == 4
     assert len(read_metrics(tmp_path)) == 5
     run(tmp_path / "other", skipping(0, 1, 2, 0, 1, 2, 0), max_consecutive_skipped=3)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "said"),
+    [
+        ({"loss": jnp.nan, "gradient_norm": jnp.nan}, "the loss is not finite"),
+        ({"loss": 1.0, "gradient_norm": jnp.inf}, "the gradients are not finite"),
+        ({"loss": 1.0, "gradient_norm": 1.0}, "updates of the optimizer are not finite"),
+    ],
+)
+def test_the_sentence_names_what_is_not_finite(tmp_path, metrics, said):
+    def step(state, number):
+        return state, {**metrics, "consecutive_skipped": number + 1}
+
+    with pytest.raises(UserError, match=f"step 2: {said} 2 times in a row"):
+        run(tmp_path, step, max_consecutive_skipped=2)
+
+
+def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
+    def step(state, number):
+        state, metrics = take_step(state, number)
+        weights = state["weights"].at[1].set(jnp.nan) if number == 4 else state["weights"]
+        return {**state, "weights": weights}, metrics
+
+    with pytest.raises(UserError, match=r"step 6: 1 parts of the state .* \(weights: 1 of its values\)"):
+        run(tmp_path, step, save_every=2)
+    assert latest(tmp_path) == 4
 
 
 @pytest.mark.parametrize(("every", "expected"), [(3, [0, 3, 6, 7]), (0, [0, 7]), (7, [0, 7])])

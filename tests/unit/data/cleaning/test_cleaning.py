@@ -77,7 +77,7 @@ def test_each_limit_drops_what_breaks_it_and_nothing_else(item, limits, reason):
 
 def test_limits_that_make_no_sense_are_refused():
     for fields, said in (
-        ({"symbol_share": 2.0}, "no share"),
+        ({"symbol_share": 2.0}, "symbol_share 2 is out of range: give a number from 0 to 1"),
         ({"language": "xx"}, "not known"),
         ({"banned": ("(",)}, "no regular expression"),
     ):

@@ -1,0 +1,71 @@
+"""A share of the campaign of faults, and its bookkeeping. The whole is `python tools/faults.py`."""
+
+import json
+import random
+
+import faults
+import faults_in_runs
+import pytest
+
+IN_PROCESS = ["rows", "command_lines", "extremes", "rewards", "servers", "checkpoints_of_others"]
+
+
+@pytest.mark.parametrize("name", IN_PROCESS)
+def test_what_is_drawn_is_right_or_one_sentence(tmp_path, name):
+    campaign = faults.Campaign(tmp_path, 20, [name])
+    campaign.run(60, cases=25 if name != "servers" else 8)
+    assert [case for case in campaign.found if case["outcome"] != "right"] == []
+    ((_, tried, right, unexplained, silent),) = campaign.table()
+    assert tried == right > 5
+    assert unexplained == silent == 0
+
+
+def test_a_campaign_goes_on_where_it_was_stopped(tmp_path):
+    whole = faults.Campaign(tmp_path / "whole", 1, ["rows", "rewards"])
+    whole.run(60, cases=6)
+    first = faults.Campaign(tmp_path / "parts", 1, ["rows", "rewards"])
+    first.run(60, cases=2)
+    with open(tmp_path / "parts" / "cases.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"kind": "ro')  # killed in the middle of a line
+    second = faults.Campaign(tmp_path / "parts", 1, ["rows", "rewards"])
+    second.run(60, cases=6)
+
+    def by_kind(path):
+        lines = map(json.loads, (path / "cases.jsonl").read_text().splitlines())
+        return sorted((line["kind"], line["number"], line["what"], line["outcome"]) for line in lines)
+
+    assert by_kind(tmp_path / "parts") == by_kind(tmp_path / "whole")
+
+
+def test_a_finding_is_counted_and_told(tmp_path, monkeypatch):
+    def broken(world, rng, scratch):
+        raise ZeroDivisionError
+
+    monkeypatch.setitem(faults.fault_world.KINDS, "broken", broken)
+    campaign = faults.Campaign(tmp_path, 0, ["broken", "rewards"])
+    campaign.run(60, cases=2)
+    assert campaign.table() == [("broken", 2, 0, 2, 0), ("rewards", 2, 2, 0, 0)]
+    page = faults.page(campaign, 1)
+    assert "| broken | 2 | 0 | 2 | 0 |" in page
+    assert "| all | 4 | 2 | 2 | 0 |" in page
+    assert "`broken:0` unexplained" in page
+    assert "ZeroDivisionError" in page
+
+
+def test_what_changes_in_silence_is_found(tmp_path, monkeypatch):
+    """A judge that never fails would say nothing of what it judges."""
+    judged = faults.fault_world.judged
+    assert judged(lambda: 1, 1)[0] == "right"
+    assert judged(lambda: 2, 1)[0] == "silent"
+    assert judged(lambda: 1 / 0)[0] == "unexplained"
+    assert judged(lambda: random.Random(0).sample([], 1))[0] == "unexplained"
+    assert not faults_in_runs.fits(1, "Traceback (most recent call last):")
+    assert not faults_in_runs.fits(1, "")
+
+
+@pytest.mark.slow
+def test_files_and_processes(tmp_path):
+    """Kills, signals, two processes, full disks, and every kind of damage to files, for two minutes."""
+    campaign = faults.Campaign(tmp_path, 7, [])
+    campaign.run(120)
+    assert [case for case in campaign.found if case["outcome"] != "right"] == []
