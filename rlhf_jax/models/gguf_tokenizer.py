@@ -1,5 +1,6 @@
 """The tokenizer in the metadata of a GGUF file: byte-level BPE, or the BPE of SentencePiece."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,8 @@ PATTERNS = {"llama-bpe": _WORDS % r"\p{N}{1,3}", "qwen2": _WORDS % r"\p{N}"}
 PLAIN = ("gpt-2", "smollm")
 """Cut as by GPT-2; `smollm` cuts digits from one another first."""
 
-CONTROL, USER_DEFINED = 3, 4
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+"""Types of tokens."""
 NAMES = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
 SPACE = "▁"
 
@@ -46,6 +48,9 @@ def tokenizer_of(metadata: Mapping[str, Any], where: str) -> Tokenizer:
     _add_special(backend, tokens, metadata.get("ggml.token_type") or [])
     ids = {name: metadata.get(f"ggml.{key}_token_id") for name, key in NAMES.items()}
     names = {name: tokens[index] for name, index in ids.items() if index is not None}
+    opened = metadata.get("ggml.add_bos_token")
+    if "bos_token" in names and (metadata["ggml.model"] == "llama" if opened is None else opened):
+        _open_with(backend, names["bos_token"])
     try:
         tokenizer = Tokenizer(backend, names, metadata.get("chat_template") or CHATML)
     except UserError as error:
@@ -102,6 +107,20 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str]) -> Any:
     backend.normalizer = normalizers.Sequence(spaces)
     backend.decoder = decoders.Sequence(back)
     return backend
+
+
+def _open_with(backend: Any, token: str) -> None:
+    """Makes other programs, to which the tokenizer is exported, put a token before every text."""
+    from tokenizers import processors
+
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{token} $A", special_tokens=[(token, backend.token_to_id(token))]
+    )
+
+
+def is_byte(token: str) -> bool:
+    """Whether SentencePiece writes a byte so."""
+    return re.fullmatch(r"<0x[0-9A-F]{2}>", token) is not None
 
 
 def _add_special(backend: Any, tokens: Sequence[str], types: Sequence[int]) -> None:

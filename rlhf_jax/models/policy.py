@@ -32,8 +32,9 @@ from rlhf_jax.data.packing import left_pad, length_bucket
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.distributed import PARAMETER_AXES
 from rlhf_jax.generation import Sampling, generate
-from rlhf_jax.models import adapters, decode_fns, flops, hf, logprob_fns
+from rlhf_jax.models import adapters, decode_fns, flops, gguf_writing, hf, logprob_fns
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.gguf_writing import Outtype
 from rlhf_jax.models.heads import init_head, init_scalar_model
 from rlhf_jax.models.hf import peft
 
@@ -240,18 +241,26 @@ class Policy:
             [encode_prompt(self.tokenizer, list(messages))], sampling, max_new_tokens, seed
         )[0]
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes a Hugging Face folder.
+    def save(self, path: str | os.PathLike[str], *, outtype: Outtype | None = None) -> None:
+        """Writes a Hugging Face folder, or a GGUF file where the path ends in `.gguf`.
+
+        Args:
+          outtype: type of the matrices in a GGUF file; None for f16.
 
         Raises:
-          UserError: the model is none of ours, no family has its parts, or the folder cannot be written.
+          UserError: the model is none of ours, no family has its parts, or the files cannot be written.
         """
         if self.config is None:
             raise UserError(
-                f"{folder}: a model from wrap() has no Hugging Face layout: save policy.params yourself"
+                f"{path}: a model from wrap() has no Hugging Face layout: save policy.params yourself"
             )
         params = adapters.merge_adapter(self.params) if adapters.can_merge(self.params) else self.params
-        hf.save(folder, self.config, params, self.tokenizer)
+        if os.fspath(path).endswith(".gguf"):
+            gguf_writing.save(path, self.config, params, self.tokenizer, outtype=outtype or "f16")
+            return
+        if outtype is not None:
+            raise UserError(f"outtype={outtype!r} is of GGUF files: give a path that ends in .gguf")
+        hf.save(path, self.config, params, self.tokenizer)
 
     def save_adapter(self, folder: str | os.PathLike[str]) -> None:
         """Writes the adapter that was trained, in PEFT's layout.

@@ -9,6 +9,7 @@ import json
 import pathlib
 import string
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +28,7 @@ from rlhf_jax.data.tokenizers import character_tokenizer
 from rlhf_jax.generation import Sampling, generate
 from rlhf_jax.models import hf
 from rlhf_jax.models.loading import load_checkpoint
+from rlhf_jax.models.named import find_in_package
 
 NAME = "smollm2-135m-instruct"
 GOLDEN = pathlib.Path(__file__).resolve().parents[1] / "golden" / "smollm2"
@@ -93,6 +95,24 @@ def test_greedy_tokens_are_those_of_transformers_in_one_batch(policy, expected):
 def test_it_knows_the_capital_of_france(policy):
     question = [{"role": "user", "content": "What is the capital of France?"}]
     assert "Paris" in policy.chat(question, max_new_tokens=16, temperature=0)
+
+
+def test_it_goes_out_as_gguf_with_what_the_published_file_says(policy, expected, tmp_path):
+    policy.save(tmp_path / "model.gguf", outtype="q8_0")
+    again = rj.load(tmp_path / "model.gguf")
+    assert again.config == policy.config
+    for line in expected["corpus"]:
+        assert again.tokenizer.encode(line["text"]) == line["ids"], line["text"]
+    # Q8_0 is off by 1/254 of a block's largest weight at most; logits reach 37 here.
+    ids = np.asarray([expected["prompts"][0]["ids"]])
+    np.testing.assert_allclose(again.logits(ids), policy.logits(ids), atol=2.0)
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    assert "Paris" in again.chat(question, max_new_tokens=16, temperature=0)
+    ours, theirs = (gguf.GGUFReader(path) for path in (tmp_path / "model.gguf", find_in_package(NAME)))
+    for name, field in theirs.fields.items():
+        if name.startswith(("llama.", "tokenizer.")) and name != "tokenizer.ggml.add_space_prefix":
+            found = ours.get_field(name)
+            assert (found.types, found.contents()) == (field.types, field.contents()), name
 
 
 def test_a_folder_of_16_bits_moves_as_one_of_32_bits_does(policy, tmp_path):

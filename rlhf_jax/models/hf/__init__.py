@@ -1,8 +1,10 @@
 """Hugging Face checkpoints in and out. A family is one file here, of a config's fields and tensors' names."""
 
 import dataclasses
+import functools
 import math
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -21,7 +23,7 @@ from rlhf_jax.models.decoder import unstack_layers
 from rlhf_jax.models.hf import bloom, deepseek, gemma, gpt2, llama, mistral, olmo, phi, qwen
 from rlhf_jax.models.hf.fields import Fields
 from rlhf_jax.models.hf.files import CONFIG, Checkpoint, Writer, read_json
-from rlhf_jax.models.hf.mapping import Family, InexpressibleError
+from rlhf_jax.models.hf.mapping import Family, InexpressibleError, Tensor, packed_shape
 from rlhf_jax.models.hf.reading import read_params, stored_name
 from rlhf_jax.models.reconfiguring import check_dtype
 
@@ -147,15 +149,8 @@ def save(
       UserError: no family has these parts, or the folder cannot be written.
     """
     folder = as_local(path, "a Hugging Face folder is written")
-    if [name for name in named_leaves(params) if is_adapter_leaf(name)]:
-        raise UserError(
-            "The model has an adapter, for which no Hugging Face model has a place: merge it first "
-            "(`adapters.merge_adapter`), which prefixes, prompts and bottlenecks cannot be."
-        )
+    check_whole(params)
     family = family_of(config)
-    if config.scan_layers:
-        params = unstack_layers(config, params)
-    leaves = named_leaves(params)
     fields = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
@@ -166,11 +161,9 @@ def save(
     try:
         writer = Writer(folder, shard_bytes=shard_bytes)
         try:
-            for rule in family.tensors(config):
-                slot = () if rule.slot is None else rule.slot
-                pieces = [np.asarray(jax.device_get(leaves[param][slot])) for param in rule.params]
-                writer.add(rule.name, rule.layout.pack(pieces))
-            total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves.values())
+            for packed in packed_tensors(family, config, params):
+                writer.add(packed.name, packed.read())
+            total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
             writer.finish(fields, total_size=total)
         finally:
             writer.discard()
@@ -181,6 +174,45 @@ def save(
         raise UserError(
             f"{folder}: cannot be written ({reason}): make room or choose another folder."
         ) from error
+
+
+def check_whole(params: Params) -> None:
+    """Raises: UserError where parameters have an adapter beside them."""
+    if [name for name in named_leaves(params) if is_adapter_leaf(name)]:
+        raise UserError(
+            "The model has an adapter, for which no Hugging Face model has a place, nor a GGUF file: merge "
+            "it first (`adapters.merge_adapter`), which prefixes, prompts and bottlenecks cannot be."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """A tensor of a checkpoint that is to be written.
+
+    Attributes:
+      name: as the family's files have it.
+      shape: of it.
+      read: its content, from the devices.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+
+def packed_tensors(family: Family, config: ModelConfig, params: Params) -> Iterator[Packed]:
+    """The tensors of a family's files that hold these parameters."""
+    if config.scan_layers:
+        params = unstack_layers(config, params)
+    leaves = named_leaves(params)
+
+    def read(rule: Tensor) -> np.ndarray:
+        slot = () if rule.slot is None else rule.slot
+        return rule.layout.pack([np.asarray(jax.device_get(leaves[param][slot])) for param in rule.params])
+
+    for rule in family.tensors(config):
+        shapes = [leaves[param].shape[rule.slot is not None :] for param in rule.params]
+        yield Packed(rule.name, packed_shape(rule, shapes), functools.partial(read, rule))
 
 
 def _special_ids(tokenizer: SavesItself | None) -> dict[str, int | None]:
@@ -201,7 +233,7 @@ def family_of(config: ModelConfig) -> Family:
     """
     named = [family for family in FAMILIES if family.architecture == config.architecture]
     for family in named or FAMILIES:
-        if _expresses(family, config):
+        if expresses(family, config):
             return family
     what = f"{config.architecture} has" if named else "no supported Hugging Face family has"
     raise UserError(
@@ -210,16 +242,16 @@ def family_of(config: ModelConfig) -> Family:
     )
 
 
-def _expresses(family: Family, config: ModelConfig) -> bool:
+def expresses(family: Family, config: ModelConfig) -> bool:
     """True where config.json would bring back the same function: all fields are tried, not only known."""
     try:
         read = family.read(Fields(family.write(config), Path(CONFIG)))
     except (InexpressibleError, UserError):
         return False
-    return _function(read) == _function(config)
+    return function_of(read) == function_of(config)
 
 
-def _function(config: ModelConfig) -> ModelConfig:
+def function_of(config: ModelConfig) -> ModelConfig:
     """The config without what changes only how the function is computed, trained or stored."""
     return ModelConfig(
         **{

@@ -62,6 +62,12 @@ class Family:
     ignores: Callable[[str, ModelConfig], bool] = lambda name, config: name.endswith("rotary_emb.inv_freq")
 
 
+def packed_shape(rule: Tensor, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """Shape of a tensor that holds parameters of these shapes."""
+    # Broadcast zeros cost nothing.
+    return rule.layout.pack([np.broadcast_to(np.zeros((), bool), shape) for shape in shapes]).shape
+
+
 class InexpressibleError(Exception):
     """A family has no such part."""
 

@@ -16,7 +16,7 @@ from rlhf_jax.core.types import Params
 from rlhf_jax.distributed import tree_shardings
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.decoder import init_params
-from rlhf_jax.models.hf.mapping import Family, Tensor
+from rlhf_jax.models.hf.mapping import Family, Tensor, packed_shape
 
 Place = tuple[int, ...]
 """Where a piece stands along the first axes of a parameter that stacks several (layers, experts)."""
@@ -133,8 +133,7 @@ def _unpack(
     except (ValueError, IndexError):
         pieces = []
     if [piece.shape for piece in pieces] != shapes:
-        # Broadcast zeros cost nothing, and packing them says what the tensor should have looked like.
-        expected = rule.layout.pack([np.broadcast_to(np.zeros((), bool), shape) for shape in shapes]).shape
+        expected = packed_shape(rule, shapes)
         raise UserError(
             f"{where} has shape {list(tensor.shape)}, and config.json asks for {list(expected)}: mend it or "
             "choose another checkpoint."

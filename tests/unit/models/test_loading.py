@@ -1,8 +1,6 @@
 """Published checkpoints at the precision and in the layout asked for: folders, GGUF files, the hub cache."""
 
 import dataclasses
-import json
-import pathlib
 import shutil
 import string
 import sys
@@ -12,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from gguf_files import GOLDEN, TOKENS, write_gguf
 
 from rlhf_jax import models
 from rlhf_jax.core.errors import UserError
@@ -21,9 +19,6 @@ from rlhf_jax.data.tokenizers import byte_tokenizer, character_tokenizer
 from rlhf_jax.models import adapters, hf
 from rlhf_jax.models.loading import find_in_hub_cache, kind_of_checkpoint, load_checkpoint
 from rlhf_jax.training.loading import load
-
-GOLDEN = pathlib.Path(__file__).resolve().parents[2] / "golden"
-TOKENS = np.array([[3, 14, 15, 9, 2, 6, 5, 35]])
 
 
 @pytest.fixture
@@ -174,105 +169,6 @@ def test_a_dtype_that_is_none_is_refused(folder, field):
 
 
 # GGUF -----------------------------------------------------------------------------------------------
-
-NAMES = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
-LAYER = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-GEMMA = {
-    "post_attention_layernorm": "post_attention_norm",
-    "pre_feedforward_layernorm": "ffn_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
-}
-
-
-def gguf_name(arch, name):
-    if name in NAMES:
-        return NAMES[name]
-    _, _, layer, *middle, kind = name.split(".")
-    table = {**LAYER, **GEMMA} if arch.startswith("gemma") else LAYER
-    return f"blk.{layer}.{table['.'.join(middle)]}.{kind}"
-
-
-def interleaved(tensor, heads):
-    """What llama.cpp's converter makes of a Llama's queries and keys, row by row."""
-    rows = tensor.reshape(heads, -1, *tensor.shape[1:])
-    half = rows.shape[1] // 2
-    order = [place for pair in range(half) for place in (pair, pair + half)]
-    return rows[:, order].reshape(tensor.shape)
-
-
-def write_gguf(path, arch, source, *, quantize=None):
-    """A GGUF file of a Hugging Face folder, as its format says."""
-    data = json.loads((source / "config.json").read_text())
-    writer = gguf.GGUFWriter(path, arch)
-    heads = data["num_attention_heads"]
-    kv_heads = data.get("num_key_value_heads") or heads
-    writer.add_block_count(data["num_hidden_layers"])
-    writer.add_context_length(data["max_position_embeddings"])
-    writer.add_embedding_length(data["hidden_size"])
-    writer.add_feed_forward_length(data["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(kv_heads)
-    writer.add_layer_norm_rms_eps(data["rms_norm_eps"])
-    rope = data.get("rope_parameters") or {}
-    rope = rope.get("full_attention", rope)
-    writer.add_rope_freq_base(rope.get("rope_theta") or data["rope_theta"])
-    writer.add_key_length(data.get("head_dim") or data["hidden_size"] // heads)
-    if arch.startswith("gemma"):
-        writer.add_sliding_window(data["sliding_window"])
-    if rope.get("rope_type") == "linear":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(rope["factor"])
-    for field in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if data.get(field):
-            getattr(writer, f"add_{field}")(data[field])
-    add_vocabulary(writer, data["vocab_size"])
-    for name, tensor in load_file(source / "model.safetensors").items():
-        tensor = tensor.astype(np.float32)
-        if arch == "llama" and ".q_proj." in name:
-            tensor = interleaved(tensor, heads)
-        if arch == "llama" and ".k_proj." in name:
-            tensor = interleaved(tensor, kv_heads)
-        if arch.startswith("gemma") and "norm" in name:
-            tensor = tensor + 1
-        if quantize is None or tensor.ndim == 1 or tensor.shape[-1] % 32:  # blocks are of 32
-            writer.add_tensor(gguf_name(arch, name), tensor)
-        else:
-            kind = gguf.GGMLQuantizationType[quantize]
-            writer.add_tensor(gguf_name(arch, name), gguf.quantize(tensor, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def add_vocabulary(writer, size):
-    """A vocabulary of letters and the space as GPT-2 writes it, filled up to `size`, with one merge."""
-    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *string.ascii_lowercase, "Ġ", "ab"]
-    tokens += [f"[unused{number}]" for number in range(size - len(tokens))]
-    types = [3, 3, 3, *(1 for _ in tokens[3:])]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    writer.add_token_merges(["a b"])
-    writer.add_eos_token_id(0)
-    writer.add_bos_token_id(1)
 
 
 def with_scale_of(config, blocks):
