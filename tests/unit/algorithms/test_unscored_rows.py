@@ -80,7 +80,7 @@ def test_a_group_without_some_answers_is_the_group_of_the_others(name):
     assert_same(whole, alone)
     assert np.abs(whole["logits"] - tabular.init(0, jnp.float64)["logits"]).max() > 1e-3
     # Beyond the answers there is a fourth prompt, of which nothing is known.
-    own = {"frac_reward_zero_std", "unscorable", "tokens"}
+    own = {"frac_reward_zero_std", "unscorable", "unscorable_share", "tokens"}
     assert_same(*({k: v for k, v in x.items() if k not in own} for x in (metrics, expected)))
     assert int(metrics["unscorable"]) == N + G
     assert int(metrics["tokens"]) == sum(LENGTHS)
@@ -124,7 +124,7 @@ def test_ppo_whitens_scales_and_learns_without_unscored_answers():
     assert_same(state, expected_state)
     assert float(state.reward_moments.count) == SCORED.sum()
     assert float(state.kl_coef) != 0.05  # the controller moved, as far as without them
-    own = {"unscorable", "tokens"}
+    own = {"unscorable", "unscorable_share", "tokens"}
     assert_same(*({k: v for k, v in x.items() if k not in own} for x in (metrics, expected)))
     assert int(metrics["unscorable"]) == N + G
 

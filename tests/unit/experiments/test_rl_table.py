@@ -84,7 +84,7 @@ def test_mistakes_are_one_sentence(tmp_path, tiny):
         rl_table.run(rl_table.Options())
     with pytest.raises(UserError, match="'Pong' matches no row: choose among CartPole-v1/a2c"):
         rl_table.run(rl_table.Options(out=tmp_path, rows=("Pong",)))
-    with pytest.raises(UserError, match="--seeds 0 is out of range: give 1 or more"):
+    with pytest.raises(UserError, match="--seeds 0: give at least 1"):
         rl_table.run(rl_table.Options(out=tmp_path, seeds=0))
 
 

@@ -209,7 +209,7 @@ def test_several_reward_models_are_combined(tmp_path):
     np.testing.assert_allclose(reward(ANSWERS, PROMPTS), scores[0] - 2 * scores[1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("alphabet", ["0123456789+=*", "9876543210+="])
+@pytest.mark.parametrize("alphabet", ["0123456789+", "9876543210+="])
 def test_a_reward_model_of_another_tokenizer_is_refused(tmp_path, alphabet):
     """Of another size, or of the same size with other ids."""
     write_reward_model(tmp_path / "run", character_tokenizer(alphabet))

@@ -102,6 +102,15 @@ def test_a_run_writes_a_line_a_step_and_its_last_checkpoint(unbroken):
     np.testing.assert_array_equal(saved["weights"], state["weights"])
 
 
+@pytest.fixture
+def without_nohup():
+    """SIGHUP is heeded, even where the tests themselves run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("without_nohup")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_finishes_the_step_saves_and_can_be_resumed_bit_for_bit(tmp_path, unbroken, number):
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
