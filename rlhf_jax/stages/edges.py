@@ -65,7 +65,7 @@ def loggers(options: Any, stage: str) -> list[Logger]:
     return make_loggers(run.log, run.out, stage=stage, config=to_json(options), resume=run.resume)
 
 
-Left = Literal["policy", "reward_model", "other"]
+Left = Literal["policy", "reward_model", "process_reward", "other"]
 """What a stage leaves, and so what can be done with it."""
 _NEXT: dict[Left, tuple[tuple[str, str], ...]] = {
     "policy": (
@@ -74,6 +74,10 @@ _NEXT: dict[Left, tuple[tuple[str, str], ...]] = {
         ("Take it away", "rlhf convert --source {out} --out FOLDER"),
     ),
     "reward_model": (("Train against it", "rlhf ppo --model POLICY --data PROMPTS --reward-model {out}"),),
+    "process_reward": (
+        ("Train against it", "rlhf grpo --model POLICY --data PROMPTS --process-reward {out}"),
+        ("Search with it", "rlhf search --model POLICY --data PROBLEMS --process-reward {out}"),
+    ),
     "other": (),
 }
 

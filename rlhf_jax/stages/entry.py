@@ -3,12 +3,16 @@
 import contextlib
 import dataclasses
 import difflib
+import os
 import tempfile
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from rlhf_jax.core.errors import UserError
+import numpy as np
+
+from rlhf_jax.core.errors import UserError, shortened
 from rlhf_jax.core.files import as_path
 from rlhf_jax.metrics import read_metrics
 from rlhf_jax.models import Policy, ScalarModel
@@ -106,10 +110,41 @@ def options_of(options_type: type[Options], out: Any, settings: Mapping[str, Any
     options = _filled(options_type, left)
     if left:
         known = [name for name in _names(options_type) if name != "out"]
-        near = difflib.get_close_matches(next(iter(left)), known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise UserError(f"there is no setting {next(iter(left))}: {hint}there are {', '.join(known)}")
+        near = difflib.get_close_matches(next(iter(left)), known, n=3, cutoff=0.6)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise UserError(
+            f"there is no setting {next(iter(left))}: {hint}they are the options that the command's help "
+            "lists, with underscores"
+        )
     return options
+
+
+def _check_type(name: str, kind: Any, value: Any) -> None:
+    """Raises: UserError where a number, a switch or a text is meant, and something else is given."""
+    kinds = get_args(kind) if get_origin(kind) in (types.UnionType, Union) else (kind,)
+    if not set(kinds) <= _TAKEN.keys():
+        return
+    taken = tuple(one for one in kinds for one in _TAKEN[one])
+    if not isinstance(value, taken) or (isinstance(value, bool) and bool not in kinds):
+        wanted = " or ".join(_WORDS[one] for one in kinds)
+        raise UserError(f"{name} is {shortened(repr(value))}: give {wanted}")
+
+
+_TAKEN: dict[type, tuple[type, ...]] = {
+    int: (int, np.integer),
+    float: (int, float, np.number),
+    bool: (bool, np.bool_),
+    str: (str, os.PathLike),
+    types.NoneType: (types.NoneType,),
+}
+"""What may be given for an option of that type."""
+_WORDS: dict[type, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    str: "a text",
+    types.NoneType: "None",
+}
 
 
 def _filled(options_type: type[Any], left: dict[str, Any], default: Any = None) -> Any:
@@ -118,6 +153,7 @@ def _filled(options_type: type[Any], left: dict[str, Any], default: Any = None) 
     for name, kind, otherwise in _fields(options_type, default):
         if name in left:
             values[name] = left.pop(name)
+            _check_type(name, kind, values[name])
         elif name in option_checks.WITHOUT_PREFIX and dataclasses.is_dataclass(kind):
             values[name] = _filled(cast(Any, kind), left, None if otherwise is _REQUIRED else otherwise)
         elif otherwise is not _REQUIRED:

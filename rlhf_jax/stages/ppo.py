@@ -301,6 +301,8 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     """Trains, and leaves a run folder."""
     options = defaults.fill_published(options, "ppo")
     check(options)
+    if given.ptx_rows is None and not options.ptx.ptx_data and options.ptx != option_groups.PtxOptions():
+        raise UserError("--ptx-coef and its kin say how text is learned beside PPO: give --ptx-data")
     if not (options.reward_model or options.process.process_reward or given.process_reward):
         option_checks.check_rewards(inputs.rewards_of(options.prompts, given), " or --reward-model")
     seed, config = options.run.seed, make_config(options)

@@ -103,9 +103,19 @@ def _make_term(spec: str, weight: float, tokenizer: Tokenizer) -> RewardTerm:
 
 
 def _model_term(folder: Path, tokenizer: Tokenizer) -> TermFn:
+    trained = _stage_of(folder)
+    if trained.get("stage") == "process_reward" and not trained["config"].get("outcome"):
+        raise UserError(
+            f"{folder} holds a process reward model, which scores steps: give it to --process-reward"
+        )
     model = load_reward_model(folder)
     check_same_vocabulary(model.tokenizer, tokenizer, folder, "reward model")
     return model_term(model)
+
+
+def _stage_of(folder: Path) -> dict[str, Any]:
+    """How a run describes itself; nothing where it does not."""
+    return files.read_json(folder / "config.json", otherwise={}, keys=("stage", "config"))
 
 
 def make_process_reward_fn(
@@ -122,6 +132,11 @@ def make_process_reward_fn(
     if given is None and not options.process_reward:
         return None
     folder = Path(options.process_reward or "process_reward")
+    if given is None and _stage_of(folder).get("stage") == "reward_model":
+        raise UserError(
+            f"{folder} holds a reward model of whole answers: give it to --rewards, and to --process-reward "
+            "a run of rlhf process-reward"
+        )
     model = load_reward_model(folder) if given is None else given
     check_same_vocabulary(model.tokenizer, tokenizer, folder, "process reward model")
     return make_step_reward_fn(model, coef=options.process_reward_coef)

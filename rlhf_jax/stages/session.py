@@ -161,7 +161,7 @@ class Session:
 
     def finish_reward_model(self, state: Any) -> Trained:
         """Writes the report; what a stage that trains a decoder with a scalar head leaves."""
-        edges.finish(self.run, kind="reward_model")
+        edges.finish(self.run, kind="process_reward" if self.stage == "process_reward" else "reward_model")
         params = state.learner.all_params
         body = self.policy.with_params(params["decoder"])
         return Trained(Path(self.run.out), body, state, ScalarModel(body, params["head"]))

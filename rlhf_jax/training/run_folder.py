@@ -270,7 +270,7 @@ def load_unmerged_reward_model(folder: Path) -> tuple[ScalarModel, Adaptation | 
     """The same, in whose decoder the leaves of an adapter still stand, and how it came out of its base."""
     kind, config, tokenizer, adaptation = _read_ours(folder)
     if kind != "reward_model":
-        raise UserError(f"{folder} holds a policy, not a reward model: give a run of reward_model.py")
+        raise UserError(f"{folder} holds a policy, not a reward model: give a run of rlhf reward-model")
     like = jax.eval_shape(functools.partial(models.init_scalar_model, config), jax.random.key(0))
     if adaptation is None:
         params = _restore(folder, "learner/params", like)

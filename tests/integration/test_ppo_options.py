@@ -93,7 +93,7 @@ def test_grpo_by_rewards_of_steps_alone(tiny):
     [
         (("--policy-filter", "best"), "raise --group-size"),
         (("--ref-model-sync-steps", 4, "--kl-coef", 0), "a reference that no KL is taken to"),
-        (("--ref-model-mixup-alpha", 2), "is no share"),
+        (("--ref-model-mixup-alpha", 2), "is out of range: give a number above 0 to 1"),
         (("--ptx-data", "text.txt", "--ptx-batch-size", 3, "--micro-batches", 2), "--ptx-batch-size"),
     ],
 )

@@ -18,7 +18,7 @@ from rlhf_jax.stages import plan as plan_stage
 CONFIG = models.dense_config(
     vocab_size=272, width=16, num_layers=2, num_heads=4, intermediate_size=32, scan_layers=True, remat="full"
 )
-PARAMS = 64 * 16 + 2 * (4 * 16 * 16 + 3 * 16 * 32 + 2 * 16) + 16
+PARAMS = 272 * 16 + 2 * (4 * 16 * 16 + 3 * 16 * 32 + 2 * 16) + 16
 SPLIT = PARAMS - 5 * 16  # norms are whole on every device
 
 
