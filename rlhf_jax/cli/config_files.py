@@ -9,7 +9,8 @@ The file has the nesting of the options' dataclasses, which is that of `config.y
       max_new_tokens: 256
     kl_coef: 0.01
 
-Keys may be spelled with `-` or `_`. A key `command` says which command the file is for, and is compared.
+Options whose flags have no prefix (`--steps`, `--data`) may stand at the top as well: `steps: 100`. Keys may
+be spelled with `-` or `_`. A key `command` says which command the file is for, and is compared.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ from rlhf_jax.cli.foreign_names import our_name
 from rlhf_jax.cli.options import Option, fields_of, members, options_of
 from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError, shortened
+from rlhf_jax.stages.option_checks import WITHOUT_PREFIX
 
 Options = TypeVar("Options")
 
@@ -68,7 +70,30 @@ def read_options(path: str, options_type: type[Options], command: str | None = N
             f"{path}: it is for rlhf {meant}, not for rlhf {command}: start it with "
             f"rlhf {meant} --config {path}, or change its key command"
         )
-    return _Reader(path, options_type).instance(options_type, data, tyro.MISSING, ())
+    grouped = _in_groups(path, options_type, data)
+    return _Reader(path, options_type).instance(options_type, grouped, tyro.MISSING, ())
+
+
+def _in_groups(path: str, options_type: type, data: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with options at the top, whose flags have no prefix, in their groups.
+
+    Raises:
+      UserError: one stands at the top and in its group.
+    """
+    found = {str(key).replace("-", "_"): value for key, value in data.items()}
+    known = {field.name for field, _, _ in fields_of(options_type)}
+    for field, hint, _ in fields_of(options_type):
+        if field.name not in WITHOUT_PREFIX or not dataclasses.is_dataclass(hint):
+            continue
+        inner = {option.name for option, _, _ in fields_of(cast(Any, hint))}
+        moved = {key: found.pop(key) for key in list(found) if key in inner - known}
+        group = found.get(field.name, {})
+        if not moved or not isinstance(group, Mapping):
+            continue
+        if twice := {str(key).replace("-", "_") for key in group} & moved.keys():
+            raise UserError(f"{path}: {min(twice)} stands at the top and in {field.name}: give it once")
+        found[field.name] = {**group, **moved}
+    return found
 
 
 def _read_yaml(path: str) -> Mapping[str, Any]:

@@ -45,7 +45,7 @@ class Pair:
         return self.chosen_score - self.rejected_score
 
     def row(self) -> dict[str, Any]:
-        """As a row of a file that `rlhf_jax/stages/dpo.py` and `rlhf_jax/stages/reward_model.py` read."""
+        """As a row of a file that `rlhf dpo` and `rlhf reward-model` read."""
         return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
 

@@ -200,7 +200,7 @@ def split_trainable(
     adapter = options.adapter(steps)
     if options.preserve_sparsity and not pruning.kernel_sparsity(model.params)[""]:
         raise UserError(
-            "--adapter.preserve-sparsity: the policy has no zero weights: prune it first (prune.py)"
+            "--adapter.preserve-sparsity: the policy has no zero weights: prune it first (rlhf prune)"
         )
     if [name for name in named_leaves(model.params) if adapters.is_adapter_leaf(name)]:
         raise UserError(

@@ -1,6 +1,6 @@
 """Hugging Face folders and GGUF files to run folders, and back; low-rank adapters of PEFT likewise.
 
-    rlhf convert --source ~/Llama-3.2-1B --out runs/llama      # then: sft.py --model runs/llama ...
+    rlhf convert --source ~/Llama-3.2-1B --out runs/llama      # then: rlhf sft --model runs/llama ...
     rlhf convert --source runs/dpo --out exported              # loads in transformers and vLLM
     rlhf convert --source runs/dpo --out dpo.gguf --outtype q8_0   # for llama.cpp and Ollama
     rlhf convert --source runs/lora --out adapter --adapter    # loads in peft, on its base

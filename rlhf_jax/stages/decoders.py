@@ -1,4 +1,4 @@
-"""The decoders that `generate.py` offers: their options, and each as one compiled function of a model."""
+"""The decoders that `rlhf generate` offers: their options, and each as one compiled function of a model."""
 
 import dataclasses
 import functools

@@ -6,10 +6,10 @@
         --judge-model runs/constitutional/skills --constitution runs/constitutional/constitution.jsonl
     rlhf preferences --out runs/pairs --solutions gsm8k/model_solutions.jsonl
 
-then, with `--data runs/pairs/pairs.jsonl --eval-data runs/pairs/held_out.jsonl`, `dpo.py` or
-`reward_model.py`. Rewards pair the best answer to a prompt with the worst; a judge compares two at a time, in
-both orders. A judge's preference, averaged over both, is kept as the soft label of the pair (`--soft-labels`
-of `dpo.py` and `reward_model.py`); `counts.json` says how far the two orders are apart and, where rows have
+then, with `--data runs/pairs/pairs.jsonl --eval-data runs/pairs/held_out.jsonl`, `rlhf dpo` or
+`rlhf reward-model`. Rewards pair the best answer to a prompt with the worst; a judge compares two at a time,
+in both orders. A judge's preference, averaged over both, is kept as the soft label of the pair
+(`--soft-labels` of these commands); `counts.json` says how far the two orders are apart and, where rows have
 answers, how often the judge agrees with `--eval-reward`. What was judged is kept in `judged.jsonl`, batch by
 batch: a run that was stopped goes on from there, and other settings of the cleaning sample nothing anew.
 """

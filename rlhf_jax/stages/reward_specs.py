@@ -103,6 +103,11 @@ def _make_term(spec: str, weight: float, tokenizer: Tokenizer) -> RewardTerm:
 
 
 def _model_term(folder: Path, tokenizer: Tokenizer) -> TermFn:
+    if not files.is_folder(folder):
+        raise UserError(
+            f"reward {str(folder)!r}: there is no such folder: name a function as module:function, or the "
+            "folder of a reward-model run"
+        )
     trained = _stage_of(folder)
     if trained.get("stage") == "process_reward" and not trained["config"].get("outcome"):
         raise UserError(

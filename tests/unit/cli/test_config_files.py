@@ -125,6 +125,12 @@ def test_every_kind_of_value_is_read(config):
     )
 
 
+def test_options_without_a_prefix_may_stand_at_the_top(config):
+    read = read_options(config("model: m\nsteps: 3\nrun: {out: runs/z}\ngroup_size: 4"), Options)
+    assert read.run == Group(pathlib.Path("runs/z"), steps=3)
+    assert read.group_size == 4
+
+
 def test_flags_override_the_file_and_the_file_the_defaults(config):
     path = config("model: m\ngroup_size: 4\nrun: {steps: 100}\nquick: true\nrewards: [b]")
     words = ["--group-size", "2", f"--config={path}", "--no-quick", "--rewards", "x", "y"]
@@ -147,7 +153,7 @@ def test_what_is_required_may_come_from_either(config, capsys):
     ("text", "message"),
     [
         ("modle: m", "there is no option modle: did you mean model?"),
-        ("steps: 3", "there is no option steps: did you mean run.steps?"),
+        ("steps: 3\nrun: {steps: 4}", "steps stands at the top and in run: give it once"),
         ("run: {stepz: 3}", "there is no option run.stepz: did you mean run.steps?"),
         ("num_generations: 3", "there is no option num_generations: did you mean group_size?"),
         ("zzzzz: 3", "there is no option zzzzz: --help lists them all"),

@@ -150,7 +150,7 @@ def test_rewards_know_tokens_and_their_limit():
         (["toy_rewards:right="], "'' is no weight"),
         (["toy_rewards:lenght"], "the nearest name is length"),
         (["other_toy:right"], "no module other_toy"),
-        (["no/such/run"], r"model\.json: no such file"),
+        (["no/such/run"], "there is no such folder"),
     ],
 )
 def test_specs_that_name_nothing_are_refused(specs, message):
