@@ -45,7 +45,8 @@ def impossible(prompts, completions, **_):
 def judges(monkeypatch):
     import sys
 
-    module = types.SimpleNamespace(longer=longer, unsure=unsure, impossible=impossible, __file__="judges.py")
+    module = types.ModuleType("some_judges")
+    vars(module).update(longer=longer, unsure=unsure, impossible=impossible, __file__="judges.py")
     monkeypatch.setitem(sys.modules, "some_judges", module)
 
 

@@ -11,7 +11,7 @@ from rlhf_jax.tasks import arithmetic
 
 TOKENIZER = arithmetic.arithmetic_tokenizer()
 POLICY = models.make_policy(
-    models.dense_config(vocab_size=8, width=8, num_layers=1, num_heads=1), {}, TOKENIZER
+    models.dense_config(vocab_size=TOKENIZER.vocab_size, width=8, num_layers=1, num_heads=1), {}, TOKENIZER
 )
 OPTIONS = {"rollouts": 3, "max_new_tokens": 4, "batch_size": 8, "seed": 0, "quiet": True}
 
