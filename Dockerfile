@@ -1,8 +1,8 @@
 # CPU image, by the README's own steps:
 #   docker build -t rlhf_jax .
-#   docker run --rm -v "$PWD/runs:/work/runs" rlhf_jax sft --data arithmetic:1 --steps 100 --learning-rate 3e-3 --out runs/sft
+#   docker run --rm -v "$PWD/runs:/rlhf/runs" rlhf_jax sft --data arithmetic:1 --steps 100 --learning-rate 3e-3 --out runs/sft
 FROM python:3.12-slim
-WORKDIR /work
+WORKDIR /rlhf
 COPY pyproject.toml README.md LICENSE /src/
 COPY tools/constraints.txt /src/tools/constraints.txt
 COPY rlhf_jax /src/rlhf_jax
