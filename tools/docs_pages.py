@@ -17,9 +17,9 @@ from typing import Any
 import paper_index
 import tyro
 
-from rlhf_jax.cli import foreign_names
 from rlhf_jax.cli.commands import COMMANDS, stage_module
 from rlhf_jax.cli.parsing import examples
+from rlhf_jax.core import foreign_names
 from rlhf_jax.metrics.health import HEALTH_CHECKS
 from rlhf_jax.stages.defaults import PUBLISHED
 

@@ -22,10 +22,10 @@ from typing import Any, Literal, TypeVar, cast
 
 import tyro
 
-from rlhf_jax.cli.foreign_names import our_name
 from rlhf_jax.cli.options import Option, fields_of, members, options_of
 from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError, shortened
+from rlhf_jax.core.foreign_names import our_name
 from rlhf_jax.stages.option_checks import WITHOUT_PREFIX
 
 Options = TypeVar("Options")

@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 import tyro
 
 from rlhf_jax.cli.config_files import read_options, take_config
-from rlhf_jax.cli.foreign_names import our_name
 from rlhf_jax.cli.options import flags_of, required_flags
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.files import as_path
+from rlhf_jax.core.foreign_names import our_name
 from rlhf_jax.stages.option_checks import check_numbers
 
 Options = TypeVar("Options")

@@ -130,14 +130,14 @@ def _numbers(options: Any, path: tuple[str, ...]) -> typing.Iterator[tuple[tuple
 def ranges_of(kind: type) -> dict[str, Range | None]:
     """The range of each field of a dataclass; None where it has none."""
     hints = typing.get_type_hints(kind, include_extras=True)
-    return {field.name: _range_in(hints[field.name]) for field in dataclasses.fields(kind)}
+    return {field.name: range_of(hints[field.name]) for field in dataclasses.fields(kind)}
 
 
-def _range_in(hint: Any) -> Range | None:
+def range_of(hint: Any) -> Range | None:
     """The range that an annotation has anywhere: by itself, beside None, or for each of a tuple."""
     if typing.get_origin(hint) is Annotated:
         inner, *metadata = typing.get_args(hint)
-        return next((item for item in metadata if isinstance(item, Range)), None) or _range_in(inner)
+        return next((item for item in metadata if isinstance(item, Range)), None) or range_of(inner)
     if typing.get_origin(hint) in (typing.Union, types.UnionType, tuple, list):
-        return next((found for part in typing.get_args(hint) if (found := _range_in(part))), None)
+        return next((found for part in typing.get_args(hint) if (found := range_of(part))), None)
     return None

@@ -12,11 +12,12 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.errors import UserError, shown
 from rlhf_jax.data.templates import has_generation_marks, render
 from rlhf_jax.data.tokenizers import Tokenizer
 
 Message: TypeAlias = Mapping[str, Any]
+ROLES = ("system", "user", "assistant", "tool")
 Span: TypeAlias = tuple[int, int]
 
 
@@ -147,6 +148,18 @@ def check_tools(tools: Any) -> list[Mapping[str, Any]] | None:
     return tools
 
 
+def _check_roles(tokenizer: Tokenizer, messages: Sequence[Message]) -> None:
+    """Raises: UserError for a role that neither everybody knows nor the template names."""
+    template = tokenizer.chat_template
+    for number, message in enumerate(messages):
+        role = message["role"]
+        if role not in ROLES and f"'{role}'" not in template and f'"{role}"' not in template:
+            raise UserError(
+                f"message {number} has the role {shown(role)}, which the chat template does not know: give "
+                f"one of {', '.join(ROLES)}"
+            )
+
+
 def _encode(
     tokenizer: Tokenizer,
     messages: list[dict[str, Any]],
@@ -154,6 +167,7 @@ def _encode(
     *,
     add_generation_prompt: bool,
 ) -> EncodedConversation:
+    _check_roles(tokenizer, messages)
     armour, opening, closing, probe = _unused_characters([messages, tools], tokenizer.chat_template)
     disarmed, disarmed_tools = _map_strings(
         # One character inside it is enough to keep the text from being read as a special token.

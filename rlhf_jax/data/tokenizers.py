@@ -31,6 +31,8 @@ class Tokenizer:
       names: text of `bos_token`, `eos_token`, `pad_token`, ... as chat templates see them.
     """
 
+    MADE_BY = "a tokenizer, such as rlhf_jax.data.tokenizers.load_tokenizer(path) returns"
+
     def __init__(self, backend: Any, names: Mapping[str, str], chat_template: str = CHATML) -> None:
         """Args: `backend` is a `tokenizers.Tokenizer`, `names` holds at least `eos_token`."""
         self.backend = backend

@@ -4,12 +4,14 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, ClassVar, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
+from rlhf_jax.core.arguments import checked, told
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.files import Path as FolderPath
 from rlhf_jax.core.protocols import (
@@ -26,6 +28,7 @@ from rlhf_jax.core.protocols import (
     TopKFn,
     ValueFn,
 )
+from rlhf_jax.core.ranges import GreedyTemperature, Length, PositiveInt, Range, Seed
 from rlhf_jax.core.types import Array, Float, Int, Params, PRNGKeyArray, Rollout, Scalar
 from rlhf_jax.data.chat import encode_prompt
 from rlhf_jax.data.packing import left_pad, length_bucket
@@ -38,6 +41,10 @@ from rlhf_jax.models.gguf_writing import Outtype
 from rlhf_jax.models.heads import init_head, init_scalar_model
 from rlhf_jax.models.hf import peft
 
+Messages: TypeAlias = Annotated[
+    Sequence[Mapping[str, Any]], 'a list such as [{"role": "user", "content": "Hello"}]'
+]
+TopP: TypeAlias = Annotated[float, Range(0, 1, above=True)]
 AxesTable = Sequence[tuple[str, tuple[str | None, ...]]]
 """(pattern of the end of a leaf's name, logical axes of its last dimensions); the first match counts."""
 
@@ -83,6 +90,8 @@ class Policy:
       config: the architecture of a decoder of ours; None for other models.
       rank_stabilized: whether adapter leaves in the parameters are rsLoRA's, whose scale is another.
     """
+
+    MADE_BY: ClassVar[str] = "what rlhf_jax.load(path) or rlhf_jax.wrap() returns"
 
     params: Params
     tokenizer: Tokenizer
@@ -203,37 +212,41 @@ class Policy:
         return dataclasses.replace(self, params=params, source=None)
 
     def logits(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
-        """Logits after every token of rows without padding."""
-        tokens = jnp.asarray(tokens)
+        """Logits after every token of rows without padding.
+
+        Raises:
+          UserError: the tokens are no rows of the model's ids.
+        """
+        tokens = _rows_of_ids(tokens, self.config.vocab_size if self.config else self.tokenizer.vocab_size)
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         return self.logits_fn(self.params, tokens, positions, jnp.ones_like(tokens))
 
+    @checked
     def generate(
         self,
         prompts: Sequence[str],
         *,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        seed: int = 0,
+        max_new_tokens: Length,
+        temperature: GreedyTemperature = 1.0,
+        top_p: TopP | None = None,
+        top_k: PositiveInt | None = None,
+        seed: Seed = 0,
     ) -> list[str]:
         """Continuations of texts, without the texts. A temperature of 0 takes the most likely tokens."""
-        if isinstance(prompts, str):
-            raise UserError("prompts is one text: give a list of them")
         rows = [self._opened(self.tokenizer.encode(prompt)) for prompt in prompts]
         sampling = Sampling(temperature, top_p=top_p, top_k=top_k)
         return self._continue(rows, sampling, max_new_tokens, seed)
 
+    @checked
     def chat(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Messages,
         *,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        seed: int = 0,
+        max_new_tokens: Length,
+        temperature: GreedyTemperature = 1.0,
+        top_p: TopP | None = None,
+        top_k: PositiveInt | None = None,
+        seed: Seed = 0,
     ) -> str:
         """The assistant's answer to a conversation, laid out by the tokenizer's chat template."""
         sampling = Sampling(temperature, top_p=top_p, top_k=top_k)
@@ -241,6 +254,7 @@ class Policy:
             [encode_prompt(self.tokenizer, list(messages))], sampling, max_new_tokens, seed
         )[0]
 
+    @checked
     def save(self, path: str | os.PathLike[str], *, outtype: Outtype | None = None) -> None:
         """Writes a Hugging Face folder, or a GGUF file where the path ends in `.gguf`.
 
@@ -262,6 +276,7 @@ class Policy:
             raise UserError(f"outtype={outtype!r} is of GGUF files: give a path that ends in .gguf")
         hf.save(path, self.config, params, self.tokenizer)
 
+    @checked
     def save_adapter(self, folder: str | os.PathLike[str]) -> None:
         """Writes the adapter that was trained, in PEFT's layout.
 
@@ -289,6 +304,21 @@ class Policy:
         rollout = jax.device_get(sample(self.params, tokens, mask, jax.random.key(seed), sampling=sampling))
         sampled = zip(rollout.sequences.tokens, np.asarray(rollout.sequences.mask), strict=True)
         return [self.tokenizer.decode(row[kept].tolist()) for row, kept in sampled]
+
+
+def _rows_of_ids(tokens: Any, vocab_size: int) -> Array:
+    """The tokens as an array [B, T]. Raises: UserError where they are none, or a model has no such ids."""
+    try:
+        rows = jnp.asarray(tokens)
+    except (TypeError, ValueError):  # texts, or rows of different lengths
+        raise UserError(f"tokens is {told(tokens)}: give ids [B, T], rows of one length") from None
+    if rows.ndim != 2 or not rows.size or not jnp.issubdtype(rows.dtype, jnp.integer):
+        raise UserError(f"tokens has shape {rows.shape} of {rows.dtype}: give whole numbers [B, T]")
+    if not isinstance(rows, Tracer) and not 0 <= int(rows.min()) <= int(rows.max()) < vocab_size:
+        raise UserError(
+            f"tokens holds {int(rows.min())} to {int(rows.max())}: give ids from 0 to {vocab_size - 1}"
+        )
+    return rows
 
 
 @functools.lru_cache(maxsize=16)
@@ -341,6 +371,8 @@ class ScalarModel:
       body: the decoder.
       head: of `Policy.init_scalar_head`.
     """
+
+    MADE_BY: ClassVar[str] = "the reward_model of what rlhf_jax.reward_model() returns"
 
     body: Policy
     head: Params

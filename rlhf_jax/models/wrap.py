@@ -12,7 +12,8 @@ import numpy as np
 from flax import linen, nnx
 from jax.core import Tracer
 
-from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.arguments import checked, told
+from rlhf_jax.core.errors import UserError, error_place, error_summary
 from rlhf_jax.core.protocols import DecodeFn, ExtendFn, HiddenFn, LogitsFn, PrefillFn
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Float, Int, Params
@@ -27,6 +28,7 @@ from rlhf_jax.models.policy import Policy
 Axes = tuple[str | None, ...]
 
 
+@checked
 def wrap(
     apply_fn: Any,
     params: Params,
@@ -108,7 +110,14 @@ def _float_dtype(params: Params) -> str:
 def _checked(function: Callable[..., Array], params: Params, name: str, last: str) -> int:
     """The last dimension of what a function gives for one row of two tokens."""
     two = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    shape = getattr(jax.eval_shape(function, params, two, two, two), "shape", None)
+    try:
+        shape = getattr(jax.eval_shape(function, params, two, two, two), "shape", None)
+    except UserError:
+        raise
+    except Exception as error:  # of the user's own code
+        raise UserError(
+            f"{name} raised {error_summary(error)}{error_place(error)} for tokens of shape (1, 2): mend it"
+        ) from error
     if shape is None or len(shape) != 3 or shape[:2] != (1, 2):
         raise UserError(f"{name} gives {shape} for tokens of shape (1, 2): it must give [B, T, {last}]")
     return shape[2]
@@ -125,6 +134,9 @@ def _functional(model: Any, params: Params) -> tuple[Callable[[str | None], Call
         return _from_nnx(model)
     if isinstance(model, linen.Module):
         return _from_linen(model, params)
+
+    if not callable(model) or isinstance(model, type):
+        raise UserError(f"apply_fn is {told(model)}: give a function, or a module of Flax that was made")
 
     def named(method: str | None) -> Callable[..., Any]:
         if method is not None:

@@ -2,14 +2,16 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 
 from rlhf_jax import distributed
+from rlhf_jax.core.arguments import typed
 from rlhf_jax.core.axes import constrain
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.ranges import Finite
 from rlhf_jax.core.types import Rollout
 from rlhf_jax.data.examples import PromptExample
 from rlhf_jax.data.tokenizers import Tokenizer
@@ -17,6 +19,7 @@ from rlhf_jax.models import ScalarModel
 from rlhf_jax.rewards.functions import RewardFn, Scored, score_rows
 from rlhf_jax.rollout.sampler import completion_texts
 
+Rewards = Annotated[Sequence[Any], "a list of functions or reward models, each alone or as (it, weight)"]
 TermFn = Callable[[Rollout, Sequence[PromptExample], Sequence[str], np.ndarray], Scored]
 """(rollout, prompts, completions, rows) -> the scores of these rows."""
 
@@ -106,14 +109,13 @@ def make_reward_fn(
     """The weighted sum of rewards.
 
     Args:
-      rewards: each a function (`rewards.functions`), such a function with its weight, a reward model, or a
-        term that says all of it.
+      rewards: each a function (`rewards.functions`) or a reward model, alone or with its weight, or a term
+        that says all of it.
 
     Raises:
       UserError: there is none, or one is nothing of the kind.
     """
-    if callable(rewards) or isinstance(rewards, str):
-        raise UserError(f"rewards is {rewards!r}: give a list of functions")
+    typed("rewards", Rewards, rewards)
     if not rewards:
         raise UserError("no reward is given: name one, such as my_rewards:exact_match")
     terms: list[RewardTerm] = []
@@ -128,16 +130,20 @@ def make_reward_fn(
 def _as_term(reward: Any) -> RewardTerm:
     if isinstance(reward, RewardTerm):
         return reward
-    if isinstance(reward, ScalarModel):
-        return RewardTerm("reward_model", model_term(reward))
-    function, weight = reward if isinstance(reward, tuple) else (reward, 1.0)
+    function, weight = reward if isinstance(reward, tuple) and len(reward) == 2 else (reward, 1.0)
+    if isinstance(function, ScalarModel):
+        return RewardTerm("reward_model", model_term(function), _weight(weight))
     if not callable(function):
         raise UserError(
             f"reward {function!r} is no function: give one that takes (prompts, completions, **fields) and "
             "returns a number for each completion"
         )
     name = getattr(function, "__name__", type(function).__name__)
-    return RewardTerm(name, function_term(function), float(weight))
+    return RewardTerm(name, function_term(function), _weight(weight))
+
+
+def _weight(weight: Any) -> float:
+    return float(typed("the weight of a reward", Finite, weight))
 
 
 def function_term(reward_fn: RewardFn) -> TermFn:

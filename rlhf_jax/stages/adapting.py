@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import jax
 import optax
@@ -62,6 +62,8 @@ class AdapterOptions:
       preserve_sparsity: weights of linear layers that are zero in --model stay zero (fine-tuning of a pruned
         policy).
     """
+
+    MAKER: ClassVar[str] = "rlhf_jax.lora"
 
     kind: Annotated[Kind, tyro.conf.arg(metavar="KIND")] = "none"
     rank: Width = 8

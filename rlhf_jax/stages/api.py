@@ -8,15 +8,19 @@ Every function takes the options of its command as keywords (`rlhf grpo --help`;
 To go a floor down, copy the body of the stage's `run`: it is made of public pieces.
 """
 
+import dataclasses
+import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
+from rlhf_jax.core.arguments import checked, refuse_unknown, typed
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.files import releasing_locks
+from rlhf_jax.core.ranges import Length, Positive, PositiveInt, Width
 from rlhf_jax.data.examples import prompt_examples
 from rlhf_jax.data.sources import as_rows
 from rlhf_jax.models import Policy, ScalarModel
-from rlhf_jax.rollout.rewards import make_reward_fn
+from rlhf_jax.rollout.rewards import Rewards, make_reward_fn
 from rlhf_jax.rollout.sampler import Evaluation, make_evaluate_fn
 from rlhf_jax.stages import (
     distill as distilling,
@@ -29,8 +33,8 @@ from rlhf_jax.stages import (
     rounds as rounds_stage,
     sft as sft_stage,
 )
-from rlhf_jax.stages.adapting import AdapterOptions
-from rlhf_jax.stages.entry import Given, Rows, Trained, options_of, parameters_named
+from rlhf_jax.stages.adapting import AdapterOptions, Kind
+from rlhf_jax.stages.entry import AS_OBJECTS, Given, Rows, Trained, options_of, parameters_named
 from rlhf_jax.stages.inputs import UNBOUNDED
 
 __all__ = [
@@ -48,7 +52,18 @@ __all__ = [
 ]
 
 
-def lora(rank: int = 8, alpha: float = 16.0, *, targets: str = "", kind: str = "lora", **more: Any) -> Any:
+Folder = str | os.PathLike[str] | None
+"""Where a run writes; None for a temporary folder."""
+Teachers = Annotated[
+    Policy | Sequence[Policy] | None,
+    f"{Policy.MADE_BY}, a list of such, or None for the policy itself",
+]
+
+
+@checked
+def lora(
+    rank: Width = 8, alpha: Positive = 16.0, *, targets: str = "", kind: Kind = "lora", **more: Any
+) -> Any:
     """A low-rank adapter (LoRA; Hu et al. 2021) as the `adapter` of a stage.
 
     Args:
@@ -58,10 +73,22 @@ def lora(rank: int = 8, alpha: float = 16.0, *, targets: str = "", kind: str = "
       kind: lora, rslora, dora, pissa or adalora.
       more: other options of `--adapter`, such as `quantize="nf4"`.
     """
-    return AdapterOptions(kind=kind, rank=rank, alpha=alpha, targets=targets, **more)  # type: ignore[arg-type]
+    hints = get_type_hints(AdapterOptions, include_extras=True)
+    names = [field.name for field in dataclasses.fields(AdapterOptions)]
+    refuse_unknown(
+        more,
+        {f"{group}{name}": name for group in ("", "adapter.") for name in names},
+        "lora() takes",
+        "argument",
+    )
+    more = {name: typed(name, hints[name], value) for name, value in more.items()}
+    return AdapterOptions(kind=kind, rank=rank, alpha=alpha, targets=targets, **more)
 
 
-def sft(policy: Policy, rows: Rows, *, eval_rows: Rows = None, out: Any = None, **settings: Any) -> Trained:
+@checked
+def sft(
+    policy: Policy, rows: Rows, *, eval_rows: Rows = None, out: Folder = None, **settings: Any
+) -> Trained:
     """Supervised fine-tuning: cross-entropy on the assistant's tokens.
 
     Args:
@@ -73,13 +100,14 @@ def sft(policy: Policy, rows: Rows, *, eval_rows: Rows = None, out: Any = None, 
     return _run(sft_stage, out, settings, policy=policy, rows=rows, eval_rows=eval_rows)
 
 
+@checked
 def reward_model(
     policy: Policy,
     rows: Rows,
     *,
     loss: str | Callable[..., Any] = "bradley_terry",
     eval_rows: Rows = None,
-    out: Any = None,
+    out: Folder = None,
     **settings: Any,
 ) -> Trained:
     """Reward modelling on preference pairs or rankings of K answers; the result has a `reward_model`.
@@ -96,8 +124,9 @@ def reward_model(
     return _run(reward_stage, out, settings, policy=policy, rows=rows, eval_rows=eval_rows, loss=own)
 
 
+@checked
 def process_reward(
-    policy: Policy, rows: Rows, *, eval_rows: Rows = None, out: Any = None, **settings: Any
+    policy: Policy, rows: Rows, *, eval_rows: Rows = None, out: Folder = None, **settings: Any
 ) -> Trained:
     """Process reward modelling on solutions whose steps are judged; the result has a `reward_model`.
 
@@ -108,13 +137,14 @@ def process_reward(
     return _run(process_stage, out, settings, policy=policy, rows=rows, eval_rows=eval_rows)
 
 
+@checked
 def dpo(
     policy: Policy,
     rows: Rows,
     *,
     loss: str | Callable[..., Any] = "dpo",
     eval_rows: Rows = None,
-    out: Any = None,
+    out: Folder = None,
     **settings: Any,
 ) -> Trained:
     """Direct preference optimization and its family.
@@ -131,14 +161,15 @@ def dpo(
     return _run(preference_stage, out, settings, policy=policy, rows=rows, eval_rows=eval_rows, loss=own)
 
 
+@checked
 def grpo(
     policy: Policy,
     rows: Rows,
     *,
-    rewards: Sequence[Any] = (),
+    rewards: Rewards = (),
     process_reward: str | ScalarModel = "",
     eval_rows: Rows = None,
-    out: Any = None,
+    out: Folder = None,
     **settings: Any,
 ) -> Trained:
     """Group relative policy optimization and its family (`algorithm="dapo"`, or a variant of your own).
@@ -154,15 +185,16 @@ def grpo(
     return _run(grpo_stage, out, settings, policy=policy, rows=rows, eval_rows=eval_rows, **objects)
 
 
+@checked
 def ppo(
     policy: Policy,
     rows: Rows,
     *,
-    rewards: Sequence[Any] = (),
+    rewards: Rewards = (),
     process_reward: str | ScalarModel = "",
     ptx_rows: Rows = None,
     eval_rows: Rows = None,
-    out: Any = None,
+    out: Folder = None,
     **settings: Any,
 ) -> Trained:
     """Proximal policy optimization with a value model.
@@ -179,13 +211,14 @@ def ppo(
     return _run(ppo_stage, out, settings, policy=policy, **objects)
 
 
+@checked
 def online_dpo(
     policy: Policy,
     rows: Rows,
     *,
-    rewards: Sequence[Any],
+    rewards: Rewards,
     eval_rows: Rows = None,
-    out: Any = None,
+    out: Folder = None,
     **settings: Any,
 ) -> Trained:
     """Online DPO, XPO or Nash-MD on pairs that the policy writes and the rewards compare.
@@ -198,13 +231,14 @@ def online_dpo(
     return _run(online_stage, out, settings, policy=policy, rows=rows, eval_rows=eval_rows, rewards=rewards)
 
 
+@checked
 def rounds(
     policy: Policy,
     rows: Rows,
     *,
-    rewards: Sequence[Any],
+    rewards: Rewards,
     eval_rows: Rows = None,
-    out: Any = None,
+    out: Folder = None,
     **settings: Any,
 ) -> Trained:
     """Rejection-sampling fine-tuning (RAFT), expert iteration, or iterated DPO, in rounds.
@@ -218,14 +252,15 @@ def rounds(
     return _run(rounds_stage, out, settings, policy=policy, rows=rows, eval_rows=eval_rows, rewards=rewards)
 
 
+@checked
 def distill(
     policy: Policy,
-    teacher: Policy | Sequence[Policy] | None,
+    teacher: Teachers,
     rows: Rows,
     *,
-    rewards: Sequence[Any] = (),
+    rewards: Rewards = (),
     eval_rows: Rows = None,
-    out: Any = None,
+    out: Folder = None,
     **settings: Any,
 ) -> Trained:
     """Distillation of a teacher into a policy, off and on policy (GKD), or of the policy into itself (SDFT).
@@ -241,8 +276,14 @@ def distill(
     return _run(distilling, out, settings, **objects, rewards=rewards)
 
 
+@checked
 def evaluate(
-    policy: Policy, rows: Rows, *, rewards: Sequence[Any], max_new_tokens: int, batch_size: int = 64
+    policy: Policy,
+    rows: Rows,
+    *,
+    rewards: Rewards,
+    max_new_tokens: Length,
+    batch_size: PositiveInt = 64,
 ) -> Evaluation:
     """Held-out evaluation: reward of greedy and of sampled completions, their length, and their texts.
 
@@ -264,7 +305,7 @@ def _with_process_reward(
     """Rewards as objects; a process reward model by its folder goes into the settings."""
     if isinstance(model, ScalarModel):
         return {"rewards": rewards, "process_reward": model}
-    settings["process_reward"] = str(model)
+    settings["process_reward"] = model
     return {"rewards": rewards}
 
 
@@ -272,16 +313,12 @@ _OBJECTS = ("loggers", "on_step", "eval_fn")
 
 
 def _run(stage: Any, out: Any, settings: dict[str, Any], **objects: Any) -> Trained:
-    _check_policy(objects["policy"])
+    if objects["rows"] is None:
+        raise UserError("rows is None: give a list of dicts, a table, or a path")
+    for name, ours in AS_OBJECTS.items():
+        if name in settings:
+            raise UserError(f"there is no setting {name}: give {ours}")
     objects |= {name: settings.pop(name) for name in _OBJECTS if name in settings}
-    if isinstance(settings.get("adapter", AdapterOptions()), AdapterOptions):
-        with parameters_named(), releasing_locks():
-            return stage.run(options_of(stage.Options, out, settings), Given(**objects))
-    raise UserError(f"adapter is {settings['adapter']!r}: give one such as rlhf_jax.lora(rank=16)")
-
-
-def _check_policy(policy: Any) -> None:
-    if not isinstance(policy, Policy):
-        raise UserError(
-            f"policy is a {type(policy).__name__}: give what rlhf_jax.load(path) or rlhf_jax.wrap() returns"
-        )
+    given = Given(**objects)
+    with parameters_named(), releasing_locks():
+        return stage.run(options_of(stage.Options, out, settings), given)

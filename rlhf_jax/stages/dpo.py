@@ -25,6 +25,7 @@ from rlhf_jax import distributed, losses
 from rlhf_jax.algorithms import preference, unpaired
 from rlhf_jax.algorithms.unpaired import UNPAIRED_LOSSES
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.importing import is_import_path
 from rlhf_jax.core.protocols import LogprobFn
 from rlhf_jax.core.ranges import Finite, LearningRate, Positive, PositiveInt, Share, Weight
 from rlhf_jax.core.train_state import OptimizerConfig
@@ -168,6 +169,8 @@ def resolve_loss(options: Options, given: Given) -> tuple[Options, PairLossFn | 
     method = options.loss if given.loss is None else ""
     params = loss_options.filled(options.loss_params, loss_fn, method)
     numbers = {**loss_options.given(params), **weights, **added}
+    if given.loss is not None or is_import_path(options.loss):
+        loss_options.check_pair_loss(loss_fn, numbers)
     return dataclasses.replace(options, loss_params=params), loss_fn, numbers
 
 

@@ -2,25 +2,27 @@
 
 import contextlib
 import dataclasses
-import difflib
-import os
 import tempfile
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, cast, get_origin, get_type_hints
 
-import numpy as np
-
-from rlhf_jax.core.errors import UserError, shortened
+from rlhf_jax.core import arguments
+from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.files import as_path
-from rlhf_jax.metrics import read_metrics
+from rlhf_jax.metrics import Logger, as_logger, read_metrics
 from rlhf_jax.models import Policy, ScalarModel
+from rlhf_jax.rollout.rewards import Rewards
 from rlhf_jax.stages import option_checks
 
 Options = TypeVar("Options")
 Rows = Any
 """Rows as `data.sources.as_rows` takes them."""
+Loggers = Annotated[
+    Sequence[Any],
+    "a function of the metrics such as print, an object with log(metrics, step) and close(), or a list of "
+    'these; log=["wandb"] names one',
+]
 _REQUIRED = object()
 FROM_PYTHON = "(from Python)"
 """What stands in a run's description for what was given as an object."""
@@ -40,7 +42,7 @@ class Given:
       process_reward: a process reward model, for rewards of steps.
       ptx_rows: text that is to stay likely (PPO-ptx), as rows.
       tools: that the policy may call: functions of texts, or `tool_use.Tool`s.
-      loggers: beside those that the options name.
+      loggers: one, or several, beside those that the options name.
       on_step: called with (state, metrics, step) after every step.
       eval_fn: (state, step) -> numbers, beside the stage's own evaluation.
     """
@@ -48,20 +50,24 @@ class Given:
     policy: Policy | None = None
     rows: Rows = None
     eval_rows: Rows = None
-    rewards: Sequence[Any] = ()
+    rewards: Rewards = ()
     loss: Callable[..., Any] | None = None
     teacher: Policy | Sequence[Policy] | None = None
     process_reward: ScalarModel | None = None
     ptx_rows: Rows = None
     tools: Sequence[Any] = ()
-    loggers: Sequence[Any] = ()
+    loggers: Loggers = ()
     on_step: Callable[..., Any] | Sequence[Callable[..., Any]] = ()
     eval_fn: Callable[[Any, int], Mapping[str, Any]] | None = None
 
     def __post_init__(self) -> None:
-        """Refuses a lone reward."""
-        if not isinstance(self.rewards, Sequence) or isinstance(self.rewards, str):
-            raise UserError(f"rewards is {self.rewards!r}: give a list of functions")
+        """Raises: UserError where one is of another type than its annotation says."""
+        if callable(self.loggers) or isinstance(self.loggers, Logger):
+            object.__setattr__(self, "loggers", (self.loggers,))
+        for name, hint in get_type_hints(Given, include_extras=True).items():
+            arguments.typed(name, hint, getattr(self, name))
+        for logger in self.loggers:
+            as_logger(logger)
 
 
 NOTHING = Given()
@@ -108,43 +114,8 @@ def options_of(options_type: type[Options], out: Any, settings: Mapping[str, Any
     folder = Path(tempfile.mkdtemp(prefix="rlhf_jax_")) / "run" if out is None else out
     left = {**settings, "out": as_path(folder)}
     options = _filled(options_type, left)
-    if left:
-        known = [name for name in _names(options_type) if name != "out"]
-        near = difflib.get_close_matches(next(iter(left)), known, n=3, cutoff=0.6)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise UserError(
-            f"there is no setting {next(iter(left))}: {hint}they are the options that the command's help "
-            "lists, with underscores"
-        )
+    arguments.refuse_unknown(left, _places(options_type), "with underscores, there are", "setting")
     return options
-
-
-def _check_type(name: str, kind: Any, value: Any) -> None:
-    """Raises: UserError where a number, a switch or a text is meant, and something else is given."""
-    kinds = get_args(kind) if get_origin(kind) in (types.UnionType, Union) else (kind,)
-    if not set(kinds) <= _TAKEN.keys():
-        return
-    taken = tuple(one for one in kinds for one in _TAKEN[one])
-    if not isinstance(value, taken) or (isinstance(value, bool) and bool not in kinds):
-        wanted = " or ".join(_WORDS[one] for one in kinds)
-        raise UserError(f"{name} is {shortened(repr(value))}: give {wanted}")
-
-
-_TAKEN: dict[type, tuple[type, ...]] = {
-    int: (int, np.integer),
-    float: (int, float, np.number),
-    bool: (bool, np.bool_),
-    str: (str, os.PathLike),
-    types.NoneType: (types.NoneType,),
-}
-"""What may be given for an option of that type."""
-_WORDS: dict[type, str] = {
-    int: "a whole number",
-    float: "a number",
-    bool: "True or False",
-    str: "a text",
-    types.NoneType: "None",
-}
 
 
 def _filled(options_type: type[Any], left: dict[str, Any], default: Any = None) -> Any:
@@ -152,8 +123,7 @@ def _filled(options_type: type[Any], left: dict[str, Any], default: Any = None) 
     values: dict[str, Any] = {}
     for name, kind, otherwise in _fields(options_type, default):
         if name in left:
-            values[name] = left.pop(name)
-            _check_type(name, kind, values[name])
+            values[name] = arguments.typed(name, kind, left.pop(name))
         elif name in option_checks.WITHOUT_PREFIX and dataclasses.is_dataclass(kind):
             values[name] = _filled(cast(Any, kind), left, None if otherwise is _REQUIRED else otherwise)
         elif otherwise is not _REQUIRED:
@@ -163,12 +133,25 @@ def _filled(options_type: type[Any], left: dict[str, Any], default: Any = None) 
     return options_type(**values)
 
 
-def _names(options_type: type[Any]) -> Iterator[str]:
+AS_OBJECTS = {"model": "policy", "data": "rows"}
+"""Options that are never settings, and the objects in their place."""
+
+
+def _places(options_type: type[Any]) -> dict[str, str]:
+    """Every option, with its group where it has one -> how it is given from Python."""
+    places: dict[str, str] = {}
     for name, kind, _ in _fields(options_type, None):
-        if name in option_checks.WITHOUT_PREFIX and dataclasses.is_dataclass(kind):
-            yield from (field.name for field in dataclasses.fields(kind))
+        if not dataclasses.is_dataclass(kind):
+            places[name] = AS_OBJECTS.get(name, name)
+            continue
+        inner = [field.name for field in dataclasses.fields(kind)]
+        if name in option_checks.WITHOUT_PREFIX:
+            places |= {one: AS_OBJECTS.get(one, one) for one in inner}
         else:
-            yield name
+            maker = arguments.maker_of(cast(Any, kind))
+            places[name] = name
+            places |= {f"{name}.{one}": f"{name}={maker}({one}={{}})" for one in inner}
+    return places
 
 
 def _fields(options_type: type[Any], instance: Any) -> Iterator[tuple[str, Any, Any]]:
@@ -201,4 +184,4 @@ def _without_flags(message: str) -> str:
 
 
 def _parameter(word: str) -> str:
-    return word.removeprefix("--").rpartition(".")[2].replace("-", "_") if word[2:3].isalpha() else word
+    return word.removeprefix("--").replace("-", "_") if word[2:3].isalpha() else word

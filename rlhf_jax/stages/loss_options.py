@@ -1,15 +1,20 @@
-"""Options of losses on preference pairs: their numbers, their divergence, and losses made of losses."""
+"""Options of losses on preference pairs: numbers, divergence, losses made of losses; and losses of users."""
 
 import dataclasses
 import inspect
 import re
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
+
 from rlhf_jax.algorithms import preference
-from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.arguments import told
+from rlhf_jax.core.errors import UserError, error_place, error_summary
 from rlhf_jax.core.ranges import Finite, Positive, Share, Weight
 from rlhf_jax.losses import preference_modifiers as modifiers
-from rlhf_jax.losses.pair_logps import PairLossFn, check_loss_params, loss_parameters
+from rlhf_jax.losses.pair_logps import PairLogps, PairLossFn, check_loss_params, loss_parameters
 from rlhf_jax.losses.preference_online import xpo_loss
 from rlhf_jax.stages import defaults
 
@@ -104,3 +109,53 @@ def filled(params: Any, loss_fn: PairLossFn, method: str) -> Any:
         if hasattr(params, name) and default not in (None, inspect.Parameter.empty)
     }
     return dataclasses.replace(params, **{**numbers, **published, **found})
+
+
+# Losses of users ------------------------------------------------------------------------------------
+
+
+def check_pair_loss(loss_fn: Callable[..., Any], numbers: Mapping[str, float]) -> None:
+    """Raises: UserError where a function is no loss on pairs, before anything is compiled.
+
+    Args:
+      numbers: of the loss, beside beta.
+    """
+    rows, lengths, number = jnp.zeros(2), jnp.ones(2, int), jnp.float32(1)
+    pairs, mask = PairLogps(rows, rows, rows, rows, lengths, lengths), jnp.ones(2, bool)
+    keywords = {"beta": number, "mask": mask, "denominator": number, **dict.fromkeys(numbers, number)}
+    _check_loss(loss_fn, "(pairs, *, beta, mask, denominator)", (pairs,), keywords)
+
+
+def check_ranking_loss(loss_fn: Callable[..., Any]) -> None:
+    """Raises: UserError where a function is no loss on rankings, before anything is compiled."""
+    arguments = jnp.zeros((2, 2)), jnp.zeros((2, 2), int), jnp.ones((2, 2), bool)
+    keywords = dict.fromkeys(("margin", "centring", "denominator"), jnp.float32(1))
+    _check_loss(loss_fn, "(rewards, ranks, mask, *, margin, centring, denominator)", arguments, keywords)
+
+
+def _check_loss(
+    loss_fn: Callable[..., Any], signature: str, arguments: tuple[Any, ...], keywords: Mapping[str, Any]
+) -> None:
+    name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
+    meant = f"give a function {signature} -> (loss, metrics)"
+    try:
+        inspect.signature(loss_fn).bind(*arguments, **keywords)
+    except TypeError as error:
+        raise UserError(f"the loss {name} cannot be called ({error}): {meant}") from None
+    try:
+        returned = jax.eval_shape(loss_fn, *arguments, **keywords)
+    except UserError:
+        raise
+    except Exception as error:  # of the user's own code
+        where = f"{error_summary(error)}{error_place(error)}"
+        raise UserError(f"the loss {name} raised {where} on two rows: mend the function") from error
+    if not isinstance(returned, tuple) or len(returned) != 2 or not isinstance(returned[1], Mapping):
+        parts = returned if isinstance(returned, tuple) else (returned,)
+        what = " and ".join(f"an array {p.shape}" if hasattr(p, "shape") else told(p) for p in parts)
+        raise UserError(f"the loss {name} returned {what}: {meant}, metrics a dict of numbers")
+    loss, metrics = returned
+    for part, value in {"loss": loss, **{f"metric {key}": value for key, value in metrics.items()}}.items():
+        shape = getattr(value, "shape", None)
+        if shape != () or (part == "loss" and not jnp.issubdtype(value.dtype, jnp.floating)):
+            what = told(value) if shape is None else f"of shape {shape} and {value.dtype}"
+            raise UserError(f"the loss {name}: its {part} is {what}: reduce it to one number")

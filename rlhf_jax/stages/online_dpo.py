@@ -20,6 +20,7 @@ import tyro
 from rlhf_jax import distributed, losses
 from rlhf_jax.algorithms import nash_md, preference, selection
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.importing import is_import_path
 from rlhf_jax.core.masks import masked_sum
 from rlhf_jax.core.protocols import LogprobFn
 from rlhf_jax.core.ranges import LearningRate, Positive, PositiveInt, Share, Temperature
@@ -237,6 +238,8 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         method = options.loss if options.method == "dpo" else options.method
         params = loss_options.filled(options.loss_params, loss_fn_of(options), method)
         options = dataclasses.replace(options, loss_params=params)
+        if is_import_path(options.loss):
+            loss_options.check_pair_loss(loss_fn_of(options), loss_options.given(params))
     if not options.judge:
         option_checks.check_rewards(inputs.rewards_of(options.prompts, given), " or --judge")
     session = Session(options, given, "online_dpo")

@@ -7,6 +7,7 @@ import jax
 
 from rlhf_jax import distributed
 from rlhf_jax.core import files
+from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Sequences
 from rlhf_jax.data import documents, packing
 from rlhf_jax.data.examples import supervised_examples
@@ -62,6 +63,11 @@ def load_text(
         return None
     rows = _lay_out(options.ptx_data, model, options.ptx_max_length, seed, given)
     size = mini_batches * (options.ptx_batch_size or answers)
+    if size > len(rows.tokens):
+        raise UserError(
+            f"a step takes {size} rows of --ptx-data, which has {len(rows.tokens)} of --ptx-max-length "
+            f"{options.ptx_max_length}: lower --ptx-batch-size or --ptx-max-length, or give more text"
+        )
     return PtxText(rows, BatchSampler(len(rows.tokens), size, seed))
 
 

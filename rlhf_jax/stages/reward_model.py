@@ -24,12 +24,22 @@ import tyro
 from rlhf_jax import distributed
 from rlhf_jax.algorithms import reward
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.importing import is_import_path
 from rlhf_jax.core.ranges import Finite, LearningRate, PositiveInt, Weight
 from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.evaluation.classification import reliability
 from rlhf_jax.evaluation.rankings import pair_leads, top1_accuracy
-from rlhf_jax.stages import adapting, defaults, edges, inputs, option_checks, option_groups, starting
+from rlhf_jax.stages import (
+    adapting,
+    defaults,
+    edges,
+    inputs,
+    loss_options,
+    option_checks,
+    option_groups,
+    starting,
+)
 from rlhf_jax.stages.entry import NOTHING, Given, Trained
 from rlhf_jax.stages.rankings import Rankings, load_rankings
 from rlhf_jax.stages.session import Session
@@ -119,6 +129,9 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     options = defaults.fill_published(options, "reward_model")
     seed, loss_fn = options.run.seed, reward.find_reward_loss(given.loss or options.loss)
     check(options, loss_fn)
+    is_own = given.loss is not None or is_import_path(options.loss)
+    if is_own and not reward.learns_from_pairs(loss_fn):
+        loss_options.check_ranking_loss(loss_fn)
     model = starting.starting_model(
         options.model, options.tokenizer, options.pairs.data, options.arch, options.run, given.policy
     )

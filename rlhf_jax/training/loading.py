@@ -5,6 +5,7 @@ import os
 
 from rlhf_jax import models
 from rlhf_jax.core import files
+from rlhf_jax.core.arguments import checked
 from rlhf_jax.models import Policy
 from rlhf_jax.models.config import Remat
 from rlhf_jax.models.loading import kind_of_checkpoint, load_checkpoint, local_checkpoint
@@ -14,6 +15,7 @@ from rlhf_jax.training.run_folder import load_policy
 _SAMPLE = 1 << 20
 
 
+@checked
 def load(
     path: str | os.PathLike[str],
     *,

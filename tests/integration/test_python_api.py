@@ -34,6 +34,12 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def policy(folder):
+    """That decoder, loaded once."""
+    return rj.load(folder)
+
+
 def length(prompts, completions, **_):
     return [float(len(text)) for text in completions]
 
@@ -76,7 +82,7 @@ def test_callbacks_loggers_and_own_evaluation(folder, tmp_path):
         rewards=[(length, 2.0)],
         group_size=2,
         out=tmp_path / "run",
-        loggers=[logged.append],
+        loggers=logged.append,
         on_step=lambda state, metrics, step: seen.append(step),
         eval_fn=lambda state, step: {"mine": step + 0.5},
         **SIZES,
@@ -104,7 +110,25 @@ def test_rows_of_every_kind(tmp_path):
     [
         ({"rewards": length}, "give a list of functions"),
         ({"rewards": ["no_such"]}, "no_such"),
-        ({"num_generations": 4}, "there is no setting num_generations"),
+        ({"num_generations": 4}, "there is no setting num_generations: give group_size"),
+        ({"lr": 0.1}, "there is no setting lr: give learning_rate"),
+        ({"lora_r": 4}, r"give adapter=rlhf_jax.lora\(rank=...\)"),
+        (
+            {"warmup_steps": 4},
+            r"give optimizer=rlhf_jax.core.train_state.OptimizerConfig\(warmup_steps=...\)",
+        ),
+        ({"train_dataset": []}, "there is no setting train_dataset: give rows"),
+        ({"data": "rows.jsonl"}, "there is no setting data: give rows"),
+        ({"rewards": [(length, "2")]}, "the weight of a reward is '2': give a number"),
+        ({"rewards": [(length, 1, 2)]}, "is no function"),
+        ({"loggers": [3]}, "3 is no logger"),
+        ({"loggers": "wandb"}, "loggers is 'wandb': give a function of the metrics"),
+        ({"on_step": 3}, "on_step is 3: give a function"),
+        ({"eval_fn": 3}, "eval_fn is 3: give a function or None"),
+        ({"remat": "sometimes"}, "remat is 'sometimes': give one of none, dots, attention, full or None"),
+        ({"optimizer": "adam"}, r"optimizer is 'adam': give one such as .*OptimizerConfig\(...\)"),
+        ({"rows": None}, "rows is None: give a list of dicts"),
+        ({"out": 3}, "out is 3: give a text or a path or None"),
         ({"steps": 1.5}, r"steps is 1\.5: give a whole number or None"),
         ({"steps": True}, "steps is True"),
         ({"learning_rate": "1e-3"}, "learning_rate is '1e-3': give a number or None"),
@@ -116,11 +140,80 @@ def test_rows_of_every_kind(tmp_path):
     ],
 )
 def test_mistakes_in_words_of_python(change, said, folder, tmp_path):
-    call = {"policy": rj.load(folder), "rows": [{"prompt": "a"}], "rewards": [length], **SIZES, **change}
-    policy, rows = call.pop("policy"), call.pop("rows")
+    call = {"policy": rj.load(folder), "rows": [{"prompt": "a"}], "rewards": [length], **SIZES}
+    call |= {"out": tmp_path / "run", **change}
     with pytest.raises(UserError, match=said) as caught:
-        rj.grpo(policy, rows, out=tmp_path / "run", **call)
+        rj.grpo(call.pop("policy"), call.pop("rows"), **call)
     assert "--" not in str(caught.value)
+
+
+ONE = [{"role": "user", "content": "a"}]
+ROWS = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda p: p.generate("a", max_new_tokens=1), "prompts is 'a': give a list of texts"),
+        (lambda p: p.generate(["a"], max_new_tokens=-1), "max_new_tokens -1 is out of range"),
+        (lambda p: p.generate(["a"], max_tokens=8), "no argument max_tokens: give max_new_tokens"),
+        (lambda p: p.generate(["a"], max_new_tokens=1, top_p=2), "top_p 2 is out of range"),
+        (lambda p: p.chat("hi", max_new_tokens=1), "messages is 'hi': give a list such as"),
+        (lambda p: p.chat([ONE[0] | {"role": "wizard"}], max_new_tokens=1), "'wizard'"),
+        (lambda p: p.logits([1, 2]), r"tokens has shape \(2,\) of int32: give whole numbers \[B, T\]"),
+        (lambda p: p.logits([[1.5]]), "give whole numbers"),
+        (lambda p: p.logits([[1], [1, 2]]), "rows of one length"),
+        (lambda p: p.logits([[1, 9999]]), "tokens holds 1 to 9999: give ids from 0 to 258"),
+        (lambda p: p.logits([[-1]]), "tokens holds -1 to -1"),
+        (lambda p: p.save(3), "path is 3: give a text or a path"),
+        (lambda _: rj.load(3), "path is 3: give a text or a path"),
+        (lambda _: rj.load("x", remat="sometimes"), "remat is 'sometimes': give one of none, dots"),
+        (lambda _: rj.lora(r=8), "there is no argument r: give rank"),
+        (lambda _: rj.lora(lora_alpha=8), "there is no argument lora_alpha: give alpha"),
+        (lambda _: rj.lora(load_in_4bit=True), "give quantize='nf4'"),
+        (lambda _: rj.lora(width="8"), "width is '8': give a whole number"),
+        (lambda _: rj.lora(rank=0), "rank 0 is out of range"),
+        (lambda _: rj.lora(kind="qlora"), "kind is 'qlora': give one of none, lora"),
+        (lambda p: rj.distill(p, "path"), "teacher is 'path': give what rlhf_jax.load"),
+        (lambda p: rj.distill(p, p), r"distill\(\) needs rows"),
+        (lambda p: rj.grpo(p, ROWS, [length]), "by position it takes policy, rows"),
+        (lambda p: rj.ppo(p, ROWS, reward_model="no"), "reward 'no': there is no such folder"),
+        (lambda p: rj.evaluate(p, ROWS, rewards=[length]), r"evaluate\(\) needs max_new_tokens"),
+        (lambda p: rj.wrap(3, {}, p.tokenizer), "apply_fn is 3: give a function"),
+        (lambda p: rj.wrap(lambda params, tokens: 1 / 0, {}, p.tokenizer), "raised ZeroDivisionError"),
+        (lambda p: rj.wrap(length, {}, None), "tokenizer is None: give a tokenizer"),
+    ],
+)
+def test_mistakes_in_calls(call, said, policy):
+    with pytest.raises(UserError, match=said):
+        call(policy)
+
+
+def own_loss(returned):
+    """A loss on pairs that returns this of the chosen log-probs."""
+    return lambda pairs, *, beta, mask, denominator: returned(pairs.policy_chosen)
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        (3, "loss is 3: give a text or a function"),
+        (lambda x: x, r"cannot be called .*'beta'.*: give a function \(pairs, \*, beta, mask, denominator\)"),
+        (own_loss(lambda x: x.sum()), r"returned an array \(\): give a function"),
+        (own_loss(lambda x: (x, {})), r"its loss is of shape \(2,\) and float32: reduce it to one number"),
+        (own_loss(lambda x: (x.sum(), None)), r"returned an array \(\) and None"),
+        (own_loss(lambda x: (x.sum(), {"a": x})), r"its metric a is of shape \(2,\)"),
+        (own_loss(lambda x: x.nothing), "raised AttributeError .* on two rows: mend the function"),
+    ],
+)
+def test_a_loss_that_is_none_is_refused_before_anything_is_compiled(loss, said, policy, tmp_path):
+    with pytest.raises(UserError, match=said):
+        rj.dpo(policy, ROWS, loss=loss, steps=1, batch_size=2, out=tmp_path / "run")
+
+
+def test_a_loss_on_rankings_that_is_none(policy, tmp_path):
+    with pytest.raises(UserError, match=r"cannot be called .*: give a function \(rewards, ranks, mask"):
+        rj.reward_model(policy, ROWS, loss=lambda x: x, steps=1, batch_size=2, out=tmp_path / "run")
 
 
 def test_preferences_rewards_and_distillation(folder, tmp_path):

@@ -10,9 +10,10 @@ import sys
 import docstring_parser
 import pytest
 
-from rlhf_jax.cli import commands, foreign_names
+from rlhf_jax.cli import commands
 from rlhf_jax.cli.options import flags_of, options_of
 from rlhf_jax.cli.parsing import examples, parse
+from rlhf_jax.core import foreign_names
 from rlhf_jax.core.errors import UserError
 
 NAMES = [name for group in commands.COMMANDS.values() for name in group]
