@@ -1,4 +1,4 @@
-"""What differs between two runs: options, versions of packages, and the commit.
+"""What differs between two runs: options, versions of packages, and the commit (exit status 1 if any does).
 
     rlhf diff runs/grpo runs/dapo
     rlhf diff runs/seed_0/grpo runs/seed_1/grpo

@@ -11,6 +11,7 @@ import tyro
 
 from rlhf_jax.cli.config_files import read_options, take_config
 from rlhf_jax.cli.options import flags_of, required_flags
+from rlhf_jax.cli.refusals import in_one_sentence
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.files import as_path
 from rlhf_jax.core.foreign_names import our_name
@@ -52,7 +53,8 @@ def parse(
       text: docstring that tells of it: its first paragraph begins the help, its examples end it.
 
     Raises:
-      UserError: an option that there is not, a number out of its range, or a YAML file with a mistake.
+      UserError: an option that there is not or that lacks its value, a value of another type or out of its
+        range, or a YAML file with a mistake.
     """
     config, rest = take_config(with_plain_resume(words))
     known = flags_of(options_type)
@@ -63,15 +65,16 @@ def parse(
     command = name.removeprefix("rlhf ") if name and name.startswith("rlhf ") else None
     default = read_options(config, options_type, command) if config else tyro.MISSING_NONPROP
     try:
-        options, unknown = tyro.cli(
-            options_type,
-            prog=name,
-            args=rest,
-            default=default,
-            description=f"{_first_paragraph(text)}\n\n{_CONFIG_HELP}",
-            registry=_PATHS,
-            return_unknown_args=True,
-        )
+        with in_one_sentence(rest, options_type, name):
+            options, unknown = tyro.cli(
+                options_type,
+                prog=name,
+                args=rest,
+                default=default,
+                description=f"{_first_paragraph(text)}\n\n{_CONFIG_HELP}",
+                registry=_PATHS,
+                return_unknown_args=True,
+            )
     except SystemExit as end:
         if not end.code and (shown := examples(text)):
             print(f"\nexamples:\n{textwrap.indent(shown, '  ')}")

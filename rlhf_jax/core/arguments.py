@@ -11,6 +11,7 @@ import functools
 import inspect
 import math
 import os
+import pathlib
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -31,6 +32,7 @@ _TAKEN: dict[Any, tuple[tuple[type, ...], str]] = {
     bool: ((bool, np.bool_), "True or False"),
     str: ((str, os.PathLike), "a text"),
     os.PathLike: ((os.PathLike,), "a path"),
+    pathlib.Path: ((os.PathLike, str), "a path"),
     Mapping: ((Mapping,), "a dict"),
     types.NoneType: ((types.NoneType,), "None"),
 }

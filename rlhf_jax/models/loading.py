@@ -13,6 +13,7 @@ from typing import Literal
 from jax.sharding import Mesh
 
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.importing import nearest_name
 from rlhf_jax.core.types import Params
 from rlhf_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rlhf_jax.models import hf
@@ -53,9 +54,13 @@ def kind_of_checkpoint(path: str | os.PathLike[str]) -> CheckpointKind:
         )
     if os.fspath(path) in NAMED_MODELS:
         return "package"
-    if HUB_NAME.fullmatch(os.fspath(path)):
+    if HUB_NAME.fullmatch(os.fspath(path)) and not (place.parent.name and place.parent.is_dir()):
         return "hub"
-    raise UserError(f"{place}: no such file or folder: give a run, a Hugging Face folder or a GGUF file.")
+    beside = [sibling.name for sibling in place.parent.iterdir()] if place.parent.is_dir() else []
+    raise UserError(
+        f"{os.fspath(path)}: no such file or folder{nearest_name(place.name, beside)}: give a run, a Hugging "
+        "Face folder or a GGUF file."
+    )
 
 
 def find_in_hub_cache(name: str, *, revision: str = "main") -> Path:

@@ -212,7 +212,7 @@ def split_trainable(
     tx = make_optimizer(with_total_steps(optimizer, steps))
     tx = pruning.preserve_sparsity(tx) if options.preserve_sparsity else tx
     if adapter is None:
-        check_parameters_can_move(model.params, optimizer)
+        _check_moves(model.params, optimizer)
         return TrainableSplit(starting.copied(model.params), None, model.params, tx)
     if model.source is None and not brought:
         raise UserError(
@@ -227,10 +227,22 @@ def split_trainable(
             f"--adapter.train {options.train!r} matches no parameter, so nothing would be trained: the "
             f"names are such as {some}"
         )
-    check_parameters_can_move(trained, optimizer)
+    _check_moves(trained, optimizer)
     original = trained if isinstance(adapter, adapters.Partial) else {}
     tx = adapters.with_rank_budget(adapter, tx) if isinstance(adapter, adapters.AdaLoRA) else tx
     return TrainableSplit(starting.copied(trained), frozen, original, tx, adaptation)
+
+
+def _check_moves(params: Params, optimizer: OptimizerConfig) -> None:
+    """`check_parameters_can_move`, whose mend is said by the names of options."""
+    try:
+        check_parameters_can_move(params, optimizer)
+    except UserError as error:
+        raise UserError(
+            "what is trained has 16 bits a number, which rounds updates away, so that training would not "
+            "move it: load the model with --param-dtype float32 (a new one: --arch.param-dtype), or give "
+            "--optimizer.rounding kahan or stochastic"
+        ) from error
 
 
 def init_sharded_state(

@@ -309,6 +309,7 @@ def _with_process_reward(
     return {"rewards": rewards}
 
 
+_OF_LOADING = ("dtype", "param_dtype", "remat", "scan_layers")
 _OBJECTS = ("loggers", "on_step", "eval_fn")
 
 
@@ -318,6 +319,9 @@ def _run(stage: Any, out: Any, settings: dict[str, Any], **objects: Any) -> Trai
     for name, ours in AS_OBJECTS.items():
         if name in settings:
             raise UserError(f"there is no setting {name}: give {ours}")
+    for name in _OF_LOADING:
+        if name in settings:
+            raise UserError(f"{name} is said when the policy is loaded: rlhf_jax.load(path, {name}=...)")
     objects |= {name: settings.pop(name) for name in _OBJECTS if name in settings}
     given = Given(**objects)
     with parameters_named(), releasing_locks():

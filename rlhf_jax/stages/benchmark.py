@@ -54,7 +54,7 @@ class Options:
     """Which model, on what.
 
     Attributes:
-      model: run folder or Hugging Face folder.
+      model: a run folder, a Hugging Face folder, a GGUF file or a name in the hub cache.
       out: the run folder of the benchmark.
       batch_size: rows at a time.
       seed: decides which problems of the embedded task.

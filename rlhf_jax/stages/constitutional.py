@@ -49,7 +49,8 @@ class Options:
     """Options of the supervised stage; --steps are those of learning from revisions.
 
     Attributes:
-      model: the policy, which can criticise and revise.
+      model: the policy, which can criticise and revise: a run folder, a Hugging Face folder, a GGUF file or a
+        name in the hub cache.
       constitution: text file with a principle a line, or JSONL.
       prompts: which prompts; rewards only measure answers and revisions, and choose nothing.
       revised: how many prompts are answered and revised; 0 for all.

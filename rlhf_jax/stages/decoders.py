@@ -95,7 +95,7 @@ class Speculative:
     """Draws tokens like `sample`, several a pass: guesses are checked.
 
     Attributes:
-      draft: a run or Hugging Face folder of a smaller model; `prompt` for what the row has said before;
+      draft: a smaller model, as `model`; `prompt` for what the row has said before;
         `lookahead` for the model's own passes.
       num_speculative_tokens: tokens guessed at a time.
       temperature: divides the logits; 0 takes the most likely token.

@@ -67,8 +67,8 @@ class Options:
     """Options of distillation.
 
     Attributes:
-      teacher: run folders of the policies to learn from, of any architecture and one vocabulary. Of several,
-        the mean is learned, and they take turns in writing answers.
+      teacher: the policies to learn from, each as `model`, of any architecture and one vocabulary. Of
+        several, the mean is learned, and they take turns in writing answers.
       teacher_weights: of several teachers in their mean; none for equal ones.
       teacher_average: of what the mean of several teachers is taken.
       self_teacher: the policy teaches itself, in the place of --teacher: as it is, as its moving average
@@ -77,7 +77,8 @@ class Options:
         feedback; empty for none.
       teacher_template: the teacher's last user message, of `{prompt}` and `{context}`.
       teacher_update_rate: share of the policy in a step of --self-teacher ema.
-      model: run folder of the student to start from; empty for a new model.
+      model: the student to start from: a run folder, a Hugging Face folder, a GGUF file or a name in the hub
+        cache; empty for a new model.
       prompts: which prompts; what answers are worth is only looked at, where --rewards says so.
       loss: forward_kl, reverse_kl or js over the vocabulary; sequence (imitates the teacher's answers),
         sampled_reverse_kl or sequence_reverse_kl (MiniLLM) on the tokens that were sampled.

@@ -64,7 +64,8 @@ class Options:
     """Options of direct preference optimisation.
 
     Attributes:
-      model: run folder of the policy to start from, which is also the reference.
+      model: the policy to start from, which is also the reference: a run folder, a Hugging Face folder, a
+        GGUF file or a name in the hub cache.
       pairs: which preference pairs, or labelled completions.
       batch_size: pairs a step; for KTO and BCO, responses.
       micro_batches: parts in which a batch is computed, to save memory.

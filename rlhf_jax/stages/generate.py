@@ -43,7 +43,7 @@ class Options:
     """What to answer, and how.
 
     Attributes:
-      model: run folder or Hugging Face folder of the policy.
+      model: the policy: a run folder, a Hugging Face folder, a GGUF file or a name in the hub cache.
       prompt: a user's message.
       file: rows with `prompt`, `question` or `messages`: a path, or tfds:NAME[:SPLIT].
       raw: give the model the prompt as it stands, without the chat template.

@@ -54,7 +54,8 @@ class GroupOptions:
     """Options of the GRPO family, wherever answers come from; None is what the algorithm is published with.
 
     Attributes:
-      model: run folder of the policy to start from, which is also the reference.
+      model: the policy to start from, which is also the reference: a run folder, a Hugging Face folder, a
+        GGUF file or a name in the hub cache.
       prompts: which prompts, and what their answers are worth.
       off_policy: corrections for answers that are not the policy's, and masks.
       algorithm: the variant of GRPO.

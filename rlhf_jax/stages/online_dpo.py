@@ -61,7 +61,8 @@ class Options:
     """Options of online preference optimisation.
 
     Attributes:
-      model: run folder of the policy to start from, which is also the reference.
+      model: the policy to start from, which is also the reference: a run folder, a Hugging Face folder, a
+        GGUF file or a name in the hub cache.
       prompts: which prompts, and what their answers are worth.
       method: who writes the other answer: dpo the policy again, xpo the reference (with optimism), nash_md
         the mixture of the two.

@@ -68,7 +68,8 @@ class Options:
     """Options of PPO.
 
     Attributes:
-      model: run folder of the policy to start from, which is also the reference.
+      model: the policy to start from, which is also the reference: a run folder, a Hugging Face folder, a
+        GGUF file or a name in the hub cache.
       reward_model: run folder of a reward model: the reward, and the start of the value model; of several,
         the first is that start. None: the reward is what `rewards` names, and the value model starts from
         the policy.

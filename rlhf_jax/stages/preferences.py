@@ -53,12 +53,13 @@ class Options:
 
     Attributes:
       out: folder of the pairs.
-      model: run folder of the policy that answers.
+      model: the policy that answers: a run folder, a Hugging Face folder, a GGUF file or a name in the hub
+        cache.
       solutions: instead of that, rows with `question` and objects of `solution` and `is_correct`.
       prompts: which prompts, and what their answers are worth.
       judge: function `module:function` that says which of two answers is preferred, instead of rewards: it
         takes `opponents`, the other answers, and returns probabilities.
-      judge_model: run folder of a model that is asked instead, by the principles of `constitution` (RLAIF).
+      judge_model: a model, as `model`, that is asked instead, by the principles of `constitution` (RLAIF).
       constitution: text file with a principle a line, or JSONL, for `judge_model`.
       samples_per_prompt: answers to each prompt.
       pairs_per_prompt: of them, at most; a judge compares as many.

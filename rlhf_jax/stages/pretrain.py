@@ -75,7 +75,8 @@ class Options:
       decay_data_share: its share of a batch there.
       tokenizer: folder or tokenizer.json; empty for bytes.
       train_tokenizer: learn a byte-level BPE vocabulary of this size from the data; 0 for none.
-      model: run folder of a stage to start from; empty for a new model.
+      model: the policy to start from: a run folder, a Hugging Face folder, a GGUF file or a name in the hub
+        cache; empty for a new model.
       max_seq_length: tokens a row.
       intra_document_masking: keep documents in a row apart: attention and positions begin anew with each.
       batch_size: rows a step.

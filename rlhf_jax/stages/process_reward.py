@@ -78,7 +78,8 @@ class Options:
         path, above 0.5.
       max_new_tokens: tokens of a continuation.
       train_tokenizer: learn a byte-level BPE vocabulary of this size from the data; 0 for none.
-      model: run folder of the policy whose body is taken; empty for a new model.
+      model: the policy whose body is taken: a run folder, a Hugging Face folder, a GGUF file or a name in the
+        hub cache; empty for a new model.
       batch_size: solutions a step.
       micro_batches: parts in which a batch is computed, to save memory.
       learning_rate: at its peak; None for the published one (1e-5).

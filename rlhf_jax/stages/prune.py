@@ -79,7 +79,7 @@ class Options:
 
     Attributes:
       out: folder of the pruned policy.
-      model: run folder of the policy.
+      model: the policy: a run folder, a Hugging Face folder, a GGUF file or a name in the hub cache.
       data: rows to measure inputs on, as for SFT.
       rows: how many of them.
       seed: of the rows of the embedded task.

@@ -45,7 +45,8 @@ class Options:
 
     Attributes:
       out: the run folder.
-      model: the policy that answers.
+      model: the policy that answers: a run folder, a Hugging Face folder, a GGUF file or a name in the hub
+        cache.
       documents: files or folders to make the index of.
       index: folder of an index that another run made, instead of documents.
       questions: rows with `question`, and `answer` where it is known.

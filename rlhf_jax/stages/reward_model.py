@@ -61,7 +61,8 @@ class Options:
     Attributes:
       pairs: which preference pairs, or rankings.
       tokenizer: folder or tokenizer.json; empty for that of `model`.
-      model: run folder of the policy whose body is taken; empty for a new model.
+      model: the policy whose body is taken: a run folder, a Hugging Face folder, a GGUF file or a name in the
+        hub cache; empty for a new model.
       batch_size: pairs, or rankings, a step; all answers of a ranking are scored in one pass.
       micro_batches: parts in which a batch is computed, to save memory.
       learning_rate: at its peak; None for the published one (1e-5, with an adapter 1e-4).

@@ -52,8 +52,9 @@ class Options:
     """Options of learning in rounds; --steps and --save-every are those of a round.
 
     Attributes:
-      model: run folder of the policy to start from.
-      generator: run folder of the model that answers in every round, such as a larger teacher; empty for the
+      model: the policy to start from: a run folder, a Hugging Face folder, a GGUF file or a name in the hub
+        cache.
+      generator: the model, as `model`, that answers in every round, such as a larger teacher; empty for the
         policy that the round before left.
       prompts: which prompts, and what their answers are worth.
       method: raft imitates the best answer to each prompt, expert_iteration all that are good enough, and dpo

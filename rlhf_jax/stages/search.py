@@ -55,7 +55,7 @@ class Options:
 
     Attributes:
       out: the run folder.
-      model: run folder of the policy.
+      model: the policy: a run folder, a Hugging Face folder, a GGUF file or a name in the hub cache.
       process_reward: run folder of a process reward model; empty for none.
       outcome_reward: run folder of an outcome reward model; empty for none.
       data: problems with an `answer`: a path, tfds:NAME[:SPLIT], or arithmetic:LEVEL (held-out ones).

@@ -62,7 +62,8 @@ class Options:
       eval_data: held-out rows whose loss is logged; empty for none (the embedded task brings its own).
       tokenizer: folder or tokenizer.json; empty for the embedded task's own, or for bytes.
       train_tokenizer: learn a byte-level BPE vocabulary of this size from the data; 0 for none.
-      model: run folder of a stage to start from; empty for a new model.
+      model: the policy to start from: a run folder, a Hugging Face folder, a GGUF file or a name in the hub
+        cache; empty for a new model.
       batch_size: rows a step.
       micro_batches: parts in which a batch is computed, to save memory.
       max_length: tokens a row; 0 for the longest conversation.

@@ -321,7 +321,7 @@ def test_resuming_after_the_start_was_replaced(refused, tiny, tmp_path):
 
 def test_a_file_stands_where_the_folder_should(refused, tiny, tmp_path):
     file = write_lines(tmp_path / "file", "precious")
-    refused("sft", tiny.words("sft", file), file, "cannot be written", "--out")
+    refused("sft", tiny.words("sft", file), file, "is a file where a folder is meant", "--out")
     refused("sft", tiny.words("sft", file / "below"), file, "cannot be written")
     assert file.read_text() == "precious\n"
 

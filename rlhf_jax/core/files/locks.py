@@ -49,7 +49,7 @@ def hold(folder: PathLike, name: str = "folder") -> None:
     if place in _held:
         return
     try:
-        with disk_errors(folder / LOCK, name):
+        with disk_errors(folder, name):
             release = _flock(folder) if isinstance(folder, pathlib.Path) else _lease(folder)
     except InUse as error:
         raise UserError(

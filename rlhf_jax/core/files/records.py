@@ -39,7 +39,12 @@ def disk_errors(path: PathLike, name: str = "folder") -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         if isinstance(error, FileExistsError | NotADirectoryError):
-            reason = "a file stands where a folder should be"
+            place = stores.as_path(path)
+            file = next((part for part in (place, *place.parents) if part.is_file()), place)
+            raise UserError(
+                f"{path}: cannot be written, as {file} is a file where a folder is meant: choose another "
+                f"{name}"
+            ) from error
         raise UserError(
             f"{path}: cannot be written ({reason}): free or unlock the disk, or choose another {name}"
         ) from error

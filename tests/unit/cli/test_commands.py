@@ -235,3 +235,39 @@ def test_report_is_written_anew(tmp_path, capsys, monkeypatch):
     assert said == f"{folder}/report.html"
     assert "<html" in (tmp_path / "a" / "report.html").read_text()
     assert ended_with(["report", str(tmp_path / "gone")]) == 2
+
+
+# Values ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "said"),
+    [
+        ("sft", "--data x --learning-rate abc", "--learning-rate abc: give a number or None"),
+        ("sft", "--data x --learning_rate=abc", "--learning-rate abc: give a number or None"),
+        ("sft", "--data x --steps", "--steps needs a value: give a whole number or None"),
+        ("sft", "--data x --scan-layers", "--scan-layers needs a value: give True or False or None"),
+        ("sft", "--data x --scan-layers maybe", "--scan-layers maybe: give True or False or None"),
+        ("sft", "--data x --seed 1.5", "--seed 1.5: give a whole number"),
+        ("sft", "--data x --remat some", "--remat some: give one of none, dots, attention, full or None"),
+        ("dpo", "--model m --data x --loss-weights 1 b", "--loss-weights b: give a number"),
+        ("rl", "--out", "--out needs a value: give a path or None"),
+        ("diff", "a", "SECOND must be given: rlhf diff FIRST SECOND"),
+        ("benchmark", "--model m --out x", "Expected one of {choices, generate, harness}: --help says more"),
+    ],
+)
+def test_what_an_option_cannot_take_is_said_in_one_sentence(command, words, said, capsys):
+    with pytest.raises(UserError) as error:
+        parse(module_of(command).Options, words.split(), name=f"rlhf {command}")
+    assert str(error.value) == said
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_help_of_a_model_names_every_kind_that_loads():
+    kinds = ("run folder", "Hugging Face folder", "GGUF file", "name in the hub cache")
+    for name in NAMES:
+        for option in options_of(module_of(name).Options):
+            if option.flag == "--model" and name not in ("inspect", "plan"):  # which need no parameters
+                documented = docstring_parser.parse(option.owner.__doc__).params
+                (text,) = [p.description for p in documented if p.arg_name == "model"]
+                assert not [kind for kind in kinds if kind not in " ".join(text.split())], name

@@ -140,13 +140,11 @@ def test_flags_override_the_file_and_the_file_the_defaults(config):
     assert read.run == Group(pathlib.Path("runs/x"), steps=100)
 
 
-def test_what_is_required_may_come_from_either(config, capsys):
+def test_what_is_required_may_come_from_either(config):
     empty = config("group_size: 4")
     assert parse(Options, ["--model", "m", "--config", empty]).model == "m"
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(UserError, match="--model"):
         parse(Options, ["--config", empty])
-    assert ended.value.code == 2
-    assert "--model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -229,9 +227,8 @@ class Asking:
     run: tyro.conf.OmitArgPrefixes[Group]
 
 
-def test_a_group_without_a_default_asks_for_no_more_than_it_must(config, capsys):
+def test_a_group_without_a_default_asks_for_no_more_than_it_must(config):
     assert parse(Asking, ["--config", config("{}"), "--out", "y"]).run == Group(pathlib.Path("y"))
     assert parse(Asking, ["--config", config("run: {out: y}")]).run == Group(pathlib.Path("y"))
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match="--out"):
         parse(Asking, ["--config", config("run: {steps: 3}")])
-    assert "--out" in capsys.readouterr().err

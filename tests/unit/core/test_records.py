@@ -209,7 +209,9 @@ def test_where_there_is_no_room_a_sentence_says_so(tmp_path, write, monkeypatch)
     data = "x" if write is files.write_text else [1]
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file" / "a", tmp_path / "file" / "b" / "a"):
-        with pytest.raises(UserError, match=r"cannot be written .*a file stands where a folder") as refused:
+        with pytest.raises(
+            UserError, match=r"cannot be written, as .*file is a file where a folder"
+        ) as refused:
             write(path, data)
         one_sentence(refused, path)
 
@@ -240,7 +242,7 @@ def test_libraries_that_write_themselves(tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.png"]
     (tmp_path / "file").write_text("")
     with (
-        pytest.raises(UserError, match="a file stands where a folder"),
+        pytest.raises(UserError, match="is a file where a folder is meant"),
         files.writing(tmp_path / "file" / "a"),
     ):
         pass
