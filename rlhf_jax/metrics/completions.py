@@ -1,13 +1,16 @@
 """Completions tables: what a policy wrote at a step and what it was worth, as Parquet, and on the console."""
 
+import dataclasses
 import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
+from rich.console import Console, ConsoleOptions
 from rich.table import Table
 from rich.text import Text
 
@@ -26,6 +29,9 @@ Row = Mapping[str, Any]
 NUMBERS = ("reward", "advantage", "length", "logp", "kl")
 """Columns of numbers, beside those of the single rewards."""
 _TERM = "reward/"
+_BETWEEN = 3  # characters between two columns on the console
+_NARROW_HEADER = 9
+_WIDE_TEXTS, _NARROW_TEXTS = 48, 20  # characters of prompt and completion together
 _MOST_SHOWN = 240  # characters of a text on the console
 
 
@@ -84,26 +90,72 @@ def _column(values: Sequence[Any]) -> list[Any]:
     return [value if isinstance(value, str | None) else json.dumps(value, default=str) for value in values]
 
 
-def show_completions(rows: Sequence[Row], *, step: int, count: int) -> Table:
-    """A table of the first rows for the console: prompt, completion, each reward, advantage.
+@dataclasses.dataclass(frozen=True)
+class CompletionsTable:
+    """A table of the first rows for the console: prompt, completion, each reward, and other numbers.
 
-    Args:
+    Numbers are never broken: texts become narrow instead, then headers fold, and then the last columns are
+    left out and named below.
+
+    Attributes:
       rows: of one step.
-      count: how many of them; those of one prompt stand together, so that a group can be compared.
+      step: of the run.
+      count: how many rows; those of one prompt stand together, so that a group can be compared.
     """
-    numbers = [name for name in column_names(rows) if name.startswith(_TERM) or name in NUMBERS]
-    table = Table(
-        title=f"Completions at step {step}", title_justify="left", box=box.SIMPLE_HEAD, show_lines=True
-    )
-    table.add_column("prompt", ratio=2, overflow="fold")
-    table.add_column("completion", ratio=3, overflow="fold")
-    for name in numbers:
-        table.add_column(name.removeprefix(_TERM), justify="right", overflow="fold")
-    for row in rows[:count]:
-        # As Text, because words of models may look like console markup.
-        texts = [Text(_short(row.get(name, ""))) for name in ("prompt", "completion")]
-        table.add_row(*texts, *(Text(_number(row.get(name))) for name in numbers))
-    return table
+
+    rows: Sequence[Row]
+    step: int
+    count: int
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        """The table at the width of the console."""
+        names = [name for name in column_names(self.rows) if name.startswith(_TERM) or name in NUMBERS]
+        cells = {name: [_number(row.get(name)) for row in self.rows[: self.count]] for name in names}
+        columns = _columns(cells, options.max_width - 2 * _BETWEEN - 1)
+        left_out = [name.removeprefix(_TERM) for name in names if name not in columns]
+        room = options.max_width - 1 - _BETWEEN * (2 + len(columns)) - sum(map(_width, columns.values()))
+        table = Table(
+            title=f"Completions at step {self.step}",
+            title_justify="left",
+            caption=f"not shown in this width: {', '.join(left_out)}" if left_out else None,
+            caption_justify="left",
+            box=box.SIMPLE_HEAD,
+            show_lines=True,
+        )
+        for name, width in (("prompt", 2 * room // 5), ("completion", room - 2 * room // 5)):
+            table.add_column(name, max_width=max(width, 1), overflow="fold")
+        for header, *_ in columns.values():
+            table.add_column(header, justify="right", no_wrap=True)
+        for place, row in enumerate(self.rows[: self.count]):
+            # As Text, because words of models may look like console markup.
+            texts = [Text(_short(row.get(name, ""))) for name in ("prompt", "completion")]
+            table.add_row(*texts, *(Text(column[1 + place]) for column in columns.values()))
+        yield table
+
+
+def _columns(cells: Mapping[str, Sequence[str]], room: int) -> dict[str, list[str]]:
+    """Header and cells of as many columns of numbers as have room, with what they leave to texts."""
+    columns: dict[str, list[str]] = {}
+    for longest, for_texts in ((room, _WIDE_TEXTS), (_NARROW_HEADER, _NARROW_TEXTS)):
+        columns, left = {}, room - for_texts
+        for name, numbers in cells.items():
+            column = [_folded(name.removeprefix(_TERM), max(longest, 1, *map(len, numbers))), *numbers]
+            left -= _BETWEEN + _width(column)
+            if left < 0:
+                break
+            columns[name] = column
+        if len(columns) == len(cells):
+            break
+    return columns
+
+
+def _width(column: Sequence[str]) -> int:
+    return max(len(line) for cell in column for line in cell.split("\n"))
+
+
+def _folded(header: str, width: int) -> str:
+    """A name in lines of at most `width` characters, broken behind its underscores where that is enough."""
+    return "\n".join(line.replace(" ", "") for line in textwrap.wrap(header.replace("_", "_ "), width))
 
 
 def _short(text: Any) -> str:

@@ -25,7 +25,7 @@ from rlhf_jax.core.train_state import with_frozen, without_frozen
 from rlhf_jax.core.trees import not_finite
 from rlhf_jax.core.types import Metrics
 from rlhf_jax.distributed import any_process, is_main_process
-from rlhf_jax.metrics.completions import COMPLETIONS, Row, show_completions, write_completions
+from rlhf_jax.metrics.completions import COMPLETIONS, CompletionsTable, Row, write_completions
 from rlhf_jax.metrics.health import HealthMonitor, Thresholds
 from rlhf_jax.metrics.loggers import Logger, TableLogger, as_logger
 from rlhf_jax.metrics.progress import Progress
@@ -247,7 +247,7 @@ def _log_completions(
         if isinstance(logger, TableLogger):
             logger.log_table(COMPLETIONS, rows, done)
     if config.num_completions_to_print:
-        progress.show(show_completions(rows, step=done, count=config.num_completions_to_print))
+        progress.show(CompletionsTable(rows, done, config.num_completions_to_print))
 
 
 def _recall(monitor: HealthMonitor, folder: Path, stage: str, start: int) -> HealthMonitor:

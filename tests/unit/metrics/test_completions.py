@@ -7,9 +7,9 @@ from rich.console import Console
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.metrics.completions import (
+    CompletionsTable,
     column_names,
     read_completions,
-    show_completions,
     write_completions,
 )
 
@@ -68,7 +68,7 @@ def test_a_damaged_table_is_named(tmp_path):
 def test_the_console_shows_texts_as_they_are_and_each_reward():
     console = Console(file=io.StringIO(), width=120)
     rows = [{**ROWS[0], "kl": math.nan}, *ROWS[1:], {**ROWS[1], "prompt": "not shown"}]
-    console.print(show_completions(rows, step=7, count=2))
+    console.print(CompletionsTable(rows, step=7, count=2))
     text = console.file.getvalue()
     for word in ("Completions at step 7", "[red]4[/red]", "exact", "brief", "0.25", "-1.25", "3+2=?"):
         assert word in text
@@ -78,6 +78,42 @@ def test_the_console_shows_texts_as_they_are_and_each_reward():
 
 def test_long_texts_are_cut():
     console = Console(file=io.StringIO(), width=100)
-    console.print(show_completions([{"prompt": "p", "completion": "word " * 400}], step=1, count=1))
+    console.print(CompletionsTable([{"prompt": "p", "completion": "word " * 400}], step=1, count=1))
     assert 240 // 5 <= console.file.getvalue().count("word") <= 240 // 5 + 1
     assert "…" in console.file.getvalue()
+
+
+MANY = {
+    "prompt": "How many? " * 9,
+    "completion": "Twelve. " * 20,
+    "reward": 0.1235,
+    "reward/format_reward_function": 1.0,
+    "reward/gsm8k_reward": -5e-8,
+    "advantage": -1.234,
+    "length": 123.0,
+    "logp": -123.5,
+    "kl": 1.23e-15,
+}
+SHOWN = ["0.1235", "1", "-5.00e-08", "-1.234", "123", "-123.5", "1.23e-15"]
+
+
+@pytest.mark.parametrize(("width", "whole"), [(40, 1), (80, 5), (120, 7), (200, 7)])
+def test_numbers_are_never_broken_and_what_has_no_room_is_named(width, whole):
+    console = Console(file=io.StringIO(), width=width, _environ={})
+    console.print(CompletionsTable([MANY], step=7, count=1))
+    lines = console.file.getvalue().splitlines()
+    assert all(len(line) <= width for line in lines)
+    below = next(place for place, line in enumerate(lines) if "───" in line)
+    assert lines[below + 1].split()[-whole:] == SHOWN[:whole]
+    said = " ".join(" ".join(lines).split()).partition("not shown in this width: ")[2]
+    left_out = ["reward", "format_reward_function", "gsm8k_reward", "advantage", "length", "logp", "kl"][
+        whole:
+    ]
+    assert said == ", ".join(left_out)
+
+
+def test_headers_fold_behind_underscores_where_there_is_little_room():
+    console = Console(file=io.StringIO(), width=80, _environ={})
+    console.print(CompletionsTable([MANY], step=7, count=1))
+    head = console.file.getvalue().partition("───")[0].split()
+    assert {"format_", "reward_", "function", "gsm8k_", "advantage", "length"} <= set(head)

@@ -131,12 +131,16 @@ def test_bar_and_steps_stay_at_any_width(width):
 
 IN_A_TERMINAL = """
 import sys, time
+from rlhf_jax.metrics.completions import CompletionsTable
 from rlhf_jax.metrics.progress import Progress
+row = {"prompt": "How many? " * 9, "completion": "Twelve. " * 9, "reward": 0.1235, "reward/format": -5e-8}
+row |= {"reward/answer": 1.234e-15, "advantage": -1.234, "length": 123.0}
 with Progress("grpo", 60) as progress:
     time.sleep(0.3)
     for step in (20, 21):
         time.sleep(0.3)
         progress.update(step, dict(reward=0.75, kl=0.25, length=21.5, loss=3e-8), note="rollout 61 %")
+    progress.show(CompletionsTable([row], 21, 1))
     time.sleep(0.3)
 """
 
@@ -165,9 +169,12 @@ def frames_of(width):
 
 
 @pytest.mark.parametrize("width", [80, 120, 200])
-def test_in_a_real_terminal_bar_steps_and_what_matters_are_there(width):
-    frames = frames_of(width)
-    assert all(len(line) <= width for line in frames)
+def test_in_a_real_terminal_bar_steps_what_matters_and_whole_numbers_are_there(width):
+    lines = frames_of(width)
+    assert all(len(line) <= width for line in lines)
+    frames = [line for line in lines if line.startswith("grpo")]
+    (numbers,) = [line.split()[-5:] for line in lines if "-1.234" in line]
+    assert numbers == ["0.1235", "-5.00e-08", "1.23e-15", "-1.234", "123"]
     assert all("━" in line for line in frames)
     assert "0/60 compiling the first step" in frames[0]
     assert "21/60" in frames[-1]
