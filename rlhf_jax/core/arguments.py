@@ -196,6 +196,23 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
     return typing.get_type_hints(function, include_extras=True)
 
 
+def check_call(name: str, function: Callable[..., Any], *takes: str) -> None:
+    """Raises: UserError where a function of a user's does not take these arguments by position.
+
+    Args:
+      name: of the argument that it is.
+      takes: what they are called, for the message.
+    """
+    try:
+        inspect.signature(function).bind(*takes)
+    except ValueError:  # some built-in functions have no signature
+        return
+    except TypeError as error:
+        raise UserError(
+            f"{name}: {told(function)} cannot be called with ({', '.join(takes)}) ({error}): let it take them"
+        ) from None
+
+
 def refuse_unknown(given: Collection[str], known: Mapping[str, str], among: str, kind: str) -> None:
     """Raises: UserError where a name is not known; with ours where it is known elsewhere, or the nearest.
 

@@ -31,7 +31,7 @@ def error_place(error: BaseException) -> str:
 def shown(value: object) -> str:
     """At most 100 characters of a value's `repr`, whatever that does."""
     try:
-        return shortened(repr(value[:100] if isinstance(value, str) else value))
+        return shortened(repr(value[:100]) if isinstance(value, str) else " ".join(repr(value).split()))
     except Exception as error:
         return f"a {type(value).__name__} (whose repr raises {type(error).__name__})"
 

@@ -65,26 +65,32 @@ def read_rows(spec: PathLike) -> list[Row]:
 
 def as_rows(rows: Any) -> list[Row]:
     """Rows from whatever holds them: `Row`s, dicts, any iterable of them, a `datasets.Dataset`, a pandas or
-    pyarrow table, or what `read_rows` reads.
+    pyarrow table, or what `read_rows` reads. What a pandas table says is missing (NaN, NA) is None.
 
     Raises:
-      UserError: there is none, or one is no dict.
+      UserError: there is none, one is no dict, or a number in one is not finite.
     """
     if isinstance(rows, str | os.PathLike):
         return read_rows(rows)
     if hasattr(rows, "to_pylist"):  # pyarrow
         rows = rows.to_pylist()
     elif hasattr(rows, "to_dict") and hasattr(rows, "columns"):  # pandas
-        rows = rows.to_dict("records")
+        rows = rows.astype(object).where(rows.notna(), None).to_dict("records")
     if isinstance(rows, dict) or not isinstance(rows, Iterable):
         raise UserError(f"rows is a {type(rows).__name__}: give a list of dicts, a table, or a path")
-    found = [row if isinstance(row, Row) else Row(row, f"row {n}") for n, row in enumerate(rows, start=1)]
-    for row in found:
-        if not isinstance(row.fields, dict):
-            raise UserError(f"{row.where} is a {type(row.fields).__name__}: give a dict of its fields")
+    found = [row if isinstance(row, Row) else _as_row(row, f"row {n}") for n, row in enumerate(rows, start=1)]
     if not found:
         raise UserError("rows is empty: give at least one row")
     return found
+
+
+def _as_row(fields: Any, where: str) -> Row:
+    if not isinstance(fields, dict):
+        raise UserError(f"{where} is a {type(fields).__name__}: give a dict of its fields")
+    for name in fields:
+        if not isinstance(name, str):
+            raise UserError(f"{where} has a field {name!r}, which is no text: give fields by their names")
+    return Row({name: _plain(value, name, where) for name, value in fields.items()}, where)
 
 
 def _read_file(path: Path) -> list[Row]:

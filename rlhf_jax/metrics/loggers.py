@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from rlhf_jax.core import files
+from rlhf_jax.core.arguments import check_call
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.files import Path
 from rlhf_jax.metrics.completions import column_names
@@ -86,7 +87,9 @@ def as_logger(thing: Logger | Callable[..., Any]) -> Logger:
         if isinstance(thing, Logger):
             return thing
         if callable(thing):
-            return CallableLogger(thing, _takes_two(thing))
+            takes_two = _takes_two(thing)
+            check_call("loggers", thing, *(("metrics", "step") if takes_two else ("metrics",)))
+            return CallableLogger(thing, takes_two)
     raise UserError(
         f"loggers: {thing!r} is no logger: give an object with log(metrics, step) and close(), or a function "
         "of the metrics, such as print"

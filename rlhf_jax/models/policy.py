@@ -91,7 +91,7 @@ class Policy:
       rank_stabilized: whether adapter leaves in the parameters are rsLoRA's, whose scale is another.
     """
 
-    MADE_BY: ClassVar[str] = "what rlhf_jax.load(path) or rlhf_jax.wrap() returns"
+    MADE_BY: ClassVar[str] = "what rlhf_jax.load(path) or rlhf_jax.wrap() returns, or the .policy of a run"
 
     params: Params
     tokenizer: Tokenizer

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from rlhf_jax import distributed
-from rlhf_jax.core.arguments import typed
+from rlhf_jax.core.arguments import told, typed
 from rlhf_jax.core.axes import constrain
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.ranges import Finite
@@ -135,8 +135,8 @@ def _as_term(reward: Any) -> RewardTerm:
         return RewardTerm("reward_model", model_term(function), _weight(weight))
     if not callable(function):
         raise UserError(
-            f"reward {function!r} is no function: give one that takes (prompts, completions, **fields) and "
-            "returns a number for each completion"
+            f"reward {told(function)} is no function: give one that takes (prompts, completions, **fields) "
+            "and returns a number for each completion"
         )
     name = getattr(function, "__name__", type(function).__name__)
     return RewardTerm(name, function_term(function), _weight(weight))

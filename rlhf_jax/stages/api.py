@@ -309,7 +309,15 @@ def _with_process_reward(
     return {"rewards": rewards}
 
 
-_OF_LOADING = ("dtype", "param_dtype", "remat", "scan_layers")
+_LOADED = "say it when the policy is loaded: rlhf_jax.load(path, {}=...)"
+_ON_MESH = 'enter a mesh: jax.set_mesh(rlhf_jax.distributed.make_mesh("auto"))'
+_JOINED = "join the other processes: rlhf_jax.distributed.init_distributed(...)"
+_SAID_ELSEWHERE = {
+    **dict.fromkeys(("dtype", "param_dtype", "remat", "scan_layers"), _LOADED),
+    **dict.fromkeys(("mesh", "all_gather_params"), _ON_MESH),
+    **dict.fromkeys(("coordinator", "init_timeout", "heartbeat_timeout"), _JOINED),
+}
+"""Options that only the command line takes, and what does their work from Python."""
 _OBJECTS = ("loggers", "on_step", "eval_fn")
 
 
@@ -319,9 +327,8 @@ def _run(stage: Any, out: Any, settings: dict[str, Any], **objects: Any) -> Trai
     for name, ours in AS_OBJECTS.items():
         if name in settings:
             raise UserError(f"there is no setting {name}: give {ours}")
-    for name in _OF_LOADING:
-        if name in settings:
-            raise UserError(f"{name} is said when the policy is loaded: rlhf_jax.load(path, {name}=...)")
+    for name in _SAID_ELSEWHERE.keys() & settings.keys():
+        raise UserError(f"{name} is no setting from Python: {_SAID_ELSEWHERE[name].format(name)}")
     objects |= {name: settings.pop(name) for name in _OBJECTS if name in settings}
     given = Given(**objects)
     with parameters_named(), releasing_locks():

@@ -68,6 +68,10 @@ class Given:
             arguments.typed(name, hint, getattr(self, name))
         for logger in self.loggers:
             as_logger(logger)
+        for function in self.on_step if isinstance(self.on_step, Sequence) else (self.on_step,):
+            arguments.check_call("on_step", function, "state", "metrics", "step")
+        if self.eval_fn is not None:
+            arguments.check_call("eval_fn", self.eval_fn, "state", "step")
 
 
 NOTHING = Given()

@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 
+from rlhf_jax.core.arguments import told
+from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Params, PRNGKeyArray
 from rlhf_jax.metrics import Thresholds
 from rlhf_jax.models import Policy, ScalarModel
@@ -142,7 +144,7 @@ class Session:
             run_config=option_checks.to_json(self.options),
             loggers=[*edges.loggers(self.options, self.stage), *self.given.loggers],
             data_fingerprint=data_fingerprint,
-            eval_fn=_both(evaluate, self.given.eval_fn),
+            eval_fn=_both(evaluate, self.given.eval_fn and _of_numbers(self.given.eval_fn)),
             on_step=self.given.on_step,
             meter=meter,
             completions_fn=completions,
@@ -172,3 +174,28 @@ def _both(*functions: Callable[[Any, int], Mapping[str, Any]] | None) -> Callabl
     if not present:
         return None
     return lambda state, step: {k: v for function in present for k, v in function(state, step).items()}
+
+
+def _of_numbers(
+    eval_fn: Callable[[Any, int], Mapping[str, Any]],
+) -> Callable[[Any, int], Mapping[str, Any]]:
+    """The evaluation of a user's; refuses what is no dict of numbers."""
+
+    def evaluate(state: Any, step: int) -> Mapping[str, Any]:
+        found: Any = eval_fn(state, step)
+        if not isinstance(found, Mapping):
+            raise UserError(f"eval_fn returned {told(found)} at step {step}: give a dict of numbers by name")
+        for name, value in found.items():
+            if not _is_number(value):
+                raise UserError(f"eval_fn returned {told(value)} for {name} at step {step}: give a number")
+        return found
+
+    return evaluate
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return not isinstance(value, str)

@@ -100,6 +100,11 @@ def test_rows_of_every_kind(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in fields))
     for rows in (fields, iter(fields), pandas.DataFrame(fields), pyarrow.Table.from_pylist(fields), path):
         assert [row.fields for row in as_rows(rows)] == fields
+    missing = pandas.DataFrame([{"prompt": "a", "n": 1.5}, {"prompt": "b", "n": None}])
+    assert [row.fields["n"] for row in as_rows(missing)] == [1.5, None]
+    found = as_rows([{"n": np.int64(3), "names": np.array(["a"])}])[0].fields
+    assert found == {"n": 3, "names": ["a"]}
+    assert type(found["n"]) is int
     for rows, said in (({"prompt": "a"}, "list of dicts"), (["a"], "row 1 is a str"), ([], "is empty")):
         with pytest.raises(UserError, match=said):
             as_rows(rows)
@@ -124,8 +129,20 @@ def test_rows_of_every_kind(tmp_path):
         ({"loggers": [3]}, "3 is no logger"),
         ({"loggers": "wandb"}, "loggers is 'wandb': give a function of the metrics"),
         ({"on_step": 3}, "on_step is 3: give a function"),
+        ({"mesh": "fsdp=4"}, "mesh is no setting from Python: enter a mesh"),
+        (
+            {"on_step": lambda state: None},
+            r"on_step: the function <lambda> cannot be called with \(state, metrics",
+        ),
+        (
+            {"eval_fn": lambda state: {}},
+            r"eval_fn: the function <lambda> cannot be called with \(state, step\)",
+        ),
+        ({"loggers": [lambda: None]}, r"loggers: the function <lambda> cannot be called with \(metrics\)"),
+        ({"rows": [{1: "a"}]}, "row 1 has a field 1, which is no text"),
+        ({"rows": [{"prompt": "a", "n": float("nan")}]}, "row 1: field 'n' is nan"),
         ({"eval_fn": 3}, "eval_fn is 3: give a function or None"),
-        ({"remat": "full"}, r"remat is said when the policy is loaded: rlhf_jax.load\(path, remat=...\)"),
+        ({"remat": "full"}, r"remat is no setting from Python: .* rlhf_jax.load\(path, remat=...\)"),
         ({"scale_rewards": "some"}, "scale_rewards is 'some': give "),
         ({"optimizer": "adam"}, r"optimizer is 'adam': give one such as .*OptimizerConfig\(...\)"),
         ({"rows": None}, "rows is None: give a list of dicts"),
@@ -188,6 +205,24 @@ ROWS = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2
 def test_mistakes_in_calls(call, said, policy):
     with pytest.raises(UserError, match=said):
         call(policy)
+
+
+def test_a_file_is_no_folder_to_save_to(policy, tmp_path):
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(UserError, match="file is a file where a folder is meant"):
+        policy.save(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [(3.0, "returned 3.0 at step 0: give a dict"), ({"a": "b"}, "returned 'b' for a at step 0")],
+)
+def test_an_evaluation_of_no_numbers(returned, said, policy, tmp_path):
+    rows = [{"prompt": "a", "completion": "b"}] * 2
+    evaluation = {"eval_fn": lambda state, step: returned, "out": tmp_path / "run", "quiet": True}
+    with pytest.raises(UserError, match=f"eval_fn {said}"):
+        rj.sft(policy, rows, steps=1, batch_size=2, report=False, **evaluation)
 
 
 def own_loss(returned):

@@ -170,6 +170,8 @@ def save(
         if tokenizer is not None:
             tokenizer.save(folder)
     except (OSError, safetensors.SafetensorError) as error:
+        if isinstance(error, FileExistsError | NotADirectoryError):
+            raise UserError(f"{folder} is a file where a folder is meant: choose another.") from error
         reason = getattr(error, "strerror", None) or error
         raise UserError(
             f"{folder}: cannot be written ({reason}): make room or choose another folder."
