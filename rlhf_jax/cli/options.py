@@ -66,6 +66,18 @@ def required_flags(options_type: type, prefix: str = "") -> Iterator[str]:
                 yield from required_flags(kinds[0], prefix if without_prefix else f"{prefix}{field.name}.")
 
 
+def subcommands_with(options_type: type, flag: str) -> list[str]:
+    """The words behind which a flag may stand: of the choices of groups, those whose group has it."""
+    found: list[str] = []
+    for field, hint, without_prefix in fields_of(options_type):
+        for member in typing.get_args(hint) if len(members(hint)) > 1 else ():
+            named = [getattr(item, "name", None) for item in getattr(member, "__metadata__", ())]
+            prefix = "" if without_prefix else f"{field.name}."
+            if named and named[0] and flag in {o.flag for o in options_of(_bare(member), prefix=prefix)}:
+                found.append(named[0])
+    return found
+
+
 def fields_of(options_type: type) -> Iterator[tuple[dataclasses.Field[Any], Any, bool]]:
     """(field, its type, whether the flags of a group stand without its name)."""
     hints = typing.get_type_hints(options_type, include_extras=True)

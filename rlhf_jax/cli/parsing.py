@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import tyro
 
 from rlhf_jax.cli.config_files import read_options, take_config
-from rlhf_jax.cli.options import flags_of, required_flags
+from rlhf_jax.cli.options import flags_of, required_flags, subcommands_with
 from rlhf_jax.cli.refusals import in_one_sentence
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.files import as_path
@@ -82,7 +82,7 @@ def parse(
     if unknown:
         if unknown[0] in words[1:] and words[list(words).index(unknown[0]) - 1] == "--resume":
             raise _unknown_resume(unknown[0])
-        _refuse(unknown[0], known)
+        _refuse(unknown[0], known, subcommands_with(options_type, unknown[0].split("=")[0].replace("_", "-")))
     check_numbers(options)
     return options
 
@@ -108,8 +108,12 @@ def _ask_for_required(options_type: type[Any], words: Sequence[str]) -> None:
         raise UserError(f"{' and '.join(missing)} must be given: --help says what with")
 
 
-def _refuse(word: str, known: Sequence[str]) -> None:
+def _refuse(word: str, known: Sequence[str], subcommands: Sequence[str]) -> None:
     given = word.split("=")[0]
+    if subcommands:
+        raise UserError(
+            f"{given} must stand behind {' or '.join(subcommands)}: ... {subcommands[0]} {given} VALUE"
+        )
     near = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}? " if near else ""
     raise UserError(f"there is no option {given}: {hint}--help lists them all")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import tyro
 
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.ranges import PositiveInt
 from rlhf_jax.metrics import write_comparison, write_report
@@ -43,6 +44,9 @@ def run(options: Options) -> None:
     if not options.folders:
         raise UserError("no run folder is given: give the folder that the run was told with --out")
     first, *others = options.folders
+    for folder in map(files.as_path, options.folders):
+        if not files.is_file(folder / "config.json") and not files.is_file(folder / "metrics.jsonl"):
+            raise UserError(f"{folder} holds no run: give the folder that a run was told with --out")
     if others and options.watch:
         raise UserError("--watch follows one run: give one folder")
     if others:

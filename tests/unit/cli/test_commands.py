@@ -235,6 +235,9 @@ def test_report_is_written_anew(tmp_path, capsys, monkeypatch):
     assert said == f"{folder}/report.html"
     assert "<html" in (tmp_path / "a" / "report.html").read_text()
     assert ended_with(["report", str(tmp_path / "gone")]) == 2
+    (tmp_path / "empty").mkdir()
+    assert ended_with(["report", str(tmp_path / "empty")]) == 2
+    assert "empty holds no run: give the folder" in capsys.readouterr().err
 
 
 # Values ---------------------------------------------------------------------------------------------
@@ -251,6 +254,11 @@ def test_report_is_written_anew(tmp_path, capsys, monkeypatch):
         ("sft", "--data x --seed 1.5", "--seed 1.5: give a whole number"),
         ("sft", "--data x --remat some", "--remat some: give one of none, dots, attention, full or None"),
         ("dpo", "--model m --data x --loss-weights 1 b", "--loss-weights b: give a number"),
+        (
+            "generate",
+            "--model m --prompt a --temperature 0.7",
+            "--temperature must stand behind sample or speculative: ... sample --temperature VALUE",
+        ),
         ("rl", "--out", "--out needs a value: give a path or None"),
         ("diff", "a", "SECOND must be given: rlhf diff FIRST SECOND"),
         ("benchmark", "--model m --out x", "Expected one of {choices, generate, harness}: --help says more"),

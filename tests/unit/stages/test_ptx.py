@@ -60,7 +60,7 @@ def test_a_mini_batch_has_as_many_rows_as_answers_where_nothing_else_is_said():
 
 
 def test_too_little_text_and_rows_of_neither_kind_are_refused():
-    with pytest.raises(UserError, match="a batch of 40 is larger"):
+    with pytest.raises(UserError, match=r"takes 40 rows .* has 20 .*: lower --ptx-batch-size"):
         load(CONVERSATIONS, batch_size=20)
     with pytest.raises(UserError, match="row 1"):
         load([{"body": "text"}])
