@@ -67,7 +67,8 @@ def typed(name: str, hint: Any, value: Any) -> Any:
         said = "is not a number" if math.isnan(value) else f"{value:.12g} is out of range"
         raise UserError(f"{name} {said}: give {allowed}")
     if (item := _item(fitting)) is not None:
-        items = [typed(f"{name}[{place}]", item, one) for place, one in enumerate(value)]
+        listed: Iterable[Any] = value  # pyright: ignore[reportAssignmentType] (it fits its hint)
+        items = [typed(f"{name}[{place}]", item, one) for place, one in enumerate(listed)]
         return tuple(items) if typing.get_origin(fitting) is tuple else value
     return value
 

@@ -129,7 +129,7 @@ def check_pair_loss(loss_fn: Callable[..., Any], numbers: Mapping[str, float]) -
 def check_ranking_loss(loss_fn: Callable[..., Any]) -> None:
     """Raises: UserError where a function is no loss on rankings, before anything is compiled."""
     arguments = jnp.zeros((2, 2)), jnp.zeros((2, 2), int), jnp.ones((2, 2), bool)
-    keywords = dict.fromkeys(("margin", "centring", "denominator"), jnp.float32(1))
+    keywords: dict[str, Any] = dict.fromkeys(("margin", "centring", "denominator"), jnp.float32(1))
     _check_loss(loss_fn, "(rewards, ranks, mask, *, margin, centring, denominator)", arguments, keywords)
 
 

@@ -264,3 +264,16 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused():
     params = models.init_params(config, jax.random.key(0))
     with pytest.raises(UserError, match="the tokenizer has 259 tokens and the model 200"):
         models.make_policy(config, params, byte_tokenizer())
+
+
+def test_a_path_that_is_missing_is_not_looked_for_in_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "sft").mkdir(parents=True)
+    with pytest.raises(
+        UserError, match="runs/stf: no such file or folder; the nearest name is sft: give a run"
+    ):
+        kind_of_checkpoint("runs/stf")
+    for path in ("./stf", "../stf/x", "/stf", "~/stf"):
+        with pytest.raises(UserError, match=f"^{path}: no such file or folder"):
+            kind_of_checkpoint(path)
+    assert kind_of_checkpoint("org/stf") == "hub"
