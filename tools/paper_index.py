@@ -4,6 +4,7 @@ A docstring names its source, with the equation, where there is one: `GAE (Schul
 """
 
 import ast
+import collections
 import functools
 import pathlib
 import re
@@ -79,19 +80,20 @@ def _plain(text: str) -> str:
 
 def _test_of(room: str, name: str, module: str) -> str:
     """The test file that says the name most often, of its room where there are any; else of its module."""
-    word = re.compile(rf"\b{re.escape(name)}\b")
-    if not any(map(word.search, _tests().values())):
-        word = re.compile(rf"\b{re.escape(module)}\b")
-    counts = {path: len(word.findall(text)) for path, text in _tests().items()}
+    word = name if any(name in words for words in _tests().values()) else module
+    counts = {path: words[word] for path, words in _tests().items()}
     own = {path: count for path, count in counts.items() if path.startswith(f"tests/unit/{room}/") and count}
     best = max(own or counts, key=lambda path: (own or counts)[path])
     return best if counts[best] else ""
 
 
 @functools.cache
-def _tests() -> dict[str, str]:
+def _tests() -> dict[str, collections.Counter[str]]:
+    """How often each test file says each word."""
     return {
-        path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+        path.relative_to(ROOT).as_posix(): collections.Counter(
+            re.findall(r"\w+", path.read_text(encoding="utf-8"))
+        )
         for path in sorted((ROOT / "tests").rglob("test_*.py"))
     }
 
