@@ -14,6 +14,7 @@ from rlhf_jax.core.types import Rollout
 from rlhf_jax.data.examples import PromptExample
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.models import ScalarModel
+from rlhf_jax.rewards.calls import ALL_AT_ONCE, RewardCalls
 from rlhf_jax.rewards.functions import RewardFn, Scored, score_rows
 from rlhf_jax.rollout.sampler import completion_texts
 
@@ -101,13 +102,17 @@ def _with_fields(
 
 
 def make_reward_fn(
-    rewards: Sequence[RewardFn | tuple[RewardFn, float] | ScalarModel | RewardTerm], tokenizer: Tokenizer
+    rewards: Sequence[RewardFn | tuple[RewardFn, float] | ScalarModel | RewardTerm],
+    tokenizer: Tokenizer,
+    *,
+    calls: RewardCalls = ALL_AT_ONCE,
 ) -> RolloutReward:
     """The weighted sum of rewards.
 
     Args:
       rewards: each a function (`rewards.functions`), such a function with its weight, a reward model, or a
         term that says all of it.
+      calls: how functions are called.
 
     Raises:
       UserError: there is none, or one is nothing of the kind.
@@ -118,14 +123,14 @@ def make_reward_fn(
         raise UserError("no reward is given: name one, such as my_rewards:exact_match")
     terms: list[RewardTerm] = []
     for reward in rewards:
-        term = _as_term(reward)
+        term = _as_term(reward, calls)
         if term.name in {other.name for other in terms}:  # such as reward models of two runs
             term = dataclasses.replace(term, name=f"{term.name}_{len(terms) + 1}")
         terms.append(term)
     return RolloutReward(tuple(terms), tokenizer)
 
 
-def _as_term(reward: Any) -> RewardTerm:
+def _as_term(reward: Any, calls: RewardCalls) -> RewardTerm:
     if isinstance(reward, RewardTerm):
         return reward
     if isinstance(reward, ScalarModel):
@@ -137,10 +142,10 @@ def _as_term(reward: Any) -> RewardTerm:
             "returns a number for each completion"
         )
     name = getattr(function, "__name__", type(function).__name__)
-    return RewardTerm(name, function_term(function), float(weight))
+    return RewardTerm(name, function_term(function, calls), float(weight))
 
 
-def function_term(reward_fn: RewardFn) -> TermFn:
+def function_term(reward_fn: RewardFn, calls: RewardCalls = ALL_AT_ONCE) -> TermFn:
     """What a reward function of texts says of rows of a rollout."""
 
     def term(
@@ -153,7 +158,7 @@ def function_term(reward_fn: RewardFn) -> TermFn:
         texts, said = [prompt.text for prompt in asked], [completions[row] for row in numbers]
         if not said:
             return Scored(np.zeros(0, np.float32), np.zeros(0, bool))
-        return score_rows(reward_fn, texts, said, chosen, where=[p.where for p in asked])
+        return score_rows(reward_fn, texts, said, chosen, where=[p.where for p in asked], calls=calls)
 
     return term
 

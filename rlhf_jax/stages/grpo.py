@@ -115,7 +115,8 @@ def make_greedy_fn(session: Session, prompts: inputs.Prompts) -> Callable[[Param
     options: GroupOptions = session.options
     fns = prompts.rollout_fns or single_turn(session.policy, max_new_tokens=options.prompts.max_new_tokens)
     generate = fns.make_generate_fn(prompts.length, Sampling(temperature=0.0))
-    reward_fn = make_reward_fn(session.rewards, session.policy.tokenizer, fns)
+    calls = options.prompts.reward_calls
+    reward_fn = make_reward_fn(session.rewards, session.policy.tokenizer, fns, calls=calls)
 
     def greedy(params: Params, answers: Answers) -> Scored:
         chosen = answers.prompts[:: options.group_size]

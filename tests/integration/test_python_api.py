@@ -69,11 +69,18 @@ def test_import_is_light():
 
 
 def test_callbacks_loggers_and_own_evaluation(folder, tmp_path):
-    seen, logged = [], []
+    seen, logged, sizes = [], [], []
+
+    async def one_by_one(prompts, completions, **_):
+        sizes.append(len(prompts))
+        return [None] if prompts == ["a"] else length(prompts, completions)
+
     run = rj.grpo(
         rj.load(folder),
         [{"prompt": "a"}, {"prompt": "b"}],
-        rewards=[(length, 2.0)],
+        rewards=[(one_by_one, 2.0)],
+        reward_workers=2,
+        reward_timeout=60.0,
         group_size=2,
         out=tmp_path / "run",
         loggers=[logged.append],
@@ -84,6 +91,8 @@ def test_callbacks_loggers_and_own_evaluation(folder, tmp_path):
     assert seen == [1, 2]
     assert [line["eval/mine"] for line in run.metrics if "eval/mine" in line] == [0.5, 2.5]
     assert len(logged) == len(run.metrics)
+    assert set(sizes) == {1}
+    assert [line["unscorable"] for line in run.metrics if "unscorable" in line] == [2, 2]
     assert json.loads((tmp_path / "run" / "config.json").read_text())["stage"] == "grpo"
 
 
