@@ -98,10 +98,11 @@ def make_draw_fn(
                 groups=options.batch_size,
                 group_size=options.group_size,
                 most=rounds,
+                prompts=prompts.train,
             )
         if coef:
             penalties = penalty_fn(answers.rollout, answers.prompts)
-            metrics["overlong"] = float(np.mean(penalties))
+            metrics["overlong"] = float(np.mean(distributed.all_rows(penalties)))
             scored = dataclasses.replace(answers.scored, rewards=answers.rewards + penalties)
             answers = dataclasses.replace(answers, scored=scored)
         metrics |= {name: float(np.mean(values)) for name, values in describe_fn(answers.rollout).items()}
