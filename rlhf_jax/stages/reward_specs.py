@@ -160,12 +160,15 @@ def make_process_reward_fn(
     return make_step_reward_fn(model, coef=options.process_reward_coef)
 
 
-def check_same_vocabulary(theirs: Tokenizer, ours: Tokenizer, folder: Path, kind: str) -> None:
+def check_same_vocabulary(
+    theirs: Tokenizer, ours: Tokenizer, folder: Path, kind: str, *, remedy: str = ""
+) -> None:
     """Compares the tokenizer of a model that another run trained with the policy's.
 
     Args:
       folder: of that run.
       kind: what it is to this one, such as "reward model".
+      remedy: what to do where they differ; empty for training it from a policy with the same tokenizer.
 
     Raises:
       UserError: they differ.
@@ -174,5 +177,5 @@ def check_same_vocabulary(theirs: Tokenizer, ours: Tokenizer, folder: Path, kind
     if vocabularies[0] != vocabularies[1]:
         raise UserError(
             f"{folder}: the {kind}'s tokenizer ({theirs.vocab_size} tokens) is not the policy's "
-            f"({ours.vocab_size}): train the {kind} from a policy with the same tokenizer"
+            f"({ours.vocab_size}): {remedy or f'train the {kind} from a policy with the same tokenizer'}"
         )

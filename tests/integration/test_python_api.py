@@ -14,8 +14,9 @@ import pytest
 import rlhf_jax as rj
 from rlhf_jax import models
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.data.sources import as_rows
-from rlhf_jax.data.tokenizers import byte_tokenizer
+from rlhf_jax.data.tokenizers import byte_tokenizer, character_tokenizer
 from rlhf_jax.models import hf
 
 EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "docs" / "examples"
@@ -141,6 +142,22 @@ def test_preferences_rewards_and_distillation(folder, tmp_path):
     assert np.isfinite(run.metrics[-1]["loss"])
     run = rj.distill(policy, dpo.policy, [{"prompt": "a"}] * 2, out=tmp_path / "distill", **SIZES)
     assert np.isfinite(run.metrics[-1]["loss"])
+
+
+def test_a_teacher_with_another_tokenizer(folder, tmp_path):
+    tokenizer = character_tokenizer("abcdefghijklmnopqrstuvwxyz \n", ["one", "th"])
+    config = models.dense_config(vocab_size=tokenizer.vocab_size, width=8, num_layers=1, num_heads=2)
+    params = jax.tree.map(lambda x: 8 * x, models.init_params(config, jax.random.key(1)))  # it is sure
+    teacher = models.make_policy(config, params, tokenizer)
+    student, rows = rj.load(folder), [{"prompt": "one"}, {"prompt": "two three"}] * 4
+    with pytest.raises(UserError, match=r"tokenizer .* is not the policy's .*: give loss gold or uld"):
+        rj.distill(student, teacher, rows, out=tmp_path / "js", loss="js", **SIZES)
+    words = {"loss": "gold", "learning_rate": 1e-2, "optimizer": OptimizerConfig(warmup_steps=0)}
+    sizes = SIZES | {"batch_size": 8, "steps": 12}
+    run = rj.distill(student, teacher, rows, out=tmp_path / "run", **words, **sizes)
+    lines = [line for line in run.metrics if line["step"]]
+    assert all(line["spans"] > 0 and line["skipped"] == 0 for line in lines)
+    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
 
 
 @pytest.mark.parametrize("teacher", ["ema", pytest.param("initial", marks=pytest.mark.slow)])
