@@ -145,8 +145,8 @@ def gold_loss(
     shared = {"reduce": reduce, "denominator": denominator}
     sides = (student_logp, student_ids), (teacher_logp, teacher_ids)
     matched, _ = divergence_fn(*(logp[..., ids] for logp, ids in sides), mask, **shared)
-    others = [logp[..., np.setdiff1d(np.arange(logp.shape[-1]), ids)] for logp, ids in sides]
-    unmatched, _ = uld_loss(*others, mask, **shared)
+    own, theirs = (logp[..., np.setdiff1d(np.arange(logp.shape[-1]), ids)] for logp, ids in sides)
+    unmatched, _ = uld_loss(own, theirs, mask, **shared)
     weight = len(teacher_ids) / teacher_logp.shape[-1] if matched_weight is None else matched_weight
     loss = weight * matched + (1 - weight) * unmatched
     metrics = {"loss": loss, "matched_loss": matched, "unmatched_loss": unmatched}

@@ -85,8 +85,9 @@ def awaited(returned: Any, timeout: float | None = None) -> Any:
         return returned
 
     async def wait() -> Any:
+        limit = asyncio.timeout(timeout)
         try:
-            async with asyncio.timeout(timeout) as limit:
+            async with limit:
                 return await returned
         except TimeoutError:
             if limit.expired():

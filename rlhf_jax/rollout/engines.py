@@ -236,7 +236,7 @@ class HTTPEngine:
             pad_id=self._tokenizer.pad_id,
         )
         finished = [answer is not None and answer.finished for answer in answers]
-        return jax.tree.map(jnp.asarray, Rollout(sequences, logp, np.array(finished)))
+        return Rollout(jax.tree.map(jnp.asarray, sequences), jnp.asarray(logp), jnp.asarray(finished))
 
 
 @dataclasses.dataclass

@@ -122,7 +122,7 @@ class BothTokenizers:
         rows, placed = (rows, placed) if by_student else (rows[::-1], placed[::-1])
         return TwoTokenizations(*rows, *distributed.shard_batch(placed))
 
-    def _translate(self, writer: _Side, reader: _Side, ids: np.ndarray, finished: bool) -> list[int]:
+    def _translate(self, writer: _Side, reader: _Side, ids: list[int], finished: bool) -> list[int]:
         """The text of `ids` in the reader's tokens, with its end of turn where the writer came to one."""
         found = reader.tokenizer.encode(writer.tokenizer.decode(ids))
         found += [reader.tokenizer.eos_id] * finished
@@ -140,7 +140,7 @@ class BothTokenizers:
         return completion_rows(prompts, completions, **shape, pad_id=reader.tokenizer.pad_id)
 
     def _spans(
-        self, writer: _Side, reader: _Side, written: np.ndarray, read: list[int], finished: bool
+        self, writer: _Side, reader: _Side, written: list[int], read: list[int], finished: bool
     ) -> tuple[list[int], list[int]]:
         if self._alignment == "positions":
             return align_positions(len(written), len(read))
@@ -155,9 +155,9 @@ class BothTokenizers:
         return [*spans[0], end], [*spans[1], end]
 
 
-def _completions(rollout: Rollout) -> list[np.ndarray]:
+def _completions(rollout: Rollout) -> list[list[int]]:
     tokens, mask = map(distributed.local_values, (rollout.sequences.tokens, rollout.sequences.mask))
-    return [row[kept] for row, kept in zip(tokens, mask, strict=True)]
+    return [row[kept].tolist() for row, kept in zip(tokens, mask, strict=True)]
 
 
 def _first_columns(spans: Sequence[int], start: int) -> dict[int, int]:
