@@ -5,7 +5,8 @@ sequence level              what the teacher wrote,       `sft` on it (Kim and R
 on policy (GKD)             what the student wrote,       `generalized_js_loss` or `reverse_kl_loss`
 on policy, sampled tokens   what the student wrote,       `sampled_reverse_kl_loss` on [B, T] log-probs
 
-A model is a `SoftLabelFn` here: `over_vocabulary`, `over_top_k`, or `on_tokens` for the sampled forms.
+A model is a `SoftLabelFn` here: `over_vocabulary`, `over_top_k`, or `on_tokens` for the sampled forms. A
+teacher with another tokenizer reads the same texts in tokens of its own (`make_cross_tokenizer_batch`).
 """
 
 import dataclasses
@@ -20,8 +21,10 @@ from rlhf_jax.core.protocols import DistributionFn, LogprobFn
 from rlhf_jax.core.train_state import TrainState, accumulate_gradients, apply_gradients, init_train_state
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Bool, Float, Int, Metrics, Params, PRNGKeyArray, Scalar, Sequences
+from rlhf_jax.losses.cross_tokenizer import merge_spans, span_starts
 from rlhf_jax.losses.distillation import (
     Average,
+    Divergence,
     at_temperature,
     forward_kl_loss,
     mean_of_teachers,
@@ -29,8 +32,6 @@ from rlhf_jax.losses.distillation import (
     with_hard_labels,
 )
 from rlhf_jax.losses.reductions import Reduction, token_mean
-
-DivergenceFn = Callable[..., tuple[Float[Array, ""], Metrics]]
 
 
 @pytree_dataclass
@@ -128,7 +129,7 @@ class Config:
     """
 
     micro_batches: int = 1
-    loss_fn: DivergenceFn = forward_kl_loss
+    loss_fn: Divergence = forward_kl_loss
     reduce: Reduction = token_mean
 
 
@@ -176,11 +177,14 @@ class Batch:
       sequences: `mask` marks the tokens that count.
       teacher_logp: as `SoftLabels.logp`, at the temperature of `Hyper`.
       candidates: which tokens the teacher names; None for all, or for those that stand there.
+      spans: of the student's tokens, where the teacher has another tokenizer, and `teacher_logp` speaks of
+        spans (`losses.merge_spans`); else None.
     """
 
     sequences: Sequences
     teacher_logp: Float[Array, "B T *V"]
     candidates: Int[Array, "B T K"] | None = None
+    spans: Int[Array, "B T"] | None = None
 
 
 @pytree_dataclass
@@ -250,6 +254,37 @@ def make_batch(
     return Batch(sequences, labels.logp, labels.candidates)
 
 
+@pytree_dataclass
+class TwoTokenizations:
+    """The same texts in the tokens of the student and of a teacher with another tokenizer.
+
+    Attributes:
+      student: rows of the student; `mask` marks the tokens that count.
+      teacher: rows of the teacher, in the same order.
+      student_spans: which tokens stand for the same text on both sides, as `losses.merge_spans` takes it.
+      teacher_spans: the same of the teacher's tokens, in columns of the student.
+    """
+
+    student: Sequences
+    teacher: Sequences
+    student_spans: Int[Array, "B T"]
+    teacher_spans: Int[Array, "B U"]
+
+
+def make_cross_tokenizer_batch(
+    label_fn: SoftLabelFn, teacher_params: Params, texts: TwoTokenizations, hyper: Hyper
+) -> Batch:
+    """The student's rows with the teacher's soft labels of each span, without gradient.
+
+    Args:
+      label_fn: the teacher's, over its whole vocabulary.
+    """
+    labels = label_fn(teacher_params, texts.teacher, None, hyper.temperature)
+    length = texts.student.tokens.shape[1]
+    merged = merge_spans(labels.logp, texts.teacher.tokens, texts.teacher_spans, length=length)
+    return Batch(texts.student, jax.lax.stop_gradient(merged), spans=texts.student_spans)
+
+
 def init(
     params: Params,
     tx: optax.GradientTransformation,
@@ -268,6 +303,11 @@ def init(
     return State(init_train_state(params, tx, frozen), key, average)
 
 
+def _soft_mask(batch: Batch) -> Bool[Array, "B T"]:
+    """Where distributions are compared: at every token that counts, or once a span."""
+    return batch.sequences.mask if batch.spans is None else span_starts(batch.spans)
+
+
 def make_update(
     config: Config, label_fn: SoftLabelFn, tx: optax.GradientTransformation
 ) -> Callable[[State, Hyper, Batch], tuple[State, Metrics]]:
@@ -279,24 +319,32 @@ def make_update(
     """
 
     def update(state: State, hyper: Hyper, batch: Batch) -> tuple[State, Metrics]:
-        shared = {"reduce": config.reduce, "denominator": config.reduce.total(batch.sequences.mask)}
+        total = config.reduce.total(batch.sequences.mask)
+        soft_total = config.reduce.total(_soft_mask(batch))
 
         def loss_fn(params: Params, part: Batch) -> tuple[Float[Array, ""], Metrics]:
-            mask = part.sequences.mask
-            labels = label_fn(params, part.sequences, part.candidates, hyper.temperature)
+            sequences, mask = part.sequences, part.sequences.mask
+            labels = label_fn(params, sequences, part.candidates, hyper.temperature)
             assert labels.token_logp is not None
             pair = labels.logp, part.teacher_logp
             if part.candidates is not None:
                 pair = top_k_distributions(*pair, mask)
-            soft_loss, _ = config.loss_fn(*pair, mask, **shared)
-            return with_hard_labels(
+            if part.spans is not None:
+                length = mask.shape[1]
+                pair = merge_spans(labels.logp, sequences.tokens, part.spans, length=length), pair[1]
+            soft_loss, parts = config.loss_fn(
+                *pair, _soft_mask(part), reduce=config.reduce, denominator=soft_total
+            )
+            loss, metrics = with_hard_labels(
                 soft_loss,
                 labels.token_logp,
                 mask,
                 temperature=hyper.temperature,
                 hard_label_weight=hyper.hard_label_weight,
-                **shared,
+                reduce=config.reduce,
+                denominator=total,
             )
+            return loss, {**parts, **metrics}
 
         gradients, loss, metrics = accumulate_gradients(
             loss_fn, state.learner, batch, micro_batches=config.micro_batches
@@ -305,6 +353,8 @@ def make_update(
             state.learner, gradients, tx, learning_rate=hyper.learning_rate, loss=loss
         )
         metrics = {**metrics, **guard, "tokens": jnp.sum(batch.sequences.mask)}
+        if batch.spans is not None:
+            metrics["spans"] = jnp.sum(_soft_mask(batch))
         average = state.ema_params
         if average is not None:
             average = optax.incremental_update(learner.params, average, hyper.teacher_update_rate)

@@ -63,6 +63,34 @@ def pack_rows(samples: Sequence[Sample], length: int, *, overlength: Overlength 
     return _fill(_first_fit(kept, length), length)
 
 
+def completion_rows(
+    prompts: Sequence[Sequence[int] | Int[np.ndarray, " T"]],
+    completions: Sequence[Sequence[int] | Int[np.ndarray, " T"]],
+    *,
+    prompt_length: int,
+    max_new_tokens: int,
+    pad_id: int = 0,
+) -> Sequences:
+    """Rows as a rollout has them: prompts end in column `prompt_length`, completions begin there.
+
+    Args:
+      completions: one for each prompt, of at most `max_new_tokens` tokens; an empty one has no token that
+        counts.
+
+    Returns:
+      Sequences of NumPy arrays, [B, prompt_length + max_new_tokens]; `mask` marks the completions.
+    """
+    ids, there = left_pad(prompts, prompt_length, pad_id=pad_id)
+    tokens = np.pad(ids, [(0, 0), (0, max_new_tokens)], constant_values=pad_id)
+    valid = np.pad(there, [(0, 0), (0, max_new_tokens)])
+    for row, completion in enumerate(completions):
+        own = slice(prompt_length, prompt_length + len(completion))
+        tokens[row, own], valid[row, own] = completion, True
+    positions = np.maximum(np.cumsum(valid, axis=1) - 1, 0).astype(np.int32)
+    mask = valid & (np.arange(valid.shape[1]) >= prompt_length)
+    return Sequences(tokens, positions, valid.astype(np.int32), mask)  # pyright: ignore[reportArgumentType]
+
+
 def pad_batch(sequences: Sequences, rows: int) -> Sequences:
     """Adds empty rows until there are `rows` of them, so that every batch has one shape.
 

@@ -11,6 +11,7 @@ from rlhf_jax.distributed.hosts import (
 )
 from rlhf_jax.distributed.meshes import abstract_mesh, current_mesh, describe_mesh, make_mesh
 from rlhf_jax.distributed.placement import (
+    all_rows,
     all_values,
     init_sharded,
     local_rows,
@@ -28,6 +29,7 @@ __all__ = [
     "DistributedOptions",
     "abort",
     "abstract_mesh",
+    "all_rows",
     "all_values",
     "any_process",
     "current_mesh",

@@ -144,6 +144,15 @@ def all_values(array: jax.Array) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
+def all_rows(local: np.ndarray) -> np.ndarray:
+    """The rows of all processes, in the order of the batch; all must ask together.
+
+    Args:
+      local: this process's (`local_rows`).
+    """
+    return local if jax.process_count() == 1 else all_values(shard_batch(local))
+
+
 def local_values(array: jax.Array) -> np.ndarray:
     """This process's rows of an array split along its first axis, in the order of `local_rows`."""
     if array.is_fully_addressable:

@@ -7,6 +7,7 @@ from rlhf_jax.losses.corrections import (
     off_policy_metrics,
     ratio_rule,
 )
+from rlhf_jax.losses.cross_tokenizer import gold_loss, merge_spans, span_starts, uld_loss
 from rlhf_jax.losses.distillation import (
     at_temperature,
     forward_kl_loss,
@@ -153,6 +154,7 @@ __all__ = [
     "gaussian_histogram",
     "generalized_js_loss",
     "geometric_mean_surrogate",
+    "gold_loss",
     "grpo_loss",
     "hinge_loss",
     "hinge_ranking_loss",
@@ -168,6 +170,7 @@ __all__ = [
     "load_violation",
     "masked_importance_weights",
     "mean_of_teachers",
+    "merge_spans",
     "mixed_loss",
     "mtp_loss",
     "mtp_masks",
@@ -200,6 +203,7 @@ __all__ = [
     "sequence_token_log_ratio",
     "sequence_total_log_ratio",
     "simpo_loss",
+    "span_starts",
     "sppo_loss",
     "squared_value_loss",
     "token_log_ratio",
@@ -207,6 +211,7 @@ __all__ = [
     "top_entropy_mask",
     "top_k_distributions",
     "truncated_importance_weights",
+    "uld_loss",
     "vespo_surrogate",
     "weighted_sum",
     "with_divergence",

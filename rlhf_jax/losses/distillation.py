@@ -15,6 +15,7 @@ At a temperature, pass what `at_temperature` returns, and mix in hard labels wit
 Sequence-level distillation on the teacher's own outputs (Kim and Rush 2016) is `cross_entropy_loss` on them.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -26,14 +27,16 @@ from rlhf_jax.core.types import Array, Bool, Float, Metrics, Scalar
 from rlhf_jax.kernels.prepare import cleaned, cleaned_constant, full_precision
 from rlhf_jax.losses.reductions import Reduction, token_mean
 
+Divergence = Callable[..., tuple[Float[Array, ""], Metrics]]
+"""`divergence(student_logp, teacher_logp, mask, reduce=, denominator=) -> (loss, metrics)`."""
 Average = Literal["probabilities", "log_probabilities"]
 """Of what several teachers' mean is taken."""
 
 
-def _pair(
-    student_logp: Float[Array, "B T *V"], teacher_logp: Float[Array, "B T *V"], mask: Bool[Array, "B T"]
-) -> tuple[Float[Array, "B T *V"], Float[Array, "B T *V"]]:
-    """Both in full precision, 0 where masked, at least -1e4; the teacher without gradient."""
+def prepared_pair(
+    student_logp: Float[Array, "B T *V"], teacher_logp: Float[Array, "B T *W"], mask: Bool[Array, "B T"]
+) -> tuple[Float[Array, "B T *V"], Float[Array, "B T *W"]]:
+    """Student and teacher in full precision, 0 where masked, at least -1e4; the teacher without gradient."""
     student = jnp.maximum(cleaned(student_logp, mask), -1e4)
     return student, jnp.maximum(cleaned_constant(teacher_logp, mask), -1e4)
 
@@ -67,7 +70,7 @@ def forward_kl_loss(
         teacher_logp=(teacher_logp, "B T V"),
         mask=(mask, "B T"),
     )
-    student, teacher = _pair(student_logp, teacher_logp, mask)
+    student, teacher = prepared_pair(student_logp, teacher_logp, mask)
     return _reduced(_kl(teacher, student), mask, reduce, denominator)
 
 
@@ -89,7 +92,7 @@ def reverse_kl_loss(
         teacher_logp=(teacher_logp, "B T V"),
         mask=(mask, "B T"),
     )
-    student, teacher = _pair(student_logp, teacher_logp, mask)
+    student, teacher = prepared_pair(student_logp, teacher_logp, mask)
     return _reduced(_kl(student, teacher), mask, reduce, denominator)
 
 
@@ -118,7 +121,7 @@ def generalized_js_loss(
         teacher_logp=(teacher_logp, "B T V"),
         mask=(mask, "B T"),
     )
-    student, teacher = _pair(student_logp, teacher_logp, mask)
+    student, teacher = prepared_pair(student_logp, teacher_logp, mask)
     weight = jnp.asarray(beta, student.dtype)
     mixture = jnp.logaddexp(jnp.log(weight) + teacher, jnp.log1p(-weight) + student)
     divergence = weight * _kl(teacher, mixture) + (1 - weight) * _kl(student, mixture)
@@ -147,7 +150,7 @@ def top_k_distributions(
         teacher_logp=(teacher_logp, "B T K"),
         mask=(mask, "B T"),
     )
-    student, teacher = _pair(student_logp, teacher_logp, mask)
+    student, teacher = prepared_pair(student_logp, teacher_logp, mask)
     return _with_tail(student), _with_tail(teacher)
 
 
@@ -180,7 +183,7 @@ def sampled_forward_kl_loss(
         teacher_logp=(teacher_logp, "B T"),
         mask=(mask, "B T"),
     )
-    student, teacher = _pair(student_logp, teacher_logp, mask)
+    student, teacher = prepared_pair(student_logp, teacher_logp, mask)
     return _reduced(teacher - student, mask, reduce, denominator)
 
 
@@ -209,7 +212,7 @@ def sampled_reverse_kl_loss(
         teacher_logp=(teacher_logp, "B T"),
         mask=(mask, "B T"),
     )
-    student, teacher = _pair(student_logp, teacher_logp, mask)
+    student, teacher = prepared_pair(student_logp, teacher_logp, mask)
     log_ratio = jax.lax.stop_gradient(student - teacher)
     surrogate = log_ratio * (student - jax.lax.stop_gradient(student))
     return _reduced(log_ratio + surrogate, mask, reduce, denominator)
@@ -240,7 +243,7 @@ def sequence_reverse_kl_loss(
         teacher_logp=(teacher_logp, "B T"),
         mask=(mask, "B T"),
     )
-    student, teacher = _pair(student_logp, teacher_logp, mask)
+    student, teacher = prepared_pair(student_logp, teacher_logp, mask)
     log_ratio = jax.lax.stop_gradient(student - teacher)
     to_go = jnp.cumsum(log_ratio[:, ::-1], axis=1)[:, ::-1]
     surrogate = to_go * (student - jax.lax.stop_gradient(student))

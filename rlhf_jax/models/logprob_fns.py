@@ -6,6 +6,8 @@ token at t, and is the state in which that token is chosen.
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -210,15 +212,10 @@ def make_top_k_fn(config: ModelConfig, k: int, *, chunk_size: int = 512) -> TopK
     """
 
     def top_k(params: Params, sequences: Sequences, temperature: Scalar = 1.0) -> tuple[Array, Array]:
-        found = top_k_logprobs(
-            _hidden(config, params, sequences),
-            decoders.unembedding(config, params),
-            k,
-            temperature=temperature,
-            softcap=config.logit_softcap,
-            chunk_size=chunk_size,
+        hidden = _hidden(config, params, sequences)
+        return _in_chunks(
+            top_k_logprobs, config, params, hidden, k, temperature=temperature, chunk_size=chunk_size
         )
-        return jax.tree.map(shift, found)
 
     return top_k
 
@@ -235,15 +232,11 @@ def make_candidate_fn(config: ModelConfig, *, chunk_size: int = 512) -> Candidat
     def candidates(
         params: Params, sequences: Sequences, token_ids: Int[Array, "B T K"], temperature: Scalar = 1.0
     ) -> tuple[Array, Array]:
-        scored = candidate_logprobs(
-            _hidden(config, params, sequences),
-            decoders.unembedding(config, params),
-            *(jnp.roll(ids, -1, axis=1) for ids in (sequences.tokens, token_ids)),
-            temperature=temperature,
-            softcap=config.logit_softcap,
-            chunk_size=chunk_size,
+        hidden = _hidden(config, params, sequences)
+        ids = [jnp.roll(ids, -1, axis=1) for ids in (sequences.tokens, token_ids)]
+        return _in_chunks(
+            candidate_logprobs, config, params, hidden, *ids, temperature=temperature, chunk_size=chunk_size
         )
-        return jax.tree.map(shift, scored)
 
     return candidates
 
@@ -256,17 +249,30 @@ def _score_hidden(
     temperature: Scalar,
     chunk_size: int,
 ) -> TokenLogprobs:
-    # The last state predicts nothing that is there: its number is dropped by the delay. Columns stay as
-    # many as they are, so that they can be split evenly.
-    logp, entropy = token_logprobs(
-        hidden,
-        decoders.unembedding(config, params),
-        jnp.roll(sequences.tokens, -1, axis=1),
-        temperature=temperature,
-        softcap=config.logit_softcap,
-        chunk_size=chunk_size,
+    following = jnp.roll(sequences.tokens, -1, axis=1)
+    logp, entropy = _in_chunks(
+        token_logprobs, config, params, hidden, following, temperature=temperature, chunk_size=chunk_size
     )
-    return TokenLogprobs(shift(logp), shift(entropy), jnp.zeros_like(logp))
+    return TokenLogprobs(logp, entropy, jnp.zeros_like(logp))
+
+
+def _in_chunks(
+    score_fn: Callable[..., tuple[Array, Array]],
+    config: ModelConfig,
+    params: Params,
+    hidden: Float[Array, "B T D"],
+    *args: Any,
+    temperature: Scalar,
+    chunk_size: int,
+) -> tuple[Array, Array]:
+    """What a function of `kernels.logprobs` says of the states, moved to the tokens that are chosen in them.
+
+    The last state predicts nothing that is there, and the shift drops what is said of it. Columns stay as
+    many as they are, so that they can be split evenly.
+    """
+    unembedding, softcap = decoders.unembedding(config, params), config.logit_softcap
+    scaling = {"temperature": temperature, "softcap": softcap, "chunk_size": chunk_size}
+    return jax.tree.map(shift, score_fn(hidden, unembedding, *args, **scaling))
 
 
 def make_value_fn(model: ModelConfig | HiddenFn) -> ValueFn:

@@ -7,7 +7,7 @@ A reward function is any callable
 where `fields` are the other fields of the rows the prompts came from, one list of length B each, and what
 training knows of each completion: `finished`, `token_count` and `token_limit`. Take the fields you need by
 name and the rest with `**_`. None says that a row cannot be scored: it gets `UNSCORABLE_SCORE` and is
-counted.
+counted. An `async` function is awaited.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ import numpy as np
 
 from rlhf_jax.core.errors import UserError, error_place, error_summary, shown
 from rlhf_jax.core.importing import load_function
+from rlhf_jax.rewards.calls import ALL_AT_ONCE, RewardCalls, RowError, awaited, call_each
 
 REWARD_LIMIT = 1e15
 """No reward is larger: sums of squares of rewards, in float32, must stay finite and keep the others' bits."""
@@ -69,9 +70,10 @@ def call_reward(
     fields: Mapping[str, Sequence[Any]],
     *,
     where: Sequence[str] | None = None,
+    calls: RewardCalls = ALL_AT_ONCE,
 ) -> np.ndarray:
     """The rewards of `score_rows` alone: [B] float32, all finite."""
-    return score_rows(reward_fn, prompts, completions, fields, where=where).rewards
+    return score_rows(reward_fn, prompts, completions, fields, where=where, calls=calls).rewards
 
 
 def score_rows(
@@ -81,14 +83,17 @@ def score_rows(
     fields: Mapping[str, Sequence[Any]],
     *,
     where: Sequence[str] | None = None,
+    calls: RewardCalls = ALL_AT_ONCE,
 ) -> Scored:
     """Calls a reward function and checks what it returns.
 
     Args:
       fields: other fields of the rows, a sequence of length B each; passed by name.
       where: where each row stands (`file:line`), for messages.
+      calls: all rows in one call, or several calls at a time, with a time limit.
     Returns:
-      The rewards, and which rows got `UNSCORABLE_SCORE` because the function returned None for them.
+      The rewards, and which rows got `UNSCORABLE_SCORE` because the function returned None for them or took
+      too long.
     Raises:
       UserError: the function raises, or does not return B finite numbers or None; names function, row and
         value.
@@ -96,17 +101,19 @@ def score_rows(
     lists = {name: list(values) for name, values in fields.items()}
     texts = list(prompts), list(completions)
     _check_arguments(reward_fn, lists)
+    one_row = _make_row_fn(reward_fn, *texts, lists, calls.timeout)
     try:
-        returned = reward_fn(*texts, **lists)
+        if calls.workers:
+            returned = call_each(one_row, len(texts[1]), calls)
+        else:
+            returned = awaited(reward_fn(*texts, **lists))
     except (UserError, KeyboardInterrupt):
         raise
+    except RowError as failed:
+        raise _failure(reward_fn, failed.error, failed.row, texts[1], where) from failed.error
     except BaseException as error:  # SystemExit of a reward would end the run in silence
-        row = _first_failing_row(reward_fn, *texts, lists)
-        at = "" if row is None else f" on {_row_name(row, where)}, completion {shown(texts[1][row])}"
-        raise UserError(
-            f"reward function {_name(reward_fn)} raised {error_summary(error)}{error_place(error)}{at}: "
-            "mend the function"
-        ) from error
+        row = _first_failing_row(one_row, len(texts[1]))
+        raise _failure(reward_fn, error, row, texts[1], where) from error
     unscorable = np.zeros(len(texts[1]), bool)
     if isinstance(returned, Scored):  # of functions that call others
         returned, unscorable = returned.rewards, returned.unscorable
@@ -152,13 +159,56 @@ def _checked(name: str, returned: Any, completions: list[str], where: Sequence[s
     return rewards.astype(np.float32)
 
 
-def _first_failing_row(
-    reward_fn: RewardFn, prompts: list[str], completions: list[str], fields: dict[str, list[Any]]
-) -> int | None:
-    """Calls the function row by row, which only a run that is about to stop pays for."""
-    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+def _failure(
+    reward_fn: RewardFn,
+    error: BaseException,
+    row: int | None,
+    completions: list[str],
+    where: Sequence[str] | None,
+) -> BaseException:
+    """What to raise for an error of the function."""
+    if isinstance(error, UserError):
+        return error
+    at = "" if row is None else f" on {_row_name(row, where)}, completion {shown(completions[row])}"
+    return UserError(
+        f"reward function {_name(reward_fn)} raised {error_summary(error)}{error_place(error)}{at}: "
+        "mend the function"
+    )
+
+
+def _make_row_fn(
+    reward_fn: RewardFn,
+    prompts: list[str],
+    completions: list[str],
+    fields: dict[str, list[Any]],
+    timeout: float | None,
+) -> Callable[[int], Any]:
+    """`one_row(row)`: what the function says of this row alone, a number or None."""
+
+    def one_row(row: int) -> Any:
+        chosen = {name: [values[row]] for name, values in fields.items()}
+        returned = awaited(reward_fn([prompts[row]], [completions[row]], **chosen), timeout)
+        if isinstance(returned, Scored):
+            return None if returned.unscorable[0] else returned.rewards[0]
         try:
-            reward_fn([prompt], [completion], **{name: [values[row]] for name, values in fields.items()})
+            (value,) = returned
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"reward function {_name(reward_fn)} returned {shown(returned)} for the one completion "
+                f"{shown(completions[row])}: expected a list of one number"
+            ) from error
+        return value
+
+    return one_row
+
+
+def _first_failing_row(one_row: Callable[[int], Any], count: int) -> int | None:
+    """Calls the function row by row, which only a run that is about to stop pays for."""
+    for row in range(count):
+        try:
+            one_row(row)
+        except UserError:  # of what it returns, where it has raised before
+            continue
         except KeyboardInterrupt:
             raise
         except BaseException:

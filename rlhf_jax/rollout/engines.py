@@ -22,7 +22,7 @@ from rlhf_jax.core.masks import masked_mean
 from rlhf_jax.core.protocols import LogprobFn
 from rlhf_jax.core.types import Array, Float, Params, PRNGKeyArray, Rollout, Sequences
 from rlhf_jax.data.examples import PromptExample
-from rlhf_jax.data.packing import left_pad
+from rlhf_jax.data.packing import completion_rows, left_pad
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.generation import Sampling
 from rlhf_jax.rollout.http_json import HTTPOptions, NoAnswer, post_json
@@ -221,25 +221,22 @@ class HTTPEngine:
 
     def _rollout(self, prompts: Sequence[PromptExample], answers: Sequence["Answer | None"]) -> Rollout:
         width, new = self._prompt_length, self._new_tokens
-        ids, mask = left_pad([p.ids for p in prompts], width, pad_id=self._tokenizer.pad_id)
-        tokens = np.full((len(prompts), width + new), self._tokenizer.pad_id, np.int32)
-        valid, logp = np.zeros(tokens.shape, bool), np.zeros(tokens.shape, np.float32)
-        tokens[:, :width], valid[:, :width] = ids, mask
+        logp = np.zeros((len(prompts), width + new), np.float32)
         for row, answer in enumerate(answers):
             if answer is None:
                 continue
             if len(answer.ids) > new:
                 raise UserError(f"{self._options.url}: an answer has {len(answer.ids)} tokens, not {new}")
-            own = slice(width, width + len(answer.ids))
-            tokens[row, own], valid[row, own], logp[row, own] = answer.ids, True, answer.logp
-        sequences = Sequences(
-            tokens=jnp.asarray(tokens),
-            positions=jnp.asarray(np.maximum(np.cumsum(valid, axis=1) - 1, 0), jnp.int32),
-            segment_ids=jnp.asarray(valid, jnp.int32),
-            mask=jnp.asarray(valid & (np.arange(width + new) >= width)),
+            logp[row, width : width + len(answer.ids)] = answer.logp
+        sequences = completion_rows(
+            [prompt.ids for prompt in prompts],
+            [() if answer is None else answer.ids for answer in answers],
+            prompt_length=width,
+            max_new_tokens=new,
+            pad_id=self._tokenizer.pad_id,
         )
         finished = [answer is not None and answer.finished for answer in answers]
-        return Rollout(sequences, jnp.asarray(logp), jnp.asarray(finished))
+        return Rollout(jax.tree.map(jnp.asarray, sequences), jnp.asarray(logp), jnp.asarray(finished))
 
 
 @dataclasses.dataclass

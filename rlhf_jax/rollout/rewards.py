@@ -16,6 +16,7 @@ from rlhf_jax.core.types import Rollout
 from rlhf_jax.data.examples import PromptExample
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.models import ScalarModel
+from rlhf_jax.rewards.calls import ALL_AT_ONCE, RewardCalls
 from rlhf_jax.rewards.functions import RewardFn, Scored, score_rows
 from rlhf_jax.rollout.sampler import completion_texts
 
@@ -104,13 +105,17 @@ def _with_fields(
 
 
 def make_reward_fn(
-    rewards: Sequence[RewardFn | tuple[RewardFn, float] | ScalarModel | RewardTerm], tokenizer: Tokenizer
+    rewards: Sequence[RewardFn | tuple[RewardFn, float] | ScalarModel | RewardTerm],
+    tokenizer: Tokenizer,
+    *,
+    calls: RewardCalls = ALL_AT_ONCE,
 ) -> RolloutReward:
     """The weighted sum of rewards.
 
     Args:
       rewards: each a function (`rewards.functions`) or a reward model, alone or with its weight, or a term
         that says all of it.
+      calls: how functions are called.
 
     Raises:
       UserError: there is none, or one is nothing of the kind.
@@ -120,14 +125,14 @@ def make_reward_fn(
         raise UserError("no reward is given: name one, such as my_rewards:exact_match")
     terms: list[RewardTerm] = []
     for reward in rewards:
-        term = _as_term(reward)
+        term = _as_term(reward, calls)
         if term.name in {other.name for other in terms}:  # such as reward models of two runs
             term = dataclasses.replace(term, name=f"{term.name}_{len(terms) + 1}")
         terms.append(term)
     return RolloutReward(tuple(terms), tokenizer)
 
 
-def _as_term(reward: Any) -> RewardTerm:
+def _as_term(reward: Any, calls: RewardCalls) -> RewardTerm:
     if isinstance(reward, RewardTerm):
         return reward
     function, weight = reward if isinstance(reward, tuple) and len(reward) == 2 else (reward, 1.0)
@@ -139,14 +144,14 @@ def _as_term(reward: Any) -> RewardTerm:
             "and returns a number for each completion"
         )
     name = getattr(function, "__name__", type(function).__name__)
-    return RewardTerm(name, function_term(function), _weight(weight))
+    return RewardTerm(name, function_term(function, calls), _weight(weight))
 
 
 def _weight(weight: Any) -> float:
     return float(typed("the weight of a reward", Finite, weight))
 
 
-def function_term(reward_fn: RewardFn) -> TermFn:
+def function_term(reward_fn: RewardFn, calls: RewardCalls = ALL_AT_ONCE) -> TermFn:
     """What a reward function of texts says of rows of a rollout."""
 
     def term(
@@ -159,7 +164,7 @@ def function_term(reward_fn: RewardFn) -> TermFn:
         texts, said = [prompt.text for prompt in asked], [completions[row] for row in numbers]
         if not said:
             return Scored(np.zeros(0, np.float32), np.zeros(0, bool))
-        return score_rows(reward_fn, texts, said, chosen, where=[p.where for p in asked])
+        return score_rows(reward_fn, texts, said, chosen, where=[p.where for p in asked], calls=calls)
 
     return term
 

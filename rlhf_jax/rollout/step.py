@@ -13,14 +13,13 @@ import optax
 from rlhf_jax import models
 from rlhf_jax.algorithms import grpo, ppo, selection
 from rlhf_jax.algorithms.moving_reference import sync_reference, with_params
-from rlhf_jax.core.axes import constrain
 from rlhf_jax.core.masks import masked_mean, masked_sum
 from rlhf_jax.core.protocols import LogprobFn
 from rlhf_jax.core.types import Array, Bool, Float, Int, Metrics, Params, Rollout, Sequences, StepRewards
 from rlhf_jax.kernels.prepare import mask_or_all
 from rlhf_jax.rollout.completions import describe_rows
+from rlhf_jax.rollout.dynamic_sampling import take_rows
 
-T = TypeVar("T")
 S = TypeVar("S", grpo.State, ppo.State)
 
 ReferenceFn = Callable[[Any, Params], Params]
@@ -133,7 +132,7 @@ def make_ppo_train_step(
             described["sampled_reward"] = masked_mean(rewards, mask_or_all(scored, rewards))
             earned = 0.0 if steps is None else masked_sum(steps.rewards, steps.ends, axis=1)
             state, chosen = _chosen(config, config.filter_fn, state, rewards + earned, scored)
-            rollout, rewards, scored, steps = _rows((rollout, rewards, scored, steps), chosen)
+            rollout, rewards, scored, steps = take_rows((rollout, rewards, scored, steps), chosen)
         score = logprob_fn(state.learner.all_params, rollout.sequences)
         learner = state.learner
         if state.ref_params is None:
@@ -177,7 +176,3 @@ def _chosen(
     counts = None if scored is None else scored.reshape(shape)
     rows = selection.filter_by_rank(rewards.reshape(shape), counts, filter_key, weights_fn=filter_fn)
     return dataclasses.replace(state, key=key), rows
-
-
-def _rows(batch: T, rows: Int[Array, " N"]) -> T:
-    return jax.tree.map(lambda x: constrain(x[rows], "batch", *(None,) * (x.ndim - 1)), batch)

@@ -266,8 +266,8 @@ def distill(
     """Distillation of a teacher into a policy, off and on policy (GKD), or of the policy into itself (SDFT).
 
     Args:
-      teacher: of the policy's vocabulary, or several; None for the policy itself, with
-        `self_teacher="ema"` (or current, initial) and `teacher_context="FIELD"`.
+      teacher: of the policy's vocabulary, or several, or with `loss="gold"` of another; None for the policy
+        itself, with `self_teacher="ema"` (or current, initial) and `teacher_context="FIELD"`.
       rows: prompts, with that field.
       rewards: what answers are worth, which is only looked at; none for answers without a score.
       settings: as of `sft`, with the options of `rlhf distill`.

@@ -36,6 +36,7 @@ from rlhf_jax.feedback.revisions import Review, Turn, make_review_fn
 from rlhf_jax.generation import Sampling
 from rlhf_jax.metrics import Progress, final_table
 from rlhf_jax.models import Policy
+from rlhf_jax.rewards.calls import ALL_AT_ONCE, RewardCalls
 from rlhf_jax.rewards.functions import RewardFn, call_reward, load_reward
 from rlhf_jax.stages import adapting, defaults, edges, inputs, option_checks, option_groups, sft
 from rlhf_jax.stages.entry import NOTHING, Given
@@ -146,7 +147,10 @@ def text_reward(options: Options, given: Given) -> RewardFn | None:
 
 
 def describe(
-    verifier: RewardFn | None, prompts: Sequence[PromptExample], found: Sequence[Review]
+    verifier: RewardFn | None,
+    prompts: Sequence[PromptExample],
+    found: Sequence[Review],
+    calls: RewardCalls = ALL_AT_ONCE,
 ) -> dict[str, float]:
     """Answers and revisions in numbers; what a verifier says of them is for the eye alone."""
     numbers = {
@@ -160,7 +164,7 @@ def describe(
     fields["finished"] = [True] * len(prompts)
     asked = [prompt.text for prompt in prompts]
     before, after = (
-        call_reward(verifier, asked, texts, fields)
+        call_reward(verifier, asked, texts, fields, calls=calls)
         for texts in ([one.answer for one in found], [one.revision for one in found])
     )
     return numbers | {
@@ -237,7 +241,7 @@ def run(options: Options, given: Given = NOTHING) -> None:
     rows = rows_of(chosen, found)
     if not rows:
         raise UserError(f"none of {len(found)} revisions ends by itself: raise --max-new-tokens")
-    train_numbers = describe(text_reward(options, given), chosen, found)
+    train_numbers = describe(text_reward(options, given), chosen, found, options.prompts.reward_calls)
     numbers: dict[str, Any] = {"train": train_numbers, "rows": len(rows)}
     params = load_policy(train(options, start, rows)).params
     if prompts.evaluate is not None:

@@ -3,6 +3,7 @@
     rlhf distill --out runs/soft --model runs/small --teacher runs/large --data my.jsonl
     rlhf distill --out runs/gkd --model runs/small --teacher runs/large --data my.jsonl --loss js --lmbda 1
     rlhf distill --out runs/texts --model runs/small --teacher runs/large --data my.jsonl --loss sequence
+    rlhf distill --out runs/other --model runs/small --teacher runs/other_family --data my.jsonl --loss gold
     rlhf distill --out runs/self --model runs/small --self-teacher ema --teacher-context demonstration \\
         --data shown.jsonl --loss reverse_kl
 
@@ -11,6 +12,7 @@ Soft labels on the teacher's answers (`forward_kl`), on-policy distillation on t
 included. Without --model the student is a new model (--arch.width ...) with the tokenizer of the teacher.
 Rows hold `prompt`, `question` or `messages`. `forward_kl`, `reverse_kl` and `js` hold the log-probs of the
 whole vocabulary at every token; with --top-k, of the teacher's likeliest tokens and of all others as one.
+A teacher with another tokenizer needs `gold` or `uld`.
 With --self-teacher the policy learns from itself as it answers where a field of the row, a demonstration or
 feedback, stands in its prompt. With --rewards, what answers are worth is looked at, and never learned from.
 """
@@ -30,7 +32,7 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.ranges import Count, LearningRate, Positive, PositiveInt, Share
 from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.core.types import Params, Rollout
-from rlhf_jax.losses.distillation import Average
+from rlhf_jax.losses.distillation import Average, Divergence
 from rlhf_jax.models import Policy
 from rlhf_jax.rollout.dynamic_sampling import Answers
 from rlhf_jax.stages import adapting, defaults, edges, inputs, option_checks, option_groups, starting
@@ -41,18 +43,29 @@ from rlhf_jax.stages.distill_teachers import (
     make_teacher_context,
     make_teacher_params_fn,
 )
+from rlhf_jax.stages.distill_tokenizers import (
+    ALIGNMENT,
+    Alignment,
+    BothTokenizers,
+    Matched,
+    check_tokenizer_options,
+    cross_tokenizer_loss,
+    prompts_of_teacher,
+)
 from rlhf_jax.stages.entry import NOTHING, Given, Trained
 from rlhf_jax.stages.reward_specs import check_same_vocabulary
 from rlhf_jax.stages.session import Session
 
-Loss = Literal["forward_kl", "reverse_kl", "js", "sequence", "sampled_reverse_kl", "sequence_reverse_kl"]
-WHOLE: dict[Loss, distillation.DivergenceFn] = {
+Loss = Literal[
+    "forward_kl", "reverse_kl", "js", "sequence", "sampled_reverse_kl", "sequence_reverse_kl", "uld", "gold"
+]
+WHOLE: dict[Loss, Divergence] = {
     "forward_kl": losses.forward_kl_loss,
     "reverse_kl": losses.reverse_kl_loss,
     "js": losses.generalized_js_loss,
 }
 """Over the whole vocabulary."""
-SAMPLED: dict[Loss, distillation.DivergenceFn] = {
+SAMPLED: dict[Loss, Divergence] = {
     "sequence": losses.sampled_forward_kl_loss,
     "sampled_reverse_kl": losses.sampled_reverse_kl_loss,
     "sequence_reverse_kl": losses.sequence_reverse_kl_loss,
@@ -67,8 +80,8 @@ class Options:
     """Options of distillation.
 
     Attributes:
-      teacher: the policies to learn from, each as `model`, of any architecture and one vocabulary. Of
-        several, the mean is learned, and they take turns in writing answers.
+      teacher: the policies to learn from, each as `model`, of any architecture, and of one vocabulary unless
+        the loss is gold or uld. Of several, the mean is learned, and they take turns in writing answers.
       teacher_weights: of several teachers in their mean; none for equal ones.
       teacher_average: of what the mean of several teachers is taken.
       self_teacher: the policy teaches itself, in the place of --teacher: as it is, as its moving average
@@ -81,7 +94,14 @@ class Options:
         cache; empty for a new model.
       prompts: which prompts; what answers are worth is only looked at, where --rewards says so.
       loss: forward_kl, reverse_kl or js over the vocabulary; sequence (imitates the teacher's answers),
-        sampled_reverse_kl or sequence_reverse_kl (MiniLLM) on the tokens that were sampled.
+        sampled_reverse_kl or sequence_reverse_kl (MiniLLM) on the tokens that were sampled; gold or uld of a
+        teacher with another tokenizer.
+      alignment: of gold and uld, which tokens of student and teacher are compared: spans of equal text, or
+        tokens at equal positions; None for what the loss is published with, spans for gold and positions for
+        uld.
+      gold_divergence: of gold, on the tokens that both vocabularies have; None for js.
+      gold_matched_weight: of gold, weight of that divergence, from 0 to 1; the rest is that of the other
+        tokens. None for the share of the teacher's tokens that both have.
       lmbda: share of steps in which the student writes the answers (GKD's lambda); None for what
         the loss and the teacher need, and 0 where either may write.
       top_k: tokens of the teacher that a divergence tells apart, the likeliest; what is left is one outcome
@@ -109,6 +129,9 @@ class Options:
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
     optimizer: OptimizerConfig = defaults.COSINE
     loss: Loss = "forward_kl"
+    alignment: Alignment | None = None
+    gold_divergence: Matched | None = None
+    gold_matched_weight: Share | None = None
     lmbda: Share | None = None
     top_k: Count = 0
     temperature: Positive = 1.0
@@ -130,6 +153,7 @@ def check(options: Options, teachers: int) -> float:
     option_checks.check(options, options.run, "distill")
     option_checks.check_divides("--micro-batches", options.micro_batches, "--batch-size", options.batch_size)
     check_teachers(options, teachers)
+    check_tokenizer_options(options, teachers)
     needed, given = STUDENT_SHARE.get(options.loss, 1.0 if options.self_teacher else None), options.lmbda
     if needed is not None and given not in (None, needed):
         writer = "student" if needed else "teacher"
@@ -167,7 +191,7 @@ def check_labels(options: Options, share: float) -> None:
     weight = options.hard_label_weight
     if weight and share:
         raise UserError("--hard-label-weight: labels are what the teacher writes: give --lmbda 0")
-    if options.loss not in WHOLE and (options.temperature != 1 or weight or options.top_k):
+    if options.loss in SAMPLED and (options.temperature != 1 or weight or options.top_k):
         raise UserError(
             f"--loss {options.loss} is of sampled tokens, without --temperature, --hard-label-weight and "
             f"--top-k: leave them out, or give one of {', '.join(WHOLE)}"
@@ -182,19 +206,29 @@ def start_from(options: Options, teachers: Sequence[Policy], given: Given) -> Po
         student = starting.starting_model(options.model, "", "", options.arch, options.run)
     else:
         return starting.starting_model("", teachers[0].tokenizer, "", options.arch, options.run)
-    for teacher in teachers[:1]:
-        check_same_vocabulary(teacher.tokenizer, student.tokenizer, Path("teacher"), "teacher")
+    for teacher in teachers[:1] if options.loss not in ALIGNMENT else ():
+        check_same_vocabulary(
+            teacher.tokenizer,
+            student.tokenizer,
+            Path("teacher"),
+            "teacher",
+            remedy="give --loss gold or uld, which learn from a teacher with another tokenizer",
+        )
     return student
 
 
 def make_sample_completions_fn(
-    session: Session, teachers: Sequence[Policy], prompts: inputs.Prompts, share: float
+    session: Session,
+    teachers: Sequence[Policy],
+    prompts: inputs.Prompts,
+    teacher_prompts: inputs.Prompts,
+    share: float,
 ) -> Callable[[Params, int], tuple[Answers, dict[str, float]]]:
     """`write(student's params, number) -> (answers, metrics)`; who writes is a function of the number."""
     seed, size, rewards = session.run.seed, session.options.batch_size, session.rewards
     ours, *theirs = (
-        session.make_answer_fn(prompts, writer, batch_size=size, group_size=1)
-        for writer in (session.policy, *teachers)
+        session.make_answer_fn(asked, writer, batch_size=size, group_size=1)
+        for asked, writer in [(prompts, session.policy), *((teacher_prompts, one) for one in teachers)]
     )
 
     def write(params: Params, number: int) -> tuple[Answers, dict[str, float]]:
@@ -211,7 +245,7 @@ def make_sample_completions_fn(
 
 def make_label_fn(options: Options, model: Policy) -> distillation.SoftLabelFn:
     """Soft labels of a model, as the loss takes them."""
-    if options.loss not in WHOLE:
+    if options.loss in SAMPLED:
         return distillation.on_tokens(model.make_logprob_fn())
     if not options.top_k:
         return distillation.over_vocabulary(model.make_distribution_fn())
@@ -241,29 +275,37 @@ def hyper_of(options: Options) -> distillation.Hyper:
     )
 
 
+def loss_of(options: Options, student: Policy, teachers: Sequence[Policy]) -> Divergence:
+    """What is minimized."""
+    if options.loss not in ALIGNMENT:
+        return (WHOLE | SAMPLED)[options.loss]
+    gold = options.gold_divergence, options.gold_matched_weight
+    return cross_tokenizer_loss(options.loss, student, teachers[0], *gold)
+
+
 def make_train_step(
     options: Options, model: Policy, teachers: Sequence[Policy], split: adapting.TrainableSplit, length: int
 ) -> Callable[..., tuple[distillation.State, dict[str, Any]]]:
-    """`learn(state, held, rollout, teacher_prompts) -> (state, metrics)`: soft labels and the update.
+    """`learn(state, held, rollout, seen) -> (state, metrics)`: soft labels and the update.
+
+    `seen` is what the teacher sees: prompts of its own, the same texts in tokens of its own, or None.
 
     Args:
       length: columns of the student's prompts.
     """
-    config = distillation.Config(options.micro_batches, (WHOLE | SAMPLED)[options.loss])
+    config = distillation.Config(options.micro_batches, loss_of(options, model, teachers))
     update = distillation.make_update(config, make_label_fn(options, model), split.tx)
     teacher_fn, hyper = make_teacher_fn(options, teachers or [model]), hyper_of(options)
     teacher_params_fn = make_teacher_params_fn(options.self_teacher, split)
 
-    def learn(state: distillation.State, held: Any, rollout: Rollout, teacher_prompts: Any) -> Any:
-        sequences = rollout.sequences
-        batch = distillation.make_batch(
-            teacher_fn,
-            teacher_params_fn(state, held),
-            sequences,
-            hyper,
-            teacher_prompts=teacher_prompts,
-            prompt_length=length,
-        )
+    def learn(state: distillation.State, held: Any, rollout: Rollout, seen: Any) -> Any:
+        sequences, params = rollout.sequences, teacher_params_fn(state, held)
+        if isinstance(seen, distillation.TwoTokenizations):
+            batch = distillation.make_cross_tokenizer_batch(teacher_fn, params, seen, hyper)
+        else:
+            batch = distillation.make_batch(
+                teacher_fn, params, sequences, hyper, teacher_prompts=seen, prompt_length=length
+            )
         state, metrics = update(state, hyper, batch)
         length_of, finished = jnp.mean(jnp.sum(sequences.mask, axis=1)), jnp.mean(rollout.finished)
         return state, {**metrics, "length": length_of, "finished": finished}
@@ -286,7 +328,16 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     session.decide_steps(len(prompts))
     size = f"teachers of {count_parameters(teachers):,} parameters" if teachers else "its own teacher"
     session.announce(f"{len(prompts):,} prompts; {size}")
-    write = make_sample_completions_fn(session, teachers, prompts, share)
+    teacher_prompts, both = prompts, None
+    if alignment := options.alignment or ALIGNMENT.get(options.loss):
+        teacher_prompts = prompts_of_teacher(prompts, teachers[0].tokenizer)
+        both = BothTokenizers(
+            (model.tokenizer, prompts),
+            (teachers[0].tokenizer, teacher_prompts),
+            alignment=alignment,
+            max_new_tokens=options.prompts.max_new_tokens,
+        )
+    write = make_sample_completions_fn(session, teachers, prompts, teacher_prompts, share)
 
     split, ema = session.split_trainable(), options.self_teacher == "ema"
     learn = make_train_step(options, model, teachers, split, prompts.length)
@@ -300,8 +351,10 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     def step(state: distillation.State, number: int):
         with meter.timing("rollout"):
             answers, described = write(state.learner.all_params, number)
-        shown = context and context.prompts(answers.prompts)
-        state, metrics = meter.timed("update", learn, state, held, answers.rollout, shown)
+        seen = context and context.prompts(answers.prompts)
+        if both is not None:
+            seen = both(answers, by_student=bool(described["student_writes"]))
+        state, metrics = meter.timed("update", learn, state, held, answers.rollout, seen)
         return state, {**metrics, **described}
 
     def held_out(state: distillation.State, _: int) -> dict[str, float]:

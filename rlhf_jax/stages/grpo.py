@@ -98,10 +98,11 @@ def make_draw_fn(
                 groups=options.batch_size,
                 group_size=options.group_size,
                 most=rounds,
+                prompts=prompts.train,
             )
         if coef:
             penalties = penalty_fn(answers.rollout, answers.prompts)
-            metrics["overlong"] = float(np.mean(penalties))
+            metrics["overlong"] = float(np.mean(distributed.all_rows(penalties)))
             scored = dataclasses.replace(answers.scored, rewards=answers.rewards + penalties)
             answers = dataclasses.replace(answers, scored=scored)
         metrics |= {name: float(np.mean(values)) for name, values in describe_fn(answers.rollout).items()}
@@ -115,7 +116,8 @@ def make_greedy_fn(session: Session, prompts: inputs.Prompts) -> Callable[[Param
     options: GroupOptions = session.options
     fns = prompts.rollout_fns or single_turn(session.policy, max_new_tokens=options.prompts.max_new_tokens)
     generate = fns.make_generate_fn(prompts.length, Sampling(temperature=0.0))
-    reward_fn = make_reward_fn(session.rewards, session.policy.tokenizer, fns)
+    calls = options.prompts.reward_calls
+    reward_fn = make_reward_fn(session.rewards, session.policy.tokenizer, fns, calls=calls)
 
     def greedy(params: Params, answers: Answers) -> Scored:
         chosen = answers.prompts[:: options.group_size]

@@ -6,7 +6,6 @@ import inspect
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import jax
 import jax.numpy as jnp
 import tyro
 
@@ -162,11 +161,6 @@ def check(options: GroupOptions, stage: str) -> None:
         raise UserError(
             f"--overlong-penalty-coef: --algorithm {options.algorithm} takes each reward apart: give "
             "rlhf_jax.rewards.rules:soft_overlong_reward as one of --rewards"
-        )
-    if variant.dynamic_sampling_max_rounds > 1 and jax.process_count() > 1:
-        raise UserError(
-            "answers are sampled again in one process only: give --dynamic-sampling-max-rounds 1, or run "
-            "without --coordinator"
         )
 
 

@@ -271,7 +271,9 @@ def load_prompts(
         held_out = held_out[: options.eval_count]
     looked_at = [options.eval_reward] if options.eval_reward else rewards_of(options, given)[:1]
     look: dict[str, Any] = {
-        "reward_fn": make_optional_reward_fn(looked_at, model.tokenizer, rollout_fns),
+        "reward_fn": make_optional_reward_fn(
+            looked_at, model.tokenizer, rollout_fns, calls=options.reward_calls
+        ),
         "max_new_tokens": options.max_new_tokens,
         "rollout_fns": rollout_fns,
     }
@@ -355,7 +357,9 @@ def make_answer_fn(
     meter = meter or Meter()
     sampler = BatchSampler(len(prompts), batch_size, seed)
     fns, sampling = prompts.rollout_fns, Sampling(temperature=temperature)
-    reward_fn = make_optional_reward_fn(rewards_of(options, given), model.tokenizer, fns)
+    reward_fn = make_optional_reward_fn(
+        rewards_of(options, given), model.tokenizer, fns, calls=options.reward_calls
+    )
     reward_fn.check_kinds(prompts.train)
     generate = (
         fns.make_generate_fn(prompts.length, sampling)

@@ -223,9 +223,8 @@ def make_compare_fn(options: Options, model: Policy, given: Given = NOTHING) -> 
     """The judge, or the rewards."""
     if options.judge:
         return compare_by_judge(options.judge, model.tokenizer)
-    return compare_by_rewards(
-        make_reward_fn(inputs.rewards_of(options.prompts, given), model.tokenizer), noise=options.noise
-    )
+    rewards, calls = inputs.rewards_of(options.prompts, given), options.prompts.reward_calls
+    return compare_by_rewards(make_reward_fn(rewards, model.tokenizer, calls=calls), noise=options.noise)
 
 
 def run(options: Options, given: Given = NOTHING) -> Trained:

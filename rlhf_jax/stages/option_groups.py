@@ -29,6 +29,7 @@ from rlhf_jax.data.examples import Overlength
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.metrics import Thresholds
 from rlhf_jax.models import Policy
+from rlhf_jax.rewards.calls import RewardCalls
 from rlhf_jax.stages.option_checks import check_divides
 from rlhf_jax.training import LoopConfig, Meter
 from rlhf_jax.training.loading import load
@@ -285,6 +286,10 @@ class PromptOptions:
         describe a model's ratings or rules, each with @KIND behind it where it is meant only for rows with
         that `kind`, and =WEIGHT where the weight is not 1.
       eval_reward: the reward function of the evaluation; empty for the first of `rewards`.
+      reward_workers: rows that a reward function scores at a time, each by a call of its own, in threads; 0
+        for all rows in one call.
+      reward_timeout: seconds that the call of one row may take; a row that takes longer counts as one without
+        a score. None for no limit.
       max_prompt_length: tokens of a prompt; 0 for the longest.
       overlength: whether longer prompts are an error, or dropped and counted.
       max_new_tokens: tokens of an answer.
@@ -297,12 +302,19 @@ class PromptOptions:
     eval_data: str = ""
     rewards: tuple[str, ...] = ()
     eval_reward: str = ""
+    reward_workers: Count = 0
+    reward_timeout: Positive | None = None
     max_prompt_length: LengthOrZero = 0
     overlength: Overlength = "error"
     max_new_tokens: Length = 256
     prompt_count: PositiveInt = 8_000
     eval_count: PositiveInt = 256
     samples: Count = 8
+
+    @property
+    def reward_calls(self) -> RewardCalls:
+        """How reward functions are called."""
+        return RewardCalls(self.reward_workers, self.reward_timeout)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,7 +31,7 @@ def make_rollout_reward(options: "Options", tokenizer: Tokenizer, given: Given =
     if len(options.reward_model) < 2:
         named = options.reward_model and not given.rewards
         rewards = options.reward_model if named else inputs.rewards_of(options.prompts, given)
-        return make_reward_fn(rewards or [no_reward], tokenizer)
+        return make_reward_fn(rewards or [no_reward], tokenizer, calls=options.prompts.reward_calls)
     combine_fn = {
         "mean": ensembles.ensemble_mean,
         "worst": ensembles.ensemble_worst_case,

@@ -138,7 +138,8 @@ def make_pair_fn(options: Options, model: Policy) -> PairFn:
     size, most = options.samples_per_prompt, options.pairs_per_prompt
     if options.judge or options.judge_model:
         return _judged_pairs(options, model)
-    reward_fn = make_reward_fn(options.prompts.rewards, model.tokenizer)
+    calls = options.prompts.reward_calls
+    reward_fn = make_reward_fn(options.prompts.rewards, model.tokenizer, calls=calls)
 
     def pairs(prompts: Sequence[PromptExample], rollout: Rollout) -> list[Pair]:
         scored = reward_fn.score(rollout, prompts)
@@ -163,7 +164,8 @@ def _judged_pairs(options: Options, model: Policy) -> PairFn:
         judge = make_model_judge(load(options.judge_model), read_constitution(options.constitution))
     compare = compare_by_judge(judge, model.tokenizer)
     verified = options.prompts.eval_reward
-    verifier = make_reward_fn([verified], model.tokenizer) if verified else None
+    calls = options.prompts.reward_calls
+    verifier = make_reward_fn([verified], model.tokenizer, calls=calls) if verified else None
 
     def pairs(prompts: Sequence[PromptExample], rollout: Rollout) -> list[Pair]:
         texts, finished = completion_texts(model.tokenizer, rollout), np.asarray(rollout.finished)

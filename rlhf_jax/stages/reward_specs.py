@@ -17,6 +17,7 @@ from rlhf_jax.data.examples import PromptExample
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.feedback.judges import load_reward_file
 from rlhf_jax.models import ScalarModel
+from rlhf_jax.rewards.calls import ALL_AT_ONCE, RewardCalls
 from rlhf_jax.rewards.functions import Scored, load_reward
 from rlhf_jax.rollout import rewards
 from rlhf_jax.rollout.rewards import RewardTerm, RolloutReward, TermFn, function_term, model_term
@@ -27,7 +28,11 @@ from rlhf_jax.training.run_folder import load_reward_model
 
 
 def make_reward_fn(
-    specs: Sequence[Any], tokenizer: Tokenizer, rollout_fns: RolloutFns | None = None
+    specs: Sequence[Any],
+    tokenizer: Tokenizer,
+    rollout_fns: RolloutFns | None = None,
+    *,
+    calls: RewardCalls = ALL_AT_ONCE,
 ) -> RolloutReward:
     """The weighted sum of what `specs` name.
 
@@ -37,24 +42,32 @@ def make_reward_fn(
         with `@KIND` behind it where it counts only in rows whose field `kind` is this, and then `=WEIGHT`
         where the weight is not 1.
       rollout_fns: what is read of a rollout; None for the one completion that it is.
+      calls: how functions are called. What a JSON file describes answers all rows at once: a model does.
 
     Raises:
       UserError: there is no such function or run, or a weight is no number.
     """
-    summed = rewards.make_reward_fn(
-        [_make_term(*_split_weight(spec), tokenizer) if isinstance(spec, str) else spec for spec in specs],
-        tokenizer,
-    )
+    terms = [
+        _make_term(*_split_weight(spec), tokenizer, calls) if isinstance(spec, str) else spec
+        for spec in specs
+    ]
+    summed = rewards.make_reward_fn(terms, tokenizer, calls=calls)
     if rollout_fns is None:
         return summed
     return dataclasses.replace(summed, texts_fn=rollout_fns.answer_texts_fn, fields_fn=rollout_fns.fields_fn)
 
 
 def make_optional_reward_fn(
-    specs: Sequence[Any], tokenizer: Tokenizer, rollout_fns: RolloutFns | None = None
+    specs: Sequence[Any],
+    tokenizer: Tokenizer,
+    rollout_fns: RolloutFns | None = None,
+    *,
+    calls: RewardCalls = ALL_AT_ONCE,
 ) -> RolloutReward:
     """`make_reward_fn`; of nothing, a reward that can score no row."""
-    return make_reward_fn(specs, tokenizer, rollout_fns) if specs else RolloutReward((), tokenizer)
+    if not specs:
+        return RolloutReward((), tokenizer)
+    return make_reward_fn(specs, tokenizer, rollout_fns, calls=calls)
 
 
 def make_ensemble_fn(
@@ -91,14 +104,14 @@ def _split_weight(spec: str) -> tuple[str, float]:
     return name, weight
 
 
-def _make_term(spec: str, weight: float, tokenizer: Tokenizer) -> RewardTerm:
+def _make_term(spec: str, weight: float, tokenizer: Tokenizer, calls: RewardCalls) -> RewardTerm:
     name, at, kind = (spec, "", "") if files.is_folder(spec) else spec.partition("@")
     if name.endswith(".json") and not files.is_folder(name):
         short, term = Path(name).stem, function_term(load_reward_file(Path(name)))
     elif ":" not in name or files.is_remote(name) or files.is_folder(name):
         short, term = Path(name).name, _model_term(Path(name), tokenizer)
     else:
-        short, term = name.rpartition(":")[2], function_term(load_reward(name))
+        short, term = name.rpartition(":")[2], function_term(load_reward(name), calls)
     return RewardTerm(f"{short}{at}{kind}", term, weight, kind if at else None)
 
 
@@ -147,12 +160,15 @@ def make_process_reward_fn(
     return make_step_reward_fn(model, coef=options.process_reward_coef)
 
 
-def check_same_vocabulary(theirs: Tokenizer, ours: Tokenizer, folder: Path, kind: str) -> None:
+def check_same_vocabulary(
+    theirs: Tokenizer, ours: Tokenizer, folder: Path, kind: str, *, remedy: str = ""
+) -> None:
     """Compares the tokenizer of a model that another run trained with the policy's.
 
     Args:
       folder: of that run.
       kind: what it is to this one, such as "reward model".
+      remedy: what to do where they differ; empty for training it from a policy with the same tokenizer.
 
     Raises:
       UserError: they differ.
@@ -161,5 +177,5 @@ def check_same_vocabulary(theirs: Tokenizer, ours: Tokenizer, folder: Path, kind
     if vocabularies[0] != vocabularies[1]:
         raise UserError(
             f"{folder}: the {kind}'s tokenizer ({theirs.vocab_size} tokens) is not the policy's "
-            f"({ours.vocab_size}): train the {kind} from a policy with the same tokenizer"
+            f"({ours.vocab_size}): {remedy or f'train the {kind} from a policy with the same tokenizer'}"
         )

@@ -14,8 +14,9 @@ import pytest
 import rlhf_jax as rj
 from rlhf_jax import models
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.data.sources import as_rows
-from rlhf_jax.data.tokenizers import byte_tokenizer
+from rlhf_jax.data.tokenizers import byte_tokenizer, character_tokenizer
 from rlhf_jax.models import hf
 
 EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "docs" / "examples"
@@ -75,11 +76,18 @@ def test_import_is_light():
 
 
 def test_callbacks_loggers_and_own_evaluation(folder, tmp_path):
-    seen, logged = [], []
+    seen, logged, sizes = [], [], []
+
+    async def one_by_one(prompts, completions, **_):
+        sizes.append(len(prompts))
+        return [None] if prompts == ["a"] else length(prompts, completions)
+
     run = rj.grpo(
         rj.load(folder),
         [{"prompt": "a"}, {"prompt": "b"}],
-        rewards=[(length, 2.0)],
+        rewards=[(one_by_one, 2.0)],
+        reward_workers=2,
+        reward_timeout=60.0,
         group_size=2,
         out=tmp_path / "run",
         loggers=logged.append,
@@ -90,6 +98,8 @@ def test_callbacks_loggers_and_own_evaluation(folder, tmp_path):
     assert seen == [1, 2]
     assert [line["eval/mine"] for line in run.metrics if "eval/mine" in line] == [0.5, 2.5]
     assert len(logged) == len(run.metrics)
+    assert set(sizes) == {1}
+    assert [line["unscorable"] for line in run.metrics if "unscorable" in line] == [2, 2]
     assert json.loads((tmp_path / "run" / "config.json").read_text())["stage"] == "grpo"
 
 
@@ -261,6 +271,22 @@ def test_preferences_rewards_and_distillation(folder, tmp_path):
     assert np.isfinite(run.metrics[-1]["loss"])
     run = rj.distill(policy, dpo.policy, [{"prompt": "a"}] * 2, out=tmp_path / "distill", **SIZES)
     assert np.isfinite(run.metrics[-1]["loss"])
+
+
+def test_a_teacher_with_another_tokenizer(folder, tmp_path):
+    tokenizer = character_tokenizer("abcdefghijklmnopqrstuvwxyz \n", ["one", "th"])
+    config = models.dense_config(vocab_size=tokenizer.vocab_size, width=8, num_layers=1, num_heads=2)
+    params = jax.tree.map(lambda x: 8 * x, models.init_params(config, jax.random.key(1)))  # it is sure
+    teacher = models.make_policy(config, params, tokenizer)
+    student, rows = rj.load(folder), [{"prompt": "one"}, {"prompt": "two three"}] * 4
+    with pytest.raises(UserError, match=r"tokenizer .* is not the policy's .*: give loss gold or uld"):
+        rj.distill(student, teacher, rows, out=tmp_path / "js", loss="js", **SIZES)
+    words = {"loss": "gold", "learning_rate": 1e-2, "optimizer": OptimizerConfig(warmup_steps=0)}
+    sizes = SIZES | {"batch_size": 8, "steps": 12}
+    run = rj.distill(student, teacher, rows, out=tmp_path / "run", **words, **sizes)
+    lines = [line for line in run.metrics if line["step"]]
+    assert all(line["spans"] > 0 and line["skipped"] == 0 for line in lines)
+    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
 
 
 @pytest.mark.parametrize("teacher", ["ema", pytest.param("initial", marks=pytest.mark.slow)])

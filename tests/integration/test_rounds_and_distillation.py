@@ -225,9 +225,20 @@ def test_mistakes_of_distillation(tmp_path):
             {"teachers": 2, "teacher_average": "log_probabilities", "loss": "sequence"},
             "give --teacher-average probabilities",
         ),
+        ({"alignment": "spans"}, "--alignment is for --loss gold"),
+        ({"loss": "uld", "gold_divergence": "js"}, "are for --loss gold"),
+        ({"loss": "js", "gold_matched_weight": 0.0}, "are for --loss gold"),
+        ({"loss": "gold", "gold_matched_weight": 1.5}, "gold-matched-weight 1.5 is out of range"),
+        ({"loss": "gold", "teachers": 2}, "give one --teacher"),
+        (
+            {"loss": "uld", "teachers": 0, "self_teacher": "ema", "teacher_context": "hint"},
+            "give one --teacher",
+        ),
+        ({"loss": "gold", "top_k": 4}, "goes without --teacher-context and --top-k"),
     ):
         with pytest.raises(UserError, match=said):
             refused(**options)
+    assert refused(loss="gold") == 0
     assert refused(loss="sampled_reverse_kl") == 1
     assert refused(loss="js") == 0
     assert refused(0, self_teacher="current", teacher_context="hint") == 1

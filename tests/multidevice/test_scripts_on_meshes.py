@@ -174,8 +174,12 @@ def run_in_two(script, out, *options):
 
 
 @pytest.mark.slow
-def test_stages_in_two_processes_are_those_in_one(tmp_path):
+def test_stages_in_two_processes_are_those_in_one(tmp_path, monkeypatch):
     """Pairs, rollouts and rewards of which each process has its own rows."""
+    (tmp_path / "some_rewards.py").write_text(
+        "def odd(prompts, completions, **_):\n    return [len(set(text)) % 2 for text in completions]\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     sft, judged = tmp_path / "sft", tmp_path / "rewards"
     run("sft", sft, *SFT, devices=1)
     run("reward-model", judged, "--model", sft, *JUDGED, devices=1)
@@ -195,6 +199,11 @@ def test_stages_in_two_processes_are_those_in_one(tmp_path):
         "dpo_each": ("dpo", *from_sft, *DPO, "--reference", "each_step"),
         "ppo": ("ppo", *from_sft, "--reward-model", judged, "--batch-size", "8", *PPO),
         "grpo": ("grpo", *from_sft, "--batch-size", "4", "--group-size", "2", *GRPO),
+        "dapo": (
+            *("grpo", *from_sft, "--batch-size", "4", "--group-size", "2", *GRPO),
+            *("--algorithm", "dapo", "--dynamic-sampling-max-rounds", "3"),
+            *("--rewards", "some_rewards:odd"),
+        ),
     }
     for name, (script, *options) in stages.items():
         two = run_in_two(script, tmp_path / f"{name}_two", *options)

@@ -1,6 +1,7 @@
 """Distillation: a teacher behind prompts of its own, moving averages, several teachers, models in chunks."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -87,6 +88,57 @@ def test_the_teacher_follows_the_policy():
     assert np.abs(end - start).max() > 1e-2
     np.testing.assert_allclose(after.teacher_params["logits"], 0.75 * start + 0.25 * end, rtol=1e-6)
     np.testing.assert_array_equal(dataclasses.replace(after, ema_params=None).teacher_params["logits"], end)
+
+
+def updated(config, batch, hyper):
+    label_fn = distillation.over_vocabulary(tabular.distribution)
+    update = distillation.make_update(config, label_fn, optax.sgd(1.0))
+    state = distillation.init(tabular.init(), optax.sgd(1.0), jax.random.key(0))
+    state, metrics = jax.jit(update)(state, hyper, batch)
+    return state.learner.params["logits"], metrics
+
+
+def test_a_teacher_of_the_same_tokenizer_is_one_of_another_with_spans_of_one_token():
+    sequences, label_fn = tabular.rows(1, (3, 2)), distillation.over_vocabulary(tabular.distribution)
+    hyper = distillation.Hyper(learning_rate=1.0, temperature=2.0, hard_label_weight=0.25)
+    spans = jnp.where(sequences.mask, jnp.arange(6), -1)
+    texts = distillation.TwoTokenizations(sequences, sequences, spans, spans)
+    across = distillation.make_cross_tokenizer_batch(label_fn, tabular.init(7), texts, hyper)
+    every = np.arange(VOCAB)
+    gold = functools.partial(
+        losses.gold_loss, student_ids=every, teacher_ids=every, divergence_fn=losses.reverse_kl_loss
+    )
+    found, metrics = updated(distillation.Config(loss_fn=gold), across, hyper)
+    plain = distillation.make_batch(label_fn, tabular.init(7), sequences, hyper)
+    expected, _ = updated(distillation.Config(loss_fn=losses.reverse_kl_loss), plain, hyper)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert int(metrics["spans"]) == int(metrics["tokens"]) == 5
+
+
+def test_spans_in_micro_batches():
+    """Two tokens of the student are one of the teacher. Hard labels are a mean over tokens, soft ones over
+    spans.
+    """
+    sequences, label_fn = tabular.rows(1, (3, 2)), distillation.over_vocabulary(tabular.distribution)
+    theirs, hyper = tabular.rows(2, (2, 2)), distillation.Hyper(learning_rate=1.0, hard_label_weight=0.5)
+    spans = [[-1, 1, 1, 3, -1, -1], [-1, 1, 2, -1, -1, -1]], [[-1, 1, 3, -1, -1, -1], [-1, 1, 2, -1, -1, -1]]
+    texts = distillation.TwoTokenizations(sequences, theirs, *map(jnp.array, spans))
+    batch = distillation.make_cross_tokenizer_batch(label_fn, tabular.init(7), texts, hyper)
+    whole, metrics = updated(distillation.Config(loss_fn=losses.uld_loss), batch, hyper)
+    parts, _ = updated(distillation.Config(micro_batches=2, loss_fn=losses.uld_loss), batch, hyper)
+    np.testing.assert_allclose(whole, parts, rtol=1e-6, atol=1e-7)
+    assert (int(metrics["spans"]), int(metrics["tokens"])) == (4, 5)
+    student, teacher = (np.array(jax.nn.softmax(tabular.init(seed)["logits"])) for seed in (0, 7))
+    own, other = (np.asarray(side.tokens) for side in (sequences, theirs))
+    rest = student[own[0, 1], own[0, 2]]  # the chain rule along the span of two tokens
+    pairs = [
+        (student[own[0, 0]] * rest, teacher[other[0, 0]]),
+        (student[own[0, 2]], teacher[other[0, 1]]),
+        (student[own[1, 0]], teacher[other[1, 0]]),
+        (student[own[1, 1]], teacher[other[1, 1]]),
+    ]
+    soft = np.mean([np.abs(np.sort(p) - np.sort(q)).sum() for p, q in pairs])
+    assert float(metrics["soft_loss"]) == pytest.approx(float(soft), rel=1e-5)
 
 
 @pytest.mark.parametrize("average", ["probabilities", "log_probabilities"])

@@ -42,7 +42,7 @@ NEEDED = """batch_size micro_batches num_minibatches num_iterations num_ppo_epoc
     dynamic_sampling_max_rounds beta tau noise mixture_temperature kl_target kl_horizon clip_norm
     cliprange_value epsilon epsilon_low epsilon_high target_kl temperature top_p typical_p repetition_penalty
     confidence decay_fraction alpha rows every ptx_batch_size ptx_max_length num_kept dro_tau pass_at
-    gae_alpha ref_model_mixup_alpha top_entropy_fraction is_clip_high rejection_high
+    reward_timeout gae_alpha ref_model_mixup_alpha top_entropy_fraction is_clip_high rejection_high
     teacher_weights""".split()  # noqa: SIM905
 ABOVE_0 = {"AdapterOptions", "Contrastive", "Choices", "Generate", "rule_rewards"}  # numbers of these names
 # Of the same name, and with a use of 0: (owner, name).

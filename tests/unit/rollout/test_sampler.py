@@ -19,6 +19,7 @@ from rlhf_jax.core.types import Rollout, Sequences
 from rlhf_jax.data.examples import PromptExample
 from rlhf_jax.data.tokenizers import character_tokenizer
 from rlhf_jax.generation import Sampling
+from rlhf_jax.rewards.calls import RewardCalls
 from rlhf_jax.rollout.sampler import completion_texts, make_evaluate_fn, make_generate_fn
 from rlhf_jax.rollout.samples import Sample
 from rlhf_jax.stages.reward_specs import make_ensemble_fn, make_optional_reward_fn, make_reward_fn
@@ -96,6 +97,16 @@ def test_rewards_add_up_by_their_weights():
         ["toy_rewards:right=2", "toy_rewards:length=-0.5", "toy_rewards:sevens"], TOKENIZER
     )
     np.testing.assert_allclose(several(ANSWERS, PROMPTS), [1.5, 2.5, -1.5])
+
+
+def test_rewards_by_rows_are_those_of_all_at_once():
+    def single(prompts, completions, **fields):
+        assert [len(values) for values in fields.values()] == [1] * len(fields)
+        return [float(fields["answer"] == completions)]
+
+    specs = ["toy_rewards:right=2", "toy_rewards:length=-0.5", (single, 1.0)]
+    by_rows = make_reward_fn(specs, TOKENIZER, calls=RewardCalls(2))(ANSWERS, PROMPTS)
+    np.testing.assert_allclose(by_rows, [2.5, 2.5, -1.5])
 
 
 KINDS = [
