@@ -128,6 +128,7 @@ class TokenLogprobs:
       mtp_logp: log-probability of the action as the module of each depth k = 1 ... D foresaw it k steps
         before; None where the model is not asked for it.
       routing: what the routers of each mixture did, by the path of their parameters; None likewise.
+      collision: sum of the squared probabilities of all actions, without gradient; None likewise.
     """
 
     logp: Float[Array, "B T"]
@@ -135,6 +136,7 @@ class TokenLogprobs:
     value: Float[Array, "B T"]
     mtp_logp: Float[Array, "D B T"] | None = None
     routing: dict[str, "Routing"] | None = None
+    collision: Float[Array, "B T"] | None = None
 
 
 ToolFn: TypeAlias = Callable[[Int[Array, "B T"], Int[Array, " B"]], Int[Array, "B R"]]

@@ -7,6 +7,7 @@ from rlhf_jax.losses.corrections import (
     off_policy_metrics,
     ratio_rule,
 )
+from rlhf_jax.losses.covariance import clip_cov_mask, kl_cov_mask, token_covariance
 from rlhf_jax.losses.distillation import (
     at_temperature,
     forward_kl_loss,
@@ -34,6 +35,7 @@ from rlhf_jax.losses.policy_ratios import (
     token_log_ratio,
 )
 from rlhf_jax.losses.policy_surrogates import (
+    advantage_regression_surrogate,
     cispo_surrogate,
     clip_surrogate,
     dppo_kl_surrogate,
@@ -118,6 +120,7 @@ __all__ = [
     "Correction",
     "PairLogps",
     "Reduction",
+    "advantage_regression_surrogate",
     "advantage_weighted_loss",
     "all_pairs_loss",
     "alpha_divergence_score",
@@ -134,6 +137,7 @@ __all__ = [
     "categorical_value_loss",
     "cispo_surrogate",
     "class_mean_shift",
+    "clip_cov_mask",
     "clip_surrogate",
     "clipped_value_loss",
     "conservative_penalty",
@@ -160,6 +164,7 @@ __all__ = [
     "importance_surrogate",
     "ipo_loss",
     "js_score",
+    "kl_cov_mask",
     "kto_kl",
     "kto_loss",
     "length_desensitized_logp",
@@ -202,6 +207,7 @@ __all__ = [
     "simpo_loss",
     "sppo_loss",
     "squared_value_loss",
+    "token_covariance",
     "token_log_ratio",
     "token_mean",
     "top_entropy_mask",

@@ -8,15 +8,29 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from rlhf_jax import models
 from rlhf_jax.algorithms import grpo, ppo, selection
+from rlhf_jax.algorithms.grpo_control import control
 from rlhf_jax.algorithms.moving_reference import sync_reference, with_params
 from rlhf_jax.core.axes import constrain
 from rlhf_jax.core.masks import masked_mean, masked_sum
 from rlhf_jax.core.protocols import LogprobFn
-from rlhf_jax.core.types import Array, Bool, Float, Int, Metrics, Params, Rollout, Sequences, StepRewards
+from rlhf_jax.core.types import (
+    Array,
+    Bool,
+    Float,
+    Int,
+    Metrics,
+    Params,
+    Rollout,
+    Sequences,
+    StepRewards,
+    TokenLogprobs,
+)
+from rlhf_jax.kernels.kl import k1
 from rlhf_jax.kernels.prepare import mask_or_all
 from rlhf_jax.rollout.completions import describe_rows
 
@@ -49,8 +63,8 @@ def make_grpo_train_step(
 
     Returns:
       `train_step(state, hyper, original, rollout, rewards, scored=None, greedy_rewards=None, steps=None,
-      reward_terms=None) -> (state, metrics)`; `scored` marks the answers that have a reward, `steps` are
-      process rewards.
+      reward_terms=None, values=None) -> (state, metrics)`; `scored` marks the answers that have a reward,
+      `steps` are process rewards, and the others what `grpo.make_batch` takes.
     """
     update = grpo.make_update(config, logprob_fn, tx)
 
@@ -64,6 +78,7 @@ def make_grpo_train_step(
         greedy_rewards: Float[Array, " N"] | None = None,
         steps: StepRewards | None = None,
         reward_terms: Float[Array, "B K"] | None = None,
+        values: Float[Array, " N"] | None = None,
     ) -> tuple[grpo.State, Metrics]:
         learner, ref_params = state.learner, state.ref_params
         reference = (
@@ -71,6 +86,12 @@ def make_grpo_train_step(
         )
         old = logprob_fn(state.learner.all_params, rollout.sequences)
         ref_logp = logprob_fn(reference, rollout.sequences).logp
+        counted = rollout.sequences.mask & mask_or_all(scored, rewards)[:, None]
+        state, hyper, moved = _controlled(state, hyper, old, ref_logp, counted)
+        batch_key = None
+        if hyper.clip_cov_fraction is not None:
+            key, batch_key = jax.random.split(state.key)
+            state = dataclasses.replace(state, key=key)
         batch, described = grpo.make_batch(
             config,
             hyper,
@@ -82,15 +103,31 @@ def make_grpo_train_step(
             greedy_rewards=greedy_rewards,
             steps=steps,
             entropy=old.entropy,
+            collision=old.collision,
+            values=values,
             reward_terms=reward_terms,
+            key=batch_key,
         )
         # Of pruned answers the rows of the batch are some: nothing says whose they are.
         if describes_rows and len(batch.sequences.mask) == len(rewards):
             described |= describe_rows(batch.advantages, old.logp, ref_logp, rollout.sequences.mask)
         state, metrics = update(state, hyper, batch)
-        return _synced(state, hyper, learner.steps), {**described, **metrics}
+        return _synced(state, hyper, learner.steps), {**described, **metrics, **moved}
 
     return train_step
+
+
+def _controlled(
+    state: grpo.State,
+    hyper: grpo.Hyper,
+    old: TokenLogprobs,
+    ref_logp: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+) -> tuple[grpo.State, grpo.Hyper, Metrics]:
+    """`grpo_control.control` by what is measured on the answers that have a reward."""
+    answers = jnp.sum(jnp.any(mask, axis=1))
+    kl = masked_sum(k1(old.logp, ref_logp), mask) / jnp.maximum(answers, 1)
+    return control(state, hyper, entropy=masked_mean(old.entropy, mask), kl=kl, num_answers=answers)
 
 
 def make_ppo_train_step(

@@ -27,6 +27,7 @@ from rlhf_jax.losses import policy_ratios, reductions
 from rlhf_jax.stages import adapting, defaults, inputs, option_checks, option_groups
 from rlhf_jax.stages.entry import Given
 from rlhf_jax.stages.off_policy_options import OffPolicyOptions, corrected
+from rlhf_jax.stages.variant_options import VariantOptions
 
 RATIOS = {
     "token": policy_ratios.token_log_ratio,
@@ -57,6 +58,7 @@ class GroupOptions:
       model: run folder of the policy to start from, which is also the reference.
       prompts: which prompts, and what their answers are worth.
       off_policy: corrections for answers that are not the policy's, and masks.
+      variant: parts that single variants have.
       algorithm: the variant of GRPO.
       batch_size: prompts a step.
       group_size: answers to each.
@@ -103,6 +105,7 @@ class GroupOptions:
     process: tyro.conf.OmitArgPrefixes[option_groups.ProcessOptions] = option_groups.ProcessOptions()
     sync: tyro.conf.OmitArgPrefixes[option_groups.SyncOptions] = option_groups.SyncOptions()
     off_policy: tyro.conf.OmitArgPrefixes[OffPolicyOptions] = OffPolicyOptions()
+    variant: tyro.conf.OmitArgPrefixes[VariantOptions] = VariantOptions()
     algorithm: AlgorithmName = "grpo"
     batch_size: PositiveInt = 32
     group_size: PositiveInt = 8
@@ -162,6 +165,10 @@ def check(options: GroupOptions, stage: str) -> None:
             f"--overlong-penalty-coef: --algorithm {options.algorithm} takes each reward apart: give "
             "rlhf_jax.rewards.rules:soft_overlong_reward as one of --rewards"
         )
+    if variant.reference_samples and jax.process_count() > 1:
+        raise UserError(
+            f"--algorithm {options.algorithm} samples the reference in one process: run without --coordinator"
+        )
     if variant.dynamic_sampling_max_rounds > 1 and jax.process_count() > 1:
         raise UserError(
             "answers are sampled again in one process only: give --dynamic-sampling-max-rounds 1, or run "
@@ -216,6 +223,7 @@ def own_of(options: GroupOptions) -> dict[str, Any]:
         "--gfpo-metric": ("metric_fn", metrics[options.gfpo_metric]),
         "--dro-tau": ("tau", options.dro_tau),
         "--pass-at": ("k", options.pass_at),
+        **options.variant.parameters,
     }
     known = inspect.signature(find_variant(options.algorithm)).parameters
     for flag, (name, value) in given.items():
@@ -240,9 +248,11 @@ def variant_of(options: GroupOptions) -> GRPOVariant:
             f"--scale-rewards is for algorithms whose baseline is the group's mean, which that of "
             f"--algorithm {options.algorithm} is not: leave it out"
         )
-    published = {name: getattr(options, name) for name in PUBLISHED} | options.off_policy.masks
+    published = {name: getattr(options, name) for name in PUBLISHED}
+    published |= options.off_policy.masks | options.variant.leaves
     variant = make(changes=published | parts_of(options) | own_of(options))
     variant = corrected(variant, options.off_policy, one_step_off_policy=options.one_step_off_policy)
+    options.variant.check(variant)
     rate = jnp.float32(options.learning_rate)
     hyper = dataclasses.replace(variant.hyper, learning_rate=rate, sync=options.sync.hyper())
     return dataclasses.replace(variant, hyper=hyper)

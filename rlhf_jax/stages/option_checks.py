@@ -30,6 +30,7 @@ WITHOUT_PREFIX = (
     "process",
     "sync",
     "off_policy",
+    "variant",
     "prune",
     "limits",
     "decoder",

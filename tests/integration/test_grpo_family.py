@@ -189,3 +189,25 @@ def test_options_put_other_parts_into_a_variant():
     ):
         with pytest.raises(UserError, match=message):
             config(**options)
+
+
+@pytest.mark.slow
+def test_moving_coefficients_and_reference_values_resume_to_the_bit(tiny, tmp_path, rewards):
+    words = ("--rewards", rewards, "--learning-rate", 1e-2, "--algorithm", "a_star_po", "--group-size", 1)
+    words += (
+        "--reference-samples",
+        2,
+        "--advantage-beta",
+        0.1,
+        "--kl-coef",
+        0.1,
+        "--kl-target",
+        9,
+        "--kl-horizon",
+        40,
+    )
+    found = check_resume(tiny, tmp_path, *words, "--target-entropy", 5, "--entropy-coef-step", 0.1)
+    np.testing.assert_allclose([line["entropy_coef"] for line in found], [0, 0.1, 0.2, 0.3, 0.4], atol=1e-6)
+    coefs = [line["kl_coef"] for line in found]
+    np.testing.assert_allclose(coefs, 0.1 * 0.98 ** np.arange(5), rtol=1e-5)  # far below the target
+    assert (tmp_path / "whole" / "reference_values.json").exists()
