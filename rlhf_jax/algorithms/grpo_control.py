@@ -46,29 +46,36 @@ def control(
     Raises:
       UserError: the state holds no coefficients.
     """
-    held = state.control
     if hyper.target_entropy is None and hyper.kl_target is None:
         return state, hyper, {}
-    if held is None:
+    if state.control is None:
         raise UserError("target_entropy and kl_target move coefficients of the state: give init hyper=")
-    metrics: Metrics = {}
-    if hyper.target_entropy is not None:
-        bounds = {"target": hyper.target_entropy}
-        in_use = entropy_bonus_coef(held.entropy_coef, entropy, **bounds)
-        hyper = dataclasses.replace(hyper, entropy_coef=in_use)
-        moved = adaptive_entropy_update(
-            held.entropy_coef, entropy, step_size=hyper.entropy_coef_step, **bounds
-        )
-        held = dataclasses.replace(held, entropy_coef=moved)
-        metrics["entropy_coef"] = in_use
-    if hyper.kl_target is not None:
-        scale = held.kl_scale
-        hyper = dataclasses.replace(
-            hyper, kl_coef=hyper.kl_coef * scale, reward_kl_coef=hyper.reward_kl_coef * scale
-        )
-        moved = adaptive_kl_update(
-            scale, kl, target=hyper.kl_target, horizon=hyper.kl_horizon, num_steps=num_answers
-        )
-        held = dataclasses.replace(held, kl_scale=moved)
-        metrics["kl_coef"] = hyper.kl_coef + hyper.reward_kl_coef
-    return dataclasses.replace(state, control=held), hyper, metrics
+    held, hyper, metrics = _hold_entropy(state.control, hyper, entropy)
+    held, hyper, of_kl = _hold_kl(held, hyper, kl, num_answers)
+    return dataclasses.replace(state, control=held), hyper, metrics | of_kl
+
+
+def _hold_entropy(held: Control, hyper: Hyper, entropy: Float[Array, ""]) -> tuple[Control, Hyper, Metrics]:
+    if hyper.target_entropy is None:
+        return held, hyper, {}
+    target = hyper.target_entropy
+    in_use = entropy_bonus_coef(held.entropy_coef, entropy, target=target)
+    moved = adaptive_entropy_update(
+        held.entropy_coef, entropy, target=target, step_size=hyper.entropy_coef_step
+    )
+    hyper = dataclasses.replace(hyper, entropy_coef=in_use)
+    return dataclasses.replace(held, entropy_coef=moved), hyper, {"entropy_coef": in_use}
+
+
+def _hold_kl(
+    held: Control, hyper: Hyper, kl: Float[Array, ""], num_answers: Scalar
+) -> tuple[Control, Hyper, Metrics]:
+    if hyper.kl_target is None:
+        return held, hyper, {}
+    scale = held.kl_scale
+    in_loss, in_reward = hyper.kl_coef * scale, hyper.reward_kl_coef * scale
+    moved = adaptive_kl_update(
+        scale, kl, target=hyper.kl_target, horizon=hyper.kl_horizon, num_steps=num_answers
+    )
+    hyper = dataclasses.replace(hyper, kl_coef=in_loss, reward_kl_coef=in_reward)
+    return dataclasses.replace(held, kl_scale=moved), hyper, {"kl_coef": jnp.asarray(in_loss + in_reward)}

@@ -215,7 +215,8 @@ def train(session: Session, prompts: inputs.Prompts) -> Trained:
         terms = np.stack([*answers.scored.terms.values()], axis=1) if variant.needs_terms else None
         rewards = distributed.shard_batch([answers.rewards, scored, greedy_rewards])
         steps = steps_fn and meter.timed("reward", steps_fn, answers.rollout)
-        of_prompts = optimal and np.float32([optimal[id(p)] for p in answers.prompts[:: options.group_size]])
+        once = answers.prompts[:: options.group_size]
+        of_prompts = optimal and np.asarray([optimal[id(prompt)] for prompt in once], np.float32)
         others = distributed.shard_batch([terms, of_prompts])
         data = (split.original, answers.rollout, *rewards, steps, *others)
         state, metrics = meter.timed("update", learn, state, *data)
