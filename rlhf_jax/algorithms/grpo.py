@@ -17,6 +17,7 @@ from rlhf_jax.algorithms.grpo_config import (
     Batch as Batch,
     Config as Config,
     Hyper as Hyper,
+    Replay as Replay,
     State as State,
 )
 from rlhf_jax.algorithms.grpo_control import init_control
@@ -37,6 +38,7 @@ def init(
     one_step_off_policy: bool = False,
     moving_reference: bool = False,
     hyper: Hyper | None = None,
+    replay: Replay | None = None,
 ) -> State:
     """The state at step 0.
 
@@ -46,11 +48,12 @@ def init(
         trainer (asynchronous rollouts); give the configuration a `correction` to make up for it.
       moving_reference: the reference follows the policy, as `Hyper.sync` says.
       hyper: needed where it has a `target_entropy` or a `kl_target`.
+      replay: an empty buffer (`replay.init_replay`), where groups are replayed.
     """
     stale = jax.tree.map(jnp.copy, params) if one_step_off_policy else None
     reference = init_reference(params) if moving_reference else None
     control = None if hyper is None else init_control(hyper)
-    return State(init_train_state(params, tx, frozen), key, stale, reference, control)
+    return State(init_train_state(params, tx, frozen), key, stale, reference, control, replay)
 
 
 def make_update(

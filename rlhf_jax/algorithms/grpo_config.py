@@ -7,7 +7,7 @@ from rlhf_jax.algorithms.group_advantages import AdvantageFn, grpo_advantages
 from rlhf_jax.algorithms.moving_reference import SyncHyper
 from rlhf_jax.core.train_state import TrainState
 from rlhf_jax.core.trees import pytree_dataclass
-from rlhf_jax.core.types import Array, Bool, Float, Params, PRNGKeyArray, Scalar, Sequences
+from rlhf_jax.core.types import Array, Bool, Float, Int, Params, PRNGKeyArray, Scalar, Sequences
 from rlhf_jax.kernels.kl import k3
 from rlhf_jax.losses.corrections import Correction
 from rlhf_jax.losses.policy import KLFn, RatioFn, SurrogateFn
@@ -26,6 +26,8 @@ class Config:
       num_minibatches: optimizer steps in each pass; divides the rows of a batch.
       micro_batches: parts in which a mini-batch is computed; changes memory, not the result.
       num_kept: answers to each prompt that are learned from, those of largest advantage (CPPO); 0 for all.
+      num_replayed: groups of earlier steps that are learned from in each step again, where the state has any
+        (`replay.replay_groups`).
       advantage_fn: advantages of a group's answers (`algorithms.grpo_variants` has the family's).
       ratio_fn: token or sequence level (`losses.policy_ratios`).
       surrogate_fn: what the ratio and the advantage become (`losses.policy_surrogates`).
@@ -43,6 +45,7 @@ class Config:
     num_minibatches: int = 1
     micro_batches: int = 1
     num_kept: int = 0
+    num_replayed: int = 0
     advantage_fn: AdvantageFn = grpo_advantages
     ratio_fn: RatioFn = token_log_ratio
     surrogate_fn: SurrogateFn = clip_surrogate
@@ -128,31 +131,6 @@ class Control:
 
 
 @pytree_dataclass
-class State:
-    """All that a resume needs.
-
-    Attributes:
-      stale_params: trained parameters before the last update, where training is one step off policy; else
-        None.
-      ref_params: the reference's own, where it follows the policy (`moving_reference`); else None.
-      control: coefficients that move (`grpo_control`); None where all stay.
-    """
-
-    learner: TrainState
-    key: PRNGKeyArray
-    stale_params: Params = None
-    ref_params: Params = None
-    control: Control | None = None
-
-    @property
-    def rollout_params(self) -> Params:
-        """The policy that samples the next answers."""
-        if self.stale_params is None:
-            return self.learner.all_params
-        return dataclasses.replace(self.learner, params=self.stale_params).all_params
-
-
-@pytree_dataclass
 class Batch:
     """Sampled answers with their advantages.
 
@@ -173,3 +151,45 @@ class Batch:
     weights: Float[Array, "B T"] | None = None
     sampler_logp: Float[Array, "B T"] | None = None
     old_kl_mask: Bool[Array, "B T"] | None = None
+
+
+@pytree_dataclass
+class Replay:
+    """Recent groups, as rows of a batch that has all of its parts.
+
+    Attributes:
+      batch: K groups of R rows each.
+      filled: groups that are there.
+      cursor: where the next one goes.
+    """
+
+    batch: Batch
+    filled: Bool[Array, " K"]
+    cursor: Int[Array, ""]
+
+
+@pytree_dataclass
+class State:
+    """All that a resume needs.
+
+    Attributes:
+      stale_params: trained parameters before the last update, where training is one step off policy; else
+        None.
+      ref_params: the reference's own, where it follows the policy (`moving_reference`); else None.
+      control: coefficients that move (`grpo_control`); None where all stay.
+      replay: groups that may be learned from again (`replay`); None for none.
+    """
+
+    learner: TrainState
+    key: PRNGKeyArray
+    stale_params: Params = None
+    ref_params: Params = None
+    control: Control | None = None
+    replay: Replay | None = None
+
+    @property
+    def rollout_params(self) -> Params:
+        """The policy that samples the next answers."""
+        if self.stale_params is None:
+            return self.learner.all_params
+        return dataclasses.replace(self.learner, params=self.stale_params).all_params

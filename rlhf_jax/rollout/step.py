@@ -15,6 +15,7 @@ from rlhf_jax import models
 from rlhf_jax.algorithms import grpo, ppo, selection
 from rlhf_jax.algorithms.grpo_control import control
 from rlhf_jax.algorithms.moving_reference import sync_reference, with_params
+from rlhf_jax.algorithms.replay import replay_groups
 from rlhf_jax.core.axes import constrain
 from rlhf_jax.core.masks import masked_mean, masked_sum
 from rlhf_jax.core.protocols import LogprobFn
@@ -30,6 +31,7 @@ from rlhf_jax.core.types import (
     StepRewards,
     TokenLogprobs,
 )
+from rlhf_jax.kernels.advantages import reward_spread
 from rlhf_jax.kernels.kl import k1
 from rlhf_jax.kernels.prepare import mask_or_all
 from rlhf_jax.rollout.completions import describe_rows
@@ -111,10 +113,32 @@ def make_grpo_train_step(
         # Of pruned answers the rows of the batch are some: nothing says whose they are.
         if describes_rows and len(batch.sequences.mask) == len(rewards):
             described |= describe_rows(batch.advantages, old.logp, ref_logp, rollout.sequences.mask)
+        if state.replay is not None:
+            earned = 0.0 if steps is None else masked_sum(steps.rewards, steps.ends & counted, axis=1)
+            state, batch, replayed = _replayed(config, state, batch, rewards + earned, scored)
+            moved |= replayed
         state, metrics = update(state, hyper, batch)
         return _synced(state, hyper, learner.steps), {**described, **metrics, **moved}
 
     return train_step
+
+
+def _replayed(
+    config: grpo.Config,
+    state: grpo.State,
+    batch: grpo.Batch,
+    rewards: Float[Array, " B"],
+    scored: Bool[Array, " B"] | None,
+) -> tuple[grpo.State, grpo.Batch, Metrics]:
+    """`replay.replay_groups`, which keeps the groups that differ in what they have earned."""
+    assert state.replay is not None
+    shape = (-1, config.group_size)
+    differs = reward_spread(rewards.reshape(shape), None if scored is None else scored.reshape(shape)) > 0
+    key, replay_key = jax.random.split(state.key)
+    kept, batch, metrics = replay_groups(
+        state.replay, batch, differs, replay_key, num_groups=config.num_replayed
+    )
+    return dataclasses.replace(state, key=key, replay=kept), batch, metrics
 
 
 def _controlled(

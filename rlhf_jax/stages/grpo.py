@@ -23,6 +23,7 @@ import numpy as np
 from rlhf_jax import distributed
 from rlhf_jax.algorithms import grpo
 from rlhf_jax.algorithms.grpo_variants import GRPOVariant
+from rlhf_jax.algorithms.replay import init_replay
 from rlhf_jax.core import files
 from rlhf_jax.core.ranges import (
     Count,
@@ -126,6 +127,14 @@ def make_greedy_fn(session: Session, prompts: inputs.Prompts) -> Callable[[Param
     return greedy
 
 
+def empty_replay(options: GroupOptions, variant: GRPOVariant, length: int) -> grpo.Replay | None:
+    """The buffer of groups at step 0, of rows of so many tokens; None where none are replayed."""
+    if not variant.config.num_replayed:
+        return None
+    rows = variant.config.num_kept or options.group_size
+    return init_replay(capacity=options.replay.capacity(options.batch_size), rows=rows, length=length)
+
+
 def reference_values(session: Session, variant: GRPOVariant, prompts: inputs.Prompts) -> dict[int, float]:
     """Optimal values of all prompts by `id`, from answers of the policy to start from (A*-PO's first stage).
 
@@ -199,6 +208,7 @@ def train(session: Session, prompts: inputs.Prompts) -> Trained:
             one_step_off_policy=options.one_step_off_policy,
             moving_reference=options.sync.ref_model_sync_steps > 0,
             hyper=variant.hyper,
+            replay=empty_replay(options, variant, prompts.length + options.max_completion_length),
         ),
         split.trained,
         split.frozen,

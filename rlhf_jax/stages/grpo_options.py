@@ -27,7 +27,7 @@ from rlhf_jax.losses import policy_ratios, reductions
 from rlhf_jax.stages import adapting, defaults, inputs, option_checks, option_groups
 from rlhf_jax.stages.entry import Given
 from rlhf_jax.stages.off_policy_options import OffPolicyOptions, corrected
-from rlhf_jax.stages.variant_options import VariantOptions
+from rlhf_jax.stages.variant_options import ReplayOptions, VariantOptions
 
 RATIOS = {
     "token": policy_ratios.token_log_ratio,
@@ -59,6 +59,7 @@ class GroupOptions:
       prompts: which prompts, and what their answers are worth.
       off_policy: corrections for answers that are not the policy's, and masks.
       variant: parts that single variants have.
+      replay: groups that are learned from again.
       algorithm: the variant of GRPO.
       batch_size: prompts a step.
       group_size: answers to each.
@@ -106,6 +107,7 @@ class GroupOptions:
     sync: tyro.conf.OmitArgPrefixes[option_groups.SyncOptions] = option_groups.SyncOptions()
     off_policy: tyro.conf.OmitArgPrefixes[OffPolicyOptions] = OffPolicyOptions()
     variant: tyro.conf.OmitArgPrefixes[VariantOptions] = VariantOptions()
+    replay: tyro.conf.OmitArgPrefixes[ReplayOptions] = ReplayOptions()
     algorithm: AlgorithmName = "grpo"
     batch_size: PositiveInt = 32
     group_size: PositiveInt = 8
@@ -145,9 +147,10 @@ class GroupOptions:
 
 def rows_of(options: GroupOptions, variant: GRPOVariant) -> tuple[int, str]:
     """Answers of a step that are learned from, and the options that say so."""
-    if kept := variant.config.num_kept:
-        return options.batch_size * kept, "--batch-size x --num-kept"
-    return options.batch_size * options.group_size, "--batch-size x --group-size"
+    kept, replayed = variant.config.num_kept, variant.config.num_replayed
+    groups = "(1 + --replay-share) x --batch-size" if replayed else "--batch-size"
+    rows, of_group = (kept, "--num-kept") if kept else (options.group_size, "--group-size")
+    return (options.batch_size + replayed) * rows, f"{groups} x {of_group}"
 
 
 def check(options: GroupOptions, stage: str) -> None:
@@ -159,6 +162,7 @@ def check(options: GroupOptions, stage: str) -> None:
     option_checks.check_divides(
         "--micro-batches", options.micro_batches, "the size of a mini-batch,", rows // options.num_minibatches
     )
+    options.replay.check(options.batch_size)
     options.sync.check((variant.hyper.kl_coef, variant.hyper.reward_kl_coef))
     if variant.needs_terms and variant.overlong_penalty_coef:
         raise UserError(
@@ -242,6 +246,7 @@ def variant_of(options: GroupOptions) -> GRPOVariant:
         num_iterations=options.num_iterations,
         num_minibatches=options.num_minibatches,
         micro_batches=options.micro_batches,
+        num_replayed=options.replay.count(options.batch_size),
     )
     if options.scale_rewards and make().config.advantage_fn not in SCALES.values():
         raise UserError(

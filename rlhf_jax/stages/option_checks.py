@@ -31,6 +31,7 @@ WITHOUT_PREFIX = (
     "sync",
     "off_policy",
     "variant",
+    "replay",
     "prune",
     "limits",
     "decoder",

@@ -1,11 +1,47 @@
-"""Options of single variants of GRPO: entropy and KL by covariance, regressions, and moving coefficients."""
+"""Options of parts of GRPO: covariance, regression, coefficients that move, and replay."""
 
 import dataclasses
 from typing import Annotated, Any
 
 from rlhf_jax.algorithms.grpo_variant import GRPOVariant
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.ranges import Positive, PositiveInt, PositiveOrInf, Range, Weight
+from rlhf_jax.core.ranges import Positive, PositiveInt, PositiveOrInf, Range, Share, Weight
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReplayOptions:
+    """Options of groups that are learned from again.
+
+    Attributes:
+      replay_share: groups of earlier steps whose rewards differ that each step learns from again, as a share
+        of --batch-size, beside its own.
+      replay_capacity: groups that are kept for it, the latest; None for four steps' worth.
+    """
+
+    replay_share: Share = 0.0
+    replay_capacity: PositiveInt | None = None
+
+    def count(self, batch_size: int) -> int:
+        """Groups of a step that are replayed."""
+        return round(self.replay_share * batch_size)
+
+    def capacity(self, batch_size: int) -> int:
+        """Groups that are kept."""
+        return self.replay_capacity or 4 * batch_size
+
+    def check(self, batch_size: int) -> None:
+        """Raises: UserError where nothing would be replayed, or less than a step is kept."""
+        share, count = self.replay_share, self.count(batch_size)
+        if (share or self.replay_capacity) and not count:
+            raise UserError(
+                f"--replay-share {share:g}: that is no group of --batch-size {batch_size}: give more, or leave "
+                "--replay-capacity out as well"
+            )
+        if count and self.capacity(batch_size) < batch_size:
+            raise UserError(
+                f"--replay-capacity {self.replay_capacity}: give --batch-size {batch_size} or more"
+            )
+
 
 PartOfTokens = Annotated[float, Range(0, 1, above=True)]
 

@@ -211,3 +211,11 @@ def test_moving_coefficients_and_reference_values_resume_to_the_bit(tiny, tmp_pa
     coefs = [line["kl_coef"] for line in found]
     np.testing.assert_allclose(coefs, 0.1 * 0.98 ** np.arange(5), rtol=1e-5)  # far below the target
     assert (tmp_path / "whole" / "reference_values.json").exists()
+
+
+@pytest.mark.slow
+def test_replayed_groups_resume_to_the_bit(tiny, tmp_path, rewards):
+    words = ("--rewards", rewards, "--learning-rate", 1e-2, "--replay-share", 0.5, "--replay-capacity", 5)
+    found = check_resume(tiny, tmp_path, *words, "--num-minibatches", 2)
+    assert [line["replayed"] for line in found] == [0, 2, 2, 2, 2]
+    assert found[-1]["ratio"] != 1

@@ -8,7 +8,7 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.losses.corrections import PRESETS, RULES, WEIGHTS
 from rlhf_jax.stages import grpo, grpo_options, option_groups
 from rlhf_jax.stages.off_policy_options import OffPolicyOptions
-from rlhf_jax.stages.variant_options import VariantOptions
+from rlhf_jax.stages.variant_options import ReplayOptions, VariantOptions
 
 
 def variant(off_policy=None, own=None, **options):
@@ -135,6 +135,35 @@ def test_parts_of_single_variants_are_leaves_that_go_with_any():
 def test_a_number_that_acts_on_nothing_is_refused(own, options, message):
     with pytest.raises(UserError, match=message):
         variant(own=own, **options)
+
+
+def test_replayed_groups_are_rows_of_a_step(tmp_path):
+    shared = {"model": "x", "prompts": option_groups.PromptOptions(data="x"), "learning_rate": 1.0}
+    run = option_groups.RunOptions(tmp_path / "run")
+
+    def options(batch_size=8, num_minibatches=1, **replay):
+        given = {"batch_size": batch_size, "group_size": 4, "num_minibatches": num_minibatches, "run": run}
+        return grpo.Options(**shared, **given, replay=ReplayOptions(**replay))
+
+    half = options(replay_share=0.5, num_minibatches=3)
+    made = grpo_options.variant_of(half)
+    assert made.config.num_replayed == 4
+    assert grpo_options.rows_of(half, made)[0] == 48
+    grpo_options.check(half, "grpo")
+    buffer = grpo.empty_replay(half, made, 10)
+    assert buffer.batch.old_logp.shape == (4 * 8 * 4, 10)
+    assert grpo.empty_replay(options(), grpo_options.variant_of(options()), 10) is None
+    for replay, message in (
+        ({"replay_share": 0.01}, "--replay-share 0.01: that is no group of --batch-size 8"),
+        ({"replay_capacity": 9}, "--replay-share 0: that is no group"),
+        ({"replay_share": 0.5, "replay_capacity": 5}, "--replay-capacity 5: give --batch-size 8 or more"),
+        (
+            {"replay_share": 0.5, "num_minibatches": 5},
+            r"--replay-share\) x --batch-size x --group-size 48",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            grpo_options.check(options(**replay), "grpo")
 
 
 def test_rewards_taken_apart_have_no_penalty_beside_them():
