@@ -34,8 +34,8 @@ class ReplayOptions:
         share, count = self.replay_share, self.count(batch_size)
         if (share or self.replay_capacity) and not count:
             raise UserError(
-                f"--replay-share {share:g}: that is no group of --batch-size {batch_size}: give more, or leave "
-                "--replay-capacity out as well"
+                f"--replay-share {share:g}: that is no group of --batch-size {batch_size}: give more, or "
+                "leave --replay-capacity out as well"
             )
         if count and self.capacity(batch_size) < batch_size:
             raise UserError(
