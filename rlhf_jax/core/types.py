@@ -58,12 +58,15 @@ class Sequences:
       positions: 0, 1, ... within each segment.
       segment_ids: 0 for padding, 1, 2, ... for the samples packed in a row; attention stays within one.
       mask: tokens that count (responses, actions); False for prompts, padding and tool outputs.
+      experts: those that each token goes through at each of R routers, -1 for the router's own choice; None
+        where all choose for themselves.
     """
 
     tokens: Int[Array, "B T"]
     positions: Int[Array, "B T"]
     segment_ids: Int[Array, "B T"]
     mask: Bool[Array, "B T"]
+    experts: Int[Array, "B T R k"] | None = None
 
 
 @pytree_dataclass

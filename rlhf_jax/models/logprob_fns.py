@@ -36,6 +36,7 @@ from rlhf_jax.models.from_logits import distribution_from_logits_fn, shift
 from rlhf_jax.models.heads import apply_scalar_head
 from rlhf_jax.models.mtp import mtp_hidden_states
 from rlhf_jax.models.router_stats import has_routers, routed_hidden_states
+from rlhf_jax.models.routing_replay import replayed_hidden_states
 
 
 def make_hidden_fn(config: ModelConfig) -> HiddenFn:
@@ -53,6 +54,8 @@ def make_logits_fn(config: ModelConfig) -> LogitsFn:
 
 
 def _hidden(model: ModelConfig | HiddenFn, params: Params, sequences: Sequences) -> Float[Array, "B T D"]:
+    if sequences.experts is not None and isinstance(model, ModelConfig):
+        return replayed_hidden_states(model, params, sequences)
     hidden_fn = make_hidden_fn(model) if isinstance(model, ModelConfig) else model
     return hidden_fn(params, sequences.tokens, sequences.positions, sequences.segment_ids)
 

@@ -32,7 +32,16 @@ from rlhf_jax.data.packing import left_pad, length_bucket
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.distributed import PARAMETER_AXES
 from rlhf_jax.generation import Sampling, generate
-from rlhf_jax.models import adapters, decode_fns, flops, from_logits, gguf_writing, hf, logprob_fns
+from rlhf_jax.models import (
+    adapters,
+    decode_fns,
+    flops,
+    from_logits,
+    gguf_writing,
+    hf,
+    logprob_fns,
+    routing_replay,
+)
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.gguf_writing import Outtype
 from rlhf_jax.models.heads import init_head, init_scalar_model
@@ -133,6 +142,10 @@ class Policy:
         if self.config is None:
             return from_logits.candidates_from_logits_fn(self.logits_fn)
         return logprob_fns.make_candidate_fn(self.config)
+
+    def make_recording_decode_fns(self) -> tuple[PrefillFn, DecodeFn]:
+        """(prefill, decode) that record experts, for routing replay. Raises: UserError where it has none."""
+        return routing_replay.make_recording_decode_fns(self.architecture)
 
     def make_value_fn(self) -> ValueFn:
         """Values of the states in which tokens are chosen, by a scalar model on this one."""

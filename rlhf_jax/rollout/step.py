@@ -87,7 +87,9 @@ def make_grpo_train_step(
             reference_fn(learner, original) if ref_params is None else with_params(learner, ref_params)
         )
         old = logprob_fn(state.learner.all_params, rollout.sequences)
-        ref_logp = logprob_fn(reference, rollout.sequences).logp
+        # The reference goes through experts of its own.
+        own = dataclasses.replace(rollout.sequences, experts=None)
+        ref_logp = logprob_fn(reference, own).logp
         counted = rollout.sequences.mask & mask_or_all(scored, rewards)[:, None]
         state, hyper, moved = _controlled(state, hyper, old, ref_logp, counted)
         batch_key = None

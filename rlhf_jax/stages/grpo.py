@@ -25,6 +25,7 @@ from rlhf_jax.algorithms import grpo
 from rlhf_jax.algorithms.grpo_variants import GRPOVariant
 from rlhf_jax.algorithms.replay import init_replay
 from rlhf_jax.core import files
+from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.ranges import (
     Count,
 )
@@ -56,15 +57,31 @@ class Options(GroupOptions):
         with #NAME behind it where it does not call the model default. openai servers keep their weights.
       max_num_seqs: answers on their way at a time, each of which makes room for the next; 0 for all at once,
         which reads each prompt once for its whole group.
+      routing_replay: of a mixture of experts: updates take each token through the experts that it went
+        through when it was sampled (R3).
     """
 
     engine: str = "local"
     max_num_seqs: Count = 0
+    routing_replay: bool = False
 
     @property
     def sampler(self) -> dict[str, Any]:
         """What `inputs.make_answer_fn` is told about who writes the answers."""
-        return {"engine": self.engine, "max_num_seqs": self.max_num_seqs}
+        return {
+            "engine": self.engine,
+            "max_num_seqs": self.max_num_seqs,
+            "routing_replay": self.routing_replay,
+        }
+
+
+def check_routing_replay(options: Options) -> None:
+    """Raises: UserError where the sampler cannot record experts, or the update not replay them."""
+    if options.engine != "local" or options.max_num_seqs or options.replay.replay_share:
+        raise UserError(
+            "--routing-replay records experts of --engine local, of all answers of a step at once, and of no "
+            "other step: leave out --engine, --max-num-seqs and --replay-share"
+        )
 
 
 def update_flops(options: GroupOptions, model: Policy, length: int) -> float:
@@ -166,6 +183,8 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     options = defaults.fill_published(options, "grpo")
     check(options, "grpo")
     check_rewards(options, given)
+    if options.routing_replay:
+        check_routing_replay(options)
     session = Session(options, given, "grpo")
     prompts = session.load_prompts()
     session.decide_steps(len(prompts))
