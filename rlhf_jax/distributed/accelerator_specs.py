@@ -42,6 +42,8 @@ CHIPS = (
     Chip("A100 SXM 80 GB", "NVIDIA A100-SXM4-80GB", 312e12, 80e9, 2039e9, 300e9, f"{_NVIDIA}/a100"),
     Chip("H100 SXM", "NVIDIA H100", 989e12, 80e9, 3350e9, 450e9, f"{_NVIDIA}/h100"),
     Chip("H200 SXM", "NVIDIA H200", 989e12, 141e9, 4800e9, 450e9, f"{_NVIDIA}/h200"),
+    Chip("B200 SXM", "NVIDIA B200", 2250e12, 180e9, 8000e9, 900e9, f"{_NVIDIA}/dgx-b200"),
+    Chip("half a GB200", "NVIDIA GB200", 2500e12, 186e9, 8000e9, 900e9, f"{_NVIDIA}/gb200-nvl72"),
 )
 
 

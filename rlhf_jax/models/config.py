@@ -272,8 +272,8 @@ class ModelConfig:
         of depth); otherwise layers are separate and unrolled (faster on CPU).
       remat: what the backward pass computes again: nothing, everything but outputs of matmuls with
         parameters (`dots`), everything but what attention needs (`attention`), everything in a block.
-      attention_backend: cuDNN's flash attention on NVIDIA GPUs, splash attention on TPUs, blocks on CPU,
-        plain where those do not apply (`auto`); or the one that is named.
+      attention_backend: cuDNN's flash attention on NVIDIA GPUs, splash attention on TPUs, blocks where those
+        do not apply (`auto`); or the one that is named.
     """
 
     vocab_size: int

@@ -2,12 +2,15 @@
 
     rlhf plan --model llama-8b --algo grpo --mesh fsdp=64 --topology v5e:8x8 --batch 64
     rlhf plan --model ~/Llama-3.1-8B --algo sft --mesh fsdp=8 --batch 16    # for the devices here
+    rlhf plan --model llama-8b --algo grpo --mesh fsdp=8 --topology h100:8 --batch 64
     rlhf plan --model llama-8b --algo dpo --mesh fsdp=8 --chip h100 --batch 64    # on paper
 
-With --topology the TPU compiler (pip install 'rlhf_jax[tpu-plan]', Linux, no TPU needed) compiles for a slice
-that is not there; without it the program is compiled for the devices at hand; with --chip nothing is
-compiled, and memory and traffic are counted on paper (`training.formula`). No weight is read or
-made.
+With --topology the compiler of TPUs or of NVIDIA GPUs (pip install 'rlhf_jax[tpu-plan]' or
+'rlhf_jax[gpu-plan]', Linux) compiles for devices that are not there; without it the program is compiled for
+the devices at hand; with --chip nothing is compiled, and memory and traffic are counted on paper
+(`planning.analytic`). No weight is read or made. cuDNN's attention needs a GPU at hand: plans for GPUs have
+attention in blocks, which takes more memory and time.
+
 Everything printed is predicted, not measured.
 """
 
@@ -48,7 +51,8 @@ class Options:
         the description is read.
       algo: whose step.
       mesh: as in the scripts: fsdp=64, or data=2,fsdp=8,tensor=4.
-      topology: the slice of TPUs, its shape in chips: v5e:8x8, v5p:4x4x4; empty for the devices here.
+      topology: the slice of TPUs, its shape in chips: v5e:8x8, v5p:4x4x4; or NVIDIA GPUs and how many:
+        h100:8, h200:64, b200:8; empty for the devices here.
       chip: make the plan by formula, for this kind of chip, and compile nothing.
       batch: rows a step: conversations of SFT, pairs of DPO, answers of GRPO and PPO.
       length: tokens a row; of GRPO and PPO, prompt and answer together.

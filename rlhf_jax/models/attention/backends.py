@@ -114,9 +114,10 @@ def choose_backend(
 ) -> Backend:
     """The one place where it is decided how attention is computed.
 
-    `auto` takes cuDNN on NVIDIA GPUs and splash attention on TPUs where they apply and plain attention where
-    they do not, and blocks on CPU. Reading from a cache, a token at a time, is bound by memory and plain.
-    Where the columns are split over devices, keys and values go around in a ring.
+    `auto` takes cuDNN on NVIDIA GPUs and splash attention on TPUs where they apply, and blocks where they do
+    not and everywhere else, so that no whole square of logits is ever held. Reading from a cache, a token at
+    a time, is bound by memory and plain. Where the columns are split over devices, keys and values go around
+    in a ring.
 
     Raises:
       UserError: `asked` names a backend that does not apply.
@@ -125,8 +126,8 @@ def choose_backend(
         return "plain"
     if shards("time", query.shape[1]) > 1 and asked == "auto":
         return "plain" if biased else "ring"
-    best: dict[str, Backend] = {"gpu": "cudnn", "tpu": "splash", "cpu": "blocked"}
-    backend = best.get(platform, "plain") if asked == "auto" else asked
+    best: dict[str, Backend] = {"gpu": "cudnn", "tpu": "splash"}
+    backend = best.get(platform, "blocked") if asked == "auto" else asked
     obstacle = None
     if backend == "cudnn":
         obstacle = _cudnn_obstacle(query, value, softcap, platform)
@@ -135,17 +136,18 @@ def choose_backend(
     if obstacle is None:
         return backend
     if asked == "auto":
-        return "plain"
+        return "blocked"
     raise UserError(f"attention_backend={asked} cannot be used: {obstacle}; choose auto or another one.")
 
 
 def _platform() -> str:
     device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None and device.platform == "tpu":  # also where a program is compiled ahead of time
-        return "tpu"
-    if jax.default_backend() == "gpu" and "cuda" not in jax.devices()[0].client.platform_version:
+    here = jax.default_backend()
+    if device is not None and device.platform != here:  # a program is compiled ahead of time
+        return "a GPU that is not here" if device.platform == "gpu" else device.platform
+    if here == "gpu" and "cuda" not in jax.devices()[0].client.platform_version:
         return "rocm"
-    return jax.default_backend()
+    return here
 
 
 def _cudnn_obstacle(query: Array, value: Array, softcap: float | None, platform: str) -> str | None:

@@ -13,6 +13,7 @@ from rlhf_jax.core.axes import GATHERED_SAMPLING, axis_rules
 from rlhf_jax.distributed.accelerator_specs import chip_of
 from rlhf_jax.planning import compiled
 from rlhf_jax.planning.analytic import analytic_plan
+from rlhf_jax.planning.gpu_targets import GPU_TARGETS
 from rlhf_jax.stages import plan as plan_stage
 
 CONFIG = models.dense_config(
@@ -84,6 +85,17 @@ def test_parameters_gathered_once_on_paper():
     assert once.temporary_bytes > often.temporary_bytes
 
 
+def test_targets_are_the_gpus_whose_roofs_are_known():
+    for target in GPU_TARGETS.values():
+        chip = chip_of(target.description)
+        assert chip is not None
+        assert target.memory_bytes == pytest.approx(chip.memory_bytes, rel=0.08)
+        assert target.memory_bandwidth == pytest.approx(chip.memory_bandwidth, rel=0.05)
+        text = target.to_text()
+        assert text.count("{") == text.count("}") == 3
+        assert f'device_description_str: "{target.description}"' in text
+
+
 REFUSAL = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 22.50G of 15.75G hbm. Exceeded."
 
 
@@ -142,6 +154,8 @@ def test_verdicts_and_json():
         ("--chip h100 --mesh fsdp=8 --remat none", "a plan by formula is for remat full, and this is none"),
         ("--chip h100 --topology v5e:8x8", "--chip goes by formula and excludes --topology"),
         ("--topology v5e-64", "--topology 'v5e-64' is not understood: write a generation and its shape"),
+        ("--topology h300:8", "--topology h300:8: there is no such machine: write a generation"),
+        ("--topology h100:12", "--topology h100:12: there is no such machine: write a generation"),
     ],
 )
 def test_mistakes_are_one_sentence(words, sentence, capsys):
