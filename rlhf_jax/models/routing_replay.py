@@ -36,7 +36,7 @@ def _routers(params: Params) -> list[tuple[Path, int]]:
     return [found for name in blocks for found in within(params[name], (name,))]
 
 
-def _recorded(kept: Any, params: Params, shape: tuple[int, int]) -> Int[Array, "B T R k"]:
+def _recorded(kept: Any, params: Params, shape: tuple[int, ...]) -> Int[Array, "B T R k"]:
     """What the routers have left of their choices, of all of them."""
     found = []
     for path, count in _routers(params):
