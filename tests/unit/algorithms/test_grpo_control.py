@@ -31,16 +31,8 @@ CONTROLLED = grpo.Hyper(
 )
 
 
-def logprob_fn(params, sequences):
-    """With collision probabilities, as OTB asks for them."""
-    scored = tabular.score(params, sequences)
-    before = jnp.roll(sequences.tokens, 1, axis=1)
-    square = jnp.sum(jnp.exp(2 * jax.nn.log_softmax(params["logits"])[before]), axis=-1)
-    return dataclasses.replace(scored, collision=jnp.where(sequences.mask, square, jnp.nan))
-
-
 def train_step(variant, tx=TX):
-    step = make_grpo_train_step(variant.config, logprob_fn, tx)
+    step = make_grpo_train_step(variant.config, tabular.score, tx)
 
     @jax.jit
     def run(state, hyper, **data):
