@@ -10,6 +10,7 @@ from rlhf_jax.core.masks import clean, masked_mean
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Bool, Float, Int, Scalar
 from rlhf_jax.kernels import advantages as baselines
+from rlhf_jax.kernels.baselines import optimal_token_baseline_advantages, score_energy
 
 
 @pytree_dataclass
@@ -30,6 +31,9 @@ class GroupStats:
       terms: the rewards of which `rewards` is the weighted sum, NaN where one is not meant for an answer;
         None where they are not told apart.
       term_weights: their weights.
+      values: of the prompts; None where the run does not ask.
+      old_logp: log-prob of each token under the policy that sampled; None likewise.
+      collision: sum of the squared probabilities of all tokens at each place, for OTB; None likewise.
     """
 
     rewards: Float[Array, "N G"]
@@ -42,6 +46,9 @@ class GroupStats:
     greedy_rewards: Float[Array, " N"] | None
     terms: Float[Array, "N G K"] | None = None
     term_weights: Float[Array, " K"] | None = None
+    values: Float[Array, " N"] | None = None
+    old_logp: Float[Array, "B T"] | None = None
+    collision: Float[Array, "B T"] | None = None
 
 
 AdvantageFn = Callable[[GroupStats], Float[Array, "..."]]
@@ -89,6 +96,24 @@ def greedy_baseline(stats: GroupStats) -> Float[Array, "N G"]:
 def optimal_baseline(stats: GroupStats) -> Float[Array, "N G"]:
     """OPO: less the length-weighted mean of the group."""
     return baselines.optimal_baseline_advantages(stats.rewards, stats.lengths, stats.scored)
+
+
+def optimal_token_baseline(stats: GroupStats) -> Float[Array, "B T"]:
+    """OTB: less the mean of the group, weighted at each place by what the scores have added up to."""
+    if stats.old_logp is None or stats.collision is None:
+        raise UserError(
+            "OTB weighs answers by the probabilities of all tokens: give make_batch collision=, as "
+            "make_logprob_fn(collision=True) has it"
+        )
+    energy = score_energy(stats.old_logp, stats.collision, stats.mask)
+    return optimal_token_baseline_advantages(stats.rewards, energy, stats.mask, stats.scored)
+
+
+def less_values(stats: GroupStats) -> Float[Array, "N G"]:
+    """A*-PO: less the optimal value of the prompt."""
+    if stats.values is None:
+        raise UserError("A*-PO compares with the optimal values of prompts: give make_batch values=")
+    return clean(stats.rewards - stats.values[:, None], stats.scored)
 
 
 def passing(k: int, stats: GroupStats) -> Float[Array, "N G"]:

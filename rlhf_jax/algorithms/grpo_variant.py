@@ -9,6 +9,7 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.losses.corrections import Correction, Preset, find_correction
 from rlhf_jax.losses.policy_ratios import token_log_ratio
 from rlhf_jax.losses.policy_surrogates import (
+    advantage_regression_surrogate,
     dppo_kl_surrogate,
     dppo_tv_surrogate,
     dro_surrogate,
@@ -22,6 +23,7 @@ _OF_TOKENS = (
     dppo_tv_surrogate,
     dppo_kl_surrogate,
     dro_surrogate,
+    advantage_regression_surrogate,
 )
 """Surrogates that take ratios of tokens."""
 
@@ -35,6 +37,9 @@ class GRPOVariant:
       hyper: the hyperparameters it is published with, where its paper says something of them.
       needs_greedy: it compares with the reward of the greedy answer.
       needs_terms: it takes the terms of the reward apart.
+      needs_collision: it asks how much the distribution of each token is of one token (`TokenLogprobs`).
+      reference_samples: answers of the reference to each prompt from which the prompt's optimal value is
+        estimated (A*-PO); 0 for none.
       needs_no_group: it does not compare the answers to one prompt, so a group may be a single one.
       dynamic_sampling_max_rounds: rounds of sampling in a step at most, until the batch is full of prompts
         whose answers differ in reward; 1 for none of it.
@@ -47,6 +52,8 @@ class GRPOVariant:
     hyper: Hyper = Hyper()
     needs_greedy: bool = False
     needs_terms: bool = False
+    needs_collision: bool = False
+    reference_samples: int = 0
     needs_no_group: bool = False
     dynamic_sampling_max_rounds: int = 1
     oversampling: int = 1
@@ -57,12 +64,12 @@ class GRPOVariant:
         if self.config.group_size == 1 and not self.needs_no_group:
             raise UserError(
                 "group_size 1: the algorithm compares the answers to one prompt, so give 2 or more, or take "
-                "one that compares none (reinforce, reinforce++, remax)"
+                "one that compares none (reinforce, reinforce++, remax, a_star_po)"
             )
         if self.config.surrogate_fn in _OF_TOKENS and self.config.ratio_fn is not token_log_ratio:
             raise UserError(
-                "ratio_fn: GMPO and VESPO make an answer's ratio of those of its tokens, and DPPO and DRO "
-                "take a token's own: leave it"
+                "ratio_fn: GMPO and VESPO make an answer's ratio of those of its tokens, and DPPO, DRO and "
+                "A*-PO take a token's own: leave it"
             )
         if not 0 <= self.config.num_kept <= self.config.group_size:
             raise UserError(f"num_kept {self.config.num_kept}: give 0 for all, or up to group_size answers")

@@ -1,6 +1,6 @@
 """Variants of GRPO, and its relatives: all that differs between them, in one function each.
 
-Policy gradients are in `policy_gradient_variants`, and stand here too.
+Policy gradients are in `policy_gradient_variants`, regressions in `regression_variants`; they stand here too.
 
 A variant function takes the static choices of `grpo.Config` that are not its own (`group_size=`, ...), and
 what it needs of its own, and returns a `GRPOVariant`. A new one is in `grpo_variants()`, and so in the
@@ -18,6 +18,7 @@ from rlhf_jax.algorithms.grpo import Config, Hyper
 from rlhf_jax.algorithms.grpo_variant import GRPOVariant, with_correction as with_correction
 from rlhf_jax.algorithms.policy_gradient_variants import (
     opo as opo,
+    otb as otb,
     reinforce as reinforce,
     reinforce_plus_plus as reinforce_plus_plus,
     reinforce_plus_plus_baseline as reinforce_plus_plus_baseline,
@@ -25,6 +26,7 @@ from rlhf_jax.algorithms.policy_gradient_variants import (
     remax as remax,
     rloo as rloo,
 )
+from rlhf_jax.algorithms.regression_variants import a_star_po as a_star_po, dro as dro
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.importing import is_import_path, load_function, nearest_name
 from rlhf_jax.losses.corrections import Correction
@@ -37,7 +39,6 @@ from rlhf_jax.losses.policy_surrogates import (
     cispo_surrogate,
     dppo_kl_surrogate,
     dppo_tv_surrogate,
-    dro_surrogate,
     geometric_mean_surrogate,
     importance_surrogate,
     sapo_surrogate,
@@ -52,8 +53,8 @@ MetricFn = Callable[[group_advantages.GroupStats], Any]
 def grpo_variants() -> dict[str, VariantFn]:
     """Variant functions by name: `grpo`, `dapo`, `reinforce++`, ...
 
-    They are the public functions of this module and of `policy_gradient_variants` that return a `GRPOVariant`
-    and are called by keywords alone.
+    They are the public functions of this module, and of those that it takes them from, that return a
+    `GRPOVariant` and are called by keywords alone.
     """
     return {
         name.replace("_plus_plus_", "++-").replace("_plus_plus", "++"): function
@@ -282,6 +283,9 @@ def gdpo(**static: Any) -> GRPOVariant:
 def gfpo(*, num_kept: int = 0, metric_fn: MetricFn = group_advantages.shortest, **static: Any) -> GRPOVariant:
     """GFPO (Shrivastava et al. 2025, arXiv 2508.09726): of each group, the answers that a metric prefers.
 
+    As in DAPO the loss is a mean over the tokens of all answers, those of advantage 0 among them. Its runs
+    have an entropy bonus of 0.001, too.
+
     Gradient: biased: as BNPO's, of the shortest answers of each group alone.
 
     Args:
@@ -290,7 +294,7 @@ def gfpo(*, num_kept: int = 0, metric_fn: MetricFn = group_advantages.shortest, 
     """
     keep = num_kept or _half(static)
     advantage_fn = functools.partial(group_advantages.of_the_best, keep=keep, metric_fn=metric_fn)
-    return GRPOVariant(Config(advantage_fn=advantage_fn, reduce=token_mean, **static))
+    return GRPOVariant(Config(advantage_fn=advantage_fn, reduce=token_mean, **static), Hyper(kl_coef=1e-3))
 
 
 def cppo(*, num_kept: int = 0, **static: Any) -> GRPOVariant:
@@ -357,19 +361,19 @@ def m2po(**static: Any) -> GRPOVariant:
     return GRPOVariant(config, Hyper(kl_coef=0.0, second_moment_threshold=0.04))
 
 
-def dro(*, tau: float = 1.0, **static: Any) -> GRPOVariant:
-    """DRO (Richemond et al. 2024): the group's mean for its value function, the sampler for its reference.
+def clip_cov(**static: Any) -> GRPOVariant:
+    """Clip-Cov (Cui et al. 2025, arXiv 2505.22617): a few tokens of high covariance have no gradient.
 
-    Gradient: on policy that of E[r], times 1 - 1/G.
-
-    Args:
-      tau: how strongly an answer is held to where it was.
+    Gradient: biased: as BNPO's without the KL, less a random few of the tokens that lower the entropy most.
     """
-    config = Config(
-        advantage_fn=group_advantages.SCALES["none"],
-        surrogate_fn=functools.partial(dro_surrogate, tau=tau),
-        correction=Correction(bypass=True),
-        reduce=sequence_sum,
-        **static,
-    )
-    return GRPOVariant(config, Hyper(kl_coef=0.0))
+    config = Config(surrogate_fn=importance_surrogate, reduce=token_mean, **static)
+    return GRPOVariant(config, Hyper(kl_coef=0.0, clip_cov_fraction=2e-4))
+
+
+def kl_cov(**static: Any) -> GRPOVariant:
+    """KL-Cov (Cui et al. 2025, arXiv 2505.22617): a KL on tokens of high covariance instead of a clip.
+
+    Gradient: on policy BNPO's without the KL.
+    """
+    config = Config(surrogate_fn=importance_surrogate, reduce=token_mean, **static)
+    return GRPOVariant(config, Hyper(kl_coef=0.0, kl_cov_fraction=2e-3))

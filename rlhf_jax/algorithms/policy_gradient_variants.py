@@ -1,4 +1,4 @@
-"""Policy gradients in GRPO's update: REINFORCE, RLOO, ReMax, OPO. See `algorithms.grpo_variants`.
+"""Policy gradients in GRPO's update: REINFORCE, RLOO, ReMax, OPO, OTB. See `algorithms.grpo_variants`.
 
 One step on policy the clip of the surrogate never acts: what is left is E[A sum_t grad log pi(y_t)], the sum
 over an answer's tokens and the mean over answers. The KL stands in the reward, before the baseline.
@@ -98,3 +98,15 @@ def opo(*, kl_coef: float = 0.0, **static: Any) -> GRPOVariant:
       kl_coef: weight of the KL in the reward; the paper has none.
     """
     return GRPOVariant(*_policy_gradient(group_advantages.optimal_baseline, kl_coef, static))
+
+
+def otb(*, kl_coef: float = 0.0, **static: Any) -> GRPOVariant:
+    """OTB (arXiv 2602.07078): at each token the mean of the group, weighted by the scores up to there.
+
+    Gradient: biased by the answer's own reward in the baseline, which vanishes in large groups.
+
+    Args:
+      kl_coef: weight of the KL in the reward; the paper has none.
+    """
+    made = _policy_gradient(group_advantages.optimal_token_baseline, kl_coef, static)
+    return GRPOVariant(*made, needs_collision=True)

@@ -58,12 +58,15 @@ class Sequences:
       positions: 0, 1, ... within each segment.
       segment_ids: 0 for padding, 1, 2, ... for the samples packed in a row; attention stays within one.
       mask: tokens that count (responses, actions); False for prompts, padding and tool outputs.
+      experts: those that each token goes through at each of R routers, -1 for the router's own choice; None
+        where all choose for themselves.
     """
 
     tokens: Int[Array, "B T"]
     positions: Int[Array, "B T"]
     segment_ids: Int[Array, "B T"]
     mask: Bool[Array, "B T"]
+    experts: Int[Array, "B T R k"] | None = None
 
 
 @pytree_dataclass
@@ -128,6 +131,7 @@ class TokenLogprobs:
       mtp_logp: log-probability of the action as the module of each depth k = 1 ... D foresaw it k steps
         before; None where the model is not asked for it.
       routing: what the routers of each mixture did, by the path of their parameters; None likewise.
+      collision: sum of the squared probabilities of all actions, without gradient; None likewise.
     """
 
     logp: Float[Array, "B T"]
@@ -135,6 +139,7 @@ class TokenLogprobs:
     value: Float[Array, "B T"]
     mtp_logp: Float[Array, "D B T"] | None = None
     routing: dict[str, "Routing"] | None = None
+    collision: Float[Array, "B T"] | None = None
 
 
 ToolFn: TypeAlias = Callable[[Int[Array, "B T"], Int[Array, " B"]], Int[Array, "B R"]]

@@ -6,11 +6,25 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Int
 
 Tree = TypeVar("Tree")
 
 NOT_BY_ROW = -1
+
+
+@pytree_dataclass
+class RecordedCache:
+    """A cache with the experts that each of its columns went through, which `generate` hands on.
+
+    Attributes:
+      cache: the model's.
+      experts: see `Sequences`.
+    """
+
+    cache: Any
+    experts: Int[Array, "B S R k"]
 
 
 def row_axes(make: Callable[[int], Tree]) -> Tree:

@@ -29,7 +29,7 @@ from rlhf_jax.core.types import (
     UInt32,
 )
 from rlhf_jax.generation.automata import next_state
-from rlhf_jax.generation.caches import row_axes, take_rows
+from rlhf_jax.generation.caches import RecordedCache, row_axes, take_rows
 from rlhf_jax.generation.processors import Context
 from rlhf_jax.generation.sampling import Sampling, process_logits, row_keys, sample_token, step_keys
 
@@ -282,7 +282,11 @@ def generate(
         end = run_loop(step, Generation.running, begun)
     else:
         end, _ = jax.lax.scan(lambda rows, _: (step(rows), None), begun, None, length=max_new_tokens)
-    return assemble(end.context, end.logp, end.filtered_logp, end.finished, end.tool)
+    rollout = assemble(end.context, end.logp, end.filtered_logp, end.finished, end.tool)
+    if not isinstance(end.cache, RecordedCache):
+        return rollout
+    sequences = dataclasses.replace(rollout.sequences, experts=end.cache.experts)
+    return dataclasses.replace(rollout, sequences=sequences)
 
 
 def make_stream(

@@ -12,6 +12,7 @@ from rlhf_jax.core.masks import masked_sum
 from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
 from rlhf_jax.core.types import Array, Float, Metrics, Params, PRNGKeyArray, Rollout
 from rlhf_jax.jitted.train import Algorithm, TaskSetup
+from rlhf_jax.kernels.baselines import optimal_values
 from rlhf_jax.models import Policy
 from rlhf_jax.rewards.rules import overlong_penalties
 from rlhf_jax.rollout.step import make_grpo_train_step, make_ppo_train_step
@@ -46,7 +47,10 @@ def grpo_algorithm(
       one_step_off_policy: answers come from the policy of one step before, as of asynchronous rollouts; give
         a variant with a correction (`grpo_variants.with_correction`) to make up for it.
     """
-    logprob_fn, tx, config = task_setup.logprob_fn, make_optimizer(optimizer), variant.config
+    tx, config = make_optimizer(optimizer), variant.config
+    logprob_fn = task_setup.policy.make_logprob_fn(
+        temperature=task_setup.temperature, collision=variant.needs_collision
+    )
     train_step = make_grpo_train_step(config, logprob_fn, tx)
 
     def step(state: Any, hyper: Any, ref_params: Params, key: PRNGKeyArray) -> tuple[Any, Metrics]:
@@ -69,12 +73,32 @@ def grpo_algorithm(
             greedy_rewards = task_setup.rewards(greedy, once)
             described["tokens"] += jnp.sum(greedy.sequences.mask)
         answers = {"greedy_rewards": greedy_rewards}
+        if variant.reference_samples:
+            values, tokens = _reference_values(task_setup, variant, hyper, ref_params, prompts, answer_key)
+            answers["values"], described["tokens"] = values, described["tokens"] + tokens
         state, metrics = train_step(state, hyper, ref_params, rollout, rewards, **answers)
         return state, {**metrics, **described}
 
-    return Algorithm(
-        lambda params, key, _: grpo.init(params, tx, key, one_step_off_policy=one_step_off_policy), step
-    )
+    def init(params: Params, key: PRNGKeyArray, hyper: grpo.Hyper) -> grpo.State:
+        return grpo.init(params, tx, key, one_step_off_policy=one_step_off_policy, hyper=hyper)
+
+    return Algorithm(init, step)
+
+
+def _reference_values(
+    task_setup: TaskSetup,
+    variant: GRPOVariant,
+    hyper: Any,
+    ref_params: Params,
+    prompts: Prompts,
+    answer_key: PRNGKeyArray,
+) -> tuple[Float[Array, " N"], Array]:
+    """(optimal values of the prompts by answers of the reference, tokens of those)."""
+    count = variant.reference_samples
+    drawn = jax.tree.map(lambda x: jnp.repeat(x[:: task_setup.num_samples], count, axis=0), prompts)
+    rollout = task_setup.answer(ref_params, drawn, jax.random.fold_in(answer_key, 1))
+    rewards = task_setup.rewards(rollout, drawn).reshape(-1, count)
+    return optimal_values(rewards, beta=hyper.value_beta), jnp.sum(rollout.sequences.mask)
 
 
 def _keep_groups_that_differ(

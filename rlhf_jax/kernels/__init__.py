@@ -15,9 +15,21 @@ from rlhf_jax.kernels.advantages import (
     reward_spread,
     unit_scale,
 )
-from rlhf_jax.kernels.controllers import adaptive_kl_update, fixed_kl_update
+from rlhf_jax.kernels.baselines import optimal_token_baseline_advantages, optimal_values, score_energy
+from rlhf_jax.kernels.controllers import (
+    adaptive_entropy_update,
+    adaptive_kl_update,
+    entropy_bonus_coef,
+    fixed_kl_update,
+)
 from rlhf_jax.kernels.kl import entropy, forward_kl, jensen_shannon, k1, k2, k3, reverse_kl
-from rlhf_jax.kernels.logprobs import candidate_logprobs, dense_token_logprobs, token_logprobs, top_k_logprobs
+from rlhf_jax.kernels.logprobs import (
+    candidate_logprobs,
+    collision_probabilities,
+    dense_token_logprobs,
+    token_logprobs,
+    top_k_logprobs,
+)
 from rlhf_jax.kernels.off_policy import VTrace, retrace, vtrace
 from rlhf_jax.kernels.recurrence import (
     associative_following,
@@ -50,16 +62,19 @@ from rlhf_jax.kernels.whitening import (
 __all__ = [
     "Moments",
     "VTrace",
+    "adaptive_entropy_update",
     "adaptive_kl_update",
     "add_to_moments",
     "associative_following",
     "batch_moments",
     "batch_std",
     "candidate_logprobs",
+    "collision_probabilities",
     "decoupled_advantages",
     "dense_token_logprobs",
     "discounted_returns",
     "entropy",
+    "entropy_bonus_coef",
     "fixed_kl_update",
     "following_unmasked",
     "forward_kl",
@@ -81,6 +96,8 @@ __all__ = [
     "next_unmasked",
     "normalize",
     "optimal_baseline_advantages",
+    "optimal_token_baseline_advantages",
+    "optimal_values",
     "pass_at_k_advantages",
     "process_supervision_advantages",
     "reinforce_plus_plus_advantages",
@@ -89,6 +106,7 @@ __all__ = [
     "retrace",
     "reverse_kl",
     "reward_spread",
+    "score_energy",
     "sequential_following",
     "step_ends",
     "time_major",

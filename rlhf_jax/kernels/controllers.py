@@ -1,4 +1,4 @@
-"""Controllers of the KL coefficient: (coefficient, measured KL) -> coefficient."""
+"""Controllers of coefficients: (coefficient, what is measured) -> coefficient."""
 
 import jax.numpy as jnp
 
@@ -41,3 +41,32 @@ def fixed_kl_update(
     """Leaves the coefficient as it is; takes what `adaptive_kl_update` takes, so that either fits."""
     del kl, target, horizon, num_steps
     return jnp.asarray(coef)
+
+
+def adaptive_entropy_update(
+    coef: Scalar, entropy: Scalar, *, target: Scalar, step_size: Scalar
+) -> Float[Array, ""]:
+    """Adaptive entropy control (Skywork-OR1, He et al. 2025, arXiv 2505.22312, section 3).
+
+        coef <- max(coef + step_size sign(target - entropy), 0)
+
+    The coefficient acts only while the entropy is at most the target (`entropy_bonus_coef`). An entropy that
+    is not finite leaves it as it was. The paper sets no lower bound; below 0 it would push the entropy down.
+
+    Args:
+      coef: the coefficient in use, 0 at first.
+      entropy: measured entropy of the policy, in nats a token.
+      target: the entropy to hold, in nats a token; 0.2 in the paper.
+      step_size: what the coefficient moves by; 0.005 in the paper.
+
+    Returns:
+      The next coefficient.
+    """
+    coef, entropy = jnp.asarray(coef), jnp.asarray(entropy)
+    moved = jnp.maximum(coef + step_size * jnp.sign(target - entropy), 0)
+    return jnp.where(jnp.isfinite(entropy), moved, coef).astype(coef.dtype)
+
+
+def entropy_bonus_coef(coef: Scalar, entropy: Scalar, *, target: Scalar) -> Float[Array, ""]:
+    """What the entropy bonus weighs: the coefficient while the entropy is at most the target, else 0."""
+    return jnp.where(jnp.asarray(entropy) <= target, coef, 0)

@@ -114,6 +114,28 @@ def top_k_logprobs(
     return jax.tree.map(restored, _map_chunks(one, chunked(hidden)))
 
 
+def collision_probabilities(
+    hidden: Float[Array, "*batch D"],
+    unembedding: Float[Array, "V D"],
+    *,
+    temperature: Scalar = 1.0,
+    softcap: float | None = None,
+    chunk_size: int = 512,
+) -> Float[Array, "*batch"]:
+    """Collision probability, that two draws agree: sum_v pi(v)^2.
+
+    In chunks, as `token_logprobs`, whose arguments the others are; without gradient.
+    """
+    chunked, restored = _chunking(hidden.shape[:-1], chunk_size)
+    hidden, unembedding = jax.lax.stop_gradient((hidden, unembedding))
+
+    def one(states: Float[Array, "S N D"]) -> Array:
+        logits = _chunk_logits(states, unembedding, softcap) / temperature
+        return jnp.exp(jax.nn.logsumexp(2 * logits, axis=-1) - 2 * jax.nn.logsumexp(logits, axis=-1))
+
+    return restored(_map_chunks(one, chunked(hidden)))
+
+
 def candidate_logprobs(
     hidden: Float[Array, "*batch D"],
     unembedding: Float[Array, "V D"],

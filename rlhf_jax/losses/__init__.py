@@ -7,6 +7,7 @@ from rlhf_jax.losses.corrections import (
     off_policy_metrics,
     ratio_rule,
 )
+from rlhf_jax.losses.covariance import clip_cov_mask, kl_cov_mask, token_covariance
 from rlhf_jax.losses.cross_tokenizer import gold_loss, merge_spans, span_starts, uld_loss
 from rlhf_jax.losses.distillation import (
     at_temperature,
@@ -35,6 +36,7 @@ from rlhf_jax.losses.policy_ratios import (
     token_log_ratio,
 )
 from rlhf_jax.losses.policy_surrogates import (
+    advantage_regression_surrogate,
     cispo_surrogate,
     clip_surrogate,
     dppo_kl_surrogate,
@@ -119,6 +121,7 @@ __all__ = [
     "Correction",
     "PairLogps",
     "Reduction",
+    "advantage_regression_surrogate",
     "advantage_weighted_loss",
     "all_pairs_loss",
     "alpha_divergence_score",
@@ -135,6 +138,7 @@ __all__ = [
     "categorical_value_loss",
     "cispo_surrogate",
     "class_mean_shift",
+    "clip_cov_mask",
     "clip_surrogate",
     "clipped_value_loss",
     "conservative_penalty",
@@ -162,6 +166,7 @@ __all__ = [
     "importance_surrogate",
     "ipo_loss",
     "js_score",
+    "kl_cov_mask",
     "kto_kl",
     "kto_loss",
     "length_desensitized_logp",
@@ -206,6 +211,7 @@ __all__ = [
     "span_starts",
     "sppo_loss",
     "squared_value_loss",
+    "token_covariance",
     "token_log_ratio",
     "token_mean",
     "top_entropy_mask",

@@ -14,6 +14,8 @@ those of the batch. All losses report
                     `clip_fraction_low`, `clip_fraction_high`, its two sides (losses with bounds)
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
@@ -240,6 +242,9 @@ def grpo_loss(
     entropy: Float[Array, "B T"] | None = None,
     entropy_coef: Scalar = 0.0,
     weights: Float[Array, "B T"] | Bool[Array, "B T"] | None = None,
+    old_kl_coef: Scalar = 0.0,
+    old_kl_mask: Bool[Array, "B T"] | None = None,
+    surrogate_params: Mapping[str, Scalar] = MappingProxyType({}),
     ratio_fn: RatioFn = token_log_ratio,
     surrogate_fn: SurrogateFn = clip_surrogate,
     kl_fn: KLFn = k3,
@@ -250,6 +255,7 @@ def grpo_loss(
     """GRPO (Shao et al. 2024, eq. 3) as a composition; with other parts, its descendants.
 
         loss_t = -weights_t surrogate(w_t, A_t) + kl_coef KL_t - entropy_coef H_t
+                 + old_kl_coef [t in old_kl_mask] KL(pi_old || pi)_t
 
     | algorithm | what differs from the defaults |
     |---|---|
@@ -265,6 +271,9 @@ def grpo_loss(
     | DPPO | `surrogate_fn=dppo_tv_surrogate`, bounds 0.15, or `dppo_kl_surrogate`, bounds 0.05 |
     | M2PO | `surrogate_fn=importance_surrogate`, `weights` of `second_moment_mask`, `reduce=token_mean` |
     | DRO | `surrogate_fn=dro_surrogate`, `reduce=sequence_sum` |
+    | A*-PO | `surrogate_fn=advantage_regression_surrogate`, the reference as `old_logp`, `sequence_sum` |
+    | Clip-Cov | `surrogate_fn=importance_surrogate`, `weights` of `clip_cov_mask`, `reduce=token_mean` |
+    | KL-Cov | `surrogate_fn=importance_surrogate`, `old_kl_mask` of `kl_cov_mask`, `reduce=token_mean` |
 
     The order of weights, KL and entropy is TRL's: weights touch the surrogate alone. Unlike TRL's, the
     entropy bonus is reduced as the rest is, so that micro-batches sum exactly.
@@ -282,6 +291,10 @@ def grpo_loss(
       entropy_coef: weight of the entropy bonus.
       weights: multiply the surrogate at each token, without gradient and without changing the denominator;
         those of `policy_weights`, or their product.
+      old_kl_coef: weight of the KL from the old policy, where `old_kl_mask` says.
+      old_kl_mask: tokens that are held to the old policy by the k3 estimate of that KL, which is unbiased for
+        samples of it (KL-Cov; its authors' code takes |log w|); None for none.
+      surrogate_params: numbers of the surrogate that are its own, by its keywords; they may be traced.
       ratio_fn: (logp, old_logp, mask) -> log-ratios; see `policy_ratios`.
       surrogate_fn: (logp, log_ratio, advantages, mask, *, epsilon_low, epsilon_high) -> objective; see
         `policy_surrogates`.
@@ -295,9 +308,9 @@ def grpo_loss(
 
     Returns:
       (loss, metrics): `policy_loss`, `ratio`, `approx_kl`, `clip_fraction` and its two sides; `kl` with a
-      reference, `entropy` with entropy.
+      reference, `entropy` with entropy, `old_kl` with an `old_kl_mask`.
     """
-    logp, old_logp, ref_logp, advantages, mask, entropy, weights = check_shapes(
+    logp, old_logp, ref_logp, advantages, mask, entropy, weights, old_kl_mask = check_shapes(
         "grpo_loss",
         logp=(logp, "B T"),
         old_logp=(old_logp, "B T"),
@@ -306,13 +319,13 @@ def grpo_loss(
         mask=(mask, "B T"),
         entropy=(entropy, "B T"),
         weights=(weights, "B T"),
+        old_kl_mask=(old_kl_mask, "B T"),
     )
     logp = cleaned(logp, mask)
     old_logp, advantages = cleaned_constant(old_logp, mask), cleaned_constant(advantages, mask)
     log_ratio = ratio_fn(logp, old_logp, mask)
-    objective = surrogate_fn(
-        logp, log_ratio, advantages, mask, epsilon_low=epsilon_low, epsilon_high=epsilon_high
-    )
+    bounds = {"epsilon_low": epsilon_low, "epsilon_high": epsilon_high}
+    objective = surrogate_fn(logp, log_ratio, advantages, mask, **bounds, **surrogate_params)
     if weights is not None:
         objective = objective * cleaned_constant(weights, mask)
     loss_per_token = -objective
@@ -330,4 +343,7 @@ def grpo_loss(
     if entropy is not None:
         per_token["entropy"] = cleaned(entropy, mask)
         loss_per_token = loss_per_token - entropy_coef * per_token["entropy"]
+    if old_kl_mask is not None:
+        per_token["old_kl"] = old_kl_mask * per_token["approx_kl"]
+        loss_per_token = loss_per_token + old_kl_coef * per_token["old_kl"]
     return _reduced(loss_per_token, per_token, mask, reduce, denominator)

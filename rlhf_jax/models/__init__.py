@@ -45,12 +45,14 @@ from rlhf_jax.models.decoder import (
     unstack_layers,
 )
 from rlhf_jax.models.flops import forward_flops, matmul_params, training_flops
-from rlhf_jax.models.heads import init_head, init_scalar_head, init_scalar_model
-from rlhf_jax.models.logprob_fns import (
-    actor_critic_of,
+from rlhf_jax.models.from_logits import (
     distribution_from_logits_fn,
     greedy_match_from_logits_fn,
     logprobs_from_logits_fn,
+)
+from rlhf_jax.models.heads import init_head, init_scalar_head, init_scalar_model
+from rlhf_jax.models.logprob_fns import (
+    actor_critic_of,
     make_actor_critic_fn,
     make_distribution_fn,
     make_greedy_match_fn,

@@ -128,7 +128,7 @@ class Decoder(nn.Module):
         if config.scan_layers:
             scanned = nn.scan(
                 body,
-                variable_axes={"params": 0, "routing": 0},
+                variable_axes={"params": 0, "routing": 0, "replay": 0},
                 split_rngs={"params": True},
                 in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
                 length=config.num_repeats,

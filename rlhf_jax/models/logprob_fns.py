@@ -1,7 +1,7 @@
 """Models as the callables that updates know: log-probs, values, rewards.
 
-This is the one place where tokens are shifted against hidden states: the hidden state at t-1 predicts the
-token at t, and is the state in which that token is chosen.
+The hidden state at t-1 predicts the token at t, and is the state in which that token is chosen
+(`from_logits.shift`).
 """
 
 import dataclasses
@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Shaped
 
 from rlhf_jax.core.masks import last_unmasked_index
 from rlhf_jax.core.protocols import (
@@ -27,12 +26,19 @@ from rlhf_jax.core.protocols import (
 )
 from rlhf_jax.core.trees import merge
 from rlhf_jax.core.types import Array, Bool, Float, Int, Params, Scalar, Sequences, TokenLogprobs
-from rlhf_jax.kernels.logprobs import candidate_logprobs, token_logprobs, top_k_logprobs
+from rlhf_jax.kernels.logprobs import (
+    candidate_logprobs,
+    collision_probabilities,
+    token_logprobs,
+    top_k_logprobs,
+)
 from rlhf_jax.models import decoder as decoders
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.from_logits import distribution_from_logits_fn, shift
 from rlhf_jax.models.heads import apply_scalar_head
 from rlhf_jax.models.mtp import mtp_hidden_states
 from rlhf_jax.models.router_stats import has_routers, routed_hidden_states
+from rlhf_jax.models.routing_replay import replayed_hidden_states
 
 
 def make_hidden_fn(config: ModelConfig) -> HiddenFn:
@@ -50,98 +56,36 @@ def make_logits_fn(config: ModelConfig) -> LogitsFn:
 
 
 def _hidden(model: ModelConfig | HiddenFn, params: Params, sequences: Sequences) -> Float[Array, "B T D"]:
+    if sequences.experts is not None and isinstance(model, ModelConfig):
+        return replayed_hidden_states(model, params, sequences)
     hidden_fn = make_hidden_fn(model) if isinstance(model, ModelConfig) else model
     return hidden_fn(params, sequences.tokens, sequences.positions, sequences.segment_ids)
 
 
-def shift(values: Shaped[Array, "B T *rest"]) -> Shaped[Array, "B T *rest"]:
-    """The one-column shift: what the state at t-1 says moves to the token at t, which is chosen in it.
-
-    Column 0 has no state before it and gets 0.
-    """
-    return jnp.pad(values[:, :-1], ((0, 0), (1, 0), *((0, 0),) * (values.ndim - 2)))
-
-
-def logprobs_from_logits_fn(logits_fn: LogitsFn, *, temperature: Scalar = 1.0) -> LogprobFn:
-    """`logprobs(params, sequences) -> TokenLogprobs` of any model that gives logits (values are 0).
-
-    Holds [B, T, V]; models of ours never do (`make_logprob_fn`).
-
-    Args:
-      temperature: the one that rollouts were sampled at, so that log-probs are the sampler's.
-    """
-
-    def logprobs(params: Params, sequences: Sequences) -> TokenLogprobs:
-        logits = logits_fn(params, sequences.tokens, sequences.positions, sequences.segment_ids)
-        logp = jax.nn.log_softmax(logits / temperature, axis=-1)
-        following = jnp.roll(sequences.tokens, -1, axis=1)[..., None]
-        taken = jnp.take_along_axis(logp, following, axis=-1)[..., 0]
-        # A token that is forbidden, at -inf, adds nothing to the entropy.
-        entropy = -jnp.sum(jnp.where(logp > -jnp.inf, jnp.exp(logp) * logp, 0), axis=-1)
-        return TokenLogprobs(shift(taken), shift(entropy), jnp.zeros_like(taken))
-
-    return logprobs
-
-
-def greedy_match_from_logits_fn(logits_fn: LogitsFn) -> GreedyMatchFn:
-    """`make_greedy_match_fn` of any model that gives logits."""
-    logprobs = logprobs_from_logits_fn(logits_fn)
-
-    def match(params: Params, sequences: Sequences) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
-        logits = logits_fn(params, sequences.tokens, sequences.positions, sequences.segment_ids)
-        guesses = shift(jnp.argmax(logits, axis=-1))
-        return logprobs(params, sequences).logp, guesses == sequences.tokens
-
-    return match
-
-
-def distribution_from_logits_fn(logits_fn: LogitsFn, *, temperature: Scalar = 1.0) -> DistributionFn:
-    """`make_distribution_fn` of any model that gives logits."""
-
-    def logp(params: Params, sequences: Sequences) -> Float[Array, "B T V"]:
-        logits = logits_fn(params, sequences.tokens, sequences.positions, sequences.segment_ids)
-        return jax.nn.log_softmax(shift(logits / temperature), axis=-1)
-
-    return logp
-
-
-def top_k_from_logits_fn(logits_fn: LogitsFn, k: int) -> TopKFn:
-    """`make_top_k_fn` of any model that gives logits."""
-    distribution_fn = distribution_from_logits_fn(logits_fn)
-
-    def top_k(params: Params, sequences: Sequences, temperature: Scalar = 1.0) -> tuple[Array, Array]:
-        logp = jax.nn.log_softmax(distribution_fn(params, sequences) / temperature, axis=-1)
-        return jax.lax.stop_gradient(jax.lax.top_k(logp, k))
-
-    return top_k
-
-
-def candidates_from_logits_fn(logits_fn: LogitsFn) -> CandidateFn:
-    """`make_candidate_fn` of any model that gives logits."""
-    distribution_fn = distribution_from_logits_fn(logits_fn)
-
-    def candidates(
-        params: Params, sequences: Sequences, token_ids: Int[Array, "B T K"], temperature: Scalar = 1.0
-    ) -> tuple[Array, Array]:
-        logp = distribution_fn(params, sequences)
-        tempered = jax.nn.log_softmax(logp / temperature, axis=-1)
-        taken = jnp.take_along_axis(logp, sequences.tokens[..., None], axis=-1)[..., 0]
-        return jnp.take_along_axis(tempered, token_ids, axis=-1), taken
-
-    return candidates
-
-
-def make_logprob_fn(config: ModelConfig, *, temperature: Scalar = 1.0, chunk_size: int = 512) -> LogprobFn:
+def make_logprob_fn(
+    config: ModelConfig, *, temperature: Scalar = 1.0, chunk_size: int = 512, collision: bool = False
+) -> LogprobFn:
     """`score(params, sequences) -> TokenLogprobs` of a policy without a value head (values are 0).
 
     Args:
       temperature: the one that rollouts were sampled at, so that scores are the sampler's.
       chunk_size: tokens whose logits are held at once.
+      collision: give collision probabilities, too (`kernels.collision_probabilities`).
     """
 
     def score(params: Params, sequences: Sequences) -> TokenLogprobs:
         hidden = _hidden(config, params, sequences)
-        return _score_hidden(config, params, hidden, sequences, temperature, chunk_size)
+        scored = _score_hidden(config, params, hidden, sequences, temperature, chunk_size)
+        if not collision:
+            return scored
+        squares = collision_probabilities(
+            hidden,
+            decoders.unembedding(config, params),
+            temperature=temperature,
+            softcap=config.logit_softcap,
+            chunk_size=chunk_size,
+        )
+        return dataclasses.replace(scored, collision=shift(squares))
 
     return score
 

@@ -82,6 +82,9 @@ class Router(nn.Module):
                 probabilities = scores / jnp.sum(scores, axis=-1, keepdims=True)
         preference = _within_best_groups(preference, router, ranked)
         chosen = jax.lax.top_k(preference, self.spec.experts_per_token)[1]
+        if self.has_variable("replay", "chosen"):  # by `models.routing_replay`
+            given = self.get_variable("replay", "chosen")
+            chosen = jnp.where(given >= 0, given, chosen)
         # Kept only where somebody asks for it (`models.routing`).
         self.sow("routing", "chosen", chosen)
         self.sow("routing", "probabilities", probabilities)

@@ -35,7 +35,16 @@ from rlhf_jax.data.packing import left_pad, length_bucket
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.distributed import PARAMETER_AXES
 from rlhf_jax.generation import Sampling, generate
-from rlhf_jax.models import adapters, decode_fns, flops, gguf_writing, hf, logprob_fns
+from rlhf_jax.models import (
+    adapters,
+    decode_fns,
+    flops,
+    from_logits,
+    gguf_writing,
+    hf,
+    logprob_fns,
+    routing_replay,
+)
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.gguf_writing import Outtype
 from rlhf_jax.models.heads import init_head, init_scalar_model
@@ -74,7 +83,7 @@ class Policy:
       params: nested dictionaries of arrays; None where every call brings its own.
       tokenizer: of its vocabulary.
       logits_fn: logits of whole rows.
-      make_logprob_fn: (temperature=1.0) -> `LogprobFn`.
+      make_logprob_fn: (temperature=1.0, collision=False) -> `LogprobFn`.
       make_greedy_match_fn: () -> `GreedyMatchFn`.
       make_distribution_fn: (temperature=1.0) -> `DistributionFn`.
       prefill: reads prompts for sampling.
@@ -134,14 +143,18 @@ class Policy:
     def make_top_k_fn(self, k: int) -> TopKFn:
         """The k likeliest tokens at each place, in chunks: models from `wrap` hold [B, T, V]."""
         if self.config is None:
-            return logprob_fns.top_k_from_logits_fn(self.logits_fn, k)
+            return from_logits.top_k_from_logits_fn(self.logits_fn, k)
         return logprob_fns.make_top_k_fn(self.config, k)
 
     def make_candidate_fn(self) -> CandidateFn:
         """Log-probs of given tokens at each place, in chunks: models from `wrap` hold [B, T, V]."""
         if self.config is None:
-            return logprob_fns.candidates_from_logits_fn(self.logits_fn)
+            return from_logits.candidates_from_logits_fn(self.logits_fn)
         return logprob_fns.make_candidate_fn(self.config)
+
+    def make_recording_decode_fns(self) -> tuple[PrefillFn, DecodeFn]:
+        """(prefill, decode) that record experts, for routing replay. Raises: UserError where it has none."""
+        return routing_replay.make_recording_decode_fns(self.architecture)
 
     def make_value_fn(self) -> ValueFn:
         """Values of the states in which tokens are chosen, by a scalar model on this one."""

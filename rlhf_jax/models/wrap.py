@@ -18,7 +18,7 @@ from rlhf_jax.core.protocols import DecodeFn, ExtendFn, HiddenFn, LogitsFn, Pref
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Float, Int, Params
 from rlhf_jax.data.tokenizers import Tokenizer
-from rlhf_jax.models.logprob_fns import (
+from rlhf_jax.models.from_logits import (
     distribution_from_logits_fn,
     greedy_match_from_logits_fn,
     logprobs_from_logits_fn,

@@ -8,14 +8,30 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from rlhf_jax import models
 from rlhf_jax.algorithms import grpo, ppo, selection
+from rlhf_jax.algorithms.grpo_control import control
 from rlhf_jax.algorithms.moving_reference import sync_reference, with_params
+from rlhf_jax.algorithms.replay import replay_groups
 from rlhf_jax.core.masks import masked_mean, masked_sum
 from rlhf_jax.core.protocols import LogprobFn
-from rlhf_jax.core.types import Array, Bool, Float, Int, Metrics, Params, Rollout, Sequences, StepRewards
+from rlhf_jax.core.types import (
+    Array,
+    Bool,
+    Float,
+    Int,
+    Metrics,
+    Params,
+    Rollout,
+    Sequences,
+    StepRewards,
+    TokenLogprobs,
+)
+from rlhf_jax.kernels.advantages import reward_spread
+from rlhf_jax.kernels.kl import k1
 from rlhf_jax.kernels.prepare import mask_or_all
 from rlhf_jax.rollout.completions import describe_rows
 from rlhf_jax.rollout.dynamic_sampling import take_rows
@@ -48,8 +64,8 @@ def make_grpo_train_step(
 
     Returns:
       `train_step(state, hyper, original, rollout, rewards, scored=None, greedy_rewards=None, steps=None,
-      reward_terms=None) -> (state, metrics)`; `scored` marks the answers that have a reward, `steps` are
-      process rewards.
+      reward_terms=None, values=None) -> (state, metrics)`; `scored` marks the answers that have a reward,
+      `steps` are process rewards, and the others what `grpo.make_batch` takes.
     """
     update = grpo.make_update(config, logprob_fn, tx)
 
@@ -63,13 +79,22 @@ def make_grpo_train_step(
         greedy_rewards: Float[Array, " N"] | None = None,
         steps: StepRewards | None = None,
         reward_terms: Float[Array, "B K"] | None = None,
+        values: Float[Array, " N"] | None = None,
     ) -> tuple[grpo.State, Metrics]:
         learner, ref_params = state.learner, state.ref_params
         reference = (
             reference_fn(learner, original) if ref_params is None else with_params(learner, ref_params)
         )
         old = logprob_fn(state.learner.all_params, rollout.sequences)
-        ref_logp = logprob_fn(reference, rollout.sequences).logp
+        # The reference goes through experts of its own.
+        own = dataclasses.replace(rollout.sequences, experts=None)
+        ref_logp = logprob_fn(reference, own).logp
+        counted = rollout.sequences.mask & mask_or_all(scored, rewards)[:, None]
+        state, hyper, moved = _controlled(state, hyper, old, ref_logp, counted)
+        batch_key = None
+        if hyper.clip_cov_fraction is not None:
+            key, batch_key = jax.random.split(state.key)
+            state = dataclasses.replace(state, key=key)
         batch, described = grpo.make_batch(
             config,
             hyper,
@@ -81,15 +106,53 @@ def make_grpo_train_step(
             greedy_rewards=greedy_rewards,
             steps=steps,
             entropy=old.entropy,
+            collision=old.collision,
+            values=values,
             reward_terms=reward_terms,
+            key=batch_key,
         )
         # Of pruned answers the rows of the batch are some: nothing says whose they are.
         if describes_rows and len(batch.sequences.mask) == len(rewards):
             described |= describe_rows(batch.advantages, old.logp, ref_logp, rollout.sequences.mask)
+        if state.replay is not None:
+            earned = 0.0 if steps is None else masked_sum(steps.rewards, steps.ends & counted, axis=1)
+            state, batch, replayed = _replayed(config, state, batch, rewards + earned, scored)
+            moved |= replayed
         state, metrics = update(state, hyper, batch)
-        return _synced(state, hyper, learner.steps), {**described, **metrics}
+        return _synced(state, hyper, learner.steps), {**described, **metrics, **moved}
 
     return train_step
+
+
+def _replayed(
+    config: grpo.Config,
+    state: grpo.State,
+    batch: grpo.Batch,
+    rewards: Float[Array, " B"],
+    scored: Bool[Array, " B"] | None,
+) -> tuple[grpo.State, grpo.Batch, Metrics]:
+    """`replay.replay_groups`, which keeps the groups that differ in what they have earned."""
+    assert state.replay is not None
+    shape = (-1, config.group_size)
+    differs = reward_spread(rewards.reshape(shape), None if scored is None else scored.reshape(shape)) > 0
+    key, replay_key = jax.random.split(state.key)
+    kept, batch, metrics = replay_groups(
+        state.replay, batch, differs, replay_key, num_groups=config.num_replayed
+    )
+    return dataclasses.replace(state, key=key, replay=kept), batch, metrics
+
+
+def _controlled(
+    state: grpo.State,
+    hyper: grpo.Hyper,
+    old: TokenLogprobs,
+    ref_logp: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+) -> tuple[grpo.State, grpo.Hyper, Metrics]:
+    """`grpo_control.control` by what is measured on the answers that have a reward."""
+    answers = jnp.sum(jnp.any(mask, axis=1))
+    kl = masked_sum(k1(old.logp, ref_logp), mask) / jnp.maximum(answers, 1)
+    return control(state, hyper, entropy=masked_mean(old.entropy, mask), kl=kl, num_answers=answers)
 
 
 def make_ppo_train_step(

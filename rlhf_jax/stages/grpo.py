@@ -23,11 +23,15 @@ import numpy as np
 from rlhf_jax import distributed
 from rlhf_jax.algorithms import grpo
 from rlhf_jax.algorithms.grpo_variants import GRPOVariant
+from rlhf_jax.algorithms.replay import init_replay
+from rlhf_jax.core import files
+from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.ranges import (
     Count,
 )
 from rlhf_jax.core.types import Params
 from rlhf_jax.generation import Sampling
+from rlhf_jax.kernels.baselines import optimal_values
 from rlhf_jax.metrics import Thresholds
 from rlhf_jax.models import Policy
 from rlhf_jax.rewards.functions import Scored, no_reward
@@ -53,15 +57,31 @@ class Options(GroupOptions):
         with #NAME behind it where it does not call the model default. openai servers keep their weights.
       max_num_seqs: answers on their way at a time, each of which makes room for the next; 0 for all at once,
         which reads each prompt once for its whole group.
+      routing_replay: of a mixture of experts: updates take each token through the experts that it went
+        through when it was sampled (R3).
     """
 
     engine: str = "local"
     max_num_seqs: Count = 0
+    routing_replay: bool = False
 
     @property
     def sampler(self) -> dict[str, Any]:
         """What `inputs.make_answer_fn` is told about who writes the answers."""
-        return {"engine": self.engine, "max_num_seqs": self.max_num_seqs}
+        return {
+            "engine": self.engine,
+            "max_num_seqs": self.max_num_seqs,
+            "routing_replay": self.routing_replay,
+        }
+
+
+def check_routing_replay(options: Options) -> None:
+    """Raises: UserError where the sampler cannot record experts, or the update not replay them."""
+    if options.engine != "local" or options.max_num_seqs or options.replay.replay_share:
+        raise UserError(
+            "--routing-replay records experts of --engine local, of all answers of a step at once, and of no "
+            "other step: leave out --engine, --max-num-seqs and --replay-share"
+        )
 
 
 def update_flops(options: GroupOptions, model: Policy, length: int) -> float:
@@ -126,11 +146,47 @@ def make_greedy_fn(session: Session, prompts: inputs.Prompts) -> Callable[[Param
     return greedy
 
 
+def empty_replay(options: GroupOptions, variant: GRPOVariant, length: int) -> grpo.Replay | None:
+    """The buffer of groups at step 0, of rows of so many tokens; None where none are replayed."""
+    if not variant.config.num_replayed:
+        return None
+    rows = variant.config.num_kept or options.group_size
+    return init_replay(capacity=options.replay.capacity(options.batch_size), rows=rows, length=length)
+
+
+def reference_values(session: Session, variant: GRPOVariant, prompts: inputs.Prompts) -> dict[int, float]:
+    """Optimal values of all prompts by `id`, from answers of the policy to start from (A*-PO's first stage).
+
+    They are a function of the seed, and kept in the run folder, where a resumed run finds them.
+    """
+    options: GroupOptions = session.options
+    path, size, data = session.run.out / "reference_values.json", variant.reference_samples, prompts.train
+    if session.run.resume and path.exists():
+        values = files.read_json(path, keys=("values",), remedy=f"remove {path}")["values"]
+        return {id(prompt): value for prompt, value in zip(data, values, strict=True)}
+    fns = prompts.rollout_fns or single_turn(session.policy, max_new_tokens=options.prompts.max_new_tokens)
+    generate = fns.make_generate_fn(prompts.length, Sampling(temperature=options.temperature))
+    reward_fn = make_reward_fn(session.rewards, session.policy.tokenizer, fns)
+    key = jax.random.key(session.run.seed + 2)
+    found: dict[int, float] = {}
+    for number, part in enumerate(inputs.parts(len(data), options.batch_size)):
+        chosen = [data[i] for i in np.repeat(part, size)]
+        rollout = generate(session.policy.params, chosen, jax.random.fold_in(key, number))
+        scored = reward_fn.score(rollout, chosen)
+        arrays = (x.reshape(-1, size) for x in (scored.rewards, ~scored.unscorable))
+        values = optimal_values(*map(jnp.asarray, arrays), beta=variant.hyper.value_beta)
+        found |= {id(data[i]): float(value) for i, value in zip(part, values, strict=True)}
+    files.write_json(path, {"values": [found[id(prompt)] for prompt in data]})
+    return found
+
+
 def run(options: Options, given: Given = NOTHING) -> Trained:
     """Trains, and leaves a run folder."""
     options = defaults.fill_published(options, "grpo")
     check(options, "grpo")
     check_rewards(options, given)
+    if options.routing_replay:
+        check_routing_replay(options)
     session = Session(options, given, "grpo")
     prompts = session.load_prompts()
     session.decide_steps(len(prompts))
@@ -156,7 +212,8 @@ def train(session: Session, prompts: inputs.Prompts) -> Trained:
     meter = options.run.meter(update_flops(options, model, prompts.length + options.max_completion_length))
     draw = make_draw_fn(session, variant, prompts, meter)
     greedy = make_greedy_fn(session, prompts)
-    logprob_fn = model.make_logprob_fn(temperature=options.temperature)
+    logprob_fn = model.make_logprob_fn(temperature=options.temperature, collision=variant.needs_collision)
+    optimal = reference_values(session, variant, prompts) if variant.reference_samples else None
     split = session.split_trainable(options.num_iterations * options.num_minibatches)
     evaluate = prompts.evaluate
     train_step = make_grpo_train_step(
@@ -171,6 +228,8 @@ def train(session: Session, prompts: inputs.Prompts) -> Trained:
             x[1],
             one_step_off_policy=options.one_step_off_policy,
             moving_reference=options.sync.ref_model_sync_steps > 0,
+            hyper=variant.hyper,
+            replay=empty_replay(options, variant, prompts.length + options.max_completion_length),
         ),
         split.trained,
         split.frozen,
@@ -187,7 +246,10 @@ def train(session: Session, prompts: inputs.Prompts) -> Trained:
         terms = np.stack([*answers.scored.terms.values()], axis=1) if variant.needs_terms else None
         rewards = distributed.shard_batch([answers.rewards, scored, greedy_rewards])
         steps = steps_fn and meter.timed("reward", steps_fn, answers.rollout)
-        data = (split.original, answers.rollout, *rewards, steps, distributed.shard_batch(terms))
+        once = answers.prompts[:: options.group_size]
+        of_prompts = optimal and np.asarray([optimal[id(prompt)] for prompt in once], np.float32)
+        others = distributed.shard_batch([terms, of_prompts])
+        data = (split.original, answers.rollout, *rewards, steps, *others)
         state, metrics = meter.timed("update", learn, state, *data)
         metrics = completions.keep(answers.prompts, answers.rollout, answers.scored, metrics)
         return state, {**metrics, **drawn}

@@ -26,6 +26,7 @@ from rlhf_jax.losses import policy_ratios, reductions
 from rlhf_jax.stages import adapting, defaults, inputs, option_checks, option_groups
 from rlhf_jax.stages.entry import Given
 from rlhf_jax.stages.off_policy_options import OffPolicyOptions, corrected
+from rlhf_jax.stages.variant_options import ReplayOptions, VariantOptions
 
 RATIOS = {
     "token": policy_ratios.token_log_ratio,
@@ -57,6 +58,8 @@ class GroupOptions:
         GGUF file or a name in the hub cache.
       prompts: which prompts, and what their answers are worth.
       off_policy: corrections for answers that are not the policy's, and masks.
+      variant: parts that single variants have.
+      replay: groups that are learned from again.
       algorithm: the variant of GRPO.
       batch_size: prompts a step.
       group_size: answers to each.
@@ -103,6 +106,8 @@ class GroupOptions:
     process: tyro.conf.OmitArgPrefixes[option_groups.ProcessOptions] = option_groups.ProcessOptions()
     sync: tyro.conf.OmitArgPrefixes[option_groups.SyncOptions] = option_groups.SyncOptions()
     off_policy: tyro.conf.OmitArgPrefixes[OffPolicyOptions] = OffPolicyOptions()
+    variant: tyro.conf.OmitArgPrefixes[VariantOptions] = VariantOptions()
+    replay: tyro.conf.OmitArgPrefixes[ReplayOptions] = ReplayOptions()
     algorithm: AlgorithmName = "grpo"
     batch_size: PositiveInt = 32
     group_size: PositiveInt = 8
@@ -142,9 +147,10 @@ class GroupOptions:
 
 def rows_of(options: GroupOptions, variant: GRPOVariant) -> tuple[int, str]:
     """Answers of a step that are learned from, and the options that say so."""
-    if kept := variant.config.num_kept:
-        return options.batch_size * kept, "--batch-size x --num-kept"
-    return options.batch_size * options.group_size, "--batch-size x --group-size"
+    kept, replayed = variant.config.num_kept, variant.config.num_replayed
+    groups = "(1 + --replay-share) x --batch-size" if replayed else "--batch-size"
+    rows, of_group = (kept, "--num-kept") if kept else (options.group_size, "--group-size")
+    return (options.batch_size + replayed) * rows, f"{groups} x {of_group}"
 
 
 def check(options: GroupOptions, stage: str) -> None:
@@ -156,11 +162,16 @@ def check(options: GroupOptions, stage: str) -> None:
     option_checks.check_divides(
         "--micro-batches", options.micro_batches, "the size of a mini-batch,", rows // options.num_minibatches
     )
+    options.replay.check(options.batch_size)
     options.sync.check((variant.hyper.kl_coef, variant.hyper.reward_kl_coef))
     if variant.needs_terms and variant.overlong_penalty_coef:
         raise UserError(
             f"--overlong-penalty-coef: --algorithm {options.algorithm} takes each reward apart: give "
             "rlhf_jax.rewards.rules:soft_overlong_reward as one of --rewards"
+        )
+    if variant.reference_samples and jax.process_count() > 1:
+        raise UserError(
+            f"--algorithm {options.algorithm} samples the reference in one process: run without --coordinator"
         )
 
 
@@ -211,6 +222,7 @@ def own_of(options: GroupOptions) -> dict[str, Any]:
         "--gfpo-metric": ("metric_fn", metrics[options.gfpo_metric]),
         "--dro-tau": ("tau", options.dro_tau),
         "--pass-at": ("k", options.pass_at),
+        **options.variant.parameters,
     }
     known = inspect.signature(find_variant(options.algorithm)).parameters
     for flag, (name, value) in given.items():
@@ -229,15 +241,18 @@ def variant_of(options: GroupOptions) -> GRPOVariant:
         num_iterations=options.num_iterations,
         num_minibatches=options.num_minibatches,
         micro_batches=options.micro_batches,
+        num_replayed=options.replay.count(options.batch_size),
     )
     if options.scale_rewards and make().config.advantage_fn not in SCALES.values():
         raise UserError(
             f"--scale-rewards is for algorithms whose baseline is the group's mean, which that of "
             f"--algorithm {options.algorithm} is not: leave it out"
         )
-    published = {name: getattr(options, name) for name in PUBLISHED} | options.off_policy.masks
+    published = {name: getattr(options, name) for name in PUBLISHED}
+    published |= options.off_policy.masks | options.variant.leaves
     variant = make(changes=published | parts_of(options) | own_of(options))
     variant = corrected(variant, options.off_policy, one_step_off_policy=options.one_step_off_policy)
+    options.variant.check(variant)
     rate = jnp.float32(options.learning_rate)
     hyper = dataclasses.replace(variant.hyper, learning_rate=rate, sync=options.sync.hyper())
     return dataclasses.replace(variant, hyper=hyper)

@@ -300,6 +300,7 @@ def make_sampler(
     folder: Path,
     group_size: int = 1,
     max_num_seqs: int = 0,
+    routing_replay: bool = False,
     sampling: Sampling = Sampling(),
 ) -> GenerateFn:
     """What answers prompts: our own sampler, or the server that --engine names.
@@ -308,6 +309,7 @@ def make_sampler(
       engine: local, vllm:URL, sglang:URL or openai:URL.
       folder: the run folder, in which weights for a server are written.
       max_num_seqs: answers on their way at a time, of the own sampler; 0 for all.
+      routing_replay: record experts, in the own sampler.
     """
     shared: dict[str, Any] = {
         "prompt_length": prompt_length,
@@ -316,7 +318,8 @@ def make_sampler(
         "sampling": sampling,
     }
     if parse_engine(engine)[0] == "local":
-        return make_generate_fn(model, max_num_seqs=max_num_seqs or None, **shared)
+        decode_fns = model.make_recording_decode_fns() if routing_replay else None
+        return make_generate_fn(model, max_num_seqs=max_num_seqs or None, decode_fns=decode_fns, **shared)
     if max_num_seqs:
         raise UserError(f"--max-num-seqs is for --engine local: the server of {engine} has its own way")
     if parse_engine(engine)[0] != "openai":
@@ -342,6 +345,7 @@ def make_answer_fn(
     engine: str = "local",
     folder: Path = Path(),
     max_num_seqs: int = 0,
+    routing_replay: bool = False,
     temperature: float = 1.0,
     meter: Meter | None = None,
     given: Given = NOTHING,
@@ -351,7 +355,7 @@ def make_answer_fn(
     Args:
       batch_size: prompts in a draw.
       group_size: answers to each.
-      engine: what writes them, and `folder`, `max_num_seqs`: see `make_sampler`.
+      engine: what writes them, and `folder`, `max_num_seqs`, `routing_replay`: see `make_sampler`.
       meter: takes the time of answers and rewards.
     """
     meter = meter or Meter()
@@ -372,6 +376,7 @@ def make_answer_fn(
             folder=folder,
             group_size=group_size,
             max_num_seqs=max_num_seqs,
+            routing_replay=routing_replay,
             sampling=sampling,
         )
     )

@@ -30,6 +30,8 @@ WITHOUT_PREFIX = (
     "process",
     "sync",
     "off_policy",
+    "variant",
+    "replay",
     "prune",
     "limits",
     "decoder",

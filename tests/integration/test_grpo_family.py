@@ -189,3 +189,69 @@ def test_options_put_other_parts_into_a_variant():
     ):
         with pytest.raises(UserError, match=message):
             config(**options)
+
+
+@pytest.mark.slow
+def test_moving_coefficients_and_reference_values_resume_to_the_bit(tiny, tmp_path, rewards):
+    words = ("--rewards", rewards, "--learning-rate", 1e-2, "--algorithm", "a_star_po", "--group-size", 1)
+    words += (
+        "--reference-samples",
+        2,
+        "--advantage-beta",
+        0.1,
+        "--kl-coef",
+        0.1,
+        "--kl-target",
+        9,
+        "--kl-horizon",
+        40,
+    )
+    found = check_resume(tiny, tmp_path, *words, "--target-entropy", 5, "--entropy-coef-step", 0.1)
+    np.testing.assert_allclose([line["entropy_coef"] for line in found], [0, 0.1, 0.2, 0.3, 0.4], atol=1e-6)
+    coefs = [line["kl_coef"] for line in found]
+    np.testing.assert_allclose(coefs, 0.1 * 0.98 ** np.arange(5), rtol=1e-5)  # far below the target
+    assert (tmp_path / "whole" / "reference_values.json").exists()
+
+
+@pytest.mark.slow
+def test_replayed_groups_resume_to_the_bit(tiny, tmp_path, rewards):
+    words = ("--rewards", rewards, "--learning-rate", 1e-2, "--replay-share", 0.5, "--replay-capacity", 5)
+    found = check_resume(tiny, tmp_path, *words, "--num-minibatches", 2)
+    assert [line["replayed"] for line in found] == [0, 2, 2, 2, 2]
+    assert found[-1]["ratio"] != 1
+
+
+@pytest.mark.slow
+def test_routing_replay_trains_a_mixture_of_experts_and_resumes_to_the_bit(tmp_path):
+    import dataclasses
+
+    import jax
+
+    import rlhf_jax as rj
+    from rlhf_jax import models
+    from rlhf_jax.core.train_state import OptimizerConfig
+    from rlhf_jax.tasks.arithmetic import arithmetic_tokenizer
+
+    tokenizer = arithmetic_tokenizer()
+    dense = models.dense_config(vocab_size=tokenizer.vocab_size, width=16, num_layers=2, num_heads=2)
+    mixture = models.MixtureOfExperts(4, 2, models.GatedFeedForward(8), models.SoftmaxRouter())
+    config = dataclasses.replace(
+        dense, pattern=(dataclasses.replace(dense.pattern[0], feed_forward=mixture),)
+    )
+    policy = models.make_policy(config, models.init_params(config, jax.random.key(0)), tokenizer)
+    rows = [{"prompt": f"{a}+{a}=?"} for a in range(8)]
+
+    def train(out, steps, **settings):
+        options = {"batch_size": 4, "group_size": 2, "max_new_tokens": 3, "learning_rate": 1e-2}
+        options |= {"steps": steps, "quiet": True, "report": False, "num_iterations": 2, **settings}
+        options["optimizer"] = OptimizerConfig(schedule="constant", warmup_steps=0)
+        rj.grpo(policy, rows, rewards=[lambda prompts, completions, **_: [len(set(c)) for c in completions]],
+                out=out, **options)  # fmt: skip
+        return [{k: v for k, v in line.items() if not k.startswith("time")} for line in read_metrics(out)]
+
+    whole = train(tmp_path / "whole", 3, routing_replay=True)
+    train(tmp_path / "broken", 2, routing_replay=True)
+    assert train(tmp_path / "broken", 3, routing_replay=True, resume=True) == whole
+    assert all(line["sampling_logp_diff"] < 1e-3 for line in whole)
+    with pytest.raises(UserError, match="routing_replay records experts of engine local"):
+        train(tmp_path / "refused", 1, routing_replay=True, max_num_seqs=2)

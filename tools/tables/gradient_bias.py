@@ -33,6 +33,12 @@ BEFORE = {name: f"{name}, before" for name in MENDED}
 """Variants that divided answers by their length until it was mended, and what their rows are called."""
 PASS_OR_FAIL = ("max_rl", "pass_at_k")
 """Variants for rewards of 0 and 1: here 1 where the toy's reward is above 0."""
+CHANGES = {
+    "gdpo": {"reward_weights": (1.0, 1.0)},
+    "clip_cov": {"clip_cov_fraction": 1.0, "clip_cov_low": 0.3},
+    "kl_cov": {"kl_cov_fraction": 1.0},
+}
+"""What is not as published: weights of two rewards, and shares that a group of a few tokens can have."""
 STEP = 1.0
 """Of ascent on E[r], after which the policy that sampled is an old one."""
 
@@ -84,7 +90,9 @@ def logprob_fn(params: Any, sequences: Sequences) -> TokenLogprobs:
     prefix = jnp.stack([jnp.zeros_like(first), jnp.zeros_like(first), first, third], axis=1)
     log_probs = jax.nn.log_softmax(params)[prefix]
     logp = jnp.take_along_axis(log_probs, sequences.tokens[..., None], axis=-1)[..., 0]
-    return TokenLogprobs(logp, -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1), jnp.zeros_like(logp))
+    entropy = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
+    collision = jnp.sum(jnp.exp(2 * log_probs), axis=-1)
+    return TokenLogprobs(logp, entropy, jnp.zeros_like(logp), collision=collision)
 
 
 def answer_logp(params: Any) -> jax.Array:
@@ -114,7 +122,9 @@ def make_gradient_fn(variant: GRPOVariant) -> Callable[..., jax.Array]:
 
     def of_group(group: Any, params: Any, old: Any, ref: Any, rewards: Any, greedy_reward: Any, hyper: Any):
         sequences = jax.tree.map(lambda leaf: leaf[group], sequences_of(ANSWERS))
-        old_logp, ref_logp = (logprob_fn(table, sequences).logp for table in (old, ref))
+        scored = logprob_fn(old, sequences)
+        old_logp, ref_logp = scored.logp, logprob_fn(ref, sequences).logp
+        of_reference = jnp.sum(jnp.exp(answer_logp(ref) + rewards / hyper.value_beta))
         rollout = Rollout(sequences, old_logp, jnp.ones(group.shape, bool))
         batch, _ = grpo.make_batch(
             variant.config,
@@ -125,6 +135,9 @@ def make_gradient_fn(variant: GRPOVariant) -> Callable[..., jax.Array]:
             ref_logp,
             greedy_rewards=greedy_reward[None] if variant.needs_greedy else None,
             reward_terms=terms_of(rewards)[group],
+            collision=scored.collision,
+            values=hyper.value_beta * jnp.log(of_reference)[None],
+            key=jax.random.key(0),
         )
 
         def loss(table: Any) -> jax.Array:
@@ -144,7 +157,7 @@ def variant_of(name: str) -> GRPOVariant:
             variant = variant_of(now)
             config = dataclasses.replace(variant.config, reduce=sequence_mean)
             return dataclasses.replace(variant, config=config)
-    changes = {"reward_weights": (1.0, 1.0)} if name == "gdpo" else {}
+    changes = CHANGES.get(name)
     return make_variant(name, group_size=GROUP_SIZE, max_completion_length=LENGTH, changes=changes)
 
 
@@ -264,7 +277,9 @@ the gradient of E[r] - kl_coef KL(policy, reference) wherever that of E[r] is un
 
 max_rl and pass_at_k, which are for right and wrong answers, have rewards of 1 (above 0 in the toy) and 0, and
 are compared with the gradient of the share of right ones. gdpo has the same reward as the sum of two: 1 where
-it is above 0, and the rest. gfpo and cppo keep two answers of three.
+it is above 0, and the rest. gfpo and cppo keep two answers of three. clip_cov detaches all tokens whose
+covariance is from 0.3 to 5, and kl_cov holds all: of so few tokens the published shares are none.
+a_star_po has the exact optimal value for its baseline, and its beta of 1e-3 in the target's place of 0.
 
 A factor that all answers share, such as 1 - 1/G, changes the length of the gradient and not its direction:
 Adam does not see it. Three things change the direction. Answers over their length: a token of a short answer

@@ -29,8 +29,10 @@ def score(params, sequences):
     logp = jnp.take_along_axis(logits, sequences.tokens[..., None], axis=-1)[..., 0]
     entropy = -jnp.sum(jnp.exp(logits) * logits, axis=-1)
     value = params["value"][before]
+    collision = jnp.sum(jnp.exp(2 * logits), axis=-1)
     sound = sequences.mask & (sequences.positions >= 0)
-    return TokenLogprobs(*(jnp.where(sound, x, jnp.nan) for x in (logp, entropy, value)))
+    arrays = (jnp.where(sound, x, jnp.nan) for x in (logp, entropy, value))
+    return TokenLogprobs(*arrays, collision=jnp.where(sound, collision, jnp.nan))
 
 
 def reward(params, sequences):

@@ -107,7 +107,47 @@ def test_max_rl_climbs_the_first_terms_of_the_log_likelihood():
     np.testing.assert_allclose(found, gradient, rtol=0, atol=1e-14)
 
 
+def test_a_star_po_climbs_the_reward_less_the_kl_times_its_beta():
+    """The gradient of -(beta L - (r - V*))^2 is 2 beta (r - V* - beta L) grad log pi, and V* drops out."""
+    found = expected("a_star_po", surrogate_params={"beta": BETA})
+    gradient = jax.grad(objective)(jnp.asarray(toy().old), BETA)
+    np.testing.assert_allclose(found, 2 * BETA * gradient, rtol=0, atol=1e-14)
+
+
 # The others, as sums over groups ---------------------------------------------------------------------
+
+
+def squared_score(answer, t):
+    """|e_y - pi|^2 by the logits of a token."""
+    row = np.exp(log_probs(toy().old)[PREFIX[answer[:t]]])
+    return float(np.square(np.eye(3)[answer[t]] - row).sum())
+
+
+def less_mean_weighted_by_paths(rewards, kls, answers):
+    """OTB: at each place the mean of the answers that have it, by the sums of their squared scores."""
+    paths = [np.cumsum([squared_score(answer, t) for t in range(len(answer))]) for answer in answers]
+    advantages = []
+    for reward, answer in zip(rewards, answers, strict=True):
+        row = []
+        for t in range(len(answer)):
+            there = [(w[t], r) for w, r in zip(paths, rewards, strict=True) if len(w) > t]
+            baseline = sum(w * r for w, r in there) / sum(w for w, _ in there) if len(there) > 1 else 0.0
+            row.append(reward - baseline)
+        advantages.append(row)
+    return advantages
+
+
+def outside_the_band(rewards, kls, answers, low=0.3, high=5.0):
+    """Clip-Cov, where every token of the band is detached."""
+    of_answers = standardized(rewards, None)
+    logps = [[log_probs(toy().old)[PREFIX[y[:t]]][y[t]] for t in range(len(y))] for y in answers]
+    count = sum(map(len, answers))
+    mean_logp = sum(map(sum, logps)) / count
+    mean = sum(a * len(y) for a, y in zip(of_answers, answers, strict=True)) / count
+    return [
+        [0.0 if low <= (logp - mean_logp) * (a - mean) <= high else a for logp in row]
+        for a, row in zip(of_answers, logps, strict=True)
+    ]
 
 
 def standardized(rewards, lengths):
@@ -127,7 +167,7 @@ def centred_and_whitened(rewards, lengths):
     return [(r - mean) / scale for r in rewards]
 
 
-def whitened_returns(rewards, kls):
+def whitened_returns(rewards, kls, answers):
     """A reward less the KL from each token on, over all tokens of the batch (Hu et al. 2025)."""
     returns = [[r - BETA * sum(kl[t:]) for t in range(len(kl))] for r, kl in zip(rewards, kls, strict=True)]
     every = [x for row in returns for x in row]
@@ -185,6 +225,7 @@ def over_own_length_of_the_two_that_differ_most(lengths, rewards):
 BIASED = {
     # name: (advantages, weight of an answer's tokens, where its KL is)
     "opo": (less_weighted_mean, over_answers, "none"),
+    "otb": (None, over_answers, "none"),
     "reinforce++": (None, over_tokens, "reward"),
     "reinforce++-baseline": (centred_and_whitened, over_tokens, "loss"),
     "grpo": (standardized, over_own_length, "loss"),  # Shao et al. 2024, eq. 3
@@ -203,7 +244,15 @@ BIASED = {
     "gfpo": (of_the_two_shortest, over_tokens, "loss"),
     "cppo": (standardized, over_own_length_of_the_two_that_differ_most, "loss"),
     "m2po": (standardized, over_tokens, "none"),
+    "clip_cov": (None, over_tokens, "none"),
+    "kl_cov": (standardized, over_tokens, "none"),
 }
+OF_TOKENS = {
+    "reinforce++": whitened_returns,
+    "otb": less_mean_weighted_by_paths,
+    "clip_cov": outside_the_band,
+}
+"""Advantages of tokens: (rewards, KL of each token, answers) -> a list for each answer."""
 
 
 def naive_gradient(name):
@@ -217,7 +266,7 @@ def naive_gradient(name):
         chance = math.prod(probabilities[i] for i in group)
         rewards, lengths = [float(toy().rewards[i]) for i in group], [len(ANSWERS[i]) for i in group]
         if advantages_of is None:
-            advantages = whitened_returns(rewards, [kls[i] for i in group])
+            advantages = OF_TOKENS[name](rewards, [kls[i] for i in group], [ANSWERS[i] for i in group])
         else:
             advantages = [[a] * LONGEST for a in advantages_of(rewards, lengths)]
         for i, weight, of_tokens in zip(group, weights_of(lengths, rewards), advantages, strict=True):
@@ -257,7 +306,7 @@ def test_the_kl_stands_where_the_paper_has_it(name):
 
 
 def test_every_variant_has_its_objective_here():
-    assert UNBIASED.keys() | BIASED.keys() | {"max_rl"} == VARIANTS.keys()
+    assert UNBIASED.keys() | BIASED.keys() | {"max_rl", "a_star_po"} == VARIANTS.keys()
 
 
 # How large the bias is -------------------------------------------------------------------------------
@@ -291,6 +340,10 @@ FROZEN = {
     "dppo_kl": (1, 4.9822477803e-16, 3.0555667127, 0.997510174238),
     "m2po": (0.966353229336, 0.170116573434, 2.55393119355, 0.969555513762),
     "dro": (1, 7.97159644848e-16, 3.0555667127, 0.951372717405),
+    "otb": (0.9995506437983323, 0.0200241440978982, 2.7779911995145423, 0.15258193116365007),
+    "clip_cov": (0.9538586802105604, 0.2235840470669506, 2.3075376078609953, 0.9575907762187601),
+    "kl_cov": (0.9663532293363776, 0.17011657343436193, 2.5539311935510094, 0.9407854097078188),
+    "a_star_po": (0.9999995957506792, 0.000665069237828926, 3.069562267519648, 0.996004127376),
     "rloo, before": (0.943741409716, 0.30395656711, 1.73218134757, 0.0676082141291),
 }
 

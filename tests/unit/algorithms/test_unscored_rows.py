@@ -54,6 +54,8 @@ def group_update(name, rows, group_size, scored, micro_batches=1):
     variant = grpo_variants.with_correction(variant, "tis")
     numbers = {"learning_rate": 1.0, "kl_coef": 0.1, "reward_kl_coef": 0.2, "entropy_coef": 0.01}
     numbers["reward_weights"] = jnp.array([1.0, 0.5])
+    if variant.hyper.clip_cov_fraction is not None:
+        numbers |= {"clip_cov_fraction": 1.0, "clip_cov_low": 0.5}  # all of the band, whatever the draw
     hyper = dataclasses.replace(variant.hyper, **numbers)
     rollout, score, ref_logp = answers(rows)
     greedy = jnp.arange(len(rows) // group_size, dtype=jnp.float64) if variant.needs_greedy else None
@@ -67,6 +69,9 @@ def group_update(name, rows, group_size, scored, micro_batches=1):
         scored=scored,
         greedy_rewards=greedy,
         reward_terms=jnp.asarray(TERMS)[rows],
+        collision=score.collision,
+        values=jnp.arange(len(rows) // group_size, dtype=jnp.float64) / 3,
+        key=jax.random.key(0),
     )
     update = grpo.make_update(variant.config, tabular.score, TX)
     state, metrics = update(grpo.init(tabular.init(0, jnp.float64), TX, jax.random.key(0)), hyper, batch)

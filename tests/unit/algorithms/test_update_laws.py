@@ -142,9 +142,15 @@ def group_case(dtype, reduce=sequence_mean, **config):
     sequences, old_logp, ref_logp = policy_arrays(dtype)
     advantages = jnp.asarray(np.random.default_rng(5).normal(size=ROWS), dtype)
     update = grpo.make_update(grpo.Config(reduce=reduce, **config), tabular.score, TX)
-    hyper = grpo.Hyper(entropy_coef=0.01, kl_coef=0.1, off_policy_threshold=jnp.asarray(0.15, dtype))
+    hyper = grpo.Hyper(
+        entropy_coef=0.01,
+        kl_coef=0.1,
+        off_policy_threshold=jnp.asarray(0.15, dtype),
+        surrogate_params={"delta": 1.3},
+    )
     batch = grpo.Batch(sequences, old_logp, ref_logp, advantages)
-    return update, hyper, dataclasses.replace(batch, sampler_logp=old_logp)
+    held = sequences.mask & (jnp.arange(ROWS) % 3 == 1)[:, None]
+    return update, hyper, dataclasses.replace(batch, sampler_logp=old_logp, old_kl_mask=held)
 
 
 CASES = {
@@ -165,7 +171,7 @@ every_algorithm = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
 def initial_state(hyper, dtype=jnp.float32):
-    module = sys.modules[type(hyper).__module__]
+    module = grpo if isinstance(hyper, grpo.Hyper) else sys.modules[type(hyper).__module__]
     extra = [hyper] if module is ppo else []
     return module.init(tabular.init(0, dtype), TX, jax.random.key(0), *extra)
 
@@ -239,7 +245,9 @@ def test_hyperparameters_do_not_recompile_and_all_have_an_effect(case):
     state, _ = update(initial_state(hyper), hyper, batch)
     expected, _ = update(state, hyper, batch)
     of_batch = {"reward_kl_coef", "is_clip_low", "is_clip_high", "rejection_low", "rejection_high"}
-    of_batch |= {"second_moment_threshold", "top_entropy_fraction", "reward_weights"}
+    of_batch |= {"second_moment_threshold", "top_entropy_fraction", "reward_weights", "value_beta"}
+    of_batch |= {"clip_cov_fraction", "clip_cov_low", "clip_cov_high", "kl_cov_fraction"}
+    of_controllers = {"target_entropy", "entropy_coef_step", "kl_target", "kl_horizon"}
     of_rollout = {
         "gamma",
         "gae_lambda",
@@ -259,6 +267,8 @@ def test_hyperparameters_do_not_recompile_and_all_have_an_effect(case):
             continue  # weighs the loss on text
         if isinstance(hyper, grpo.Hyper) and field.name in of_batch:
             continue  # these act in `make_batch`: see test_variants and test_grpo_corrections
+        if isinstance(hyper, grpo.Hyper) and field.name in of_controllers:
+            continue  # these move coefficients: see test_grpo_control
         if field.name == "sync":
             continue  # acts in the training step: see test_moving_reference
         if field.name == "penalty_coef":

@@ -162,7 +162,7 @@ def test_names_of_variants_are_those_of_their_functions():
         "reinforce++-baseline",
         "rloo",
     ]
-    assert len(VARIANTS) == 28
+    assert len(VARIANTS) == 32
     assert {"with_correction", "make_variant", "find_variant"}.isdisjoint(VARIANTS)
 
 
@@ -236,7 +236,7 @@ def test_a_corrected_kl_in_the_loss_has_the_gradient_of_the_kl(kl_fn):
 
 def test_a_group_of_one_is_refused_where_answers_are_compared():
     for name in VARIANTS:
-        lone = name in ("reinforce", "reinforce_without_baseline", "reinforce++", "remax")
+        lone = name in ("reinforce", "reinforce_without_baseline", "reinforce++", "remax", "a_star_po")
         with contextlib.nullcontext() if lone else pytest.raises(UserError, match="group_size 1"):
             grpo_variants.make_variant(name, group_size=1, max_completion_length=WIDTH)
 

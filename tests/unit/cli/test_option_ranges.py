@@ -29,7 +29,7 @@ SIGNED = """shots length_penalty frequency_penalty presence_penalty margin margi
     threshold loss_weights alpha process_reward_coef positive_threshold""".split()  # noqa: SIM905
 # Bounds that infinity takes away:
 UNBOUNDED = """clip_norm cliprange_value epsilon epsilon_low epsilon_high target_kl is_clip_high
-    rejection_high""".split()  # noqa: SIM905
+    rejection_high clip_cov_high""".split()  # noqa: SIM905
 # Counts and sizes of which there must be one at least, and what is divided by:
 NEEDED = """batch_size micro_batches num_minibatches num_iterations num_ppo_epochs num_epochs group_size
     answer_batch_size steps max_to_keep save_every init_timeout heartbeat_timeout num_train_epochs seeds
@@ -43,7 +43,8 @@ NEEDED = """batch_size micro_batches num_minibatches num_iterations num_ppo_epoc
     cliprange_value epsilon epsilon_low epsilon_high target_kl temperature top_p typical_p repetition_penalty
     confidence decay_fraction alpha rows every ptx_batch_size ptx_max_length num_kept dro_tau pass_at
     reward_timeout gae_alpha ref_model_mixup_alpha top_entropy_fraction is_clip_high rejection_high
-    teacher_weights""".split()  # noqa: SIM905
+    clip_cov_fraction clip_cov_high kl_cov_fraction advantage_beta value_beta reference_samples
+    target_entropy entropy_coef_step replay_capacity teacher_weights""".split()  # noqa: SIM905
 ABOVE_0 = {"AdapterOptions", "Contrastive", "Choices", "Generate", "rule_rewards"}  # numbers of these names
 # Of the same name, and with a use of 0: (owner, name).
 ZERO_TOO = {

@@ -68,6 +68,12 @@ METHODS = {
         lambda: algorithms.grpo_algorithm(task_setup(), grpo_variants.dapo(group_size=2), OPTIMIZER),
         group.Hyper(),
     ),
+    "a_star_po": (
+        lambda: algorithms.grpo_algorithm(
+            task_setup(), grpo_variants.a_star_po(group_size=2, reference_samples=3), OPTIMIZER
+        ),
+        group.Hyper(target_entropy=0.5, kl_target=1.0),
+    ),
     "ppo": (
         lambda: algorithms.ppo_algorithm(task_setup(), ppo.Config(num_minibatches=2), OPTIMIZER),
         ppo.Hyper(),

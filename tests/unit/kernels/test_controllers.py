@@ -3,7 +3,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.kernels import adaptive_kl_update, fixed_kl_update
+from rlhf_jax.kernels import (
+    adaptive_entropy_update,
+    adaptive_kl_update,
+    entropy_bonus_coef,
+    fixed_kl_update,
+)
 
 SETTINGS = {"target": 6.0, "horizon": 10_000, "num_steps": 256}
 
@@ -34,3 +39,17 @@ def test_it_finds_the_coefficient_that_holds_the_target():
 
 def test_the_fixed_controller_fits_in_its_place():
     assert fixed_kl_update(0.25, 1e9, **SETTINGS) == 0.25
+
+
+def test_the_entropy_bonus_grows_below_its_target_and_rests_above():
+    numbers = {"target": 0.2, "step_size": 0.005}
+    coef, seen = jnp.float32(0.0), []
+    for entropy in (0.3, 0.15, 0.1, 0.2, 0.25, 0.5, 0.5):
+        in_use = entropy_bonus_coef(coef, entropy, target=0.2)
+        coef = adaptive_entropy_update(coef, entropy, **numbers)
+        seen.append((float(in_use), float(coef)))
+    # It acts at or below the target, moves by a step, stays where it is met, and does not fall below 0.
+    expected = [(0, 0), (0, 0.005), (0.005, 0.01), (0.01, 0.01), (0, 0.005), (0, 0), (0, 0)]
+    np.testing.assert_allclose(seen, expected, atol=1e-7)
+    for entropy in (jnp.nan, jnp.inf):
+        np.testing.assert_allclose(adaptive_entropy_update(0.3, entropy, **numbers), 0.3, rtol=1e-6)

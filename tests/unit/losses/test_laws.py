@@ -71,6 +71,13 @@ def weighted(x, mask, s, denominator):
     return grpo("token", weights=weights)[0](x, mask, s, denominator)
 
 
+def held(x, mask, s, denominator):
+    """A KL to the old policy on some of the tokens, which the batch has chosen."""
+    chosen = mask & (x["sampler_logp"] > -1)
+    options = {"old_kl_coef": s["kl_coef"], "old_kl_mask": chosen}
+    return grpo("token", **options)[0](x, mask, s, denominator)
+
+
 def plain(loss_fn, reduce, *names, **scalars):
     """A loss called with `x[name]` for each name, and with scalars taken from the traced ones."""
 
@@ -135,6 +142,8 @@ CASES = {
     "dppo_tv": grpo("constant", surrogate_fn=policy_surrogates.dppo_tv_surrogate),
     "dppo_kl": grpo("constant", surrogate_fn=policy_surrogates.dppo_kl_surrogate),
     "dro": grpo("length", surrogate_fn=policy_surrogates.dro_surrogate),
+    "a_star_po": grpo("length", surrogate_fn=policy_surrogates.advantage_regression_surrogate),
+    "held": (held, "token"),
     "weighted": (weighted, "token"),
     "squared": plain(value.squared_value_loss, "token", "values", "returns"),
     "clipped": plain(
@@ -365,6 +374,11 @@ def packed_cases(segment_ids):
         },
         "vespo": {"surrogate_fn": functools.partial(policy_surrogates.vespo_surrogate, **of_sequences)},
         "dro": {"surrogate_fn": functools.partial(policy_surrogates.dro_surrogate, **of_sequences)},
+        "a_star_po": {
+            "surrogate_fn": functools.partial(
+                policy_surrogates.advantage_regression_surrogate, **of_sequences
+            )
+        },
     }
     reduce = sequence_mean if segment_ids is None else packed_sequence_mean(segment_ids, 3)
 
