@@ -6,6 +6,7 @@ import inspect
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jax
 import jax.numpy as jnp
 import tyro
 
