@@ -36,6 +36,7 @@ def lora_reward(tiny, tmp_path_factory):
     return tiny.run("reward_model", tmp_path_factory.mktemp("reward") / "run", *LORA)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "dpo", pytest.param("grpo", marks=pytest.mark.slow)])
 def test_a_policy_s_adapter_alone_is_trained_saved_and_put_on_its_base_again(stage, tiny, tmp_path, capsys):
     base = tiny.finished("sft")
@@ -81,6 +82,7 @@ def test_every_kind_trains_and_comes_back(words, tiny, tmp_path):
     assert np.isfinite(lines(out)[-1]["eval/loss"])
 
 
+@pytest.mark.slow
 def test_resumed_is_unbroken_to_the_bit(tiny, tmp_path):
     base, constant = tiny.finished("sft"), ("--optimizer.schedule", "constant")
     words = ("--model", base, "--adapter.kind", "dora", *constant, "--eval-every", 100)
@@ -94,6 +96,7 @@ def test_resumed_is_unbroken_to_the_bit(tiny, tmp_path):
     assert not differs(load_policy(broken).params, load_policy(whole).params)
 
 
+@pytest.mark.slow
 def test_four_models_on_one_frozen_base(tiny, tmp_path, lora_reward, monkeypatch):
     """Policy, value, reference and reward: the base stands in memory once, never moves, never changes."""
     from rlhf_jax.stages import session
@@ -132,6 +135,7 @@ def test_four_models_on_one_frozen_base(tiny, tmp_path, lora_reward, monkeypatch
     assert load_reward_model(lora_reward).params.keys() == {"decoder", "head"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "adapter", [(), pytest.param(("--adapter.kind", "prefix", "--adapter.length", 2), marks=pytest.mark.slow)]
 )
@@ -192,6 +196,7 @@ def test_nothing_is_trained_on_what_cannot_be_merged(tiny, tmp_path, monkeypatch
     assert "nothing is trained on top of these" in sentence(tiny, "dpo", words, monkeypatch, capsys)
 
 
+@pytest.mark.slow
 def test_an_adapter_goes_to_peft_and_comes_back(tiny, tmp_path, monkeypatch):
     def converted(**options):
         command = [word for name, value in options.items() for word in (f"--{name}", str(value))]

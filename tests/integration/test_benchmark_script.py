@@ -72,6 +72,7 @@ def test_choices_with_shots_and_a_stop(bench, tmp_path, stop_within_a_line):
     assert "its items or prompts are not those of --data now" in error
 
 
+@pytest.mark.slow
 def test_whole_solutions_and_written_answers(bench, tmp_path, stop_within_a_line):
     words = ["choices", "--data", "arithmetic:1", "--form", "answers", "--chat", "--count", 8]
     assert bench(*words, out="choices")[0] == 0

@@ -154,6 +154,7 @@ def test_grpo_raises_the_reward(policy):
     assert np.mean(means[-3:]) > np.mean(means[:3]) + 0.1
 
 
+@pytest.mark.slow
 def test_ppo_raises_the_reward(policy):
     tx = make_optimizer(OPTIMIZER)
     generate, prompts = sample(policy, 16)
@@ -200,6 +201,7 @@ def test_leaves_are_split_as_their_axes_say_and_others_are_said_to_be_whole():
     assert lines == [f"query [{WIDTH}, {WIDTH}] is whole: no axes are named for it"]
 
 
+@pytest.mark.slow
 def test_learning_rates_are_swept_side_by_side(policy):
     task_setup = TaskSetup(TASK, policy, num_prompts=2, num_samples=4, heldout=4)
     member = grpo_variants.grpo(group_size=4)

@@ -35,6 +35,7 @@ DECODERS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", DECODERS)
 def test_every_decoder_answers_in_json(say, words):
     count = 1 if words[0] == "contrastive" else 2

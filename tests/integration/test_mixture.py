@@ -21,6 +21,7 @@ def lines(folder):
     return [{k: v for k, v in line.items() if not k.startswith("time")} for line in read_metrics(folder)]
 
 
+@pytest.mark.slow
 def test_a_mixture_trains_reports_each_source_and_resumes(sources, tiny, tmp_path, capsys):
     spec = ",".join(f"{path}={weight}" for path, weight in zip(sources, (0.75, 0.25), strict=True))
     words = ("--data", spec, "--tokenizer", tiny.finished("sft") / "tokenizer", "--batch-size", 4)

@@ -34,6 +34,7 @@ def run(out, *more):
     return rows, json.loads((out / "counts.json").read_text())
 
 
+@pytest.mark.slow
 def test_pairs_by_rewards_go_on_after_a_stop_and_train_dpo(
     tmp_path, tiny, talker, functions, stop_within_a_line
 ):

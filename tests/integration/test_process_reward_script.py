@@ -74,6 +74,7 @@ def test_outcomes_are_those_of_the_last_step(socratic, tmp_path):
         run(tmp_path / "no", "--data", socratic, "--outcome")
 
 
+@pytest.mark.slow
 def test_an_outcome_model_of_rows_of_ones_own(tmp_path):
     steps = {"prompt": "1+1=?", "completions": ["1+1=2", "#### 2"]}
     rows = [{**steps, "labels": [True, number % 2 == 0]} for number in range(16)]

@@ -31,6 +31,7 @@ def kernels(folder):
     }
 
 
+@pytest.mark.slow
 def test_sft_trains_what_is_left_and_a_resume_keeps_the_zeros(tiny, pruned, tmp_path):
     before = kernels(pruned)
     for kernel in before.values():

@@ -95,11 +95,13 @@ def test_killed_again_and_again(tiny, stage, seed, tmp_path):
     check_equal(tiny, stage, folder)
 
 
+@pytest.mark.slow
 def test_resume_in_an_empty_folder_starts_from_scratch(tiny, tmp_path):
     folder = tiny.run("sft", tmp_path / "new", "--resume")
     check_equal(tiny, "sft", folder)
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_to_more_steps(tiny, tmp_path):
     folder = tmp_path / "longer"
     constant = ("--optimizer.schedule", "constant")

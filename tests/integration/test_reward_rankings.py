@@ -62,6 +62,7 @@ def test_held_out_rankings_are_put_in_order(run, loss):
     assert last["eval/top1_accuracy"] > 0.8
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_whole_one(run, tmp_path):
     common = ("--loss", "all_pairs", "--optimizer.total-steps", 4)
     whole = run("whole", *common, "--steps", 4)
@@ -112,6 +113,7 @@ def first_loss(policy, rows, tmp_path, **settings):
     return rj.reward_model(policy, rows, out=out, **shared, **settings).metrics[0]
 
 
+@pytest.mark.slow
 def test_margins_of_rows_are_subtracted(policy, tmp_path):
     """At step 0 all scores are nearly 0, so the loss is the mean of log(1 + exp(m))."""
     margins = 0.5 + 2 * np.arange(4)
@@ -122,6 +124,7 @@ def test_margins_of_rows_are_subtracted(policy, tmp_path):
         assert found["loss"] == pytest.approx(expected, abs=0.02), loss
 
 
+@pytest.mark.slow
 def test_a_loss_of_ones_own_sees_rankings(policy, tmp_path):
     seen = []
 

@@ -44,6 +44,7 @@ def revised(talker, tmp_path_factory):
     return folder / "run", words
 
 
+@pytest.mark.slow
 def test_revisions_can_be_read_and_are_not_made_twice(revised, stop_within_a_line):
     out, words = revised
     text = (out / "revisions.jsonl").read_text()

@@ -91,6 +91,7 @@ def check_completions(folder, steps):
         assert np.std(advantages, ddof=1) == pytest.approx(1, abs=1e-3) or not any(advantages)
 
 
+@pytest.mark.slow
 def test_another_loss_on_the_same_pairs(tiny, tmp_path, monkeypatch, capsys):
     dpo = tiny.run("dpo", tmp_path / "dpo", "--steps", 3)
     simpo = tiny.run("dpo", tmp_path / "simpo", "--steps", 3, "--loss", "simpo")
@@ -102,6 +103,7 @@ def test_another_loss_on_the_same_pairs(tiny, tmp_path, monkeypatch, capsys):
     assert "--micro-batches 1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_losses_of_losses_and_their_numbers(tiny, tmp_path, monkeypatch, capsys):
     """At the start policy and reference agree: the logistic losses are log 2 each, whatever is summed."""
     mixed = ("--loss", "dpo,bco_pair", "--loss-weights", 0.8, 0.2, "--rpo-alpha", 1, "--ld-alpha", 0.5)
@@ -139,6 +141,7 @@ def test_losses_of_losses_and_their_numbers(tiny, tmp_path, monkeypatch, capsys)
 # Data by path ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_same_rows_as_jsonl_and_parquet_train_the_same(tiny, tmp_path):
     import pyarrow
     import pyarrow.parquet
@@ -163,6 +166,7 @@ def test_a_tfds_data_set(tiny, tmp_path, monkeypatch):
     assert len(read_metrics(out)) == 3
 
 
+@pytest.mark.slow
 def test_packing_and_a_learnt_tokenizer(tiny, tmp_path):
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in EXAMPLES * 4))
@@ -228,6 +232,7 @@ def test_ppo_with_reward_functions(tiny, tmp_path):
 # DPO -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_stored_reference_is_the_reference(tiny, tmp_path):
     losses = {}
     for reference in ("stored", "each_step"):

@@ -35,6 +35,7 @@ def options_for(talker, problems, out, *more):
     return tyro.cli(tool_use.Options, args=[*usual.split(), *map(str, more)])
 
 
+@pytest.mark.slow
 def test_a_run_on_data_of_ones_own_and_its_resume(talker, problems, tmp_path):
     adapter = ("--adapter.kind", "lora", "--algorithm", "rloo")
     looked = ("--eval-data", problems, "--eval-count", 2, "--samples", 2)
@@ -49,6 +50,7 @@ def test_a_run_on_data_of_ones_own_and_its_resume(talker, problems, tmp_path):
     assert json.loads((whole.folder / "model.json").read_text())["adapter"]
 
 
+@pytest.mark.slow
 def test_callables_in_the_place_of_names(talker, problems, tmp_path):
     seen = []
 

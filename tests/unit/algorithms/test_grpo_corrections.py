@@ -133,6 +133,7 @@ def test_masks_take_tokens_out_of_the_surrogate_and_leave_the_denominator(name):
     np.testing.assert_allclose(found - table, gradient / (6 * len(LENGTHS)), rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_micro_batches_change_nothing():
     numbers = {**MASKS, "kl_coef": 0.1, "entropy_coef": 0.01}
     results = []

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from rlhf_jax.algorithms import process_reward
 from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
@@ -27,6 +28,7 @@ def make_batch(rows=8, seed=0):
     return process_reward.Batch(sequences, jnp.asarray(labels))
 
 
+@pytest.mark.slow
 def test_micro_batches_are_one_batch_and_the_gradient_is_the_derivative():
     batch, params = make_batch(), {"odds": jnp.linspace(-1, 1, 5)}
     hyper = process_reward.Hyper(1.0)

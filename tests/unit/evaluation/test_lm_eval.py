@@ -26,6 +26,7 @@ def harness(model):
     return HarnessModel(model, batch_size=4, max_length=16, max_new_tokens=4)
 
 
+@pytest.mark.slow
 def test_what_greedy_decoding_says_is_greedy(harness):
     contexts = ["1+1=", "2+3", "7", "9+9+9=?"]
     options = {"until": ["\n"], "max_gen_toks": 4, "do_sample": False}

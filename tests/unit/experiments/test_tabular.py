@@ -32,6 +32,7 @@ def test_a_star_is_as_short_as_dynamic_programming_and_looks_at_less():
         assert found[f"{maze}, A*, city blocks"][1] < found[f"{maze}, Dijkstra"][1]
 
 
+@pytest.mark.slow
 def test_demonstrations_are_explained():
     lacking = tabular_methods.inverse_shortfalls(tabular_methods.Options(seeds=2), (10,))
     assert np.abs(lacking[10]).max() < 0.01

@@ -108,6 +108,7 @@ def test_a_file_that_describes_no_reward_is_refused(tmp_path, data):
         judges.load_reward_file(tmp_path / "missing.json")
 
 
+@pytest.mark.slow
 def test_reviews_are_a_function_of_the_prompts_number(model):
     prompts = [PromptExample(np.array([1]), text, {"prompt": text}, text) for text in PROMPTS]
     review = make_review_fn(model, CONSTITUTION, rounds=2, max_new_tokens=4, seed=0)

@@ -52,6 +52,7 @@ def _score(params, sequences, temperature=1.0):
     return models.make_logprob_fn(CONFIG, temperature=temperature)(params, sequences)
 
 
+@pytest.mark.slow
 def test_steps_after_the_end_of_all_rows_change_nothing():
     params, prompts, mask = _setup()
     rows = (params, prompts[:2], mask[:2], jax.random.key(5), Sampling(temperature=3.0))

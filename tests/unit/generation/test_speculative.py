@@ -66,6 +66,7 @@ def speculate(toy, rows, proposer, sampling, key, prompt, steps=4):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["model", "prompt", "lookahead"])
 def test_speculative_samples_have_the_target_distribution(name, toy, make_toy, check_distribution):
     proposer = proposers(toy, make_toy(seed=7))[name]

@@ -128,6 +128,7 @@ def test_every_method_is_traceable_from_end_to_end(name):
     assert jax.tree.structure(policy) == jax.tree.structure(start(0).params)
 
 
+@pytest.mark.slow
 def test_a_run_among_others_is_the_run_alone():
     train = make_train(task_setup(), grpo(), steps=STEPS)
     hyper = group.Hyper(learning_rate=jnp.float32(3e-3))

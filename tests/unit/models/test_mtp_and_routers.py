@@ -53,6 +53,7 @@ def batch():
     return rows(tokens, segment_ids)
 
 
+@pytest.mark.slow
 def test_modules_are_those_of_the_report(config, params, batch, logprob_fn):
     """Depth by depth, from the equations, on the unpacked first row."""
     from rlhf_jax.models.decoder import ResidualBlocks, whole_context
@@ -167,6 +168,7 @@ def updates(config):
     }
 
 
+@pytest.mark.slow
 def test_micro_batches_change_nothing(params, batch, updates):
     tx, by_parts = updates
     hyper = sft.Hyper(

@@ -73,6 +73,7 @@ def test_equal_scores_lose_exactly_as_many():
     assert int(masks["a"]["kernel"].sum()) == 15
 
 
+@pytest.mark.slow
 def test_stacked_layers_compete_apart(config, params):
     scores = pruning.magnitude_scores(params)
     alone = pruning.keep_masks(scores, sparsity=0.5, granularity="layer")

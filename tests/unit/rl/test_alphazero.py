@@ -130,6 +130,7 @@ def test_loss_against_numpy_and_its_gradients():
     assert (np.asarray(by_values)[ended] != 0).all()
 
 
+@pytest.mark.slow
 def test_an_iteration_plays_whole_games_and_learns():
     config = alphazero.Config(
         iterations=2, num_games=8, plies=6, num_simulations=4, widths=(16,), num_minibatches=2

@@ -107,6 +107,7 @@ def test_discrete_actions_are_refused(algorithm):
         algorithm.make_run(algorithm.Config(), *environments.make("CartPole-v1"))
 
 
+@pytest.mark.slow
 def test_a_short_run_explores_inside_the_box_and_never_terminates():
     run = ddpg.make_run(ddpg.Config(run=SHORT, encoder=BODY), *PENDULUM)
     state, history = jax.jit(make_train_fn(run))(jax.random.key(0), ddpg.Hyper(action_noise_std=3.0))

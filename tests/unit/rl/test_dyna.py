@@ -119,6 +119,7 @@ def test_nothing_due_changes_nothing():
     np.testing.assert_array_equal(same, q)
 
 
+@pytest.mark.slow
 def test_runs_under_vmap_equal_single_runs_and_end_at_the_optimum():
     config = dyna.Config(episodes=12, max_episode_steps=300)
     train = dyna.make_train(config, CORRIDOR)

@@ -95,6 +95,7 @@ def test_the_loss_against_numpy():
     assert np.all(spread > 0)  # members begin apart
 
 
+@pytest.mark.slow
 def test_a_short_run_and_what_it_refuses():
     run = mpc.make_run(CONFIG, ENV, PARAMS)
     state, history = jax.jit(mpc.make_train(CONFIG, ENV, PARAMS))(jax.random.key(0), mpc.Hyper())

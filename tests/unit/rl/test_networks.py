@@ -68,6 +68,7 @@ def test_actor_critic_of_every_kind_of_environment(name, shared):
         assert count(variables["params"]["critic_torso"]) == torso
 
 
+@pytest.mark.slow
 def test_recurrent_network_acts_as_it_is_scored_and_forgets_at_starts():
     env, _ = environments.make("CartPole-v1")
     network = networks.make_recurrent_actor_critic(env, networks.MLP((8,)), width=8)

@@ -196,6 +196,7 @@ def test_the_manager_learns_over_the_time_of_its_command():
     np.testing.assert_allclose(taught(True, True)[0, 1], 0.2 + 0.5 * 0.25)
 
 
+@pytest.mark.slow
 def test_a_feudal_run_finds_its_way():
     config = feudal.Config(episodes=40, max_episode_steps=400, patience=20)
     train = jax.jit(jax.vmap(feudal.make_train(config, PROCESS, REGIONS), (0, None)))

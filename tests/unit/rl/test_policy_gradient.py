@@ -35,6 +35,7 @@ def random_batch(env, network, rows=24):
     return params, shared.Batch(inputs, mask, distribution.logp(action), values, advantages, returns)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["CartPole-v1", "Pendulum-v1"])
 def test_a2c_is_ppo_with_one_step_and_no_clip(name):
     env, _ = environments.make(name)
@@ -155,6 +156,7 @@ def test_conjugate_gradients_solve():
     np.testing.assert_array_equal(nothing, 0)
 
 
+@pytest.mark.slow
 def test_a_trust_region_step_is_the_natural_gradient_within_the_region():
     env, _ = environments.make("Pendulum-v1")
     network = networks.make_actor_critic(env, networks.MLP((2,)))

@@ -44,6 +44,7 @@ def test_each_seed_of_many_is_the_run_alone():
     assert many["loss"].shape == (3, 4)
 
 
+@pytest.mark.slow
 def test_every_number_can_be_swept():
     env, params = environments.make("CartPole-v1")
     train = ppo.make_train(SMALL, env, params)
@@ -52,6 +53,7 @@ def test_every_number_can_be_swept():
     assert history["loss"].shape == (2, 4)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_in_the_same_bits(tmp_path):
     env, params = environments.make("CartPole-v1")
     network = NetworkConfig(networks.MLP((8,)), memory_width=8)

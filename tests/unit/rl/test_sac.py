@@ -77,6 +77,7 @@ def test_a_fixed_temperature_stays():
     np.testing.assert_allclose(jnp.exp(after.temperature.params), 0.3, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_soft_optimum_of_a_bandit():
     """Reward -4 (a - 0.5)^2 at temperature 0.5: the best policy is nearly N(0.5, 0.5 / (2 * 4))."""
     actor, critics, actor_fn, critic_fn = parts()

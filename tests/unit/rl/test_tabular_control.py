@@ -107,6 +107,7 @@ def test_resume_is_bit_identical():
         np.testing.assert_array_equal(same, other)
 
 
+@pytest.mark.slow
 def test_vmap_over_every_hyper_equals_single_runs():
     hypers = jax.tree.map(
         lambda x: jnp.asarray(x) * jnp.array([1.0, 0.7]), dataclasses.replace(HYPER, epsilon_steps=300.0)

@@ -15,6 +15,7 @@ EXACT = dynamic_programming.chain_values(WALK, gamma=1.0)
 ROUGH = jnp.where(WALK.terminal, 0, EXACT * 0.5 + jnp.sin(jnp.arange(7.0)) * 0.3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("gamma", "gae_lambda"), [(1.0, 1.0), (0.9, 0.8), (1.0, 0.0), (0.95, 1.0)])
 def test_moments_are_those_of_sampled_estimates(gamma, gae_lambda):
     episodes = prediction.sample_episodes(WALK, jax.random.key(0), episodes=40_000, length=80)

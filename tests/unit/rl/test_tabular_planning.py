@@ -87,6 +87,7 @@ def test_tree_search_is_value_iteration_from_below():
         values = jnp.max(q, axis=-1)
 
 
+@pytest.mark.slow
 def test_policy_values_against_a_loop():
     process = random_process(7)
     policy = jnp.asarray(np.random.default_rng(0).dirichlet(np.ones(2), 4), jnp.float32)

@@ -43,6 +43,7 @@ def parts(critics: int, seed: int = 0):
     return params, init_critics(jax.random.key(seed + 1)), applied(actor), critic_fn
 
 
+@pytest.mark.slow
 def test_one_critic_no_delay_and_no_noise_is_ddpg():
     actor, critic, actor_fn, critic_fn = parts(1)
     config = td3.Config(num_critics=1, policy_delay=1)

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from rlhf_jax.core.types import Rollout, Sequences
 from rlhf_jax.search import interface, steps, tree
@@ -167,6 +168,7 @@ def test_the_policy_is_asked_for_values():
     assert float(evaluate(failed, jax.random.key(0))[0][0]) == 0
 
 
+@pytest.mark.slow
 def test_beams_avoid_what_the_judge_doubts_and_thoughts_are_rewritten():
     generate = make_generate(vocab=9)
     propose = steps.make_propose_fn(

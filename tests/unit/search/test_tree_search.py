@@ -148,6 +148,7 @@ def test_monte_carlo_tree_search_finds_the_optimum():
     assert regret.mean() < 0.1 * (LEAVES.max(axis=1) - LEAVES.mean(axis=1)).mean()
 
 
+@pytest.mark.slow
 def test_one_search_counts_and_pays_once():
     roots = Path(jnp.arange(2), jnp.zeros(2, int), jnp.array([DEPTH - 1, DEPTH]))
     search = jax.jit(lambda key: mcts.search_step(propose, leaf_value, done, roots, key, num_simulations=30))

@@ -50,6 +50,7 @@ def test_convert_refuses_a_tokenizer_of_another_model(folder, tmp_path):
         convert.to_run(convert.Options(folder, tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_inspected_activations_shrink_with_remat_and_grow_with_rows(folder):
     config = inspect.read_config(inspect.Options(folder))
     params = jax.eval_shape(lambda: models.init_params(config, jax.random.key(0)))

@@ -34,6 +34,7 @@ def options(**changes):
     )
 
 
+@pytest.mark.slow
 def test_train_load_and_render(tmp_path, capsys):
     out = tmp_path / "run"
     rl.run(options(out=out))

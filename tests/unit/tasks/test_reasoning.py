@@ -63,6 +63,7 @@ def test_every_text_is_written_and_read_by_the_tokenizer(rows):
     assert len(tokenizer.encode("<think>7+८</think>")) == 5
 
 
+@pytest.mark.slow
 def test_pairs_of_general_answers_follow_the_taste():
     def lead(row):
         wanted = row["prompt"].removesuffix("?").replace(",", "")

@@ -148,6 +148,7 @@ def test_calculator_problems_are_each_listed_once_and_fit():
     assert longest + 1 == calculator.COMPLETION_LENGTH
 
 
+@pytest.mark.slow
 def test_nothing_is_learned_from_what_the_calculator_wrote():
     task, asked = small_tasks()["calculator"], 0
     for tokens, mask in zip(task.demonstrations.tokens, task.demonstrations.mask, strict=True):
