@@ -1,15 +1,22 @@
 """Seconds until an update with LoRA, and sampling, are compiled: deep against shallow, scanned and unrolled.
 
-    python tools/bench_compile.py
-    python tools/bench_compile.py --layers 6 30 80 --width 256
+    python tools/bench/bench_compile.py
+    python tools/bench/bench_compile.py --layers 6 30 80 --width 256
 
 What is timed is tracing, lowering and XLA together, without the compilation cache, after one compilation that
-does not count.
+does not count. The last column is a whole command from its start to its end: `rlhf grpo` with LoRA for one
+step, on a published checkpoint of that depth, with the layout that it is loaded with by default.
 """
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,8 +35,10 @@ from rlhf_jax.core.train_state import (
 )
 from rlhf_jax.core.trees import partition
 from rlhf_jax.core.types import Sequences
+from rlhf_jax.data.tokenizers import byte_tokenizer
 from rlhf_jax.generation import generate
 from rlhf_jax.models import adapters
+from rlhf_jax.models.reconfiguring import UNROLLED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +65,11 @@ class Options:
 def model_config(options: Options, layers: int, scan: bool) -> models.ModelConfig:
     """A Llama of so many layers."""
     return models.dense_config(
-        vocab_size=256, width=options.width, num_layers=layers, num_heads=4, scan_layers=scan
+        vocab_size=byte_tokenizer().vocab_size,
+        width=options.width,
+        num_layers=layers,
+        num_heads=4,
+        scan_layers=scan,
     )
 
 
@@ -104,17 +117,46 @@ def seconds_to_compile(program: Callable, arguments: tuple[Any, ...]) -> float:
     return time.perf_counter() - start
 
 
+def seconds_of_command(options: Options, layers: int) -> float:
+    """A whole `rlhf grpo` of one step, in a process of its own that compiles everything."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = model_config(options, layers, False)
+        params = models.init_params(config, jax.random.key(0))
+        models.make_policy(config, params, byte_tokenizer()).save(f"{folder}/model")
+        rows = [json.dumps({"prompt": f"{i} and"}) for i in range(options.batch)]
+        Path(f"{folder}/rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
+        numbers = {
+            "--steps": 1,
+            "--batch-size": 2,
+            "--group-size": 2,
+            "--max-new-tokens": options.length // 2,
+        }
+        flags = {"--model": f"{folder}/model", "--data": f"{folder}/rows.jsonl", "--out": f"{folder}/run"}
+        flags |= {
+            "--rewards": "rlhf_jax.rewards.rules:think_answer_reward",
+            "--adapter.kind": "lora",
+        } | numbers
+        words = [str(word) for flag in flags.items() for word in flag]
+        command = [sys.executable, "-m", "rlhf_jax", "grpo", *words, "--quiet", "--no-report"]
+        cache = {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache"}
+        start = time.perf_counter()
+        subprocess.run(command, check=True, env={**os.environ, **cache}, stdout=subprocess.DEVNULL)
+        return time.perf_counter() - start
+
+
 def main() -> None:
     """Parses the command line and prints the table."""
     options = tyro.cli(Options, description=(__doc__ or "").split("\n\n")[0])
     jax.config.update("jax_enable_compilation_cache", False)
-    table = Table("layers", "update + LoRA, s", "sampling, s")
+    table = Table("layers", "update + LoRA, s", "sampling, s", "rlhf grpo, 1 step, s")
     programs = (update_program, sampling_program)
     seconds_to_compile(*update_program(options, model_config(options, 1, True)))
     for scan in (True, False) if options.unrolled else (True,):
         for layers in options.layers:
             config = model_config(options, layers, scan)
             cells = [f"{seconds_to_compile(*program(options, config)):.1f}" for program in programs]
+            by_default = scan == (layers > UNROLLED)
+            cells.append(f"{seconds_of_command(options, layers):.1f}" if by_default else "")
             table.add_row(f"{layers} {'scanned' if scan else 'unrolled'}", *cells)
     Console().print(table)
 
