@@ -11,6 +11,8 @@ the devices at hand; with --chip nothing is compiled, and memory and traffic are
 (`planning.analytic`). No weight is read or made. cuDNN's attention needs a GPU at hand: plans for GPUs have
 attention in blocks, which takes more memory and time.
 
+The step is that of full training with default settings; the training commands plan their own by `--plan`.
+
 Everything printed is predicted, not measured.
 """
 
