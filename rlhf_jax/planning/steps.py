@@ -269,16 +269,16 @@ def shapes_of(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
-def sequence_shapes(rows: int, length: int) -> Sequences:
-    """Shapes of so many rows of so many tokens."""
+def sequence_shapes(rows: int, length: int) -> Any:
+    """`Sequences` of so many rows of so many tokens, in shapes."""
     ints, bools = (jax.ShapeDtypeStruct((rows, length), dtype) for dtype in (jnp.int32, jnp.bool_))
-    return Sequences(ints, ints, ints, bools)
+    return jax.eval_shape(Sequences, ints, ints, ints, bools)
 
 
-def rollout_shapes(rows: int, length: int) -> Rollout:
-    """Shapes of so many answers with their prompts, of so many tokens together."""
-    logp = jax.ShapeDtypeStruct((rows, length), jnp.float32)
-    return Rollout(sequence_shapes(rows, length), logp, jax.ShapeDtypeStruct((rows,), jnp.bool_), logp)
+def rollout_shapes(rows: int, length: int) -> Any:
+    """`Rollout` of so many answers with their prompts, of so many tokens together, in shapes."""
+    logp, finished = jax.ShapeDtypeStruct((rows, length), jnp.float32), jax.ShapeDtypeStruct((rows,), bool)
+    return jax.eval_shape(Rollout, sequence_shapes(rows, length), logp, finished, logp)
 
 
 # Full training with default settings ---------------------------------------------------------------

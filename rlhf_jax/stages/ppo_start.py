@@ -158,13 +158,15 @@ def make_start(session: Session) -> Start:
     reward = reward_on_base(options, model, split)
     value_key, state_key = jax.random.split(jax.random.key(session.run.seed))
 
-    def init_params(policy: Policy, split: adapting.TrainableSplit, *theirs: Params | None):
-        return initial_params(options, policy, split, *theirs, value_key)
+    def init_params(
+        policy: Policy, split: adapting.TrainableSplit, reward: Params | None, start: Params | None
+    ) -> tuple[Params, Params]:
+        return initial_params(options, policy, split, reward, start, value_key)
 
-    theirs, make_params = (reward, value_start(options, model, split, reward)), init_params
+    make_params = init_params
     if session.run.plan:
         make_params = functools.partial(adapting.shapes_from_split, init_params)
-    params, frozen = make_params(model, split, *theirs)
+    params, frozen = make_params(model, split, reward, value_start(options, model, split, reward))
     hyper, moving = make_hyper(options), options.sync.ref_model_sync_steps > 0
     state = session.init_state(
         lambda *x: ppo.init(x[0], split.tx, x[1], hyper, moving_reference=moving), params, frozen, state_key

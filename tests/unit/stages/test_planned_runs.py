@@ -9,6 +9,7 @@ from rlhf_jax import distributed, models
 from rlhf_jax.cli.commands import main
 from rlhf_jax.cli.parsing import parse
 from rlhf_jax.data.tokenizers import byte_tokenizer
+from rlhf_jax.models import hf
 from rlhf_jax.planning import steps
 from rlhf_jax.stages import dpo, grpo, ppo
 
@@ -58,7 +59,7 @@ LORA = f"--adapter.kind lora --adapter.rank {RANK}"
 
 
 def test_a_full_run_needs_what_its_workload_does(folder):
-    config = models.hf.load_config(folder)
+    config = hf.load_config(folder)
     found, programs = resident(grpo, folder, GROUPS)
     workload = steps.Workload("grpo", config, 8, length=found_length(programs), new_tokens=5, group_size=4)
     expected, _ = steps.build(steps.workload_step(workload), MESH)
