@@ -1,8 +1,8 @@
 """One step of a run as programs over shapes: what is resident, what is called with what, and where it lives.
 
 A run's own step comes from its stage (`stages.planned_runs`), that of a `Workload` is full training with
-default settings. Both are the functions of the scripts (`make_update`, `training steps`,
-`make_completion_fn`), and their arrays live where `distributed.tree_shardings` puts them.
+default settings. Both are the functions of the scripts (`make_update`, the steps of
+`rollout.step`, `make_completion_fn`), and their arrays live where `distributed.tree_shardings` puts them.
 """
 
 import dataclasses

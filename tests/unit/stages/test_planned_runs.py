@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax
 import pytest
 
 from rlhf_jax import distributed, models
@@ -19,7 +20,6 @@ LINEARS = LAYERS * (4 * (WIDTH + WIDTH) + 3 * (WIDTH + HIDDEN))
 VOCABULARY = byte_tokenizer().vocab_size
 BASE = VOCABULARY * WIDTH + LAYERS * (4 * WIDTH**2 + 3 * WIDTH * HIDDEN + 2 * WIDTH) + WIDTH
 ROWS = [{"prompt": "1 + 1?", "chosen": "2.", "rejected": "3.", "completion": "2."}] * 40
-PROMPT = 1 + len("1 + 1?")
 MESH = distributed.abstract_mesh("")
 COUNTERS = 64
 SCALES = 4 * 7 * LAYERS
@@ -29,8 +29,6 @@ SCALES = 4 * 7 * LAYERS
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A Hugging Face folder with rows beside it, and without weights."""
-    import jax
-
     place = tmp_path_factory.mktemp("published")
     config = models.dense_config(
         vocab_size=VOCABULARY, width=WIDTH, num_layers=LAYERS, num_heads=4, intermediate_size=HIDDEN
