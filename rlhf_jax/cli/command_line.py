@@ -38,6 +38,7 @@ def run_command(
     description: str | None,
     *,
     side_by_side: bool = False,
+    plan: Callable[[Options], Any] | None = None,
     name: str | None = None,
     arguments: Sequence[str] | None = None,
 ) -> None:
@@ -50,6 +51,7 @@ def run_command(
       description: docstring that tells of the command, with its examples.
       name: of the command, for its help.
       arguments: the words behind it; those of the process by default.
+      plan: what `--plan` does instead of running; None for a command that cannot be planned.
       side_by_side: whole runs under `vmap` are all that is computed (`core.compilation.choose_threads`).
     """
     sys.unraisablehook = _print_unless_late
@@ -60,9 +62,14 @@ def run_command(
         choose_threads(side_by_side=side_by_side)
         use_compile_cache()
         run_options = getattr(options, "run", None)
-        mesh = on_mesh(run_options) if isinstance(run_options, RunOptions) else contextlib.nullcontext()
-        with mesh, releasing_locks():
-            run(options)
+        if not isinstance(run_options, RunOptions):
+            action, place = run, contextlib.nullcontext()
+        elif run_options.plan:
+            action, place = _planned(plan), for_plan(run_options)
+        else:
+            action, place = run, on_mesh(run_options)
+        with place, releasing_locks():
+            action(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -101,9 +108,28 @@ def on_mesh(options: RunOptions) -> Iterator[None]:
     distributed.init_distributed(
         distributed.DistributedOptions(options.coordinator, options.init_timeout, options.heartbeat_timeout)
     )
-    rules = GATHERED_SAMPLING if options.all_gather_params else {}
-    with jax.set_mesh(distributed.make_mesh(options.mesh)), axis_rules(rules):
+    with jax.set_mesh(distributed.make_mesh(options.mesh)), _sampling_rules(options):
         yield
+
+
+@contextlib.contextmanager
+def for_plan(options: RunOptions) -> Iterator[None]:
+    """The rules of a run, without its mesh: that of a plan may be of devices that are not here."""
+    if options.planned_topology:  # whatever is here is not asked for
+        jax.config.update("jax_platforms", "cpu")
+    with _sampling_rules(options):
+        yield
+
+
+def _sampling_rules(options: RunOptions) -> contextlib.AbstractContextManager[None]:
+    return axis_rules(GATHERED_SAMPLING if options.all_gather_params else {})
+
+
+def _planned(plan: Callable[[Options], Any] | None) -> Callable[[Options], Any]:
+    """Raises: UserError for a command that has no plan."""
+    if plan is None:
+        raise UserError("--plan goes with rlhf sft, dpo, ppo and grpo: leave it out, or see rlhf plan")
+    return plan
 
 
 def _end_one_of_several(error: Exception) -> None:

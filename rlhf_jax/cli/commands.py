@@ -74,6 +74,7 @@ def run_stage(name: str) -> None:
         module.Options,
         module.__doc__,
         side_by_side=side_by_side,
+        plan=getattr(module, "plan", None),
         name=f"rlhf {name}",
         arguments=sys.argv[2:],
     )

@@ -192,6 +192,18 @@ def with_frozen_parts(state: Any, parts: Sequence[Params]) -> Any:
     return _map_train_states(lambda learner: dataclasses.replace(learner, frozen=next(rest)), state)
 
 
+def returning_trained(update: Callable[..., tuple[Any, Metrics]]) -> Callable[..., tuple[Any, Metrics]]:
+    """`update(state, ...)` as a function of (state without its frozen parts, these parts, ...) that returns
+    the state without them: what is frozen stays where it is, and is not copied.
+    """
+
+    def run(trained: Any, frozen: Sequence[Params], *rest: Any) -> tuple[Any, Metrics]:
+        new, metrics = update(with_frozen_parts(trained, frozen), *rest)
+        return without_frozen(new), metrics
+
+    return run
+
+
 def _map_train_states(function: Callable[..., TrainState], *states: Any) -> Any:
     def is_train_state(node: Any) -> bool:
         return isinstance(node, TrainState)

@@ -70,7 +70,7 @@ from rlhf_jax.models.logprob_fns import (
     shared_trunk_actor_critic_of,
     shift,
 )
-from rlhf_jax.models.mtp import init_model as init_params
+from rlhf_jax.models.mtp import init_model as init_params, param_shapes
 from rlhf_jax.models.policy import Policy, ScalarModel, Source, make_policy
 from rlhf_jax.models.positions import Alibi, LinearScaling, Llama3Scaling, Rope, YarnScaling, ntk_theta
 from rlhf_jax.models.presets import Preset, preset_config
@@ -147,6 +147,7 @@ __all__ = [
     "matmul_params",
     "merge_with_base",
     "ntk_theta",
+    "param_shapes",
     "preset_config",
     "rebalance",
     "reconfigure",

@@ -21,6 +21,7 @@ from rlhf_jax.models.config import ModelConfig, Remat
 from rlhf_jax.models.gguf import GgufFile
 from rlhf_jax.models.gguf_tokenizer import tokenizer_of
 from rlhf_jax.models.hf.reading import read_params
+from rlhf_jax.models.mtp import param_shapes
 from rlhf_jax.models.named import NAMED_MODELS, find_in_package
 from rlhf_jax.models.reconfiguring import check_dtype, default_dtype, scans_by_default
 
@@ -104,6 +105,7 @@ def load_checkpoint(
     remat: Remat | None = None,
     scan_layers: bool | None = None,
     mesh: Mesh | None = None,
+    shapes_only: bool = False,
 ) -> tuple[ModelConfig, Params, Tokenizer]:
     """A published model: architecture, parameters and tokenizer.
 
@@ -117,6 +119,7 @@ def load_checkpoint(
       scan_layers: whether layers are stacked and run as one scan; by default where there are more than 8 and
         their pattern repeats.
       mesh: every parameter goes to where `distributed.tree_shardings` puts it.
+      shapes_only: parameters are `jax.ShapeDtypeStruct`s, and no weight is read.
 
     Raises:
       UserError: there is no such model, it is not supported, or a file is damaged.
@@ -140,8 +143,12 @@ def load_checkpoint(
     if kind == "gguf":
         file = GgufFile(place)
         config = planned(file.config())
+        if shapes_only:
+            return config, param_shapes(config), _gguf_tokenizer(file)
         return config, read_params(file.family, config, file, mesh=mesh), _gguf_tokenizer(file)
     config = planned(hf.load_config(place))
+    if shapes_only:
+        return config, param_shapes(config), load_tokenizer(place)
     _, params = hf.load(place, dtype=config.param_dtype, mesh=mesh, scan_layers=config.scan_layers)
     return config, params, load_tokenizer(place)
 

@@ -7,6 +7,8 @@ is what a draft for speculative decoding needs, and embedding and output matrix 
 module costs one block and one projection. h^0 are the model's final hidden states, after its last norm.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -52,6 +54,11 @@ def module_name(depth: int) -> str:
 def init_model(config: ModelConfig, key: PRNGKeyArray) -> Params:
     """Fresh parameters of a decoder and of its modules; the decoder's are those it has without them."""
     return {**init_params(config, key), **init_mtp(config, key)}
+
+
+def param_shapes(config: ModelConfig) -> Params:
+    """Shapes of `init_model`'s parameters."""
+    return jax.eval_shape(functools.partial(init_model, config), jax.random.key(0))
 
 
 def init_mtp(config: ModelConfig, key: PRNGKeyArray) -> Params:

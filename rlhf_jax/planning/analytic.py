@@ -6,7 +6,8 @@ from jax.sharding import AbstractMesh
 from rlhf_jax import distributed, models
 from rlhf_jax.core.axes import partition_spec
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.planning.compiled import Plan, Prediction, Workload, build, cache_bytes, device_bytes
+from rlhf_jax.planning.compiled import Plan, Prediction
+from rlhf_jax.planning.steps import Workload, build, cache_bytes, device_bytes, workload_step
 
 
 def analytic_plan(workload: Workload, mesh: AbstractMesh) -> Plan:
@@ -28,7 +29,8 @@ def analytic_plan(workload: Workload, mesh: AbstractMesh) -> Plan:
     config = workload.config
     if config.remat != "full":
         raise UserError(f"a plan by formula is for remat full, and this is {config.remat}: give --remat full")
-    resident, found = build(workload, mesh)
+    step = workload_step(workload)
+    resident, found = build(step, mesh)
     share, tensor = 1 - 1 / mesh.shape["fsdp"], mesh.shape["tensor"]
     trained = 2 if workload.algorithm == "ppo" else 1
     sides = 2 if workload.algorithm == "dpo" else 1
@@ -41,7 +43,7 @@ def analytic_plan(workload: Workload, mesh: AbstractMesh) -> Plan:
     layer = item * rows * workload.length * (4 * config.width + 3 * hidden / tensor)
     kept = item * rows * workload.length * config.width * config.num_layers
     whole = resident["parameters"] * mesh.shape["fsdp"]  # what a device holds of it after a gather
-    cache = cache_bytes(workload, mesh)
+    cache = cache_bytes(step.generation, mesh)
     forward = models.forward_flops(config, rows=workload.batch, length=workload.length) / mesh.size
     temporary = resident["parameters"] + matrix * (3 + 3 * 512 / config.width) + trained * (kept + layer)
     passes = (

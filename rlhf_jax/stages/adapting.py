@@ -200,10 +200,6 @@ def split_trainable(
       UserError: an option is wrong, there is no base to adapt, or nothing would be trained.
     """
     adapter = options.adapter(steps)
-    if options.preserve_sparsity and not pruning.kernel_sparsity(model.params)[""]:
-        raise UserError(
-            "--adapter.preserve-sparsity: the policy has no zero weights: prune it first (rlhf prune)"
-        )
     if [name for name in named_leaves(model.params) if adapters.is_adapter_leaf(name)]:
         raise UserError(
             "the policy in --model has a prefix, a prompt or bottlenecks, which cannot be merged into it, "
@@ -233,6 +229,38 @@ def split_trainable(
     return TrainableSplit(starting.copied(trained), frozen, original, tx, adaptation)
 
 
+def check_sparse(options: AdapterOptions, model: Policy) -> None:
+    """Raises: UserError where zeros are to stay and the policy has none."""
+    if options.preserve_sparsity and not pruning.kernel_sparsity(model.params)[""]:
+        raise UserError(
+            "--adapter.preserve-sparsity: the policy has no zero weights: prune it first (rlhf prune)"
+        )
+
+
+def split_shapes(split: Callable[[Policy], TrainableSplit], model: Policy) -> TrainableSplit:
+    """`split(model)` of a model whose parameters are shapes, and shapes in the place of its arrays."""
+    found: list[TrainableSplit] = []
+
+    def trees(params: Params) -> tuple[Params, Params, Params]:
+        found.append(split(dataclasses.replace(model, params=params)))
+        return found[0].trained, found[0].frozen, found[0].original
+
+    trained, frozen, original = jax.eval_shape(trees, model.params)
+    return dataclasses.replace(found[0], trained=trained, frozen=frozen, original=original)
+
+
+def shapes_from_split(
+    function: Callable[..., Any], model: Policy, split: TrainableSplit, *trees: Params
+) -> Any:
+    """Shapes of `function(model, split, *trees)`, where all these hold shapes."""
+
+    def of(params: Params, trained: Params, frozen: Params, original: Params, *trees: Params) -> Any:
+        held = dataclasses.replace(split, trained=trained, frozen=frozen, original=original)
+        return function(dataclasses.replace(model, params=params), held, *trees)
+
+    return jax.eval_shape(of, model.params, split.trained, split.frozen, split.original, *trees)
+
+
 def _check_moves(params: Params, optimizer: OptimizerConfig) -> None:
     """`check_parameters_can_move`, whose mend is said by the names of options."""
     try:
@@ -254,6 +282,12 @@ def init_sharded_state(
         return state
     learner = dataclasses.replace(state.learner, frozen=distributed.shard_params(frozen))
     return dataclasses.replace(state, learner=learner)
+
+
+def state_shapes(init: Callable[..., State], trained: Params, frozen: Params, *keys: PRNGKeyArray) -> State:
+    """The same of shapes, in shapes."""
+    state: Any = jax.eval_shape(init, trained, *keys)
+    return dataclasses.replace(state, learner=dataclasses.replace(state.learner, frozen=frozen))
 
 
 def print_trainable_parameters(run: option_groups.RunOptions, learner: TrainState) -> None:

@@ -315,6 +315,7 @@ _JOINED = "join the other processes: rlhf_jax.distributed.init_distributed(...)"
 _SAID_ELSEWHERE = {
     **dict.fromkeys(("dtype", "param_dtype", "remat", "scan_layers"), _LOADED),
     **dict.fromkeys(("mesh", "all_gather_params"), _ON_MESH),
+    "plan": "plan by the command: rlhf grpo --plan",
     **dict.fromkeys(("coordinator", "init_timeout", "heartbeat_timeout"), _JOINED),
 }
 """Options that only the command line takes, and what does their work from Python."""

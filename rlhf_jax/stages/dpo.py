@@ -34,6 +34,7 @@ from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.evaluation.classification import roc_auc
 from rlhf_jax.losses.pair_logps import PairLossFn, PairLossTraits, takes_weights, traits_of
 from rlhf_jax.models import Policy
+from rlhf_jax.planning.steps import Step, sequence_shapes
 from rlhf_jax.stages import (
     adapting,
     defaults,
@@ -42,6 +43,7 @@ from rlhf_jax.stages import (
     loss_options,
     option_checks,
     option_groups,
+    planned_runs,
 )
 from rlhf_jax.stages.entry import NOTHING, Given, Trained
 from rlhf_jax.stages.session import Session
@@ -250,29 +252,40 @@ def reference_logp(
     return first[: len(pairs)], second[: len(pairs)]
 
 
+def make_learn_fn(
+    session: Session, objective: Objective, split: adapting.TrainableSplit
+) -> Callable[..., tuple[Any, Metrics]]:
+    """`learn(state, original, rows, ref, labels) -> (state, metrics)`, which is to be compiled.
+
+    The reference's log-probs are `ref`, or computed where that is None.
+    """
+    options, logprob_fn = session.options, session.policy.make_logprob_fn()
+
+    def learn(state: Any, original: Params, rows: Sides, ref: Any, labels: Any) -> tuple[Any, Metrics]:
+        if ref is None:
+            reference = split.reference(state.learner, original)
+            ref = preference.response_logp(logprob_fn, reference, *rows, options.ld_alpha)
+        return objective.update(state, objective.hyper, objective.make_batch(rows, ref, labels))
+
+    return learn
+
+
 def make_step_fn(
-    options: Options,
+    session: Session,
     objective: Objective,
-    logprob_fn: LogprobFn,
     split: adapting.TrainableSplit,
     state: Any,
     train: inputs.Pairs,
     meter: Meter,
 ) -> Callable[[Any, int], tuple[Any, Metrics]]:
     """`step(state, number)`, with the reference's log-probs stored, or computed at every step."""
+    options, logprob_fn = session.options, session.policy.make_logprob_fn()
     sampler = BatchSampler(len(train), options.batch_size, options.run.seed)
     stored = None
     if options.reference == "stored":
         reference = split.reference(state.learner)
         stored = reference_logp(logprob_fn, reference, train, options.batch_size, options.ld_alpha)
-
-    def score_and_update(state: Any, original: Params, rows: Sides, ref: Any, labels: Any):
-        if ref is None:
-            reference = split.reference(state.learner, original)
-            ref = preference.response_logp(logprob_fn, reference, *rows, options.ld_alpha)
-        return objective.update(state, objective.hyper, objective.make_batch(rows, ref, labels))
-
-    update = edges.jit_update(score_and_update, state)
+    update = edges.jit_update(make_learn_fn(session, objective, split), state)
 
     def batch(number: int) -> tuple[Any, ...]:
         indices = edges.local_indices(sampler, number)
@@ -308,8 +321,13 @@ def make_evaluate_fn(
     return evaluate
 
 
-def run(options: Options, given: Given = NOTHING) -> Trained:
-    """Trains, and leaves a run folder."""
+def prepare(
+    options: Options, given: Given = NOTHING
+) -> tuple[Session, tuple[inputs.Pairs, inputs.Pairs], Callable[[Any], Objective]]:
+    """The run, its pairs (for training, held out), and the objective of an optimizer.
+
+    Everything is checked before anything is read.
+    """
     options = defaults.fill_published(options, options.loss, otherwise="dpo")
     options, loss_fn, numbers = resolve_loss(options, given)
     check(options, loss_fn)
@@ -321,19 +339,50 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     session.decide_steps(len(train))
     session.announce(f"{len(train):,} {what}, {len(held_out):,} held out")
 
+    def objective(tx: Any) -> Objective:
+        if loss_fn is None:
+            return unpaired_objective(options, options.loss, model.make_logprob_fn(), tx)
+        return pair_objective(options, loss_fn, numbers, model, tx)
+
+    return session, (train, held_out), objective
+
+
+def plan(options: Options) -> None:
+    """Prints what a step needs, and runs none."""
+    planned_runs.show_plan(*planned_step(options))
+
+
+def planned_step(options: Options) -> tuple[Session, Step]:
+    """The run, and its step in shapes."""
+    session, (train, _), make_objective = prepare(options)
+    options, split = session.options, session.split_trainable()
+    objective = make_objective(split.tx)
+    state = session.init_state(objective.init, split.trained, split.frozen)
+    size = options.batch_size
+    rows, floats = sequence_shapes(size, train.length), jax.ShapeDtypeStruct((size,), jnp.float32)
+    is_stored = options.reference == "stored"
+    labels = None if train.labels is None else jax.ShapeDtypeStruct((size,), train.labels.dtype)
+    data = (rows, rows), (floats, floats) if is_stored else None, labels
+    original = (None if is_stored else split.original,)
+    return session, Step(
+        make_learn_fn(session, objective, split), state, original, data, reference=split.original
+    )
+
+
+def run(options: Options, given: Given = NOTHING) -> Trained:
+    """Trains, and leaves a run folder."""
+    session, (train, held_out), make_objective = prepare(options, given)
+    options, model = session.options, session.policy
     split = session.split_trainable()
-    logprob_fn = model.make_logprob_fn()
-    if loss_fn is None:
-        objective = unpaired_objective(options, options.loss, logprob_fn, split.tx)
-    else:
-        objective = pair_objective(options, loss_fn, numbers, model, split.tx)
+    objective = make_objective(split.tx)
     state = session.init_state(objective.init, split.trained, split.frozen)
     # Both sides, and the reference's pass over them where it is made at every step.
     sizes = {"rows": 2 * options.batch_size, "length": train.length}
     passes = model.forward_flops(**sizes) if options.reference == "each_step" else 0.0
     meter = options.run.meter(model.training_flops(**sizes) + passes)
-    step = make_step_fn(options, objective, logprob_fn, split, state, train, meter)
-    evaluate = make_evaluate_fn(options, logprob_fn, split.reference(state.learner), held_out)
+    step = make_step_fn(session, objective, split, state, train, meter)
+    reference = split.reference(state.learner)
+    evaluate = make_evaluate_fn(options, model.make_logprob_fn(), reference, held_out)
 
     state = session.train(
         state,

@@ -1,6 +1,5 @@
 """What a stage does at its edges: compiled updates, the run folder's files, reports, and what is printed."""
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -9,7 +8,7 @@ import numpy as np
 
 from rlhf_jax import distributed
 from rlhf_jax.core.files import write_json
-from rlhf_jax.core.train_state import frozen_parts, with_frozen_parts, without_frozen
+from rlhf_jax.core.train_state import frozen_parts, returning_trained, with_frozen_parts, without_frozen
 from rlhf_jax.data.examples import SupervisedExample
 from rlhf_jax.data.mixing import MixtureSampler
 from rlhf_jax.data.pipeline import BatchSampler
@@ -29,11 +28,7 @@ def jit_update(update: Callable[..., Any], state: Any) -> Callable[..., Any]:
     What is frozen is neither donated nor returned: a policy that was given stays as it is.
     """
     shardings = distributed.shardings_of(without_frozen(state))
-
-    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
-    def compiled(trained: Any, frozen: Any, *rest: Any) -> tuple[Any, Any]:
-        new, metrics = update(with_frozen_parts(trained, frozen), *rest)
-        return without_frozen(new), metrics
+    compiled = jax.jit(returning_trained(update), donate_argnums=0, out_shardings=(shardings, None))
 
     def run(state: Any, *rest: Any) -> tuple[Any, Any]:
         frozen = frozen_parts(state)

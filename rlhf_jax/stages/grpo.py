@@ -12,8 +12,9 @@ Rows hold `prompt`, `question` or `messages`; their other fields go to the rewar
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -29,21 +30,22 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.ranges import (
     Count,
 )
-from rlhf_jax.core.types import Params
+from rlhf_jax.core.types import Metrics, Params, PRNGKeyArray, StepRewards
 from rlhf_jax.generation import Sampling
 from rlhf_jax.kernels.baselines import optimal_values
 from rlhf_jax.metrics import Thresholds
 from rlhf_jax.models import Policy
+from rlhf_jax.planning.steps import Step, rollout_shapes
 from rlhf_jax.rewards.functions import Scored, no_reward
 from rlhf_jax.rewards.rules import soft_overlong_reward
 from rlhf_jax.rollout.completions import LastCompletions
 from rlhf_jax.rollout.dynamic_sampling import Answers, filter_zero_std_groups, term_means
 from rlhf_jax.rollout.sampler import completion_texts, single_turn
 from rlhf_jax.rollout.step import make_grpo_train_step
-from rlhf_jax.stages import defaults, edges, inputs
+from rlhf_jax.stages import adapting, defaults, edges, inputs, planned_runs
 from rlhf_jax.stages.entry import NOTHING, Given, Trained
 from rlhf_jax.stages.grpo_options import GroupOptions, check, check_rewards, rows_of, variant_of
-from rlhf_jax.stages.reward_specs import make_process_reward_fn, make_reward_fn
+from rlhf_jax.stages.reward_specs import make_process_reward_fn, make_reward_fn, model_folders
 from rlhf_jax.stages.session import Session
 from rlhf_jax.training import Meter
 
@@ -180,8 +182,45 @@ def reference_values(session: Session, variant: GRPOVariant, prompts: inputs.Pro
     return found
 
 
-def run(options: Options, given: Given = NOTHING) -> Trained:
-    """Trains, and leaves a run folder."""
+def make_learner(
+    session: Session, variant: GRPOVariant, split: adapting.TrainableSplit, length: int
+) -> tuple[grpo.State, Callable[..., tuple[grpo.State, Metrics]]]:
+    """(state at step 0, `learn(state, original, rollout, rewards, ...)`, which is to be compiled).
+
+    Args:
+      length: tokens of a prompt with its answer.
+    """
+    options: GroupOptions = session.options
+    logprob_fn = session.policy.make_logprob_fn(
+        temperature=options.temperature, collision=variant.needs_collision
+    )
+    train_step = make_grpo_train_step(
+        variant.config, logprob_fn, split.tx, split.reference, describes_rows=True
+    )
+
+    def init(params: Params, key: PRNGKeyArray) -> grpo.State:
+        return grpo.init(
+            params,
+            split.tx,
+            key,
+            one_step_off_policy=options.one_step_off_policy,
+            moving_reference=options.sync.ref_model_sync_steps > 0,
+            hyper=variant.hyper,
+            replay=empty_replay(options, variant, length),
+        )
+
+    state = session.init_state(init, split.trained, split.frozen)
+    return state, lambda state, *data: train_step(state, variant.hyper, *data)
+
+
+def with_weights(variant: GRPOVariant, weights: Sequence[float]) -> GRPOVariant:
+    """The variant with the weight of each reward, where it takes them apart."""
+    hyper = dataclasses.replace(variant.hyper, reward_weights=jnp.asarray(weights, jnp.float32))
+    return dataclasses.replace(variant, hyper=hyper) if variant.needs_terms else variant
+
+
+def prepare(options: Options, given: Given = NOTHING) -> tuple[Session, inputs.Prompts]:
+    """The run and its prompts, after everything is checked."""
     options = defaults.fill_published(options, "grpo")
     check(options, "grpo")
     check_rewards(options, given)
@@ -191,7 +230,54 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     prompts = session.load_prompts()
     session.decide_steps(len(prompts))
     session.announce(f"{len(prompts):,} prompts")
-    return train(session, prompts)
+    return session, prompts
+
+
+def run(options: Options, given: Given = NOTHING) -> Trained:
+    """Trains, and leaves a run folder."""
+    return train(*prepare(options, given))
+
+
+def plan(options: Options) -> None:
+    """Prints what a step needs, and runs none."""
+    planned_runs.show_plan(*planned_step(options))
+
+
+def planned_step(options: Options) -> tuple[Session, Step]:
+    """The run, and its step in shapes."""
+    if options.routing_replay:
+        raise UserError("--plan knows no experts of a rollout: leave --routing-replay out of the plan")
+    session, prompts = prepare(options)
+    options, new_tokens = session.options, options.max_completion_length
+    length, rows = prompts.length + new_tokens, options.batch_size * options.group_size
+    variant = with_weights(variant_of(options), [1.0] * len(session.rewards))
+    split = session.split_trainable(options.num_iterations * options.num_minibatches)
+    state, learn = make_learner(session, variant, split, length)
+    rollout, floats = rollout_shapes(rows, length), functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    once = floats((options.batch_size,))
+    data = (
+        rollout,
+        floats((rows,)),
+        jax.ShapeDtypeStruct((rows,), jnp.bool_),
+        once if variant.needs_greedy else None,
+        StepRewards(rollout.logp, rollout.sequences.mask) if options.process.process_reward else None,
+        floats((rows, len(session.rewards))) if variant.needs_terms else None,
+        once if variant.reference_samples else None,
+    )
+    sampled = planned_runs.local_generation(
+        options.engine,
+        session.policy,
+        state.rollout_params,
+        rows=rows,
+        prompt_length=prompts.length,
+        new_tokens=new_tokens,
+        group_size=options.group_size,
+        max_num_seqs=options.max_num_seqs,
+    )
+    scorers = planned_runs.reward_scorers(model_folders(session.rewards))
+    scorers |= planned_runs.process_scorers(options.process)
+    original = (split.original,)
+    return session, Step(learn, state, original, data, split.original, sampled, scorers, rollout.sequences)
 
 
 def train(session: Session, prompts: inputs.Prompts) -> Trained:
@@ -206,35 +292,19 @@ def train(session: Session, prompts: inputs.Prompts) -> Trained:
     variant = variant_of(options)
     steps_fn = make_process_reward_fn(options.process, model.tokenizer, given.process_reward)
     if variant.needs_terms:
-        weights = [term.weight for term in make_reward_fn(session.rewards, model.tokenizer).terms]
-        hyper = dataclasses.replace(variant.hyper, reward_weights=jnp.asarray(weights, jnp.float32))
-        variant = dataclasses.replace(variant, hyper=hyper)
-    meter = options.run.meter(update_flops(options, model, prompts.length + options.max_completion_length))
+        terms = make_reward_fn(session.rewards, model.tokenizer).terms
+        variant = with_weights(variant, [term.weight for term in terms])
+    length = prompts.length + options.max_completion_length
+    meter = options.run.meter(update_flops(options, model, length))
     draw = make_draw_fn(session, variant, prompts, meter)
     greedy = make_greedy_fn(session, prompts)
-    logprob_fn = model.make_logprob_fn(temperature=options.temperature, collision=variant.needs_collision)
     optimal = reference_values(session, variant, prompts) if variant.reference_samples else None
     split = session.split_trainable(options.num_iterations * options.num_minibatches)
     evaluate = prompts.evaluate
-    train_step = make_grpo_train_step(
-        variant.config, logprob_fn, split.tx, split.reference, describes_rows=True
-    )
     texts_fn = prompts.rollout_fns.answer_texts_fn if prompts.rollout_fns else completion_texts
     completions = LastCompletions(model.tokenizer, texts_fn)
-    state = session.init_state(
-        lambda *x: grpo.init(
-            x[0],
-            split.tx,
-            x[1],
-            one_step_off_policy=options.one_step_off_policy,
-            moving_reference=options.sync.ref_model_sync_steps > 0,
-            hyper=variant.hyper,
-            replay=empty_replay(options, variant, prompts.length + options.max_completion_length),
-        ),
-        split.trained,
-        split.frozen,
-    )
-    learn = edges.jit_update(lambda state, *data: train_step(state, variant.hyper, *data), state)
+    state, learn = make_learner(session, variant, split, length)
+    learn = edges.jit_update(learn, state)
 
     def step(state: grpo.State, number: int):
         answers, drawn = draw(state.rollout_params, number)

@@ -159,7 +159,7 @@ def memory_table(options: Options, config: models.ModelConfig, params: Any) -> T
 def run(options: Options) -> None:
     """Prints the tables."""
     config = read_config(options)
-    params = jax.eval_shape(functools.partial(models.init_params, config), jax.random.key(0))
+    params = models.param_shapes(config)
     console = Console()
     if options.parameters:
         console.print(shape_table(params))

@@ -43,7 +43,7 @@ _MAY_DIFFER = """
     --out --resume --steps --num-train-epochs --save-every --eval-every --max-to-keep --quiet --report
     --micro-batches --eval-data --eval-reward --eval-count --samples --mesh --all-gather-params --coordinator
     --init-timeout --heartbeat-timeout --profile --peak-tflops --log --engine --prompts --sample-tokens
-    --against --remat --log-completions --num-completions-to-print --reward-workers --reward-timeout
+    --against --remat --plan --log-completions --num-completions-to-print --reward-workers --reward-timeout
 """.split()  # noqa: SIM905
 
 
@@ -110,7 +110,8 @@ def check(options: Any, run: "RunOptions", stage: str) -> None:
     """
     check_numbers(options)
     make_loggers(run.log, run.out, stage=stage)  # refuses names that are none, before anything is read
-    check_same_options(options, read_held_run(run.out, stage, resume=run.resume), run.out)
+    if not run.plan:
+        check_same_options(options, read_held_run(run.out, stage, resume=run.resume), run.out)
 
 
 def check_same_options(options: Any, held: Mapping[str, Any], out: Path) -> None:

@@ -29,6 +29,7 @@ from rlhf_jax.data.examples import Overlength
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.metrics import Thresholds
 from rlhf_jax.models import Policy
+from rlhf_jax.models.loading import kind_of_checkpoint
 from rlhf_jax.rewards.calls import RewardCalls
 from rlhf_jax.stages.option_checks import check_divides
 from rlhf_jax.training import LoopConfig, Meter
@@ -58,6 +59,9 @@ class RunOptions:
       report: write report.html at the end.
       mesh: how to use several devices: data=2,fsdp=4, further axes tensor, expert, sequence; auto for fsdp
         over all; empty for one device. A run may be resumed on another mesh.
+      plan: instead of running, compile the step for these devices, which need not be there, and print what it
+        needs: v5e:8x8 or h100:8 as `rlhf plan --topology` takes them, or here. Of the model only the
+        description is read. For sft, dpo, ppo and grpo; kept as plan.json in the run folder.
       all_gather_params: for sampling, make parameters whole along fsdp once a batch of answers, in the
         compute dtype, instead of at every token: many times faster where they fit (`rlhf plan` says whether).
       coordinator: how several processes find each other: auto on Cloud TPU, SLURM and Open MPI,
@@ -87,6 +91,7 @@ class RunOptions:
     quiet: bool = False
     report: bool = True
     mesh: str = ""
+    plan: str = ""
     all_gather_params: bool = False
     coordinator: str = ""
     init_timeout: PositiveInt = 300
@@ -105,10 +110,24 @@ class RunOptions:
         assert self.steps is not None
         return self.steps
 
+    @property
+    def planned_topology(self) -> str:
+        """Devices that are not here and that the run is planned for; empty for none."""
+        return "" if self.plan == "here" else self.plan
+
     def load(self, name: str) -> Policy:
-        """The policy of this name, in the precision and layout that these options say."""
-        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        return load(name, **dtypes, remat=self.remat, scan_layers=self.scan_layers)
+        """The policy of this name, in the precision and layout that these options say; shapes in a plan."""
+        dtype = self.dtype
+        if self.planned_topology and dtype is None and kind_of_checkpoint(name) != "run":
+            dtype = "bfloat16"  # as of published checkpoints on the devices that are planned for
+        return load(
+            name,
+            dtype=dtype,
+            param_dtype=self.param_dtype,
+            remat=self.remat,
+            scan_layers=self.scan_layers,
+            shapes_only=bool(self.plan),
+        )
 
     def loop(
         self, thresholds: Thresholds = Thresholds(), completions: "CompletionOptions | None" = None

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import tyro
 
 from rlhf_jax import models
-from rlhf_jax.algorithms import ppo, selection
+from rlhf_jax.algorithms import ppo
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.ranges import (
     Finite,
@@ -38,29 +38,30 @@ from rlhf_jax.core.ranges import (
     Temperature,
     Weight,
 )
-from rlhf_jax.core.train_state import OptimizerConfig, TrainState
-from rlhf_jax.core.trees import merge, partition
-from rlhf_jax.core.types import Params, Sequences, TokenLogprobs
+from rlhf_jax.core.train_state import OptimizerConfig
+from rlhf_jax.core.types import StepRewards
 from rlhf_jax.data.pipeline import BatchSampler, joint_fingerprint
 from rlhf_jax.generation import Sampling
-from rlhf_jax.models import Policy, adapters
+from rlhf_jax.models import Policy
+from rlhf_jax.planning.steps import Scorer, Step, rollout_shapes, sequence_shapes
 from rlhf_jax.rollout.completions import LastCompletions
 from rlhf_jax.rollout.dynamic_sampling import term_means
 from rlhf_jax.rollout.sampler import Evaluation
-from rlhf_jax.rollout.step import make_ppo_train_step
-from rlhf_jax.stages import adapting, defaults, edges, inputs, option_checks, option_groups, starting
+from rlhf_jax.stages import (
+    adapting,
+    defaults,
+    edges,
+    inputs,
+    option_checks,
+    option_groups,
+    planned_runs,
+)
 from rlhf_jax.stages.entry import NOTHING, Given, Trained
 from rlhf_jax.stages.ppo_rewards import make_score_fn
+from rlhf_jax.stages.ppo_start import make_start
 from rlhf_jax.stages.ptx import PtxText, load_text
+from rlhf_jax.stages.reward_specs import model_folders
 from rlhf_jax.stages.session import Session
-from rlhf_jax.training.run_folder import load_reward_model, load_unmerged_reward_model
-
-FILTERS = {
-    "none": None,
-    "best": selection.best_of_n_weights,
-    "best_random": selection.best_random_weights,
-    "best_worst": selection.best_worst_weights,
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,79 +170,6 @@ class Options:
         return self.num_ppo_epochs * self.num_minibatches
 
 
-def reward_on_base(options: Options, policy: Policy, split: adapting.TrainableSplit) -> Params | None:
-    """What a reward model has of its own, where it is an adapter beside the same base; else None."""
-    if len(options.reward_model) != 1 or split.adaptation is None:
-        return None
-    (folder,) = options.reward_model
-    model, theirs = load_unmerged_reward_model(Path(folder))
-    models.check_same_architecture(policy.architecture, model.architecture, folder)
-    ours = split.adaptation
-    if theirs is None or theirs.base is None or ours.base is None:
-        return None
-    if theirs.base.digest != ours.base.digest or theirs.quantization != ours.quantization:
-        return None
-    if isinstance(theirs.adapter, adapters.Partial) or isinstance(ours.adapter, adapters.Partial):
-        return None
-    own = partition(model.params["decoder"], lambda name, leaf: adapters.is_adapter_leaf(name))[0]
-    return {"decoder": own, "head": model.params["head"]}
-
-
-def initial_params(
-    options: Options, policy: Policy, split: adapting.TrainableSplit, reward: Params | None, key: jax.Array
-) -> tuple[Params, Params]:
-    """(trained, frozen) of policy and value, and of a reward model on the same base.
-
-    The value model starts from the reward model where both are whole or on one base, else from the policy.
-    """
-    adapter_key, head_key = jax.random.split(key)
-    if options.value == "shared":
-        value = {"head": policy.init_scalar_head(head_key)}
-    elif reward is not None:
-        value = starting.copied(reward)
-    elif options.reward_model and split.adaptation is None:
-        reward_model = load_reward_model(Path(options.reward_model[0]))
-        models.check_same_architecture(
-            policy.architecture, reward_model.architecture, options.reward_model[0]
-        )
-        value = starting.copied(reward_model.params)
-    else:
-        head = policy.init_scalar_head(head_key)
-        value = {"decoder": split.fresh_unshared_params(adapter_key), "head": head}
-    params = {"policy": split.unshared_params, "value": value}
-    if split.adaptation is None:
-        return params, None
-    rest = {} if reward is None else {"reward": reward}
-    trained, held = partition(params, split.trains)
-    return trained, merge(held, {"base": split.base, **rest})
-
-
-def make_hyper(options: Options) -> ppo.Hyper:
-    """The numbers of `options` that a sweep could vary."""
-    return ppo.Hyper(
-        learning_rate=jnp.float32(options.learning_rate),
-        epsilon_low=options.epsilon,
-        epsilon_high=options.epsilon,
-        penalty_coef=options.penalty_coef,
-        cliprange_value=options.cliprange_value,
-        value_coef=options.value_coef,
-        entropy_coef=options.entropy_coef,
-        gamma=options.gamma,
-        gae_lambda=options.gae_lambda,
-        kl_coef=options.kl_coef,
-        kl_target=options.kl_target,
-        kl_horizon=options.kl_horizon,
-        missing_eos_penalty=options.missing_eos_penalty,
-        target_kl=options.target_kl,
-        critic_gae_lambda=options.critic_gae_lambda,
-        gae_alpha=options.gae_alpha,
-        ptx_coef=options.ptx.ptx_coef,
-        positive_lm_coef=options.positive_lm_coef or None,
-        positive_threshold=options.positive_threshold,
-        sync=options.sync.hyper(),
-    )
-
-
 def update_flops(options: Options, model: Policy, prompt_length: int, text: PtxText | None) -> float:
     """Operations of scoring with policy, value and reference, and of all epochs of policy, value and text."""
     sizes = {"rows": options.rows, "length": prompt_length + options.prompts.max_new_tokens}
@@ -283,51 +211,76 @@ def check(options: Options) -> None:
         )
 
 
-def make_config(options: Options) -> ppo.Config:
-    """The static choices of `options`."""
-    return ppo.Config(
-        num_ppo_epochs=options.num_ppo_epochs,
-        num_minibatches=options.num_minibatches,
-        micro_batches=options.micro_batches,
-        whiten_advantages=options.whiten_advantages,
-        adaptive_kl=options.adaptive_kl,
-        scale_rewards=options.scale_rewards,
-        group_size=options.group_size,
-        filter_fn=FILTERS[options.policy_filter],
-        policy_loss_fn=ppo.penalized if options.policy_loss == "penalty" else ppo.clipped,
-    )
-
-
-def run(options: Options, given: Given = NOTHING) -> Trained:
-    """Trains, and leaves a run folder."""
+def prepare(options: Options, given: Given = NOTHING) -> tuple[Session, inputs.Prompts, PtxText | None]:
+    """The run, its prompts and the text beside them, after everything is checked."""
     options = defaults.fill_published(options, "ppo")
     check(options)
     if given.ptx_rows is None and not options.ptx.ptx_data and options.ptx != option_groups.PtxOptions():
         raise UserError("--ptx-coef and its kin say how text is learned beside PPO: give --ptx-data")
     if not (options.reward_model or options.process.process_reward or given.process_reward):
         option_checks.check_rewards(inputs.rewards_of(options.prompts, given), " or --reward-model")
-    seed, config = options.run.seed, make_config(options)
     session = Session(options, given, "ppo")
-    model = session.policy
-    looked_at = options.prompts.eval_reward or next(iter(options.reward_model), "")
-    evaluated = dataclasses.replace(options.prompts, eval_reward=looked_at)
-    prompts = inputs.load_prompts(evaluated, model, seed, given)
-    sampler = BatchSampler(len(prompts), options.batch_size, seed)
+    prompts = session.load_prompts(eval_reward=next(iter(options.reward_model), ""))
     session.decide_steps(len(prompts))
     session.announce(f"{len(prompts):,} prompts")
     text = load_text(
         options.ptx,
-        model,
+        session.policy,
         answers=options.rows // options.num_minibatches,
         mini_batches=options.updates,
-        seed=seed,
+        seed=options.run.seed,
         given=given.ptx_rows,
     )
-    split = session.split_trainable(options.updates)
-    reward = reward_on_base(options, model, split)
-    value_key, state_key = jax.random.split(jax.random.key(seed))
-    params, frozen = initial_params(options, model, split, reward, value_key)
+    return session, prompts, text
 
+
+def plan(options: Options) -> None:
+    """Prints what a step needs, and runs none."""
+    planned_runs.show_plan(*planned_step(options))
+
+
+def planned_step(options: Options) -> tuple[Session, Step]:
+    """The run, and its step in shapes."""
+    session, prompts, text = prepare(options)
+    options, start = session.options, make_start(session)
+    rows, new_tokens = options.batch_size * options.group_size, options.prompts.max_new_tokens
+    rollout = rollout_shapes(rows, prompts.length + new_tokens)
+    whole = start.state.learner.all_params
+    data = (
+        rollout,
+        jax.ShapeDtypeStruct((rows,), jnp.float32),
+        jax.ShapeDtypeStruct((rows,), jnp.bool_),
+        StepRewards(rollout.logp, rollout.sequences.mask) if options.process.process_reward else None,
+        text and sequence_shapes(text.sampler.batch_size, text.length),
+    )
+    sampled = planned_runs.local_generation(
+        options.engine,
+        session.policy,
+        models.merge_with_base(whole, "policy"),
+        rows=rows,
+        prompt_length=prompts.length,
+        new_tokens=new_tokens,
+        group_size=options.group_size,
+    )
+    scorers = planned_runs.process_scorers(options.process)
+    if start.reward is not None:
+        scorers["reward model"] = Scorer(session.policy.make_shared_reward_fn(), whole, held=False)
+    else:
+        folders = [Path(folder) for folder in options.reward_model] or model_folders(session.rewards)
+        scorers |= planned_runs.reward_scorers(folders)
+    original = start.split.original
+    return session, Step(
+        start.learn, start.state, (original,), data, original, sampled, scorers, rollout.sequences
+    )
+
+
+def run(options: Options, given: Given = NOTHING) -> Trained:
+    """Trains, and leaves a run folder."""
+    session, prompts, text = prepare(options, given)
+    options, model = session.options, session.policy
+    start = make_start(session)
+    split, learn = start.split, edges.jit_update(start.learn, start.state)
+    sampler = BatchSampler(len(prompts), options.batch_size, options.run.seed)
     generate = inputs.make_sampler(
         options.engine,
         model,
@@ -337,32 +290,10 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         group_size=options.group_size,
         sampling=Sampling(temperature=options.temperature),
     )
-    make_logprob_fn = (
-        model.make_shared_trunk_actor_critic_fn if options.value == "shared" else model.make_actor_critic_fn
-    )
-    logprob_fn = make_logprob_fn(temperature=options.temperature)
-    ref_logprob_fn = model.make_logprob_fn(temperature=options.temperature)
-    hyper, evaluate = make_hyper(options), prompts.evaluate
-
-    def reference(learner: TrainState, original: Params) -> Params:
-        return models.reference_params(learner.all_params, original)
-
-    plain_logprob_fn = model.make_logprob_fn()
-
-    def text_logprobs(params: Params, rows: Sequences) -> TokenLogprobs:
-        return plain_logprob_fn(models.merge_with_base(params, "policy"), rows)
-
-    fns = (logprob_fn, ref_logprob_fn, split.tx, reference, text_logprobs)
-    train_step = make_ppo_train_step(config, *fns, describes_rows=True)
+    rollout_key, evaluate = jax.random.key(options.run.seed + 1), prompts.evaluate
     completions = LastCompletions(model.tokenizer)
-    moving = options.sync.ref_model_sync_steps > 0
-    state = session.init_state(
-        lambda *x: ppo.init(x[0], split.tx, x[1], hyper, moving_reference=moving), params, frozen, state_key
-    )
-    learn = edges.jit_update(lambda state, *data: train_step(state, hyper, *data), state)
-    rollout_key = jax.random.key(seed + 1)
     meter = options.run.meter(update_flops(options, model, prompts.length, text))
-    score = make_score_fn(options, model, reward, given)
+    score = make_score_fn(options, model, start.reward, given)
 
     def step(state: ppo.State, number: int):
         chosen = [prompts.train[i] for i in edges.local_indices(sampler, number, options.group_size)]
@@ -383,7 +314,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
 
     before = prompts.answer(model.params)
     state = session.train(
-        state,
+        start.state,
         step,
         meter=meter,
         data_fingerprint=joint_fingerprint(prompts.fingerprint(), text.fingerprint())

@@ -104,11 +104,26 @@ def _split_weight(spec: str) -> tuple[str, float]:
     return name, weight
 
 
+def _split_kind(spec: str) -> tuple[str, str, str]:
+    return (spec, "", "") if files.is_folder(spec) else spec.partition("@")
+
+
+def _names_model(name: str) -> bool:
+    """Whether it names the run folder of a reward model; a name that ends in .json may be of a file."""
+    return ":" not in name or files.is_remote(name) or files.is_folder(name)
+
+
+def model_folders(specs: Sequence[str]) -> list[Path]:
+    """The run folders of reward models that are among the names of rewards."""
+    names = [_split_kind(_split_weight(spec)[0])[0] for spec in specs]
+    return [Path(n) for n in names if files.is_folder(n) or (_names_model(n) and not n.endswith(".json"))]
+
+
 def _make_term(spec: str, weight: float, tokenizer: Tokenizer, calls: RewardCalls) -> RewardTerm:
-    name, at, kind = (spec, "", "") if files.is_folder(spec) else spec.partition("@")
+    name, at, kind = _split_kind(spec)
     if name.endswith(".json") and not files.is_folder(name):
         short, term = Path(name).stem, function_term(load_reward_file(Path(name)))
-    elif ":" not in name or files.is_remote(name) or files.is_folder(name):
+    elif _names_model(name):
         short, term = Path(name).name, _model_term(Path(name), tokenizer)
     else:
         short, term = name.rpartition(":")[2], function_term(load_reward(name), calls)

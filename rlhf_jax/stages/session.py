@@ -59,13 +59,18 @@ class Session:
         """What completions are worth: as it was given, or by name."""
         return inputs.rewards_of(self.options.prompts, self.given)
 
-    def load_prompts(self, rollout_fns: RolloutFns | None = None) -> inputs.Prompts:
+    def load_prompts(self, rollout_fns: RolloutFns | None = None, *, eval_reward: str = "") -> inputs.Prompts:
         """The prompts that the options name, or that were given.
 
         Args:
           rollout_fns: how they are answered; None for by one completion each.
+          eval_reward: the reward of the evaluation where the options name none; empty for their first reward.
         """
-        return inputs.load_prompts(self.options.prompts, self.policy, self.run.seed, self.given, rollout_fns)
+        options = self.options.prompts
+        options = dataclasses.replace(options, eval_reward=options.eval_reward or eval_reward)
+        if self.run.plan:  # nothing is scored, and no reward model is read
+            options = dataclasses.replace(options, rewards=(), eval_reward="")
+        return inputs.load_prompts(options, self.policy, self.run.seed, self.given, rollout_fns)
 
     def make_answer_fn(
         self, prompts: inputs.Prompts, policy: Policy | None = None, **sampler: Any
@@ -90,25 +95,33 @@ class Session:
         Args:
           updates_per_step: optimizer steps in one step of the run.
         """
-        return adapting.split_trainable(
-            self.options.adapter,
-            self.options.optimizer,
-            self.policy,
-            seed=self.run.seed,
-            steps=self.run.num_steps * updates_per_step,
-            brought=self.given.policy is not None,
-        )
+
+        def split(policy: Policy) -> adapting.TrainableSplit:
+            return adapting.split_trainable(
+                self.options.adapter,
+                self.options.optimizer,
+                policy,
+                seed=self.run.seed,
+                steps=self.run.num_steps * updates_per_step,
+                brought=self.given.policy is not None,
+            )
+
+        if self.run.plan:
+            return adapting.split_shapes(split, self.policy)
+        adapting.check_sparse(self.options.adapter, self.policy)
+        return split(self.policy)
 
     def init_state(
         self, init: Callable[..., Any], trained: Params, frozen: Params, *keys: PRNGKeyArray
     ) -> Any:
-        """`init(trained, *keys)`, every leaf made where it will live, beside what is frozen.
+        """`init(trained, *keys)`, every leaf made where it lives, beside what is frozen; shapes in a plan.
 
         Args:
           keys: none for the one of the seed.
         """
         keys = keys or (jax.random.key(self.run.seed),)
-        state = adapting.init_sharded_state(init, trained, frozen, *keys)
+        make_state = adapting.state_shapes if self.run.plan else adapting.init_sharded_state
+        state = make_state(init, trained, frozen, *keys)
         adapting.print_trainable_parameters(self.run, state.learner)
         return state
 

@@ -35,6 +35,7 @@ from rlhf_jax.data.tokenizers import Tokenizer, train_bpe
 from rlhf_jax.losses.supervised import cross_entropy_loss
 from rlhf_jax.metrics import final_table
 from rlhf_jax.models import Policy
+from rlhf_jax.planning.steps import Step, shapes_of
 from rlhf_jax.stages import (
     adapting,
     defaults,
@@ -43,6 +44,7 @@ from rlhf_jax.stages import (
     inputs,
     option_checks,
     option_groups,
+    planned_runs,
     starting,
 )
 from rlhf_jax.stages.entry import NOTHING, Given, Trained
@@ -201,8 +203,35 @@ def held_out_loss(
     return evaluate
 
 
-def run(options: Options, given: Given = NOTHING) -> Trained:
-    """Trains, and leaves a run folder."""
+@dataclasses.dataclass(frozen=True)
+class Conversations:
+    """All conversations as rows of one length, and which of them make up each step's batch.
+
+    Attributes:
+      rows: of NumPy.
+      sampler: of the batches.
+      names: of the sources as metrics name them; empty where there is one.
+    """
+
+    rows: Sequences
+    sampler: edges.Batches
+    names: tuple[str, ...]
+
+    @property
+    def length(self) -> int:
+        """Tokens a row."""
+        return self.rows.tokens.shape[1]
+
+    def batch(self, number: int) -> tuple[Any, ...]:
+        """The rows of a step, of NumPy; of a mixture with the number of each row's source."""
+        indices = edges.local_indices(self.sampler, number)
+        chosen = (jax.tree.map(lambda x: x[indices], self.rows),)
+        own = (self.sampler.source_of(indices),) if isinstance(self.sampler, MixtureSampler) else ()
+        return chosen + own
+
+
+def prepare(options: Options, given: Given = NOTHING) -> tuple[Session, Conversations]:
+    """The run and its data, after everything is checked."""
     options = defaults.fill_published(options, "sft")
     option_checks.check(options, options.run, "sft")
     option_checks.check_divides("--micro-batches", options.micro_batches, "--batch-size", options.batch_size)
@@ -224,32 +253,60 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     sampler = make_batches(options, sources, [len(part.tokens) for part in parts_of_rows])
     session.announce(f"{len(examples):,} conversations in {len(rows.tokens):,} rows")
     edges.show_sample(options.run, model.tokenizer, examples[0])
-
-    split = session.split_trainable()
-    logprob_fn = model.make_logprob_fn_with_auxiliaries()
-    state = session.init_state(lambda *x: sft.init(x[0], split.tx, x[1]), split.trained, split.frozen)
     names = source_names(list(sources)) if len(sources) > 1 else ()
-    config = sft.Config(options.micro_batches, sources=names)
-    update = edges.jit_update(sft.make_update(config, logprob_fn, split.tx, models.rebalance), state)
-    evaluate = held_out_loss(options, model, logprob_fn, given)
-    hyper = options.aux.hyper(options.learning_rate)
+    return session, Conversations(rows, sampler, names)
 
-    meter = options.run.meter(model.training_flops(rows=options.batch_size, length=length))
+
+def make_learner(
+    session: Session, names: tuple[str, ...], split: adapting.TrainableSplit
+) -> tuple[sft.State, Callable[..., Any]]:
+    """(state at step 0, `learn(state, rows, ...)`, which is to be compiled).
+
+    Args:
+      names: of several sources.
+    """
+    options: Options = session.options
+    logprob_fn = session.policy.make_logprob_fn_with_auxiliaries()
+    config = sft.Config(options.micro_batches, sources=names)
+    update = sft.make_update(config, logprob_fn, split.tx, models.rebalance)
+    hyper = options.aux.hyper(options.learning_rate)
+    state = session.init_state(lambda *x: sft.init(x[0], split.tx, x[1]), split.trained, split.frozen)
+    return state, lambda state, *data: update(state, hyper, *data)
+
+
+def plan(options: Options) -> None:
+    """Prints what a step needs, and runs none."""
+    planned_runs.show_plan(*planned_step(options))
+
+
+def planned_step(options: Options) -> tuple[Session, Step]:
+    """The run, and its step in shapes."""
+    session, data = prepare(options)
+    state, learn = make_learner(session, data.names, session.split_trainable())
+    return session, Step(learn, state, (), shapes_of(data.batch(0)))
+
+
+def run(options: Options, given: Given = NOTHING) -> Trained:
+    """Trains, and leaves a run folder."""
+    session, data = prepare(options, given)
+    options, model = session.options, session.policy
+    split = session.split_trainable()
+    state, learn = make_learner(session, data.names, split)
+    learn = edges.jit_update(learn, state)
+    evaluate = held_out_loss(options, model, model.make_logprob_fn_with_auxiliaries(), given)
+    meter = options.run.meter(model.training_flops(rows=options.batch_size, length=data.length))
 
     def batch(number: int) -> tuple[Any, ...]:
-        indices = edges.local_indices(sampler, number)
-        chosen = (jax.tree.map(lambda x: x[indices], rows),)
-        own = (sampler.source_of(indices),) if isinstance(sampler, MixtureSampler) else ()
-        return distributed.shard_batch(chosen + own)
+        return distributed.shard_batch(data.batch(number))
 
     def step(state: sft.State, number: int):
-        return meter.timed("update", update, state, hyper, *meter.timed("data", batch, number))
+        return meter.timed("update", learn, state, *meter.timed("data", batch, number))
 
     state = session.train(
         state,
         step,
         meter=meter,
-        data_fingerprint=fingerprint(jax.tree.leaves(rows)),
+        data_fingerprint=fingerprint(jax.tree.leaves(data.rows)),
         adaptation=split.adaptation,
         evaluate=evaluate,
     )

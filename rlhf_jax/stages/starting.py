@@ -44,6 +44,8 @@ def starting_model(
         return policy
     chosen = find_tokenizer(tokenizer, data)
     config = options.config(chosen)
+    if run.plan:
+        return models.make_policy(config, models.param_shapes(config), chosen)
     params = distributed.init_sharded(functools.partial(models.init_params, config), jax.random.key(run.seed))
     return models.make_policy(config, params, chosen)
 

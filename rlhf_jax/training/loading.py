@@ -2,10 +2,15 @@
 
 import hashlib
 import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
 
 from rlhf_jax import models
 from rlhf_jax.core import files
 from rlhf_jax.core.arguments import checked
+from rlhf_jax.core.types import Params
 from rlhf_jax.models import Policy
 from rlhf_jax.models.config import Remat
 from rlhf_jax.models.loading import kind_of_checkpoint, load_checkpoint, local_checkpoint
@@ -23,6 +28,7 @@ def load(
     param_dtype: str | None = None,
     remat: Remat | None = None,
     scan_layers: bool | None = None,
+    shapes_only: bool = False,
 ) -> Policy:
     """A policy, ready to answer and to be trained.
 
@@ -35,20 +41,39 @@ def load(
       remat: what the backward pass computes again. None for that of a run, and for nothing.
       scan_layers: whether layers run as one scan. None for as in a run, and for deep published checkpoints
         whose pattern repeats.
+      shapes_only: `params` are `jax.ShapeDtypeStruct`s, and no weight is read: for plans.
 
     Raises:
       UserError: there is no such model, it is not supported, or a file is damaged.
     """
     choices = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat, "scan_layers": scan_layers}
     if files.is_remote(path) or kind_of_checkpoint(path) == "run":
-        policy = load_policy(files.as_path(path))
+        policy = load_policy(files.as_path(path), shapes_only=shapes_only)
         if all(choice is None for choice in choices.values()):
             return policy
         assert policy.config is not None
-        config, params = models.reconfigure(policy.config, policy.params, **choices)
+        if shapes_only:
+            config, params = _reconfigured_shapes(policy.config, policy.params, choices)
+        else:
+            config, params = models.reconfigure(policy.config, policy.params, **choices)
         return models.make_policy(config, params, policy.tokenizer, source=policy.source)
-    config, params, tokenizer = load_checkpoint(path, **choices)
+    config, params, tokenizer = load_checkpoint(path, **choices, shapes_only=shapes_only)
     return models.make_policy(config, params, tokenizer, source=_published(path))
+
+
+def _reconfigured_shapes(
+    config: models.ModelConfig, params: Params, choices: Mapping[str, Any]
+) -> tuple[models.ModelConfig, Params]:
+    """`models.reconfigure` of shapes."""
+    found: list[models.ModelConfig] = []
+
+    def change(params: Params) -> Params:
+        new, params = models.reconfigure(config, params, **choices)
+        found.append(new)
+        return params
+
+    shapes = jax.eval_shape(change, params)
+    return found[0], shapes
 
 
 def _published(path: str | os.PathLike[str]) -> Source:

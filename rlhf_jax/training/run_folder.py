@@ -227,58 +227,79 @@ def write_model_files(
         ) from error
 
 
-def load_policy(folder: files.PathLike) -> Policy:
+def load_policy(folder: files.PathLike, *, shapes_only: bool = False) -> Policy:
     """The policy that a run ended with: of SFT, DPO, GRPO, or the actor of PPO.
 
     An adapter is merged into its base; one that cannot be stands in the parameters as leaves of its own.
+
+    Args:
+      shapes_only: parameters are `jax.ShapeDtypeStruct`s, and no weight is read.
 
     Raises:
       UserError: there is no such run, it trained a reward model, or the base of its adapter is gone or is
         another.
     """
-    model, _ = load_unmerged_policy(folder)
+    model, _ = load_unmerged_policy(folder, shapes_only=shapes_only)
     return dataclasses.replace(model, params=_merged(model.params))
 
 
-def load_unmerged_policy(folder: files.PathLike) -> tuple[Policy, Adaptation | None]:
+def load_unmerged_policy(
+    folder: files.PathLike, *, shapes_only: bool = False
+) -> tuple[Policy, Adaptation | None]:
     """The same, in which the leaves of an adapter still stand, and how it came out of its base."""
     folder = files.as_path(folder)
     kind, config, tokenizer, adaptation = _read_ours(folder)
     if kind == "reward_model":
         raise UserError(f"{folder} holds a reward model, not a policy: give the run of another stage")
     name = "learner/params/policy" if kind == "actor_critic" else "learner/params"
-    if adaptation is None:
-        like = jax.eval_shape(functools.partial(models.init_params, config), jax.random.key(0))
-        params = _restore(folder, name, like)
+    if shapes_only:
+        params = _decoder_shapes(adaptation, config)
+    elif adaptation is None:
+        params = _restore(folder, name, models.param_shapes(config))
     else:
         params = _restore_adapted(folder, name, adaptation, config)
     return make_policy(config, params, tokenizer, source=_source(folder)), adaptation
 
 
-def load_reward_model(folder: Path) -> ScalarModel:
+def load_reward_model(folder: Path, *, shapes_only: bool = False) -> ScalarModel:
     """The reward model that a run ended with, its adapter merged.
+
+    Args:
+      shapes_only: as of `load_policy`.
 
     Raises:
       UserError: there is no such run, it trained a policy, or the base of its adapter is gone or is another.
     """
-    model, _ = load_unmerged_reward_model(folder)
+    model, _ = load_unmerged_reward_model(folder, shapes_only=shapes_only)
     body = dataclasses.replace(model.body, params=_merged(model.body.params))
     return dataclasses.replace(model, body=body)
 
 
-def load_unmerged_reward_model(folder: Path) -> tuple[ScalarModel, Adaptation | None]:
+def load_unmerged_reward_model(
+    folder: Path, *, shapes_only: bool = False
+) -> tuple[ScalarModel, Adaptation | None]:
     """The same, in whose decoder the leaves of an adapter still stand, and how it came out of its base."""
     kind, config, tokenizer, adaptation = _read_ours(folder)
     if kind != "reward_model":
         raise UserError(f"{folder} holds a policy, not a reward model: give a run of rlhf reward-model")
     like = jax.eval_shape(functools.partial(models.init_scalar_model, config), jax.random.key(0))
-    if adaptation is None:
+    if shapes_only:
+        params = {**like, "decoder": _decoder_shapes(adaptation, config)}
+    elif adaptation is None:
         params = _restore(folder, "learner/params", like)
     else:
         decoder = _restore_adapted(folder, "learner/params/decoder", adaptation, config)
         params = {"decoder": decoder, "head": _restore(folder, "learner/params/head", like["head"])}
     body = make_policy(config, params["decoder"], tokenizer, source=_source(folder))
     return ScalarModel(body, params["head"]), adaptation
+
+
+def _decoder_shapes(adaptation: Adaptation | None, config: models.ModelConfig) -> Params:
+    """Shapes of a run's decoder, with the leaves of its adapter."""
+    like = models.param_shapes(config)
+    if adaptation is None:
+        return like
+    return jax.eval_shape(lambda base, key: merge(*adaptation.adapted(base, key)), like, jax.random.key(0))
 
 
 def _restore(folder: Path, name: str, like: Any) -> Params:
@@ -327,7 +348,11 @@ def _load_base(folder: Path, base: Source | None, config: models.ModelConfig) ->
 
 
 def _merged(params: Params) -> Params:
-    return adapters.merge_adapter(params) if adapters.can_merge(params) else params
+    """Parameters, or their shapes, with the adapter in the kernels where that is possible."""
+    if not adapters.can_merge(params):
+        return params
+    is_array = all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params))
+    return adapters.merge_adapter(params) if is_array else jax.eval_shape(adapters.merge_adapter, params)
 
 
 def _source(folder: Path) -> Source:

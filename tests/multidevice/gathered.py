@@ -7,12 +7,12 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rlhf_jax import distributed, models
-from rlhf_jax.planning import compiled
+from rlhf_jax.planning import compiled, steps
 
 if __name__ == "__main__":
     config = models.dense_config(vocab_size=512, width=64, num_layers=4, num_heads=4, scan_layers=True)
     mesh = distributed.make_mesh("fsdp=8")
-    program = compiled.build(compiled.Workload("sft", config, 16, 64), mesh)[1]["update"]
+    program = steps.build(steps.workload_step(steps.Workload("sft", config, 16, 64)), mesh)[1]["update"]
     params = sum(leaf.size * 4 for leaf in jax.tree.leaves(program.arguments[0].learner.params))
     whole = NamedSharding(mesh, PartitionSpec())
 

@@ -11,10 +11,10 @@ from rlhf_jax import distributed, models
 from rlhf_jax.cli.commands import main
 from rlhf_jax.core.axes import GATHERED_SAMPLING, axis_rules
 from rlhf_jax.distributed.accelerator_specs import chip_of
-from rlhf_jax.planning import compiled
+from rlhf_jax.planning import compiled, steps
 from rlhf_jax.planning.analytic import analytic_plan
 from rlhf_jax.planning.gpu_targets import GPU_TARGETS
-from rlhf_jax.stages import plan as plan_stage
+from rlhf_jax.stages import plan as plan_stage, plan_tables
 
 CONFIG = models.dense_config(
     vocab_size=272, width=16, num_layers=2, num_heads=4, intermediate_size=32, scan_layers=True, remat="full"
@@ -25,11 +25,15 @@ SPLIT = PARAMS - 5 * 16  # norms are whole on every device
 
 def work(algorithm, **options):
     options = {"batch": 8, "length": 12, "new_tokens": 4, "group_size": 2, **options}
-    return compiled.Workload(algorithm, CONFIG, **options)
+    return steps.Workload(algorithm, CONFIG, **options)
+
+
+def step(algorithm, **options):
+    return steps.workload_step(work(algorithm, **options))
 
 
 def test_what_is_resident_on_each_device():
-    resident, found = compiled.build(work("ppo"), distributed.abstract_mesh("fsdp=4"))
+    resident, found = steps.build(step("ppo"), distributed.abstract_mesh("fsdp=4"))
     decoder = 4 * (SPLIT / 4 + 5 * 16)
     head = 4 * (16 + 1)
     assert resident["parameters"] == 2 * decoder + head
@@ -38,23 +42,23 @@ def test_what_is_resident_on_each_device():
     # Two moments, and the counters of optax.
     assert 0 <= resident["optimizer"] - 2 * resident["parameters"] <= 16
     assert list(found) == ["update", "generation", "reward"]
-    assert list(compiled.build(work("sft"), distributed.abstract_mesh("fsdp=4"))[1]) == ["update"]
+    assert list(steps.build(step("sft"), distributed.abstract_mesh("fsdp=4"))[1]) == ["update"]
 
 
 def test_the_cache_of_keys_and_values():
     whole = 2 * 2 * 8 * 12 * 16 * 4
     books = 2 * 8 * 12 * 4 + 4  # segments, positions, the length
-    assert compiled.cache_bytes(work("grpo"), distributed.abstract_mesh("fsdp=4")) == pytest.approx(
+    assert steps.cache_bytes(step("grpo").generation, distributed.abstract_mesh("fsdp=4")) == pytest.approx(
         (whole + books) / 4
     )
-    assert compiled.cache_bytes(work("grpo"), distributed.abstract_mesh("data=2,tensor=4")) == pytest.approx(
-        (whole + books) / 8
-    )
-    assert compiled.cache_bytes(work("dpo"), distributed.abstract_mesh("fsdp=4")) == 0
+    assert steps.cache_bytes(
+        step("grpo").generation, distributed.abstract_mesh("data=2,tensor=4")
+    ) == pytest.approx((whole + books) / 8)
+    assert steps.cache_bytes(step("dpo").generation, distributed.abstract_mesh("fsdp=4")) == 0
 
 
 def test_a_step_compiled_for_the_device_at_hand(tmp_path):
-    plan = compiled.make_plan(work("sft", micro_batches=2), distributed.make_mesh(), tmp_path)
+    plan = compiled.make_plan(step("sft", micro_batches=2), distributed.make_mesh(), tmp_path)
     update = plan.programs["update"]
     assert update.argument_bytes == pytest.approx(sum(plan.resident.values()), abs=64)
     # Forward, again for the backward pass, and twice in it; the output matrix's chunks are made twice.
@@ -107,7 +111,7 @@ def test_temporaries_alone_that_find_no_room(monkeypatch):
         )
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
-    plan = compiled.make_plan(work("sft"), distributed.make_mesh())
+    plan = compiled.make_plan(step("sft"), distributed.make_mesh())
     assert plan.peak_bytes == pytest.approx(34.08 * 2**30 + sum(plan.resident.values()))
 
 
@@ -116,11 +120,11 @@ def test_a_program_that_finds_no_room(monkeypatch):
         raise jax.errors.JaxRuntimeError(REFUSAL)
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
-    plan = compiled.make_plan(work("sft"), distributed.make_mesh())
+    plan = compiled.make_plan(step("sft"), distributed.make_mesh())
     assert "Used 22.50G of 15.75G" in plan.too_big
     small = sum(plan.resident.values())
     assert plan.peak_bytes == pytest.approx(22.5 * 2**30, abs=2 * small)
-    said = plan_stage.verdict(plan, chip_of("TPU v5 lite"))
+    said = plan_tables.verdict(plan, chip_of("TPU v5 lite"))
     assert said == "Does not fit: 22.50 GiB of 15.75 GiB on each device, 6.75 GiB too much."
 
 
@@ -128,9 +132,9 @@ def test_verdicts_and_json():
     prediction = compiled.Prediction(10, 2**30, 3 * 2**30, 197e12, 0.0, {"all-gather": (4, 100e9)}, 1.0)
     plan = compiled.Plan({"parameters": 2.0**30}, {"update": prediction}, 0.0)
     chip = chip_of("TPU v5 lite")
-    assert plan_stage.verdict(plan, chip) == "Fits: 5.00 GiB of 15.75 GiB on each device, 10.75 GiB free."
-    assert plan_stage.verdict(plan, None) == "Needs 5.00 GiB on each device, whose memory is not known here."
-    made = plan_stage.to_json(plan_stage.Options(), plan, distributed.make_mesh(), chip)
+    assert plan_tables.verdict(plan, chip) == "Fits: 5.00 GiB of 15.75 GiB on each device, 10.75 GiB free."
+    assert plan_tables.verdict(plan, None) == "Needs 5.00 GiB on each device, whose memory is not known here."
+    made = plan_tables.to_json(plan_stage.Options(), plan, distributed.make_mesh(), chip)
     data = json.loads(json.dumps(made))
     assert data["predicted"]
     assert data["fits"]
@@ -138,7 +142,7 @@ def test_verdicts_and_json():
     assert (least["compute"], least["communication"]) == (1.0, 0.5)
     unknown = dataclasses.replace(prediction, temporary_bytes=math.nan)
     lost = compiled.Plan({}, {"update": unknown}, 0.0)
-    assert plan_stage.to_json(plan_stage.Options(), lost, distributed.make_mesh(), chip)["fits"] is None
+    assert plan_tables.to_json(plan_stage.Options(), lost, distributed.make_mesh(), chip)["fits"] is None
 
 
 @pytest.mark.parametrize(

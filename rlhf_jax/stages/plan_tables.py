@@ -1,0 +1,136 @@
+"""Plans for people and as JSON: memory by part, work by program, rooflines, and whether it fits."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from rlhf_jax import distributed
+from rlhf_jax.distributed.accelerator_specs import Chip, roofline
+from rlhf_jax.metrics.progress import format_seconds
+from rlhf_jax.planning import compiled
+from rlhf_jax.stages import option_checks
+
+Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
+
+
+def verdict(plan: compiled.Plan, chip: Chip | None) -> str:
+    """Whether it fits, and by how much."""
+    need = plan.peak_bytes
+    if chip is None:
+        return f"Needs {gib(need)} on each device, whose memory is not known here."
+    free = chip.memory_bytes - need
+    of = f"{gib(need)} of {gib(chip.memory_bytes)} on each device"
+    return f"Fits: {of}, {gib(free)} free." if free >= 0 else f"Does not fit: {of}, {gib(-free)} too much."
+
+
+def gib(count: float) -> str:
+    """Bytes for people."""
+    return f"{count / 2**30:,.2f} GiB"
+
+
+def memory_table(plan: compiled.Plan) -> Table:
+    """Memory by part."""
+    table = Table("on each device", "GiB", title="Memory, predicted")
+    for name, count in plan.resident.items():
+        table.add_row(name, f"{count / 2**30:.3f}")
+    for name, program in plan.programs.items():
+        extra = program.temporary_bytes + program.output_bytes
+        what = "activations, gradients, buffers" if name == "update" else "buffers"
+        cache = f", of which about {plan.kv_cache_bytes / 2**30:.3f} KV cache" if name == "generation" else ""
+        table.add_row(f"{name}: {what}{cache}", f"{extra / 2**30:.3f}")
+    table.add_row("the most at a time", f"{plan.peak_bytes / 2**30:.3f}", style="bold")
+    return table
+
+
+def work_table(plan: compiled.Plan, chip: Chip | None) -> Table:
+    """What each program computes and moves, and the least time that takes."""
+    names = list(plan.programs)
+    table = Table("each device, one step", *names, title="Work, predicted")
+    parts = plan.programs.values()
+    table.add_row("matrix products, TFLOP", *(f"{p.flops / 1e12:,.2f}" for p in parts))
+    table.add_row("memory read and written, GB", *(f"{p.traffic_bytes / 1e9:,.2f}" for p in parts))
+    for kind in sorted({kind for p in parts for kind in p.collectives}):
+        counts = (p.collectives.get(kind, (0, 0.0)) for p in parts)
+        table.add_row(kind, *(f"{count:,} x, {sent / 1e9:,.3f} GB" for count, sent in counts))
+    table.add_row("compiled in", *(format_seconds(p.compile_seconds) for p in parts))
+    if chip is not None:
+        for kind in ("compute", "memory", "communication"):
+            table.add_row(
+                f"least time for {kind}", *(format_seconds(least_seconds(p, chip)[kind]) for p in parts)
+            )
+        bounds = [least_seconds(p, chip).values() for p in parts]
+        table.add_row(
+            "roofline: all overlap - none do",
+            *(f"{format_seconds(max(b))} - {format_seconds(sum(b))}" for b in bounds),
+            style="bold",
+        )
+    return table
+
+
+def devices_of(mesh: Mesh, chip: Chip | None) -> str:
+    """What the devices are called."""
+    if isinstance(mesh, jax.sharding.Mesh):
+        return mesh.devices.flat[0].device_kind
+    return chip.name if chip else "none"
+
+
+def least_seconds(program: compiled.Prediction, chip: Chip) -> dict[str, float]:
+    """The roofline of one program."""
+    return roofline(
+        chip, flops=program.flops, memory_bytes=program.traffic_bytes, sent_bytes=program.sent_bytes
+    )
+
+
+def to_json(
+    options: Any, plan: compiled.Plan, mesh: Mesh, chip: Chip | None, *, by_formula: bool = False
+) -> dict[str, Any]:
+    """All of it as JSON types.
+
+    Args:
+      options: what was planned, as a dataclass.
+      by_formula: nothing was compiled.
+    """
+    return {
+        "predicted": True,
+        "options": option_checks.to_json(options),
+        "devices": mesh.size,
+        "device_kind": devices_of(mesh, chip),
+        "by_formula": by_formula,
+        "chip": chip and dataclasses.asdict(chip),
+        "fits": None if chip is None or math.isnan(plan.peak_bytes) else plan.peak_bytes <= chip.memory_bytes,
+        "peak_bytes": plan.peak_bytes,
+        "kv_cache_bytes": plan.kv_cache_bytes,
+        "resident_bytes": plan.resident,
+        "programs": {
+            name: {
+                **dataclasses.asdict(program),
+                "roofline_seconds": chip and least_seconds(program, chip),
+            }
+            for name, program in plan.programs.items()
+        },
+        "jax": jax.__version__,
+    }
+
+
+def show(title: str, plan: compiled.Plan, mesh: Mesh, chip: Chip | None, *, by_formula: bool = False) -> None:
+    """Prints the plan of what `title` says."""
+    console = Console()
+    console.print(
+        f"{title} on {distributed.describe_mesh(mesh)}\n"
+        f"Predicted, not measured{', by formula' * by_formula}.",
+        highlight=False,
+    )
+    console.print(verdict(plan, chip), style="bold", highlight=False)
+    if plan.too_big:
+        console.print(f"({plan.too_big}; it says no more of such a program)", highlight=False)
+    console.print(memory_table(plan))
+    console.print(work_table(plan, chip))
+    if chip is not None:
+        console.print(f"Peaks of {chip.name}: {chip.source}", highlight=False)
+    for name, program in plan.programs.items():
+        for line in program.complaints:
+            console.print(f"warning, {name}: {line}", highlight=False)
