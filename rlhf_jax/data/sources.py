@@ -113,6 +113,32 @@ def _suggestion(path: Path) -> str:
     return f"did you mean {path.parent / near[0]}?" if near else "check the path"
 
 
+# Fields ---------------------------------------------------------------------------------------------
+
+
+def kind_of(value: Any) -> str:
+    """The type of a field's value, in words."""
+    kinds = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return kinds.get(type(value), f"of type {type(value).__name__}")
+
+
+def is_reference(value: object) -> bool:
+    """Whether a field is an answer that completions can be compared with: a text or a number."""
+    return isinstance(value, str | int | float) and not isinstance(value, bool) and value == value
+
+
+def reference_of(row: Row, field: str) -> str | int | float | None:
+    """The text or number in a field; None where it is missing or null.
+
+    Raises:
+      UserError: it is something else, which would otherwise be taken for the text that Python prints of it.
+    """
+    value = row.fields.get(field)
+    if value is not None and not is_reference(value):
+        raise UserError(f"{row.where}: field {field!r} is {kind_of(value)}; give text or a number")
+    return value
+
+
 # JSON -----------------------------------------------------------------------------------------------
 
 
