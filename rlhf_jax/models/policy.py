@@ -228,7 +228,8 @@ class Policy:
         Raises:
           UserError: one of the model's is missing, or has another shape.
         """
-        _check_leaves(self.params, params)
+        if params is not None:
+            _check_leaves(self.params, params)
         return dataclasses.replace(self, params=params, source=None)
 
     def logits(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
