@@ -139,9 +139,12 @@ def test_the_embedded_task_as_multiple_choice():
 def test_a_field_of_another_type_is_not_taken_for_what_python_prints_of_it(fields, said):
     with pytest.raises(UserError, match=rf"^rows:7: {said}"):
         read_problems([Row({"question": "1+1=?", "answer": 2, **fields}, "rows:7")])
+
+
+def test_labels_of_choices_are_a_list():
+    row = Row({"question": "?", "choices": {"text": ["3", "4"], "label": 5}, "answer": "3"}, "rows:8")
     with pytest.raises(UserError, match=r"^rows:8: the labels of the choices are no list"):
-        choices = {"text": ["3", "4"], "label": 5}
-        read_questions([Row({"question": "?", "choices": choices, "answer": "3"}, "rows:8")])
+        read_questions([row])
 
 
 def test_an_answer_that_only_a_verifier_can_read_is_no_worked_one():

@@ -301,9 +301,7 @@ def test_parameters_of_another_model_are_refused_by_the_name_of_a_leaf():
     for given in ({}, {name: leaf for name, leaf in params.items() if name != "embedding"}):
         with pytest.raises(UserError, match="params has no leaf 'embedding'"):
             policy.with_params(given)
-    with pytest.raises(
-        UserError, match=r"params\['embedding'\] has shape \(7, 16\), the model's \(259, 16\)"
-    ):
+    with pytest.raises(UserError, match=r"params\['embedding'\] has shape \(7, 16\), the model's \(259,"):
         policy.with_params({**params, "embedding": jnp.zeros((7, 16))})
     # An adapter may come and go, and so may kernels of few bits.
     adapted = adapters.init_adapter(adapters.LoRA(4, 8.0), params, jax.random.key(1))
