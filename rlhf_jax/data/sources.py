@@ -73,7 +73,9 @@ def as_rows(rows: Any) -> list[Row]:
     if isinstance(rows, str | os.PathLike):
         return read_rows(rows)
     if hasattr(rows, "to_pylist"):  # pyarrow
-        rows = rows.to_pylist()
+        rows = [_without_filled(row) for row in rows.to_pylist()]
+    elif type(rows).__module__.split(".")[0] == "datasets":  # which stands on it
+        rows = [_without_filled(row) for row in rows]
     elif hasattr(rows, "to_dict") and hasattr(rows, "columns"):  # pandas
         rows = rows.astype(object).where(rows.notna(), None).to_dict("records")
     if isinstance(rows, dict) or not isinstance(rows, Iterable):
@@ -272,7 +274,21 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         for fields in batch.to_pylist():
             number += 1
             where = f"{path}:row {number}"
-            yield Row({name: _plain(value, name, where) for name, value in fields.items()}, where)
+            plain = {name: _plain(value, name, where) for name, value in fields.items()}
+            yield Row(_without_filled(plain), where)
+
+
+def _without_filled(value: Any, *, of_tools: bool = False) -> Any:
+    """Without the nulls by which Arrow gives every call, and every schema, the arguments of the others."""
+    if isinstance(value, list):
+        return [_without_filled(item, of_tools=of_tools) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        name: _without_filled(item, of_tools=of_tools or name in ("tools", "tool_calls"))
+        for name, item in value.items()
+        if item is not None or not of_tools
+    }
 
 
 def _read_tfds(spec: str) -> Iterator[Row]:
