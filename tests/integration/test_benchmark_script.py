@@ -33,6 +33,7 @@ QUESTIONS = [
 ]
 
 
+@pytest.mark.slow
 def test_choices_with_shots_and_a_stop(bench, tmp_path, stop_within_a_line):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
     words = ["choices", "--data", "rows.jsonl", "--shots", 2, "--form", "letters"]

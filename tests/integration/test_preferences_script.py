@@ -60,6 +60,7 @@ def test_pairs_by_rewards_go_on_after_a_stop_and_train_dpo(
     tiny.run("dpo", tmp_path / "dpo", "--model", talker, "--data", tmp_path / "pairs" / "pairs.jsonl")
 
 
+@pytest.mark.slow
 def test_pairs_by_a_judge(tmp_path, talker, functions):
     words = ["--model", talker, "--judge", f"{functions}:longer", "--samples-per-prompt", 2]
     rows, counts = run(tmp_path / "pairs", *words)

@@ -99,6 +99,7 @@ def test_mistakes_are_one_sentence(tiny, notes, tmp_path, monkeypatch, capsys):
     assert "bad.jsonl:1: `question`" in refused(*model, "--documents", notes, *wrong)
 
 
+@pytest.mark.slow
 def test_what_the_policy_is_taught():
     rows = retrieval.training_rows(retrieval.Options(top_k=2, missing_rate=0.3))
     sourced = [row for row in rows if row["completion"] != "unknown"]

@@ -64,6 +64,7 @@ def test_revisions_can_be_read_and_are_not_made_twice(revised, stop_within_a_lin
         call(constitutional, words)
 
 
+@pytest.mark.slow
 def test_a_model_judges_pairs_and_rewards_answers(revised, tmp_path, tiny, talker):
     out, _ = revised
     call(

@@ -156,6 +156,7 @@ def test_the_same_rows_as_jsonl_and_parquet_train_the_same(tiny, tmp_path):
     assert ours[-1]["eval/loss"] > 0
 
 
+@pytest.mark.slow
 def test_a_tfds_data_set(tiny, tmp_path, monkeypatch):
     import tensorflow_datasets as tfds
 
@@ -215,6 +216,7 @@ def test_rewards_by_path_with_weights(tiny, tmp_path, monkeypatch):
     assert read_metrics(mixed)[1]["reward"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_ppo_with_reward_functions(tiny, tmp_path):
     functions = ("--reward-model", "--rewards", "rlhf_jax.rewards.verifiers:exact_answer_reward")
     out = tiny.run("ppo", tmp_path / "ppo", "--steps", 3, "--policy-loss", "penalty", *functions)

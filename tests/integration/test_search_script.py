@@ -36,6 +36,7 @@ def by_looking_up(options, tools, roots, key):
     return interface.SearchResult(roots, roots.logp, ~roots.done, jnp.ones(roots.done.shape))
 
 
+@pytest.mark.slow
 def test_a_policy_alone_and_its_resume(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "METHODS", {"looked up": (by_looking_up, "")})
     sft = tiny.finished("sft")

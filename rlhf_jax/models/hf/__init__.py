@@ -14,7 +14,7 @@ import safetensors
 from jax.sharding import Mesh
 
 from rlhf_jax.core.errors import UserError, error_summary
-from rlhf_jax.core.files import as_local
+from rlhf_jax.core.files import as_local, disk_errors
 from rlhf_jax.core.trees import named_leaves
 from rlhf_jax.core.types import Params
 from rlhf_jax.models.adapters import is_adapter_leaf
@@ -159,22 +159,20 @@ def save(
         **_special_ids(tokenizer),
     }
     try:
-        writer = Writer(folder, shard_bytes=shard_bytes)
-        try:
-            for packed in packed_tensors(family, config, params):
-                writer.add(packed.name, packed.read())
-            total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
-            writer.finish(fields, total_size=total)
-        finally:
-            writer.discard()
-        if tokenizer is not None:
-            tokenizer.save(folder)
-    except (OSError, safetensors.SafetensorError) as error:
-        if isinstance(error, FileExistsError | NotADirectoryError):
-            raise UserError(f"{folder} is a file where a folder is meant: choose another.") from error
-        reason = getattr(error, "strerror", None) or error
+        with disk_errors(folder):
+            writer = Writer(folder, shard_bytes=shard_bytes)
+            try:
+                for packed in packed_tensors(family, config, params):
+                    writer.add(packed.name, packed.read())
+                total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+                writer.finish(fields, total_size=total)
+            finally:
+                writer.discard()
+            if tokenizer is not None:
+                tokenizer.save(folder)
+    except safetensors.SafetensorError as error:
         raise UserError(
-            f"{folder}: cannot be written ({reason}): make room or choose another folder."
+            f"{folder}: cannot be written ({error}): make room or choose another folder"
         ) from error
 
 

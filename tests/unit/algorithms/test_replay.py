@@ -76,6 +76,7 @@ def stepping(config):
     return lambda state, hyper, number: run(state, hyper, tabular.rows(number, LENGTHS), rewards[number])
 
 
+@pytest.mark.slow
 def test_a_replayed_group_has_its_advantages_and_the_log_probs_of_its_time():
     hyper = dataclasses.replace(grpo_variants.make_variant("grpo").hyper, learning_rate=3.0, kl_coef=0.1)
     variant = grpo_variants.make_variant("grpo", group_size=G, num_replayed=2)

@@ -43,6 +43,7 @@ def test_what_greedy_decoding_says_is_greedy(harness):
     assert cut == texts[0][: texts[0].index(stop)]
 
 
+@pytest.mark.slow
 def test_chains_of_likelihoods_add_up(harness):
     text = "1+2=3"
     whole = harness.loglikelihood_rolling([text])[0]

@@ -34,6 +34,7 @@ def choose(model):
     return judges.make_choose_fn(model, ("yes", "no", "A"))
 
 
+@pytest.mark.slow
 def test_a_choice_is_the_models_distribution_where_it_would_speak(model, choose):
     questions = ["no\nyes", "Which is better?\n1+1=?", "A"]
     distribution = models.make_distribution_fn(model.config)

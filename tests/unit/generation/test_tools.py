@@ -113,6 +113,7 @@ def test_running_all_steps_gives_the_same_rollout(seed):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *runs)
 
 
+@pytest.mark.slow
 def test_the_calculator_answers_what_a_policy_writes():
     task = calculator.calculator_task(train=8, heldout=8, demonstrations=8, habits={"both": 1.0})
     tokenizer = task.tokenizer

@@ -91,6 +91,7 @@ def test_modules_are_those_of_the_report(config, params, batch, logprob_fn):
         np.testing.assert_allclose(ours[0, columns], wanted, rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_packed_samples_foresee_what_they_foresee_alone(params, batch, logprob_fn):
     packed = logprob_fn(params, batch).mtp_logp
     masks = mtp_masks(batch.mask, batch.segment_ids, 2)

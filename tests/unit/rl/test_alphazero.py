@@ -62,6 +62,7 @@ def wins_at_once(board, action):
     return any(all(after[cell] == 1 for cell in line) for line in LINES)
 
 
+@pytest.mark.slow
 def test_search_wins_at_once_and_never_moves_illegally():
     """With no knowledge at all, for either colour: the signs and the terminal states are right."""
     boards = [b for b in OPEN if any(wins_at_once(b, a) for a in range(9) if b[a] == 0)]

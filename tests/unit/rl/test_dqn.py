@@ -185,6 +185,7 @@ def plain(tree):
     return jax.tree.map(lambda x: np.asarray(leaf(x)), tree)
 
 
+@pytest.mark.slow
 def test_resume_is_bit_identical_with_everything_on():
     run = dqn.make_run(
         dqn.Config(
@@ -214,6 +215,7 @@ def test_resume_is_bit_identical_with_everything_on():
     assert np.isfinite(history["value_loss"])
 
 
+@pytest.mark.slow
 def test_vmap_over_keys_and_every_hyper_equals_single_runs_and_copies_no_replay():
     config = dqn.Config(run=dataclasses.replace(SHORT, capacity=50_000), encoder=SMALL)
     train = make_train_fn(dqn.make_run(config, *CARTPOLE))

@@ -40,6 +40,7 @@ def solutions(tokenizer):
     return Rollout(sequences, jnp.zeros(answer.shape), jnp.ones(2, bool)), np.asarray(rows.mask)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_steps_end_where_those_of_the_data_end(name):
     tokenizer = TOKENIZERS[name]
