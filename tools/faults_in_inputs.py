@@ -20,16 +20,20 @@ from rlhf_jax.cli.commands import COMMANDS, stage_module
 from rlhf_jax.cli.options import options_of, required_flags
 from rlhf_jax.cli.parsing import parse
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.data.cleaning import rules
+from rlhf_jax.data.documents import documents_of
 from rlhf_jax.data.examples import (
     labeled_examples,
     preference_examples,
     prompt_examples,
     supervised_examples,
 )
+from rlhf_jax.data.pairs import solution_pairs
 from rlhf_jax.data.process_rewards import process_examples
 from rlhf_jax.data.rankings import ranking_examples
-from rlhf_jax.data.sources import read_rows
+from rlhf_jax.data.sources import Row, read_rows
 from rlhf_jax.data.tokenizers import byte_tokenizer
+from rlhf_jax.evaluation.benchmarks import read_problems, read_questions
 from rlhf_jax.rewards.functions import score_rows
 from rlhf_jax.rollout.http_json import HTTPOptions, post_json
 from rlhf_jax.sandbox.workers import LimitedWorker
@@ -112,7 +116,31 @@ READERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         lambda rows, tokenizer, max_length: process_examples(rows, tokenizer),
         {"prompt": "p", "completions": ["a", "b"], "labels": [True, False]},
     ),
+    "problems": (
+        lambda rows, *_, **__: read_problems(rows),
+        {"question": "1+1?", "answer": "#### 2", "solution": "It is 2.", "subject": "sums"},
+    ),
+    "choices": (
+        lambda rows, *_, **__: read_questions(rows),
+        {"question": "1+1?", "choices": {"text": ["2", "3"], "label": ["A", "B"]}, "answerKey": "A"},
+    ),
+    "solutions": (
+        lambda rows, *_, **__: solution_pairs(rows, most=2, seed=0),
+        {
+            "question": "1+1?",
+            "a": {"solution": "2", "is_correct": True},
+            "b": {"solution": "3", "is_correct": False},
+        },
+    ),
+    "documents": (lambda rows, *_, **__: documents_of(rows), {"text": "one two three"}),
+    "cleaning": (lambda rows, *_, **__: cleaned(rows), {"prompt": "1+1?", "completion": "2", "label": True}),
 }
+
+
+def cleaned(rows: list[Row]) -> int:
+    """How many rows are left."""
+    kept, dropped = rules.readable(rows)
+    return len(rules.drop_faulty(kept, rules.Limits(language="en", script="LATIN"))[0]) + len(dropped)
 
 
 @kind

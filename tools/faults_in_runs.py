@@ -16,6 +16,7 @@ import numpy as np
 from fault_world import COMMAND_LINES, ROOT, Found, World, finish, fits, judged, kind, start
 from faults_in_inputs import mutated_json
 
+from rlhf_jax.data.tokenizers import byte_tokenizer, load_tokenizer
 from rlhf_jax.metrics import read_metrics, write_report
 from rlhf_jax.training.loading import load
 from rlhf_jax.training.run_folder import load_reward_model
@@ -223,3 +224,21 @@ def checkpoints_of_others(world: World, rng: random.Random, scratch: pathlib.Pat
 
     outcome, said = judged(lambda: hf.load(scratch))
     return f"{source.name} {path.name}", outcome, said
+
+
+@kind
+def tokenizers(world: World, rng: random.Random, scratch: pathlib.Path) -> Found:
+    """Tokenizers whose JSON is mutated, or whose template is noise."""
+    byte_tokenizer().save(scratch)
+    path = scratch / rng.choice(["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+    if path.exists():
+        path.write_text(mutated_json(path.read_text(), rng), encoding="utf-8", errors="surrogatepass")
+    else:
+        path.write_bytes(rng.randbytes(rng.randrange(9)))
+
+    def text() -> str:
+        tokenizer = load_tokenizer(scratch)
+        return tokenizer.decode(tokenizer.encode("12+30=42"))
+
+    outcome, said = judged(text)
+    return path.name, outcome, said

@@ -253,7 +253,7 @@ def _convert(hint: Any, value: Any) -> Any:
     if not isinstance(hint, type):
         return value
     if issubclass(hint, Path):
-        if not isinstance(value, str):
+        if not isinstance(value, str) or not value:
             raise _WrongType("a path")
         return files.as_path(value)
     # For Python, True is a number; for whoever writes a file it is not.

@@ -9,12 +9,15 @@ import bisect
 import dataclasses
 import itertools
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from rlhf_jax.core.errors import UserError, shown
 from rlhf_jax.data.templates import has_generation_marks, render
 from rlhf_jax.data.tokenizers import Tokenizer
+
+_log = logging.getLogger(__name__)
 
 Message: TypeAlias = Mapping[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
@@ -52,7 +55,28 @@ def encode_conversation(
       UserError: malformed messages, or a template that fails on them, is stopped at a limit, or has no
         marks and puts things where it cannot be told who wrote them.
     """
-    return _encode(tokenizer, check_messages(messages), tools, add_generation_prompt=False)
+    found = _encode(tokenizer, check_messages(messages), tools, add_generation_prompt=False)
+    _warn_of_endless_turns(tokenizer, found)
+    return found
+
+
+_endless: set[tuple[str, int]] = set()
+
+
+def _warn_of_endless_turns(tokenizer: Tokenizer, found: EncodedConversation) -> None:
+    """Warns, once for each template, where what is learnt of a turn holds nothing that ends it."""
+    which = tokenizer.chat_template, tokenizer.eos_id
+    if which in _endless or not any(found.mask):
+        return
+    if not any(
+        index == tokenizer.eos_id for index, learnt in zip(found.ids, found.mask, strict=True) if learnt
+    ):
+        _endless.add(which)
+        _log.warning(
+            "the chat template ends an assistant's turn without %r: what learns from it never stops writing; "
+            "write the token behind the assistant's words in the template",
+            tokenizer.token(tokenizer.eos_id),
+        )
 
 
 def encode_prompt(

@@ -15,7 +15,7 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Bool, Int
 from rlhf_jax.data.chat import check_messages, check_tools, encode_conversation, encode_prompt
 from rlhf_jax.data.packing import Overlength
-from rlhf_jax.data.sources import Row
+from rlhf_jax.data.sources import Row, kind_of
 from rlhf_jax.data.tokenizers import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -371,7 +371,7 @@ def row_messages(row: Row, field: str, role: str) -> Messages:
             )
         return [{"role": role, "content": value}]
     if not isinstance(value, list) or field in ("question", "answer"):
-        raise UserError(f"field {field!r} is {_kind(value)}; give it text or remove the row")
+        raise UserError(f"field {field!r} is {kind_of(value)}; give it text or remove the row")
     try:
         messages = check_messages(value)
     except UserError as error:
@@ -383,11 +383,6 @@ def row_messages(row: Row, field: str, role: str) -> Messages:
                 f"field {field!r}: message {number} (assistant) is empty; fill it or remove the row"
             )
     return messages
-
-
-def _kind(value: Any) -> str:
-    kinds = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return kinds.get(type(value), f"of type {type(value).__name__}")
 
 
 def encode_completion(

@@ -70,7 +70,7 @@ def solution_pairs(rows: Iterable[Row], *, most: int, seed: int) -> list[Pair]:
       most: pairs of a question at most.
 
     Raises:
-      UserError: a row without a question, or without such an object.
+      UserError: a row without a question, or without such an object; or one whose fields are of other types.
     """
     rng, pairs = np.random.default_rng(seed), []
     for row in rows:
@@ -103,8 +103,13 @@ def _solutions(row: Row) -> tuple[str, dict[str, dict[str, Any]]]:
     found = {
         name: x
         for name, x in row.fields.items()
-        if isinstance(x, dict) and {"solution", "is_correct"} <= x.keys() and isinstance(x["solution"], str)
+        if isinstance(x, dict) and {"solution", "is_correct"} <= x.keys()
     }
+    for name, x in found.items():
+        if not (isinstance(x["solution"], str) and isinstance(x["is_correct"], bool)):
+            raise UserError(
+                f"{row.where}: in {name!r}, `solution` is a text and `is_correct` true or false: mend it"
+            )
     question = row.fields.get("question")
     if not found or not isinstance(question, str):
         raise UserError(f"{row.where}: gives no `question`, or no object of `solution` and `is_correct`")

@@ -73,7 +73,9 @@ def as_rows(rows: Any) -> list[Row]:
     if isinstance(rows, str | os.PathLike):
         return read_rows(rows)
     if hasattr(rows, "to_pylist"):  # pyarrow
-        rows = rows.to_pylist()
+        rows = [_without_filled(row) for row in rows.to_pylist()]
+    elif type(rows).__module__.split(".")[0] == "datasets":  # which stands on it
+        rows = [_without_filled(row) for row in rows]
     elif hasattr(rows, "to_dict") and hasattr(rows, "columns"):  # pandas
         rows = rows.astype(object).where(rows.notna(), None).to_dict("records")
     if isinstance(rows, dict) or not isinstance(rows, Iterable):
@@ -111,6 +113,32 @@ def _suggestion(path: Path) -> str:
     names = [file.name for file in files.list_folder(path.parent)]
     near = difflib.get_close_matches(path.name, names, n=1)
     return f"did you mean {path.parent / near[0]}?" if near else "check the path"
+
+
+# Fields ---------------------------------------------------------------------------------------------
+
+
+def kind_of(value: Any) -> str:
+    """The type of a field's value, in words."""
+    kinds = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return kinds.get(type(value), f"of type {type(value).__name__}")
+
+
+def is_reference(value: object) -> bool:
+    """Whether a field is an answer that completions can be compared with: a text or a number."""
+    return isinstance(value, str | int | float) and not isinstance(value, bool) and value == value
+
+
+def reference_of(row: Row, field: str) -> str | int | float | None:
+    """The text or number in a field; None where it is missing or null.
+
+    Raises:
+      UserError: it is something else, which would otherwise be taken for the text that Python prints of it.
+    """
+    value = row.fields.get(field)
+    if value is not None and not is_reference(value):
+        raise UserError(f"{row.where}: field {field!r} is {kind_of(value)}; give text or a number")
+    return value
 
 
 # JSON -----------------------------------------------------------------------------------------------
@@ -246,7 +274,21 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         for fields in batch.to_pylist():
             number += 1
             where = f"{path}:row {number}"
-            yield Row({name: _plain(value, name, where) for name, value in fields.items()}, where)
+            plain = {name: _plain(value, name, where) for name, value in fields.items()}
+            yield Row(_without_filled(plain), where)
+
+
+def _without_filled(value: Any, *, of_tools: bool = False) -> Any:
+    """Without the nulls by which Arrow gives every call, and every schema, the arguments of the others."""
+    if isinstance(value, list):
+        return [_without_filled(item, of_tools=of_tools) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        name: _without_filled(item, of_tools=of_tools or name in ("tools", "tool_calls"))
+        for name, item in value.items()
+        if item is not None or not of_tools
+    }
 
 
 def _read_tfds(spec: str) -> Iterator[Row]:

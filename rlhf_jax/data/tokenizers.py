@@ -8,8 +8,9 @@ from typing import Any
 
 from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.files import Path, PathLike
+from rlhf_jax.core.files import PathLike
 from rlhf_jax.data.templates import CHATML, TemplateError, render
+from rlhf_jax.data.tokenizer_files import chat_template, read_config, read_tokenizer_json, token_names
 
 PAD, TURN_START, TURN_END = "<|pad|>", "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = (PAD, TURN_START, TURN_END)
@@ -245,21 +246,16 @@ def load_tokenizer(path: PathLike) -> Tokenizer:
     Raises:
       UserError: a missing or malformed file, or no eos_token.
     """
-    from tokenizers import Tokenizer as Backend
-
     path = files.as_path(path)
     file = path / "tokenizer.json" if files.is_folder(path) else path
     if not files.is_file(file):
         raise UserError(f"{file}: no such tokenizer; give a folder that holds tokenizer.json")
-    try:
-        backend = Backend.from_str(files.read_text(file))
-    except Exception as error:  # the library raises bare Exception for a malformed file
-        raise UserError(f"{file}: not a tokenizer.json ({error}); fetch it again") from None
-    config = _read_config(file.with_name("tokenizer_config.json"))
-    names = {name: text for name, text in map(_token_text, config.items()) if text is not None}
+    backend, config_file = read_tokenizer_json(file), file.with_name("tokenizer_config.json")
+    config = read_config(config_file)
+    names = token_names(config, config_file)
     if "eos_token" not in names and backend.token_to_id(TURN_END) is not None:
         names["eos_token"] = TURN_END
-    template = _chat_template(config, file.with_name("chat_template.jinja"))
+    template = chat_template(config, config_file, file.with_name("chat_template.jinja"))
     try:
         tokenizer = Tokenizer(backend, names, template)
     except UserError as error:
@@ -282,33 +278,3 @@ def turn_end(tokenizer: Tokenizer) -> int:
         return tokenizer.eos_id
     found = tokenizer.special_pattern.search(text, text.rfind("2") + 1)
     return tokenizer.special_tokens[found.group()] if found else tokenizer.eos_id
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    if not files.is_file(file):
-        return {}
-    try:
-        config = json.loads(files.read_text(file))
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON ({error}); fetch the file again") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{file}: not a JSON object; fetch the file again")
-    return config
-
-
-def _token_text(item: tuple[str, Any]) -> tuple[str, str | None]:
-    """A name such as `eos_token` and its text, which a configuration gives plain or as an object."""
-    name, value = item
-    if isinstance(value, dict):
-        value = value.get("content")
-    return name, value if re.fullmatch(r"[a-z]+_token", name) and isinstance(value, str) else None
-
-
-def _chat_template(config: dict[str, Any], file: Path) -> str:
-    if files.is_file(file):
-        return files.read_text(file)
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several named ones: take the default
-        named = {entry["name"]: entry["template"] for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else CHATML

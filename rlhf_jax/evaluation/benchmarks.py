@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.data.sources import Row
+from rlhf_jax.data.sources import Row, is_reference, reference_of
 
 Form = Literal["letters", "answers", "continuation"]
 NO_SUBJECT = "all"
@@ -91,14 +91,17 @@ def read_problems(rows: Sequence[Row]) -> list[Problem]:
     For shots, what a `solution` or, without one, the `answer` says is the worked answer.
 
     Raises:
-      UserError: a field is missing.
+      UserError: a field is missing, or of another type.
     """
     found = []
     for row in rows:
         text, answer = _field(row, ("question", "prompt")), _field(row, ("answer",))
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{row.where}: the question is not a text; write one")
-        solution = row.fields.get("solution") or answer
+        solution = reference_of(row, "solution")
+        if solution in (None, ""):
+            # What else a verifier may compare with is no worked answer.
+            solution = answer if is_reference(answer) else ""
         found.append(Problem(text, str(solution), row.fields, _subject(row), row.where))
     return found
 
@@ -109,7 +112,9 @@ def _question(row: Row) -> Question:
     labels: Any = ()
     if isinstance(given, dict):
         held: Mapping[str, Any] = given
-        given, labels = held.get("text", []), held.get("label", ())
+        given, labels = held.get("text", []), held.get("label", [])
+        if not isinstance(labels, list):
+            raise UserError(f"{row.where}: the labels of the choices are no list; give one to each choice")
     several = isinstance(given, list) and len(given) > 1 and all(isinstance(each, str) for each in given)
     if not isinstance(text, str) or not several or not all(each.strip() for each in [text, *given]):
         raise UserError(f"{row.where}: a question needs a text and two texts or more to choose from")
@@ -151,7 +156,7 @@ def _field(row: Row, names: Sequence[str]) -> Any:
 
 
 def _subject(row: Row) -> str:
-    return str(row.fields.get("subject") or NO_SUBJECT)
+    return str(reference_of(row, "subject") or NO_SUBJECT)
 
 
 # Shots ---------------------------------------------------------------------------------------------

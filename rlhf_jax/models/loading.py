@@ -12,6 +12,7 @@ from typing import Literal
 
 from jax.sharding import Mesh
 
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.importing import nearest_name
 from rlhf_jax.core.types import Params
@@ -38,7 +39,7 @@ def kind_of_checkpoint(path: str | os.PathLike[str]) -> CheckpointKind:
     Raises:
       UserError: nothing is there, and it is no name; or a folder that holds no model.
     """
-    place = Path(path)
+    place = files.as_local(path, "published models are read")
     if (place / "model.json").is_file():
         return "run"
     if (place / "config.json").is_file():
@@ -93,8 +94,8 @@ def local_checkpoint(path: str | os.PathLike[str]) -> Path:
       UserError: there is none.
     """
     finders = {"package": find_in_package, "hub": find_in_hub_cache}
-    find = finders.get(kind_of_checkpoint(path), Path)
-    return find(os.fspath(path))
+    find = finders.get(kind_of_checkpoint(path))
+    return find(os.fspath(path)) if find else files.as_local(path, "published models are read")
 
 
 def load_checkpoint(

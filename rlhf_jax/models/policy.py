@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, TypeAlias
 
@@ -29,6 +30,7 @@ from rlhf_jax.core.protocols import (
     ValueFn,
 )
 from rlhf_jax.core.ranges import GreedyTemperature, Length, PositiveInt, Range, Seed
+from rlhf_jax.core.trees import named_leaves
 from rlhf_jax.core.types import Array, Float, Int, Params, PRNGKeyArray, Rollout, Scalar
 from rlhf_jax.data.chat import encode_prompt
 from rlhf_jax.data.packing import left_pad, length_bucket
@@ -221,7 +223,13 @@ class Policy:
     # For people ----------------------------------------------------------------------------------------
 
     def with_params(self, params: Params) -> "Policy":
-        """The same model with other parameters, which come from nowhere."""
+        """The same model with other parameters, which come from nowhere; adapters may come or go.
+
+        Raises:
+          UserError: one of the model's is missing, or has another shape.
+        """
+        if params is not None:
+            _check_leaves(self.params, params)
         return dataclasses.replace(self, params=params, source=None)
 
     def logits(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
@@ -317,6 +325,25 @@ class Policy:
         rollout = jax.device_get(sample(self.params, tokens, mask, jax.random.key(seed), sampling=sampling))
         sampled = zip(rollout.sequences.tokens, np.asarray(rollout.sequences.mask), strict=True)
         return [self.tokenizer.decode(row[kept].tolist()) for row, kept in sampled]
+
+
+def _check_leaves(held: Params, given: Params) -> None:
+    leaves, others = named_leaves(held), named_leaves(given)
+    # A kernel may be there in few bits.
+    present = {re.sub("kernel_(values|scale)$", "kernel", name) for name in others}
+    for name, leaf in leaves.items():
+        if adapters.is_adapter_leaf(name):
+            continue
+        if re.sub("kernel_(values|scale)$", "kernel", name) not in present:
+            raise UserError(
+                f"params has no leaf {name!r} ({len(others)} leaves, of which the model has {len(leaves)}): "
+                "give all of the model's"
+            )
+        if name in others and jnp.shape(others[name]) != jnp.shape(leaf):
+            raise UserError(
+                f"params[{name!r}] has shape {jnp.shape(others[name])}, the model's {jnp.shape(leaf)}: give "
+                "parameters of this model"
+            )
 
 
 def _rows_of_ids(tokens: Any, vocab_size: int) -> Array:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.data.examples import ANSWER_MARK
+from rlhf_jax.data.sources import is_reference
 from rlhf_jax.rewards.algebra import TooLarge
 from rlhf_jax.rewards.answers import answers_equal
 from rlhf_jax.rewards.extraction import Rule, boxed, final_answer, final_number, reference_answer, tagged
@@ -19,11 +20,6 @@ from rlhf_jax.sandbox.workers import LimitedWorker
 
 MATH_VERIFY_SECONDS = 1.0
 MATH_VERIFY_CHARACTERS = 4096
-
-
-def is_reference(value: object) -> bool:
-    """Whether a row's field is an answer that completions can be compared with: a text or a number."""
-    return isinstance(value, str | int | float) and not isinstance(value, bool) and value == value
 
 
 def exact_answer(completion: str, answer: str | int, *, finished: bool = True) -> bool:

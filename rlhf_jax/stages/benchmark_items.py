@@ -165,7 +165,7 @@ def load_problems(task: Generate, seed: int) -> tuple[list[Problem], list[Proble
     pool = problems
     if task.shots and (task.shots_data or embedded.find_level(task.data)):
         pool = read_problems(inputs.load_rows(task.shots_data or task.data, worked))
-    return problems[: task.count or None], pool
+    return problems[: task.count or None], [problem for problem in pool if problem.solution]
 
 
 def default_reward(data: str) -> str:

@@ -241,9 +241,10 @@ def read_prompts(options: Options, model: Policy) -> list[tuple[str, list[int]]]
         rows = read_rows(options.file)
         if options.raw:
             texts = [row.fields.get("prompt") for row in rows]
-            if not all(isinstance(text, str) for text in texts):
-                raise UserError(f"{options.file}: --raw needs a text `prompt` in every row")
-            return [(text, model.tokenizer.encode(text)) for text in texts if isinstance(text, str)]
+            for row, text in zip(rows, texts, strict=True):
+                if not isinstance(text, str):
+                    raise UserError(f"{row.where}: --raw needs a text `prompt` in every row")
+            return [(str(text), model.tokenizer.encode(str(text))) for text in texts]
         found = prompt_examples(rows, model.tokenizer, max_length=1 << 30)
         return [(example.text, example.ids.tolist()) for example in found]
     if options.raw:

@@ -57,6 +57,11 @@ def load_rows(
     return [Row(row, f"{spec}:{number}") for number, row in enumerate(make_rows(level), start=1)]
 
 
+def _is_here(path: str) -> bool:
+    """Whether there is such a local file; the first of several addresses is none."""
+    return not files.is_remote(path) and files.exists(path)
+
+
 def split_mixture(spec: str) -> dict[str, float | None]:
     """The sources that `a.jsonl=0.7,b.jsonl=0.3` names, with their weights, or None for by size.
 
@@ -64,7 +69,7 @@ def split_mixture(spec: str) -> dict[str, float | None]:
       UserError: a source stands twice, a weight is no number, or only some sources have one.
     """
     found: dict[str, float | None] = {}
-    for part in [spec] if "," not in spec or Path(spec).exists() else spec.split(","):
+    for part in [spec] if "," not in spec or _is_here(spec) else spec.split(","):
         name, equals, number = part.strip().rpartition("=")
         try:
             weight = float(number) if equals and "," in spec else None

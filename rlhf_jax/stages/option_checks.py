@@ -123,6 +123,19 @@ def check_same_options(options: Any, held: Mapping[str, Any], out: Path) -> None
                 f"{out}: its run has {name} {_shown(theirs[name])}, not {_shown(ours[name])}: "
                 "give --resume the same options, or choose another --out"
             )
+    _check_same_schedule(ours, theirs, out)
+
+
+def _check_same_schedule(ours: Mapping[str, Any], theirs: Mapping[str, Any], out: Path) -> None:
+    """Raises: UserError where another number of steps would give the learning rate another course."""
+    passes = "--steps" if ours.get("--steps") is not None else "--num-train-epochs"
+    before, now = theirs.get(passes), ours.get(passes)
+    decays = ours.get("--optimizer.schedule", "constant") != "constant"
+    if decays and not ours["--optimizer.total-steps"] and None not in (before, now) and before != now:
+        raise UserError(
+            f"{out}: the learning rate of its run falls over {passes} {before}, which {passes} {now} would "
+            f"change in the middle: give --resume the same {passes}, or start another run with --model {out}"
+        )
 
 
 def check_same_data(out: Path, fingerprint: str, *, begun: bool) -> None:

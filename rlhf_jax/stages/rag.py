@@ -21,7 +21,7 @@ from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.ranges import Count, Length, PositiveInt
 from rlhf_jax.data.examples import PromptExample, prompt_examples
-from rlhf_jax.data.sources import Row, read_rows
+from rlhf_jax.data.sources import Row, read_rows, reference_of
 from rlhf_jax.evaluation.statistics import wilson_interval
 from rlhf_jax.generation import Sampling
 from rlhf_jax.metrics.progress import Progress, final_table
@@ -120,7 +120,7 @@ def _texts_of_rows(file: files.Path) -> Iterator[tuple[str, str]]:
         text = row.fields.get("text")
         if not isinstance(text, str):
             raise UserError(f"{row.where}: no field `text`: give one, or remove the row")
-        yield text, str(row.fields.get("source", row.where))
+        yield text, str(reference_of(row, "source") or row.where)
 
 
 def make_index(

@@ -81,13 +81,16 @@ class Options:
 
 def summed(history: Metrics) -> Metrics:
     """Metrics [S, U] of a chunk as one number each, over seeds too: sums add up, the rest are means."""
-    means = {name: x.mean() for name, x in history.items() if not name.startswith(("episode", "skipped"))}
+    counts = ("episode", "skipped", "consecutive_skipped")
+    means = {name: x.mean() for name, x in history.items() if not name.startswith(counts)}
     # A run on a log has no episodes.
     known = {"episodes": history["episodes"].sum()} if "episodes" in history else {}
     if known.get("episodes", 0) > 0:  # an average over no episode is no number, and not 0 either
         known["episode_return"] = history["episode_return_sum"].sum() / known["episodes"]
         known["episode_length"] = history["episode_length_sum"].sum() / known["episodes"]
     skipped = {"skipped": history["skipped"][:, -1].sum()} if "skipped" in history else {}
+    if (in_a_row := "consecutive_skipped") in history:  # of the seed that is worst off, at the end
+        skipped[in_a_row] = history[in_a_row][:, -1].max()
     return {**known, **means, **skipped, "steps": history["steps"].max()}
 
 

@@ -26,6 +26,7 @@ from rlhf_jax.core.ranges import Length, LengthOrZero, PositiveInt, Seed, Temper
 from rlhf_jax.core.types import Rollout
 from rlhf_jax.data.examples import Overlength, PromptExample, prompt_examples
 from rlhf_jax.data.pipeline import fingerprint
+from rlhf_jax.data.sources import reference_of
 from rlhf_jax.evaluation import pass_at_k
 from rlhf_jax.evaluation.statistics import Interval, stratified_bootstrap_interval
 from rlhf_jax.generation import Sampling
@@ -123,7 +124,7 @@ def load_problems(options: Options, policy: Policy) -> list[PromptExample]:
         options.data, lambda level: embedded.prompt_rows(level, "heldout", options.prompts, options.seed)
     )[: options.prompts]
     for row in rows:
-        if row.fields.get("answer") is None:
+        if reference_of(row, "answer") is None:
             raise UserError(
                 f"{row.where}: field 'answer' is missing: add the right answer, or remove the row"
             )

@@ -38,7 +38,7 @@ def test_sft_trains_what_is_left_and_a_resume_keeps_the_zeros(tiny, pruned, tmp_
         groups = kernel.reshape(kernel.shape[0] // 4, 4, -1)
         assert (np.count_nonzero(groups, axis=1) == 2).all()
     words = ("--model", pruned, "--adapter.preserve-sparsity", "--learning-rate", 1e-2)
-    words += ("--optimizer.warmup-steps", 0)
+    words += ("--optimizer.warmup-steps", 0, "--optimizer.schedule", "constant")
     out = tiny.run("sft", tmp_path / "run", *words, "--steps", 2)
     tiny.run("sft", out, *words, "--steps", 4, "--resume")
     for name, kernel in kernels(out).items():

@@ -7,7 +7,15 @@ import faults
 import faults_in_runs
 import pytest
 
-IN_PROCESS = ["rows", "command_lines", "extremes", "rewards", "servers", "checkpoints_of_others"]
+IN_PROCESS = [
+    "rows",
+    "command_lines",
+    "extremes",
+    "rewards",
+    "servers",
+    "checkpoints_of_others",
+    "tokenizers",
+]
 
 
 @pytest.mark.parametrize("name", IN_PROCESS)

@@ -32,14 +32,20 @@ _ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):(?:/{1,2}(?P<rest>.*
 
 
 def as_path(path: PathLike) -> Path:
-    """A local path, or that of an object store.
+    """A local path, with `~` for a home folder as shells have it, or that of an object store.
 
     Raises:
-      UserError: the address is of another kind, names no bucket, or its store's package is not installed.
+      UserError: it is empty; the address is of another kind, names no bucket, or its store's package is not
+        installed.
     """
     text = os.fspath(path)
+    if not text:  # for pathlib, the folder that one happens to be in
+        raise UserError("the path is empty: name a file or a folder")
     match = _ADDRESS.fullmatch(text)
     if match is None:
+        # Where there is no such user, it is a name, as for shells.
+        if text.startswith("~"):
+            return pathlib.Path(os.path.expanduser(text))
         return path if isinstance(path, pathlib.Path) else pathlib.Path(text)
     scheme, rest = match["scheme"].lower(), (match["rest"] or "").strip("/")
     if scheme not in STORES:

@@ -119,8 +119,9 @@ class Limits:
       longest_answer: most; 0 for any.
       script: the script that letters must be of: LATIN, CYRILLIC, CJK, ...; empty for any.
       script_share: least share of them.
-      language: en, de, fr, es, it, pt or nl: texts that are plainly in another of them are dropped; empty for
-        any.
+      language: en, de, fr, es, it, pt or nl: texts that are plainly in another language are dropped; empty
+        for any.
+      unknown_language: keep or drop what is too short, or too formal, to tell its language.
       repeated_share: most of an answer's runs of four words that may have stood in it before.
       symbol_share: most of an answer's characters that may be neither letters, digits nor spaces.
       banned: regular expressions that may stand nowhere in an answer, in any case.
@@ -133,6 +134,7 @@ class Limits:
     script: str = ""
     script_share: Share = 0.9
     language: str = ""
+    unknown_language: Literal["keep", "drop"] = "keep"
     repeated_share: Share = 0.5
     symbol_share: Share = 0.5
     banned: tuple[str, ...] = ()
@@ -189,6 +191,12 @@ def _language_fault(item: RowText, limits: Limits) -> tuple[str, str] | None:
         found = statistics.language_of(text)
         if found not in (None, limits.language):
             return "other language", f"the function words are those of {found}"
+        if statistics.script_share(text, "LATIN") < 0.5:  # in which all languages of the table are
+            return "other language", f"most letters are {statistics.main_script(text)}"
+        if statistics.lacks_function_words(text, limits.language):
+            return "other language", f"no function word is one of {limits.language}"
+        if found is None and limits.unknown_language == "drop":
+            return "unknown language", "too few function words tell which it is"
     return None
 
 

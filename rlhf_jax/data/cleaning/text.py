@@ -31,6 +31,7 @@ LANGUAGES = tuple(_FUNCTION_WORDS)
 """Languages that `language_of` tells apart."""
 
 _LEAST_FUNCTION_WORDS = 3
+_ENOUGH_WORDS = 16  # in English every fifth word is one of the table
 
 
 # Words ---------------------------------------------------------------------------------------------
@@ -127,6 +128,13 @@ def script_family(script: str) -> str:
     """Japanese mixes three scripts, which count as one, and Arabic's digits are called ARABIC-INDIC."""
     first = script.partition("-")[0]
     return "CJK" if first in ("HIRAGANA", "KATAKANA") else first
+
+
+def lacks_function_words(text: str, language: str) -> bool:
+    """Whether a text is too long to be in a language of whose function words it has none."""
+    found = words(without_markup(text))
+    long = sum(len(word) > 2 and word.isalpha() for word in found)
+    return long >= _ENOUGH_WORDS and not set(found) & set(_FUNCTION_WORDS[language].split())
 
 
 def without_markup(text: str) -> str:

@@ -47,7 +47,7 @@ def save(
     Raises:
       UserError: there is no low-rank adapter, or one of a layer that has no tensor of its own there.
     """
-    folder = Path(path)
+    folder = files.as_local(path, "an adapter of PEFT is written")
     params = unstack_layers(config, params) if config.scan_layers else params
     modules = _modules(config)
     tensors: dict[str, np.ndarray] = {}

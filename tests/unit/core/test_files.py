@@ -21,6 +21,24 @@ def test_local_paths_stay_what_they_are(tmp_path):
 
 
 @pytest.mark.parametrize("made", [str, pathlib.Path], ids=["text", "path"])
+def test_a_tilde_is_the_home_folder(made, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert files.as_path(made("~/runs/x")) == tmp_path / "runs" / "x"
+    assert files.as_path(made("~")) == tmp_path
+    for other in ("~nobody_of_that_name/x", "a/~/x", "a~"):
+        assert files.as_path(made(other)) == pathlib.Path(other)
+    files.write_json(made("~/x.json"), [1])
+    assert (tmp_path / "x.json").is_file()
+    assert files.exists(made("~/x.json"))
+
+
+def test_an_empty_path_is_not_the_folder_one_happens_to_be_in():
+    for function in (files.as_path, files.exists, files.read_bytes):
+        with pytest.raises(UserError, match=r"^the path is empty: name a file or a folder"):
+            function("")
+
+
+@pytest.mark.parametrize("made", [str, pathlib.Path], ids=["text", "path"])
 def test_addresses_survive_being_parsed_as_local_paths(made):
     path = files.as_path(made("s3://bucket/run"))
     assert str(path / "config.json") == "s3://bucket/run/config.json"

@@ -370,3 +370,18 @@ def test_the_built_in_template_needs_no_worker_and_data_no_jax():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["None", "False"]
+
+
+def test_a_template_whose_turns_have_no_end_is_warned_of_once(caplog):
+    """What is learnt from it would be a policy that can't stop."""
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    backend, names = BYTES.backend, BYTES.names
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    for end, warnings in (("<|im_end|>", 0), ("", 1), ("", 1)):
+        tokenizer = Tokenizer(backend, names, template.replace("}}\n", "}}" + end + "\n"))
+        encode_conversation(tokenizer, turns)
+        encode_conversation(tokenizer, turns[:1])
+        said = [record.getMessage() for record in caplog.records]
+        assert len(said) == warnings
+        assert all("ends an assistant's turn without '<|im_end|>'" in sentence for sentence in said)

@@ -62,3 +62,11 @@ def test_solutions_of_models_become_pairs():
     assert len(solution_pairs([row], most=1, seed=0)) == 1
     with pytest.raises(UserError, match=r"file:2: gives no `question`"):
         solution_pairs([Row({"question": "?", "answer": "7"}, "file:2")], most=1, seed=0)
+
+
+@pytest.mark.parametrize(("solution", "mark"), [(["7"], True), ({"x": "7"}, True), ("7", 1), ("7", None)])
+def test_solutions_of_other_types_are_not_left_out_in_silence(solution, mark):
+    right, fields = {"solution": "7", "is_correct": True}, {"solution": solution, "is_correct": mark}
+    row = Row({"question": "?", "a": right, "b": fields}, "file:3")
+    with pytest.raises(UserError, match=r"^file:3: in 'b', `solution` is a text and `is_correct` true or"):
+        solution_pairs([row], most=1, seed=0)

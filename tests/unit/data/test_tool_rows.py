@@ -2,12 +2,14 @@
 
 import json
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.data.examples import preference_examples, prompt_examples, supervised_examples
 from rlhf_jax.data.rankings import ranking_examples
-from rlhf_jax.data.sources import Row
+from rlhf_jax.data.sources import Row, as_rows, read_rows
 from rlhf_jax.data.tokenizers import byte_tokenizer, load_tokenizer
 from rlhf_jax.tool_use.calls import Call, parse_calls
 
@@ -98,3 +100,24 @@ def test_the_tools_of_a_row_reach_the_template(tools):
 def test_rows_of_unexpected_shape_are_refused(fields, said):
     with pytest.raises(UserError, match=rf"^f:1: .*{said}"):
         prompt_examples([Row(fields, "f:1")], TOKENIZER, max_length=9999)
+
+
+def test_the_nulls_that_arrow_puts_into_calls_and_schemas_are_not_learnt(tmp_path):
+    calls = [{"name": "f", "arguments": {"x": 1}}, {"name": "g", "arguments": {"y": 2, "z": None}}]
+    message = {"role": "assistant", "content": None, "tool_calls": calls}
+    schemas = [
+        {"name": name, "parameters": {"properties": {argument: {"type": "integer"}}}}
+        for name, argument in (("f", "x"), ("g", "y"))
+    ]
+    row = {"messages": [{"role": "user", "content": "go"}, message], "tools": schemas, "answer": None}
+    table = pyarrow.Table.from_pylist([row])
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    for (found,) in (read_rows(tmp_path / "rows.parquet"), as_rows(table)):
+        assert learnt(found.fields["messages"][1]["tool_calls"]) == [Call("f", {"x": 1}), Call("g", {"y": 2})]
+        assert found.fields["tools"] == schemas
+        assert found.fields["messages"][1]["content"] is found.fields["answer"] is None
+    # In JSON a null is there because somebody wrote it.
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row))
+    (found,) = read_rows(path)
+    assert found.fields["messages"][1]["tool_calls"] == calls

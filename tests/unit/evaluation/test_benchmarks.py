@@ -126,3 +126,27 @@ def test_the_embedded_task_as_multiple_choice():
         assert ends.count(True) == 1
     assert rows == choice_rows(LEVELS[1], "heldout", 40, 0)
     assert rows != choice_rows(LEVELS[1], "heldout", 40, 1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"solution": ["so 2", "or 2"]}, "field 'solution' is a list; give text or a number"),
+        ({"solution": {"text": "so 2"}}, "field 'solution' is an object"),
+        ({"subject": ["algebra"]}, "field 'subject' is a list"),
+    ],
+)
+def test_a_field_of_another_type_is_not_taken_for_what_python_prints_of_it(fields, said):
+    with pytest.raises(UserError, match=rf"^rows:7: {said}"):
+        read_problems([Row({"question": "1+1=?", "answer": 2, **fields}, "rows:7")])
+
+
+def test_labels_of_choices_are_a_list():
+    row = Row({"question": "?", "choices": {"text": ["3", "4"], "label": 5}, "answer": "3"}, "rows:8")
+    with pytest.raises(UserError, match=r"^rows:8: the labels of the choices are no list"):
+        read_questions([row])
+
+
+def test_an_answer_that_only_a_verifier_can_read_is_no_worked_one():
+    (found,) = read_problems([Row({"question": "1+1=?", "answer": ["2", "two"]}, "rows:7")])
+    assert (found.solution, found.fields["answer"]) == ("", ["2", "two"])

@@ -188,6 +188,15 @@ def test_contrastive_search_is_that_of_transformers(top_k, alpha):
     np.testing.assert_allclose(found.logp, jnp.where(found.sequences.mask, score.logp, 0), atol=1e-4)
 
 
+def test_more_candidates_than_there_are_tokens_are_all_of_them():
+    config, params = checkpoint()
+    tokens = jnp.ones((1, 4), jnp.int32)
+    search = functools.partial(contrastive_search, *models.make_hidden_decode_fns(config), max_new_tokens=NEW)
+    run = functools.partial(search, eos_id=GOLDEN_EOS, pad_id=PAD, top_k=1000, alpha=0.6)
+    assert config.vocab_size < 1000
+    assert jax.eval_shape(run, params, tokens, tokens > 0).sequences.tokens.shape == (1, 4 + NEW)
+
+
 # DoLa ----------------------------------------------------------------------------------------------
 
 

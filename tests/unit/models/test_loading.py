@@ -1,6 +1,7 @@
 """Published checkpoints at the precision and in the layout asked for: folders, GGUF files, the hub cache."""
 
 import dataclasses
+import pathlib
 import shutil
 import string
 import sys
@@ -277,3 +278,33 @@ def test_a_path_that_is_missing_is_not_looked_for_in_the_hub(tmp_path, monkeypat
         with pytest.raises(UserError, match=f"^{path}: no such file or folder"):
             kind_of_checkpoint(path)
     assert kind_of_checkpoint("org/stf") == "hub"
+
+
+def test_a_path_may_begin_with_a_tilde_and_is_never_empty(tmp_path, monkeypatch):
+    config = models.dense_config(vocab_size=259, width=16, num_layers=1, num_heads=2, num_kv_heads=1)
+    policy = models.make_policy(config, models.init_params(config, jax.random.key(0)), byte_tokenizer())
+    monkeypatch.setenv("HOME", str(tmp_path))
+    policy.save("~/saved")
+    assert (tmp_path / "saved" / "config.json").is_file()
+    for path in ("~/saved", pathlib.Path("~/saved")):
+        assert load(path).architecture.width == 16
+    with pytest.raises(UserError, match=r"^~/other: no such file or folder"):
+        load("~/other")
+    with pytest.raises(UserError, match=r"^the path is empty"):
+        load("")
+
+
+def test_parameters_of_another_model_are_refused_by_the_name_of_a_leaf():
+    config = models.dense_config(vocab_size=259, width=16, num_layers=1, num_heads=2, num_kv_heads=1)
+    params = models.init_params(config, jax.random.key(0))
+    policy = models.make_policy(config, params, byte_tokenizer())
+    for given in ({}, {name: leaf for name, leaf in params.items() if name != "embedding"}):
+        with pytest.raises(UserError, match="params has no leaf 'embedding'"):
+            policy.with_params(given)
+    with pytest.raises(UserError, match=r"params\['embedding'\] has shape \(7, 16\), the model's \(259,"):
+        policy.with_params({**params, "embedding": jnp.zeros((7, 16))})
+    # An adapter may come and go, and so may kernels of few bits.
+    adapted = adapters.init_adapter(adapters.LoRA(4, 8.0), params, jax.random.key(1))
+    assert policy.with_params(adapted).with_params(params).params is params
+    small = adapters.quantize(adapters.Quantization("int8"), params)
+    assert policy.with_params(small).with_params(params).params is params

@@ -2,11 +2,14 @@ import json
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.checkpoint import CheckpointManager
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.rl.envs import environments
+from rlhf_jax.rl.loops.runs import Run
 from rlhf_jax.stages import rl, rl_agents
 
 TINY = (
@@ -85,6 +88,37 @@ def test_means_over_no_episode_are_left_out():
         "steps": np.arange(6).reshape(2, 3),
     }
     assert rl.summed(history) == {"episodes": 0, "loss": 1.0, "steps": 5}
+
+
+def trained(tmp_path, step):
+    """Two seeds of 12 updates, whose states are (a count, the seed)."""
+    keys = jax.vmap(jax.random.key)(np.arange(2))
+
+    def init(key, hyper):
+        return jnp.float32(0), jax.random.key_data(key)[-1]
+
+    run = Run(init, step, lambda *_: None, updates=12, steps_per_update=1)
+    return rl.train(options(log=()), tmp_path, run, None, keys, {})
+
+
+def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
+    def step(state, _):
+        count, seed = state
+        return (jnp.where(count == 9, jnp.inf, count + 1), seed), {"steps": count}
+
+    with pytest.raises(UserError, match=r"step 3: 1 parts of the state are not finite .* lower the learning"):
+        trained(tmp_path, step)
+    assert CheckpointManager(tmp_path / "checkpoints").steps() == [1, 2]
+
+
+def test_one_seed_that_learns_nothing_any_more_ends_the_run(tmp_path):
+    def step(state, _):
+        count, seed = state
+        in_a_row = jnp.where(seed == 1, jnp.int32(count) + 1, 0)
+        return (count + 1, seed), {"steps": count, "consecutive_skipped": in_a_row, "skipped": in_a_row}
+
+    with pytest.raises(UserError, match=r"step 3: .* not finite 12 times in a row"):
+        trained(tmp_path, step)
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,41 @@ def test_each_limit_drops_what_breaks_it_and_nothing_else(item, limits, reason):
     assert dropped[0].detail
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Anna köpte tolv äpplen på torget och gav sedan hälften till sin bror, som åt upp tre av dem samma "
+        "kväll medan hon räknade dem som var kvar i korgen.",
+        "Mehmet bugün üç elma yedi, kardeşi Ayşe ise iki elma ve bir üzüm yedi; şimdi evde beş elma, on üzüm "
+        "ve bir de şeftali var.",
+        "Анна купила двенадцать яблок и отдала половину брату.",
+        "アンナはりんごを十二個買って、半分を弟にあげました。",
+        "安娜买了十二个苹果又把一半给了弟弟。",
+    ],
+    ids=["Swedish", "Turkish", "Russian", "Japanese", "Chinese"],
+)
+def test_languages_that_are_in_no_table_are_not_taken_for_english(said):
+    kept, dropped = rules.drop_faulty([qa("?", said)], Limits(language="en"))
+    assert not kept
+    assert [item.reason for item in dropped] == ["other language"]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May.",
+        "Buy 12 apples, eat 3, give 4 away.",
+        "5+4=9",
+        r"\frac{x}{y} = \sqrt{2}, x = 3y",
+    ],
+)
+def test_what_is_english_or_no_language_is_kept_or_counted(said):
+    kept, _ = rules.drop_faulty([qa("?", said)], Limits(language="en"))
+    assert kept
+    _, dropped = rules.drop_faulty([qa("?", said)], Limits(language="en", unknown_language="drop"))
+    assert [item.reason for item in dropped] == ([] if "her friends" in said else ["unknown language"])
+
+
 def test_limits_that_make_no_sense_are_refused():
     for fields, said in (
         ({"symbol_share": 2.0}, "symbol_share 2 is out of range: give a number from 0 to 1"),
