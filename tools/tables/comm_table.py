@@ -20,7 +20,7 @@ import tyro
 
 from rlhf_jax import distributed, models
 from rlhf_jax.models.config import GatedFeedForward, MixtureOfExperts
-from rlhf_jax.planning import compiled
+from rlhf_jax.planning import compiled, steps
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -65,9 +65,9 @@ def model_config(options: Options, *, experts: bool) -> models.ModelConfig:
 
 def sent(options: Options, mesh: str, config: models.ModelConfig) -> dict[str, float]:
     """Bytes that a device receives in one compiled step, by kind."""
-    step = compiled.Workload("sft", config, options.rows, options.length)
+    step = steps.Workload("sft", config, options.rows, options.length)
     entered = distributed.make_mesh(mesh)
-    found = compiled.predict(compiled.build(step, entered)[1]["update"], entered)
+    found = compiled.predict(steps.build(steps.workload_step(step), entered)[1]["update"], entered)
     for line in found.complaints:
         print(f"warning, {mesh}: {line}", file=sys.stderr)
     return {kind: found.collectives.get(kind, (0, 0.0))[1] for kind in KINDS}

@@ -3,9 +3,8 @@
     python tools/tables/plan_table.py                            # by formula, in a minute
     python tools/tables/plan_table.py --compile --out runs/plans
 
-With --compile, each cell of a TPU slice is a run of rlhf_jax/stages/plan.py, kept in --out, so that an
-interrupted table goes on; it needs the TPU compiler (pip install 'rlhf_jax[tpu-plan]'). Cells without a
-compiled plan are by formula (`planning/analytic.py`) and begin with ~.
+With --compile, each cell is a run of rlhf_jax/stages/plan.py, kept in --out, so that an interrupted table
+goes on; it needs the compilers (pip install 'rlhf_jax[tpu-plan,gpu-plan]'). Cells without a compiled plan are by formula (`planning/analytic.py`) and begin with ~.
 A cell says what the fullest moment takes on each chip, and
 the roofline of a step: if computing, memory and links all overlap, and if none do.
 """
@@ -25,14 +24,17 @@ from rlhf_jax.core.axes import GATHERED_SAMPLING, axis_rules
 from rlhf_jax.distributed.accelerator_specs import CHIPS, roofline
 from rlhf_jax.models import Preset, preset_config
 from rlhf_jax.planning.analytic import analytic_plan
-from rlhf_jax.planning.compiled import Algorithm, Plan, Workload
+from rlhf_jax.planning.compiled import Plan
+from rlhf_jax.planning.steps import Algorithm, Workload
 
 # What a column is called: its topology, for the compiler, its chip, and how many of them.
 SLICES = {
     "v5e-64": ("v5e:8x8", "TPU v5e", 64),
     "v5p-128": ("v5p:4x4x4", "TPU v5p", 64),
     "v6e-256": ("v6e:16x16", "TPU v6e", 256),
-    "H100 x 8": ("", "H100 SXM", 8),
+    "H100 x 8": ("h100:8", "H100 SXM", 8),
+    "H200 x 8": ("h200:8", "H200 SXM", 8),
+    "H100 x 64": ("h100:64", "H100 SXM", 64),
 }
 
 
@@ -48,7 +50,7 @@ class Options:
       rows_a_chip: of a step: conversations, pairs, or answers.
       length: tokens a row; of answers with their prompts.
       new_tokens: of an answer.
-      compile: compile the cells of TPU slices that are missing in `out`.
+      compile: compile the cells that are missing in `out`.
     """
 
     out: Path = Path("runs/plans")
@@ -93,7 +95,7 @@ def compile_cell(options: Options, cell: Cell) -> None:
     """Runs rlhf_jax/stages/plan.py for one cell, unless that was done."""
     topology, _, chips = SLICES[cell.slice]
     path = cell.path(options.out)
-    if path.exists() or not topology:
+    if path.exists():
         return
     mesh = mesh_of(cell.model, chips)
     flags = {"--model": cell.model, "--algo": cell.algorithm, "--topology": topology, "--mesh": mesh}

@@ -136,7 +136,7 @@ def test_runs_under_vmap_equal_single_runs_and_end_at_the_optimum():
 
 @pytest.mark.slow
 def test_planning_saves_steps():
-    """But none in the first episode, before which nothing is known to plan with (figure 8.2 leaves it out)."""
+    """But none in the first episode, before which nothing is known (figure 8.2 leaves it out)."""
     train = dyna.make_train(dyna.Config(episodes=30), mazes.maze(mazes.DYNA_MAZE))
     keys = jax.random.split(jax.random.key(0), 8)
     several = jax.jit(jax.vmap(jax.vmap(train, (0, None)), (None, 0)))
