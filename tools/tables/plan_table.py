@@ -4,9 +4,9 @@
     python tools/tables/plan_table.py --compile --out runs/plans
 
 With --compile, each cell is a run of rlhf_jax/stages/plan.py, kept in --out, so that an interrupted table
-goes on; it needs the compilers (pip install 'rlhf_jax[tpu-plan,gpu-plan]'). Cells without a compiled plan are by formula (`planning/analytic.py`) and begin with ~.
-A cell says what the fullest moment takes on each chip, and
-the roofline of a step: if computing, memory and links all overlap, and if none do.
+goes on; it needs the compilers (pip install 'rlhf_jax[tpu-plan,gpu-plan]'). Cells without a compiled plan
+are by formula (`planning/analytic.py`) and begin with ~. A cell says what the fullest moment takes on each
+chip, and the roofline of a step: if computing, memory and links all overlap, and if none do.
 """
 
 import dataclasses
