@@ -11,7 +11,7 @@ import rlhf_jax
 
 ALLOWED = (
     "rlhf_jax.models",
-    "rlhf_jax.planning.compiled",
+    "rlhf_jax.planning.steps",
     "rlhf_jax.planning.analytic",
     "rlhf_jax.stages.inspect",  # a command about architectures
 )
