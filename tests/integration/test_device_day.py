@@ -21,7 +21,7 @@ def cells(page, title):
 
 @pytest.mark.slow
 def test_every_part_is_on_the_page(tmp_path):
-    words = "--sizes tiny --batch 2 --length 64 --new-tokens 16 --repeats 1".split()
+    words = ["--sizes", "tiny", "--batch", "2", "--length", "64", "--new-tokens", "16", "--repeats", "1"]
     smallest = {"DEVICE_DAY_SEEDS": "1 2", "DEVICE_DAY_STEPS": "2000", "JAX_PLATFORMS": "cpu"}
     path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
     subprocess.run(
