@@ -85,11 +85,11 @@ def attention_rows(options: Options) -> Iterator[Row]:
     context = AttentionContext(positions, positions, mask, jnp.int32(0), ones, ones > 0)
 
     def make(backend: Any) -> Callable[..., Any]:
-        def value_and_pull(query: Any, key: Any, value: Any, gradient: Any) -> Any:
-            def call(*qkv: Any) -> Any:
-                return attend(*qkv, context, backend=backend, scale=width**-0.5)
+        def way(query: Any, key: Any, value: Any) -> Any:
+            return attend(query, key, value, context, backend=backend, scale=width**-0.5)
 
-            outputs, pull = jax.vjp(call, query, key, value)
+        def value_and_pull(query: Any, key: Any, value: Any, gradient: Any) -> Any:
+            outputs, pull = jax.vjp(way, query, key, value)
             return outputs, pull(gradient.astype(outputs.dtype))
 
         return jax.jit(value_and_pull)
