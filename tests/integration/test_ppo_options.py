@@ -3,13 +3,15 @@
 import jax
 import numpy as np
 import pytest
+import tyro
 
 import rlhf_jax as rj
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.metrics import read_metrics
+from rlhf_jax.stages import process_reward
 from rlhf_jax.training.run_folder import load_reward_model
 
-# A reward model scores after every token; whether it has been taught to, no test here asks.
+# Whether rewards of steps are right, no test here asks.
 EVERYTHING = """
     --ptx-coef 0.5 --ptx-batch-size 3 --ptx-max-length 24 --process-reward-coef 0.5 --group-size 2
     --policy-filter best_worst --critic-gae-lambda 1 --gae-alpha 0.2 --positive-lm-coef 0.1
@@ -21,7 +23,13 @@ EVERYTHING = """
 def words(tiny, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("12+34=46\n" * 100, encoding="utf-8")
-    return (*EVERYTHING, "--ptx-data", text, "--process-reward", tiny.finished("reward_model"))
+    judge = tmp_path / "judge"
+    learned = (
+        f"--out {judge} --model {tiny.finished('sft')} --data arithmetic:1 --row-count 64 --batch-size 8"
+    )
+    options = [*learned.split(), "--steps", "2", "--quiet", "--no-report"]
+    process_reward.run(tyro.cli(process_reward.Options, args=options))
+    return (*EVERYTHING, "--ptx-data", text, "--process-reward", judge)
 
 
 def objects(tiny):
