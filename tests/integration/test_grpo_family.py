@@ -96,7 +96,7 @@ def test_one_step_behind_is_corrected_and_resumes_to_the_bit(tiny, tmp_path, rew
 
 @pytest.mark.slow
 def test_rules_and_masks_act_on_stale_answers_and_say_so(tiny, tmp_path, rewards):
-    words = ("--rewards", rewards, "--steps", 3, "--one-step-off-policy", "--learning-rate", 1e-2)
+    words = ("--rewards", rewards, "--steps", 9, "--one-step-off-policy", "--learning-rate", 1e-2)
     rules = ("--importance-sampling-correction", "seq_is", "--rejection-rules", "seq_sum_k1", "token_k2")
     bounds = ("--rejection-low", 0.97, 0, "--rejection-high", 1.03, 1e-4)
     masks = ("--off-policy-threshold", 0.0, "--top-entropy-fraction", 0.5)
@@ -106,7 +106,7 @@ def test_rules_and_masks_act_on_stale_answers_and_say_so(tiny, tmp_path, rewards
     assert first["rejected"] == 0
     assert any(0 < line["off_policy_masked"] < 1 for line in stale)  # answers of negative advantage alone
     assert first["ess"] == pytest.approx(1, abs=1e-4)
-    for line in stale:
+    for line in stale[:2]:
         assert 0 < line["rejected"] <= 1
         assert line["ess"] < 1 - 1e-6
         assert line["ratio_q01"] < line["ratio_q50"] < line["ratio_q99"]
