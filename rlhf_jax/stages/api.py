@@ -1,4 +1,4 @@
-"""What `import rlhf_jax as rj` offers: each stage as a function of a policy, rows and callables.
+"""Top-level Python API (`import rlhf_jax as rj`): each stage as a function of a policy, rows and callables.
 
 Every function takes the options of its command as keywords (`rlhf grpo --help`; dashes become underscores):
 `steps`, `learning_rate`, `batch_size`, `seed`, `max_new_tokens`, ... What is a name on the command line

@@ -57,7 +57,7 @@ def to_json(options: Any) -> Any:
 
 
 def flags(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """What `to_json` gives of options, by their names on the command line."""
+    """Options by their names on the command line, as `to_json` gives them."""
     named: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, Mapping):

@@ -43,7 +43,7 @@ ModelKind = Literal["transformer", "rnn", "gru", "lstm"]
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
-    """Where a run writes, and how it goes on.
+    """Run options: where it writes, and how it goes on.
 
     Attributes:
       out: the run folder: a local one, or an address such as s3://BUCKET/RUN or gs://BUCKET/RUN.
@@ -147,7 +147,7 @@ class RunOptions:
         )
 
     def meter(self, update_flops: float = 0.0) -> Meter:
-        """What a step's parts are timed with.
+        """Meter of a step's parts.
 
         Args:
           update_flops: operations that the model needs for one update; 0 for no share of the peak.
@@ -236,7 +236,7 @@ class ArchOptions:
 
 @dataclasses.dataclass(frozen=True)
 class AuxiliaryOptions:
-    """What is learned beside the next token, by models that have parts for it.
+    """Auxiliary losses beside the next token's, for models that have parts for them.
 
     Attributes:
       mtp_loss_coef: weight of the loss of multi-token prediction (--arch.mtp-depth).
@@ -332,7 +332,7 @@ class PromptOptions:
 
     @property
     def reward_calls(self) -> RewardCalls:
-        """How reward functions are called."""
+        """Limits under which reward functions are called."""
         return RewardCalls(self.reward_workers, self.reward_timeout)
 
 
