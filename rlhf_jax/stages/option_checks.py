@@ -43,7 +43,8 @@ _MAY_DIFFER = """
     --out --resume --steps --num-train-epochs --save-every --eval-every --max-to-keep --quiet --report
     --micro-batches --eval-data --eval-reward --eval-count --samples --mesh --all-gather-params --coordinator
     --init-timeout --heartbeat-timeout --profile --peak-tflops --log --engine --prompts --sample-tokens
-    --against --remat --plan --log-completions --num-completions-to-print --reward-workers --reward-timeout
+    --against --remat --attention-backend --plan --log-completions --num-completions-to-print
+    --reward-workers --reward-timeout
 """.split()  # noqa: SIM905
 
 

@@ -78,6 +78,8 @@ class RunOptions:
       remat: what its backward pass computes again; None for that of a run, and for nothing.
       scan_layers: run its layers as one scan, whose compile time knows no depth; None for as in a run, and
         of a published checkpoint for where it has more than eight layers.
+      attention_backend: how its attention is computed: the fastest that applies (auto) or one by name; over
+        columns that --mesh sequence=N splits, ring or ulysses; None for that of a run, and for auto.
     """
 
     out: Path
@@ -103,6 +105,7 @@ class RunOptions:
     param_dtype: DType | None = None
     remat: models.Remat | None = None
     scan_layers: bool | None = None
+    attention_backend: models.AttentionBackend | None = None
 
     @property
     def num_steps(self) -> int:
@@ -126,6 +129,7 @@ class RunOptions:
             param_dtype=self.param_dtype,
             remat=self.remat,
             scan_layers=self.scan_layers,
+            attention_backend=self.attention_backend,
             shapes_only=bool(self.plan),
         )
 

@@ -337,6 +337,7 @@ def _load_base(folder: Path, base: Source | None, config: models.ModelConfig) ->
         param_dtype=config.param_dtype,
         remat=config.remat,
         scan_layers=config.scan_layers,
+        attention_backend=config.attention_backend,
     )
     assert model.source is not None
     if model.source.digest != base.digest:
