@@ -9,11 +9,10 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.train_state import OptimizerConfig, TrainState, init_train_state, make_optimizer
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Float, Metrics, Params, PRNGKeyArray, Scalar
-from rlhf_jax.rl.algorithms import sac
+from rlhf_jax.rl.algorithms import sac, td3
 from rlhf_jax.rl.envs.environments import Environment
 from rlhf_jax.rl.loops import off_policy
 from rlhf_jax.rl.loops.continuous import Box, box_of, critic_step, default_encoder
@@ -157,11 +156,7 @@ def make_run(config: Config, env: Environment, env_params: Any) -> Run:
       UserError: actions are no vector, or the batch cannot be parted.
     """
     box, tx = box_of(env, "CrossQ"), make_optimizer(config.optimizer)
-    if config.run.batch_size % config.policy_delay:
-        raise UserError(
-            f"CrossQ: policy_delay={config.policy_delay} does not divide run.batch_size="
-            f"{config.run.batch_size}: choose a multiple."
-        )
+    td3.check_parts("CrossQ", config)
     actor = sac.make_actor(config, env)
     actor_fn: sac.ActorFn = applied(actor)
     critics = Critics(config.critic_encoder, box.low, box.high, config.num_critics)

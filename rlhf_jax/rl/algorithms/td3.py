@@ -96,8 +96,26 @@ def init(actor: Params, critics: Params, tx: optax.GradientTransformation, key: 
     return State(*learners, target_actor=actor, target_critics=critics, key=key)
 
 
+ActorLossFn = Callable[[Any, Float[Array, "N A"], Float[Array, " N"], Batch], Float[Array, ""]]
+"""(hyper, mu(s), Q_1(s, mu(s)), batch) -> loss of the actor."""
+
+
+def deterministic_actor_loss(
+    hyper: Any, action: Float[Array, "N A"], values: Float[Array, " N"], batch: Batch
+) -> Float[Array, ""]:
+    """-mean Q_1(s, mu(s))."""
+    del hyper, action, batch
+    return -jnp.mean(values)
+
+
 def make_update(
-    config: Config, actor_fn: ActorFn, critic_fn: CriticFn, box: Box, tx: optax.GradientTransformation
+    config: Any,
+    actor_fn: ActorFn,
+    critic_fn: CriticFn,
+    box: Box,
+    tx: optax.GradientTransformation,
+    *,
+    actor_loss_fn: ActorLossFn = deterministic_actor_loss,
 ) -> Callable[[State, Hyper, Batch], tuple[State, Metrics, Float[Array, " N"]]]:
     """`update(state, hyper, batch) -> (state, metrics, errors)` (Fujimoto et al. 2018, Algorithm 1).
 
@@ -115,7 +133,8 @@ def make_update(
     def update_actor(state: State, hyper: Hyper, batch: Batch) -> State:
         def loss_fn(params: Params) -> tuple[Array, None]:
             action = actor_fn(params, batch.obs)
-            return -jnp.mean(critic_fn(state.critics.params, batch.obs, action)[0]), None
+            values = critic_fn(state.critics.params, batch.obs, action)[0]
+            return actor_loss_fn(hyper, action, values, batch), None
 
         actor, _, _ = policy_step(state.actor, loss_fn, tx, learning_rate=hyper.actor_learning_rate)
         rate = hyper.tau
@@ -158,11 +177,7 @@ def make_run(config: Config, env: Environment, env_params: Any) -> Run:
       UserError: actions are no vector, or the batch cannot be parted.
     """
     box, tx = box_of(env, "TD3"), make_optimizer(config.optimizer)
-    if config.run.batch_size % config.policy_delay:
-        raise UserError(
-            f"TD3: policy_delay={config.policy_delay} does not divide run.batch_size="
-            f"{config.run.batch_size}: choose a multiple."
-        )
+    check_parts("TD3", config)
     actor = make_actor(config, env)
     actor_fn = applied(actor)
     init_critics, critic_fn = critic_fns(env, config.encoder, box, count=config.num_critics)
@@ -178,7 +193,16 @@ def make_run(config: Config, env: Environment, env_params: Any) -> Run:
     return off_policy.make_run(config.run, env, env_params, algorithm)
 
 
-def make_actor(config: Config, env: Environment) -> DeterministicActor:
+def check_parts(algorithm: str, config: Any) -> None:
+    """Raises: UserError where `policy_delay` does not divide `run.batch_size`."""
+    if config.run.batch_size % config.policy_delay:
+        raise UserError(
+            f"{algorithm}: policy_delay={config.policy_delay} does not divide run.batch_size="
+            f"{config.run.batch_size}: choose a multiple."
+        )
+
+
+def make_actor(config: Any, env: Environment) -> DeterministicActor:
     """Actor network for this environment."""
     box = box_of(env, "TD3")
     return DeterministicActor(make_encoder(env, config.encoder), box.low, box.high)
