@@ -116,7 +116,7 @@ def make_update(
     tx: optax.GradientTransformation,
     *,
     actor_loss_fn: ActorLossFn = deterministic_actor_loss,
-) -> Callable[[State, Hyper, Batch], tuple[State, Metrics, Float[Array, " N"]]]:
+) -> Callable[[State, Any, Batch], tuple[State, Metrics, Float[Array, " N"]]]:
     """`update(state, hyper, batch) -> (state, metrics, errors)` (Fujimoto et al. 2018, Algorithm 1).
 
         target = r + discount min_i Q'_i(s', clip(mu'(s') + clip(noise)))
@@ -124,13 +124,13 @@ def make_update(
     One update is `policy_delay` steps of the critics and one of the actor: no branch on a count of updates.
     """
 
-    def smoothed(state: State, hyper: Hyper, obs: Array, key: PRNGKeyArray) -> Float[Array, "N A"]:
+    def smoothed(state: State, hyper: Any, obs: Array, key: PRNGKeyArray) -> Float[Array, "N A"]:
         action = actor_fn(state.target_actor, obs)
         noise = hyper.target_policy_noise * jax.random.normal(key, action.shape)
         bounded = jnp.clip(noise, -hyper.target_noise_clip, hyper.target_noise_clip)
         return box.clip(action + box.half_range * bounded)
 
-    def update_actor(state: State, hyper: Hyper, batch: Batch) -> State:
+    def update_actor(state: State, hyper: Any, batch: Batch) -> State:
         def loss_fn(params: Params) -> tuple[Array, None]:
             action = actor_fn(params, batch.obs)
             values = critic_fn(state.critics.params, batch.obs, action)[0]
@@ -145,7 +145,7 @@ def make_update(
             target_critics=optax.incremental_update(state.critics.params, state.target_critics, rate),
         )
 
-    def update_critics(state: State, hyper: Hyper, part: Batch) -> tuple[State, Metrics, Float[Array, " N"]]:
+    def update_critics(state: State, hyper: Any, part: Batch) -> tuple[State, Metrics, Float[Array, " N"]]:
         key, noise_key = jax.random.split(state.key)
         next_action = smoothed(state, hyper, part.next_obs, noise_key)
         next_values = jnp.min(critic_fn(state.target_critics, part.next_obs, next_action), axis=0)
@@ -156,7 +156,7 @@ def make_update(
         )
         return dataclasses.replace(state, critics=critics, key=key), metrics, errors
 
-    def update(state: State, hyper: Hyper, batch: Batch) -> tuple[State, Metrics, Float[Array, " N"]]:
+    def update(state: State, hyper: Any, batch: Batch) -> tuple[State, Metrics, Float[Array, " N"]]:
         parts = jax.tree.map(lambda x: x.reshape(config.policy_delay, -1, *x.shape[1:]), batch)
 
         def step(state: State, part: Batch) -> tuple[State, tuple[Metrics, Array]]:
