@@ -143,6 +143,21 @@ def normalized_apart(stats: GroupStats) -> Float[Array, "N G"]:
     return baselines.decoupled_advantages(stats.terms, stats.term_weights, stats.scored)
 
 
+OF_TOKENS: tuple[AdvantageFn, ...] = (whitened_returns, optimal_token_baseline)
+"""Functions that give every token an advantage of its own."""
+OVER_THE_BATCH: tuple[AdvantageFn, ...] = (batch_baseline, whitened_returns)
+"""Functions that compare all answers of the batch, and so need no groups."""
+
+
+def check_rows(advantage_fn: AdvantageFn, rows: int) -> None:
+    """Raises: UserError where the batch is one answer, which would be compared with itself."""
+    if rows == 1 and advantage_fn in OVER_THE_BATCH:
+        raise UserError(
+            "a batch of one answer: its baseline is the mean over the batch, so every advantage would be 0: "
+            "give two answers or more, or take reinforce_without_baseline"
+        )
+
+
 def shortest(stats: GroupStats) -> Float[Array, "N G"]:
     """GFPO's metric of length: the shorter, the better."""
     return -stats.lengths.astype(stats.rewards.dtype)

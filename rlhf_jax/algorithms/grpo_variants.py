@@ -253,11 +253,14 @@ def pass_at_k(*, k: int = 2, **static: Any) -> GRPOVariant:
     Gradient: biased as GRPO's, towards pass@k: prompts of which all sets pass have none.
 
     Args:
-      k: size of the sets, at most group_size.
+      k: size of the sets, less than group_size: all answers are one set, which has no other beside it.
     """
     made = GRPOVariant(Config(advantage_fn=functools.partial(group_advantages.passing, k), **static))
-    if not 1 <= k <= made.config.group_size:
-        raise UserError(f"k={k}: give a number from 1 to group_size, {made.config.group_size}")
+    if not 1 <= k < made.config.group_size:
+        raise UserError(
+            f"k={k} of group_size {made.config.group_size}: sets of k answers are compared with each other: "
+            "give k from 1 to group_size - 1, or larger groups"
+        )
     return made
 
 
@@ -289,10 +292,16 @@ def gfpo(*, num_kept: int = 0, metric_fn: MetricFn = group_advantages.shortest, 
     Gradient: biased: as BNPO's, of the shortest answers of each group alone.
 
     Args:
-      num_kept: answers of each group that count, with mean and deviation among them; 0 for half of them.
+      num_kept: answers of each group that count, with mean and deviation among them, so two or more; 0 for
+        half of them.
       metric_fn: `group_advantages.shortest` or `most_efficient`, or any function of `GroupStats`.
     """
-    keep = num_kept or _half(static)
+    keep, size = num_kept or _half(static), static.get("group_size", Config.group_size)
+    if size > 1 and not 2 <= keep <= size:
+        raise UserError(
+            f"num_kept {keep}: the answers that count are compared with each other: give from 2 to "
+            f"group_size, {size}"
+        )
     advantage_fn = functools.partial(group_advantages.of_the_best, keep=keep, metric_fn=metric_fn)
     return GRPOVariant(Config(advantage_fn=advantage_fn, reduce=token_mean, **static), Hyper(kl_coef=1e-3))
 

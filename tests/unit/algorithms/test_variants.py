@@ -187,7 +187,7 @@ def test_parts_of_a_variant_are_changed_one_by_one():
     for name in ("gmpo", "vespo"):
         with pytest.raises(UserError, match="ratio_fn: GMPO and VESPO"):
             variant_of(name, changes=changes)
-    with pytest.raises(UserError, match="k=5: give a number from 1 to group_size, 4"):
+    with pytest.raises(UserError, match="k=5 of group_size 4"):
         variant_of("pass_at_k", changes={"k": 5})
 
 
