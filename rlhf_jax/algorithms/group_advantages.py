@@ -10,6 +10,7 @@ from rlhf_jax.core.masks import clean, masked_mean
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Bool, Float, Int, Scalar
 from rlhf_jax.kernels import advantages as baselines
+from rlhf_jax.kernels.advantages import reward_spread
 from rlhf_jax.kernels.baselines import optimal_token_baseline_advantages, score_energy
 
 
@@ -107,6 +108,14 @@ def optimal_token_baseline(stats: GroupStats) -> Float[Array, "B T"]:
         )
     energy = score_energy(stats.old_logp, stats.collision, stats.mask)
     return optimal_token_baseline_advantages(stats.rewards, energy, stats.mask, stats.scored)
+
+
+def less_mean_of_differing_groups(stats: GroupStats) -> Float[Array, "N G"]:
+    """GPG: less the group's mean, times B / (B - M) where M of B groups have equal rewards."""
+    counted = jnp.any(stats.scored, axis=1)
+    differing = reward_spread(stats.outcomes, stats.scored) > 0
+    factor = jnp.sum(counted) / jnp.maximum(jnp.sum(differing), 1)
+    return factor * grpo_advantages(stats, scale_fn=baselines.unit_scale)
 
 
 def less_values(stats: GroupStats) -> Float[Array, "N G"]:

@@ -17,6 +17,7 @@ from rlhf_jax.algorithms import group_advantages, policy_gradient_variants
 from rlhf_jax.algorithms.grpo import Config, Hyper
 from rlhf_jax.algorithms.grpo_variant import GRPOVariant, with_correction as with_correction
 from rlhf_jax.algorithms.policy_gradient_variants import (
+    gpg as gpg,
     opo as opo,
     otb as otb,
     reinforce as reinforce,
@@ -196,18 +197,20 @@ def gspo_token(**static: Any) -> GRPOVariant:
 def luspo(**static: Any) -> GRPOVariant:
     """LUSPO (arXiv 2602.05261): GSPO with answers weighted by their length.
 
+    The bounds are the paper's (section 5.1), as TRL quotes them; wider than GSPO's.
+
     Gradient: biased: prompts over the spread of their rewards.
     """
-    hyper = Hyper(epsilon_low=3e-4, epsilon_high=4e-4, kl_coef=0.0)
+    hyper = Hyper(epsilon_low=2e-3, epsilon_high=2.5e-3, kl_coef=0.0)
     return GRPOVariant(Config(ratio_fn=sequence_log_ratio, reduce=sequence_sum, **static), hyper)
 
 
 def gmpo(**static: Any) -> GRPOVariant:
-    """GMPO (Zhao et al. 2025): the geometric mean of an answer's ratios, bounds in log space.
+    """GMPO (Zhao et al. 2025): the geometric mean of an answer's ratios, bounds in log space; no KL.
 
-    Gradient: on policy GRPO's.
+    Gradient: on policy GRPO's without the KL.
     """
-    hyper = Hyper(epsilon_low=0.4, epsilon_high=0.4)
+    hyper = Hyper(epsilon_low=0.4, epsilon_high=0.4, kl_coef=0.0)
     return GRPOVariant(Config(surrogate_fn=geometric_mean_surrogate, **static), hyper)
 
 

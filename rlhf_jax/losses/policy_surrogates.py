@@ -168,6 +168,23 @@ def importance_surrogate(
     return bounded_exp(log_ratio) * advantages
 
 
+def log_likelihood_surrogate(
+    logp: Float[Array, "B T"],
+    log_ratio: Float[Array, "B T"],
+    advantages: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    epsilon_low: Scalar,
+    epsilon_high: Scalar,
+) -> Float[Array, "B T"]:
+    """GPG's surrogate, A log pi: the policy gradient without a ratio (Chu et al. 2025, arXiv 2504.02546).
+
+    The clipping bounds only set what `clip_fraction` counts.
+    """
+    del log_ratio, mask, epsilon_low, epsilon_high
+    return advantages * logp
+
+
 def _within_divergence(
     logp: Float[Array, "B T"],
     log_ratio: Float[Array, "B T"],
