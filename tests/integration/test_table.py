@@ -2,15 +2,22 @@
 
 import json
 
+import jax
 import numpy as np
 import post_training
+import post_training_methods as methods
 import post_training_page
+import post_training_rows
 import pytest
 
+from rlhf_jax import models
+from rlhf_jax.algorithms import preference, unpaired
+from rlhf_jax.algorithms.grpo_variants import grpo_variants
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.jitted.train import SeedState, make_train
 from rlhf_jax.sweep import Results
 
-SMALL = {"seeds": 4, "search_seeds": 0, "steps": 8, "base_steps": 60, "width": 16, "layers": 1}
+SMALL = {"seeds": 4, "search_seeds": 0, "steps": 8, "base_steps": 60, "width": 16, "layers": 1, "niceness": 0}
 CELLS = ("raft", "dpo", "grpo")
 # Made by this test's own run on Linux x86-64, Python 3.11, jax 0.10.2, 2026-11.
 FROZEN = {"raft": -0.20921, "dpo": -0.20862, "grpo": -0.21427}
@@ -34,6 +41,30 @@ def test_frozen_numbers(finished):
         assert len(summary["sampled_score"]) == SMALL["seeds"] == len(set(summary["sampled_score"]))
         assert summary["learning_rate"] == 1e-3  # the middle one, without a search
         assert summary["generated"] == pytest.approx(np.full(4, summary["generated"][0]), rel=0.3)
+
+
+def test_every_variant_and_every_loss_is_a_row():
+    """Variants of GRPO, losses on pairs and on single answers, modifiers, RLAIF, distillation."""
+    names = {algorithm.name for algorithm in post_training_rows.ALGORITHMS}
+    assert grpo_variants().keys() | preference.pair_losses().keys() | unpaired.UNPAIRED_LOSSES.keys() <= names
+    assert {"cdpo", "f_dpo_js", "f_dpo_forward_kl", "f_dpo_alpha", "rpo", "mpo", "wpo", "ld_dpo"} <= names
+    assert {"rlaif_dpo", "rlaif_grpo", "distillation", "sequence_distillation", "gkd", "minillm"} <= names
+
+
+@pytest.mark.slow
+def test_every_row_is_a_run(monkeypatch):
+    """Traced with all of its numbers, and not run."""
+    options = post_training.Options(**SMALL)
+    (task,) = (task for task in post_training_rows.TASKS if task.name == "style")
+    setup = post_training.make_task_setup(task, options)
+    params = jax.jit(lambda key: models.init_params(setup.policy.architecture, key))(jax.random.key(0))
+    monkeypatch.setattr(methods, "teacher_of", lambda setup, steps: setup.policy.with_params(params))
+    start = SeedState(jax.random.key(1), params)
+    for row in post_training_rows.ALGORITHMS:
+        train = make_train(setup, row.make(setup, post_training.schedule(2)), steps=2)
+        _, history = jax.eval_shape(train, start, post_training.as_floats(row.hyper))
+        assert history["sampled_score"].shape == (), row.name
+        assert json.loads(json.dumps(post_training.plan(task, row, options)))["algorithm"] == row.name
 
 
 @pytest.mark.parametrize("peak", [2e-5, 8e-4, 6e-3, 1.0, np.nan])
@@ -95,8 +126,8 @@ def test_bad_options(tmp_path, options, said):
 
 @pytest.mark.slow
 def test_equal_budgets(finished):
-    rows = {algorithm.name: algorithm for algorithm in post_training.post_training_rows.ALGORITHMS}
-    task = post_training.post_training_rows.TASKS[0]
+    rows = {algorithm.name: algorithm for algorithm in post_training_rows.ALGORITHMS}
+    task = post_training_rows.TASKS[0]
     options = post_training.Options(out=finished.out, steps=100)
     assert post_training.steps_of(task, rows["grpo"], options) == 100
     assert post_training.steps_of(task, rows["dapo"], options) == 50  # it samples twice as much a step
