@@ -186,7 +186,7 @@ def gspo(**static: Any) -> GRPOVariant:
 
 
 def gspo_token(**static: Any) -> GRPOVariant:
-    """GSPO-token (Zheng et al. 2025, section 4.3): GSPO with a gradient for each token's own advantage.
+    """GSPO-token (Zheng et al. 2025): GSPO with a gradient for each token's own advantage.
 
     Gradient: GSPO's where the advantages of an answer's tokens are equal, on policy and off.
     """
@@ -329,8 +329,7 @@ def _half(static: dict[str, Any]) -> int:
 def dppo_tv(*, max_completion_length: int, **static: Any) -> GRPOVariant:
     """DPPO (arXiv 2602.04879) with binary total variation: a bound of probabilities in the place of a clip.
 
-    The divergence is from the sampler (section 5.2 there); advantages and reduction are Dr. GRPO's, as in the
-    authors' runs.
+    The divergence is from the sampler; advantages and reduction are Dr. GRPO's, as in the authors' runs.
 
     Gradient: on policy Dr. GRPO's.
 

@@ -3,7 +3,7 @@
 A mixture of experts is another function where its routers choose otherwise, and small differences in numbers
 are enough for that. So the sampler records the experts that every token went through, and the learner's
 forward pass takes them in the place of its own choice. Their weights are the learner's: the scores of the
-given experts, through which the routers' gradient flows (section 4 there).
+given experts, through which the routers' gradient flows.
 """
 
 import dataclasses

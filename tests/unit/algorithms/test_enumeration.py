@@ -235,8 +235,8 @@ BIASED = {
     "grpo": (standardized, over_own_length, "loss"),  # Shao et al. 2024, eq. 3
     "bnpo": (standardized, over_tokens, "loss"),
     "gpg": (centred, over_tokens, "none"),  # one group: all that differ
-    "dapo": (standardized, over_tokens, "none"),  # Yu et al. 2025, eq. 8
-    "gspo": (standardized, over_own_length, "none"),  # at ratio 1, Zheng et al. 2025, eq. 10
+    "dapo": (standardized, over_tokens, "none"),  # Yu et al. 2025
+    "gspo": (standardized, over_own_length, "none"),  # at ratio 1, Zheng et al. 2025
     "luspo": (standardized, over_answers, "none"),
     "gmpo": (standardized, over_own_length, "none"),
     "cispo": (standardized, over_tokens, "none"),  # MiniMax-M1, eq. 4
