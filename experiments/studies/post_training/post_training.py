@@ -10,7 +10,7 @@ All algorithms start from the same policy of a seed and sample as many answers. 
 learning rates on seeds of the search's own, which goes on as long as the best is the least or the greatest of
 those tried. A cell that is done is not run again, and one that was stopped goes on after its last chunk; each
 leaves `summary.json`, every seed apart, and `results.parquet`. It runs at low priority, all tasks of a row
-before the next row, and says how many cells are to come and how long those before it took.
+before the next row, and says how many cells are to come and how many core-hours those before it took.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ from rlhf_jax.distributed.runtime import compiler_options
 from rlhf_jax.jitted.algorithms import supervised_algorithm
 from rlhf_jax.jitted.train import SeedState, TaskSetup, make_train
 from rlhf_jax.metrics.pages import PLAN, SUMMARY, held_summary, made
-from rlhf_jax.metrics.progress import final_table, format_seconds
+from rlhf_jax.metrics.progress import final_table
 from rlhf_jax.stages import option_checks
 from rlhf_jax.sweep import Results, product, sweep
 from rlhf_jax.training.run_folder import describe_run
@@ -216,7 +216,7 @@ def run_cell(
     steps = planned["steps"]
     train = make_train(task_setup, algorithm.make(task_setup, schedule(steps)), steps=steps)
     common_options: dict[str, Any] = {"chunk_size": options.chunk, "quiet": options.quiet}
-    began = time.perf_counter()
+    began, began_cpu = time.perf_counter(), time.process_time()
 
     def sweep_rates(rates: Sequence[float], seeds: np.ndarray, folder: Path) -> Results:
         hypers = product(as_floats(algorithm.hyper), learning_rate=rates)
@@ -233,6 +233,7 @@ def run_cell(
     seconds = None if resumed else time.perf_counter() - began
     chosen_rate = {"learning_rate": rate, "search": {f"{r:g}": search[r] for r in sorted(search)}}
     chosen_rate["seconds"] = seconds
+    chosen_rate["core_seconds"] = None if resumed else time.process_time() - began_cpu
     files.write_json(folder / SUMMARY, {**planned, **chosen_rate, **scores, **made(folder)})
     jax.clear_caches()  # or memory grows with every cell
     return True
@@ -282,12 +283,14 @@ def start_scores(out: Path) -> dict[str, dict[str, Any]]:
 
 
 def budget(missing: int, done: Sequence[dict[str, Any]]) -> str:
-    """How many cells are to come, and for how long, by those that are done."""
-    taken = [summary["seconds"] for summary in done if summary["seconds"]]
+    """How many cells are to come, and for how many core-hours, by those that are done."""
+    taken = [summary["core_seconds"] for summary in done if summary.get("core_seconds")]
     if not taken or not missing:
         return f"{missing} cells to run"
-    mean = float(np.mean(taken))
-    return f"{missing} cells to run, {format_seconds(mean)} each so far: {format_seconds(missing * mean)}"
+    mean = float(np.mean(taken)) / 60
+    return (
+        f"{missing} cells to run, {mean:.1f} core-minutes each so far: {missing * mean / 60:.1f} core-hours"
+    )
 
 
 def run_cells(rows: Sequence[TaskRow], algorithms: Sequence[AlgorithmRow], options: Options) -> None:
