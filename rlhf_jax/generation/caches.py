@@ -28,7 +28,7 @@ class RecordedCache:
 
 
 def experts_of(cache: Any) -> Int[Array, "B S R k"] | None:
-    """What a cache has recorded; None where it records nothing."""
+    """Experts that a cache has recorded; None where it records none."""
     return cache.experts if isinstance(cache, RecordedCache) else None
 
 

@@ -150,18 +150,19 @@ def make_greedy_fn(session: Session, prompts: inputs.Prompts) -> Callable[[Param
     return greedy
 
 
-def empty_replay(session: Session, variant: GRPOVariant, length: int) -> grpo.Replay | None:
-    """The buffer of groups at step 0, of rows of so many tokens; None where none are replayed."""
+def empty_replay(
+    options: GroupOptions, variant: GRPOVariant, length: int, experts: tuple[int, ...] | None = None
+) -> grpo.Replay | None:
+    """The buffer of groups at step 0, of rows of so many tokens; None where none are replayed.
+
+    Args:
+      experts: how many are recorded of a token, where they are (`replay.init_replay`).
+    """
     if not variant.config.num_replayed:
         return None
-    options, policy = session.options, session.policy
-    records = options.sampler.get("routing_replay")
-    return init_replay(
-        capacity=options.replay.capacity(options.batch_size),
-        rows=variant.config.num_kept or options.group_size,
-        length=length,
-        experts=recorded_shape(policy.architecture, policy.params) if records else None,
-    )
+    rows = variant.config.num_kept or options.group_size
+    capacity = options.replay.capacity(options.batch_size)
+    return init_replay(capacity=capacity, rows=rows, length=length, experts=experts)
 
 
 def reference_values(session: Session, variant: GRPOVariant, prompts: inputs.Prompts) -> dict[int, float]:
@@ -212,6 +213,8 @@ def make_learner(
     train_step = make_grpo_train_step(
         variant.config, logprob_fn, split.tx, split.reference, describes_rows=True
     )
+    policy, records = session.policy, options.sampler.get("routing_replay")
+    experts = recorded_shape(policy.architecture, policy.params) if records else None
 
     def init(params: Params, key: PRNGKeyArray) -> grpo.State:
         return grpo.init(
@@ -221,7 +224,7 @@ def make_learner(
             one_step_off_policy=options.one_step_off_policy,
             moving_reference=options.sync.ref_model_sync_steps > 0,
             hyper=variant.hyper,
-            replay=empty_replay(session, variant, length),
+            replay=empty_replay(options, variant, length, experts),
         )
 
     state = session.init_state(init, split.trained, split.frozen)

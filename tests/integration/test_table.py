@@ -108,6 +108,13 @@ def test_other_settings_in_the_same_folder_are_refused(finished):
         post_training.run(other)
 
 
+def test_what_is_to_come_is_said_in_core_hours():
+    done = [{"core_seconds": 60.0}, {"core_seconds": 300.0}, {"core_seconds": None}]
+    assert post_training.budget(40, done) == "40 cells to run, 3.0 core-minutes each so far: 2.0 core-hours"
+    assert post_training.budget(0, done) == "0 cells to run"
+    assert post_training.budget(7, done[2:]) == "7 cells to run"
+
+
 def test_list_runs_nothing(tmp_path, capsys):
     post_training.run(post_training.Options(out=tmp_path, list=True))
     shown = capsys.readouterr().out
