@@ -19,9 +19,9 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, TypeAlias, runtime_checkable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.importing import nearest_name
@@ -211,7 +211,7 @@ def check_thresholds(
         ("is_clip", is_clip_low, is_clip_high, [correction.weight_fn is not None]),
         ("rejection", rejection_low, rejection_high, between),
     ):
-        if isinstance(low, jax.core.Tracer) or isinstance(high, jax.core.Tracer):
+        if isinstance(low, Tracer) or isinstance(high, Tracer):
             continue
         if np.any(np.less(high, low) & np.array(applies, bool)):
             raise UserError(

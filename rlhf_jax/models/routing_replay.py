@@ -7,7 +7,6 @@ given experts, through which the routers' gradient flows.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -137,5 +136,6 @@ def make_recording_fns(config: ModelConfig) -> tuple[PrefillFn, DecodeFn, Extend
 def recorded_shape(config: ModelConfig, params: Params) -> tuple[int, ...]:
     """(R, k): how many experts are recorded of a token."""
     token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    prefill = functools.partial(make_recording_fns(config)[0], length=1)
-    return jax.eval_shape(prefill, params, token, token, token)[1].experts.shape[2:]
+    prefill, _, _ = make_recording_fns(config)
+    _, cache = jax.eval_shape(lambda params, x: prefill(params, x, x, x, 1), params, token)
+    return cache.experts.shape[2:]

@@ -8,7 +8,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax import losses
 from rlhf_jax.algorithms import distillation, grpo, grpo_variants, ppo, preference, sft, unpaired
 from rlhf_jax.algorithms.grpo_variants import VariantFn, make_variant, with_correction
 from rlhf_jax.core.masks import masked_mean
@@ -17,6 +16,7 @@ from rlhf_jax.core.types import Array, Float, Rollout
 from rlhf_jax.distributed.runtime import compiler_options
 from rlhf_jax.jitted import algorithms
 from rlhf_jax.jitted.train import Algorithm, SeedState, TaskSetup, make_train
+from rlhf_jax.losses.distillation import Divergence
 from rlhf_jax.models import Policy, init_params
 
 MakeFn = Callable[[TaskSetup, OptimizerConfig], Algorithm]
@@ -121,7 +121,7 @@ def teacher_of(task_setup: TaskSetup, steps: int) -> Policy:
 
 
 def distilled(
-    loss_fn: losses.distillation.Divergence,
+    loss_fn: Divergence,
     generator: Literal["teacher", "student"],
     *,
     on_tokens: bool = False,

@@ -123,7 +123,7 @@ def _distilled(name: str, what: str, *args: Any, **options: Any) -> AlgorithmRow
     return AlgorithmRow(name, methods.distilled(*args, **options), distillation.Hyper(), what, OTHER_MODEL)
 
 
-TWICE = {"num_iterations": 2}
+TWICE: dict[str, Any] = {"num_iterations": 2}
 """Every batch twice: what sets these variants apart is what they make of ratios, 1 in the first pass."""
 
 ALGORITHMS = (
