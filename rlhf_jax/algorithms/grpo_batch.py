@@ -129,6 +129,8 @@ def make_batch(
         advantages, described = add_step_advantages(
             advantages, rewards, scored, steps, mask, group_size=config.group_size
         )
+    if hyper.advantage_kl_coef is not None:
+        advantages = _less_kl(advantages, kl, hyper.advantage_kl_coef)
     weights, accepted, corrected = _correct(config, hyper, old_logp, rollout.logp, mask)
     kept = batch_mask(
         old_logp,
@@ -156,6 +158,15 @@ def make_batch(
     )
     metrics = _describe(rollout, rewards, scored, mask, old_logp, kl)
     return _largest(config, batch), {**metrics, **described, **corrected}
+
+
+def _less_kl(
+    advantages: Float[Array, "B *T"], kl: Float[Array, "B T"] | None, coef: Scalar
+) -> Float[Array, "B T"]:
+    """Advantages of tokens, each less its own KL to the reference."""
+    if kl is None:
+        raise UserError("advantage_kl_coef weighs the KL to the reference: give make_batch ref_logp")
+    return advantages.reshape(len(kl), -1) - coef * kl
 
 
 def _correct(

@@ -65,6 +65,9 @@ class Hyper:
       epsilon_high: how far above 1.
       kl_coef: weight of the KL to the reference in the loss (beta; 0.04 in GRPO's paper, section 4.2).
       reward_kl_coef: weight of the KL to the reference in the reward, before the baseline (RLOO).
+      advantage_kl_coef: weight of the KL to the reference in the advantage, behind baseline and scaling: each
+        token's advantage is less by its own log(pi_old / pi_ref). Its gradient is that of the KL at each
+        token, the tokens before it held as they are; None for none.
       entropy_coef: weight of the entropy bonus.
       sync: how the reference follows the policy, where `State.ref_params` says that it does.
       is_clip_low: least importance weight of the correction; is_clip_high: the largest.
@@ -94,6 +97,7 @@ class Hyper:
     epsilon_high: Scalar = 0.2
     kl_coef: Scalar = 0.04
     reward_kl_coef: Scalar = 0.0
+    advantage_kl_coef: Scalar | None = None
     entropy_coef: Scalar = 0.0
     sync: SyncHyper = SyncHyper()
     is_clip_low: Scalar = 0.0

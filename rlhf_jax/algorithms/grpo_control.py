@@ -73,9 +73,10 @@ def _hold_kl(
     if hyper.kl_target is None:
         return held, hyper, {}
     scale = held.kl_scale
-    in_loss, in_reward = hyper.kl_coef * scale, hyper.reward_kl_coef * scale
+    names = ("kl_coef", "reward_kl_coef", "advantage_kl_coef")
+    used = {name: coef * scale for name in names if (coef := getattr(hyper, name)) is not None}
     moved = adaptive_kl_update(
         scale, kl, target=hyper.kl_target, horizon=hyper.kl_horizon, num_steps=num_answers
     )
-    hyper = dataclasses.replace(hyper, kl_coef=in_loss, reward_kl_coef=in_reward)
-    return dataclasses.replace(held, kl_scale=moved), hyper, {"kl_coef": jnp.asarray(in_loss + in_reward)}
+    total = jnp.asarray(sum(used.values()))
+    return dataclasses.replace(held, kl_scale=moved), dataclasses.replace(hyper, **used), {"kl_coef": total}

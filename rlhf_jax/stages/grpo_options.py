@@ -79,6 +79,8 @@ class GroupOptions:
       kl_coef: weight of the KL to the reference, where the algorithm has it: in the reward (REINFORCE,
         REINFORCE++, RLOO, ReMax, OPO) or in the loss; None for the algorithm's own.
       reward_kl_coef: weight of the KL to the reference in the reward, in any algorithm; None for its own.
+      advantage_kl_coef: weight of the KL to the reference in each token's advantage, behind baseline and
+        scaling; None for none.
       kl_estimator: of the KL in the loss; None for the algorithm's own, k3.
       kl_ratio_correction: multiply the KL in the loss by the ratio, so that its gradient is that of the KL.
       scale_rewards: what rewards less their group's mean are divided by: the deviation of the group or of the
@@ -123,6 +125,7 @@ class GroupOptions:
     epsilon_high: PositiveOrInf | None = None
     kl_coef: Weight | None = None
     reward_kl_coef: Weight | None = None
+    advantage_kl_coef: Weight | None = None
     kl_estimator: Literal["k1", "k2", "k3"] | None = None
     kl_ratio_correction: bool = False
     scale_rewards: Literal["group", "batch", "none", "mean"] | None = None
@@ -164,7 +167,8 @@ def check(options: GroupOptions, stage: str) -> None:
         "--micro-batches", options.micro_batches, "the size of a mini-batch,", rows // options.num_minibatches
     )
     options.replay.check(options.batch_size)
-    options.sync.check((variant.hyper.kl_coef, variant.hyper.reward_kl_coef))
+    hyper = variant.hyper
+    options.sync.check((hyper.kl_coef, hyper.reward_kl_coef, hyper.advantage_kl_coef or 0.0))
     if variant.needs_terms and variant.overlong_penalty_coef:
         raise UserError(
             f"--overlong-penalty-coef: --algorithm {options.algorithm} takes each reward apart: give "
@@ -191,6 +195,7 @@ PUBLISHED = (
     "epsilon_high",
     "kl_coef",
     "reward_kl_coef",
+    "advantage_kl_coef",
     "entropy_coef",
     "dynamic_sampling_max_rounds",
     "overlong_penalty_coef",

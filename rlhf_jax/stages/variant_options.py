@@ -108,7 +108,7 @@ class VariantOptions:
             "value_beta": ("--algorithm a_star_po", variant.reference_samples or None),
             "entropy_coef_step": ("--target-entropy", hyper.target_entropy),
             "kl_horizon": ("--kl-target", hyper.kl_target),
-            "kl_target": ("--kl-coef", hyper.kl_coef or hyper.reward_kl_coef or None),
+            "kl_target": ("--kl-coef", hyper.kl_coef or hyper.reward_kl_coef or hyper.advantage_kl_coef),
         }
         for name, (needed, value) in needs.items():
             if getattr(self, name) is not None and value is None:

@@ -88,6 +88,27 @@ def test_policy_gradients_climb_the_mean_reward_less_the_kl(name, beta):
     np.testing.assert_allclose(found, UNBIASED[name] * gradient, rtol=0, atol=1e-14)
 
 
+def test_a_kl_in_the_advantage_is_that_of_each_token_with_those_before_held():
+    """sum over prefixes of their probability, held, times the KL of what follows."""
+    old, ref = np.exp(log_probs(toy().old)), np.asarray(log_probs(toy().ref))
+    prefixes = {answer[:t] for answer in ANSWERS for t in range(len(answer))}
+
+    def held_objective(table):
+        logits = jax.nn.log_softmax(table)
+        total = objective(table, 0.0)
+        for prefix in prefixes:
+            reached = np.prod([old[PREFIX[prefix[:t]], prefix[t]] for t in range(len(prefix))])
+            row = logits[PREFIX[prefix]]
+            total -= BETA * reached * jnp.sum(jnp.exp(row) * (row - ref[PREFIX[prefix]]))
+        return total
+
+    found = expected("reinforce_without_baseline", kl_coef=0.0, reward_kl_coef=0.0, advantage_kl_coef=BETA)
+    gradient = jax.grad(held_objective)(jnp.asarray(toy().old))
+    whole = jax.grad(objective)(jnp.asarray(toy().old), BETA)
+    np.testing.assert_allclose(found, gradient, rtol=0, atol=1e-14)
+    assert np.abs(gradient - whole).max() > 1e-3  # the KL that later tokens will cost is not looked at
+
+
 def test_max_rl_climbs_the_first_terms_of_the_log_likelihood():
     """log p = -sum_k (1 - p)^k / k, p the probability of a right answer; groups of G see G - 1 terms."""
     right = toy().rewards > 0

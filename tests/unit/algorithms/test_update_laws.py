@@ -247,7 +247,14 @@ def test_hyperparameters_do_not_recompile_and_all_have_an_effect(name):
     update, hyper = jax.jit(update), as_arrays(hyper)
     state, _ = update(initial_state(hyper), hyper, batch)
     expected, _ = update(state, hyper, batch)
-    of_batch = {"reward_kl_coef", "is_clip_low", "is_clip_high", "rejection_low", "rejection_high"}
+    of_batch = {
+        "reward_kl_coef",
+        "advantage_kl_coef",
+        "is_clip_low",
+        "is_clip_high",
+        "rejection_low",
+        "rejection_high",
+    }
     of_batch |= {"second_moment_threshold", "top_entropy_fraction", "reward_weights", "value_beta"}
     of_batch |= {"clip_cov_fraction", "clip_cov_low", "clip_cov_high", "kl_cov_fraction"}
     of_controllers = {"target_entropy", "entropy_coef_step", "kl_target", "kl_horizon"}
