@@ -270,7 +270,7 @@ def make_look_fn(options: Options, policy: Path) -> Callable[..., tuple[Evaluati
         )
         for rows, reward_fn in zip(kinds, worth, strict=True)
     ]
-    return lambda params, reference: (looks[0](params, reference), looks[1](params, None))
+    return lambda params, reference: (looks[0](params, reference, SAMPLES), looks[1](params, None))
 
 
 def general_heldout() -> list[dict[str, Any]]:
@@ -325,6 +325,7 @@ def run_seed(options: Options, seed: int) -> pipeline_stages.Results:
             "length": found.length,
             "completions": found.completions[:SAMPLES],
             "correct": [bool(reward) for reward in found.rewards[:SAMPLES]],
+            "numbers": found.numbers,
         }
 
     return pipeline_stages.run_seed(folder, stage_runs(options, folder, seed), measure)
