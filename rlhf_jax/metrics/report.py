@@ -45,7 +45,7 @@ def write_report(
       folder: the run folder.
       table: rows of the result table in order; intervals are computed by the caller.
       interval: what the intervals of `table` are.
-      pictures: caption -> PNG, which is copied into the page.
+      pictures: caption -> PNG or SVG, which is copied into the page.
       refresh: seconds after which a browser loads the page again, while the run goes on; 0 for never.
     Raises:
       UserError: a file of the folder is damaged, or the report cannot be written.
@@ -98,7 +98,11 @@ def _view(folder: Path, table: Sequence[TableRow], interval: str) -> dict[str, A
 
 def _picture_views(pictures: Mapping[str, Path]) -> list[dict[str, str]]:
     return [
-        {"caption": caption, "data": base64.b64encode(files.read_bytes(path)).decode("ascii")}
+        {
+            "caption": caption,
+            "kind": "svg+xml" if path.suffix == ".svg" else "png",
+            "data": base64.b64encode(files.read_bytes(path)).decode("ascii"),
+        }
         for caption, path in pictures.items()
     ]
 

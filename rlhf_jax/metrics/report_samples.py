@@ -23,7 +23,7 @@ _MOST_TEXT = 4000
 _MOST_SAMPLES = 40
 _MOST_TABLES = 5  # steps whose completions are shown
 _OF_SAMPLES = {"logp": "log-prob", "kl": "KL"}
-_END = "\u2404"  # a sign for the token that ends an answer, which has no text
+_END = "\u25a0"  # a sign for the token that ends an answer, which has no text
 
 
 def sample_views(samples: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> list[dict[str, Any]]:

@@ -246,14 +246,14 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     published = "online_dpo" if options.loss == "dpo" else options.loss
     published = published if options.method == "dpo" else options.method
     options = defaults.fill_published(options, published, otherwise="online_dpo")
-    seed = options.run.seed
-    check(options)
     if options.method != "nash_md":
         method = options.loss if options.method == "dpo" else options.method
         params = loss_options.filled(options.loss_params, loss_fn_of(options), method)
         options = dataclasses.replace(options, loss_params=params)
         if is_import_path(options.loss):
             loss_options.check_pair_loss(loss_fn_of(options), loss_options.given(params))
+    seed = options.run.seed
+    check(options)
     if not options.judge:
         option_checks.check_rewards(inputs.rewards_of(options.prompts, given), " or --judge")
     session = Session(options, given, "online_dpo")

@@ -9,12 +9,13 @@ import numpy as np
 from rlhf_jax.core import files
 from rlhf_jax.evaluation.statistics import Interval, iqm_interval
 from rlhf_jax.metrics.pages import commands, when_and_with
+from rlhf_jax.metrics.pictures import name_ends, picture
 from rlhf_jax.metrics.progress import format_seconds
 from rlhf_jax.stages import rl_rows
 from rlhf_jax.stages.rl_rows import Row
 from rlhf_jax.sweep.plots import curve_with_band
 
-CURVES = "rl_curves.png"
+CURVES = "rl_curves.svg"
 HEAD = """# Results in control
 
 Written by `experiments/studies/control/rl_table.py`; the settings of each row are in
@@ -93,32 +94,24 @@ def read_curve(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw(path: Path, out: Path, names: list[str]) -> None:
-    """Learning curves, an environment a panel."""
-    from matplotlib.figure import Figure
-
+    """Learning curves, a panel for each environment and number of steps, so that none is a smear beside
+    another.
+    """
     rows = [row for row in rl_rows.ROWS if row.name in names]
-    panels = list(dict.fromkeys(row.env for row in rows))
-    columns = min(len(panels), 3)
-    height = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.2 * columns, 2.8 * height), layout="constrained")
-    grid = figure.subplots(height, columns, squeeze=False).reshape(-1)
-    for axes, env in zip(grid, panels, strict=False):
-        for row in rows:
-            if row.env == env:
-                steps, returns = read_curve(out / row.name)
-                middle, low, high = curve_with_band(returns)
-                (line,) = axes.plot(steps, middle, label=f"{row.algo} {row.variant}".strip(), linewidth=1)
-                axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-        axes.set_title(env, fontsize=9)
-        axes.set_xlabel("environment steps", fontsize=8)
-        axes.tick_params(labelsize=7)
-        # Below its panel, where no curve is.
-        axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3)
-        axes.spines[["top", "right"]].set_visible(False)
-    for axes in grid[len(panels) :]:
-        axes.set_axis_off()
-    with files.writing(path) as local:
-        figure.savefig(local, dpi=110)
+    panels = list(dict.fromkeys((row.env, row.steps) for row in rows))
+    columns = min(len(panels), 2)
+    with picture(path, -(-len(panels) // columns), columns) as grid:
+        for axes, (env, steps) in zip(grid, panels, strict=False):
+            lines = {}
+            for row in rows:
+                if (row.env, row.steps) == (env, steps):
+                    x, returns = read_curve(out / row.name)
+                    middle, low, high = curve_with_band(returns)
+                    (line,) = axes.plot(x / 1000, middle, linewidth=1.3)
+                    axes.fill_between(x / 1000, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+                    lines[f"{row.algo} {row.variant}".strip().replace(" no ", "\nno ")] = line
+            axes.set(title=env, xlabel="thousand environment steps", ylabel="return", xlim=(0, steps / 1000))
+            name_ends(axes, lines)
 
 
 def write(path: Path, out: Path, done: Mapping[str, Mapping[str, Any]]) -> None:

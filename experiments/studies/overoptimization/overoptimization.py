@@ -9,6 +9,7 @@ All seeds of a stage run side by side in one program. What is done is kept in --
 """
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import overoptimization_page
-import post_training
-import post_training_rows
 
 from rlhf_jax.algorithms import ppo, preference, reward
 from rlhf_jax.cli import command_line
@@ -39,6 +38,10 @@ from rlhf_jax.stages import option_checks
 from rlhf_jax.sweep import product, sweep
 from rlhf_jax.tasks.base import Prompts
 from rlhf_jax.training.run_folder import describe_run
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "post_training"))
+import post_training
+import post_training_rows
 
 
 @dataclasses.dataclass(frozen=True)

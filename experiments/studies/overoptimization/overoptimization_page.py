@@ -20,6 +20,7 @@ from rlhf_jax.evaluation.overoptimization import (
 )
 from rlhf_jax.evaluation.statistics import Interval, mean_interval
 from rlhf_jax.metrics.pages import commands, kept_remarks, when_and_with
+from rlhf_jax.metrics.pictures import name_ends, picture
 
 # What is made of the members of an ensemble; `single` is the first of them alone.
 RULES = ("single", "mean", "worst", "uncertainty")
@@ -192,7 +193,7 @@ def _reward_models(study: Study) -> list[str]:
         "## Reward models",
         "Held-out pairs whose better answer, by gold reward, gets the higher score, in percent.",
         _rows(head, rows),
-        "![accuracy of reward models](reward_models.png)",
+        "![accuracy of reward models](reward_models.svg)",
     ]
 
 
@@ -239,7 +240,7 @@ def _fitted(study: Study) -> list[str]:
         "tokens, end",
     ]
     pictures = [
-        f"![{name.replace('_', ' ')}](overoptimisation_{name}.png)"
+        f"![{name.replace('_', ' ')}]({name}.svg)"
         for name in ("best_of_n", "ppo", "dpo")
         if any(curve.startswith(name) for curve in study.curves)
     ]
@@ -262,7 +263,7 @@ def _ensembles(study: Study) -> list[str]:
         f"{plan['pairs'][len(plan['pairs']) // 2]:,} pairs, with other initial heads and other orders of the "
         "data: one of them, their mean, the worst of their scores, and the mean minus "
         f"{plan['uncertainty_coef']:g} times their variance.",
-        "![ensembles](ensembles.png)",
+        "![ensembles](ensembles.svg)",
     ]
 
 
@@ -281,106 +282,80 @@ def _made(study: Study) -> list[str]:
 # Pictures ----------------------------------------------------------------------------------------------
 
 
-def _panels(count: int) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3.5 * count + 0.4, 3.1), layout="constrained")
-    grid = figure.subplots(1, count, squeeze=False, sharey=True).reshape(-1)
-    for axes in grid:
-        axes.tick_params(labelsize=7)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.axhline(0, color="0.85", linewidth=0.8, zorder=0)
-    return figure, grid
-
-
-def _band(axes: Any, x: np.ndarray, runs: np.ndarray, **style: Any) -> None:
-    """Mean over seeds, [seeds, points], with its interval."""
+def _band(axes: Any, x: np.ndarray, runs: np.ndarray, **style: Any) -> Any:
+    """Mean over seeds, [seeds, points], with its interval; the line."""
     found = [mean_interval(column) for column in runs.T]
-    axes.plot(x, [i.mean for i in found], **style)
-    style = {"color": style["color"], "alpha": 0.13, "linewidth": 0}
-    axes.fill_between(x, [i.low for i in found], [i.high for i in found], **style)
+    (line,) = axes.plot(x, [i.mean for i in found], **style)
+    band = {"color": line.get_color(), "alpha": 0.13, "linewidth": 0}
+    axes.fill_between(x, [i.low for i in found], [i.high for i in found], **band)
+    return line
 
 
-def draw_curves(path: Path, panels: Sequence[tuple[str, Form, list[Curve]]]) -> None:
-    """Gold (solid) with its fit (dotted), and proxy (dashed), against sqrt(KL)."""
-    figure, grid = _panels(len(panels))
-    for axes, (title, form, curves) in zip(grid, panels, strict=True):
-        for number, curve in enumerate(curves):
-            colour, middle = f"C{number}", curve.distance.mean(axis=0)
-            order = np.argsort(middle)
-            _band(axes, middle[order], curve.gold[:, order], color=colour, label=curve.label, linewidth=1.6)
-            axes.plot(
-                middle[order], curve.proxy.mean(axis=0)[order], color=colour, linestyle="--", linewidth=1
-            )
-            fine = np.linspace(0, middle.max(), 100)
-            fitted = form(fine, *fit(form, curve.distance, curve.gold))
-            axes.plot(fine, fitted, color=colour, linestyle=":", linewidth=1)
-        axes.set_title(title, fontsize=9)
-        axes.set_xlabel("sqrt(KL to the start)", fontsize=8)
-    grid[0].set_ylabel("gain over the start, standard deviations", fontsize=8)
-    grid[-1].legend(fontsize=7, frameon=False)
-    kinds = {"gold reward": "-", "form fitted to it": ":", "learned reward": "--"}
-    handles = [_legend_line(style) for style in kinds.values()]
-    figure.legend(handles, kinds, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
-    with files.writing(path) as local:
-        figure.savefig(local, dpi=100)
-
-
-def _legend_line(style: Any) -> Any:
-    """A line for a legend."""
-    from matplotlib.lines import Line2D
-
-    return Line2D([], [], color="0.3", linestyle=style)
+def draw_curves(path: Path, rows: Sequence[tuple[str, Form, list[Curve]]]) -> None:
+    """Gold reward with the form fitted to it, and the learned reward, against sqrt(KL): a panel a curve."""
+    columns = max(len(curves) for _, _, curves in rows)
+    with picture(path, len(rows), columns, height=1.9, sharex="row", sharey="row") as grid:
+        grid = grid.reshape(len(rows), columns)
+        for panels, (title, form, curves) in zip(grid, rows, strict=True):
+            panels[0].set_ylabel(f"{title}\ngain, standard deviations")
+            lines: dict[str, Any] = {}
+            for axes, curve in zip(panels, curves, strict=False):
+                middle = curve.distance.mean(axis=0)
+                order = np.argsort(middle)
+                x, fine = middle[order], np.linspace(0, middle.max(), 100)
+                fitted = form(fine, *fit(form, curve.distance, curve.gold))
+                lines = {"gold reward": _band(axes, x, curve.gold[:, order], color="C0", linewidth=1.6)}
+                (lines["fitted form"],) = axes.plot(fine, fitted, color="C2", linestyle=":", linewidth=1.3)
+                (lines["learned reward"],) = axes.plot(
+                    x, curve.proxy.mean(axis=0)[order], color="C1", linestyle="--", linewidth=1.2
+                )
+                axes.axhline(0, color="0.8", linewidth=0.8, zorder=0)
+                axes.set(title=curve.label, xlabel="sqrt(KL to the start, nats)")
+            axes.autoscale_view()
+            name_ends(axes, lines)
 
 
 def draw_reward_models(path: Path, study: Study) -> None:
     """Accuracy against the amount of data, a line a size."""
-    figure, (axes,) = _panels(1)
-    for number, size in enumerate(map(str, study.plan["sizes"])):
-        if size not in study.rewards:
-            continue
-        accuracy = 100 * study.rewards[size]
-        _band(
-            axes,
-            np.asarray(study.plan["pairs"]),
-            accuracy,
-            color=f"C{number}",
-            label=f"width {size}",
-            marker="o",
-        )
-    axes.set_xscale("log", base=2)
-    axes.set_ylim(bottom=45)
-    axes.set_xlabel("preferences", fontsize=8)
-    axes.set_ylabel("held-out pairs ranked as by gold, %", fontsize=8)
-    axes.legend(fontsize=7, frameon=False)
-    with files.writing(path) as local:
-        figure.savefig(local, dpi=100)
+    with picture(path, 1, 1, height=2.6) as (axes,):
+        lines = {
+            f"width {size}": _band(
+                axes, np.asarray(study.plan["pairs"]), 100 * study.rewards[size], marker="o"
+            )
+            for size in map(str, study.plan["sizes"])
+            if size in study.rewards
+        }
+        axes.set(xlabel="preferences", ylabel="held-out pairs ranked as by gold, %")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(study.plan["pairs"], [f"{count:,}" for count in study.plan["pairs"]])
+        axes.set_ylim(bottom=45)
+        name_ends(axes, lines)
 
 
 def draw(folder: Path, study: Study) -> None:
     """All pictures, beside the page."""
 
     def path(name: str) -> Path:
-        return folder / f"{name}.png"
+        return folder / f"{name}.svg"
 
     draw_reward_models(path("reward_models"), study)
     sizes = [str(size) for size in study.plan["sizes"]]
     for method in ("best_of_n", "ppo"):
         names = [size for size in sizes if f"{method}/{size}" in study.curves]
         if names:
-            panels = [
+            rows = [
                 (f"reward model of width {s}", form_of(method), study.curves[f"{method}/{s}"]) for s in names
             ]
-            draw_curves(path(method), panels)
+            draw_curves(path(method), rows)
     if "dpo" in study.curves:
         draw_curves(path("dpo"), [("DPO on the pairs", form_of("dpo"), study.curves["dpo"])])
-    panels = [
+    rows = [
         (title, form_of(method), study.curves[f"{method}/ensemble"])
         for method, title in (("best_of_n", "best-of-n"), ("ppo", "PPO"))
         if f"{method}/ensemble" in study.curves
     ]
-    if panels:
-        draw_curves(path("ensembles"), panels)
+    if rows:
+        draw_curves(path("ensembles"), rows)
 
 
 def write(page: Path, folder: Path, remarks: str = "") -> None:

@@ -233,7 +233,7 @@ def test_numbers_of_tokens_are_on_the_page_for_its_script(tmp_path):
     _, page = report_page(tmp_path)
     found = [json.loads(value) for name, value in page.attributes if name == "data-tokens"]
     assert found == [
-        [["a", None, 0.5, -1.0], ["é", None, None, -0.3333], ["\u2404", None, 0.0, -2.0]],
+        [["a", None, 0.5, -1.0], ["é", None, None, -0.3333], ["\u25a0", None, 0.0, -2.0]],
         [["x", 1.5, None, -1.0]],
     ]
     assert "log-prob -3.25, KL 0.5" in " ".join(page.words.split())
