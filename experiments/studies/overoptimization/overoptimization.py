@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import overoptimization_page
+import overoptimization_study
 
 from rlhf_jax.algorithms import ppo, preference, reward
 from rlhf_jax.cli import command_line
@@ -141,7 +142,7 @@ class Setting:
 
     Attributes:
       which: number of the amount of data.
-      rule: number of the rule (`overoptimisation_page.RULES`) of an ensemble.
+      rule: number of the rule (`overoptimization_study.RULES`) of an ensemble.
     """
 
     which: Int[Array, ""] | int = 0
@@ -234,7 +235,7 @@ def train_reward_models(options: Options, folder: Path, name: str, size: int, pa
 
 
 def combined(options: Options, scores: Float[Array, "N *B"]) -> Float[Array, "R *B"]:
-    """Rewards by each rule, in the order of the page's `RULES`, from the scores of an ensemble's members."""
+    """Rewards by each rule, in the order of `RULES`, from the scores of an ensemble's members."""
     careful = ensembles.ensemble_uncertainty_weighted(scores, coef=options.uncertainty_coef)
     return jnp.stack(
         [scores[0], ensembles.ensemble_mean(scores), ensembles.ensemble_worst_case(scores), careful]
@@ -412,7 +413,7 @@ def stages(options: Options, out: Path) -> Iterator[str]:
         yield f"reward models, {name}"
         best_of_n(options, out / "best_of_n" / f"{name}.npz", task_setup, starts, proxy)
         yield f"best-of-n, {name}"
-        rules, amounts = range(len(overoptimization_page.RULES)), range(len(options.pairs))
+        rules, amounts = range(len(overoptimization_study.RULES)), range(len(options.pairs))
         axis = {"rule": rules} if proxy.is_ensemble else {"which": amounts}
         train = with_eval(
             options, task_setup, options.ppo_steps, ppo_fn(options), reward_fn_of(options, proxy)
