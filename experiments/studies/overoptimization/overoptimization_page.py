@@ -100,7 +100,7 @@ def _reward_models(study: Study) -> list[str]:
         "## Reward models",
         "Held-out pairs whose better answer, by gold reward, gets the higher score, in percent.",
         _rows(head, rows),
-        "![accuracy of reward models](reward_models.svg)",
+        *(["![accuracy of reward models](reward_models.svg)"] if rows else []),
     ]
 
 
@@ -155,7 +155,7 @@ def _fitted(study: Study) -> list[str]:
         "## Gold and proxy reward against the distance",
         "A fitted peak beyond the KL at the end is an extrapolation. The proxy of DPO, which it does not "
         "see, is the reward model of the largest width from as many pairs.",
-        "![gold and learned reward](ends.svg)",
+        *(["![gold and learned reward](ends.svg)"] if study.curves else []),
         _rows(head, rows),
         *pictures,
     ]
@@ -294,8 +294,10 @@ def draw(folder: Path, study: Study) -> None:
         size: [mean_interval(100 * column) for column in accuracy.T]
         for size, accuracy in study.rewards.items()
     }
-    draw_reward_models(path("reward_models"), study.plan["pairs"], accuracies)
-    draw_ends(path("ends"), ends_of(study))
+    if accuracies:
+        draw_reward_models(path("reward_models"), study.plan["pairs"], accuracies)
+    if study.curves:
+        draw_ends(path("ends"), ends_of(study))
     sizes = [str(size) for size in study.plan["sizes"]]
     for method in ("best_of_n", "ppo"):
         names = [size for size in sizes if f"{method}/{size}" in study.curves]
