@@ -33,14 +33,15 @@ def picture(path: Path, rows: int, columns: int, *, height: float = 2.2, **share
       UserError: the disk is full or read-only.
     """
     import matplotlib
+    from cycler import cycler
     from matplotlib.figure import Figure
 
-    style = {
+    style: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": path.name,
         "font.size": _FONT,
         "axes.titlesize": _FONT + 1,
-        "axes.prop_cycle": matplotlib.cycler(color=_COLOURS),
+        "axes.prop_cycle": cycler(color=_COLOURS),
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.edgecolor": "0.7",
@@ -72,7 +73,7 @@ def name_ends(axes: Any, lines: Mapping[str, Any]) -> None:
     Args:
       lines: of matplotlib, by name; of each the last point within the panel counts.
     """
-    axes.get_xlim(), axes.get_ylim()  # which have them computed
+    _ = axes.get_xlim(), axes.get_ylim()  # which have them computed
     to_axes = axes.transData + axes.transAxes.inverted()
     ends = {name: end for name, line in lines.items() if (end := _last_point(line, to_axes)) is not None}
     # What a name takes of the panel's height, of which titles and ticks have about a third.

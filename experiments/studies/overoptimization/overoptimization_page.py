@@ -219,8 +219,7 @@ def draw_curves(path: Path, rows: Sequence[tuple[str, Form, list[Curve]]]) -> No
                 )
                 axes.axhline(0, color="0.8", linewidth=0.8, zorder=0)
                 axes.set(title=curve.label, xlabel="sqrt(KL to the start, nats)")
-            axes.autoscale_view()
-            name_ends(axes, lines)
+            name_ends(panels[len(curves) - 1], lines)
 
 
 def draw_ends(path: Path, ends: Mapping[str, Mapping[str, Sequence[Interval]]]) -> None:
