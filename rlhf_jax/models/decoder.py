@@ -70,17 +70,23 @@ class ResidualBlocks(nn.Module):
             mixer = mixing_layer(
                 block.attention, name=f"{prefix}{name}", backend=config.attention_backend, **common
             )
-            mixed, cache = mixer(norm(block.pre_norm, f"{name}_norm", hidden), context, cache)
-            mixed = norm(block.post_norm, f"{name}_post_norm", mixed)
-            hidden = laid_out(hidden + mixed if block.residual else mixed)
+
+            def added(inputs: Array, normed: Array, outputs: Array, name: str, block: Block = block) -> Array:
+                outputs = norm(block.post_norm, f"{name}_post_norm", outputs)
+                if block.residual:
+                    outputs = (normed if block.residual_from_norm else inputs) + outputs
+                return laid_out(norm(block.sum_norm, f"{name}_sum_norm", outputs))
+
+            normed = norm(block.pre_norm, f"{name}_norm", hidden)
+            mixed, cache = mixer(normed, context, cache)
+            hidden = added(hidden, normed, mixed, name)
             new_caches.append(cache)
             if block.feed_forward is None:
                 continue
             hidden = checkpoint_name(hidden, "feed_forward_input")
             feed_forward = feed_forward_layer(block.feed_forward, name=f"{prefix}feed_forward", **common)
-            outputs = feed_forward(norm(block.pre_norm, "feed_forward_norm", hidden))
-            outputs = norm(block.post_norm, "feed_forward_post_norm", outputs)
-            hidden = laid_out(hidden + outputs if block.residual else outputs)
+            normed = norm(block.pre_norm, "feed_forward_norm", hidden)
+            hidden = added(hidden, normed, feed_forward(normed), "feed_forward")
         return hidden, tuple(new_caches)
 
 
@@ -152,7 +158,8 @@ class Decoder(nn.Module):
                 hidden, new_layer = block(hidden, layers[index], context)
                 new_layers.append(new_layer)
             layers = tuple(new_layers)
-        hidden = norm_layer(config.final_norm, jnp.dtype(config.param_dtype), name="final_norm")(hidden)
+        if config.final_norm is not None:
+            hidden = norm_layer(config.final_norm, jnp.dtype(config.param_dtype), name="final_norm")(hidden)
         if cache is None:
             return hidden, None
         length = cache.length + tokens.shape[1]

@@ -26,6 +26,7 @@ from rlhf_jax.rl.loops.continuous import (
     make_encoder,
     noisy_algorithm,
     policy_step,
+    towards,
 )
 from rlhf_jax.rl.loops.off_policy import RunConfig
 from rlhf_jax.rl.loops.replay import Batch
@@ -130,8 +131,9 @@ def make_update(
         next_action = smoothed(state, hyper, part.next_obs, noise_key)
         next_values = jnp.min(critic_fn(state.target_critics, part.next_obs, next_action), axis=0)
         targets = part.reward + part.discount * next_values
-        critics, metrics, errors = critic_step(
-            state.critics, critic_fn, part, targets, tx, learning_rate=hyper.learning_rate
+        values_fn = towards(critic_fn, part, targets)
+        critics, metrics, errors, _ = critic_step(
+            state.critics, values_fn, part.weight, tx, learning_rate=hyper.learning_rate
         )
         return dataclasses.replace(state, critics=critics, key=key), metrics, errors
 
