@@ -37,7 +37,7 @@ PPO: dict[str, Any] = {
 ROUNDS: dict[str, Any] = {
     "optimizer": OptimizerConfig(schedule="cosine", warmup_steps=5, end_lr_ratio=0.1),
 }
-TEXTS = ("completions", "correct")
+TEXTS = ("completions", "correct", "numbers")
 """Results that are no numbers."""
 
 Results = dict[str, dict[str, Any]]
@@ -205,7 +205,11 @@ def sample_cards(
             "prompt": prompt["prompt"],
             "answer": prompt["answer"],
             "completions": {
-                name: {"text": results[name]["completions"][row], "correct": results[name]["correct"][row]}
+                name: {
+                    "text": results[name]["completions"][row],
+                    "correct": results[name]["correct"][row],
+                    **results[name]["numbers"][row],
+                }
                 for name in policies
             },
         }

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pipeline_stages
 
-from rlhf_jax.core import files
 from rlhf_jax.metrics import TableRow, final_table, format_seconds, read_metrics
+from rlhf_jax.metrics.pictures import name_ends, picture
 from rlhf_jax.metrics.plots import Curve, smooth, trend
 
 RUNS = {
     "zero": "R1-Zero",
-    "zero_mixed": "R1-Zero without the reward for one language",
-    "reasoning": "reasoning RL after the cold start",
+    "zero_mixed": "R1-Zero without the\nreward for one language",
+    "reasoning": "RL after the cold start",
 }
 PANELS = {
     "length": "Length of an answer, tokens",
@@ -35,28 +35,20 @@ def curve(folder: Path, name: str) -> Curve:
 
 
 def draw(path: Path, out: Path, seeds: Sequence[int]) -> None:
-    """Length, accuracy, format and language of the RL stages, in one picture."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 3.1), layout="constrained")  # not pyplot: it picks a window system
-    grid = figure.subplots(1, len(PANELS))
-    for axes, (name, title) in zip(grid, PANELS.items(), strict=True):
-        for number, (run, label) in enumerate(RUNS.items()):
-            curves = [curve(out / f"seed_{seed}" / run, name) for seed in seeds]
-            for one in curves:
-                thin = smooth(one)
-                axes.plot(thin.steps, thin.values, color=f"C{number}", alpha=0.3, linewidth=0.8)
-            thick = trend(curves)
-            axes.plot(thick.steps, thick.values, color=f"C{number}", linewidth=2, label=label)
-        axes.set_title(title, fontsize=9)
-        axes.set_xlabel("step", fontsize=8)
-        axes.tick_params(labelsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_ylim(bottom=0, top=1.02 if name.startswith("reward/") else None)
-    handles, labels = grid[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(RUNS), fontsize=9, frameon=False)
-    with files.writing(path) as local:
-        figure.savefig(local, dpi=110)
+    """Length, accuracy, format and language of the RL stages, a panel each."""
+    with picture(path, 2, 2, height=2.3) as grid:
+        for axes, (name, title) in zip(grid, PANELS.items(), strict=True):
+            lines = {}
+            for number, (run, label) in enumerate(RUNS.items()):
+                curves = [curve(out / f"seed_{seed}" / run, name) for seed in seeds]
+                for one in curves:
+                    thin = smooth(one)
+                    axes.plot(thin.steps, thin.values, color=f"C{number}", alpha=0.3, linewidth=0.8)
+                thick = trend(curves)
+                (lines[label],) = axes.plot(thick.steps, thick.values, color=f"C{number}", linewidth=1.8)
+            axes.set(title=title, xlabel="step of RL")
+            axes.set_ylim(bottom=0, top=1.02 if name.startswith("reward/") else None)
+            name_ends(axes, lines)
 
 
 def show(

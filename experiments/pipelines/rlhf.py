@@ -153,7 +153,8 @@ def run_seed(options: Options, seed: int, max_new_tokens: int) -> pipeline_stage
     def measure(name: str) -> dict[str, Any]:
         if name not in POLICIES:
             return {"pair_accuracy": pipeline_stages.last_metric(folder / name, "eval/pair_accuracy")}
-        found = evaluate()(load_policy(folder / name).params, load_policy(folder / "sft").params)
+        params, reference = (load_policy(folder / stage).params for stage in (name, "sft"))
+        found = evaluate()(params, None if name == "sft" else reference, SAMPLES)
         return {
             "exact_match": found.score,
             "sampled_exact_match": found.sampled_score,
@@ -161,6 +162,7 @@ def run_seed(options: Options, seed: int, max_new_tokens: int) -> pipeline_stage
             "length": found.length,
             "completions": found.completions[:SAMPLES],
             "correct": [bool(reward) for reward in found.rewards[:SAMPLES]],
+            "numbers": found.numbers,
         }
 
     return pipeline_stages.run_seed(folder, stage_runs(options, folder, seed, max_new_tokens), measure)

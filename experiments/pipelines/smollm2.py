@@ -227,7 +227,7 @@ def measure_all(options: Options, folder: Path, data: Mapping[str, Path]) -> pip
         if name not in POLICIES:
             return {"pairs": len(files.read_lines(folder / name / "pairs.jsonl"))}
         known = None if name == "published" else reference()
-        found = evaluate()(load(folder_of(options, name)).params, known)
+        found = evaluate()(load(folder_of(options, name)).params, known, SAMPLES)
         return {
             "exact_match": found.score,
             "sampled_exact_match": found.sampled_score,
@@ -237,6 +237,7 @@ def measure_all(options: Options, folder: Path, data: Mapping[str, Path]) -> pip
             **{kind: float(found.rewards[kinds == kind].mean()) for kind in tasks.TASKS},
             "completions": found.completions[:SAMPLES],
             "correct": [bool(reward) for reward in found.rewards[:SAMPLES]],
+            "numbers": found.numbers,
         }
 
     return pipeline_stages.run_seed(folder, stage_runs(options, folder, data), measure)

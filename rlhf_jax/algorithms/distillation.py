@@ -186,6 +186,15 @@ class Batch:
     candidates: Int[Array, "B T K"] | None = None
     spans: Int[Array, "B T"] | None = None
 
+    @property
+    def token_logp(self) -> Float[Array, "B T"] | None:
+        """Log-probs that the teacher gives the tokens that stand there; None where labels may lack them."""
+        if self.candidates is not None or self.spans is not None:
+            return None
+        if self.teacher_logp.ndim == 2:
+            return self.teacher_logp
+        return jnp.take_along_axis(self.teacher_logp, self.sequences.tokens[..., None], axis=-1)[..., 0]
+
 
 @pytree_dataclass
 class TeacherPrompts:

@@ -24,6 +24,18 @@ def text_ends(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, list[int |
     return text, ends
 
 
+def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+    """What each of `ids` adds to their text; empty for one that ends within a character, which the next one
+    that does not brings, and for a special token.
+    """
+    text, ends = text_ends(tokenizer, ids)
+    pieces, start = [], 0
+    for end in ends:
+        pieces.append("" if end is None else text[start:end])
+        start = start if end is None else end
+    return pieces
+
+
 def align_spans(
     first: tuple[Tokenizer, Sequence[int]], second: tuple[Tokenizer, Sequence[int]]
 ) -> tuple[list[int], list[int]]:

@@ -12,7 +12,7 @@ from rlhf_jax.core.types import Rollout
 from rlhf_jax.data.examples import PromptExample
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.evaluation.win_rate import both_orders, order_bias
-from rlhf_jax.rewards.functions import RewardFn, load_reward, score_rows
+from rlhf_jax.rewards.functions import RewardFn, Scored, load_reward, score_rows
 from rlhf_jax.rollout.dynamic_sampling import Answers
 from rlhf_jax.rollout.rewards import RolloutReward, reward_fields
 from rlhf_jax.rollout.sampler import completion_texts
@@ -29,12 +29,14 @@ class PairwiseResult:
       metrics: what is known of the answers.
       position_bias: [N] a judge's advantage for what it sees first, from -1 to 1: what the probabilities that
         it gives in the two orders sum to, minus 1; zeros where nobody was asked twice.
+      first: what the first answers are worth; None where a judge compares.
     """
 
     preference: np.ndarray
     scored: np.ndarray
     metrics: dict[str, float]
     position_bias: np.ndarray
+    first: Scored | None = None
 
 
 CompareFn = Callable[[Sequence[PromptExample], Rollout, Rollout], PairwiseResult]
@@ -53,7 +55,7 @@ def compare_by_rewards(reward_fn: RolloutReward, *, noise: float) -> CompareFn:
             "unscorable": int(sum(side.scored.unscorable.sum() for side in sides)),
         }
         preference = np.where(scored, win_probability(ours, theirs, noise=noise), 0.5).astype(np.float32)
-        return PairwiseResult(preference, scored, metrics, np.zeros_like(preference))
+        return PairwiseResult(preference, scored, metrics, np.zeros_like(preference), sides[0].scored)
 
     return compare
 

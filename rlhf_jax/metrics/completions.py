@@ -24,10 +24,14 @@ COMPLETIONS = "completions"
 
 Row = Mapping[str, Any]
 """One completion: what there is of `prompt`, `completion`, `reward`, `reward/NAME` of each term, `advantage`,
-`length`, `logp`, `kl`, and the other fields of its prompt's row."""
+`length`, `logp`, `kl`, and the other fields of its prompt's row; of its tokens the lists `token/text`,
+`token/advantage`, `token/logp` and `token/kl`."""
 
 NUMBERS = ("reward", "advantage", "length", "logp", "kl")
 """Columns of numbers, beside those of the single rewards."""
+TOKEN = "token/"
+"""Before the names of columns that hold something for each token of a completion."""
+TOKEN_NUMBERS = ("advantage", "kl", "logp")
 _TERM = "reward/"
 _BETWEEN = 3  # characters between two columns on the console
 _NARROW_HEADER = 9
@@ -38,7 +42,8 @@ _MOST_SHOWN = 240  # characters of a text on the console
 def write_completions(folder: str | os.PathLike[str], step: int, rows: Sequence[Row]) -> Path:
     """Writes the table of one step as `folder/completions/STEP.parquet`, whole; an older one is replaced.
 
-    Texts and fields that are no numbers are strings; lists and objects among them are JSON.
+    Texts and fields that are no numbers are strings; lists and objects among them are JSON. Only what belongs
+    to single tokens stands there as lists.
 
     Raises:
       UserError: the disk is full or read-only.
@@ -49,6 +54,8 @@ def write_completions(folder: str | os.PathLike[str], step: int, rows: Sequence[
     path = files.as_path(folder) / COMPLETIONS / f"{step:08d}.parquet"
     columns = {"step": [step] * len(rows)}
     columns |= {name: _column([row.get(name) for row in rows]) for name in column_names(rows)}
+    of_tokens = dict.fromkeys(name for row in rows for name in row if name.startswith(TOKEN))
+    columns |= {name: [row.get(name) for row in rows] for name in of_tokens}
     with files.writing(path) as local:
         pq.write_table(pa.table(columns), local)
     return path
@@ -76,8 +83,10 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def column_names(rows: Sequence[Row]) -> list[str]:
-    """Columns of a table: prompt and completion, rewards, other numbers, then what else the rows have."""
-    found = dict.fromkeys(name for row in rows for name in row)
+    """Columns of a table: prompt and completion, rewards, other numbers, then what else the rows have; not
+    those of single tokens.
+    """
+    found = dict.fromkeys(name for row in rows for name in row if not name.startswith(TOKEN))
     terms = [name for name in found if name.startswith(_TERM)]
     first = ["prompt", "completion", "reward", *terms, *NUMBERS[1:]]
     return [name for name in dict.fromkeys([*first, *found]) if name in found]

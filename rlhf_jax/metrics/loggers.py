@@ -275,7 +275,10 @@ class MLflowLogger:
         if self._client is None:
             self._open()
         assert self._client is not None
-        table = json.dumps([dict(row) for row in rows], default=str)
+        columns = column_names(rows)
+        table = json.dumps(
+            [{name: row[name] for name in columns if name in row} for row in rows], default=str
+        )
         try:
             self._client.log_text(self._run_id, table, f"{name}/{step:08d}.json")
         except MlflowException as error:

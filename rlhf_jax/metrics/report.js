@@ -1,5 +1,6 @@
 "use strict";
-// Draws every chart of the page again from its own data, so that it can be pointed at, zoomed and smoothed.
+// Draws every chart of the page again from its own data, so that it can be pointed at, zoomed and smoothed, and
+// colours the tokens of completions.
 // Nothing is loaded, and no text of a run becomes markup: words are only ever set as textContent.
 (() => {
   const NS = "http://www.w3.org/2000/svg";
@@ -228,7 +229,74 @@
     place.hidden = false;
   }
 
+  // Tokens of completions, coloured by one of their numbers; its place in a token's list, and its colours.
+  const MEASURES = [
+    { name: "advantage", at: 1, above: "--right", below: "--wrong", says: "green above 0, red below" },
+    { name: "KL", at: 2, above: "--c2", below: "--c5", says: "blue where likelier than under the reference, orange where less likely" },
+    { name: "log-prob", at: 3, above: "--c1", below: "--c1", says: "the stronger, the less likely" },
+  ];
+
+  function addTokens(section, place, tip) {
+    const spans = [];
+    for (const node of section.querySelectorAll("[data-tokens]")) {
+      const tokens = JSON.parse(node.dataset.tokens);
+      node.replaceChildren(
+        ...tokens.map((token) => {
+          const span = document.createElement("span");
+          span.className = "token";
+          span.textContent = token[0];
+          span.addEventListener("pointerenter", () => showToken(tip, span, token));
+          span.addEventListener("pointerleave", () => (tip.hidden = true));
+          spans.push([span, token]);
+          return span;
+        }),
+      );
+    }
+    const known = MEASURES.filter(({ at }) => spans.some(([, token]) => token[at] !== null));
+    if (!known.length) return;
+    const says = document.createElement("span");
+    const buttons = known.map((measure) => {
+      const button = document.createElement("button");
+      button.type = "button";
+      button.textContent = measure.name;
+      button.addEventListener("click", () => choose(measure));
+      return button;
+    });
+    function choose(measure) {
+      known.forEach((one, at) => buttons[at].setAttribute("aria-pressed", String(one === measure)));
+      says.textContent = `${measure.says}. Point at a token for its numbers.`;
+      paint(spans, measure);
+    }
+    place.append("Tokens coloured by", ...buttons, says);
+    place.hidden = false;
+    choose(known[0]);
+  }
+
+  function paint(spans, { at, above, below }) {
+    const sizes = spans.map(([, token]) => Math.abs(token[at])).sort((a, b) => a - b);
+    const limit = sizes[Math.floor(0.95 * (sizes.length - 1))] || sizes.at(-1) || 1;
+    for (const [span, token] of spans) {
+      const share = 60 * Math.min(1, Math.abs(token[at]) / limit);
+      const colour = `var(${token[at] < 0 ? below : above})`;
+      span.style.background = share < 1 ? "none" : `color-mix(in srgb, ${colour} ${share.toFixed(0)}%, transparent)`;
+    }
+  }
+
+  function showToken(tip, span, token) {
+    const said = MEASURES.filter(({ at }) => token[at] !== null);
+    tip.textContent = said.map(({ name, at }) => `${name} ${format(token[at], false)}`).join("\n");
+    tip.hidden = false;
+    const box = span.getBoundingClientRect();
+    tip.style.left = `${Math.max(4, Math.min(box.left, innerWidth - tip.offsetWidth - 4))}px`;
+    tip.style.top = `${box.top > tip.offsetHeight + 8 ? box.top - tip.offsetHeight - 4 : box.bottom + 4}px`;
+  }
+
   document.querySelectorAll("figure[data-chart]").forEach(addChart);
-  const place = document.querySelector(".controls");
+  const place = document.querySelector(".controls.curves");
   if (place && charts.length) addControls(place);
+  const tip = document.createElement("div");
+  tip.className = "tip fixed";
+  tip.hidden = true;
+  document.body.append(tip);
+  document.querySelectorAll(".controls.tokens").forEach((one) => addTokens(one.closest("section"), one, tip));
 })();

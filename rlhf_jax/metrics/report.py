@@ -11,12 +11,12 @@ import numpy as np
 from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.files import Path
-from rlhf_jax.metrics.completions import COMPLETIONS, NUMBERS, column_names, read_completions
 from rlhf_jax.metrics.curves import Curves, chart_view, find_curves, panels_of, read_curves
 from rlhf_jax.metrics.headline import STAGE_NAMES, TableRow, base_row, display, headline
 from rlhf_jax.metrics.health import HEALTH, HEALTH_CHECKS
-from rlhf_jax.metrics.progress import format_number, format_seconds
+from rlhf_jax.metrics.progress import format_seconds
 from rlhf_jax.metrics.rendering import render
+from rlhf_jax.metrics.report_samples import completions_view, sample_views
 from rlhf_jax.metrics.run_facts import facts, flatten, read_json, settings_of_stages
 
 REPORT_FILE = "report.html"
@@ -25,9 +25,6 @@ REPORT_FILE = "report.html"
 _PARTS = ("data", "rollout", "reward", "update", "save", "eval")
 
 _COLOURS = 8  # --c0 to --c7 in the template; the first five belong to the names above
-_MOST_TEXT = 4000
-_MOST_SAMPLES = 40
-_MOST_TABLES = 5  # steps whose completions are shown
 
 
 def write_report(
@@ -48,7 +45,7 @@ def write_report(
       folder: the run folder.
       table: rows of the result table in order; intervals are computed by the caller.
       interval: what the intervals of `table` are.
-      pictures: caption -> PNG, which is copied into the page.
+      pictures: caption -> PNG or SVG, which is copied into the page.
       refresh: seconds after which a browser loads the page again, while the run goes on; 0 for never.
     Raises:
       UserError: a file of the folder is damaged, or the report cannot be written.
@@ -91,17 +88,21 @@ def _view(folder: Path, table: Sequence[TableRow], interval: str) -> dict[str, A
         "warnings": [
             view for stage, metrics in curves.items() for view in _warnings(stage, metrics, colours)
         ],
-        "samples": [_sample_view(sample, colours) for sample in _by_disagreement(samples)[:_MOST_SAMPLES]],
+        "samples": sample_views(samples, colours),
         "sample_count": len(samples),
         "facts": facts(config, curves),
         "settings": settings_of_stages(folder, config),
-        **_completions_view(folder),
+        **completions_view(folder),
     }
 
 
 def _picture_views(pictures: Mapping[str, Path]) -> list[dict[str, str]]:
     return [
-        {"caption": caption, "data": base64.b64encode(files.read_bytes(path)).decode("ascii")}
+        {
+            "caption": caption,
+            "kind": "svg+xml" if path.suffix == ".svg" else "png",
+            "data": base64.b64encode(files.read_bytes(path)).decode("ascii"),
+        }
         for caption, path in pictures.items()
     ]
 
@@ -233,72 +234,3 @@ def _warnings(stage: str, metrics: Curves, colours: Mapping[str, str]) -> list[d
                 }
             )
     return views
-
-
-def _sample_view(sample: Mapping[str, Any], colours: Mapping[str, str]) -> dict[str, Any]:
-    completions = sample.get("completions", {})
-    return {
-        "prompt": _shorten(sample.get("prompt", "")),
-        "answer": _shorten(sample.get("answer", "")),
-        "completions": [
-            {
-                "name": display(method),
-                "colour": colours.get(method, "var(--c0)"),
-                "text": _shorten(completion.get("text", "")),
-                "correct": completion.get("correct"),
-                "reward": _number(completion.get("reward")),
-            }
-            for method, completion in completions.items()
-        ],
-    }
-
-
-def _by_disagreement(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Those on which the policies differ first: an even split says more than one dissenter."""
-
-    def spread(sample: Mapping[str, Any]) -> float:
-        completions = list(sample.get("completions", {}).values())
-        values = [one.get("correct", one.get("reward")) for one in completions]
-        known = [float(value) for value in values if isinstance(value, int | float)]
-        return float(np.std(known)) if known else 0.0
-
-    return sorted(samples, key=spread, reverse=True)
-
-
-def _completions_view(folder: Path) -> dict[str, Any]:
-    """The best and the worst completion of a few steps, first and last among them."""
-    tables = read_completions(folder)
-    steps = sorted(tables)
-    places = np.linspace(0, len(steps) - 1, min(_MOST_TABLES, len(steps)))
-    chosen = sorted({steps[round(place)] for place in places})
-    rows = [(step, row) for step in chosen for row in _ends_of(tables[step])]
-    names = column_names([row for _, row in rows])
-    columns = [name for name in names if name in NUMBERS or name.startswith("reward/")]
-    return {
-        "completions": [
-            {
-                "step": step,
-                "prompt": _shorten(row.get("prompt", "")),
-                "completion": _shorten(row.get("completion", "")),
-                "numbers": [_number(row.get(name)) or "-" for name in columns],
-            }
-            for step, row in rows
-        ],
-        "completion_columns": columns,
-        "completions_folder": COMPLETIONS,
-    }
-
-
-def _ends_of(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    scored = sorted((row for row in rows if row.get("reward") is not None), key=lambda row: row["reward"])
-    return [scored[-1], scored[0]] if len(scored) > 1 else list(rows[:1])
-
-
-def _number(value: Any) -> str | None:
-    return format_number(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def _shorten(text: Any) -> str:
-    text = str(text)
-    more = len(text) - _MOST_TEXT
-    return text if more <= 0 else f"{text[:_MOST_TEXT]} … ({more} more characters)"

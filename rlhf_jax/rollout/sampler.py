@@ -20,6 +20,7 @@ from rlhf_jax.data.packing import left_pad
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.generation import Sampling, continuous_batching_generate, generate, row_keys
 from rlhf_jax.models import Policy
+from rlhf_jax.rollout.token_rows import describe_completions
 
 
 @runtime_checkable
@@ -251,6 +252,7 @@ class Evaluation:
       completions: their texts, in the order of the prompts.
       rewards: their rewards.
       described: means of what `RolloutFns.describe_fn` says of them.
+      numbers: of the first of them, as of `token_rows.describe_completions`.
     """
 
     score: float
@@ -261,6 +263,7 @@ class Evaluation:
     completions: list[str]
     rewards: np.ndarray
     described: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    numbers: Sequence[Mapping[str, Any]] = ()
 
     def metrics(self) -> dict[str, float]:
         """The numbers, for the log; without scores where there are none."""
@@ -282,8 +285,10 @@ def make_evaluate_fn(
     max_new_tokens: int,
     batch_size: int = 256,
     rollout_fns: RolloutFns | None = None,
-) -> Callable[[Params, Params | None], Evaluation]:
-    """`evaluate(params, ref_params) -> Evaluation` on fixed prompts, with fixed keys.
+) -> Callable[..., Evaluation]:
+    """`evaluate(params, ref_params, num_described=0) -> Evaluation` on fixed prompts, with fixed keys.
+
+    With `num_described`, so many of the first most likely completions are described token by token.
 
     Args:
       batch_size: prompts at a time.
@@ -294,13 +299,18 @@ def make_evaluate_fn(
     logprob_fn = policy.make_logprob_fn()
 
     @jax.jit
-    def total_kl(params: Params, ref_params: Params, rollout: Rollout) -> jax.Array:
-        log_ratio = (
-            logprob_fn(params, rollout.sequences).logp - logprob_fn(ref_params, rollout.sequences).logp
-        )
-        return jnp.sum(jnp.where(rollout.sequences.mask, log_ratio, 0), axis=1)
+    def log_ratio(params: Params, ref_params: Params, rollout: Rollout) -> tuple[jax.Array, jax.Array]:
+        by_token = logprob_fn(params, rollout.sequences).logp - logprob_fn(ref_params, rollout.sequences).logp
+        return by_token, jnp.sum(jnp.where(rollout.sequences.mask, by_token, 0), axis=1)
 
-    def evaluate(params: Params, ref_params: Params | None) -> Evaluation:
+    def describe(params: Params, ref_params: Params | None, rollout: Rollout, count: int):
+        by_token = None
+        if ref_params is not None:
+            by_token = distributed.all_values(log_ratio(params, ref_params, rollout)[0])
+        return describe_completions(policy.tokenizer, rollout, by_token, count)
+
+    def evaluate(params: Params, ref_params: Params | None, num_described: int = 0) -> Evaluation:
+        numbers: list[dict[str, Any]] = []
         texts, rewards, sampled_rewards, kl, lengths, finished = [], [], [], [], [], []
         described: dict[str, list[np.ndarray]] = {}
         for start in range(0, len(prompts), batch_size):
@@ -312,12 +322,14 @@ def make_evaluate_fn(
             texts += fns.shown_texts_fn(policy.tokenizer, greedy)[:kept]
             for name, values in fns.describe_fn(greedy).items():
                 described.setdefault(name, []).append(values[:kept])
+            if missing := min(num_described - len(numbers), kept):
+                numbers += describe(params, ref_params, greedy, missing)
             rewards.append(worth[:kept])
             sampled_rewards.append(sampled_worth[:kept])
             lengths.append(distributed.all_values(greedy.sequences.mask).sum(axis=1)[:kept])
             finished.append(distributed.all_values(greedy.finished)[:kept])
             if ref_params is not None:
-                kl.append(distributed.all_values(total_kl(params, ref_params, sampled))[:kept])
+                kl.append(distributed.all_values(log_ratio(params, ref_params, sampled)[1])[:kept])
         return Evaluation(
             score=float(np.mean(np.concatenate(rewards))),
             sampled_score=float(np.mean(np.concatenate(sampled_rewards))),
@@ -327,6 +339,7 @@ def make_evaluate_fn(
             completions=texts,
             rewards=np.concatenate(rewards),
             described={name: float(np.mean(np.concatenate(found))) for name, found in described.items()},
+            numbers=numbers,
         )
 
     return evaluate

@@ -34,6 +34,7 @@ from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.core.types import Params, Rollout
 from rlhf_jax.losses.distillation import Average, Divergence
 from rlhf_jax.models import Policy
+from rlhf_jax.rollout.completions import LastCompletions, describe_rows
 from rlhf_jax.rollout.dynamic_sampling import Answers
 from rlhf_jax.stages import adapting, defaults, edges, inputs, option_checks, option_groups, starting
 from rlhf_jax.stages.distill_teachers import (
@@ -125,6 +126,9 @@ class Options:
     teacher_update_rate: Share = 0.05
     model: str = ""
     prompts: tyro.conf.OmitArgPrefixes[option_groups.PromptOptions]
+    completions: tyro.conf.OmitArgPrefixes[option_groups.CompletionOptions] = (
+        option_groups.CompletionOptions()
+    )
     arch: option_groups.ArchOptions = option_groups.ArchOptions()
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
     optimizer: OptimizerConfig = defaults.COSINE
@@ -223,22 +227,23 @@ def make_sample_completions_fn(
     prompts: inputs.Prompts,
     teacher_prompts: inputs.Prompts,
     share: float,
-) -> Callable[[Params, int], tuple[Answers, dict[str, float]]]:
-    """`write(student's params, number) -> (answers, metrics)`; who writes is a function of the number."""
+) -> Callable[[Params, int], tuple[Answers, Policy, dict[str, float]]]:
+    """`write(student's params, number) -> (answers, who wrote, metrics)`; who is one of the number."""
     seed, size, rewards = session.run.seed, session.options.batch_size, session.rewards
     ours, *theirs = (
         session.make_answer_fn(asked, writer, batch_size=size, group_size=1)
         for asked, writer in [(prompts, session.policy), *((teacher_prompts, one) for one in teachers)]
     )
 
-    def write(params: Params, number: int) -> tuple[Answers, dict[str, float]]:
+    def write(params: Params, number: int) -> tuple[Answers, Policy, dict[str, float]]:
         by_student = np.random.default_rng((seed, number)).random() < share
         turn = number % max(len(teachers), 1)
-        answers = ours(params, number) if by_student else theirs[turn](teachers[turn].params, number)
+        writer = session.policy if by_student else teachers[turn]
+        answers = ours(params, number) if by_student else theirs[turn](writer.params, number)
         described = {"student_writes": float(by_student)}
         if rewards:
             described |= {"reward": answers.mean_reward(), "unscorable": int(answers.scored.unscorable.sum())}
-        return answers, described
+        return answers, writer, described
 
     return write
 
@@ -308,7 +313,9 @@ def make_train_step(
             )
         state, metrics = update(state, hyper, batch)
         length_of, finished = jnp.mean(jnp.sum(sequences.mask, axis=1)), jnp.mean(rollout.finished)
-        return state, {**metrics, "length": length_of, "finished": finished}
+        theirs = batch.token_logp if options.temperature == 1 else None
+        of_rows = describe_rows(None, rollout.logp, theirs, sequences.mask)
+        return state, {**metrics, "length": length_of, "finished": finished, **of_rows}
 
     return learn
 
@@ -342,6 +349,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     split, ema = session.split_trainable(), options.self_teacher == "ema"
     learn = make_train_step(options, model, teachers, split, prompts.length)
     evaluate, meter = prompts.evaluate, options.run.meter()
+    completions = LastCompletions(model.tokenizer)
     state = session.init_state(
         lambda *x: distillation.init(x[0], split.tx, x[1], ema=ema), split.trained, split.frozen
     )
@@ -350,11 +358,15 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
 
     def step(state: distillation.State, number: int):
         with meter.timing("rollout"):
-            answers, described = write(state.learner.all_params, number)
+            answers, writer, described = write(state.learner.all_params, number)
         seen = context and context.prompts(answers.prompts)
         if both is not None:
-            seen = both(answers, by_student=bool(described["student_writes"]))
+            seen = both(answers, by_student=writer is model)
         state, metrics = meter.timed("update", learn, state, held, answers.rollout, seen)
+        scored = answers.scored if session.rewards else None
+        fields = {"writer": ["student" if writer is model else "teacher"] * len(answers.prompts)}
+        more = {"fields": fields, "tokenizer": writer.tokenizer}
+        metrics = completions.keep(answers.prompts, answers.rollout, scored, metrics, **more)
         return state, {**metrics, **described}
 
     def held_out(state: distillation.State, _: int) -> dict[str, float]:
@@ -370,6 +382,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         data_fingerprint=prompts.fingerprint() + (context.fingerprint() if context else ""),
         adaptation=split.adaptation,
         evaluate=evaluate and held_out,
+        completions=completions,
     )
     after = prompts.answer(state.learner.all_params)
     samples = inputs.before_and_after("distill", before, after)

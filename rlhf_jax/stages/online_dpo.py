@@ -31,6 +31,7 @@ from rlhf_jax.feedback.pairwise import CompareFn, compare_by_judge, compare_by_r
 from rlhf_jax.generation import Sampling
 from rlhf_jax.losses.pair_logps import PairLossFn, traits_of
 from rlhf_jax.models import Policy
+from rlhf_jax.rollout.completions import PER_ROW, LastCompletions, describe_rows
 from rlhf_jax.rollout.engines import failed_rows
 from rlhf_jax.rollout.sampler import make_generate_fn
 from rlhf_jax.stages import (
@@ -89,6 +90,9 @@ class Options:
     )
     model: str
     prompts: tyro.conf.OmitArgPrefixes[option_groups.PromptOptions]
+    completions: tyro.conf.OmitArgPrefixes[option_groups.CompletionOptions] = (
+        option_groups.CompletionOptions()
+    )
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
     optimizer: OptimizerConfig = defaults.LINEAR
     method: Literal["dpo", "xpo", "nash_md"] = "dpo"
@@ -162,14 +166,16 @@ def make_sample_completions_fn(
 # What is made of them -------------------------------------------------------------------------------
 
 
-def describe(first: Rollout, ref_logp: Float[Array, " N"]) -> Metrics:
-    """The policy's answers, by what the sampler and the reference said of them."""
+def describe(first: Rollout, ref_logp: Float[Array, "N T"]) -> Metrics:
+    """The policy's answers, by what the sampler and the reference said of their tokens."""
     mask = first.sequences.mask
+    of_rows = describe_rows(None, first.logp, ref_logp, mask)
     return {
-        "kl": jnp.mean(masked_sum(first.logp, mask, axis=1) - ref_logp),
+        "kl": jnp.mean(of_rows[f"{PER_ROW}kl"]),
         "length": jnp.mean(jnp.sum(mask, axis=1)),
         "finished": jnp.mean(first.finished),
         "tokens": jnp.sum(mask),
+        **of_rows,
     }
 
 
@@ -192,11 +198,18 @@ def pair_update(options: Options, logprob_fn: LogprobFn, tx: Any) -> tuple[Calla
         first_wins: Bool[Array, " N"] = wins > 0.5
         pairs = selection.judged(first.sequences, second.sequences, first_wins)
         counts = scored & (wins != 0.5)
-        batch = preference.make_batch(logprob_fn, reference, pairs.chosen, pairs.rejected, counts)
-        if is_xpo:
-            batch = dataclasses.replace(batch, chosen_from_ref=~first_wins)
+        by_token, mask = preference.token_logps(logprob_fn, reference, first.sequences, second.sequences)
+        ours, theirs = jnp.split(masked_sum(by_token, mask, axis=1), 2)
+        batch = preference.Batch(
+            pairs.chosen,
+            pairs.rejected,
+            jnp.where(first_wins, ours, theirs),
+            jnp.where(first_wins, theirs, ours),
+            counts,
+            chosen_from_ref=~first_wins if is_xpo else None,
+        )
         state, metrics = update(state, hyper, batch)
-        ref_logp = jnp.where(first_wins, batch.ref_chosen_logp, batch.ref_rejected_logp)
+        ref_logp, _ = jnp.split(by_token, 2)
         return state, {**metrics, **describe(first, ref_logp), "ties": jnp.mean(~counts)}
 
     return lambda params, key: preference.init(params, tx, key), learn
@@ -212,8 +225,9 @@ def nash_update(options: Options, logprob_fn: LogprobFn, tx: Any) -> tuple[Calla
     ):
         del second
         sequences = first.sequences
-        ref_logp = masked_sum(logprob_fn(reference, sequences).logp, sequences.mask, axis=-1)
-        state, metrics = update(state, hyper, nash_md.Batch(sequences, ref_logp, wins, scored))
+        ref_logp = logprob_fn(reference, sequences).logp
+        whole = masked_sum(ref_logp, sequences.mask, axis=-1)
+        state, metrics = update(state, hyper, nash_md.Batch(sequences, whole, wins, scored))
         return state, {**metrics, **describe(first, ref_logp)}
 
     return lambda params, key: nash_md.init(params, tx, key), learn
@@ -232,14 +246,14 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     published = "online_dpo" if options.loss == "dpo" else options.loss
     published = published if options.method == "dpo" else options.method
     options = defaults.fill_published(options, published, otherwise="online_dpo")
-    seed = options.run.seed
-    check(options)
     if options.method != "nash_md":
         method = options.loss if options.method == "dpo" else options.method
         params = loss_options.filled(options.loss_params, loss_fn_of(options), method)
         options = dataclasses.replace(options, loss_params=params)
         if is_import_path(options.loss):
             loss_options.check_pair_loss(loss_fn_of(options), loss_options.given(params))
+    seed = options.run.seed
+    check(options)
     if not options.judge:
         option_checks.check_rewards(inputs.rewards_of(options.prompts, given), " or --judge")
     session = Session(options, given, "online_dpo")
@@ -261,7 +275,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         return learn_from(state, split.reference(state.learner, original), first, second, *compared)
 
     learn = edges.jit_update(learn, state)
-    meter = options.run.meter()
+    meter, completions = options.run.meter(), LastCompletions(model.tokenizer)
 
     def step(state: Any, number: int):
         chosen = [prompts.train[i] for i in edges.local_indices(sampler, number)]
@@ -273,6 +287,9 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
             scored = scored & ~failed_rows(answers[0]) & ~failed_rows(answers[1])
         judged = distributed.shard_batch((compared.preference, scored))
         state, metrics = meter.timed("update", learn, state, split.original, *answers, *judged)
+        first, second = answers
+        compared_with = {"opponents": second, "fields": {"preference": compared.preference.tolist()}}
+        metrics = completions.keep(chosen, first, compared.first, metrics, **compared_with)
         won = compared.preference[scored].mean() if scored.any() else 0.5
         return state, {**metrics, **compared.metrics, "win_rate": won}
 
@@ -285,6 +302,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         adaptation=split.adaptation,
         evaluate=evaluate
         and (lambda state, _: evaluate(state.learner.all_params, split.reference(state.learner)).metrics()),
+        completions=completions,
     )
     after = prompts.answer(state.learner.all_params)
     samples = inputs.before_and_after(options.method, before, after)

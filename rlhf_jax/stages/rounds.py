@@ -13,9 +13,10 @@ done again by --resume. Rows hold `prompt`, `question` or `messages`; other fiel
 the rewards by name.
 """
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,25 +24,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from rich.console import Console
 
 from rlhf_jax.algorithms import selection
 from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.ranges import Finite, LearningRate, Positive, PositiveInt, Temperature
+from rlhf_jax.core.ranges import Count, Finite, LearningRate, Positive, PositiveInt, Temperature
 from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.core.types import Bool, Params, Sequences
 from rlhf_jax.data.examples import PromptExample, prompt_messages
 from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.data.sources import Row, read_rows
 from rlhf_jax.data.tokenizers import Tokenizer
-from rlhf_jax.metrics import JSONLLogger, final_table
+from rlhf_jax.metrics import JSONLLogger, as_logger, final_table
+from rlhf_jax.metrics.completions import COMPLETIONS, read_completions
+from rlhf_jax.metrics.loggers import TableLogger
 from rlhf_jax.models import Policy
+from rlhf_jax.rollout.completions import LastCompletions, describe_rows
 from rlhf_jax.rollout.dynamic_sampling import Answers, concatenate, term_means
 from rlhf_jax.stages import defaults, dpo, edges, inputs, option_checks, option_groups, sft
 from rlhf_jax.stages.entry import NOTHING, Given, Trained
 from rlhf_jax.stages.reward_specs import check_same_vocabulary
 from rlhf_jax.stages.session import Session
 from rlhf_jax.training.loading import load
+from rlhf_jax.training.loop import log_completions
 from rlhf_jax.training.run_folder import describe_run, load_policy
 
 Rows = list[dict[str, Any]]
@@ -70,6 +76,7 @@ class Options:
       temperature: of sampling.
       engine: what writes the answers: local (this process), or the server vllm:URL, sglang:URL or openai:URL,
         with #NAME behind it where it does not call the model default. openai servers keep their weights.
+      num_completions_to_print: rows that are printed of the table of each round's answers.
       extra_data: more rows of the same kind that are learned from in every round, such as general
         conversations beside those that rewards chose; empty for none.
     """
@@ -90,6 +97,7 @@ class Options:
     beta: Positive | None = None
     temperature: Temperature = 1.0
     engine: str = "local"
+    num_completions_to_print: Count = 3
     extra_data: str = ""
 
 
@@ -246,6 +254,7 @@ def rounds(session: Session, prompts: inputs.Prompts) -> Iterator[dict[str, floa
         answered = out / f"answered_{number + 1}.json"
         if not (files.exists(data) and files.exists(answered)):
             answers = answer((generator or load(before)).params, number)
+            keep_answers(options, answers, (generator or model).tokenizer, number + 1)
             rows = to_rows(options, answers, model.tokenizer)
             if not rows:
                 raise UserError(
@@ -263,6 +272,33 @@ def rounds(session: Session, prompts: inputs.Prompts) -> Iterator[dict[str, floa
             found |= {f"eval/{k}": v for k, v in prompts.evaluate(params, model.params).metrics().items()}
         files.write_json(result, found)
         yield found
+
+
+def keep_answers(options: Options, answers: Answers, tokenizer: Tokenizer, number: int) -> None:
+    """Writes the table of completions of a round, and shows its first rows."""
+    rollout, completions = answers.rollout, LastCompletions(tokenizer)
+    of_rows = describe_rows(None, rollout.logp, None, rollout.sequences.mask)
+    completions.keep(answers.prompts, rollout, answers.scored, of_rows)
+    count = 0 if options.run.quiet else options.num_completions_to_print
+    show = Console(stderr=True).print
+    log_completions(completions(), number, options.run.out, (), show, count=count)
+
+
+def log_round(session: Session, number: int, found: Mapping[str, float]) -> None:
+    """Numbers and completions of a round, for loggers; those that --log names are opened for it alone, as the
+    training within a round has its own.
+    """
+    resume = session.run.resume or number > 1
+    run = dataclasses.replace(session.run, resume=resume)
+    named = edges.loggers(dataclasses.replace(session.options, run=run), session.stage)
+    rows = read_completions(session.run.out).get(number, [])
+    with contextlib.ExitStack() as stack:
+        for logger in named:
+            stack.callback(logger.close)
+        for logger in (*named, *map(as_logger, session.given.loggers)):
+            logger.log(found, number)
+            if rows and isinstance(logger, TableLogger):
+                logger.log_table(COMPLETIONS, rows, number)
 
 
 def describe(answers: Answers, rows: Sequence[Any]) -> dict[str, float]:
@@ -294,9 +330,15 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     begun = files.exists(options.run.out / "answered_1.json")
     option_checks.check_same_data(options.run.out, prompts.fingerprint(), begun=begun)
     results = []
-    with JSONLLogger(options.run.out, stage=options.method, resume_step=-1) as log:
+    past = [files.exists(options.run.out / f"result_{n}.json") for n in range(1, options.rounds + 1)]
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(JSONLLogger(options.run.out, stage=options.method, resume_step=-1))
+        for logger in given.loggers:
+            stack.callback(as_logger(logger).close)
         for number, found in enumerate(rounds(session, prompts), start=1):
             log.log(found, number)
+            if not past[number - 1]:
+                log_round(session, number, found)
             results.append(
                 [number, *(found.get(name) for name in ("reward", "kept", "eval/score", "eval/kl"))]
             )

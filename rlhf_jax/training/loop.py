@@ -180,7 +180,8 @@ def run_loop(
                 call(state, metrics | times, done)
             every = config.log_completions
             if completions_fn and first and every and _is_due(done, every, config.steps):
-                _log_completions(completions_fn(), done, folder, others, progress, config)
+                count = config.num_completions_to_print
+                log_completions(completions_fn(), done, folder, others, progress.show, count=count)
             stopping = any_process(bool(received))
             if stopping or _is_due(done, config.save_every, config.steps):
                 saved, wait = without_frozen(state), stopping or done == config.steps
@@ -234,20 +235,27 @@ def _open_log(
     return log, writer.flush
 
 
-def _log_completions(
+def log_completions(
     rows: Sequence[Row],
-    done: int,
-    folder: Path,
+    step: int,
+    folder: str | os.PathLike[str],
     loggers: Sequence[Logger],
-    progress: Progress,
-    config: LoopConfig,
+    show: Callable[[CompletionsTable], Any],
+    *,
+    count: int,
 ) -> None:
-    write_completions(folder, done, rows)
+    """What was written in a step: to the run folder, to the loggers that take tables, and to the console.
+
+    Args:
+      show: prints a table.
+      count: rows that are shown; 0 for no table.
+    """
+    write_completions(folder, step, rows)
     for logger in loggers:
         if isinstance(logger, TableLogger):
-            logger.log_table(COMPLETIONS, rows, done)
-    if config.num_completions_to_print:
-        progress.show(CompletionsTable(rows, done, config.num_completions_to_print))
+            logger.log_table(COMPLETIONS, rows, step)
+    if count:
+        show(CompletionsTable(rows, step, count))
 
 
 def _recall(monitor: HealthMonitor, folder: Path, stage: str, start: int) -> HealthMonitor:

@@ -8,6 +8,7 @@ import pytest
 import tyro
 
 from rlhf_jax.metrics import read_metrics
+from rlhf_jax.metrics.completions import read_completions
 from rlhf_jax.stages import online_dpo
 from rlhf_jax.training.run_folder import load_policy
 
@@ -75,6 +76,13 @@ def test_by_rewards_and_resumed_to_the_bit(method, tiny, tmp_path, functions):
     assert all(line["skipped"] == 0 and 0 <= line["win_rate"] <= 1 for line in whole)
     if method != "nash_md":
         assert whole[0]["loss"] == pytest.approx(0.693, abs=0.1)
+    table = read_completions(tmp_path / "whole")[5]
+    assert np.mean([row["kl"] for row in table]) == pytest.approx(whole[-1]["kl"], abs=1e-5)
+    assert np.mean([row["reward"] for row in table]) == pytest.approx(whole[-1]["reward"], abs=1e-6)
+    assert all({"opponent", "preference", "logp"} <= row.keys() for row in table)
+    assert [sum(row["token/logp"]) for row in table] == pytest.approx(
+        [row["logp"] for row in table], abs=1e-4
+    )
 
 
 @pytest.mark.slow
@@ -82,6 +90,7 @@ def test_a_judge_and_answers_that_are_all_equal(tiny, tmp_path, functions):
     judged = run(tiny, tmp_path / "judged", "--judge", f"{functions}:judge", "--steps", 2)
     # Asked in both orders: 0.9 and 0.2 become 0.85 and 0.15, two equally long answers 1/2.
     assert all("reward" not in line and line["order_bias"] <= 0.8 for line in judged)
+    assert not any("reward" in row for row in read_completions(tmp_path / "judged")[2])
     tied = run(tiny, tmp_path / "tied", "--rewards", f"{functions}:equal", "--steps", 2)
     assert all(line["ties"] == 1 and line["loss"] == 0 and line["skipped"] == 0 for line in tied)
     jax.tree.map(

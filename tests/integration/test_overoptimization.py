@@ -6,6 +6,7 @@ import numpy as np
 import overoptimization
 import overoptimization_page as page
 import pytest
+from overoptimization_study import RULES
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.evaluation.overoptimization import REINFORCEMENT_LEARNING
@@ -41,11 +42,11 @@ def test_every_stage_and_what_is_done_is_not_done_again(tmp_path, monkeypatch):
             assert np.all(curve.distance[:, 1:] > curve.distance[:, :1])
             if name.startswith("best_of_n"):
                 assert np.all(np.diff(curve.proxy, axis=1) > 0)  # more samples, a better best
-    worst, mean = (study.curves["best_of_n/ensemble"][page.RULES.index(rule)] for rule in ("worst", "mean"))
+    worst, mean = (study.curves["best_of_n/ensemble"][RULES.index(rule)] for rule in ("worst", "mean"))
     assert not np.allclose(worst.gold, mean.gold)
     text = (tmp_path / "OVEROPTIMISATION.md").read_text()
-    assert all((tmp_path / f"overoptimisation_{name}.png").stat().st_size > 5_000 for name in page.PICTURES)
-    assert all(f"(overoptimisation_{name}.png)" in text for name in page.PICTURES)
+    assert all((tmp_path / f"{name}.svg").stat().st_size > 5_000 for name in page.PICTURES)
+    assert all(f"({name}.svg)" in text for name in page.PICTURES)
 
     def refuse(_):
         raise AssertionError("a stage that is done was done again")

@@ -81,5 +81,5 @@ def test_the_study_leaves_a_table_and_a_picture_and_does_no_cell_twice(tiny, tmp
     assert [json.loads(cell)["zeros"] for cell in cells] == [0.0, pytest.approx(0.5), pytest.approx(0.5)]
     prune_study.run(options)
     assert (tmp_path / "study" / "cells.jsonl").read_text().splitlines() == cells
-    assert (tmp_path / "study" / "pruning.png").stat().st_size > 5000
+    assert (tmp_path / "study" / "pruning.svg").stat().st_size > 5000
     assert "| 50 % |" in (tmp_path / "study" / "pruning.md").read_text()

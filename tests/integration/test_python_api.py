@@ -303,6 +303,8 @@ def test_a_policy_that_teaches_itself_without_rewards(teacher, folder, tmp_path)
     assert "eval/length" in run.metrics[-1]
     assert not [name for line in run.metrics for name in line if "reward" in name or "score" in name]
     samples = json.loads((tmp_path / "samples.json").read_text())
-    assert [set(done) for done in samples[0]["completions"].values()] == [{"text"}, {"text"}]
+    before, after = samples[0]["completions"].values()
+    assert before.keys() == {"text", "logp", "token/text", "token/logp"}
+    assert after.keys() == before.keys() | {"kl", "token/kl"}
     with pytest.raises(UserError, match="the field 'no' of teacher_context holds no text"):
         rj.distill(rj.load(folder), None, rows, teacher_context="no", **own, **SIZES)

@@ -47,11 +47,11 @@ def test_the_picture_stands_in_the_report(tmp_path):
             {"step": step, "stage": "grpo", **dict.fromkeys(r1_page.PANELS, 0.5)} for step in range(1, 4)
         ]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    picture = tmp_path / "curves.png"
+    picture = tmp_path / "curves.svg"
     r1_page.draw(picture, tmp_path, [0])
     row = TableRow("zero", (0.5, 0.4, 0.6), 1.0, 20.0, 3.0, shares={"Format": 0.875})
     page = write_report(tmp_path, [row], pictures={r1_page.CAPTION: picture}).read_text()
-    assert "data:image/png;base64," in page
+    assert "data:image/svg+xml;base64," in page
     assert "87.5%" in page
     for run in r1_page.RUNS:  # stages that run the same script are told apart
         assert f"{run.replace('_', ' ')} <" in page
@@ -76,7 +76,7 @@ def test_the_whole_job_writes_everything_and_resumes(tmp_path, monkeypatch):
     for policy in r1.POLICIES:
         for share in ("exact_match", "sampled_exact_match", *r1.SHARES):
             assert 0 <= summary[policy][share][0] <= 1
-    assert "data:image/png" in (out / "report.html").read_text()
+    assert "data:image/svg+xml" in (out / "report.html").read_text()
     learnt = (out / "seed_0" / "chosen_sft" / "rows_1.jsonl").read_text().splitlines()
     kinds = {"?" in json.loads(line)["prompt"] and "=" in json.loads(line)["prompt"] for line in learnt}
     assert kinds == {True, False}  # sums and general prompts

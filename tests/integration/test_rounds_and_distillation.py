@@ -13,6 +13,7 @@ from rlhf_jax.core.types import Rollout, Sequences
 from rlhf_jax.data.examples import PromptExample
 from rlhf_jax.data.sources import read_rows
 from rlhf_jax.metrics import read_metrics
+from rlhf_jax.metrics.completions import read_completions
 from rlhf_jax.rewards.functions import Scored
 from rlhf_jax.rollout.dynamic_sampling import Answers
 from rlhf_jax.stages import distill, option_checks, option_groups, rounds
@@ -100,6 +101,10 @@ def test_rounds_go_on_where_they_stopped(method, tmp_path, talker, mixed):
     first, second = (read_rows(str(tmp_path / "whole" / f"rows_{k}.jsonl")) for k in (1, 2))
     assert {row.fields.keys() == fields for row in first} == {True}
     assert [row.fields["prompt"] for row in first] != [row.fields["prompt"] for row in second]
+    tables = read_completions(tmp_path / "whole")
+    assert [len(rows) for rows in tables.values()] == [64, 64]
+    for line, rows in zip(found, tables.values(), strict=True):
+        assert np.mean([row["reward"] for row in rows]) == pytest.approx(line["reward"], abs=1e-6)
     # As after a kill in the second round: its training has begun, and nothing of it is summed up.
     out, expected = tmp_path / "whole", jax.device_get(load_policy(tmp_path / "whole" / "round_2").params)
     (out / "result_2.json").unlink()
@@ -159,6 +164,12 @@ def test_every_loss_brings_the_student_closer(loss, tiny, tmp_path, talker):
     assert all(np.isfinite(line["loss"]) and line["skipped"] == 0 for line in found)
     if loss != "sampled_reverse_kl" and loss != "sequence_reverse_kl":  # single samples are too noisy
         assert found[-1]["loss"] < 0.8 * found[0]["loss"]
+    rows = read_completions(tmp_path / "run")[12]
+    assert {row["writer"] for row in rows} == {"student" if found[-1]["student_writes"] else "teacher"}
+    assert np.mean([row["reward"] for row in rows]) == pytest.approx(found[-1]["reward"], abs=1e-6)
+    if loss == "sampled_reverse_kl":  # of the tokens that were sampled, its loss is their mean
+        of_tokens = [value for row in rows for value in row["token/kl"]]
+        assert np.mean(of_tokens) == pytest.approx(found[-1]["loss"], abs=1e-4)
     writes = {line["student_writes"] for line in found}
     assert writes == ({1.0} if "sampled" in loss or "sequence_" in loss else {0.0})
 

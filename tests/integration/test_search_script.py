@@ -135,7 +135,7 @@ def test_votes_among_published_solutions(tmp_path):
     assert curves["majority vote"][2] == pytest.approx(2 / 3)
     # The first writer is right on the other questions: of two or three, its solution is the chosen one.
     assert curves["the best writer's"][2] == 1
-    assert (tmp_path / "out" / "search_accuracy.png").stat().st_size > 10_000
+    assert (tmp_path / "out" / "search_accuracy.svg").stat().st_size > 10_000
     for words, said in (({}, "nothing to show"), ({"search": str(tmp_path)}, "no finished run of search.py")):
         with pytest.raises(UserError, match=said):
             accuracy.run(accuracy.Options(out=tmp_path / "none", **words))

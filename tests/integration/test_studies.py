@@ -40,7 +40,7 @@ def test_the_page_says_who_beats_the_usual_setting():
     assert rows["0.1"].endswith("| 1.00 [1.00, 1.00] |")
     assert rows["0.3"].endswith("| - |")
     assert "| 0.50 [" in rows["3"]
-    assert "(study_dpo_beta.png)" in text
+    assert "(study_dpo_beta.svg)" in text
     assert "grpo" not in text
 
 
@@ -71,8 +71,8 @@ def test_a_small_study(tmp_path, monkeypatch):
     assert len(set(kl)) == 5  # beta does something
     assert np.shape(json.loads((tmp_path / "grpo_epochs" / "summary.json").read_text())["kl"]) == (3, 2)
     text = (tmp_path / "STUDIES.md").read_text()
-    assert "study_dpo_beta.png" in text
-    assert (tmp_path / "study_grpo_epochs.png").stat().st_size > 5_000
+    assert "study_dpo_beta.svg" in text
+    assert (tmp_path / "study_grpo_epochs.svg").stat().st_size > 5_000
     monkeypatch.setattr(settings, "sweep", None)  # what is done is not done again
     settings.run(options)
     assert (tmp_path / "STUDIES.md").read_text() == text

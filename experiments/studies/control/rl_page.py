@@ -9,12 +9,13 @@ import numpy as np
 from rlhf_jax.core import files
 from rlhf_jax.evaluation.statistics import Interval, iqm_interval
 from rlhf_jax.metrics.pages import commands, when_and_with
+from rlhf_jax.metrics.pictures import name_ends, picture
 from rlhf_jax.metrics.progress import format_seconds
 from rlhf_jax.stages import rl_rows
 from rlhf_jax.stages.rl_rows import Row
 from rlhf_jax.sweep.plots import curve_with_band
 
-CURVES = "rl_curves.png"
+CURVES, SCORES = "rl_curves.svg", "rl_scores.svg"
 HEAD = """# Results in control
 
 Written by `experiments/studies/control/rl_table.py`; the settings of each row are in
@@ -68,6 +69,8 @@ def page_text(done: Mapping[str, Mapping[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
         *(table_line(row, done.get(row.name)) for row in rl_rows.ROWS),
     ]
+    if done:
+        lines += ["", f"![returns]({SCORES})", "", "Dots: IQM with its interval; bars across: to beat."]
     notes = [f"- {row.name}: {row.note}" for row in rl_rows.ROWS if row.note]
     if notes:
         lines += ["", "## Notes", "", *notes]
@@ -76,6 +79,42 @@ def page_text(done: Mapping[str, Mapping[str, Any]]) -> str:
         lines += ["", f"![learning curves]({CURVES})"]
         lines += ["", "Return of the episodes of training: IQM over seeds and its 95 % bootstrap interval."]
     return "\n".join(lines) + "\n"
+
+
+def name_of(row: Row) -> str:
+    """An algorithm as pictures name it."""
+    return f"{row.algo}\n{row.variant}".strip()
+
+
+def draw_scores(path: Path, scores: Mapping[tuple[str, str], tuple[Interval, float | None]]) -> None:
+    """Evaluation return of each algorithm with its interval, and what was to beat: a panel an environment.
+
+    Args:
+      scores: (interval, number to beat) by environment and algorithm.
+    """
+    panels = list(dict.fromkeys(env for env, _ in scores))
+    columns = min(len(panels), 2)
+    with picture(path, -(-len(panels) // columns), columns, height=1.7) as grid:
+        for axes, env in zip(grid, panels, strict=False):
+            rows = {algo: found for (of, algo), found in scores.items() if of == env}
+            for place, (found, to_beat) in enumerate(rows.values()):
+                axes.plot([found.low, found.high], [place, place], color="C0", linewidth=1.6)
+                axes.plot(found.mean, place, "o", color="C0", markersize=4)
+                if to_beat is not None:
+                    axes.plot(to_beat, place, "|", color="C1", markersize=11, markeredgewidth=1.6)
+            axes.set_yticks(range(len(rows)), list(rows))
+            axes.set_ylim(len(rows) - 0.4, -0.6)
+            axes.margins(x=0.08)
+            axes.set(title=env, xlabel="return")
+
+
+def scores_of(done: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, str], tuple[Interval, float | None]]:
+    """What `draw_scores` draws."""
+    return {
+        (row.env, name_of(row)): (iqm(done[row.name]), row.to_beat)
+        for row in rl_rows.ROWS
+        if row.name in done
+    }
 
 
 def read_curve(folder: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -93,32 +132,24 @@ def read_curve(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw(path: Path, out: Path, names: list[str]) -> None:
-    """Learning curves, an environment a panel."""
-    from matplotlib.figure import Figure
-
+    """Learning curves, a panel for each environment and number of steps, so that none is a smear beside
+    another.
+    """
     rows = [row for row in rl_rows.ROWS if row.name in names]
-    panels = list(dict.fromkeys(row.env for row in rows))
-    columns = min(len(panels), 3)
-    height = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.2 * columns, 2.8 * height), layout="constrained")
-    grid = figure.subplots(height, columns, squeeze=False).reshape(-1)
-    for axes, env in zip(grid, panels, strict=False):
-        for row in rows:
-            if row.env == env:
-                steps, returns = read_curve(out / row.name)
-                middle, low, high = curve_with_band(returns)
-                (line,) = axes.plot(steps, middle, label=f"{row.algo} {row.variant}".strip(), linewidth=1)
-                axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-        axes.set_title(env, fontsize=9)
-        axes.set_xlabel("environment steps", fontsize=8)
-        axes.tick_params(labelsize=7)
-        # Below its panel, where no curve is.
-        axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3)
-        axes.spines[["top", "right"]].set_visible(False)
-    for axes in grid[len(panels) :]:
-        axes.set_axis_off()
-    with files.writing(path) as local:
-        figure.savefig(local, dpi=110)
+    panels = list(dict.fromkeys((row.env, row.steps) for row in rows))
+    columns = min(len(panels), 2)
+    with picture(path, -(-len(panels) // columns), columns) as grid:
+        for axes, (env, steps) in zip(grid, panels, strict=False):
+            lines = {}
+            for row in rows:
+                if (row.env, row.steps) == (env, steps):
+                    x, returns = read_curve(out / row.name)
+                    middle, low, high = curve_with_band(returns)
+                    (line,) = axes.plot(x / 1000, middle, linewidth=1.3)
+                    axes.fill_between(x / 1000, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+                    lines[name_of(row)] = line
+            axes.set(title=env, xlabel="thousand environment steps", ylabel="return", xlim=(0, steps / 1000))
+            name_ends(axes, lines)
 
 
 def write(path: Path, out: Path, done: Mapping[str, Mapping[str, Any]]) -> None:
@@ -128,4 +159,6 @@ def write(path: Path, out: Path, done: Mapping[str, Mapping[str, Any]]) -> None:
       UserError: the disk is full or read-only.
     """
     files.write_text(path, page_text(done))
+    if done:
+        draw_scores(path.with_name(SCORES), scores_of(done))
     draw(path.with_name(CURVES), out, list(done))

@@ -6,7 +6,7 @@
 
 A row that is done is not run again; where more seeds are asked for, those are added. One that was stopped
 goes on after its last chunk of seeds. Each row leaves `summary.json`, every seed apart, and
-`results.parquet`, every seed and update apart; `RL_RESULTS.md` and `rl_curves.png` show what there is so far.
+`results.parquet`, every seed and update apart; `RL_RESULTS.md` and `rl_curves.svg` show what there is so far.
 """
 
 import dataclasses

@@ -10,6 +10,7 @@ task whose value under any policy is known. What is done is not done again.
 
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rl_table
 
 from rlhf_jax.cli import command_line
 from rlhf_jax.core import files
@@ -27,11 +27,15 @@ from rlhf_jax.evaluation.statistics import iqm_interval
 from rlhf_jax.kernels.off_policy import retrace, vtrace
 from rlhf_jax.kernels.returns import discounted_returns
 from rlhf_jax.metrics.pages import PLAN, SUMMARY, commands, held_summary, kept_remarks, made, when_and_with
+from rlhf_jax.metrics.pictures import name_ends, picture
 from rlhf_jax.rl.tabular import dynamic_programming
 from rlhf_jax.rl.tabular.moments import bias_and_variance
 from rlhf_jax.stages import option_checks, rl_rows
 from rlhf_jax.sweep import product, sweep
 from rlhf_jax.training.run_folder import describe_run
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "control"))
+import rl_table
 
 ENVIRONMENTS = ("CartPole-v1", "Pendulum-v1")
 GAMMAS = (0.9, 0.97, 0.99, 0.997, 1.0)
@@ -41,7 +45,7 @@ LENGTHS = (1, 2, 4, 8, 16, 32, 64)
 ACTED, OTHER = 0.5, 0.65
 """Chances of a good action: of the policy that acted, and of the one whose value is asked for."""
 
-PAGE, GAE_PICTURE, WEIGHTS_PICTURE = "RL_STUDIES.md", "rl_study_gae.png", "rl_study_importance.png"
+PAGE, GAE_PICTURE, WEIGHTS_PICTURE = "RL_STUDIES.md", "rl_study_gae.svg", "rl_study_importance.svg"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,10 +166,10 @@ HEAD = """# Studies of what lies beneath
 Written by `experiments/studies/estimators/rl_studies.py`."""
 GAE_TEXT = """## Gamma and lambda
 
-Left: squared bias and variance of GAE on a random walk of 19 states against the undiscounted advantage,
-exact, with a V of half the true size; an error that is the same whatever follows a state is no bias. Right,
-and below: PPO, evaluation return after {steps:,} environment steps, interquartile mean over {seeds} seeds
-with its 95 % bootstrap interval; gamma and lambda apart, the settings are those of
+Above: squared bias and variance of GAE on a random walk of 19 states against the undiscounted advantage,
+exact, with a V of half the true size; an error that is the same whatever follows a state is no bias. Below,
+and in the tables: PPO, evaluation return after {steps:,} environment steps, interquartile mean over
+{seeds} seeds with its 95 % bootstrap interval; gamma and lambda apart, the settings are those of
 `rlhf_jax/stages/rl_rows.py`."""
 WEIGHTS_TEXT = """## Importance weights
 
@@ -221,51 +225,47 @@ def page_text(
     return "\n\n".join(parts) + "\n"
 
 
-def draw_gae(path: Path, learnt: Sequence[Mapping[str, Any]]) -> None:
-    """Bias and variance over lambda, and what PPO learns at each gamma and lambda."""
-    from matplotlib.figure import Figure
+def draw_gae(path: Path, learnt: Mapping[str, np.ndarray]) -> None:
+    """Bias and variance over lambda, and what PPO learns at each gamma and lambda.
 
-    figure = Figure(figsize=(12, 3.2), layout="constrained")
-    bias_axes, variance_axes, *maps = figure.subplots(1, 2 + len(learnt))
-    for gamma, (bias, variance) in walk_errors().items():
-        bias_axes.plot(LAMBDAS, bias, "o-", markersize=3, label=f"gamma {gamma:g}")
-        variance_axes.plot(LAMBDAS, variance, "o-", markersize=3)
-    bias_axes.set(title="squared bias", xlabel="lambda", yscale="log", ylim=(1e-6, None))
-    variance_axes.set(title="variance", xlabel="lambda")
-    bias_axes.legend(frameon=False, fontsize=7)
-    for axes, summary in zip(maps, learnt, strict=True):
-        middle = np.array([[iqm_interval(cell).mean for cell in row] for row in summary["evaluation_return"]])
-        axes.imshow(middle, aspect="auto", cmap="viridis")
-        for (row, column), value in np.ndenumerate(middle):
-            light = value > (middle.min() + middle.max()) / 2
-            colour = "black" if light else "white"
-            axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=6, color=colour)
-        axes.set_xticks(range(len(LAMBDAS)), [f"{x:g}" for x in LAMBDAS])
-        axes.set_yticks(range(len(GAMMAS)), [f"{x:g}" for x in GAMMAS])
-        axes.set(title=f"PPO, {summary['env']}", xlabel="lambda", ylabel="gamma")
-    for axes in (bias_axes, variance_axes, *maps):
-        axes.title.set_fontsize(9)
-        axes.tick_params(labelsize=7)
-    with files.writing(path) as local:
-        figure.savefig(local, dpi=100)
+    Args:
+      learnt: return by environment, [gammas, lambdas].
+    """
+    with picture(path, 2, 2, height=2.4) as (bias_axes, variance_axes, *maps):
+        for axes, which, title in ((bias_axes, 0, "squared bias"), (variance_axes, 1, "variance")):
+            lines = {}
+            for gamma, errors in walk_errors().items():
+                (lines[f"gamma {gamma:g}"],) = axes.plot(LAMBDAS, errors[which], "o-", markersize=3)
+            axes.set(title=f"{title} of GAE on the walk", xlabel="lambda")
+            if which == 0:
+                axes.set(yscale="log", ylim=(1e-6, None))
+            name_ends(axes, lines)
+        for axes, (env, returns) in zip(maps, learnt.items(), strict=True):
+            axes.grid(False)
+            axes.pcolormesh(returns, cmap="viridis")
+            for (row, column), value in np.ndenumerate(returns):
+                colour = "black" if value > (returns.min() + returns.max()) / 2 else "white"
+                axes.text(column + 0.5, row + 0.5, f"{value:.0f}", ha="center", va="center", color=colour)
+            axes.set_xticks(np.arange(len(LAMBDAS)) + 0.5, [f"{x:g}" for x in LAMBDAS])
+            axes.set_yticks(np.arange(len(GAMMAS)) + 0.5, [f"{x:g}" for x in GAMMAS])
+            axes.set(title=f"return of PPO, {env}", xlabel="lambda", ylabel="gamma")
+            axes.invert_yaxis()
 
 
 def draw_weights(path: Path, found: Mapping[str, Sequence[tuple[float, float]]]) -> None:
     """Size of the bias and standard deviation of each estimator over policies."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for name, pairs in found.items():
-        left.plot(LENGTHS, [bias for bias, _ in pairs], "o-", markersize=3, label=name)
-        right.plot(LENGTHS, [std for _, std in pairs], "o-", markersize=3)
-    left.set(title="bias", xlabel="steps")
-    right.set(title="standard deviation", xlabel="steps", yscale="log")
-    for axes in (left, right):
-        axes.set_xscale("log", base=2)
-    left.legend(frameon=False, fontsize=7)
-    with files.writing(path) as local:
-        figure.savefig(local, dpi=100)
+    with picture(path, 1, 2, height=2.6) as panels:
+        for axes, which, title in zip(panels, (0, 1), ("bias", "standard deviation"), strict=True):
+            lines = {}
+            for name, pairs in found.items():
+                shown = [pair[which] for pair in pairs]
+                (lines[name],) = axes.plot(LENGTHS, shown, "o-", markersize=3)
+            axes.set(title=title, xlabel="steps of an episode")
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(LENGTHS, map(str, LENGTHS))
+            if which == 1:  # of Retrace over one step there is none
+                axes.set(yscale="log", ylim=(3e-3, None))
+            name_ends(axes, lines)
 
 
 def run(options: Options) -> None:
@@ -283,7 +283,13 @@ def run(options: Options) -> None:
     weights = importance_errors(options.episodes)
     page = options.page or options.out / PAGE
     files.write_text(page, page_text(options, learnt, weights, kept_remarks(page)))
-    draw_gae(page.with_name(GAE_PICTURE), learnt)
+    found = {
+        held["env"]: np.array(
+            [[iqm_interval(cell).mean for cell in row] for row in held["evaluation_return"]]
+        )
+        for held in learnt
+    }
+    draw_gae(page.with_name(GAE_PICTURE), found)
     draw_weights(page.with_name(WEIGHTS_PICTURE), weights)
     print(f"Page: {page}")
 

@@ -9,6 +9,7 @@ All seeds of a stage run side by side in one program. What is done is kept in --
 """
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import overoptimization_page
-import post_training
-import post_training_rows
+import overoptimization_study
 
 from rlhf_jax.algorithms import ppo, preference, reward
 from rlhf_jax.cli import command_line
@@ -39,6 +39,10 @@ from rlhf_jax.stages import option_checks
 from rlhf_jax.sweep import product, sweep
 from rlhf_jax.tasks.base import Prompts
 from rlhf_jax.training.run_folder import describe_run
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "post_training"))
+import post_training
+import post_training_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +142,7 @@ class Setting:
 
     Attributes:
       which: number of the amount of data.
-      rule: number of the rule (`overoptimisation_page.RULES`) of an ensemble.
+      rule: number of the rule (`overoptimization_study.RULES`) of an ensemble.
     """
 
     which: Int[Array, ""] | int = 0
@@ -231,7 +235,7 @@ def train_reward_models(options: Options, folder: Path, name: str, size: int, pa
 
 
 def combined(options: Options, scores: Float[Array, "N *B"]) -> Float[Array, "R *B"]:
-    """Rewards by each rule, in the order of the page's `RULES`, from the scores of an ensemble's members."""
+    """Rewards by each rule, in the order of `RULES`, from the scores of an ensemble's members."""
     careful = ensembles.ensemble_uncertainty_weighted(scores, coef=options.uncertainty_coef)
     return jnp.stack(
         [scores[0], ensembles.ensemble_mean(scores), ensembles.ensemble_worst_case(scores), careful]
@@ -409,7 +413,7 @@ def stages(options: Options, out: Path) -> Iterator[str]:
         yield f"reward models, {name}"
         best_of_n(options, out / "best_of_n" / f"{name}.npz", task_setup, starts, proxy)
         yield f"best-of-n, {name}"
-        rules, amounts = range(len(overoptimization_page.RULES)), range(len(options.pairs))
+        rules, amounts = range(len(overoptimization_study.RULES)), range(len(options.pairs))
         axis = {"rule": rules} if proxy.is_ensemble else {"which": amounts}
         train = with_eval(
             options, task_setup, options.ppo_steps, ppo_fn(options), reward_fn_of(options, proxy)

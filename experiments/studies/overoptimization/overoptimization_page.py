@@ -1,15 +1,13 @@
 """The page of the study of overoptimisation, and its pictures, from what the stages left in a folder."""
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
+from overoptimization_study import Curve, Study, read
 
 from rlhf_jax.core import files
-from rlhf_jax.evaluation import pass_at_k
 from rlhf_jax.evaluation.overoptimization import (
     BEST_OF_N,
     REINFORCEMENT_LEARNING,
@@ -20,10 +18,9 @@ from rlhf_jax.evaluation.overoptimization import (
 )
 from rlhf_jax.evaluation.statistics import Interval, mean_interval
 from rlhf_jax.metrics.pages import commands, kept_remarks, when_and_with
+from rlhf_jax.metrics.pictures import name_ends, picture
 
-# What is made of the members of an ensemble; `single` is the first of them alone.
-RULES = ("single", "mean", "worst", "uncertainty")
-PICTURES = ("reward_models", "best_of_n", "ppo", "dpo", "ensembles")
+PICTURES = ("reward_models", "ends", "best_of_n", "ppo", "dpo", "ensembles")
 
 HEAD = """# Overoptimisation of learned rewards
 
@@ -45,95 +42,6 @@ sqrt(KL):
 Intervals are of 95 % over seeds: Student's t, for peaks a bootstrap of whole seeds; `inf` where the form
 never bends down. Bands in the pictures are the same intervals.
 """
-
-
-@dataclasses.dataclass(frozen=True)
-class Curve:
-    """Gold and proxy reward along the distance to the start, [seeds, points]."""
-
-    label: str
-    distance: np.ndarray
-    gold: np.ndarray
-    proxy: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Study:
-    """What a folder holds.
-
-    Attributes:
-      rewards: held-out accuracy by size, [seeds, amounts of data].
-      curves: by method and reward model ("ppo/16"): a curve for each amount of data, or rule.
-      lengths: tokens of the last policies' answers, by the same names, [settings, seeds].
-    """
-
-    plan: dict[str, Any]
-    rewards: dict[str, np.ndarray]
-    curves: dict[str, list[Curve]]
-    lengths: dict[str, np.ndarray]
-    about: dict[str, Any]
-
-
-def read(folder: Path) -> Study:
-    """The study of a folder; stages that are not done are missing."""
-    plan, about = (files.read_json(folder / name) for name in ("plan.json", "config.json"))
-    names = [*map(str, plan["sizes"]), "ensemble"]
-    amounts = [f"{count:,} pairs" for count in plan["pairs"]]
-    labels = {name: RULES if name == "ensemble" else amounts for name in names}
-    rewards, curves, deviation = {}, {}, np.ones((plan["seeds"], 1))
-    for name in names:
-        paths = [folder / "rewards" / f"{name}-{number}.npz" for number in range(len(labels[name]))]
-        held = [_arrays(path)["1/gold_accuracy"] for path in paths if path.exists()]
-        if name != "ensemble" and len(held) == len(amounts):
-            rewards[name] = np.stack(held, axis=1)
-        pool = _arrays(folder / "best_of_n" / f"{name}.npz")
-        if pool:
-            deviation = pool["deviation"][:, None]
-            curves[f"best_of_n/{name}"] = [
-                _best_of_n(label, pool["gold"][:, i] / deviation, pool["proxy"][:, i])
-                for i, label in enumerate(labels[name])
-            ]
-    lengths = {}
-    for name in [*(f"ppo/{name}" for name in names), "dpo"]:
-        path = folder / name / "results.parquet"
-        if path.exists():
-            table = _table(path)
-            lengths[name] = table["length"][..., -1]
-            curves[name] = [
-                Curve(
-                    label,
-                    np.sqrt(np.maximum(table["kl"][i], 0)),  # at the start, rounding may leave it below 0
-                    _gains(table["gold"][i]) / deviation,
-                    _gains(table["proxy"][i]),
-                )
-                for i, label in enumerate(labels.get(name.removeprefix("ppo/"), amounts))
-            ]
-    return Study(plan, rewards, curves, lengths, about)
-
-
-def _arrays(path: Path) -> dict[str, np.ndarray]:
-    return files.read_arrays(path) if files.exists(path) else {}
-
-
-def _best_of_n(label: str, gold: np.ndarray, proxy: np.ndarray) -> Curve:
-    """Some of the n, [seeds, n] each."""
-    sizes = np.unique(np.geomspace(1, gold.shape[1], 25).round().astype(int))
-    distance = np.sqrt(np.asarray(pass_at_k.best_of_n_kl(jnp.asarray(sizes))))
-    everywhere = np.broadcast_to(distance, (len(gold), len(sizes)))
-    return Curve(label, everywhere, _gains(gold[:, sizes - 1]), _gains(proxy[:, sizes - 1]))
-
-
-def _gains(values: np.ndarray) -> np.ndarray:
-    return values - values[:, :1]
-
-
-def _table(path: Path) -> dict[str, np.ndarray]:
-    """Columns of a sweep as [settings, seeds, updates]."""
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(path)
-    shape = [int(np.max(table[name])) + 1 for name in ("setting", "seed")]
-    return {name: np.asarray(table[name]).reshape(*shape, -1) for name in ("gold", "proxy", "kl", "length")}
 
 
 def form_of(name: str) -> Form:
@@ -192,7 +100,7 @@ def _reward_models(study: Study) -> list[str]:
         "## Reward models",
         "Held-out pairs whose better answer, by gold reward, gets the higher score, in percent.",
         _rows(head, rows),
-        "![accuracy of reward models](reward_models.png)",
+        *(["![accuracy of reward models](reward_models.svg)"] if rows else []),
     ]
 
 
@@ -239,7 +147,7 @@ def _fitted(study: Study) -> list[str]:
         "tokens, end",
     ]
     pictures = [
-        f"![{name.replace('_', ' ')}](overoptimisation_{name}.png)"
+        f"![{name.replace('_', ' ')}]({name}.svg)"
         for name in ("best_of_n", "ppo", "dpo")
         if any(curve.startswith(name) for curve in study.curves)
     ]
@@ -247,6 +155,7 @@ def _fitted(study: Study) -> list[str]:
         "## Gold and proxy reward against the distance",
         "A fitted peak beyond the KL at the end is an extrapolation. The proxy of DPO, which it does not "
         "see, is the reward model of the largest width from as many pairs.",
+        *(["![gold and learned reward](ends.svg)"] if study.curves else []),
         _rows(head, rows),
         *pictures,
     ]
@@ -262,7 +171,7 @@ def _ensembles(study: Study) -> list[str]:
         f"{plan['pairs'][len(plan['pairs']) // 2]:,} pairs, with other initial heads and other orders of the "
         "data: one of them, their mean, the worst of their scores, and the mean minus "
         f"{plan['uncertainty_coef']:g} times their variance.",
-        "![ensembles](ensembles.png)",
+        "![ensembles](ensembles.svg)",
     ]
 
 
@@ -281,106 +190,130 @@ def _made(study: Study) -> list[str]:
 # Pictures ----------------------------------------------------------------------------------------------
 
 
-def _panels(count: int) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3.5 * count + 0.4, 3.1), layout="constrained")
-    grid = figure.subplots(1, count, squeeze=False, sharey=True).reshape(-1)
-    for axes in grid:
-        axes.tick_params(labelsize=7)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.axhline(0, color="0.85", linewidth=0.8, zorder=0)
-    return figure, grid
-
-
-def _band(axes: Any, x: np.ndarray, runs: np.ndarray, **style: Any) -> None:
-    """Mean over seeds, [seeds, points], with its interval."""
+def _band(axes: Any, x: np.ndarray, runs: np.ndarray, **style: Any) -> Any:
+    """Mean over seeds, [seeds, points], with its interval; the line."""
     found = [mean_interval(column) for column in runs.T]
-    axes.plot(x, [i.mean for i in found], **style)
-    style = {"color": style["color"], "alpha": 0.13, "linewidth": 0}
-    axes.fill_between(x, [i.low for i in found], [i.high for i in found], **style)
+    (line,) = axes.plot(x, [i.mean for i in found], **style)
+    band = {"color": line.get_color(), "alpha": 0.13, "linewidth": 0}
+    axes.fill_between(x, [i.low for i in found], [i.high for i in found], **band)
+    return line
 
 
-def draw_curves(path: Path, panels: Sequence[tuple[str, Form, list[Curve]]]) -> None:
-    """Gold (solid) with its fit (dotted), and proxy (dashed), against sqrt(KL)."""
-    figure, grid = _panels(len(panels))
-    for axes, (title, form, curves) in zip(grid, panels, strict=True):
-        for number, curve in enumerate(curves):
-            colour, middle = f"C{number}", curve.distance.mean(axis=0)
-            order = np.argsort(middle)
-            _band(axes, middle[order], curve.gold[:, order], color=colour, label=curve.label, linewidth=1.6)
-            axes.plot(
-                middle[order], curve.proxy.mean(axis=0)[order], color=colour, linestyle="--", linewidth=1
-            )
-            fine = np.linspace(0, middle.max(), 100)
-            fitted = form(fine, *fit(form, curve.distance, curve.gold))
-            axes.plot(fine, fitted, color=colour, linestyle=":", linewidth=1)
-        axes.set_title(title, fontsize=9)
-        axes.set_xlabel("sqrt(KL to the start)", fontsize=8)
-    grid[0].set_ylabel("gain over the start, standard deviations", fontsize=8)
-    grid[-1].legend(fontsize=7, frameon=False)
-    kinds = {"gold reward": "-", "form fitted to it": ":", "learned reward": "--"}
-    handles = [_legend_line(style) for style in kinds.values()]
-    figure.legend(handles, kinds, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
-    with files.writing(path) as local:
-        figure.savefig(local, dpi=100)
+def draw_curves(path: Path, rows: Sequence[tuple[str, Form, list[Curve]]]) -> None:
+    """Gold reward with the form fitted to it, and the learned reward, against sqrt(KL): a panel a curve."""
+    columns = max(len(curves) for _, _, curves in rows)
+    with picture(path, len(rows), columns, height=1.9, sharex="row", sharey="row") as grid:
+        grid = grid.reshape(len(rows), columns)
+        for panels, (title, form, curves) in zip(grid, rows, strict=True):
+            panels[0].set_ylabel(f"{title}\ngain, standard deviations")
+            lines: dict[str, Any] = {}
+            for axes, curve in zip(panels, curves, strict=False):
+                middle = curve.distance.mean(axis=0)
+                order = np.argsort(middle)
+                x, fine = middle[order], np.linspace(0, middle.max(), 100)
+                fitted = form(fine, *fit(form, curve.distance, curve.gold))
+                lines = {"gold reward": _band(axes, x, curve.gold[:, order], color="C0", linewidth=1.6)}
+                (lines["fitted form"],) = axes.plot(fine, fitted, color="C2", linestyle=":", linewidth=1.3)
+                (lines["learned reward"],) = axes.plot(
+                    x, curve.proxy.mean(axis=0)[order], color="C1", linestyle="--", linewidth=1.2
+                )
+                axes.axhline(0, color="0.8", linewidth=0.8, zorder=0)
+                axes.set(title=curve.label, xlabel="sqrt(KL to the start, nats)")
+            name_ends(panels[len(curves) - 1], lines)
 
 
-def _legend_line(style: Any) -> Any:
-    """A line for a legend."""
-    from matplotlib.lines import Line2D
+def draw_ends(path: Path, ends: Mapping[str, Mapping[str, Sequence[Interval]]]) -> None:
+    """Gold reward at its highest and at the end, and the learned reward at the end: a panel a method.
 
-    return Line2D([], [], color="0.3", linestyle=style)
+    Args:
+      ends: by title and amount of preferences or rule, the intervals of the three.
+    """
+    columns = 3
+    with picture(path, -(-len(ends) // columns), columns, height=1.9) as grid:
+        for number, (axes, (title, rows)) in enumerate(zip(grid, ends.items(), strict=False)):
+            places, lines = np.arange(len(rows)), {}
+            for which, name in enumerate(("gold, highest", "gold, end", "learned, end")):
+                found = [row[which] for row in rows.values()]
+                middle = [i.mean for i in found]
+                reach = [[i.mean - i.low for i in found], [i.high - i.mean for i in found]]
+                lines[name], *_ = axes.errorbar(
+                    places + 0.08 * (which - 1), middle, reach, marker="o", markersize=3, capsize=2
+                )
+            axes.axhline(0, color="0.6", linewidth=0.8, zorder=0)
+            shown = [label.removesuffix(" pairs").replace("uncertainty", "uncer-\ntainty") for label in rows]
+            axes.set_xticks(places, shown)
+            axes.set(title=title, xlim=(-0.3, len(rows) - 0.88))
+            axes.set_xlabel("preferences" if all(label.endswith("pairs") for label in rows) else "rule")
+            if number % columns == 0:
+                axes.set_ylabel("gain, standard\ndeviations")
+            if number % columns == columns - 1 or number == len(ends) - 1:
+                name_ends(axes, lines)
 
 
-def draw_reward_models(path: Path, study: Study) -> None:
-    """Accuracy against the amount of data, a line a size."""
-    figure, (axes,) = _panels(1)
-    for number, size in enumerate(map(str, study.plan["sizes"])):
-        if size not in study.rewards:
-            continue
-        accuracy = 100 * study.rewards[size]
-        _band(
-            axes,
-            np.asarray(study.plan["pairs"]),
-            accuracy,
-            color=f"C{number}",
-            label=f"width {size}",
-            marker="o",
-        )
-    axes.set_xscale("log", base=2)
-    axes.set_ylim(bottom=45)
-    axes.set_xlabel("preferences", fontsize=8)
-    axes.set_ylabel("held-out pairs ranked as by gold, %", fontsize=8)
-    axes.legend(fontsize=7, frameon=False)
-    with files.writing(path) as local:
-        figure.savefig(local, dpi=100)
+def ends_of(study: Study) -> dict[str, dict[str, list[Interval]]]:
+    """What `draw_ends` draws."""
+    found: dict[str, dict[str, list[Interval]]] = {}
+    for name, curves in study.curves.items():
+        for curve in curves:
+            highest = np.argmax(curve.gold.mean(axis=0))
+            values = curve.gold[:, highest], curve.gold[:, -1], curve.proxy[:, -1]
+            found.setdefault(title_of(name), {})[curve.label] = [mean_interval(x) for x in values]
+    return found
+
+
+def title_of(name: str) -> str:
+    """A method with its reward model, as pictures name it."""
+    method, _, model = name.partition("/")
+    said = {"best_of_n": "best-of-n", "ppo": "PPO", "dpo": "DPO"}[method]
+    return said if not model else f"{said}, " + ("ensemble" if model == "ensemble" else f"width {model}")
+
+
+def draw_reward_models(path: Path, pairs: Sequence[int], found: Mapping[str, Sequence[Interval]]) -> None:
+    """Accuracy in percent against the amount of data, a line a size."""
+    with picture(path, 1, 1, height=2.6) as (axes,):
+        lines = {}
+        for number, (size, intervals) in enumerate(found.items()):
+            x, middle = np.asarray(pairs) * (1 + 0.02 * number), [i.mean for i in intervals]
+            reach = [[i.mean - i.low for i in intervals], [i.high - i.mean for i in intervals]]
+            lines[f"width {size}"], *_ = axes.errorbar(x, middle, reach, marker="o", markersize=3, capsize=2)
+        axes.set(xlabel="preferences", ylabel="held-out pairs ranked as by gold, %")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(pairs, [f"{count:,}" for count in pairs])
+        axes.set_xlim(0.85 * min(pairs), 1.1 * max(pairs))
+        name_ends(axes, lines)
 
 
 def draw(folder: Path, study: Study) -> None:
     """All pictures, beside the page."""
 
     def path(name: str) -> Path:
-        return folder / f"{name}.png"
+        return folder / f"{name}.svg"
 
-    draw_reward_models(path("reward_models"), study)
+    accuracies = {
+        size: [mean_interval(100 * column) for column in accuracy.T]
+        for size, accuracy in study.rewards.items()
+    }
+    if accuracies:
+        draw_reward_models(path("reward_models"), study.plan["pairs"], accuracies)
+    if study.curves:
+        draw_ends(path("ends"), ends_of(study))
     sizes = [str(size) for size in study.plan["sizes"]]
     for method in ("best_of_n", "ppo"):
         names = [size for size in sizes if f"{method}/{size}" in study.curves]
         if names:
-            panels = [
+            rows = [
                 (f"reward model of width {s}", form_of(method), study.curves[f"{method}/{s}"]) for s in names
             ]
-            draw_curves(path(method), panels)
+            draw_curves(path(method), rows)
     if "dpo" in study.curves:
         draw_curves(path("dpo"), [("DPO on the pairs", form_of("dpo"), study.curves["dpo"])])
-    panels = [
+    rows = [
         (title, form_of(method), study.curves[f"{method}/ensemble"])
         for method, title in (("best_of_n", "best-of-n"), ("ppo", "PPO"))
         if f"{method}/ensemble" in study.curves
     ]
-    if panels:
-        draw_curves(path("ensembles"), panels)
+    if rows:
+        draw_curves(path("ensembles"), rows)
 
 
 def write(page: Path, folder: Path, remarks: str = "") -> None:

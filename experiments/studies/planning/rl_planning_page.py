@@ -8,10 +8,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.core import files
 from rlhf_jax.core.types import Array, Float
 from rlhf_jax.evaluation.statistics import iqm_interval
 from rlhf_jax.metrics.pages import commands, when_and_with
+from rlhf_jax.metrics.pictures import name_ends, picture
 from rlhf_jax.rl.algorithms import dyna, options as rl_options
 from rlhf_jax.rl.envs import mazes
 from rlhf_jax.rl.tabular import dynamic_programming
@@ -20,7 +20,7 @@ from rlhf_jax.sweep.plots import curve_with_band
 ENVIRONMENT, SOLVED = "Pendulum-v1", -200.0
 SLIP, GAMMA = 1 / 3, 0.9
 MOVED_GOAL = 9 * 13 + 3  # in the room below the start
-PICTURE = "rl_planning.png"
+PICTURE = "rl_planning.svg"
 Histories = Mapping[str, Mapping[str, np.ndarray]]
 
 
@@ -168,40 +168,37 @@ def rooms_table(found: Mapping[str, np.ndarray], episodes: int) -> str:
 
 
 def draw(path: Path, mazes_found: Any, control: Any, rooms: Mapping[str, np.ndarray]) -> None:
-    """The three studies side by side."""
-    from matplotlib.figure import Figure
+    """The three studies, one below the other."""
 
-    figure = Figure(figsize=(11, 4.0), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-
-    def line(axes: Any, x: np.ndarray, runs: np.ndarray, name: str) -> None:
+    def line(axes: Any, x: np.ndarray, runs: np.ndarray) -> Any:
         centre, low, high = curve_with_band(runs)
-        (drawn,) = axes.plot(x, centre, label=name, linewidth=1.2)
-        axes.fill_between(x, low, high, color=drawn.get_color(), alpha=0.2, linewidth=0)
+        (drawn,) = axes.plot(x, centre, linewidth=1.3)
+        axes.fill_between(x, low, high, color=drawn.get_color(), alpha=0.15, linewidth=0)
+        return drawn
 
-    for name, histories in mazes_found.items():
-        line(left, np.arange(1, histories["length"].shape[1] + 1), histories["length"], name)
-    left.axhline(14, color="grey", linestyle=":", linewidth=1)
-    left.set(title="Dyna in a maze", xlabel="episode", ylabel="steps of the episode", yscale="log")
-    for algo, histories in control.items():
-        line(middle, *training_returns(histories), algo)
-    middle.set(title=ENVIRONMENT, xlabel="real steps", ylabel="return of training episodes")
-    for name, lengths in rooms.items():
-        line(right, np.arange(1, lengths.shape[1] + 1), lengths, name)
-    half = next(iter(rooms.values())).shape[1] // 2
-    for number, process in enumerate(four_rooms()):
-        ends = (number * half + 0.5, (number + 1) * half + 0.5)
-        right.plot(ends, [shortest(process)] * 2, color="grey", linestyle=":", linewidth=1)
-    right.axvline(half + 0.5, color="grey", linewidth=0.6)
-    right.set(title="four rooms, the goal moves half way", xlabel="episode", yscale="log")
-    for axes in (left, middle, right):
-        # Below its panel, where no curve is.
-        axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.title.set_fontsize(10)
-        axes.tick_params(labelsize=7)
-    with files.writing(path) as local:
-        figure.savefig(local, dpi=100)
+    with picture(path, 3, 1, height=2.4) as (maze, pendulum, four):
+        found = {
+            name: line(maze, np.arange(1, held["length"].shape[1] + 1), held["length"])
+            for name, held in mazes_found.items()
+        }
+        maze.axhline(14, color="0.4", linestyle=":", linewidth=1)
+        maze.set(title="Dyna in a maze (dotted: the shortest way)", xlabel="episode", yscale="log")
+        maze.set(ylabel="steps of the episode")
+        name_ends(maze, found)
+        found = {algo: line(pendulum, *training_returns(held)) for algo, held in control.items()}
+        pendulum.set(title=ENVIRONMENT, xlabel="real steps", ylabel="return of training episodes")
+        name_ends(pendulum, found)
+        found = {
+            name: line(four, np.arange(1, lengths.shape[1] + 1), lengths) for name, lengths in rooms.items()
+        }
+        half = next(iter(rooms.values())).shape[1] // 2
+        for number, process in enumerate(four_rooms()):
+            ends = (number * half + 0.5, (number + 1) * half + 0.5)
+            four.plot(ends, [shortest(process)] * 2, color="0.4", linestyle=":", linewidth=1)
+        four.axvline(half + 0.5, color="0.4", linewidth=0.6)
+        four.set(title="Four rooms, the goal moves half way (dotted: the shortest way)", xlabel="episode")
+        four.set(ylabel="steps of the episode", yscale="log")
+        name_ends(four, found)
 
 
 def page_text(

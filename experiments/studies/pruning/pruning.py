@@ -7,11 +7,11 @@
     python experiments/studies/pruning/pruning.py --out runs/pruning --models runs/sft_0 runs/sft_1 runs/sft_2
 
 Each of `--models` is a seed. Cells that are done are not done again. Leaves `cells.jsonl`, the table
-`pruning.md`, and the picture `pruning.png`. About six minutes of one core.
+`pruning.md`, and the picture `pruning.svg`. About six minutes of one core.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,10 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer, with_total_steps
 from rlhf_jax.core.types import Params, Sequences
 from rlhf_jax.data.pipeline import BatchSampler
-from rlhf_jax.evaluation.statistics import mean_interval
+from rlhf_jax.evaluation.statistics import Interval, mean_interval
 from rlhf_jax.metrics import Progress
 from rlhf_jax.metrics.pages import made, when_and_with
+from rlhf_jax.metrics.pictures import name_ends, picture
 from rlhf_jax.models import Policy, pruning
 from rlhf_jax.stages import embedded, inputs, option_checks, option_groups, prune, sft, starting
 from rlhf_jax.training.run_folder import describe_run, load_policy
@@ -178,30 +179,24 @@ def _cell(scores: Sequence[float] | None) -> str:
     return f"{mean:.1f}{interval}"
 
 
-def draw(path: Path, options: Options, done: Cells) -> None:
-    """Score against sparsity, a line a method, dashed before fine-tuning; dots are seeds."""
-    from matplotlib.figure import Figure
+def draw(path: Path, found: Mapping[str, Mapping[str, Mapping[float, Interval]]]) -> None:
+    """Score against sparsity: a panel before and after fine-tuning, a line a method, its interval over seeds.
 
-    figure = Figure(figsize=(5.2, 3.4), layout="constrained")
-    axes = figure.subplots()
-    for (method, when), rows in columns(options, done).items():
-        colour = f"C{options.methods.index(method)}"
-        x = np.asarray(list(rows))
-        style = "-" if when == "after" else "--"
-        label = f"{method}, {'fine-tuned' if when == 'after' else 'pruned'}"
-        axes.plot(100 * x, [100 * np.mean(s) for s in rows.values()], style, color=colour, label=label)
-        for sparsity, scores in rows.items():
-            axes.plot(
-                [100 * sparsity] * len(scores), 100 * np.asarray(scores), ".", color=colour, markersize=4
-            )
-    axes.set_xlabel("weights of linear layers pruned, %", fontsize=9)
-    axes.set_ylabel("held-out exact match, %", fontsize=9)
-    axes.set_ylim(-2, 102)
-    axes.tick_params(labelsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False)
-    with files.writing(path) as local:
-        figure.savefig(local, dpi=120)
+    Args:
+      found: percent by panel, method and sparsity.
+    """
+    with picture(path, 1, len(found), height=2.6, sharey=True) as panels:
+        for axes, (when, methods) in zip(panels, found.items(), strict=True):
+            lines = {}
+            for method, rows in methods.items():
+                x, intervals = 100 * np.asarray(list(rows)), list(rows.values())
+                (lines[method],) = axes.plot(x, [i.mean for i in intervals], marker=".")
+                low, high = [max(i.low, 0) for i in intervals], [min(i.high, 100) for i in intervals]
+                band = {"color": lines[method].get_color(), "alpha": 0.12, "linewidth": 0}
+                axes.fill_between(x, low, high, **band)
+            axes.set(title=when, xlabel="weights of linear layers pruned, %", ylim=(-2, 102))
+            name_ends(axes, lines)
+        panels[0].set_ylabel("held-out exact match, %")
 
 
 def check(options: Options) -> None:
@@ -267,7 +262,11 @@ def run(options: Options) -> None:
     note = made(options.out)
     text = f"{table(options, done)}\n`{note['command']}`, {when_and_with([note])}\n"
     files.write_text(options.out / "pruning.md", text)
-    draw(options.out / "pruning.png", options, done)
+    found: dict[str, dict[str, dict[float, Interval]]] = {}
+    for (method, when), scores in columns(options, done).items():
+        intervals = {sparsity: mean_interval(100 * np.asarray(row)) for sparsity, row in scores.items()}
+        found.setdefault("pruned" if when == "before" else "fine-tuned", {})[method] = intervals
+    draw(options.out / "pruning.svg", found)
     if not options.quiet:
         print(table(options, done))
 

@@ -3,7 +3,7 @@
     python experiments/studies/recurrence/recurrence.py --out runs/recurrence --data shakespeare/input.txt
 
 Every run is one of `pretrain.py`; those that are finished are not run again. The folder gets `table.md` and
-`curves.png`: bits a byte on held-out text against tokens seen, mean and 95 % t interval over seeds.
+`curves.svg`: bits a byte on held-out text against tokens seen, mean and 95 % t interval over seeds.
 With `--steps 150 --batch-size 8 --max-seq-length 128 --width 64`, 5 min on a shared CPU thread: 3.04 (RNN),
 3.21 (GRU), 3.36 (LSTM), 4.27 (transformer) on Shakespeare.
 """
@@ -22,6 +22,7 @@ from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.data.tokenizers import Tokenizer, byte_tokenizer
 from rlhf_jax.evaluation.statistics import mean_interval
 from rlhf_jax.metrics import read_metrics
+from rlhf_jax.metrics.pictures import name_ends, picture
 from rlhf_jax.stages import option_checks, option_groups, pretrain
 
 KINDS: tuple[option_groups.ModelKind, ...] = ("transformer", "lstm", "gru", "rnn")
@@ -118,23 +119,17 @@ def train(
 
 def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Bits a byte against tokens, one curve a kind."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6.4, 4))
-    for kind, runs in found.items():
-        intervals = [mean_interval(bits) for bits in zip(*(run["bits"] for run in runs), strict=True)]
-        tokens = runs[0]["tokens"]
-        (line,) = axes.plot(tokens, [interval.mean for interval in intervals], "o-", ms=3, label=kind)
-        low, high = [interval.low for interval in intervals], [interval.high for interval in intervals]
-        axes.fill_between(tokens, low, high, color=line.get_color(), alpha=0.15)
-    axes.set_xlabel("tokens seen")
-    axes.set_ylabel("bits a byte, held-out text")
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    with files.writing(path) as local:
-        figure.savefig(local, dpi=120)
-    plt.close(figure)
+    with picture(path, 1, 1, height=3.0) as (axes,):
+        lines = {}
+        for kind, runs in found.items():
+            intervals = [mean_interval(bits) for bits in zip(*(run["bits"] for run in runs), strict=True)]
+            tokens = np.asarray(runs[0]["tokens"]) / 1000
+            (line,) = axes.plot(tokens, [interval.mean for interval in intervals], "o-", markersize=3)
+            low, high = [interval.low for interval in intervals], [interval.high for interval in intervals]
+            axes.fill_between(tokens, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+            lines[kind] = line
+        axes.set(xlabel="thousand tokens seen", ylabel="bits a byte, held-out text")
+        name_ends(axes, lines)
 
 
 def run(options: Options) -> None:
@@ -159,7 +154,7 @@ def run(options: Options) -> None:
     files.write_json(
         options.out / "results.json", {"config": option_checks.to_json(options), "runs": cast(Any, found)}
     )
-    draw(found, options.out / "curves.png")
+    draw(found, options.out / "curves.svg")
     print(table)
 
 

@@ -8,7 +8,7 @@
 The first panel shows the samples of `search.py` on the embedded task, and beside them those of a policy that
 learnt the answers of the same demonstrators without their steps; it is trained here, in a minute, unless the
 folder has it. The second votes among the solutions that others have published, a model each. The run folder
-gets `search_accuracy.png` and `results.json`.
+gets `search_accuracy.svg` and `results.json`.
 """
 
 import dataclasses
@@ -24,6 +24,7 @@ from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.data.sources import read_rows
 from rlhf_jax.evaluation import pass_at_k
+from rlhf_jax.metrics.pictures import name_ends, picture
 from rlhf_jax.rewards.verifiers import final_number, gsm8k_answer
 from rlhf_jax.stages import embedded, option_checks, option_groups, search as search_script, sft
 from rlhf_jax.stages.search_methods import Judges
@@ -166,32 +167,20 @@ def published_curves(options: Options) -> tuple[Curves, dict[str, float]]:
 
 def plot(path: Path, panels: dict[str, dict[str, Curves]]) -> None:
     """A panel each: title -> {"" or what the dashed lines are of -> curves}."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.6 * len(panels), 5.6), layout="constrained")
-    FigureCanvasAgg(figure)
     every = [name for panel in panels.values() for curves in panel.values() for name in curves]
     colours = {name: f"C{place}" for place, name in enumerate(dict.fromkeys(every))}
-    columns = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (title, panel) in zip(columns, panels.items(), strict=True):
-        for kind, curves in panel.items():
-            for name, curve in curves.items():
-                axes.plot(
-                    range(1, len(curve) + 1),
-                    curve,
-                    color=colours[name],
-                    linestyle="--" if kind else "-",
-                    marker="." if len(curve) < 8 else "",
-                    label=f"{name}, {kind}" if kind else name,
-                )
-        axes.set(xlabel="samples, n", ylabel="accuracy", ylim=(0, 1.02), title=title)
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter("{x:.0f}")
-        axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.13))
-        axes.grid(alpha=0.3)
-    with files.writing(path) as local:
-        figure.savefig(local, dpi=110)
+    with picture(path, len(panels), 1, height=3.4) as grid:
+        for axes, (title, panel) in zip(grid, panels.items(), strict=True):
+            lines = {}
+            for kind, curves in panel.items():
+                for name, curve in curves.items():
+                    style = {"linestyle": "--" if kind else "-", "marker": "." if len(curve) < 8 else ""}
+                    (line,) = axes.plot(range(1, len(curve) + 1), curve, color=colours[name], **style)
+                    lines[f"{name}, {kind}" if kind else name] = line
+            axes.set(xlabel="samples, n", ylabel="accuracy", ylim=(0, 1.02), title=title)
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter("{x:.0f}")
+            name_ends(axes, lines)
 
 
 def run(options: Options) -> None:
@@ -212,9 +201,9 @@ def run(options: Options) -> None:
         results |= {"published": published, "published_writers": writers}
     files.hold(options.out, "--out")
     files.write_json(options.out / "results.json", results)
-    plot(options.out / "search_accuracy.png", panels)
+    plot(options.out / "search_accuracy.svg", panels)
     if not options.quiet:
-        print(f"Figure: {options.out / 'search_accuracy.png'}")
+        print(f"Figure: {options.out / 'search_accuracy.svg'}")
 
 
 if __name__ == "__main__":

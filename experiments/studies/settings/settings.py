@@ -10,14 +10,13 @@ again.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import post_training
-import post_training_rows
 
 from rlhf_jax.algorithms import grpo, grpo_variants, ppo, preference
 from rlhf_jax.algorithms.grpo_variants import VariantFn, make_variant
@@ -26,6 +25,7 @@ from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.evaluation.statistics import (
+    Interval,
     mean_interval,
     probability_of_improvement,
     stratified_bootstrap_interval,
@@ -34,9 +34,14 @@ from rlhf_jax.jitted import algorithms
 from rlhf_jax.jitted.train import Algorithm, SeedState, TaskSetup, make_train
 from rlhf_jax.losses.reductions import constant_length, sequence_mean, token_mean
 from rlhf_jax.metrics.pages import PLAN, SUMMARY, commands, held_summary, kept_remarks, made, when_and_with
+from rlhf_jax.metrics.pictures import picture
 from rlhf_jax.stages import option_checks
 from rlhf_jax.sweep import sweep, zipped
 from rlhf_jax.training.run_folder import describe_run
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "post_training"))
+import post_training
+import post_training_rows
 
 METRICS = {"sampled_score": "score, share of the best", "kl": "KL to the start, nats", "length": "tokens"}
 
@@ -253,7 +258,7 @@ def page_text(done: Mapping[str, Mapping[str, Any]], remarks: str) -> str:
     for study in STUDIES:
         if study.name in done:
             parts += [f"## {study.setting[0].upper()}{study.setting[1:]}", _table(study, done[study.name])]
-            parts.append(f"![{study.setting}](study_{study.name}.png)")
+            parts.append(f"![{study.setting}](study_{study.name}.svg)")
     first = next(iter(done.values()))
     how = (
         f"{when_and_with(done.values())}; {first['seeds']} seeds, {first['steps']} steps of 64 answers, "
@@ -278,26 +283,20 @@ def _table(study: Study, summary: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw(path: Path, study: Study, summary: Mapping[str, Any]) -> None:
-    """Score, KL and length against the setting: every seed a point, mean and interval."""
-    from matplotlib.figure import Figure
+def draw(path: Path, setting: str, labels: Sequence[str], found: Mapping[str, Sequence[Interval]]) -> None:
+    """Score, KL and length against the setting: mean and interval over seeds.
 
-    figure = Figure(figsize=(9, 2.6), layout="constrained")
-    places = np.arange(len(summary["settings"]))
-    for axes, (name, title) in zip(figure.subplots(1, 3), METRICS.items(), strict=True):
-        values = np.asarray(summary[name])
-        axes.plot(np.repeat(places, values.shape[1]), values.reshape(-1), ".", color="0.7", markersize=4)
-        found = [mean_interval(row) for row in values]
-        middle = [i.mean for i in found]
-        errors = [[i.mean - i.low for i in found], [i.high - i.mean for i in found]]
-        axes.errorbar(places, middle, errors, color="C0", marker="o", markersize=4, linewidth=1.2, capsize=2)
-        axes.set_xticks(places, summary["settings"], fontsize=7)
-        axes.tick_params(axis="y", labelsize=7)
-        axes.set_title(title, fontsize=8)
-        axes.set_xlabel(study.setting, fontsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
-    with files.writing(path) as local:
-        figure.savefig(local, dpi=100)
+    Args:
+      found: by metric, an interval for each of the labels.
+    """
+    places = np.arange(len(labels))
+    with picture(path, 1, len(METRICS), height=2.0) as panels:
+        for axes, (name, title) in zip(panels, METRICS.items(), strict=True):
+            middle = [i.mean for i in found[name]]
+            errors = [[i.mean - i.low for i in found[name]], [i.high - i.mean for i in found[name]]]
+            axes.errorbar(places, middle, errors, marker="o", markersize=4, linewidth=1.2, capsize=2)
+            axes.set_xticks(places, labels)
+            axes.set(title=title, xlabel=setting, xlim=(-0.4, len(labels) - 0.6))
 
 
 def write_page(page: Path, out: Path) -> None:
@@ -311,7 +310,9 @@ def write_page(page: Path, out: Path) -> None:
     files.write_text(page, page_text(done, kept_remarks(page)))
     for study in STUDIES:
         if study.name in done:
-            draw(page.with_name(f"study_{study.name}.png"), study, done[study.name])
+            summary = done[study.name]
+            found = {name: [mean_interval(row) for row in np.asarray(summary[name])] for name in METRICS}
+            draw(page.with_name(f"study_{study.name}.svg"), study.setting, summary["settings"], found)
 
 
 def run(options: Options) -> None:

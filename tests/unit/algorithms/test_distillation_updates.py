@@ -186,3 +186,14 @@ def test_top_k_and_candidates_of_a_model_are_those_of_its_distribution(kind):
     np.testing.assert_allclose(logp, -np.sort(-everything, axis=-1)[:, :3], rtol=1e-5)
     np.testing.assert_allclose(taken, logp, rtol=1e-5)
     np.testing.assert_allclose(of_tokens, token_logp, rtol=1e-5)
+
+
+def test_the_teacher_s_log_probs_of_the_tokens_that_stand_there():
+    tokens = jnp.array([[1, 0, 2]])
+    sequences = Sequences(tokens, jnp.arange(3)[None], jnp.ones_like(tokens), tokens >= 0)
+    logp = jax.nn.log_softmax(jnp.arange(9.0).reshape(1, 3, 3) ** 0.5)
+    expected = [float(logp[0, place, index]) for place, index in enumerate((1, 0, 2))]
+    np.testing.assert_allclose(distillation.Batch(sequences, logp).token_logp[0], expected)
+    assert distillation.Batch(sequences, logp[..., 0]).token_logp is not None
+    assert distillation.Batch(sequences, logp, candidates=tokens[..., None]).token_logp is None
+    assert distillation.Batch(sequences, logp, spans=tokens).token_logp is None

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rlhf_jax.data.token_alignment import align_positions, align_spans, matched_tokens, text_ends
+from rlhf_jax.data.token_alignment import align_positions, align_spans, matched_tokens, text_ends, token_texts
 from rlhf_jax.data.tokenizers import Tokenizer, byte_tokenizer, character_tokenizer, train_bpe
 
 BYTES = byte_tokenizer()
@@ -102,3 +102,12 @@ def test_tokens_match_by_their_text():
 def test_each_token_is_matched_once():
     first, second = matched_tokens(BPE, BYTES)
     assert len({*first.tolist()}) == len(first) == len({*second.tolist()}) == BYTES.vocab_size
+
+
+def test_texts_of_tokens_are_those_of_the_whole():
+    assert token_texts(BYTES, BYTES.encode("aé!")) == ["a", "", "é", "!"]
+    ids = BPE.encode("the cat sat")
+    assert "".join(token_texts(BPE, [*ids, BPE.eos_id])) == "the cat sat"
+    assert token_texts(BPE, [*ids, BPE.eos_id])[-1] == ""
+    pieces = sentencepiece(["</s>", "▁a", "▁b"])
+    assert token_texts(pieces, [1, 2, 1]) == ["a", " b", " a"]

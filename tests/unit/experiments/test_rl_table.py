@@ -47,7 +47,7 @@ def test_rows_run_once_and_make_a_page(tmp_path, tiny, capsys):
     assert "| CartPole-v1 | reinforce | 80 of 4,000 | 2 |" in page
     assert "| Acrobot-v1 | ppo | 10 | - | not run |" in page
     assert "- CartPole-v1/reinforce: slow" in page
-    assert (tmp_path / "rl_curves.png").stat().st_size > 5000
+    assert (tmp_path / "rl_curves.svg").stat().st_size > 5000
 
     # A row without its summary was stopped: it goes on from its chunks; the other is left alone.
     (reinforce / "summary.json").unlink()

@@ -51,6 +51,16 @@ def test_tables_are_parquet_by_step_and_come_back(tmp_path):
     assert found[20][0]["kl"] == 0.125
 
 
+def test_what_belongs_to_single_tokens_stands_in_lists_and_in_no_table_for_people(tmp_path):
+    of_tokens = {"token/text": ["a", "b"], "token/kl": [0.5, None]}
+    path = write_completions(tmp_path, 3, [{**ROWS[0], **of_tokens}, ROWS[1]])
+    table = pq.read_table(path).to_pydict()
+    assert table["token/text"] == [["a", "b"], None]
+    assert table["token/kl"] == [[0.5, None], None]
+    assert read_completions(tmp_path)[3][0]["token/kl"] == [0.5, None]
+    assert not any(name.startswith("token/") for name in column_names([{**ROWS[0], **of_tokens}]))
+
+
 def test_a_step_done_again_replaces_its_table(tmp_path):
     for rows in (ROWS, ROWS[1:]):
         write_completions(tmp_path, 3, rows)

@@ -196,7 +196,11 @@ def test_the_page_needs_no_network_and_obeys_one_script_only(tmp_path):
 
 
 def test_hostile_text_is_shown_and_not_obeyed(tmp_path):
-    completions = {"sft": {"text": HOSTILE, "correct": False}, HOSTILE: {"text": "", "correct": None}}
+    tokens = {"token/text": [HOSTILE, "<b>"], "token/kl": [0.5, None]}
+    completions = {
+        "sft": {"text": HOSTILE, "correct": False, **tokens},
+        HOSTILE: {"text": "", "correct": None},
+    }
     sample = {"prompt": HOSTILE, "answer": HOSTILE, "completions": completions}
     (tmp_path / "samples.json").write_text(json.dumps([sample]))
     config = {"command": HOSTILE, "config": {HOSTILE: HOSTILE}, "versions": {HOSTILE: HOSTILE}}
@@ -216,6 +220,24 @@ def test_hostile_text_is_shown_and_not_obeyed(tmp_path):
     assert "<script>alert(1)</script>" in page.words
     assert "49 }}" not in text
     assert "\\ud800" in page.words
+
+
+def test_numbers_of_tokens_are_on_the_page_for_its_script(tmp_path):
+    numbers = {"logp": -3.25, "kl": 0.5, "token/text": ["a", "", "é", ""]}
+    numbers |= {"token/logp": [-1.0, -0.25, -1 / 3, -2.0], "token/kl": [0.5, 0.0, None, 0.0]}
+    before = {"text": "no", "token/text": [], "token/logp": []}
+    done = {"before": before, "grpo": {"text": "aé", "reward": 0.25, **numbers}}
+    (tmp_path / "samples.json").write_text(json.dumps([{"prompt": "p", "answer": None, "completions": done}]))
+    of_tokens = {"token/text": ["x"], "token/advantage": [1.5], "token/logp": [-1.0]}
+    write_completions(tmp_path, 3, [{"prompt": "p", "completion": "x", "reward": 1.0, **of_tokens}])
+    _, page = report_page(tmp_path)
+    found = [json.loads(value) for name, value in page.attributes if name == "data-tokens"]
+    assert found == [
+        [["a", None, 0.5, -1.0], ["é", None, None, -0.3333], ["\u25a0", None, 0.0, -2.0]],
+        [["x", 1.5, None, -1.0]],
+    ]
+    assert "log-prob -3.25, KL 0.5" in " ".join(page.words.split())
+    assert [value for name, value in page.attributes if value == "controls tokens"] == ["controls tokens"] * 2
 
 
 def test_a_single_stage_run_without_table_or_samples(tmp_path):

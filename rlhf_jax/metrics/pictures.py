@@ -1,0 +1,133 @@
+"""Pictures for pages: SVG of a page's width on a white ground, every curve named at its end."""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlhf_jax.core import files
+
+WIDTH = 8.3
+"""Inches, of 96 pixels: what a page shows without scaling."""
+_FONT = 8.5
+_COLOURS = ("#2768d4", "#c9541a", "#078a63", "#a83f95", "#8a6a10", "#5c6570", "#b3362b", "#1f8a8a")
+"""Dark enough for small letters on white."""
+_AT_THE_EDGE = 0.9  # share of the panel's width from which on a line ends at its edge
+_BESIDE: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": _FONT}
+
+
+@contextlib.contextmanager
+def picture(path: Path, rows: int, columns: int, *, height: float = 2.2, **shared: Any) -> Iterator[Any]:
+    """`with picture(path, rows, columns) as panels`: draws into panels, [rows * columns], and writes an SVG.
+
+    Its words stay words, and equal numbers make equal files.
+
+    Args:
+      height: of a row, in inches.
+      shared: `sharex` and `sharey`, as matplotlib has them.
+
+    Raises:
+      UserError: the disk is full or read-only.
+    """
+    import matplotlib
+    from cycler import cycler
+    from matplotlib.figure import Figure
+
+    style: Any = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": path.name,
+        "font.size": _FONT,
+        "axes.titlesize": _FONT + 1,
+        "axes.prop_cycle": cycler(color=_COLOURS),
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": "0.7",
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.xmargin": 0.0,
+        "grid.color": "0.92",
+        "xtick.color": "0.35",
+        "ytick.color": "0.35",
+    }
+    with matplotlib.rc_context(style):
+        # Not pyplot: it picks a window system.
+        figure = Figure(figsize=(WIDTH, height * rows), layout="constrained", facecolor="white")
+        panels = figure.subplots(rows, columns, squeeze=False, **shared).reshape(-1)
+        yield panels
+        for axes in panels:
+            if not axes.has_data():
+                axes.set_axis_off()
+        with files.writing(path) as local:
+            figure.savefig(local, format="svg", metadata={"Date": None})
+
+
+def name_ends(axes: Any, lines: Mapping[str, Any]) -> None:
+    """Writes the name of each line beside its last point, in its colour; at the right edge, names give way to
+    each other.
+
+    The limits of the axes must be those that they will have.
+
+    Args:
+      lines: of matplotlib, by name; of each the last point within the panel counts.
+    """
+    _ = axes.get_xlim(), axes.get_ylim()  # which have them computed
+    to_axes = axes.transData + axes.transAxes.inverted()
+    ends = {name: end for name, line in lines.items() if (end := _last_point(line, to_axes)) is not None}
+    # What a name takes of the panel's height, of which titles and ticks have about a third.
+    figure = axes.get_figure()
+    gap = 1.15 * _FONT / (72 * figure.get_figheight() / axes.get_gridspec().nrows * 0.66)
+    places = {name: to_axes.transform(end) for name, end in ends.items()}
+    for name in [name for name, (x, _) in places.items() if x < _AT_THE_EDGE]:
+        axes.annotate(name, ends[name], (4, 0), color=lines[name].get_color(), **_BESIDE)
+        del places[name]
+    heights = spread([float(y) for _, y in places.values()], gap)
+    for name, place in zip(places, heights, strict=True):
+        end, colour = ends[name], lines[name].get_color()
+        axes.annotate(
+            name,
+            end,
+            xytext=(1.03, place),
+            textcoords="axes fraction",
+            color=colour,
+            va="center",
+            fontsize=_FONT,
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 1},
+        )
+
+
+def spread(heights: list[float], gap: float) -> list[float]:
+    """Places at least `gap` apart, in the order of `heights`, as near to them as may be."""
+    order = np.argsort(heights, kind="stable")
+    blocks: list[list[int]] = []
+    for index in order:
+        blocks.append([int(index)])
+        while len(blocks) > 1 and _bottom(blocks[-1], heights, gap) < _top(blocks[-2], heights, gap) + gap:
+            last = blocks.pop()
+            blocks[-1] += last
+    found = [math.nan] * len(heights)
+    for block in blocks:
+        bottom = _bottom(block, heights, gap)
+        for place, index in enumerate(block):
+            found[index] = bottom + place * gap
+    return found
+
+
+def _bottom(block: list[int], heights: list[float], gap: float) -> float:
+    """Of names that touch each other: their mean is that of their heights."""
+    return float(np.mean([heights[index] for index in block])) - gap * (len(block) - 1) / 2
+
+
+def _top(block: list[int], heights: list[float], gap: float) -> float:
+    return _bottom(block, heights, gap) + gap * (len(block) - 1)
+
+
+def _last_point(line: Any, to_axes: Any) -> tuple[float, float] | None:
+    points = np.stack([np.asarray(values, float) for values in line.get_data()], axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):  # no logarithm of 0
+        inside = np.all(np.abs(to_axes.transform(points) - 0.5) <= 0.5 + 1e-9, axis=1)
+    known = np.flatnonzero(inside)  # a NaN is nowhere
+    return (float(points[known[-1], 0]), float(points[known[-1], 1])) if len(known) else None

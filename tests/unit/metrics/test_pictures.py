@@ -1,0 +1,33 @@
+import re
+
+import numpy as np
+import pytest
+
+from rlhf_jax.metrics.pictures import name_ends, picture, spread
+
+
+def test_places_are_apart_in_order_and_near():
+    assert spread([0.5], 0.1) == [0.5]
+    assert spread([0.1, 0.9, 0.5], 0.1) == [0.1, 0.9, 0.5]
+    assert spread([0.5, 0.5, 0.5], 0.1) == pytest.approx([0.4, 0.5, 0.6])
+    found = spread([1.0, 0.2, 0.95, 0.9, 0.21], 0.1)
+    assert np.all(np.diff(np.sort(found)) > 0.1 - 1e-9)
+    assert np.argsort(found).tolist() == [1, 4, 3, 2, 0]
+    assert np.mean([found[i] for i in (0, 2, 3)]) == pytest.approx(0.95)
+
+
+def test_a_picture_has_words_names_and_the_same_bytes_again(tmp_path):
+    def draw(path):
+        with picture(path, 1, 2) as (left, right):
+            (rising,) = left.plot([0, 1, 2], [0, 1, np.nan], linewidth=1)
+            (level,) = left.plot([0, 1, 2], [1, 1, 1])
+            left.set(title="Two curves", xlabel="steps")
+            name_ends(left, {"rising": rising, "level": level})
+        assert not right.axison  # nothing is in it
+        return path.read_text()
+
+    text = draw(tmp_path / "a.svg")
+    words = re.findall(r"<text[^>]*>([^<]*)</text>", text)
+    assert {"Two curves", "steps", "rising", "level"} <= set(words)
+    assert draw(tmp_path / "a.svg") == text
+    assert float(re.search(r'width="([\d.]+)pt"', text)[1]) <= 600  # points: 800 pixels
