@@ -45,7 +45,8 @@ class Options:
     """Options of reinforcement learning.
 
     Attributes:
-      algo: ppo, ppo_penalty, a2c, trpo, reinforce, grpo, dqn, c51, qr_dqn, ddpg, td3, sac, crossq or mpc.
+      algo: ppo, ppo_penalty, a2c, a3c, impala, trpo, reinforce, grpo, dqn, c51, qr_dqn, ddpg, td3, sac,
+        crossq or mpc.
       env: name of a gymnax environment; with --load, that of the saved agent.
       seeds: agents, trained side by side.
       seed: of the first of them.

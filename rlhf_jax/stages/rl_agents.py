@@ -23,7 +23,7 @@ DISCRETE = ("dqn", "c51", "qr_dqn")
 CONTINUOUS = ("ddpg", "td3", "sac", "crossq", "mpc")
 ENCODERS = {"mlp": MLP(), "relu_mlp": MLP(activation=nn.relu), "minatar_conv": MinAtarConv()}
 NORMED_ENCODERS = {"batch_norm_mlp": BatchNormMLP()}
-EITHER = ("ppo", "ppo_penalty", "a2c", "trpo", "reinforce", "grpo")
+EITHER = ("ppo", "ppo_penalty", "a2c", "a3c", "impala", "trpo", "reinforce", "grpo")
 
 RENAMED = {
     "target_rate": "tau",

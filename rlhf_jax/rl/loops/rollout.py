@@ -207,21 +207,32 @@ def compute_gae(
 
     which is GAE with gamma V(next_obs_t) added to the reward of a cut step, and discount 0 there.
     """
+    values, rewards, discounts, last = bootstrapped(
+        network, params, experience, gamma=gamma, bootstrap_truncation=bootstrap_truncation
+    )
+    mask = jnp.ones(rewards.shape, bool)
+    advantages, returns = generalized_advantage_estimation(
+        rewards, values, discounts, last, mask, gae_lambda=gae_lambda
+    )
+    return values, advantages, returns
+
+
+def bootstrapped(
+    network: Network,
+    params: Params,
+    experience: Experience,
+    *,
+    gamma: Scalar,
+    bootstrap_truncation: bool = True,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"], Float[Array, " B"]]:
+    """Values, rewards with what a cut episode's future is worth, discounts, the value behind the end."""
     seen, is_first, carry = experience.transition, experience.is_first, experience.carry
     _, values = call(network, params, seen.obs, is_first, carry)
     next_values = call(network, params, seen.obs, seen.next_obs, is_first, carry, method="next_value")
     rewards = seen.reward
     if bootstrap_truncation:
         rewards = rewards + jnp.where(seen.truncated, gamma * next_values, 0)
-    advantages, returns = generalized_advantage_estimation(
-        rewards,
-        values,
-        jnp.where(seen.done, 0.0, gamma),
-        next_values[:, -1],
-        jnp.ones(rewards.shape, bool),
-        gae_lambda=gae_lambda,
-    )
-    return values, advantages, returns
+    return values, rewards, jnp.where(seen.done, 0.0, gamma), next_values[:, -1]
 
 
 def as_rows(network: Network, tree: Any) -> Any:
