@@ -97,12 +97,12 @@ def critic_step(
     learner: TrainState,
     critic_fn: CriticFn,
     batch: Batch,
-    targets: Float[Array, " N"],
+    targets: Float[Array, "*C N"],
     tx: optax.GradientTransformation,
     *,
     learning_rate: Scalar,
 ) -> tuple[TrainState, Metrics, Float[Array, " N"]]:
-    """One optimizer step of all critics towards the same targets: (learner, metrics, errors)."""
+    """One optimizer step of all critics towards common targets or own ones: (learner, metrics, errors)."""
 
     def loss_fn(params: Params) -> tuple[Array, tuple[Metrics, Array]]:
         values = critic_fn(params, batch.obs, batch.action)
