@@ -17,7 +17,7 @@ from rlhf_jax.rl.envs import environments, multi_agent
 from rlhf_jax.rl.envs.environments import Environment
 from rlhf_jax.rl.loops.runs import Run
 from rlhf_jax.rl.networks.networks import MLP, MinAtarConv
-from rlhf_jax.stages import rl_rows
+from rlhf_jax.stages import rl_joint_rows, rl_rows
 
 DISCRETE = ("dqn", "c51", "qr_dqn")
 CONTINUOUS = ("ddpg", "td3", "sac", "mpc")
@@ -90,7 +90,7 @@ def make_agent(algo: str, env: Environment, steps: int, changes: Sequence[str]) 
     if name not in _fitting(env):
         raise UserError(f"{name} {_mismatch(name, env)}: choose one of {', '.join(_fitting(env))}")
     module = importlib.import_module(f"rlhf_jax.rl.algorithms.{name}")
-    settings, usual_steps = rl_rows.settings_for(name, env.name)
+    settings, usual_steps = rl_rows.settings_for(name, env.name, (*rl_rows.ROWS, *rl_joint_rows.ROWS))
     config, hyper = configured(module, (*settings, *changes))
     if not steps and not any(
         change.partition("=")[0].endswith(("total_steps", "updates")) for change in changes
