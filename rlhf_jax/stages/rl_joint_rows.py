@@ -47,7 +47,7 @@ _MATRIX = {
     "qmix": _ONE_SHOT_VALUES,
     "maddpg": _ONE_SHOT_GRADIENT,
 }
-_UNTRAINED = "untrained: actions are chance"
+_UNTRAINED = "untrained"
 
 # In the order in which they are run.
 ROWS = (

@@ -116,7 +116,7 @@ def theirs(folder: Path, steps: int) -> Train:
         raise UserError(f"{path} cannot be imported")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    config = {**yaml.safe_load((folder / CONFIG).read_text()), "TOTAL_TIMESTEPS": steps}
+    config = {**yaml.safe_load(files.read_text(folder / CONFIG)), "TOTAL_TIMESTEPS": steps}
     train = module.make_train(config)
 
     def run(key: jax.Array) -> jax.Array:
@@ -185,7 +185,8 @@ def run(options: Options) -> None:
         (name, f"{mean_interval(of['rates']):,.0f}", f"{iqm_interval(of['returns']):.2f}")
         for name, of in found.items()
     ]
-    ratios = np.divide(*(of["rates"] for of in found.values())).tolist()
+    one, other = (of["rates"] for of in found.values())
+    ratios = [a / b for a, b in zip(one, other, strict=True)]
     rows.append(("ours / theirs", f"{mean_interval(ratios):.3f}", ""))
     final_table("Independent PPO, MPE simple spread", ("", "steps/s, all seeds", "return"), rows)
 

@@ -41,7 +41,9 @@ JointCriticFn = Callable[[Params, Float[Array, "R N K"]], Float[Array, "R N"]]
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Static choices; the defaults are those of Lowe et al. 2017, but for a smaller replay (the paper: 1e6).
+    """Static choices.
+
+    The defaults are those of the paper, but for a smaller replay than its 1e6.
 
     Attributes:
       run: its course.

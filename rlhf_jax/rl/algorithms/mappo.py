@@ -51,7 +51,9 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Static choices; the defaults are those of Yu et al. 2022 for MPE (appendix C), without their GRU.
+    """Static choices.
+
+    The defaults are those of the paper for MPE (appendix C), without its GRU.
 
     Attributes:
       total_steps: environment steps of a run, rounded down to whole rollouts; all agents act in each.
@@ -75,7 +77,7 @@ class Config:
 
 
 def default_hyper(**changes: Any) -> Hyper:
-    """The numbers of Yu et al. 2022 for MPE, as float32 scalars, with `changes`."""
+    """The numbers of the paper for MPE, as float32 scalars, with `changes`."""
     values = {"learning_rate": 7e-4, "gamma": 0.99, "entropy_coef": 0.01, "value_coef": 1.0, **changes}
     return jax.tree.map(jnp.float32, Hyper(**values))
 

@@ -51,7 +51,9 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Static choices; the defaults are those of Rashid et al. 2018 where memory does not matter.
+    """Static choices.
+
+    The defaults are those of the paper where memory does not matter.
 
     Attributes:
       run: its course: an update for each episode of MPE, of as many transitions as 32 episodes have.

@@ -29,7 +29,7 @@ class Transition:
     """One step, or an array of them.
 
     Attributes:
-      obs: what the policy saw.
+      obs: what the policy saw: an array, or a tree of them where several agents act.
       action: what it did.
       reward: what it got.
       terminated: the episode ended here; nothing comes after, so nothing is bootstrapped.
@@ -37,12 +37,12 @@ class Transition:
       next_obs: what followed; the true last observation where the episode ended or was cut.
     """
 
-    obs: Array
+    obs: Any
     action: Array
     reward: Float[Array, "..."]
     terminated: Bool[Array, "..."]
     truncated: Bool[Array, "..."]
-    next_obs: Array
+    next_obs: Any
 
     @property
     def learning_reward(self) -> Float[Array, "..."]:
@@ -129,7 +129,7 @@ class Environment:
         """True where the action space is discrete: actions are numbers."""
         return self.num_actions is not None
 
-    def blank_obs(self, *leading: int) -> Array:
+    def blank_obs(self, *leading: int) -> Any:
         """Observations of zeros, to initialize networks with."""
         return jnp.zeros((*leading, *self.obs_shape), self.obs_dtype)
 

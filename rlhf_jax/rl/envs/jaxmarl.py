@@ -47,8 +47,9 @@ class JaxMARL:
     @property
     def num_actions(self) -> int | None:
         """Actions of the agent that has most; None where they are boxes."""
-        counts = [getattr(self.raw.action_space(agent), "n", None) for agent in self.raw.agents]
-        return None if None in counts else max(counts)
+        if self.box is not None:
+            return None
+        return max(self.raw.action_space(agent).n for agent in self.raw.agents)
 
     @property
     def box(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:

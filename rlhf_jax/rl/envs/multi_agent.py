@@ -11,7 +11,7 @@ together; one that drops out before has a single action left.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -53,21 +53,32 @@ class JointTransition(Transition):
 
 
 class RawEnv(Protocol):
-    """What an adapter or a native game gives.
+    """What an adapter or a native game gives."""
 
-    Attributes:
-      num_agents: N.
-      num_actions: of each agent, the most that any has; None where actions are boxes.
-      box: (least, greatest) continuous action in each dimension, alike for all agents; None for numbers.
-      cooperative: all agents have the same interest.
-      max_steps: steps that no episode is longer than.
-    """
+    @property
+    def num_agents(self) -> int:
+        """N."""
+        ...
 
-    num_agents: int
-    num_actions: int | None
-    box: tuple[tuple[float, ...], tuple[float, ...]] | None
-    cooperative: bool
-    max_steps: int
+    @property
+    def num_actions(self) -> int | None:
+        """Actions of the agent that has most; None where they are boxes."""
+        ...
+
+    @property
+    def box(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """(least, greatest) continuous action in each dimension, alike for all agents; None for numbers."""
+        ...
+
+    @property
+    def cooperative(self) -> bool:
+        """All agents have the same interest."""
+        ...
+
+    @property
+    def max_steps(self) -> int:
+        """Steps that no episode is longer than."""
+        ...
 
     def reset_env(self, key: PRNGKeyArray) -> tuple[JointObs, Any]:
         """(observations, state) at the beginning."""
@@ -148,7 +159,7 @@ def adapt(name: str, raw: RawEnv) -> JointEnvironment:
     )
 
 
-_MAKERS: dict[str, Callable[[], RawEnv]] = {**matrix_games.GAMES, **jaxmarl.ENVIRONMENTS}
+_MAKERS: Mapping[str, Callable[[], RawEnv]] = {**matrix_games.GAMES, **jaxmarl.ENVIRONMENTS}
 NAMES = tuple(_MAKERS)
 """Environments of several agents that `make` knows; those of JaxMARL need the extra `marl`."""
 

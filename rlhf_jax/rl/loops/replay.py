@@ -41,7 +41,7 @@ class Batch:
     """Sampled transitions, n steps long.
 
     Attributes:
-      obs: where they began.
+      obs: where they began: an array, or a tree of them where several agents act.
       action: the first one.
       reward: sum of the discounted rewards on the way; [N, agents] where each has its own.
       discount: gamma^steps, 0 where the episode terminated on the way.
@@ -49,11 +49,11 @@ class Batch:
       weight: of each in the loss; 1 unless sampling was prioritised.
     """
 
-    obs: Array
+    obs: Any
     action: Array
     reward: Float[Array, "N ..."]
     discount: Float[Array, " N"]
-    next_obs: Array
+    next_obs: Any
     weight: Float[Array, " N"]
 
 

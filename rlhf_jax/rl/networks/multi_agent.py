@@ -64,9 +64,11 @@ def to_each_agent(state: Float[Array, "... S"], agents: int) -> Float[Array, "..
     return jnp.broadcast_to(state[..., None, :], (*state.shape[:-1], agents, state.shape[-1]))
 
 
-def mask_logits(logits: Float[Array, "... A"], available: Bool[Array, "... A"]) -> Float[Array, "... A"]:
+def mask_logits(
+    logits: Float[Array, "... A"], available: Bool[Array, "... A"] | None
+) -> Float[Array, "... A"]:
     """Logits (or values) of which those of actions that cannot be taken are never the highest."""
-    return jnp.where(available, logits, UNAVAILABLE)
+    return logits if available is None else jnp.where(available, logits, UNAVAILABLE)
 
 
 class JointActorCritic(nn.Module):
@@ -108,7 +110,7 @@ class JointActorCritic(nn.Module):
 
     def _policy(self, obs: JointObs) -> Distribution:
         distribution = self.actor(obs.own)
-        if isinstance(distribution, Categorical) and obs.available is not None:
+        if isinstance(distribution, Categorical):
             return Categorical(mask_logits(distribution.logits, obs.available))
         return distribution
 
@@ -118,7 +120,7 @@ class JointActorCritic(nn.Module):
 
 
 class SumMixer(nn.Module):
-    """Sum of the agents' values: Q_tot = sum_i Q_i (VDN, Sunehag et al. 2018, eq. 1)."""
+    """Sum of the agents' values: Q_tot = sum_i Q_i (VDN, Sunehag et al. 2018)."""
 
     def __call__(self, values: Float[Array, "R N"], state: Float[Array, "R S"]) -> Float[Array, " R"]:
         """The joint value; the state does not matter."""
@@ -127,7 +129,7 @@ class SumMixer(nn.Module):
 
 
 class MonotonicMixer(nn.Module):
-    """Joint value that never falls when an agent's rises (QMIX, Rashid et al. 2018, eq. 5 and figure 2).
+    """Joint value that never falls when an agent's rises (QMIX, Rashid et al. 2018, eq. 5).
 
         Q_tot = |w_2(s)| elu(|W_1(s)| q + b_1(s)) + b_2(s)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -388,7 +389,11 @@ def test_unavailable_actions_are_never_taken():
     np.testing.assert_array_equal(distribution.entropy()[:, 0], 0)
 
 
-def test_mistakes_are_one_sentence():
+def test_mistakes_are_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jaxmarl", None)  # as if it were not installed
+    multi_agent.make.cache_clear()
+    with pytest.raises(UserError, match=r"jaxmarl is not installed: pip install 'rlhf_jax\[marl\]'"):
+        rl_agents.make_environment("mpe_simple_spread")
     with pytest.raises(UserError, match="nearest name is 'climbing_game'"):
         rl_agents.make_environment("climbing_gam")
     game = multi_agent.make("climbing_game")
