@@ -24,7 +24,7 @@ _ONE_SHOT_REPLAY = (
 )
 _ONE_SHOT_VALUES = (*_ONE_SHOT_REPLAY, "hyper.epsilon_steps=4000", "hyper.target_update_interval=20")
 _ONE_SHOT_GRADIENT = (*_ONE_SHOT_REPLAY, "hyper.actor_learning_rate=5e-3")
-# Of JaxMARL's own scripts for SMAX and Overcooked, but for networks without memory.
+# As in JaxMARL's own scripts for PPO.
 _LONG = (
     "rollout.num_envs=16",
     "rollout.num_steps=128",
@@ -39,7 +39,10 @@ _VALUES = (
     "hyper.epsilon_steps=100000",
     "hyper.target_update_interval=100",
 )
-_OWN = ("shared=false",)
+# A budget this small is better spent on a shorter horizon, and on more updates of fewer steps.
+_SHORT = "hyper.gamma=0.95"
+_SPREAD_PPO, _SPREAD_VALUES = (*_LONG, _SHORT), (*_VALUES, _SHORT)
+_OWN = (*_SPREAD_PPO, "shared=false")
 _MATRIX = {
     "ippo": _ONE_SHOT,
     "mappo": _ONE_SHOT,
@@ -54,10 +57,21 @@ ROWS = (
     *(Row("coordination_game", algo, 8_000, 10.0, "by enumeration", of) for algo, of in _MATRIX.items()),
     *(Row("climbing_game", algo, 8_000, 11.0, "by enumeration", of) for algo, of in _MATRIX.items()),
     Row(_SPREAD, "ippo", 6_400, None, settings=("hyper.learning_rate=0",), variant=_UNTRAINED),
-    Row(_SPREAD, "ippo", 500_000, None),
-    Row(_SPREAD, "mappo", 500_000, None),
-    Row(_SPREAD, "vdn", 500_000, None, settings=_VALUES),
-    Row(_SPREAD, "qmix", 500_000, None, settings=_VALUES),
+    Row(
+        _SPREAD,
+        "ippo",
+        500_000,
+        None,
+        settings=_SPREAD_PPO,
+        note=(
+            "With the paper's 128 environments, 10 epochs of one batch and gamma .99, four seeds returned -34.1, "
+            "-24.7, -42.9 and -33.2 after 200,000 steps: training returns fall to -42 at first, while values "
+            "of 100 steps ahead are learned, and are back at -28 at the end."
+        ),
+    ),
+    Row(_SPREAD, "mappo", 500_000, None, settings=_SPREAD_PPO),
+    Row(_SPREAD, "vdn", 500_000, None, settings=_SPREAD_VALUES),
+    Row(_SPREAD, "qmix", 500_000, None, settings=_SPREAD_VALUES),
     Row(_SPREAD, "maddpg", 500_000, None),
     Row("mpe_simple_spread_continuous", "maddpg", 500_000, None),
     Row(

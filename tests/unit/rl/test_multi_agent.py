@@ -433,6 +433,16 @@ def game_agent(module):
     return config, qmix.Hyper(learning_rate=5e-3, epsilon_steps=2_000.0, target_update_interval=20)
 
 
+@pytest.mark.parametrize("module", [mappo, qmix, maddpg])
+def test_every_number_can_be_swept(module):
+    env = multi_agent.make("coordination_game")
+    config, hyper = game_agent(module)
+    hypers = jax.tree.map(lambda x: jnp.stack([jnp.asarray(x)] * 2), hyper)
+    train = jax.vmap(module.make_train(config, env, None), (None, 0))
+    _, history = jax.eval_shape(train, jax.random.key(0), hypers)
+    assert {x.shape[0] for x in history.values()} == {2}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("module", [ippo, mappo, vdn, qmix, maddpg])
 def test_whole_runs_solve_the_coordination_game_and_sweep(module):
