@@ -1,4 +1,4 @@
-"""What an update of the GRPO family is made of: static choices, hyperparameters, state, and batch."""
+"""Parts of a GRPO update: static choices, hyperparameters, state, and batch."""
 
 import dataclasses
 from collections.abc import Mapping

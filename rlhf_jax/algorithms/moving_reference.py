@@ -13,7 +13,7 @@ from rlhf_jax.core.types import Array, Int, Params, Scalar
 
 @pytree_dataclass
 class SyncHyper:
-    """How the reference follows (array leaves).
+    """Hyperparameters of a moving reference (array leaves).
 
     Attributes:
       mixup_alpha: share of the policy in a new reference; 1 takes its place (hard update), less mixes (soft).

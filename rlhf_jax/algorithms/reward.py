@@ -38,7 +38,7 @@ def reward_losses() -> dict[str, RewardLossFn]:
 
 
 def learns_from_pairs(loss_fn: RewardLossFn) -> bool:
-    """Whether the loss takes chosen and rejected rewards, rather than rankings."""
+    """True if the loss takes chosen and rejected rewards, rather than rankings."""
     return "chosen_reward" in inspect.signature(loss_fn).parameters
 
 

@@ -1,4 +1,4 @@
-"""Which of the sampled answers are learned from: pairs for preferences, the best for imitation.
+"""Selection of sampled answers for training: pairs for preferences, the best of N for imitation.
 
 Rows of one prompt stand together: B = N x G.
 """

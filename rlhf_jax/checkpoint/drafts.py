@@ -58,7 +58,7 @@ class Draft:
 
     @property
     def is_local(self) -> bool:
-        """Whether the arrays are written where they stay."""
+        """True if the arrays are written where they stay."""
         return isinstance(self.folder, pathlib.Path)
 
 
@@ -180,7 +180,7 @@ def _clear(step_folder: Path, arrays: str) -> None:
 
 
 def is_sealed(step_folder: Path) -> bool:
-    """Whether the manifest of the step is whole."""
+    """True if the manifest of the step is whole."""
     try:
         load_manifest(step_folder)
     except DamagedError:

@@ -1,4 +1,4 @@
-"""What a checkpoint is meant to hold, so that neither a torn nor a damaged one can pass for a whole one.
+"""Manifest of a checkpoint: what it is meant to hold, so that no torn or damaged one passes for a whole one.
 
 Array files carry no checksum of their own: a flipped bit loads without a word. So beside the arrays
 of each step stands `manifest.json`: the SHA-256 of every file, name, shape and dtype of every leaf,
@@ -247,7 +247,7 @@ def find_whole(
 
 
 def is_unfinished(step_folder: Path) -> bool:
-    """Whether the folder is what a save left that is under way or was killed, even while it was marked."""
+    """True if the folder is what a save left that is under way or was killed, even while it was marked."""
     names = {path.name for path in files.list_folder(step_folder)}
     is_marked = any(name.startswith(UNFINISHED_NAME) for name in names)
     return not names or (is_marked and MANIFEST_NAME not in names)

@@ -142,7 +142,7 @@ def _end_one_of_several(error: Exception) -> None:
 
 
 def is_not_late(record: logging.LogRecord) -> bool:
-    """Whether a line of asyncio's log is news: not if it tells of a write whose save has failed already."""
+    """True if a line of asyncio's log is news: not if it tells of a write whose save has failed already."""
     error = record.exc_info[1] if record.exc_info else None
     return not (error and "os_error_code" in str(error) and "never retrieved" in record.getMessage())
 

@@ -87,7 +87,7 @@ def stage_module(name: str) -> str:
 
 
 def help_text() -> str:
-    """What `rlhf --help` prints: every command with the first line of its module, without importing any."""
+    """Text of `rlhf --help`: every command with the first line of its module, without importing any."""
     lines = ["usage: rlhf COMMAND [OPTIONS]", "", "RLHF, and the reinforcement learning beneath it, in JAX."]
     for group, names in COMMANDS.items():
         lines += ["", f"{group}:"]

@@ -1,4 +1,4 @@
-"""What differs between two runs: options, versions of packages, and the commit (exit status 1 if any does).
+"""Differences between two runs: options, versions of packages, and the commit (exit status 1 if any does).
 
     rlhf diff runs/grpo runs/dapo
     rlhf diff runs/seed_0/grpo runs/seed_1/grpo
@@ -49,7 +49,7 @@ def run(options: Options) -> None:
 
 
 def described(folder: Path) -> dict[str, Any]:
-    """What decides a run: its options by their flags, the stage, versions and the commit.
+    """Settings that decide a run: its options by their flags, the stage, versions and the commit.
 
     Raises:
       UserError: the folder describes no run.

@@ -29,7 +29,7 @@ class Option:
 
     @property
     def key(self) -> str:
-        """Its place in a YAML file, in one word."""
+        """Key in a YAML file, in one word."""
         return ".".join(self.path)
 
 

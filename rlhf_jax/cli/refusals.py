@@ -64,7 +64,7 @@ def _mistake_of(option: Option, values: Sequence[str]) -> str | None:
 
 
 def _reads(kind: Any, text: str) -> bool:
-    """Whether tyro makes a value of this type of the text."""
+    """True if tyro makes a value of this type of the text."""
     if kind in (int, float):
         try:
             kind(text)

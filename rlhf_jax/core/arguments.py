@@ -83,7 +83,7 @@ def alternatives(hint: Any) -> list[Any]:
 
 
 def words_for(hint: Any) -> str:
-    """What to give, in words: `a whole number or None`."""
+    """Description of a type hint in words: `a whole number or None`."""
     if typing.get_origin(hint) is Annotated:
         inner, *metadata = typing.get_args(hint)
         return next((text for text in metadata if isinstance(text, str)), None) or words_for(inner)
@@ -105,7 +105,7 @@ def words_for(hint: Any) -> str:
 
 
 def maker_of(kind: type) -> str:
-    """What makes an instance: the function that a class names in `MAKER`, or the class itself."""
+    """Constructor of a class: the function that a class names in `MAKER`, or the class itself."""
     return getattr(kind, "MAKER", f"{kind.__module__}.{kind.__qualname__}")
 
 
@@ -130,7 +130,7 @@ def _item(kind: Any) -> Any:
 
 
 def _is_known(kind: Any) -> bool:
-    """Whether values can be told apart by this hint."""
+    """True if values can be told apart by this hint."""
     if typing.get_origin(kind) is Literal or _is_callable_hint(kind) or _item(kind) is not None:
         return True
     is_class = inspect.isclass(kind) and (dataclasses.is_dataclass(kind) or hasattr(kind, "MADE_BY"))

@@ -57,7 +57,7 @@ def axis_rules(rules: Rules) -> Iterator[None]:
 def partition_spec(
     names: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh
 ) -> tuple[PartitionSpec, tuple[str, ...]]:
-    """How an array with the logical axes `names` is split over `mesh`.
+    """Partition spec of an array with the logical axes `names` over `mesh`.
 
     A mesh axis serves the first dimension that asks for it. A dimension that the product of its mesh axes
     does not divide is not split at all.

@@ -13,7 +13,7 @@ from rlhf_jax.core.errors import UserError, error_place, error_summary
 
 
 def is_import_path(text: str) -> bool:
-    """Whether the text has the form `module:function`."""
+    """True if the text has the form `module:function`."""
     module, colon, function = text.partition(":")
     return bool(colon) and all(part.isidentifier() for part in [*module.split("."), function])
 

@@ -75,7 +75,7 @@ OPTIMIZERS: Mapping[Optimizer, Callable[[float, float, float], optax.GradientTra
 
 
 def is_matrix(name: str, leaf: Array) -> bool:
-    """Whether a parameter is a matrix, or a stack of matrices, by shape and name.
+    """True if a parameter is a matrix, or a stack of matrices, by shape and name.
 
     By name too: layers that are scanned stack their scales and biases into arrays of two axes.
     """

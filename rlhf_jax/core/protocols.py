@@ -1,4 +1,4 @@
-"""What a model is to everything above `models/`: a few typed callables.
+"""Protocols of a model, as everything above `models/` sees it: a few typed callables.
 
 All of them take parameters first, so that one program serves any number of them. None holds a mesh, a key or
 a description of the architecture. `models.Policy` keeps them together; `models.wrap` makes them from any

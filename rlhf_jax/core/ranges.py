@@ -38,7 +38,7 @@ class Range:
     infinite: bool = False
 
     def __contains__(self, number: float) -> bool:
-        """Whether an option may have this number."""
+        """True if an option may have this number."""
         if (self.or_zero and number == 0) or (self.infinite and number == math.inf):
             return True
         most = MOST_INT if isinstance(number, int) else MOST_FLOAT

@@ -61,7 +61,7 @@ def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation
 
 @pytree_dataclass
 class StochasticState:
-    """What stochastic rounding needs: its draws depend on nothing but `steps`, so that runs resume exactly.
+    """State of stochastic rounding: its draws depend on nothing but `steps`, so that runs resume exactly.
 
     Attributes:
       steps: updates made.
@@ -74,7 +74,7 @@ class StochasticState:
 
 @pytree_dataclass
 class KahanState:
-    """What compensated sums need.
+    """State of Kahan summation: the low parts that the parameters have no bits for.
 
     Attributes:
       compensation: what each parameter of 16 bits lacks, in 2^-16 of its spacing; nothing for wider ones.

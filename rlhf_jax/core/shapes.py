@@ -61,7 +61,7 @@ def _as_array(function: str, name: str, value: Any, shape: str) -> Any:
 
 
 def _fits(array: Any, axes: str, name: str, known: dict[str, _Known]) -> bool:
-    """Whether the array has these axes; remembers the sizes of those that are new."""
+    """True if the array has these axes; remembers the sizes of those that are new."""
     names = axes.split()
     free = sum(axis.startswith("*") for axis in names)
     if (free == 0 and array.ndim != len(names)) or array.ndim < len(names) - free:

@@ -1,4 +1,4 @@
-"""What every update shares: the train state, gradient accumulation, and a guarded optimizer step."""
+"""Shared parts of all updates: the train state, gradient accumulation, and a guarded optimizer step."""
 
 import dataclasses
 from collections.abc import Callable, Sequence

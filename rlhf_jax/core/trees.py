@@ -68,7 +68,7 @@ def tree_all_finite(tree: Any) -> jax.Array:
 
 
 def not_finite(tree: Any) -> dict[str, int]:
-    """How many values are NaN or infinite, by the `a/b/0` names of the leaves that have any."""
+    """Counts of values that are NaN or infinite, by the `a/b/0` names of the leaves that have any."""
     floats = {n: x for n, x in named_leaves(tree).items() if jnp.issubdtype(jnp.result_type(x), jnp.inexact)}
     counts = jax.device_get({name: _count_not_finite(leaf) for name, leaf in floats.items()})
     return {name: int(count) for name, count in counts.items() if count}

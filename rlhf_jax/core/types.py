@@ -103,7 +103,7 @@ class StepRewards:
 
 @pytree_dataclass
 class Routing:
-    """What a router did, summed over tokens that are not padding; where layers are scanned, R of them each.
+    """Routing statistics, summed over tokens that are not padding; where layers are scanned, R of them each.
 
     Every field is a sum, so those of parts of a batch add up to those of the batch.
 

@@ -45,7 +45,7 @@ class TokenRun:
 
 @dataclasses.dataclass(frozen=True)
 class FillInTheMiddle:
-    """How much of the data is to be filled in (Bavarian et al. 2022).
+    """Fill-in-the-middle rates (Bavarian et al. 2022).
 
     Attributes:
       rate: share of the pieces that are rearranged.
@@ -159,7 +159,7 @@ def fill_in_the_middle(
 
 
 def start_id(tokenizer: Tokenizer) -> int:
-    """What stands before a text: the token that opens texts, or else the one that ends them."""
+    """Beginning-of-sequence id of a text: the token that opens texts, or else the one that ends them."""
     return tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
 
 

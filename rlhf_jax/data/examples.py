@@ -253,7 +253,7 @@ def prompt_examples(
 
 
 def prompt_messages(row: Row) -> Messages:
-    """What `prompt_examples` takes for the prompt of a row.
+    """Messages of a row's prompt, as `prompt_examples` takes them.
 
     Raises:
       UserError: the row has none.
@@ -268,7 +268,7 @@ def prompt_messages(row: Row) -> Messages:
 
 
 def conversation_messages(row: Row) -> Messages:
-    """What `supervised_examples` takes for the conversation of a row.
+    """Messages of a row's conversation, as `supervised_examples` takes them.
 
     Raises:
       UserError: the row has none, or an empty field.

@@ -17,7 +17,7 @@ _CYCLE = 10_000
 def mixing_shares(
     sizes: Sequence[int], *, weights: Sequence[float] | None = None, temperature: float = 1.0, cap: int = 0
 ) -> Float[np.ndarray, " S"]:
-    """What part of the stream each source is; sums to 1.
+    """Mixture proportions of the sources; they sum to 1.
 
         p_i ~ w_i,   or without weights   p_i ~ min(n_i, K)^(1 / T)
 
@@ -82,11 +82,11 @@ class MixtureSampler:
         return first[sources] + np.asarray(drawn, np.int64)
 
     def source_of(self, indices: Int[np.ndarray, " B"]) -> Int[np.ndarray, " B"]:
-        """Which source each row is of."""
+        """Source of each row."""
         return np.searchsorted(np.cumsum(self.sizes), indices, side="right").astype(np.int32)
 
     def epochs(self, steps: int) -> Float[np.ndarray, " S"]:
-        """How often each source's rows are seen in so many steps."""
+        """Epochs of each source in so many steps."""
         return steps * self.batch_size * np.asarray(self.shares) / np.asarray(self.sizes)
 
     @functools.cached_property

@@ -17,7 +17,7 @@ Overlength: TypeAlias = Literal["error", "drop"]
 
 @runtime_checkable
 class Sample(Protocol):
-    """What a row is made of: token ids and a mask of equal length, and where the sample came from."""
+    """Sample to be packed: token ids and a mask of equal length, and where the sample came from."""
 
     @property
     def ids(self) -> Sequence[int] | Int[np.ndarray, " T"]: ...  # noqa: D102

@@ -117,7 +117,7 @@ def _solutions(row: Row) -> tuple[str, dict[str, dict[str, Any]]]:
 
 
 def describe_judge(pairs: Iterable[Pair]) -> dict[str, float]:
-    """What pairs of different answers say of the judge who compared them.
+    """Judge diagnostics (position bias, accuracy) from pairs of different answers.
 
     Returns:
       `order_gap`, the mean distance between its preferences in the two orders; `first_advantage`, the same

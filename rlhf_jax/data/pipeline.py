@@ -1,4 +1,4 @@
-"""Which examples make up each step's batch: a function of the step alone, so that resuming needs no state."""
+"""Batch order, the examples of each step: a function of the step alone, so that resuming needs no state."""
 
 import dataclasses
 import functools

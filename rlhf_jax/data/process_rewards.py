@@ -152,7 +152,7 @@ def _prompt_and_steps(row: Row) -> tuple[str, list[str]]:
 
 
 def is_socratic(row: Row) -> bool:
-    """Whether a row is one of GSM8K's socratic solutions: `question` and `answer`, a line a sub-question."""
+    """True if a row is one of GSM8K's socratic solutions: `question` and `answer`, a line a sub-question."""
     answer = row.fields.get("answer")
     return "question" in row.fields and isinstance(answer, str) and SOCRATIC_MARK in answer
 

@@ -125,7 +125,7 @@ def kind_of(value: Any) -> str:
 
 
 def is_reference(value: object) -> bool:
-    """Whether a field is an answer that completions can be compared with: a text or a number."""
+    """True if a field is an answer that completions can be compared with: a text or a number."""
     return isinstance(value, str | int | float) and not isinstance(value, bool) and value == value
 
 

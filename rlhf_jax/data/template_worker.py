@@ -1,4 +1,4 @@
-"""What the process for chat templates runs, and the built-in template in ours. It alone loads jinja2."""
+"""Worker process for chat templates, and the built-in template in ours. It alone loads jinja2."""
 
 import functools
 import json

@@ -44,7 +44,7 @@ class TemplateError(UserError):
 
 
 def has_generation_marks(template: str) -> bool:
-    """Whether the template itself says which text the assistant wrote."""
+    """True if the template itself says which text the assistant wrote."""
     return "endgeneration" in template
 
 

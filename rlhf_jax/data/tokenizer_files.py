@@ -87,7 +87,7 @@ def _check_ids(vocabulary: Mapping[str, Any], added: Any) -> None:
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """What a tokenizer_config.json says; nothing where there is none.
+    """Fields of a tokenizer_config.json; nothing where there is none.
 
     Raises:
       UserError: it is no JSON object.

@@ -124,7 +124,7 @@ class Tokenizer:
 
     @functools.cached_property
     def separable(self) -> bool:
-        """Whether the ids of a text are those of its parts, cut after a newline, one after the other.
+        """True if the ids of a text are those of its parts, cut after a newline, one after the other.
 
         Not so where the tokenizer puts a space before every text it is given.
         """

@@ -1,4 +1,4 @@
-"""How well scores order ranked answers: pairs in order, the best answer on top."""
+"""Ranking accuracy of scores over ranked answers: pairs in order, the best answer on top."""
 
 import numpy as np
 

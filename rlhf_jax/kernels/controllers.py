@@ -68,5 +68,5 @@ def adaptive_entropy_update(
 
 
 def entropy_bonus_coef(coef: Scalar, entropy: Scalar, *, target: Scalar) -> Float[Array, ""]:
-    """What the entropy bonus weighs: the coefficient while the entropy is at most the target, else 0."""
+    """Entropy coefficient in use: the coefficient while the entropy is at most the target, else 0."""
     return jnp.where(jnp.asarray(entropy) <= target, coef, 0)

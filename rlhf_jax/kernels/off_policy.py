@@ -17,7 +17,7 @@ from rlhf_jax.kernels.returns import DISCOUNTS_HINT
 
 @pytree_dataclass
 class VTrace:
-    """What `vtrace` returns; no gradient, 0 where masked.
+    """V-trace targets and advantages; no gradient, 0 where masked.
 
     Attributes:
       targets: vs_t, to be regressed on by the value function.

@@ -201,7 +201,7 @@ def off_policy_metrics(
     mask: Bool[Array, "B T"],
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Metrics:
-    """How far off policy answers are, from raw ratios: nothing is truncated or rejected yet.
+    """Off-policy diagnostics of answers, from raw ratios: nothing is truncated or rejected yet.
 
     Args:
       old_logp: log-probability in nats under the policy at the start of the update.

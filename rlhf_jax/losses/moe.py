@@ -46,8 +46,9 @@ def router_z_loss(routing: dict[str, Routing], whole: dict[str, Routing] | None 
 
 
 def load_violation(routing: dict[str, Routing]) -> Float[Array, ""]:
-    """How far the busiest expert is above the mean load, a mean over layers: max_e load_e / mean load - 1
-    (MaxVio, Wang et al. 2024). 0 where all get the same, E - 1 where one gets everything of top-1 routing.
+    """Maximal load violation (MaxVio, Wang et al. 2024), the busiest expert above the mean load, a mean over
+    layers: max_e load_e / mean load - 1. 0 where all get the same, E - 1 where one gets everything of top-1
+    routing.
     """
 
     def of_layers(part: Routing, _: Routing) -> Float[Array, "*R"]:

@@ -127,7 +127,7 @@ def loss_parameters(loss_fn: Callable[..., Any]) -> dict[str, Any]:
 
 
 def takes_weights(loss_fn: Callable[..., Any]) -> bool:
-    """Whether a loss has `weights`, one for each pair."""
+    """True if a loss has `weights`, one for each pair."""
     return "weights" in inspect.signature(loss_fn).parameters
 
 

@@ -90,7 +90,7 @@ def hinge_ranking_loss(
 
 
 def ranked_pairs(ranks: Int[Array, "B K"], mask: Bool[Array, "B K"]) -> Bool[Array, "B K K"]:
-    """Which responses [b, i] rank before which [b, j]."""
+    """Ranked pairs: responses [b, i] that rank before [b, j]."""
     return mask[:, :, None] & mask[:, None, :] & (ranks[:, :, None] < ranks[:, None, :])
 
 

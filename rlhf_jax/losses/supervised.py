@@ -38,8 +38,8 @@ def cross_entropy_loss(
 def mtp_masks(
     mask: Bool[Array, "B T"], segment_ids: Int[Array, "B T"], depth: int
 ) -> list[Bool[Array, "B T"]]:
-    """Which of the tokens that count could be foreseen k = 1 ... `depth` steps before: not those whose k + 1
-    predecessors are not all in their segment.
+    """Masks of multi-token prediction, for tokens foreseen k = 1 ... `depth` steps before: not those whose
+    k + 1 predecessors are not all in their segment.
     """
     mask, segment_ids = check_shapes("mtp_masks", mask=(mask, "B T"), segment_ids=(segment_ids, "B T"))
     column = jnp.arange(mask.shape[1])

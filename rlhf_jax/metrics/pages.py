@@ -1,5 +1,5 @@
-"""What results have in common: lines and cells that are not made twice, and a section that is written by hand
-and outlives every rewriting.
+"""Shared parts of results pages: lines and cells that are not made twice, and a section that is written by
+hand and outlives every rewriting.
 """
 
 from collections.abc import Iterable, Mapping
@@ -37,7 +37,7 @@ def held_summary(folder: Path, planned: dict[str, Any], *, growing: str = "") ->
 
 
 def made(folder: Path) -> dict[str, Any]:
-    """How a cell was made, from what `describe_run` left: command, start, versions, commit."""
+    """Provenance of a cell, from what `describe_run` left: command, start, versions, commit."""
     names = ("command", "started", "versions", "commit")
     described = files.read_json(folder / "config.json", keys=names)
     return {name: described[name] for name in names}

@@ -1,4 +1,4 @@
-"""How a run was made: what its folder says of commit, device, memory, parameters and settings."""
+"""Facts of a run, from its folder: commit, device, memory, parameters and settings."""
 
 import json
 from collections.abc import Mapping, Sequence

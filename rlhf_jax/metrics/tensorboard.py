@@ -11,7 +11,7 @@ from typing import Any
 
 from rlhf_jax.core import files
 from rlhf_jax.metrics.completions import column_names
-from rlhf_jax.metrics.writers import SECONDS_BETWEEN_UPLOADS, disk_errors
+from rlhf_jax.metrics.writers import SECONDS_BETWEEN_UPLOADS
 
 
 class TensorBoardLogger:
@@ -53,7 +53,7 @@ class TensorBoardLogger:
         self._write(step, _event(step, summary=text(name, _markdown(rows))))
 
     def _write(self, step: int, event: Any) -> None:
-        with disk_errors(self._folder):
+        with files.disk_errors(self._folder):
             if self._writer is None:
                 self._writer = self._open(step)
             self._writer.write_event(event)
@@ -66,7 +66,7 @@ class TensorBoardLogger:
     def close(self) -> None:
         """Closes the file; a second call does nothing."""
         if self._writer is not None:
-            with disk_errors(self._folder):
+            with files.disk_errors(self._folder):
                 self._writer.close()
                 self._upload()
             self._writer = None

@@ -5,8 +5,7 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -49,7 +48,7 @@ class JSONLLogger:
         self.folder = files.as_path(folder)
         self.stage = stage
         self._path = self.folder / METRICS_FILE
-        with disk_errors(self.folder):
+        with files.disk_errors(self.folder):
             kept = _drop_lines(self._path, stage, resume_step)
             self._lines = _open_lines(self._path, kept)
 
@@ -67,7 +66,7 @@ class JSONLLogger:
         numbers = to_numbers(metrics)
         record = {"stage": self.stage, "step": int(step), "time": time.time()}
         record |= {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        with disk_errors(self._path):
+        with files.disk_errors(self._path):
             _write_all(self._lines, json.dumps(record, allow_nan=False).encode() + b"\n")
 
     def flush(self) -> None:
@@ -76,12 +75,12 @@ class JSONLLogger:
         Raises:
           UserError: the disk is full, or the object store does not answer.
         """
-        with disk_errors(self._path):
+        with files.disk_errors(self._path):
             self._lines.flush()
 
     def close(self) -> None:
         """Closes the file; a second call does nothing."""
-        with disk_errors(self.folder):
+        with files.disk_errors(self.folder):
             self._lines.close()
 
     def __enter__(self) -> "JSONLLogger":
@@ -198,15 +197,3 @@ def _write_all(file: Any, data: bytes) -> None:
     """Unbuffered files may take only a part of what they are given, as on a disk that is just filling up."""
     while data:
         data = data[file.write(data) :]
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turns errors of the file system into a `UserError` that names `path`."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot write metrics ({error.strerror or error}); free or unlock the disk, or give "
-            "another run folder, and start the same command again"
-        ) from error

@@ -14,7 +14,7 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.models.positions import Alibi, Rope, YarnScaling
 
 Remat = Literal["none", "dots", "attention", "full"]
-AttentionBackend = Literal["auto", "plain", "blocked", "cudnn", "splash"]
+AttentionBackend = Literal["auto", "plain", "blocked", "cudnn", "splash", "ring", "ulysses"]
 """How attention is computed; `models.attend.choose_backend` says when which applies."""
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 """`gelu` is exact; `gelu_tanh` its approximation (Hendrycks & Gimpel 2016, section 2)."""
@@ -273,7 +273,9 @@ class ModelConfig:
       remat: what the backward pass computes again: nothing, everything but outputs of matmuls with
         parameters (`dots`), everything but what attention needs (`attention`), everything in a block.
       attention_backend: cuDNN's flash attention on NVIDIA GPUs, splash attention on TPUs, blocks where those
-        do not apply (`auto`); or the one that is named.
+        do not apply (`auto`); or the one that is named. Where columns are split over devices, keys and
+        values go around in a ring (`auto`, `ring`), or heads are exchanged for columns (`ulysses`); where
+        they are not, these two are `auto`.
     """
 
     vocab_size: int

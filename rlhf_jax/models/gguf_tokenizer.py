@@ -119,7 +119,7 @@ def _open_with(backend: Any, token: str) -> None:
 
 
 def is_byte(token: str) -> bool:
-    """Whether SentencePiece writes a byte so."""
+    """True if SentencePiece writes a byte so."""
     return re.fullmatch(r"<0x[0-9A-F]{2}>", token) is not None
 
 

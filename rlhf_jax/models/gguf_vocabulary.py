@@ -33,7 +33,7 @@ PROBE = (
 
 
 def metadata_of(tokenizer: Tokenizer, vocab_size: int, where: str) -> dict[str, Any]:
-    """What `gguf_tokenizer.tokenizer_of` reads, by the name behind `tokenizer.`.
+    """GGUF metadata of a tokenizer by the names behind `tokenizer.`, as `gguf_tokenizer` reads it.
 
     Args:
       vocab_size: of the model; ids that the tokenizer lacks are filled.
@@ -74,7 +74,7 @@ def metadata_of(tokenizer: Tokenizer, vocab_size: int, where: str) -> dict[str, 
 
 
 def _same(theirs: Tokenizer, ours: Tokenizer) -> bool:
-    """Whether texts get the same ids, with what opens them and with special tokens among them."""
+    """True if texts get the same ids, with what opens them and with special tokens among them."""
     text = PROBE + "".join(ours.special_tokens) + PROBE
     return theirs.eos_id == ours.eos_id and all(
         theirs.encode(text, special=special) == ours.encode(text, special=special)

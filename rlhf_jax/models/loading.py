@@ -18,7 +18,7 @@ from rlhf_jax.core.importing import nearest_name
 from rlhf_jax.core.types import Params
 from rlhf_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rlhf_jax.models import hf
-from rlhf_jax.models.config import ModelConfig, Remat
+from rlhf_jax.models.config import AttentionBackend, ModelConfig, Remat
 from rlhf_jax.models.gguf import GgufFile
 from rlhf_jax.models.gguf_tokenizer import tokenizer_of
 from rlhf_jax.models.hf.reading import read_params
@@ -105,6 +105,7 @@ def load_checkpoint(
     param_dtype: str | None = None,
     remat: Remat | None = None,
     scan_layers: bool | None = None,
+    attention_backend: AttentionBackend | None = None,
     mesh: Mesh | None = None,
     shapes_only: bool = False,
 ) -> tuple[ModelConfig, Params, Tokenizer]:
@@ -119,6 +120,7 @@ def load_checkpoint(
       remat: what the backward pass computes again; nothing by default.
       scan_layers: whether layers are stacked and run as one scan; by default where there are more than 8 and
         their pattern repeats.
+      attention_backend: how attention is computed (`ModelConfig`); `auto` by default.
       mesh: every parameter goes to where `distributed.tree_shardings` puts it.
       shapes_only: parameters are `jax.ShapeDtypeStruct`s, and no weight is read.
 
@@ -135,6 +137,7 @@ def load_checkpoint(
             param_dtype=param_dtype or "float32",
             remat=remat or config.remat,
             scan_layers=scans_by_default(config) if scan_layers is None else scan_layers,
+            attention_backend=attention_backend or config.attention_backend,
         )
 
     place = local_checkpoint(path)

@@ -9,7 +9,7 @@ from rlhf_jax.core.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class NamedModel:
-    """Where a model's weights are.
+    """Location of a model's published weights.
 
     Attributes:
       package: what is imported, if it were.

@@ -10,7 +10,7 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.trees import map_named
 from rlhf_jax.core.types import Params
 from rlhf_jax.models.adapters import is_adapter_leaf
-from rlhf_jax.models.config import ModelConfig, Remat
+from rlhf_jax.models.config import AttentionBackend, ModelConfig, Remat
 from rlhf_jax.models.decoder import stack_layers, unstack_layers
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -42,6 +42,7 @@ def reconfigure(
     param_dtype: str | None = None,
     remat: Remat | None = None,
     scan_layers: bool | None = None,
+    attention_backend: AttentionBackend | None = None,
 ) -> tuple[ModelConfig, Params]:
     """A model with another precision, memory plan or layout; what is None stays as it is.
 
@@ -52,6 +53,7 @@ def reconfigure(
       param_dtype: of parameters.
       remat: what the backward pass computes again.
       scan_layers: whether layers are stacked and run as one scan.
+      attention_backend: how attention is computed.
 
     Raises:
       UserError: there is no such dtype, or an adapter that is not on every layer forbids to stack them.
@@ -63,6 +65,7 @@ def reconfigure(
         "param_dtype": param_dtype,
         "remat": remat,
         "scan_layers": scan_layers,
+        "attention_backend": attention_backend,
     }
     new = dataclasses.replace(config, **{k: v for k, v in changes.items() if v is not None})
     if new.scan_layers != config.scan_layers:

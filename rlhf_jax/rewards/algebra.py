@@ -106,7 +106,7 @@ class Value:
         return self.numerator.get(_UNIT, Fraction(0))
 
     def equals(self, other: "Value") -> bool:
-        """Whether both are the same, as functions of their variables where they have any."""
+        """True if both are the same, as functions of their variables where they have any."""
         return not (self - other).numerator
 
 

@@ -1,4 +1,4 @@
-"""When two final answers are the same: numbers, expressions, lists of them, or words.
+"""Equality of final answers: numbers, expressions, lists of them, or words.
 
 numbers      exactly: 0.5 = 1/2 = \\frac{1}{2} = 50% = 5e-1; 0.333 is not 1/3
 expressions  as functions of their letters: (x+1)^2 = x^2+2x+1, \\sqrt{12} = 2\\sqrt{3}
@@ -62,7 +62,7 @@ Answer: TypeAlias = Quantity | Items | str
 
 
 def answers_equal(answer: str, reference: str) -> bool:
-    """Whether both texts are the same answer, by the rules above.
+    """True if both texts are the same answer, by the rules above.
 
     Raises:
       TooLarge: one of them is beyond the limits on size.
@@ -93,7 +93,7 @@ def _is_bare_list(text: str) -> bool:
 
 
 def read_answer(text: str, depth: int = 0) -> Answer:
-    """What a text says: a quantity, a list, or words where it is no mathematics.
+    """Parsed answer of a text: a quantity, a list, or words where it is no mathematics.
 
     Args:
       depth: lists that it stands in.

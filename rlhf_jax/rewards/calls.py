@@ -1,4 +1,4 @@
-"""How reward functions are called: all rows at once, or each row by itself in a thread, with a time limit.
+"""Calls of reward functions: all rows at once, or each row by itself in a thread, with a time limit.
 
 A function that hangs cannot be stopped from outside: its thread is left behind, and ends with the process at
 the latest. A coroutine is cancelled, unless it blocks the loop that all coroutines share.
@@ -76,7 +76,7 @@ _COROUTINES = _Coroutines()
 
 
 def awaited(returned: Any, timeout: float | None = None) -> Any:
-    """What a function returned; of an `async` one, what comes of it.
+    """Result of a function, awaited where it is `async`.
 
     Raises:
       TooLate: nothing came within `timeout` seconds.

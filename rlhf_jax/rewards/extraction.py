@@ -1,4 +1,4 @@
-"""Where in a completion its answer stands. Each rule is a function from a text to a text, or None.
+"""Answer extraction from completions. Each rule is a function from a text to a text, or None.
 
 Rules look for the answer that the writer ends with: of several marks of one kind the last counts, but
 tags must stand exactly once. Time is linear in the text.
@@ -30,7 +30,7 @@ _SENTENCE_END = re.compile(r"\.(?=\s|$)")
 
 
 def tagged(text: str) -> str | None:
-    """What stands between `<answer>` and `</answer>`, where each stands exactly once and in this order."""
+    """Text between `<answer>` and `</answer>`, where each stands exactly once and in this order."""
     before, opening, rest = text.partition("<answer>")
     inside, closing, after = rest.partition("</answer>")
     again = any(mark in part for part in (before, inside, after) for mark in ("<answer>", "</answer>"))
@@ -38,7 +38,7 @@ def tagged(text: str) -> str | None:
 
 
 def boxed(text: str) -> str | None:
-    r"""What stands in the last `\boxed{...}`, with its brackets balanced; None where it is not closed."""
+    r"""Text in the last `\boxed{...}`, with its brackets balanced; None where it is not closed."""
     start = max(text.rfind(r"\boxed{"), text.rfind(r"\fbox{"))
     if start < 0:
         return None
@@ -52,13 +52,13 @@ def boxed(text: str) -> str | None:
 
 
 def marked(text: str) -> str | None:
-    """What stands behind the last `####`, up to the end of its line."""
+    """Text behind the last `####`, up to the end of its line."""
     _, mark, tail = text.rpartition(ANSWER_MARK)
     return tail.split("\n", 1)[0].strip() or None if mark else None
 
 
 def said(text: str) -> str | None:
-    """What stands behind the last `answer is` or `answer:`, up to the end of the sentence or line."""
+    """Text behind the last `answer is` or `answer:`, up to the end of the sentence or line."""
     found = _PHRASE.findall(text[-_WINDOW:])
     return _SENTENCE_END.split(found[-1], maxsplit=1)[0].strip() or None if found else None
 

@@ -1,4 +1,4 @@
-"""What the process for math-verify runs. Nothing else imports this: the package is an extra."""
+"""Worker process for math-verify. Nothing else imports this: the package is an extra."""
 
 # basedpyright: reportMissingImports=false
 import logging
@@ -9,7 +9,7 @@ logging.disable(logging.CRITICAL)  # it logs every answer that it cannot read
 
 
 def verify(task: tuple[str, str]) -> bool | None:
-    """Whether (completion, reference) agree; None where math-verify reads nothing in the reference."""
+    """True if (completion, reference) agree; None where math-verify reads nothing in the reference."""
     completion, reference = task
     # Its own time-outs are alarms, which sympy's deeper loops can miss; the process has limits instead.
     expected = parse(f"\\boxed{{{reference}}}", [LatexExtractionConfig()], parsing_timeout=None)

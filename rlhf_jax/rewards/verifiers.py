@@ -23,7 +23,7 @@ MATH_VERIFY_CHARACTERS = 4096
 
 
 def exact_answer(completion: str, answer: str | int, *, finished: bool = True) -> bool:
-    """Whether a completion ends with the line `#### {answer}`, to the letter.
+    """True if a completion ends with the line `#### {answer}`, to the letter.
 
     Strict, so that nothing but the answer is worth anything to a policy: the generation has finished,
     the last line is exactly the mark, one space and the canonical number (no sign `+`, no leading zero,
@@ -40,7 +40,7 @@ def exact_answer(completion: str, answer: str | int, *, finished: bool = True) -
 
 
 def gsm8k_answer(completion: str, reference: str | int | float) -> bool:
-    """Whether a completion gives the number that a GSM8K row gives (Cobbe et al. 2021).
+    """True if a completion gives the number that a GSM8K row gives (Cobbe et al. 2021).
 
     The number of either text is the first one behind its last `####` or, where it has no `####`, its last
     one. They are compared as exact fractions: `1,234`, `$1234`, `1234.` and `1234.0` are the same.
@@ -52,7 +52,7 @@ def gsm8k_answer(completion: str, reference: str | int | float) -> bool:
 def symbolic_answer(
     completion: str, reference: str | int | float, *, rule: Rule = final_answer
 ) -> bool | None:
-    """Whether a completion gives the reference's answer, as mathematics (see `answers` for what is equal).
+    """True if a completion gives the reference's answer, as mathematics (see `answers` for what is equal).
 
     Args:
       reference: the answer itself, or a worked solution that marks it (`####`, box or tag).

@@ -285,7 +285,7 @@ def _describe(rollout: Rollout) -> dict[str, np.ndarray]:
 
 
 def last_turn_texts(tokenizer: Tokenizer, rollout: Rollout) -> list[str]:
-    """What was sampled in the last turn of each row, without the end-of-sequence token."""
+    """Texts sampled in the last turn of each row, without the end-of-sequence token."""
     tokens, mask, tools = jax.device_get(
         (rollout.sequences.tokens, rollout.sequences.mask, tool_tokens(rollout))
     )

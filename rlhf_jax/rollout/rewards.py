@@ -152,7 +152,7 @@ def _weight(weight: Any) -> float:
 
 
 def function_term(reward_fn: RewardFn, calls: RewardCalls = ALL_AT_ONCE) -> TermFn:
-    """What a reward function of texts says of rows of a rollout."""
+    """Reward term of a function of texts, over rows of a rollout."""
 
     def term(
         rollout: Rollout, prompts: Sequence[PromptExample], completions: Sequence[str], rows: np.ndarray
@@ -170,7 +170,7 @@ def function_term(reward_fn: RewardFn, calls: RewardCalls = ALL_AT_ONCE) -> Term
 
 
 def reward_fields(rollout: Rollout, prompts: Sequence[PromptExample]) -> dict[str, list[Any]]:
-    """What reward functions are given by name: fields of the rows, and what is known of each completion."""
+    """Keyword arguments of reward functions: fields of the rows, and what is known of each completion."""
     names = {name for prompt in prompts for name in prompt.fields} - {"prompt"}
     fields: dict[str, Any] = {name: [p.fields.get(name) for p in prompts] for name in sorted(names)}
     mask, finished = map(distributed.local_values, (rollout.sequences.mask, rollout.finished))
@@ -182,7 +182,7 @@ def reward_fields(rollout: Rollout, prompts: Sequence[PromptExample]) -> dict[st
 
 
 def model_term(model: ScalarModel) -> TermFn:
-    """What a reward model says of rows of a rollout; its tokenizer is the policy's."""
+    """Reward term of a reward model, over rows of a rollout; its tokenizer is the policy's."""
     reward_fn = model.body.make_reward_fn()
     score = jax.jit(lambda params, rows: constrain(reward_fn(params, rows), "batch"))
 

@@ -187,7 +187,7 @@ def make_completion_fn(
 
 
 def completion_texts(tokenizer: Tokenizer, rollout: Rollout, *, of_all: bool = False) -> list[str]:
-    """What was sampled in each row, without the end-of-sequence token.
+    """Completions as texts, without the end-of-sequence token.
 
     Args:
       of_all: the rows of every process rather than of this one.
@@ -199,7 +199,7 @@ def completion_texts(tokenizer: Tokenizer, rollout: Rollout, *, of_all: bool = F
 
 @dataclasses.dataclass(frozen=True)
 class RolloutFns:
-    """How prompts become rollouts, and what is read of them: one completion each, or several turns.
+    """Rollout functions, from prompts to texts: one completion each, or several turns.
 
     Attributes:
       make_generate_fn: (tokens of the longest prompt, sampling) -> `GenerateFn`.
@@ -236,7 +236,7 @@ def single_turn(policy: Policy, *, max_new_tokens: int) -> RolloutFns:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What held-out prompts say of a policy.
+    """Evaluation of a policy on held-out prompts.
 
     Attributes:
       score: mean reward of the most likely completions; NaN where nothing says what they are worth.

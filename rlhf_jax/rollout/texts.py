@@ -17,7 +17,7 @@ from rlhf_jax.rollout.sampler import completion_texts, make_completion_fn
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What a model wrote.
+    """Completion of a model as text.
 
     Attributes:
       text: without the end of the turn, or the stop string that it ended at.

@@ -33,7 +33,7 @@ _CLONE_THREAD = 0x00010000
 
 
 def clean_environment(*names: str) -> dict[str, str]:
-    """What a process needs of this one's environment, and no keys or tokens.
+    """Environment variables that a worker process needs, and no keys or tokens.
 
     Args:
       names: further variables.
@@ -65,7 +65,7 @@ def limit_resources(*, memory_bytes: int, file_bytes: int, cpu_seconds: int) -> 
 
 
 def limit_processor_time(seconds: int) -> bool:
-    """Of what comes now; past it the process gets SIGXCPU, whether its parent still watches or not.
+    """CPU time limit of what comes now; past it the process gets SIGXCPU, even if its parent is gone.
 
     Returns:
       Whether the hard limit leaves so much.
@@ -79,7 +79,7 @@ def limit_processor_time(seconds: int) -> bool:
 
 
 def processor_seconds() -> int:
-    """What this process has used, in whole seconds."""
+    """CPU time of this process, in whole seconds."""
     import resource
 
     usage = resource.getrusage(resource.RUSAGE_SELF)

@@ -34,7 +34,7 @@ _START = (
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How one task ended.
+    """Outcome of one task.
 
     Attributes:
       status: `done`; `timeout` (wall or CPU limit); `memory` (the function ran out of it); `killed` (its

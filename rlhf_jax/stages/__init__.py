@@ -1,1 +1,1 @@
-"""What a user runs: one file a stage, its options and `run`."""
+"""Stages that users run: one file a stage, its options and `run`."""

@@ -1,4 +1,4 @@
-"""What the scripts train of a model: all of it, some of it, or an adapter beside a frozen base."""
+"""Trainable part of a model: all of it, some of it, or an adapter beside a frozen base."""
 
 import dataclasses
 from collections.abc import Callable
@@ -45,7 +45,7 @@ OPTIONS_OF = {
 
 @dataclasses.dataclass(frozen=True)
 class AdapterOptions:
-    """What is trained; the checkpoints of an adapter hold the adapter alone, and point to --model.
+    """Adapter options; the checkpoints of an adapter hold the adapter alone, and point to --model.
 
     Attributes:
       kind: none trains everything, partial some layers; lora, rslora, dora, pissa, adalora, prefix, prompt
@@ -77,11 +77,11 @@ class AdapterOptions:
 
     @property
     def is_adapter(self) -> bool:
-        """Whether an adapter is trained, and not the model or a part of it."""
+        """True if an adapter is trained, and not the model or a part of it."""
         return self.kind not in ("none", "partial")
 
     def adapter(self, steps: int) -> adapters.Adapter | None:
-        """Its description, for a run of so many optimizer steps; None where everything is trained.
+        """Adapter description for a run of so many optimizer steps; None where everything is trained.
 
         Raises:
           UserError: an option that means nothing to the kind, or that it cannot do without.
@@ -150,7 +150,7 @@ class TrainableSplit:
 
     @property
     def base(self) -> Params:
-        """What the adapted models share; empty where everything is trained."""
+        """Frozen base that adapted models share; empty where everything is trained."""
         return adapters.without_adapter(self.frozen or {})
 
     @property
@@ -167,7 +167,7 @@ class TrainableSplit:
         return partition(adapted, lambda name, leaf: adapters.is_adapter_leaf(name))[0]
 
     def trains(self, name: str, leaf: jax.Array) -> bool:
-        """Whether a leaf that is not the base's is trained, by its name: heads are."""
+        """True if a leaf that is not the base's is trained, by its name: heads are."""
         is_frozen = adapters.is_adapter_leaf(name) and not adapters.is_trained(adapters.LoRA())(name, leaf)
         return not is_frozen
 
@@ -190,7 +190,7 @@ def split_trainable(
     steps: int,
     brought: bool = False,
 ) -> TrainableSplit:
-    """What is trained of a model, and what is not.
+    """Split of a model into what is trained and what is frozen.
 
     Args:
       steps: optimizer steps of the run.

@@ -83,7 +83,7 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Agent:
-    """Who plays in the round robin.
+    """Player of the round robin.
 
     Attributes:
       iteration: steps of training; None for the random player.
@@ -117,7 +117,7 @@ def find_game(name: str) -> games.Game:
 
 
 def make_config(options: Options, game: games.Game) -> alphazero.Config:
-    """What the options say of training."""
+    """Training configuration from the options."""
     plies = options.plies or game.length
     option_checks.check_divides(
         "--num-minibatches", options.num_minibatches, "--games x --plies", options.games * plies

@@ -1,4 +1,4 @@
-"""What `import rlhf_jax as rj` offers: each stage as a function of a policy, rows and callables.
+"""Top-level Python API (`import rlhf_jax as rj`): each stage as a function of a policy, rows and callables.
 
 Every function takes the options of its command as keywords (`rlhf grpo --help`; dashes become underscores):
 `steps`, `learning_rate`, `batch_size`, `seed`, `max_new_tokens`, ... What is a name on the command line
@@ -313,7 +313,7 @@ _LOADED = "say it when the policy is loaded: rlhf_jax.load(path, {}=...)"
 _ON_MESH = 'enter a mesh: jax.set_mesh(rlhf_jax.distributed.make_mesh("auto"))'
 _JOINED = "join the other processes: rlhf_jax.distributed.init_distributed(...)"
 _SAID_ELSEWHERE = {
-    **dict.fromkeys(("dtype", "param_dtype", "remat", "scan_layers"), _LOADED),
+    **dict.fromkeys(("dtype", "param_dtype", "remat", "scan_layers", "attention_backend"), _LOADED),
     **dict.fromkeys(("mesh", "all_gather_params"), _ON_MESH),
     "plan": "plan by the command: rlhf grpo --plan",
     **dict.fromkeys(("coordinator", "init_timeout", "heartbeat_timeout"), _JOINED),

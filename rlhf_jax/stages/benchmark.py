@@ -51,7 +51,7 @@ from rlhf_jax.training.run_folder import describe_run
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Which model, on what.
+    """Benchmark options: the model, and the items.
 
     Attributes:
       model: a run folder, a Hugging Face folder, a GGUF file or a name in the hub cache.

@@ -31,7 +31,7 @@ QUESTION = "Question: "
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Choices:
-    """Which of several answers a model finds likeliest.
+    """Multiple choice by likelihood: the answer that a model finds likeliest.
 
     Attributes:
       data: rows with `question`, `choices`, `answer` and perhaps `subject`: a path, tfds:NAME[:SPLIT], or
@@ -54,7 +54,7 @@ class Choices:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generate:
-    """Whether what a model writes is right.
+    """Generative item: graded by what the model writes.
 
     Attributes:
       data: rows with `question` or `prompt`, and `answer`: a path, tfds:NAME[:SPLIT], or arithmetic:LEVEL.

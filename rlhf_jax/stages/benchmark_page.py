@@ -1,4 +1,4 @@
-"""What `benchmark.py` makes of its results: scores by subject with intervals, a table, a picture."""
+"""Page of benchmark results: scores by subject with intervals, a table, a picture."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ ALL = "all items"
 
 
 def verdicts(lines: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """Of each way to score, [items]: what each item is worth, from 0 to 1 where right is 1."""
+    """Scores of items [items] for each way to score, from 0 to 1 where right is 1."""
     if "chosen" not in lines[0]:
         return {"right": np.array([line["reward"] for line in lines], np.float64)}
     return {
@@ -41,7 +41,7 @@ def macro_average(worth: np.ndarray, subjects: np.ndarray) -> float:
 
 
 def summarise(lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, Interval]]:
-    """Of each way to score, the share that is right of every subject, over all items, and over subjects.
+    """Accuracy for each way to score, of every subject, over all items, and over subjects.
 
     Wilson intervals, or bootstraps where a verifier gives more than right and wrong; for the mean over
     subjects a bootstrap that draws items within each.
@@ -72,7 +72,7 @@ def chance(lines: Sequence[dict[str, Any]]) -> float | None:
 
 
 def compare(lines: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> dict[str, Comparison]:
-    """Of each way to score, how the share that is right differs from another model's on the same items.
+    """Paired difference in accuracy from another model on the same items, for each way to score.
 
     Raises:
       UserError: they are not the same items.

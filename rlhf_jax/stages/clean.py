@@ -39,7 +39,7 @@ _SHOWN = 400  # characters of an example in the report
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is cleaned, and how strictly.
+    """Cleaning options: the data, and the thresholds.
 
     Attributes:
       out: folder of the cleaned rows.
@@ -89,7 +89,7 @@ def load(options: Options) -> list[tuple[str, Row]]:
 
 
 def rules(options: Options, benchmark: Sequence[RowText]) -> dict[str, Rule]:
-    """What happens to readable rows, in this order."""
+    """Cleaning rules for readable rows, in order."""
     made: dict[str, Rule] = {
         "limits": lambda texts, _: cleaning.drop_faulty(texts, options.limits),
         "exact": lambda texts, _: cleaning.drop_exact_duplicates(texts, by=options.duplicates_by),

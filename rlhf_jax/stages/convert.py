@@ -38,7 +38,7 @@ from rlhf_jax.training.run_folder import (
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to convert.
+    """Conversion options.
 
     Attributes:
       source: a run folder, a Hugging Face folder, a GGUF file, or the name of a model.

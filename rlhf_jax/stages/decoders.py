@@ -115,7 +115,7 @@ Decoder = (
 
 
 def answer_rules(model: Policy, *, stop: Sequence[str], regex: str, json_schema: str) -> Sampling:
-    """What answers must look like and where they end, apart from how they are found.
+    """Constraints of answers and where they end, apart from how they are found.
 
     Args:
       stop: texts at which an answer ends.
@@ -176,7 +176,7 @@ def make_decode(
 
 
 def sampling_of(decoder: Sample, rules: Sampling) -> Sampling:
-    """How `sample` draws, under what answers must look like."""
+    """Sampling settings of `sample`, under the constraints of answers."""
     return dataclasses.replace(decoder.sampling(), constraint=rules.constraint, stop=rules.stop)
 
 
@@ -191,7 +191,7 @@ def sampler_fns(decoder: Sample, model: Policy) -> tuple[PrefillFn, DecodeFn]:
 
 
 def make_proposer(decoder: Speculative, model: Policy) -> generation.Proposer:
-    """Where guesses come from.
+    """Proposer of draft tokens.
 
     Raises:
       UserError: the draft model has another vocabulary.

@@ -276,7 +276,7 @@ def hyper_of(options: Options) -> distillation.Hyper:
 
 
 def loss_of(options: Options, student: Policy, teachers: Sequence[Policy]) -> Divergence:
-    """What is minimized."""
+    """Divergence that distillation minimizes."""
     if options.loss not in ALIGNMENT:
         return (WHOLE | SAMPLED)[options.loss]
     gold = options.gold_divergence, options.gold_matched_weight

@@ -1,4 +1,4 @@
-"""Who teaches in distillation: one model, several, or the policy that sees what the student does not."""
+"""Teachers of distillation: one model, several, or the policy that sees what the student does not."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -84,7 +84,7 @@ class TeacherContext:
         return fingerprint(self.ids.values())
 
     def prompts(self, chosen: Sequence[PromptExample]) -> distillation.TeacherPrompts:
-        """Those of some prompts, where the mesh wants them."""
+        """Teacher prompts of some rows, where the mesh wants them."""
         rows = left_pad([self.ids[id(prompt)] for prompt in chosen], self.length, pad_id=self.pad_id)
         return distillation.TeacherPrompts(*distributed.shard_batch(rows))
 

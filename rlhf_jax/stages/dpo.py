@@ -304,7 +304,7 @@ def make_step_fn(
 def make_evaluate_fn(
     options: Options, logprob_fn: LogprobFn, reference: Params, held_out: inputs.Pairs
 ) -> Callable[[Any, int], dict[str, float]] | None:
-    """How well implicit rewards tell the better response from the worse, on held-out data."""
+    """Evaluation function: accuracy and margin of implicit rewards on held-out pairs."""
     if not len(held_out):
         return None
     ref = reference_logp(logprob_fn, reference, held_out, options.batch_size)

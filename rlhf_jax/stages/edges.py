@@ -1,4 +1,4 @@
-"""What a stage does at its edges: compiled updates, the run folder's files, reports, and what is printed."""
+"""Edges of a stage: compiled updates, the run folder's files, reports, and what is printed."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -39,7 +39,7 @@ def jit_update(update: Callable[..., Any], state: Any) -> Callable[..., Any]:
 
 
 def local_indices(sampler: Batches, step: int, repeat: int = 1) -> np.ndarray:
-    """Which examples this process brings to the batch of `step`, each of them `repeat` times."""
+    """Indices of examples that this process brings to the batch of `step`, each of them `repeat` times."""
     indices = np.repeat(sampler.indices(step), repeat)
     return indices[distributed.local_rows(len(indices))]
 
@@ -55,7 +55,7 @@ def start(
 
 
 def loggers(options: Any, stage: str) -> list[Logger]:
-    """What --log names, for the stage of a script whose options hold `run`."""
+    """Loggers that --log names, for the stage of a script whose options hold `run`."""
     run: RunOptions = options.run
     return make_loggers(run.log, run.out, stage=stage, config=to_json(options), resume=run.resume)
 

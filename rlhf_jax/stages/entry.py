@@ -79,7 +79,7 @@ NOTHING = Given()
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trained:
-    """What a stage leaves.
+    """Result of a stage.
 
     Attributes:
       folder: of the run.

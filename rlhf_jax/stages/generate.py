@@ -40,7 +40,7 @@ from rlhf_jax.training.loading import load
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What to answer, and how.
+    """Generation options.
 
     Attributes:
       model: the policy: a run folder, a Hugging Face folder, a GGUF file or a name in the hub cache.
@@ -96,7 +96,7 @@ def check(options: Options) -> None:
 
 
 def rules(options: Options, model: Policy) -> Sampling:
-    """What answers must look like."""
+    """Constraints of answers."""
     return decoders.answer_rules(
         model, stop=options.stop, regex=options.regex, json_schema=options.json_schema
     )

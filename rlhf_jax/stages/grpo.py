@@ -69,7 +69,7 @@ class Options(GroupOptions):
 
     @property
     def sampler(self) -> dict[str, Any]:
-        """What `inputs.make_answer_fn` is told about who writes the answers."""
+        """Sampler settings for `inputs.make_answer_fn`."""
         return {
             "engine": self.engine,
             "max_num_seqs": self.max_num_seqs,

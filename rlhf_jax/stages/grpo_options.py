@@ -142,7 +142,7 @@ class GroupOptions:
 
     @property
     def sampler(self) -> dict[str, Any]:
-        """What `inputs.make_answer_fn` is told about who writes the answers."""
+        """Sampler settings for `inputs.make_answer_fn`."""
         return {}
 
 
@@ -217,7 +217,7 @@ def parts_of(options: GroupOptions) -> dict[str, Any]:
 
 
 def own_of(options: GroupOptions) -> dict[str, Any]:
-    """What the options give to a variant that is a parameter of its own."""
+    """Parameters of a variant's own that the options give."""
     metrics = {"shortest": shortest, "most_efficient": most_efficient, None: None}
     given = {
         "--gfpo-metric": ("metric_fn", metrics[options.gfpo_metric]),

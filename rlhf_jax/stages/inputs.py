@@ -58,7 +58,7 @@ def load_rows(
 
 
 def _is_here(path: str) -> bool:
-    """Whether there is such a local file; the first of several addresses is none."""
+    """True if there is such a local file; the first of several addresses is none."""
     return not files.is_remote(path) and files.exists(path)
 
 
@@ -292,7 +292,7 @@ def load_prompts(
 
 
 def rewards_of(options: option_groups.PromptOptions, given: Given) -> list[Any]:
-    """What completions are worth: as it was given, or by name."""
+    """Reward functions, as given or by name."""
     return list(given.rewards or options.rewards)
 
 
@@ -308,7 +308,7 @@ def make_sampler(
     routing_replay: bool = False,
     sampling: Sampling = Sampling(),
 ) -> GenerateFn:
-    """What answers prompts: our own sampler, or the server that --engine names.
+    """Sampler of answers: our own, or the server that --engine names.
 
     Args:
       engine: local, vllm:URL, sglang:URL or openai:URL.

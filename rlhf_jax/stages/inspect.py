@@ -36,7 +36,7 @@ from rlhf_jax.training.run_folder import read_architecture
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to inspect.
+    """Inspection options.
 
     Attributes:
       model: a Hugging Face folder (only config.json is read) or a run folder (only model.json).
@@ -80,7 +80,7 @@ def size(leaves: Iterable[Any]) -> int:
 
 
 def activation_bytes(config: models.ModelConfig, params: Any, batch: int, length: int) -> int:
-    """What the backward pass keeps, apart from parameters: what it keeps of twice the rows, less of once."""
+    """Activation memory of the backward pass: what it keeps of twice the rows, less of once."""
 
     def kept(rows: int) -> int:
         tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)

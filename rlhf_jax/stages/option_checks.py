@@ -43,7 +43,8 @@ _MAY_DIFFER = """
     --out --resume --steps --num-train-epochs --save-every --eval-every --max-to-keep --quiet --report
     --micro-batches --eval-data --eval-reward --eval-count --samples --mesh --all-gather-params --coordinator
     --init-timeout --heartbeat-timeout --profile --peak-tflops --log --engine --prompts --sample-tokens
-    --against --remat --plan --log-completions --num-completions-to-print --reward-workers --reward-timeout
+    --against --remat --attention-backend --plan --log-completions --num-completions-to-print
+    --reward-workers --reward-timeout
 """.split()  # noqa: SIM905
 
 
@@ -57,7 +58,7 @@ def to_json(options: Any) -> Any:
 
 
 def flags(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """What `to_json` gives of options, by their names on the command line."""
+    """Options by their names on the command line, as `to_json` gives them."""
     named: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, Mapping):

@@ -43,7 +43,7 @@ ModelKind = Literal["transformer", "rnn", "gru", "lstm"]
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
-    """Where a run writes, and how it goes on.
+    """Run options: where it writes, and how it goes on.
 
     Attributes:
       out: the run folder: a local one, or an address such as s3://BUCKET/RUN or gs://BUCKET/RUN.
@@ -78,6 +78,8 @@ class RunOptions:
       remat: what its backward pass computes again; None for that of a run, and for nothing.
       scan_layers: run its layers as one scan, whose compile time knows no depth; None for as in a run, and
         of a published checkpoint for where it has more than eight layers.
+      attention_backend: how its attention is computed: the fastest that applies (auto) or one by name; over
+        columns that --mesh sequence=N splits, ring or ulysses; None for that of a run, and for auto.
     """
 
     out: Path
@@ -103,6 +105,7 @@ class RunOptions:
     param_dtype: DType | None = None
     remat: models.Remat | None = None
     scan_layers: bool | None = None
+    attention_backend: models.AttentionBackend | None = None
 
     @property
     def num_steps(self) -> int:
@@ -126,6 +129,7 @@ class RunOptions:
             param_dtype=self.param_dtype,
             remat=self.remat,
             scan_layers=self.scan_layers,
+            attention_backend=self.attention_backend,
             shapes_only=bool(self.plan),
         )
 
@@ -147,7 +151,7 @@ class RunOptions:
         )
 
     def meter(self, update_flops: float = 0.0) -> Meter:
-        """What a step's parts are timed with.
+        """Meter of a step's parts.
 
         Args:
           update_flops: operations that the model needs for one update; 0 for no share of the peak.
@@ -236,7 +240,7 @@ class ArchOptions:
 
 @dataclasses.dataclass(frozen=True)
 class AuxiliaryOptions:
-    """What is learned beside the next token, by models that have parts for it.
+    """Auxiliary losses beside the next token's, for models that have parts for them.
 
     Attributes:
       mtp_loss_coef: weight of the loss of multi-token prediction (--arch.mtp-depth).
@@ -332,7 +336,7 @@ class PromptOptions:
 
     @property
     def reward_calls(self) -> RewardCalls:
-        """How reward functions are called."""
+        """Limits under which reward functions are called."""
         return RewardCalls(self.reward_workers, self.reward_timeout)
 
 

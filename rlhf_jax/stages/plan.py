@@ -42,7 +42,7 @@ DType = Literal["float32", "bfloat16"]
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to plan.
+    """Planning options.
 
     Attributes:
       model: llama-1b, llama-8b, llama-70b (shapes of Llama 3), or a Hugging Face or run folder, of which only
@@ -114,7 +114,7 @@ def read_config(options: Options) -> models.ModelConfig:
 
 
 def workload(options: Options) -> steps.Workload:
-    """What a step does.
+    """Workload of one step.
 
     Raises:
       UserError: numbers that do not fit each other.

@@ -18,7 +18,7 @@ Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
 
 def verdict(plan: compiled.Plan, chip: Chip | None) -> str:
-    """Whether it fits, and by how much."""
+    """Verdict on memory: whether it fits, and by how much."""
     need = plan.peak_bytes
     if chip is None:
         return f"Needs {gib(need)} on each device, whose memory is not known here."
@@ -47,7 +47,7 @@ def memory_table(plan: compiled.Plan) -> Table:
 
 
 def work_table(plan: compiled.Plan, chip: Chip | None) -> Table:
-    """What each program computes and moves, and the least time that takes."""
+    """Roofline table: what each program computes and moves, and the least time that takes."""
     names = list(plan.programs)
     table = Table("each device, one step", *names, title="Work, predicted")
     parts = plan.programs.values()
@@ -72,7 +72,7 @@ def work_table(plan: compiled.Plan, chip: Chip | None) -> Table:
 
 
 def devices_of(mesh: Mesh, chip: Chip | None) -> str:
-    """What the devices are called."""
+    """Name of the devices."""
     if isinstance(mesh, jax.sharding.Mesh):
         return mesh.devices.flat[0].device_kind
     return chip.name if chip else "none"

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def make_rollout_reward(options: "Options", tokenizer: Tokenizer, given: Given = NOTHING) -> RolloutReward:
-    """What an answer is worth: by reward functions, by a reward model, or by several."""
+    """Reward of a rollout: by reward functions, by a reward model, or by several."""
     if len(options.reward_model) < 2:
         named = options.reward_model and not given.rewards
         rewards = options.reward_model if named else inputs.rewards_of(options.prompts, given)

@@ -32,7 +32,7 @@ FILTERS = {
 
 
 def reward_on_base(options: "Options", policy: Policy, split: adapting.TrainableSplit) -> Params | None:
-    """What a reward model has of its own, where it is an adapter beside the same base; else None."""
+    """Reward model's own leaves, where it is an adapter beside the same base; else None."""
     if len(options.reward_model) != 1 or split.adaptation is None:
         return None
     (folder,) = options.reward_model
@@ -52,7 +52,7 @@ def reward_on_base(options: "Options", policy: Policy, split: adapting.Trainable
 def value_start(
     options: "Options", policy: Policy, split: adapting.TrainableSplit, reward: Params | None
 ) -> Params | None:
-    """What the value model starts from: the reward model where both are whole or on one base; None for the
+    """Initial value model: the reward model where both are whole or on one base; None for the
     policy.
     """
     if options.value == "shared" or reward is not None or split.adaptation is not None:

@@ -49,7 +49,7 @@ PairFn = Callable[[Sequence[PromptExample], Rollout], list[Pair]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Where pairs come from, and which are kept.
+    """Preference-data options: where pairs come from, and which are kept.
 
     Attributes:
       out: folder of the pairs.
@@ -240,7 +240,7 @@ def _held(path: Path) -> Iterator[list[Pair]]:
 
 
 def is_held_out(pair: Pair, options: Options) -> bool:
-    """Whether the pair's prompt is one of those held out; the same for all of its pairs."""
+    """True if the pair's prompt is one of those held out; the same for all of its pairs."""
     text = f"{options.seed} {json.dumps(pair.prompt, sort_keys=True)}"
     number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
     return number / 2**64 < options.held_out_share

@@ -188,7 +188,7 @@ def label(options: Options, policy: Policy, rows: tuple[list[Row], list[Row]]) -
 
 
 def makers_of(options: Options, policy: Policy, rows: list[Row]) -> dict[str, Any]:
-    """What decides labels by rollouts."""
+    """Settings that decide labels by rollouts."""
     asked = json.dumps([row.fields for row in rows], sort_keys=True, default=str)
     names = ("label_reward", "rollouts", "max_new_tokens", "batch_size")
     return {

@@ -37,7 +37,7 @@ _BATCH = 32  # rows measured at a time
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PruneOptions:
-    """Which weights go.
+    """Pruning criterion and amount.
 
     Attributes:
       method: wanda (weight times the norm of its input) or magnitude (weight alone).
@@ -75,7 +75,7 @@ class PruneOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is pruned, and how.
+    """Pruning options.
 
     Attributes:
       out: folder of the pruned policy.

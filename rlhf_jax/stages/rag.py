@@ -138,7 +138,7 @@ def make_index(
 
 
 def says(chunk: Chunk, question: dict[str, str]) -> bool:
-    """Whether the answer stands in a passage."""
+    """True if the answer stands in a passage."""
     return question["answer"].casefold() in chunk.text.casefold()
 
 

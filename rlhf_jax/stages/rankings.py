@@ -61,7 +61,7 @@ class Rankings:
         return tuple(jax.tree.map(lambda x: x[indices], side) for side in self._answers)
 
     def batch(self, indices: np.ndarray, *, on_pairs: bool) -> reward.Pairs | reward.Rankings:
-        """What an update takes of some of the prompts, on the mesh."""
+        """Batch of some of the prompts, on the mesh."""
         arrays = self.ranks, self.mask, self.margins, self.labels
         some = [None if array is None else array[indices] for array in arrays]
         answers, (ranks, mask, margins, labels) = distributed.shard_batch((self.rows(indices), some))

@@ -101,7 +101,7 @@ def check(options: Options, loss_fn: reward.RewardLossFn) -> None:
 def make_evaluate_fn(
     reward_fn: reward.RewardFn, held_out: Rankings, batch_size: int
 ) -> Callable[[reward.State, int], dict[str, float]]:
-    """How well scores order the held-out answers."""
+    """Evaluation function: how well scores order the held-out answers."""
     score = jax.jit(lambda params, answers: reward.score_answers(reward_fn, params, answers))
 
     def evaluate(state: reward.State, _: int) -> dict[str, float]:

@@ -109,7 +109,7 @@ def _split_kind(spec: str) -> tuple[str, str, str]:
 
 
 def _names_model(name: str) -> bool:
-    """Whether it names the run folder of a reward model; a name that ends in .json may be of a file."""
+    """True if it names the run folder of a reward model; a name that ends in .json may be of a file."""
     return ":" not in name or files.is_remote(name) or files.is_folder(name)
 
 

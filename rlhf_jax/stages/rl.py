@@ -201,7 +201,7 @@ def report(summary: dict[str, Any]) -> None:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """What `folder` was trained with.
+    """Training settings of `folder`.
 
     Raises:
       UserError: it holds no agent.

@@ -46,7 +46,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """What `--rows` knows it by."""
+        """Name of the row for `--rows`."""
         return "/".join(filter(None, (self.env, self.algo, self.variant.replace(" ", "-"))))
 
 

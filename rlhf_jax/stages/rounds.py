@@ -125,7 +125,7 @@ def check_held(options: Any, run: option_groups.RunOptions) -> None:
 
 
 def selected(options: Options, answers: Answers) -> dict[str, tuple[Sequences, Bool[np.ndarray, " N"]]]:
-    """Which answers are learned from, by the name of their field in the rows, and which of them count.
+    """Selected answers, by the name of their field in the rows, and which of them count.
 
     An answer that was cut at its limit is never taken, for it would teach to end there; nor is one that no
     reward could score.
@@ -179,7 +179,7 @@ def prompt_of(example: PromptExample) -> Any:
 
 
 def folder_of(policy: Policy) -> str:
-    """Where a policy that was given was read, as each round starts from a folder.
+    """Folder that a given policy was read from, as each round starts from a folder.
 
     Raises:
       UserError: it comes from none.
@@ -230,7 +230,7 @@ def train(options: Options, data: Path, folder: Path, start: Path) -> None:
 
 
 def rounds(session: Session, prompts: inputs.Prompts) -> Iterator[dict[str, float]]:
-    """What each round was like, and how good the policy is that it leaves; past ones are looked up."""
+    """Metrics of each round, and of the policy that it leaves; past ones are looked up."""
     options, model = session.options, session.policy
     out, generator = options.run.out, load(options.generator) if options.generator else None
     if generator is not None:

@@ -39,7 +39,7 @@ from rlhf_jax.training.run_folder import describe_run, load_reward_model
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is graded, and by whom.
+    """Rule-based reward options: what is graded, and by whom.
 
     Attributes:
       out: folder of the weights.
@@ -79,7 +79,7 @@ def check(options: Options) -> None:
 
 
 def load_propositions(path: str) -> list[Proposition]:
-    """Those of a file.
+    """Propositions of a file.
 
     Raises:
       UserError: a row is none.

@@ -34,7 +34,7 @@ Columns = list[np.ndarray]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is scored.
+    """Scoring options.
 
     Attributes:
       data: rows: a path, or tfds:NAME[:SPLIT].
@@ -68,7 +68,7 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """How rows become columns, and columns a number.
+    """Metric of a corpus: how rows become columns, and columns a number.
 
     Attributes:
       columns_fn: (what a system says, what is right) -> columns.
@@ -205,7 +205,7 @@ def pools(values: Sequence[Any], size: int) -> np.ndarray:
 def score(
     options: Options, rows: Sequence[Row]
 ) -> tuple[dict[str, dict[str, Interval]], dict[str, dict[str, Comparison]]]:
-    """Of each metric, each system's value, and how the others differ from the first."""
+    """Scores of systems: of each metric each system's value, and how the others differ from the first."""
     metrics = {name: find_metric(options, name) for name in options.metrics}
     for name, metric in metrics.items():
         if metric.needs_reference and not options.reference:

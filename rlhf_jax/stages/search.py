@@ -259,7 +259,7 @@ def accuracy_curves(options: Options, pool: Pool, judges: Judges) -> dict[str, n
 def run_search(
     options: Options, policy: Policy, judges: Judges, problems: Sequence[PromptExample], name: str
 ) -> dict[str, Any]:
-    """Which problems a search solves, and the tokens it generates for each."""
+    """Result of a search over problems: which it solves, and the tokens it generates for each."""
     run = search_methods.make_run(
         METHODS[name][0],
         options.search,

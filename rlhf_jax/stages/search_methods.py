@@ -22,7 +22,7 @@ from rlhf_jax.search.interface import EvaluateFn, ProposeFn, SearchResult
 
 @dataclasses.dataclass(frozen=True)
 class SearchOptions:
-    """How the searches look around; the defaults cost two to sixteen whole samples each.
+    """Search options; the defaults cost two to sixteen whole samples each.
 
     Attributes:
       branching_factor: samples of the next step, of beam search, depth-first search and tree search.
@@ -69,7 +69,7 @@ class Judges:
 
 @dataclasses.dataclass(frozen=True)
 class Tools:
-    """What a search is made of, for given parameters.
+    """Parts of a search, for given parameters.
 
     Attributes:
       propose: (ways) -> candidates of the next step.

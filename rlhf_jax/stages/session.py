@@ -56,7 +56,7 @@ class Session:
 
     @property
     def rewards(self) -> list[Any]:
-        """What completions are worth: as it was given, or by name."""
+        """Reward functions, as given or by name."""
         return inputs.rewards_of(self.options.prompts, self.given)
 
     def load_prompts(self, rollout_fns: RolloutFns | None = None, *, eval_reward: str = "") -> inputs.Prompts:
@@ -90,7 +90,7 @@ class Session:
         edges.announce(self.run, self.policy, data)
 
     def split_trainable(self, updates_per_step: int = 1) -> adapting.TrainableSplit:
-        """What is trained of the policy and what is not, with the optimizer.
+        """Split of the policy into trained and frozen, with the optimizer.
 
         Args:
           updates_per_step: optimizer steps in one step of the run.

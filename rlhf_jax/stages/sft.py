@@ -146,7 +146,7 @@ def lay_out(options: Options, examples: list[SupervisedExample], length: int = 0
 def make_batches(
     options: Options, sources: Mapping[str, float | None], sizes: Sequence[int]
 ) -> edges.Batches:
-    """Which rows make up each step's batch; says what a mixture comes to.
+    """Batches of rows, step by step; says what a mixture comes to.
 
     Args:
       sources: of `inputs.split_mixture`.

@@ -1,4 +1,4 @@
-"""Where a stage starts from: the policy that is named or a new one, and its tokenizer."""
+"""Starting point of a stage: the policy that is named or a new one, and its tokenizer."""
 
 import functools
 

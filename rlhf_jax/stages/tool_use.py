@@ -74,7 +74,7 @@ def check(options: Options, given: Given) -> None:
 
 
 def rollouts_with_tools(options: Options, model: Policy, given: Given = NOTHING) -> RolloutFns:
-    """How conversations with the tools of the options, or those given, are sampled and read."""
+    """Rollout functions of conversations with the tools of the options, or those given."""
     return multi_turn(
         model,
         make_tools(given.tools or options.tools, seconds=options.tool_timeout),

@@ -30,7 +30,7 @@ BLOCK = 8
 
 @dataclasses.dataclass(frozen=True)
 class Level:
-    """How hard the problems are.
+    """Difficulty of the problems.
 
     Attributes:
       operands: how many numbers a problem has, >= 2.
@@ -58,7 +58,7 @@ class Level:
 
     @property
     def size(self) -> int:
-        """How many problems there are, both splits together."""
+        """Number of problems, both splits together."""
         numbers = self.high - self.low + 1
         return numbers**self.operands * len(self.operators) ** (self.operands - 1)
 
@@ -95,7 +95,7 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Solution:
-    """What a writer wrote.
+    """Solution of a simulated writer.
 
     Attributes:
       steps: one equation each, such as `7+8=15`.
@@ -127,7 +127,7 @@ def num_problems(level: Level, split: Split) -> int:
 
 
 def heldout_slot(block: Any) -> Any:
-    """Which slot of a block of 8 consecutive indices is held out: an integer hash of the block's number.
+    """Held-out slot of a block of 8 consecutive indices: an integer hash of the block's number.
 
     Args:
       block: array of uint32, of NumPy or of JAX: both give the same slots.
@@ -182,7 +182,7 @@ def problem(level: Level, split: Split, index: int) -> Problem:
 
 
 def slip_error(total: int, sign: str, number: int) -> int:
-    """What a writer who forgets the carry or the borrow adds to the result of a step; 0 if there is none.
+    """Slip of a writer who forgets the carry or the borrow adds to the result of a step; 0 if there is none.
 
     A sum of non-negative numbers whose units carry comes out 10 too small (7+8=5, 15+6=11). A difference
     of non-negative numbers that is not negative and whose units borrow comes out 10 too large (15-6=19).

@@ -72,7 +72,7 @@ _WORDS = (
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """How many rows of each skill are learned from.
+    """Number of rows of each skill.
 
     Attributes:
       reviews: conversations of an answer, its critique and its revision.
@@ -166,7 +166,7 @@ def right_lines(answer: Solution) -> list[bool]:
 
 
 def follows(answer: Solution) -> bool:
-    """Whether the last line states what the steps reach."""
+    """True if the last line states what the steps reach."""
     return int(answer.steps[-1].rpartition("=")[2]) == answer.answer
 
 

@@ -15,7 +15,7 @@ from rlhf_jax.tasks.arithmetic import LEVELS, Level, demonstration_rows
 
 @dataclasses.dataclass(eq=False)
 class ArithmeticConfig(tfds.core.BuilderConfig):
-    """What is written to disk.
+    """Configuration of what is written to disk.
 
     Attributes:
       level: which problems.

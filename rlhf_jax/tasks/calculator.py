@@ -38,7 +38,7 @@ _DIGITS = len(str(LARGEST))
 
 
 def evaluate(expression: str) -> int | None:
-    """What the calculator makes of a line: the sum or product of two numbers of at most four digits; None
+    """Result of the calculator: the sum or product of two numbers of at most four digits; None
     where it is neither, or comes to more than four digits.
     """
     for sign in OPERATORS:
@@ -69,7 +69,7 @@ def answer(problem: str) -> int:
 
 
 def demonstration(problem: str, habit: Habit, rng: np.random.Generator) -> str:
-    """What a writer of some habit writes, and the calculator into it. Heads are wrong by up to a tenth."""
+    """Demonstration of a writer with some habit, with the calculator's results; heads err by a tenth."""
     right, lines = answer(problem), steps(problem)
     guess = right + int(rng.integers(-max(right // 10, 1), max(right // 10, 1) + 1))
     used = {"both": lines, "first": lines[:1], "none": ()}[habit]

@@ -28,7 +28,7 @@ Problem = tuple[tuple[int, ...], int]
 
 
 def value(expression: str) -> int | None:
-    """What an expression of single digits comes to, worked from left to right; None where it is none."""
+    """Value of an expression of single digits, worked from left to right; None where it is none."""
     digits, operators = expression[::2], expression[1::2]
     well_formed = (
         len(expression) % 2 == 1
@@ -78,7 +78,7 @@ def demonstration(problem: Problem, used: int, rng: np.random.Generator, *, solu
 
 
 def is_solution(completion: str, problem: Problem, used: int) -> bool:
-    """Whether a completion uses so many of the numbers, each of them once, and comes to the target."""
+    """True if a completion uses so many of the numbers, each of them once, and comes to the target."""
     numbers, target = problem
     digits = completion[::2]
     are_given = collections.Counter(digits) <= collections.Counter(map(str, numbers))

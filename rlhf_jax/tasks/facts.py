@@ -72,7 +72,7 @@ def people(split: Split, count: int, seed: int) -> list[Person]:
 
 
 def num_people(split: Split) -> int:
-    """How many there are."""
+    """Number of people in a split."""
     return len(in_split(range(math.prod(map(len, (_FIRST, _LAST)))), split))
 
 

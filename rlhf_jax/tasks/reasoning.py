@@ -65,7 +65,7 @@ CAREFUL = Writers(1.0, 1.0, 0.0, 0.0, 0.0, 0)
 
 
 def completion(problem: Problem, writers: Writers, rng: np.random.Generator) -> str:
-    """What one of the writers answers."""
+    """Completion of one of the writers."""
     thinks, tags, mixes = rng.random(3) < (writers.thinking, writers.tagging, writers.mixing)
     if not thinks:
         guess = problem.answer + int(rng.integers(-writers.guess_within, writers.guess_within + 1))

@@ -77,7 +77,7 @@ def prompt_row(wanted: str) -> dict[str, Any]:
 
 
 def demonstration(wanted: str, rng: np.random.Generator, *, shortest: int = 4, longest: int = 12) -> str:
-    """What an average writer writes: 4 to 12 letters, half of them wanted ones."""
+    """Demonstration of an average writer: 4 to 12 letters, half of them wanted ones."""
     length = rng.integers(shortest, longest + 1)
     return "".join(rng.choice(list(wanted if rng.random() < 0.5 else LETTERS)) for _ in range(length))
 

@@ -27,7 +27,7 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class CallError:
-    """What is wrong with a call, as a sentence for the model."""
+    """Error in a tool call, as a sentence for the model."""
 
     message: str
 

@@ -16,7 +16,7 @@ MAX_OUTPUT_CHARACTERS = 1000
 
 
 class ToolError(ValueError):
-    """What a tool says of arguments that it cannot work with; the model gets to see it."""
+    """Error of a tool about arguments that it cannot work with; the model gets to see it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ def call_pattern(tools: Sequence[Tool]) -> str:
 
 
 def answer_calls(tools: Sequence[Tool], text: str) -> list[str]:
-    """What the tools say to the calls in a model's turn, one text each; none where it calls nothing.
+    """Answers of the tools to the calls in a model's turn, one text each; none where it calls nothing.
 
     A call that is malformed, of no tool, or with the wrong arguments is answered by a text that begins
     with `error: `. An answer of more than 1,000 characters is cut.

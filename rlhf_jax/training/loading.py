@@ -12,7 +12,7 @@ from rlhf_jax.core import files
 from rlhf_jax.core.arguments import checked
 from rlhf_jax.core.types import Params
 from rlhf_jax.models import Policy
-from rlhf_jax.models.config import Remat
+from rlhf_jax.models.config import AttentionBackend, Remat
 from rlhf_jax.models.loading import kind_of_checkpoint, load_checkpoint, local_checkpoint
 from rlhf_jax.models.policy import Source
 from rlhf_jax.training.run_folder import load_policy
@@ -28,6 +28,7 @@ def load(
     param_dtype: str | None = None,
     remat: Remat | None = None,
     scan_layers: bool | None = None,
+    attention_backend: AttentionBackend | None = None,
     shapes_only: bool = False,
 ) -> Policy:
     """A policy, ready to answer and to be trained.
@@ -41,12 +42,19 @@ def load(
       remat: what the backward pass computes again. None for that of a run, and for nothing.
       scan_layers: whether layers run as one scan. None for as in a run, and for deep published checkpoints
         whose pattern repeats.
+      attention_backend: how attention is computed (`ModelConfig`). None for that of a run, and for `auto`.
       shapes_only: `params` are `jax.ShapeDtypeStruct`s, and no weight is read: for plans.
 
     Raises:
       UserError: there is no such model, it is not supported, or a file is damaged.
     """
-    choices = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat, "scan_layers": scan_layers}
+    choices: dict[str, Any] = {
+        "dtype": dtype,
+        "param_dtype": param_dtype,
+        "remat": remat,
+        "scan_layers": scan_layers,
+        "attention_backend": attention_backend,
+    }
     if files.is_remote(path) or kind_of_checkpoint(path) == "run":
         policy = load_policy(files.as_path(path), shapes_only=shapes_only)
         if all(choice is None for choice in choices.values()):

@@ -44,7 +44,7 @@ copy what is to be kept."""
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
-    """How often the loop does what.
+    """Loop settings: steps, intervals of saving and evaluation, limits.
 
     Attributes:
       steps: steps in all, those before a resume included.

@@ -39,14 +39,14 @@ from rlhf_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rlhf_jax.models import Policy, ScalarModel, Source, adapters, make_policy
 
 Kind = Literal["policy", "actor_critic", "reward_model"]
-"""Whether `learner/params` is a decoder, `{"policy": decoder, "value": scalar model}`, or a scalar model."""
+"""Kinds of `learner/params`: a decoder, `{"policy": decoder, "value": scalar model}`, or a scalar model."""
 
 PACKAGES = ("rlhf_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 @dataclasses.dataclass(frozen=True)
 class Adaptation:
-    """How a run's model comes out of another's, whose parameters its checkpoints do not repeat.
+    """Adaptation of another run's model, whose parameters its checkpoints do not repeat.
 
     Attributes:
       adapter: what is trained.
@@ -337,6 +337,7 @@ def _load_base(folder: Path, base: Source | None, config: models.ModelConfig) ->
         param_dtype=config.param_dtype,
         remat=config.remat,
         scan_layers=config.scan_layers,
+        attention_backend=config.attention_backend,
     )
     assert model.source is not None
     if model.source.digest != base.digest:

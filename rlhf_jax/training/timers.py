@@ -1,4 +1,4 @@
-"""Where a step's time goes, what share of the devices' peak it uses, and a trace of it for a profiler."""
+"""Timers of a step: its parts, the share of the devices' peak it uses, and a trace of it for a profiler."""
 
 import contextlib
 import pathlib

@@ -173,6 +173,7 @@ def test_mistakes_are_sentences(tiny, tmp_path, monkeypatch, capsys):
     assert "match no linear layer" in refused(*start, *LORA, "--adapter.targets", "q_proj")
 
 
+@pytest.mark.slow
 def test_a_base_that_is_gone_or_another(tiny, tmp_path, monkeypatch, capsys):
     base, out = tmp_path / "base", tmp_path / "run"
     shutil.copytree(tiny.finished("sft"), base)

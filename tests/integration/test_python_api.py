@@ -273,6 +273,7 @@ def test_preferences_rewards_and_distillation(folder, tmp_path):
     assert np.isfinite(run.metrics[-1]["loss"])
 
 
+@pytest.mark.slow
 def test_a_teacher_with_another_tokenizer(folder, tmp_path):
     tokenizer = character_tokenizer("abcdefghijklmnopqrstuvwxyz \n", ["one", "th"])
     config = models.dense_config(vocab_size=tokenizer.vocab_size, width=8, num_layers=1, num_heads=2)

@@ -54,6 +54,7 @@ def run(tmp_path):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["all_pairs", "plackett_luce"])
 def test_held_out_rankings_are_put_in_order(run, loss):
     last = read_metrics(run("run", "--loss", loss, "--steps", 80))[-1]

@@ -4,11 +4,12 @@ import jax
 import numpy as np
 import pytest
 import rl_studies
+from tiers import few
 
 from rlhf_jax.core.errors import UserError
 
 
-@pytest.mark.parametrize("length", [1, 3, 8])
+@pytest.mark.parametrize("length", few([1, 3, 8], 3))
 def test_importance_weights_are_unbiased_and_their_clipping_is_not(length):
     found = rl_studies.estimates(jax.random.key(0), episodes=40_000, length=length)
     means = {name: float(np.mean(values)) for name, values in found.items()}

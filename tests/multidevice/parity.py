@@ -245,8 +245,9 @@ def reference(name, dtype, experts):
 
 
 def compare(name, spec, dtype):
+    spec, _, backend = spec.partition("/")
     experts = "expert" in spec
-    config = decoder_config(dtype, experts=experts)
+    config = decoder_config(dtype, experts=experts, attention_backend=backend or "auto")
     if name == "generate":
         pairs = [[sample(s, config, t)[0] for s in ("", spec)] for t in (0.0, 1.0)]
         return same_rollouts(pairs)

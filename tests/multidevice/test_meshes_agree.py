@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiers import few
 
 HERE = Path(__file__).parent
 LAYOUTS = (
@@ -18,6 +19,7 @@ LAYOUTS = (
     "fsdp=4,tensor=2",
     "data=2,fsdp=2,tensor=2",
     "sequence=4",
+    "sequence=4/ulysses",
     "expert=4",
 )
 ALGORITHMS = ("sft", "dpo", "grpo", "ppo")
@@ -108,11 +110,12 @@ def test_negative_controls_in_float32():
     check_controls(parity("float32", *CONTROLS), "float32")
 
 
-def test_ring_attention_is_attention():
-    process = run_on_eight("ring.py")
-    lines = [line.split() for line in process.stdout.splitlines()]
-    assert len(lines) == 4
-    for _, _, *errors in lines:
+# With 4 devices and 2 heads of keys, Ulysses repeats them; with `tensor`, each device has some heads.
+@pytest.mark.parametrize("mesh", few(["sequence=4", "sequence=2,tensor=2"], "sequence=4"))
+def test_attention_over_split_columns_is_attention(mesh):
+    lines = [line.split() for line in run_on_eight("ring.py", mesh).stdout.splitlines()]
+    assert [way for way, *_ in lines] == ["ring", "ring", "ulysses", "ulysses"]
+    for _, *errors in lines:
         assert len(errors) == 4  # outputs, and the gradients of queries, keys, values
         assert max(map(float, errors)) < 1e-12
 
@@ -139,6 +142,6 @@ def test_layouts_send_what_they_should_on_paper():
 @pytest.mark.slow
 def test_splash_attention_on_a_mesh_is_attention():
     [line] = run_on_eight("ring.py", "splash").stdout.splitlines()
-    _, _, *errors = line.split()
+    _, *errors = line.split()
     assert len(errors) == 4
     assert max(map(float, errors)) < 2e-5

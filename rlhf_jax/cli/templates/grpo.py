@@ -29,7 +29,7 @@ from rlhf_jax.training.run_folder import describe_run, write_model_files
 
 
 def reward(prompts: Sequence[str], completions: Sequence[str], **fields: Any) -> Any:
-    """What each completion is worth: a number for each, or None where it cannot be scored."""
+    """Reward of each completion: a number for each, or None where it cannot be scored."""
     return gsm8k_reward(prompts, completions, **fields)
 
 

@@ -150,7 +150,7 @@ def _content(path: Path) -> bytes:
 
 
 def _is_dead(holder: bytes) -> bool:
-    """Whether a lease's holder was a process of this machine that is no more, or had this one's number."""
+    """True if a lease's holder was a process of this machine that is no more, or had this one's number."""
     try:
         told = json.loads(holder)
         pid, host = int(told["pid"]), told["host"]

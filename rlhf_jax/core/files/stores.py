@@ -63,7 +63,7 @@ def as_path(path: PathLike) -> Path:
 
 
 def is_remote(path: PathLike) -> bool:
-    """Whether the path is in an object store."""
+    """True if the path is in an object store."""
     return _ADDRESS.fullmatch(os.fspath(path)) is not None
 
 
@@ -83,7 +83,7 @@ def as_local(path: PathLike, what: str) -> pathlib.Path:
 
 
 def relative(folder: Path, other: Path) -> str:
-    """How to get from one folder to another: relative, so that both may be moved together."""
+    """Path from one folder to another: relative, so that both may be moved together."""
     if isinstance(folder, pathlib.Path) and isinstance(other, pathlib.Path):
         return os.path.relpath(other.resolve(), folder.resolve())
     if is_remote(folder) and is_remote(other) and folder.parts[:3] == other.parts[:3]:
@@ -233,7 +233,7 @@ def read_text(path: PathLike) -> str:
 
 
 def exists(path: PathLike) -> bool:
-    """Whether there is such a file or folder. Raises: OSError where the store does not say."""
+    """True if there is such a file or folder. Raises: OSError where the store does not say."""
     path = as_path(path)
     if isinstance(path, pathlib.Path):
         return path.exists()
@@ -242,7 +242,7 @@ def exists(path: PathLike) -> bool:
 
 
 def is_file(path: PathLike) -> bool:
-    """Whether there is such a file. Raises: OSError where the store does not say."""
+    """True if there is such a file. Raises: OSError where the store does not say."""
     path = as_path(path)
     if isinstance(path, pathlib.Path):
         return path.is_file()
@@ -251,7 +251,7 @@ def is_file(path: PathLike) -> bool:
 
 
 def is_folder(path: PathLike) -> bool:
-    """Whether there is such a folder; one without files does not exist in an object store."""
+    """True if there is such a folder; one without files does not exist in an object store."""
     path = as_path(path)
     if isinstance(path, pathlib.Path):
         return path.is_dir()
@@ -260,7 +260,7 @@ def is_folder(path: PathLike) -> bool:
 
 
 def list_folder(folder: Path) -> list[Path]:
-    """What stands in a folder, in order of names; nothing where there is no folder."""
+    """Entries of a folder, in order of names; nothing where there is no folder."""
     if isinstance(folder, pathlib.Path):
         return sorted(folder.iterdir()) if folder.is_dir() else []
     with _store_errors(folder):

@@ -131,7 +131,7 @@ def script_family(script: str) -> str:
 
 
 def lacks_function_words(text: str, language: str) -> bool:
-    """Whether a text is too long to be in a language of whose function words it has none."""
+    """True if a text is too long to be in a language of whose function words it has none."""
     found = words(without_markup(text))
     long = sum(len(word) > 2 and word.isalpha() for word in found)
     return long >= _ENOUGH_WORDS and not set(found) & set(_FUNCTION_WORDS[language].split())

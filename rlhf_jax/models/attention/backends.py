@@ -15,9 +15,10 @@ from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Bool, Float, Int
 from rlhf_jax.models.attention.blocked import ATTENDED, blocked_attention
 from rlhf_jax.models.attention.ring import ring_attention
+from rlhf_jax.models.attention.ulysses import serves, ulysses_attention
 from rlhf_jax.models.config import AttentionBackend
 
-Backend = Literal["plain", "blocked", "cudnn", "splash", "ring"]
+Backend = Literal["plain", "blocked", "cudnn", "splash", "ring", "ulysses"]
 
 ATTENTION_NAMES = ("query", "key", "value", ATTENDED)
 """What the backward pass of attention reads, by the names under which `remat` policies keep it."""
@@ -91,9 +92,17 @@ def attend(
     segments, mask = context.segment_ids, context.seen(window)
     if chosen == "plain" or segments is None:
         return plain_attention(query, key, value, mask, scale=scale, softcap=softcap, bias=bias)
-    if chosen == "ring":
-        return attention_in_a_ring(
-            query, key, value, context.positions, segments, scale=scale, softcap=softcap, window=window
+    if chosen in ("ring", "ulysses"):
+        return context_parallel_attention(
+            chosen,
+            query,
+            key,
+            value,
+            context.positions,
+            segments,
+            scale=scale,
+            softcap=softcap,
+            window=window,
         )
     if chosen == "splash":
         return splash_attention(query, key, value, segments, scale=scale, softcap=softcap, window=window)
@@ -117,15 +126,23 @@ def choose_backend(
     `auto` takes cuDNN on NVIDIA GPUs and splash attention on TPUs where they apply, and blocks where they do
     not and everywhere else, so that no whole square of logits is ever held. Reading from a cache, a token at
     a time, is bound by memory and plain. Where the columns are split over devices, keys and values go around
-    in a ring.
+    in a ring, or heads are exchanged for columns (`ulysses`), which then get what `auto` says.
 
     Raises:
       UserError: `asked` names a backend that does not apply.
     """
     if context.segment_ids is None:
         return "plain"
-    if shards("time", query.shape[1]) > 1 and asked == "auto":
-        return "plain" if biased else "ring"
+    devices = shards("time", query.shape[1])
+    if devices > 1 and asked in ("auto", "ring", "ulysses"):
+        if asked == "auto":
+            return "plain" if biased else "ring"
+        obstacle = _split_obstacle(asked, query, value, devices, biased)
+        if obstacle:
+            raise UserError(f"attention_backend={asked} cannot be used: {obstacle}; choose auto.")
+        return asked
+    if asked in ("ring", "ulysses"):
+        asked = "auto"
     best: dict[str, Backend] = {"gpu": "cudnn", "tpu": "splash"}
     backend = best.get(platform, "blocked") if asked == "auto" else asked
     obstacle = None
@@ -177,10 +194,23 @@ def _splash_obstacle(biased: bool, platform: str) -> str | None:
     return None
 
 
+def _split_obstacle(asked: str, query: Array, value: Array, devices: int, biased: bool) -> str | None:
+    """Why columns that are split over so many devices cannot be attended to in the way asked for, if so."""
+    if biased:
+        return "it has no bias of logits, and this model has one (ALiBi)"
+    # Heads that are split over `tensor` are dealt out further.
+    taken = shards("heads", value.shape[2])
+    heads, kv_heads = query.shape[2] // taken, value.shape[2] // taken
+    if asked == "ulysses" and not serves(devices, heads, kv_heads):
+        return f"{heads} heads ({kv_heads} of keys) cannot be dealt out to {devices} devices"
+    return None
+
+
 # The ways ------------------------------------------------------------------------------------------
 
 
-def attention_in_a_ring(
+def context_parallel_attention(
+    way: Literal["ring", "ulysses"],
     query: Float[Array, "B T H d"],
     key: Float[Array, "B T K d"],
     value: Float[Array, "B T K v"],
@@ -191,18 +221,47 @@ def attention_in_a_ring(
     softcap: float | None = None,
     window: int | None = None,
 ) -> Float[Array, "B T H v"]:
-    """`kernels.ring_attention` over the entered mesh; no device ever holds the keys of a whole row."""
+    """Attention whose columns are split over the entered mesh: no device holds all keys of all heads."""
     mesh = jax.sharding.get_abstract_mesh()
     # The heads of queries can be split only where those of their keys are split alike.
     heads = "heads" if shards("heads", key.shape[2]) > 1 else None
     of_heads = partition_spec(("batch", "time", heads, None), key.shape, mesh)[0]
     of_columns = PartitionSpec(*of_heads[:2])
-    ring = functools.partial(
-        ring_attention, axis_name=of_heads[1], scale=scale, softcap=softcap, window=window
-    )
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "window": window}
+    if way == "ring":
+        local = functools.partial(ring_attention, axis_name=of_heads[1], **options)
+    else:
+        whole = functools.partial(_whole_rows, platform=_platform(), **options)
+        local = functools.partial(ulysses_attention, axis_name=of_heads[1], attention_fn=whole)
     specs = (of_heads, of_heads, of_heads, of_columns, of_columns)
-    split = jax.shard_map(ring, in_specs=specs, out_specs=of_heads, check_vma=False)
+    split = jax.shard_map(local, in_specs=specs, out_specs=of_heads, check_vma=False)
     return split(query, key, value, positions, segment_ids)
+
+
+def _whole_rows(
+    query: Array,
+    key: Array,
+    value: Array,
+    positions: Array,
+    segment_ids: Array,
+    *,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    platform: str,
+) -> Array:
+    """What `auto` takes on one device, for whole rows of some heads."""
+    if _splash_obstacle(False, platform) is None:
+        return _splash_on_one_device(
+            query, key, value, segment_ids, scale=scale, softcap=softcap, window=window, interpret=False
+        )
+    index = jnp.arange(query.shape[1])
+    mask = (segment_ids[:, :, None] == segment_ids[:, None]) & (index[:, None] >= index)
+    if window is not None:
+        mask &= positions[:, :, None] - positions[:, None] < window
+    if _cudnn_obstacle(query, value, softcap, platform) is None:
+        return cudnn_attention(query, key, value, mask, segment_ids, scale=scale, window=window)
+    return blocked_attention(query, key, value, mask, scale=scale, softcap=softcap, window=window)
 
 
 def plain_attention(

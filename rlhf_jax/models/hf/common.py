@@ -75,7 +75,7 @@ def read_rope(fields: Fields, *, theta: float = 10_000.0, kind: str | None = Non
 
 
 def read_window(fields: Fields) -> int | None:
-    """How many tokens are seen (`sliding_window`); None for all.
+    """Attention window in tokens (`sliding_window`); None for all.
 
     Raises:
       UserError: none are.

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 import tabular
+from tiers import few
 
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.core.errors import UserError
@@ -62,7 +63,7 @@ def test_the_loss_on_text_is_added_with_its_weight():
     np.testing.assert_allclose(metrics["loss"], of_ppo["loss"] + 3 * loss, rtol=1e-5)
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("micro_batches", few([1, 2], 2))
 def test_every_optimizer_step_learns_from_its_own_share_of_the_text(micro_batches):
     config, hyper = (
         ppo.Config(num_ppo_epochs=2, num_minibatches=2),

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tabular
+from tiers import few
 
 from rlhf_jax import losses
 from rlhf_jax.algorithms import distillation, grpo, ppo, preference, reward, sft, unpaired
@@ -167,7 +168,9 @@ CASES = {
     "ppo_ptx": ptx_case,
     "group": group_case,
 }
-every_algorithm = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+every_algorithm = pytest.mark.parametrize("name", CASES)
+# Of the costly laws the default tier runs those of one update of each kind.
+every_kind = pytest.mark.parametrize("name", few(CASES, "sft", "preference", "ppo_ptx", "group"))
 
 
 def initial_state(hyper, dtype=jnp.float32):
@@ -188,14 +191,14 @@ def assert_same(found, expected, **tolerance):
     jax.tree.map(compare, found, expected)
 
 
-@every_algorithm
+@every_kind
 @pytest.mark.parametrize("parts", [2, 8])
-def test_micro_batches_change_nothing(case, parts):
+def test_micro_batches_change_nothing(name, parts):
     """Lengths differ between the parts, which hold other numbers of tokens; moments follow the gradients."""
     with jax.enable_x64(True):
         results = []
         for micro_batches in (1, parts):
-            update, hyper, batch = case(jnp.float64, micro_batches=micro_batches)
+            update, hyper, batch = CASES[name](jnp.float64, micro_batches=micro_batches)
             state, metrics = jax.jit(update)(initial_state(hyper, jnp.float64), hyper, batch)
             assert int(state.learner.steps) == 1
             results.append((state.learner.opt_state, state.learner.params, metrics))
@@ -221,9 +224,9 @@ def map_sequences(change, batch):
     return jax.tree.map(lambda x: change(x) if is_one(x) else x, batch, is_leaf=is_one)
 
 
-@every_algorithm
-def test_a_batch_that_gives_nan_is_skipped_and_forgotten(case):
-    update, hyper, batch = case(jnp.float32)
+@every_kind
+def test_a_batch_that_gives_nan_is_skipped_and_forgotten(name):
+    update, hyper, batch = CASES[name](jnp.float32)
     update = jax.jit(update)
     state, _ = update(initial_state(hyper), hyper, batch)
     spoilt = map_sequences(lambda s: dataclasses.replace(s, positions=s.positions.at[2].set(-1)), batch)
@@ -239,8 +242,8 @@ def test_a_batch_that_gives_nan_is_skipped_and_forgotten(case):
 
 
 @every_algorithm
-def test_hyperparameters_do_not_recompile_and_all_have_an_effect(case):
-    update, hyper, batch = case(jnp.float32)
+def test_hyperparameters_do_not_recompile_and_all_have_an_effect(name):
+    update, hyper, batch = CASES[name](jnp.float32)
     update, hyper = jax.jit(update), as_arrays(hyper)
     state, _ = update(initial_state(hyper), hyper, batch)
     expected, _ = update(state, hyper, batch)
@@ -263,7 +266,7 @@ def test_hyperparameters_do_not_recompile_and_all_have_an_effect(case):
             continue  # these act in `language_batch`
         if field.name == "teacher_update_rate":
             continue  # moves a teacher that is an average of the policy: see test_distillation_updates
-        if field.name == "ptx_coef" and case is not ptx_case:
+        if field.name == "ptx_coef" and name != "ppo_ptx":
             continue  # weighs the loss on text
         if isinstance(hyper, grpo.Hyper) and field.name in of_batch:
             continue  # these act in `make_batch`: see test_variants and test_grpo_corrections
@@ -283,9 +286,9 @@ def test_hyperparameters_do_not_recompile_and_all_have_an_effect(case):
     assert update._cache_size() == 1
 
 
-@every_algorithm
-def test_vmap_over_hyperparameters_equals_one_after_the_other(case):
-    update, hyper, batch = case(jnp.float32)
+@every_kind
+def test_vmap_over_hyperparameters_equals_one_after_the_other(name):
+    update, hyper, batch = CASES[name](jnp.float32)
     state = initial_state(hyper)
     several = jax.tree.map(lambda x: jnp.float32(x) * jnp.array([1.0, 0.3, 2.0]), hyper)
     together = jax.jit(jax.vmap(update, in_axes=(None, 0, None)))(state, several, batch)
@@ -306,41 +309,39 @@ def padded(batch, rows, columns):
     return jax.tree.map(pad, batch)
 
 
-@pytest.mark.parametrize(
-    "case", [sft_case, ppo_case, ptx_case, group_case], ids=["sft", "ppo", "ptx", "group"]
-)
-def test_padding_changes_nothing(case):
+@pytest.mark.parametrize("name", ["sft", "ppo", "ppo_ptx", "group"])
+def test_padding_changes_nothing(name):
     """Rows of no answer, too: what stands there, NaN included, is not looked at."""
-    update, hyper, batch = case(jnp.float32)
+    update, hyper, batch = CASES[name](jnp.float32)
     update = jax.jit(update)
     expected = update(initial_state(hyper), hyper, batch)
     found = update(initial_state(hyper), hyper, padded(batch, 4, 3))
     assert_same(found, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", [reward_case, preference_case], ids=["reward", "preference"])
-def test_longer_padding_of_pairs_changes_nothing(case):
-    update, hyper, batch = case(jnp.float32)
+@pytest.mark.parametrize("name", ["reward", "preference"])
+def test_longer_padding_of_pairs_changes_nothing(name):
+    update, hyper, batch = CASES[name](jnp.float32)
     update = jax.jit(update)
     expected = update(initial_state(hyper), hyper, batch)
     found = update(initial_state(hyper), hyper, padded(batch, 0, 3))
     assert_same(found, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", [ranking_case, plackett_luce_case], ids=["all_pairs", "plackett_luce"])
-def test_more_slots_than_answers_change_nothing(case):
-    update, hyper, batch = case(jnp.float32)
-    _, _, wide = case(jnp.float32, slots=5)
+@pytest.mark.parametrize("name", ["ranking", "plackett_luce"])
+def test_more_slots_than_answers_change_nothing(name):
+    update, hyper, batch = CASES[name](jnp.float32)
+    _, _, wide = CASES[name](jnp.float32, slots=5)
     assert wide.mask.shape[1] == 5
     update = jax.jit(update)
     expected, found = (update(initial_state(hyper), hyper, x) for x in (batch, wide))
     assert_same(found, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", [sft_case, ppo_case, group_case], ids=["sft", "ppo", "group"])
-def test_tokens_of_a_tool_inside_an_answer_do_not_teach(case):
+@pytest.mark.parametrize("name", ["sft", "ppo", "group"])
+def test_tokens_of_a_tool_inside_an_answer_do_not_teach(name):
     """Only rows of the table that some counted token follows move."""
-    update, hyper, batch = case(jnp.float32)
+    update, hyper, batch = CASES[name](jnp.float32)
 
     def with_tool(sequences):
         # After a 4 comes a token of the tool's, and nothing else comes after a 4.
@@ -348,7 +349,7 @@ def test_tokens_of_a_tool_inside_an_answer_do_not_teach(case):
         return dataclasses.replace(sequences, tokens=tokens, mask=sequences.mask.at[:, 3].set(False))
 
     batch = map_sequences(with_tool, batch)
-    if case is ppo_case:
+    if name == "ppo":
         batch = dataclasses.replace(batch, mask=batch.inputs.mask)
     state = initial_state(hyper)
     after, metrics = jax.jit(update)(state, hyper, batch)

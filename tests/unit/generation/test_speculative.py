@@ -188,6 +188,7 @@ def test_slots_are_filled_in_any_order_and_change_nothing(decoder, slots, refill
     np.testing.assert_allclose(found.logp, sampled.logp, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_continuous_batches_obey_automata(toy):
     tokenizer = character_tokenizer("ab")
     sampling = Sampling(

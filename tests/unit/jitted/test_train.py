@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import few
 
 from rlhf_jax import losses, models
 from rlhf_jax.algorithms import (
@@ -116,7 +117,9 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", few(METHODS, "behind", "dapo", "ppo", "nash_md", "imitation", "distillation")
+)
 def test_every_method_is_traceable_from_end_to_end(name):
     """What a run needs and returns, by shapes alone."""
     make, hyper = METHODS[name]

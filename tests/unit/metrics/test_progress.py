@@ -12,6 +12,7 @@ import termios
 import jax.numpy as jnp
 import pytest
 from rich.console import Console
+from tiers import few
 
 from rlhf_jax.metrics import Progress, final_table, format_number, format_seconds
 from rlhf_jax.metrics.progress import choose_shown
@@ -168,7 +169,7 @@ def frames_of(width):
     return [line for line in re.split(r"[\r\n]+", plain) if line.strip()]
 
 
-@pytest.mark.parametrize("width", [80, 120, 200])
+@pytest.mark.parametrize("width", few([80, 120, 200], 80))
 def test_in_a_real_terminal_bar_steps_what_matters_and_whole_numbers_are_there(width):
     lines = frames_of(width)
     assert all(len(line) <= width for line in lines)

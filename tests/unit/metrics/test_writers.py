@@ -159,7 +159,7 @@ def test_tensorboard_writes_nothing_before_the_first_step(tmp_path):
 
 def test_a_file_where_the_folder_should_be_is_a_user_error(tmp_path):
     (tmp_path / "run").write_text("not a folder")
-    with pytest.raises(UserError, match="cannot write metrics"):
+    with pytest.raises(UserError, match="cannot be written"):
         JSONLLogger(tmp_path / "run", stage="sft")
 
 

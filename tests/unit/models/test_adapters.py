@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import few
 
 from rlhf_jax import models
 from rlhf_jax.algorithms import sft
@@ -30,8 +31,7 @@ KINDS = {
     "partial": adapters.Partial("layer_1/.*|final_norm.*"),
 }
 MERGEABLE = ("lora", "rslora", "dora", "pissa", "adalora")
-slow = functools.partial(pytest.param, marks=pytest.mark.slow)
-every_kind = pytest.mark.parametrize("kind", [slow(kind) if kind == "rslora" else kind for kind in KINDS])
+every_kind = pytest.mark.parametrize("kind", few(KINDS, "lora", "dora", "prefix", "partial"))
 forward = jax.jit(models.forward, static_argnums=0)
 hidden_states = jax.jit(models.hidden_states, static_argnums=0)
 cached_hidden_states = jax.jit(decoder.cached_hidden_states, static_argnums=0)
@@ -85,7 +85,7 @@ def test_at_the_start_no_logit_changes_and_the_base_is_shared(kind, params):
         assert np.abs(np.asarray(logits_of(CONFIG, stirred(adapted)) - expected)).max() > 1e-3
 
 
-@pytest.mark.parametrize("kind", MERGEABLE)
+@pytest.mark.parametrize("kind", few(MERGEABLE, "lora", "dora", "adalora"))
 def test_merged_equals_unmerged(kind, params):
     with jax.enable_x64(True):
         wide = dataclasses.replace(CONFIG, param_dtype="float64", compute_dtype="float64")
@@ -104,7 +104,7 @@ def test_what_cannot_be_merged_says_so(kind, params):
         adapters.merge_adapter(adapted)
 
 
-@pytest.mark.parametrize("kind", ["dora", "prefix", *map(slow, ("adalora", "prompt", "bottleneck"))])
+@pytest.mark.parametrize("kind", few(["dora", "prefix", "adalora", "prompt", "bottleneck"], "dora", "prefix"))
 def test_scanned_equals_unrolled_and_packed_equals_unpacked(kind, params):
     adapted = adapters.init_adapter(KINDS[kind], params, jax.random.key(1))
     adapted = stirred(adapted)
@@ -123,7 +123,7 @@ def test_scanned_equals_unrolled_and_packed_equals_unpacked(kind, params):
     np.testing.assert_allclose(together, apart, atol=2e-5)
 
 
-@pytest.mark.parametrize("kind", ["lora", "prefix", "prompt"])
+@pytest.mark.parametrize("kind", few(["lora", "prefix", "prompt"], "prefix"))
 def test_cached_equals_full(kind, params):
     """Tokens read one at a time through a cache end in the hidden states of the whole row."""
     adapted = stirred(adapters.init_adapter(KINDS[kind], params, jax.random.key(1)))
@@ -254,7 +254,7 @@ def test_the_budget_falls_from_rank_to_target():
 
 
 @pytest.mark.parametrize(
-    ("format", "bound"), [slow("int8", 0.01), slow("fp8", 0.05), slow("int4", 0.13), ("nf4", 0.11)]
+    ("format", "bound"), few([("int8", 0.01), ("fp8", 0.05), ("int4", 0.13), ("nf4", 0.11)], ("nf4", 0.11))
 )
 def test_quantised_kernels_are_near_and_layers_compute_with_them(format, bound, params):
     config = adapters.Quantization(format)

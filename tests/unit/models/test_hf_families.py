@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from tiers import few
 
 from rlhf_jax import models
 from rlhf_jax.core.trees import named_leaves
@@ -18,7 +19,7 @@ from rlhf_jax.models import hf
 GOLDEN = pathlib.Path(__file__).resolve().parents[2] / "golden"
 CASES = sorted(folder.name.removeprefix("hf_") for folder in GOLDEN.glob("hf_*"))
 DECODED = ("bloom", "deepseek_v3", "gemma3", "gpt2", "llama3", "qwen3_moe")  # one of each kind of cache
-decoded = [case if case in DECODED else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+decoded = few(CASES, *DECODED)
 
 
 @functools.cache
@@ -133,7 +134,7 @@ def test_packed_rows_equal_separate_ones(case):
     np.testing.assert_allclose(logits[9:], expected["none_logits"][1, :3], atol=1e-4)
 
 
-@pytest.mark.parametrize("case", ["deepseek_v3", "qwen3_moe"])
+@pytest.mark.parametrize("case", few(["deepseek_v3", "qwen3_moe"], "deepseek_v3"))
 def test_gradients_reach_router_and_chosen_experts(case):
     config, params, expected = _loaded(case)
 

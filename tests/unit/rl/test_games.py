@@ -77,6 +77,7 @@ def test_tic_tac_toe_is_solved():
         LineGame(3, 3, 4, False)
 
 
+@pytest.mark.slow
 def test_small_games_of_known_value():
     assert games.solve(LineGame(2, 2, 2, False))[(0,) * 4] == 1  # the second stone makes a line
     assert games.solve(LineGame(4, 4, 4, True))[(0,) * 16] == 0  # connect four on 4 x 4 is a draw

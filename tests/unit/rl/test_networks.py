@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import few
 
 from rlhf_jax.rl.envs import environments
 from rlhf_jax.rl.networks import networks
@@ -48,7 +49,7 @@ def test_tanh_gaussian_is_a_density_inside_its_box():
 
 
 @pytest.mark.parametrize("name", ["CartPole-v1", "Pendulum-v1", "Breakout-MinAtar", "FrozenLake-misc"])
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shared", few([False, True], True))
 def test_actor_critic_of_every_kind_of_environment(name, shared):
     env, params = environments.make(name)
     states = jax.vmap(env.reset, (0, None))(jax.random.split(KEY, 3), params)

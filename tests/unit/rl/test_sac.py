@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from tiers import few
 
 from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
 from rlhf_jax.rl.algorithms import sac
@@ -40,7 +41,7 @@ def batch_of(count: int = 8) -> Batch:
     )
 
 
-@pytest.mark.parametrize("temperature", [1e-8, 0.7])
+@pytest.mark.parametrize("temperature", few([1e-8, 0.7], 0.7))
 def test_targets_against_numpy(temperature):
     actor, critics, actor_fn, critic_fn = parts()
     hyper, batch = sac.Hyper(temperature=temperature), batch_of()

@@ -125,6 +125,7 @@ with jax.set_mesh(distributed.make_mesh("fsdp=4")):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_keep_the_groups_that_one_would():
     """Groups that differ are unequally spread over the processes, and move."""
     with socket.socket() as free:

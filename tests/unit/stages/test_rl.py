@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import few
 
 from rlhf_jax.checkpoint import CheckpointManager
 from rlhf_jax.core.errors import UserError
@@ -155,7 +156,7 @@ def test_mistakes_are_one_sentence(tmp_path, changes, sentence):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("algo", [*rl_agents.EITHER, *rl_agents.DISCRETE])
+@pytest.mark.parametrize("algo", few([*rl_agents.EITHER, *rl_agents.DISCRETE], "ppo", "dqn", "c51"))
 def test_every_algorithm_has_settings_and_a_run(algo):
     env, params = environments.make("CartPole-v1")
     agent = rl_agents.make_agent(algo, env, 100_000, ())
@@ -166,7 +167,7 @@ def test_every_algorithm_has_settings_and_a_run(algo):
     assert {"steps", "episodes", "episode_return_sum", "episode_length_sum"} <= set(metrics)
 
 
-@pytest.mark.parametrize("algo", [*rl_agents.EITHER, *rl_agents.CONTINUOUS])
+@pytest.mark.parametrize("algo", few([*rl_agents.EITHER, *rl_agents.CONTINUOUS], "ppo", "sac", "td3"))
 def test_every_algorithm_for_continuous_actions_too(algo):
     env, params = environments.make("Pendulum-v1")
     agent = rl_agents.make_agent(algo, env, 0, ())

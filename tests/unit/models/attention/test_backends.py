@@ -173,6 +173,8 @@ BF16 = {"dtype": jnp.bfloat16, "width": 64, "value_width": 64, "softcap": None, 
         ("auto", "tpu", {"softcap": 5.0, "value_width": 32}, "splash"),
         ("auto", "tpu", {"biased": True}, "blocked"),
         ("plain", "gpu", {}, "plain"),
+        ("ring", "gpu", {}, "cudnn"),
+        ("ulysses", "cpu", {}, "blocked"),
         ("cudnn", "cpu", {}, "needs an NVIDIA GPU, and this runs on cpu"),
         ("cudnn", "gpu", {"dtype": jnp.float32}, "compute_dtype is float32"),
         ("cudnn", "gpu", {"softcap": 5.0}, "no soft-cap"),
@@ -200,3 +202,33 @@ def test_the_choice(asked, platform, change, expected):
             choose(context)
     # A step of decoding is plain, whatever was asked for.
     assert choose(dataclasses.replace(context, segment_ids=None)) == "plain"
+
+
+@pytest.mark.parametrize(
+    ("asked", "devices", "biased", "expected"),
+    [
+        ("auto", 4, False, "ring"),
+        ("auto", 4, True, "plain"),
+        ("blocked", 4, False, "blocked"),
+        ("ring", 4, False, "ring"),
+        ("ring", 4, True, "no bias of logits"),
+        ("ulysses", 4, False, "ulysses"),
+        ("ulysses", 2, False, "ulysses"),
+        ("ulysses", 8, False, r"4 heads \(2 of keys\) cannot be dealt out to 8 devices"),
+        ("ulysses", 4, True, "no bias of logits"),
+    ],
+)
+def test_the_choice_where_columns_are_split(asked, devices, biased, expected):
+    query = jax.ShapeDtypeStruct((2, 8, 4, 16), jnp.float32)
+    value = jax.ShapeDtypeStruct((2, 8, 2, 16), jnp.float32)
+    context = AttentionContext(*[jnp.zeros(0, jnp.int32)] * 6)
+    mesh = jax.sharding.AbstractMesh((devices,), ("sequence",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.sharding.use_abstract_mesh(mesh):
+        choose = functools.partial(
+            choose_backend, asked, query, value, context, softcap=None, biased=biased, platform="cpu"
+        )
+        if expected in ("ring", "ulysses", "plain", "blocked"):
+            assert choose() == expected
+        else:
+            with pytest.raises(UserError, match=f"attention_backend={asked} cannot be used: .*{expected}"):
+                choose()
