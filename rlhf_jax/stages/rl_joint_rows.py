@@ -65,8 +65,8 @@ ROWS = (
         settings=_SPREAD_PPO,
         note=(
             "With the paper's 128 environments, 10 epochs of one batch and gamma .99, four seeds returned "
-            "-34.1, -24.7, -42.9 and -33.2 after 200,000 steps: training returns fall to -42 at first, while values "
-            "of 100 steps ahead are learned, and are back at -28 at the end."
+            "-34.1, -24.7, -42.9 and -33.2 after 200,000 steps: training returns fall to -42 at first, while "
+            "values of 100 steps ahead are learned, and are back at -28 at the end."
         ),
     ),
     Row(_SPREAD, "mappo", 500_000, None, settings=_SPREAD_PPO),

@@ -103,7 +103,7 @@ class State:
 
 @dataclasses.dataclass(frozen=True)
 class ActionFns:
-    """What kind of actions there are, as callables.
+    """The kind of actions, as callables.
 
     Attributes:
       code_fn: actions as the environment takes them -> as critics see them [R, N, A].

@@ -46,7 +46,7 @@ class Transition:
 
     @property
     def learning_reward(self) -> Float[Array, "..."]:
-        """What is learned from: the reward, unless each of several agents has its own."""
+        """Reward that is learned from: `reward`, unless each of several agents has its own."""
         return self.reward
 
     @property

@@ -1,4 +1,4 @@
-"""What several agents see, and what a step of all of them gives."""
+"""Observations of several agents, and the outcome of a step of all of them."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from rlhf_jax.core.types import Array, Bool, Float
 
 @pytree_dataclass
 class JointObs:
-    """What N agents see, and what is known of the world while they train.
+    """Observations of N agents, and what is known of the world while they train.
 
     Attributes:
       own: what each sees, flat, padded to the widest with zeros.
@@ -23,7 +23,7 @@ class JointObs:
 
 @pytree_dataclass
 class RawStep:
-    """What a step of an environment of several agents gives.
+    """The outcome of a step in an environment of several agents.
 
     Attributes:
       inner: the environment's own state.

@@ -48,7 +48,7 @@ class JointTransition(Transition):
 
     @property
     def learning_reward(self) -> Float[Array, "... N"]:
-        """What is learned from: each agent's own reward."""
+        """Reward that is learned from: each agent's own."""
         return self.rewards
 
 
