@@ -109,7 +109,7 @@ def _fitting(env: Environment) -> tuple[str, ...]:
 
 
 def _mismatch(name: str, env: Environment) -> str:
-    """What keeps an algorithm from an environment."""
+    """Reason why an algorithm does not fit an environment."""
     for_several = name in (*SEVERAL_EITHER, *SEVERAL_DISCRETE)
     if for_several != (env.num_agents > 1):
         suited = "several agents" if for_several else "one agent"

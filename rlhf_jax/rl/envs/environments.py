@@ -196,7 +196,7 @@ def first_state(inner: Any, obs: Any) -> EnvState:
 
 
 def next_state(state: EnvState, inner: Any, transition: Transition, fresh: EnvState) -> EnvState:
-    """What follows `state` after `transition`: `inner`, or `fresh` where the episode is done."""
+    """The state after `transition`: `inner`, or `fresh` where the episode is done."""
     done = transition.done
     episode_return, length = state.episode_return + transition.reward, state.episode_length + 1
     finished = EpisodeStatistics(

@@ -53,7 +53,7 @@ class JointTransition(Transition):
 
 
 class RawEnv(Protocol):
-    """What an adapter or a native game gives."""
+    """An environment as an adapter or a native game gives it."""
 
     @property
     def num_agents(self) -> int:
