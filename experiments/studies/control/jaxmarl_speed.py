@@ -151,7 +151,7 @@ def ours(steps: int) -> Train:
 def measure(programs: dict[str, Train], options: Options) -> dict[str, dict[str, list[float]]]:
     """Steps per second of each run without compilation, and returns of each seed; the programs take turns.
 
-    Seconds are those of the clock, and those that the process had of the processors: other work does not count
+    Seconds are those of the clock, and those that the process had of the processors: other work counts not
     in these.
     """
     keys = jax.random.split(jax.random.key(0), (options.repeats, options.seeds))
