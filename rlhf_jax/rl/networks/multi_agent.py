@@ -137,18 +137,23 @@ class MonotonicMixer(nn.Module):
 
     Attributes:
       width: of the hidden layer.
+      scale: of the hypernetworks' orthogonal weights at first. At 1 an agent's value counts many times in the
+        joint one where states are large, as in MPE, and the overestimation of targets runs away.
     """
 
     width: int = 32
+    scale: float = 0.1
 
     @nn.compact
     def __call__(self, values: Float[Array, "R N"], state: Float[Array, "R S"]) -> Float[Array, " R"]:
         """The joint value of values and state."""
         agents = values.shape[-1]
-        first = jnp.abs(linear(agents * self.width, 1.0, "first_weights")(state))
-        bias = linear(self.width, 1.0, "first_bias")(state)
-        second = jnp.abs(linear(self.width, 1.0, "second_weights")(state))
-        last = linear(1, 1.0, "last_bias")(nn.relu(linear(self.width, 1.0, "last_hidden")(state)))
+        first = jnp.abs(linear(agents * self.width, self.scale, "first_weights")(state))
+        bias = linear(self.width, self.scale, "first_bias")(state)
+        second = jnp.abs(linear(self.width, self.scale, "second_weights")(state))
+        last = linear(1, self.scale, "last_bias")(
+            nn.relu(linear(self.width, self.scale, "last_hidden")(state))
+        )
         hidden = jnp.einsum("rn,rnw->rw", values, first.reshape(-1, agents, self.width)) + bias
         return jnp.sum(nn.elu(hidden) * second, axis=-1) + last[..., 0]
 

@@ -98,7 +98,7 @@ def least_squares_monotone(payoffs):
 
 
 def random_mixer(agents=3, state=4, width=5):
-    mixer = MonotonicMixer(width)
+    mixer = MonotonicMixer(width, scale=1.0)
     params = mixer.init(jax.random.key(1), jnp.zeros((1, agents)), jnp.zeros((1, state)))
     return lambda values, state: mixer.apply(params, values, state)
 
