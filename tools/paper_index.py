@@ -106,7 +106,9 @@ def page(made: str) -> str:
         made,
         "",
         "Every loss, estimator and algorithm: its source with the equation, our function, and the file that",
-        "tests it. Where we depart from the print, the docstring says so. No source: common usage.",
+        "tests it. Where we depart from the print, the docstring says so. No source: common usage. Of",
+        "papers since 2025 a number stands where the print, or a library that quotes it, could be read; the",
+        "formulas of the others are those of the authors' code, of TRL or of verl, and have none here.",
     ]
     for title, room in ROOMS.items():
         lines += ["", f"## {title}", "", "| what | source | here | test |", "|---|---|---|---|"]

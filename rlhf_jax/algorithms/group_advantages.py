@@ -10,6 +10,7 @@ from rlhf_jax.core.masks import clean, masked_mean
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Bool, Float, Int, Scalar
 from rlhf_jax.kernels import advantages as baselines
+from rlhf_jax.kernels.advantages import reward_spread
 from rlhf_jax.kernels.baselines import optimal_token_baseline_advantages, score_energy
 
 
@@ -109,6 +110,14 @@ def optimal_token_baseline(stats: GroupStats) -> Float[Array, "B T"]:
     return optimal_token_baseline_advantages(stats.rewards, energy, stats.mask, stats.scored)
 
 
+def less_mean_of_differing_groups(stats: GroupStats) -> Float[Array, "N G"]:
+    """GPG: less the group's mean, times B / (B - M) where M of B groups have equal rewards."""
+    counted = jnp.any(stats.scored, axis=1)
+    differing = reward_spread(stats.outcomes, stats.scored) > 0
+    factor = jnp.sum(counted) / jnp.maximum(jnp.sum(differing), 1)
+    return factor * grpo_advantages(stats, scale_fn=baselines.unit_scale)
+
+
 def less_values(stats: GroupStats) -> Float[Array, "N G"]:
     """A*-PO: less the optimal value of the prompt."""
     if stats.values is None:
@@ -141,6 +150,21 @@ def normalized_apart(stats: GroupStats) -> Float[Array, "N G"]:
             "GDPO normalizes each reward apart: give make_batch reward_terms= and Hyper reward_weights="
         )
     return baselines.decoupled_advantages(stats.terms, stats.term_weights, stats.scored)
+
+
+OF_TOKENS: tuple[AdvantageFn, ...] = (whitened_returns, optimal_token_baseline)
+"""Functions that give every token an advantage of its own."""
+OVER_THE_BATCH: tuple[AdvantageFn, ...] = (batch_baseline, whitened_returns)
+"""Functions that compare all answers of the batch, and so need no groups."""
+
+
+def check_rows(advantage_fn: AdvantageFn, rows: int) -> None:
+    """Raises: UserError where the batch is one answer, which would be compared with itself."""
+    if rows == 1 and advantage_fn in OVER_THE_BATCH:
+        raise UserError(
+            "a batch of one answer: its baseline is the mean over the batch, so every advantage would be 0: "
+            "give two answers or more, or take reinforce_without_baseline"
+        )
 
 
 def shortest(stats: GroupStats) -> Float[Array, "N G"]:

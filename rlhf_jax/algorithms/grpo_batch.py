@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.algorithms.group_advantages import GroupStats
+from rlhf_jax.algorithms.group_advantages import GroupStats, check_rows
 from rlhf_jax.algorithms.grpo_config import Batch, Config, Hyper
 from rlhf_jax.algorithms.process_supervision import add_step_advantages
 from rlhf_jax.algorithms.selection import largest_advantages
@@ -42,6 +42,7 @@ def compute_advantages(
       kl: of each token to the reference; `kl_coef`: its weight in the reward.
       terms: each reward, and `term_weights`, `values`, `old_logp`, `collision`: see `GroupStats`.
     """
+    check_rows(config.advantage_fn, len(rewards))
     scored = mask_or_all(scored, rewards)
     mask = mask & scored[:, None]
     kl = jnp.zeros(mask.shape) if kl is None else cleaned_constant(kl, mask)

@@ -4,9 +4,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from rlhf_jax.algorithms.group_advantages import OF_TOKENS
 from rlhf_jax.algorithms.grpo import Config, Hyper
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.losses.corrections import Correction, Preset, find_correction
+from rlhf_jax.losses.corrections import Correction, Preset, check_thresholds, find_correction
 from rlhf_jax.losses.policy_ratios import token_log_ratio
 from rlhf_jax.losses.policy_surrogates import (
     advantage_regression_surrogate,
@@ -73,6 +74,11 @@ class GRPOVariant:
             )
         if not 0 <= self.config.num_kept <= self.config.group_size:
             raise UserError(f"num_kept {self.config.num_kept}: give 0 for all, or up to group_size answers")
+        if self.config.num_kept and self.config.advantage_fn in OF_TOKENS:
+            raise UserError(
+                "num_kept: answers are pruned by one advantage each, and reinforce++ and otb have one for "
+                "each token: leave it"
+            )
 
 
 def with_correction(
@@ -86,7 +92,7 @@ def with_correction(
       thresholds: `is_clip_low`, `is_clip_high`, `rejection_low`, `rejection_high`; None for the preset's.
 
     Raises:
-      UserError: an unknown name, or rules without a threshold.
+      UserError: an unknown name, rules without a threshold, or thresholds with nothing between them.
     """
     given = {name: value for name, value in thresholds.items() if value is not None}
     if rules and "rejection_high" not in given:
@@ -96,8 +102,8 @@ def with_correction(
     product = dataclasses.replace(
         preset.correction, bypass=preset.correction.bypass or (own is not None and own.bypass)
     )
-    return dataclasses.replace(
-        variant,
-        config=dataclasses.replace(variant.config, correction=product),
-        hyper=dataclasses.replace(variant.hyper, **{**preset.thresholds, **given}),
-    )
+    hyper = dataclasses.replace(variant.hyper, **{**preset.thresholds, **given})
+    names = ("is_clip_low", "is_clip_high", "rejection_low", "rejection_high")
+    check_thresholds(product, **{name: getattr(hyper, name) for name in names})
+    config = dataclasses.replace(variant.config, correction=product)
+    return dataclasses.replace(variant, config=config, hyper=hyper)

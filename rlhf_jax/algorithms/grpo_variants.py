@@ -17,6 +17,7 @@ from rlhf_jax.algorithms import group_advantages, policy_gradient_variants
 from rlhf_jax.algorithms.grpo import Config, Hyper
 from rlhf_jax.algorithms.grpo_variant import GRPOVariant, with_correction as with_correction
 from rlhf_jax.algorithms.policy_gradient_variants import (
+    gpg as gpg,
     opo as opo,
     otb as otb,
     reinforce as reinforce,
@@ -185,7 +186,7 @@ def gspo(**static: Any) -> GRPOVariant:
 
 
 def gspo_token(**static: Any) -> GRPOVariant:
-    """GSPO-token (Zheng et al. 2025, section 4.3): GSPO with a gradient for each token's own advantage.
+    """GSPO-token (Zheng et al. 2025): GSPO with a gradient for each token's own advantage.
 
     Gradient: GSPO's where the advantages of an answer's tokens are equal, on policy and off.
     """
@@ -196,18 +197,20 @@ def gspo_token(**static: Any) -> GRPOVariant:
 def luspo(**static: Any) -> GRPOVariant:
     """LUSPO (arXiv 2602.05261): GSPO with answers weighted by their length.
 
+    The bounds are the paper's (section 5.1), as TRL quotes them; wider than GSPO's.
+
     Gradient: biased: prompts over the spread of their rewards.
     """
-    hyper = Hyper(epsilon_low=3e-4, epsilon_high=4e-4, kl_coef=0.0)
+    hyper = Hyper(epsilon_low=2e-3, epsilon_high=2.5e-3, kl_coef=0.0)
     return GRPOVariant(Config(ratio_fn=sequence_log_ratio, reduce=sequence_sum, **static), hyper)
 
 
 def gmpo(**static: Any) -> GRPOVariant:
-    """GMPO (Zhao et al. 2025): the geometric mean of an answer's ratios, bounds in log space.
+    """GMPO (Zhao et al. 2025): the geometric mean of an answer's ratios, bounds in log space; no KL.
 
-    Gradient: on policy GRPO's.
+    Gradient: on policy GRPO's without the KL.
     """
-    hyper = Hyper(epsilon_low=0.4, epsilon_high=0.4)
+    hyper = Hyper(epsilon_low=0.4, epsilon_high=0.4, kl_coef=0.0)
     return GRPOVariant(Config(surrogate_fn=geometric_mean_surrogate, **static), hyper)
 
 
@@ -253,11 +256,14 @@ def pass_at_k(*, k: int = 2, **static: Any) -> GRPOVariant:
     Gradient: biased as GRPO's, towards pass@k: prompts of which all sets pass have none.
 
     Args:
-      k: size of the sets, at most group_size.
+      k: size of the sets, less than group_size: all answers are one set, which has no other beside it.
     """
     made = GRPOVariant(Config(advantage_fn=functools.partial(group_advantages.passing, k), **static))
-    if not 1 <= k <= made.config.group_size:
-        raise UserError(f"k={k}: give a number from 1 to group_size, {made.config.group_size}")
+    if not 1 <= k < made.config.group_size:
+        raise UserError(
+            f"k={k} of group_size {made.config.group_size}: sets of k answers are compared with each other: "
+            "give k from 1 to group_size - 1, or larger groups"
+        )
     return made
 
 
@@ -289,10 +295,16 @@ def gfpo(*, num_kept: int = 0, metric_fn: MetricFn = group_advantages.shortest, 
     Gradient: biased: as BNPO's, of the shortest answers of each group alone.
 
     Args:
-      num_kept: answers of each group that count, with mean and deviation among them; 0 for half of them.
+      num_kept: answers of each group that count, with mean and deviation among them, so two or more; 0 for
+        half of them.
       metric_fn: `group_advantages.shortest` or `most_efficient`, or any function of `GroupStats`.
     """
-    keep = num_kept or _half(static)
+    keep, size = num_kept or _half(static), static.get("group_size", Config.group_size)
+    if size > 1 and not 2 <= keep <= size:
+        raise UserError(
+            f"num_kept {keep}: the answers that count are compared with each other: give from 2 to "
+            f"group_size, {size}"
+        )
     advantage_fn = functools.partial(group_advantages.of_the_best, keep=keep, metric_fn=metric_fn)
     return GRPOVariant(Config(advantage_fn=advantage_fn, reduce=token_mean, **static), Hyper(kl_coef=1e-3))
 
@@ -317,8 +329,7 @@ def _half(static: dict[str, Any]) -> int:
 def dppo_tv(*, max_completion_length: int, **static: Any) -> GRPOVariant:
     """DPPO (arXiv 2602.04879) with binary total variation: a bound of probabilities in the place of a clip.
 
-    The divergence is from the sampler (section 5.2 there); advantages and reduction are Dr. GRPO's, as in the
-    authors' runs.
+    The divergence is from the sampler; advantages and reduction are Dr. GRPO's, as in the authors' runs.
 
     Gradient: on policy Dr. GRPO's.
 

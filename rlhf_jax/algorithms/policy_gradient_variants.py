@@ -1,4 +1,4 @@
-"""Policy gradients in GRPO's update: REINFORCE, RLOO, ReMax, OPO, OTB. See `algorithms.grpo_variants`.
+"""Policy gradients in GRPO's update: REINFORCE, RLOO, ReMax, OPO, OTB, GPG. See `algorithms.grpo_variants`.
 
 One step on policy the clip of the surrogate never acts: what is left is E[A sum_t grad log pi(y_t)], the sum
 over an answer's tokens and the mean over answers. The KL stands in the reward, before the baseline.
@@ -10,6 +10,7 @@ from rlhf_jax.algorithms import group_advantages
 from rlhf_jax.algorithms.group_advantages import AdvantageFn
 from rlhf_jax.algorithms.grpo import Config, Hyper
 from rlhf_jax.algorithms.grpo_variant import GRPOVariant
+from rlhf_jax.losses.policy_surrogates import log_likelihood_surrogate
 from rlhf_jax.losses.reductions import sequence_sum, token_mean
 
 
@@ -110,3 +111,20 @@ def otb(*, kl_coef: float = 0.0, **static: Any) -> GRPOVariant:
     """
     made = _policy_gradient(group_advantages.optimal_token_baseline, kl_coef, static)
     return GRPOVariant(*made, needs_collision=True)
+
+
+def gpg(**static: Any) -> GRPOVariant:
+    """GPG (Chu et al. 2025, arXiv 2504.02546): less the group's mean; no deviation, no ratio, no KL.
+
+    Groups whose rewards are all equal are made up for by a factor (B / (B - M) in the paper). The sum is over
+    the tokens of the batch; the authors' code for images divides each answer by its own length.
+
+    Gradient: biased: answers over the batch's tokens.
+    """
+    config = Config(
+        advantage_fn=group_advantages.less_mean_of_differing_groups,
+        surrogate_fn=log_likelihood_surrogate,
+        reduce=token_mean,
+        **static,
+    )
+    return GRPOVariant(config, Hyper(kl_coef=0.0))

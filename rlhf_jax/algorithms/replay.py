@@ -17,18 +17,20 @@ from rlhf_jax.core.types import Array, Bool, Int, Metrics, PRNGKeyArray, Sequenc
 from rlhf_jax.kernels.prepare import cleaned_constant
 
 
-def init_replay(*, capacity: int, rows: int, length: int) -> Replay:
+def init_replay(*, capacity: int, rows: int, length: int, experts: tuple[int, ...] | None = None) -> Replay:
     """An empty buffer.
 
     Args:
       capacity: groups that are kept, the latest.
       rows: answers of a group that are learned from.
       length: tokens of a row, the prompt's included.
+      experts: (R, k) of `Sequences.experts`, where the rollouts record them; they are replayed as well.
     """
     shape = (capacity * rows, length)
     nothing, none = jnp.zeros(shape, jnp.float32), jnp.zeros(shape, bool)
     ids = jnp.zeros(shape, jnp.int32)
-    batch = Batch(Sequences(ids, ids, ids, none), nothing, nothing, nothing, nothing, nothing, none)
+    chosen = None if experts is None else jnp.full((*shape, *experts), -1, jnp.int32)
+    batch = Batch(Sequences(ids, ids, ids, none, chosen), nothing, nothing, nothing, nothing, nothing, none)
     # Each leaf an array of its own: a donated state must not name one twice.
     return Replay(jax.tree.map(jnp.copy, batch), jnp.zeros(capacity, bool), jnp.int32(0))
 

@@ -15,8 +15,8 @@ from typing import TypeVar
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
-MESH_AXES = ("data", "fsdp", "expert", "sequence", "tensor")
-"""Slowest links first: `tensor` talks in every layer, `data` once a step."""
+MESH_AXES = ("pipeline", "data", "fsdp", "expert", "sequence", "tensor")
+"""Slowest links first: `tensor` talks in every layer, `data` once a step, `pipeline` hands activations on."""
 
 Rules = Mapping[str, tuple[str, ...]]
 
@@ -27,6 +27,7 @@ RULES: Rules = MappingProxyType(
         "time": ("sequence",),
         "tokens": ("data", "fsdp", "expert", "sequence"),  # rows and columns as one axis
         # axes of parameters
+        "layers": ("pipeline",),  # stacked layers, and stages that each run some of them
         "embed": ("fsdp",),  # the residual stream's width: gathered before use, so that no device holds all
         "embed_sampling": ("fsdp",),  # the same in sampling; () gathers once, not at every token
         "heads": ("tensor",),  # query and key-value heads, and what they project to
@@ -125,6 +126,12 @@ def shards(name: str, size: int) -> int:
     entry = partition_spec([name], [size], mesh)[0][0]
     axes = (entry,) if isinstance(entry, str) else entry or ()
     return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def mesh_size(name: str) -> int:
+    """Number of devices of the entered mesh that a logical axis is meant to be split over."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[axis] for axis in _table.get()[name] if axis in _usable(mesh))
 
 
 def _usable(mesh: Mesh | AbstractMesh) -> list[str]:

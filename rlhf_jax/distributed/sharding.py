@@ -12,10 +12,11 @@ from rlhf_jax.core.trees import map_named, named_leaves
 
 Axes = tuple[str | None, ...]
 
-# The first pattern that matches the end of a leaf's name gives the logical axes of its last dimensions;
-# dimensions before those (layers that are scanned) are not split. Whatever no pattern matches, and what
-# has fewer dimensions than its pattern, is held whole by every device: norms, biases of the residual
-# stream, routers, counters, keys. Leaves of an optimizer end in the names of the parameters they belong to.
+# The first pattern that matches the end of a leaf's name gives the logical axes of its last dimensions.
+# Whatever no pattern matches, and what has fewer dimensions than its pattern, is held whole by every device
+# that holds its layer: norms, biases of the residual stream, routers, counters, keys. Leaves under `layers`
+# are stacked, and their first dimension is the layers'. Leaves of an optimizer end in the names of the
+# parameters they belong to.
 PARAMETER_AXES: Sequence[tuple[str, Axes]] = (
     ("position_embedding", (None, "embed")),
     ("*embedding", ("vocab", "embed")),
@@ -53,8 +54,10 @@ def logical_axes(name: str, ndim: int, table: Sequence[tuple[str, Axes]] = PARAM
     """Logical axes of the leaf called `name` (`learner/params/layers/attention/query/kernel`)."""
     axes = _named_axes(name, table)
     if axes is None or ndim < len(axes):
-        return (None,) * ndim
-    return (None,) * (ndim - len(axes)) + axes
+        axes = ()
+    before = ndim - len(axes)
+    stacked = ("layers",) * (before > 0 and table is PARAMETER_AXES and "layers" in name.split("/"))
+    return stacked + (None,) * (before - len(stacked)) + axes
 
 
 def _named_axes(name: str, table: Sequence[tuple[str, Axes]]) -> Axes | None:

@@ -16,7 +16,7 @@ NOT_BY_ROW = -1
 
 @pytree_dataclass
 class RecordedCache:
-    """A cache with the experts that each of its columns went through, which `generate` hands on.
+    """A cache with the experts that each of its columns went through, which samplers hand on.
 
     Attributes:
       cache: the model's.
@@ -25,6 +25,11 @@ class RecordedCache:
 
     cache: Any
     experts: Int[Array, "B S R k"]
+
+
+def experts_of(cache: Any) -> Int[Array, "B S R k"] | None:
+    """Experts that a cache has recorded; None where it records none."""
+    return cache.experts if isinstance(cache, RecordedCache) else None
 
 
 def row_axes(make: Callable[[int], Tree]) -> Tree:

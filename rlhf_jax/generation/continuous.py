@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from rlhf_jax.core.protocols import ExtendFn, PrefillFn
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Bool, Float, Int, Key, Params, PRNGKeyArray, Rollout
-from rlhf_jax.generation.caches import put_rows, row_axes
+from rlhf_jax.generation.caches import experts_of, put_rows, row_axes
 from rlhf_jax.generation.loop import Generation, assemble, run_loop, sample_step, start
 from rlhf_jax.generation.processors import Context
 from rlhf_jax.generation.sampling import Sampling, row_keys
@@ -23,6 +23,7 @@ class _Results:
     logp: Float[Array, "N T"]
     filtered_logp: Float[Array, "N T"]
     finished: Bool[Array, "N"]
+    experts: Int[Array, "N S R k"] | None
 
 
 @pytree_dataclass
@@ -72,10 +73,7 @@ def continuous_batching_generate(
 
     axes = row_axes(lambda rows: _with_key_data(begin(jnp.zeros(rows, jnp.int32))))
     first = begin(jnp.arange(slots))
-    empty = jax.tree.map(
-        lambda x: jnp.zeros((count, *x.shape[1:]), x.dtype),
-        _Results(first.context, first.logp, first.filtered_logp, first.finished),
-    )
+    empty = jax.tree.map(lambda x: jnp.zeros((count, *x.shape[1:]), x.dtype), _results(first))
     carry = _Carry(first, jnp.arange(slots), jnp.int32(slots), empty)
 
     def decode(cache: Any, token: Int[Array, "B"], position: Int[Array, "B"], length: Int[Array, "B"]):
@@ -105,7 +103,11 @@ def continuous_batching_generate(
 
     end = run_loop(step, lambda carry: carry.slots.running(), carry)
     done = _store(end)
-    return assemble(done.context, done.logp, done.filtered_logp, done.finished)
+    return assemble(done.context, done.logp, done.filtered_logp, done.finished, experts=done.experts)
+
+
+def _results(slots: Generation) -> _Results:
+    return _Results(slots.context, slots.logp, slots.filtered_logp, slots.finished, experts_of(slots.cache))
 
 
 def _store(carry: _Carry) -> _Results:
@@ -113,7 +115,7 @@ def _store(carry: _Carry) -> _Results:
     slots = carry.slots
     count = carry.results.finished.shape[0]
     place = jnp.where(slots.running(), count, carry.prompt)
-    new = _Results(slots.context, slots.logp, slots.filtered_logp, slots.finished)
+    new = _results(slots)
     return jax.tree.map(lambda held, rows: held.at[place].set(rows, mode="drop"), carry.results, new)
 
 

@@ -29,7 +29,7 @@ from rlhf_jax.core.types import (
     UInt32,
 )
 from rlhf_jax.generation.automata import next_state
-from rlhf_jax.generation.caches import RecordedCache, row_axes, take_rows
+from rlhf_jax.generation.caches import experts_of, row_axes, take_rows
 from rlhf_jax.generation.processors import Context
 from rlhf_jax.generation.sampling import Sampling, process_logits, row_keys, sample_token, step_keys
 
@@ -282,11 +282,8 @@ def generate(
         end = run_loop(step, Generation.running, begun)
     else:
         end, _ = jax.lax.scan(lambda rows, _: (step(rows), None), begun, None, length=max_new_tokens)
-    rollout = assemble(end.context, end.logp, end.filtered_logp, end.finished, end.tool)
-    if not isinstance(end.cache, RecordedCache):
-        return rollout
-    sequences = dataclasses.replace(rollout.sequences, experts=end.cache.experts)
-    return dataclasses.replace(rollout, sequences=sequences)
+    experts = experts_of(end.cache)
+    return assemble(end.context, end.logp, end.filtered_logp, end.finished, end.tool, experts)
 
 
 def make_stream(
@@ -327,6 +324,7 @@ def assemble(
     filtered_logp: Float[Array, "B T"] | None,
     finished: Bool[Array, "B"],
     tool: ToolTurn | None = None,
+    experts: Int[Array, "B S R k"] | None = None,
 ) -> Rollout:
     """A rollout of what the rows hold."""
     pad = ((0, 0), (context.prompt.shape[1], 0))
@@ -338,6 +336,7 @@ def assemble(
         positions=jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0),
         segment_ids=valid.astype(jnp.int32),
         mask=generated if tool is None else generated & ~jnp.pad(tool.written, pad),
+        experts=experts,
     )
     padded = None if filtered_logp is None else jnp.pad(filtered_logp, pad)
     return Rollout(sequences, jnp.pad(logp, pad), finished, padded)

@@ -73,6 +73,9 @@ def grpo_algorithm(
             greedy_rewards = task_setup.rewards(greedy, once)
             described["tokens"] += jnp.sum(greedy.sequences.mask)
         answers = {"greedy_rewards": greedy_rewards}
+        if variant.needs_terms:  # a task has one reward
+            answers["reward_terms"] = rewards[:, None]
+            hyper = dataclasses.replace(hyper, reward_weights=jnp.ones(1))
         if variant.reference_samples:
             values, tokens = _reference_values(task_setup, variant, hyper, ref_params, prompts, answer_key)
             answers["values"], described["tokens"] = values, described["tokens"] + tokens
@@ -300,16 +303,22 @@ def distillation_algorithm(
     *,
     teacher: Policy,
     generator: Literal["teacher", "student"],
+    on_tokens: bool = False,
 ) -> Algorithm:
     """Distillation on the teacher's answers (soft labels), or on the student's own (GKD).
 
     Args:
       teacher: with its parameters; of the same vocabulary.
+      on_tokens: the loss is of the tokens that were sampled, not of the vocabulary.
     """
     tx = make_optimizer(optimizer)
-    student_fn, teacher_fn = (
-        distillation.over_vocabulary(model.make_distribution_fn()) for model in (task_setup.policy, teacher)
-    )
+
+    def labels_of(model: Policy) -> distillation.SoftLabelFn:
+        if on_tokens:
+            return distillation.on_tokens(model.make_logprob_fn())
+        return distillation.over_vocabulary(model.make_distribution_fn())
+
+    student_fn, teacher_fn = labels_of(task_setup.policy), labels_of(teacher)
     update = distillation.make_update(config, student_fn, tx)
 
     def step(state: Any, hyper: Any, ref_params: Params, key: PRNGKeyArray) -> tuple[Any, Metrics]:

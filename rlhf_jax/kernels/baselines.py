@@ -83,7 +83,7 @@ def optimal_token_baseline_advantages(
 def optimal_values(
     rewards: Float[Array, "N G"], mask: Bool[Array, "N G"] | None = None, *, beta: Scalar
 ) -> Float[Array, " N"]:
-    """Optimal values of prompts from samples of the reference (A*-PO, arXiv 2505.20686, algorithm 1).
+    """Optimal values of prompts from samples of the reference (A*-PO, arXiv 2505.20686, stage 1).
 
         V*(x) = beta log (1/G) sum_i exp(r_i / beta)
 

@@ -46,7 +46,7 @@ def fixed_kl_update(
 def adaptive_entropy_update(
     coef: Scalar, entropy: Scalar, *, target: Scalar, step_size: Scalar
 ) -> Float[Array, ""]:
-    """Adaptive entropy control (Skywork-OR1, He et al. 2025, arXiv 2505.22312, section 3).
+    """Adaptive entropy control (Skywork-OR1, He et al. 2025, arXiv 2505.22312, section 3.3).
 
         coef <- max(coef + step_size sign(target - entropy), 0)
 

@@ -44,6 +44,7 @@ from rlhf_jax.losses.policy_surrogates import (
     dro_surrogate,
     geometric_mean_surrogate,
     importance_surrogate,
+    log_likelihood_surrogate,
     sapo_surrogate,
     vespo_surrogate,
 )
@@ -173,6 +174,7 @@ __all__ = [
     "length_normalized_dpo_loss",
     "load_balance_loss",
     "load_violation",
+    "log_likelihood_surrogate",
     "masked_importance_weights",
     "mean_of_teachers",
     "merge_spans",

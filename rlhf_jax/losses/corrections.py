@@ -20,6 +20,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, TypeAlias, runtime_checkable
 
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.importing import nearest_name
@@ -193,6 +195,29 @@ def apply_correction(
         weights = correction.weight_fn(*logps, low=is_clip_low, high=is_clip_high)
         metrics["is_ratio"] = masked_mean(weights, accepted)
     return weights, accepted, metrics
+
+
+def check_thresholds(
+    correction: Correction,
+    *,
+    is_clip_low: Scalar,
+    is_clip_high: Scalar,
+    rejection_low: Scalar | Float[Array, " R"],
+    rejection_high: Scalar | Float[Array, " R"],
+) -> None:
+    """Raises: UserError where no answer could be within the thresholds; traced ones are not looked at."""
+    between = [getattr(rule, "func", rule) is ratio_rule for rule in correction.rules]
+    for name, low, high, applies in (
+        ("is_clip", is_clip_low, is_clip_high, [correction.weight_fn is not None]),
+        ("rejection", rejection_low, rejection_high, between),
+    ):
+        if isinstance(low, Tracer) or isinstance(high, Tracer):
+            continue
+        if np.any(np.less(high, low) & np.array(applies, bool)):
+            raise UserError(
+                f"{name}_low {np.asarray(low).tolist()} is above {name}_high {np.asarray(high).tolist()}: no "
+                f"ratio is between them, so nothing would be learned: give {name}_low the smaller one"
+            )
 
 
 def off_policy_metrics(

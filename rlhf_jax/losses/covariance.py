@@ -1,7 +1,7 @@
 """Tokens by the covariance of log-probability and advantage, which drives the policy's entropy down.
 
 Cui et al. 2025, "The Entropy Mechanism of Reinforcement Learning for Reasoning Language Models" (arXiv
-2505.22617), section 4: the entropy falls with the covariance of log-probs and advantages, and a few tokens
+2505.22617): the entropy falls with the covariance of log-probs and advantages, and a few tokens
 make up most of it. Clip-Cov takes some of them out of the update, KL-Cov holds them to where they were.
 
 Both sets are of the whole batch: choose them before it is split. The paper takes the policy at each
@@ -20,7 +20,7 @@ from rlhf_jax.kernels.prepare import cleaned_constant
 def token_covariance(
     logp: Float[Array, "B T"], advantages: Float[Array, "..."], mask: Bool[Array, "B T"]
 ) -> Float[Array, "B T"]:
-    """Each token's share of the covariance of log-probability and advantage (arXiv 2505.22617, section 4).
+    """Each token's share of the covariance of log-probability and advantage (arXiv 2505.22617).
 
         Cov_t = (log pi(y_t) - mean log pi) (A_t - mean A)
 

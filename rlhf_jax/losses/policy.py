@@ -269,6 +269,7 @@ def grpo_loss(
     | SAPO | `surrogate_fn=sapo_surrogate` |
     | VESPO | `surrogate_fn=vespo_surrogate`, `reduce=token_mean` |
     | DPPO | `surrogate_fn=dppo_tv_surrogate`, bounds 0.15, or `dppo_kl_surrogate`, bounds 0.05 |
+    | GPG | `surrogate_fn=log_likelihood_surrogate`, advantages with `unit_scale`, `reduce=token_mean` |
     | M2PO | `surrogate_fn=importance_surrogate`, `weights` of `second_moment_mask`, `reduce=token_mean` |
     | DRO | `surrogate_fn=dro_surrogate`, `reduce=sequence_sum` |
     | A*-PO | `surrogate_fn=advantage_regression_surrogate`, the reference as `old_logp`, `sequence_sum` |

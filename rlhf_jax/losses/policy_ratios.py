@@ -79,7 +79,7 @@ def sequence_log_ratio(
     *,
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T"]:
-    """Sequence-level log-ratio, the mean over tokens, at every token (GSPO, Zheng et al. 2025, eq. 7).
+    """Sequence-level log-ratio, the mean over tokens, at every token (GSPO, Zheng et al. 2025).
 
         log s_i = (1 / |y_i|) sum_t [log pi(y_t) - log pi_old(y_t)]
 
@@ -95,7 +95,7 @@ def sequence_token_log_ratio(
     *,
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T"]:
-    """GSPO-token's log-ratio: the sequence's in value, each token's own in gradient (section 4.3).
+    """GSPO-token's log-ratio: the sequence's in value, each token's own in gradient (arXiv 2507.18071).
 
         log s_{i,t} = sg[log s_i] + log pi(y_t) - sg[log pi(y_t)]
 

@@ -29,7 +29,7 @@ def clip_surrogate(
 
     Schulman et al. 2017, eq. 7.
 
-    Two bounds: epsilon_high > epsilon_low is DAPO's clip-higher (Yu et al. 2025, eq. 10). `delta` caps the
+    Two bounds: epsilon_high > epsilon_low is DAPO's clip-higher (Yu et al. 2025). `delta` caps the
     ratio of the unclipped side, which min leaves unbounded for A < 0: min(min(w, delta) A, ...)
     (two-sided clipping, INTELLECT-2, 2025; TRL's `delta`). It equals PPO's dual clip.
 
@@ -52,7 +52,7 @@ def cispo_surrogate(
     epsilon_low: Scalar,
     epsilon_high: Scalar,
 ) -> Float[Array, "B T"]:
-    """CISPO's surrogate, sg[clip(w, 1 - epsilon_low, 1 + epsilon_high)] A log pi (MiniMax-M1, 2025, eq. 4-5).
+    """CISPO's surrogate, sg[clip(w, 1 - epsilon_low, 1 + epsilon_high)] A log pi (arXiv 2506.13585).
 
     The weight is clipped, not the update: every token keeps a gradient. The paper sets no lower bound:
     epsilon_low = 1. TRL has the upper one only, as an absolute weight: its number is 1 + epsilon_high.
@@ -168,6 +168,23 @@ def importance_surrogate(
     return bounded_exp(log_ratio) * advantages
 
 
+def log_likelihood_surrogate(
+    logp: Float[Array, "B T"],
+    log_ratio: Float[Array, "B T"],
+    advantages: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    epsilon_low: Scalar,
+    epsilon_high: Scalar,
+) -> Float[Array, "B T"]:
+    """GPG's surrogate, A log pi: the policy gradient without a ratio (Chu et al. 2025, arXiv 2504.02546).
+
+    The clipping bounds only set what `clip_fraction` counts.
+    """
+    del log_ratio, mask, epsilon_low, epsilon_high
+    return advantages * logp
+
+
 def _within_divergence(
     logp: Float[Array, "B T"],
     log_ratio: Float[Array, "B T"],
@@ -281,7 +298,7 @@ def advantage_regression_surrogate(
     beta: Scalar = 1e-3,
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T"]:
-    """A*-PO's surrogate, -(beta L - A)^2 over an answer, L its log-ratio (arXiv 2505.20686, algorithm 1).
+    """A*-PO's surrogate, -(beta L - A)^2 over an answer, L its log-ratio (arXiv 2505.20686, stage 2).
 
     With the reference in the place of the old policy, L = log pi(y) / pi_ref(y), and A = r - V*(x): the
     optimal policy has L = A / beta. An answer's square is shared out evenly among its tokens: sum it over

@@ -43,7 +43,7 @@ def second_moment_mask(
     threshold: Scalar = 0.04,
 ) -> Bool[Array, "B T"]:
     """Drops the tokens that have drifted furthest, until the second moment is small (M2PO, Zheng et al. 2025,
-    arXiv 2510.01161, section 5).
+    arXiv 2510.01161).
 
     Of the tokens that a clip would hold back (A > 0 and rho > 1, or A < 0 and rho < 1, with rho the ratio of
     policy to sampler) it keeps as many as it can, those of small |log rho| first, while

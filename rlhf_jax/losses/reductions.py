@@ -64,7 +64,7 @@ def _row_count(mask: Bool[Array, "B T"]) -> Float[Array, ""]:
 
 
 token_mean = Reduction(weights=_token_weights, total=_token_count)
-"""Mean over all unmasked tokens of the batch (DAPO, Yu et al. 2025, eq. 8; BNPO)."""
+"""Mean over all unmasked tokens of the batch (DAPO, Yu et al. 2025, arXiv 2503.14476; BNPO)."""
 
 sequence_mean = Reduction(weights=_row_weights, total=_row_count)
 """Mean over rows of each row's token mean (GRPO, Shao et al. 2024, eq. 3). Empty rows do not count."""

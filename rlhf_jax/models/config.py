@@ -234,7 +234,10 @@ class Block:
       norm: the kind of every norm in the block.
       pre_norm: norm the inputs of attention and feed-forward.
       post_norm: norm their outputs before they are added (OLMo 2; Gemma 2 does both).
+      sum_norm: norm what was added up: post-norm in the original sense, norm(x + attention(x)) (Vaswani et
+        al. 2017, section 3.1; BERT, GPT-1).
       residual: add them; else they take the place of their inputs (recurrent networks of old).
+      residual_from_norm: add them to the normed inputs, norm(x) + attention(norm(x)) (a variant of BLOOM).
     """
 
     attention: Attention | LatentAttention | Recurrence
@@ -242,7 +245,9 @@ class Block:
     norm: Norm = RMSNorm()
     pre_norm: bool = True
     post_norm: bool = False
+    sum_norm: bool = False
     residual: bool = True
+    residual_from_norm: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,7 +261,7 @@ class ModelConfig:
       pattern: the blocks that repeat.
       prefix: blocks before them.
       tie_word_embeddings: whether the output matrix is the input embedding.
-      final_norm: norm before the output matrix.
+      final_norm: norm before the output matrix; None for none (GPT-1).
       embedding_scale: what embeddings are multiplied with on their way in.
       embedding_norm: norm of the embeddings (BLOOM).
       learned_positions: rows of a learned table of positions that is added to the embeddings (GPT-2).
@@ -284,7 +289,7 @@ class ModelConfig:
     pattern: tuple[Block, ...]
     prefix: tuple[Block, ...] = ()
     tie_word_embeddings: bool = True
-    final_norm: Norm = RMSNorm()
+    final_norm: Norm | None = RMSNorm()
     embedding_scale: float = 1.0
     embedding_norm: Norm | None = None
     learned_positions: int | None = None
@@ -304,6 +309,12 @@ class ModelConfig:
             raise UserError(
                 f"ModelConfig: num_layers={self.num_layers} less {len(self.prefix)} of the prefix is not a "
                 f"multiple of the pattern's {len(self.pattern)} blocks; change one of them."
+            )
+
+        if self.mtp_depth and self.final_norm is None:
+            raise UserError(
+                "ModelConfig: modules of multi-token prediction (mtp_depth) norm as final_norm does, which "
+                "is None; give a norm, or mtp_depth=0."
             )
 
     @property

@@ -1,5 +1,6 @@
 """The decoder: embeddings, blocks, final norm. One forward code for training, prefill and decoding."""
 
+import functools
 from typing import Any
 
 import jax
@@ -7,7 +8,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from rlhf_jax.core.axes import all_gathered, constrain
+from rlhf_jax.core.axes import all_gathered, constrain, mesh_size
+from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.trees import merge, pytree_dataclass
 from rlhf_jax.core.types import Array, Bool, Float, Int, Params, PRNGKeyArray
 from rlhf_jax.kernels.logprobs import softcapped
@@ -16,6 +18,7 @@ from rlhf_jax.models.attention.modules import LayerCache, write_columns
 from rlhf_jax.models.builders import empty_cache, feed_forward_layer, mixing_layer
 from rlhf_jax.models.config import Block, ModelConfig, Norm, Recurrence
 from rlhf_jax.models.layers import norm_layer, normal_init
+from rlhf_jax.models.pipeline import pipelined
 
 
 @pytree_dataclass
@@ -67,17 +70,23 @@ class ResidualBlocks(nn.Module):
             mixer = mixing_layer(
                 block.attention, name=f"{prefix}{name}", backend=config.attention_backend, **common
             )
-            mixed, cache = mixer(norm(block.pre_norm, f"{name}_norm", hidden), context, cache)
-            mixed = norm(block.post_norm, f"{name}_post_norm", mixed)
-            hidden = laid_out(hidden + mixed if block.residual else mixed)
+
+            def added(inputs: Array, normed: Array, outputs: Array, name: str, block: Block = block) -> Array:
+                outputs = norm(block.post_norm, f"{name}_post_norm", outputs)
+                if block.residual:
+                    outputs = (normed if block.residual_from_norm else inputs) + outputs
+                return laid_out(norm(block.sum_norm, f"{name}_sum_norm", outputs))
+
+            normed = norm(block.pre_norm, f"{name}_norm", hidden)
+            mixed, cache = mixer(normed, context, cache)
+            hidden = added(hidden, normed, mixed, name)
             new_caches.append(cache)
             if block.feed_forward is None:
                 continue
             hidden = checkpoint_name(hidden, "feed_forward_input")
             feed_forward = feed_forward_layer(block.feed_forward, name=f"{prefix}feed_forward", **common)
-            outputs = feed_forward(norm(block.pre_norm, "feed_forward_norm", hidden))
-            outputs = norm(block.post_norm, "feed_forward_post_norm", outputs)
-            hidden = laid_out(hidden + outputs if block.residual else outputs)
+            normed = norm(block.pre_norm, "feed_forward_norm", hidden)
+            hidden = added(hidden, normed, feed_forward(normed), "feed_forward")
         return hidden, tuple(new_caches)
 
 
@@ -85,6 +94,8 @@ def laid_out(hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """The residual stream on a mesh: rows and columns split, every token whole."""
     return constrain(hidden, "batch", "time", None)
 
+
+_OF_ROUTERS = ("routing", "replay")  # collections that routers write and read, a repeat after the other
 
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -125,10 +136,16 @@ class Decoder(nn.Module):
             body = nn.remat(body, policy=REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers)
         if config.prefix:
             hidden, prefix = body(config, config.prefix, name="prefix")(hidden, prefix, context)
-        if config.scan_layers:
+        stages = 1 if cache is not None or self.is_initializing() else _stages(config)
+        kept = any(self.is_mutable_collection(name) or name in self.variables for name in _OF_ROUTERS)
+        if stages > 1 and not kept:
+            layer_params = self.variables["params"]["layers"]
+            stage_fn = functools.partial(_run_layers, config)
+            hidden = pipelined(stage_fn, layer_params, hidden, positions, segment_ids, stages=stages)
+        elif config.scan_layers:
             scanned = nn.scan(
                 body,
-                variable_axes={"params": 0, "routing": 0, "replay": 0},
+                variable_axes={"params": 0, **dict.fromkeys(_OF_ROUTERS, 0)},
                 split_rngs={"params": True},
                 in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
                 length=config.num_repeats,
@@ -141,7 +158,8 @@ class Decoder(nn.Module):
                 hidden, new_layer = block(hidden, layers[index], context)
                 new_layers.append(new_layer)
             layers = tuple(new_layers)
-        hidden = norm_layer(config.final_norm, jnp.dtype(config.param_dtype), name="final_norm")(hidden)
+        if config.final_norm is not None:
+            hidden = norm_layer(config.final_norm, jnp.dtype(config.param_dtype), name="final_norm")(hidden)
         if cache is None:
             return hidden, None
         length = cache.length + tokens.shape[1]
@@ -173,6 +191,41 @@ class Decoder(nn.Module):
         if config.embedding_norm is not None:
             hidden = norm_layer(config.embedding_norm, param_dtype, name="embedding_norm")(hidden)
         return laid_out(hidden)
+
+
+def _stages(config: ModelConfig) -> int:
+    """Stages of the entered mesh's pipeline; 1 without one.
+
+    Raises:
+      UserError: the layers cannot be dealt out to them.
+    """
+    stages = mesh_size("layers")
+    if stages > 1 and not (config.scan_layers and config.num_repeats % stages == 0):
+        layers = f"{config.num_repeats} scanned" if config.scan_layers else "layers that are not scanned"
+        raise UserError(
+            f"pipeline={stages} on the mesh needs layers that are scanned (scan_layers=True) and that "
+            f"{stages} divides, and this model has {layers}; change one of them, or use another axis."
+        )
+    return stages
+
+
+def _run_layers(
+    config: ModelConfig,
+    params: Params,
+    hidden: Float[Array, "B T D"],
+    positions: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+) -> Float[Array, "B T D"]:
+    """Stacked layers one after the other, without a cache."""
+    context, caches = whole_context(positions, segment_ids), (None,) * len(config.pattern)
+    blocks = ResidualBlocks(config, config.pattern, parent=None)
+
+    def layer(hidden: Array, params: Params) -> tuple[Array, None]:
+        return blocks.apply({"params": params}, hidden, caches, context)[0], None
+
+    if config.remat != "none":
+        layer = jax.checkpoint(layer, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
+    return jax.lax.scan(layer, hidden, params)[0]
 
 
 def _no_cache(config: ModelConfig) -> tuple[Any, Any]:

@@ -154,9 +154,9 @@ class Policy:
             return from_logits.candidates_from_logits_fn(self.logits_fn)
         return logprob_fns.make_candidate_fn(self.config)
 
-    def make_recording_decode_fns(self) -> tuple[PrefillFn, DecodeFn]:
-        """(prefill, decode) that record experts, for routing replay. Raises: UserError where it has none."""
-        return routing_replay.make_recording_decode_fns(self.architecture)
+    def make_recording_fns(self) -> tuple[PrefillFn, DecodeFn, ExtendFn]:
+        """`routing_replay.make_recording_fns` of this model."""
+        return routing_replay.make_recording_fns(self.architecture)
 
     def make_value_fn(self) -> ValueFn:
         """Values of the states in which tokens are chosen, by a scalar model on this one."""

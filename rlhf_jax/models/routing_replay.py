@@ -3,16 +3,17 @@
 A mixture of experts is another function where its routers choose otherwise, and small differences in numbers
 are enough for that. So the sampler records the experts that every token went through, and the learner's
 forward pass takes them in the place of its own choice. Their weights are the learner's: the scores of the
-given experts, through which the routers' gradient flows (section 4 there).
+given experts, through which the routers' gradient flows.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.protocols import DecodeFn, PrefillFn
+from rlhf_jax.core.protocols import DecodeFn, ExtendFn, PrefillFn
 from rlhf_jax.core.types import Array, Float, Int, Params, Sequences
 from rlhf_jax.generation.caches import RecordedCache
 from rlhf_jax.models import decoder as decoders
@@ -73,8 +74,8 @@ def replayed_hidden_states(
     return decoders.Decoder(config).apply(variables, *inputs)[0]
 
 
-def make_recording_decode_fns(config: ModelConfig) -> tuple[PrefillFn, DecodeFn]:
-    """(prefill, decode) of `make_decode_fns` that record which experts each token goes through.
+def make_recording_fns(config: ModelConfig) -> tuple[PrefillFn, DecodeFn, ExtendFn]:
+    """(prefill, decode, extend), as of `decode_fns`, that record which experts each token goes through.
 
     Raises:
       UserError: the model has no router.
@@ -84,14 +85,15 @@ def make_recording_decode_fns(config: ModelConfig) -> tuple[PrefillFn, DecodeFn]
 
     def read(
         params: Params, cache: decoders.Cache, *inputs: Int[Array, "B T"], fresh: bool = False
-    ) -> tuple[Float[Array, "B V"], decoders.Cache, Int[Array, "B T R k"]]:
+    ) -> tuple[Float[Array, "B T V"], decoders.Cache, Int[Array, "B T R k"]]:
         params = decoders.expand_prompt(config, params)
         result: Any = decoders.Decoder(config).apply(
             {"params": params}, *inputs, cache, fresh=fresh, mutable=["routing"]
         )
         (hidden, cache), kept = result
         experts = _recorded(kept["routing"], params, inputs[0].shape)
-        return decoders.logits(config, params, hidden[:, -1]), cache, experts
+        hidden = hidden[:, -1:] if fresh else hidden
+        return decoders.logits(config, params, hidden), cache, experts
 
     def prefill(
         params: Params,
@@ -103,7 +105,7 @@ def make_recording_decode_fns(config: ModelConfig) -> tuple[PrefillFn, DecodeFn]
         cache = decoders.init_cache(config, tokens.shape[0], length)
         logits, cache, experts = read(params, cache, tokens, positions, segment_ids, fresh=True)
         room = ((0, 0), (0, length - tokens.shape[1]), (0, 0), (0, 0))
-        return logits, RecordedCache(cache, jnp.pad(experts, room, constant_values=-1))
+        return logits[:, -1], RecordedCache(cache, jnp.pad(experts, room, constant_values=-1))
 
     def decode(
         params: Params, cache: RecordedCache, token: Int[Array, "B"], position: Int[Array, "B"]
@@ -112,6 +114,28 @@ def make_recording_decode_fns(config: ModelConfig) -> tuple[PrefillFn, DecodeFn]
         inputs = token[:, None], position[:, None], jnp.ones_like(token)[:, None]
         logits, inner, experts = read(params, cache.cache, *inputs)
         recorded = jax.lax.dynamic_update_slice_in_dim(cache.experts, experts, column, axis=1)
-        return logits, RecordedCache(inner, recorded)
+        return logits[:, -1], RecordedCache(inner, recorded)
 
-    return prefill, decode
+    def extend(
+        params: Params,
+        cache: RecordedCache,
+        tokens: Int[Array, "B n"],
+        positions: Int[Array, "B n"],
+        columns: Int[Array, "B"],
+    ) -> tuple[Float[Array, "B n V"], RecordedCache]:
+        shortened = dataclasses.replace(cache.cache, length=columns)
+        logits, inner, experts = read(params, shortened, tokens, positions, jnp.ones_like(tokens))
+        inner = dataclasses.replace(inner, length=cache.cache.length)
+        rows, places = jnp.arange(len(tokens))[:, None], columns[:, None] + jnp.arange(tokens.shape[1])
+        # A row that has used all of its room goes on beside the others, and leaves nothing.
+        return logits, RecordedCache(inner, cache.experts.at[rows, places].set(experts, mode="drop"))
+
+    return prefill, decode, extend
+
+
+def recorded_shape(config: ModelConfig, params: Params) -> tuple[int, ...]:
+    """(R, k): how many experts are recorded of a token."""
+    token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    prefill, _, _ = make_recording_fns(config)
+    _, cache = jax.eval_shape(lambda params, x: prefill(params, x, x, x, 1), params, token)
+    return cache.experts.shape[2:]

@@ -13,7 +13,7 @@ import numpy as np
 from rlhf_jax import distributed
 from rlhf_jax.core.axes import constrain
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.protocols import DecodeFn, PrefillFn
+from rlhf_jax.core.protocols import DecodeFn, ExtendFn, PrefillFn
 from rlhf_jax.core.types import Array, Key, Params, PRNGKeyArray, Rollout
 from rlhf_jax.data.examples import PromptExample
 from rlhf_jax.data.packing import left_pad
@@ -62,7 +62,7 @@ def make_generate_fn(
     max_num_seqs: int | None = None,
     sampling: Sampling = Sampling(),
     allow_filters: bool = False,
-    decode_fns: tuple[PrefillFn, DecodeFn] | None = None,
+    decode_fns: tuple[PrefillFn, DecodeFn | ExtendFn] | None = None,
 ) -> GenerateFn:
     """`generate(params, prompts, key) -> Rollout`, compiled once for each number of prompts.
 
@@ -77,7 +77,7 @@ def make_generate_fn(
       sampling: unless the call says otherwise, which compiles nothing anew while the same filters are on.
       allow_filters: samples with top-k, top-p and their like, which are refused otherwise: log-probs of a
         rollout are of the whole distribution, and policy gradients take answers for draws from it.
-      decode_fns: (prefill, decode) where they are not the model's own; not with `max_num_seqs`.
+      decode_fns: (prefill, decode), or with `max_num_seqs` (prefill, extend), where they are not the model's.
     """
     group_size = group_size if max_num_seqs is None else 1
 
@@ -129,11 +129,13 @@ def answer_all(
     sampling: Sampling,
     *,
     first: int = 0,
+    key: PRNGKeyArray | None = None,
 ) -> tuple[Rollout, np.ndarray]:
     """Answers to prompts that every process holds, of which each answers and judges its own.
 
     Args:
       first: number of the first prompt, which decides what is drawn for it.
+      key: of all prompts; None for a fixed one.
 
     Returns:
       (rollout, rewards) of all prompts; in the rollout, repeats may follow to fill up the mesh.
@@ -141,7 +143,8 @@ def answer_all(
     rows = len(prompts) + -len(prompts) % distributed.shards_of_batch(distributed.current_mesh())
     padded = [*prompts, *[prompts[-1]] * (rows - len(prompts))]
     mine = [padded[row] for row in distributed.local_rows(rows)]
-    rollout = generate(params, mine, row_keys(jax.random.key(0), rows, first=first), sampling)
+    key = jax.random.key(0) if key is None else key
+    rollout = generate(params, mine, row_keys(key, rows, first=first), sampling)
     rewards = np.asarray(reward_fn(rollout, mine))
     if jax.process_count() > 1:
         rewards = distributed.all_values(distributed.shard_batch(rewards))
@@ -154,27 +157,28 @@ def make_completion_fn(
     max_new_tokens: int,
     group_size: int = 1,
     max_num_seqs: int | None = None,
-    decode_fns: tuple[PrefillFn, DecodeFn] | None = None,
+    decode_fns: tuple[PrefillFn, DecodeFn | ExtendFn] | None = None,
 ) -> Callable[..., Rollout]:
     """`complete(params, prompts [N, P], prompt_mask, key, sampling=...) -> Rollout`, to be compiled.
 
     Args:
       group_size: answers to each prompt, which is read once.
       max_num_seqs: answers on their way at a time; with it, prompts are read for every answer.
-      decode_fns: (prefill, decode) where they are not the model's own; not with `max_num_seqs`.
+      decode_fns: (prefill, decode), or with `max_num_seqs` (prefill, extend), where they are not the model's.
     """
-    prefill, decode = decode_fns or (policy.prefill, policy.decode)
+    own = policy.decode if max_num_seqs is None else policy.extend
+    prefill, decode = decode_fns or (policy.prefill, own)
     tokenizer = policy.tokenizer
     ends = {"max_new_tokens": max_new_tokens, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
     if max_num_seqs is None:
         sample = functools.partial(generate, prefill, decode, group_size=group_size, **ends)
-    elif policy.extend is None:
+    elif decode is None:
         raise UserError(
             "the model has no continuous batching: give wrap(..., extend=...), or leave max_num_seqs out"
         )
     else:
         sample = functools.partial(
-            continuous_batching_generate, prefill, policy.extend, max_num_seqs=max_num_seqs, **ends
+            continuous_batching_generate, prefill, decode, max_num_seqs=max_num_seqs, **ends
         )
 
     def complete(params: Params, *args: Any, **options: Any) -> Rollout:

@@ -30,17 +30,19 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.ranges import (
     Count,
 )
-from rlhf_jax.core.types import Metrics, Params, PRNGKeyArray, StepRewards
+from rlhf_jax.core.types import Metrics, Params, PRNGKeyArray, Rollout, StepRewards
+from rlhf_jax.data.examples import PromptExample
 from rlhf_jax.generation import Sampling
 from rlhf_jax.kernels.baselines import optimal_values
 from rlhf_jax.metrics import Thresholds
 from rlhf_jax.models import Policy
+from rlhf_jax.models.routing_replay import recorded_shape
 from rlhf_jax.planning.steps import Step, rollout_shapes
 from rlhf_jax.rewards.functions import Scored, no_reward
 from rlhf_jax.rewards.rules import soft_overlong_reward
 from rlhf_jax.rollout.completions import LastCompletions
 from rlhf_jax.rollout.dynamic_sampling import Answers, filter_zero_std_groups, term_means
-from rlhf_jax.rollout.sampler import completion_texts, single_turn
+from rlhf_jax.rollout.sampler import answer_all, completion_texts, single_turn
 from rlhf_jax.rollout.step import make_grpo_train_step
 from rlhf_jax.stages import adapting, defaults, edges, inputs, planned_runs
 from rlhf_jax.stages.entry import NOTHING, Given, Trained
@@ -78,11 +80,11 @@ class Options(GroupOptions):
 
 
 def check_routing_replay(options: Options) -> None:
-    """Raises: UserError where the sampler cannot record experts, or the update not replay them."""
-    if options.engine != "local" or options.max_num_seqs or options.replay.replay_share:
+    """Raises: UserError where the sampler cannot record experts."""
+    if options.engine != "local":
         raise UserError(
-            "--routing-replay records experts of --engine local, of all answers of a step at once, and of no "
-            "other step: leave out --engine, --max-num-seqs and --replay-share"
+            f"--routing-replay: the server of --engine {options.engine} does not tell which experts a token "
+            "went through: leave one of the two out"
         )
 
 
@@ -148,18 +150,26 @@ def make_greedy_fn(session: Session, prompts: inputs.Prompts) -> Callable[[Param
     return greedy
 
 
-def empty_replay(options: GroupOptions, variant: GRPOVariant, length: int) -> grpo.Replay | None:
-    """The buffer of groups at step 0, of rows of so many tokens; None where none are replayed."""
+def empty_replay(
+    options: GroupOptions, variant: GRPOVariant, length: int, experts: tuple[int, ...] | None = None
+) -> grpo.Replay | None:
+    """The buffer of groups at step 0, of rows of so many tokens; None where none are replayed.
+
+    Args:
+      experts: how many are recorded of a token, where they are (`replay.init_replay`).
+    """
     if not variant.config.num_replayed:
         return None
     rows = variant.config.num_kept or options.group_size
-    return init_replay(capacity=options.replay.capacity(options.batch_size), rows=rows, length=length)
+    capacity = options.replay.capacity(options.batch_size)
+    return init_replay(capacity=capacity, rows=rows, length=length, experts=experts)
 
 
 def reference_values(session: Session, variant: GRPOVariant, prompts: inputs.Prompts) -> dict[int, float]:
     """Optimal values of all prompts by `id`, from answers of the policy to start from (A*-PO's first stage).
 
-    They are a function of the seed, and kept in the run folder, where a resumed run finds them.
+    They are a function of the seed, and kept in the run folder, where a resumed run finds them. Of several
+    processes each answers its own rows, and all hold all values.
     """
     options: GroupOptions = session.options
     path, size, data = session.run.out / "reference_values.json", variant.reference_samples, prompts.train
@@ -167,19 +177,25 @@ def reference_values(session: Session, variant: GRPOVariant, prompts: inputs.Pro
         values = files.read_json(path, keys=("values",), remedy=f"remove {path}")["values"]
         return {id(prompt): value for prompt, value in zip(data, values, strict=True)}
     fns = prompts.rollout_fns or single_turn(session.policy, max_new_tokens=options.prompts.max_new_tokens)
-    generate = fns.make_generate_fn(prompts.length, Sampling(temperature=options.temperature))
-    reward_fn = make_reward_fn(session.rewards, session.policy.tokenizer, fns)
-    key = jax.random.key(session.run.seed + 2)
-    found: dict[int, float] = {}
-    for number, part in enumerate(inputs.parts(len(data), options.batch_size)):
-        chosen = [data[i] for i in np.repeat(part, size)]
-        rollout = generate(session.policy.params, chosen, jax.random.fold_in(key, number))
-        scored = reward_fn.score(rollout, chosen)
-        arrays = (x.reshape(-1, size) for x in (scored.rewards, ~scored.unscorable))
-        values = optimal_values(*map(jnp.asarray, arrays), beta=variant.hyper.value_beta)
-        found |= {id(data[i]): float(value) for i, value in zip(part, values, strict=True)}
-    files.write_json(path, {"values": [found[id(prompt)] for prompt in data]})
-    return found
+    sampling = Sampling(temperature=options.temperature)
+    generate = fns.make_generate_fn(prompts.length, sampling)
+    calls = options.prompts.reward_calls
+    reward_fn = make_reward_fn(session.rewards, session.policy.tokenizer, fns, calls=calls)
+
+    def reward_or_nan(rollout: Rollout, asked: Sequence[PromptExample]) -> np.ndarray:
+        scored = reward_fn.score(rollout, asked)
+        return np.where(scored.unscorable, np.nan, scored.rewards)
+
+    key, values = jax.random.key(session.run.seed + 2), np.zeros(len(data), np.float32)
+    for part in inputs.parts(len(data), options.batch_size):
+        asked, first = [data[i] for i in np.repeat(part, size)], int(part[0]) * size
+        params = session.policy.params
+        _, rewards = answer_all(generate, reward_or_nan, params, asked, sampling, first=first, key=key)
+        rewards = jnp.asarray(rewards.reshape(-1, size))
+        values[part] = optimal_values(rewards, ~jnp.isnan(rewards), beta=variant.hyper.value_beta)
+    if distributed.is_main_process():
+        files.write_json(path, {"values": values.tolist()})
+    return {id(prompt): float(value) for prompt, value in zip(data, values, strict=True)}
 
 
 def make_learner(
@@ -197,6 +213,8 @@ def make_learner(
     train_step = make_grpo_train_step(
         variant.config, logprob_fn, split.tx, split.reference, describes_rows=True
     )
+    policy, records = session.policy, options.sampler.get("routing_replay")
+    experts = recorded_shape(policy.architecture, policy.params) if records else None
 
     def init(params: Params, key: PRNGKeyArray) -> grpo.State:
         return grpo.init(
@@ -206,7 +224,7 @@ def make_learner(
             one_step_off_policy=options.one_step_off_policy,
             moving_reference=options.sync.ref_model_sync_steps > 0,
             hyper=variant.hyper,
-            replay=empty_replay(options, variant, length),
+            replay=empty_replay(options, variant, length, experts),
         )
 
     state = session.init_state(init, split.trained, split.frozen)

@@ -6,11 +6,10 @@ import inspect
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import jax
 import jax.numpy as jnp
 import tyro
 
-from rlhf_jax.algorithms.group_advantages import SCALES, most_efficient, shortest
+from rlhf_jax.algorithms.group_advantages import SCALES, check_rows, most_efficient, shortest
 from rlhf_jax.algorithms.grpo_variants import GRPOVariant, find_variant, grpo_variants, make_variant
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.ranges import (
@@ -158,6 +157,7 @@ def check(options: GroupOptions, stage: str) -> None:
     """Raises: UserError where the options do not fit each other."""
     option_checks.check(options, options.run, stage)
     variant = variant_of(options)
+    check_rows(variant.config.advantage_fn, options.batch_size * options.group_size)
     rows, of_what = rows_of(options, variant)
     option_checks.check_divides("--num-minibatches", options.num_minibatches, of_what, rows)
     option_checks.check_divides(
@@ -169,10 +169,6 @@ def check(options: GroupOptions, stage: str) -> None:
         raise UserError(
             f"--overlong-penalty-coef: --algorithm {options.algorithm} takes each reward apart: give "
             "rlhf_jax.rewards.rules:soft_overlong_reward as one of --rewards"
-        )
-    if variant.reference_samples and jax.process_count() > 1:
-        raise UserError(
-            f"--algorithm {options.algorithm} samples the reference in one process: run without --coordinator"
         )
 
 

@@ -323,7 +323,10 @@ def make_sampler(
         "sampling": sampling,
     }
     if parse_engine(engine)[0] == "local":
-        decode_fns = model.make_recording_decode_fns() if routing_replay else None
+        decode_fns = None
+        if routing_replay:
+            prefill, decode, extend = model.make_recording_fns()
+            decode_fns = prefill, extend if max_num_seqs else decode
         return make_generate_fn(model, max_num_seqs=max_num_seqs or None, decode_fns=decode_fns, **shared)
     if max_num_seqs:
         raise UserError(f"--max-num-seqs is for --engine local: the server of {engine} has its own way")

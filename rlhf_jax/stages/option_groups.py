@@ -57,8 +57,8 @@ class RunOptions:
       max_to_keep: newest checkpoints that are kept.
       quiet: show no progress.
       report: write report.html at the end.
-      mesh: how to use several devices: data=2,fsdp=4, further axes tensor, expert, sequence; auto for fsdp
-        over all; empty for one device. A run may be resumed on another mesh.
+      mesh: how to use several devices: data=2,fsdp=4, further axes tensor, expert, sequence, pipeline; auto
+        for fsdp over all; empty for one device. A run may be resumed on another mesh.
       plan: instead of running, compile the step for these devices, which need not be there, and print what it
         needs: v5e:8x8 or h100:8 as `rlhf plan --topology` takes them, or here. Of the model only the
         description is read. For sft, dpo, ppo and grpo; kept as plan.json in the run folder.

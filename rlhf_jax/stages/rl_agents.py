@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -16,12 +16,14 @@ from rlhf_jax.core.ranges import Range
 from rlhf_jax.rl.envs import environments, multi_agent
 from rlhf_jax.rl.envs.environments import Environment
 from rlhf_jax.rl.loops.runs import Run
+from rlhf_jax.rl.networks.batch_norm import BatchNormMLP
 from rlhf_jax.rl.networks.networks import MLP, MinAtarConv
 from rlhf_jax.stages import rl_joint_rows, rl_rows
 
 DISCRETE = ("dqn", "c51", "qr_dqn")
-CONTINUOUS = ("ddpg", "td3", "sac", "mpc")
+CONTINUOUS = ("ddpg", "td3", "sac", "crossq", "mpc")
 ENCODERS = {"mlp": MLP(), "relu_mlp": MLP(activation=nn.relu), "minatar_conv": MinAtarConv()}
+NORMED_ENCODERS = {"batch_norm_mlp": BatchNormMLP()}
 EITHER = ("ppo", "ppo_penalty", "a2c", "trpo", "reinforce", "grpo")
 SEVERAL_EITHER = ("ippo", "mappo", "maddpg")
 SEVERAL_DISCRETE = ("vdn", "qmix")
@@ -176,8 +178,9 @@ def _changed(settings: Any, path: Sequence[str], text: str, change: str) -> Any:
             raise UserError(f"--set {change!r}: {path[0]!r} has another name: write {current_name(change)}")
         raise UserError(f"--set {change!r}: no setting {path[0]!r}: choose among {', '.join(names)}")
     value = getattr(settings, path[0])
-    if path == ["encoder"]:
-        return dataclasses.replace(settings, encoder=_encoder(text, change))
+    if path in (["encoder"], ["critic_encoder"]):
+        known = NORMED_ENCODERS if isinstance(value, BatchNormMLP) else ENCODERS
+        return dataclasses.replace(settings, **{path[0]: _encoder(text, change, known)})
     if len(path) > 1:
         if not dataclasses.is_dataclass(value):
             raise UserError(f"--set {change!r}: {path[0]!r} has no parts: leave out what follows it")
@@ -185,16 +188,18 @@ def _changed(settings: Any, path: Sequence[str], text: str, change: str) -> Any:
     return dataclasses.replace(settings, **{path[0]: _parsed(value, text, change)})
 
 
-def _encoder(text: str, change: str) -> nn.Module:
+def _encoder(text: str, change: str, known: Mapping[str, nn.Module]) -> nn.Module:
     """`relu_mlp`, or with the widths of its layers `relu_mlp:256,256`."""
     name, _, widths = text.partition(":")
-    if name not in ENCODERS:
-        raise UserError(f"--set {change!r}: no encoder {name!r}: choose among {', '.join(ENCODERS)}")
-    encoder = ENCODERS[name]
+    if name not in known:
+        raise UserError(f"--set {change!r}: no encoder {name!r}: choose among {', '.join(known)}")
+    encoder = known[name]
     if not widths:
         return encoder
     numbers = widths.split(",")
-    if not isinstance(encoder, MLP) or not all(number.isdecimal() and int(number) for number in numbers):
+    if not isinstance(encoder, MLP | BatchNormMLP) or not all(
+        number.isdecimal() and int(number) for number in numbers
+    ):
         raise UserError(f"--set {change!r}: give the widths of an MLP's layers, such as relu_mlp:256,256")
     return encoder.clone(widths=tuple(map(int, numbers)))
 

@@ -1,4 +1,4 @@
-"""Learning from a log: behaviour cloning, conservative and implicit Q-learning, GAIL; several seeds at once.
+"""Learning from a log: behaviour cloning, CQL, IQL, AWAC, TD3+BC, GAIL; several seeds at once.
 
     rlhf rl --algo ppo --env CartPole-v1 --out runs/cartpole
     rlhf rl-offline --collect runs/cartpole:50 random:500 --data runs/cartpole.npz
@@ -29,7 +29,7 @@ from rlhf_jax.rl.envs.environments import Environment, Transition
 from rlhf_jax.stages import option_checks, rl, rl_agents, rl_rows
 from rlhf_jax.training.run_folder import describe_run
 
-ALGORITHMS = ("bc", "cql", "iql", "gail")
+ALGORITHMS = ("bc", "cql", "iql", "awac", "td3_bc", "gail")
 CHANCE = "random"
 NAMES = ("algo", "env", "data", "seeds", "seed", "steps", "set", "chunks")
 
@@ -49,7 +49,8 @@ class Options:
     Attributes:
       data: the log, an .npz; with --collect, where it goes; None is refused.
       collect: sources SOURCE:EPISODES of a new log, a source being the run folder of rl.py or `random`.
-      algo: bc, cql (discrete actions), iql or gail (which steps the environment, and sees no rewards).
+      algo: bc, cql (discrete actions), iql, awac, td3_bc (continuous actions) or gail (which steps the
+        environment, and sees no rewards).
       env: name of a gymnax environment, needed where all sources are `random`.
       seeds: agents, trained side by side on the same log.
       seed: of the first of them, and of the collection.

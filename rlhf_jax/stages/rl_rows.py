@@ -102,6 +102,7 @@ ROWS = (
     Row("Acrobot-v1", "ppo", 500_000, -83.4),
     Row("CartPole-v1", "dqn", 500_000, 498.4, CLEANRL),
     Row("Pendulum-v1", "sac", 20_000, -157.0),
+    Row("Pendulum-v1", "crossq", 20_000, None),
     Row("Pendulum-v1", "td3", 20_000, -152.0),
     Row("Pendulum-v1", "ddpg", 20_000, -152.0),
     Row(

@@ -55,7 +55,6 @@ def check_resume(tiny, tmp_path, *words):
 @pytest.mark.parametrize("algorithm", grpo_variants())
 def test_every_member_learns_from_its_own_numbers(algorithm, tiny, tmp_path, rewards):
     words = ("--rewards", rewards, "--steps", 3, "--algorithm", algorithm, "--dynamic-sampling-max-rounds", 2)
-    # A group of two is one set of two, which has nothing to be compared with.
     words += ("--group-size", 8) if algorithm == "pass_at_k" else ()
     out = tiny.run("grpo", tmp_path / "run", *words, "--learning-rate", 1e-2, "--num-iterations", 2)
     found = lines(out)
@@ -255,5 +254,9 @@ def test_routing_replay_trains_a_mixture_of_experts_and_resumes_to_the_bit(tmp_p
     train(tmp_path / "broken", 2, routing_replay=True)
     assert train(tmp_path / "broken", 3, routing_replay=True, resume=True) == whole
     assert all(line["sampling_logp_diff"] < 1e-3 for line in whole)
-    with pytest.raises(UserError, match="routing_replay records experts of engine local"):
-        train(tmp_path / "refused", 1, routing_replay=True, max_num_seqs=2)
+    # Experts are recorded where answers make room for each other, and replayed with groups.
+    assert train(tmp_path / "refilled", 3, routing_replay=True, max_num_seqs=4) == whole
+    again = train(tmp_path / "again", 3, routing_replay=True, replay_share=0.5)
+    assert [line["replayed"] for line in again][1:] == [2, 2]
+    with pytest.raises(UserError, match="does not tell which experts a token went through"):
+        train(tmp_path / "refused", 1, routing_replay=True, engine="vllm:http://localhost:1")

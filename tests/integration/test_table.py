@@ -2,18 +2,29 @@
 
 import json
 
+import jax
 import numpy as np
 import post_training
+import post_training_methods as methods
 import post_training_page
+import post_training_rows
 import pytest
 
+from rlhf_jax import models
+from rlhf_jax.algorithms import preference, unpaired
+from rlhf_jax.algorithms.grpo_variants import grpo_variants
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.jitted.train import SeedState, make_train
 from rlhf_jax.sweep import Results
 
-SMALL = {"seeds": 4, "search_seeds": 0, "steps": 8, "base_steps": 60, "width": 16, "layers": 1}
+SMALL = {"seeds": 4, "search_seeds": 0, "steps": 8, "base_steps": 60, "width": 16, "layers": 1, "niceness": 0}
 CELLS = ("raft", "dpo", "grpo")
 # Made by this test's own run on Linux x86-64, Python 3.11, jax 0.10.2, 2026-11.
-FROZEN = {"raft": -0.20921, "dpo": -0.20862, "grpo": -0.21427}
+FROZEN = {
+    "sampled_score": {"raft": -0.20921, "dpo": -0.20862, "grpo": -0.21427},
+    "kl": {"raft": 0.03114, "dpo": 0.02413, "grpo": 0.01949},
+}
+TOLERANCE = {"sampled_score": 2e-4, "kl": 1e-3}
 
 
 @pytest.fixture(scope="module")
@@ -24,16 +35,47 @@ def finished(tmp_path_factory):
     return options
 
 
+@pytest.mark.parametrize("number", FROZEN)
+def test_frozen_numbers_tell_the_rows_apart(number):
+    gaps = np.diff(sorted(FROZEN[number].values()))
+    assert gaps.min() > 2 * TOLERANCE[number]
+
+
 @pytest.mark.slow
 def test_frozen_numbers(finished):
     done = post_training.summaries(finished.out)
     assert {name for _, name in done} == set(CELLS)
-    found = {name: float(np.mean(summary["sampled_score"])) for (_, name), summary in done.items()}
-    assert found == pytest.approx(FROZEN, abs=3e-3)
+    for number, frozen in FROZEN.items():
+        found = {name: float(np.mean(summary[number])) for (_, name), summary in done.items()}
+        assert found == pytest.approx(frozen, abs=TOLERANCE[number])
     for summary in done.values():
         assert len(summary["sampled_score"]) == SMALL["seeds"] == len(set(summary["sampled_score"]))
         assert summary["learning_rate"] == 1e-3  # the middle one, without a search
         assert summary["generated"] == pytest.approx(np.full(4, summary["generated"][0]), rel=0.3)
+
+
+def test_every_variant_and_every_loss_is_a_row():
+    """Variants of GRPO, losses on pairs and on single answers, modifiers, RLAIF, distillation."""
+    names = {algorithm.name for algorithm in post_training_rows.ALGORITHMS}
+    assert grpo_variants().keys() | preference.pair_losses().keys() | unpaired.UNPAIRED_LOSSES.keys() <= names
+    assert {"cdpo", "f_dpo_js", "f_dpo_forward_kl", "f_dpo_alpha", "rpo", "mpo", "wpo", "ld_dpo"} <= names
+    assert {"rlaif_dpo", "rlaif_grpo", "distillation", "sequence_distillation", "gkd", "minillm"} <= names
+
+
+@pytest.mark.slow
+def test_every_row_is_a_run(monkeypatch):
+    """Traced with all of its numbers, and not run."""
+    options = post_training.Options(**SMALL)
+    (task,) = (task for task in post_training_rows.TASKS if task.name == "style")
+    setup = post_training.make_task_setup(task, options)
+    params = jax.jit(lambda key: models.init_params(setup.policy.architecture, key))(jax.random.key(0))
+    monkeypatch.setattr(methods, "teacher_of", lambda setup, steps: setup.policy.with_params(params))
+    start = SeedState(jax.random.key(1), params)
+    for row in post_training_rows.ALGORITHMS:
+        train = make_train(setup, row.make(setup, post_training.schedule(2)), steps=2)
+        _, history = jax.eval_shape(train, start, post_training.as_floats(row.hyper))
+        assert history["sampled_score"].shape == (), row.name
+        assert json.loads(json.dumps(post_training.plan(task, row, options)))["algorithm"] == row.name
 
 
 @pytest.mark.parametrize("peak", [2e-5, 8e-4, 6e-3, 1.0, np.nan])
@@ -77,6 +119,13 @@ def test_other_settings_in_the_same_folder_are_refused(finished):
         post_training.run(other)
 
 
+def test_what_is_to_come_is_said_in_core_hours():
+    done = [{"core_seconds": 60.0}, {"core_seconds": 300.0}, {"core_seconds": None}]
+    assert post_training.budget(40, done) == "40 cells to run, 3.0 core-minutes each so far: 2.0 core-hours"
+    assert post_training.budget(0, done) == "0 cells to run"
+    assert post_training.budget(7, done[2:]) == "7 cells to run"
+
+
 def test_list_runs_nothing(tmp_path, capsys):
     post_training.run(post_training.Options(out=tmp_path, list=True))
     shown = capsys.readouterr().out
@@ -95,8 +144,8 @@ def test_bad_options(tmp_path, options, said):
 
 @pytest.mark.slow
 def test_equal_budgets(finished):
-    rows = {algorithm.name: algorithm for algorithm in post_training.post_training_rows.ALGORITHMS}
-    task = post_training.post_training_rows.TASKS[0]
+    rows = {algorithm.name: algorithm for algorithm in post_training_rows.ALGORITHMS}
+    task = post_training_rows.TASKS[0]
     options = post_training.Options(out=finished.out, steps=100)
     assert post_training.steps_of(task, rows["grpo"], options) == 100
     assert post_training.steps_of(task, rows["dapo"], options) == 50  # it samples twice as much a step

@@ -219,7 +219,7 @@ def sample(spec, config, temperature, rules=RULES):
     """(rollout, bytes that a device receives in gathers)."""
     rows = pool_of_rows(5)
     mask = np.flip(rows.segment_ids[:8, :6] > 0, axis=1)
-    ids: Any = SimpleNamespace(eos_id=1, pad_id=0)  # all that sampling asks of a tokenizer
+    ids: Any = SimpleNamespace(eos_id=1, pad_id=0, vocab_size=VOCAB)  # all that sampling asks of a tokenizer
     run = make_completion_fn(models.make_policy(config, None, ids), max_new_tokens=NEW_TOKENS)
     with jax.set_mesh(distributed.make_mesh(spec)), axis_rules(rules):
         params = distributed.init_sharded(functools.partial(models.init_params, config), jax.random.key(0))

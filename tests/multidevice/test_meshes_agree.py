@@ -21,6 +21,8 @@ LAYOUTS = (
     "sequence=4",
     "sequence=4/ulysses",
     "expert=4",
+    "pipeline=2",
+    "pipeline=2,fsdp=2,tensor=2",
 )
 ALGORITHMS = ("sft", "dpo", "grpo", "ppo")
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5}

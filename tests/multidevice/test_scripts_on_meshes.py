@@ -204,6 +204,10 @@ def test_stages_in_two_processes_are_those_in_one(tmp_path, monkeypatch):
             *("--algorithm", "dapo", "--dynamic-sampling-max-rounds", "3"),
             *("--rewards", "some_rewards:odd"),
         ),
+        "a_star_po": (
+            *("grpo", *from_sft, "--batch-size", "4", "--group-size", "2", *GRPO),
+            *("--algorithm", "a_star_po", "--reference-samples", "2", "--rewards", "some_rewards:odd"),
+        ),
     }
     for name, (script, *options) in stages.items():
         two = run_in_two(script, tmp_path / f"{name}_two", *options)

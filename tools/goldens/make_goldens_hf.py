@@ -113,7 +113,29 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "olmo2": ("Olmo2", {}),
     "phi3": ("Phi3", {"sliding_window": None, "tie_word_embeddings": False}),
+    "openai_gpt": (
+        "OpenAIGPT",
+        {
+            "vocab_size": VOCAB,
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 64,
+            "tie_word_embeddings": False,
+        },
+    ),
     "bloom": ("Bloom", {"vocab_size": VOCAB, "hidden_size": 24, "n_layer": 2, "n_head": 6}),
+    "bloom_post": (
+        "Bloom",
+        {
+            "vocab_size": VOCAB,
+            "hidden_size": 24,
+            "n_layer": 2,
+            "n_head": 6,
+            "apply_residual_connection_post_layernorm": True,
+            "tie_word_embeddings": False,
+        },
+    ),
     "deepseek_v2": (
         "DeepseekV2",
         {
@@ -145,15 +167,18 @@ class TooCloseError(Exception):
 def build(family: str, options: dict[str, Any], seed: int) -> Any:
     """A model of the family, all of whose parts matter."""
     config_class = getattr(transformers, f"{family}TextConfig" if family == "Gemma3" else f"{family}Config")
-    known = COMMON if family not in ("GPT2", "Bloom") else {k: None for k in COMMON if k.endswith("token_id")}
+    of_old = family in ("GPT2", "OpenAIGPT", "Bloom")
+    known = {k: None for k in COMMON if k.endswith("token_id")} if of_old else COMMON
     config = config_class(**{**known, **options})
     config._attn_implementation = "eager"
     torch.manual_seed(seed)
-    model = getattr(transformers, f"{family}ForCausalLM" if family != "GPT2" else "GPT2LMHeadModel")(config)
+    kind = "LMHeadModel" if family in ("GPT2", "OpenAIGPT") else "ForCausalLM"
+    model = getattr(transformers, f"{family}{kind}")(config)
     with torch.no_grad():
         for name, weight in [*model.named_parameters(), *model.named_buffers()]:
-            if "inv_freq" in name or "embed_scale" in name or not weight.is_floating_point():
-                continue  # constants
+            is_constant = "inv_freq" in name or "embed_scale" in name or weight.ndim == 4  # GPT-1's mask
+            if is_constant or not weight.is_floating_point():
+                continue
             if weight.ndim == 1:
                 weight.add_(0.2 * torch.randn_like(weight))
             elif "embed" in name or "wte" in name or "wpe" in name or "lm_head" in name:
@@ -184,7 +209,9 @@ def logits_of(model: Any, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
     inputs: dict[str, Any] = {"input_ids": torch.tensor(tokens), "attention_mask": mask_tensor}
     if model.config.model_type != "bloom":  # it knows positions from the mask
         inputs["position_ids"] = (mask_tensor.cumsum(1) - 1).clamp(min=0)
-    return model(**inputs, use_cache=False).logits.float().numpy()
+    if model.config.model_type != "openai-gpt":  # it has none
+        inputs["use_cache"] = False
+    return model(**inputs).logits.float().numpy()
 
 
 def greedy_of(model: Any, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -33,17 +33,20 @@ ANSWERS: list[tuple[int, ...]] = [
 ]
 SCALES = (0.02, 0.1, 0.2, 0.4, 0.8)
 """Of the direction in which the sampler's logits differ."""
-SHOWN = {
-    "none": "black",
-    "tis": "tab:blue",
-    "sequence_truncate": "tab:orange",
-    "sequence_mask": "tab:red",
-    "geometric_truncate": "tab:purple",
-    "seq_is_rs": "tab:brown",
-    "k3_rs": "tab:green",
-    "bypass": "tab:gray",
+PANELS = {
+    "weights of tokens": ("tis", "mis", "token_truncate", "token_mask", "icepop"),
+    "weights of answers": (
+        "sequence_truncate",
+        "sequence_mask",
+        "geometric_truncate",
+        "geometric_mask",
+        "seq_is",
+        "seq_is_rs",
+    ),
+    "rules": ("geo_rs", "geo_rs_token_tis", "geo_rs_seq_tis", "k3_rs", "k3_rs_token_tis", "k3_rs_seq_tis"),
+    "bypass": ("bypass", "bypass_geo_rs", "bypass_k3_rs"),
 }
-"""Lines of the figure, and their colours."""
+"""Lines of the figure, by panels; none is in each of them."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -186,24 +189,31 @@ def row(name: str, toy: Toy) -> str:
 
 
 def draw(toy: Toy, path: Path) -> None:
-    """Bias and noise of some corrections against the distance, side by side, 800 pixels wide."""
+    """Bias, and below it noise, of every correction against the distance, 1,000 pixels wide."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "corrections", "font.size": 11}):
-        figure = Figure(figsize=(800 / 72, 380 / 72), layout="constrained")
-        bias_axes, noise_axes = figure.subplots(1, 2)
-        distances = [divergence(toy, scale) for scale in SCALES]
-        for name, colour in SHOWN.items():
-            found = [measure(name, toy, scale) for scale in SCALES]
-            options = {"color": colour, "label": name, "marker": "o", "markersize": 4}
-            bias_axes.plot(distances, [100 * at.bias for at in found], **options)
-            noise_axes.plot(distances, [at.noise for at in found], **options)
-        for axes, label in ((bias_axes, "bias, %"), (noise_axes, "noise")):
-            axes.set(xscale="log", xlabel="KL(sampler, policy), nats an answer", ylabel=label)
-            axes.grid(alpha=0.3)
-        noise_axes.set_ylim(bottom=0)
-        bias_axes.legend(frameon=False)
+    distances = [divergence(toy, scale) for scale in SCALES]
+
+    def show(panel: Any, name: str, **options: Any) -> None:
+        found = [measure(name, toy, scale) for scale in SCALES]
+        panel[0].plot(distances, [100 * at.bias for at in found], label=name, **options)
+        panel[1].plot(distances, [at.noise for at in found], label=name, **options)
+
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "corrections", "font.size": 10}):
+        figure = Figure(figsize=(1000 / 72, 560 / 72), layout="constrained")
+        panels = figure.subplots(2, len(PANELS), sharex=True, sharey="row").T
+        for panel, (title, names) in zip(panels, PANELS.items(), strict=True):
+            show(panel, "none", color="black", linewidth=1)
+            for name, marker in zip(names, "osv^Dx", strict=False):  # some lie on each other
+                show(panel, name, marker=marker, markersize=5, fillstyle="none", alpha=0.8)
+            panel[0].set_title(title, fontsize=10)
+            panel[0].legend(frameon=False, fontsize=8)
+            panel[1].set(xscale="log", yscale="log", xlabel="KL(sampler, policy), nats an answer")
+            for axes in panel:
+                axes.grid(alpha=0.3)
+        panels[0][0].set_ylabel("bias, %")
+        panels[0][1].set_ylabel("noise")
         figure.savefig(path, metadata={"Date": None})
 
 
@@ -229,7 +239,10 @@ scale, over the norm of the true one; **noise**, the variance of one answer's gr
 over the square of the expected one, which is how many answers make the signal as large as the noise; and what
 share of the tokens the rules leave, where they do not leave all.
 
-![Bias and noise of corrections against the KL of the sampler to the policy]({picture})
+![Bias and noise of every correction against the KL of the sampler to the policy]({picture})
+
+Above bias, below noise, on a scale of logarithms; where nothing is left there is no point. Lines that lie on
+each other are those of equal rows in the table.
 
 {head}
 {rows}

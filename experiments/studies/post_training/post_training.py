@@ -1,6 +1,6 @@
 """The table: every post-training algorithm, same tasks, same budget, seeds and intervals.
 
-    # everything: hours on two cores
+    # everything: about a day in the background of two cores, in any number of pieces
     python experiments/studies/post_training/post_training.py --out runs/table
     python experiments/studies/post_training/post_training.py --out runs/table --tasks style --algorithms dpo
     grpo
@@ -9,11 +9,14 @@
 All algorithms start from the same policy of a seed and sample as many answers. Each takes the best of three
 learning rates on seeds of the search's own, which goes on as long as the best is the least or the greatest of
 those tried. A cell that is done is not run again, and one that was stopped goes on after its last chunk; each
-leaves `summary.json`, every seed apart, and `results.parquet`.
+leaves `summary.json`, every seed apart, and `results.parquet`. It runs at low priority, all tasks of a row
+before the next row, and says how many cells are to come and how many core-hours those before it took.
 """
 
 import dataclasses
 import fnmatch
+import itertools
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import post_training_methods
 import post_training_page
 import post_training_rows
 from post_training_rows import AlgorithmRow, TaskRow
@@ -65,13 +69,14 @@ class Options:
       chunk: runs at once, in one program.
       page: where the page goes, with its pictures beside it; None for the folder of the cells.
       list: print the cells and what is done of them, and run nothing.
+      niceness: how far it gives way to other programs, as `nice`.
       quiet: show no progress.
     """
 
     out: Path | None = None
     tasks: tuple[str, ...] = ()
     algorithms: tuple[str, ...] = ()
-    seeds: int = 16
+    seeds: int = 8
     search_seeds: int = 2
     steps: int = 0
     base_steps: int = 0
@@ -80,6 +85,7 @@ class Options:
     chunk: int = 4
     page: Path | None = None
     list: bool = False
+    niceness: int = 10
     quiet: bool = False
 
 
@@ -112,7 +118,7 @@ def make_task_setup(row: TaskRow, options: Options) -> TaskSetup:
     )
     policy = models.make_policy(config, None, task.tokenizer)
     return TaskSetup(
-        task, policy, num_prompts=64 // post_training_rows.GROUP, num_samples=post_training_rows.GROUP
+        task, policy, num_prompts=64 // post_training_methods.GROUP, num_samples=post_training_methods.GROUP
     )
 
 
@@ -210,7 +216,7 @@ def run_cell(
     steps = planned["steps"]
     train = make_train(task_setup, algorithm.make(task_setup, schedule(steps)), steps=steps)
     common_options: dict[str, Any] = {"chunk_size": options.chunk, "quiet": options.quiet}
-    began = time.perf_counter()
+    began, began_cpu = time.perf_counter(), time.process_time()
 
     def sweep_rates(rates: Sequence[float], seeds: np.ndarray, folder: Path) -> Results:
         hypers = product(as_floats(algorithm.hyper), learning_rate=rates)
@@ -227,6 +233,7 @@ def run_cell(
     seconds = None if resumed else time.perf_counter() - began
     chosen_rate = {"learning_rate": rate, "search": {f"{r:g}": search[r] for r in sorted(search)}}
     chosen_rate["seconds"] = seconds
+    chosen_rate["core_seconds"] = None if resumed else time.process_time() - began_cpu
     files.write_json(folder / SUMMARY, {**planned, **chosen_rate, **scores, **made(folder)})
     jax.clear_caches()  # or memory grows with every cell
     return True
@@ -275,6 +282,43 @@ def start_scores(out: Path) -> dict[str, dict[str, Any]]:
     return {name: files.read_json(found[-1]) for name, found in paths.items() if found}
 
 
+def budget(missing: int, done: Sequence[dict[str, Any]]) -> str:
+    """How many cells are to come, and for how many core-hours, by those that are done."""
+    taken = [summary["core_seconds"] for summary in done if summary.get("core_seconds")]
+    if not taken or not missing:
+        return f"{missing} cells to run"
+    mean = float(np.mean(taken)) / 60
+    return (
+        f"{missing} cells to run, {mean:.1f} core-minutes each so far: {missing * mean / 60:.1f} core-hours"
+    )
+
+
+def run_cells(rows: Sequence[TaskRow], algorithms: Sequence[AlgorithmRow], options: Options) -> None:
+    """The cells that are missing, all tasks of a row before the next row; writes the page after each."""
+    assert options.out is not None
+    page = options.page or options.out / "RESULTS.md"
+    setups = {row.name: make_task_setup(row, options) for row in rows}
+    starts: dict[tuple[str, int], SeedState] = {}
+    count = len(rows) * len(algorithms)
+    for number, (algorithm, row) in enumerate(itertools.product(algorithms, rows)):
+        task_setup = setups[row.name]
+
+        def starts_fn(seeds: np.ndarray, row: TaskRow = row, task_setup: TaskSetup = task_setup) -> SeedState:
+            key = row.name, int(seeds[0])
+            if key not in starts:
+                starts[key] = make_starts(row, task_setup, options, seeds)
+            return starts[key]
+
+        if not options.quiet:
+            print(f"[{number + 1}/{count}] {algorithm.name} on {row.name}", flush=True)
+        folder = options.out / row.name / algorithm.name
+        if run_cell(row, algorithm, task_setup, starts_fn, options, folder):
+            done = summaries(options.out)
+            post_training_page.write(page, done, start_scores(options.out))
+            if not options.quiet:
+                print(budget(count - number - 1, list(done.values())), flush=True)
+
+
 def run(options: Options) -> None:
     """All cells asked for, then the page."""
     if options.out is None:
@@ -287,22 +331,8 @@ def run(options: Options) -> None:
     page = options.page or options.out / "RESULTS.md"
     if not options.list:
         files.hold(options.out, "--out")
-    for row in [] if options.list else rows:
-        task_setup, held = make_task_setup(row, options), {}
-
-        def starts_fn(
-            seeds: np.ndarray, row: TaskRow = row, task_setup: TaskSetup = task_setup, held: dict = held
-        ) -> SeedState:
-            if seeds[0] not in held:
-                held[seeds[0]] = make_starts(row, task_setup, options, seeds)
-            return held[seeds[0]]
-
-        for number, algorithm in enumerate(algorithms, 1):
-            if not options.quiet:
-                print(f"{row.name} [{number}/{len(algorithms)}] {algorithm.name}", flush=True)
-            folder = options.out / row.name / algorithm.name
-            if run_cell(row, algorithm, task_setup, starts_fn, options, folder):
-                post_training_page.write(page, summaries(options.out), start_scores(options.out))
+        os.nice(max(options.niceness - os.nice(0), 0))
+        run_cells(rows, algorithms, options)
     done = summaries(options.out)
     if not options.list:
         post_training_page.write(page, done, start_scores(options.out))
@@ -311,6 +341,8 @@ def run(options: Options) -> None:
         for algorithm in algorithms
     ]
     final_table("Held-out score, IQM over seeds", ("algorithm", *(row.name for row in rows)), lines)
+    missing = sum((row.name, algorithm.name) not in done for row in rows for algorithm in algorithms)
+    print(budget(missing, list(done.values())))
     if not options.list:
         print(f"Page: {page}")
 

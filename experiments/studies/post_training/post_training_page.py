@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import post_training_methods
 import post_training_rows
 
 from rlhf_jax.core import files
@@ -29,8 +30,9 @@ Written by `experiments/studies/post_training/post_training.py`; tasks, algorith
 
 A cell: held-out score of sampled answers as a share of the best there is, in percent: interquartile mean over
 seeds with its 95 % bootstrap interval; below it the KL to the policy all start from (nats an answer) and the
-learning rate that the search chose, and the time that the search and all seeds took together (other work ran
-on the same cores). All sample the same number of answers; `start` is where all begin.
+learning rate that the search chose, the time that the search and all seeds took together (other work ran
+on the same cores), and the commit that made it. All sample the same number of answers; `start` is where all
+begin.
 
 What it does not show: models of some ten thousand parameters on synthetic tasks with exact rewards say how
 the algorithms differ where everything else is equal and cheap to repeat, and nothing of how they scale.
@@ -55,7 +57,8 @@ def _full_cell(summary: Mapping[str, Any] | None) -> str:
         return "not run"
     kl, seconds = np.mean(summary["kl"]), summary["seconds"]
     took = f", {format_seconds(seconds)}" if seconds else ""  # not known where a cell was interrupted
-    return f"{cell(summary)}<br>KL {kl:.2g}, lr {summary['learning_rate']:g}{took}"
+    commit = (summary.get("commit") or "")[:7] or "commit not noted"
+    return f"{cell(summary)}<br>KL {kl:.2g}, lr {summary['learning_rate']:g}{took}, {commit}"
 
 
 def page_text(done: Summaries, starts: Mapping[str, Mapping[str, Any]], remarks: str) -> str:
@@ -112,9 +115,9 @@ def _settings(tasks: list[str]) -> list[str]:
     return [
         *lines,
         "",
-        f"A supervised step has 64 rows, a prompt {post_training_rows.GROUP} answers; who samples more than "
-        "64 answers a step takes fewer steps. The optimizer is Adam (b2 .99, epsilon 1e-4, gradients clipped "
-        "at a norm of 1), its learning rate linear to 0 after a warm-up of a twentieth of the steps.",
+        f"A supervised step has 64 rows, a prompt {post_training_methods.GROUP} answers; who samples more "
+        "than 64 answers a step takes fewer steps. The optimizer is Adam (b2 .99, epsilon 1e-4, gradients "
+        "clipped at a norm of 1), its learning rate linear to 0 after a warm-up of a twentieth of the steps.",
         "",
     ]
 

@@ -1,32 +1,26 @@
 """What the table of post-training algorithms is made of: tasks, algorithms, and every setting of both."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
-import jax
-import jax.numpy as jnp
+import post_training_methods as methods
 
 from rlhf_jax import losses
-from rlhf_jax.algorithms import distillation, grpo, grpo_variants, nash_md, ppo, preference, sft, unpaired
-from rlhf_jax.algorithms.grpo_variants import VariantFn, make_variant, with_correction
-from rlhf_jax.core.train_state import OptimizerConfig
-from rlhf_jax.distributed.runtime import compiler_options
+from rlhf_jax.algorithms import distillation, grpo_variants, nash_md, ppo, preference, sft, unpaired
 from rlhf_jax.jitted import algorithms
-from rlhf_jax.jitted.train import Algorithm, SeedState, TaskSetup, make_train
-from rlhf_jax.models import Policy, init_params
 from rlhf_jax.tasks import arithmetic, base, calculator, countdown, style
 from rlhf_jax.tasks.base import Task
 
 __all__ = ["ALGORITHMS", "TASKS", "AlgorithmRow", "TaskRow"]
 
 
-IMITATION, OFFLINE, ONLINE, POLICY_GRADIENT = FAMILIES = (
+IMITATION, OFFLINE, ONLINE, POLICY_GRADIENT, OTHER_MODEL = FAMILIES = (
     "imitation",
     "preferences, offline",
     "preferences, online",
     "policy gradient",
+    "another model's labels",
 )
 
 
@@ -54,7 +48,7 @@ class AlgorithmRow:
     """A row of the table.
 
     Attributes:
-      make: (world, optimizer) -> method.
+      make: (task with its model, optimizer) -> algorithm.
       hyper: what it is published with, or usual; the learning rate is searched.
       cost: answers it samples a step, as a multiple of 64.
       what: in a few words.
@@ -62,7 +56,7 @@ class AlgorithmRow:
     """
 
     name: str
-    make: Callable[[TaskSetup, OptimizerConfig], Algorithm]
+    make: methods.MakeFn
     hyper: Any
     what: str
     family: str = POLICY_GRADIENT
@@ -104,105 +98,33 @@ TASKS = (
     ),
 )
 
-GROUP = 4
-"""Answers to each prompt."""
-KL_COEF = 0.02
-"""Weight of the KL to the reference, of all variants that are published with more."""
+
+def _variant(
+    name: str, what: str, *, variant: str = "", cost: float = 1.0, behind: bool = False, **changes: Any
+) -> AlgorithmRow:
+    """A variant of GRPO by its name, which is the row's where none is given."""
+    make = grpo_variants.find_variant(variant or name)
+    hyper = methods.group_variant(make, **changes).hyper
+    method = methods.group_method(make, one_step_off_policy=behind, **changes)
+    return AlgorithmRow(name, method, hyper, what, cost=cost)
 
 
-TEACHER_SEED = 2_000
-"""Of the policy that distillation learns from, apart from those of the cells and of the search."""
-
-LENGTH = 16
-"""Of the longest completion, for Dr. GRPO."""
-
-
-def _group(make: VariantFn, *, one_step_off_policy: bool = False, **changes: Any) -> Callable[..., Algorithm]:
-    def method(task_setup: TaskSetup, optimizer: OptimizerConfig) -> Algorithm:
-        static = {"group_size": task_setup.num_samples, **changes}
-        variant = make_variant(make, max_completion_length=LENGTH, **static)
-        if one_step_off_policy:
-            variant = with_correction(variant, "tis")
-        if static.get("num_iterations", 1) > 1:
-            steps = optimizer.total_steps * static["num_iterations"]
-            optimizer = dataclasses.replace(optimizer, total_steps=steps)
-        return algorithms.grpo_algorithm(
-            task_setup, variant, optimizer, one_step_off_policy=one_step_off_policy
-        )
-
-    return method
+def _pairs(
+    name: str, what: str, loss_fn: preference.PairLossFn | None = None, *, wpo: bool = False, **hyper: Any
+) -> AlgorithmRow:
+    """A loss on pairs of the reference's answers, by the row's name where none is given."""
+    loss_fn = loss_fn or preference.find_pair_loss(name)
+    numbers = preference.Hyper(**{"beta": 0.5, **hyper})
+    method = methods.pair_method(loss_fn, "reference", wpo=wpo)
+    return AlgorithmRow(name, method, numbers, f"{what}, reference's answers", OFFLINE)
 
 
-def _variant(name: str, make: VariantFn, what: str, *, cost: float = 1.0, **changes: Any) -> AlgorithmRow:
-    hyper = make_variant(make, max_completion_length=LENGTH, group_size=GROUP).hyper
-    # Those that stay close to the reference all do so by one weight.
-    weights = {name: KL_COEF for name in ("kl_coef", "reward_kl_coef") if getattr(hyper, name) > KL_COEF}
-    hyper = dataclasses.replace(hyper, **weights)
-    return AlgorithmRow(name, _group(make, **changes), hyper, what, cost=cost)
+def _distilled(name: str, what: str, *args: Any, **options: Any) -> AlgorithmRow:
+    return AlgorithmRow(name, methods.distilled(*args, **options), distillation.Hyper(), what, OTHER_MODEL)
 
 
-# DAPO here is without its penalty on overlong answers, which these short tasks do not need.
-_dapo = functools.partial(grpo_variants.dapo, overlong_penalty_coef=0.0)
-
-
-def _pairs(loss_fn: preference.PairLossFn, source: algorithms.Source) -> Callable[..., Algorithm]:
-    config = preference.Config(loss_fn=loss_fn)
-    return functools.partial(_preference, config=config, source=source)
-
-
-def _preference(
-    task_setup: TaskSetup, optimizer: OptimizerConfig, *, config: preference.Config, source: algorithms.Source
-) -> Algorithm:
-    return algorithms.preference_algorithm(task_setup, config, optimizer, source=source)
-
-
-def _unpaired(task_setup: TaskSetup, optimizer: OptimizerConfig, *, config: unpaired.Config) -> Algorithm:
-    return algorithms.unpaired_algorithm(task_setup, config, optimizer, source="reference")
-
-
-def _imitation(task_setup: TaskSetup, optimizer: OptimizerConfig, **options: Any) -> Algorithm:
-    return algorithms.imitation_algorithm(task_setup, sft.Config(), optimizer, **options)
-
-
-def _ppo(task_setup: TaskSetup, optimizer: OptimizerConfig) -> Algorithm:
-    config = ppo.Config(num_ppo_epochs=1, num_minibatches=1)
-    return algorithms.ppo_algorithm(task_setup, config, optimizer)
-
-
-@functools.lru_cache(maxsize=1)
-def _teacher(task_setup: TaskSetup, steps: int) -> Policy:
-    """A policy of the task's own size that has learned for longer: from its demonstrations for 20 times the
-    steps of a row, then by GRPO for four times as many.
-    """
-    optimizer = OptimizerConfig("linear", total_steps=20 * steps, b2=0.99, epsilon=1e-4)
-    imitate = algorithms.supervised_algorithm(task_setup, sft.Config(), optimizer)
-    improve = _group(grpo_variants.grpo)(task_setup, dataclasses.replace(optimizer, total_steps=4 * steps))
-    first, second = jax.random.split(jax.random.key(TEACHER_SEED))
-
-    def train() -> Any:
-        params = init_params(task_setup.policy.architecture, first)
-        begin = make_train(task_setup, imitate, steps=20 * steps)
-        agent, _ = begin(SeedState(first, params), sft.Hyper(learning_rate=jnp.float32(3e-3)))
-        go_on = make_train(task_setup, improve, steps=4 * steps)
-        hyper = dataclasses.replace(grpo.Hyper(), learning_rate=jnp.float32(1e-3))
-        return go_on(SeedState(second, agent.learner.params), hyper)[0].learner.params
-
-    params = jax.jit(train, compiler_options=compiler_options())()
-    return task_setup.policy.with_params(params)
-
-
-def _distilled(
-    task_setup: TaskSetup,
-    optimizer: OptimizerConfig,
-    *,
-    config: distillation.Config,
-    generator: Literal["teacher", "student"],
-) -> Algorithm:
-    teacher = _teacher(task_setup, optimizer.total_steps)
-    return algorithms.distillation_algorithm(
-        task_setup, config, optimizer, teacher=teacher, generator=generator
-    )
-
+TWICE: dict[str, Any] = {"num_iterations": 2}
+"""Every batch twice: what sets these variants apart is what they make of ratios, 1 in the first pass."""
 
 ALGORITHMS = (
     AlgorithmRow(
@@ -214,79 +136,129 @@ ALGORITHMS = (
     ),
     AlgorithmRow(
         "best_of_n",
-        functools.partial(_imitation, source="reference"),
+        methods.imitation_method("reference"),
         sft.Hyper(),
         "imitates the best of the reference's answers to each prompt",
         IMITATION,
     ),
     AlgorithmRow(
         "raft",
-        functools.partial(_imitation, source="policy"),
+        methods.imitation_method("policy"),
         sft.Hyper(),
         "imitates the best of its own answers to each prompt",
         IMITATION,
     ),
     AlgorithmRow(
         "expert_iteration",
-        functools.partial(_imitation, source="policy", every=True),
+        methods.imitation_method("policy", every=True),
         sft.Hyper(),
         "imitates all of its own answers that are above the mean",
         IMITATION,
     ),
-    AlgorithmRow(
+    _distilled(
         "distillation",
-        functools.partial(_distilled, config=distillation.Config(), generator="teacher"),
-        distillation.Hyper(),
         "soft labels on the answers of a teacher that was trained for longer",
-        IMITATION,
+        losses.forward_kl_loss,
+        "teacher",
+    ),
+    _distilled(
+        "sequence_distillation",
+        "imitates the answers of that teacher",
+        losses.sampled_forward_kl_loss,
+        "teacher",
+        on_tokens=True,
+    ),
+    _distilled(
+        "gkd", "GKD: the teacher on the policy's answers, by reverse KL", losses.reverse_kl_loss, "student"
+    ),
+    _distilled("gkd_js", "GKD by the Jensen-Shannon divergence", losses.generalized_js_loss, "student"),
+    _distilled(
+        "on_policy_distillation",
+        "reverse KL of the tokens that the policy sampled",
+        losses.sampled_reverse_kl_loss,
+        "student",
+        on_tokens=True,
+    ),
+    _distilled(
+        "minillm",
+        "MiniLLM: reverse KL of whole answers",
+        losses.sequence_reverse_kl_loss,
+        "student",
+        on_tokens=True,
     ),
     AlgorithmRow(
-        "gkd",
-        functools.partial(
-            _distilled, config=distillation.Config(loss_fn=losses.reverse_kl_loss), generator="student"
-        ),
-        distillation.Hyper(),
-        "the same teacher on the policy's answers, by reverse KL",
-        IMITATION,
-    ),
-    AlgorithmRow(
-        "dpo",
-        _pairs(losses.dpo_loss, "reference"),
+        "rlaif_dpo",
+        methods.judged(methods.pair_method(losses.dpo_loss, "reference")),
         preference.Hyper(beta=0.5),
-        "DPO, reference's answers",
-        OFFLINE,
+        "DPO on pairs that the teacher judges by its log-probs",
+        OTHER_MODEL,
     ),
     AlgorithmRow(
-        "ipo",
-        _pairs(losses.ipo_loss, "reference"),
-        preference.Hyper(beta=0.5),
-        "IPO, reference's answers",
-        OFFLINE,
+        "rlaif_grpo",
+        methods.judged(methods.group_method(grpo_variants.grpo)),
+        methods.group_variant(grpo_variants.grpo).hyper,
+        "GRPO on the teacher's log-probs as rewards (direct RLAIF)",
+        OTHER_MODEL,
     ),
-    AlgorithmRow(
-        "simpo",
-        _pairs(losses.simpo_loss, "reference"),
-        preference.Hyper(beta=2.0),
-        "SimPO, reference's answers",
-        OFFLINE,
+    _pairs("dpo", "DPO"),
+    _pairs("cdpo", "cDPO: DPO with smooth labels", losses.dpo_loss, loss_params={"label_smoothing": 0.1}),
+    _pairs("robust", "robust DPO", loss_params={"label_smoothing": 0.1}),
+    _pairs("hinge", "SLiC's hinge"),
+    _pairs("ipo", "IPO"),
+    _pairs("exo", "EXO", loss_params={"label_smoothing": 1e-3}),
+    _pairs("nca", "NCA"),
+    _pairs("bco_pair", "BCO on pairs"),
+    _pairs("sppo", "SPPO with hard labels"),
+    _pairs("aot", "AOT"),
+    _pairs("aot_unpaired", "AOT, unpaired"),
+    _pairs("apo_zero", "APO-zero"),
+    _pairs("apo_down", "APO-down"),
+    _pairs("discopop", "DiscoPOP", loss_params={"tau": 0.05}),
+    _pairs("length_normalized", "DPO on log-ratios per token", beta=2.0),
+    _pairs("orpo", "ORPO", beta=0.1),
+    _pairs("cpo", "CPO", beta=0.1),
+    _pairs("simpo", "SimPO", beta=2.0),
+    _pairs("alpha_po", "AlphaPO", beta=2.5, loss_params={"gamma": 0.1, "alpha": 0.25}),
+    _pairs("f_dpo_js", "f-DPO, Jensen-Shannon", losses.with_divergence(losses.dpo_loss, losses.js_score)),
+    _pairs(
+        "f_dpo_forward_kl",
+        "f-DPO, forward KL",
+        losses.with_divergence(losses.dpo_loss, losses.forward_kl_score),
     ),
+    _pairs(
+        "f_dpo_alpha",
+        "f-DPO, alpha 1/2",
+        losses.with_divergence(losses.dpo_loss, losses.alpha_divergence_score),
+        loss_params={"alpha": 0.5},
+    ),
+    _pairs(
+        "rpo", "RPO: DPO and likelihood", losses.with_nll(losses.dpo_loss), loss_params={"rpo_alpha": 1.0}
+    ),
+    _pairs(
+        "mpo",
+        "MPO: DPO, BCO and likelihood",
+        losses.with_nll(losses.mixed_loss({"dpo": losses.dpo_loss, "bco_pair": losses.bco_pair_loss})),
+        loss_params={"dpo_weight": 0.8, "bco_pair_weight": 0.2, "rpo_alpha": 1.0},
+    ),
+    _pairs("wpo", "WPO: DPO with weights", losses.dpo_loss, wpo=True),
+    _pairs("ld_dpo", "LD-DPO", losses.dpo_loss, ld_alpha=0.5),
     AlgorithmRow(
         "kto",
-        functools.partial(_unpaired, config=unpaired.Config()),
+        methods.unpaired_method(unpaired.Config()),
         unpaired.Hyper(beta=0.5),
         "KTO, reference's answers",
         OFFLINE,
     ),
     AlgorithmRow(
         "bco",
-        functools.partial(_unpaired, config=unpaired.Config(shift_decay=0.9)),
+        methods.unpaired_method(unpaired.Config(shift_decay=0.9)),
         unpaired.Hyper(beta=0.5),
         "BCO, reference's answers",
         OFFLINE,
     ),
     AlgorithmRow(
         "online_dpo",
-        _pairs(losses.dpo_loss, "policy"),
+        methods.pair_method(losses.dpo_loss, "policy"),
         preference.Hyper(beta=0.5),
         "DPO, the policy's answers",
         ONLINE,
@@ -307,28 +279,48 @@ ALGORITHMS = (
         "Nash-MD: policy against its mixture with the reference",
         ONLINE,
     ),
-    _variant("reinforce", grpo_variants.reinforce, "REINFORCE, batch mean as baseline"),
-    _variant("reinforce++", grpo_variants.reinforce_plus_plus, "REINFORCE++"),
-    _variant("rloo", grpo_variants.rloo, "RLOO"),
-    _variant("remax", grpo_variants.remax, "ReMax", cost=1 + 1 / GROUP),
-    _variant("opo", grpo_variants.opo, "OPO"),
-    AlgorithmRow("ppo", _ppo, ppo.Hyper(kl_coef=0.02), "PPO with a value model"),
-    _variant("grpo", grpo_variants.grpo, "GRPO"),
-    _variant("grpo_2_epochs", grpo_variants.grpo, "GRPO, every batch twice", num_iterations=2),
+    _variant("reinforce", "REINFORCE, batch mean as baseline"),
+    _variant("reinforce_without_baseline", "REINFORCE on bare rewards"),
+    _variant("reinforce++", "REINFORCE++"),
+    _variant("reinforce++-baseline", "REINFORCE++, group mean as baseline"),
+    _variant("rloo", "RLOO"),
+    _variant("remax", "ReMax", cost=1 + 1 / methods.GROUP),
+    _variant("opo", "OPO"),
+    _variant("otb", "OTB"),
+    _variant("gpg", "GPG"),
+    _variant("dro", "DRO, every batch twice", **TWICE),
     _variant(
-        "grpo_behind",
-        grpo_variants.grpo,
-        "GRPO, rollouts one step behind, corrected",
-        one_step_off_policy=True,
+        "a_star_po",
+        "A*-PO, values by four answers of the reference",
+        cost=2.0,
+        reference_samples=4,
+        beta=methods.KL_COEF,
     ),
-    _variant("dr_grpo", grpo_variants.dr_grpo, "Dr. GRPO"),
-    _variant("dapo", _dapo, "DAPO, with resampling", cost=2.0),
-    # What sets these apart is what they make of ratios, which are 1 in the first pass over a batch.
-    _variant("gspo", grpo_variants.gspo, "GSPO, every batch twice", num_iterations=2),
-    _variant("luspo", grpo_variants.luspo, "LUSPO, every batch twice", num_iterations=2),
-    _variant("gmpo", grpo_variants.gmpo, "GMPO, every batch twice", num_iterations=2),
-    _variant("cispo", grpo_variants.cispo, "CISPO, every batch twice", num_iterations=2),
-    _variant("sapo", grpo_variants.sapo, "SAPO, every batch twice", num_iterations=2),
-    _variant("vespo", grpo_variants.vespo, "VESPO, every batch twice", num_iterations=2),
+    AlgorithmRow("ppo", methods.ppo_method, ppo.Hyper(kl_coef=0.02), "PPO with a value model"),
+    _variant("grpo", "GRPO"),
+    _variant("grpo_2_epochs", "GRPO, every batch twice", variant="grpo", **TWICE),
+    _variant("grpo_behind", "GRPO, rollouts one step behind, corrected", variant="grpo", behind=True),
+    _variant("bnpo", "BNPO"),
+    _variant("dr_grpo", "Dr. GRPO"),
+    # Without its penalty on overlong answers, which these short tasks do not need.
+    _variant("dapo", "DAPO, with resampling", cost=2.0, overlong_penalty_coef=0.0),
+    _variant("lite_ppo", "Lite PPO"),
+    _variant("gdpo", "GDPO of one reward"),
+    _variant("max_rl", "MaxRL"),
+    _variant("pass_at_k", "for pass@2"),
+    _variant("gfpo", "GFPO, the two shortest of four"),
+    _variant("cppo", "CPPO, two of four"),
+    _variant("clip_cov", "Clip-Cov"),
+    _variant("kl_cov", "KL-Cov, every batch twice", **TWICE),
+    _variant("gspo", "GSPO, every batch twice", **TWICE),
+    _variant("gspo_token", "GSPO-token, every batch twice", **TWICE),
+    _variant("luspo", "LUSPO, every batch twice", **TWICE),
+    _variant("gmpo", "GMPO, every batch twice", **TWICE),
+    _variant("cispo", "CISPO, every batch twice", **TWICE),
+    _variant("sapo", "SAPO, every batch twice", **TWICE),
+    _variant("vespo", "VESPO, every batch twice", **TWICE),
+    _variant("dppo_tv", "DPPO by total variation, every batch twice", **TWICE),
+    _variant("dppo_kl", "DPPO by KL, every batch twice", **TWICE),
+    _variant("m2po", "M2PO, every batch twice", **TWICE),
 )
 assert len({algorithm.name for algorithm in ALGORITHMS}) == len(ALGORITHMS)

@@ -37,6 +37,7 @@ FAMILIES = (
     gemma.GEMMA2,
     gemma.GEMMA3,
     gpt2.GPT2,
+    gpt2.GPT1,
     olmo.OLMO2,
     phi.PHI3,
     bloom.BLOOM,

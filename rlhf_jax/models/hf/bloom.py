@@ -14,7 +14,7 @@ from rlhf_jax.models.positions import Alibi
 
 def read(fields: Fields) -> ModelConfig:
     """config.json of a BLOOM."""
-    fields.expect("apply_residual_connection_post_layernorm", False)
+    from_norm = fields.flag("apply_residual_connection_post_layernorm", default=False)
     width, heads = fields.integer("hidden_size", "n_embed"), fields.integer("n_head", "num_attention_heads")
     norm = LayerNorm(fields.number("layer_norm_epsilon", default=1e-5))
     attention = Attention(heads, heads, width // heads, Alibi(), bias=True, output_bias=True)
@@ -22,7 +22,7 @@ def read(fields: Fields) -> ModelConfig:
         vocab_size=fields.integer("vocab_size"),
         width=width,
         num_layers=fields.integer("n_layer", "num_hidden_layers"),
-        pattern=(Block(attention, FeedForward(4 * width, "gelu_tanh"), norm),),
+        pattern=(Block(attention, FeedForward(4 * width, "gelu_tanh"), norm, residual_from_norm=from_norm),),
         tie_word_embeddings=fields.flag("tie_word_embeddings", default=True),
         final_norm=norm,
         embedding_norm=norm,
@@ -38,6 +38,7 @@ def write(config: ModelConfig) -> dict[str, Any]:
         "n_layer": config.num_layers,
         "n_head": common.part(block.attention, Attention).num_heads,
         "layer_norm_epsilon": common.part(block.norm, LayerNorm).epsilon,
+        "apply_residual_connection_post_layernorm": block.residual_from_norm,
         "tie_word_embeddings": config.tie_word_embeddings,
     }
 

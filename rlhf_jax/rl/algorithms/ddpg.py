@@ -24,6 +24,7 @@ from rlhf_jax.rl.loops.continuous import (
     make_encoder,
     noisy_algorithm,
     policy_step,
+    towards,
 )
 from rlhf_jax.rl.loops.off_policy import RunConfig
 from rlhf_jax.rl.loops.replay import Batch
@@ -93,8 +94,9 @@ def make_update(
         next_action = actor_fn(state.target_actor, batch.next_obs)
         next_values = critic_fn(state.target_critic, batch.next_obs, next_action)[0]
         targets = batch.reward + batch.discount * next_values
-        critic, metrics, errors = critic_step(
-            state.critic, critic_fn, batch, targets, tx, learning_rate=hyper.learning_rate
+        values_fn = towards(critic_fn, batch, targets)
+        critic, metrics, errors, _ = critic_step(
+            state.critic, values_fn, batch.weight, tx, learning_rate=hyper.learning_rate
         )
 
         def loss_fn(params: Params) -> tuple[Array, None]:

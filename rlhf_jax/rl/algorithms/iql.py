@@ -20,7 +20,7 @@ from rlhf_jax.losses.value import expectile_value_loss
 from rlhf_jax.rl.algorithms.bc import PolicyFn
 from rlhf_jax.rl.envs.environments import Environment, Transition
 from rlhf_jax.rl.loops import offline
-from rlhf_jax.rl.loops.continuous import CriticFn, critic_step, default_encoder, policy_step
+from rlhf_jax.rl.loops.continuous import CriticFn, critic_step, default_encoder, policy_step, towards
 from rlhf_jax.rl.loops.offline import Algorithm, RunConfig
 from rlhf_jax.rl.loops.replay import Batch
 from rlhf_jax.rl.loops.runs import Run, Train, make_train_fn
@@ -116,7 +116,8 @@ def make_update(
         advantages = least - value_fn(value.params, batch.obs)
         policy, loss, seen = policy_step(state.policy, policy_loss, tx, learning_rate=rate)
         targets = batch.reward + batch.discount * value_fn(value.params, batch.next_obs)
-        critics, metrics, _ = critic_step(state.critics, critic_fn, batch, targets, tx, learning_rate=rate)
+        values_fn = towards(critic_fn, batch, targets)
+        critics, metrics, *_ = critic_step(state.critics, values_fn, batch.weight, tx, learning_rate=rate)
         target = optax.incremental_update(critics.params, state.target_critics, hyper.tau)
         metrics = {
             **metrics,

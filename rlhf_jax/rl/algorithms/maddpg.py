@@ -23,7 +23,7 @@ from rlhf_jax.core.types import Array, Float, Metrics, Params, PRNGKeyArray, Sca
 from rlhf_jax.rl.envs.joint import JointObs
 from rlhf_jax.rl.envs.multi_agent import JointEnvironment
 from rlhf_jax.rl.loops import off_policy
-from rlhf_jax.rl.loops.continuous import Box, critic_step, policy_step
+from rlhf_jax.rl.loops.continuous import Box, critic_step, policy_step, towards
 from rlhf_jax.rl.loops.off_policy import Algorithm, RunConfig
 from rlhf_jax.rl.loops.replay import Batch
 from rlhf_jax.rl.loops.runs import Run, Train, make_train_fn
@@ -184,8 +184,12 @@ def make_update(
         next_codes = actions.sample_fn(next_raw, batch.next_obs, next_key, hyper)
         next_values = critic_fn(state.target_critic, critic_inputs(batch.next_obs, next_codes))
         targets = batch.reward + batch.discount[:, None] * next_values
-        critic, metrics, errors = critic_step(
-            state.critic, of_actions_taken, batch, targets.T, tx, learning_rate=hyper.learning_rate
+        critic, metrics, errors, _ = critic_step(
+            state.critic,
+            towards(of_actions_taken, batch, targets.T),
+            batch.weight,
+            tx,
+            learning_rate=hyper.learning_rate,
         )
 
         def actor_loss(params: Params) -> tuple[Array, None]:

@@ -23,6 +23,7 @@ from rlhf_jax.rl.loops.continuous import (
     default_encoder,
     make_encoder,
     policy_step,
+    towards,
 )
 from rlhf_jax.rl.loops.off_policy import Algorithm, RunConfig
 from rlhf_jax.rl.loops.replay import Batch
@@ -107,57 +108,90 @@ def make_update(
 ) -> Callable[[State, Hyper, Batch], tuple[State, Metrics, Float[Array, " N"]]]:
     """`update(state, hyper, batch) -> (state, metrics, errors)` (Haarnoja et al. 2018b, Algorithm 1).
 
-    target      = r + discount (min_i Q'_i(s', a') - temperature log pi(a' | s')),  a' ~ pi
-    actor       : temperature log pi(a | s) - min_i Q_i(s, a),  a ~ pi
-    temperature : -log(temperature) (log pi(a | s) + target entropy)
+    target = r + discount (min_i Q'_i(s', a') - temperature log pi(a' | s')),  a' ~ pi
     """
-
-    def improve(state: State, hyper: Hyper, batch: Batch, key: PRNGKeyArray):
-        temperature = jnp.exp(state.temperature.params)
-
-        def loss_fn(params: Params) -> tuple[Array, Array]:
-            action, logp = actor_fn(params, batch.obs).sample_and_logp(key)
-            value = jnp.min(critic_fn(state.critics.params, batch.obs, action), axis=0)
-            return jnp.mean(temperature * logp - value), jnp.mean(logp)
-
-        return policy_step(state.actor, loss_fn, tx, learning_rate=hyper.actor_learning_rate)
-
-    def adjust(state: State, hyper: Hyper, logp: Float[Array, ""]) -> TrainState:
-        # Densities are per unit of action: a wider box has more entropy for the same shape.
-        goal = len(box.low) * hyper.target_entropy + jnp.sum(jnp.log(box.half_range))
-
-        def loss_fn(log_temperature: Array) -> tuple[Array, None]:
-            return -log_temperature * jax.lax.stop_gradient(logp + goal), None
-
-        return policy_step(state.temperature, loss_fn, tx, learning_rate=hyper.learning_rate)[0]
 
     def update(state: State, hyper: Hyper, batch: Batch) -> tuple[State, Metrics, Float[Array, " N"]]:
         key, next_key, actor_key = jax.random.split(state.key, 3)
         next_action, next_logp = actor_fn(state.actor.params, batch.next_obs).sample_and_logp(next_key)
-        least = jnp.min(critic_fn(state.target_critics, batch.next_obs, next_action), axis=0)
-        next_values = least - jnp.exp(state.temperature.params) * next_logp
-        targets = batch.reward + batch.discount * next_values
-        critics, metrics, errors = critic_step(
-            state.critics, critic_fn, batch, targets, tx, learning_rate=hyper.learning_rate
+        next_values = critic_fn(state.target_critics, batch.next_obs, next_action)
+        targets = soft_targets(state.temperature.params, batch, next_values, next_logp)
+        critics, metrics, errors, _ = critic_step(
+            state.critics,
+            towards(critic_fn, batch, targets),
+            batch.weight,
+            tx,
+            learning_rate=hyper.learning_rate,
         )
         state = dataclasses.replace(state, critics=critics, key=key)
-        actor, actor_loss, logp = improve(state, hyper, batch, actor_key)
-        metrics = {
-            **metrics,
-            "actor_loss": actor_loss,
-            "entropy": -logp,
-            "temperature": jnp.exp(state.temperature.params),
-        }
+
+        def value_fn(action: Array) -> Float[Array, "C N"]:
+            return critic_fn(critics.params, batch.obs, action)
+
+        actor, temperature, of_actor = improve_policy(
+            config, state, hyper, batch.obs, actor_key, actor_fn, value_fn, box, tx
+        )
         target = optax.incremental_update(critics.params, state.target_critics, hyper.tau)
-        temperature = adjust(state, hyper, logp) if config.learn_temperature else state.temperature
         state = dataclasses.replace(state, actor=actor, temperature=temperature, target_critics=target)
-        return state, metrics, errors
+        return state, {**metrics, **of_actor}, errors
 
     return update
 
 
-def make_actor(config: Config, env: Environment) -> SquashedGaussianActor:
-    """Actor network for this environment."""
+def soft_targets(
+    log_temperature: Float[Array, ""],
+    batch: Batch,
+    next_values: Float[Array, "C N"],
+    next_logp: Float[Array, " N"],
+) -> Float[Array, " N"]:
+    """Soft Bellman targets r + discount (min_i Q_i(s', a') - temperature log pi(a' | s'))."""
+    values = jnp.min(next_values, axis=0) - jnp.exp(log_temperature) * next_logp
+    return batch.reward + batch.discount * values
+
+
+def improve_policy(
+    config: Any,
+    state: Any,
+    hyper: Any,
+    obs: Array,
+    key: PRNGKeyArray,
+    actor_fn: ActorFn,
+    value_fn: Callable[[Array], Float[Array, "C N"]],
+    box: Box,
+    tx: optax.GradientTransformation,
+) -> tuple[TrainState, TrainState, Metrics]:
+    """One step of the actor, and one of the temperature: (actor, temperature, metrics).
+
+        actor       : temperature log pi(a | s) - min_i Q_i(s, a),  a ~ pi
+        temperature : -log(temperature) (log pi(a | s) + target entropy)
+
+    Args:
+      config: with `learn_temperature`.
+      state: with `actor` and `temperature`.
+      hyper: with both learning rates and the target entropy.
+      value_fn: actions at `obs` -> a value from each critic.
+    """
+    temperature = jnp.exp(state.temperature.params)
+
+    def actor_loss_fn(params: Params) -> tuple[Array, Array]:
+        action, logp = actor_fn(params, obs).sample_and_logp(key)
+        return jnp.mean(temperature * logp - jnp.min(value_fn(action), axis=0)), jnp.mean(logp)
+
+    # Densities are per unit of action: a wider box has more entropy for the same shape.
+    goal = len(box.low) * hyper.target_entropy + jnp.sum(jnp.log(box.half_range))
+    actor, loss, logp = policy_step(state.actor, actor_loss_fn, tx, learning_rate=hyper.actor_learning_rate)
+
+    def temperature_loss_fn(log_temperature: Array) -> tuple[Array, None]:
+        return -log_temperature * jax.lax.stop_gradient(logp + goal), None
+
+    learner = state.temperature
+    if config.learn_temperature:
+        learner = policy_step(learner, temperature_loss_fn, tx, learning_rate=hyper.learning_rate)[0]
+    return actor, learner, {"actor_loss": loss, "entropy": -logp, "temperature": temperature}
+
+
+def make_actor(config: Any, env: Environment) -> SquashedGaussianActor:
+    """Actor network for this environment, with `config.encoder`."""
     box = box_of(env, "SAC")
     return SquashedGaussianActor(make_encoder(env, config.encoder), box.low, box.high)
 
@@ -174,25 +208,36 @@ def make_run(config: Config, env: Environment, env_params: Any) -> Run:
         params = actor.init(actor_key, jnp.zeros((1, *env.obs_shape)))["params"]
         return init(params, init_critics(critic_key), tx, key, hyper)
 
+    update = make_update(config, actor_fn, critic_fn, box, tx)
+    algorithm = stochastic_algorithm(box, actor_fn, init_fn, update)
+    return off_policy.make_run(config.run, env, env_params, algorithm)
+
+
+def stochastic_algorithm(
+    box: Box, actor_fn: ActorFn, init_fn: Callable[[PRNGKeyArray, Any], Any], update_fn: Callable[..., Any]
+) -> Algorithm:
+    """Exploration by the policy's own chance around `update_fn`: uniform at first, then sampled.
+
+    The agent's state must have `actor`.
+    """
+
     def noise_fn(key: PRNGKeyArray, shape: tuple[int, int]) -> tuple[PRNGKeyArray, Array]:
         policy_key, uniform_key = jax.random.split(key)
         return jax.random.split(policy_key, shape), box.uniform(uniform_key, shape)
 
-    def explore_fn(state: State, hyper: Hyper, obs: Array, noise: tuple[Any, Array], steps: Array) -> Array:
+    def explore_fn(state: Any, hyper: Any, obs: Array, noise: tuple[Any, Array], steps: Array) -> Array:
         del state, hyper, obs, steps
         return noise[1]
 
-    def act_fn(state: State, hyper: Hyper, obs: Array, noise: tuple[Any, Array], steps: Array) -> Array:
+    def act_fn(state: Any, hyper: Any, obs: Array, noise: tuple[Any, Array], steps: Array) -> Array:
         del hyper, steps
         return actor_fn(state.actor.params, obs).sample(noise[0][0])
 
-    def policy_fn(state: State, obs: Array, key: PRNGKeyArray, deterministic: bool) -> Array:
+    def policy_fn(state: Any, obs: Array, key: PRNGKeyArray, deterministic: bool) -> Array:
         distribution = actor_fn(state.actor.params, obs)
         return distribution.mode() if deterministic else distribution.sample(key)
 
-    update = make_update(config, actor_fn, critic_fn, box, tx)
-    algorithm = Algorithm(init_fn, noise_fn, explore_fn, act_fn, update, policy_fn)
-    return off_policy.make_run(config.run, env, env_params, algorithm)
+    return Algorithm(init_fn, noise_fn, explore_fn, act_fn, update_fn, policy_fn)
 
 
 def make_train(config: Config, env: Environment, env_params: Any) -> Train:

@@ -26,6 +26,7 @@ from rlhf_jax.rl.loops.continuous import (
     make_encoder,
     noisy_algorithm,
     policy_step,
+    towards,
 )
 from rlhf_jax.rl.loops.off_policy import RunConfig
 from rlhf_jax.rl.loops.replay import Batch
@@ -95,9 +96,27 @@ def init(actor: Params, critics: Params, tx: optax.GradientTransformation, key: 
     return State(*learners, target_actor=actor, target_critics=critics, key=key)
 
 
+ActorLossFn = Callable[[Any, Float[Array, "N A"], Float[Array, " N"], Batch], Float[Array, ""]]
+"""(hyper, mu(s), Q_1(s, mu(s)), batch) -> loss of the actor."""
+
+
+def deterministic_actor_loss(
+    hyper: Any, action: Float[Array, "N A"], values: Float[Array, " N"], batch: Batch
+) -> Float[Array, ""]:
+    """-mean Q_1(s, mu(s))."""
+    del hyper, action, batch
+    return -jnp.mean(values)
+
+
 def make_update(
-    config: Config, actor_fn: ActorFn, critic_fn: CriticFn, box: Box, tx: optax.GradientTransformation
-) -> Callable[[State, Hyper, Batch], tuple[State, Metrics, Float[Array, " N"]]]:
+    config: Any,
+    actor_fn: ActorFn,
+    critic_fn: CriticFn,
+    box: Box,
+    tx: optax.GradientTransformation,
+    *,
+    actor_loss_fn: ActorLossFn = deterministic_actor_loss,
+) -> Callable[[State, Any, Batch], tuple[State, Metrics, Float[Array, " N"]]]:
     """`update(state, hyper, batch) -> (state, metrics, errors)` (Fujimoto et al. 2018, Algorithm 1).
 
         target = r + discount min_i Q'_i(s', clip(mu'(s') + clip(noise)))
@@ -105,16 +124,17 @@ def make_update(
     One update is `policy_delay` steps of the critics and one of the actor: no branch on a count of updates.
     """
 
-    def smoothed(state: State, hyper: Hyper, obs: Array, key: PRNGKeyArray) -> Float[Array, "N A"]:
+    def smoothed(state: State, hyper: Any, obs: Array, key: PRNGKeyArray) -> Float[Array, "N A"]:
         action = actor_fn(state.target_actor, obs)
         noise = hyper.target_policy_noise * jax.random.normal(key, action.shape)
         bounded = jnp.clip(noise, -hyper.target_noise_clip, hyper.target_noise_clip)
         return box.clip(action + box.half_range * bounded)
 
-    def update_actor(state: State, hyper: Hyper, batch: Batch) -> State:
+    def update_actor(state: State, hyper: Any, batch: Batch) -> State:
         def loss_fn(params: Params) -> tuple[Array, None]:
             action = actor_fn(params, batch.obs)
-            return -jnp.mean(critic_fn(state.critics.params, batch.obs, action)[0]), None
+            values = critic_fn(state.critics.params, batch.obs, action)[0]
+            return actor_loss_fn(hyper, action, values, batch), None
 
         actor, _, _ = policy_step(state.actor, loss_fn, tx, learning_rate=hyper.actor_learning_rate)
         rate = hyper.tau
@@ -125,17 +145,18 @@ def make_update(
             target_critics=optax.incremental_update(state.critics.params, state.target_critics, rate),
         )
 
-    def update_critics(state: State, hyper: Hyper, part: Batch) -> tuple[State, Metrics, Float[Array, " N"]]:
+    def update_critics(state: State, hyper: Any, part: Batch) -> tuple[State, Metrics, Float[Array, " N"]]:
         key, noise_key = jax.random.split(state.key)
         next_action = smoothed(state, hyper, part.next_obs, noise_key)
         next_values = jnp.min(critic_fn(state.target_critics, part.next_obs, next_action), axis=0)
         targets = part.reward + part.discount * next_values
-        critics, metrics, errors = critic_step(
-            state.critics, critic_fn, part, targets, tx, learning_rate=hyper.learning_rate
+        values_fn = towards(critic_fn, part, targets)
+        critics, metrics, errors, _ = critic_step(
+            state.critics, values_fn, part.weight, tx, learning_rate=hyper.learning_rate
         )
         return dataclasses.replace(state, critics=critics, key=key), metrics, errors
 
-    def update(state: State, hyper: Hyper, batch: Batch) -> tuple[State, Metrics, Float[Array, " N"]]:
+    def update(state: State, hyper: Any, batch: Batch) -> tuple[State, Metrics, Float[Array, " N"]]:
         parts = jax.tree.map(lambda x: x.reshape(config.policy_delay, -1, *x.shape[1:]), batch)
 
         def step(state: State, part: Batch) -> tuple[State, tuple[Metrics, Array]]:
@@ -156,11 +177,7 @@ def make_run(config: Config, env: Environment, env_params: Any) -> Run:
       UserError: actions are no vector, or the batch cannot be parted.
     """
     box, tx = box_of(env, "TD3"), make_optimizer(config.optimizer)
-    if config.run.batch_size % config.policy_delay:
-        raise UserError(
-            f"TD3: policy_delay={config.policy_delay} does not divide run.batch_size="
-            f"{config.run.batch_size}: choose a multiple."
-        )
+    check_parts("TD3", config)
     actor = make_actor(config, env)
     actor_fn = applied(actor)
     init_critics, critic_fn = critic_fns(env, config.encoder, box, count=config.num_critics)
@@ -176,7 +193,16 @@ def make_run(config: Config, env: Environment, env_params: Any) -> Run:
     return off_policy.make_run(config.run, env, env_params, algorithm)
 
 
-def make_actor(config: Config, env: Environment) -> DeterministicActor:
+def check_parts(algorithm: str, config: Any) -> None:
+    """Raises: UserError where `policy_delay` does not divide `run.batch_size`."""
+    if config.run.batch_size % config.policy_delay:
+        raise UserError(
+            f"{algorithm}: policy_delay={config.policy_delay} does not divide run.batch_size="
+            f"{config.run.batch_size}: choose a multiple."
+        )
+
+
+def make_actor(config: Any, env: Environment) -> DeterministicActor:
     """Actor network for this environment."""
     box = box_of(env, "TD3")
     return DeterministicActor(make_encoder(env, config.encoder), box.low, box.high)

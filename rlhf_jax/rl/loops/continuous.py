@@ -1,4 +1,4 @@
-"""Continuous control, shared by DDPG, TD3 and SAC: the box of actions, networks, one step of critics."""
+"""Continuous control, shared by DDPG, TD3, SAC and CrossQ: the box of actions, networks, steps of critics."""
 
 import dataclasses
 from collections.abc import Callable
@@ -95,25 +95,34 @@ def critic_fns(env: Environment, encoder: nn.Module, box: Box, *, count: int) ->
 
 def critic_step(
     learner: TrainState,
-    critic_fn: CriticFn,
-    batch: Batch,
-    targets: Float[Array, "*C N"],
+    values_fn: Callable[[Params], tuple[Float[Array, "C N"], Float[Array, " N"], Any]],
+    weight: Float[Array, " N"],
     tx: optax.GradientTransformation,
     *,
     learning_rate: Scalar,
-) -> tuple[TrainState, Metrics, Float[Array, " N"]]:
-    """One optimizer step of all critics towards common targets or own ones: (learner, metrics, errors)."""
+) -> tuple[TrainState, Metrics, Float[Array, " N"], Any]:
+    """One optimizer step of all critics towards common targets or own ones: (learner, metrics, errors, what else).
 
-    def loss_fn(params: Params) -> tuple[Array, tuple[Metrics, Array]]:
-        values = critic_fn(params, batch.obs, batch.action)
-        returns = jnp.broadcast_to(targets, values.shape)
+    Args:
+      values_fn: params -> (values of each critic, targets, what else there is); targets get no gradient.
+      weight: of each transition.
+    """
+
+    def loss_fn(params: Params) -> tuple[Array, tuple[Metrics, Array, Any]]:
+        values, targets, extra = values_fn(params)
+        returns = jax.lax.stop_gradient(jnp.broadcast_to(targets, values.shape))
         mask = jnp.ones_like(values, bool)
-        loss, metrics = squared_value_loss(values, returns, mask, reduce=weighted_mean(batch.weight))
-        return loss, (metrics, jnp.mean(values - returns, axis=0))
+        loss, metrics = squared_value_loss(values, returns, mask, reduce=weighted_mean(weight))
+        return loss, (metrics, jnp.mean(values - returns, axis=0), extra)
 
-    (loss, (metrics, errors)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(learner.params)
+    (loss, (metrics, errors, extra)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(learner.params)
     learner, guard = apply_gradients(learner, gradients, tx, learning_rate=learning_rate, loss=loss)
-    return learner, {**metrics, **guard}, jax.lax.stop_gradient(errors)
+    return learner, {**metrics, **guard}, jax.lax.stop_gradient(errors), extra
+
+
+def towards(critic_fn: CriticFn, batch: Batch, targets: Float[Array, "*C N"]) -> Callable[[Params], Any]:
+    """The `values_fn` of `critic_step` for targets that are known."""
+    return lambda params: (critic_fn(params, batch.obs, batch.action), targets, None)
 
 
 def policy_step(

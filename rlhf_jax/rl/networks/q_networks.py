@@ -142,13 +142,17 @@ class Critics(nn.Module):
         self.bodies = [self.encoder.clone(parent=None) for _ in range(self.count)]
         self.heads = [linear(1, 1.0) for _ in range(self.count)]
 
-    def __call__(self, obs: Array, action: Float[Array, "B A"]) -> Float[Array, "C B"]:
-        """Value of each critic, [C, B]."""
+    def __call__(self, obs: Array, action: Float[Array, "B A"], **options: bool) -> Float[Array, "C B"]:
+        """Value of each critic, [C, B].
+
+        Args:
+          options: of the encoder's call, such as `train` of batch normalization.
+        """
         low, high = jnp.asarray(self.low), jnp.asarray(self.high)
         unit = (2 * action - (high + low)) / (high - low)
         inputs = jnp.concatenate([obs.reshape(obs.shape[0], -1).astype(jnp.float32), unit], axis=-1)
-        values = [head(encoder(inputs)) for head, encoder in zip(self.heads, self.bodies, strict=True)]
-        return jnp.stack(values)[..., 0]
+        pairs = zip(self.heads, self.bodies, strict=True)
+        return jnp.stack([head(encoder(inputs, **options)) for head, encoder in pairs])[..., 0]
 
 
 def applied(network: nn.Module, method: str | None = None) -> Callable[..., Any]:

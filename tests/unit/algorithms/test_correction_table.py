@@ -83,3 +83,6 @@ def test_every_preset_has_its_row():
     rows = [x.split("|")[1].strip() for x in PAGE.read_text(encoding="utf-8").splitlines() if x[:2] == "| "]
     presets = [name for name in tool.PRESETS if name != "metrics"]
     assert rows[1:] == ["none", *presets]
+    assert {name for names in tool.PANELS.values() for name in names} == set(presets)
+    drawn = PAGE.with_suffix(".svg").read_text(encoding="utf-8")
+    assert [name for name in presets if f">{name}</text>" not in drawn] == []

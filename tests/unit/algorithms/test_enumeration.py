@@ -155,6 +155,10 @@ def standardized(rewards, lengths):
     return [(r - mean) / (math.sqrt(sum((x - mean) ** 2 for x in rewards) / (G - 1)) + 1e-4) for r in rewards]
 
 
+def centred(rewards, lengths):
+    return [r - sum(rewards) / G for r in rewards]
+
+
 def less_weighted_mean(rewards, lengths):
     baseline = sum(n * r for n, r in zip(lengths, rewards, strict=True)) / sum(lengths)
     return [r - baseline for r in rewards]
@@ -230,10 +234,11 @@ BIASED = {
     "reinforce++-baseline": (centred_and_whitened, over_tokens, "loss"),
     "grpo": (standardized, over_own_length, "loss"),  # Shao et al. 2024, eq. 3
     "bnpo": (standardized, over_tokens, "loss"),
-    "dapo": (standardized, over_tokens, "none"),  # Yu et al. 2025, eq. 8
-    "gspo": (standardized, over_own_length, "none"),  # at ratio 1, Zheng et al. 2025, eq. 10
+    "gpg": (centred, over_tokens, "none"),  # one group: all that differ
+    "dapo": (standardized, over_tokens, "none"),  # Yu et al. 2025
+    "gspo": (standardized, over_own_length, "none"),  # at ratio 1, Zheng et al. 2025
     "luspo": (standardized, over_answers, "none"),
-    "gmpo": (standardized, over_own_length, "loss"),
+    "gmpo": (standardized, over_own_length, "none"),
     "cispo": (standardized, over_tokens, "none"),  # MiniMax-M1, eq. 4
     "gspo_token": (standardized, over_own_length, "none"),
     "sapo": (standardized, over_own_length, "none"),
@@ -299,7 +304,7 @@ def test_the_others_are_the_weighted_sums_of_their_papers(name):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_kl_stands_where_the_paper_has_it(name):
     in_reward = {"reinforce++", "rloo", "remax"}
-    in_loss = {"grpo", "bnpo", "gmpo", "reinforce++-baseline", "pass_at_k", "gdpo", "gfpo", "cppo"}
+    in_loss = {"grpo", "bnpo", "reinforce++-baseline", "pass_at_k", "gdpo", "gfpo", "cppo"}
     hyper = tool.variant_of(name).hyper
     assert (hyper.kl_coef > 0) == (name in in_loss)
     assert (hyper.reward_kl_coef > 0) == (name in in_reward)
@@ -321,6 +326,7 @@ FROZEN = {
     "opo": (0.993596433808, 0.0977111532388, 2.8203920516, 0.0706005686845),
     "grpo": (0.913252257791, 0.339779695961, 1.51387828118, -0.23875813079),
     "bnpo": (0.966353229336, 0.170116573434, 2.55393119355, -0.100427032609),
+    "gpg": (0.9947702178661044, 0.08071576829621505, 2.7200559255492425, 0.9984186381141202),
     "dr_grpo": (1, 4.9822477803e-16, 3.0555667127, 0.159210272168),
     "dapo": (0.966353229336, 0.170116573434, 2.55393119355, 0.823967774473),
     "gspo": (0.913252257791, 0.339779695961, 1.51387828118, -0.639842734176),

@@ -13,6 +13,7 @@ from tiers import few
 from rlhf_jax.algorithms import grpo, grpo_variants
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.losses.corrections import Correction
+from rlhf_jax.rollout.step import make_grpo_train_step
 
 LENGTHS = (1, 5, 2, 4, 3, 3, 5, 1)
 G = 4
@@ -132,6 +133,46 @@ def test_masks_take_tokens_out_of_the_surrogate_and_leave_the_denominator(name):
         before = tokens[b, t - 1]
         gradient[before] += advantages[b] * (np.eye(tabular.VOCAB)[tokens[b, t]] - probabilities[before])
     np.testing.assert_allclose(found - table, gradient / (6 * len(LENGTHS)), rtol=0, atol=1e-12)
+
+
+def test_in_a_run_a_step_behind_the_mask_drops_answers_that_have_become_unlikely():
+    """Beside a loop over the policies of the run: none in the first step, on the policy's own answers."""
+    variant = variant_of("dr_grpo")
+    step = jax.jit(make_grpo_train_step(variant.config, tabular.score, TX))
+    hyper = dataclasses.replace(variant.hyper, learning_rate=1.0, off_policy_threshold=1e-3)
+    params, lengths = tabular.init(0, jnp.float64), np.asarray(LENGTHS)
+    sequences = tabular.rows(1, LENGTHS)
+    state, shares = grpo.init(params, TX, jax.random.key(0), one_step_off_policy=True), []
+    for _ in range(3):
+        rollout = tabular.rollout(state.rollout_params, sequences, jnp.ones(len(lengths), bool))
+        logp = tabular.score(state.learner.params, sequences).logp
+        drift = np.where(sequences.mask, rollout.logp - logp, 0).sum(axis=1) / lengths
+        below = np.repeat(REWARDS.reshape(-1, G).mean(axis=1), G) > REWARDS
+        shares.append(lengths[below & (drift > 1e-3)].sum() / lengths.sum())
+        state, metrics = step(state, hyper, params, rollout, jnp.asarray(REWARDS))
+        np.testing.assert_allclose(metrics["off_policy_masked"], shares[-1], atol=1e-12)
+    assert shares[0] == 0
+    assert all(0 < share < lengths[below].sum() / lengths.sum() for share in shares[1:])
+
+
+def test_thresholds_with_nothing_between_them_are_refused():
+    """Of weights and of rules on ratios; a divergence has no lower bound, and a traced number no value."""
+    variant, crossed = variant_of(), {"is_clip_low": 3.0, "is_clip_high": 2.0}
+    for name, rules, thresholds in (
+        ("tis", [], crossed),
+        ("metrics", ["token_k2", "seq_sum_k1"], {"rejection_low": [0, 0.5], "rejection_high": [1.0, 0.3]}),
+        ("metrics", ["seq_mean_k1"], {"rejection_high": 0.3}),
+    ):
+        thresholds = {key: jnp.asarray(value) for key, value in thresholds.items()}
+        with pytest.raises(UserError, match="no ratio is between them"):
+            grpo_variants.with_correction(variant, name, rules=rules, **thresholds)
+    for name, rules, thresholds in (
+        ("metrics", ["token_k3"], {"rejection_high": 0.01}),
+        ("metrics", [], crossed),
+        ("tis", [], {"is_clip_low": 2.0, "is_clip_high": 2.0}),
+    ):
+        grpo_variants.with_correction(variant, name, rules=rules, **thresholds)
+    jax.jit(lambda low: grpo_variants.with_correction(variant, "tis", is_clip_low=low).hyper)(3.0)
 
 
 @pytest.mark.slow

@@ -53,6 +53,21 @@ def test_the_buffer_keeps_the_latest_groups_that_differ():
     assert int(replay.cursor) == sum(map(sum, pattern)) % 4
 
 
+def test_experts_of_a_rollout_are_replayed_with_it():
+    """R3: a replayed answer goes through the experts of the step in which it was written."""
+    replay = init_replay(capacity=4, rows=G, length=WIDTH, experts=(2, 1))
+    assert np.all(np.asarray(replay.batch.sequences.experts) == -1)  # the router's own choice
+    for number in (1, 2):
+        batch = batch_of(number)
+        experts = jnp.full((N * G, WIDTH, 2, 1), number)
+        batch = dataclasses.replace(batch, sequences=dataclasses.replace(batch.sequences, experts=experts))
+        differs = jnp.asarray([True, False, False])
+        replay, merged, _ = replay_groups(replay, batch, differs, jax.random.key(0), num_groups=1)
+    found = np.asarray(merged.sequences.experts)
+    assert np.all(found[: N * G] == 2)
+    assert np.all(found[N * G :] == 1)
+
+
 def test_a_buffer_smaller_than_a_batch_is_refused():
     with pytest.raises(UserError, match="a buffer of 2 groups is smaller than the 3 of a batch"):
         replay_groups(

@@ -162,7 +162,7 @@ def test_names_of_variants_are_those_of_their_functions():
         "reinforce++-baseline",
         "rloo",
     ]
-    assert len(VARIANTS) == 32
+    assert len(VARIANTS) == 33
     assert {"with_correction", "make_variant", "find_variant"}.isdisjoint(VARIANTS)
 
 
@@ -187,7 +187,7 @@ def test_parts_of_a_variant_are_changed_one_by_one():
     for name in ("gmpo", "vespo"):
         with pytest.raises(UserError, match="ratio_fn: GMPO and VESPO"):
             variant_of(name, changes=changes)
-    with pytest.raises(UserError, match="k=5: give a number from 1 to group_size, 4"):
+    with pytest.raises(UserError, match="k=5 of group_size 4"):
         variant_of("pass_at_k", changes={"k": 5})
 
 
@@ -413,6 +413,19 @@ def test_gfpo_compares_the_answers_that_its_metric_prefers():
             expected[n] /= rewards[n, kept].std(ddof=1) + 1e-4
         _, batch, _ = gradient_of(variant_of("gfpo", changes=changes))
         np.testing.assert_allclose(batch.advantages, expected.reshape(-1), rtol=1e-4, atol=1e-5)
+
+
+def test_gpg_makes_up_for_groups_that_teach_nothing():
+    """B / (B - M), M of B groups being all right or all wrong; a group without a reward is none of the B."""
+    rewards = jnp.asarray([1.0, 0, 0, 1, 1, 1, 1, 1, 0, 0, 1, 0])
+    grouped = np.asarray(rewards).reshape(N, G)
+    centred = grouped - grouped.mean(axis=1, keepdims=True)
+    config, mask = variant_of("gpg").config, jnp.ones((N * G, WIDTH), bool)
+    found, _ = grpo.compute_advantages(config, rewards, mask)
+    np.testing.assert_allclose(found, (3 / 2 * centred).reshape(-1), rtol=1e-6)
+    scored = jnp.arange(N * G) // G != 1
+    found, _ = grpo.compute_advantages(config, rewards, mask, scored=scored)
+    np.testing.assert_allclose(found, (np.asarray([[1], [0], [1]]) * centred).reshape(-1), rtol=1e-6)
 
 
 def test_gdpo_needs_its_rewards_apart():

@@ -34,7 +34,7 @@ def test_no_spec_and_auto_on_one_device():
     [
         ("fsdp", "'fsdp' is no axis with a size"),
         ("fsdp=1,", "'' is no axis with a size"),
-        ("rows=2", "there is no axis 'rows': choose among data, fsdp, expert, sequence, tensor"),
+        ("rows=2", "there is no axis 'rows': choose among pipeline, data, fsdp, expert, sequence, tensor"),
         ("data=1,data=1", "data is given twice"),
         ("data=0", "'0' is no size of data"),
         ("data=-1", "'-1' is no size"),
@@ -128,6 +128,17 @@ def test_experts_latents_and_adapters():
         kernel = split(f"layer_0/{layer}/kernel", (8, 8), **mesh)[0]
         assert split(f"lora/layer_0/{layer}/lora_a", (8, 2), **mesh)[0] == P(kernel[0], None)
         assert split(f"lora/layer_0/{layer}/lora_b", (2, 8), **mesh)[0] == P(None, kernel[1])
+
+
+def test_stacked_layers_are_split_over_a_pipeline():
+    mesh = {"pipeline": 2, "fsdp": 2, "expert": 2}
+    assert split("learner/params/layers/attention/query/kernel", (4, 8, 8), **mesh)[0] == P(
+        "pipeline", "fsdp", None
+    )
+    assert split("opt_state/1/mu/layers/attention_norm/scale", (4, 8), **mesh)[0] == P("pipeline", None)
+    assert split("layers/feed_forward/gate", (4, 2, 8, 6), **mesh)[0] == P("pipeline", "expert", "fsdp", None)
+    assert split("layers/attention/query/lora_a", (3, 8, 2), **mesh)[0] == P(None, "fsdp", None)
+    assert split("embedding", (32, 8), **mesh)[0] == P(None, "fsdp")
 
 
 def test_what_does_not_divide_stays_whole_and_is_named():

@@ -140,6 +140,7 @@ CASES = {
     "sapo": grpo("constant", surrogate_fn=policy_surrogates.sapo_surrogate),
     "vespo": grpo("token", surrogate_fn=policy_surrogates.vespo_surrogate),
     "unclipped": grpo("token", surrogate_fn=policy_surrogates.importance_surrogate),
+    "gpg": grpo("token", surrogate_fn=policy_surrogates.log_likelihood_surrogate),
     "dppo_tv": grpo("constant", surrogate_fn=policy_surrogates.dppo_tv_surrogate),
     "dppo_kl": grpo("constant", surrogate_fn=policy_surrogates.dppo_kl_surrogate),
     "dro": grpo("length", surrogate_fn=policy_surrogates.dro_surrogate),

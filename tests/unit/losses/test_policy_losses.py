@@ -23,6 +23,7 @@ from rlhf_jax.losses.policy_surrogates import (
     dro_surrogate,
     geometric_mean_surrogate,
     importance_surrogate,
+    log_likelihood_surrogate,
     sapo_surrogate,
     vespo_surrogate,
 )
@@ -220,6 +221,7 @@ def test_luspo_weighs_gspo_by_length():
         geometric_mean_surrogate,
         vespo_surrogate,
         importance_surrogate,
+        log_likelihood_surrogate,
         dppo_tv_surrogate,
         dppo_kl_surrogate,
         dro_surrogate,

@@ -10,7 +10,7 @@ import pytest
 
 from rlhf_jax import models
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.generation import generate
+from rlhf_jax.generation import continuous_batching_generate, generate
 from rlhf_jax.models import routing_replay
 from rlhf_jax.models.decoder import Decoder
 
@@ -29,13 +29,20 @@ def params_of(config):
     return jax.tree.map(lambda x: 5 * x if x.ndim > 1 else x, params)
 
 
-def rollout_of(config, params, group_size=2):
+def rollout_of(config, params, max_num_seqs=None):
+    """Two answers to each of two prompts; with `max_num_seqs`, each in the room that another has left."""
     tokens = np.random.default_rng(0).integers(1, VOCAB, (2, PROMPT))
     mask = np.array([[True] * 4, [False, True, True, True]])
-    fns = routing_replay.make_recording_decode_fns(config)
-    ends = {"max_new_tokens": NEW, "eos_id": 0, "pad_id": 0, "group_size": group_size}
-    sample = jax.jit(functools.partial(generate, *fns, **ends))
-    return sample(params, jnp.asarray(tokens), jnp.asarray(mask), jax.random.key(1))
+    prefill, decode, extend = routing_replay.make_recording_fns(config)
+    ends = {"max_new_tokens": NEW, "eos_id": 0, "pad_id": 0}
+    if max_num_seqs is None:
+        sample = functools.partial(generate, prefill, decode, group_size=2, **ends)
+    else:
+        tokens, mask = (np.repeat(x, 2, axis=0) for x in (tokens, mask))
+        sample = functools.partial(
+            continuous_batching_generate, prefill, extend, max_num_seqs=max_num_seqs, **ends
+        )
+    return jax.jit(sample)(params, jnp.asarray(tokens), jnp.asarray(mask), jax.random.key(1))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -77,6 +84,18 @@ def test_experts_of_the_rollout_are_taken_whatever_the_routers_would_choose(scan
     assert np.abs(moved - free).max() > 1e-3
 
 
+def test_answers_that_make_room_for_each_other_keep_their_experts():
+    config = config_of(True, models.SoftmaxRouter())
+    params = params_of(config)
+    whole, refilled = rollout_of(config, params), rollout_of(config, params, max_num_seqs=2)
+    present = np.asarray(whole.sequences.segment_ids) > 0
+    assert not np.asarray(whole.finished).all() or present.sum(axis=1).ptp() > 0  # they end apart
+    np.testing.assert_array_equal(refilled.sequences.tokens, whole.sequences.tokens)
+    found, expected = (np.asarray(rollout.sequences.experts) for rollout in (refilled, whole))
+    assert np.array_equal(found[present], expected[present])
+    assert routing_replay.recorded_shape(config, params) == (LAYERS, PICKED)
+
+
 def test_weights_are_the_scores_of_the_given_experts_and_carry_gradient():
     """A router against a loop over tokens; where nothing is given it chooses for itself."""
     spec = config_of(True, models.SoftmaxRouter()).pattern[0].feed_forward
@@ -103,4 +122,4 @@ def test_weights_are_the_scores_of_the_given_experts_and_carry_gradient():
 def test_a_model_without_experts_is_refused():
     dense = models.dense_config(vocab_size=VOCAB, width=8, num_layers=1, num_heads=2)
     with pytest.raises(UserError, match="no mixture of experts"):
-        routing_replay.make_recording_decode_fns(dense)
+        routing_replay.make_recording_fns(dense)
