@@ -101,7 +101,7 @@ def critic_step(
     *,
     learning_rate: Scalar,
 ) -> tuple[TrainState, Metrics, Float[Array, " N"], Any]:
-    """One optimizer step of all critics towards common targets or own ones: (learner, metrics, errors, what else).
+    """One optimizer step of all critics, targets common or own: (learner, metrics, errors, what else).
 
     Args:
       values_fn: params -> (values of each critic, targets, what else there is); targets get no gradient.
