@@ -145,7 +145,7 @@ def settings_for(algo: str, env_name: str) -> tuple[str, ...]:
     own = SETTINGS.get((algo, env_name), ())
     if algo != "gail":
         return own
-    settings, steps = rl_rows.settings_for("ppo", env_name)
+    settings, steps = rl_rows.settings_for("ppo", env_name, rl_rows.ROWS)
     changes = (*settings, *([f"total_steps={steps}"] if steps else []))
     parts = (change.partition("hyper.") for change in changes)
     return (

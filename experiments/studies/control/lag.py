@@ -69,7 +69,8 @@ def returns_of(options: Options, env: Any, run: Run, settings: list[Any]) -> np.
         return evaluate(run, state, *env, jax.random.fold_in(key, 1), episodes=32, deterministic=True)[0]
 
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *settings)
-    return np.asarray(jax.jit(jax.vmap(jax.vmap(one, (0, None)), (None, 0)))(keys, stacked))
+    over_seeds: Any = jax.vmap(one, (0, None))
+    return np.asarray(jax.jit(jax.vmap(over_seeds, (None, 0)))(keys, stacked))
 
 
 def main() -> None:

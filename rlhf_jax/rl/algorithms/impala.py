@@ -26,7 +26,14 @@ from rlhf_jax.rl.algorithms.a2c import Batch
 from rlhf_jax.rl.envs.environments import Environment
 from rlhf_jax.rl.loops import on_policy
 from rlhf_jax.rl.loops.on_policy import NetworkConfig
-from rlhf_jax.rl.loops.rollout import Experience, RolloutConfig, as_rows, bootstrapped, make_logprob_fn
+from rlhf_jax.rl.loops.rollout import (
+    Experience,
+    RolloutConfig,
+    as_rows,
+    bootstrapped,
+    make_logprob_fn,
+    values_of,
+)
 from rlhf_jax.rl.loops.runs import Run, Train, make_train_fn
 
 
@@ -117,10 +124,11 @@ def make_run(config: Config, env: Environment, env_params: Any) -> Run:
 
     def learn(state: State, hyper: Hyper, experience: Experience) -> tuple[State, Metrics]:
         params = state.learner.params
-        values, rewards, discounts, last = bootstrapped(
-            network,
-            params,
-            experience,
+        values, next_values = values_of(network, params, experience)
+        rewards, discounts, last = bootstrapped(
+            experience.transition.reward,
+            next_values,
+            experience.transition,
             gamma=hyper.gamma,
             bootstrap_truncation=config.rollout.bootstrap_truncation,
         )
