@@ -66,7 +66,9 @@ def returns_of(options: Options, env: Any, run: Run, settings: list[Any]) -> np.
 
     def one(key: jax.Array, hyper: Any) -> jax.Array:
         state, _ = train(key, hyper)
-        return evaluate(run, state, *env, jax.random.fold_in(key, 1), episodes=32, deterministic=True)[0]
+        key = jax.random.fold_in(key, 1)
+        returns, _ = evaluate(run, state, *env, key, episodes=32, deterministic=True)
+        return jnp.mean(returns)
 
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *settings)
     over_seeds: Any = jax.vmap(one, (0, None))
