@@ -25,7 +25,7 @@ def text_ends(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, list[int |
 
 
 def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
-    """What each of `ids` adds to their text; empty for one that ends within a character, which the next one
+    """Texts that each of `ids` adds; empty for one that ends within a character, which the next one
     that does not brings, and for a special token.
     """
     text, ends = text_ends(tokenizer, ids)

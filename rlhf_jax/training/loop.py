@@ -244,7 +244,7 @@ def log_completions(
     *,
     count: int,
 ) -> None:
-    """What was written in a step: to the run folder, to the loggers that take tables, and to the console.
+    """Completions table of a step: to the run folder, to the loggers that take tables, and to the console.
 
     Args:
       show: prints a table.
