@@ -1,16 +1,19 @@
 """Loss of small decoders against parameters, tokens and operations, and against batch size and learning rate.
 
     python experiments/studies/scaling/scaling.py --out runs/scaling --data shakespeare/input.txt
-    python experiments/studies/scaling/scaling.py --out runs/scaling --data shakespeare/input.txt --page docs/results/scaling.md
+    python experiments/studies/scaling/scaling.py --out runs/scaling --data shakespeare/input.txt \\
+        --page docs/results/scaling.md
 
-Every cell is a run of `rlhf pretrain`, and one that is finished is not run again. The first grid has every width with
-every number of steps; the second has every batch size with every learning rate, at one width and as many tokens each.
-What `rlhf scaling-laws` finds in them stands on the page.
+Every cell is a run of `rlhf pretrain`, and one that is finished is not run again. The first grid has every
+width with every number of steps; the second has every batch size with every learning rate, at one width and
+as many tokens each. What `rlhf scaling-laws` finds in them stands on the page.
 """
 
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+
+import scaling_page
 
 from rlhf_jax.cli import command_line
 from rlhf_jax.core import files
@@ -137,6 +140,9 @@ def run(options: Options) -> None:
     files.hold(options.out, "--out")
     sizes = [train(cell) for cell in size_cells(options)]
     batches = [train(cell) for cell in batch_cells(options)]
+    page = options.page or options.out / "page.md"
+    files.write_text(page, scaling_page.text(page, sizes, batches, options.target_losses))
+    print(page)
 
 
 if __name__ == "__main__":
