@@ -24,6 +24,9 @@ HUBER_DELTA = 1e-3
 EXPONENTS = (0.01, 3.0)
 """Range of the exponents; one at its end is not determined by the runs."""
 
+LEAST_E = 1e-3
+"""Nats below which E is as good as 0, where a fit ends that finds no bend in the losses."""
+
 _GRID = np.geomspace(0.05, 2.0, 8)
 _KEPT = 2  # starts, of the grid's best, that are followed to their end
 _LEAST_LOG = -40.0  # of coefficients, where logs of N and D count from their means: no share of any loss
@@ -169,13 +172,14 @@ def fit_kaplan(params: ArrayLike, tokens: ArrayLike, losses: ArrayLike) -> Kapla
 
 
 def undetermined(law: Law) -> list[str]:
-    """Exponents of a fit that are at an end of their range: the runs do not say what they are."""
+    """Numbers of a fit that are at an end of their range: the runs do not say what they are."""
     if isinstance(law, Chinchilla):
         pairs = {"alpha": law.alpha, "beta": law.beta}
     else:
         pairs = {"alpha_N / alpha_D": law.ratio, "alpha_D": law.alpha_D}
     low, high = EXPONENTS
-    return [name for name, value in pairs.items() if value < low * 1.001 or value > high * 0.999]
+    found = ["E"] if isinstance(law, Chinchilla) and law.E < LEAST_E else []
+    return found + [name for name, value in pairs.items() if value < low * 1.001 or value > high * 0.999]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -392,7 +396,7 @@ def fit_critical_batch(batch_sizes: ArrayLike, steps: ArrayLike) -> CriticalBatc
 
 
 def first_reached(places: Sequence[float], losses: Sequence[float], target: float) -> float:
-    """Where a curve of losses first is at `target`, on straight lines between its points; NaN where never.
+    """First place at which a curve of losses is at `target`, on straight lines between its points; or NaN.
 
     Args:
       places: steps, or tokens, rising.

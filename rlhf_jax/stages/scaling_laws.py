@@ -49,7 +49,7 @@ class Options:
     """Options of the fit.
 
     Attributes:
-      runs: run folders of `rlhf pretrain` or `rlhf sft`, or files of metrics, a JSON object a line.
+      folders: of runs of `rlhf pretrain` or `rlhf sft`, or files of metrics, a JSON object a line.
       out: folder of scaling.json and scaling.svg.
       params: parameters of each run, in their order; none to count those of its model.json.
       embeddings: count embedding matrices among the parameters; Kaplan et al. do not.
@@ -63,7 +63,7 @@ class Options:
       seed: of the resamples.
     """
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    folders: tyro.conf.Positional[tuple[Path, ...]]
     out: Path = Path("runs/scaling_laws")
     params: tuple[Positive, ...] = ()
     embeddings: bool = False
@@ -85,7 +85,7 @@ class Fitted:
       law: fitted to all runs.
       numbers: its parameters, the exponent of the optimal size, and forecasts, with intervals over runs.
       error: root mean squared error of log L.
-      undetermined: exponents that the runs do not say.
+      undetermined: numbers that the runs do not say.
     """
 
     law: laws.Law
@@ -100,14 +100,14 @@ def read_runs(options: Options) -> list[Measured]:
     Raises:
       UserError: there are none, or `--params` has not one for each; as `read_run`.
     """
-    if not options.runs:
+    if not options.folders:
         raise UserError("no run is given: give run folders, or files of metrics with --params")
-    if options.params and len(options.params) != len(options.runs):
+    if options.params and len(options.params) != len(options.folders):
         raise UserError(
-            f"--params has {len(options.params)} numbers for {len(options.runs)} runs: give one for each, in "
-            "their order"
+            f"--params has {len(options.params)} numbers for {len(options.folders)} runs: give one for each, "
+            "in their order"
         )
-    given: Sequence[float | None] = options.params or [None] * len(options.runs)
+    given: Sequence[float | None] = options.params or [None] * len(options.folders)
     return [
         read_run(
             path,
@@ -118,7 +118,7 @@ def read_runs(options: Options) -> list[Measured]:
             tokens=options.tokens,
             total=options.tokens_total,
         )
-        for path, count in zip(options.runs, given, strict=True)
+        for path, count in zip(options.folders, given, strict=True)
     ]
 
 
@@ -184,8 +184,8 @@ def show_laws(
         cells = [(number, *ends(interval)) for number, interval in found.numbers.items()]
         title = f"{FORMULAS[name]}; error of log L {found.error:.2%}"
         final_table(title, ["number", "fit", "95 % from", "to"], cells)
-        for exponent in found.undetermined:
-            print(f"{exponent} is at the end of its range: these runs do not determine it")
+        for number in found.undetermined:
+            print(f"{number} is at an end of its range: these runs do not determine it")
     if isoflops:
         cells = [
             (f"{one.flops:.3g}", len(one.runs), f"{one.params:.3g}", one.loss, "yes" if one.inside else "no")
@@ -195,6 +195,14 @@ def show_laws(
         ]
         columns = ["operations", "runs", "N of least loss", "loss there", "between the sizes"]
         final_table("IsoFLOP parabolas", columns, cells)
+        if (exponent := isoflop_exponent(isoflops)) is not None:
+            print(f"their minima between the sizes: N ~ C^{exponent:.3f}")
+
+
+def isoflop_exponent(isoflops: Sequence[laws.IsoFLOP]) -> float | None:
+    """a of N ~ C^a through the minima that lie between the sizes; None of fewer than two."""
+    inside = [(one.flops, one.params) for one in isoflops if one.inside]
+    return laws.fit_power_law(*zip(*inside, strict=True))[1] if len(inside) > 1 else None
 
 
 def ends(interval: Interval) -> tuple[str, str, str]:
@@ -315,11 +323,6 @@ def draw_batches(path: Path, fits: Sequence[BatchFit]) -> None:
 def run(options: Options) -> None:
     """Fits, prints the tables, and leaves numbers and picture in `--out`."""
     runs = read_runs(options)
-    report(runs, options)
-
-
-def report(runs: Sequence[Measured], options: Options) -> None:
-    """What `run` does, of runs that are read."""
     if options.target_losses:
         fits = [fit_batches(runs, target, options) for target in options.target_losses]
         show_batches(fits)
@@ -337,6 +340,7 @@ def report(runs: Sequence[Measured], options: Options) -> None:
         ]
         found = {name: _plain(fit) for name, fit in fitted.items()}
         record = {"runs": rows, **found, "isoflops": [_plain(one) for one in isoflops]}
+        record["isoflop_exponent"] = isoflop_exponent(isoflops)
         files.write_json(options.out / "scaling.json", record)
         draw_laws(options.out / "scaling.svg", columns, fitted["chinchilla"].law, isoflops)
     print(f"{options.out / 'scaling.json'}, {options.out / 'scaling.svg'}")

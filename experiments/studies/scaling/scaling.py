@@ -17,7 +17,7 @@ import scaling_page
 
 from rlhf_jax.cli import command_line
 from rlhf_jax.core import files
-from rlhf_jax.core.ranges import LearningRate, Length, PositiveInt, Width
+from rlhf_jax.core.ranges import LearningRate, Length, Positive, PositiveInt, Seed, Width
 from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.metrics import read_metrics
 from rlhf_jax.stages import option_groups, pretrain
@@ -37,10 +37,11 @@ class Options:
       batch_size: rows a step, in the first grid.
       learning_rate: at its peak, in the first grid.
       max_seq_length: tokens a row.
-      eval_rows: held-out rows that are evaluated.
+      eval_rows: held-out rows that are evaluated at the end, in the first grid.
       batch_sizes: of the second grid; none to leave it out.
       learning_rates: of the second grid.
       batch_rows: rows that each of its runs sees.
+      batch_eval_rows: held-out rows of its evaluations, of which there are 16.
       batch_width: width of its decoders.
       target_losses: held-out losses to which its steps are counted.
       seed: of all runs.
@@ -52,17 +53,18 @@ class Options:
     data: str
     widths: tuple[Width, ...] = (32, 48, 64, 96)
     layers: Width = 3
-    steps: tuple[PositiveInt, ...] = (32, 64, 128, 256)
-    batch_size: PositiveInt = 8
+    steps: tuple[PositiveInt, ...] = (128, 256, 512, 1024)
+    batch_size: PositiveInt = 2
     learning_rate: LearningRate = 3e-3
     max_seq_length: Length = 128
     eval_rows: PositiveInt = 256
-    batch_sizes: tuple[PositiveInt, ...] = (2, 8, 32, 128)
+    batch_sizes: tuple[PositiveInt, ...] = (1, 2, 8, 32)
     learning_rates: tuple[LearningRate, ...] = (1e-3, 3e-3, 1e-2)
     batch_rows: PositiveInt = 2048
+    batch_eval_rows: PositiveInt = 64
     batch_width: Width = 32
-    target_losses: tuple[float, ...] = (3.0, 2.7)
-    seed: int = 0
+    target_losses: tuple[Positive, ...] = (3.0, 2.7)
+    seed: Seed = 0
     quiet: bool = False
 
 
@@ -81,6 +83,7 @@ def size_cells(options: Options) -> Iterator[Cell]:
                 arch=option_groups.ArchOptions(width=width, layers=options.layers),
                 steps=steps,
                 eval_every=steps,
+                eval_rows=options.eval_rows,
                 batch_size=options.batch_size,
                 learning_rate=options.learning_rate,
                 optimizer=optimizer,
@@ -98,6 +101,7 @@ def batch_cells(options: Options) -> Iterator[Cell]:
                 arch=option_groups.ArchOptions(width=options.batch_width, layers=options.layers),
                 steps=steps,
                 eval_every=max(steps // 16, 1),
+                eval_rows=options.batch_eval_rows,
                 batch_size=size,
                 learning_rate=rate,
                 optimizer=OptimizerConfig(schedule="constant", warmup_steps=steps // 16),
@@ -120,7 +124,6 @@ def _cell(options: Options, name: str, *, steps: int, eval_every: int, **more: o
         run=run,
         data=options.data,
         max_seq_length=options.max_seq_length,
-        eval_rows=options.eval_rows,
         sample_tokens=0,
         **more,  # pyright: ignore[reportArgumentType]
     )

@@ -75,7 +75,10 @@ def of_sizes(page: Path, runs: Sequence[Measured]) -> str:
         for one in isoflops
     ]
     names = ["operations", "runs", "parameters of least loss", "loss there", "between the sizes"]
-    return "\n".join([*parts, "Parabolas through runs of equal budgets (IsoFLOP):", _table(names, rows)])
+    parts += ["Parabolas through runs of equal budgets (IsoFLOP):", _table(names, rows)]
+    if (exponent := stage.isoflop_exponent(isoflops)) is not None:
+        parts.append(f"Their minima between the sizes: N ~ C^{exponent:.3f}.\n")
+    return "\n".join(parts)
 
 
 def _grid(params: np.ndarray, tokens: np.ndarray, losses: np.ndarray) -> str:

@@ -109,6 +109,7 @@ def test_what_runs_do_not_determine_is_said():
     assert laws.undetermined(found) == ["alpha"] or params_term.max() - params_term.min() < 1e-3
     kept = laws.Chinchilla(1, 1, 1, laws.EXPONENTS[1], 0.3)
     assert laws.undetermined(kept) == ["alpha"]
+    assert laws.undetermined(laws.fit_chinchilla(n, d, 400 / n**0.3 + 400 / d**0.3)) == ["E"]
 
 
 @pytest.mark.parametrize(
@@ -141,6 +142,13 @@ def test_parabolas_of_equal_budgets():
     assert flat.curvature < 0
     assert not flat.inside
     assert laws.fit_isoflops(n[:2], 1e17 / n[:2], loss[:2]) == []
+
+
+def test_a_power_law_comes_back():
+    x = np.array([1e17, 1e18, 1e20])
+    assert laws.fit_power_law(x, 0.3 * x**0.46) == (pytest.approx(0.3), pytest.approx(0.46))
+    with pytest.raises(ValueError, match="two different"):
+        laws.fit_power_law([1e17, 1e17], [1, 2])
 
 
 def test_the_hyperbola_of_steps_and_examples():

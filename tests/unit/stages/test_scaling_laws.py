@@ -63,6 +63,7 @@ def test_files_of_others_by_the_command_line(runs, capsys):
     assert numbers["N at 1e+18"]["mean"] == pytest.approx(best, rel=1e-2)
     # Sizes and tokens both rise by four: three budgets have runs of three sizes in the middle one only.
     assert [len(one["runs"]) for one in found["isoflops"]] == [3]
+    assert found["isoflop_exponent"] is None
     said = capsys.readouterr().out
     assert "Chinchilla" in said
     assert "Kaplan" in said
