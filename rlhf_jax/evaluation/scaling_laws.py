@@ -6,12 +6,12 @@
 One run is one point (N, D, L). Both laws are fitted alike: the least Huber loss of the error of log L, from
 the best of a grid of starts. Hoffmann et al. take L-BFGS; a trust region of Gauss-Newton steps comes to the
 same minimum in a tenth of the time, and L-BFGS stops short on Kaplan's form. For intervals, draw runs anew:
-`statistics.bootstrap_intervals` of a statistic that fits. Critical batch sizes: `fit_critical_batch`.
+`statistics.bootstrap_intervals` of a statistic that fits.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -28,9 +28,9 @@ LEAST_E = 1e-3
 """Nats below which E is as good as 0, where a fit ends that finds no bend in the losses."""
 
 _GRID = np.geomspace(0.05, 2.0, 8)
-_KEPT = 2  # starts, of the grid's best, that are followed to their end
-_LEAST_LOG = -40.0  # of coefficients, where logs of N and D count from their means: no share of any loss
-_LEAST_SHARE = 1e-6  # of the loss: what a start gives to a term for which least squares finds less than 0
+_KEPT = 4  # starts, of the grid's best, that are followed; one in four stays at a kink of the Huber loss
+_LEAST = 1e-9  # of coefficients: 0 has no logarithm
+_LEAST_SHARE = 0.02  # of the loss: what a start gives to a term for which least squares finds less
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,9 +139,9 @@ def fit_chinchilla(params: ArrayLike, tokens: ArrayLike, losses: ArrayLike) -> C
     x, y = n - n.mean(), d - d.mean()
     e, a, b, alpha, beta = _fit(_CHINCHILLA, x, y, target)
     return Chinchilla(
-        E=math.exp(e),
-        A=_exp(a + alpha * n.mean()),
-        B=_exp(b + beta * d.mean()),
+        E=e,
+        A=_exp(math.log(a) + alpha * n.mean()),
+        B=_exp(math.log(b) + beta * d.mean()),
         alpha=alpha,
         beta=beta,
     )
@@ -164,8 +164,8 @@ def fit_kaplan(params: ArrayLike, tokens: ArrayLike, losses: ArrayLike) -> Kapla
     x, y = n - n.mean(), d - d.mean()
     of_params, of_tokens, ratio, alpha_d = _fit(_KAPLAN, x, y, target)
     return Kaplan(
-        log_N_c=float(of_params / ratio + n.mean()),
-        log_D_c=float(of_tokens + d.mean()),
+        log_N_c=float(math.log(of_params) / (alpha_d * ratio) + n.mean()),
+        log_D_c=float(math.log(of_tokens) / alpha_d + d.mean()),
         alpha_N=ratio * alpha_d,
         alpha_D=alpha_d,
     )
@@ -184,12 +184,14 @@ def undetermined(law: Law) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class _Form:
-    """log L = s log sum_k exp(c_k + t_k): both laws, by two exponents (u, v) and coefficients c.
+    """log L = s log sum_k c_k^(1 / s) exp(t_k): both laws, by coefficients c and two exponents (u, v).
+
+    c_k is the loss that the k-th term would give alone at mean log N and log D: it does not move with s.
 
     Attributes:
       terms_fn: (u, v, x, y) -> t [K, R], without coefficients.
       power_fn: (u, v) -> s.
-      slopes_fn: (power, x, y, shares of the terms [K, R], log of their sum [R]) -> d log L / d(u, v) [2, R].
+      slopes_fn: (power, x, y, shares of the terms [K, R], d log L / ds [R]) -> d log L / d(u, v) [2, R].
     """
 
     terms_fn: Callable[[float, float, np.ndarray, np.ndarray], np.ndarray]
@@ -199,29 +201,31 @@ class _Form:
     def logs(self, theta: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(log L [R], its derivatives [K + 2, R]) at theta = (c, u, v)."""
         *_, u, v = theta
-        terms, power = theta[:-2, None] + self.terms_fn(u, v, x, y), self.power_fn(u, v)
+        power, logs = self.power_fn(u, v), np.log(theta[:-2, None])
+        terms = logs / power + self.terms_fn(u, v, x, y)
         total = np.logaddexp.reduce(terms, axis=0)
         shares = np.exp(terms - total)
-        slopes = self.slopes_fn(power, x, y, shares, total)
-        return power * total, np.concatenate([power * shares, slopes])
+        # What s moves: the power of the sum, and that of each coefficient in it.
+        slopes = self.slopes_fn(power, x, y, shares, total - np.sum(shares * logs, axis=0) / power)
+        return power * total, np.concatenate([shares / theta[:-2, None], slopes])
 
     def start(self, u: float, v: float, x: np.ndarray, y: np.ndarray, target: np.ndarray) -> np.ndarray:
         """theta whose coefficients are linear least squares of the relative error, given the exponents."""
         columns = np.exp(self.terms_fn(u, v, x, y) - target / self.power_fn(u, v)).T
         found = np.linalg.lstsq(columns, np.ones(len(x)), rcond=None)[0]
         least = _LEAST_SHARE / np.mean(columns, axis=0)
-        return np.array([*np.log(np.maximum(found, least)), u, v])
+        return np.array([*np.maximum(found, least) ** self.power_fn(u, v), u, v])
 
 
 _CHINCHILLA = _Form(
     lambda u, v, x, y: np.stack([np.zeros_like(x), -u * x, -v * y]),
     lambda u, v: 1.0,
-    lambda power, x, y, shares, total: np.stack([-x * shares[1], -y * shares[2]]),
+    lambda power, x, y, shares, of_power: np.stack([-x * shares[1], -y * shares[2]]),
 )
 _KAPLAN = _Form(
     lambda u, v, x, y: np.stack([-u * x, -y]),
     lambda u, v: v,
-    lambda power, x, y, shares, total: np.stack([-power * x * shares[0], total]),
+    lambda power, x, y, shares, of_power: np.stack([-power * x * shares[0], of_power]),
 )
 
 
@@ -234,7 +238,7 @@ def _fit(form: _Form, x: np.ndarray, y: np.ndarray, target: np.ndarray) -> list[
         return float(np.sum(np.where(size <= 1, size**2, 2 * size - 1)))
 
     starts = [form.start(u, v, x, y, target) for u in _GRID for v in _GRID]
-    coefficients = [_LEAST_LOG] * (len(starts[0]) - 2), [math.inf] * (len(starts[0]) - 2)
+    coefficients = [_LEAST] * (len(starts[0]) - 2), [math.inf] * (len(starts[0]) - 2)
     bounds = [[*of_terms, end, end] for of_terms, end in zip(coefficients, EXPONENTS, strict=True)]
     found = [
         least_squares(
@@ -245,10 +249,10 @@ def _fit(form: _Form, x: np.ndarray, y: np.ndarray, target: np.ndarray) -> list[
             loss="huber",
             f_scale=HUBER_DELTA,
             x_scale="jac",
-            xtol=1e-7,
-            ftol=1e-8,
+            xtol=1e-8,
+            ftol=1e-10,
             gtol=1e-14,
-            max_nfev=100,
+            max_nfev=200,
         ).x
         for theta in sorted(starts, key=huber)[:_KEPT]
     ]
@@ -347,67 +351,3 @@ def fit_power_law(x: ArrayLike, y: ArrayLike) -> tuple[float, float]:
         raise ValueError("a power law needs two different points")
     exponent = float(np.cov(log_x, log_y, bias=True)[0, 1] / np.var(log_x))
     return math.exp(float(np.mean(log_y)) - exponent * float(np.mean(log_x))), exponent
-
-
-# Batch sizes ---------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class CriticalBatch:
-    """Steps S and examples E = B S to a loss (McCandlish et al. 2018):  (S / S_min - 1) (E / E_min - 1) = 1.
-
-    Attributes:
-      min_steps: S_min, with batches without bound.
-      min_examples: E_min, with the smallest batches; in the unit of the batch size.
-    """
-
-    min_steps: float
-    min_examples: float
-
-    @property
-    def batch_size(self) -> float:
-        """Critical batch size E_min / S_min: with it, twice the least steps and twice the least examples."""
-        return self.min_examples / self.min_steps
-
-    def __call__(self, batch_size: ArrayLike) -> np.ndarray:
-        """S(B) = S_min (1 + B_crit / B)."""
-        return self.min_steps * (1 + self.batch_size / np.asarray(batch_size, np.float64))
-
-
-def fit_critical_batch(batch_sizes: ArrayLike, steps: ArrayLike) -> CriticalBatch:
-    """Least steps and least examples from runs of several batch sizes to one loss.
-
-    The hyperbola is S_min / S + E_min / E = 1, which is linear in both: least squares. A number that comes
-    out at 0 or below is NaN: the runs are all on one side of the critical batch size.
-
-    Args:
-      batch_sizes: of the runs [R].
-      steps: until each reached the loss [R].
-
-    Raises:
-      ValueError: fewer than two batch sizes.
-    """
-    b, s = (np.asarray(values, np.float64) for values in (batch_sizes, steps))
-    if b.shape != s.shape or b.ndim != 1 or len(np.unique(b)) < 2:
-        raise ValueError("least steps and least examples need runs of two batch sizes")
-    found = np.linalg.lstsq(np.stack([1 / s, 1 / (b * s)], axis=1), np.ones(len(s)), rcond=None)[0]
-    least = [float(value) if value > 0 else math.nan for value in found]
-    return CriticalBatch(*least)
-
-
-def first_reached(places: Sequence[float], losses: Sequence[float], target: float) -> float:
-    """First place at which a curve of losses is at `target`, on straight lines between its points; or NaN.
-
-    Args:
-      places: steps, or tokens, rising.
-      losses: there.
-    """
-    below = np.flatnonzero(np.asarray(losses) <= target)
-    if not below.size:
-        return math.nan
-    last = int(below[0])
-    if last == 0:
-        return float(places[0])
-    before, after = losses[last - 1], losses[last]
-    share = (before - target) / (before - after)
-    return float(places[last - 1] + share * (places[last] - places[last - 1]))

@@ -28,6 +28,7 @@ from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.ranges import Positive, PositiveInt, Seed
 from rlhf_jax.evaluation import scaling_laws as laws
+from rlhf_jax.evaluation.critical_batch import CriticalBatch, fit_critical_batch
 from rlhf_jax.evaluation.statistics import Interval, bootstrap_intervals
 from rlhf_jax.metrics import final_table
 from rlhf_jax.metrics.pictures import name_ends, picture
@@ -254,7 +255,7 @@ class BatchFit:
     target: float
     rows: list[tuple[int, float, str]]
     numbers: dict[str, Interval]
-    law: laws.CriticalBatch
+    law: CriticalBatch
 
 
 def fit_batches(runs: Sequence[Measured], target: float, options: Options) -> BatchFit:
@@ -278,7 +279,7 @@ def fit_batches(runs: Sequence[Measured], target: float, options: Options) -> Ba
 
     def numbers(sizes: np.ndarray, steps: np.ndarray) -> list[float]:
         try:
-            law = laws.fit_critical_batch(sizes, steps)
+            law = fit_critical_batch(sizes, steps)
         except ValueError:
             return [math.nan] * 3
         return [law.min_steps, law.min_examples, law.batch_size]
@@ -288,7 +289,7 @@ def fit_batches(runs: Sequence[Measured], target: float, options: Options) -> Ba
         *columns, statistic_fn=numbers, resamples=options.resamples, seed=options.seed
     )
     names = ["least steps", "least tokens", "critical batch size, tokens"]
-    return BatchFit(target, rows, dict(zip(names, intervals, strict=True)), laws.fit_critical_batch(*columns))
+    return BatchFit(target, rows, dict(zip(names, intervals, strict=True)), fit_critical_batch(*columns))
 
 
 def show_batches(fits: Sequence[BatchFit]) -> None:

@@ -12,7 +12,8 @@ from rlhf_jax import models
 from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.trees import named_leaves
-from rlhf_jax.evaluation.scaling_laws import OPERATIONS, first_reached
+from rlhf_jax.evaluation.critical_batch import first_reached
+from rlhf_jax.evaluation.scaling_laws import OPERATIONS
 from rlhf_jax.metrics import read_metrics
 from rlhf_jax.training.run_folder import read_architecture
 

@@ -94,12 +94,12 @@ def test_bootstrap_intervals_cover_the_truth():
             d,
             loss,
             statistic_fn=lambda *some: [(fit := laws.fit_kaplan(*some)).alpha_N, fit.alpha_D],
-            resamples=15,
+            resamples=8,
         )
         for interval, truth in zip(intervals, (0.3, 0.25), strict=True):
             covered.append(interval.low <= truth <= interval.high)
             assert interval.high - interval.low < 0.1
-    assert np.mean(covered) >= 0.7  # of 15 resamples of 16 runs: less than 95 %
+    assert np.mean(covered) >= 0.7  # of 8 resamples of 16 runs: less than 95 %
 
 
 def test_what_runs_do_not_determine_is_said():
@@ -149,26 +149,3 @@ def test_a_power_law_comes_back():
     assert laws.fit_power_law(x, 0.3 * x**0.46) == (pytest.approx(0.3), pytest.approx(0.46))
     with pytest.raises(ValueError, match="two different"):
         laws.fit_power_law([1e17, 1e17], [1, 2])
-
-
-def test_the_hyperbola_of_steps_and_examples():
-    sizes = np.array([16, 64, 256, 1024, 4096])
-    steps = 500 * (1 + 300 / sizes)
-    law = laws.fit_critical_batch(sizes, steps)
-    assert (law.min_steps, law.min_examples) == (pytest.approx(500), pytest.approx(150_000))
-    assert law.batch_size == pytest.approx(300)
-    np.testing.assert_allclose(law(sizes), steps)
-    np.testing.assert_allclose((law(sizes) / 500 - 1) * (sizes * law(sizes) / 150_000 - 1), 1)
-    at = law(law.batch_size)
-    assert (at, at * law.batch_size) == (pytest.approx(1000), pytest.approx(300_000))
-    # More examples the smaller the batch: no hyperbola has that.
-    assert math.isnan(laws.fit_critical_batch([16, 64], [1000, 100]).batch_size)
-    with pytest.raises(ValueError, match="two batch sizes"):
-        laws.fit_critical_batch([16, 16], [1000, 900])
-
-
-def test_where_a_curve_first_is_at_a_loss():
-    places, losses = [0, 10, 20, 30], [5.0, 4.0, 3.0, 3.5]
-    assert laws.first_reached(places, losses, 3.25) == pytest.approx(17.5)
-    assert laws.first_reached(places, losses, 6) == 0
-    assert math.isnan(laws.first_reached(places, losses, 2.9))
