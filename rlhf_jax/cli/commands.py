@@ -29,7 +29,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     ),
     "Inference and data": ("generate", "search", "rag", "benchmark", "preferences", "clean"),
     "Control": ("rl", "rl-offline", "alphazero"),
-    "Models and runs": ("convert", "plan", "score", "inspect", "report", "diff", "eject"),
+    "Models and runs": ("convert", "plan", "score", "inspect", "scaling-laws", "report", "diff", "eject"),
 }
 """Names of the commands; each has a module in `rlhf_jax.stages`, or in `cli`, with `Options` and `run`."""
 

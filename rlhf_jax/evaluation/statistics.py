@@ -145,12 +145,45 @@ def bootstrap_interval(
       resamples: how many times to draw; the time grows with it.
       seed: the same seed gives the same interval.
     """
+    (interval,) = bootstrap_intervals(
+        *columns,
+        statistic_fn=lambda *some: [statistic_fn(*some)],
+        groups=groups,
+        confidence=confidence,
+        resamples=resamples,
+        seed=seed,
+    )
+    return interval
+
+
+def bootstrap_intervals(
+    *columns: ArrayLike,
+    statistic_fn: Callable[..., ArrayLike],
+    groups: ArrayLike | None = None,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> list[Interval]:
+    """`bootstrap_interval` of several statistics at once, such as the parameters of a fit: an interval each.
+
+    Args:
+      columns: one or more arrays of one length, which are what `statistic_fn` takes.
+      statistic_fn: computes the numbers of any examples, always as many.
+      groups: as of `bootstrap_interval`.
+      confidence: as of `bootstrap_interval`.
+      resamples: as of `bootstrap_interval`.
+      seed: as of `bootstrap_interval`.
+    """
     arrays = _columns(columns)
     draws = [
-        float(statistic_fn(*(array[rows] for array in arrays)))
+        np.asarray(statistic_fn(*(array[rows] for array in arrays)), np.float64)
         for rows in _resampled_rows(len(arrays[0]), groups, resamples, seed)
     ]
-    return _percentile_interval(float(statistic_fn(*arrays)), np.array(draws), confidence)
+    values = np.asarray(statistic_fn(*arrays), np.float64)
+    return [
+        _percentile_interval(float(value), drawn, confidence)
+        for value, drawn in zip(values, np.stack(draws, axis=1), strict=True)
+    ]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -106,10 +106,14 @@ def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
     A last line cut off by a kill is left out.
 
+    Args:
+      folder: of the run, or a file of another name.
+
     Raises:
       UserError: another line is not a JSON object.
     """
-    path = files.as_path(folder) / METRICS_FILE
+    path = files.as_path(folder)
+    path = path if files.is_file(path) else path / METRICS_FILE
     try:
         content = files.read_bytes(path)
     except (FileNotFoundError, NotADirectoryError):
