@@ -6,6 +6,7 @@ import pathlib
 import shlex
 import shutil
 import time
+import warnings
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,11 @@ _PAIRS = "--data arithmetic:1 --pair-count 16 --eval-count 4 --batch-size 4 --le
 _PROMPTS = (
     f"--data arithmetic:1 --rewards {_EXACT} --prompt-count 16 --eval-count 4 --max-new-tokens 4 --samples 2"
 )
+# The policy has learned nothing: it is by chance that an answer ends, and rewards are of its letters.
+_TALK = (
+    "--data arithmetic:1 --rewards fault_rewards:mixed --prompt-count 16 --eval-count 4 --samples 2 "
+    "--max-new-tokens 64"
+)
 _GROUPS = f"{_PROMPTS} --batch-size 4 --group-size 2 --learning-rate 1e-3"
 
 LINES = {
@@ -29,13 +35,13 @@ LINES = {
     f"--label-reward {_EXACT} --row-count 8 --eval-count 2 --batch-size 2 --max-new-tokens 4",
     "dpo": f"{_SHORT} --model {{sft}} {_PAIRS}",
     "ppo": f"{_SHORT} --model {{sft}} {_PROMPTS} --batch-size 4 --num-minibatches 2 --scale-rewards",
-    "grpo": f"{_SHORT} --model {{sft}} {_GROUPS} --log-completions",
+    "grpo": f"{_SHORT} --model {{sft}} {_GROUPS} --log-completions 1",
     "online-dpo": f"{_SHORT} --model {{sft}} {_PROMPTS} --batch-size 4",
-    "rounds": f"{_SHORT} --model {{sft}} {_PROMPTS} --rewards rlhf_jax.rewards.rules:repetition_reward "
-    "--reward-threshold -9 --rounds 2 --prompts-per-round 8 --samples-per-prompt 2 --batch-size 4",
+    "rounds": f"{_SHORT} --model {{sft}} {_TALK} --rounds 2 --prompts-per-round 8 --samples-per-prompt 4 "
+    "--batch-size 4",
     "distill": f"{_SHORT} --teacher {{sft}} --model {{sft}} {_PROMPTS} --batch-size 4",
-    "constitutional": f"{_SHORT} --model {{sft}} --constitution {{principles}} {_PROMPTS} --revised 4 "
-    "--batch-size 2 --answer-batch-size 4",
+    "constitutional": f"{_SHORT} --model {{sft}} --constitution {{principles}} {_TALK} --revised 16 "
+    "--batch-size 2 --answer-batch-size 8",
     "rule-rewards": "--data {ranked} --propositions {rules} --count 4 --held-out 4 --steps 4 --quiet",
     "pretrain": f"{_SHORT} {_MODEL} --data arithmetic:1 --demonstrations 100 --batch-size 2 "
     "--max-seq-length 32 --sample-tokens 4 --learning-rate 1e-3",
@@ -46,8 +52,7 @@ LINES = {
     "rag": "--model {sft} --documents {text} --ask why? --max-new-tokens 4 --quiet",
     "benchmark": "--model {sft} --quiet choices --data arithmetic:1 --form answers --count 4",
     "preferences": "--solutions {solutions} --held-out-share 0.5 --quiet",
-    "judged": "--model {sft} --data arithmetic:1 --prompt-count 8 --max-new-tokens 4 --batch-size 4 --quiet "
-    "--rewards rlhf_jax.rewards.rules:repetition_reward --samples-per-prompt 2",
+    "judged": f"--model {{sft}} {_TALK} --batch-size 8 --samples-per-prompt 4 --quiet",
     "clean": "--data {rows} --quiet",
     "rl": "--env CartPole-v1 --algo ppo --seeds 1 --steps 2048 --chunks 2 --eval-episodes 2 --quiet",
     "rl-offline": "--data {log} --algo iql --seeds 1 --steps 100 --chunks 2 --eval-episodes 2 --quiet",
@@ -70,6 +75,11 @@ _UNCOMPARED = ("digests.json", ".lock")
 _OF_THIS_RUN = ("started", "command", "resume")
 
 _SUMS = [{"prompt": f"{n}+1=?", "completion": f"{n + 1} and more words of an answer"} for n in range(12)]
+REWARDS = '''
+def mixed(prompts, completions, **_):
+    """The letters of an answer, in a way that no two are alike."""
+    return [sum(map(ord, text)) % 7 / 7 for text in completions]
+'''
 DATA: dict[str, list[Any]] = {
     "rows": _SUMS,
     "text": [{"text": "to be or not " * 100}],
@@ -97,6 +107,7 @@ class Runs:
     def __init__(self, root: pathlib.Path) -> None:
         self.root = root
         self.server = Server(root / "server")
+        (root / "server" / "fault_rewards.py").write_text(REWARDS)
 
     def words(self, name: str, out: pathlib.Path, *, again: bool = False) -> list[str]:
         """The command line of a run into a folder, or of the run that goes on with it."""
@@ -135,7 +146,7 @@ class Runs:
         return self.root / name
 
     def notes(self, name: str) -> dict[str, Any]:
-        """Of an unbroken run: its `calls` that change files, its `seconds`, and the `files` two runs share."""
+        """Of a run: its `calls` that change files, its `seconds`, and the `files` that two of it share."""
         path = self.root / f"{name}.notes"
         if not path.exists():
             found, calls, seconds = [], 0, 0.0
@@ -170,7 +181,8 @@ def contents(folder: pathlib.Path) -> dict[str, str]:
 
 def _arrays(step: pathlib.Path) -> str:
     folder = step / json.loads((step / "manifest.json").read_text())["arrays"]
-    held = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(folder)
+    with warnings.catch_warnings(action="ignore"):  # of a topology that may be another
+        held = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(folder)
     digest = hashlib.sha256()
     for name, leaf in sorted(held.items()):
         digest.update(name.encode() + np.asarray(leaf).tobytes())
@@ -194,6 +206,6 @@ def _kept(data: Any) -> Any:
         return {
             name: _kept(part)
             for name, part in named.items()
-            if not name.startswith("time") and "seconds" not in name
+            if not name.startswith("time") and "second" not in name
         }
     return [_kept(part) for part in data] if isinstance(data, list) else data

@@ -1,4 +1,4 @@
-"""Kinds of faults in every command that trains or writes: killed, stopped, without disk, with a clock that steps."""
+"""Kinds of faults in every command that trains or writes: kills, stops, disks that fail, clocks that step."""
 
 import errno
 import functools
@@ -11,6 +11,7 @@ import signal
 from fault_lines import LINES, Runs, contents
 from fault_server import HANGS, HAS_COMPILER
 from fault_world import Found, World, fits, kind
+from faults_in_foreign import cut, flipped
 
 
 @functools.cache
@@ -84,7 +85,7 @@ def stops_of_commands(world: World, rng: random.Random, scratch: pathlib.Path) -
 
 
 def files_of_commands(world: World, rng: random.Random, scratch: pathlib.Path) -> Found:
-    """Any file that a command leaves damaged, then the command again: named, made again, or without effect."""
+    """Any file that a command leaves damaged, then the command again: named, mended, or without effect."""
     runs, name, out, _ = _chosen(world, rng, scratch)
     source = runs.run(name)
     shutil.copytree(source, out)
@@ -93,12 +94,9 @@ def files_of_commands(world: World, rng: random.Random, scratch: pathlib.Path) -
     how, content = rng.choice(["flip", "cut", "remove", "swap"]), path.read_bytes()
     match how if content else "remove":
         case "flip":
-            place = rng.randrange(len(content))
-            path.write_bytes(
-                content[:place] + bytes([content[place] ^ 1 << rng.randrange(8)]) + content[place + 1 :]
-            )
+            path.write_bytes(flipped(content, rng))
         case "cut":
-            path.write_bytes(content[: rng.randrange(len(content))])
+            path.write_bytes(cut(content, rng))
         case "remove":
             path.unlink()
         case "swap":
@@ -111,10 +109,8 @@ def files_of_commands(world: World, rng: random.Random, scratch: pathlib.Path) -
     if code != 0 or "warning: " in said:
         return what, "right", said
     found = contents(out)
-    damaged = str(path.relative_to(out))
-    changed = [
-        f for f, digest in runs.notes(name)["files"].items() if f != damaged and found.get(f) != digest
-    ]
+    damaged, expected = str(path.relative_to(out)), runs.notes(name)["files"].items()
+    changed = [file for file, digest in expected if file != damaged and found.get(file) != digest]
     return what, "silent" if changed else "right", f"{', '.join(changed)} {said}".strip()
 
 

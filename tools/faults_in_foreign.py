@@ -1,4 +1,4 @@
-"""Kinds of faults in what others wrote: adapters, GGUF files, tables, constitutions, rules, and calls of tools."""
+"""Kinds of faults in what others wrote: adapters, GGUF files, tables, constitutions, rules, tool calls."""
 
 import functools
 import json
@@ -158,20 +158,8 @@ _CALLS = [
     {"name": "lookup", "arguments": {"key": "x"}},
     {"name": "calculator", "arguments": {"expression": "2^(3+1)/7"}},
 ]
-_SUMS = [
-    "9^9^9^9",
-    "1/0",
-    "(" * 3000,
-    "2^-1000000",
-    "1e999",
-    "٣+1",
-    "\x00",
-    "1" * 4000,
-    "0^0",
-    "-" * 3000,
-    "%",
-    "√-1",
-]
+_SUMS = ["9^9^9^9", "1/0", "2^-1000000", "1e999", "٣+1", "\x00", "0^0", "%", "√-1"]
+_SUMS += ["(" * 3000, "1" * 4000, "-" * 3000]
 
 
 @kind

@@ -1,4 +1,4 @@
-"""Numbers that stay finite: exponentials of log-ratios, however far two policies drift, and those of files."""
+"""Numbers that stay finite: exponentials of log-ratios, however far policies drift, and those of files."""
 
 import sys
 from typing import Any

@@ -77,9 +77,9 @@ def find_in_hub_cache(name: str, *, revision: str = "main") -> Path:
     cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
     model = cache / f"models--{name.replace('/', '--')}"
     reference = model / "refs" / revision
-    commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
+    commit = reference.read_text(encoding="utf-8").strip() if files.is_file(reference) else revision
     folder = model / "snapshots" / commit
-    if not (folder / "config.json").is_file():
+    if not files.is_file(folder / "config.json"):
         raise UserError(
             f"{name}: no such file or folder, and no model of this name in the hub cache {cache}: download "
             f"it with `huggingface-cli download {name}`."
