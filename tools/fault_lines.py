@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pathlib
+import re
 import shlex
 import shutil
 import time
@@ -43,7 +44,7 @@ LINES = {
     "constitutional": f"{_SHORT} --model {{sft}} --constitution {{principles}} {_TALK} --revised 16 "
     "--batch-size 2 --answer-batch-size 8",
     "rule-rewards": "--data {ranked} --propositions {rules} --count 4 --held-out 4 --steps 4 --quiet",
-    "pretrain": f"{_SHORT} {_MODEL} --data arithmetic:1 --demonstrations 100 --batch-size 2 "
+    "pretrain": f"{_SHORT} {_MODEL} --data {{text}} --batch-size 2 "
     "--max-seq-length 32 --sample-tokens 4 --learning-rate 1e-3",
     "lora": f"{_SHORT} --model {{sft}} --adapter.kind lora --adapter.rank 2 --data arithmetic:1 "
     "--demonstrations 32 --eval-count 4 --batch-size 4",
@@ -59,7 +60,7 @@ LINES = {
     "alphazero": "--steps 2 --save-every 1 --games 4 --num-simulations 2 --play-simulations 2 --widths 8 "
     "--openings 2 --quiet --no-report",
     "convert": "--source {sft}",
-    "gguf": "--source {sft}",
+    "gguf": "--source {pretrain}",
     "adapter": "--source {lora}",
     "report": "{sft} {grpo}",
 }
@@ -72,7 +73,7 @@ _RESUMED = {
 }
 _ENDINGS = {"gguf": "run.gguf", "report": "page.html"}
 _UNCOMPARED = ("digests.json", ".lock")
-_OF_THIS_RUN = ("started", "command", "resume")
+_OF_THIS_RUN = ("started", "command", "resume", "commit")
 
 _SUMS = [{"prompt": f"{n}+1=?", "completion": f"{n + 1} and more words of an answer"} for n in range(12)]
 REWARDS = '''
@@ -173,6 +174,8 @@ def contents(folder: pathlib.Path) -> dict[str, str]:
             content = path.read_bytes().replace(str(folder).encode(), b"OUT")
             if path.suffix in (".json", ".jsonl"):
                 content = _without_times(content)
+            if path.suffix == ".yaml":
+                content = re.sub(rb"resume: .*", b"", content)
             found[str(place)] = hashlib.sha256(content).hexdigest()
         elif path.name.startswith("step_") and (path / "manifest.json").exists():
             found[str(place)] = _arrays(path)

@@ -266,15 +266,15 @@ def test_gguf_that_is_damaged_or_unknown_is_refused(tmp_path):
 def test_a_bit_in_the_head_of_a_gguf_file_never_ends_in_a_traceback(tmp_path):
     path = tmp_path / "model.gguf"
     write_gguf(path, "llama", GOLDEN / "hf_llama")
-    whole, refused = path.read_bytes(), 0
+    whole, refused = path.read_bytes(), []
     for place in range(0, 1500, 37):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
         try:
             load_checkpoint(path, shapes_only=True)
         except UserError as error:
-            refused += 1
-            assert "\n" not in str(error)
-    assert refused > 10
+            refused.append(str(error))
+    assert len(refused) > 10
+    assert not any("\n" in text for text in refused)
 
 
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused():
