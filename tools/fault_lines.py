@@ -21,16 +21,18 @@ _PAIRS = "--data arithmetic:1 --pair-count 16 --eval-count 4 --batch-size 4 --le
 _PROMPTS = (
     f"--data arithmetic:1 --rewards {_EXACT} --prompt-count 16 --eval-count 4 --max-new-tokens 4 --samples 2"
 )
-# The policy has learned nothing: it is by chance that an answer ends, and rewards are of its letters.
+# For a policy that has learned to end its answers; rewards are of their letters.
 _TALK = (
     "--data arithmetic:1 --rewards fault_rewards:mixed --prompt-count 16 --eval-count 4 --samples 2 "
-    "--max-new-tokens 64"
+    "--max-new-tokens 24"
 )
 _GROUPS = f"{_PROMPTS} --batch-size 4 --group-size 2 --learning-rate 1e-3"
 
 LINES = {
     "sft": f"{_SHORT} {_MODEL} --data arithmetic:1 --demonstrations 32 --eval-count 4 --batch-size 4 "
     "--learning-rate 1e-3",
+    "talker": f"{_SHORT} {_MODEL} --steps 30 --save-every 15 --data arithmetic:1 --demonstrations 64 "
+    "--eval-count 4 --batch-size 8 --learning-rate 3e-2",
     "reward-model": f"{_SHORT} --model {{sft}} {_PAIRS}",
     "process-reward": f"{_SHORT} --model {{sft}} --data arithmetic:1 --labels rollouts --rollouts 2 "
     f"--label-reward {_EXACT} --row-count 8 --eval-count 2 --batch-size 2 --max-new-tokens 4",
@@ -38,10 +40,10 @@ LINES = {
     "ppo": f"{_SHORT} --model {{sft}} {_PROMPTS} --batch-size 4 --num-minibatches 2 --scale-rewards",
     "grpo": f"{_SHORT} --model {{sft}} {_GROUPS} --log-completions 1",
     "online-dpo": f"{_SHORT} --model {{sft}} {_PROMPTS} --batch-size 4",
-    "rounds": f"{_SHORT} --model {{sft}} {_TALK} --rounds 2 --prompts-per-round 8 --samples-per-prompt 4 "
+    "rounds": f"{_SHORT} --model {{talker}} {_TALK} --rounds 2 --prompts-per-round 8 --samples-per-prompt 4 "
     "--batch-size 4",
     "distill": f"{_SHORT} --teacher {{sft}} --model {{sft}} {_PROMPTS} --batch-size 4",
-    "constitutional": f"{_SHORT} --model {{sft}} --constitution {{principles}} {_TALK} --revised 16 "
+    "constitutional": f"{_SHORT} --model {{talker}} --constitution {{principles}} {_TALK} --revised 16 "
     "--batch-size 2 --answer-batch-size 8",
     "rule-rewards": "--data {ranked} --propositions {rules} --count 4 --held-out 4 --steps 4 --quiet",
     "pretrain": f"{_SHORT} {_MODEL} --data {{text}} --batch-size 2 "
@@ -53,7 +55,7 @@ LINES = {
     "rag": "--model {sft} --documents {text} --ask why? --max-new-tokens 4 --quiet",
     "benchmark": "--model {sft} --quiet choices --data arithmetic:1 --form answers --count 4",
     "preferences": "--solutions {solutions} --held-out-share 0.5 --quiet",
-    "judged": f"--model {{sft}} {_TALK} --batch-size 8 --samples-per-prompt 4 --quiet",
+    "judged": f"--model {{talker}} {_TALK} --batch-size 8 --samples-per-prompt 4 --quiet",
     "clean": "--data {rows} --quiet",
     "rl": "--env CartPole-v1 --algo ppo --seeds 1 --steps 2048 --chunks 2 --eval-episodes 2 --quiet",
     "rl-offline": "--data {log} --algo iql --seeds 1 --steps 100 --chunks 2 --eval-episodes 2 --quiet",
@@ -65,11 +67,11 @@ LINES = {
     "report": "{sft} {grpo}",
 }
 """Words of a run by its name, without the command, `--out` and `--resume`."""
-COMMANDS = {"lora": "sft", "judged": "preferences", "gguf": "convert", "adapter": "convert"}
+COMMANDS = {"lora": "sft", "talker": "sft", "judged": "preferences", "gguf": "convert", "adapter": "convert"}
 """Command of a run that is not named as its command."""
 _RESUMED = {
     *("sft", "reward-model", "process-reward", "dpo", "ppo", "grpo", "online-dpo", "rounds", "distill"),
-    *("constitutional", "pretrain", "lora", "search", "benchmark", "rl", "rl-offline", "alphazero"),
+    *("constitutional", "pretrain", "lora", "talker", "search", "benchmark", "rl", "rl-offline", "alphazero"),
 }
 _ENDINGS = {"gguf": "run.gguf", "report": "page.html"}
 _UNCOMPARED = ("digests.json", ".lock")
@@ -178,7 +180,10 @@ def contents(folder: pathlib.Path) -> dict[str, str]:
                 content = re.sub(rb"resume: .*", b"", content)
             found[str(place)] = hashlib.sha256(content).hexdigest()
         elif path.name.startswith("step_") and (path / "manifest.json").exists():
-            found[str(place)] = _arrays(path)
+            try:
+                found[str(place)] = _arrays(path)
+            except Exception:  # of a step that a fault has damaged, whichever way
+                found[str(place)] = "damaged"
     return found
 
 

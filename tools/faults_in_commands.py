@@ -111,7 +111,10 @@ def files_of_commands(world: World, rng: random.Random, scratch: pathlib.Path) -
         return what, "right", said
     found = contents(out)
     damaged, expected = str(path.relative_to(out)), runs.notes(name)["files"].items()
-    changed = [file for file, digest in expected if file != damaged and found.get(file) != digest]
+    # Of a step's files, those of the step are the damaged ones.
+    changed = [
+        file for file, digest in expected if not damaged.startswith(file) and found.get(file) != digest
+    ]
     return what, "silent" if changed else "right", f"{', '.join(changed)} {said}".strip()
 
 
