@@ -110,3 +110,16 @@ def normalize(
     """
     shifted = values - moments.mean if shift_mean else values
     return shifted * lax.rsqrt(moments_variance(moments) + epsilon)
+
+
+def denormalize(
+    values: Float[Array, "..."], moments: Moments, *, epsilon: Scalar = 1e-8
+) -> Float[Array, "..."]:
+    """Inverse of `normalize`: x sqrt(variance + epsilon) + mean, with running moments.
+
+    Args:
+      values: any shape; gradient flows.
+      moments: of all values seen so far.
+      epsilon: added to the variance.
+    """
+    return values * jnp.sqrt(moments_variance(moments) + epsilon) + moments.mean

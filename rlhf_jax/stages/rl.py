@@ -1,8 +1,9 @@
-"""Reinforcement learning on gymnax: several seeds at once, trained, evaluated, saved.
+"""Reinforcement learning on gymnax and JaxMARL: several seeds at once, trained, evaluated, saved.
 
     rlhf rl --algo ppo --env CartPole-v1 --seeds 16 --out runs/cartpole
     rlhf rl --algo sac --env Pendulum-v1 --set hyper.gamma=0.98 --out runs/pendulum
     rlhf rl --load runs/cartpole --render
+    rlhf rl --algo mappo --env mpe_simple_spread --seeds 4 --out runs/spread
 
 Evaluation has its own episodes. CartPole with PPO and 16 seeds takes about a minute and a half on two CPU
 cores; every seed should reach 500.
@@ -45,8 +46,10 @@ class Options:
     """Options of reinforcement learning.
 
     Attributes:
-      algo: ppo, ppo_penalty, a2c, trpo, reinforce, grpo, dqn, c51, qr_dqn, ddpg, td3, sac, crossq or mpc.
-      env: name of a gymnax environment; with --load, that of the saved agent.
+      algo: ppo, ppo_penalty, a2c, a3c, impala, trpo, reinforce, grpo, dqn, c51, qr_dqn, ddpg, td3, sac,
+        crossq or mpc; for several agents ippo, mappo, maddpg, vdn or qmix.
+      env: name of an environment of gymnax, or of `rl.envs.multi_agent`, such as mpe_simple_spread, smax_3m
+        or overcooked_cramped_room; with --load, that of the saved agent.
       seeds: agents, trained side by side.
       seed: of the first of them.
       steps: environment steps of each; 0 for the usual number.
@@ -280,7 +283,9 @@ def run(options: Options) -> None:
     """Trains or loads, evaluates, and leaves a summary."""
     folder = check(options)
     description = loaded(options, folder) if options.load else described(options, folder)
-    env, env_params = environments.make(description["env"])
+    env, env_params = rl_agents.make_environment(description["env"])
+    if options.render and env.num_agents > 1:
+        raise UserError(f"--render draws one agent, and {env.name} has {env.num_agents}: leave it out")
     agent = rl_agents.make_agent(description["algo"], env, description["steps"], description["set"])
     course = agent.run(env, env_params)
     keys = seed_keys(description)

@@ -13,17 +13,20 @@ from flax import linen as nn
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.ranges import Range
+from rlhf_jax.rl.envs import environments, multi_agent
 from rlhf_jax.rl.envs.environments import Environment
 from rlhf_jax.rl.loops.runs import Run
 from rlhf_jax.rl.networks.batch_norm import BatchNormMLP
 from rlhf_jax.rl.networks.networks import MLP, MinAtarConv
-from rlhf_jax.stages import rl_rows
+from rlhf_jax.stages import rl_joint_rows, rl_rows
 
 DISCRETE = ("dqn", "c51", "qr_dqn")
 CONTINUOUS = ("ddpg", "td3", "sac", "crossq", "mpc")
 ENCODERS = {"mlp": MLP(), "relu_mlp": MLP(activation=nn.relu), "minatar_conv": MinAtarConv()}
 NORMED_ENCODERS = {"batch_norm_mlp": BatchNormMLP()}
-EITHER = ("ppo", "ppo_penalty", "a2c", "trpo", "reinforce", "grpo")
+EITHER = ("ppo", "ppo_penalty", "a2c", "a3c", "impala", "trpo", "reinforce", "grpo")
+SEVERAL_EITHER = ("ippo", "mappo", "maddpg")
+SEVERAL_DISCRETE = ("vdn", "qmix")
 
 RENAMED = {
     "target_rate": "tau",
@@ -81,20 +84,15 @@ def make_agent(algo: str, env: Environment, steps: int, changes: Sequence[str]) 
     Raises:
       UserError: there is no such algorithm or setting, or it does not fit the environment's actions.
     """
-    known = (*EITHER, *DISCRETE, *CONTINUOUS)
+    known = (*EITHER, *DISCRETE, *CONTINUOUS, *SEVERAL_EITHER, *SEVERAL_DISCRETE)
     name = algo.replace("-", "_").lower()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
         raise UserError(f"unknown algorithm {algo!r}: the nearest name is {near!r}")
-    if name in (DISCRETE if not env.discrete else CONTINUOUS):
-        kinds = ("continuous", "discrete") if env.discrete else ("discrete", "continuous")
-        fitting = EITHER + (DISCRETE if env.discrete else CONTINUOUS)
-        raise UserError(
-            f"{name} is for {kinds[0]} actions and {env.name} has {kinds[1]} ones: choose one of "
-            f"{', '.join(fitting)}"
-        )
+    if name not in _fitting(env):
+        raise UserError(f"{name} {_mismatch(name, env)}: choose one of {', '.join(_fitting(env))}")
     module = importlib.import_module(f"rlhf_jax.rl.algorithms.{name}")
-    settings, usual_steps = rl_rows.settings_for(name, env.name)
+    settings, usual_steps = rl_rows.settings_for(name, env.name, (*rl_rows.ROWS, *rl_joint_rows.ROWS))
     config, hyper = configured(module, (*settings, *changes))
     if not steps and not any(
         change.partition("=")[0].endswith(("total_steps", "updates")) for change in changes
@@ -103,6 +101,36 @@ def make_agent(algo: str, env: Environment, steps: int, changes: Sequence[str]) 
     if steps:
         config = _with_steps(config, env, steps)
     return Agent(name, module, config, hyper)
+
+
+def _fitting(env: Environment) -> tuple[str, ...]:
+    """Algorithms for the agents and the actions of an environment."""
+    if env.num_agents > 1:
+        return SEVERAL_EITHER + (SEVERAL_DISCRETE if env.discrete else ())
+    return EITHER + (DISCRETE if env.discrete else CONTINUOUS)
+
+
+def _mismatch(name: str, env: Environment) -> str:
+    """Reason why an algorithm does not fit an environment."""
+    for_several = name in (*SEVERAL_EITHER, *SEVERAL_DISCRETE)
+    if for_several != (env.num_agents > 1):
+        suited = "several agents" if for_several else "one agent"
+        return f"is for {suited} and {env.name} has {env.num_agents}"
+    kinds = ("continuous", "discrete") if env.discrete else ("discrete", "continuous")
+    return f"is for {kinds[0]} actions and {env.name} has {kinds[1]} ones"
+
+
+def make_environment(name: str) -> tuple[Environment, Any]:
+    """(environment, its parameters): of one agent, by its name in gymnax, or of several.
+
+    Raises:
+      UserError: there is none of this name, or the extra that it needs is not installed.
+    """
+    if name in multi_agent.NAMES:
+        return multi_agent.make(name), None
+    if near := difflib.get_close_matches(name.lower(), multi_agent.NAMES, n=1, cutoff=0.8):
+        raise UserError(f"unknown environment {name!r}: the nearest name is {near[0]!r}")
+    return environments.make(name)
 
 
 def configured(module: ModuleType, changes: Sequence[str]) -> tuple[Any, Any]:

@@ -9,6 +9,7 @@ is a row of the table with one seed. What a row does not name is the default of 
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Row:
       source: where that number comes from.
       settings: changes of the defaults, as after `--set` of `rlhf_jax/stages/rl.py`; those of a variant
         come on top of the row it is a variant of.
-      variant: what sets the row apart from another of the same environment and algorithm.
+      variant: what sets the row apart from another of the same environment and algorithm; the command line
+        takes the settings of the row without one.
       chunk: seeds that run at once; 0 for all. What is done is kept after each chunk.
       seeds: 0 for those of the whole table; fewer where a row takes long.
       done_steps: 0 for `steps`; fewer where a row takes long.
@@ -250,9 +252,9 @@ ROWS = (
 )
 
 
-def settings_for(algo: str, env: str) -> tuple[tuple[str, ...], int]:
+def settings_for(algo: str, env: str, rows: Sequence[Row]) -> tuple[tuple[str, ...], int]:
     """(changes of the defaults, environment steps) of the first such row; steps are 0 where there is none."""
-    for row in ROWS:
-        if (row.algo, row.env) == (algo, env):
+    for row in rows:
+        if (row.algo, row.env, row.variant) == (algo, env, ""):
             return row.settings, row.steps
     return (), 0

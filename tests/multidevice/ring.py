@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import distributed
-from rlhf_jax.models.attention.backends import context_parallel_attention, splash_attention
+from rlhf_jax.models.attention.backends import context_parallel_attention
+from rlhf_jax.models.attention.splash import splash_attention
 
 ROWS, TIME, HEADS, KV_HEADS, WIDTH, VALUE = 2, 16, 4, 2, 6, 4
 

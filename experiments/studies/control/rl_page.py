@@ -1,5 +1,6 @@
 """The page and the learning curves of the table of results, from what its rows left behind."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,53 @@ from rlhf_jax.evaluation.statistics import Interval, iqm_interval
 from rlhf_jax.metrics.pages import commands, when_and_with
 from rlhf_jax.metrics.pictures import name_ends, picture
 from rlhf_jax.metrics.progress import format_seconds
-from rlhf_jax.stages import rl_rows
+from rlhf_jax.stages import rl_joint_rows, rl_rows
 from rlhf_jax.stages.rl_rows import Row
 from rlhf_jax.sweep.plots import curve_with_band
 
-CURVES, SCORES = "rl_curves.svg", "rl_scores.svg"
-HEAD = """# Results in control
+HEAD = """# {title}
 
 Written by `experiments/studies/control/rl_table.py`; the settings of each row are in
-`rlhf_jax/stages/rl_rows.py`. Evaluation return: mean over {episodes} episodes of their own, actions
+`rlhf_jax/stages/{module}.py`. Evaluation return: mean over {episodes} episodes of their own, actions
 deterministic, undiscounted; then the interquartile mean (IQM) over seeds with its 95 % bootstrap interval.
 Steps are environment steps of each seed. Times are those of all seeds of a row together, compilation and
 evaluation included; other work ran on the same cores, so CPU time says more.
 """
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table of rows.
+
+    Attributes:
+      module: that holds the rows, of `rlhf_jax.stages`.
+      page: its file, where no other is asked for.
+      curves: file of the learning curves, beside the page.
+      scores: file of the evaluation returns, beside the page.
+    """
+
+    title: str
+    module: Any
+    page: str
+    curves: str
+    scores: str
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """The rows, in the order in which they are run."""
+        return self.module.ROWS
+
+
+TABLES = {
+    "control": Table("Results in control", rl_rows, "RL_RESULTS.md", "rl_curves.svg", "rl_scores.svg"),
+    "several_agents": Table(
+        "Several agents",
+        rl_joint_rows,
+        "SEVERAL_AGENTS.md",
+        "several_agents_curves.svg",
+        "several_agents_scores.svg",
+    ),
+}
 
 
 def iqm(summary: Mapping[str, Any], name: str = "evaluation_return") -> Interval:
@@ -59,24 +94,28 @@ def table_line(row: Row, summary: Mapping[str, Any] | None) -> str:
     return f"| {row.env} | {what} | {of} | {seeds} | {numbers} | {cpu} / {wall} |"
 
 
-def page_text(done: Mapping[str, Mapping[str, Any]]) -> str:
+def page_text(done: Mapping[str, Mapping[str, Any]], table: Table) -> str:
     """The page."""
     episodes = sorted({summary["eval_episodes"] for summary in done.values()})
     lines = [
-        HEAD.format(episodes=" or ".join(map(str, episodes))),
+        HEAD.format(
+            title=table.title,
+            module=table.module.__name__.rpartition(".")[2],
+            episodes=" or ".join(map(str, episodes)),
+        ),
         "| environment | algorithm | steps | seeds | IQM and 95 % interval | least seed | to beat | reached "
         "| IQM, sampled actions | CPU / wall time |",
         "|---|---|---|---|---|---|---|---|---|---|",
-        *(table_line(row, done.get(row.name)) for row in rl_rows.ROWS),
+        *(table_line(row, done.get(row.name)) for row in table.rows),
     ]
     if done:
-        lines += ["", f"![returns]({SCORES})", "", "Dots: IQM with its interval; bars across: to beat."]
-    notes = [f"- {row.name}: {row.note}" for row in rl_rows.ROWS if row.note]
+        lines += ["", f"![returns]({table.scores})", "", "Dots: IQM with its interval; bars across: to beat."]
+    notes = [f"- {row.name}: {row.note}" for row in table.rows if row.note]
     if notes:
         lines += ["", "## Notes", "", *notes]
     if done:
         lines += ["", "## Made", "", f"{when_and_with(done.values())}.", "", commands(done.values())]
-        lines += ["", f"![learning curves]({CURVES})"]
+        lines += ["", f"![learning curves]({table.curves})"]
         lines += ["", "Return of the episodes of training: IQM over seeds and its 95 % bootstrap interval."]
     return "\n".join(lines) + "\n"
 
@@ -108,12 +147,12 @@ def draw_scores(path: Path, scores: Mapping[tuple[str, str], tuple[Interval, flo
             axes.set(title=env, xlabel="return")
 
 
-def scores_of(done: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, str], tuple[Interval, float | None]]:
+def scores_of(
+    done: Mapping[str, Mapping[str, Any]], table: Table
+) -> dict[tuple[str, str], tuple[Interval, float | None]]:
     """What `draw_scores` draws."""
     return {
-        (row.env, name_of(row)): (iqm(done[row.name]), row.to_beat)
-        for row in rl_rows.ROWS
-        if row.name in done
+        (row.env, name_of(row)): (iqm(done[row.name]), row.to_beat) for row in table.rows if row.name in done
     }
 
 
@@ -131,11 +170,11 @@ def read_curve(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.array([steps[:, part[-1]].mean() for part in parts]), returns
 
 
-def draw(path: Path, out: Path, names: list[str]) -> None:
+def draw(path: Path, out: Path, names: list[str], table: Table) -> None:
     """Learning curves, a panel for each environment and number of steps, so that none is a smear beside
     another.
     """
-    rows = [row for row in rl_rows.ROWS if row.name in names]
+    rows = [row for row in table.rows if row.name in names]
     panels = list(dict.fromkeys((row.env, row.steps) for row in rows))
     columns = min(len(panels), 2)
     with picture(path, -(-len(panels) // columns), columns) as grid:
@@ -152,13 +191,13 @@ def draw(path: Path, out: Path, names: list[str]) -> None:
             name_ends(axes, lines)
 
 
-def write(path: Path, out: Path, done: Mapping[str, Mapping[str, Any]]) -> None:
+def write(path: Path, out: Path, done: Mapping[str, Mapping[str, Any]], table: Table) -> None:
     """Writes the page, and the curves beside it.
 
     Raises:
       UserError: the disk is full or read-only.
     """
-    files.write_text(path, page_text(done))
+    files.write_text(path, page_text(done, table))
     if done:
-        draw_scores(path.with_name(SCORES), scores_of(done))
-    draw(path.with_name(CURVES), out, list(done))
+        draw_scores(path.with_name(table.scores), scores_of(done, table))
+    draw(path.with_name(table.curves), out, list(done), table)

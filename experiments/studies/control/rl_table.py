@@ -1,19 +1,20 @@
-"""The table of results in control: every row of `rl_rows.py`, one after the other, as one page with curves.
+"""The tables of results in control and of several agents, row after row, each as one page with curves.
 
     python experiments/studies/control/rl_table.py --out runs/rl_table  # everything: days on a CPU
     python experiments/studies/control/rl_table.py --out runs/rl_table --rows 'CartPole-v1/*' --seeds 4
     python experiments/studies/control/rl_table.py --out runs/rl_table --list
+    python experiments/studies/control/rl_table.py --out runs/several_agents --table several_agents
 
 A row that is done is not run again; where more seeds are asked for, those are added. One that was stopped
 goes on after its last chunk of seeds. Each row leaves `summary.json`, every seed apart, and
-`results.parquet`, every seed and update apart; `RL_RESULTS.md` and `rl_curves.svg` show what there is so far.
+`results.parquet`, every seed and update apart; a page and pictures show what there is so far.
 """
 
 import dataclasses
 import fnmatch
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -25,10 +26,9 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Metrics
 from rlhf_jax.metrics.pages import PLAN, SUMMARY, held_summary, made
 from rlhf_jax.metrics.progress import final_table
-from rlhf_jax.rl.envs import environments
 from rlhf_jax.rl.envs.evaluation import evaluate
 from rlhf_jax.rl.loops.runs import Train, make_train_fn
-from rlhf_jax.stages import option_checks, rl_agents, rl_rows
+from rlhf_jax.stages import option_checks, rl_agents
 from rlhf_jax.stages.rl_rows import Row
 from rlhf_jax.sweep import product, sweep
 from rlhf_jax.training.run_folder import describe_run
@@ -42,6 +42,7 @@ class Options:
 
     Attributes:
       out: folder of the rows, of the page and of the curves.
+      table: control, or several_agents, which needs the extra marl.
       rows: patterns of names, such as 'CartPole-v1/*'; none for all.
       seeds: of each row, unless the row has fewer.
       steps: environment steps of each seed, for a quick look; 0 for each row's own.
@@ -52,6 +53,7 @@ class Options:
     """
 
     out: Path | None = None
+    table: Literal["control", "several_agents"] = "control"
     rows: tuple[str, ...] = ()
     seeds: int = 16
     steps: int = 0
@@ -61,24 +63,22 @@ class Options:
     quiet: bool = False
 
 
-def chosen(patterns: tuple[str, ...]) -> list[Row]:
+def chosen(patterns: tuple[str, ...], rows: tuple[Row, ...]) -> list[Row]:
     """The rows whose names match.
 
     Raises:
       UserError: a pattern matches none.
     """
     for pattern in patterns:
-        if not any(fnmatch.fnmatch(row.name, pattern) for row in rl_rows.ROWS):
-            names = ", ".join(row.name for row in rl_rows.ROWS)
+        if not any(fnmatch.fnmatch(row.name, pattern) for row in rows):
+            names = ", ".join(row.name for row in rows)
             raise UserError(f"--rows {pattern!r} matches no row: choose among {names}")
-    return [
-        row for row in rl_rows.ROWS if not patterns or any(fnmatch.fnmatch(row.name, p) for p in patterns)
-    ]
+    return [row for row in rows if not patterns or any(fnmatch.fnmatch(row.name, p) for p in patterns)]
 
 
 def make_train(row: Row, steps: int, eval_episodes: int) -> tuple[Train, Any]:
     """(train, hyper) of a row; a history ends with the returns of its own evaluation episodes."""
-    env, env_params = environments.make(row.env)
+    env, env_params = rl_agents.make_environment(row.env)
     agent = rl_agents.make_agent(row.algo, env, steps, row.settings)
     course = agent.run(env, env_params)
 
@@ -171,16 +171,17 @@ def run(options: Options) -> None:
     for name in ("seeds", "eval_episodes"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least 1")
-    rows = chosen(options.rows)
+    table = rl_page.TABLES[options.table]
+    rows = chosen(options.rows, table.rows)
     if not options.list:
+        page = options.page or options.out / table.page
         files.hold(options.out, "--out")
         for number, row in enumerate(rows, 1):
             if not options.quiet:
                 print(f"[{number}/{len(rows)}] {row.name}", flush=True)
             run_row(row, options, options.out / row.name)
-            page = options.page or options.out / "RL_RESULTS.md"
-            rl_page.write(page, options.out, summaries(options.out, list(rl_rows.ROWS)))
-        print(f"Page: {options.page or options.out / 'RL_RESULTS.md'}")
+            rl_page.write(page, options.out, summaries(options.out, list(table.rows)), table)
+        print(f"Page: {page}")
     show(options.out, rows)
 
 

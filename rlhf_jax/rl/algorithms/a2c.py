@@ -101,15 +101,16 @@ def init(params: Params, tx: optax.GradientTransformation) -> State:
     return State(init_train_state(params, tx))
 
 
-def make_update(
+def make_gradient_step(
     logprob_fn: LogprobFn, tx: optax.GradientTransformation
-) -> Callable[[State, Hyper, Batch], tuple[State, Metrics]]:
-    """`update(state, hyper, batch) -> (state, metrics)`: one optimizer step.
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """`step(learner, params, hyper, batch) -> (learner, metrics)`: a step by the gradient at `params`.
 
     loss = policy loss + value_coef value loss - entropy_coef entropy, means over unmasked steps.
+    `hyper` has both coefficients and the learning rate.
     """
 
-    def update(state: State, hyper: Hyper, batch: Batch) -> tuple[State, Metrics]:
+    def step(learner: TrainState, params: Params, hyper: Any, batch: Batch) -> tuple[TrainState, Metrics]:
         def loss_fn(params: Params) -> tuple[Float[Array, ""], Metrics]:
             score = logprob_fn(params, batch.inputs)
             policy_loss, policy_metrics = reinforce_loss(
@@ -120,11 +121,22 @@ def make_update(
             loss = policy_loss + hyper.value_coef * value_loss - hyper.entropy_coef * entropy
             return loss, {"loss": loss, "entropy": entropy, **policy_metrics, **value_metrics}
 
-        (loss, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.learner.params)
-        learner, guard = apply_gradients(
-            state.learner, gradients, tx, learning_rate=hyper.learning_rate, loss=loss
-        )
-        return State(learner), {**metrics, **guard}
+        (loss, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        learner, guard = apply_gradients(learner, gradients, tx, learning_rate=hyper.learning_rate, loss=loss)
+        return learner, {**metrics, **guard}
+
+    return step
+
+
+def make_update(
+    logprob_fn: LogprobFn, tx: optax.GradientTransformation
+) -> Callable[[State, Hyper, Batch], tuple[State, Metrics]]:
+    """`update(state, hyper, batch) -> (state, metrics)`: one optimizer step."""
+    step = make_gradient_step(logprob_fn, tx)
+
+    def update(state: State, hyper: Hyper, batch: Batch) -> tuple[State, Metrics]:
+        learner, metrics = step(state.learner, state.learner.params, hyper, batch)
+        return State(learner), metrics
 
     return update
 

@@ -29,7 +29,7 @@ class Transition:
     """One step, or an array of them.
 
     Attributes:
-      obs: what the policy saw.
+      obs: what the policy saw: an array, or a tree of them where several agents act.
       action: what it did.
       reward: what it got.
       terminated: the episode ended here; nothing comes after, so nothing is bootstrapped.
@@ -37,12 +37,17 @@ class Transition:
       next_obs: what followed; the true last observation where the episode ended or was cut.
     """
 
-    obs: Array
+    obs: Any
     action: Array
     reward: Float[Array, "..."]
     terminated: Bool[Array, "..."]
     truncated: Bool[Array, "..."]
-    next_obs: Array
+    next_obs: Any
+
+    @property
+    def learning_reward(self) -> Float[Array, "..."]:
+        """Reward that is learned from: `reward`, unless each of several agents has its own."""
+        return self.reward
 
     @property
     def done(self) -> Bool[Array, "..."]:
@@ -103,6 +108,7 @@ class Environment:
       action_low: least continuous action, in each dimension; `step` clips to it.
       action_high: greatest.
       max_steps: steps after which an episode is truncated, by default.
+      num_agents: agents that act at the same time.
     """
 
     name: str
@@ -116,23 +122,21 @@ class Environment:
     action_high: tuple[float, ...]
     max_steps: int
     _inner_dtypes: Any
+    num_agents: int = 1
 
     @property
     def discrete(self) -> bool:
         """True where the action space is discrete: actions are numbers."""
         return self.num_actions is not None
 
+    def blank_obs(self, *leading: int) -> Any:
+        """Observations of zeros, to initialize networks with."""
+        return jnp.zeros((*leading, *self.obs_shape), self.obs_dtype)
+
     def reset(self, key: PRNGKeyArray, params: Any) -> EnvState:
         """The beginning of an episode."""
         obs, inner = self.raw.reset_env(key, params)
-        nothing, none = jnp.float32(0), jnp.int32(0)
-        return EnvState(
-            self._repair_inner(inner),
-            self._repair_obs(obs),
-            nothing,
-            none,
-            EpisodeStatistics(none, nothing, none),
-        )
+        return first_state(self._repair_inner(inner), self._repair_obs(obs))
 
     def step(
         self, key: PRNGKeyArray, state: EnvState, action: Array, params: Any
@@ -156,16 +160,7 @@ class Environment:
         # Some environments set both flags at their last step; what has ended was not cut.
         truncated = jnp.asarray(self.raw.is_truncated(inner, params), bool).reshape(()) & ~terminated
         transition = Transition(state.obs, action, reward, terminated, truncated, next_obs)
-        done = transition.done
-        episode_return, length = state.episode_return + reward, state.episode_length + 1
-        finished = EpisodeStatistics(
-            state.finished.episodes + done,
-            state.finished.return_sum + jnp.where(done, episode_return, 0),
-            state.finished.length_sum + jnp.where(done, length, 0),
-        )
-        going_on = EnvState(self._repair_inner(inner), next_obs, episode_return, length, finished)
-        fresh = dataclasses.replace(fresh, finished=finished)
-        return jax.tree.map(lambda new, old: jax.lax.select(done, new, old), fresh, going_on), transition
+        return next_state(state, self._repair_inner(inner), transition, fresh), transition
 
     def _bounds(self) -> tuple[Array, Array]:
         shape = self.action_shape
@@ -181,7 +176,7 @@ class Environment:
             )
         if self.num_actions is not None:
             valid = (action >= 0) & (action < self.num_actions)
-            checkify.debug_check(valid, self.name + ": there is no action {action}", action=action)
+            checkify.debug_check(jnp.all(valid), self.name + ": there is no action {action}", action=action)
             return action.astype(jnp.int32)
         checkify.debug_check(jnp.all(jnp.isfinite(action)), self.name + ": an action is not finite")
         return action.astype(jnp.float32)
@@ -192,6 +187,31 @@ class Environment:
     def _repair_inner(self, inner: Any) -> Any:
         # Python numbers become arrays, and both branches of a reset get the same dtypes.
         return jax.tree.map(_as_dtype, inner, self._inner_dtypes)
+
+
+def first_state(inner: Any, obs: Any) -> EnvState:
+    """The beginning of a first episode."""
+    nothing, none = jnp.float32(0), jnp.int32(0)
+    return EnvState(inner, obs, nothing, none, EpisodeStatistics(none, nothing, none))
+
+
+def next_state(state: EnvState, inner: Any, transition: Transition, fresh: EnvState) -> EnvState:
+    """The state after `transition`: `inner`, or `fresh` where the episode is done."""
+    done = transition.done
+    episode_return, length = state.episode_return + transition.reward, state.episode_length + 1
+    finished = EpisodeStatistics(
+        state.finished.episodes + done,
+        state.finished.return_sum + jnp.where(done, episode_return, 0),
+        state.finished.length_sum + jnp.where(done, length, 0),
+    )
+    going_on = EnvState(inner, transition.next_obs, episode_return, length, finished)
+    fresh = dataclasses.replace(fresh, finished=finished)
+    return jax.tree.map(lambda new, old: jax.lax.select(done, new, old), fresh, going_on)
+
+
+def inner_dtypes(before: Any, after: Any) -> Any:
+    """Dtypes that a state has before a step and after it alike; Python numbers become arrays."""
+    return jax.tree.map(lambda a, b: jnp.promote_types(a.dtype, b.dtype), before, after)
 
 
 def _as_dtype(leaf: Any, dtype: Any) -> Array:
@@ -287,7 +307,7 @@ def adapt(name: str, raw: Any, params: Any) -> Environment:
         action_low=() if num_actions else bounds(actions.low),
         action_high=() if num_actions else bounds(actions.high),
         max_steps=int(params.max_steps_in_episode),
-        _inner_dtypes=jax.tree.map(lambda a, b: jnp.promote_types(a.dtype, b.dtype), inner, after),
+        _inner_dtypes=inner_dtypes(inner, after),
     )
 
 

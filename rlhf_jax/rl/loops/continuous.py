@@ -101,7 +101,7 @@ def critic_step(
     *,
     learning_rate: Scalar,
 ) -> tuple[TrainState, Metrics, Float[Array, " N"], Any]:
-    """One optimizer step of all critics towards the same targets: (learner, metrics, errors, what else).
+    """One optimizer step of all critics, targets common or own: (learner, metrics, errors, what else).
 
     Args:
       values_fn: params -> (values of each critic, targets, what else there is); targets get no gradient.
@@ -120,7 +120,7 @@ def critic_step(
     return learner, {**metrics, **guard}, jax.lax.stop_gradient(errors), extra
 
 
-def towards(critic_fn: CriticFn, batch: Batch, targets: Float[Array, " N"]) -> Callable[[Params], Any]:
+def towards(critic_fn: CriticFn, batch: Batch, targets: Float[Array, "*C N"]) -> Callable[[Params], Any]:
     """The `values_fn` of `critic_step` for targets that are known."""
     return lambda params: (critic_fn(params, batch.obs, batch.action), targets, None)
 

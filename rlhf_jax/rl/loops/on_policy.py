@@ -73,11 +73,13 @@ class Learning:
       init_fn: (params, key, hyper) -> agent.
       learn_fn: (agent, hyper, experience) -> (agent, metrics).
       params_fn: agent -> parameters.
+      actor_params_fn: agent -> parameters that act in the next rollout; None for those of `params_fn`.
     """
 
     init_fn: Callable[[Params, PRNGKeyArray, Any], Any]
     learn_fn: Callable[[Any, Any, Experience], tuple[Any, Metrics]]
     params_fn: Callable[[Any], Params] = lambda agent: agent.learner.params
+    actor_params_fn: Callable[[Any], Params] | None = None
 
 
 def count_updates(total_steps: int, config: RolloutConfig) -> int:
@@ -103,29 +105,46 @@ def make_run(
     learning: Learning,
     *,
     total_steps: int,
+    num_workers: int | None = None,
 ) -> Run:
-    """A run of `learning`; `hyper` must have `gamma`."""
+    """A run of `learning`; `hyper` must have `gamma`.
+
+    Args:
+      num_workers: rollouts are collected in turn by so many workers, each in environments of its own, which
+        the state holds stacked; None for one worker.
+    """
+    actor_params_fn = learning.actor_params_fn or learning.params_fn
+    per_update = config.num_envs * config.num_steps
 
     def init(key: PRNGKeyArray, hyper: Any) -> State:
         key, params_key, agent_key, env_key = jax.random.split(key, 4)
         params = init_params(network, env, params_key)
-        envs = init_vector_env(network, env, env_params, config, env_key)
+
+        def start(key: PRNGKeyArray) -> VectorEnvState:
+            return init_vector_env(network, env, env_params, config, key)
+
+        keys = env_key if num_workers is None else jax.random.split(env_key, num_workers)
+        envs = (start if num_workers is None else jax.vmap(start))(keys)
         return State(learning.init_fn(params, agent_key, hyper), envs, key, jnp.int32(0))
 
     def step(state: State, hyper: Any) -> tuple[State, Metrics]:
         key, rollout_key = jax.random.split(state.key)
+        turn = None if num_workers is None else (state.steps // per_update) % num_workers
+        envs = state.envs if turn is None else jax.tree.map(lambda x: x[turn], state.envs)
         envs, experience, episodes = collect(
             network,
             env,
             env_params,
             config,
-            learning.params_fn(state.agent),
-            state.envs,
+            actor_params_fn(state.agent),
+            envs,
             rollout_key,
             gamma=hyper.gamma,
         )
+        if turn is not None:
+            envs = jax.tree.map(lambda all_, own: all_.at[turn].set(own), state.envs, envs)
         agent, metrics = learning.learn_fn(state.agent, hyper, experience)
-        steps = state.steps + config.num_envs * config.num_steps
+        steps = state.steps + per_update
         return State(agent, envs, key, steps), {"steps": steps, **episodes, **metrics}
 
     return Run(
@@ -133,6 +152,6 @@ def make_run(
         step=step,
         act=make_act_fn(network, lambda state: learning.params_fn(state.agent)),
         updates=count_updates(total_steps, config),
-        steps_per_update=config.num_envs * config.num_steps,
+        steps_per_update=per_update,
         initial_carry=network.initial_carry,
     )

@@ -9,6 +9,7 @@ copied. Transitions are known by flat numbers row * B + environment.
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,19 +41,19 @@ class Batch:
     """Sampled transitions, n steps long.
 
     Attributes:
-      obs: where they began.
+      obs: where they began: an array, or a tree of them where several agents act.
       action: the first one.
-      reward: sum of the discounted rewards on the way.
+      reward: sum of the discounted rewards on the way; [N, agents] where each has its own.
       discount: gamma^steps, 0 where the episode terminated on the way.
       next_obs: where they led; the true last observation where an episode ended or was cut.
       weight: of each in the loss; 1 unless sampling was prioritised.
     """
 
-    obs: Array
+    obs: Any
     action: Array
-    reward: Float[Array, " N"]
+    reward: Float[Array, "N ..."]
     discount: Float[Array, " N"]
-    next_obs: Array
+    next_obs: Any
     weight: Float[Array, " N"]
 
 
@@ -107,23 +108,29 @@ def gather(replay: Replay, indices: Int[Array, " N"], *, gamma: Scalar, n_step: 
     """
     rows, num_envs = replay.data.reward.shape
     row, env = indices // num_envs, indices % num_envs
-    data = replay.data
-    reward = jnp.zeros(indices.shape, data.reward.dtype)
-    discount, last, open_ = jnp.ones_like(reward), row, jnp.ones(indices.shape, bool)
+    data, rewards = replay.data, replay.data.learning_reward
+    reward = jnp.zeros((*indices.shape, *rewards.shape[2:]), rewards.dtype)
+    weight = jnp.ones(indices.shape, data.reward.dtype)
+    discount, last, open_ = weight, row, jnp.ones(indices.shape, bool)
+
+    def taken(tree: Any, row: Int[Array, " N"]) -> Any:
+        return jax.tree.map(lambda x: x[row, env], tree)
+
     for step in range(n_step):
         now = (row + step) % rows
         terminated = data.terminated[now, env]
-        reward = reward + jnp.where(open_, discount * data.reward[now, env], 0)
+        factor = jnp.where(open_, discount, 0)
+        reward = reward + factor.reshape(-1, *[1] * (reward.ndim - 1)) * rewards[now, env]
         discount = jnp.where(open_, jnp.where(terminated, 0, gamma * discount), discount)
         last = jnp.where(open_, now, last)
         open_ = open_ & ~terminated & ~data.truncated[now, env]
     return Batch(
-        obs=data.obs[row, env],
-        action=data.action[row, env],
+        obs=taken(data.obs, row),
+        action=taken(data.action, row),
         reward=reward,
         discount=discount,
-        next_obs=data.next_obs[last, env],
-        weight=jnp.ones_like(reward),
+        next_obs=taken(data.next_obs, last),
+        weight=weight,
     )
 
 

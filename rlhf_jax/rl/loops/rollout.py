@@ -31,9 +31,10 @@ from rlhf_jax.rl.envs.normalization import (
     scale_rewards,
 )
 from rlhf_jax.rl.loops.runs import ActFn
+from rlhf_jax.rl.networks.multi_agent import JointActorCritic
 from rlhf_jax.rl.networks.networks import ActorCritic, Carry, RecurrentActorCritic
 
-Network = ActorCritic | RecurrentActorCritic
+Network = ActorCritic | RecurrentActorCritic | JointActorCritic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,8 +112,7 @@ def call(network: Network, params: Params, *inputs: Any, method: str = "__call__
 
 def init_params(network: Network, env: Environment, key: PRNGKeyArray) -> Params:
     """Initial parameters of the network."""
-    obs, is_first = jnp.zeros((1, 1, *env.obs_shape), env.obs_dtype), jnp.zeros((1, 1), bool)
-    return network.init(key, obs, is_first, network.initial_carry(1))["params"]
+    return network.init(key, env.blank_obs(1, 1), jnp.zeros((1, 1), bool), network.initial_carry(1))["params"]
 
 
 def init_vector_env(
@@ -198,7 +198,40 @@ def compute_gae(
     gae_lambda: Scalar,
     bootstrap_truncation: bool = True,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"]]:
-    """Values of the observations, GAE(lambda) advantages and lambda-returns; not whitened, no gradient.
+    """Values of the observations, GAE(lambda) advantages and lambda-returns; not whitened, no gradient."""
+    values, next_values = values_of(network, params, experience)
+    advantages, returns = gae_of(
+        experience.transition.reward,
+        values,
+        next_values,
+        experience.transition,
+        gamma=gamma,
+        gae_lambda=gae_lambda,
+        bootstrap_truncation=bootstrap_truncation,
+    )
+    return values, advantages, returns
+
+
+def values_of(
+    network: Network, params: Params, experience: Experience
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """Values of the observations, and of those that followed."""
+    seen, is_first, carry = experience.transition, experience.is_first, experience.carry
+    _, values = call(network, params, seen.obs, is_first, carry)
+    return values, call(network, params, seen.obs, seen.next_obs, is_first, carry, method="next_value")
+
+
+def gae_of(
+    rewards: Float[Array, "B T"],
+    values: Float[Array, "B T"],
+    next_values: Float[Array, "B T"],
+    seen: Transition,
+    *,
+    gamma: Scalar,
+    gae_lambda: Scalar,
+    bootstrap_truncation: bool = True,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """GAE(lambda) advantages and lambda-returns of a rollout.
 
     Where an episode was cut, the value of its true last observation is what the future is worth:
 
@@ -206,22 +239,30 @@ def compute_gae(
         A_t     = delta_t + gamma lambda [not done] A_{t+1}
 
     which is GAE with gamma V(next_obs_t) added to the reward of a cut step, and discount 0 there.
+
+    Args:
+      next_values: of what followed each step, `seen.next_obs`.
+      seen: where episodes ended or were cut.
     """
-    seen, is_first, carry = experience.transition, experience.is_first, experience.carry
-    _, values = call(network, params, seen.obs, is_first, carry)
-    next_values = call(network, params, seen.obs, seen.next_obs, is_first, carry, method="next_value")
-    rewards = seen.reward
+    rewards, discounts, last = bootstrapped(
+        rewards, next_values, seen, gamma=gamma, bootstrap_truncation=bootstrap_truncation
+    )
+    mask = jnp.ones(rewards.shape, bool)
+    return generalized_advantage_estimation(rewards, values, discounts, last, mask, gae_lambda=gae_lambda)
+
+
+def bootstrapped(
+    rewards: Float[Array, "B T"],
+    next_values: Float[Array, "B T"],
+    seen: Transition,
+    *,
+    gamma: Scalar,
+    bootstrap_truncation: bool = True,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, " B"]]:
+    """Rewards with what a cut episode's future is worth, discounts, and the value behind the last step."""
     if bootstrap_truncation:
         rewards = rewards + jnp.where(seen.truncated, gamma * next_values, 0)
-    advantages, returns = generalized_advantage_estimation(
-        rewards,
-        values,
-        jnp.where(seen.done, 0.0, gamma),
-        next_values[:, -1],
-        jnp.ones(rewards.shape, bool),
-        gae_lambda=gae_lambda,
-    )
-    return values, advantages, returns
+    return rewards, jnp.where(seen.done, 0.0, gamma), next_values[:, -1]
 
 
 def as_rows(network: Network, tree: Any) -> Any:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.core.trees import pytree_dataclass
-from rlhf_jax.core.types import Array, Float, Int, PRNGKeyArray
+from rlhf_jax.core.types import Array, Float, Int, PRNGKeyArray, Scalar
 
 HALF_LOG_2_PI = 0.5 * math.log(2 * math.pi)
 
@@ -45,6 +45,21 @@ class Categorical:
         """KL(self || other)."""
         logp = jax.nn.log_softmax(self.logits)
         return jnp.sum(jnp.exp(logp) * (logp - jax.nn.log_softmax(other.logits)), axis=-1)
+
+
+def gumbel_softmax(
+    logits: Float[Array, "... A"], key: PRNGKeyArray, *, temperature: Scalar
+) -> Float[Array, "... A"]:
+    """Straight-through Gumbel-softmax (Jang et al. 2017, eq. 2, section 2.2): a sample of softmax(logits).
+
+        one_hot(argmax_a(logits_a + g_a)), with the gradient of softmax((logits + g) / temperature)
+
+    That gradient is biased: less, and noisier, the lower the temperature.
+    """
+    noisy = logits + jax.random.gumbel(key, logits.shape, logits.dtype)
+    soft = jax.nn.softmax(noisy / temperature)
+    hard = jax.nn.one_hot(jnp.argmax(noisy, axis=-1), logits.shape[-1], dtype=logits.dtype)
+    return hard + soft - jax.lax.stop_gradient(soft)
 
 
 @pytree_dataclass

@@ -287,10 +287,10 @@ def make_encoder(env: Environment, encoder: nn.Module) -> ObsEncoder:
 
 
 def make_head(env: Environment) -> nn.Module:
-    """Categorical for discrete actions, Gaussian for continuous ones."""
+    """Categorical for discrete actions, Gaussian for continuous ones, of a single agent."""
     if env.num_actions is not None:
         return CategoricalHead(env.num_actions)
-    return GaussianHead(int(np.prod(env.action_shape)))
+    return GaussianHead(int(np.prod(env.action_shape)) // env.num_agents)
 
 
 def default_encoder(env: Environment) -> nn.Module:

@@ -9,7 +9,7 @@ import rl_table
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.evaluation.statistics import Interval
-from rlhf_jax.rl.envs import environments
+from rlhf_jax.rl.envs import multi_agent
 from rlhf_jax.stages import rl_agents, rl_rows
 from rlhf_jax.stages.rl_rows import Row
 
@@ -88,9 +88,23 @@ def test_mistakes_are_one_sentence(tmp_path, tiny):
         rl_table.run(rl_table.Options(out=tmp_path, seeds=0))
 
 
-@pytest.mark.parametrize("row", rl_rows.ROWS, ids=lambda row: row.name)
+def takes_long(row):
+    """Rows whose environment takes long to trace; without the extra they cannot be looked at."""
+    return [pytest.mark.slow] if row.env in multi_agent.NAMES and not row.env.endswith("_game") else []
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(row, id=row.name, marks=takes_long(row))
+        for table in rl_page.TABLES.values()
+        for row in table.rows
+    ],
+)
 def test_every_row_has_settings_that_exist_and_its_steps(row):
-    env, params = environments.make(row.env)
+    if takes_long(row):
+        pytest.importorskip("jaxmarl")
+    env, params = rl_agents.make_environment(row.env)
     agent = rl_agents.make_agent(row.algo, env, row.done_steps or row.steps, row.settings)
     run = agent.run(env, params)
     steps = run.updates * run.steps_per_update
@@ -102,7 +116,15 @@ def test_every_row_has_settings_that_exist_and_its_steps(row):
 
 
 def test_names_are_unique():
-    assert len({row.name for row in rl_rows.ROWS}) == len(rl_rows.ROWS)
+    for table in rl_page.TABLES.values():
+        assert len({row.name for row in table.rows}) == len(table.rows)
+
+
+def test_a_page_has_the_rows_of_its_table():
+    page = rl_page.page_text({}, rl_page.TABLES["several_agents"])
+    assert "rlhf_jax/stages/rl_joint_rows.py" in page
+    assert "| climbing_game | qmix | 8,000 | - | not run | - | 11 (by enumeration) |" in page
+    assert "CartPole" not in page
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from rlhf_jax.models.attention.backends import (
     choose_backend,
     cudnn_attention,
     plain_attention,
-    splash_attention,
 )
+from rlhf_jax.models.attention.splash import splash_attention
 
 # Rows without padding, with padding at the end, before, and two segments in a row.
 FULL, RIGHT, LEFT, PACKED = [1] * 9, [1] * 6 + [0] * 3, [0] * 2 + [1] * 7, [1] * 4 + [2] * 3 + [0] * 2
