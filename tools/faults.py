@@ -5,7 +5,7 @@
 
 Case number n of a kind is drawn from (seed, kind, n) alone, and its outcome is a line of `cases.jsonl`: a
 campaign that was stopped goes on with the same command, and `--replay KIND:N` does one case again. Each kind
-is one function of `faults_in_runs` or `faults_in_inputs`. Outcomes:
+is one function of a module `faults_in_*`. Outcomes:
 
 right        nothing changed, the fault was named in one sentence, or the run ended to the bit
 unexplained  a traceback, a hang, or a sentence that names nothing
@@ -28,8 +28,10 @@ from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))  # the kinds, also where this is imported
 import fault_world
-import faults_in_inputs  # noqa: F401 (registers its kinds)
-import faults_in_runs  # noqa: F401 (the same)
+import faults_in_commands  # noqa: F401 (registers its kinds)
+import faults_in_foreign  # noqa: F401 (the same)
+import faults_in_inputs  # noqa: F401
+import faults_in_runs  # noqa: F401
 
 OUTCOMES = ("right", "unexplained", "silent")
 

@@ -1,4 +1,7 @@
-"""Exponentials of log-ratios that stay finite, in value and in gradient, however far two policies drift."""
+"""Numbers that stay finite: exponentials of log-ratios, however far policies drift, and those of files."""
+
+import sys
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -20,3 +23,9 @@ def exp_excess(log_ratio: Float[Array, "..."]) -> Float[Array, "..."]:
     near = jnp.where(beyond, 0, log_ratio)
     # expm1 keeps the digits that exp(x) - 1 - x loses near x = 0.
     return jnp.where(beyond, bounded_exp(log_ratio) - 1 - log_ratio, jnp.expm1(near) - near)
+
+
+def is_finite_number(value: Any) -> bool:
+    """True for an int or float that float64 holds: no NaN, no infinity, no integer of 400 digits."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) <= sys.float_info.max

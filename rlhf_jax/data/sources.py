@@ -6,11 +6,9 @@ twice, half a surrogate pair) is refused here, by file and line.
 
 import dataclasses
 import difflib
-import io
 import json
 import math
 import os
-import pathlib
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -260,22 +258,11 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_refuse_co
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        local = isinstance(path, pathlib.Path)
-        table = pyarrow.parquet.read_table(path if local else io.BytesIO(files.read_bytes(path)))
-    except pyarrow.ArrowException as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: not a Parquet file that can be read ({reason}); write it again") from None
-    number = 0
-    for batch in table.to_batches(max_chunksize=1024):
-        for fields in batch.to_pylist():
-            number += 1
-            where = f"{path}:row {number}"
-            plain = {name: _plain(value, name, where) for name, value in fields.items()}
-            yield Row(_without_filled(plain), where)
+    found = files.read_table(path, what="a Parquet file that can be read", remedy="write it again")
+    for number, fields in enumerate(found, start=1):
+        where = f"{path}:row {number}"
+        plain = {name: _plain(value, name, where) for name, value in fields.items()}
+        yield Row(_without_filled(plain), where)
 
 
 def _without_filled(value: Any, *, of_tools: bool = False) -> Any:

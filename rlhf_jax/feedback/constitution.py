@@ -128,9 +128,12 @@ def _checked(principle: Principle, where: str) -> Principle:
 def check_template(template: str, places: set[str], what: str) -> None:
     """Raises: UserError where a template does not have exactly these places."""
     try:
-        found = {name for _, name, *_ in string.Formatter().parse(template) if name is not None}
+        parts = [part for part in string.Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
         raise UserError(f"{what} is no template ({error}): write {{{{ for a brace that is meant") from error
-    if found != places:
+    # Texts are put in as they are: another form would fail at the first of them, or fill the memory.
+    found = {name for _, name, *_ in parts}
+    if found != places or any(form or conversion for _, _, form, conversion in parts):
         wanted = ", ".join(f"{{{place}}}" for place in sorted(places))
-        raise UserError(f"{what} has the places {sorted(found)}: give it {wanted}")
+        forms = sorted(f"{{{n}{(c and '!' + c) or ''}{f and ':' + f}}}" for _, n, f, c in parts)
+        raise UserError(f"{what} has the places {', '.join(forms) or 'none'}: give it {wanted}")

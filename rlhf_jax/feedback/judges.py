@@ -7,7 +7,6 @@ probabilities of the words' first tokens at the place where it would speak, norm
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import numpy as np
 from rlhf_jax import distributed
 from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.numerics import is_finite_number
 from rlhf_jax.core.types import Array, Bool, Float, Int, Params
 from rlhf_jax.data.chat import encode_prompt
 from rlhf_jax.data.packing import left_pad
@@ -223,11 +223,14 @@ def check_propositions(propositions: Sequence[Proposition], where: Path) -> list
     """Raises: UserError where one cannot be graded, or two have one name."""
     for place, proposition in enumerate(propositions):
         what = f"{where}: proposition {place + 1}"
+        texts = (proposition.name, proposition.question, proposition.function)
+        if not all(isinstance(text, str) for text in texts):
+            raise UserError(f"{what}: its name, question and function are texts: give them as texts")
         if bool(proposition.question) == bool(proposition.function):
             raise UserError(f"{what}: give either a question or a function")
         if proposition.question:
             check_template(proposition.question, {"prompt", "answer"}, what)
-        if not math.isfinite(proposition.weight) or proposition.name in [
+        if not is_finite_number(proposition.weight) or proposition.name in [
             p.name for p in propositions[:place]
         ]:
             raise UserError(f"{what}: give it a name of its own, and a finite weight")

@@ -15,7 +15,6 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_jax.core import files
-from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.files import Path
 from rlhf_jax.metrics.progress import format_number
 
@@ -48,16 +47,12 @@ def write_completions(folder: str | os.PathLike[str], step: int, rows: Sequence[
     Raises:
       UserError: the disk is full or read-only.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    path = files.as_path(folder) / COMPLETIONS / f"{step:08d}.parquet"
     columns = {"step": [step] * len(rows)}
     columns |= {name: _column([row.get(name) for row in rows]) for name in column_names(rows)}
     of_tokens = dict.fromkeys(name for row in rows for name in row if name.startswith(TOKEN))
     columns |= {name: [row.get(name) for row in rows] for name in of_tokens}
-    with files.writing(path) as local:
-        pq.write_table(pa.table(columns), local)
+    path = files.as_path(folder) / COMPLETIONS / f"{step:08d}.parquet"
+    files.write_table(path, columns)
     return path
 
 
@@ -69,17 +64,11 @@ def read_completions(folder: str | os.PathLike[str]) -> dict[int, list[dict[str,
     """
     place = files.as_path(folder) / COMPLETIONS
     names = [name for name in files.list_files(place) if re.fullmatch(r"\d+\.parquet", name)]
-    return {int(name.partition(".")[0]): _read(place / name) for name in sorted(names)}
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return pq.read_table(pa.BufferReader(files.read_bytes(path))).to_pylist()
-    except pa.ArrowException as error:
-        raise UserError(f"{path}: not a table of completions ({error}); remove the file") from error
+    tables = {}
+    for name in sorted(names):
+        rows = files.read_table(place / name, what="a table of completions", remedy="remove the file")
+        tables[int(name.partition(".")[0])] = list(rows)
+    return tables
 
 
 def column_names(rows: Sequence[Row]) -> list[str]:

@@ -1,13 +1,13 @@
 """Samples and completions of a report: what policies wrote, what it is worth, and what each token says."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from rlhf_jax.core.files import Path
+from rlhf_jax.core.numerics import is_finite_number
 from rlhf_jax.metrics.completions import (
     COMPLETIONS,
     NUMBERS,
@@ -121,7 +121,7 @@ def _rounded(value: float | None) -> float | None:
 
 
 def _number(value: Any) -> str | None:
-    return format_number(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    return format_number(value) if is_finite_number(value) else None
 
 
 def _shorten(text: Any) -> str:

@@ -5,6 +5,7 @@ rotated pairs of a Llama stand side by side rather than half a head apart, and t
 include the 1 that is added to them.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -59,6 +60,22 @@ def import_gguf(path: files.PathLike) -> Any:
     return gguf
 
 
+@contextlib.contextmanager
+def whole_gguf(path: files.PathLike) -> Iterator[None]:
+    """What comes of reading a damaged file as a `UserError` about `path`.
+
+    Lengths, types and texts stand in the file as they are: where a bit is wrong, the package raises a dozen
+    kinds of exceptions, of NumPy's and of its own.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: not a whole GGUF file ({reason}): download it again.") from error
+
+
 class GgufFile:
     """The metadata and tensors of a GGUF file; tensors are read when they are asked for.
 
@@ -73,10 +90,8 @@ class GgufFile:
         gguf = import_gguf(path)
         self.folder = path = files.as_local(path, "a GGUF file is read")
         self._gguf = gguf
-        try:
+        with whole_gguf(path):
             self._reader = gguf.GGUFReader(path)
-        except (OSError, ValueError, IndexError, KeyError) as error:
-            raise UserError(f"{path}: not a whole GGUF file ({error}): download it again.") from error
         self._stored: dict[str, Any] = {tensor.name: tensor for tensor in self._reader.tensors}
         self.architecture = str(self.get("general.architecture"))
         if self.architecture not in ARCHITECTURES:

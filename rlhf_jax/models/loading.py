@@ -19,7 +19,7 @@ from rlhf_jax.core.types import Params
 from rlhf_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rlhf_jax.models import hf
 from rlhf_jax.models.config import AttentionBackend, ModelConfig, Remat
-from rlhf_jax.models.gguf import GgufFile
+from rlhf_jax.models.gguf import GgufFile, whole_gguf
 from rlhf_jax.models.gguf_tokenizer import tokenizer_of
 from rlhf_jax.models.hf.reading import read_params
 from rlhf_jax.models.mtp import param_shapes
@@ -40,25 +40,25 @@ def kind_of_checkpoint(path: str | os.PathLike[str]) -> CheckpointKind:
       UserError: nothing is there, and it is no name; or a folder that holds no model.
     """
     place = files.as_local(path, "published models are read")
-    if (place / "model.json").is_file():
+    if files.is_file(place / "model.json"):
         return "run"
-    if (place / "config.json").is_file():
+    if files.is_file(place / "config.json"):
         return "hf"
-    if place.is_file():
+    if files.is_file(place):
         with place.open("rb") as file:
             if file.read(4) == b"GGUF":
                 return "gguf"
         raise UserError(f"{place}: not a GGUF file: give one, a Hugging Face folder or a run folder.")
-    if place.is_dir():
+    if files.is_folder(place):
         raise UserError(
             f"{place}: neither a run folder (model.json) nor a Hugging Face folder (config.json): give the "
             "folder that holds one of these files."
         )
     if os.fspath(path) in NAMED_MODELS:
         return "package"
-    if HUB_NAME.fullmatch(os.fspath(path)) and not (place.parent.name and place.parent.is_dir()):
+    if HUB_NAME.fullmatch(os.fspath(path)) and not (place.parent.name and files.is_folder(place.parent)):
         return "hub"
-    beside = [sibling.name for sibling in place.parent.iterdir()] if place.parent.is_dir() else []
+    beside = [sibling.name for sibling in place.parent.iterdir()] if files.is_folder(place.parent) else []
     raise UserError(
         f"{os.fspath(path)}: no such file or folder{nearest_name(place.name, beside)}: give a run, a Hugging "
         "Face folder or a GGUF file."
@@ -77,9 +77,9 @@ def find_in_hub_cache(name: str, *, revision: str = "main") -> Path:
     cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
     model = cache / f"models--{name.replace('/', '--')}"
     reference = model / "refs" / revision
-    commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
+    commit = reference.read_text(encoding="utf-8").strip() if files.is_file(reference) else revision
     folder = model / "snapshots" / commit
-    if not (folder / "config.json").is_file():
+    if not files.is_file(folder / "config.json"):
         raise UserError(
             f"{name}: no such file or folder, and no model of this name in the hub cache {cache}: download "
             f"it with `huggingface-cli download {name}`."
@@ -145,11 +145,13 @@ def load_checkpoint(
     if kind == "run":
         raise UserError(f"{path}: a run folder, no published model: load it by `training.runs.load_policy`.")
     if kind == "gguf":
-        file = GgufFile(place)
-        config = planned(file.config())
-        if shapes_only:
-            return config, param_shapes(config), _gguf_tokenizer(file)
-        return config, read_params(file.family, config, file, mesh=mesh), _gguf_tokenizer(file)
+        with whole_gguf(place):
+            file = GgufFile(place)
+            config = planned(file.config())
+            params = (
+                param_shapes(config) if shapes_only else read_params(file.family, config, file, mesh=mesh)
+            )
+            return config, params, _gguf_tokenizer(file)
     config = planned(hf.load_config(place))
     if shapes_only:
         return config, param_shapes(config), load_tokenizer(place)

@@ -1,8 +1,12 @@
 """A share of the campaign of faults, and its bookkeeping. The whole is `python tools/faults.py`."""
 
+import errno
 import json
 import random
+import shutil
+import signal
 
+import fault_server
 import faults
 import faults_in_runs
 import pytest
@@ -15,6 +19,10 @@ IN_PROCESS = [
     "servers",
     "checkpoints_of_others",
     "tokenizers",
+    "judges",
+    "tools",
+    "tables",
+    "adapters_of_others",
 ]
 
 
@@ -69,6 +77,30 @@ def test_what_changes_in_silence_is_found(tmp_path, monkeypatch):
     assert judged(lambda: random.Random(0).sample([], 1))[0] == "unexplained"
     assert not faults_in_runs.fits(1, "Traceback (most recent call last):")
     assert not faults_in_runs.fits(1, "")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not fault_server.HAS_COMPILER, reason="the shim is compiled")
+def test_a_fault_is_at_the_change_that_was_asked_for(tmp_path):
+    """The server's own promise: counted from 1, the same in every run, and felt by the command."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "1+1=?", "completion": "2 and more words"}) + "\n")
+    server, out = fault_server.Server(tmp_path / "server"), tmp_path / "out"
+    words = ["clean", "--quiet", "--data", str(rows), "--out", str(out)]
+    code, said, calls = server.run(words, below=out)
+    assert (code, said) == (0, "")
+    assert calls > 20
+    shutil.rmtree(out)
+    code, said, _ = server.run(words, below=out, at=calls + 1, how=errno.ENOSPC)
+    assert (code, said) == (0, "")
+    shutil.rmtree(out)
+    code, said, _ = server.run(words, below=out, at=1, how=errno.EROFS, lasting=True)
+    assert code == 2
+    assert "Read-only file system" in said
+    assert not out.exists()
+    assert server.run(words, below=out, at=calls // 2, how=-signal.SIGKILL)[0] == -signal.SIGKILL
+    assert out.exists()
+    server.close()
 
 
 @pytest.mark.slow

@@ -43,6 +43,7 @@ from rlhf_jax.core.files.stores import (
     upload,
     write_whole,
 )
+from rlhf_jax.core.files.tables import read_table, write_table
 
 __all__ = [
     "DIGESTS",
@@ -72,6 +73,7 @@ __all__ = [
     "read_bytes",
     "read_json",
     "read_lines",
+    "read_table",
     "read_text",
     "relative",
     "releasing_locks",
@@ -82,6 +84,7 @@ __all__ = [
     "write_arrays",
     "write_json",
     "write_lines",
+    "write_table",
     "write_text",
     "write_whole",
     "writing",

@@ -236,7 +236,7 @@ def exists(path: PathLike) -> bool:
     """True if there is such a file or folder. Raises: OSError where the store does not say."""
     path = as_path(path)
     if isinstance(path, pathlib.Path):
-        return path.exists()
+        return _has_name(path) and path.exists()
     with _store_errors(path):
         return _store(path).exists(str(path))
 
@@ -245,7 +245,7 @@ def is_file(path: PathLike) -> bool:
     """True if there is such a file. Raises: OSError where the store does not say."""
     path = as_path(path)
     if isinstance(path, pathlib.Path):
-        return path.is_file()
+        return _has_name(path) and path.is_file()
     with _store_errors(path):
         return _store(path).isfile(str(path))
 
@@ -254,9 +254,20 @@ def is_folder(path: PathLike) -> bool:
     """True if there is such a folder; one without files does not exist in an object store."""
     path = as_path(path)
     if isinstance(path, pathlib.Path):
-        return path.is_dir()
+        return _has_name(path) and path.is_dir()
     with _store_errors(path):
         return _store(path).isdir(str(path))
+
+
+def _has_name(path: pathlib.Path) -> bool:
+    """False for a name longer than any file's, which the system answers with an error, not with a no."""
+    try:
+        path.lstat()
+    except OSError as error:
+        return error.errno != errno.ENAMETOOLONG
+    except ValueError:  # a zero byte
+        return False
+    return True
 
 
 def list_folder(folder: Path) -> list[Path]:

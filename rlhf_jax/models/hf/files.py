@@ -83,7 +83,7 @@ class Checkpoint:
             names = sorted(set(self._index().values()))
             paths = [self.folder / name for name in names]
             for name, path in zip(names, paths, strict=True):
-                if Path(name).name != name or not path.is_file():
+                if Path(name).name != name or not stores.is_file(path):
                     raise UserError(f"{path}: no such file, though {INDEX} names it: download it again.")
             return paths
         if (self.folder / WEIGHTS).is_file():

@@ -108,6 +108,13 @@ def test_a_kill_leaves_the_old_file_or_the_new_one(tmp_path, event):
     assert killed == (event <= 3)
 
 
+def test_a_name_too_long_for_the_system_is_one_of_no_file(tmp_path):
+    for path in (tmp_path / ("a" * 300), tmp_path / ("a/" * 3000), tmp_path / "a\0b"):
+        assert not files.exists(path)
+        assert not files.is_file(path)
+        assert not files.is_folder(path)
+
+
 def test_what_is_not_there(tmp_path):
     assert files.list_folder(tmp_path / "none") == []
     assert not files.exists(tmp_path / "none")

@@ -240,6 +240,19 @@ def test_bad_parquet(tmp_path):
     assert "not a Parquet file" in refusal(path)
 
 
+def test_a_bit_of_a_parquet_file_never_ends_in_a_traceback(tmp_path):
+    path, refused = write_parquet(tmp_path, a=["x", "é"], b=[[1], None]), []
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 2):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        try:
+            read_rows(path)
+        except UserError as error:
+            refused.append(str(error))
+    assert len(refused) > 10
+    assert not any("\n" in text for text in refused)
+
+
 # tensorflow-datasets --------------------------------------------------------------------------------
 
 

@@ -98,6 +98,10 @@ def test_rules_are_weighted_features(model):
         {"kind": "rules", "propositions": []},
         {"kind": "rules", "propositions": [{"name": "a", "meaning": "b"}]},
         {"kind": "rules", "propositions": [{"name": "a", "function": "m:f", "weight": float("nan")}]},
+        {"kind": "rules", "propositions": [{"name": "a", "function": "m:f", "weight": 10**400}]},
+        {"kind": "rules", "propositions": [{"name": "a", "function": ["m:f"]}]},
+        {"kind": "rules", "propositions": [{"name": {}, "function": "m:f"}]},
+        {"kind": "rules", "propositions": [{"name": "a", "question": "{prompt!z} {answer}"}]},
     ],
 )
 def test_a_file_that_describes_no_reward_is_refused(tmp_path, data):

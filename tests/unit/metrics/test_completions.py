@@ -75,6 +75,20 @@ def test_a_damaged_table_is_named(tmp_path):
         read_completions(tmp_path)
 
 
+def test_a_bit_of_a_table_is_named_or_changes_nothing(tmp_path):
+    path = write_completions(tmp_path, 3, ROWS)
+    whole, expected, refused = path.read_bytes(), read_completions(tmp_path), []
+    for place in range(0, len(whole), 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        try:
+            assert read_completions(tmp_path) == expected
+        except UserError as error:
+            refused.append(str(error))
+    assert len(refused) > len(whole) / 70
+    assert all(text.startswith(f"{path}: not a table of completions") for text in refused)
+    assert not any("\n" in text for text in refused)
+
+
 def test_the_console_shows_texts_as_they_are_and_each_reward():
     console = Console(file=io.StringIO(), width=120)
     rows = [{**ROWS[0], "kl": math.nan}, *ROWS[1:], {**ROWS[1], "prompt": "not shown"}]

@@ -263,6 +263,20 @@ def test_gguf_that_is_damaged_or_unknown_is_refused(tmp_path):
         load_checkpoint(tmp_path / "other.gguf")
 
 
+def test_a_bit_in_the_head_of_a_gguf_file_never_ends_in_a_traceback(tmp_path):
+    path = tmp_path / "model.gguf"
+    write_gguf(path, "llama", GOLDEN / "hf_llama")
+    whole, refused = path.read_bytes(), []
+    for place in range(0, 1500, 37):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        try:
+            load_checkpoint(path, shapes_only=True)
+        except UserError as error:
+            refused.append(str(error))
+    assert len(refused) > 10
+    assert not any("\n" in text for text in refused)
+
+
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused():
     """Ids beyond the embedding would be taken for its last row, without a word."""
     config = models.dense_config(vocab_size=200, width=16, num_layers=1, num_heads=2, num_kv_heads=1)

@@ -101,6 +101,8 @@ def test_constitutions_come_from_lines_or_rows(tmp_path):
         ({"principle": "p", "choices": ["A", "B", "C"]}, "list of different words"),
         ({"principle": "p", "rating": "{prompt}"}, "rating has the places"),
         ({"principle": "p", "rating": "{prompt"}, "rating is no template"),
+        ({"principle": "p", "rating": "{prompt!z} {answer}"}, "rating has the places {answer}, {prompt!z}"),
+        ({"principle": "p", "rating": "{prompt} {answer:>999999999}"}, "rating has the places {answer:>9"),
         ({"principle": "p", "name": 3}, "not text"),
     ],
 )
