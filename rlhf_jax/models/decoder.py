@@ -16,7 +16,7 @@ from rlhf_jax.kernels.logprobs import softcapped
 from rlhf_jax.models.attention.backends import ATTENTION_NAMES, AttentionContext
 from rlhf_jax.models.attention.modules import LayerCache, write_columns
 from rlhf_jax.models.builders import empty_cache, feed_forward_layer, mixing_layer
-from rlhf_jax.models.config import Block, ModelConfig, Norm, Recurrence
+from rlhf_jax.models.config import Block, ModelConfig, Recurrence
 from rlhf_jax.models.layers import norm_layer, normal_init
 from rlhf_jax.models.pipeline import pipelined
 
@@ -59,35 +59,34 @@ class ResidualBlocks(nn.Module):
         new_caches = []
         for index, (block, cache) in enumerate(zip(self.blocks, caches, strict=True)):
             prefix = f"block_{index}_" if len(self.blocks) > 1 else ""
-
-            def norm(
-                wanted: bool, name: str, inputs: Array, spec: Norm = block.norm, prefix: str = prefix
-            ) -> Array:
-                layer = norm_layer(spec, dtypes["param_dtype"], name=f"{prefix}{name}") if wanted else None
-                return inputs if layer is None else layer(inputs)
-
-            name = "recurrence" if isinstance(block.attention, Recurrence) else "attention"
-            mixer = mixing_layer(
-                block.attention, name=f"{prefix}{name}", backend=config.attention_backend, **common
-            )
-
-            def added(inputs: Array, normed: Array, outputs: Array, name: str, block: Block = block) -> Array:
-                outputs = norm(block.post_norm, f"{name}_post_norm", outputs)
-                if block.residual:
-                    outputs = (normed if block.residual_from_norm else inputs) + outputs
-                return laid_out(norm(block.sum_norm, f"{name}_sum_norm", outputs))
-
-            normed = norm(block.pre_norm, f"{name}_norm", hidden)
+            dtype = dtypes["param_dtype"]
+            name = f"{prefix}recurrence" if isinstance(block.attention, Recurrence) else f"{prefix}attention"
+            mixer = mixing_layer(block.attention, name=name, backend=config.attention_backend, **common)
+            normed = _normed(block, block.pre_norm, f"{name}_norm", hidden, dtype)
             mixed, cache = mixer(normed, context, cache)
-            hidden = added(hidden, normed, mixed, name)
+            hidden = _added(block, name, hidden, normed, mixed, dtype)
             new_caches.append(cache)
             if block.feed_forward is None:
                 continue
             hidden = checkpoint_name(hidden, "feed_forward_input")
-            feed_forward = feed_forward_layer(block.feed_forward, name=f"{prefix}feed_forward", **common)
-            normed = norm(block.pre_norm, "feed_forward_norm", hidden)
-            hidden = added(hidden, normed, feed_forward(normed), "feed_forward")
+            name = f"{prefix}feed_forward"
+            feed_forward = feed_forward_layer(block.feed_forward, name=name, **common)
+            normed = _normed(block, block.pre_norm, f"{name}_norm", hidden, dtype)
+            hidden = _added(block, name, hidden, normed, feed_forward(normed), dtype)
         return hidden, tuple(new_caches)
+
+
+def _normed(block: Block, wanted: bool, name: str, inputs: Array, dtype: Any) -> Array:
+    """`inputs`, normed as the block norms where it does."""
+    return norm_layer(block.norm, dtype, name=name)(inputs) if wanted else inputs
+
+
+def _added(block: Block, name: str, inputs: Array, normed: Array, outputs: Array, dtype: Any) -> Array:
+    """The residual stream behind attention or a feed-forward: inputs and outputs, with their norms."""
+    outputs = _normed(block, block.post_norm, f"{name}_post_norm", outputs, dtype)
+    if block.residual:
+        outputs = (normed if block.residual_from_norm else inputs) + outputs
+    return laid_out(_normed(block, block.sum_norm, f"{name}_sum_norm", outputs, dtype))
 
 
 def laid_out(hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

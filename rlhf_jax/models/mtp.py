@@ -35,6 +35,7 @@ class MTPModule(nn.Module):
         """Applies the module to every place; those without a token k ahead in their segment mean nothing."""
         config = self.config
         param_dtype, dtype = jnp.dtype(config.param_dtype), jnp.dtype(config.compute_dtype)
+        assert config.final_norm is not None  # `ModelConfig` sees to it
         norms = [
             norm_layer(config.final_norm, param_dtype, name=f"{name}_norm")
             for name in ("hidden", "embedding")

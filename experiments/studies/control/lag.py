@@ -72,7 +72,8 @@ def returns_of(options: Options, env: Any, run: Run, settings: list[Any]) -> np.
 
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *settings)
     over_seeds: Any = jax.vmap(one, (0, None))
-    return np.asarray(jax.jit(jax.vmap(over_seeds, (None, 0)))(keys, stacked))
+    everywhere: Any = jax.jit(jax.vmap(over_seeds, (None, 0)))
+    return np.asarray(everywhere(keys, stacked))
 
 
 def main() -> None:
