@@ -62,18 +62,17 @@ def methods(options: Options, env: Any) -> dict[str, tuple[Run, list[Any]]]:
 def returns_of(options: Options, env: Any, run: Run, settings: list[Any]) -> np.ndarray:
     """Mean evaluation returns [settings, seeds]."""
     keys = jax.random.split(jax.random.key(options.seed), options.seeds)
-    train = make_train_fn(run)
+    train, (environment, env_params) = make_train_fn(run), env
 
     def one(key: jax.Array, hyper: Any) -> jax.Array:
         state, _ = train(key, hyper)
         key = jax.random.fold_in(key, 1)
-        returns, _ = evaluate(run, state, *env, key, episodes=32, deterministic=True)
+        returns, _ = evaluate(run, state, environment, env_params, key, episodes=32, deterministic=True)
         return jnp.mean(returns)
 
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *settings)
-    over_seeds: Any = jax.vmap(one, (0, None))
-    everywhere: Any = jax.jit(jax.vmap(over_seeds, (None, 0)))
-    return np.asarray(everywhere(keys, stacked))
+    over_seeds = jax.vmap(one, (0, None))
+    return np.asarray(jax.jit(jax.vmap(over_seeds, (None, 0)))(keys, stacked))
 
 
 def main() -> None:
