@@ -1,6 +1,5 @@
 """Settings shared by every test: CPU, the persistent compile cache, no leftovers of x64."""
 
-import gc
 import importlib.metadata
 import os
 import pathlib
@@ -34,9 +33,6 @@ STRICT = ["rlhf_jax.kernels", "rlhf_jax.losses"]
 jaxtyping.install_import_hook(STRICT, "type_checks.check")
 others = os.environ.get("RLHF_JAX_TYPECHECK", "rlhf_jax.core,rlhf_jax.algorithms").split(",")
 jaxtyping.install_import_hook(others, "type_checks.check_functions")
-
-# Tracing makes many objects that live long: looking through them all costs 4 % of the time.
-gc.set_threshold(200_000, 20, 100)
 
 # One folder for each worker: JAX does not write cache entries atomically.
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")
