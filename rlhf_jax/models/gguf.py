@@ -62,7 +62,7 @@ def import_gguf(path: files.PathLike) -> Any:
 
 @contextlib.contextmanager
 def whole_gguf(path: files.PathLike) -> Iterator[None]:
-    """What comes of reading a damaged file as a `UserError` about `path`.
+    """Errors of reading a damaged file as a `UserError` about `path`.
 
     Lengths, types and texts stand in the file as they are: where a bit is wrong, the package raises a dozen
     kinds of exceptions, of NumPy's and of its own.
