@@ -76,6 +76,19 @@ def whole_gguf(path: files.PathLike) -> Iterator[None]:
         raise UserError(f"{path}: not a whole GGUF file ({reason}): download it again.") from error
 
 
+def bounded_reader(gguf: Any) -> Any:
+    """The package's reader, which ends where the file does: it would read 2^40 elements of nothing."""
+
+    class BoundedReader(gguf.GGUFReader):
+        def _get(self, offset: Any, dtype: Any, count: Any = 1, **order: Any) -> np.ndarray:
+            needed = int(offset) + np.dtype(dtype).itemsize * int(count)
+            if needed > len(self.data):
+                raise ValueError(f"it has {len(self.data)} bytes and announces {needed}")
+            return super()._get(offset, dtype, count, **order)
+
+    return BoundedReader
+
+
 class GgufFile:
     """The metadata and tensors of a GGUF file; tensors are read when they are asked for.
 
@@ -91,7 +104,7 @@ class GgufFile:
         self.folder = path = files.as_local(path, "a GGUF file is read")
         self._gguf = gguf
         with whole_gguf(path):
-            self._reader = gguf.GGUFReader(path)
+            self._reader = bounded_reader(gguf)(path)
         self._stored: dict[str, Any] = {tensor.name: tensor for tensor in self._reader.tensors}
         self.architecture = str(self.get("general.architecture"))
         if self.architecture not in ARCHITECTURES:
@@ -114,6 +127,12 @@ class GgufFile:
         Raises:
           UserError: something in it is missing or unsupported.
         """
+        layers = self.get(f"{self.architecture}.block_count")
+        if isinstance(layers, int) and layers > len(self._stored):
+            raise UserError(
+                f"{self.folder}: not a whole GGUF file (it announces {layers} layers and holds "
+                f"{len(self._stored)} tensors): download it again."
+            )
         config = self.family.read(Fields(self._described(), self.folder))
         return self._named(dataclasses.replace(config, architecture=self.family.architecture))
 
