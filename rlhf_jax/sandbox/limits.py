@@ -6,6 +6,7 @@ import os
 import platform
 import signal
 import sys
+import time
 from pathlib import Path
 
 _KEPT = (
@@ -26,10 +27,11 @@ _MACHINES = {
     "x86_64": (0xC000003E, 56, 435, (57, 58, 59, 322)),  # clone, clone3; fork, vfork, execve, execveat
     "aarch64": (0xC00000B7, 220, 435, (221, 281)),  # clone, clone3; execve, execveat
 }
-_SET_SECCOMP, _FILTER, _NO_NEW_PRIVILEGES = 22, 2, 38
+_SET_SECCOMP, _FILTER, _NO_NEW_PRIVILEGES, _SET_CHILD_SUBREAPER = 22, 2, 38, 36
 _ALLOW, _ERRNO = 0x7FFF0000, 0x00050000
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _CLONE_THREAD = 0x00010000
+_KILL_SECONDS = 5.0
 
 
 def clean_environment(*names: str) -> dict[str, str]:
@@ -147,39 +149,71 @@ def _filter(
     ]
 
 
-def kill_marked(mark: bytes, *, spare: int = 0) -> None:
-    """Kills all processes whose environment began with this entry: a process and those that descend from it.
+def adopt_orphans() -> bool:
+    """From now on processes whose parent ends become children of this one, if they descend from it.
 
-    Process groups do not find one that has left the group. Off Linux there is no list of processes: nothing
-    is done.
+    Returns:
+      Whether the system knows how; only Linux does.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    return ctypes.CDLL(None, use_errno=True).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
+
+
+def reap_children() -> None:
+    """Forgets children that have ended."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        return
+
+
+def kill_descendants(pid: int, mark: bytes) -> None:
+    """Kills what came of a process, but not the process itself.
+
+    What descends from it is found by its parents, if the process called `adopt_orphans` and lives; what
+    outlived it by its environment, as long as it kept that. Process groups would not find one that has left
+    the group. Off Linux there is no list of processes: nothing is done.
 
     Args:
-      mark: such as `NAME=value`.
-      spare: a process that stays.
+      pid: the process.
+      mark: an entry of its environment that no other process has, such as `NAME=value`.
     """
-    for _ in range(100):  # one may be born while the others die
-        found = [pid for pid in _marked(mark) if pid not in (spare, os.getpid())]
-        for pid in found:
+    end = time.monotonic() + _KILL_SECONDS
+    while time.monotonic() < end:  # one may be born while the others die
+        parents = _parents()
+        found = [p for p in parents if p not in (pid, os.getpid()) and _comes_of(p, pid, parents, mark)]
+        for process in found:
             try:
-                os.kill(pid, signal.SIGKILL)
+                os.kill(process, signal.SIGKILL)
             except (ProcessLookupError, PermissionError):
                 continue
         if not found:
             return
+        time.sleep(0.001)
 
 
-def _marked(mark: bytes) -> list[int]:
-    found = []
+def _parents() -> dict[int, int]:
+    """The parent of each process that has not ended."""
+    parents = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            state, parent = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()[:2]
+        except OSError:  # ended meanwhile
+            continue
+        if state not in "ZX":
+            parents[int(folder.name)] = int(parent)
+    return parents
+
+
+def _comes_of(process: int, pid: int, parents: dict[int, int], mark: bytes) -> bool:
+    above = process
+    while above in parents:
+        above = parents[above]
+        if above == pid:
+            return True
     try:
-        names = os.listdir("/proc")
-    except OSError:
-        return []
-    for name in names:
-        if name.isdigit():
-            try:
-                entries = (Path("/proc") / name / "environ").read_bytes().split(b"\0")
-            except OSError:  # ended meanwhile, or another user's
-                continue
-            if mark in entries:
-                found.append(int(name))
-    return found
+        return mark in Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+    except OSError:  # ended meanwhile, or another user's
+        return False

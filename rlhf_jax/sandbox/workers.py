@@ -191,7 +191,7 @@ class _Process:
 
     def end_others(self) -> None:
         """Ends what a task has started, and left."""
-        limits.kill_marked(self.mark, spare=self.popen.pid)
+        limits.kill_descendants(self.popen.pid, self.mark)
 
     def _death(self) -> Outcome:
         try:
@@ -206,11 +206,12 @@ class _Process:
 
 def _stop(owner: int, popen: subprocess.Popen, mark: bytes, requests: int, replies: int) -> None:
     if owner == os.getpid():
+        popen.send_signal(signal.SIGSTOP)  # while it lives, it is the parent of all that came of it
+        limits.kill_descendants(popen.pid, mark)
         try:
             os.killpg(popen.pid, signal.SIGKILL)  # the group lives on where its leader has died
         except (ProcessLookupError, PermissionError):
             popen.kill()
-        limits.kill_marked(mark)
         popen.wait()
     os.close(requests)
     os.close(replies)
@@ -271,11 +272,14 @@ def serve(
     limits.limit_resources(
         memory_bytes=memory_bytes, file_bytes=file_bytes, cpu_seconds=_LIFETIME * cpu_seconds
     )
-    if not processes:
+    if processes:
+        limits.adopt_orphans()
+    else:
         limits.forbid_processes()
     _write_all(replies, b"ready\n")
     threads = threading.active_count()
     for line in requests:
+        limits.reap_children()
         number, _, message = line.partition(b" ")
         goes_on = limits.limit_processor_time(cpu_seconds)
         outcome = dataclasses.asdict(_outcome(call, message))

@@ -19,6 +19,9 @@ def start_child(task):
             return subprocess.Popen(SLEEP, stdout=-3, stderr=-3, stdin=-3).pid
         if how == "session":
             return subprocess.Popen(SLEEP, stdout=-3, stderr=-3, stdin=-3, start_new_session=True).pid
+        if how == "anonymous":
+            mark = "RLHF_JAX_WORKER=" + os.environ["RLHF_JAX_WORKER"]
+            return subprocess.Popen([*SLEEP, mark], stdout=-3, stderr=-3, start_new_session=True, env={}).pid
         if how == "thread":
             threads = [threading.Thread(target=time.sleep, args=(0,)) for _ in range(3)]
             for thread in threads:
