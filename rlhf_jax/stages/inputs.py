@@ -201,11 +201,10 @@ def load_labeled(
     def padded(examples: list[LabelledExample]) -> Pairs:
         half = len(examples) // 2
         mismatched = [
-            examples[(place + half) % len(examples)].after(example.prompt_ids)
-            for place, example in enumerate(examples)
+            examples[(place + half) % len(examples)].after(example) for place, example in enumerate(examples)
         ]
         cut = [dataclasses.replace(e, ids=e.ids[:length], mask=e.mask[:length]) for e in mismatched]
-        own = [example.after(example.prompt_ids) for example in examples]
+        own = [example.after(example) for example in examples]
         return Pairs(own, cut, length, np.array([example.desirable for example in examples]))
 
     return padded(train), padded(held_out)
