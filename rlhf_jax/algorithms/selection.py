@@ -3,6 +3,7 @@
 Rows of one prompt stand together: B = N x G.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -91,7 +92,7 @@ def all_above(
 
 def _only(answers: Sequences, counts: Bool[Array, " B"]) -> Sequences:
     mask = answers.mask & counts[:, None]
-    return Sequences(answers.tokens, answers.positions, answers.segment_ids, mask)
+    return dataclasses.replace(answers, mask=mask, experts=None)
 
 
 def groups_that_differ(

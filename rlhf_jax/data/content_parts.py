@@ -1,6 +1,6 @@
 """Content parts of messages: texts, and the images among them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -107,6 +107,12 @@ def load_images(
     if tokenizer.image_processor is None:
         raise UserError("the row has images and the model reads none: give a model with vision")
     return messages, tokenizer.image_processor.pixels(sources)
+
+
+def refuse_images(examples: Iterable[Any], what: str) -> None:
+    """Raises: UserError where one of the examples has images, for `what`, which would leave them out."""
+    if any(example.images is not None for example in examples):
+        raise UserError(f"{what} cannot work with images yet: leave them out of the rows, or leave that out")
 
 
 def place_images(messages: Messages, fields: Mapping[str, Any]) -> tuple[Messages, list[Any]]:

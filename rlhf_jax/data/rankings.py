@@ -14,6 +14,7 @@ import numpy as np
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.data.chat import encode_prompt
+from rlhf_jax.data.content_parts import load_images
 from rlhf_jax.data.examples import (
     SupervisedExample,
     encode_completion,
@@ -88,12 +89,14 @@ def _ranking(row: Row, tokenizer: Tokenizer) -> RankingExample:
         if text == other and ranks[a] != ranks[b]:
             raise UserError(f"completions {a} and {b} are the same, and their ranks differ; remove one")
     tools = tools_of(row)
+    prompt, images = load_images(tokenizer, prompt, row.fields)
     prompt_ids = encode_prompt(tokenizer, prompt, tools=tools)
     answers = tuple(
         join_completion(
             np.array(prompt_ids, np.int32),
             *encode_completion(tokenizer, prompt, prompt_ids, text, tools),
             row.where,
+            images,
         )
         for text in texts
     )
