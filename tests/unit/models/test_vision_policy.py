@@ -94,8 +94,12 @@ def test_images_for_which_there_is_no_room_are_refused():
 
 
 def test_an_image_token_that_text_could_write_is_refused():
-    config = dataclasses.replace(
-        POLICY.config, vision=dataclasses.replace(POLICY.config.vision, image_token_id=9)
-    )
+    vision = dataclasses.replace(POLICY.config.vision, image_token_id=9)
+    config = dataclasses.replace(POLICY.config, vision=vision)
     with pytest.raises(UserError, match="no special token"):
         models.make_policy(config, POLICY.params, POLICY.tokenizer)
+
+
+def test_a_layout_without_a_place_for_vision_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no GGUF file of"):
+        POLICY.save(tmp_path / "model.gguf")
