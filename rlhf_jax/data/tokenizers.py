@@ -97,7 +97,9 @@ class Tokenizer:
         """The tokenizer with these special tokens; those that it lacks come behind its last id."""
         backend = type(self.backend).from_str(self.backend.to_str())
         backend.add_special_tokens([text for text in texts if text not in self.special_tokens])
-        return Tokenizer(backend, self.names, self.chat_template)
+        other = Tokenizer(backend, self.names, self.chat_template)
+        other.eos_id = self.eos_id
+        return other
 
     def with_images(self, image_processor: ImageProcessor) -> "Tokenizer":
         """The tokenizer of a model that reads images."""

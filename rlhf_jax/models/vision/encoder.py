@@ -117,9 +117,12 @@ class VisionTower(nn.Module):
         mean, std = (jnp.asarray(numbers, jnp.float32) for numbers in (config.mean, config.std))
         scaled = (pixels.astype(jnp.float32) / 255 - mean) / std
         patches = to_patches(scaled, config.patch_size).reshape(len(pixels), config.side**2, -1)
-        embed = Linear(config.width, use_bias=True, param_dtype=param_dtype, dtype=dtype, name="patches")
-        shape = (config.side**2, config.width)
-        positions = self.param("position_embedding", normal_init, shape, param_dtype)
+        dtypes = {"param_dtype": param_dtype, "dtype": dtype}
+        # Patches and positions come in with like weight, as in SigLIP: smaller positions are seen late.
+        stds = patches.shape[-1] ** -0.5, config.width**-0.5
+        embed = Linear(config.width, use_bias=True, init_std=stds[0], name="patches", **dtypes)
+        init, shape = nn.initializers.normal(stds[1]), (config.side**2, config.width)
+        positions = self.param("position_embedding", init, shape, param_dtype)
         hidden = embed(patches) + positions.astype(dtype)
         context = bidirectional_context(*hidden.shape[:2])
         spec = encoder_config(config, param_dtype=self.param_dtype, compute_dtype=self.compute_dtype)
