@@ -27,7 +27,8 @@ PLACES = ("nw", "n", "ne", "w", "c", "e", "sw", "s", "se")
 """Cells by their direction from the centre, row by row."""
 CELL = 8
 IMAGE_SIZE = 3 * CELL
-_MOST = 4  # shapes in an image
+MOST = 4
+"""Things in an image at most."""
 
 Thing: TypeAlias = tuple[str, str]
 """(colour, kind)."""
@@ -102,21 +103,21 @@ def _glyph(sign: str) -> np.ndarray:
 # Questions ------------------------------------------------------------------------------------------
 
 
-def make_scene(question: Question, split: Split, rng: np.random.Generator) -> Scene:
-    """A scene of a split that the question can be asked of."""
+def make_scene(question: Question, split: Split, rng: np.random.Generator, most: int = MOST) -> Scene:
+    """A scene of a split that the question can be asked of, of `most` things at most."""
     while True:
         if question == "sum":
             scene = Scene(digits=(int(rng.integers(10)), int(rng.integers(10))))
         else:
-            scene = _shapes(question, rng)
+            scene = _shapes(question, rng, most)
         if scene.is_held_out == (split == "heldout"):
             return scene
 
 
-def _shapes(question: Question, rng: np.random.Generator) -> Scene:
+def _shapes(question: Question, rng: np.random.Generator, most: int) -> Scene:
     things: list[Thing | None] = [None] * 9
     pool = list(itertools.product(COLOURS, KINDS))
-    count = int(rng.integers(1, _MOST + 1))
+    count = int(rng.integers(1, most + 1))
     # No two alike where things are called by name.
     chosen = rng.choice(len(pool), count, replace=question == "count")
     for cell, number in zip(rng.choice(9, count, replace=False), chosen, strict=True):
@@ -134,7 +135,7 @@ def ask(question: Question, scene: Scene, rng: np.random.Generator) -> tuple[str
         case "count":
             colour = _drawn(list(COLOURS), rng)
             right = sum(name.startswith(colour) for name in scene.names)
-            numbers = list(map(str, range(_MOST + 1)))
+            numbers = list(map(str, range(MOST + 1)))
             return f"how many {colour}?", *_with_another(str(right), numbers, rng)
         case "what":
             cell = filled[rng.integers(len(filled))]
@@ -173,6 +174,7 @@ def rows(
     seed: int,
     *,
     questions: Sequence[Question] = QUESTIONS,
+    most: int = MOST,
     slip_rate: float = 0.0,
     make: Callable[[str, str, str], dict[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
@@ -181,6 +183,7 @@ def rows(
 
     Args:
       questions: kinds to ask, each as often as the others.
+      most: things in an image at most, from 1 to 4.
       slip_rate: how often the answer that `make` gets as given is a wrong one.
       make: (question, answer given, a wrong one) -> further fields.
     """
@@ -188,7 +191,7 @@ def rows(
     found = []
     for number in range(count):
         question = questions[number % len(questions)]
-        scene = make_scene(question, split, rng)
+        scene = make_scene(question, split, rng, most)
         text, answer, mistaken = ask(question, scene, rng)
         given = mistaken if rng.random() < slip_rate else answer
         row = {"prompt": text, "images": [draw(scene, rng)], "answer": answer, "objects": scene.names}
@@ -228,7 +231,7 @@ def text_only(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def shapes_tokenizer() -> Tokenizer:
     """One token a character, and one for every word of questions and answers."""
-    asked = ["how many ", "what is at ", "where is ", "name all.", "sum?"]
+    asked = ["how many ", "what is at ", "where is ", "name all.", "sum?", "go to "]
     places = [place for place in PLACES if len(place) > 1]
     words = [*COLOURS, *KINDS, *places, *asked, "system", "user", "assistant", "tool"]
     return character_tokenizer("\n0123456789 ,?.+nwces", words)
@@ -246,7 +249,7 @@ def right_answer(
 
 
 def hallucination_rates(completions: Sequence[str], objects: Sequence[Sequence[str]]) -> dict[str, float]:
-    """CHAIR (Rohrbach et al. 2018, eq. 1 and 2): things named that are not there.
+    """CHAIR (Rohrbach et al. 2018): things named that are not there.
 
     Args:
       completions: lists of names, parted by commas.

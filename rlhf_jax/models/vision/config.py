@@ -19,7 +19,7 @@ class LinearProjector:
 
 @dataclasses.dataclass(frozen=True)
 class MLPProjector:
-    """activation(x W_up + b) W_down + b (LLaVA-1.5: Liu et al. 2023b, section 3.2)."""
+    """activation(x W_up + b) W_down + b (LLaVA-1.5: Liu et al. 2024)."""
 
     intermediate_size: int
     activation: VisionActivation = "gelu"
@@ -28,7 +28,7 @@ class MLPProjector:
 @dataclasses.dataclass(frozen=True)
 class PixelShuffle:
     """x W of the features of `factor` x `factor` neighbouring patches side by side (Idefics3: Laurencon et
-    al. 2024, section 3.2): so many times fewer tokens.
+    al. 2024): so many times fewer tokens.
     """
 
     factor: int = 2

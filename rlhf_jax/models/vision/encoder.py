@@ -43,7 +43,7 @@ def encoder_config(vision: VisionConfig, *, param_dtype: str, compute_dtype: str
 
 class AttentionPool(nn.Module):
     """One learned query that attends to all patches, then y + MLP(norm(y)) (SigLIP's attention pooling;
-    Zhai et al. 2022, section 3.1.4).
+    Zhai et al. 2022).
     """
 
     config: VisionConfig
