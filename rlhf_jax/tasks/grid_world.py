@@ -41,7 +41,7 @@ class World:
 
     @property
     def instruction(self) -> str:
-        """What is to be done."""
+        """Instruction to the agent."""
         return f"go to {' '.join(self.scene.things[self.target] or ())}."
 
     @property
@@ -67,7 +67,7 @@ class World:
 
 
 def draw(world: World, rng: np.random.Generator) -> UInt8[np.ndarray, "24 24 3"]:
-    """What the agent sees: the whole grid, itself included."""
+    """Image of the whole grid, the agent included."""
     image = shapes.draw(world.scene, rng)
     row, column = divmod(world.agent, SIDE)
     y, x = np.mgrid[:CELL, :CELL] - (CELL - 1) / 2
