@@ -150,29 +150,46 @@ def make_value_update(
     """
 
     def update(state: State, hyper: Any, batch: Batch) -> tuple[State, Metrics, Float[Array, " N"]]:
-        params = state.learner.params
         after = values.every_fn(state.target_params, batch.next_obs)
-        choosing = values.every_fn(params, batch.next_obs) if double else after
-        best = jnp.argmax(values.rank_fn(choosing), axis=1)
-        next_values = jax.vmap(lambda row, action: row[action])(after, best)
+        choosing = values.every_fn(state.learner.params, batch.next_obs) if double else after
+        next_values = best_outputs(after, values.rank_fn(choosing))
         reduce = weighted_mean(batch.weight)
 
         def loss_fn(params: Params) -> LossOutcome:
             chosen = values.chosen_fn(params, batch.obs, batch.action)
             return error_fn(chosen, next_values, batch, hyper, reduce)
 
-        (loss, (metrics, errors)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params)
-        learner, guard = apply_gradients(
-            state.learner, gradients, tx, learning_rate=hyper.learning_rate, loss=loss
-        )
-        target = optax.incremental_update(learner.params, state.target_params, hyper.tau)
-        due = learner.steps % jnp.asarray(hyper.target_update_interval, jnp.int32) == 0
-        target = tree_where(due, target, state.target_params)
-        errors = jax.lax.stop_gradient(errors)
-        metrics = {**metrics, "error_size": jnp.mean(jnp.abs(errors)), **guard}
-        return State(learner, target), metrics, errors
+        return value_step(state, hyper, loss_fn, tx)
 
     return update
+
+
+def best_outputs(outputs: Outputs, ranks: Float[Array, "N A"]) -> Float[Array, "N ..."]:
+    """The outputs of the action that ranks highest."""
+    return jax.vmap(lambda row, action: row[action])(outputs, jnp.argmax(ranks, axis=1))
+
+
+def value_step(
+    state: Any, hyper: Any, loss_fn: Callable[[Params], LossOutcome], tx: optax.GradientTransformation
+) -> tuple[Any, Metrics, Float[Array, " N"]]:
+    """One optimizer step of the network, and the target network's where it is due.
+
+    Args:
+      state: with `learner` and `target_params`; what else it has stays.
+      hyper: with `learning_rate`, `target_update_interval` and `tau`.
+      loss_fn: parameters -> (loss, (metrics, error of each transition)).
+    """
+    gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    (loss, (metrics, errors)), gradients = gradient_fn(state.learner.params)
+    learner, guard = apply_gradients(
+        state.learner, gradients, tx, learning_rate=hyper.learning_rate, loss=loss
+    )
+    target = optax.incremental_update(learner.params, state.target_params, hyper.tau)
+    due = learner.steps % jnp.asarray(hyper.target_update_interval, jnp.int32) == 0
+    target = tree_where(due, target, state.target_params)
+    errors = jax.lax.stop_gradient(errors)
+    metrics = {**metrics, "error_size": jnp.mean(jnp.abs(errors)), **guard}
+    return dataclasses.replace(state, learner=learner, target_params=target), metrics, errors
 
 
 def make_update(
