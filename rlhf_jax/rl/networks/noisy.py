@@ -24,7 +24,7 @@ class NoisyParams:
 
 
 def init_noisy(params: Params, *, sigma: Scalar) -> NoisyParams:
-    """Noise for every dense layer of `params`: sigma / sqrt(p) of p inputs (Fortunato et al. 2018, section 3.2)."""
+    """Sigmas of every dense layer: sigma / sqrt(p) of p inputs (Fortunato et al. 2018, section 3.2)."""
 
     def spread(layer: Any) -> Any:
         if not isinstance(layer, dict):
