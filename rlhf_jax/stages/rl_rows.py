@@ -196,6 +196,7 @@ ROWS = (
     ),
     Row("CartPole-v1", "c51", 500_000, 491.1, CLEANRL, chunk=8, note="Seed 8 ends at 138."),
     Row("CartPole-v1", "iqn", 500_000, 498.4, "DQN's", chunk=8),
+    Row("CartPole-v1", "pqn", 500_000, 498.4, "DQN's"),
     Row("CartPole-v1", "rainbow", 500_000, 491.1, "C51's", chunk=8),
     Row(
         "MountainCarContinuous-v0",

@@ -37,19 +37,22 @@ class MLP(nn.Module):
       activation: after each.
       output: width of a last layer without activation; 0 for none.
       output_scale: of its orthogonal weights.
+      layer_norm: normalize before each activation (Ba et al. 2016).
     """
 
     widths: tuple[int, ...] = (64, 64)
     activation: Activation = nn.tanh
     output: int = 0
     output_scale: float = 1.0
+    layer_norm: bool = False
 
     @nn.compact
     def __call__(self, inputs: Float[Array, "N ..."]) -> Float[Array, "N D"]:
         """Features, or outputs."""
         hidden = inputs.reshape(inputs.shape[0], -1)
         for width in self.widths:
-            hidden = self.activation(linear(width, ROOT_2)(hidden))
+            hidden = linear(width, ROOT_2)(hidden)
+            hidden = self.activation(nn.LayerNorm()(hidden) if self.layer_norm else hidden)
         return linear(self.output, self.output_scale)(hidden) if self.output else hidden
 
 
@@ -71,18 +74,24 @@ class MinAtarConv(nn.Module):
       channels: of the convolution.
       width: of the dense layer.
       activation: after both.
+      layer_norm: normalize before each activation.
     """
 
     channels: int = 16
     width: int = 128
     activation: Activation = nn.relu
+    layer_norm: bool = False
 
     @nn.compact
     def __call__(self, inputs: Float[Array, "N H W C"]) -> Float[Array, "N D"]:
         """Features."""
-        planes = self.activation(linear(self.channels, ROOT_2)(patches(inputs, 3)))
-        flat = planes.reshape(inputs.shape[0], -1)
-        return self.activation(linear(self.width, ROOT_2)(flat))
+
+        def layer(width: int, inputs: Array) -> Array:
+            hidden = linear(width, ROOT_2)(inputs)
+            return self.activation(nn.LayerNorm()(hidden) if self.layer_norm else hidden)
+
+        planes = layer(self.channels, patches(inputs, 3))
+        return layer(self.width, planes.reshape(inputs.shape[0], -1))
 
 
 class ObsEncoder(nn.Module):

@@ -128,10 +128,10 @@ def test_runs_of_several_sigmas_side_by_side():
 
 @pytest.mark.slow
 def test_cartpole():
-    """Two seeds, 60,000 steps each: at least 150 on average (a random policy gets 22)."""
-    course = RunConfig(total_steps=60_000, learning_starts=1000, num_envs=4, train_every=2, n_step=3)
+    """Two seeds, 30,000 steps each: at least 100 on average (a random policy gets 22)."""
+    course = RunConfig(total_steps=30_000, learning_starts=1000, num_envs=4, train_every=4, n_step=3)
     run = rainbow.make_run(rainbow.Config(run=course), *CARTPOLE)
-    hyper = rainbow.Hyper(learning_rate=1e-3, target_update_interval=100)
+    hyper = rainbow.Hyper(learning_rate=1e-3, target_update_interval=100, v_min=0.0)
     keys = jax.random.split(jax.random.key(0), 2)
     options = compiler_options()
     states, _ = jax.jit(jax.vmap(make_train_fn(run), (0, None)), compiler_options=options)(keys, hyper)
@@ -139,4 +139,4 @@ def test_cartpole():
     def score(state, key):
         return evaluate(run, state, *CARTPOLE, key, episodes=16, deterministic=True)[0]
 
-    assert jnp.mean(jax.jit(jax.vmap(score), compiler_options=options)(states, keys)) > 150
+    assert jnp.mean(jax.jit(jax.vmap(score), compiler_options=options)(states, keys)) > 100
