@@ -106,6 +106,26 @@ def huber(errors: Float[Array, "..."], delta: Scalar) -> Float[Array, "..."]:
     return 0.5 * jnp.square(inside) + delta * (size - inside)
 
 
+def rescale_values(values: Float[Array, "..."], *, epsilon: float = 1e-3) -> Float[Array, "..."]:
+    """Rescaled values (Pohlen et al. 2018), small where returns are large: sums of rewards need no clipping.
+
+    h(x) = sign(x) (sqrt(|x| + 1) - 1) + epsilon x
+    """
+    return jnp.sign(values) * (jnp.sqrt(jnp.abs(values) + 1) - 1) + epsilon * values
+
+
+def unrescale_values(values: Float[Array, "..."], *, epsilon: float = 1e-3) -> Float[Array, "..."]:
+    """The inverse of `rescale_values`.
+
+        h^-1(x) = sign(x) (((sqrt(1 + 4 epsilon (|x| + 1 + epsilon)) - 1) / (2 epsilon))^2 - 1)
+
+    The difference of the root and 1 is computed as a quotient, which does not cancel for small x.
+    """
+    size = jnp.abs(values) + 1 + epsilon
+    root = 2 * size / (jnp.sqrt(1 + 4 * epsilon * size) + 1)
+    return jnp.sign(values) * (jnp.square(root) - 1)
+
+
 def huber_value_loss(
     values: Float[Array, "B T"],
     returns: Float[Array, "B T"],

@@ -47,7 +47,7 @@ class Options:
 
     Attributes:
       algo: ppo, ppo_penalty, a2c, a3c, impala, trpo, reinforce, grpo, dqn, c51, qr_dqn, iqn, rainbow,
-        pqn, ddpg, td3, sac, crossq or mpc; for several agents ippo, mappo, maddpg, vdn or qmix.
+        r2d2, pqn, ddpg, td3, sac, crossq or mpc; for several agents ippo, mappo, maddpg, vdn or qmix.
       env: name of an environment of gymnax, or of `rl.envs.multi_agent`, such as mpe_simple_spread, smax_3m
         or overcooked_cramped_room; with --load, that of the saved agent.
       seeds: agents, trained side by side.

@@ -197,6 +197,15 @@ ROWS = (
     Row("CartPole-v1", "c51", 500_000, 491.1, CLEANRL, chunk=8, note="Seed 8 ends at 138."),
     Row("CartPole-v1", "iqn", 500_000, 498.4, "DQN's", chunk=8),
     Row("CartPole-v1", "pqn", 500_000, 498.4, "DQN's"),
+    Row(
+        "MemoryChain-bsuite",
+        "r2d2",
+        100_000,
+        0.9,
+        "the most is 1, 0 without a memory; less than 5 % for random actions",
+        ("hyper.epsilon_steps=10000", "hyper.learning_rate=1e-3"),
+        chunk=8,
+    ),
     Row("CartPole-v1", "rainbow", 500_000, 491.1, "C51's", chunk=8),
     Row(
         "MountainCarContinuous-v0",

@@ -114,6 +114,9 @@ class ValueFns:
     rank_fn: Callable[[Outputs], Float[Array, "N A"]]
 
 
+ExplorationNoise: TypeAlias = tuple[Array, Array]
+"""Uniform shares, and random actions."""
+
 ErrorFn: TypeAlias = Callable[
     [Float[Array, "N ..."], Float[Array, "N ..."], Batch, Any, Reduction], LossOutcome
 ]
@@ -240,7 +243,6 @@ def make_algorithm(
     update_fn: Callable[..., Any],
 ) -> Algorithm:
     """Epsilon-greedy exploration around `update_fn`."""
-    num_actions = discrete_actions(env, "DQN")
 
     def init_fn(key: PRNGKeyArray, hyper: Any) -> State:
         del hyper
@@ -249,22 +251,34 @@ def make_algorithm(
     def greedy(state: State, obs: Array) -> Int[Array, " B"]:
         return jnp.argmax(values.rank_fn(values.every_fn(state.learner.params, obs)), axis=-1)
 
-    def noise_fn(key: PRNGKeyArray, shape: tuple[int, int]) -> tuple[Array, Array]:
-        share_key, action_key = jax.random.split(key)
-        return jax.random.uniform(share_key, shape), jax.random.randint(action_key, shape, 0, num_actions)
-
-    def act_fn(state: State, hyper: Any, obs: Array, noise: tuple[Array, Array], steps: Array) -> Array:
-        shares, anything = noise
-        epsilon = linear_decay(
-            steps, start=hyper.epsilon_start, end=hyper.epsilon_end, steps=hyper.epsilon_steps
-        )
-        return jnp.where(shares < epsilon, anything, greedy(state, obs))
+    def act_fn(state: State, hyper: Any, obs: Array, noise: ExplorationNoise, steps: Array) -> Array:
+        return epsilon_greedy_action(greedy(state, obs), hyper, noise, steps)
 
     def policy_fn(state: State, obs: Array, key: PRNGKeyArray, deterministic: bool) -> Array:
         del key, deterministic  # the policy learnt is the greedy one
         return greedy(state, obs)
 
+    noise_fn = make_noise_fn(discrete_actions(env, "DQN"))
     return Algorithm(init_fn, noise_fn, act_fn, act_fn, update_fn, policy_fn)
+
+
+def make_noise_fn(num_actions: int) -> Callable[[PRNGKeyArray, tuple[int, int]], ExplorationNoise]:
+    """What `epsilon_greedy_action` needs of chance, for many steps at once."""
+
+    def noise_fn(key: PRNGKeyArray, shape: tuple[int, int]) -> ExplorationNoise:
+        share_key, action_key = jax.random.split(key)
+        return jax.random.uniform(share_key, shape), jax.random.randint(action_key, shape, 0, num_actions)
+
+    return noise_fn
+
+
+def epsilon_greedy_action(
+    greedy: Int[Array, " B"], hyper: Any, noise: ExplorationNoise, steps: Array
+) -> Int[Array, " B"]:
+    """The greedy action, or any; epsilon falls linearly, as `hyper` says."""
+    shares, anything = noise
+    epsilon = linear_decay(steps, start=hyper.epsilon_start, end=hyper.epsilon_end, steps=hyper.epsilon_steps)
+    return jnp.where(shares < epsilon, anything, greedy)
 
 
 def make_run(config: Config, env: Environment, env_params: Any) -> Run:
