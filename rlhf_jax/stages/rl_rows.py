@@ -206,6 +206,21 @@ ROWS = (
         ("hyper.epsilon_steps=10000", "hyper.learning_rate=1e-3"),
         chunk=8,
     ),
+    Row(
+        "BitFlipping-12",
+        "her",
+        40_000,
+        -6.5,
+        "the shortest way has 6 flips on average, the last for 0; an episode that fails is -12",
+    ),
+    Row(
+        "BitFlipping-12",
+        "her",
+        40_000,
+        None,
+        settings=("hyper.relabel_rate=0",),
+        variant="without hindsight",
+    ),
     Row("CartPole-v1", "rainbow", 500_000, 491.1, "C51's", chunk=8),
     Row(
         "MountainCarContinuous-v0",
