@@ -22,7 +22,7 @@ from rlhf_jax.stages import rl_joint_rows, rl_rows
 
 DISCRETE = ("dqn", "c51", "qr_dqn", "iqn", "rainbow", "r2d2", "pqn")
 WITH_GOALS = ("her",)
-CONTINUOUS = ("ddpg", "td3", "sac", "crossq", "mpc")
+CONTINUOUS = ("ddpg", "td3", "sac", "crossq", "mpo", "mpc")
 ENCODERS = {"mlp": MLP(), "relu_mlp": MLP(activation=nn.relu), "minatar_conv": MinAtarConv()}
 NORMED_ENCODERS = {"batch_norm_mlp": BatchNormMLP()}
 EITHER = ("ppo", "ppo_penalty", "a2c", "a3c", "impala", "trpo", "reinforce", "grpo")

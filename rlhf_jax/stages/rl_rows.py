@@ -103,6 +103,7 @@ ROWS = (
     Row("CartPole-v1", "dqn", 500_000, 498.4, CLEANRL),
     Row("Pendulum-v1", "sac", 20_000, -157.0),
     Row("Pendulum-v1", "crossq", 20_000, None),
+    Row("Pendulum-v1", "mpo", 20_000, None),
     Row("Pendulum-v1", "td3", 20_000, -152.0),
     Row("Pendulum-v1", "ddpg", 20_000, -152.0),
     Row(

@@ -10,7 +10,7 @@ from flax import linen as nn
 from rlhf_jax.core.types import Array, Float, Int
 from rlhf_jax.losses.value import midpoints
 from rlhf_jax.rl.envs.environments import Environment
-from rlhf_jax.rl.networks.distributions import TanhGaussian
+from rlhf_jax.rl.networks.distributions import DiagonalGaussian, TanhGaussian
 from rlhf_jax.rl.networks.networks import MLP, ROOT_2, MinAtarConv, ObsEncoder, TanhGaussianHead, linear
 
 
@@ -162,6 +162,32 @@ class SquashedGaussianActor(nn.Module):
     def __call__(self, obs: Array) -> TanhGaussian:
         """The distribution of actions, in the environment's units."""
         return TanhGaussianHead(self.low, self.high)(self.torso(obs))
+
+
+class GaussianActor(nn.Module):
+    """A Gaussian whose mean lies in the box of actions; samples may leave it.
+
+    Attributes:
+      torso: observation -> features.
+      low: of the box.
+      high: of the box.
+      std: at first, in half ranges of the box.
+    """
+
+    torso: nn.Module
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    std: float = 0.5
+
+    @nn.compact
+    def __call__(self, obs: Array) -> DiagonalGaussian:
+        """The distribution of actions, in the environment's units; mean and deviation depend on the state."""
+        raw_mean, raw_std = jnp.split(linear(2 * len(self.low), 0.01)(self.torso(obs)), 2, axis=-1)
+        low, high = jnp.asarray(self.low), jnp.asarray(self.high)
+        half_range = (high - low) / 2
+        return DiagonalGaussian(
+            (high + low) / 2 + half_range * jnp.tanh(raw_mean), raw_std + jnp.log(self.std * half_range)
+        )
 
 
 class Critics(nn.Module):
