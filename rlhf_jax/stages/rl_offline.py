@@ -1,13 +1,13 @@
-"""Learning from a log: behaviour cloning, CQL, IQL, AWAC, TD3+BC, GAIL, DAgger; several seeds at once.
+"""Learning from a log: behaviour cloning, CQL, IQL, AWAC, TD3+BC, GAIL, AIRL, DAgger; several seeds at once.
 
     rlhf rl --algo ppo --env CartPole-v1 --out runs/cartpole
     rlhf rl-offline --collect runs/cartpole:50 random:500 --data runs/cartpole.npz
     rlhf rl-offline --data runs/cartpole.npz --algo iql --seeds 8 --out runs/cartpole_iql
 
 A source is the run folder of a saved agent, or `random`, with a number of whole episodes; actions are
-sampled. Only `gail` and `dagger` step the environment while they learn, and look at none of its rewards; the
-Q-learners have those of the log. `dagger` asks a saved agent, `--expert`, what it would have done.
-Evaluation has its own episodes.
+sampled. Only `gail`, `airl` and `dagger` step the environment while they learn, and look at none of its
+rewards; the Q-learners have those of the log. `dagger` asks a saved agent, `--expert`, what it would have
+done. Evaluation has its own episodes.
 """
 
 import dataclasses
@@ -33,12 +33,13 @@ from rlhf_jax.rl.loops.runs import Run
 from rlhf_jax.stages import option_checks, rl, rl_agents, rl_rows
 from rlhf_jax.training.run_folder import describe_run
 
-STEPPING = ("gail", "dagger")
+ADVERSARIAL = ("gail", "airl")
+STEPPING = (*ADVERSARIAL, "dagger")
 ALGORITHMS = ("bc", "cql", "iql", "awac", "td3_bc", *STEPPING)
 CHANCE = "random"
 NAMES = ("algo", "env", "data", "expert", "seeds", "seed", "steps", "set", "chunks")
 
-# Changes of the defaults for an environment, as after --set; GAIL's policy has those of PPO in `rl_rows`.
+# Changes of the defaults for an environment, as after --set; the policy of GAIL and AIRL has PPO's in `rl_rows`.
 SETTINGS: dict[tuple[str, str], tuple[str, ...]] = {
     ("iql", "Pendulum-v1"): ("hyper.inverse_temperature=0.1",),
     # The published 3e-4 is for a million updates: after 5,000 it returned -547, this -152 (seeds from 100).
@@ -56,13 +57,13 @@ class Options:
     Attributes:
       data: the log, an .npz; with --collect, where it goes; None is refused.
       collect: sources SOURCE:EPISODES of a new log, a source being the run folder of rl.py or `random`.
-      algo: bc, cql (discrete actions), iql, awac, td3_bc (continuous actions), or gail and dagger (which step
-        the environment, and see no rewards).
+      algo: bc, cql (discrete actions), iql, awac, td3_bc (continuous actions), or gail, airl and dagger
+        (which step the environment, and see no rewards).
       expert: run folder of the saved agent that dagger asks; None for the others.
       env: name of a gymnax environment, needed where all sources are `random`.
       seeds: agents, trained side by side on the same log.
       seed: of the first of them, and of the collection.
-      steps: optimizer steps of each, environment steps with gail and dagger; 0 for the usual number.
+      steps: optimizer steps of each, environment steps with gail, airl and dagger; 0 for the usual number.
       set: changes of settings, such as hyper.expectile=0.9 or run.batch_size=64.
       out: the run folder; None for collecting only.
       render: write the first agent's episode as episode.gif.
@@ -177,7 +178,7 @@ def collect(options: Options, path: Path) -> None:
 def settings_for(algo: str, env_name: str) -> tuple[str, ...]:
     """Changes of the defaults for this environment."""
     own = SETTINGS.get((algo, env_name), ())
-    if algo != "gail":
+    if algo not in ADVERSARIAL:
         return own
     settings, steps = rl_rows.settings_for("ppo", env_name, rl_rows.ROWS)
     changes = (*settings, *([f"total_steps={steps}"] if steps else []))
@@ -198,9 +199,9 @@ def make_course(options: Options, env: Environment, env_params: Any, log: Transi
         raise UserError(f"unknown algorithm {options.algo!r}: choose among {', '.join(ALGORITHMS)}")
     module = importlib.import_module(f"rlhf_jax.rl.algorithms.{options.algo}")
     changes = list(settings_for(options.algo, env.name))
-    steps_of = {"gail": "policy.total_steps", "dagger": "run.total_steps"}
     if options.steps:
-        changes.append(f"{steps_of.get(options.algo, 'run.updates')}={options.steps}")
+        where = "policy.total_steps" if options.algo in ADVERSARIAL else "run.total_steps"
+        changes.append(f"{where if options.algo in STEPPING else 'run.updates'}={options.steps}")
     config, hyper = rl_agents.configured(module, (*changes, *options.set))
     if options.expert is not None and options.algo != "dagger":
         raise UserError(f"--expert is for dagger, not for {options.algo}: leave it out")
