@@ -1,4 +1,4 @@
-"""Learning from a log: behaviour cloning, CQL, IQL, AWAC, TD3+BC, GAIL, AIRL, DAgger; several seeds at once.
+"""Learning from a log: behaviour cloning, CQL, IQL, AWAC, TD3+BC, decision transformer, GAIL, AIRL, DAgger.
 
     rlhf rl --algo ppo --env CartPole-v1 --out runs/cartpole
     rlhf rl-offline --collect runs/cartpole:50 random:500 --data runs/cartpole.npz
@@ -35,11 +35,11 @@ from rlhf_jax.training.run_folder import describe_run
 
 ADVERSARIAL = ("gail", "airl")
 STEPPING = (*ADVERSARIAL, "dagger")
-ALGORITHMS = ("bc", "cql", "iql", "awac", "td3_bc", *STEPPING)
+ALGORITHMS = ("bc", "cql", "iql", "awac", "td3_bc", "decision_transformer", *STEPPING)
 CHANCE = "random"
 NAMES = ("algo", "env", "data", "expert", "seeds", "seed", "steps", "set", "chunks")
 
-# Changes of the defaults for an environment, as after --set; the policy of GAIL and AIRL has PPO's in `rl_rows`.
+# Changes of the defaults for an environment, as after --set; GAIL's and AIRL's policy has PPO's of `rl_rows`.
 SETTINGS: dict[tuple[str, str], tuple[str, ...]] = {
     ("iql", "Pendulum-v1"): ("hyper.inverse_temperature=0.1",),
     # The published 3e-4 is for a million updates: after 5,000 it returned -547, this -152 (seeds from 100).
@@ -57,8 +57,8 @@ class Options:
     Attributes:
       data: the log, an .npz; with --collect, where it goes; None is refused.
       collect: sources SOURCE:EPISODES of a new log, a source being the run folder of rl.py or `random`.
-      algo: bc, cql (discrete actions), iql, awac, td3_bc (continuous actions), or gail, airl and dagger
-        (which step the environment, and see no rewards).
+      algo: bc, cql (discrete actions), iql, awac, td3_bc (continuous actions), decision_transformer, or gail,
+        airl and dagger (which step the environment, and see no rewards).
       expert: run folder of the saved agent that dagger asks; None for the others.
       env: name of a gymnax environment, needed where all sources are `random`.
       seeds: agents, trained side by side on the same log.
