@@ -47,7 +47,7 @@ class Options:
 
     Attributes:
       algo: ppo, ppo_penalty, a2c, a3c, impala, trpo, reinforce, grpo, dqn, c51, qr_dqn, iqn, rainbow,
-        r2d2, pqn, her (environments with goals), ddpg, td3, sac, crossq, mpo or mpc; for several
+        r2d2, pqn, muzero, her (environments with goals), ddpg, td3, sac, crossq, mpo or mpc; for several
         agents ippo, mappo, maddpg, vdn or qmix.
       env: name of an environment of gymnax, of `rl.envs.goals`, such as BitFlipping-12, or of
         `rl.envs.multi_agent`, such as mpe_simple_spread, smax_3m or overcooked_cramped_room; with

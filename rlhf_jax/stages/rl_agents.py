@@ -20,7 +20,7 @@ from rlhf_jax.rl.networks.batch_norm import BatchNormMLP
 from rlhf_jax.rl.networks.networks import MLP, MinAtarConv
 from rlhf_jax.stages import rl_joint_rows, rl_rows
 
-DISCRETE = ("dqn", "c51", "qr_dqn", "iqn", "rainbow", "r2d2", "pqn")
+DISCRETE = ("dqn", "c51", "qr_dqn", "iqn", "rainbow", "r2d2", "pqn", "muzero")
 WITH_GOALS = ("her",)
 CONTINUOUS = ("ddpg", "td3", "sac", "crossq", "mpo", "mpc")
 ENCODERS = {"mlp": MLP(), "relu_mlp": MLP(activation=nn.relu), "minatar_conv": MinAtarConv()}

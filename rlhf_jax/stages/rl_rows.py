@@ -222,6 +222,7 @@ ROWS = (
         settings=("hyper.relabel_rate=0",),
         variant="without hindsight",
     ),
+    Row("CartPole-v1", "muzero", 50_000, None, chunk=4),
     Row("CartPole-v1", "rainbow", 500_000, 491.1, "C51's", chunk=8),
     Row(
         "MountainCarContinuous-v0",
