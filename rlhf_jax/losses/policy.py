@@ -339,11 +339,10 @@ def grpo_loss(
         **_drift(logp - old_logp, log_ratio),
         **_clipping(log_ratio, advantages, epsilon_low, epsilon_high),
     }
-    if exact_kl is not None or ref_logp is not None:
-        if exact_kl is not None:
-            kl = cleaned(exact_kl, mask)
-        else:
-            kl = kl_fn(logp, cleaned_constant(ref_logp, mask))
+    kl = None if exact_kl is None else cleaned(exact_kl, mask)
+    if kl is None and ref_logp is not None:
+        kl = kl_fn(logp, cleaned_constant(ref_logp, mask))
+    if kl is not None:
         if kl_ratio_correction:
             kl = bounded_exp(log_ratio) * kl
         loss_per_token = loss_per_token + kl_coef * kl
