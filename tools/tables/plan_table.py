@@ -130,7 +130,7 @@ def full_row(options: Options, tokenizer: Tokenizer) -> dict[str, str]:
     end = sum(encode_conversation(tokenizer, empty).mask)  # the token that ends the turn
     answer = (options.new_tokens - end) * "2"
     prompt = (options.length - options.new_tokens - begin) * "1"
-    return {"prompt": prompt, "completion": answer, "chosen": answer, "rejected": answer}
+    return {"prompt": prompt, "completion": answer, "chosen": answer, "rejected": answer.replace("2", "3")}
 
 
 def folder_of(options: Options, row: Row, slice_name: str) -> Path:
