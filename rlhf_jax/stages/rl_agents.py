@@ -23,7 +23,12 @@ from rlhf_jax.stages import rl_joint_rows, rl_rows
 DISCRETE = ("dqn", "c51", "qr_dqn", "iqn", "rainbow", "r2d2", "pqn", "muzero")
 WITH_GOALS = ("her",)
 CONTINUOUS = ("ddpg", "td3", "sac", "crossq", "mpo", "mpc")
-ENCODERS = {"mlp": MLP(), "relu_mlp": MLP(activation=nn.relu), "minatar_conv": MinAtarConv()}
+ENCODERS = {
+    "mlp": MLP(),
+    "relu_mlp": MLP(activation=nn.relu),
+    "layer_norm_mlp": MLP(activation=nn.relu, layer_norm=True),
+    "minatar_conv": MinAtarConv(),
+}
 NORMED_ENCODERS = {"batch_norm_mlp": BatchNormMLP()}
 EITHER = ("ppo", "ppo_penalty", "a2c", "a3c", "impala", "trpo", "reinforce", "grpo")
 SEVERAL_EITHER = ("ippo", "mappo", "maddpg")
@@ -51,7 +56,7 @@ RENAMED = {
     "max_kl": "target_kl",
 }
 """Settings by the names they had: agents saved with them are read, and `--set` answers with the new name."""
-_ZERO_TOO = ("learning_starts", "memory_width", "total_steps", "warmup_steps")
+_ZERO_TOO = ("burn_in", "learning_starts", "memory_width", "total_steps", "warmup_steps")
 _UNBOUNDED = ("target_kl", "cliprange_value", "clip_norm")
 
 

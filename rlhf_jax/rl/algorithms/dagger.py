@@ -64,13 +64,12 @@ def aggregated(
     """A batch of the log and of what was seen since, as if they were one set; actions are the expert's.
 
     Args:
-      log: the expert's own.
-      replay: what was seen since, with whatever actions.
+      log: what was seen before.
+      replay: what was seen since.
       indices: numbers of transitions in the replay, some of which stay unused.
     """
     share_key, place_key = jax.random.split(key)
     seen = gather(replay, indices, gamma=1.0)
-    seen = dataclasses.replace(seen, action=expert_fn(seen.obs).astype(seen.action.dtype))
     count, others = log.size, replay.size * replay.data.reward.shape[1]
     of_log = jax.random.uniform(share_key, indices.shape) < count / (count + others)
     place = jax.random.randint(place_key, indices.shape, 0, count)
@@ -78,14 +77,15 @@ def aggregated(
     def pick(a: Array, b: Array) -> Array:
         return jnp.where(of_log.reshape(-1, *[1] * (a.ndim - 1)), a, b)
 
-    return jax.tree.map(pick, gather(log, place, gamma=1.0), seen)
+    batch = jax.tree.map(pick, gather(log, place, gamma=1.0), seen)
+    return dataclasses.replace(batch, action=expert_fn(batch.obs).astype(batch.action.dtype))
 
 
 def make_run(config: Config, env: Environment, env_params: Any, data: Transition, expert_fn: ExpertFn) -> Run:
     """A run as `init` and `step` (Ross et al. 2011, Algorithm 3.1).
 
     Args:
-      data: the expert's log, with which the set begins.
+      data: a log with which the set begins, best the expert's; its actions are not looked at.
 
     Raises:
       UserError: the log is empty.
