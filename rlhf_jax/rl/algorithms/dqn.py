@@ -109,8 +109,8 @@ class ValueFns:
       rank_fn: outputs [N, A, ...] -> numbers [N, A] of which the highest is the best action.
     """
 
-    every_fn: Callable[[Params, Array], Outputs]
-    chosen_fn: Callable[[Params, Array, Int[Array, " N"]], Float[Array, "N ..."]]
+    every_fn: Callable[..., Outputs]
+    chosen_fn: Callable[..., Float[Array, "N ..."]]
     rank_fn: Callable[[Outputs], Float[Array, "N A"]]
 
 

@@ -125,8 +125,14 @@ def init(
 ) -> State:
     """The state at step 0; old policy and target networks are copies."""
     duals = Duals(*(_inverse_softplus(x) for x in (hyper.temperature, hyper.multiplier, hyper.multiplier)))
-    learners = (init_train_state(params, tx) for params in (actor, critics, duals))
-    return State(*learners, actor, critics, key)
+    return State(
+        actor=init_train_state(actor, tx),
+        critics=init_train_state(critics, tx),
+        duals=init_train_state(duals, tx),
+        old_actor=actor,
+        target_critics=critics,
+        key=key,
+    )
 
 
 def _inverse_softplus(value: Scalar) -> Float[Array, ""]:

@@ -35,7 +35,7 @@ from rlhf_jax.rl.loops.replay import Replay, gather_windows
 from rlhf_jax.rl.loops.rollout import bootstrapped
 from rlhf_jax.rl.loops.runs import Run, Train, make_train_fn
 from rlhf_jax.rl.networks.latent_models import LatentModel
-from rlhf_jax.rl.networks.q_networks import make_value_encoder
+from rlhf_jax.rl.networks.q_networks import applied, make_value_encoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,15 +224,13 @@ def unrolled(network: LatentModel, params: Params, batch: Batch) -> tuple[Array,
 
     Gradients are halved at each of its steps, as in the paper.
     """
-    variables = {"params": params}
-    latent = network.apply(variables, batch.obs, method="represent")
-    rewards, told = [], [network.apply(variables, latent, method="predict")]
+    represent, step, predict = (applied(network, name) for name in ("represent", "step", "predict"))
+    latent = represent(params, batch.obs)
+    rewards, told = [], [predict(params, latent)]
     for k in range(batch.action.shape[1]):
-        latent, reward = network.apply(
-            variables, scale_gradient(latent, 0.5), batch.action[:, k], method="step"
-        )
+        latent, reward = step(params, scale_gradient(latent, 0.5), batch.action[:, k])
         rewards.append(reward)
-        told.append(network.apply(variables, latent, method="predict"))
+        told.append(predict(params, latent))
     logits, values = (jnp.stack(parts, axis=1) for parts in zip(*told, strict=True))
     return jnp.stack(rewards, axis=1), logits, values
 
@@ -274,24 +272,24 @@ def search(
       gumbel_scale: 0 plays without randomness.
     """
     mctx: Any = optional("mctx", extra="search")
-    variables = {"params": params}
+    represent, step, predict = (applied(network, name) for name in ("represent", "step", "predict"))
 
     def expand(
         params: Params, key: PRNGKeyArray, action: Int[Array, " B"], latent: Array
     ) -> tuple[Any, Array]:
-        del params, key
-        latent, reward = network.apply(variables, latent, action, method="step")
-        logits, value = network.apply(variables, latent, method="predict")
-        found = mctx.RecurrentFnOutput(
+        del key
+        latent, reward = step(params, latent, action)
+        logits, value = predict(params, latent)
+        told = mctx.RecurrentFnOutput(
             reward=unrescale_values(reward),
             discount=jnp.full(value.shape, gamma, value.dtype),
             prior_logits=logits,
             value=unrescale_values(value),
         )
-        return found, latent
+        return told, latent
 
-    latent = network.apply(variables, obs, method="represent")
-    logits, value = network.apply(variables, latent, method="predict")
+    latent = represent(params, obs)
+    logits, value = predict(params, latent)
     root = mctx.RootFnOutput(prior_logits=logits, value=unrescale_values(value), embedding=latent)
     found = mctx.gumbel_muzero_policy(
         params,

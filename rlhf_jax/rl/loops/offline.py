@@ -133,12 +133,22 @@ def make_run(config: RunConfig, data: Transition, algorithm: Algorithm) -> Run:
         steps = state.steps + per_report
         return State(agent, key, steps), {"steps": steps, **over_steps(metrics)}
 
-    act = algorithm.act_fn or make_act_fn(algorithm.policy_fn)
-    return Run(init=init, step=step, act=act, updates=config.num_logs, steps_per_update=per_report)
+    return Run(
+        init=init, step=step, act=acting(algorithm), updates=config.num_logs, steps_per_update=per_report
+    )
 
 
-def make_act_fn(policy_fn: Callable[[Any, Array, PRNGKeyArray, bool], Array]) -> ActFn:
-    """How an agent without a memory acts."""
+def acting(algorithm: Algorithm) -> ActFn:
+    """How an agent acts from the run's state.
+
+    Raises:
+      UserError: the algorithm does not say.
+    """
+    policy_fn = algorithm.policy_fn
+    if algorithm.act_fn is not None:
+        return algorithm.act_fn
+    if policy_fn is None:
+        raise UserError("Algorithm: give policy_fn, or act_fn for an agent with a memory.")
 
     def act(
         state: State, obs: Array, is_first: Array, carry: Any, key: PRNGKeyArray, *, deterministic: bool

@@ -36,7 +36,7 @@ def agent_of():
         "old_actor": jax.jit(actor.init)(jax.random.key(3), jnp.zeros((1, 3)))["params"],
         "target_critics": init_critics(jax.random.key(4)),
     }
-    return applied(actor), critic_fn, dataclasses.replace(state, **others)
+    return jax.jit(applied(actor)), jax.jit(critic_fn), dataclasses.replace(state, **others)
 
 
 def batch_of(count=4):

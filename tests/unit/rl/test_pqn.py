@@ -134,13 +134,13 @@ def test_continuous_actions_are_refused():
 
 @pytest.mark.slow
 def test_cartpole():
-    """Two seeds, 200,000 steps each: at least 400 on average (a random policy gets 22, the most is 500)."""
-    run = pqn.make_run(pqn.Config(total_steps=200_000), *CARTPOLE)
-    keys = jax.random.split(jax.random.key(0), 2)
-    options = compiler_options()
-    states, _ = jax.jit(jax.vmap(make_train_fn(run), (0, None)), compiler_options=options)(keys, pqn.Hyper())
+    """100,000 steps: at least 300 (a random policy gets 22, the most is 500)."""
+    run = pqn.make_run(pqn.Config(total_steps=100_000), *CARTPOLE)
+    keys = jax.random.split(jax.random.key(0), 1)
+    hyper, options = pqn.Hyper(epsilon_steps=50_000.0), compiler_options()
+    states, _ = jax.jit(jax.vmap(make_train_fn(run), (0, None)), compiler_options=options)(keys, hyper)
 
     def score(state, key):
         return evaluate(run, state, *CARTPOLE, key, episodes=16, deterministic=True)[0]
 
-    assert jnp.mean(jax.jit(jax.vmap(score), compiler_options=options)(states, keys)) > 400
+    assert jnp.mean(jax.jit(jax.vmap(score), compiler_options=options)(states, keys)) > 300
