@@ -13,12 +13,20 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
+from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.train_state import OptimizerConfig, TrainState, apply_gradients, make_optimizer
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Float, Metrics, Params, PRNGKeyArray, Scalar
 from rlhf_jax.losses.reward import process_reward_loss
 from rlhf_jax.rl.algorithms import ppo
-from rlhf_jax.rl.algorithms.gail import PolicySteps, State, init, make_discriminator, make_imitation_run
+from rlhf_jax.rl.algorithms.gail import (
+    PolicySteps,
+    State,
+    StepLogpFn,
+    init,
+    make_discriminator,
+    make_imitation_run,
+)
 from rlhf_jax.rl.envs.environments import Environment, Transition
 from rlhf_jax.rl.loops import offline
 from rlhf_jax.rl.loops.runs import Run, Train, make_train_fn
@@ -187,13 +195,20 @@ def make_run(config: Config, env: Environment, env_params: Any, data: Transition
     Raises:
       UserError: observations are to be normalised, the policy has a memory, or the log is empty.
     """
+    if config.policy.network.memory_width:
+        raise UserError("AIRL: policy.network.memory_width: steps of a log are taken one by one: leave it 0.")
     model = make_reward_model(config, env)
     update = make_update(model, make_optimizer(config.optimizer))
+
+    def discriminate(
+        learner: TrainState, hyper: Hyper, log: Transition, own: PolicySteps, logp_fn: StepLogpFn
+    ) -> tuple[TrainState, Metrics]:
+        return update(learner, hyper, PolicySteps(log, logp_fn(log)), own)
 
     def reward_fn(params: RewardParams, hyper: Hyper, own: PolicySteps) -> Float[Array, " N"]:
         return shaped_reward(model, params, own.seen, gamma=hyper.gamma) - own.logp
 
-    return make_imitation_run(config, env, env_params, data, model.init_fn, update, reward_fn)
+    return make_imitation_run(config, env, env_params, data, model.init_fn, discriminate, reward_fn)
 
 
 def make_train(config: Config, env: Environment, env_params: Any, data: Transition) -> Train:

@@ -172,9 +172,10 @@ def make_run(config: Config, env: Environment, env_params: Any, data: Transition
     discriminate = make_update(logit_fn, make_optimizer(config.optimizer))
 
     def learn(
-        learner: TrainState, hyper: Hyper, log: PolicySteps, own: PolicySteps
+        learner: TrainState, hyper: Hyper, log: Transition, own: PolicySteps, logp_fn: StepLogpFn
     ) -> tuple[TrainState, Metrics]:
-        pairs = ImitationBatch(log.seen.obs, log.seen.action, own.seen.obs, own.seen.action)
+        del logp_fn
+        pairs = ImitationBatch(log.obs, log.action, own.seen.obs, own.seen.action)
         return discriminate(learner, hyper, pairs)
 
     def reward_fn(params: Params, hyper: Hyper, own: PolicySteps) -> Float[Array, " N"]:
@@ -186,14 +187,18 @@ def make_run(config: Config, env: Environment, env_params: Any, data: Transition
 
 @pytree_dataclass
 class PolicySteps:
-    """Steps [N], of the log or of the policy.
+    """Steps [N] and what the policy makes of them.
 
     Attributes:
-      logp: log-probability that the policy gives, or gave, the action.
+      logp: log-probability that it gives, or gave, the action.
     """
 
     seen: Transition
     logp: Float[Array, " N"]
+
+
+StepLogpFn = Callable[[Transition], Float[Array, " N"]]
+"""Steps, each on its own -> log-probability of their actions under the policy of now, which has no memory."""
 
 
 def make_imitation_run(
@@ -202,23 +207,24 @@ def make_imitation_run(
     env_params: Any,
     data: Transition,
     init_discriminator: Callable[[PRNGKeyArray], Params],
-    discriminate: Callable[[TrainState, Any, PolicySteps, PolicySteps], tuple[TrainState, Metrics]],
+    discriminate: Callable[
+        [TrainState, Any, Transition, PolicySteps, StepLogpFn], tuple[TrainState, Metrics]
+    ],
     reward_fn: Callable[[Params, Any, PolicySteps], Float[Array, " N"]],
 ) -> Run:
     """A run of PPO on the reward of a discriminator, the two in turn.
 
     Args:
       config: with the fields of `Config`.
-      discriminate: (discriminator, hyper, steps of the log, the policy's) -> (discriminator, metrics).
+      discriminate: (discriminator, hyper, steps of the log, the policy's, log-probabilities) ->
+        (discriminator, metrics).
       reward_fn: (parameters of the discriminator, hyper, the policy's steps) -> rewards.
 
     Raises:
-      UserError: observations are to be normalised, the policy has a memory, or the log is empty.
+      UserError: observations are to be normalised, or the log is empty.
     """
     if config.policy.rollout.normalize_obs:
         raise UserError("policy.rollout.normalize_obs=true would not fit the log's: leave it false.")
-    if config.policy.network.memory_width:
-        raise UserError("policy.network.memory_width: steps of a log are taken one by one: leave it 0.")
     network, learning = ppo.make_learning(config.policy, env)
     tx, log, logprob_fn = make_optimizer(config.optimizer), offline.as_replay(data), make_logprob_fn(network)
 
@@ -227,23 +233,22 @@ def make_imitation_run(
         policy = learning.init_fn(params, policy_key, hyper.policy)
         return init(policy, init_discriminator(discriminator_key), tx, key)
 
-    def sampled(params: Params, key: PRNGKeyArray) -> PolicySteps:
-        indices = sample_uniform(log, key, batch_size=config.batch_size)
-        seen = jax.tree.map(lambda x: x[indices, 0], log.data)
-        inputs = Inputs(seen.obs, seen.action, jnp.zeros(indices.shape, bool), ())
-        return PolicySteps(seen, logprob_fn(params, inputs).logp)
-
     def learn(state: State, hyper: Any, experience: Experience) -> tuple[State, Metrics]:
         key, sample_key = jax.random.split(state.key)
         steps = PolicySteps(experience.transition, experience.logp)
         own = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), steps)
-        params = state.policy.learner.params
+
+        def logp_fn(seen: Transition) -> Float[Array, " N"]:
+            inputs = Inputs(seen.obs, seen.action, jnp.zeros(seen.reward.shape, bool), ())
+            return logprob_fn(state.policy.learner.params, inputs).logp
 
         def step(learner: TrainState, key: PRNGKeyArray) -> tuple[TrainState, Metrics]:
             log_key, own_key = jax.random.split(key)
             chosen = jax.random.randint(own_key, (config.batch_size,), 0, len(own.logp))
             part = jax.tree.map(lambda x: x[chosen], own)
-            return discriminate(learner, hyper, sampled(params, log_key), part)
+            indices = sample_uniform(log, log_key, batch_size=config.batch_size)
+            of_log = jax.tree.map(lambda x: x[indices, 0], log.data)
+            return discriminate(learner, hyper, of_log, part, logp_fn)
 
         keys = jax.random.split(sample_key, config.discriminator_steps)
         discriminator, told = jax.lax.scan(step, state.discriminator, keys)

@@ -15,6 +15,7 @@ from rlhf_jax.rl.algorithms.gail import PolicySteps
 from rlhf_jax.rl.envs import environments, transitions
 from rlhf_jax.rl.envs.environments import Transition
 from rlhf_jax.rl.envs.evaluation import evaluate
+from rlhf_jax.rl.loops.on_policy import NetworkConfig
 from rlhf_jax.rl.loops.rollout import RolloutConfig
 from rlhf_jax.rl.loops.runs import make_train_fn
 from rlhf_jax.rl.networks.networks import MLP
@@ -97,6 +98,9 @@ def test_a_run_by_command_and_mistakes():
     normalized = dataclasses.replace(ppo.Config(), rollout=RolloutConfig(normalize_obs=True))
     with pytest.raises(UserError, match="normalize_obs"):
         airl.make_run(airl.Config(normalized), *CARTPOLE, log)
+    remembering = dataclasses.replace(ppo.Config(), network=NetworkConfig(memory_width=8))
+    with pytest.raises(UserError, match="memory_width"):
+        airl.make_run(airl.Config(remembering), *CARTPOLE, log)
 
 
 @pytest.mark.slow
