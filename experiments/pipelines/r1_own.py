@@ -1,9 +1,9 @@
 """R1-Zero and R1 on a model and data of one's own.
 
-R1-Zero is RL by rules alone from the model as it is. With traces of good reasoning there is a cold start, and
-reasoning RL from it; then the model is fine-tuned anew on what that RL wrote and the rules accept, with general
-conversations where they are given, and RL goes on from there. Without traces R1-Zero's answers are those that
-are chosen from.
+R1-Zero is RL by rules alone from the model as it is. With traces of good reasoning there is a cold start,
+and reasoning RL from it; then the model is fine-tuned anew on what that RL wrote and the rules accept, with
+general conversations where they are given, and RL goes on from there. Without traces R1-Zero's answers are
+those that are chosen from.
 """
 
 import dataclasses
