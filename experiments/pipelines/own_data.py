@@ -8,7 +8,7 @@ prompts are given: every policy answers them, greedily, and what its answers are
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 SAMPLES = 8
 HELD_OUT_SHARE = 0.1
 LEARNT_REWARD = "reward_model"
+
+FolderFn = Callable[[Any, Path, str], str]
+"""(job, folder of a seed, stage) -> where the policy is that it left."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,13 +101,13 @@ def check(job: "Job") -> None:
         )
 
 
-def split_prompts(job: "Job") -> tuple[str, str]:
+def split_prompts(job: Any) -> tuple[str, str]:
     """(file of prompts to train on, file of held-out ones)."""
     own = job.own
     return (own.prompts, own.eval_data) if own.eval_data or not own.prompts else split(job, "prompts")
 
 
-def split(job: "Job", name: str) -> tuple[str, str]:
+def split(job: Any, name: str) -> tuple[str, str]:
     """(file of the rows to train on, file of a held-out tenth), drawn once and written."""
     source, folder = getattr(job.own, name), job.out / "data"
     paths = folder / f"{name}.jsonl", folder / f"{name}_held_out.jsonl"
@@ -166,7 +169,7 @@ def stage_runs(job: "Job", folder: Path, seed: int) -> dict[str, Callable[[], An
     return {"start": lambda: None, **commands}
 
 
-def reward_of(job: "Job", folder: Path) -> str:
+def reward_of(job: Any, folder: Path) -> str:
     """What the table measures by: the first reward, or the reward model; empty for nothing."""
     if job.own.rewards:
         return job.own.rewards[0]
@@ -182,27 +185,37 @@ def policy_folder(job: "Job", folder: Path, name: str) -> str:
 
 
 def run_seed(job: "Job", seed: int) -> pipeline_stages.Results:
-    """Trains the stages of one seed, then measures all policies, as the reward model may be the measure."""
+    """Trains and measures the stages of one seed."""
     folder = job.out / f"seed_{seed}"
-    stages = stage_runs(job, folder, seed)
+    start = "sft" if job.own.sft_data else "start"
+    return run_and_measure(job, folder, stage_runs(job, folder, seed), start, policy_folder)
+
+
+def run_and_measure(
+    job: Any, folder: Path, stages: Mapping[str, Callable[[], Any]], start: str, folder_of: FolderFn
+) -> pipeline_stages.Results:
+    """Runs the stages, then measures all policies, as the reward model may be the measure.
+
+    Args:
+      start: the policy that the KL is to.
+    """
     trained = pipeline_stages.run_seed(folder, stages, lambda _: {})
     path = folder / "measured.json"
     measured: dict[str, Any] = files.read_json(path, otherwise={}, keys=())
     evaluate = functools.cache(lambda: held_out_evaluation(job, folder))
-    start = "sft" if job.own.sft_data else "start"
-    reference = functools.cache(lambda: load(policy_folder(job, folder, start)).params)
+    reference = functools.cache(lambda: load(folder_of(job, folder, start)).params)
     for name in stages:
         if name == LEARNT_REWARD:
             accuracy = pipeline_stages.last_metric(folder / name, "eval/pair_accuracy")
             measured[name] = {"pair_accuracy": accuracy}
         elif name not in measured and (score := evaluate()) is not None:
-            params = load(policy_folder(job, folder, name)).params
+            params = load(folder_of(job, folder, name)).params
             measured[name] = numbers_of(score(params, None if name == start else reference()))
         files.write_json(path, measured)
     return {name: {**trained[name], **measured.get(name, {})} for name in stages}
 
 
-def held_out_evaluation(job: "Job", folder: Path) -> Callable[..., Evaluation] | None:
+def held_out_evaluation(job: Any, folder: Path) -> Callable[..., Evaluation] | None:
     """The same held-out prompts for every policy; None where there are none."""
     prompts_file, held_out = split_prompts(job)
     if not held_out:
@@ -234,7 +247,7 @@ def numbers_of(found: Evaluation) -> dict[str, Any]:
 # What comes out ------------------------------------------------------------------------------------
 
 
-def show(job: "Job", results: list[pipeline_stages.Results]) -> None:
+def show(job: Any, results: list[pipeline_stages.Results], folder_of: FolderFn = policy_folder) -> None:
     """Prints the table, where the report is, and how to talk to each policy."""
     policies = [name for name in results[0] if name != LEARNT_REWARD]
     scored = "score" in results[0][policies[0]]
@@ -251,7 +264,7 @@ def show(job: "Job", results: list[pipeline_stages.Results]) -> None:
     )
     folder = job.out / f"seed_{job.first_seed}"
     for name in policies:
-        print(f"Talk to {name}: rlhf generate --model {policy_folder(job, folder, name)}")
+        print(f"Talk to {name}: rlhf generate --model {folder_of(job, folder, name)}")
     runs = [folder / name for name in results[0] if name != "start"]
     if len(runs) > 1:
         print(f"Report: {write_comparison(runs, job.out / 'report.html')}")
