@@ -99,14 +99,14 @@ def check(job: Job, counts: Sequence[str]) -> None:
         raise UserError(f"{job.out} already holds a run: add --resume, or choose another --out")
 
 
-def run_options(job: Job, folder: Path, seed: int, steps: int) -> option_groups.RunOptions:
-    """How one of the stages runs."""
+def run_options(job: Job, folder: Path, seed: int, steps: int | None) -> option_groups.RunOptions:
+    """How one of the stages runs; one pass over its data where `steps` is None, evaluated at the end."""
     return option_groups.RunOptions(
         folder,
         seed,
         resume=job.resume,
         steps=steps,
-        eval_every=math.ceil(steps / EVALUATIONS),
+        eval_every=math.ceil((steps or 0) / EVALUATIONS),
         quiet=job.quiet,
         report=False,
     )

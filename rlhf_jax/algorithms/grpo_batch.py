@@ -11,7 +11,7 @@ from rlhf_jax.algorithms.process_supervision import add_step_advantages
 from rlhf_jax.algorithms.selection import largest_advantages
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.masks import masked_mean
-from rlhf_jax.core.types import Array, Bool, Float, Metrics, PRNGKeyArray, Rollout, Scalar, StepRewards
+from rlhf_jax.core.types import Array, Bool, Float, Int, Metrics, PRNGKeyArray, Rollout, Scalar, StepRewards
 from rlhf_jax.kernels.advantages import reward_spread
 from rlhf_jax.kernels.kl import k1
 from rlhf_jax.kernels.prepare import cleaned_constant, mask_or_all
@@ -85,6 +85,7 @@ def make_batch(
     collision: Float[Array, "B T"] | None = None,
     values: Float[Array, " N"] | None = None,
     reward_terms: Float[Array, "B K"] | None = None,
+    reference_top_k: tuple[Float[Array, "B T K"], Int[Array, "B T K"]] | None = None,
     key: PRNGKeyArray | None = None,
 ) -> tuple[Batch, Metrics]:
     """Advantages within each group of `config.group_size` neighbouring rows, corrected for the sampler.
@@ -100,6 +101,8 @@ def make_batch(
       collision: sum of squared probabilities at each token, for the optimal token baseline (OTB).
       values: of the prompts, for advantages that are rewards less them (A*-PO).
       reward_terms: without `hyper.reward_weights`; NaN where one is not meant for an answer (GDPO).
+      reference_top_k: (log-probs, ids) of K tokens at each place under the reference, all of them or its
+        likeliest, for a KL of distributions in the loss (`losses.top_k_kl`); None for that of tokens.
       key: decides which tokens are detached, for `hyper.clip_cov_fraction`.
 
     Returns:
@@ -147,14 +150,16 @@ def make_batch(
     held = None
     if hyper.kl_cov_fraction is not None:
         held = kl_cov_mask(old_logp, advantages, accepted, fraction=hyper.kl_cov_fraction)
+    ref_candidate_logp, candidates = (None, None) if reference_top_k is None else reference_top_k
     batch = Batch(
-        sequences=dataclasses.replace(rollout.sequences, mask=accepted),
+        sequences=dataclasses.replace(rollout.sequences, mask=accepted, candidates=candidates),
         old_logp=_anchor(config, rollout, old_logp, ref_logp),
         ref_logp=ref_logp,
         advantages=advantages,
         weights=weights,
         sampler_logp=None if hyper.off_policy_threshold is None else rollout.logp,
         old_kl_mask=held,
+        ref_candidate_logp=ref_candidate_logp,
     )
     metrics = _describe(rollout, rewards, scored, mask, old_logp, kl)
     return _largest(config, batch), {**metrics, **described, **corrected}

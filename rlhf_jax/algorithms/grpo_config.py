@@ -146,6 +146,8 @@ class Batch:
       weights: factors of the tokens' surrogates; None for none.
       sampler_logp: as the sampler reported it; None where nothing asks for it.
       old_kl_mask: tokens that a KL holds to the old policy (KL-Cov); None for none.
+      ref_candidate_logp: what the reference gives `sequences.candidates`, where the KL in the loss is that of
+        distributions; None where the tokens that were sampled estimate it.
     """
 
     sequences: Sequences
@@ -155,6 +157,7 @@ class Batch:
     weights: Float[Array, "B T"] | None = None
     sampler_logp: Float[Array, "B T"] | None = None
     old_kl_mask: Bool[Array, "B T"] | None = None
+    ref_candidate_logp: Float[Array, "B T K"] | None = None
 
 
 @pytree_dataclass

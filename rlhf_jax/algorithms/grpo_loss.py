@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from rlhf_jax.algorithms.grpo_config import Batch, Config, Hyper
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Array, Bool, Float, Metrics, Scalar, TokenLogprobs
+from rlhf_jax.losses.distillation import top_k_kl
 from rlhf_jax.losses.policy import grpo_loss
 from rlhf_jax.losses.policy_weights import off_policy_mask
 
@@ -39,6 +40,7 @@ def batch_loss(
         surrogate_fn=config.surrogate_fn,
         kl_fn=config.kl_fn,
         kl_ratio_correction=config.kl_ratio_correction,
+        exact_kl=_exact_kl(score, rows),
         reduce=config.reduce,
         denominator=denominator,
     )
@@ -46,6 +48,15 @@ def batch_loss(
     # The batch's own `kl` sums over an answer; this one is the loss term, a mean over tokens.
     metrics["kl_loss"] = metrics.pop("kl", jnp.zeros(()))
     return loss, metrics
+
+
+def _exact_kl(score: TokenLogprobs, rows: Batch) -> Float[Array, "B T"] | None:
+    """KL to the reference of the distributions at each place, where the batch has those of the reference."""
+    if rows.ref_candidate_logp is None:
+        return None
+    if score.candidate_logp is None:
+        raise UserError("the KL of distributions needs log-probs of `Sequences.candidates` from logprob_fn")
+    return top_k_kl(score.candidate_logp, rows.ref_candidate_logp, rows.sequences.mask)
 
 
 def _kept_on_policy(

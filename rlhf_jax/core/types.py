@@ -75,6 +75,7 @@ class Sequences:
       mask: tokens that count (responses, actions); False for prompts, padding and tool outputs.
       experts: those that each token goes through at each of R routers, -1 for the router's own choice; None
         where all choose for themselves.
+      candidates: K tokens at each place whose log-probs are asked for, too; None for none.
       images: what the image tokens stand for; None where there are none.
     """
 
@@ -83,6 +84,7 @@ class Sequences:
     segment_ids: Int[Array, "B T"]
     mask: Bool[Array, "B T"]
     experts: Int[Array, "B T R k"] | None = None
+    candidates: Int[Array, "B T K"] | None = None
     images: Images | None = None
 
     @property
@@ -154,6 +156,7 @@ class TokenLogprobs:
         before; None where the model is not asked for it.
       routing: what the routers of each mixture did, by the path of their parameters; None likewise.
       collision: sum of the squared probabilities of all actions, without gradient; None likewise.
+      candidate_logp: of `Sequences.candidates`, where there are any.
     """
 
     logp: Float[Array, "B T"]
@@ -162,6 +165,7 @@ class TokenLogprobs:
     mtp_logp: Float[Array, "D B T"] | None = None
     routing: dict[str, "Routing"] | None = None
     collision: Float[Array, "B T"] | None = None
+    candidate_logp: Float[Array, "B T K"] | None = None
 
 
 ToolFn: TypeAlias = Callable[[Int[Array, "B T"], Int[Array, " B"]], Int[Array, "B R"]]

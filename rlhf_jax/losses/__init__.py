@@ -19,6 +19,7 @@ from rlhf_jax.losses.distillation import (
     sampled_reverse_kl_loss,
     sequence_reverse_kl_loss,
     top_k_distributions,
+    top_k_kl,
     with_hard_labels,
 )
 from rlhf_jax.losses.moe import load_balance_loss, load_violation, router_z_loss
@@ -218,6 +219,7 @@ __all__ = [
     "token_mean",
     "top_entropy_mask",
     "top_k_distributions",
+    "top_k_kl",
     "truncated_importance_weights",
     "uld_loss",
     "vespo_surrogate",

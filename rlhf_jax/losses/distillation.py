@@ -154,6 +154,22 @@ def top_k_distributions(
     return _with_tail(student), _with_tail(teacher)
 
 
+def top_k_kl(
+    student_logp: Float[Array, "B T K"], teacher_logp: Float[Array, "B T K"], mask: Bool[Array, "B T"]
+) -> Float[Array, "B T"]:
+    """Reverse KL of `top_k_distributions` at each place, in nats: sum_k p_S(k) log(p_S(k) / p_T(k)).
+
+    Exact where the K tokens are the vocabulary, else a lower bound of KL(student || teacher). Its gradient is
+    that of the KL of the next token, with what stands before it as it is.
+
+    Args:
+      student_logp: log-probabilities of K distinct tokens, *not* renormalized.
+      teacher_logp: the teacher's of the same tokens.
+    """
+    student, teacher = top_k_distributions(student_logp, teacher_logp, mask)
+    return _kl(student, teacher)
+
+
 def _with_tail(logp: Float[Array, "B T K"]) -> Float[Array, "B T K+1"]:
     total = jax.scipy.special.logsumexp(logp, axis=-1, keepdims=True)
     # Rounding may sum the K to 1 or more; the rest then has the least mass that tells the total from 1.

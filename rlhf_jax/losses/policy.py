@@ -249,6 +249,7 @@ def grpo_loss(
     surrogate_fn: SurrogateFn = clip_surrogate,
     kl_fn: KLFn = k3,
     kl_ratio_correction: bool = False,
+    exact_kl: Float[Array, "B T"] | None = None,
     reduce: Reduction = sequence_mean,
     denominator: Scalar | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
@@ -304,6 +305,8 @@ def grpo_loss(
       kl_ratio_correction: multiply the KL by the loss's ratio, so that samples of an older policy estimate
         the KL of this one (DeepSeek-V3.2, 2025; TRL's `use_bias_correction_kl`). With token ratios the
         gradient of k1 and k3 is then that of KL(pi || ref), on policy or off; that of k2 is not.
+      exact_kl: KL(pi || ref) of the distributions at each place (`losses.top_k_kl`), with gradient, in the
+        place of what `kl_fn` estimates from the one token that was sampled; None for the estimate.
       reduce: how tokens become one number.
       denominator: of the whole batch, when this is a part of it.
 
@@ -322,6 +325,7 @@ def grpo_loss(
         weights=(weights, "B T"),
         old_kl_mask=(old_kl_mask, "B T"),
     )
+    (exact_kl,) = check_shapes("grpo_loss", exact_kl=(exact_kl, "B T"))
     logp = cleaned(logp, mask)
     old_logp, advantages = cleaned_constant(old_logp, mask), cleaned_constant(advantages, mask)
     log_ratio = ratio_fn(logp, old_logp, mask)
@@ -335,8 +339,10 @@ def grpo_loss(
         **_drift(logp - old_logp, log_ratio),
         **_clipping(log_ratio, advantages, epsilon_low, epsilon_high),
     }
-    if ref_logp is not None:
+    kl = None if exact_kl is None else cleaned(exact_kl, mask)
+    if kl is None and ref_logp is not None:
         kl = kl_fn(logp, cleaned_constant(ref_logp, mask))
+    if kl is not None:
         if kl_ratio_correction:
             kl = bounded_exp(log_ratio) * kl
         loss_per_token = loss_per_token + kl_coef * kl

@@ -106,6 +106,26 @@ def huber(errors: Float[Array, "..."], delta: Scalar) -> Float[Array, "..."]:
     return 0.5 * jnp.square(inside) + delta * (size - inside)
 
 
+def rescale_values(values: Float[Array, "..."], *, epsilon: float = 1e-3) -> Float[Array, "..."]:
+    """Rescaled values (Pohlen et al. 2018), small where returns are large: sums of rewards need no clipping.
+
+    h(x) = sign(x) (sqrt(|x| + 1) - 1) + epsilon x
+    """
+    return jnp.sign(values) * (jnp.sqrt(jnp.abs(values) + 1) - 1) + epsilon * values
+
+
+def unrescale_values(values: Float[Array, "..."], *, epsilon: float = 1e-3) -> Float[Array, "..."]:
+    """The inverse of `rescale_values`.
+
+        h^-1(x) = sign(x) (((sqrt(1 + 4 epsilon (|x| + 1 + epsilon)) - 1) / (2 epsilon))^2 - 1)
+
+    The difference of the root and 1 is computed as a quotient, which does not cancel for small x.
+    """
+    size = jnp.abs(values) + 1 + epsilon
+    root = 2 * size / (jnp.sqrt(1 + 4 * epsilon * size) + 1)
+    return jnp.sign(values) * (jnp.square(root) - 1)
+
+
 def huber_value_loss(
     values: Float[Array, "B T"],
     returns: Float[Array, "B T"],
@@ -218,19 +238,21 @@ def quantile_value_loss(
     targets: Float[Array, "B T M"],
     mask: Bool[Array, "B T"],
     *,
+    levels: Float[Array, "B T N"] | None = None,
     delta: Scalar = 1.0,
     reduce: Reduction = token_mean,
     denominator: Scalar | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """Quantile Huber loss (QR-DQN, Dabney et al. 2018, eq. 10).
+    """Quantile Huber loss (QR-DQN, Dabney et al. 2018, eq. 10; IQN, Dabney et al. 2018b, eq. 3).
 
         loss_t = sum_i mean_j |tau_i - [u_ij < 0]| huber(u_ij),  u_ij = target_j - quantile_i
-        tau_i  = (i + 1/2) / N
+        tau_i  = (i + 1/2) / N, or as given
 
     Args:
-      quantiles: predicted values at the N midpoints tau_i.
+      quantiles: predicted values at the N levels tau_i.
       targets: M samples (or quantiles) of the return; M = 1 for plain returns.
       mask: steps that count.
+      levels: tau_i of each step, in (0, 1), such as random ones; None for the midpoints.
       delta: where the loss turns linear, in units of reward, > 0.
       reduce: how steps become one number.
       denominator: of the whole batch, when this is a part of it.
@@ -238,14 +260,17 @@ def quantile_value_loss(
     Returns:
       (loss, metrics): `value_loss`, `value_error` (mean of prediction - target), `value_mean`.
     """
-    quantiles, targets, mask = check_shapes(
-        "quantile_value_loss", quantiles=(quantiles, "B T N"), targets=(targets, "B T M"), mask=(mask, "B T")
+    quantiles, targets, mask, levels = check_shapes(
+        "quantile_value_loss",
+        quantiles=(quantiles, "B T N"),
+        targets=(targets, "B T M"),
+        mask=(mask, "B T"),
+        levels=(levels, "B T N"),
     )
     quantiles, targets = cleaned(quantiles, mask), cleaned_constant(targets, mask)
-    count = quantiles.shape[-1]
-    levels = (jnp.arange(count, dtype=quantiles.dtype) + 0.5) / count
+    levels = midpoints(quantiles.shape[-1]) if levels is None else cleaned_constant(levels, mask)
     errors = targets[..., None, :] - quantiles[..., :, None]
-    tilt = jnp.abs(levels[:, None] - (errors < 0))
+    tilt = jnp.abs(levels[..., :, None] - (errors < 0))
     mean = jnp.mean(quantiles, axis=-1)
     per_step = {
         "value_loss": jnp.sum(jnp.mean(tilt * huber(errors, delta), axis=-1), axis=-1),
@@ -253,6 +278,11 @@ def quantile_value_loss(
         "value_mean": mean,
     }
     return _reduced(per_step, mask, reduce, denominator)
+
+
+def midpoints(count: int) -> Float[Array, " N"]:
+    """Levels (i + 1/2) / N of N quantiles of equal mass."""
+    return (jnp.arange(count) + 0.5) / count
 
 
 def project_categorical(

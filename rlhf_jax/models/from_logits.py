@@ -46,6 +46,9 @@ def logprobs_from_logits_fn(
         # A token that is forbidden, at -inf, adds nothing to the entropy.
         entropy = -jnp.sum(jnp.where(logp > -jnp.inf, jnp.exp(logp) * logp, 0), axis=-1)
         scored = TokenLogprobs(shift(taken), shift(entropy), jnp.zeros_like(taken))
+        if sequences.candidates is not None:
+            of_candidates = jnp.take_along_axis(shift(logp), sequences.candidates, axis=-1)
+            scored = dataclasses.replace(scored, candidate_logp=of_candidates)
         if not collision:
             return scored
         squares = jax.lax.stop_gradient(jnp.sum(jnp.exp(2 * logp), axis=-1))

@@ -77,6 +77,10 @@ def make_logprob_fn(
     def score(params: Params, sequences: Sequences) -> TokenLogprobs:
         hidden = _hidden(config, params, sequences)
         scored = _score_hidden(config, params, hidden, sequences, temperature, chunk_size)
+        if sequences.candidates is not None:
+            asked = sequences.tokens, sequences.candidates
+            of_candidates, _ = _candidates(config, params, hidden, *asked, temperature, chunk_size)
+            scored = dataclasses.replace(scored, candidate_logp=of_candidates)
         if not collision:
             return scored
         squares = collision_probabilities(
@@ -178,12 +182,24 @@ def make_candidate_fn(config: ModelConfig, *, chunk_size: int = 512) -> Candidat
         params: Params, sequences: Sequences, token_ids: Int[Array, "B T K"], temperature: Scalar = 1.0
     ) -> tuple[Array, Array]:
         hidden = _hidden(config, params, sequences)
-        ids = [jnp.roll(ids, -1, axis=1) for ids in (sequences.tokens, token_ids)]
-        return _in_chunks(
-            candidate_logprobs, config, params, hidden, *ids, temperature=temperature, chunk_size=chunk_size
-        )
+        return _candidates(config, params, hidden, sequences.tokens, token_ids, temperature, chunk_size)
 
     return candidates
+
+
+def _candidates(
+    config: ModelConfig,
+    params: Params,
+    hidden: Float[Array, "B T D"],
+    tokens: Int[Array, "B T"],
+    token_ids: Int[Array, "B T K"],
+    temperature: Scalar,
+    chunk_size: int,
+) -> tuple[Array, Array]:
+    following = [jnp.roll(ids, -1, axis=1) for ids in (tokens, token_ids)]
+    return _in_chunks(
+        candidate_logprobs, config, params, hidden, *following, temperature=temperature, chunk_size=chunk_size
+    )
 
 
 def _score_hidden(

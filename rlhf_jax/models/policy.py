@@ -136,6 +136,14 @@ class Policy:
             raise UserError("a model from wrap() has no architecture that is known here: give one of ours")
         return self.config
 
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that its logits tell apart; the tokenizer may have fewer."""
+        if self.config is not None:
+            return self.config.vocab_size
+        token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+        return jax.eval_shape(self.logits_fn, self.params, token, token, token).shape[-1]
+
     # What updates and samplers are made of -----------------------------------------------------------
 
     def make_logprob_fn_with_auxiliaries(self) -> LogprobFn:
@@ -240,7 +248,7 @@ class Policy:
         Raises:
           UserError: the tokens are no rows of the model's ids.
         """
-        tokens = _rows_of_ids(tokens, self.config.vocab_size if self.config else self.tokenizer.vocab_size)
+        tokens = _rows_of_ids(tokens, self.vocab_size)
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         return self.logits_fn(self.params, tokens, positions, jnp.ones_like(tokens))
 

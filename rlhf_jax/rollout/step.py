@@ -16,6 +16,7 @@ from rlhf_jax.algorithms import grpo, ppo, selection
 from rlhf_jax.algorithms.grpo_control import control
 from rlhf_jax.algorithms.moving_reference import sync_reference, with_params
 from rlhf_jax.algorithms.replay import replay_groups
+from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.masks import masked_mean, masked_sum
 from rlhf_jax.core.protocols import LogprobFn
 from rlhf_jax.core.types import (
@@ -53,6 +54,7 @@ def make_grpo_train_step(
     logprob_fn: LogprobFn,
     tx: optax.GradientTransformation,
     reference_fn: ReferenceFn = whole_reference,
+    top_k_fn: Callable[[Params, Sequences], tuple[Array, Array]] | None = None,
     *,
     describes_rows: bool = False,
 ) -> Callable[..., tuple[grpo.State, Metrics]]:
@@ -60,13 +62,22 @@ def make_grpo_train_step(
     and the update.
 
     Args:
+      top_k_fn: the reference's log-probs and ids of K tokens at each place, at the temperature of
+        `logprob_fn`, for a KL of distributions in the loss; None for that of the tokens that were sampled.
       describes_rows: put numbers of each answer among the metrics, as `completions.describe_rows` gives them.
 
     Returns:
       `train_step(state, hyper, original, rollout, rewards, scored=None, greedy_rewards=None, steps=None,
       reward_terms=None, values=None) -> (state, metrics)`; `scored` marks the answers that have a reward,
       `steps` are process rewards, and the others what `grpo.make_batch` takes.
+
+    Raises:
+      UserError: groups are replayed, which keep no distributions of the reference.
     """
+    if config.num_replayed and top_k_fn is not None:
+        raise UserError(
+            "num_replayed: groups to replay keep no distributions of the reference: take k1, k2 or k3"
+        )
     update = grpo.make_update(config, logprob_fn, tx)
 
     def train_step(
@@ -109,6 +120,7 @@ def make_grpo_train_step(
             collision=old.collision,
             values=values,
             reward_terms=reward_terms,
+            reference_top_k=None if top_k_fn is None else top_k_fn(reference, own),
             key=batch_key,
         )
         # Of pruned answers the rows of the batch are some: nothing says whose they are.

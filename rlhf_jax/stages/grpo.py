@@ -27,10 +27,8 @@ from rlhf_jax.algorithms.grpo_variants import GRPOVariant
 from rlhf_jax.algorithms.replay import init_replay
 from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.ranges import (
-    Count,
-)
-from rlhf_jax.core.types import Metrics, Params, PRNGKeyArray, Rollout, StepRewards
+from rlhf_jax.core.ranges import Count
+from rlhf_jax.core.types import Array, Metrics, Params, PRNGKeyArray, Rollout, Sequences, StepRewards
 from rlhf_jax.data.content_parts import refuse_images
 from rlhf_jax.data.examples import PromptExample
 from rlhf_jax.generation import Sampling
@@ -199,6 +197,16 @@ def reference_values(session: Session, variant: GRPOVariant, prompts: inputs.Pro
     return {id(prompt): float(value) for prompt, value in zip(data, values, strict=True)}
 
 
+def make_top_k_fn(session: Session) -> Callable[[Params, Sequences], tuple[Array, Array]] | None:
+    """The reference's distributions for `--kl-estimator exact`; None without."""
+    options: GroupOptions = session.options
+    if options.kl_estimator != "exact":
+        return None
+    size = session.policy.vocab_size
+    top_k = session.policy.make_top_k_fn(min(options.kl_top_k or size, size))
+    return lambda params, sequences: top_k(params, sequences, options.temperature)
+
+
 def make_learner(
     session: Session, variant: GRPOVariant, split: adapting.TrainableSplit, length: int
 ) -> tuple[grpo.State, Callable[..., tuple[grpo.State, Metrics]]]:
@@ -212,7 +220,7 @@ def make_learner(
         temperature=options.temperature, collision=variant.needs_collision
     )
     train_step = make_grpo_train_step(
-        variant.config, logprob_fn, split.tx, split.reference, describes_rows=True
+        variant.config, logprob_fn, split.tx, split.reference, make_top_k_fn(session), describes_rows=True
     )
     policy, records = session.policy, options.sampler.get("routing_replay")
     experts = recorded_shape(policy.architecture, policy.params) if records else None

@@ -81,7 +81,10 @@ class GroupOptions:
       reward_kl_coef: weight of the KL to the reference in the reward, in any algorithm; None for its own.
       advantage_kl_coef: weight of the KL to the reference in each token's advantage, behind baseline and
         scaling; None for none.
-      kl_estimator: of the KL in the loss; None for the algorithm's own, k3.
+      kl_estimator: of the KL in the loss: from the token that was sampled (k1, k2, k3), or exact, of the
+        distributions at each place; None for the algorithm's own, k3.
+      kl_top_k: tokens that the exact KL tells apart, the reference's likeliest, all others being one more;
+        None for the whole vocabulary.
       kl_ratio_correction: multiply the KL in the loss by the ratio, so that its gradient is that of the KL.
       scale_rewards: what rewards less their group's mean are divided by: the deviation of the group or of the
         batch, nothing, or the group's mean (MaxRL); None for the algorithm's own.
@@ -126,7 +129,8 @@ class GroupOptions:
     kl_coef: Weight | None = None
     reward_kl_coef: Weight | None = None
     advantage_kl_coef: Weight | None = None
-    kl_estimator: Literal["k1", "k2", "k3"] | None = None
+    kl_estimator: Literal["k1", "k2", "k3", "exact"] | None = None
+    kl_top_k: PositiveInt | None = None
     kl_ratio_correction: bool = False
     scale_rewards: Literal["group", "batch", "none", "mean"] | None = None
     importance_sampling_level: Literal["token", "sequence", "sequence_token"] | None = None
@@ -208,6 +212,14 @@ def parts_of(options: GroupOptions) -> dict[str, Any]:
     """Functions that the options put in the place of the variant's own."""
     if options.kl_estimator == "k1" and not options.kl_ratio_correction:
         raise UserError("--kl-estimator k1 has no gradient on average: add --kl-ratio-correction, or take k3")
+    if options.kl_estimator == "exact" and options.kl_ratio_correction:
+        raise UserError(
+            "--kl-ratio-correction is of what one token estimates: leave it out of --kl-estimator exact"
+        )
+    if options.kl_estimator == "exact" and options.replay.replay_share:
+        raise UserError("--kl-estimator exact: groups of --replay-share keep no distributions: leave one out")
+    if options.kl_top_k is not None and options.kl_estimator != "exact":
+        raise UserError("--kl-top-k is of --kl-estimator exact: give both or none")
     return {
         "kl_fn": KL_ESTIMATORS.get(options.kl_estimator or ""),
         "advantage_fn": SCALES.get(options.scale_rewards or ""),

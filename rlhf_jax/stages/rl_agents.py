@@ -13,16 +13,22 @@ from flax import linen as nn
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.ranges import Range
-from rlhf_jax.rl.envs import environments, multi_agent
+from rlhf_jax.rl.envs import environments, goals, multi_agent
 from rlhf_jax.rl.envs.environments import Environment
 from rlhf_jax.rl.loops.runs import Run
 from rlhf_jax.rl.networks.batch_norm import BatchNormMLP
 from rlhf_jax.rl.networks.networks import MLP, MinAtarConv
 from rlhf_jax.stages import rl_joint_rows, rl_rows
 
-DISCRETE = ("dqn", "c51", "qr_dqn")
-CONTINUOUS = ("ddpg", "td3", "sac", "crossq", "mpc")
-ENCODERS = {"mlp": MLP(), "relu_mlp": MLP(activation=nn.relu), "minatar_conv": MinAtarConv()}
+DISCRETE = ("dqn", "c51", "qr_dqn", "iqn", "rainbow", "r2d2", "pqn", "muzero")
+WITH_GOALS = ("her",)
+CONTINUOUS = ("ddpg", "td3", "sac", "crossq", "mpo", "mpc")
+ENCODERS = {
+    "mlp": MLP(),
+    "relu_mlp": MLP(activation=nn.relu),
+    "layer_norm_mlp": MLP(activation=nn.relu, layer_norm=True),
+    "minatar_conv": MinAtarConv(),
+}
 NORMED_ENCODERS = {"batch_norm_mlp": BatchNormMLP()}
 EITHER = ("ppo", "ppo_penalty", "a2c", "a3c", "impala", "trpo", "reinforce", "grpo")
 SEVERAL_EITHER = ("ippo", "mappo", "maddpg")
@@ -50,7 +56,7 @@ RENAMED = {
     "max_kl": "target_kl",
 }
 """Settings by the names they had: agents saved with them are read, and `--set` answers with the new name."""
-_ZERO_TOO = ("learning_starts", "memory_width", "total_steps", "warmup_steps")
+_ZERO_TOO = ("burn_in", "learning_starts", "memory_width", "total_steps", "warmup_steps")
 _UNBOUNDED = ("target_kl", "cliprange_value", "clip_norm")
 
 
@@ -84,7 +90,7 @@ def make_agent(algo: str, env: Environment, steps: int, changes: Sequence[str]) 
     Raises:
       UserError: there is no such algorithm or setting, or it does not fit the environment's actions.
     """
-    known = (*EITHER, *DISCRETE, *CONTINUOUS, *SEVERAL_EITHER, *SEVERAL_DISCRETE)
+    known = (*EITHER, *DISCRETE, *WITH_GOALS, *CONTINUOUS, *SEVERAL_EITHER, *SEVERAL_DISCRETE)
     name = algo.replace("-", "_").lower()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
@@ -107,7 +113,8 @@ def _fitting(env: Environment) -> tuple[str, ...]:
     """Algorithms for the agents and the actions of an environment."""
     if env.num_agents > 1:
         return SEVERAL_EITHER + (SEVERAL_DISCRETE if env.discrete else ())
-    return EITHER + (DISCRETE if env.discrete else CONTINUOUS)
+    with_goals = WITH_GOALS if isinstance(env.raw, goals.Goals) else ()
+    return EITHER + (DISCRETE + with_goals if env.discrete else CONTINUOUS)
 
 
 def _mismatch(name: str, env: Environment) -> str:
@@ -116,16 +123,20 @@ def _mismatch(name: str, env: Environment) -> str:
     if for_several != (env.num_agents > 1):
         suited = "several agents" if for_several else "one agent"
         return f"is for {suited} and {env.name} has {env.num_agents}"
+    if name in WITH_GOALS:
+        return f"is for environments with goals and {env.name} has none"
     kinds = ("continuous", "discrete") if env.discrete else ("discrete", "continuous")
     return f"is for {kinds[0]} actions and {env.name} has {kinds[1]} ones"
 
 
 def make_environment(name: str) -> tuple[Environment, Any]:
-    """(environment, its parameters): of one agent, by its name in gymnax, or of several.
+    """(environment, its parameters): of one agent, by its name in gymnax or in `goals`, or of several.
 
     Raises:
       UserError: there is none of this name, or the extra that it needs is not installed.
     """
+    if goals.is_known(name):
+        return goals.make(name)
     if name in multi_agent.NAMES:
         return multi_agent.make(name), None
     if near := difflib.get_close_matches(name.lower(), multi_agent.NAMES, n=1, cutoff=0.8):

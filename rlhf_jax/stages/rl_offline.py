@@ -1,21 +1,24 @@
-"""Learning from a log: behaviour cloning, CQL, IQL, AWAC, TD3+BC, GAIL; several seeds at once.
+"""Learning from a log: behaviour cloning, CQL, IQL, AWAC, TD3+BC, decision transformer, GAIL, AIRL, DAgger.
 
     rlhf rl --algo ppo --env CartPole-v1 --out runs/cartpole
     rlhf rl-offline --collect runs/cartpole:50 random:500 --data runs/cartpole.npz
     rlhf rl-offline --data runs/cartpole.npz --algo iql --seeds 8 --out runs/cartpole_iql
 
 A source is the run folder of a saved agent, or `random`, with a number of whole episodes; actions are
-sampled. Only `gail` steps the environment while it learns, and looks at none of its rewards; the Q-learners
-have those of the log. Evaluation has its own episodes.
+sampled. Only `gail`, `airl` and `dagger` step the environment while they learn, and look at none of its
+rewards; the Q-learners have those of the log. `dagger` asks a saved agent, `--expert`, what it would have
+done. Evaluation has its own episodes.
 """
 
 import dataclasses
 import hashlib
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 
@@ -26,14 +29,17 @@ from rlhf_jax.evaluation.statistics import iqm_interval, mean_interval
 from rlhf_jax.metrics.progress import final_table
 from rlhf_jax.rl.envs import environments, transitions
 from rlhf_jax.rl.envs.environments import Environment, Transition
+from rlhf_jax.rl.loops.runs import Run
 from rlhf_jax.stages import option_checks, rl, rl_agents, rl_rows
 from rlhf_jax.training.run_folder import describe_run
 
-ALGORITHMS = ("bc", "cql", "iql", "awac", "td3_bc", "gail")
+ADVERSARIAL = ("gail", "airl")
+STEPPING = (*ADVERSARIAL, "dagger")
+ALGORITHMS = ("bc", "cql", "iql", "awac", "td3_bc", "decision_transformer", *STEPPING)
 CHANCE = "random"
-NAMES = ("algo", "env", "data", "seeds", "seed", "steps", "set", "chunks")
+NAMES = ("algo", "env", "data", "expert", "seeds", "seed", "steps", "set", "chunks")
 
-# Changes of the defaults for an environment, as after --set; GAIL's policy has those of PPO in `rl_rows`.
+# Changes of the defaults for an environment, as after --set; GAIL's and AIRL's policy has PPO's of `rl_rows`.
 SETTINGS: dict[tuple[str, str], tuple[str, ...]] = {
     ("iql", "Pendulum-v1"): ("hyper.inverse_temperature=0.1",),
     # The published 3e-4 is for a million updates: after 5,000 it returned -547, this -152 (seeds from 100).
@@ -51,12 +57,13 @@ class Options:
     Attributes:
       data: the log, an .npz; with --collect, where it goes; None is refused.
       collect: sources SOURCE:EPISODES of a new log, a source being the run folder of rl.py or `random`.
-      algo: bc, cql (discrete actions), iql, awac, td3_bc (continuous actions) or gail (which steps the
-        environment, and sees no rewards).
+      algo: bc, cql (discrete actions), iql, awac, td3_bc (continuous actions), decision_transformer, or gail,
+        airl and dagger (which step the environment, and see no rewards).
+      expert: run folder of the saved agent that dagger asks; None for the others.
       env: name of a gymnax environment, needed where all sources are `random`.
       seeds: agents, trained side by side on the same log.
       seed: of the first of them, and of the collection.
-      steps: optimizer steps of each, environment steps with gail; 0 for the usual number.
+      steps: optimizer steps of each, environment steps with gail, airl and dagger; 0 for the usual number.
       set: changes of settings, such as hyper.expectile=0.9 or run.batch_size=64.
       out: the run folder; None for collecting only.
       render: write the first agent's episode as episode.gif.
@@ -70,6 +77,7 @@ class Options:
     data: Path | None = None
     collect: tuple[str, ...] = ()
     algo: str = "iql"
+    expert: Path | None = None
     env: str = ""
     seeds: PositiveInt = 1
     seed: Seed = 0
@@ -96,18 +104,43 @@ def parse_source(text: str) -> tuple[str, int]:
     return name, int(episodes)
 
 
+def saved_agent(folder: Path, env: Environment, env_params: Any) -> tuple[Run, Any]:
+    """(run, state) of the first agent of a run folder."""
+    description = rl.read_description(folder)
+    agent = rl_agents.make_agent(description["algo"], env, description["steps"], description["set"])
+    course = agent.run(env, env_params)
+    states = rl.restored(folder, course, agent.hyper, rl.seed_keys(description))
+    return course, jax.tree.map(lambda x: x[0], states)
+
+
+def make_expert(folder: Path | None, env: Environment, env_params: Any) -> Callable[[jax.Array], jax.Array]:
+    """What the saved agent of this folder would do.
+
+    Raises:
+      UserError: no folder is named, or its agent is of another environment or has a memory.
+    """
+    if folder is None:
+        raise UserError("--algo dagger needs --expert: name the run folder of a saved agent")
+    if (of := rl.read_description(folder)["env"]) != env.name:
+        raise UserError(f"--expert {folder}: its agent is for {of}, not for {env.name}")
+    course, state = saved_agent(folder, env, env_params)
+    if jax.tree.leaves(course.initial_carry(1)):
+        raise UserError(f"--expert {folder}: its agent has a memory: name one without")
+
+    def expert_fn(obs: jax.Array) -> jax.Array:
+        is_first = jnp.zeros(len(obs), bool)
+        return course.act(state, obs, is_first, (), jax.random.key(0), deterministic=True)[0]
+
+    return expert_fn
+
+
 def collect_from(source: str, env_name: str, episodes: int, key: jax.Array) -> Transition:
     """The log of one source: the first agent of a folder, or chance."""
     env, env_params = environments.make(env_name)
     if source == CHANCE:
         act_fn = transitions.random_act_fn(env)
         return transitions.collect(act_fn, None, env, env_params, key, episodes=episodes)
-    folder = Path(source)
-    description = rl.read_description(folder)
-    agent = rl_agents.make_agent(description["algo"], env, description["steps"], description["set"])
-    course = agent.run(env, env_params)
-    states = rl.restored(folder, course, agent.hyper, rl.seed_keys(description))
-    first = jax.tree.map(lambda x: x[0], states)
+    course, first = saved_agent(Path(source), env, env_params)
     return transitions.collect(
         course.act, first, env, env_params, key, episodes=episodes, initial_carry_fn=course.initial_carry
     )
@@ -145,7 +178,7 @@ def collect(options: Options, path: Path) -> None:
 def settings_for(algo: str, env_name: str) -> tuple[str, ...]:
     """Changes of the defaults for this environment."""
     own = SETTINGS.get((algo, env_name), ())
-    if algo != "gail":
+    if algo not in ADVERSARIAL:
         return own
     settings, steps = rl_rows.settings_for("ppo", env_name, rl_rows.ROWS)
     changes = (*settings, *([f"total_steps={steps}"] if steps else []))
@@ -166,11 +199,16 @@ def make_course(options: Options, env: Environment, env_params: Any, log: Transi
         raise UserError(f"unknown algorithm {options.algo!r}: choose among {', '.join(ALGORITHMS)}")
     module = importlib.import_module(f"rlhf_jax.rl.algorithms.{options.algo}")
     changes = list(settings_for(options.algo, env.name))
-    stepping = options.algo == "gail"
     if options.steps:
-        changes.append(f"{'policy.total_steps' if stepping else 'run.updates'}={options.steps}")
+        where = "policy.total_steps" if options.algo in ADVERSARIAL else "run.total_steps"
+        changes.append(f"{where if options.algo in STEPPING else 'run.updates'}={options.steps}")
     config, hyper = rl_agents.configured(module, (*changes, *options.set))
-    return module.make_run(config, env, *((env_params,) if stepping else ()), log), hyper
+    if options.expert is not None and options.algo != "dagger":
+        raise UserError(f"--expert is for dagger, not for {options.algo}: leave it out")
+    more = (make_expert(options.expert, env, env_params),) if options.algo == "dagger" else ()
+    return module.make_run(
+        config, env, *((env_params,) if options.algo in STEPPING else ()), log, *more
+    ), hyper
 
 
 def train(options: Options, path: Path, folder: Path) -> None:

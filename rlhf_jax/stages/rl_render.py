@@ -24,6 +24,7 @@ def record(
         is_first = batched.episode_length == 0
         action, carry = run.act(state, batched.obs, is_first, carry, key, deterministic=True)
         world, seen = env.auto_reset_step(key, world, action[0], env_params, world)
+        carry = run.observe_reward(carry, seen.reward[None])
         return (world, carry), (seen.obs, seen.reward, seen.done)
 
     reset_key, key = jax.random.split(jax.random.key(seed))

@@ -43,7 +43,7 @@ from rlhf_jax.metrics.loggers import TableLogger
 from rlhf_jax.models import Policy
 from rlhf_jax.rollout.completions import LastCompletions, describe_rows
 from rlhf_jax.rollout.dynamic_sampling import Answers, concatenate, term_means
-from rlhf_jax.stages import defaults, dpo, edges, inputs, option_checks, option_groups, sft
+from rlhf_jax.stages import adapting, defaults, dpo, edges, inputs, option_checks, option_groups, sft
 from rlhf_jax.stages.entry import NOTHING, Given, Trained
 from rlhf_jax.stages.reward_specs import check_same_vocabulary
 from rlhf_jax.stages.session import Session
@@ -64,6 +64,7 @@ class Options:
       generator: the model, as `model`, that answers in every round, such as a larger teacher; empty for the
         policy that the round before left.
       prompts: which prompts, and what their answers are worth.
+      adapter: what each round trains; the next starts from the policy with it merged.
       method: raft imitates the best answer to each prompt, expert_iteration all that are good enough, and dpo
         learns from the best and the worst as a pair, against the policy that the round starts from.
       rounds: how many.
@@ -86,6 +87,7 @@ class Options:
     model: str
     generator: str = ""
     prompts: tyro.conf.OmitArgPrefixes[option_groups.PromptOptions]
+    adapter: adapting.AdapterOptions = adapting.AdapterOptions()
     optimizer: OptimizerConfig = defaults.COSINE
     method: Literal["raft", "expert_iteration", "dpo"] = "raft"
     rounds: PositiveInt = 3
@@ -228,7 +230,11 @@ def train(options: Options, data: Path, folder: Path, start: Path) -> None:
     batch = min(options.batch_size, rows)
     begun = files.is_folder(folder / "checkpoints")
     run = dataclasses.replace(options.run, out=folder, report=False, resume=begun)
-    shared: dict[str, Any] = {"optimizer": options.optimizer, "learning_rate": options.learning_rate}
+    shared: dict[str, Any] = {
+        "adapter": options.adapter,
+        "optimizer": options.optimizer,
+        "learning_rate": options.learning_rate,
+    }
     if options.method == "dpo":
         pairs = option_groups.PairOptions(data=str(data))
         dpo.run(

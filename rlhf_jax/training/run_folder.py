@@ -258,7 +258,7 @@ def load_unmerged_policy(
         params = _restore(folder, name, models.param_shapes(config))
     else:
         params = _restore_adapted(folder, name, adaptation, config)
-    return make_policy(config, params, tokenizer, source=_source(folder)), adaptation
+    return make_policy(config, params, tokenizer, source=_source(folder, shapes_only)), adaptation
 
 
 def load_reward_model(folder: Path, *, shapes_only: bool = False) -> ScalarModel:
@@ -290,7 +290,7 @@ def load_unmerged_reward_model(
     else:
         decoder = _restore_adapted(folder, "learner/params/decoder", adaptation, config)
         params = {"decoder": decoder, "head": _restore(folder, "learner/params/head", like["head"])}
-    body = make_policy(config, params["decoder"], tokenizer, source=_source(folder))
+    body = make_policy(config, params["decoder"], tokenizer, source=_source(folder, shapes_only))
     return ScalarModel(body, params["head"]), adaptation
 
 
@@ -356,8 +356,10 @@ def _merged(params: Params) -> Params:
     return adapters.merge_adapter(params) if is_array else jax.eval_shape(adapters.merge_adapter, params)
 
 
-def _source(folder: Path) -> Source:
+def _source(folder: Path, shapes_only: bool) -> Source:
     folder = files.as_path(folder)
+    if shapes_only:  # nothing is read of the checkpoints, of which there may be none
+        return Source(folder, 0, "")
     manifest = read_manifest(folder / "checkpoints")
     content = json.dumps(manifest.files, sort_keys=True).encode()
     return Source(folder, manifest.step, hashlib.sha256(content).hexdigest())

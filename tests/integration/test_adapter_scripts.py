@@ -57,7 +57,7 @@ def test_a_policy_s_adapter_alone_is_trained_saved_and_put_on_its_base_again(sta
 @pytest.mark.parametrize(
     "words",
     [
-        pytest.param(words, id=words[0], marks=[] if words[0] == "prompt" else pytest.mark.slow)
+        pytest.param(words, id=words[0], marks=pytest.mark.slow)
         for words in (
             ("dora", "--adapter.quantize", "nf4"),
             ("pissa", "--adapter.rank", 2),

@@ -237,6 +237,7 @@ def test_bad_reward_functions(refused, tiny, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_reward_that_breaks_later_leaves_the_checkpoints(refused, tiny, tmp_path):
     (tmp_path / "late_rewards.py").write_text(textwrap.dedent(REWARDS))
     out = tmp_path / "out"
@@ -250,6 +251,7 @@ def test_a_reward_that_breaks_later_leaves_the_checkpoints(refused, tiny, tmp_pa
 # Other runs ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_wrong_start(refused, tiny, tmp_path):
     sft, reward_model = tiny.finished("sft"), tiny.finished("reward_model")
     out = ["--out", tmp_path / "out", "--data", "arithmetic:1"]
@@ -268,6 +270,7 @@ def test_a_wrong_start(refused, tiny, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_reward_model_of_another_architecture(refused, tiny, tmp_path):
     tiny.finished("reward_model")
     other = tmp_path / "other"
@@ -302,6 +305,7 @@ def test_a_used_folder(refused, tiny, tmp_path):
     assert tiny.digest(out) == before
 
 
+@pytest.mark.slow
 def test_resuming_after_the_start_was_replaced(refused, tiny, tmp_path):
     """The same --model, but another model has been trained there in between."""
     start, out = tmp_path / "start", tmp_path / "run"

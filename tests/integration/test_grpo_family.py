@@ -185,6 +185,8 @@ def test_options_put_other_parts_into_a_variant():
     assert config(algorithm="dr_grpo").reduce is constant_length(8)
     for options, message in (
         ({"kl_estimator": "k1"}, "--kl-estimator k1 has no gradient on average"),
+        ({"kl_estimator": "exact", "kl_ratio_correction": True}, "leave it out of --kl-estimator exact"),
+        ({"kl_top_k": 4}, "--kl-top-k is of --kl-estimator exact"),
         ({"algorithm": "rloo", "scale_rewards": "batch"}, "--scale-rewards is for algorithms whose baseline"),
         ({"algorithm": "gmpo", "importance_sampling_level": "sequence"}, "GMPO and VESPO"),
     ):

@@ -290,7 +290,8 @@ def test_a_teacher_with_another_tokenizer(folder, tmp_path):
     assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
 
 
-@pytest.mark.parametrize("teacher", ["ema", pytest.param("initial", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("teacher", ["ema", "initial"])
 def test_a_policy_that_teaches_itself_without_rewards(teacher, folder, tmp_path):
     """At first both are one model, and only what the teacher sees sets them apart."""
     rows = [{"prompt": "a", "hint": "say b"}] * 2

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import constitutional as pipeline
 import pytest
@@ -28,8 +29,8 @@ def call(script, words):
 
 
 @pytest.fixture(scope="module")
-def revised(talker, tmp_path_factory):
-    """A tiny run of the supervised stage, by a policy that has never heard of critiques."""
+def words(talker, tmp_path_factory):
+    """Words for a tiny run of the supervised stage, by a policy that has never heard of critiques."""
     folder = tmp_path_factory.mktemp("rlaif")
     rows = [
         dataclasses.asdict(CONSTITUTION[0]),
@@ -39,9 +40,14 @@ def revised(talker, tmp_path_factory):
     words = f"--out {folder / 'run'} --model {talker} --constitution {folder / 'principles.jsonl'} {_PROMPTS}"
     words += " --steps 2 --revised 24 --batch-size 4 --answer-batch-size 16 --optimizer.warmup-steps 0"
     words += f" --learning-rate 3e-4 --rewards {_EXACT}"
-    words += " --review-temperature 1 --quiet --no-report"
+    return words + " --review-temperature 1 --quiet --no-report"
+
+
+@pytest.fixture(scope="module")
+def revised(words):
+    """The run, and its words."""
     call(constitutional, words)
-    return folder / "run", words
+    return Path(words.split()[1]), words
 
 
 @pytest.mark.slow
@@ -130,8 +136,7 @@ def test_what_must_be_given(tiny, monkeypatch, capsys, command, required):
     assert required in capsys.readouterr().err
 
 
-def test_more_revisions_than_prompts(revised, tmp_path):
-    _, words = revised
+def test_more_revisions_than_prompts(words, tmp_path):
     words = words.replace("--revised 24", "--revised 41").split()[2:]
     with pytest.raises(UserError, match="--revised 41: there are 40 prompts"):
         call(constitutional, f"--out {tmp_path / 'run'} {' '.join(words)}")

@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+from tiers import few
 
 from rlhf_jax.metrics import read_metrics
 
@@ -92,7 +93,7 @@ def assert_one_sentence(status, errors, path):
     assert "Traceback" not in errors
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("name", few(JOBS, "preferences", "benchmark", "rl", "sft"))
 def test_a_file_where_the_folder_should_be(job, tmp_path, name):
     (tmp_path / "file").write_text("kept")
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
@@ -134,10 +135,10 @@ DAMAGES = {
 @pytest.mark.parametrize(
     ("name", "damaged"),
     [
-        ("benchmark", "config.json"),
-        ("benchmark", "data.json"),
+        pytest.param("benchmark", "config.json", marks=pytest.mark.slow),
+        pytest.param("benchmark", "data.json", marks=pytest.mark.slow),
         ("benchmark", "results.jsonl"),
-        ("search", "results.json"),
+        pytest.param("search", "results.json", marks=pytest.mark.slow),
         pytest.param("search", "pool.npz", marks=pytest.mark.slow),
     ],
 )

@@ -1,4 +1,4 @@
-"""verl's rollout corrections and DPPO losses: corrections_verl.npz.
+"""verl's rollout corrections and losses of DPPO and GPG: corrections_verl.npz.
 
 Made apart from the others, since verl and TRL do not go together: `pip install verl==0.9.1`, then
 `python tools/goldens/goldens_verl.py`. Everything is float64.
@@ -9,6 +9,7 @@ corrections_verl.npz
   rule_{name}/mask [B, T]: of each rule alone; thresholds: JSON, {rule: verl's text}
   metrics/{name} (): chi2_token, chi2_seq, log_ppl_diff
   dppo_{tv,kl}/value (), /grad [B, T] by logp: token mean, bounds 0.03 and 0.05 (kl: 0.004 and 0.008), cap 1.4
+  gpg/value (), /grad [B, T] by logp: token mean
 """
 
 from types import SimpleNamespace
@@ -77,9 +78,8 @@ def correct(inputs: Arrays, **settings: Any) -> Arrays:
     return {**found, "metrics": metrics}
 
 
-def dppo(inputs: Arrays, kind: str) -> Arrays:
-    """Value and gradient of a DPPO loss."""
-    low, high = SETTINGS[kind]
+def policy_loss(inputs: Arrays, name: str, low: float = 0.2, high: float = 0.2) -> Arrays:
+    """Value and gradient of a policy loss."""
     config = SimpleNamespace(
         clip_ratio=high,
         clip_ratio_low=low,
@@ -88,7 +88,7 @@ def dppo(inputs: Arrays, kind: str) -> Arrays:
         get=lambda name, default: 1.4,
     )
     logp = torch.tensor(inputs["logp"], requires_grad=True)
-    loss, _ = core_algos.get_policy_loss_fn(f"dppo_{kind}")(
+    loss, _ = core_algos.get_policy_loss_fn(name)(
         torch.tensor(inputs["old_logp"]),
         logp,
         torch.tensor(inputs["advantages"])[:, None].expand(*logp.shape),
@@ -118,7 +118,8 @@ def main() -> None:
         runs[f"rule_{name}"] = {"mask": run["mask"]}
     names = ("chi2_token", "chi2_seq", "log_ppl_diff")
     runs["metrics"] = {name: metrics[f"rollout_corr/{name}"] for name in names}
-    runs |= {f"dppo_{kind}": dppo(inputs, kind) for kind in SETTINGS}
+    runs |= {f"dppo_{kind}": policy_loss(inputs, f"dppo_{kind}", *SETTINGS[kind]) for kind in SETTINGS}
+    runs["gpg"] = policy_loss(inputs, "gpg")
     save("corrections_verl", inputs, runs, thresholds=THRESHOLDS)
 
 

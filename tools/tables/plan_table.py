@@ -1,31 +1,39 @@
-"""The README's table of plans: models x algorithms x slices, by the TPU compiler or by formula.
+"""The table of plans: models x algorithms x slices, each cell the plan of a run by its own command.
 
-    python tools/tables/plan_table.py                            # by formula, in a minute
+    python tools/tables/plan_table.py                            # what is compiled, the rest by formula
     python tools/tables/plan_table.py --compile --out runs/plans
 
-With --compile, each cell is a run of rlhf_jax/stages/plan.py, kept in --out, so that an interrupted table
-goes on; it needs the compilers (pip install 'rlhf_jax[tpu-plan,gpu-plan]'). Cells without a compiled plan
-are by formula (`planning/analytic.py`) and begin with ~. A cell says what the fullest moment takes on each
-chip, and the roofline of a step: if computing, memory and links all overlap, and if none do.
+With --compile, each cell that is missing in --out is compiled by `rlhf sft|dpo|grpo|ppo ... --plan SLICE`, so
+that an interrupted table goes on; it needs the compilers (pip install 'rlhf_jax[tpu-plan,gpu-plan]'), and one
+to three minutes a cell on one core, whatever the depth. Cells of full training that are not compiled are by
+formula (`planning/analytic.py`) and begin with ~. A cell says what the fullest moment takes on each chip, and
+the roofline of a step: if computing, memory and links all overlap, and if none do. --commands prints the
+command of each cell instead.
 """
 
 import dataclasses
 import json
 import math
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, Literal, get_args
 
 import tyro
 from rich.progress import track
 
-from rlhf_jax import distributed
+from rlhf_jax import distributed, models
+from rlhf_jax.core import files
 from rlhf_jax.core.axes import GATHERED_SAMPLING, axis_rules
+from rlhf_jax.data.chat import encode_conversation, encode_prompt
+from rlhf_jax.data.tokenizers import Tokenizer, byte_tokenizer
 from rlhf_jax.distributed.accelerator_specs import CHIPS, roofline
 from rlhf_jax.models import Preset, preset_config
 from rlhf_jax.planning.analytic import analytic_plan
 from rlhf_jax.planning.compiled import Plan
 from rlhf_jax.planning.steps import Algorithm, Workload
+from rlhf_jax.training.run_folder import write_model_files
 
 # What a column is called: its topology, for the compiler, its chip, and how many of them.
 SLICES = {
@@ -36,6 +44,14 @@ SLICES = {
     "H200 x 8": ("h200:8", "H200 SXM", 8),
     "H100 x 64": ("h100:64", "H100 SXM", 64),
 }
+Way = Literal["full", "gathered", "LoRA"]
+FLAGS: dict[Way, str] = {
+    "full": "",
+    "gathered": "--all-gather-params",
+    "LoRA": "--adapter.kind lora --adapter.rank 16",
+}
+SAMPLING = ("grpo", "ppo")
+GROUP_SIZE = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,47 +59,48 @@ class Options:
     """Options of the table.
 
     Attributes:
-      out: where compiled plans are kept, one JSON file a cell.
+      out: where compiled plans are kept, a run folder a cell.
       models: rows.
-      algorithms: in each row.
+      algorithms: of each model.
+      ways: of each algorithm: full training, the same with parameters gathered for sampling, LoRA.
       slices: columns.
       rows_a_chip: of a step: conversations, pairs, or answers.
       length: tokens a row; of answers with their prompts.
       new_tokens: of an answer.
       compile: compile the cells that are missing in `out`.
+      commands: print the command of each cell.
     """
 
     out: Path = Path("runs/plans")
     models: tuple[Preset, ...] = ("llama-1b", "llama-8b", "llama-70b")
     algorithms: tuple[Algorithm, ...] = ("sft", "dpo", "grpo", "ppo")
+    ways: tuple[Way, ...] = get_args(Way)
     slices: tuple[str, ...] = tuple(SLICES)
     rows_a_chip: int = 1
     length: int = 2048
     new_tokens: int = 512
     compile: bool = False
+    commands: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
-    """A place in the table.
-
-    Attributes:
-      gathered: sample with parameters that are whole along fsdp.
-    """
+class Row:
+    """A row of the table."""
 
     model: Preset
     algorithm: Algorithm
-    gathered: bool
-    slice: str
-
-    def path(self, out: Path) -> Path:
-        """Where the compiled plan is kept."""
-        return out / f"{self.model}_{self.algorithm}{'_gathered' * self.gathered}_{self.slice}.json"
+    way: Way
 
 
-def ways(algorithm: Algorithm) -> tuple[bool, ...]:
-    """Whether parameters are gathered for sampling: the rows of an algorithm."""
-    return (False, True) if algorithm in ("grpo", "ppo") else (False,)
+def rows_of(options: Options) -> list[Row]:
+    """All rows; parameters are gathered where something is sampled."""
+    return [
+        Row(model, algorithm, way)
+        for model in options.models
+        for algorithm in options.algorithms
+        for way in options.ways
+        if way != "gathered" or algorithm in SAMPLING
+    ]
 
 
 def mesh_of(model: str, chips: int) -> str:
@@ -91,46 +108,94 @@ def mesh_of(model: str, chips: int) -> str:
     return f"fsdp={chips // 4},tensor=4" if model == "llama-70b" else f"fsdp={chips}"
 
 
-def compile_cell(options: Options, cell: Cell) -> None:
-    """Runs rlhf_jax/stages/plan.py for one cell, unless that was done."""
-    topology, _, chips = SLICES[cell.slice]
-    path = cell.path(options.out)
-    if path.exists():
+def config_of(model: Preset) -> models.ModelConfig:
+    """The preset as it is trained."""
+    return preset_config(model, scan_layers=True, remat="full", compute_dtype="bfloat16")
+
+
+def write_folders(options: Options) -> None:
+    """Folders of the models, without weights, and rows that they are planned on."""
+    tokenizer = byte_tokenizer()
+    for name in options.models:
+        policy = models.make_policy(config_of(name), None, tokenizer)
+        write_model_files(options.out / name, policy, "policy")
+        write_model_files(options.out / f"{name}_reward", policy, "reward_model")
+    files.write_text(options.out / "rows.jsonl", 256 * (json.dumps(full_row(options, tokenizer)) + "\n"))
+
+
+def full_row(options: Options, tokenizer: Tokenizer) -> dict[str, str]:
+    """A prompt with an answer that fill their tokens, one for a character."""
+    empty = {"role": "user", "content": ""}, {"role": "assistant", "content": ""}
+    begin = len(encode_prompt(tokenizer, ""))
+    end = sum(encode_conversation(tokenizer, empty).mask)  # the token that ends the turn
+    answer = (options.new_tokens - end) * "2"
+    prompt = (options.length - options.new_tokens - begin) * "1"
+    return {"prompt": prompt, "completion": answer, "chosen": answer, "rejected": answer.replace("2", "3")}
+
+
+def folder_of(options: Options, row: Row, slice_name: str) -> Path:
+    """The run folder of a cell."""
+    return options.out / f"{row.model}_{row.algorithm}_{row.way}_{slice_name.replace(' ', '')}"
+
+
+def command(options: Options, row: Row, slice_name: str) -> list[str]:
+    """The words of a cell, behind `rlhf`."""
+    topology, _, chips = SLICES[slice_name]
+    rows, answers = options.rows_a_chip * chips, f"--max-new-tokens {options.new_tokens}"
+    of_algorithm = {
+        "sft": f"--batch-size {rows}",
+        "dpo": f"--batch-size {rows}",
+        "grpo": f"--batch-size {rows // GROUP_SIZE} --group-size {GROUP_SIZE} {answers} "
+        "--rewards rlhf_jax.rewards.verifiers:exact_answer_reward",
+        "ppo": f"--batch-size {rows} {answers} --reward-model {options.out / f'{row.model}_reward'}",
+    }
+    flags = [
+        f"{row.algorithm} --plan {topology} --mesh {mesh_of(row.model, chips)}",
+        f"--model {options.out / row.model} --data {options.out / 'rows.jsonl'}",
+        f"--out {folder_of(options, row, slice_name)} --quiet",
+        of_algorithm[row.algorithm],
+        FLAGS[row.way],
+    ]
+    return shlex.split(" ".join(flags))
+
+
+def compile_cell(options: Options, row: Row, slice_name: str) -> None:
+    """Plans the run of a cell, unless that was done."""
+    folder = folder_of(options, row, slice_name)
+    if (folder / "plan.json").exists():
         return
-    mesh = mesh_of(cell.model, chips)
-    flags = {"--model": cell.model, "--algo": cell.algorithm, "--topology": topology, "--mesh": mesh}
-    flags |= {"--batch": options.rows_a_chip * chips, "--length": options.length, "--json": path}
-    flags |= {"--new-tokens": options.new_tokens, "--hlo": path.with_suffix("")}
-    words = [str(word) for flag in flags.items() for word in flag]
-    words += ["--all-gather-params"] if cell.gathered else []
-    command = [sys.executable, "-m", "rlhf_jax", "plan", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    words = [sys.executable, "-m", "rlhf_jax", *command(options, row, slice_name)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
-        print(f"{path.stem}: {(done.stderr.strip() or 'no reason given').splitlines()[-1]}", file=sys.stderr)
-
-
-def predicted_by_formula(options: Options, cell: Cell) -> Plan:
-    """What is said of a cell that was not compiled."""
-    chips = SLICES[cell.slice][2]
-    config = preset_config(cell.model, scan_layers=True, remat="full", compute_dtype="bfloat16")
-    rows, sizes = options.rows_a_chip * chips, (options.length, options.new_tokens)
-    with axis_rules(GATHERED_SAMPLING if cell.gathered else {}):
-        return analytic_plan(
-            Workload(cell.algorithm, config, rows, *sizes),
-            distributed.abstract_mesh(mesh_of(cell.model, chips)),
+        print(
+            f"{folder.stem}: {(done.stderr.strip() or 'no reason given').splitlines()[-1]}", file=sys.stderr
         )
 
 
-def text(options: Options, cell: Cell) -> str:
+def predicted_by_formula(options: Options, row: Row, slice_name: str) -> Plan:
+    """What is said of a cell of full training that was not compiled."""
+    chips = SLICES[slice_name][2]
+    sizes = options.rows_a_chip * chips, options.length, options.new_tokens
+    with axis_rules(GATHERED_SAMPLING if row.way == "gathered" else {}):
+        return analytic_plan(
+            Workload(row.algorithm, config_of(row.model), *sizes),
+            distributed.abstract_mesh(mesh_of(row.model, chips)),
+        )
+
+
+def text(options: Options, row: Row, slice_name: str) -> str:
     """What the table says of one cell."""
-    [chip] = [chip for chip in CHIPS if chip.name == SLICES[cell.slice][1]]
-    path = cell.path(options.out)
+    [chip] = [chip for chip in CHIPS if chip.name == SLICES[slice_name][1]]
+    path = folder_of(options, row, slice_name) / "plan.json"
+    times: list[Any]
     if path.exists():
         mark, plan = "", json.loads(path.read_text(encoding="utf-8"))
         need = plan["peak_bytes"]
         times = [list(program["roofline_seconds"].values()) for program in plan["programs"].values()]
+    elif row.way == "LoRA":
+        return "not compiled"
     else:
-        by_formula = predicted_by_formula(options, cell)
+        by_formula = predicted_by_formula(options, row, slice_name)
         mark, need = "~", by_formula.peak_bytes
         times = [
             list(
@@ -152,17 +217,22 @@ def text(options: Options, cell: Cell) -> str:
 def main() -> None:
     """Compiles what is missing, if asked to, and prints the table."""
     options = tyro.cli(Options, description=(__doc__ or "").split("\n\n")[0])
-    rows: list[tuple[Preset, Algorithm, bool]]
-    rows = [(m, a, way) for m in options.models for a in options.algorithms for way in ways(a)]
+    rows = rows_of(options)
+    if options.commands:
+        for row in rows:
+            for name in options.slices:
+                print(shlex.join(["rlhf", *command(options, row, name)]))
+        return
     if options.compile:
-        options.out.mkdir(parents=True, exist_ok=True)
-        cells = [Cell(*row, name) for row in rows for name in options.slices]
-        for cell in track(cells, description="compiling", transient=True):
-            compile_cell(options, cell)
+        write_folders(options)
+        cells = [(row, name) for row in rows for name in options.slices]
+        for row, name in track(cells, description="compiling", transient=True):
+            compile_cell(options, row, name)
     print("| | | " + " | ".join(options.slices) + " |\n|---|---|" + "---|" * len(options.slices))
-    for model, algorithm, gathered in rows:
-        said = " | ".join(text(options, Cell(model, algorithm, gathered, name)) for name in options.slices)
-        print(f"| {model} | {algorithm.upper()}{', gathered' * gathered} | {said} |", flush=True)
+    for row in rows:
+        said = " | ".join(text(options, row, name) for name in options.slices)
+        way = "" if row.way == "full" else f", {row.way}"
+        print(f"| {row.model} | {row.algorithm.upper()}{way} | {said} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -80,8 +80,8 @@ class Hyper:
     priority_beta: Scalar = 0.4
 
 
-def atoms_of(count: int, hyper: Hyper) -> Float[Array, " N"]:
-    """The support of the distributions."""
+def atoms_of(count: int, hyper: Any) -> Float[Array, " N"]:
+    """The support of the distributions, from `hyper.v_min` to `hyper.v_max`."""
     return jnp.linspace(hyper.v_min, hyper.v_max, count)
 
 
@@ -94,7 +94,7 @@ def categorical_loss(
     chosen: Float[Array, "N K"],
     next_logits: Float[Array, "N K"],
     batch: Batch,
-    hyper: Hyper,
+    hyper: Any,
     reduce: Reduction,
 ) -> LossOutcome:
     """Cross-entropy to the projected target (Bellemare et al. 2017, eq. 7 and Algorithm 1).
@@ -118,8 +118,11 @@ def make_update(
     return dqn.make_value_update(values, tx, categorical_loss, double=config.double)
 
 
-def make_network(config: Config, env: Environment) -> ActionValues:
+def make_network(config: Any, env: Environment) -> ActionValues:
     """Logits of every action.
+
+    Args:
+      config: with `encoder`, `num_atoms` and `dueling`, as Rainbow's has too.
 
     Raises:
       UserError: actions are continuous, or there are fewer than 2 atoms.

@@ -109,10 +109,13 @@ class ValueFns:
       rank_fn: outputs [N, A, ...] -> numbers [N, A] of which the highest is the best action.
     """
 
-    every_fn: Callable[[Params, Array], Outputs]
-    chosen_fn: Callable[[Params, Array, Int[Array, " N"]], Float[Array, "N ..."]]
+    every_fn: Callable[..., Outputs]
+    chosen_fn: Callable[..., Float[Array, "N ..."]]
     rank_fn: Callable[[Outputs], Float[Array, "N A"]]
 
+
+ExplorationNoise: TypeAlias = tuple[Array, Array]
+"""Uniform shares, and random actions."""
 
 ErrorFn: TypeAlias = Callable[
     [Float[Array, "N ..."], Float[Array, "N ..."], Batch, Any, Reduction], LossOutcome
@@ -150,29 +153,46 @@ def make_value_update(
     """
 
     def update(state: State, hyper: Any, batch: Batch) -> tuple[State, Metrics, Float[Array, " N"]]:
-        params = state.learner.params
         after = values.every_fn(state.target_params, batch.next_obs)
-        choosing = values.every_fn(params, batch.next_obs) if double else after
-        best = jnp.argmax(values.rank_fn(choosing), axis=1)
-        next_values = jax.vmap(lambda row, action: row[action])(after, best)
+        choosing = values.every_fn(state.learner.params, batch.next_obs) if double else after
+        next_values = best_outputs(after, values.rank_fn(choosing))
         reduce = weighted_mean(batch.weight)
 
         def loss_fn(params: Params) -> LossOutcome:
             chosen = values.chosen_fn(params, batch.obs, batch.action)
             return error_fn(chosen, next_values, batch, hyper, reduce)
 
-        (loss, (metrics, errors)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params)
-        learner, guard = apply_gradients(
-            state.learner, gradients, tx, learning_rate=hyper.learning_rate, loss=loss
-        )
-        target = optax.incremental_update(learner.params, state.target_params, hyper.tau)
-        due = learner.steps % jnp.asarray(hyper.target_update_interval, jnp.int32) == 0
-        target = tree_where(due, target, state.target_params)
-        errors = jax.lax.stop_gradient(errors)
-        metrics = {**metrics, "error_size": jnp.mean(jnp.abs(errors)), **guard}
-        return State(learner, target), metrics, errors
+        return value_step(state, hyper, loss_fn, tx)
 
     return update
+
+
+def best_outputs(outputs: Outputs, ranks: Float[Array, "N A"]) -> Float[Array, "N ..."]:
+    """The outputs of the action that ranks highest."""
+    return jax.vmap(lambda row, action: row[action])(outputs, jnp.argmax(ranks, axis=1))
+
+
+def value_step(
+    state: Any, hyper: Any, loss_fn: Callable[[Params], LossOutcome], tx: optax.GradientTransformation
+) -> tuple[Any, Metrics, Float[Array, " N"]]:
+    """One optimizer step of the network, and the target network's where it is due.
+
+    Args:
+      state: with `learner` and `target_params`; what else it has stays.
+      hyper: with `learning_rate`, `target_update_interval` and `tau`.
+      loss_fn: parameters -> (loss, (metrics, error of each transition)).
+    """
+    gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    (loss, (metrics, errors)), gradients = gradient_fn(state.learner.params)
+    learner, guard = apply_gradients(
+        state.learner, gradients, tx, learning_rate=hyper.learning_rate, loss=loss
+    )
+    target = optax.incremental_update(learner.params, state.target_params, hyper.tau)
+    due = learner.steps % jnp.asarray(hyper.target_update_interval, jnp.int32) == 0
+    target = tree_where(due, target, state.target_params)
+    errors = jax.lax.stop_gradient(errors)
+    metrics = {**metrics, "error_size": jnp.mean(jnp.abs(errors)), **guard}
+    return dataclasses.replace(state, learner=learner, target_params=target), metrics, errors
 
 
 def make_update(
@@ -223,7 +243,6 @@ def make_algorithm(
     update_fn: Callable[..., Any],
 ) -> Algorithm:
     """Epsilon-greedy exploration around `update_fn`."""
-    num_actions = discrete_actions(env, "DQN")
 
     def init_fn(key: PRNGKeyArray, hyper: Any) -> State:
         del hyper
@@ -232,22 +251,34 @@ def make_algorithm(
     def greedy(state: State, obs: Array) -> Int[Array, " B"]:
         return jnp.argmax(values.rank_fn(values.every_fn(state.learner.params, obs)), axis=-1)
 
-    def noise_fn(key: PRNGKeyArray, shape: tuple[int, int]) -> tuple[Array, Array]:
-        share_key, action_key = jax.random.split(key)
-        return jax.random.uniform(share_key, shape), jax.random.randint(action_key, shape, 0, num_actions)
-
-    def act_fn(state: State, hyper: Any, obs: Array, noise: tuple[Array, Array], steps: Array) -> Array:
-        shares, anything = noise
-        epsilon = linear_decay(
-            steps, start=hyper.epsilon_start, end=hyper.epsilon_end, steps=hyper.epsilon_steps
-        )
-        return jnp.where(shares < epsilon, anything, greedy(state, obs))
+    def act_fn(state: State, hyper: Any, obs: Array, noise: ExplorationNoise, steps: Array) -> Array:
+        return epsilon_greedy_action(greedy(state, obs), hyper, noise, steps)
 
     def policy_fn(state: State, obs: Array, key: PRNGKeyArray, deterministic: bool) -> Array:
         del key, deterministic  # the policy learnt is the greedy one
         return greedy(state, obs)
 
+    noise_fn = make_noise_fn(discrete_actions(env, "DQN"))
     return Algorithm(init_fn, noise_fn, act_fn, act_fn, update_fn, policy_fn)
+
+
+def make_noise_fn(num_actions: int) -> Callable[[PRNGKeyArray, tuple[int, int]], ExplorationNoise]:
+    """What `epsilon_greedy_action` needs of chance, for many steps at once."""
+
+    def noise_fn(key: PRNGKeyArray, shape: tuple[int, int]) -> ExplorationNoise:
+        share_key, action_key = jax.random.split(key)
+        return jax.random.uniform(share_key, shape), jax.random.randint(action_key, shape, 0, num_actions)
+
+    return noise_fn
+
+
+def epsilon_greedy_action(
+    greedy: Int[Array, " B"], hyper: Any, noise: ExplorationNoise, steps: Array
+) -> Int[Array, " B"]:
+    """The greedy action, or any; epsilon falls linearly, as `hyper` says."""
+    shares, anything = noise
+    epsilon = linear_decay(steps, start=hyper.epsilon_start, end=hyper.epsilon_end, steps=hyper.epsilon_steps)
+    return jnp.where(shares < epsilon, anything, greedy)
 
 
 def make_run(config: Config, env: Environment, env_params: Any) -> Run:

@@ -28,7 +28,8 @@ from rlhf_jax.rl.algorithms import ppo
 from rlhf_jax.rl.envs.environments import Environment, Transition
 from rlhf_jax.rl.loops import offline, on_policy
 from rlhf_jax.rl.loops.off_policy import over_steps
-from rlhf_jax.rl.loops.rollout import Experience
+from rlhf_jax.rl.loops.replay import sample_uniform
+from rlhf_jax.rl.loops.rollout import Experience, Inputs, make_logprob_fn
 from rlhf_jax.rl.loops.runs import Run, Train, make_train_fn
 from rlhf_jax.rl.networks.networks import MLP
 
@@ -167,35 +168,94 @@ def make_run(config: Config, env: Environment, env_params: Any, data: Transition
     Raises:
       UserError: observations are to be normalised, or the log is empty.
     """
-    if config.policy.rollout.normalize_obs:
-        raise UserError("GAIL: policy.rollout.normalize_obs=true would not fit the log's: leave it false.")
-    network, learning = ppo.make_learning(config.policy, env)
     init_discriminator, logit_fn = make_discriminator(env, config.encoder)
-    tx, log = make_optimizer(config.optimizer), offline.as_replay(data)
-    discriminate = make_update(logit_fn, tx)
+    discriminate = make_update(logit_fn, make_optimizer(config.optimizer))
 
-    def init_agent(params: Params, key: PRNGKeyArray, hyper: Hyper) -> State:
+    def learn(
+        learner: TrainState, hyper: Hyper, log: Transition, own: PolicySteps, logp_fn: StepLogpFn
+    ) -> tuple[TrainState, Metrics]:
+        del logp_fn
+        pairs = ImitationBatch(log.obs, log.action, own.seen.obs, own.seen.action)
+        return discriminate(learner, hyper, pairs)
+
+    def reward_fn(params: Params, hyper: Hyper, own: PolicySteps) -> Float[Array, " N"]:
+        del hyper
+        return imitation_reward(logit_fn(params, own.seen.obs, own.seen.action))
+
+    return make_imitation_run(config, env, env_params, data, init_discriminator, learn, reward_fn)
+
+
+@pytree_dataclass
+class PolicySteps:
+    """Steps [N] and what the policy makes of them.
+
+    Attributes:
+      logp: log-probability that it gives, or gave, the action.
+    """
+
+    seen: Transition
+    logp: Float[Array, " N"]
+
+
+StepLogpFn = Callable[[Transition], Float[Array, " N"]]
+"""Steps, each on its own -> log-probability of their actions under the policy of now, which has no memory."""
+
+
+def make_imitation_run(
+    config: Any,
+    env: Environment,
+    env_params: Any,
+    data: Transition,
+    init_discriminator: Callable[[PRNGKeyArray], Params],
+    discriminate: Callable[
+        [TrainState, Any, Transition, PolicySteps, StepLogpFn], tuple[TrainState, Metrics]
+    ],
+    reward_fn: Callable[[Params, Any, PolicySteps], Float[Array, " N"]],
+) -> Run:
+    """A run of PPO on the reward of a discriminator, the two in turn.
+
+    Args:
+      config: with the fields of `Config`.
+      discriminate: (discriminator, hyper, steps of the log, the policy's, log-probabilities) ->
+        (discriminator, metrics).
+      reward_fn: (parameters of the discriminator, hyper, the policy's steps) -> rewards.
+
+    Raises:
+      UserError: observations are to be normalised, or the log is empty.
+    """
+    if config.policy.rollout.normalize_obs:
+        raise UserError("policy.rollout.normalize_obs=true would not fit the log's: leave it false.")
+    network, learning = ppo.make_learning(config.policy, env)
+    tx, log, logprob_fn = make_optimizer(config.optimizer), offline.as_replay(data), make_logprob_fn(network)
+
+    def init_agent(params: Params, key: PRNGKeyArray, hyper: Any) -> State:
         key, policy_key, discriminator_key = jax.random.split(key, 3)
         policy = learning.init_fn(params, policy_key, hyper.policy)
         return init(policy, init_discriminator(discriminator_key), tx, key)
 
-    def learn(state: State, hyper: Hyper, experience: Experience) -> tuple[State, Metrics]:
+    def learn(state: State, hyper: Any, experience: Experience) -> tuple[State, Metrics]:
         key, sample_key = jax.random.split(state.key)
-        seen = experience.transition
-        obs, action = (x.reshape(-1, *x.shape[2:]) for x in (seen.obs, seen.action))
+        steps = PolicySteps(experience.transition, experience.logp)
+        own = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), steps)
+
+        def logp_fn(seen: Transition) -> Float[Array, " N"]:
+            inputs = Inputs(seen.obs, seen.action, jnp.zeros(seen.reward.shape, bool), ())
+            return logprob_fn(state.policy.learner.params, inputs).logp
 
         def step(learner: TrainState, key: PRNGKeyArray) -> tuple[TrainState, Metrics]:
             log_key, own_key = jax.random.split(key)
-            batch = offline.sample(log, log_key, batch_size=config.batch_size, gamma=1.0)
-            own = jax.random.randint(own_key, (config.batch_size,), 0, len(obs))
-            return discriminate(
-                learner, hyper, ImitationBatch(batch.obs, batch.action, obs[own], action[own])
-            )
+            chosen = jax.random.randint(own_key, (config.batch_size,), 0, len(own.logp))
+            part = jax.tree.map(lambda x: x[chosen], own)
+            indices = sample_uniform(log, log_key, batch_size=config.batch_size)
+            of_log = jax.tree.map(lambda x: x[indices, 0], log.data)
+            return discriminate(learner, hyper, of_log, part, logp_fn)
 
         keys = jax.random.split(sample_key, config.discriminator_steps)
         discriminator, told = jax.lax.scan(step, state.discriminator, keys)
-        rewards = imitation_reward(logit_fn(discriminator.params, obs, action)).reshape(seen.reward.shape)
-        paid = dataclasses.replace(experience, transition=dataclasses.replace(seen, reward=rewards))
+        rewards = reward_fn(discriminator.params, hyper, own).reshape(experience.logp.shape)
+        paid = dataclasses.replace(
+            experience, transition=dataclasses.replace(experience.transition, reward=rewards)
+        )
         policy, metrics = learning.learn_fn(state.policy, hyper.policy, paid)
         metrics = {**metrics, **over_steps(told), "imitation_reward": jnp.mean(rewards)}
         return State(policy, discriminator, key), metrics

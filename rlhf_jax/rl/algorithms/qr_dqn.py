@@ -87,14 +87,24 @@ def quantile_loss(
     chosen: Float[Array, "N K"],
     next_quantiles: Float[Array, "N K"],
     batch: Batch,
-    hyper: Hyper,
+    hyper: Any,
     reduce: Reduction,
+    levels: Float[Array, "N K"] | None = None,
 ) -> LossOutcome:
-    """Quantile Huber loss to the quantiles of r + discount Z(s', a') (Dabney et al. 2018, eq. 10)."""
+    """Quantile Huber loss to the quantiles of r + discount Z(s', a') (Dabney et al. 2018, eq. 10).
+
+    Args:
+      levels: of `chosen`; None for midpoints.
+    """
     targets = batch.reward[:, None] + batch.discount[:, None] * next_quantiles
     mask = jnp.ones_like(batch.reward, bool)[None]
     loss, metrics = quantile_value_loss(
-        chosen[None], targets[None], mask, delta=hyper.huber_delta, reduce=reduce
+        chosen[None],
+        targets[None],
+        mask,
+        levels=None if levels is None else levels[None],
+        delta=hyper.huber_delta,
+        reduce=reduce,
     )
     return loss, (metrics, jnp.mean(chosen, axis=-1) - jnp.mean(targets, axis=-1))
 

@@ -28,7 +28,7 @@ from rlhf_jax.rl.loops.continuous import (
 from rlhf_jax.rl.loops.off_policy import Algorithm, RunConfig
 from rlhf_jax.rl.loops.replay import Batch
 from rlhf_jax.rl.loops.runs import Run, Train, make_train_fn
-from rlhf_jax.rl.networks.distributions import TanhGaussian
+from rlhf_jax.rl.networks.distributions import DiagonalGaussian, TanhGaussian
 from rlhf_jax.rl.networks.q_networks import SquashedGaussianActor, applied
 
 ActorFn = Callable[[Params, Array], TanhGaussian]
@@ -214,7 +214,10 @@ def make_run(config: Config, env: Environment, env_params: Any) -> Run:
 
 
 def stochastic_algorithm(
-    box: Box, actor_fn: ActorFn, init_fn: Callable[[PRNGKeyArray, Any], Any], update_fn: Callable[..., Any]
+    box: Box,
+    actor_fn: Callable[[Params, Array], TanhGaussian | DiagonalGaussian],
+    init_fn: Callable[[PRNGKeyArray, Any], Any],
+    update_fn: Callable[..., Any],
 ) -> Algorithm:
     """Exploration by the policy's own chance around `update_fn`: uniform at first, then sampled.
 

@@ -1,5 +1,6 @@
 """Whole episodes of an agent, and evaluation: unshaped, and never on those the agent learned from."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.core.types import Array, Bool, Float, Int, PRNGKeyArray
 from rlhf_jax.rl.envs.environments import Environment, Transition
-from rlhf_jax.rl.loops.runs import ActFn, Run
+from rlhf_jax.rl.loops.runs import ActFn, Run, ignore_reward
 
 
 def play(
@@ -20,12 +21,14 @@ def play(
     *,
     episodes: int,
     deterministic: bool,
+    observe_reward: Callable[[Any, Array], Any] = ignore_reward,
 ) -> tuple[Transition, Bool[Array, "T N"]]:
     """`episodes` whole episodes side by side.
 
     Args:
       carry: what the agent remembers at the start of each.
       deterministic: take the likeliest action rather than a sample.
+      observe_reward: what the agent makes of a reward, such as `Run.observe_reward`.
 
     Returns:
       (transitions [T, N], mask): the steps that took place; what lies behind an episode's end is anything.
@@ -43,7 +46,7 @@ def play(
         states, seen = jax.vmap(env.auto_reset_step, (0, 0, 0, None, 0))(
             keys, states, action, env_params, states
         )
-        return (states, carry, alive & ~seen.done), (seen, alive)
+        return (states, observe_reward(carry, seen.reward), alive & ~seen.done), (seen, alive)
 
     scan_state = (states, carry, jnp.ones(episodes, bool))
     return jax.lax.scan(step, scan_state, jax.random.split(key, env.max_steps))[1]
@@ -76,5 +79,6 @@ def evaluate(
         key,
         episodes=episodes,
         deterministic=deterministic,
+        observe_reward=run.observe_reward,
     )
     return jnp.sum(jnp.where(alive, seen.reward, 0), axis=0), jnp.sum(alive, axis=0)

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.trees import pytree_dataclass
-from rlhf_jax.core.types import Array, Float, Int, Metrics, PRNGKeyArray
+from rlhf_jax.core.types import Array, Bool, Float, Int, Metrics, PRNGKeyArray
 from rlhf_jax.rl.envs.environments import Environment, EnvState, Transition, episode_metrics, take_statistics
 from rlhf_jax.rl.loops.replay import (
-    Batch,
     Priorities,
     Replay,
     admit,
@@ -28,7 +27,7 @@ from rlhf_jax.rl.loops.replay import (
     sample_uniform,
     update_priorities,
 )
-from rlhf_jax.rl.loops.runs import Run
+from rlhf_jax.rl.loops.runs import Run, no_carry
 
 Agent: TypeAlias = Any
 Noise: TypeAlias = Any
@@ -108,14 +107,33 @@ class Algorithm:
       act_fn: the same, from then on.
       update_fn: (agent, hyper, batch) -> (agent, metrics, error of each transition).
       policy_fn: (agent, obs, key, deterministic) -> action [B], of the agent once trained.
+      gather_fn: (replay, numbers of transitions, key, hyper) -> batch; None for transitions of n steps.
+      initial_carry: what an agent with a memory remembers at the start of so many episodes. It is given
+        `RecurrentObs` as obs, and returns (action, carry) where others return an action. None for no memory.
     """
 
     init_fn: Callable[[PRNGKeyArray, Hyper], Agent]
     noise_fn: Callable[[PRNGKeyArray, tuple[int, int]], Noise]
-    explore_fn: Callable[[Agent, Hyper, Array, Noise, Array], Array]
-    act_fn: Callable[[Agent, Hyper, Array, Noise, Array], Array]
-    update_fn: Callable[[Agent, Hyper, Batch], tuple[Agent, Metrics, Float[Array, " N"]]]
-    policy_fn: Callable[[Agent, Array, PRNGKeyArray, bool], Array]
+    explore_fn: Callable[[Agent, Hyper, Any, Noise, Array], Any]
+    act_fn: Callable[[Agent, Hyper, Any, Noise, Array], Any]
+    update_fn: Callable[[Agent, Hyper, Any], tuple[Agent, Metrics, Float[Array, " N"]]]
+    policy_fn: Callable[[Agent, Any, PRNGKeyArray, bool], Any]
+    gather_fn: Callable[[Replay, Int[Array, " N"], PRNGKeyArray, Hyper], Any] | None = None
+    initial_carry: Callable[[int], Any] | None = None
+
+
+@pytree_dataclass
+class RecurrentObs:
+    """An observation of an agent with a memory.
+
+    Attributes:
+      is_first: the first of an episode: what was remembered before is to be forgotten.
+      carry: what the agent remembers.
+    """
+
+    obs: Array
+    is_first: Bool[Array, "..."]
+    carry: Any
 
 
 @pytree_dataclass
@@ -128,6 +146,7 @@ class RunState:
       replay: what happened.
       priorities: of what happened; None where sampling is uniform.
       steps: of all environments together.
+      carry: what the agent remembers in each environment; None where it has no memory.
     """
 
     agent: Agent
@@ -136,6 +155,7 @@ class RunState:
     priorities: Priorities | None
     steps: Int[Array, ""]
     key: PRNGKeyArray
+    carry: Any = None
 
 
 def make_run(
@@ -151,13 +171,15 @@ def make_run(
     def init(key: PRNGKeyArray, hyper: Hyper) -> RunState:
         key, agent_key, env_key = jax.random.split(key, 3)
         envs = jax.vmap(env.reset, (0, None))(jax.random.split(env_key, config.num_envs), env_params)
+        example = _example(env, env_params, algorithm)
         state = RunState(
             agent=algorithm.init_fn(agent_key, hyper),
             envs=envs,
-            replay=init_replay(_example(env, env_params), rows=config.rows, num_envs=config.num_envs),
+            replay=init_replay(example, rows=config.rows, num_envs=config.num_envs),
             priorities=init_priorities(config.rows * config.num_envs) if prioritized else None,
             steps=jnp.int32(0),
             key=key,
+            carry=algorithm.initial_carry(config.num_envs) if algorithm.initial_carry else None,
         )
 
         def warm_up(_: Int[Array, ""], state: RunState) -> RunState:
@@ -188,8 +210,9 @@ def make_run(
     def act(
         state: RunState, obs: Array, is_first: Array, carry: Any, key: PRNGKeyArray, *, deterministic: bool
     ) -> tuple[Array, Any]:
-        del is_first
-        return algorithm.policy_fn(state.agent, obs, key, deterministic), carry
+        if algorithm.initial_carry is None:
+            return algorithm.policy_fn(state.agent, obs, key, deterministic), carry
+        return algorithm.policy_fn(state.agent, RecurrentObs(obs, is_first, carry), key, deterministic)
 
     return Run(
         init=init,
@@ -197,6 +220,7 @@ def make_run(
         act=act,
         updates=config.num_logs,
         steps_per_update=trainings * config.steps_per_training,
+        initial_carry=algorithm.initial_carry or no_carry,
     )
 
 
@@ -204,10 +228,14 @@ def _sum_or_last(total: Array, new: Array) -> Array:
     return new if jnp.issubdtype(new.dtype, jnp.integer) else total + new
 
 
-def _example(env: Environment, env_params: Any) -> Transition:
+def _example(env: Environment, env_params: Any, algorithm: Algorithm) -> Transition:
     def first(key: PRNGKeyArray) -> Transition:
         action = jnp.zeros(env.action_shape, jnp.int32 if env.discrete else jnp.float32)
-        return env.step(key, env.reset(key, env_params), action, env_params)[1]
+        transition = env.step(key, env.reset(key, env_params), action, env_params)[1]
+        if algorithm.initial_carry is None:
+            return transition
+        carry = jax.tree.map(lambda x: x[0], algorithm.initial_carry(1))
+        return dataclasses.replace(transition, obs=RecurrentObs(transition.obs, jnp.bool_(True), carry))
 
     return jax.eval_shape(first, jax.random.key(0))
 
@@ -217,7 +245,7 @@ def _collect(
     env: Environment,
     env_params: Any,
     noise_fn: Callable[[PRNGKeyArray, tuple[int, int]], Noise],
-    act_fn: Callable[[Agent, Hyper, Array, Noise, Array], Array],
+    act_fn: Callable[[Agent, Hyper, Any, Noise, Array], Any],
     state: RunState,
     hyper: Hyper,
 ) -> RunState:
@@ -235,19 +263,26 @@ def _collect(
     chance = (noise, jax.random.split(env_key, shape), fresh)
     step_envs = jax.vmap(env.auto_reset_step, (0, 0, 0, None, 0))
 
-    def step(carry: tuple[EnvState, Array], now: tuple[Noise, PRNGKeyArray, EnvState]):
-        envs, steps = carry
+    def step(scan_state: tuple[EnvState, Array, Any], now: tuple[Noise, PRNGKeyArray, EnvState]):
+        envs, steps, carry = scan_state
         noise, keys, fresh = now
-        action = act_fn(state.agent, hyper, envs.obs, noise, steps)
-        envs, transition = step_envs(keys, envs, action, env_params, fresh)
-        return (envs, steps + config.num_envs), transition
+        if carry is None:
+            action = act_fn(state.agent, hyper, envs.obs, noise, steps)
+            envs, transition = step_envs(keys, envs, action, env_params, fresh)
+        else:
+            seen = RecurrentObs(envs.obs, envs.episode_length == 0, carry)
+            action, carry = act_fn(state.agent, hyper, seen, noise, steps)
+            envs, transition = step_envs(keys, envs, action, env_params, fresh)
+            transition = dataclasses.replace(transition, obs=seen)
+        return (envs, steps + config.num_envs, carry), transition
 
-    (envs, steps), transitions = jax.lax.scan(step, (state.envs, state.steps), chance)
+    scan_state = (state.envs, state.steps, state.carry)
+    (envs, steps, carry), transitions = jax.lax.scan(step, scan_state, chance)
     replay = insert(state.replay, transitions)
     priorities = state.priorities
     if priorities is not None:
         priorities = admit(priorities, replay, count=config.train_every, n_step=config.n_step)
-    return dataclasses.replace(state, envs=envs, replay=replay, priorities=priorities, steps=steps, key=key)
+    return RunState(state.agent, envs, replay, priorities, steps, key, carry)
 
 
 def _learn(
@@ -257,18 +292,22 @@ def _learn(
     key, sample_key = jax.random.split(state.key)
     replay = state.replay
 
+    def gathered(indices: Int[Array, " N"], key: PRNGKeyArray) -> Any:
+        if algorithm.gather_fn is None:
+            return gather(replay, indices, gamma=hyper.gamma, n_step=config.n_step)
+        return algorithm.gather_fn(replay, indices, jax.random.fold_in(key, 1), hyper)
+
     def update(carry: tuple[Agent, Priorities | None], key: PRNGKeyArray):
         agent, priorities = carry
         if priorities is None:
             indices = sample_uniform(replay, key, batch_size=config.batch_size, n_step=config.n_step)
-            batch = gather(replay, indices, gamma=hyper.gamma, n_step=config.n_step)
-            agent, metrics, _ = algorithm.update_fn(agent, hyper, batch)
+            agent, metrics, _ = algorithm.update_fn(agent, hyper, gathered(indices, key))
             return (agent, None), metrics
         indices, weight = sample_prioritized(
             priorities, key, batch_size=config.batch_size, beta=hyper.priority_beta
         )
-        batch = gather(replay, indices, gamma=hyper.gamma, n_step=config.n_step)
-        agent, metrics, errors = algorithm.update_fn(agent, hyper, dataclasses.replace(batch, weight=weight))
+        batch = dataclasses.replace(gathered(indices, key), weight=weight)
+        agent, metrics, errors = algorithm.update_fn(agent, hyper, batch)
         return (agent, update_priorities(priorities, indices, errors, alpha=hyper.priority_alpha)), metrics
 
     carry = (state.agent, state.priorities)

@@ -22,7 +22,7 @@ from rlhf_jax.rl.envs.environments import Environment, Transition
 from rlhf_jax.rl.loops.continuous import CriticFn, box_of, critic_fns
 from rlhf_jax.rl.loops.off_policy import over_steps
 from rlhf_jax.rl.loops.replay import Batch, Replay, gather, sample_uniform
-from rlhf_jax.rl.loops.runs import Run
+from rlhf_jax.rl.loops.runs import ActFn, Run
 from rlhf_jax.rl.networks.networks import default_encoder, make_encoder, make_head
 from rlhf_jax.rl.networks.q_networks import ActionValues, applied
 
@@ -63,14 +63,18 @@ class Algorithm:
     Attributes:
       init_fn: key -> agent, the algorithm's state.
       update_fn: (agent, hyper, batch) -> (agent, metrics).
-      policy_fn: (agent, obs, key, deterministic) -> action [B].
+      policy_fn: (agent, obs, key, deterministic) -> action [B]; None where there is an `act_fn`.
       gamma_fn: hyper -> discount per step.
+      sample_fn: (key, hyper) -> batch; None for `batch_size` transitions.
+      act_fn: how an agent with a memory acts, from the run's state.
     """
 
     init_fn: Callable[[PRNGKeyArray], Any]
-    update_fn: Callable[[Any, Any, Batch], tuple[Any, Metrics]]
-    policy_fn: Callable[[Any, Array, PRNGKeyArray, bool], Array]
+    update_fn: Callable[[Any, Any, Any], tuple[Any, Metrics]]
+    policy_fn: Callable[[Any, Array, PRNGKeyArray, bool], Array] | None
     gamma_fn: Callable[[Any], Scalar] = lambda hyper: hyper.gamma
+    sample_fn: Callable[[PRNGKeyArray, Any], Any] | None = None
+    act_fn: ActFn | None = None
 
 
 @pytree_dataclass
@@ -119,20 +123,40 @@ def make_run(config: RunConfig, data: Transition, algorithm: Algorithm) -> Run:
         key, sample_key = jax.random.split(state.key)
 
         def update(agent: Any, key: PRNGKeyArray) -> tuple[Any, Metrics]:
-            batch = sample(replay, key, batch_size=config.batch_size, gamma=algorithm.gamma_fn(hyper))
+            if algorithm.sample_fn is None:
+                batch = sample(replay, key, batch_size=config.batch_size, gamma=algorithm.gamma_fn(hyper))
+            else:
+                batch = algorithm.sample_fn(key, hyper)
             return algorithm.update_fn(agent, hyper, batch)
 
         agent, metrics = jax.lax.scan(update, state.agent, jax.random.split(sample_key, per_report))
         steps = state.steps + per_report
         return State(agent, key, steps), {"steps": steps, **over_steps(metrics)}
 
+    return Run(
+        init=init, step=step, act=acting(algorithm), updates=config.num_logs, steps_per_update=per_report
+    )
+
+
+def acting(algorithm: Algorithm) -> ActFn:
+    """How an agent acts from the run's state.
+
+    Raises:
+      UserError: the algorithm does not say.
+    """
+    policy_fn = algorithm.policy_fn
+    if algorithm.act_fn is not None:
+        return algorithm.act_fn
+    if policy_fn is None:
+        raise UserError("Algorithm: give policy_fn, or act_fn for an agent with a memory.")
+
     def act(
         state: State, obs: Array, is_first: Array, carry: Any, key: PRNGKeyArray, *, deterministic: bool
     ) -> tuple[Array, Any]:
         del is_first
-        return algorithm.policy_fn(state.agent, obs, key, deterministic), carry
+        return policy_fn(state.agent, obs, key, deterministic), carry
 
-    return Run(init=init, step=step, act=act, updates=config.num_logs, steps_per_update=per_report)
+    return act
 
 
 def make_policy(env: Environment, encoder: nn.Module | None) -> nn.Module:

@@ -134,6 +134,14 @@ def gather(replay: Replay, indices: Int[Array, " N"], *, gamma: Scalar, n_step: 
     )
 
 
+def gather_windows(replay: Replay, indices: Int[Array, " N"], *, length: int) -> Transition:
+    """[N, length]: the transitions of these numbers, and what happened next in their environments."""
+    rows, num_envs = replay.data.reward.shape[:2]
+    row = (indices // num_envs)[:, None] + jnp.arange(length)
+    env = (indices % num_envs)[:, None]
+    return jax.tree.map(lambda x: x[row % rows, env], replay.data)
+
+
 @pytree_dataclass
 class Priorities:
     """Sampling weights in blocks, and the sum of each block: a sum-tree two levels deep.

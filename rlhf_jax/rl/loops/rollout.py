@@ -33,8 +33,9 @@ from rlhf_jax.rl.envs.normalization import (
 from rlhf_jax.rl.loops.runs import ActFn
 from rlhf_jax.rl.networks.multi_agent import JointActorCritic
 from rlhf_jax.rl.networks.networks import ActorCritic, Carry, RecurrentActorCritic
+from rlhf_jax.rl.networks.sequence_values import EpsilonGreedy
 
-Network = ActorCritic | RecurrentActorCritic | JointActorCritic
+Network = ActorCritic | RecurrentActorCritic | JointActorCritic | EpsilonGreedy
 
 
 @dataclasses.dataclass(frozen=True)

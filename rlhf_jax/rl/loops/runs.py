@@ -35,6 +35,12 @@ def no_carry(count: int) -> tuple[()]:
     return ()
 
 
+def ignore_reward(carry: Any, reward: Array) -> Any:
+    """The memory of agents that do not look at rewards when they act."""
+    del reward
+    return carry
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """An algorithm on an environment.
@@ -46,6 +52,8 @@ class Run:
       updates: steps of a whole run.
       steps_per_update: environment steps that one update takes.
       initial_carry: what the agent remembers at the start of `count` episodes.
+      observe_reward: (what it remembers, rewards [B]) -> what it remembers once they came, for agents that
+        look at rewards when they act.
     """
 
     init: Callable[[PRNGKeyArray, Any], Any]
@@ -54,6 +62,7 @@ class Run:
     updates: int
     steps_per_update: int
     initial_carry: Callable[[int], Any] = no_carry
+    observe_reward: Callable[[Any, Array], Any] = ignore_reward
 
 
 def run_updates(run: Run, state: Any, hyper: Any, *, updates: int) -> tuple[Any, Metrics]:

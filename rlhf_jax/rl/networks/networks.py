@@ -37,19 +37,22 @@ class MLP(nn.Module):
       activation: after each.
       output: width of a last layer without activation; 0 for none.
       output_scale: of its orthogonal weights.
+      layer_norm: normalize before each activation (Ba et al. 2016).
     """
 
     widths: tuple[int, ...] = (64, 64)
     activation: Activation = nn.tanh
     output: int = 0
     output_scale: float = 1.0
+    layer_norm: bool = False
 
     @nn.compact
     def __call__(self, inputs: Float[Array, "N ..."]) -> Float[Array, "N D"]:
         """Features, or outputs."""
         hidden = inputs.reshape(inputs.shape[0], -1)
         for width in self.widths:
-            hidden = self.activation(linear(width, ROOT_2)(hidden))
+            hidden = linear(width, ROOT_2)(hidden)
+            hidden = self.activation(nn.LayerNorm()(hidden) if self.layer_norm else hidden)
         return linear(self.output, self.output_scale)(hidden) if self.output else hidden
 
 
@@ -71,18 +74,24 @@ class MinAtarConv(nn.Module):
       channels: of the convolution.
       width: of the dense layer.
       activation: after both.
+      layer_norm: normalize before each activation.
     """
 
     channels: int = 16
     width: int = 128
     activation: Activation = nn.relu
+    layer_norm: bool = False
 
     @nn.compact
     def __call__(self, inputs: Float[Array, "N H W C"]) -> Float[Array, "N D"]:
         """Features."""
-        planes = self.activation(linear(self.channels, ROOT_2)(patches(inputs, 3)))
-        flat = planes.reshape(inputs.shape[0], -1)
-        return self.activation(linear(self.width, ROOT_2)(flat))
+
+        def layer(width: int, inputs: Array) -> Array:
+            hidden = linear(width, ROOT_2)(inputs)
+            return self.activation(nn.LayerNorm()(hidden) if self.layer_norm else hidden)
+
+        planes = layer(self.channels, patches(inputs, 3))
+        return layer(self.width, planes.reshape(inputs.shape[0], -1))
 
 
 class ObsEncoder(nn.Module):
@@ -209,6 +218,26 @@ class ActorCritic(nn.Module):
         return self.critic_head(features)[..., 0]
 
 
+def next_carry(
+    cell: nn.Module, carry: Carry, is_first: Bool[Array, " B"], features: Float[Array, "B D"]
+) -> Float[Array, "B D"]:
+    """What a GRU holds after one step; it forgets where an episode starts."""
+    return cell(jnp.where(is_first[..., None], 0, carry), features)[0]
+
+
+def unroll(
+    cell: nn.Module, carry: Carry, is_first: Bool[Array, "B T"], features: Float[Array, "B T D"]
+) -> Float[Array, "B T D"]:
+    """What a GRU holds after each step of [B, T] trajectories, which began with `carry`."""
+
+    def step(cell: nn.Module, carry: Carry, inputs: tuple[Array, Array]):
+        carry = next_carry(cell, carry, *inputs)
+        return carry, carry
+
+    scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False}, in_axes=1, out_axes=1)
+    return scan(cell, carry, (is_first, features))[1]
+
+
 class RecurrentActorCritic(nn.Module):
     """A policy and a value function that share a torso and a GRU (Cho et al. 2014).
 
@@ -235,34 +264,23 @@ class RecurrentActorCritic(nn.Module):
 
     def act(self, obs: Array, is_first: Bool[Array, " B"], carry: Carry) -> tuple[Distribution, Carry]:
         """The distribution of actions in [B] environments, and what they remember next."""
-        carry = self._next_carry(carry, is_first, self.torso(obs))
+        carry = next_carry(self.cell, carry, is_first, self.torso(obs))
         return self.actor_head(carry), carry
 
     def __call__(
         self, obs: Array, is_first: Bool[Array, "B T"], carry: Carry
     ) -> tuple[Distribution, Float[Array, "B T"]]:
         """Distributions and values along [B, T] trajectories, which began with `carry`."""
-        hidden = self._unroll(obs, is_first, carry)
+        hidden = unroll(self.cell, carry, is_first, self.torso(obs))
         return self.actor_head(hidden), self.critic_head(hidden)[..., 0]
 
     def next_value(
         self, obs: Array, next_obs: Array, is_first: Bool[Array, "B T"], carry: Carry
     ) -> Float[Array, "B T"]:
         """Values of `next_obs`, each as what follows `obs`."""
-        hidden = self._unroll(obs, is_first, carry)
+        hidden = unroll(self.cell, carry, is_first, self.torso(obs))
         after, _ = self.cell(hidden, self.torso(next_obs))
         return self.critic_head(after)[..., 0]
-
-    def _next_carry(self, carry: Carry, is_first: Bool[Array, " B"], features: Float[Array, "B D"]) -> Carry:
-        return self.cell(jnp.where(is_first[..., None], 0, carry), features)[0]
-
-    def _unroll(self, obs: Array, is_first: Bool[Array, "B T"], carry: Carry) -> Float[Array, "B T D"]:
-        def step(module: "RecurrentActorCritic", carry: Carry, inputs: tuple[Array, Array]):
-            carry = module._next_carry(carry, *inputs)
-            return carry, carry
-
-        scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False}, in_axes=1, out_axes=1)
-        return scan(self, carry, (is_first, self.torso(obs)))[1]
 
 
 def make_actor_critic(env: Environment, encoder: nn.Module, *, shared: bool = False) -> ActorCritic:

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from rlhf_jax.core.types import Array, Float, Int
+from rlhf_jax.losses.value import midpoints
 from rlhf_jax.rl.envs.environments import Environment
-from rlhf_jax.rl.networks.distributions import TanhGaussian
-from rlhf_jax.rl.networks.networks import MLP, MinAtarConv, ObsEncoder, TanhGaussianHead, linear
+from rlhf_jax.rl.networks.distributions import DiagonalGaussian, TanhGaussian
+from rlhf_jax.rl.networks.networks import MLP, ROOT_2, MinAtarConv, ObsEncoder, TanhGaussianHead, linear
 
 
 class ActionValues(nn.Module):
@@ -46,6 +47,47 @@ class ActionValues(nn.Module):
         # A product with a one-hot code: its gradient is no scatter, which CPUs and TPUs are slow at.
         code = jax.nn.one_hot(action, self.num_actions, dtype=values.dtype)
         return jnp.einsum("ba,ba...->b...", code, values)
+
+
+class ImplicitQuantiles(nn.Module):
+    """Implicit quantile network: the return's quantile at any level, of every action.
+
+        Z_tau(s, a) = f(psi(s) * phi(tau))_a,  phi_j(tau) = relu(sum_i cos(pi i tau) w_ij + b_j)
+
+    (Dabney et al. 2018b, section 3 and eq. 4, with i from 1 as in the authors' code, not from 0: that term is
+    a second bias.)
+
+    Attributes:
+      torso: observation -> features psi.
+      num_actions: A.
+      num_cosines: terms of the sum.
+      num_levels: of the midpoints that values are at where no levels are given.
+      width: of the layer behind the product.
+    """
+
+    torso: nn.Module
+    num_actions: int
+    num_cosines: int = 64
+    num_levels: int = 32
+    width: int = 64
+
+    @nn.compact
+    def __call__(self, obs: Array, levels: Float[Array, "B N"] | None = None) -> Float[Array, "B A N"]:
+        """Quantiles of every action at these levels."""
+        features = self.torso(obs)
+        if levels is None:
+            levels = jnp.broadcast_to(midpoints(self.num_levels), (features.shape[0], self.num_levels))
+        cosines = jnp.cos(jnp.pi * levels[..., None] * jnp.arange(1, self.num_cosines + 1))
+        embedded = nn.relu(linear(features.shape[-1], ROOT_2, "levels")(cosines))
+        hidden = nn.relu(linear(self.width, ROOT_2, "join")(features[:, None] * embedded))
+        return jnp.swapaxes(linear(self.num_actions, 1.0, "actions")(hidden), 1, 2)
+
+    def chosen(
+        self, obs: Array, action: Int[Array, " B"], levels: Float[Array, "B N"] | None = None
+    ) -> Float[Array, "B N"]:
+        """Quantiles of one action each."""
+        code = jax.nn.one_hot(action, self.num_actions)
+        return jnp.einsum("ba,ban->bn", code, self(obs, levels))
 
 
 class ActionInputValue(nn.Module):
@@ -120,6 +162,32 @@ class SquashedGaussianActor(nn.Module):
     def __call__(self, obs: Array) -> TanhGaussian:
         """The distribution of actions, in the environment's units."""
         return TanhGaussianHead(self.low, self.high)(self.torso(obs))
+
+
+class GaussianActor(nn.Module):
+    """A Gaussian whose mean lies in the box of actions; samples may leave it.
+
+    Attributes:
+      torso: observation -> features.
+      low: of the box.
+      high: of the box.
+      std: at first, in half ranges of the box.
+    """
+
+    torso: nn.Module
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    std: float = 0.5
+
+    @nn.compact
+    def __call__(self, obs: Array) -> DiagonalGaussian:
+        """The distribution of actions, in the environment's units; mean and deviation depend on the state."""
+        raw_mean, raw_std = jnp.split(linear(2 * len(self.low), 0.01)(self.torso(obs)), 2, axis=-1)
+        low, high = jnp.asarray(self.low), jnp.asarray(self.high)
+        half_range = (high - low) / 2
+        return DiagonalGaussian(
+            (high + low) / 2 + half_range * jnp.tanh(raw_mean), raw_std + jnp.log(self.std * half_range)
+        )
 
 
 class Critics(nn.Module):

@@ -50,6 +50,7 @@ def largest_advantage(variant, prompts):
     return np.abs(advantages).max()
 
 
+@pytest.mark.slow
 def test_each_variant_learns_with_every_setting_that_it_takes():
     taken = 0
     for name, size, change in settings():

@@ -203,7 +203,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", few(CASES, "gamma", "rpo", "alpha_divergence", "mixed"))
+@pytest.mark.parametrize("name", few(CASES, "rpo", "alpha_divergence"))
 def test_a_step_is_that_of_the_loop_over_pairs(name):
     loss_fn, numbers, rule, options = CASES[name]
     table = np.asarray(tabular.init(dtype=jnp.float64)["logits"])
@@ -220,7 +220,9 @@ def test_a_step_is_that_of_the_loop_over_pairs(name):
         np.testing.assert_allclose(split_metrics[key], value, rtol=1e-6, atol=1e-9, err_msg=key)
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case[1]])
+@pytest.mark.parametrize(
+    "name", few([name for name, case in CASES.items() if case[1]], "rpo", "alpha_divergence")
+)
 def test_numbers_are_leaves_that_a_sweep_varies(name):
     loss_fn, numbers, _, options = CASES[name]
     number = next(iter(numbers))

@@ -41,7 +41,7 @@ NEEDED = """batch_size micro_batches num_minibatches num_iterations num_ppo_epoc
     branching_factor depth expansions num_thoughts num_votes step_length max_turns tool_timeout
     dynamic_sampling_max_rounds beta tau noise mixture_temperature kl_target kl_horizon clip_norm
     cliprange_value epsilon epsilon_low epsilon_high target_kl temperature top_p typical_p repetition_penalty
-    confidence decay_fraction alpha rows every ptx_batch_size ptx_max_length num_kept dro_tau pass_at
+    confidence decay_fraction alpha rows every ptx_batch_size ptx_max_length num_kept dro_tau pass_at kl_top_k
     reward_timeout gae_alpha ref_model_mixup_alpha top_entropy_fraction is_clip_high rejection_high
     clip_cov_fraction clip_cov_high kl_cov_fraction advantage_beta value_beta reference_samples
     target_entropy entropy_coef_step replay_capacity teacher_weights params flops isoflop_gap

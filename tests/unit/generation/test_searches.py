@@ -111,7 +111,11 @@ def test_groups_take_different_ways(toy):
     ("name", "options"),
     [
         pytest.param("beam_plain", {"beams": 4, "best": 4}, marks=pytest.mark.slow),
-        ("beam_short", {"beams": 3, "best": 3, "length_penalty": 0.0, "early_stopping": True}),
+        pytest.param(
+            "beam_short",
+            {"beams": 3, "best": 3, "length_penalty": 0.0, "early_stopping": True},
+            marks=pytest.mark.slow,
+        ),
         ("beam_long", {"beams": 5, "best": 2, "length_penalty": 2.0, "early_stopping": "never"}),
         pytest.param("beam_wide", {"beams": 24, "best": 24, "length_penalty": 0.6}, marks=pytest.mark.slow),
         (

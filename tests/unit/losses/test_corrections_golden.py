@@ -1,4 +1,4 @@
-"""verl's rollout corrections, rule by rule and preset by preset, and its DPPO losses."""
+"""verl's rollout corrections, rule by rule and preset by preset, and its losses of DPPO and GPG."""
 
 import json
 import pathlib
@@ -10,7 +10,7 @@ import pytest
 
 from rlhf_jax.losses import corrections
 from rlhf_jax.losses.policy import grpo_loss
-from rlhf_jax.losses.policy_surrogates import dppo_kl_surrogate, dppo_tv_surrogate
+from rlhf_jax.losses.policy_surrogates import dppo_kl_surrogate, dppo_tv_surrogate, log_likelihood_surrogate
 from rlhf_jax.losses.reductions import token_mean
 
 GOLDEN = dict(np.load(pathlib.Path(__file__).parents[2] / "golden" / "corrections_verl.npz"))
@@ -69,19 +69,22 @@ def test_measures_are_verl_s():
 
 
 @pytest.mark.parametrize(
-    ("surrogate_fn", "kind", "low", "high"),
-    [(dppo_tv_surrogate, "tv", 0.03, 0.05), (dppo_kl_surrogate, "kl", 0.004, 0.008)],
+    ("surrogate_fn", "name", "options"),
+    [
+        (dppo_tv_surrogate, "dppo_tv", {"epsilon_low": 0.03, "epsilon_high": 0.05}),
+        (dppo_kl_surrogate, "dppo_kl", {"epsilon_low": 0.004, "epsilon_high": 0.008}),
+        (log_likelihood_surrogate, "gpg", {}),
+    ],
 )
-def test_dppo_is_verl_s_in_value_and_gradient(surrogate_fn, kind, low, high):
+def test_losses_are_verl_s_in_value_and_gradient(surrogate_fn, name, options):
     logp, old_logp, advantages, mask = arrays("logp", "old_logp", "advantages", "mask")
-
-    def surrogate(*args, **bounds):
-        return surrogate_fn(*args, max_ratio=1.4, **bounds)
+    if name.startswith("dppo"):
+        options = {**options, "surrogate_params": {"max_ratio": 1.4}}
 
     def loss(x):
-        options = {"epsilon_low": low, "epsilon_high": high, "reduce": token_mean}
-        return grpo_loss(x, old_logp, None, advantages, mask, surrogate_fn=surrogate, **options)[0]
+        parts = {"surrogate_fn": surrogate_fn, "reduce": token_mean, **options}
+        return grpo_loss(x, old_logp, None, advantages, mask, **parts)[0]
 
     value, grad = jax.value_and_grad(loss)(logp)
-    np.testing.assert_allclose(value, GOLDEN[f"dppo_{kind}/value"], rtol=0, atol=1e-12)
-    np.testing.assert_allclose(grad, GOLDEN[f"dppo_{kind}/grad"], rtol=0, atol=1e-10)
+    np.testing.assert_allclose(value, GOLDEN[f"{name}/value"], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(grad, GOLDEN[f"{name}/grad"], rtol=0, atol=1e-10)

@@ -75,7 +75,7 @@ def test_deep_models_are_scanned_and_shallow_ones_are_not(tmp_path):
 
 @pytest.mark.parametrize(
     "case",
-    few(["gemma3", "deepseek_v3", "mixtral", "phi3", "gpt2", "bloom"], "gemma3", "deepseek_v3", "gpt2"),
+    few(["gemma3", "deepseek_v3", "mixtral", "phi3", "gpt2", "bloom"], "gemma3", "gpt2"),
 )
 def test_stacked_layers_are_read_into_place_and_written_back_bit_for_bit(tmp_path, case):
     """Patterns of several blocks, a prefix, experts in slots, and projections that share a tensor."""
@@ -103,6 +103,7 @@ def test_a_model_that_exists_changes_precision_and_layout_and_back(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, both["value"]["decoder"], stacked)
 
 
+@pytest.mark.slow
 def test_adapters_and_kernels_of_few_bits_keep_their_dtype_and_follow_the_layout(tmp_path):
     config, params = deep_folder(tmp_path, layers=3)
     base = adapters.quantize(adapters.Quantization("nf4"), params)
@@ -184,7 +185,7 @@ def with_scale_of(config, blocks):
     )
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gemma2", "gemma3"])
+@pytest.mark.parametrize("arch", few(["llama", "qwen2", "qwen3", "gemma2", "gemma3"], "qwen3", "gemma3"))
 def test_a_gguf_file_computes_what_the_folder_does(tmp_path, arch):
     source = GOLDEN / f"hf_{arch}"
     write_gguf(tmp_path / "model.gguf", arch, source)

@@ -84,6 +84,7 @@ def test_experts_of_the_rollout_are_taken_whatever_the_routers_would_choose(scan
     assert np.abs(moved - free).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_answers_that_make_room_for_each_other_keep_their_experts():
     config = config_of(True, models.SoftmaxRouter())
     params = params_of(config)

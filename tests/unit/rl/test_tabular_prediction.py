@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import few
 
 from rlhf_jax.rl.tabular import dynamic_programming, prediction
 
@@ -87,7 +88,7 @@ def test_td0_is_one_step_td():
 
 
 @pytest.mark.parametrize("lambda_", [0.0, 0.6, 1.0])
-@pytest.mark.parametrize("length", [8, 80])
+@pytest.mark.parametrize("length", few([8, 80], 8))
 def test_forward_view_is_backward_view_offline(lambda_, length):
     episode = pick(episodes_of(4, 3, length=length), 1)
     forward = prediction.offline_update(
@@ -131,7 +132,7 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", few(RULES, "td_lambda", "n_step"))
 def test_rules_find_the_exact_values_over_seeds(name):
     """The mean over 16 seeds, jitted and vmapped, after 400 episodes."""
 

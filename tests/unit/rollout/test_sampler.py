@@ -255,6 +255,7 @@ def make_evaluate(batch_size):
     return make_evaluate_fn(POLICY, PROMPTS, reward, max_new_tokens=5, batch_size=batch_size)
 
 
+@pytest.mark.slow
 def test_evaluation_does_not_depend_on_the_size_of_its_batches():
     whole = make_evaluate(256)(policy(0), None)
     assert len(whole.completions) == len(whole.rewards) == 3

@@ -38,6 +38,7 @@ def answers(rewards, unscorable):
     return Answers([None] * len(LENGTHS), rollout, scored)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", few(["dpo", "xpo", "nash_md"], "dpo"))
 def test_a_pair_with_an_unscored_side_does_not_count(method):
     wins, scored = np.float32([0.9, 0.5, 0.2, 0.8]), np.array([True, False, True, False])

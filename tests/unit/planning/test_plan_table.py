@@ -1,0 +1,61 @@
+"""The table of plans: each cell has a command that its stage takes, for as many devices as its slice has."""
+
+import importlib
+import json
+
+import jax
+import plan_table
+import pytest
+
+from rlhf_jax import distributed
+from rlhf_jax.cli.parsing import parse
+from rlhf_jax.planning import steps
+
+
+def test_every_cell_has_a_command_for_its_slice():
+    options = plan_table.Options()
+    rows = plan_table.rows_of(options)
+    assert len(rows) == 3 * (2 + 2 + 3 + 3)
+    folders = set()
+    for row in rows:
+        stage = importlib.import_module(f"rlhf_jax.stages.{row.algorithm}")
+        for name, (topology, _, chips) in plan_table.SLICES.items():
+            algorithm, *words = plan_table.command(options, row, name)
+            parsed = parse(stage.Options, words)
+            assert algorithm == row.algorithm
+            assert parsed.run.plan == topology
+            assert distributed.abstract_mesh(parsed.run.mesh).size == chips
+            assert parsed.adapter.kind == ("lora" if row.way == "LoRA" else "none")
+            folders.add(parsed.run.out)
+    assert len(folders) == len(rows) * len(plan_table.SLICES)
+
+
+@pytest.mark.parametrize("way", ["full", "LoRA"])
+@pytest.mark.parametrize("algorithm", ["sft", "dpo", "grpo", "ppo"])
+def test_the_plan_of_a_cell_has_its_sizes(tmp_path, algorithm, way):
+    options = plan_table.Options(out=tmp_path, models=("llama-1b",))
+    plan_table.write_folders(options)
+    row = plan_table.Row("llama-1b", algorithm, way)
+    stage = importlib.import_module(f"rlhf_jax.stages.{algorithm}")
+    _, *words = plan_table.command(options, row, "H100 x 8")
+    _, step = stage.planned_step(parse(stage.Options, words))
+    assert next(leaf.shape for leaf in jax.tree.leaves(step.rows) if leaf.ndim == 2) == (8, 2048)
+    assert (step.generation is not None) == (algorithm in ("grpo", "ppo"))
+    held, _ = steps.build(step, distributed.abstract_mesh("fsdp=8"))
+    assert ("frozen base" in held) == (way == "LoRA")
+    assert ("reward model" in held) == (algorithm == "ppo")
+
+
+def test_cells_say_what_was_compiled_and_by_formula_what_was_not(tmp_path):
+    options = plan_table.Options(out=tmp_path)
+    full, lora = (plan_table.Row("llama-8b", "sft", way) for way in ("full", "LoRA"))
+    assert plan_table.text(options, lora, "H100 x 8") == "not compiled"
+    assert plan_table.text(options, full, "H100 x 8").startswith("~")
+    folder = plan_table.folder_of(options, lora, "H100 x 8")
+    folder.mkdir()
+    times = {"compute": 1.0, "memory": 2.0, "communication": 0.5}
+    plan = {"peak_bytes": 90 * 2**30, "programs": {"update": {"roofline_seconds": times}}}
+    (folder / "plan.json").write_text(json.dumps(plan))
+    assert plan_table.text(options, lora, "H100 x 8").startswith("no: 90 GiB")
+    (folder / "plan.json").write_text(json.dumps({**plan, "peak_bytes": 2**30}))
+    assert plan_table.text(options, lora, "H100 x 8") == "1.0 GiB, 2 to 3.5 s"
