@@ -21,10 +21,9 @@ from rlhf_jax.data.examples import (
     join_completion,
     make_examples,
     preference_example,
-    row_messages,
-    tools_of,
 )
 from rlhf_jax.data.packing import Overlength
+from rlhf_jax.data.row_messages import row_messages, tools_of
 from rlhf_jax.data.sources import Row
 from rlhf_jax.data.tokenizers import Tokenizer
 

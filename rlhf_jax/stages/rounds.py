@@ -33,8 +33,9 @@ from rlhf_jax.core.ranges import Count, Finite, LearningRate, Positive, Positive
 from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.core.types import Bool, Params, Sequences
 from rlhf_jax.data.content_parts import refuse_images
-from rlhf_jax.data.examples import PromptExample, prompt_messages
+from rlhf_jax.data.examples import PromptExample
 from rlhf_jax.data.pipeline import BatchSampler
+from rlhf_jax.data.row_messages import prompt_messages
 from rlhf_jax.data.sources import Row, read_rows
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.metrics import JSONLLogger, as_logger, final_table
