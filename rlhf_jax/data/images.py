@@ -181,7 +181,7 @@ def _opened(content: bytes, name: str, max_pixels: int) -> Any:
 
 
 def _decoded(image: Any, max_pixels: int, name: str = "a PIL image") -> UInt8[np.ndarray, "H W 3"]:
-    _check_pixels(name, *image.size, max_pixels)
+    _check_pixels(name, image.width, image.height, max_pixels)
     if image.mode[0] in "IF":
         raise UserError(f"{name}: the image has more than 8 bits a channel ({image.mode}): convert it to RGB")
     try:

@@ -155,7 +155,7 @@ class Decoder(nn.Module):
         config, vision = self.config, self.config.vision
         if vision is None:
             raise UserError("the model reads no images: leave them out, or give a model with vision")
-        dtypes = {"param_dtype": config.param_dtype, "compute_dtype": config.compute_dtype}
+        dtypes: dict[str, Any] = {"param_dtype": config.param_dtype, "compute_dtype": config.compute_dtype}
         tower = VisionTower(vision, config.width, remat=config.remat, name="vision", **dtypes)
         rows, number = images.present.shape
         features = tower(images.pixels.reshape(rows * number, *images.pixels.shape[2:]))

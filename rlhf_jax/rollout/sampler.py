@@ -245,7 +245,7 @@ def single_turn(policy: Policy, *, max_new_tokens: int) -> RolloutFns:
     """One completion of each prompt."""
 
     def make(prompt_length: int, sampling: Sampling, num_images: int = 0) -> GenerateFn:
-        room = {"prompt_length": prompt_length, "num_images": num_images}
+        room: dict[str, Any] = {"prompt_length": prompt_length, "num_images": num_images}
         return make_generate_fn(policy, **room, max_new_tokens=max_new_tokens, sampling=sampling)
 
     return RolloutFns(make)

@@ -81,7 +81,7 @@ def make_world(split: Split, rng: np.random.Generator, *, things: int = 2) -> Wo
     pool: list[Thing] = list(itertools.product(shapes.COLOURS, shapes.KINDS))
     while True:
         cells = rng.choice(SIDE * SIDE, things + 1, replace=False).tolist()
-        held: list[Thing | None] = [None] * SIDE * SIDE
+        held: list[Thing | None] = [None for _ in range(SIDE * SIDE)]
         for cell, number in zip(cells[1:], rng.choice(len(pool), things, replace=False), strict=True):
             held[cell] = pool[number]
         world = World(Scene(tuple(held)), cells[0], cells[1])

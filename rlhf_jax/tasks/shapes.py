@@ -153,7 +153,7 @@ def ask(question: Question, scene: Scene, rng: np.random.Generator) -> tuple[str
 
 
 def _drawn(choices: Sequence[str], rng: np.random.Generator) -> str:
-    return choices[rng.integers(len(choices))]
+    return choices[int(rng.integers(len(choices)))]
 
 
 def _with_another(right: str, choices: Sequence[str], rng: np.random.Generator) -> tuple[str, str]:

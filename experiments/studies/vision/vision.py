@@ -2,6 +2,9 @@
 
     python experiments/studies/vision/vision.py --out runs/vision --parts shapes hallucination grid
 
+    python experiments/studies/vision/vision.py --out runs/grid --parts grid --slip-rate 0.2 \\
+        --learning-rate 1e-3 --sft-steps 800
+
 Each part trains a new policy by imitation of demonstrations that err, and goes on from there:
 
     shapes         GRPO on the right answers; beside it, the same imitation without images
@@ -39,6 +42,8 @@ from rlhf_jax.tasks import grid_world, shapes
 from rlhf_jax.training.run_folder import describe_run
 
 Part = Literal["shapes", "hallucination", "grid"]
+Cell = tuple[Part, int]
+"""A part and its seed."""
 Numbers = dict[str, float]
 """What was measured, by name."""
 
@@ -55,6 +60,7 @@ class Options:
       demonstrations: how many are imitated.
       slip_rate: share of them that err.
       sft_steps: of imitation.
+      learning_rate: of imitation, at its peak.
       steps: of GRPO or DPO.
       eval_count: held-out questions, or episodes.
       quiet: show no progress.
@@ -67,6 +73,7 @@ class Options:
     demonstrations: int = 8_000
     slip_rate: float = 0.4
     sft_steps: int = 700
+    learning_rate: float = 2e-3
     steps: int = 40
     eval_count: int = 256
     quiet: bool = False
@@ -100,7 +107,7 @@ def new_policy(options: Options, seed: int) -> Policy:
 def imitate(options: Options, rows: Sequence[dict[str, Any]], seed: int) -> Policy:
     """A new policy after supervised fine-tuning."""
     sizes = {"batch_size": 64, "steps": options.sft_steps}
-    run = {"learning_rate": 2e-3, "optimizer": COSINE, "seed": seed, "quiet": True}
+    run = {"learning_rate": options.learning_rate, "optimizer": COSINE, "seed": seed, "quiet": True}
     return rj.sft(new_policy(options, seed), rows, **sizes, **run).policy
 
 
@@ -247,8 +254,10 @@ def run(options: Options) -> None:
     ours = {k: v for k, v in option_checks.to_json(options).items() if k not in WATCHING}
     describe_run(options.out, option_checks.to_json(options), stage="vision_study")
     held = files.read_lines(path, keys=("part", "seed", "options", "found"))
-    done = {(cell["part"], cell["seed"]): cell for cell in held if cell["options"] == ours}
-    grid = [(part, seed) for part in options.parts for seed in range(options.seeds)]
+    done: dict[Cell, dict[str, Any]] = {
+        (cell["part"], cell["seed"]): cell for cell in held if cell["options"] == ours
+    }
+    grid: list[Cell] = [(part, seed) for part in options.parts for seed in range(options.seeds)]
     with Progress("vision", len(grid), quiet=options.quiet) as progress:
         for number, (part, seed) in enumerate(grid):
             if (part, seed) not in done:

@@ -37,7 +37,7 @@ def encoder_config(vision: VisionConfig, *, param_dtype: str, compute_dtype: str
     )
     feed_forward = FeedForward(vision.intermediate_size, vision.activation)
     block = Block(attention, feed_forward, LayerNorm(vision.norm_epsilon))
-    dtypes = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
+    dtypes: dict[str, Any] = {"param_dtype": param_dtype, "compute_dtype": compute_dtype}
     return ModelConfig(1, vision.width, vision.num_layers, (block,), **dtypes)
 
 
@@ -53,7 +53,8 @@ class AttentionPool(nn.Module):
     @nn.compact
     def __call__(self, patches: Float[Array, "N L D"]) -> Float[Array, "N 1 D"]:
         """Pools the patches of each image."""
-        config, dtypes = self.config, {"param_dtype": self.param_dtype, "dtype": self.dtype}
+        config = self.config
+        dtypes: dict[str, Any] = {"param_dtype": self.param_dtype, "dtype": self.dtype}
         heads, head_dim = config.num_heads, config.width // config.num_heads
         probe = self.param("probe", normal_init, (1, config.width), self.param_dtype)
         queries = jnp.broadcast_to(probe.astype(self.dtype), (len(patches), 1, config.width))
@@ -98,7 +99,7 @@ class VisionTower(nn.Module):
             hidden = jnp.mean(hidden, axis=1, keepdims=True)
         elif config.pooling == "attention":
             hidden = AttentionPool(config, param_dtype, dtype, name="pool")(hidden)
-        dtypes = {"param_dtype": param_dtype, "dtype": dtype}
+        dtypes: dict[str, Any] = {"param_dtype": param_dtype, "dtype": dtype}
         match config.projector:
             case LinearProjector(bias):
                 return Linear(self.features, use_bias=bias, name="projector", **dtypes)(hidden)
@@ -117,7 +118,7 @@ class VisionTower(nn.Module):
         mean, std = (jnp.asarray(numbers, jnp.float32) for numbers in (config.mean, config.std))
         scaled = (pixels.astype(jnp.float32) / 255 - mean) / std
         patches = to_patches(scaled, config.patch_size).reshape(len(pixels), config.side**2, -1)
-        dtypes = {"param_dtype": param_dtype, "dtype": dtype}
+        dtypes: dict[str, Any] = {"param_dtype": param_dtype, "dtype": dtype}
         # Patches and positions come in with like weight, as in SigLIP: smaller positions are seen late.
         stds = patches.shape[-1] ** -0.5, config.width**-0.5
         embed = Linear(config.width, use_bias=True, init_std=stds[0], name="patches", **dtypes)
