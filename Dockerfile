@@ -6,6 +6,6 @@ WORKDIR /rlhf
 COPY pyproject.toml README.md LICENSE /src/
 COPY tools/constraints.txt /src/tools/constraints.txt
 COPY rlhf_jax /src/rlhf_jax
-RUN pip install --no-cache-dir -c /src/tools/constraints.txt "/src[rl,marl,search,quant,gguf,s3,gcs,wandb,trackio,mlflow]"
+RUN pip install --no-cache-dir -c /src/tools/constraints.txt "/src[rl,marl,search,quant,gguf,vision,s3,gcs,wandb,trackio,mlflow]"
 ENTRYPOINT ["rlhf"]
 CMD ["--help"]

@@ -3,6 +3,7 @@
 Rows of one prompt stand together: B = N x G.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -52,8 +53,8 @@ def judged(first: Sequences, second: Sequences, prefers_first: Bool[Array, " N"]
     """Pairs by a judge's choice between `first` and `second`."""
 
     def pick(a: Array, b: Array, first_wins: bool) -> Array:
-        choose_a = prefers_first[:, None] == first_wins
-        return jnp.where(choose_a, a, b)
+        choose_a = prefers_first == first_wins
+        return jnp.where(choose_a.reshape(-1, *(1,) * (a.ndim - 1)), a, b)
 
     return Pairs(
         chosen=jax.tree.map(lambda a, b: pick(a, b, True), first, second),
@@ -91,7 +92,7 @@ def all_above(
 
 def _only(answers: Sequences, counts: Bool[Array, " B"]) -> Sequences:
     mask = answers.mask & counts[:, None]
-    return Sequences(answers.tokens, answers.positions, answers.segment_ids, mask)
+    return dataclasses.replace(answers, mask=mask, experts=None)
 
 
 def groups_that_differ(

@@ -178,4 +178,4 @@ def mismatch(prompt_width: int, responses: Sequences, *, shift: int = 1) -> Sequ
 
     tokens, segment_ids, mask = map(joined, (responses.tokens, responses.segment_ids, responses.mask))
     positions = jnp.maximum(jnp.cumsum(segment_ids > 0, axis=1) - 1, 0)
-    return Sequences(tokens, positions, segment_ids, mask)
+    return Sequences(tokens, positions, segment_ids, mask, images=responses.images)

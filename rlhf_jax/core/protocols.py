@@ -13,6 +13,10 @@ that `PrefillFn` is told as `length`, those of the prompt included. Column c of 
 column c of the row, so in a left-padded prompt of P columns the first new token stands in column P of every
 row, whatever its position. `DecodeFn` writes the next column, the same in all rows; `ExtendFn` is told a
 column for each row and may write over what stands there.
+
+**Images.** `HiddenFn`, `LogitsFn` and `PrefillFn` of a model that reads images take them as the keyword
+`images` (`core.types.Images`), which nobody gives where rows have none: a model of text alone need not know
+it.
 """
 
 from typing import Any, Protocol, runtime_checkable

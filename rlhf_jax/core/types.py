@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float, Int, Key, PRNGKeyArray, Shaped, UInt, UInt32
+from jaxtyping import Bool, Float, Int, Key, PRNGKeyArray, Shaped, UInt, UInt8, UInt32
 
 from rlhf_jax.core.trees import pytree_dataclass
 
@@ -31,6 +31,7 @@ __all__ = [
     "Array",
     "Bool",
     "Float",
+    "Images",
     "Int",
     "Key",
     "Metrics",
@@ -45,8 +46,22 @@ __all__ = [
     "TokenLogprobs",
     "ToolFn",
     "UInt",
+    "UInt8",
     "UInt32",
 ]
+
+
+@pytree_dataclass
+class Images:
+    """Images of rows of tokens, in the order of their places among these.
+
+    Attributes:
+      pixels: 8-bit RGB, of one size; rows have as many as the one with most.
+      present: which of them are there, the first of each row; the others are padding.
+    """
+
+    pixels: UInt8[Array, "B N H W 3"]
+    present: Bool[Array, "B N"]
 
 
 @pytree_dataclass
@@ -61,6 +76,7 @@ class Sequences:
       experts: those that each token goes through at each of R routers, -1 for the router's own choice; None
         where all choose for themselves.
       candidates: K tokens at each place whose log-probs are asked for, too; None for none.
+      images: what the image tokens stand for; None where there are none.
     """
 
     tokens: Int[Array, "B T"]
@@ -69,6 +85,12 @@ class Sequences:
     mask: Bool[Array, "B T"]
     experts: Int[Array, "B T R k"] | None = None
     candidates: Int[Array, "B T K"] | None = None
+    images: Images | None = None
+
+    @property
+    def image_inputs(self) -> dict[str, Images]:
+        """Keyword arguments of a model's callables: `images`, where there are any."""
+        return {} if self.images is None else {"images": self.images}
 
 
 @pytree_dataclass

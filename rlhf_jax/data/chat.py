@@ -1,5 +1,8 @@
 """Conversations to token ids, and which of those tokens the assistant wrote.
 
+A part `{"type": "image"}` of a message becomes the image token, as often as the model's tokenizer says; the
+images themselves go beside the tokens (`data.content_parts`).
+
 Two promises are kept here. Sampling and training see the same tokens: the ids of a prompt, then of a
 completion, then the end of the turn are the ids of the whole conversation. And what stands in a message
 is text: `<|im_end|>` written by a user does not become the token that ends a turn.
@@ -7,6 +10,7 @@ is text: `<|im_end|>` written by a user does not become the token that ends a tu
 
 import bisect
 import dataclasses
+import functools
 import itertools
 import json
 import logging
@@ -14,6 +18,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from rlhf_jax.core.errors import UserError, shown
+from rlhf_jax.data.content_parts import (
+    check_part,
+    in_template_form,
+    is_image,
+    join_parts,
+    without_sources,
+)
 from rlhf_jax.data.templates import has_generation_marks, render
 from rlhf_jax.data.tokenizers import Tokenizer
 
@@ -101,7 +112,11 @@ def encode_prompt(
 
 
 def check_messages(messages: Any) -> list[dict[str, Any]]:
-    """The messages with parts of text joined; raises UserError where one has no role or no text."""
+    """The messages with parts of text joined, unless an image is among them.
+
+    Raises:
+      UserError: one has no role or no text.
+    """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise UserError('messages must be a non-empty list of {"role": ..., "content": ...}; mend the list')
     return [_check_message(message, number) for number, message in enumerate(messages)]
@@ -114,10 +129,12 @@ def _check_message(message: Any, number: int) -> dict[str, Any]:
     if not isinstance(role, str) or not role:
         raise UserError(f'message {number} has no role; add "role": "user", "assistant", "system" or "tool"')
     if isinstance(content, Sequence) and not isinstance(content, str):
-        texts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
-        if not all(isinstance(text, str) for text in texts):
-            raise UserError(f"message {number} has a content part that is not text; keep text parts only")
-        content = "".join(map(str, texts))
+        parts = [check_part(part, number) for part in content]
+        if any(map(is_image, parts)):
+            if role == "assistant":
+                raise UserError(f"message {number} (assistant) has an image; models write text alone here")
+            return {**message, "content": parts}
+        content = "".join(part["text"] for part in parts)
     message = dict(message)
     if message.get("tool_calls"):
         message["tool_calls"] = _check_calls(message["tool_calls"], number)
@@ -192,12 +209,14 @@ def _encode(
     add_generation_prompt: bool,
 ) -> EncodedConversation:
     _check_roles(tokenizer, messages)
+    messages = in_template_form(tokenizer, without_sources(messages))
     armour, opening, closing, probe = _unused_characters([messages, tools], tokenizer.chat_template)
     disarmed, disarmed_tools = _map_strings(
         # One character inside it is enough to keep the text from being read as a special token.
         lambda text: tokenizer.forgery_pattern.sub(lambda m: m[0][0] + armour + m[0][1:], text),
         [messages, tools],
     )
+    disarmed = join_parts(tokenizer, disarmed)
 
     def lay_out(requests: Sequence[tuple[list[Any], bool]]) -> list[str]:
         common = {"tools": disarmed_tools, "documents": None, **tokenizer.names}
@@ -210,9 +229,11 @@ def _encode(
         spans = [(start, _with_turn_end(tokenizer, text, end)) for start, end in spans]
     else:
         text, spans = _compare(tokenizer, lay_out, disarmed, add_generation_prompt, probe)
-    if armour in text:
-        return _encode_armoured(tokenizer, text, spans, armour)
-    return _encode_text(tokenizer, text, spans)
+    encode = functools.partial(_encode_armoured, armour=armour) if armour in text else _encode_text
+    found = encode(tokenizer, text, spans)
+    if tokenizer.image_processor is None:
+        return found
+    return EncodedConversation(*tokenizer.image_processor.expand(found.ids, found.mask))
 
 
 def _unused_characters(given: list[Any], template: str) -> list[str]:
@@ -262,7 +283,10 @@ def _compare(
     requests: list[tuple[list[Any], bool]] = [(messages, add_generation_prompt)]
     for turn in turns:
         before = messages[:turn]
-        requests += [(before, True), ([*before, {"role": "assistant", "content": probe}], False)]
+        requests += [
+            (before, True),
+            ([*before, *in_template_form(tokenizer, [{"role": "assistant", "content": probe}])], False),
+        ]
         requests += [(messages[: turn + 1], False)]
     text, *others = lay_out(requests)
     starts: list[int] = []

@@ -12,10 +12,19 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.types import Bool, Int
-from rlhf_jax.data.chat import check_messages, check_tools, encode_conversation, encode_prompt
+from rlhf_jax.core.types import Bool, Int, UInt8
+from rlhf_jax.data.chat import encode_conversation, encode_prompt
+from rlhf_jax.data.content_parts import load_images, message_text
 from rlhf_jax.data.packing import Overlength
-from rlhf_jax.data.sources import Row, kind_of
+from rlhf_jax.data.row_messages import (
+    Messages,
+    conversation_messages,
+    preference_messages,
+    prompt_messages,
+    row_messages,
+    tools_of,
+)
+from rlhf_jax.data.sources import Row
 from rlhf_jax.data.tokenizers import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -23,7 +32,8 @@ _log = logging.getLogger(__name__)
 ANSWER_MARK = "####"
 """Stands before the final answer in the last line of a solution, as in GSM8K."""
 
-Messages: TypeAlias = list[dict[str, Any]]
+ImageRows: TypeAlias = UInt8[np.ndarray, "N S S 3"] | None
+"""Images of a row, as the model takes them; None where it has none."""
 Example = TypeVar("Example")
 
 
@@ -35,11 +45,13 @@ class SupervisedExample:
       ids: tokens up to the end of the last assistant turn.
       mask: True for the assistant's tokens.
       where: the row it came from.
+      images: those that its image tokens stand for.
     """
 
     ids: Int[np.ndarray, " T"]
     mask: Bool[np.ndarray, " T"]
     where: str
+    images: ImageRows = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +66,7 @@ class PreferenceExample:
       rejected_mask: the same of the worse one.
       where: the row it came from.
       preference: how probably the better one is better, in [0, 1]: the field `preference` of the row, or 1.
+      images: of the prompt.
     """
 
     prompt_ids: Int[np.ndarray, " P"]
@@ -63,16 +76,19 @@ class PreferenceExample:
     rejected_mask: Bool[np.ndarray, " R"]
     where: str
     preference: float = 1.0
+    images: ImageRows = None
 
     @property
     def chosen(self) -> SupervisedExample:
         """Prompt and better completion as one sample, for `packing`."""
-        return join_completion(self.prompt_ids, self.chosen_ids, self.chosen_mask, self.where)
+        completion = self.chosen_ids, self.chosen_mask
+        return join_completion(self.prompt_ids, *completion, self.where, self.images)
 
     @property
     def rejected(self) -> SupervisedExample:
         """Prompt and worse completion as one sample, for `packing`."""
-        return join_completion(self.prompt_ids, self.rejected_ids, self.rejected_mask, self.where)
+        completion = self.rejected_ids, self.rejected_mask
+        return join_completion(self.prompt_ids, *completion, self.where, self.images)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +101,7 @@ class LabelledExample:
       completion_mask: the assistant's tokens of it.
       desirable: whether it is wanted.
       where: the row it came from.
+      images: of the prompt.
     """
 
     prompt_ids: Int[np.ndarray, " P"]
@@ -92,18 +109,25 @@ class LabelledExample:
     completion_mask: Bool[np.ndarray, " C"]
     desirable: bool
     where: str
+    images: ImageRows = None
 
-    def after(self, prompt_ids: Int[np.ndarray, " P"]) -> SupervisedExample:
-        """The completion after a prompt, its own or another's, as one sample for `packing`."""
-        return join_completion(prompt_ids, self.completion_ids, self.completion_mask, self.where)
+    def after(self, other: "LabelledExample") -> SupervisedExample:
+        """The completion after the prompt of an example, itself or another, as one sample for `packing`."""
+        completion = self.completion_ids, self.completion_mask
+        return join_completion(other.prompt_ids, *completion, self.where, other.images)
 
 
 def join_completion(
-    prompt_ids: Int[np.ndarray, " P"], ids: Int[np.ndarray, " C"], mask: Bool[np.ndarray, " C"], where: str
+    prompt_ids: Int[np.ndarray, " P"],
+    ids: Int[np.ndarray, " C"],
+    mask: Bool[np.ndarray, " C"],
+    where: str,
+    images: ImageRows = None,
 ) -> SupervisedExample:
-    """Prompt and completion as one sample, for `packing`."""
+    """Prompt, with its images, and completion as one sample, for `packing`."""
     silent = np.zeros(len(prompt_ids), np.bool_)
-    return SupervisedExample(np.concatenate([prompt_ids, ids]), np.concatenate([silent, mask]), where)
+    whole = np.concatenate([prompt_ids, ids]), np.concatenate([silent, mask])
+    return SupervisedExample(*whole, where, images)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,12 +139,14 @@ class PromptExample:
       text: the user's last message.
       fields: the whole row, for reward functions that need its `answer` or else.
       where: the row it came from.
+      images: those that its image tokens stand for.
     """
 
     ids: Int[np.ndarray, " T"]
     text: str
     fields: dict[str, Any]
     where: str
+    images: ImageRows = None
 
 
 def supervised_examples(
@@ -139,12 +165,13 @@ def supervised_examples(
     """
 
     def make(row: Row) -> SupervisedExample:
-        encoded = encode_conversation(tokenizer, conversation_messages(row), tools=tools_of(row))
+        messages, images = load_images(tokenizer, conversation_messages(row), row.fields)
+        encoded = encode_conversation(tokenizer, messages, tools=tools_of(row))
         ids, mask = np.array(encoded.ids, np.int32), np.array(encoded.mask, np.bool_)
         if not mask.any():
             raise UserError("messages have no assistant turn to learn from; add one or remove the row")
         end = int(np.flatnonzero(mask)[-1]) + 1
-        return SupervisedExample(ids[:end], mask[:end], row.where)
+        return SupervisedExample(ids[:end], mask[:end], row.where, images)
 
     return make_examples(
         rows, make, lambda example: len(example.ids), max_length, overlength, "the conversation"
@@ -177,11 +204,12 @@ def preference_example(row: Row, tokenizer: Tokenizer) -> PreferenceExample:
     if chosen == rejected:
         raise UserError("chosen and rejected are the same; remove the row")
     tools = tools_of(row)
+    prompt, images = load_images(tokenizer, prompt, row.fields)
     prompt_ids = encode_prompt(tokenizer, prompt, tools=tools)
     chosen_ids, chosen_mask = encode_completion(tokenizer, prompt, prompt_ids, chosen, tools)
     rejected_ids, rejected_mask = encode_completion(tokenizer, prompt, prompt_ids, rejected, tools)
     sides = chosen_ids, rejected_ids, chosen_mask, rejected_mask
-    return PreferenceExample(np.array(prompt_ids, np.int32), *sides, row.where, _probability(row))
+    return PreferenceExample(np.array(prompt_ids, np.int32), *sides, row.where, _probability(row), images)
 
 
 def labeled_examples(
@@ -197,7 +225,7 @@ def labeled_examples(
     if any(row.fields.get("chosen") is not None for row in rows):
         pairs = preference_examples(rows, tokenizer, max_length=max_length, overlength=overlength)
         return [
-            LabelledExample(pair.prompt_ids, *completion, pair.where)
+            LabelledExample(pair.prompt_ids, *completion, pair.where, pair.images)
             for pair in pairs
             for completion in (
                 (pair.chosen_ids, pair.chosen_mask, True),
@@ -211,9 +239,10 @@ def labeled_examples(
         if label not in (True, False):
             raise UserError(f"field 'label' is {label!r}; give true or false, or remove the row")
         tools = tools_of(row)
+        prompt, images = load_images(tokenizer, prompt, row.fields)
         prompt_ids = encode_prompt(tokenizer, prompt, tools=tools)
         encoded = encode_completion(tokenizer, prompt, prompt_ids, completion, tools)
-        return LabelledExample(np.array(prompt_ids, np.int32), *encoded, bool(label), row.where)
+        return LabelledExample(np.array(prompt_ids, np.int32), *encoded, bool(label), row.where, images)
 
     def size(example: LabelledExample) -> int:
         return len(example.prompt_ids) + len(example.completion_ids)
@@ -244,60 +273,12 @@ def prompt_examples(
     """
 
     def make(row: Row) -> PromptExample:
-        messages = prompt_messages(row)
-        text = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
+        messages, images = load_images(tokenizer, prompt_messages(row), row.fields)
+        text = next((message_text(m) for m in reversed(messages) if m["role"] == "user"), "")
         ids = np.array(encode_prompt(tokenizer, messages, tools=tools or tools_of(row)), np.int32)
-        return PromptExample(ids, text, row.fields, row.where)
+        return PromptExample(ids, text, row.fields, row.where, images)
 
     return make_examples(rows, make, lambda example: len(example.ids), max_length, overlength, "the prompt")
-
-
-def prompt_messages(row: Row) -> Messages:
-    """Messages of a row's prompt, as `prompt_examples` takes them.
-
-    Raises:
-      UserError: the row has none.
-    """
-    field = _first_field(row, ("messages", "prompt", "question"), "a prompt")
-    messages = row_messages(row, field, "user")
-    if messages[-1]["role"] == "assistant":
-        messages = messages[:-1]
-    if not messages:
-        raise UserError(f"field {field!r} has nothing before the assistant's turn; add a user message")
-    return messages
-
-
-def conversation_messages(row: Row) -> Messages:
-    """Messages of a row's conversation, as `supervised_examples` takes them.
-
-    Raises:
-      UserError: the row has none, or an empty field.
-    """
-    answers = {"prompt": "completion", "question": "answer"}
-    wanted = "messages, prompt and completion, or question and answer"
-    field = _first_field(row, ("messages", *answers), wanted)
-    messages = row_messages(row, field, "user")
-    return messages if field == "messages" else messages + row_messages(row, answers[field], "assistant")
-
-
-def preference_messages(row: Row) -> tuple[Messages, Messages, Messages]:
-    """Prompt, chosen and rejected of a row, where either side may repeat the prompt.
-
-    Raises:
-      UserError: a side is missing or empty, or they do not begin with the same prompt.
-    """
-    chosen, rejected = row_messages(row, "chosen", "assistant"), row_messages(row, "rejected", "assistant")
-    if all(side[0]["role"] == "assistant" for side in (chosen, rejected)):
-        return row_messages(row, "prompt", "user"), chosen, rejected
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
-        shared += 1
-    if not shared or chosen[shared]["role"] != "assistant" or rejected[shared]["role"] != "assistant":
-        raise UserError(
-            "fields 'chosen' and 'rejected' differ before the assistant's turn; "
-            "let both begin with the same prompt"
-        )
-    return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
 def make_examples(
@@ -341,48 +322,6 @@ def _probability(row: Row) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
         raise UserError(f"field 'preference' is {value!r}; give a probability from 0 to 1")
     return float(value)
-
-
-def _first_field(row: Row, names: Sequence[str], wanted: str) -> str:
-    for name in names:
-        if row.fields.get(name) is not None:
-            return name
-    present = ", ".join(sorted(row.fields)) or "none"
-    raise UserError(f"the row has none of the fields {', '.join(names)} (it has: {present}); give {wanted}")
-
-
-def tools_of(row: Row) -> list[Mapping[str, Any]] | None:
-    """Schemas of the functions that a row offers to the assistant, in its field `tools`."""
-    return check_tools(row.fields.get("tools"))
-
-
-def row_messages(row: Row, field: str, role: str) -> Messages:
-    """The messages in `field`; a plain string is one message by `role`."""
-    value = row.fields.get(field)
-    if value is None:
-        present = ", ".join(sorted(row.fields)) or "none"
-        raise UserError(f"field {field!r} is missing (the row has: {present}); add it or remove the row")
-    if isinstance(value, str):
-        if not value.strip():
-            raise UserError(f"field {field!r} is empty; fill it or remove the row")
-        if field == "messages":
-            raise UserError(
-                "field 'messages' is text, not a list of messages; give it as a list, not as JSON"
-            )
-        return [{"role": role, "content": value}]
-    if not isinstance(value, list) or field in ("question", "answer"):
-        raise UserError(f"field {field!r} is {kind_of(value)}; give it text or remove the row")
-    try:
-        messages = check_messages(value)
-    except UserError as error:
-        raise UserError(f"field {field!r}: {error}") from None
-    for number, message in enumerate(messages):
-        silent = not (message.get("content") or "").strip() and not message.get("tool_calls")
-        if message["role"] == "assistant" and silent:
-            raise UserError(
-                f"field {field!r}: message {number} (assistant) is empty; fill it or remove the row"
-            )
-    return messages
 
 
 def encode_completion(

@@ -1,5 +1,6 @@
 """Samples of different lengths as rectangular rows of tokens (NumPy in, NumPy out)."""
 
+import dataclasses
 import logging
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.core.types import Bool, Int, Sequences
+from rlhf_jax.core.types import Bool, Images, Int, Sequences, UInt8
 
 _log = logging.getLogger(__name__)
 
@@ -17,7 +18,9 @@ Overlength: TypeAlias = Literal["error", "drop"]
 
 @runtime_checkable
 class Sample(Protocol):
-    """Sample to be packed: token ids and a mask of equal length, and where the sample came from."""
+    """Sample to be packed: token ids and a mask of equal length, and where the sample came from. It may have
+    `images` [N, S, S, 3], too.
+    """
 
     @property
     def ids(self) -> Sequence[int] | Int[np.ndarray, " T"]: ...  # noqa: D102
@@ -103,7 +106,52 @@ def pad_batch(sequences: Sequences, rows: int) -> Sequences:
             f"{sequences.tokens.shape[0]} packed rows do not fit a batch of {rows} rows; "
             "raise it or pack fewer samples"
         )
-    return jax.tree.map(lambda x: np.pad(x, [(0, missing), (0, 0)]), sequences)
+    return jax.tree.map(lambda x: np.pad(x, [(0, missing), *((0, 0),) * (x.ndim - 1)]), sequences)
+
+
+def stack_images(
+    rows: Sequence[Sequence[UInt8[np.ndarray, "N S S 3"] | None]],
+    *,
+    number: int | None = None,
+    size: int | None = None,
+) -> Images | None:
+    """Images of rows, one after the other; None where a row has room for none.
+
+    Args:
+      rows: of each, those of its samples.
+      number: of images that a row has room for; that of the row with most by default.
+      size: their height and width; that of the first by default.
+    """
+    joined = [[image for some in row if some is not None for image in some] for row in rows]
+    number = max(map(len, joined)) if number is None else number
+    if not number:
+        return None
+    size = size or next(len(image) for row in joined for image in row)
+    pixels = np.zeros((len(rows), number, size, size, 3), np.uint8)
+    present = np.zeros((len(rows), number), np.bool_)
+    for place, images in enumerate(joined):
+        if len(images) > number:
+            raise UserError(f"a row has {len(images)} images and there is room for {number}: raise it")
+        if images:
+            pixels[place, : len(images)], present[place, : len(images)] = np.stack(images), True
+    return Images(pixels, present)  # pyright: ignore[reportArgumentType] (of NumPy, as the rows)
+
+
+def concatenate_rows(parts: Sequence[Sequences]) -> Sequences:
+    """Rows of several sources, which may have different numbers of images, or none."""
+    held = [part.images.pixels for part in parts if part.images is not None]
+    if held:
+        room = {"number": max(pixels.shape[1] for pixels in held), "size": held[0].shape[-2]}
+        images = [[_present(part.images, row) for row in range(len(part.tokens))] for part in parts]
+        parts = [
+            dataclasses.replace(part, images=stack_images([[one] for one in own], **room))
+            for part, own in zip(parts, images, strict=True)
+        ]
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+
+def _present(images: Images | None, row: int) -> Any:
+    return None if images is None else images.pixels[row][images.present[row]]
 
 
 def left_pad(
@@ -213,4 +261,5 @@ def _fill(rows: Sequence[Sequence[Sample]], length: int) -> Sequences:
             segment_ids[row, start:end] = segment
             start = end
     arrays: Any = (tokens, positions, segment_ids, mask)  # of NumPy: they go to the devices with their batch
-    return Sequences(*arrays)
+    images = stack_images([[getattr(sample, "images", None) for sample in row] for row in rows])
+    return Sequences(*arrays, images=images)

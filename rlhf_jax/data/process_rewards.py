@@ -16,7 +16,9 @@ import numpy as np
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Bool, Float, Int
 from rlhf_jax.data.chat import encode_prompt
-from rlhf_jax.data.examples import ANSWER_MARK, tools_of
+from rlhf_jax.data.content_parts import load_images
+from rlhf_jax.data.examples import ANSWER_MARK
+from rlhf_jax.data.row_messages import tools_of
 from rlhf_jax.data.sources import Row
 from rlhf_jax.data.tokenizers import Tokenizer
 
@@ -114,6 +116,9 @@ def outcome_row(row: Row, verdict: bool | None = None) -> Row:
 
 def _example(row: Row, tokenizer: Tokenizer) -> ProcessExample:
     prompt, steps, labels = _fields(row)
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if load_images(tokenizer, messages, row.fields)[1] is not None:
+        raise UserError("process rewards cannot work with images yet: leave them out of the row")
     ids = encode_prompt(tokenizer, prompt, tools=tools_of(row))
     ends = []
     for number, step in enumerate(steps, start=1):

@@ -14,16 +14,16 @@ import numpy as np
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.data.chat import encode_prompt
+from rlhf_jax.data.content_parts import load_images
 from rlhf_jax.data.examples import (
     SupervisedExample,
     encode_completion,
     join_completion,
     make_examples,
     preference_example,
-    row_messages,
-    tools_of,
 )
 from rlhf_jax.data.packing import Overlength
+from rlhf_jax.data.row_messages import row_messages, tools_of
 from rlhf_jax.data.sources import Row
 from rlhf_jax.data.tokenizers import Tokenizer
 
@@ -88,12 +88,14 @@ def _ranking(row: Row, tokenizer: Tokenizer) -> RankingExample:
         if text == other and ranks[a] != ranks[b]:
             raise UserError(f"completions {a} and {b} are the same, and their ranks differ; remove one")
     tools = tools_of(row)
+    prompt, images = load_images(tokenizer, prompt, row.fields)
     prompt_ids = encode_prompt(tokenizer, prompt, tools=tools)
     answers = tuple(
         join_completion(
             np.array(prompt_ids, np.int32),
             *encode_completion(tokenizer, prompt, prompt_ids, text, tools),
             row.where,
+            images,
         )
         for text in texts
     )

@@ -19,6 +19,7 @@ from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.files import Path, PathLike
 from rlhf_jax.core.importing import optional
+from rlhf_jax.data.images import FIELDS as IMAGE_FIELDS
 
 _TFDS_SPEC = re.compile(r"tfds:(?P<name>[^:]+(?::\d+\.\d+\.\d+)?)(?::(?P<split>.+))?")
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -308,7 +309,9 @@ def _read_tfds(spec: str) -> Iterator[Row]:
 
 
 def _plain(value: Any, field: str, where: str) -> Any:
-    """A value of NumPy or Arrow as Python's own: text for bytes, lists for arrays."""
+    """A value of NumPy or Arrow as Python's own: text for bytes, lists for arrays; images as they are."""
+    if field in IMAGE_FIELDS:
+        return value
     if isinstance(value, bytes):
         try:
             return value.decode("utf-8")

@@ -1,5 +1,6 @@
 """Tokenizers: a thin class over the `tokenizers` library, and makers of small ones."""
 
+import copy
 import functools
 import json
 import re
@@ -9,6 +10,7 @@ from typing import Any
 from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.files import PathLike
+from rlhf_jax.data.images import ImageProcessor
 from rlhf_jax.data.templates import CHATML, TemplateError, render
 from rlhf_jax.data.tokenizer_files import chat_template, read_config, read_tokenizer_json, token_names
 
@@ -30,6 +32,7 @@ class Tokenizer:
       chat_template: jinja2 source that lays out a conversation.
       special_tokens: text of each special token and its id.
       names: text of `bos_token`, `eos_token`, `pad_token`, ... as chat templates see them.
+      image_processor: how images become tokens; None where the model reads none.
     """
 
     MADE_BY = "a tokenizer, such as rlhf_jax.data.tokenizers.load_tokenizer(path) returns"
@@ -49,6 +52,7 @@ class Tokenizer:
         pad_id = self._named_id("pad_token")
         self.pad_id: int = eos_id if pad_id is None else pad_id
         self.bos_id: int | None = self._named_id("bos_token")
+        self.image_processor: ImageProcessor | None = None
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Ids of `text`. Only with `special=True` does text such as `<|im_end|>` become a special id."""
@@ -93,7 +97,15 @@ class Tokenizer:
         """The tokenizer with these special tokens; those that it lacks come behind its last id."""
         backend = type(self.backend).from_str(self.backend.to_str())
         backend.add_special_tokens([text for text in texts if text not in self.special_tokens])
-        return Tokenizer(backend, self.names, self.chat_template)
+        other = Tokenizer(backend, self.names, self.chat_template)
+        other.eos_id = self.eos_id
+        return other
+
+    def with_images(self, image_processor: ImageProcessor) -> "Tokenizer":
+        """The tokenizer of a model that reads images."""
+        other = copy.copy(self)
+        other.image_processor = image_processor
+        return other
 
     def save(self, folder: PathLike) -> None:
         """Writes tokenizer.json and tokenizer_config.json, the layout that Hugging Face tools read."""
@@ -270,11 +282,21 @@ def turn_end(tokenizer: Tokenizer) -> int:
     They differ where a chat model is made from a base model: Gemma's turns end in `<end_of_turn>`, while
     its configuration still names `<eos>`.
     """
-    messages = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
-    variables = {**tokenizer.names, "messages": messages, "add_generation_prompt": False}
+    said = {"user": "1", "assistant": "2"}
+    texts = [{"role": role, "content": text} for role, text in said.items()]
+    parts = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in said.items()]
+    forms = [
+        {**tokenizer.names, "messages": messages, "add_generation_prompt": False}
+        for messages in (texts, parts)
+    ]
     try:
-        text = render(tokenizer.chat_template, [variables], ("", ""))[0]
+        # Templates of models with vision may go through parts, and write nothing of a text.
+        text = next((text for form in forms if "2" in (text := _rendered(tokenizer, form))), "")
     except TemplateError:  # said when the template is used, which may be never
         return tokenizer.eos_id
     found = tokenizer.special_pattern.search(text, text.rfind("2") + 1)
     return tokenizer.special_tokens[found.group()] if found else tokenizer.eos_id
+
+
+def _rendered(tokenizer: Tokenizer, variables: Mapping[str, Any]) -> str:
+    return render(tokenizer.chat_template, [dict(variables)], ("", ""))[0]

@@ -10,7 +10,8 @@ import numpy as np
 
 from rlhf_jax.core.types import Array, Key
 from rlhf_jax.data.chat import encode_prompt
-from rlhf_jax.data.examples import Messages, PromptExample, prompt_messages
+from rlhf_jax.data.examples import PromptExample
+from rlhf_jax.data.row_messages import Messages, prompt_messages
 from rlhf_jax.data.sources import Row
 from rlhf_jax.feedback.constitution import Principle
 from rlhf_jax.generation import Sampling, row_keys

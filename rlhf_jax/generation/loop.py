@@ -19,6 +19,7 @@ from rlhf_jax.core.types import (
     Array,
     Bool,
     Float,
+    Images,
     Int,
     Key,
     Params,
@@ -154,16 +155,19 @@ def start(
     pad_id: int,
     group_size: int = 1,
     tool_fn: ToolFn | None = None,
+    images: Images | None = None,
 ) -> Generation:
     """Reads the prompts, each once, and repeats what they left for every answer to them."""
 
-    def read(tokens: Int[Array, "R P"], mask: Bool[Array, "R P"]):
-        return prefill(params, tokens, *prompt_inputs(mask), tokens.shape[1] + max_new_tokens)
+    def read(tokens: Int[Array, "R P"], mask: Bool[Array, "R P"], seen: Images | None):
+        length, seen_inputs = tokens.shape[1] + max_new_tokens, {} if seen is None else {"images": seen}
+        return prefill(params, tokens, *prompt_inputs(mask), length, **seen_inputs)
 
     prompts, prompt_mask = jnp.asarray(prompts), jnp.asarray(prompt_mask)
-    logits, cache = read(prompts, prompt_mask)
+    whole = prompts, prompt_mask, images
+    logits, cache = read(*whole)
     if group_size > 1:
-        axes = row_axes(lambda rows: read(*(x[:1].repeat(rows, axis=0) for x in (prompts, prompt_mask))))
+        axes = row_axes(lambda rows: read(*jax.tree.map(lambda x: x[:1].repeat(rows, axis=0), whole)))
         repeated = jnp.repeat(jnp.arange(prompts.shape[0]), group_size)
         logits, cache = take_rows((logits, cache), axes, repeated)
         prompts, prompt_mask = prompts[repeated], prompt_mask[repeated]
@@ -236,6 +240,7 @@ def generate(
     group_size: int = 1,
     early_end: bool = True,
     tool_fn: ToolFn | None = None,
+    images: Images | None = None,
 ) -> Rollout:
     """Samples completions of each prompt.
 
@@ -254,6 +259,7 @@ def generate(
       tool_fn: a tool, asked before the first token and behind every token of the policy's. What it writes is
         read like any other token and counts as new, but has log-prob 0 and is out of the mask: nothing is
         learned from it.
+      images: of each prompt, where its tokens hold places for them.
 
     Returns:
       A `Rollout` of N x group_size rows and T = P + max_new_tokens columns.
@@ -270,6 +276,7 @@ def generate(
         pad_id=pad_id,
         group_size=group_size,
         tool_fn=tool_fn,
+        images=images,
     )
 
     def step(rows: Generation) -> Generation:
@@ -283,7 +290,9 @@ def generate(
     else:
         end, _ = jax.lax.scan(lambda rows, _: (step(rows), None), begun, None, length=max_new_tokens)
     experts = experts_of(end.cache)
-    return assemble(end.context, end.logp, end.filtered_logp, end.finished, end.tool, experts)
+    rollout = assemble(end.context, end.logp, end.filtered_logp, end.finished, end.tool, experts)
+    seen = jax.tree.map(lambda x: jnp.repeat(x, group_size, axis=0), images)
+    return dataclasses.replace(rollout, sequences=dataclasses.replace(rollout.sequences, images=seen))
 
 
 def make_stream(

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.models.positions import Alibi, Rope, YarnScaling
+from rlhf_jax.models.vision.config import VisionConfig
 
 Remat = Literal["none", "dots", "attention", "full"]
 AttentionBackend = Literal["auto", "plain", "blocked", "cudnn", "splash", "ring", "ulysses"]
@@ -269,6 +270,7 @@ class ModelConfig:
       context_length: tokens the model was made for; told to others on export, bounds nothing here.
       mtp_depth: modules that foresee further tokens in training (`models.further`); generation and
         other objectives leave them alone.
+      vision: how images become embeddings; None where the model reads text alone.
       architecture: the Hugging Face name of the family in which `hf.save` writes it; empty for the first
         that can express it.
       param_dtype: dtype in which parameters are kept.
@@ -296,6 +298,7 @@ class ModelConfig:
     logit_softcap: float | None = None
     context_length: int | None = None
     mtp_depth: int = 0
+    vision: VisionConfig | None = None
     architecture: str = ""
     param_dtype: str = "float32"
     compute_dtype: str = "float32"
@@ -310,7 +313,11 @@ class ModelConfig:
                 f"ModelConfig: num_layers={self.num_layers} less {len(self.prefix)} of the prefix is not a "
                 f"multiple of the pattern's {len(self.pattern)} blocks; change one of them."
             )
-
+        if self.mtp_depth and self.vision is not None:
+            raise UserError(
+                "ModelConfig: modules of multi-token prediction foresee no images: give mtp_depth=0, or "
+                "vision=None."
+            )
         if self.mtp_depth and self.final_norm is None:
             raise UserError(
                 "ModelConfig: modules of multi-token prediction (mtp_depth) norm as final_norm does, which "

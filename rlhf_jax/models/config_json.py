@@ -6,6 +6,7 @@ from typing import Any
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.models import adapters, config as parts, positions
 from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.vision import config as vision
 
 KINDS = (
     positions.LinearScaling,
@@ -24,6 +25,10 @@ KINDS = (
     parts.SigmoidRouter,
     parts.MixtureOfExperts,
     parts.Block,
+    vision.LinearProjector,
+    vision.MLPProjector,
+    vision.PixelShuffle,
+    vision.VisionConfig,
     ModelConfig,
     adapters.LoRA,
     adapters.DoRA,

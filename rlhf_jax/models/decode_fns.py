@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from rlhf_jax.core.protocols import DecodeFn, ExtendFn, HiddenExtendFn, HiddenPrefillFn, PrefillFn
-from rlhf_jax.core.types import Array, Float, Int, Params
+from rlhf_jax.core.types import Array, Float, Images, Int, Params
 from rlhf_jax.models import decoder as decoders
 from rlhf_jax.models.config import ModelConfig
 
@@ -19,10 +19,11 @@ def make_decode_fns(config: ModelConfig) -> tuple[PrefillFn, DecodeFn]:
         positions: Int[Array, "B P"],
         segment_ids: Int[Array, "B P"],
         length: int,
+        images: Images | None = None,
     ) -> tuple[Float[Array, "B V"], decoders.Cache]:
         cache = decoders.init_cache(config, tokens.shape[0], length)
         hidden, cache = decoders.cached_hidden_states(
-            config, params, tokens, positions, segment_ids, cache, fresh=True
+            config, params, tokens, positions, segment_ids, cache, fresh=True, images=images
         )
         return decoders.logits(config, params, hidden[:, -1]), cache
 

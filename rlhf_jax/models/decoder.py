@@ -6,19 +6,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.ad_checkpoint import checkpoint_name
 
 from rlhf_jax.core.axes import all_gathered, constrain, mesh_size
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.trees import merge, pytree_dataclass
-from rlhf_jax.core.types import Array, Bool, Float, Int, Params, PRNGKeyArray
+from rlhf_jax.core.types import Array, Bool, Float, Images, Int, Params, PRNGKeyArray
 from rlhf_jax.kernels.logprobs import softcapped
 from rlhf_jax.models.attention.backends import ATTENTION_NAMES, AttentionContext
-from rlhf_jax.models.attention.modules import LayerCache, write_columns
-from rlhf_jax.models.builders import empty_cache, feed_forward_layer, mixing_layer
-from rlhf_jax.models.config import Block, ModelConfig, Recurrence
+from rlhf_jax.models.attention.modules import write_columns
+from rlhf_jax.models.blocks import ResidualBlocks, laid_out
+from rlhf_jax.models.builders import empty_cache
+from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.layers import norm_layer, normal_init
 from rlhf_jax.models.pipeline import pipelined
+from rlhf_jax.models.vision.encoder import VisionTower, place_features
 
 
 @pytree_dataclass
@@ -39,59 +40,6 @@ class Cache:
     segment_ids: Int[Array, "B S"]
     positions: Int[Array, "B S"]
     length: Int[Array, "*B"]
-
-
-class ResidualBlocks(nn.Module):
-    """The prefix, or the blocks of one repeat of the pattern."""
-
-    config: ModelConfig
-    blocks: tuple[Block, ...]
-
-    @nn.compact
-    def __call__(
-        self, hidden: Float[Array, "B T D"], caches: tuple[LayerCache | None, ...], context: AttentionContext
-    ) -> tuple[Float[Array, "B T D"], tuple[LayerCache | None, ...]]:
-        """Runs the blocks in order; `caches` has one entry for each."""
-        config = self.config
-        dtypes = {"param_dtype": jnp.dtype(config.param_dtype), "dtype": jnp.dtype(config.compute_dtype)}
-        # Outputs that are added to the residual stream start smaller, by the number of additions.
-        common = {"width": config.width, "output_std": 0.02 / (2 * config.num_layers) ** 0.5, **dtypes}
-        new_caches = []
-        for index, (block, cache) in enumerate(zip(self.blocks, caches, strict=True)):
-            prefix = f"block_{index}_" if len(self.blocks) > 1 else ""
-            dtype = dtypes["param_dtype"]
-            name = f"{prefix}recurrence" if isinstance(block.attention, Recurrence) else f"{prefix}attention"
-            mixer = mixing_layer(block.attention, name=name, backend=config.attention_backend, **common)
-            normed = _normed(block, block.pre_norm, f"{name}_norm", hidden, dtype)
-            mixed, cache = mixer(normed, context, cache)
-            hidden = _added(block, name, hidden, normed, mixed, dtype)
-            new_caches.append(cache)
-            if block.feed_forward is None:
-                continue
-            hidden = checkpoint_name(hidden, "feed_forward_input")
-            name = f"{prefix}feed_forward"
-            feed_forward = feed_forward_layer(block.feed_forward, name=name, **common)
-            normed = _normed(block, block.pre_norm, f"{name}_norm", hidden, dtype)
-            hidden = _added(block, name, hidden, normed, feed_forward(normed), dtype)
-        return hidden, tuple(new_caches)
-
-
-def _normed(block: Block, wanted: bool, name: str, inputs: Array, dtype: Any) -> Array:
-    """`inputs`, normed as the block norms where it does."""
-    return norm_layer(block.norm, dtype, name=name)(inputs) if wanted else inputs
-
-
-def _added(block: Block, name: str, inputs: Array, normed: Array, outputs: Array, dtype: Any) -> Array:
-    """The residual stream behind attention or a feed-forward: inputs and outputs, with their norms."""
-    outputs = _normed(block, block.post_norm, f"{name}_post_norm", outputs, dtype)
-    if block.residual:
-        outputs = (normed if block.residual_from_norm else inputs) + outputs
-    return laid_out(_normed(block, block.sum_norm, f"{name}_sum_norm", outputs, dtype))
-
-
-def laid_out(hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """The residual stream on a mesh: rows and columns split, every token whole."""
-    return constrain(hidden, "batch", "time", None)
 
 
 _OF_ROUTERS = ("routing", "replay")  # collections that routers write and read, a repeat after the other
@@ -119,15 +67,17 @@ class Decoder(nn.Module):
         *,
         fresh: bool = False,
         soft: Float[Array, "B T D"] | None = None,
+        images: Images | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Hidden states after the final norm, and the cache with these tokens appended.
 
         Args:
           fresh: the cache is empty, so that these tokens see one another alone.
           soft: stands in the place of the tokens' embeddings, those of positions included.
+          images: whose features stand in the places of the image token.
         """
         config = self.config
-        hidden = self._embed(tokens, positions, soft)
+        hidden = self._embed(tokens, positions, segment_ids, soft, images)
         context, columns = _context(positions, segment_ids, cache, fresh)
         prefix, layers = (cache.prefix, cache.layers) if cache is not None else _no_cache(config)
         body = ResidualBlocks
@@ -168,7 +118,9 @@ class Decoder(nn.Module):
         self,
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
         soft: Float[Array, "B T D"] | None,
+        images: Images | None,
     ) -> Float[Array, "B T D"]:
         config = self.config
         param_dtype, dtype = jnp.dtype(config.param_dtype), jnp.dtype(config.compute_dtype)
@@ -182,6 +134,8 @@ class Decoder(nn.Module):
         hidden = (table[tokens] if soft is None else soft).astype(dtype)
         if config.embedding_scale != 1:
             hidden *= jnp.asarray(config.embedding_scale, dtype)
+        if images is not None:
+            hidden = self._with_images(hidden, tokens, segment_ids, images)
         if config.learned_positions is not None:
             shape = (config.learned_positions, config.width)
             table = self.param("position_embedding", normal_init, shape, param_dtype)
@@ -190,6 +144,25 @@ class Decoder(nn.Module):
         if config.embedding_norm is not None:
             hidden = norm_layer(config.embedding_norm, param_dtype, name="embedding_norm")(hidden)
         return laid_out(hidden)
+
+    def _with_images(
+        self,
+        embeddings: Float[Array, "B T D"],
+        tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        images: Images,
+    ) -> Float[Array, "B T D"]:
+        config, vision = self.config, self.config.vision
+        if vision is None:
+            raise UserError("the model reads no images: leave them out, or give a model with vision")
+        dtypes: dict[str, Any] = {"param_dtype": config.param_dtype, "compute_dtype": config.compute_dtype}
+        tower = VisionTower(vision, config.width, remat=config.remat, name="vision", **dtypes)
+        rows, number = images.present.shape
+        features = tower(images.pixels.reshape(rows * number, *images.pixels.shape[2:]))
+        features = features.reshape(rows, number * vision.tokens_per_image, config.width)
+        count = jnp.sum(images.present, axis=1) * vision.tokens_per_image
+        places = (tokens == vision.image_token_id) & (segment_ids > 0)
+        return place_features(embeddings, places, features, count)
 
 
 def _stages(config: ModelConfig) -> int:
@@ -265,7 +238,11 @@ def whole_context(positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]) 
 def init_params(config: ModelConfig, key: PRNGKeyArray) -> Params:
     """Fresh parameters: nested dicts of arrays."""
     dummy = jnp.zeros((1, 1), jnp.int32)
-    return Decoder(config).init(key, dummy, dummy, dummy + 1)["params"]
+    images = None
+    if config.vision is not None:
+        pixels = jnp.zeros((1, 1, config.vision.image_size, config.vision.image_size, 3), jnp.uint8)
+        images = Images(pixels, dummy > 0)
+    return Decoder(config).init(key, dummy, dummy, dummy + 1, images=images)["params"]
 
 
 def init_cache(config: ModelConfig, batch: int, length: int) -> Cache:
@@ -290,10 +267,12 @@ def hidden_states(
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
     segment_ids: Int[Array, "B T"],
+    *,
+    images: Images | None = None,
 ) -> Float[Array, "B T D"]:
     """Final hidden states of whole rows, without a cache."""
     params = expand_prompt(config, params)
-    return Decoder(config).apply({"params": params}, tokens, positions, segment_ids)[0]
+    return Decoder(config).apply({"params": params}, tokens, positions, segment_ids, images=images)[0]
 
 
 def cached_hidden_states(
@@ -305,6 +284,7 @@ def cached_hidden_states(
     cache: Cache,
     *,
     fresh: bool = False,
+    images: Images | None = None,
 ) -> tuple[Float[Array, "B T D"], Cache]:
     """Final hidden states of the next tokens of each row, and the cache with them appended.
 
@@ -313,7 +293,7 @@ def cached_hidden_states(
     """
     params = expand_prompt(config, params)
     result: Any = Decoder(config).apply(
-        {"params": params}, tokens, positions, segment_ids, cache, fresh=fresh
+        {"params": params}, tokens, positions, segment_ids, cache, fresh=fresh, images=images
     )
     return result
 

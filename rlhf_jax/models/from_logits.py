@@ -21,6 +21,11 @@ def shift(values: Shaped[Array, "B T *rest"]) -> Shaped[Array, "B T *rest"]:
     return jnp.pad(values[:, :-1], ((0, 0), (1, 0), *((0, 0),) * (values.ndim - 2)))
 
 
+def _logits(logits_fn: LogitsFn, params: Params, sequences: Sequences) -> Float[Array, "B T V"]:
+    rows = sequences.tokens, sequences.positions, sequences.segment_ids
+    return logits_fn(params, *rows, **sequences.image_inputs)
+
+
 def logprobs_from_logits_fn(
     logits_fn: LogitsFn, *, temperature: Scalar = 1.0, collision: bool = False
 ) -> LogprobFn:
@@ -34,7 +39,7 @@ def logprobs_from_logits_fn(
     """
 
     def logprobs(params: Params, sequences: Sequences) -> TokenLogprobs:
-        logits = logits_fn(params, sequences.tokens, sequences.positions, sequences.segment_ids)
+        logits = _logits(logits_fn, params, sequences)
         logp = jax.nn.log_softmax(logits / temperature, axis=-1)
         following = jnp.roll(sequences.tokens, -1, axis=1)[..., None]
         taken = jnp.take_along_axis(logp, following, axis=-1)[..., 0]
@@ -57,7 +62,7 @@ def greedy_match_from_logits_fn(logits_fn: LogitsFn) -> GreedyMatchFn:
     logprobs = logprobs_from_logits_fn(logits_fn)
 
     def match(params: Params, sequences: Sequences) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
-        logits = logits_fn(params, sequences.tokens, sequences.positions, sequences.segment_ids)
+        logits = _logits(logits_fn, params, sequences)
         guesses = shift(jnp.argmax(logits, axis=-1))
         return logprobs(params, sequences).logp, guesses == sequences.tokens
 
@@ -68,7 +73,7 @@ def distribution_from_logits_fn(logits_fn: LogitsFn, *, temperature: Scalar = 1.
     """`make_distribution_fn` of any model that gives logits."""
 
     def logp(params: Params, sequences: Sequences) -> Float[Array, "B T V"]:
-        logits = logits_fn(params, sequences.tokens, sequences.positions, sequences.segment_ids)
+        logits = _logits(logits_fn, params, sequences)
         return jax.nn.log_softmax(shift(logits / temperature), axis=-1)
 
     return logp

@@ -25,7 +25,7 @@ from rlhf_jax.core.protocols import (
     ValueFn,
 )
 from rlhf_jax.core.trees import merge
-from rlhf_jax.core.types import Array, Bool, Float, Int, Params, Scalar, Sequences, TokenLogprobs
+from rlhf_jax.core.types import Array, Bool, Float, Images, Int, Params, Scalar, Sequences, TokenLogprobs
 from rlhf_jax.kernels.logprobs import (
     candidate_logprobs,
     collision_probabilities,
@@ -49,8 +49,8 @@ def make_hidden_fn(config: ModelConfig) -> HiddenFn:
 def make_logits_fn(config: ModelConfig) -> LogitsFn:
     """`logits(params, tokens, positions, segment_ids) -> [B, T, V]`, float32; meaningless at padding."""
 
-    def logits(params: Params, *inputs: Array) -> Float[Array, "B T V"]:
-        return decoders.logits(config, params, decoders.hidden_states(config, params, *inputs))
+    def logits(params: Params, *inputs: Array, images: Images | None = None) -> Float[Array, "B T V"]:
+        return decoders.logits(config, params, decoders.hidden_states(config, params, *inputs, images=images))
 
     return logits
 
@@ -59,7 +59,8 @@ def _hidden(model: ModelConfig | HiddenFn, params: Params, sequences: Sequences)
     if sequences.experts is not None and isinstance(model, ModelConfig):
         return replayed_hidden_states(model, params, sequences)
     hidden_fn = make_hidden_fn(model) if isinstance(model, ModelConfig) else model
-    return hidden_fn(params, sequences.tokens, sequences.positions, sequences.segment_ids)
+    rows = sequences.tokens, sequences.positions, sequences.segment_ids
+    return hidden_fn(params, *rows, **sequences.image_inputs)
 
 
 def make_logprob_fn(

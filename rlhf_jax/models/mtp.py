@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from rlhf_jax.core.types import Array, Float, Int, Params, PRNGKeyArray, Sequences
+from rlhf_jax.models.blocks import ResidualBlocks
 from rlhf_jax.models.config import ModelConfig
-from rlhf_jax.models.decoder import ResidualBlocks, init_params, whole_context
+from rlhf_jax.models.decoder import init_params, whole_context
 from rlhf_jax.models.layers import Linear, norm_layer
 
 

@@ -31,9 +31,10 @@ from rlhf_jax.core.protocols import (
 )
 from rlhf_jax.core.ranges import GreedyTemperature, Length, PositiveInt, Range, Seed
 from rlhf_jax.core.trees import named_leaves
-from rlhf_jax.core.types import Array, Float, Int, Params, PRNGKeyArray, Rollout, Scalar
-from rlhf_jax.data.chat import encode_prompt
-from rlhf_jax.data.packing import left_pad, length_bucket
+from rlhf_jax.core.types import Array, Float, Images, Int, Params, PRNGKeyArray, Rollout, Scalar
+from rlhf_jax.data.chat import check_messages, encode_prompt
+from rlhf_jax.data.content_parts import load_images
+from rlhf_jax.data.packing import left_pad, length_bucket, stack_images
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.distributed import PARAMETER_AXES
 from rlhf_jax.generation import Sampling, generate
@@ -51,6 +52,7 @@ from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.gguf_writing import Outtype
 from rlhf_jax.models.heads import init_head, init_scalar_model
 from rlhf_jax.models.hf import peft
+from rlhf_jax.models.vision.tokens import image_processor
 
 Messages: TypeAlias = Annotated[
     Sequence[Mapping[str, Any]], 'a list such as [{"role": "user", "content": "Hello"}]'
@@ -277,11 +279,15 @@ class Policy:
         top_k: PositiveInt | None = None,
         seed: Seed = 0,
     ) -> str:
-        """The assistant's answer to a conversation, laid out by the tokenizer's chat template."""
+        """The assistant's answer to a conversation, laid out by the tokenizer's chat template.
+
+        A message may hold images, from whatever `data.images` reads: its content is a list of parts, such as
+        `[{"type": "image", "image": "cat.png"}, {"type": "text", "text": "What is this?"}]`.
+        """
         sampling = Sampling(temperature, top_p=top_p, top_k=top_k)
-        return self._continue(
-            [encode_prompt(self.tokenizer, list(messages))], sampling, max_new_tokens, seed
-        )[0]
+        checked_messages, seen = load_images(self.tokenizer, check_messages(list(messages)), {})
+        ids = encode_prompt(self.tokenizer, checked_messages)
+        return self._continue([ids], sampling, max_new_tokens, seed, stack_images([[seen]]))[0]
 
     @checked
     def save(self, path: str | os.PathLike[str], *, outtype: Outtype | None = None) -> None:
@@ -322,7 +328,12 @@ class Policy:
         return [bos_id, *ids] if bos_id is not None else ids or [self.tokenizer.eos_id]
 
     def _continue(
-        self, rows: list[list[int]], sampling: Sampling, max_new_tokens: int, seed: int
+        self,
+        rows: list[list[int]],
+        sampling: Sampling,
+        max_new_tokens: int,
+        seed: int,
+        images: Images | None = None,
     ) -> list[str]:
         if not rows:
             return []
@@ -330,7 +341,8 @@ class Policy:
         tokens, mask = left_pad(rows, width, pad_id=self.tokenizer.pad_id)
         ends = self.tokenizer.eos_id, self.tokenizer.pad_id
         sample = _compiled(self.prefill, self.decode, max_new_tokens, *ends)
-        rollout = jax.device_get(sample(self.params, tokens, mask, jax.random.key(seed), sampling=sampling))
+        inputs = {"sampling": sampling} | ({} if images is None else {"images": images})
+        rollout = jax.device_get(sample(self.params, tokens, mask, jax.random.key(seed), **inputs))
         sampled = zip(rollout.sequences.tokens, np.asarray(rollout.sequences.mask), strict=True)
         return [self.tokenizer.decode(row[kept].tolist()) for row, kept in sampled]
 
@@ -391,6 +403,8 @@ def make_policy(
             f"the tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}: they are "
             "not of one model: give the tokenizer that it was trained with"
         )
+    if config.vision is not None:
+        tokenizer = tokenizer.with_images(image_processor(config.vision, tokenizer))
     prefill, decode = decode_fns.make_decode_fns(config)
     return Policy(
         params=params,

@@ -22,7 +22,7 @@ def routed_hidden_states(
     """Final hidden states of whole rows, and what every router did, by the path of its parameters."""
     inputs = sequences.tokens, sequences.positions, sequences.segment_ids
     variables = {"params": expand_prompt(config, params)}
-    result: Any = Decoder(config).apply(variables, *inputs, mutable=["routing"])
+    result: Any = Decoder(config).apply(variables, *inputs, mutable=["routing"], images=sequences.images)
     (hidden, _), kept = result
     present = (sequences.segment_ids > 0).reshape(-1)
     return hidden, _summed(kept["routing"], present)

@@ -71,7 +71,7 @@ def replayed_hidden_states(
     params = decoders.expand_prompt(config, params)
     variables = {"params": params, "replay": _to_replay(params, sequences.experts)}
     inputs = sequences.tokens, sequences.positions, sequences.segment_ids
-    return decoders.Decoder(config).apply(variables, *inputs)[0]
+    return decoders.Decoder(config).apply(variables, *inputs, images=sequences.images)[0]
 
 
 def make_recording_fns(config: ModelConfig) -> tuple[PrefillFn, DecodeFn, ExtendFn]:

@@ -21,6 +21,7 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.masks import masked_mean
 from rlhf_jax.core.protocols import LogprobFn
 from rlhf_jax.core.types import Array, Float, Params, PRNGKeyArray, Rollout, Sequences
+from rlhf_jax.data.content_parts import refuse_images
 from rlhf_jax.data.examples import PromptExample
 from rlhf_jax.data.packing import completion_rows, left_pad
 from rlhf_jax.data.tokenizers import Tokenizer
@@ -113,6 +114,7 @@ class HTTPEngine:
             does not hold `params`.
         """
         size = self._group_size
+        refuse_images(prompts, f"the server of {self._options.url}")
         equal = all(prompt is prompts[row - row % size] for row, prompt in enumerate(prompts))
         if not equal or len(prompts) % size:
             raise ValueError(f"prompts do not come in groups of {size} equal ones")

@@ -182,7 +182,9 @@ def multi_turn(
     constraint = regex_automaton(policy.tokenizer, call_pattern(tools)) if constrained else None
     sample_fn = make_sample_fn(policy, max_new_tokens=max_new_tokens)
 
-    def make(prompt_length: int, sampling: Sampling) -> GenerateFn:
+    def make(prompt_length: int, sampling: Sampling, num_images: int = 0) -> GenerateFn:
+        if num_images:
+            raise UserError("tools: conversations of several turns read no images yet: leave either out")
         converse = make_multi_turn_fn(
             sample_fn,
             policy.tokenizer,

@@ -16,7 +16,7 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.protocols import DecodeFn, ExtendFn, PrefillFn
 from rlhf_jax.core.types import Array, Key, Params, PRNGKeyArray, Rollout
 from rlhf_jax.data.examples import PromptExample
-from rlhf_jax.data.packing import left_pad
+from rlhf_jax.data.packing import left_pad, stack_images
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.generation import Sampling, continuous_batching_generate, generate, row_keys
 from rlhf_jax.models import Policy
@@ -59,6 +59,7 @@ def make_generate_fn(
     *,
     prompt_length: int,
     max_new_tokens: int,
+    num_images: int = 0,
     group_size: int = 1,
     max_num_seqs: int | None = None,
     sampling: Sampling = Sampling(),
@@ -72,6 +73,7 @@ def make_generate_fn(
     Args:
       policy: its callables and tokenizer; parameters come with each call.
       prompt_length: P; longer prompts are refused.
+      num_images: of the prompt with most; more are refused.
       group_size: how often each prompt stands in `prompts`, one after the other; it is read once.
       max_num_seqs: answers on their way at a time; where one ends, the next prompt is read (continuous
         batching). All by default. With it, prompts are read once for every answer.
@@ -81,6 +83,11 @@ def make_generate_fn(
       decode_fns: (prefill, decode), or with `max_num_seqs` (prefill, extend), where they are not the model's.
     """
     group_size = group_size if max_num_seqs is None else 1
+    if num_images and max_num_seqs is not None:
+        raise UserError("max_num_seqs: continuous batching reads no images yet: leave it out")
+
+    processor = policy.tokenizer.image_processor
+    image_size = processor and processor.size
 
     @functools.cache
     def compiled(group_size: int) -> Callable[..., Rollout]:
@@ -111,7 +118,10 @@ def make_generate_fn(
         if missing and jax.process_count() > 1:
             raise ValueError(f"{len(ids)} rows cannot be split over the {parts} parts of this process")
         batch = left_pad(ids + ids[-1:] * missing, prompt_length, pad_id=policy.tokenizer.pad_id)
-        rollout = compiled(size)(params, *distributed.shard_batch(batch), key, sampling=sampling)
+        seen = [[prompt.images] for prompt in prompts[::size]]
+        images = stack_images(seen + seen[-1:] * missing, number=num_images, size=image_size)
+        inputs = {} if images is None else {"images": distributed.shard_batch(images)}
+        rollout = compiled(size)(params, *distributed.shard_batch(batch), key, sampling=sampling, **inputs)
         return jax.tree.map(lambda x: x[: len(prompts)], rollout) if missing else rollout
 
     return run
@@ -207,7 +217,8 @@ class RolloutFns:
     """Rollout functions, from prompts to texts: one completion each, or several turns.
 
     Attributes:
-      make_generate_fn: (tokens of the longest prompt, sampling) -> `GenerateFn`.
+      make_generate_fn: (tokens of the longest prompt, sampling, images of the prompt with most) ->
+        `GenerateFn`.
       tools: JSON schemas that the prompts offer to the policy.
       answer_texts_fn: (tokenizer, rollout) -> what rewards get as completions, of this process's rows.
       shown_texts_fn: (tokenizer, rollout) -> what people read, of the rows of every process.
@@ -215,7 +226,7 @@ class RolloutFns:
       describe_fn: rollout -> numbers of each row, whose means are logged.
     """
 
-    make_generate_fn: Callable[[int, Sampling], GenerateFn]
+    make_generate_fn: Callable[..., GenerateFn]
     tools: Sequence[Mapping[str, Any]] = ()
     answer_texts_fn: Callable[[Tokenizer, Rollout], list[str]] = completion_texts
     shown_texts_fn: Callable[[Tokenizer, Rollout], list[str]] = functools.partial(
@@ -225,13 +236,17 @@ class RolloutFns:
     describe_fn: Callable[[Rollout], Mapping[str, np.ndarray]] = lambda _: {}
 
 
+def most_images(prompts: Sequence[PromptExample]) -> int:
+    """Images of the prompt with most."""
+    return max((0 if prompt.images is None else len(prompt.images) for prompt in prompts), default=0)
+
+
 def single_turn(policy: Policy, *, max_new_tokens: int) -> RolloutFns:
     """One completion of each prompt."""
 
-    def make(prompt_length: int, sampling: Sampling) -> GenerateFn:
-        return make_generate_fn(
-            policy, prompt_length=prompt_length, max_new_tokens=max_new_tokens, sampling=sampling
-        )
+    def make(prompt_length: int, sampling: Sampling, num_images: int = 0) -> GenerateFn:
+        room: dict[str, Any] = {"prompt_length": prompt_length, "num_images": num_images}
+        return make_generate_fn(policy, **room, max_new_tokens=max_new_tokens, sampling=sampling)
 
     return RolloutFns(make)
 
@@ -295,7 +310,8 @@ def make_evaluate_fn(
       rollout_fns: how they are answered; None for by one completion each.
     """
     fns = rollout_fns or single_turn(policy, max_new_tokens=max_new_tokens)
-    sample = fns.make_generate_fn(max(len(prompt.ids) for prompt in prompts), Sampling())
+    longest, num_images = max(len(prompt.ids) for prompt in prompts), most_images(prompts)
+    sample = fns.make_generate_fn(longest, Sampling(), num_images)
     logprob_fn = policy.make_logprob_fn()
 
     @jax.jit

@@ -13,7 +13,7 @@ from rlhf_jax.core.types import Params, Rollout
 from rlhf_jax.data.examples import PromptExample
 from rlhf_jax.generation import Sampling
 from rlhf_jax.models import Policy
-from rlhf_jax.rollout.sampler import RolloutFns, answer_all, single_turn
+from rlhf_jax.rollout.sampler import RolloutFns, answer_all, most_images, single_turn
 from rlhf_jax.rollout.token_rows import describe_completions
 
 
@@ -63,7 +63,8 @@ def make_samples_fn(
     fns = rollout_fns or single_turn(policy, max_new_tokens=max_new_tokens)
     logprob_fn = policy.make_logprob_fn()
     ref_logp_fn = jax.jit(lambda params, sequences: logprob_fn(params, sequences).logp)
-    decode = fns.make_generate_fn(max(len(prompt.ids) for prompt in prompts), Sampling())
+    longest = max(len(prompt.ids) for prompt in prompts)
+    decode = fns.make_generate_fn(longest, Sampling(), most_images(prompts))
 
     def answer(params: Params) -> list[Sample]:
         rollout, rewards = answer_all(decode, reward_fn, params, prompts, Sampling(temperature=0.0))

@@ -136,7 +136,7 @@ def choice_requests(
             Row({"prompt": messages, "completion": said, "label": True}, question.where) for said in answers
         ]
         examples = labeled_examples(rows, model.tokenizer, max_length=inputs.UNBOUNDED)
-        return [example.after(example.prompt_ids) for example in examples], answers
+        return [example.after(example) for example in examples], answers
     words: dict[str, str] = {}
     if task.form == "letters":
         about = "" if question.subject == NO_SUBJECT else f" about {question.subject.replace('_', ' ')}"

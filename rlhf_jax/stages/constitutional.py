@@ -28,6 +28,7 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.importing import is_import_path
 from rlhf_jax.core.ranges import Count, GreedyTemperature, LearningRate, PositiveInt, Temperature
 from rlhf_jax.core.train_state import OptimizerConfig
+from rlhf_jax.data.content_parts import refuse_images
 from rlhf_jax.data.examples import PromptExample
 from rlhf_jax.data.pipeline import BatchSampler, fingerprint
 from rlhf_jax.feedback.constitution import Principle, constitution_rows, read_constitution
@@ -233,6 +234,7 @@ def run(options: Options, given: Given = NOTHING) -> None:
 
     prompts = session.load_prompts()
     chosen = choose_prompts(options, prompts)
+    refuse_images(chosen, "the constitutional stage")
     asked = [np.asarray(prompt.ids) for prompt in chosen]
     begun = files.exists(out / "revisions.jsonl")
     option_checks.check_same_data(out, fingerprint(asked, constitution_rows(principles)), begun=begun)

@@ -32,6 +32,7 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.ranges import Count, LearningRate, Positive, PositiveInt, Share
 from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.core.types import Params, Rollout
+from rlhf_jax.data.content_parts import refuse_images
 from rlhf_jax.losses.distillation import Average, Divergence
 from rlhf_jax.models import Policy
 from rlhf_jax.rollout.completions import LastCompletions, describe_rows
@@ -328,6 +329,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     model = start_from(options, teachers, given)
     session = Session(options, given, "distill", model)
     prompts = session.load_prompts()
+    refuse_images(prompts.train, "distillation")
     context = None
     if options.teacher_context:
         shown = options.teacher_context, options.teacher_template

@@ -13,9 +13,10 @@ from rlhf_jax.algorithms import distillation
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Params
 from rlhf_jax.data.chat import encode_prompt
-from rlhf_jax.data.examples import PromptExample, prompt_messages
+from rlhf_jax.data.examples import PromptExample
 from rlhf_jax.data.packing import left_pad
 from rlhf_jax.data.pipeline import fingerprint
+from rlhf_jax.data.row_messages import prompt_messages
 from rlhf_jax.data.sources import Row
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.models import Policy

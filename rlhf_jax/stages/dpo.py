@@ -34,7 +34,7 @@ from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.evaluation.classification import roc_auc
 from rlhf_jax.losses.pair_logps import PairLossFn, PairLossTraits, takes_weights, traits_of
 from rlhf_jax.models import Policy
-from rlhf_jax.planning.steps import Step, sequence_shapes
+from rlhf_jax.planning.steps import Step
 from rlhf_jax.stages import (
     adapting,
     defaults,
@@ -359,7 +359,8 @@ def planned_step(options: Options) -> tuple[Session, Step]:
     objective = make_objective(split.tx)
     state = session.init_state(objective.init, split.trained, split.frozen)
     size = options.batch_size
-    rows, floats = sequence_shapes(size, train.length), jax.ShapeDtypeStruct((size,), jnp.float32)
+    rows = shapes_of(train.rows(np.zeros(size, np.int32))[0])
+    floats = jax.ShapeDtypeStruct((size,), jnp.float32)
     is_stored = options.reference == "stored"
     labels = None if train.labels is None else jax.ShapeDtypeStruct((size,), train.labels.dtype)
     data = (rows, rows), (floats, floats) if is_stored else None, labels

@@ -26,6 +26,7 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.ranges import Length, PositiveInt, Seed
 from rlhf_jax.core.types import Rollout
 from rlhf_jax.data.chat import encode_prompt
+from rlhf_jax.data.content_parts import refuse_images
 from rlhf_jax.data.examples import prompt_examples
 from rlhf_jax.data.packing import bucket_batches, left_pad, length_bucket
 from rlhf_jax.data.sources import read_rows
@@ -246,6 +247,7 @@ def read_prompts(options: Options, model: Policy) -> list[tuple[str, list[int]]]
                     raise UserError(f"{row.where}: --raw needs a text `prompt` in every row")
             return [(str(text), model.tokenizer.encode(str(text))) for text in texts]
         found = prompt_examples(rows, model.tokenizer, max_length=1 << 30)
+        refuse_images(found, "--file of rlhf generate")
         return [(example.text, example.ids.tolist()) for example in found]
     if options.raw:
         return [(options.prompt, model.tokenizer.encode(options.prompt))]

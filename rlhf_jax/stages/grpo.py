@@ -29,6 +29,7 @@ from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.ranges import Count
 from rlhf_jax.core.types import Array, Metrics, Params, PRNGKeyArray, Rollout, Sequences, StepRewards
+from rlhf_jax.data.content_parts import refuse_images
 from rlhf_jax.data.examples import PromptExample
 from rlhf_jax.generation import Sampling
 from rlhf_jax.kernels.baselines import optimal_values
@@ -137,7 +138,7 @@ def make_greedy_fn(session: Session, prompts: inputs.Prompts) -> Callable[[Param
     """`greedy(params, answers)`: rewards [N] of the most likely answers to the same prompts, for ReMax."""
     options: GroupOptions = session.options
     fns = prompts.rollout_fns or single_turn(session.policy, max_new_tokens=options.prompts.max_new_tokens)
-    generate = fns.make_generate_fn(prompts.length, Sampling(temperature=0.0))
+    generate = fns.make_generate_fn(prompts.length, Sampling(temperature=0.0), prompts.num_images)
     calls = options.prompts.reward_calls
     reward_fn = make_reward_fn(session.rewards, session.policy.tokenizer, fns, calls=calls)
 
@@ -176,7 +177,7 @@ def reference_values(session: Session, variant: GRPOVariant, prompts: inputs.Pro
         return {id(prompt): value for prompt, value in zip(data, values, strict=True)}
     fns = prompts.rollout_fns or single_turn(session.policy, max_new_tokens=options.prompts.max_new_tokens)
     sampling = Sampling(temperature=options.temperature)
-    generate = fns.make_generate_fn(prompts.length, sampling)
+    generate = fns.make_generate_fn(prompts.length, sampling, prompts.num_images)
     calls = options.prompts.reward_calls
     reward_fn = make_reward_fn(session.rewards, session.policy.tokenizer, fns, calls=calls)
 
@@ -274,6 +275,7 @@ def planned_step(options: Options) -> tuple[Session, Step]:
     if options.routing_replay:
         raise UserError("--plan knows no experts of a rollout: leave --routing-replay out of the plan")
     session, prompts = prepare(options)
+    refuse_images(prompts.train, "--plan")
     options, new_tokens = session.options, options.max_completion_length
     length, rows = prompts.length + new_tokens, options.batch_size * options.group_size
     variant = with_weights(variant_of(options), [1.0] * len(session.rewards))
@@ -316,6 +318,8 @@ def train(session: Session, prompts: inputs.Prompts) -> Trained:
     if not session.rewards:  # of whole answers; those of steps come beside them
         session.given = dataclasses.replace(given, rewards=(no_reward,))
     variant = variant_of(options)
+    if variant.config.num_replayed:
+        refuse_images(prompts.train, "the replay of groups")
     steps_fn = make_process_reward_fn(options.process, model.tokenizer, given.process_reward)
     if variant.needs_terms:
         terms = make_reward_fn(session.rewards, model.tokenizer).terms

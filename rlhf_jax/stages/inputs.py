@@ -21,6 +21,7 @@ from rlhf_jax.data.examples import (
     preference_examples,
     prompt_examples,
 )
+from rlhf_jax.data.images import FIELDS as IMAGE_FIELDS
 from rlhf_jax.data.pipeline import BatchSampler, fingerprint
 from rlhf_jax.data.sources import Row, as_rows, read_rows
 from rlhf_jax.data.tokenizers import Tokenizer
@@ -29,7 +30,14 @@ from rlhf_jax.models import Policy
 from rlhf_jax.models.adapters import merge_adapter
 from rlhf_jax.rollout.dynamic_sampling import Answers, without_failed
 from rlhf_jax.rollout.engines import failed_rows, make_engine, parse_engine
-from rlhf_jax.rollout.sampler import Evaluation, GenerateFn, RolloutFns, make_evaluate_fn, make_generate_fn
+from rlhf_jax.rollout.sampler import (
+    Evaluation,
+    GenerateFn,
+    RolloutFns,
+    make_evaluate_fn,
+    make_generate_fn,
+    most_images,
+)
 from rlhf_jax.rollout.samples import Sample, make_samples_fn
 from rlhf_jax.stages import edges, embedded, option_groups
 from rlhf_jax.stages.entry import NOTHING, Given
@@ -201,11 +209,10 @@ def load_labeled(
     def padded(examples: list[LabelledExample]) -> Pairs:
         half = len(examples) // 2
         mismatched = [
-            examples[(place + half) % len(examples)].after(example.prompt_ids)
-            for place, example in enumerate(examples)
+            examples[(place + half) % len(examples)].after(example) for place, example in enumerate(examples)
         ]
         cut = [dataclasses.replace(e, ids=e.ids[:length], mask=e.mask[:length]) for e in mismatched]
-        own = [example.after(example.prompt_ids) for example in examples]
+        own = [example.after(example) for example in examples]
         return Pairs(own, cut, length, np.array([example.desirable for example in examples]))
 
     return padded(train), padded(held_out)
@@ -241,12 +248,19 @@ class Prompts:
 
     def fingerprint(self) -> str:
         """Changes with any token of any prompt to train on, and with any field that rewards are given."""
-        return fingerprint([np.asarray(p.ids) for p in self.train], [p.fields for p in self.train])
+        seen = [p.images for p in self.train if p.images is not None]
+        fields = [{k: v for k, v in p.fields.items() if k not in IMAGE_FIELDS} for p in self.train]
+        return fingerprint([*(np.asarray(p.ids) for p in self.train), *seen], fields)
 
     @property
     def length(self) -> int:
         """Tokens of the longest prompt to train on."""
         return max(len(prompt.ids) for prompt in self.train)
+
+    @property
+    def num_images(self) -> int:
+        """Images of the prompt with most."""
+        return most_images(self.train)
 
 
 def load_prompts(
@@ -303,6 +317,7 @@ def make_sampler(
     prompt_length: int,
     max_new_tokens: int,
     folder: Path,
+    num_images: int = 0,
     group_size: int = 1,
     max_num_seqs: int = 0,
     routing_replay: bool = False,
@@ -313,6 +328,7 @@ def make_sampler(
     Args:
       engine: local, vllm:URL, sglang:URL or openai:URL.
       folder: the run folder, in which weights for a server are written.
+      num_images: of the prompt with most.
       max_num_seqs: answers on their way at a time, of the own sampler; 0 for all.
       routing_replay: record experts, in the own sampler.
     """
@@ -327,7 +343,8 @@ def make_sampler(
         if routing_replay:
             prefill, decode, extend = model.make_recording_fns()
             decode_fns = prefill, extend if max_num_seqs else decode
-        return make_generate_fn(model, max_num_seqs=max_num_seqs or None, decode_fns=decode_fns, **shared)
+        own = {"max_num_seqs": max_num_seqs or None, "num_images": num_images}
+        return make_generate_fn(model, decode_fns=decode_fns, **own, **shared)
     if max_num_seqs:
         raise UserError(f"--max-num-seqs is for --engine local: the server of {engine} has its own way")
     if parse_engine(engine)[0] != "openai":
@@ -374,12 +391,13 @@ def make_answer_fn(
     )
     reward_fn.check_kinds(prompts.train)
     generate = (
-        fns.make_generate_fn(prompts.length, sampling)
+        fns.make_generate_fn(prompts.length, sampling, prompts.num_images)
         if fns
         else make_sampler(
             engine,
             model,
             prompt_length=prompts.length,
+            num_images=prompts.num_images,
             max_new_tokens=options.max_new_tokens,
             folder=folder,
             group_size=group_size,

@@ -143,6 +143,7 @@ def make_sample_completions_fn(
 
     shared: dict[str, Any] = {
         "prompt_length": prompts.length,
+        "num_images": prompts.num_images,
         "max_new_tokens": options.prompts.max_new_tokens,
         "sampling": Sampling(temperature=options.temperature),
     }

@@ -32,6 +32,7 @@ from rlhf_jax.models import Policy
 from rlhf_jax.models.loading import kind_of_checkpoint
 from rlhf_jax.rewards.calls import RewardCalls
 from rlhf_jax.stages.option_checks import check_divides
+from rlhf_jax.stages.vision_options import VisionOptions
 from rlhf_jax.training import LoopConfig, Meter
 from rlhf_jax.training.loading import load
 
@@ -174,6 +175,7 @@ class ArchOptions:
       experts_per_token: how many of them each token goes through.
       router: softmax, balanced by a loss, or sigmoid, whose biases balance the load without one.
       mtp_depth: modules of multi-token prediction, each of which foresees one token more.
+      vision: of a model that reads images.
       tie_word_embeddings: use the input embedding as output matrix.
       scan_layers: run the blocks as one scan: compile time independent of depth.
       remat: what the backward pass computes again, to save memory.
@@ -191,6 +193,7 @@ class ArchOptions:
     experts_per_token: Width = 2
     router: Literal["softmax", "sigmoid"] = "softmax"
     mtp_depth: WidthOrZero = 0
+    vision: VisionOptions = VisionOptions()
     tie_word_embeddings: bool = True
     scan_layers: bool = False
     remat: models.Remat = "none"
@@ -212,6 +215,7 @@ class ArchOptions:
             "remat": self.remat,
             "param_dtype": self.param_dtype,
             "compute_dtype": self.compute_dtype,
+            "vision": self.vision.config(tokenizer, self.width, self.heads),
         }
         if self.kind != "transformer":
             if self.experts or self.mtp_depth:

@@ -40,6 +40,7 @@ from rlhf_jax.core.ranges import (
 )
 from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.core.types import StepRewards
+from rlhf_jax.data.content_parts import refuse_images
 from rlhf_jax.data.pipeline import BatchSampler, joint_fingerprint
 from rlhf_jax.generation import Sampling
 from rlhf_jax.models import Policy
@@ -242,6 +243,7 @@ def plan(options: Options) -> None:
 def planned_step(options: Options) -> tuple[Session, Step]:
     """The run, and its step in shapes."""
     session, prompts, text = prepare(options)
+    refuse_images(prompts.train, "--plan")
     options, start = session.options, make_start(session)
     rows, new_tokens = options.batch_size * options.group_size, options.prompts.max_new_tokens
     rollout = rollout_shapes(rows, prompts.length + new_tokens)
@@ -285,6 +287,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         options.engine,
         model,
         prompt_length=prompts.length,
+        num_images=prompts.num_images,
         max_new_tokens=options.prompts.max_new_tokens,
         folder=options.run.out,
         group_size=options.group_size,

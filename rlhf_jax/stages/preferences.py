@@ -28,6 +28,7 @@ from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.ranges import PositiveInt, Seed, ShareBelow1, Temperature, Weight
 from rlhf_jax.core.types import Rollout
+from rlhf_jax.data.content_parts import refuse_images
 from rlhf_jax.data.examples import PromptExample
 from rlhf_jax.data.pairs import Pair, best_vs_worst, clean, describe_judge, solution_pairs
 from rlhf_jax.data.sources import read_rows
@@ -200,6 +201,7 @@ def _nothing(prompt: PromptExample) -> Pair:
 def sampled(options: Options, model: Policy) -> list[Pair]:
     """Pairs of all prompts, judged now or before."""
     prompts = inputs.load_prompts(options.prompts, model, options.seed).train
+    refuse_images(prompts, "the preferences stage")
     size, pair_fn = options.samples_per_prompt, make_pair_fn(options, model)
     generate = inputs.make_sampler(
         options.engine,

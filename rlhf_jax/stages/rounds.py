@@ -32,8 +32,10 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.ranges import Count, Finite, LearningRate, Positive, PositiveInt, Temperature
 from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.core.types import Bool, Params, Sequences
-from rlhf_jax.data.examples import PromptExample, prompt_messages
+from rlhf_jax.data.content_parts import refuse_images
+from rlhf_jax.data.examples import PromptExample
 from rlhf_jax.data.pipeline import BatchSampler
+from rlhf_jax.data.row_messages import prompt_messages
 from rlhf_jax.data.sources import Row, read_rows
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.metrics import JSONLLogger, as_logger, final_table
@@ -329,6 +331,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     check(options)
     session = Session(options, given, options.method)
     model, prompts = session.policy, session.load_prompts()
+    refuse_images(prompts.train, "rounds")
     BatchSampler(len(prompts), options.prompts_per_round, options.run.seed)  # refuses more than there are
     session.announce(f"{len(prompts):,} prompts, {options.rounds} rounds")
     before = prompts.answer(model.params)

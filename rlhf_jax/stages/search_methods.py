@@ -10,6 +10,7 @@ import numpy as np
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.ranges import Count, PositiveInt
 from rlhf_jax.core.types import Array, Params, PRNGKeyArray, Sequences
+from rlhf_jax.data.content_parts import refuse_images
 from rlhf_jax.data.examples import PromptExample
 from rlhf_jax.data.packing import left_pad
 from rlhf_jax.data.process_rewards import STEP_END
@@ -296,6 +297,7 @@ def make_run(
     compiled = jax.jit(program)
 
     def run(prompts: Sequence[PromptExample], key: PRNGKeyArray) -> tuple[list[str], np.ndarray, np.ndarray]:
+        refuse_images(prompts, "search")
         ids, mask = left_pad([prompt.ids for prompt in prompts], prompt_length, pad_id=tokenizer.pad_id)
         states, written, cost = jax.device_get(compiled(params, ids, mask, key))
         rows = zip(states.tokens, written, strict=True)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import tyro
 
 from rlhf_jax import distributed, models
@@ -246,7 +245,7 @@ def prepare(options: Options, given: Given = NOTHING) -> tuple[Session, Conversa
     length = options.max_length or max(len(example.ids) for example in examples)
     # Each source is packed by itself, so that a row has one source.
     parts_of_rows = [lay_out(options, some, length) for some in by_source]
-    rows = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts_of_rows)
+    rows = packing.concatenate_rows(parts_of_rows)
     session = Session(options, given, "sft", model)
     session.decide_steps(len(rows.tokens))
     options = session.options

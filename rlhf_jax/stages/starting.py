@@ -12,6 +12,7 @@ from rlhf_jax.data.tokenizers import Tokenizer, byte_tokenizer, load_tokenizer
 from rlhf_jax.models import Policy
 from rlhf_jax.stages import embedded
 from rlhf_jax.stages.option_groups import ArchOptions, RunOptions
+from rlhf_jax.stages.vision_options import with_image_token
 
 
 def starting_model(
@@ -43,6 +44,8 @@ def starting_model(
             models.check_same_architecture(ours, policy.architecture, f"--model {model}")
         return policy
     chosen = find_tokenizer(tokenizer, data)
+    if options.vision.image_size:
+        chosen = with_image_token(chosen)
     config = options.config(chosen)
     if run.plan:
         return models.make_policy(config, models.param_shapes(config), chosen)

@@ -16,6 +16,7 @@ EXEMPT = {
     "rlhf_jax/cli/output.py": "opens /dev/null in the place of a standard output that is lost",
     "rlhf_jax/metrics/rendering.py": "templates are part of the package",
     "rlhf_jax/cli/eject.py": "its templates are part of the package",
+    "rlhf_jax/data/images.py": "Pillow opens the bytes of an image in memory",
     "rlhf_jax/cli/commands.py": "docstrings are read from the package's own modules",
 }
 METHODS = {"open", "write_text", "write_bytes", "read_text", "read_bytes"}

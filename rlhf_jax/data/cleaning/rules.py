@@ -19,7 +19,7 @@ from rlhf_jax.core.ranges import Count, Share, check_ranges
 from rlhf_jax.data.cleaning import text as statistics
 from rlhf_jax.data.cleaning.decontamination import find_ngram_overlaps
 from rlhf_jax.data.cleaning.dedup import Repeat, exact_duplicates, near_duplicates
-from rlhf_jax.data.examples import Messages, conversation_messages, preference_messages, prompt_messages
+from rlhf_jax.data.row_messages import Messages, conversation_messages, preference_messages, prompt_messages
 from rlhf_jax.data.sources import Row
 
 Part: TypeAlias = Literal["all", "prompt", "answer"]

@@ -20,7 +20,7 @@ from rlhf_jax.core.types import Params
 from rlhf_jax.models.adapters import is_adapter_leaf
 from rlhf_jax.models.config import ModelConfig
 from rlhf_jax.models.decoder import unstack_layers
-from rlhf_jax.models.hf import bloom, deepseek, gemma, gpt2, llama, mistral, olmo, phi, qwen
+from rlhf_jax.models.hf import bloom, deepseek, gemma, gpt2, idefics3, llama, mistral, olmo, phi, qwen
 from rlhf_jax.models.hf.fields import Fields
 from rlhf_jax.models.hf.files import CONFIG, Checkpoint, Writer, read_json
 from rlhf_jax.models.hf.mapping import Family, InexpressibleError, Tensor, packed_shape
@@ -43,6 +43,8 @@ FAMILIES = (
     bloom.BLOOM,
     deepseek.V2,
     deepseek.V3,
+    idefics3.IDEFICS3,
+    idefics3.SMOLVLM,
 )
 
 

@@ -233,7 +233,8 @@ def test_a_tokenizer_that_puts_a_space_before_every_text():
         ([{"role": "user"}], r"message 0 \(user\) has no text"),
         ([{"role": "user", "content": None}], "has no text"),
         ([{"role": "user", "content": "a"}, {"role": "assistant", "content": 3}], r"message 1 \(assistant\)"),
-        ([{"role": "user", "content": [{"type": "image"}]}], "part that is not text"),
+        ([{"role": "user", "content": [{"type": "audio"}]}], "part that is neither text nor an image"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "the model reads none"),
     ],
 )
 def test_malformed_messages(messages, message):

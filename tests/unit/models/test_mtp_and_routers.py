@@ -57,7 +57,8 @@ def batch():
 @pytest.mark.slow
 def test_modules_are_those_of_the_report(config, params, batch, logprob_fn):
     """Depth by depth, from the equations, on the unpacked first row."""
-    from rlhf_jax.models.decoder import ResidualBlocks, whole_context
+    from rlhf_jax.models.blocks import ResidualBlocks
+    from rlhf_jax.models.decoder import whole_context
 
     inputs = batch.tokens[:1], batch.positions[:1], batch.segment_ids[:1]
 

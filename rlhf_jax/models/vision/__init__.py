@@ -1,0 +1,1 @@
+"""Vision: patch encoders, projectors, and image features among the embeddings of tokens."""
