@@ -47,7 +47,7 @@ from rlhf_jax.training.run_folder import describe_run
 EXACT_MATCH = "rlhf_jax.rewards.verifiers:exact_answer_reward"
 # Of the recipe for the embedded task; its demonstrators are those of the main job.
 DEMONSTRATORS = {"slip_rate": 0.3, "late_slip_rate": 0.7}
-STEPS = {"sft_steps": 600, "reward_steps": 160, "ppo_steps": 25}
+STEPS = {"sft_steps": 900, "reward_steps": 160, "ppo_steps": 25}
 ANSWERED_AT_ONCE = 64
 
 
@@ -69,7 +69,7 @@ class Options:
       samples_per_prompt: answers to each, of which the best and the worst become a pair.
       continue_policy: PPO goes on from the policy of the round before, instead of from the start.
       level: difficulty of the embedded task.
-      sft_steps: optimizer steps of the embedded task's supervised fine-tuning; None for 600.
+      sft_steps: optimizer steps of the embedded task's supervised fine-tuning; None for 900.
       reward_steps: optimizer steps of the reward model; None for 160, with --model one pass over the pairs.
       ppo_steps: rollouts of PPO; None for 25, with --model one pass over the prompts.
       max_new_tokens: of an answer; the embedded task has its own.

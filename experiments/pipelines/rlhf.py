@@ -47,7 +47,7 @@ from rlhf_jax.training.run_folder import describe_run, load_policy
 EXACT_MATCH = "rlhf_jax.rewards.verifiers:exact_answer_reward"
 POLICIES = ("sft", "ppo", "dpo", "grpo")
 SAMPLES = 8
-STEPS = {"sft_steps": 600, "reward_steps": 160, "ppo_steps": 25, "dpo_steps": 60, "grpo_steps": 60}
+STEPS = {"sft_steps": 900, "reward_steps": 160, "ppo_steps": 25, "dpo_steps": 60, "grpo_steps": 60}
 """Of the recipe for the embedded task."""
 
 
@@ -64,7 +64,7 @@ class Options:
       slip_rate: share of carries that the demonstrators forget in the first half of a solution.
       late_slip_rate: the same in the second half, where they are tired.
       sft_steps: optimizer steps of supervised fine-tuning; here and below None is the recipe's number
-        (600, 160, 25, 60 and 60), and one pass over data of one's own.
+        (900, 160, 25, 60 and 60), and one pass over data of one's own.
       reward_steps: optimizer steps of the reward model.
       ppo_steps: rollouts of PPO.
       dpo_steps: optimizer steps of DPO.

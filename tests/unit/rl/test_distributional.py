@@ -165,9 +165,9 @@ def test_users_mistakes_are_one_sentence():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", [c51, qr_dqn])
-def test_cartpole(algorithm):
-    """Two seeds, 60,000 steps each: at least 100 on average (a random policy gets 22)."""
+@pytest.mark.parametrize(("algorithm", "least"), [(c51, 300), (qr_dqn, 100)])
+def test_cartpole(algorithm, least):
+    """Two seeds, 60,000 steps each, on average (a random policy gets 22; 410 and 151 were measured)."""
     config = algorithm.Config(
         run=RunConfig(total_steps=60_000, learning_starts=1000, num_envs=4, train_every=2)
     )
@@ -183,4 +183,4 @@ def test_cartpole(algorithm):
     def score(state, key):
         return evaluate(run, state, *CARTPOLE, key, episodes=16, deterministic=True)[0]
 
-    assert jnp.mean(jax.jit(jax.vmap(score), compiler_options=compiler_options())(states, keys)) > 100
+    assert jnp.mean(jax.jit(jax.vmap(score), compiler_options=compiler_options())(states, keys)) > least
