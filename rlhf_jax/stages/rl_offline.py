@@ -114,7 +114,7 @@ def saved_agent(folder: Path, env: Environment, env_params: Any) -> tuple[Run, A
 
 
 def make_expert(folder: Path | None, env: Environment, env_params: Any) -> Callable[[jax.Array], jax.Array]:
-    """What the saved agent of this folder would do.
+    """Actions of the saved agent of this folder.
 
     Raises:
       UserError: no folder is named, or its agent is of another environment or has a memory.

@@ -104,7 +104,7 @@ class Sequences:
 
 @pytree_dataclass
 class Context:
-    """What the agent remembers in each of B environments.
+    """Memory of the agent in each of B environments.
 
     Attributes:
       seen: the last steps, the latest last.

@@ -263,7 +263,7 @@ def make_algorithm(
 
 
 def make_noise_fn(num_actions: int) -> Callable[[PRNGKeyArray, tuple[int, int]], ExplorationNoise]:
-    """What `epsilon_greedy_action` needs of chance, for many steps at once."""
+    """Random numbers of `epsilon_greedy_action` for many steps at once."""
 
     def noise_fn(key: PRNGKeyArray, shape: tuple[int, int]) -> ExplorationNoise:
         share_key, action_key = jax.random.split(key)

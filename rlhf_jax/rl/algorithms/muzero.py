@@ -102,7 +102,7 @@ class State:
 
 @pytree_dataclass
 class Search:
-    """What the search found at a step.
+    """Result of a search at a step.
 
     Attributes:
       policy: improved policy, sums to 1.

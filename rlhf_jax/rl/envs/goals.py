@@ -27,7 +27,7 @@ PREFIX = "BitFlipping-"
 
 @runtime_checkable
 class Goals(Protocol):
-    """What hindsight asks of an environment; any leading axes."""
+    """Goal functions of an environment, as hindsight needs them; any leading axes."""
 
     def achieved_goal(self, obs: Float[Array, "... D"]) -> Float[Array, "... G"]:
         """The goal that is reached where one is."""

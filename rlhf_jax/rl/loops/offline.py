@@ -139,7 +139,7 @@ def make_run(config: RunConfig, data: Transition, algorithm: Algorithm) -> Run:
 
 
 def acting(algorithm: Algorithm) -> ActFn:
-    """How an agent acts from the run's state.
+    """Acting function of an agent, from the run's state.
 
     Raises:
       UserError: the algorithm does not say.

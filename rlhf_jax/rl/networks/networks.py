@@ -221,14 +221,14 @@ class ActorCritic(nn.Module):
 def next_carry(
     cell: nn.Module, carry: Carry, is_first: Bool[Array, " B"], features: Float[Array, "B D"]
 ) -> Float[Array, "B D"]:
-    """What a GRU holds after one step; it forgets where an episode starts."""
+    """Carry of a GRU after one step; it forgets where an episode starts."""
     return cell(jnp.where(is_first[..., None], 0, carry), features)[0]
 
 
 def unroll(
     cell: nn.Module, carry: Carry, is_first: Bool[Array, "B T"], features: Float[Array, "B T D"]
 ) -> Float[Array, "B T D"]:
-    """What a GRU holds after each step of [B, T] trajectories, which began with `carry`."""
+    """Carry of a GRU after each step of [B, T] trajectories, which began with `carry`."""
 
     def step(cell: nn.Module, carry: Carry, inputs: tuple[Array, Array]):
         carry = next_carry(cell, carry, *inputs)

@@ -45,7 +45,7 @@ class EpsilonGreedy(nn.Module):
 
 
 class Features(nn.Module):
-    """What is given, for a head whose inputs are features already."""
+    """Identity, for a head whose inputs are features already."""
 
     def __call__(self, features: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """The same."""
