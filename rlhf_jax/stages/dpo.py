@@ -34,7 +34,7 @@ from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.evaluation.classification import roc_auc
 from rlhf_jax.losses.pair_logps import PairLossFn, PairLossTraits, takes_weights, traits_of
 from rlhf_jax.models import Policy
-from rlhf_jax.planning.steps import Step
+from rlhf_jax.planning.steps import Step, shapes_of
 from rlhf_jax.stages import (
     adapting,
     defaults,

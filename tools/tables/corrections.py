@@ -79,7 +79,8 @@ def sequences() -> Sequences:
         tokens[row, 1 : 1 + len(answer)] = answer
         mask[row, 1 : 1 + len(answer)] = True
     positions = np.broadcast_to(np.arange(1 + LENGTH), shape)
-    return Sequences(*map(jnp.asarray, (tokens, positions, np.ones_like(tokens), mask)))
+    ones = jnp.ones(shape, jnp.int32)
+    return Sequences(jnp.asarray(tokens), jnp.asarray(positions), ones, jnp.asarray(mask))
 
 
 def logprob_fn(table: Any, rows: Sequences) -> TokenLogprobs:

@@ -80,7 +80,8 @@ def sequences_of(answers: list[tuple[int, ...]]) -> Sequences:
         tokens[row, 1 : 1 + len(answer)] = answer
         mask[row, 1 : 1 + len(answer)] = True
     positions = np.broadcast_to(np.arange(1 + LENGTH), shape)
-    return Sequences(*map(jnp.asarray, (tokens, positions, np.ones_like(tokens), mask)))
+    ones = jnp.ones(shape, jnp.int32)
+    return Sequences(jnp.asarray(tokens), jnp.asarray(positions), ones, jnp.asarray(mask))
 
 
 def logprob_fn(params: Any, sequences: Sequences) -> TokenLogprobs:
