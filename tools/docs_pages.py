@@ -136,7 +136,7 @@ def _command_lines(
     for title, rows in groups.items():
         in_common = shared.get(title, [])
         own = [row for row in rows if row not in in_common]
-        place = title.replace(" ", "-")
+        place = title.replace(" ", "-").replace(".", "")
         if len(own) < len(rows):
             yield from ("", f"The [{title}](#{place})" + (", but:" if own else "."))
         elif title != "options":
