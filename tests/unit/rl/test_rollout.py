@@ -148,6 +148,7 @@ def test_evaluation_counts_whole_episodes_and_each_once():
     class Run:
         act: object
         initial_carry = staticmethod(lambda count: ())
+        observe_reward = staticmethod(lambda carry, reward: carry)
 
     def mean(deterministic):
         returns, lengths = evaluation.evaluate(
