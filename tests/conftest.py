@@ -44,8 +44,8 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
-# Tracing makes many small objects that live for long: to look through them as often as usual takes a sixth of
-# the time of all tests.
+# Tracing makes many small objects that live for long: to look through them as often as usual took a sixth of
+# the time of the laws of updates and losses.
 gc.set_threshold(50_000, 20, 20)
 
 

@@ -84,21 +84,27 @@ class OwnData:
 def check(job: "Job") -> None:
     """Raises: UserError where the data do not go together."""
     own = job.own
-    given = [field.name for field in dataclasses.fields(own) if getattr(own, field.name) != field.default]
-    if given and not own.model:
-        flag = given[0].replace("_", "-")
-        raise UserError(f"--{flag} is of a model of your own: give --model, or leave it out")
-    if not own.model:
+    if not is_given(own):
         return
-    option_checks.check_numbers(own)
     if not (own.sft_data or own.preference_data or own.rewards):
         raise UserError("nothing says what to learn: give --sft-data, --preference-data or --rewards")
     if own.rewards and not own.prompts:
         raise UserError("--rewards are of answers: give the --prompts that are answered")
-    if own.batch_size % own.group_size:
-        raise UserError(
-            f"--batch-size {own.batch_size} is no multiple of --group-size {own.group_size}: change one"
-        )
+    option_checks.check_divides("--group-size", own.group_size, "--batch-size", own.batch_size)
+
+
+def is_given(own: Any) -> bool:
+    """True if there is a model of one's own, whose options are then in their ranges.
+
+    Raises:
+      UserError: they are not, or there are such options without the model.
+    """
+    given = [field.name for field in dataclasses.fields(own) if getattr(own, field.name) != field.default]
+    if given and not own.model:
+        flag = given[0].replace("_", "-")
+        raise UserError(f"--{flag} is of a model of your own: give --model, or leave it out")
+    option_checks.check_numbers(own)
+    return bool(own.model)
 
 
 def split_prompts(job: Any) -> tuple[str, str]:

@@ -58,22 +58,12 @@ class OwnReasoning:
     grpo_learning_rate: LearningRate | None = None
     kl_coef: Weight = 0.001
 
-    @property
-    def preference_data(self) -> str:
-        """Pairs; there are none here."""
-        return ""
-
 
 def check(job: "Job") -> None:
     """Raises: UserError where the data do not go together."""
     own = job.own
-    given = [field.name for field in dataclasses.fields(own) if getattr(own, field.name) != field.default]
-    if given and not own.model:
-        flag = given[0].replace("_", "-")
-        raise UserError(f"--{flag} is of a model of your own: give --model, or leave it out")
-    if not own.model:
+    if not own_data.is_given(own):
         return
-    option_checks.check_numbers(own)
     if not own.prompts or not own.rewards:
         raise UserError("--model reasons by rules: give --prompts, and the --rewards of their answers")
     option_checks.check_divides("--group-size", own.group_size, "--batch-size", job.batch_size)

@@ -7,7 +7,7 @@
 
 Every seed trains a small decoder on demonstrations of which many forget a carry, a reward model on pairs, and
 then, from that same SFT policy, PPO (four models, learned reward), DPO (pairs) and GRPO (verifier). The run
-folder holds every stage's own run folder, `summary.json` and `report.html`. About four minutes a seed on two
+folder holds every stage's own run folder, `summary.json` and `report.html`. About five minutes a seed on two
 CPU cores; held-out exact match over three seeds: SFT 45 %, PPO 97 %, DPO 97 %, GRPO 97 %. With --model it is
 the same job on data of one's own, by the published settings of each method.
 """

@@ -314,7 +314,7 @@ def grpo_loss(
       (loss, metrics): `policy_loss`, `ratio`, `approx_kl`, `clip_fraction` and its two sides; `kl` with a
       reference, `entropy` with entropy, `old_kl` with an `old_kl_mask`.
     """
-    logp, old_logp, ref_logp, advantages, mask, entropy, weights, old_kl_mask = check_shapes(
+    logp, old_logp, ref_logp, advantages, mask, entropy, weights, old_kl_mask, exact_kl = check_shapes(
         "grpo_loss",
         logp=(logp, "B T"),
         old_logp=(old_logp, "B T"),
@@ -324,8 +324,8 @@ def grpo_loss(
         entropy=(entropy, "B T"),
         weights=(weights, "B T"),
         old_kl_mask=(old_kl_mask, "B T"),
+        exact_kl=(exact_kl, "B T"),
     )
-    (exact_kl,) = check_shapes("grpo_loss", exact_kl=(exact_kl, "B T"))
     logp = cleaned(logp, mask)
     old_logp, advantages = cleaned_constant(old_logp, mask), cleaned_constant(advantages, mask)
     log_ratio = ratio_fn(logp, old_logp, mask)

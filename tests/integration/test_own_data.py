@@ -64,7 +64,10 @@ def test_prompts_are_held_out_and_never_trained_on(tmp_path, data):
         ({"sft_data": "x"}, "--sft-data is of a model of your own: give --model"),
         ({"model": "m"}, "nothing says what to learn"),
         ({"model": "m", "rewards": (EXACT,)}, "give the --prompts that are answered"),
-        ({"model": "m", "sft_data": "x", "batch_size": 3}, "--batch-size 3 is no multiple"),
+        (
+            {"model": "m", "sft_data": "x", "batch_size": 3},
+            "--batch-size 3 is not divisible by",
+        ),
     ],
 )
 def test_mistakes_are_one_sentence(tmp_path, own, sentence):

@@ -20,9 +20,11 @@ from rlhf_jax.core.types import Array, Float, Metrics, Params, PRNGKeyArray, Sca
 from rlhf_jax.losses.reward import process_reward_loss
 from rlhf_jax.rl.algorithms import ppo
 from rlhf_jax.rl.algorithms.gail import (
+    Hyper,
     PolicySteps,
     State,
     StepLogpFn,
+    default_hyper,
     init,
     make_discriminator,
     make_imitation_run,
@@ -58,29 +60,6 @@ class Config:
     discriminator_steps: int = 1
     batch_size: int = 256
     state_only: bool = False
-
-
-@pytree_dataclass
-class Hyper:
-    """Hyperparameters of AIRL that a sweep may vary (array leaves).
-
-    Attributes:
-      policy: PPO's.
-      discriminator_learning_rate: of the discriminator.
-    """
-
-    policy: ppo.Hyper
-    discriminator_learning_rate: Scalar = 3e-4
-
-    @property
-    def gamma(self) -> Scalar:
-        """Discount per step."""
-        return self.policy.gamma
-
-
-def default_hyper() -> Hyper:
-    """The numbers usual on CartPole, as float32 scalars."""
-    return jax.tree.map(jnp.float32, Hyper(ppo.default_hyper()))
 
 
 class StateValue(nn.Module):

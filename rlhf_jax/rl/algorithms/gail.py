@@ -58,7 +58,7 @@ class Config:
 
 @pytree_dataclass
 class Hyper:
-    """Hyperparameters of GAIL that a sweep may vary (array leaves).
+    """Hyperparameters of GAIL and AIRL that a sweep may vary (array leaves).
 
     Attributes:
       policy: PPO's.
