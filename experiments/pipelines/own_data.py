@@ -33,7 +33,7 @@ HELD_OUT_SHARE = 0.1
 LEARNT_REWARD = "reward_model"
 
 FolderFn = Callable[[Any, Path, str], str]
-"""(job, folder of a seed, stage) -> where the policy is that it left."""
+"""(job, folder of a seed, stage) -> where the policy is that it left; empty where it left none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,8 +214,10 @@ def run_and_measure(
         if name == LEARNT_REWARD:
             accuracy = pipeline_stages.last_metric(folder / name, "eval/pair_accuracy")
             measured[name] = {"pair_accuracy": accuracy}
-        elif name not in measured and (score := evaluate()) is not None:
-            params = load(folder_of(job, folder, name)).params
+        elif name in measured or not (where := folder_of(job, folder, name)):
+            continue
+        elif (score := evaluate()) is not None:
+            params = load(where).params
             measured[name] = numbers_of(score(params, None if name == start else reference()))
         files.write_json(path, measured)
     return {name: {**trained[name], **measured.get(name, {})} for name in stages}
@@ -255,7 +257,8 @@ def numbers_of(found: Evaluation) -> dict[str, Any]:
 
 def show(job: Any, results: list[pipeline_stages.Results], folder_of: FolderFn = policy_folder) -> None:
     """Prints the table, where the report is, and how to talk to each policy."""
-    policies = [name for name in results[0] if name != LEARNT_REWARD]
+    folder = job.out / f"seed_{job.first_seed}"
+    policies = [name for name in results[0] if name != LEARNT_REWARD and folder_of(job, folder, name)]
     scored = "score" in results[0][policies[0]]
     rows = [[name, *(numbers(name, results) if scored else ()), seconds(name, results)] for name in policies]
     of_scores = ["score", "95 % interval", "sampled", "KL, nats", "tokens"] if scored else []
@@ -268,10 +271,9 @@ def show(job: Any, results: list[pipeline_stages.Results], folder_of: FolderFn =
         ["policy", *of_scores, "wall time"],
         rows,
     )
-    folder = job.out / f"seed_{job.first_seed}"
     for name in policies:
         print(f"Talk to {name}: rlhf generate --model {folder_of(job, folder, name)}")
-    runs = [folder / name for name in results[0] if name != "start"]
+    runs = [folder / name for name in results[0] if name != "start" and name in (*policies, LEARNT_REWARD)]
     if len(runs) > 1:
         print(f"Report: {write_comparison(runs, job.out / 'report.html')}")
 

@@ -75,6 +75,8 @@ Positive = Annotated[float, Range(0, above=True)]
 """Above 0."""
 PositiveOrInf = Annotated[float, Range(0, above=True, infinite=True)]
 """Above 0; infinity for no bound."""
+ShareInside = Annotated[float, Range(0, 1, above=True, below=True)]
+"""Above 0 and below 1: a part beside which there is another."""
 ShareBelow1 = Annotated[float, Range(0, 1, below=True)]
 """0 to below 1: the decay of a running mean, what is left out."""
 LearningRate = Annotated[float, Range(0, 1000)]

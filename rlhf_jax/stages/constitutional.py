@@ -6,13 +6,15 @@
         --data prompts.jsonl --max-new-tokens 256 --adapter.kind lora
     rlhf constitutional --out runs/warmer --model runs/chat --constitution principles.jsonl \\
         --data prompts.jsonl --review-temperature 0.7 --answer-batch-size 64
+    rlhf constitutional --out runs/both --model runs/chat --constitution principles.txt \\
+        --data red_team.jsonl --extra-data helpful.jsonl --extra-share 0.5
 
 The policy answers prompts, criticises each answer by a principle that is drawn, writes it again, and is
-fine-tuned on that (Bai et al. 2022, section 3). Nobody says which answers are right: --rewards, where there
-are any, only measure. `revisions.jsonl` holds prompts, answers, critiques with their principles, and
-revisions; what was revised is not revised again by --resume. The run folder of the policy that has learnt is
-`OUT/policy`; as a judge of answers the one of --model serves, for `rlhf preferences --judge-model` and
-`--rewards OUT/judge.json`.
+fine-tuned on that (Bai et al. 2022, section 3), beside --extra-data that people wrote to be helpful, lest it
+learns to refuse everything. Nobody says which answers are right: --rewards, where given, only measure.
+`revisions.jsonl` holds prompts, answers, critiques with their principles, and revisions; what was revised is
+not revised again by --resume. The run folder of the policy that has learnt is `OUT/policy`; as a judge of
+answers the one of --model serves, for `rlhf preferences --judge-model` and `--rewards OUT/judge.json`.
 """
 
 import dataclasses
@@ -26,7 +28,7 @@ import tyro
 from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.importing import is_import_path
-from rlhf_jax.core.ranges import Count, GreedyTemperature, LearningRate, PositiveInt, Temperature
+from rlhf_jax.core.ranges import Count, GreedyTemperature, LearningRate, PositiveInt, ShareInside, Temperature
 from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.data.content_parts import refuse_images
 from rlhf_jax.data.examples import PromptExample
@@ -62,6 +64,9 @@ class Options:
       learning_rate: of learning from revisions, at its peak; None for that of `rlhf sft`.
       temperature: of answers.
       review_temperature: of critiques and revisions; 0 for the most likely ones.
+      extra_data: conversations that are learned from beside the revisions, as `rlhf sft --data` takes them,
+        such as helpful answers that people wrote; empty for none.
+      extra_share: their share of every batch; None for by the number of rows.
     """
 
     run: tyro.conf.OmitArgPrefixes[option_groups.RunOptions] = option_groups.RunOptions(
@@ -79,6 +84,8 @@ class Options:
     learning_rate: LearningRate | None = None
     temperature: Temperature = 1.0
     review_temperature: GreedyTemperature = 0.0
+    extra_data: str = ""
+    extra_share: ShareInside | None = None
 
 
 def check(options: Options) -> None:
@@ -88,6 +95,8 @@ def check(options: Options) -> None:
         if getattr(options, name) < least:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} {getattr(options, name)}: give at least {least}")
+    if options.extra_share is not None and not options.extra_data:
+        raise UserError("--extra-share is that of --extra-data: give it, or leave the share out")
     check_held(options, options.run)
 
 
@@ -176,6 +185,21 @@ def describe(
     }
 
 
+def mixture(options: Options, revisions: files.Path) -> str:
+    """What is learned from, as `rlhf sft --data` takes it: the revisions, and the extra data beside them."""
+    if not options.extra_data:
+        return str(revisions)
+    if options.extra_share is None:
+        return f"{revisions},{options.extra_data}"
+    return f"{revisions}={1 - options.extra_share:g},{options.extra_data}={options.extra_share:g}"
+
+
+def check_extra_data(options: Options) -> None:
+    """Raises: UserError where the extra data cannot be read, before hours of revisions."""
+    for source in inputs.split_mixture(options.extra_data) if options.extra_data else ():
+        inputs.load_rows(source, lambda level: [])
+
+
 # Everything -------------------------------------------------------------------------------------------
 
 
@@ -188,8 +212,8 @@ def train(options: Options, start: str, rows: list[dict[str, Any]]) -> files.Pat
         sft.Options(
             run=dataclasses.replace(options.run, out=folder, report=False, resume=begun),
             model=start,
-            data=str(data),
-            batch_size=min(options.batch_size, len(rows)),
+            data=mixture(options, data),
+            batch_size=options.batch_size if options.extra_data else min(options.batch_size, len(rows)),
             adapter=options.adapter,
             optimizer=options.optimizer,
             learning_rate=options.learning_rate,
@@ -224,6 +248,7 @@ def write_judge(out: files.Path, start: str, principles: Sequence[Principle]) ->
 def run(options: Options, given: Given = NOTHING) -> None:
     """All of it; leaves `policy`, and what it learned from."""
     check(options)
+    check_extra_data(options)
     out = options.run.out
     principles = read_constitution(options.constitution)
     describe_run(out, option_checks.to_json(options), stage="constitutional")

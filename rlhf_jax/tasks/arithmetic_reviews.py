@@ -87,9 +87,13 @@ class Mixture:
     propositions: int
 
 
-def review_tokenizer() -> Tokenizer:
-    """The embedded task's characters, and requests, verdicts and numbers as one token each."""
-    return arithmetic_tokenizer(_WORDS)
+def review_tokenizer(words: Sequence[str] = ()) -> Tokenizer:
+    """The embedded task's characters, and requests, verdicts and numbers as one token each.
+
+    Args:
+      words: more of what is one token each.
+    """
+    return arithmetic_tokenizer((*_WORDS, *words))
 
 
 def skill_rows(
@@ -122,22 +126,27 @@ def skill_rows(
         """Careless, wrong in some other way, or right."""
         return careless(drawn) if rng.random() < 0.5 else wrong_solution(drawn, rng)
 
-    rows = [_review(drawn, careless(drawn)) for drawn in problems(mixture.reviews)]
+    rows = []
+    for drawn in problems(mixture.reviews):
+        answer = careless(drawn)
+        turns = drawn.text, answer.text, critique(answer), solution(drawn).text
+        rows.append(review_row(CONSTITUTION[0], *turns))
     for drawn in problems(mixture.comparisons):
         wrong = wrong_solution(drawn, rng)
         sides = [solution(drawn).text, wrong.text]
         first = int(rng.integers(2))
         question = CONSTITUTION[0].compare(drawn.text, sides[first], sides[1 - first])
-        rows.append(_verdict("comparison", question, f"{CONSTITUTION[0].choices[first]}\n{critique(wrong)}"))
+        verdict = f"{CONSTITUTION[0].choices[first]}\n{critique(wrong)}"
+        rows.append(verdict_row("comparison", question, verdict))
     for drawn in problems(mixture.ratings):
         answer = any_answer(drawn)
         question = CONSTITUTION[0].rate(drawn.text, answer.text)
-        rows.append(_verdict("rating", question, f"{sum(right_lines(answer))}\n{critique(answer)}"))
+        rows.append(verdict_row("rating", question, f"{sum(right_lines(answer))}\n{critique(answer)}"))
     for number, drawn in enumerate(problems(mixture.propositions)):
-        name, answer = list(PROPOSITIONS)[number % len(PROPOSITIONS)], any_answer(drawn)
+        name, answer = list(PROPOSITIONS)[number % len(PROPOSITIONS)], graded_answer(drawn, rng)
         question = PROPOSITIONS[name].format(prompt=drawn.text, answer=answer.text)
         verdict = "yes" if is_true(name, answer) else "no"
-        rows.append(_verdict(name, question, f"{verdict}\n{critique(answer)}"))
+        rows.append(verdict_row(name, question, f"{verdict}\n{critique(answer)}"))
     return [rows[place] for place in rng.permutation(len(rows))]
 
 
@@ -148,13 +157,32 @@ def ranked_rows(level: Level, split: Split, count: int, seed: int) -> list[Row]:
     """
     rng, rows = np.random.default_rng([seed, *b"ranked"]), []
     for drawn in draw_problems(rng, level, split, count):
-        right, wrong = solution(drawn), wrong_solution(drawn, rng)
-        while all(wrong.step_labels):
-            wrong = wrong_solution(drawn, rng)
+        right, wrong = solution(drawn), _with_wrong_step(drawn, rng)
         other = [dataclasses.replace(side, answer=side.answer + 10) for side in (right, wrong)]
         texts = [side.text for side in (right, other[0], wrong, other[1])]
         rows.append({"prompt": drawn.text, "completions": texts, "ranks": [0, 1, 1, 2]})
     return rows
+
+
+def graded_answer(drawn: Problem, rng: np.random.Generator) -> Solution:
+    """An answer of which each of `PROPOSITIONS` is true half of the time, whatever the other is.
+
+    The mistakes of `wrong_solution` leave the last line what the steps reach seven times in eight: a grader
+    who is shown no others learns to say yes.
+    """
+    answer = _with_wrong_step(drawn, rng) if rng.random() < 0.5 else solution(drawn)
+    if rng.random() < 0.5:
+        return answer
+    off = int(rng.choice([-10, 10, -1, 1]))
+    stated = answer.answer + off if answer.answer + off >= 0 else answer.answer - off
+    return dataclasses.replace(answer, answer=stated)
+
+
+def _with_wrong_step(drawn: Problem, rng: np.random.Generator) -> Solution:
+    wrong = wrong_solution(drawn, rng)
+    while all(wrong.step_labels):
+        wrong = wrong_solution(drawn, rng)
+    return wrong
 
 
 # What is true of an answer ---------------------------------------------------------------------------
@@ -182,18 +210,15 @@ def critique(answer: Solution) -> str:
     return ALL_RIGHT if wrong is None else wrong + WRONG
 
 
-def _review(drawn: Problem, answer: Solution) -> Row:
-    principle = CONSTITUTION[0]
-    turns: Sequence[str] = (
-        *(drawn.text, answer.text),
-        *(principle.critique, critique(answer)),
-        *(principle.revision, solution(drawn).text),
-    )
+def review_row(principle: Principle, prompt: str, answer: str, critique: str, revision: str) -> Row:
+    """Conversation of an answer, its critique and its revision by a principle."""
+    turns = (prompt, answer, principle.critique, critique, principle.revision, revision)
     roles = ("user", "assistant")
     messages = [{"role": roles[turn % 2], "content": text} for turn, text in enumerate(turns)]
-    return {"messages": messages, "skill": "review", "answer": str(drawn.answer)}
+    return {"messages": messages, "skill": "review"}
 
 
-def _verdict(skill: str, question: str, verdict: str) -> Row:
+def verdict_row(skill: str, question: str, verdict: str) -> Row:
+    """A question to a judge or a grader, and the answer."""
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": verdict}]
     return {"messages": messages, "skill": skill}

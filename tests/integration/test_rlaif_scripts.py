@@ -4,7 +4,6 @@ import dataclasses
 import json
 from pathlib import Path
 
-import constitutional as pipeline
 import pytest
 import tyro
 
@@ -174,14 +173,3 @@ def test_revisions_are_measured_only_where_something_measures_texts(tmp_path):
     assert reward(rewards=("runs/reward_model",)) is None
     assert reward(rewards=(f"{_EXACT}@sum=0.5",)) is exact_answer_reward
     assert reward(Given(rewards=[(judge, 2.0)])) is judge
-
-
-@pytest.mark.slow
-def test_a_policy_learns_from_its_own_revisions(tmp_path):
-    words = f"--out {tmp_path / 'run'} --skill-steps 900 --revised 256 --eval-prompts 256 --quiet"
-    call(pipeline, words)
-    found = json.loads((tmp_path / "run" / "constitutional" / "results.json").read_text())
-    assert found["train"]["revisions"] > found["train"]["answers"] + 0.1
-    assert found["after"]["score"] > found["before"]["score"] + 0.1
-    rules = json.loads((tmp_path / "run" / "rules" / "rules.json").read_text())
-    assert [rule["name"] for rule in rules["propositions"]] == list(PROPOSITIONS)

@@ -45,7 +45,7 @@ NEEDED = """batch_size micro_batches num_minibatches num_iterations num_ppo_epoc
     reward_timeout gae_alpha ref_model_mixup_alpha top_entropy_fraction is_clip_high rejection_high
     clip_cov_fraction clip_cov_high kl_cov_fraction advantage_beta value_beta reference_samples
     target_entropy entropy_coef_step replay_capacity teacher_weights params flops isoflop_gap
-    target_losses patch_size""".split()  # noqa: SIM905
+    target_losses patch_size extra_share""".split()  # noqa: SIM905
 ABOVE_0 = {"AdapterOptions", "Contrastive", "Choices", "Generate", "rule_rewards"}  # numbers of these names
 # Of the same name, and with a use of 0: (owner, name).
 ZERO_TOO = {
