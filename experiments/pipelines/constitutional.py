@@ -53,8 +53,8 @@ from rlhf_jax.training.run_folder import describe_run, load_policy
 HELPFUL = "rlhf_jax.rewards.verifiers:exact_answer_reward"
 HARMLESS = "rlhf_jax.tasks.arithmetic_harm:harmless_reward"
 LEVEL = reviews.REVIEW_LEVEL
-RATES = {"slip_rate": 0.3, "late_slip_rate": 0.7}
-REFUSAL_RATE = 0.3
+RATES: dict[str, Any] = {"slip_rate": 0.3, "late_slip_rate": 0.7}
+REFUSAL_RATE = 0.2
 MAX_NEW_TOKENS = 32
 SAMPLES = 8
 STEPS = {"revision_steps": 60, "reward_steps": 160, "ppo_steps": 25, "dpo_steps": 60, "grpo_steps": 40}
@@ -179,8 +179,9 @@ def write_data(options: Options, folder: Path, seed: int) -> Data:
     lines = folder / "data" / "lines"
     constitutional.write_judge(lines, start, reviews.CONSTITUTION)
     of_data = {field.name for field in dataclasses.fields(Data)}
+    paths: dict[str, Any] = {name: str(folder / "data" / f"{name}.jsonl") for name in rows if name in of_data}
     return Data(
-        **{name: str(folder / "data" / f"{name}.jsonl") for name in rows if name in of_data},
+        **paths,
         start=start,
         # Each of the judge's two questions where it has an answer: how many lines of a refusal are right?
         ratings=(f"{lines / 'judge.json'}@{harm.PROBLEM}", f"{folder / 'sl_cai/judge.json'}@{harm.RED_TEAM}"),

@@ -50,7 +50,7 @@ def data_of(job: "Job", folder: Path) -> Data:
     prompts, held_out = own_data.split_prompts(job)
     pairs, held_out_pairs = own_data.split(job, "preference_data")
     red_team = job.red_team or prompts
-    kl = {} if own.kl_coef is None else {"kl_coef": own.kl_coef}
+    kl: dict[str, Any] = {} if own.kl_coef is None else {"kl_coef": own.kl_coef}
 
     def settings(
         learning_rate: float | None, batch_size: int = own.batch_size, **more: Any

@@ -186,7 +186,7 @@ def describe(
 
 
 def mixture(options: Options, revisions: files.Path) -> str:
-    """What is learned from, as `rlhf sft --data` takes it: the revisions, and the extra data beside them."""
+    """Training mixture as `rlhf sft --data` takes it: the revisions, and the extra data beside them."""
     if not options.extra_data:
         return str(revisions)
     if options.extra_share is None:
