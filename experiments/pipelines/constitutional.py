@@ -57,8 +57,15 @@ RATES: dict[str, Any] = {"slip_rate": 0.3, "late_slip_rate": 0.7}
 REFUSAL_RATE = 0.2
 MAX_NEW_TOKENS = 32
 SAMPLES = 8
-STEPS = {"revision_steps": 60, "reward_steps": 160, "ppo_steps": 25, "dpo_steps": 60, "grpo_steps": 40}
-"""Of the recipe for the embedded task."""
+RECIPE = {
+    "revised": 512,
+    "revision_steps": 60,
+    "reward_steps": 160,
+    "ppo_steps": 25,
+    "dpo_steps": 60,
+    "grpo_steps": 40,
+}
+"""Numbers for the embedded task."""
 REVISIONS: dict[str, Any] = {
     "optimizer": OptimizerConfig(schedule="cosine", warmup_steps=5, end_lr_ratio=0.1),
     "learning_rate": 3e-4,
@@ -78,7 +85,7 @@ class Options:
       skill_steps: optimizer steps of learning the embedded task's skills.
       skill_rows: conversations that they are learned from.
       skill_batch_size: rows a step, into each of which several conversations are packed.
-      revised: how many red-team prompts are answered and revised; with --model 0 is all of them.
+      revised: how many red-team prompts are answered and revised; None for 512, and for all of one's own.
       revision_steps: optimizer steps of learning from revisions; here and below None is the recipe's number
         (60, 160, 25, 60 and 40), and one pass over data of one's own.
       human_share: share of what people wrote in every batch of learning from revisions.
@@ -106,10 +113,10 @@ class Options:
     first_seed: int = 0
     resume: bool = False
     arch: option_groups.ArchOptions = option_groups.ArchOptions()
-    skill_steps: PositiveInt = 1_600
-    skill_rows: PositiveInt = 20_000
+    skill_steps: PositiveInt = 2_000
+    skill_rows: PositiveInt = 24_000
     skill_batch_size: PositiveInt = 6
-    revised: int = 512
+    revised: PositiveInt | None = None
     revision_steps: PositiveInt | None = None
     human_share: ShareInside = 0.5
     labelled: PositiveInt = 512
@@ -134,8 +141,8 @@ class Options:
 
 
 def skill_rows(split: arithmetic.Split, count: int, seed: int) -> list[dict[str, Any]]:
-    """Conversations of all skills: of what is right in an answer, and a fifth of harm."""
-    shares = reviews.Mixture(*(count * part // 20 for part in (8, 2, 2, 4)))
+    """Conversations of all skills: a third for graders, whose verdicts are one token, and a fifth of harm."""
+    shares = reviews.Mixture(*(count * part // 20 for part in (6, 1, 2, 7)))
     rows = reviews.skill_rows(LEVEL, split, shares, seed, **RATES)
     rows += harm.skill_rows(LEVEL, split, count * 4 // 20, seed, **RATES, refusal_rate=REFUSAL_RATE)
     return [rows[place] for place in np.random.default_rng(seed).permutation(len(rows))]
@@ -332,8 +339,8 @@ def run(options: Options) -> None:
         results = pipeline_stages.run_seeds(options, lambda seed: constitutional_own.run_seed(options, seed))
         files.write_json(options.out / "summary.json", pipeline_stages.summarise(results))
         return own_data.show(options, results, policy_folder)
-    given = {name: getattr(options, name) for name in STEPS if getattr(options, name) is not None}
-    options = dataclasses.replace(options, **{**STEPS, **given})
+    given = {name: getattr(options, name) for name in RECIPE if getattr(options, name) is not None}
+    options = dataclasses.replace(options, **{**RECIPE, **given})
     task = {"name": "arithmetic_harm", **dataclasses.asdict(LEVEL), **RATES, "refusal_rate": REFUSAL_RATE}
     describe_run(
         options.out, option_checks.to_json(options), stage="constitutional_ai", seeds=seeds, task=task

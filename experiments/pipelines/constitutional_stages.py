@@ -157,7 +157,7 @@ class Stages:
             model=data.start,
             constitution=data.constitution,
             prompts=asked,
-            revised=job.revised,
+            revised=job.revised or 0,
             extra_data=data.demonstrations,
             extra_share=job.human_share if data.demonstrations else None,
             adapter=job.adapter,

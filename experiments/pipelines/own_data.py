@@ -20,7 +20,7 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.ranges import LearningRate, Length, Positive, PositiveInt, Weight
 from rlhf_jax.data.sources import read_rows
 from rlhf_jax.evaluation.statistics import mean_interval
-from rlhf_jax.metrics import final_table, format_seconds, write_comparison
+from rlhf_jax.metrics import METRICS_FILE, final_table, format_seconds, write_comparison
 from rlhf_jax.rollout.sampler import Evaluation
 from rlhf_jax.stages import dpo, grpo, inputs, option_checks, option_groups, ppo, reward_model, sft
 from rlhf_jax.training.loading import load
@@ -273,7 +273,12 @@ def show(job: Any, results: list[pipeline_stages.Results], folder_of: FolderFn =
     )
     for name in policies:
         print(f"Talk to {name}: rlhf generate --model {folder_of(job, folder, name)}")
-    runs = [folder / name for name in results[0] if name != "start" and name in (*policies, LEARNT_REWARD)]
+    trained = [name for name in results[0] if name != "start" and name in (*policies, LEARNT_REWARD)]
+    runs = [
+        # Of a stage of several parts, the part that left the policy.
+        folder / name if files.exists(folder / name / METRICS_FILE) else Path(folder_of(job, folder, name))
+        for name in trained
+    ]
     if len(runs) > 1:
         print(f"Report: {write_comparison(runs, job.out / 'report.html')}")
 

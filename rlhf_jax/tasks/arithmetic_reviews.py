@@ -123,8 +123,8 @@ def skill_rows(
         return solution(drawn, demonstrator_slips(rng, level, **rates))
 
     def any_answer(drawn: Problem) -> Solution:
-        """Careless, wrong in some other way, or right."""
-        return careless(drawn) if rng.random() < 0.5 else wrong_solution(drawn, rng)
+        """Careless, or with or without every other mistake."""
+        return careless(drawn) if rng.random() < 0.5 else graded_answer(drawn, rng)
 
     rows = []
     for drawn in problems(mixture.reviews):

@@ -1,6 +1,7 @@
 """Constitutional AI in one command: its stages, on the embedded task and on data of one's own."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -22,6 +23,9 @@ BEFORE_RL = ["sl_cai", "ai_labels", "reward_model", "rl_cai"]
 COMPARED = ["dpo_human", "dpo_ai", "ppo_ai", "grpo_ai", "grpo_ratings"]
 OF_OWN = {"revision_steps": 2, "reward_steps": 2, "dpo_steps": 2, "ppo_steps": 1, "grpo_steps": 1}
 OWN = own_data.OwnData(model="m", prompts="p")
+PRINCIPLE = dataclasses.asdict(CONSTITUTION[0]) | {"critique": "So?", "revision": "Say."}
+# Said in digits, which a model that has seen nothing but sums can tell apart.
+PRINCIPLE |= {"choices": ["1", "2"], "ratings": ["0", "9"]}
 SMALL = {
     "skill_rows": 200,
     "labelled": 16,
@@ -37,6 +41,19 @@ def options(tmp_path, **more):
 
 
 @pytest.fixture
+def reviser(tiny, tmp_path):
+    """A policy that ends its answers, its critiques and its revisions."""
+    rows = []
+    for a, b in itertools.product(range(8), range(8)):
+        said = [f"{a}+{b}=?", str(a + b), PRINCIPLE["critique"], "ok", PRINCIPLE["revision"], str(a + b)]
+        turns = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(said)]
+        rows.append({"messages": turns})
+    files.write_lines(tmp_path / "reviews.jsonl", rows)
+    words = "--data", tmp_path / "reviews.jsonl", "--steps", 60, "--learning-rate", 2e-2
+    return tiny.run("sft", tmp_path / "reviser", *words, "--tokenizer", tiny.finished("sft") / "tokenizer")
+
+
+@pytest.fixture
 def own(tmp_path):
     """Files of sums for a model of one's own, by the options that name them."""
     sums = [(a, b) for a in range(5) for b in range(4)]
@@ -49,9 +66,7 @@ def own(tmp_path):
     }
     for name in rows:
         files.write_lines(tmp_path / f"{name}.jsonl", rows[name])
-    # Said in digits, which a model that has seen nothing but sums can tell apart.
-    principle = dataclasses.asdict(CONSTITUTION[0]) | {"choices": ["1", "2"], "ratings": ["0", "9"]}
-    files.write_lines(tmp_path / "principles.jsonl", [principle])
+    files.write_lines(tmp_path / "principles.jsonl", [PRINCIPLE])
     return {name: str(tmp_path / f"{name}.jsonl") for name in rows}
 
 
@@ -182,8 +197,8 @@ def test_the_longest_answer_has_room():
 
 
 @pytest.mark.slow
-def test_data_of_ones_own_go_the_whole_way_and_nothing_is_done_twice(tmp_path, own, talker, tiny, capsys):
-    job = own_options(tmp_path, own, model=str(talker))
+def test_data_of_ones_own_go_the_whole_way_and_nothing_is_done_twice(tmp_path, own, reviser, tiny, capsys):
+    job = own_options(tmp_path, own, model=str(reviser))
     pipeline.run(job)
     said = capsys.readouterr().out
     summary = json.loads((job.out / "summary.json").read_text())
