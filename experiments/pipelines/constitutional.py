@@ -37,6 +37,7 @@ from constitutional_stages import LABELS, NO_POLICIES, REWARD_MODEL, RULES, Data
 
 from rlhf_jax.cli import command_line
 from rlhf_jax.core import files
+from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.ranges import PositiveInt, ShareInside
 from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.data.examples import prompt_examples
@@ -135,6 +136,17 @@ class Options:
     red_team: str = ""
     own: tyro.conf.OmitArgPrefixes[own_data.OwnData] = own_data.OwnData()
     adapter: adapting.AdapterOptions = adapting.AdapterOptions()
+
+
+def check(options: Options) -> None:
+    """Raises: UserError where the options do not fit each other, or the folder holds another run."""
+    pipeline_stages.check(options, ())
+    option_checks.check_numbers(options)
+    constitutional_own.check(options)
+    if not options.own.model and options.labelled > options.prompt_count:
+        raise UserError(
+            f"--labelled {options.labelled}: there are {options.prompt_count} prompts: raise --prompt-count"
+        )
 
 
 # Data of the embedded task -----------------------------------------------------------------------------
@@ -330,9 +342,7 @@ def show(options: Options, summary: dict[str, Any], policies: Sequence[str], sec
 def run(options: Options) -> None:
     """All seeds, then the table and the report."""
     began = time.perf_counter()
-    pipeline_stages.check(options, ())
-    option_checks.check_numbers(options)
-    constitutional_own.check(options)
+    check(options)
     seeds = list(range(options.first_seed, options.first_seed + options.seeds))
     if options.own.model:
         describe_run(options.out, option_checks.to_json(options), stage="constitutional_ai", seeds=seeds)

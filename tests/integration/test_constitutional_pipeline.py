@@ -167,6 +167,7 @@ def test_extra_data_are_mixed_by_their_share(tmp_path):
         ({"own": OWN}, "give --constitution"),
         ({"own": OWN, "constitution": "c"}, "--preference-data is missing"),
         ({"skill_steps": 0}, "--skill-steps 0"),
+        ({"labelled": 41}, "--labelled 41: there are 40 prompts"),
         ({"human_share": 1.0}, "--human-share 1 is out of range"),
     ],
 )
@@ -207,7 +208,7 @@ def test_data_of_ones_own_go_the_whole_way_and_nothing_is_done_twice(tmp_path, o
     assert summary["ai_labels"].keys() == {"seconds"}
     for name in ("start", "sl_cai", "rl_cai", *COMPARED):
         assert f"Talk to {name}: rlhf generate --model" in said
-        assert summary[name]["score"][0] == summary[name]["score"][0]
+        assert abs(summary[name]["score"][0]) < 100  # of a reward model; NaN is none
     folder = job.out / "seed_0"
     config = json.loads((folder / "rl_cai" / "config.json").read_text())["config"]
     assert config["model"] == str(folder / "sl_cai" / "policy")
@@ -225,18 +226,8 @@ def stop(_):
 
 @pytest.mark.slow
 def test_constitutional_ai_lessens_harm_and_keeps_help(tmp_path, monkeypatch):
-    job = options(
-        tmp_path,
-        skill_steps=1_200,
-        skill_rows=16_000,
-        revised=256,
-        labelled=256,
-        human_pairs=4_000,
-        ranked=128,
-        prompt_count=3_000,
-        eval_prompts=256,
-    )
-
+    # The recipe, with less to measure on, and GRPO too short to say anything.
+    job = pipeline.Options(tmp_path / "run", grpo_steps=2, ranked=128, eval_prompts=256, quiet=True)
     # Stopped in the middle: what is whole stays, and --resume does the rest.
     with monkeypatch.context() as patched:
         patched.setattr(constitutional_stages.Stages, "label", stop)
