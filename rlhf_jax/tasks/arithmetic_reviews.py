@@ -107,8 +107,7 @@ def skill_rows(
 ) -> list[Row]:
     """Rows for supervised fine-tuning in all skills: `messages`, and what they train as `skill`, shuffled.
 
-    Verdicts are followed by their reason, which is the first wrong line, and of a grader whether each line is
-    right: who learns to give it learns to see it.
+    Verdicts are followed by their reason, the first wrong line: who learns to give it learns to see it.
 
     Args:
       slip_rate: how careless those are who answer, see `arithmetic.demonstration_rows`.
@@ -147,7 +146,7 @@ def skill_rows(
         name, answer = list(PROPOSITIONS)[number % len(PROPOSITIONS)], graded_answer(drawn, rng)
         question = PROPOSITIONS[name].format(prompt=drawn.text, answer=answer.text)
         verdict = "yes" if is_true(name, answer) else "no"
-        rows.append(verdict_row(name, question, f"{verdict}\n{_by_line(answer)}"))
+        rows.append(verdict_row(name, question, f"{verdict}\n{critique(answer)}"))
     return [rows[place] for place in rng.permutation(len(rows))]
 
 
@@ -202,11 +201,6 @@ def follows(answer: Solution) -> bool:
 def is_true(name: str, answer: Solution) -> bool:
     """The truth of one of `PROPOSITIONS`."""
     return all(answer.step_labels) if name == "steps" else follows(answer)
-
-
-def _by_line(answer: Solution) -> str:
-    """For each line `yes` or `no`: each token tells what a grader has to see, few of a copied line do."""
-    return " ".join("yes" if right else "no" for right in right_lines(answer))
 
 
 def critique(answer: Solution) -> str:

@@ -119,20 +119,6 @@ def test_graders_of_steps_see_every_mistake_as_often():
         assert 0.44 < sum(said) / len(said) < 0.56  # five standard errors about a half
 
 
-def test_graders_say_for_each_line_whether_it_is_right():
-    mixture = reviews.Mixture(0, 0, 0, 60)
-    for row in reviews.skill_rows(LEVEL, "train", mixture, 0, slip_rate=0.3, late_slip_rate=0.7):
-        question, said = (message["content"] for message in row["messages"])
-        _, _, *steps, last = question.split("\n")
-        sides = [step.split("=") for step in steps]
-        right = [sum(map(int, left.split("+"))) == int(result) for left, result in sides]
-        right.append(last == f"#### {sides[-1][1]}")
-        verdict, reason = said.split("\n")
-        assert reason == " ".join("yes" if good else "no" for good in right)
-        asked = right[:-1] if row["skill"] == "steps" else right[-1:]
-        assert verdict == ("yes" if all(asked) else "no")
-
-
 def test_requests_and_verdicts_are_single_tokens():
     tokenizer = harm.harm_tokenizer()
     principle = harm.PRINCIPLE
