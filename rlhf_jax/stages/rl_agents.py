@@ -30,7 +30,7 @@ ENCODERS = {
     "minatar_conv": MinAtarConv(),
 }
 NORMED_ENCODERS = {"batch_norm_mlp": BatchNormMLP()}
-EITHER = ("ppo", "ppo_penalty", "a2c", "a3c", "impala", "trpo", "reinforce", "grpo")
+EITHER = ("ppo", "ppo_penalty", "a2c", "a3c", "impala", "trpo", "reinforce", "grpo", "option_critic")
 SEVERAL_EITHER = ("ippo", "mappo", "maddpg")
 SEVERAL_DISCRETE = ("vdn", "qmix")
 
