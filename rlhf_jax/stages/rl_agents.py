@@ -20,7 +20,7 @@ from rlhf_jax.rl.networks.batch_norm import BatchNormMLP
 from rlhf_jax.rl.networks.networks import MLP, MinAtarConv
 from rlhf_jax.stages import rl_joint_rows, rl_rows
 
-DISCRETE = ("dqn", "c51", "qr_dqn", "iqn", "rainbow", "r2d2", "pqn", "muzero")
+DISCRETE = ("dqn", "c51", "qr_dqn", "iqn", "rainbow", "r2d2", "pqn", "muzero", "feudal_networks")
 WITH_GOALS = ("her",)
 WITH_STATES = ("maxq",)
 CONTINUOUS = ("ddpg", "td3", "sac", "crossq", "mpo", "mpc")

@@ -31,13 +31,13 @@ from rlhf_jax.core.train_state import (
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Float, Metrics, Params, PRNGKeyArray, Scalar
 from rlhf_jax.kernels.returns import lambda_returns
-from rlhf_jax.losses.options import termination_loss
+from rlhf_jax.losses.hierarchies import termination_loss
 from rlhf_jax.losses.policy import reinforce_loss
 from rlhf_jax.losses.value import squared_value_loss
 from rlhf_jax.rl.algorithms import a2c
 from rlhf_jax.rl.envs.environments import Environment
 from rlhf_jax.rl.loops import on_policy
-from rlhf_jax.rl.loops.rollout import Experience, RolloutConfig, bootstrapped, call
+from rlhf_jax.rl.loops.rollout import Experience, Network, RolloutConfig, bootstrapped, call
 from rlhf_jax.rl.loops.runs import Run, Train, make_train_fn
 from rlhf_jax.rl.networks.hierarchies import (
     OptionActorCritic,
@@ -98,7 +98,7 @@ class State:
     """Training state of option-critic.
 
     Attributes:
-      epsilon: share of random options in the next rollout.
+      epsilon: share of random options.
     """
 
     learner: TrainState
@@ -127,13 +127,13 @@ def default_hyper(**changes: Any) -> Hyper:
     return jax.tree.map(jnp.float32, Hyper(**changes))
 
 
-def init(params: Params, tx: optax.GradientTransformation, hyper: Hyper) -> State:
+def init(params: Params, tx: optax.GradientTransformation, *, epsilon: Scalar) -> State:
     """The state at step 0."""
-    return State(init_train_state(params, tx), jnp.asarray(hyper.epsilon, jnp.float32))
+    return State(init_train_state(params, tx), jnp.asarray(epsilon, jnp.float32))
 
 
 def acting_params(state: State) -> Params:
-    """Parameters with the epsilon of the policy over options."""
+    """Parameters with the epsilon of the upper level."""
     return {**state.learner.params, "epsilon": state.epsilon}
 
 
@@ -219,36 +219,48 @@ def make_network(config: Config, env: Environment) -> OptionActorCritic:
     return make_option_actor_critic(env, encoder, num_options=config.num_options, shared=config.shared)
 
 
-def make_run(config: Config, env: Environment, env_params: Any) -> Run:
-    """A run as `init` and `step`."""
-    network = make_network(config, env)
+def make_two_level_run(
+    config: Any,
+    network: Network,
+    batch_fn: Callable[..., Any],
+    loss_fn: Callable[[Params, Any, Any], tuple[Float[Array, ""], Metrics]],
+    env: Environment,
+    env_params: Any,
+) -> Run:
+    """A run of a network whose upper level draws with `hyper.epsilon`: one optimizer step a rollout.
+
+    Args:
+      config: with `total_steps`, `rollout` and `optimizer`.
+      batch_fn: (network, params, hyper, experience, bootstrap_truncation=) -> batch.
+      loss_fn: (params, hyper, batch) -> (loss, metrics).
+    """
     updates = on_policy.count_updates(config.total_steps, config.rollout)
     tx = make_optimizer(with_total_steps(config.optimizer, updates))
-    loss_fn = make_loss(network)
+    cut = config.rollout.bootstrap_truncation
 
-    def learn(state: State, hyper: Hyper, experience: Experience) -> tuple[State, Metrics]:
+    def learn(state: State, hyper: Any, experience: Experience) -> tuple[State, Metrics]:
         params = state.learner.params
-        batch = make_batch(
-            network,
-            params,
-            hyper,
-            experience,
-            bootstrap_truncation=config.rollout.bootstrap_truncation,
-        )
+        batch = batch_fn(network, params, hyper, experience, bootstrap_truncation=cut)
         (loss, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params, hyper, batch)
         learner, guard = apply_gradients(
             state.learner, gradients, tx, learning_rate=hyper.learning_rate, loss=loss
         )
-        return State(learner, jnp.asarray(hyper.epsilon, jnp.float32)), {**metrics, **guard}
+        return State(learner, state.epsilon), {**metrics, **guard}
 
-    def init_agent(params: Params, key: PRNGKeyArray, hyper: Hyper) -> State:
+    def init_agent(params: Params, key: PRNGKeyArray, hyper: Any) -> State:
         del key
-        return init(params, tx, hyper)
+        return init(params, tx, epsilon=hyper.epsilon)
 
     learning = on_policy.Learning(init_agent, learn, actor_params_fn=acting_params)
     return on_policy.make_run(
         network, env, env_params, config.rollout, learning, total_steps=config.total_steps
     )
+
+
+def make_run(config: Config, env: Environment, env_params: Any) -> Run:
+    """A run as `init` and `step`."""
+    network = make_network(config, env)
+    return make_two_level_run(config, network, make_batch, make_loss(network), env, env_params)
 
 
 def make_train(config: Config, env: Environment, env_params: Any) -> Train:

@@ -1,4 +1,4 @@
-"""Networks of two levels, the upper of which draws by chance what the lower one acts by: options."""
+"""Networks of two levels, the upper of which draws what the lower one acts by: options, and goals."""
 
 from typing import TypeAlias
 
@@ -10,8 +10,8 @@ from flax import linen as nn
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Bool, Float, Int, PRNGKeyArray, Scalar
 from rlhf_jax.rl.envs.environments import Environment
-from rlhf_jax.rl.networks.distributions import Distribution
-from rlhf_jax.rl.networks.networks import CategoricalHead, GaussianHead, linear, make_encoder
+from rlhf_jax.rl.networks.distributions import Categorical, Distribution
+from rlhf_jax.rl.networks.networks import ROOT_2, CategoricalHead, GaussianHead, linear, make_encoder
 
 
 @pytree_dataclass
@@ -137,5 +137,119 @@ def make_option_actor_critic(
     return OptionActorCritic(make_encoder(env, encoder), head, num_options, critic)
 
 
-DrawsCarry: TypeAlias = OptionActorCritic
+@pytree_dataclass
+class GoalCarry:
+    """The last c goals of an environment and the latent states in which they were set, the newest first.
+
+    Zeros stand for those before the episode began.
+    """
+
+    goals: Float[Array, "... c D"]
+    states: Float[Array, "... c D"]
+
+
+@pytree_dataclass
+class ManagerOutputs:
+    """The upper level in each state.
+
+    Attributes:
+      states: latent, in which goals are directions.
+      goals: of length 1.
+      values: of the environment's rewards.
+    """
+
+    states: Float[Array, "... D"]
+    goals: Float[Array, "... D"]
+    values: Float[Array, "..."]
+
+
+class FeudalActorCritic(nn.Module):
+    """FeUdal networks (Vezhnevets et al. 2017, section 3) without memory but for the goals.
+
+    Percepts are shared; the manager sets a goal at every step, and the worker's policy is softmax(U w), U of
+    its own percepts and w a linear map, without bias, of the sum of the last c goals.
+
+    Epsilon is a parameter that no gradient moves: whoever acts puts a number in its place.
+
+    Attributes:
+      torso: observations -> percepts of both levels.
+      num_actions: A.
+      horizon: c.
+      goal_dim: D, of goals and latent states.
+      embedding_dim: of w.
+    """
+
+    torso: nn.Module
+    num_actions: int
+    horizon: int
+    goal_dim: int
+    embedding_dim: int
+
+    def setup(self) -> None:
+        """Both levels' layers; no random goals until told otherwise."""
+        self.state_layer = linear(self.goal_dim, ROOT_2)
+        self.goal_layer = linear(self.goal_dim, 1.0)
+        self.manager_critic, self.critic_head = linear(1, 1.0), linear(1, 1.0)
+        self.action_layer = linear(self.num_actions * self.embedding_dim, 0.1)
+        self.goal_embedding = nn.Dense(self.embedding_dim, use_bias=False)
+        self.epsilon = self.param("epsilon", nn.initializers.zeros, ())
+
+    def initial_carry(self, count: int) -> GoalCarry:
+        """Initial carry of `count` environments: no goals."""
+        nothing = jnp.zeros((count, self.horizon, self.goal_dim))
+        return GoalCarry(nothing, nothing)
+
+    def draw(
+        self, obs: Array, is_first: Bool[Array, " B"], carry: GoalCarry, key: PRNGKeyArray | None
+    ) -> GoalCarry:
+        """The carry with this step's goal, with probability epsilon any; without a key the manager's own."""
+        manager = self.manager(self.torso(obs))
+        goals = manager.goals
+        if key is not None:
+            any_key, goal_key = jax.random.split(key)
+            anything = unit(jax.random.normal(goal_key, goals.shape))
+            explore = jax.random.uniform(any_key, is_first.shape) < self.epsilon
+            goals = jnp.where(explore[:, None], anything, goals)
+
+        def pushed(old: Float[Array, "B c D"], new: Float[Array, "B D"]) -> Float[Array, "B c D"]:
+            kept = jnp.where(is_first[:, None, None], 0, old[:, :-1])
+            return jnp.concatenate([new[:, None], kept], axis=1)
+
+        return GoalCarry(pushed(carry.goals, goals), pushed(carry.states, manager.states))
+
+    def act(self, obs: Array, is_first: Bool[Array, " B"], carry: GoalCarry) -> tuple[Categorical, GoalCarry]:
+        """The distribution of actions under the goals of [B] environments, which they keep."""
+        del is_first
+        return self._policy(self.torso(obs), carry.goals), carry
+
+    def __call__(
+        self, obs: Array, is_first: Bool[Array, "B T"], carry: GoalCarry
+    ) -> tuple[Categorical, Float[Array, "B T"], ManagerOutputs]:
+        """Policies, the worker's values, and the manager, along [B, T] trajectories.
+
+        Args:
+          carry: [B, T] goals that each action was taken with; or those of one step, for all.
+        """
+        del is_first
+        percepts = self.torso(obs)
+        goals = carry.goals if carry.goals.ndim == 4 else carry.goals[:, None]
+        return self._policy(percepts, goals), self.critic_head(percepts)[..., 0], self.manager(percepts)
+
+    def manager(self, percepts: Float[Array, "... P"]) -> ManagerOutputs:
+        """The upper level, of percepts."""
+        states = nn.relu(self.state_layer(percepts))
+        return ManagerOutputs(states, unit(self.goal_layer(states)), self.manager_critic(percepts)[..., 0])
+
+    def _policy(self, percepts: Float[Array, "... P"], goals: Float[Array, "... c D"]) -> Categorical:
+        told = self.goal_embedding(jax.lax.stop_gradient(jnp.sum(goals, axis=-2)))
+        embeddings = self.action_layer(percepts).reshape(*percepts.shape[:-1], self.num_actions, -1)
+        return Categorical(jnp.sum(embeddings * told[..., None, :], axis=-1))
+
+
+def unit(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """x at length 1."""
+    return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-12)
+
+
+DrawsCarry: TypeAlias = OptionActorCritic | FeudalActorCritic
 """Networks that draw a part of their memory before they act (`draw`); it is recorded with each action."""

@@ -7,7 +7,7 @@ import pytest
 
 from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.distributed.runtime import compiler_options
-from rlhf_jax.losses.options import termination_loss
+from rlhf_jax.losses.hierarchies import termination_loss
 from rlhf_jax.rl.algorithms import a2c, option_critic
 from rlhf_jax.rl.envs import environments
 from rlhf_jax.rl.envs.environments import Transition

@@ -1,5 +1,6 @@
-"""Losses of options that are learned (Bacon et al. 2017)."""
+"""Losses of hierarchies that are learned: options' ends, and a manager's goals."""
 
+import jax.numpy as jnp
 from jax import lax
 
 from rlhf_jax.core.shapes import check_shapes
@@ -47,5 +48,52 @@ def termination_loss(
         "option_advantage": advantages,
     }
     loss = reduce(per_step["termination_loss"], mask, denominator=denominator)
+    metrics = {name: reduce(x, mask, denominator=denominator) for name, x in per_step.items()}
+    return loss, lax.stop_gradient(metrics)
+
+
+def cosine_similarity(x: Float[Array, "... D"], y: Float[Array, "... D"]) -> Float[Array, "..."]:
+    """Cosine of the angle between x and y; 0 where either is 0, gradient included."""
+    square = jnp.sum(jnp.square(x), axis=-1) * jnp.sum(jnp.square(y), axis=-1)
+    return jnp.sum(x * y, axis=-1) * lax.rsqrt(jnp.where(square > 0, square, jnp.inf))
+
+
+def goal_loss(
+    directions: Float[Array, "B T D"],
+    goals: Float[Array, "B T D"],
+    advantages: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    reduce: Reduction = token_mean,
+    denominator: Scalar | None = None,
+) -> tuple[Float[Array, ""], Metrics]:
+    """Transition policy gradient of a manager (FeUdal networks, Vezhnevets et al. 2017, section 3.2).
+
+        loss_t = -A_t cos(s_{t+c} - s_t, g_t)
+
+    It is REINFORCE for the states that goals lead to, were their directions von Mises-Fisher around the goal.
+
+    Args:
+      directions: s_{t+c} - s_t, where the latent state went within the goal's horizon; no gradient.
+      goals: g_t.
+      advantages: A_t, the manager's return minus its value; no gradient.
+      mask: steps that count.
+      reduce: how steps become one number.
+      denominator: of the whole batch, when this is a part of it.
+
+    Returns:
+      (loss, metrics): `goal_loss`, `goal_cosine`.
+    """
+    directions, goals, advantages, mask = check_shapes(
+        "goal_loss",
+        directions=(directions, "B T D"),
+        goals=(goals, "B T D"),
+        advantages=(advantages, "B T"),
+        mask=(mask, "B T"),
+    )
+    directions, advantages = cleaned_constant(directions, mask), cleaned_constant(advantages, mask)
+    cosine = cosine_similarity(directions, cleaned(goals, mask))
+    per_step = {"goal_loss": -advantages * cosine, "goal_cosine": cosine}
+    loss = reduce(per_step["goal_loss"], mask, denominator=denominator)
     metrics = {name: reduce(x, mask, denominator=denominator) for name, x in per_step.items()}
     return loss, lax.stop_gradient(metrics)
