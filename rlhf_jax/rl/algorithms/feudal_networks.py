@@ -20,6 +20,7 @@ from flax import linen as nn
 from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, Bool, Float, Int, Metrics, Params, Scalar
+from rlhf_jax.kernels.whitening import whiten
 from rlhf_jax.losses.hierarchies import cosine_similarity, goal_loss
 from rlhf_jax.losses.policy import reinforce_loss
 from rlhf_jax.losses.value import squared_value_loss
@@ -59,6 +60,8 @@ class Config:
       rollout: where experience comes from; several times as many steps as the horizon.
       encoder: of the percepts; None for the environment's usual one.
       optimizer: Adam; a schedule without `total_steps` is stretched over the run.
+      whiten_advantages: bring each level's to mean 0 and variance 1 over the rollout, so that neither has the
+        percepts to itself.
     """
 
     horizon: int = 5
@@ -68,6 +71,7 @@ class Config:
     rollout: RolloutConfig = RolloutConfig(num_envs=8, num_steps=16)
     encoder: nn.Module | None = None
     optimizer: OptimizerConfig = a2c.Config().optimizer
+    whiten_advantages: bool = True
 
 
 @pytree_dataclass
@@ -84,12 +88,12 @@ class Hyper:
       epsilon: share of random goals.
     """
 
-    learning_rate: Scalar = 2e-3
+    learning_rate: Scalar = 1e-3
     gamma: Scalar = 0.99
     manager_gamma: Scalar = 0.99
-    lambda_: Scalar = 1.0
+    lambda_: Scalar = 0.95
     value_coef: Scalar = 0.5
-    entropy_coef: Scalar = 0.0
+    entropy_coef: Scalar = 0.01
     intrinsic_coef: Scalar = 0.1
     epsilon: Scalar = 0.05
 
@@ -169,7 +173,7 @@ def make_batch(
 
 
 def make_loss(
-    network: FeudalActorCritic,
+    network: FeudalActorCritic, *, whiten_advantages: bool = False
 ) -> Callable[[Params, Hyper, Batch], tuple[Float[Array, ""], Metrics]]:
     """`loss_fn(params, hyper, batch) -> (loss, metrics)`.
 
@@ -181,14 +185,15 @@ def make_loss(
         seen = experience.transition
         policy, values, manager = call(network, params, seen.obs, experience.is_first, experience.drawn)
         mask = jnp.ones(values.shape, bool)
+        advantages, manager_advantages = (
+            whiten(x, mask) if whiten_advantages else x for x in (batch.advantages, batch.manager_advantages)
+        )
         policy_loss, policy_metrics = reinforce_loss(
-            policy.logp(seen.action), experience.logp, batch.advantages, mask
+            policy.logp(seen.action), experience.logp, advantages, mask
         )
         value_loss, value_metrics = squared_value_loss(values, batch.returns, mask)
         manager_value_loss, _ = squared_value_loss(manager.values, batch.manager_returns, mask)
-        direction_loss, goal_metrics = goal_loss(
-            batch.directions, manager.goals, batch.manager_advantages, mask
-        )
+        direction_loss, goal_metrics = goal_loss(batch.directions, manager.goals, manager_advantages, mask)
         entropy = jnp.mean(policy.entropy())
         loss = policy_loss + direction_loss + hyper.value_coef * (value_loss + manager_value_loss)
         loss = loss - hyper.entropy_coef * entropy
@@ -205,8 +210,10 @@ def make_network(config: Config, env: Environment) -> FeudalActorCritic:
     Raises:
       UserError: actions are continuous.
     """
+    encoder = config.encoder or default_encoder(env)
     return FeudalActorCritic(
-        torso=make_encoder(env, config.encoder or default_encoder(env)),
+        torso=make_encoder(env, encoder),
+        critic_torso=make_encoder(env, encoder),
         num_actions=discrete_actions(env, "FeUdal networks"),
         horizon=config.horizon,
         goal_dim=config.goal_dim,
@@ -217,7 +224,8 @@ def make_network(config: Config, env: Environment) -> FeudalActorCritic:
 def make_run(config: Config, env: Environment, env_params: Any) -> Run:
     """A run as `init` and `step`."""
     network = make_network(config, env)
-    return make_two_level_run(config, network, make_batch, make_loss(network), env, env_params)
+    loss_fn = make_loss(network, whiten_advantages=config.whiten_advantages)
+    return make_two_level_run(config, network, make_batch, loss_fn, env, env_params)
 
 
 def make_train(config: Config, env: Environment, env_params: Any) -> Train:

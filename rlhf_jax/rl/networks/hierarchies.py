@@ -167,12 +167,14 @@ class FeudalActorCritic(nn.Module):
     """FeUdal networks (Vezhnevets et al. 2017, section 3) without memory but for the goals.
 
     Percepts are shared; the manager sets a goal at every step, and the worker's policy is softmax(U w), U of
-    its own percepts and w a linear map, without bias, of the sum of the last c goals.
+    the percepts and w a linear map, without bias, of the sum of the last c goals. Both levels' values share a
+    body of their own, whose large gradients would otherwise be all that percepts learn from.
 
     Epsilon is a parameter that no gradient moves: whoever acts puts a number in its place.
 
     Attributes:
       torso: observations -> percepts of both levels.
+      critic_torso: observations -> features of both levels' values.
       num_actions: A.
       horizon: c.
       goal_dim: D, of goals and latent states.
@@ -180,6 +182,7 @@ class FeudalActorCritic(nn.Module):
     """
 
     torso: nn.Module
+    critic_torso: nn.Module
     num_actions: int
     horizon: int
     goal_dim: int
@@ -203,8 +206,7 @@ class FeudalActorCritic(nn.Module):
         self, obs: Array, is_first: Bool[Array, " B"], carry: GoalCarry, key: PRNGKeyArray | None
     ) -> GoalCarry:
         """The carry with this step's goal, with probability epsilon any; without a key the manager's own."""
-        manager = self.manager(self.torso(obs))
-        goals = manager.goals
+        states, goals = self._goals(self.torso(obs))
         if key is not None:
             any_key, goal_key = jax.random.split(key)
             anything = unit(jax.random.normal(goal_key, goals.shape))
@@ -215,7 +217,7 @@ class FeudalActorCritic(nn.Module):
             kept = jnp.where(is_first[:, None, None], 0, old[:, :-1])
             return jnp.concatenate([new[:, None], kept], axis=1)
 
-        return GoalCarry(pushed(carry.goals, goals), pushed(carry.states, manager.states))
+        return GoalCarry(pushed(carry.goals, goals), pushed(carry.states, states))
 
     def act(self, obs: Array, is_first: Bool[Array, " B"], carry: GoalCarry) -> tuple[Categorical, GoalCarry]:
         """The distribution of actions under the goals of [B] environments, which they keep."""
@@ -231,14 +233,16 @@ class FeudalActorCritic(nn.Module):
           carry: [B, T] goals that each action was taken with; or those of one step, for all.
         """
         del is_first
-        percepts = self.torso(obs)
-        goals = carry.goals if carry.goals.ndim == 4 else carry.goals[:, None]
-        return self._policy(percepts, goals), self.critic_head(percepts)[..., 0], self.manager(percepts)
+        percepts, features = self.torso(obs), self.critic_torso(obs)
+        recorded = carry.goals if carry.goals.ndim == 4 else carry.goals[:, None]
+        states, goals = self._goals(percepts)
+        manager = ManagerOutputs(states, goals, self.manager_critic(features)[..., 0])
+        return self._policy(percepts, recorded), self.critic_head(features)[..., 0], manager
 
-    def manager(self, percepts: Float[Array, "... P"]) -> ManagerOutputs:
-        """The upper level, of percepts."""
+    def _goals(self, percepts: Float[Array, "... P"]) -> tuple[Float[Array, "... D"], Float[Array, "... D"]]:
+        """Latent states, and the manager's goals in them."""
         states = nn.relu(self.state_layer(percepts))
-        return ManagerOutputs(states, unit(self.goal_layer(states)), self.manager_critic(percepts)[..., 0])
+        return states, unit(self.goal_layer(states))
 
     def _policy(self, percepts: Float[Array, "... P"], goals: Float[Array, "... c D"]) -> Categorical:
         told = self.goal_embedding(jax.lax.stop_gradient(jnp.sum(goals, axis=-2)))

@@ -34,8 +34,8 @@ def layer(params, name, inputs):
     return np.asarray(inputs) @ np.asarray(params[name]["kernel"]) + np.asarray(bias)
 
 
-def percepts_of(params, obs):
-    dense = params["torso"]["body"]["Dense_0"]
+def percepts_of(params, obs, torso="torso"):
+    dense = params[torso]["body"]["Dense_0"]
     return np.tanh(np.asarray(obs) @ np.asarray(dense["kernel"]) + np.asarray(dense["bias"]))
 
 
@@ -102,7 +102,7 @@ def test_directions_rewards_and_advantages_against_loops():
                 moved = there[row, t] - here[row, t - back]
                 pay[row, t] += cosine(moved, goals[row, t - back]) / 3
     np.testing.assert_allclose(found.intrinsic, pay, atol=1e-5)
-    ahead = [percepts_of(params, obs) for obs in (seen.obs, seen.next_obs)]
+    ahead = [percepts_of(params, obs, "critic_torso") for obs in (seen.obs, seen.next_obs)]
     own = [layer(params, "critic_head", x)[..., 0] for x in ahead]
     above = [layer(params, "manager_critic", x)[..., 0] for x in ahead]
     expected = lambda_advantages(seen, seen.reward + 0.5 * pay, *own, 0.9)

@@ -69,6 +69,7 @@ def test_a_process_as_an_environment_has_its_chances():
     shares = np.bincount(seen.next_obs, minlength=169) / 6000
     np.testing.assert_allclose(shares, process.transitions[14, 2], atol=0.03)
     assert jnp.all(seen.truncated)
+    assert jnp.all(seen.reward == -1)
     assert env.num_states == 169
     assert env.num_actions == 4
     start = jax.vmap(processes.make("Taxi")[0].reset, (0, None))(
