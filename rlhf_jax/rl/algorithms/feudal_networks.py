@@ -41,7 +41,7 @@ __all__ = [
     "default_hyper",
     "init",
     "make_batch",
-    "make_loss",
+    "make_feudal_loss",
     "make_network",
     "make_run",
     "make_train",
@@ -172,10 +172,10 @@ def make_batch(
     return jax.lax.stop_gradient(batch)
 
 
-def make_loss(
+def make_feudal_loss(
     network: FeudalActorCritic, *, whiten_advantages: bool = False
 ) -> Callable[[Params, Hyper, Batch], tuple[Float[Array, ""], Metrics]]:
-    """`loss_fn(params, hyper, batch) -> (loss, metrics)`.
+    """Loss of FeUdal networks: `loss_fn(params, hyper, batch) -> (loss, metrics)`.
 
     loss = policy loss + goal loss + value_coef both value losses - entropy_coef entropy, means over steps.
     """
@@ -224,7 +224,7 @@ def make_network(config: Config, env: Environment) -> FeudalActorCritic:
 def make_run(config: Config, env: Environment, env_params: Any) -> Run:
     """A run as `init` and `step`."""
     network = make_network(config, env)
-    loss_fn = make_loss(network, whiten_advantages=config.whiten_advantages)
+    loss_fn = make_feudal_loss(network, whiten_advantages=config.whiten_advantages)
     return make_two_level_run(config, network, make_batch, loss_fn, env, env_params)
 
 

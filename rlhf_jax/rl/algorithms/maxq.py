@@ -65,7 +65,7 @@ class Hyper:
 
 @pytree_dataclass
 class Tables:
-    """What is learned; the second axis of each is that of abstract states.
+    """Tables of the decomposed values; the second axis of each is that of abstract states.
 
     Attributes:
       rewards: V of the actions.
@@ -211,20 +211,20 @@ def action_of(stack: Stack, graph: Graph) -> Int[Array, ""]:
 
 
 def ended(stack: Stack, graph: Graph, state: Int[Array, ""], done: Bool[Array, ""]) -> Bool[Array, " D"]:
-    """Which nodes of the stack are over in `state`: actions, tasks that say so, and all below such a task."""
+    """Nodes of the stack that are over in `state`: actions, tasks that say so, and all below such a task."""
     is_task = (stack.nodes >= 0) & (stack.nodes < graph.num_tasks)
     over = graph.terminations[jnp.clip(stack.nodes, 0, graph.num_tasks - 1), state]
     return jax.lax.cummax(jnp.where(is_task, over | done, True).astype(jnp.int32)).astype(bool)
 
 
 def completed(stack: Stack, over: Bool[Array, " D"], state: Int[Array, ""], done: Bool[Array, ""]) -> Stack:
-    """What is left of the stack once the nodes that are over are gone; the root is called again at once."""
+    """The stack without the nodes that are over; the root is called again at once."""
     kept = Stack(jnp.where(over, -1, stack.nodes), stack.begun, stack.steps)
     fresh = root_alone(state, depth=len(over) - 1)
     return jax.tree.map(lambda new, old: jnp.where(done | over[0], new, old), fresh, kept)
 
 
-def teach(
+def maxq_update(
     tables: Tables,
     graph: Graph,
     stack: Stack,
@@ -307,7 +307,7 @@ def make_run(config: Config, env: Environment, env_params: Any) -> Run:
     def transition(state: State, hyper: Hyper) -> State:
         key, env_key, choice_key = jax.random.split(state.key, 3)
         start, seen = env.step(env_key, state.env, action_of(state.stack, graph), env_params)
-        tables = teach(state.tables, graph, state.stack, seen, hyper, depth=depth)
+        tables = maxq_update(state.tables, graph, state.stack, seen, hyper, depth=depth)
         later = dataclasses.replace(state.stack, steps=state.stack.steps + 1)
         over = ended(later, graph, seen.next_obs, seen.terminated)
         stack = completed(later, over, start.obs, seen.done)

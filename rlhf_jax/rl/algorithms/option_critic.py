@@ -140,10 +140,36 @@ def acting_params(state: State) -> Params:
 def outputs_of(
     network: OptionActorCritic, params: Params, experience: Experience
 ) -> tuple[OptionOutputs, OptionOutputs]:
-    """What is learned of the options in what was seen, and in what followed."""
+    """Outputs of the network for what was seen, and for what followed."""
     seen, is_first, carry = experience.transition, experience.is_first, experience.carry
     here, after = (call(network, params, obs, is_first, carry) for obs in (seen.obs, seen.next_obs))
     return here, after
+
+
+def option_returns(
+    experience: Experience, upon_arrival: Float[Array, "B T"], hyper: Hyper, *, bootstrap_truncation: bool
+) -> Float[Array, "B T"]:
+    """Lambda-returns along trajectories of states and options (Bacon et al. 2017, eq. 2 and 3).
+
+        G_t     = r_t + gamma [lambda (G_{t+1} - eta b_{t+1}) + (1 - lambda) U(o_t, s_{t+1})]
+        U(o, s) = Q(s, o) - beta_o(s) (A(s, o) + eta),  A(s, o) = Q(s, o) - V(s)
+
+    b is 1 where an option begins; U is what follows on average over the end of o and the next choice.
+
+    Args:
+      upon_arrival: U of each step's option in what followed.
+    """
+    seen, begun = experience.transition, experience.drawn.begun
+    # The choice that begins the next rollout is in the bootstrap value; that of a new episode is nobody's.
+    began = jnp.concatenate([begun[:, 1:], jnp.zeros_like(begun[:, :1])], axis=1) & ~seen.done
+    paid = seen.reward - began * hyper.gamma * hyper.lambda_ * hyper.deliberation_cost
+    rewards, discounts, last = bootstrapped(
+        paid, upon_arrival, seen, gamma=hyper.gamma, bootstrap_truncation=bootstrap_truncation
+    )
+    before = jnp.concatenate([upon_arrival[:, :1], upon_arrival[:, :-1]], axis=1)  # of s_t, at place t
+    return lambda_returns(
+        rewards, before, discounts, last, jnp.ones(rewards.shape, bool), lambda_=hyper.lambda_
+    )
 
 
 def make_batch(
@@ -154,37 +180,23 @@ def make_batch(
     *,
     bootstrap_truncation: bool = True,
 ) -> Batch:
-    """Lambda-returns along trajectories of states and options (Bacon et al. 2017, eq. 2 and 3).
-
-        G_t     = r_t + gamma [lambda (G_{t+1} - eta b_{t+1}) + (1 - lambda) U(o_t, s_{t+1})]
-        U(o, s) = Q(s, o) - beta_o(s) (A(s, o) + eta),  A(s, o) = Q(s, o) - V(s)
-
-    b is 1 where an option begins; U is what follows on average over the end of o and the next choice.
-    """
-    seen, drawn = experience.transition, experience.drawn
+    """Returns, and advantages of actions and of options; no gradient."""
+    option = experience.drawn.option
     here, after = outputs_of(network, params, experience)
-    kept = of_option(after.values, drawn.option)
+    kept = of_option(after.values, option)
     chances = option_chances(after.values, epsilon=hyper.epsilon)
     option_advantages = kept - jnp.sum(chances * after.values, axis=-1)
-    ending = of_option(after.terminations, drawn.option)
+    ending = of_option(after.terminations, option)
     upon_arrival = kept - ending * (option_advantages + hyper.deliberation_cost)
-    # The choice that begins the next rollout is in the bootstrap value; that of a new episode is nobody's.
-    began = jnp.concatenate([drawn.begun[:, 1:], jnp.zeros_like(drawn.begun[:, :1])], axis=1) & ~seen.done
-    paid = seen.reward - began * hyper.gamma * hyper.lambda_ * hyper.deliberation_cost
-    rewards, discounts, last = bootstrapped(
-        paid, upon_arrival, seen, gamma=hyper.gamma, bootstrap_truncation=bootstrap_truncation
-    )
-    before = jnp.concatenate([upon_arrival[:, :1], upon_arrival[:, :-1]], axis=1)  # of s_t, at place t
-    mask = jnp.ones(rewards.shape, bool)
-    returns = lambda_returns(rewards, before, discounts, last, mask, lambda_=hyper.lambda_)
-    values = of_option(here.values, drawn.option)
-    return jax.lax.stop_gradient(Batch(experience, returns - values, returns, option_advantages))
+    returns = option_returns(experience, upon_arrival, hyper, bootstrap_truncation=bootstrap_truncation)
+    advantages = returns - of_option(here.values, option)
+    return jax.lax.stop_gradient(Batch(experience, advantages, returns, option_advantages))
 
 
-def make_loss(
+def make_option_critic_loss(
     network: OptionActorCritic,
 ) -> Callable[[Params, Hyper, Batch], tuple[Float[Array, ""], Metrics]]:
-    """`loss_fn(params, hyper, batch) -> (loss, metrics)`.
+    """Loss of option-critic: `loss_fn(params, hyper, batch) -> (loss, metrics)`.
 
     loss = policy loss + termination loss + value_coef value loss - entropy_coef entropy, means over steps.
     """
@@ -260,7 +272,7 @@ def make_two_level_run(
 def make_run(config: Config, env: Environment, env_params: Any) -> Run:
     """A run as `init` and `step`."""
     network = make_network(config, env)
-    return make_two_level_run(config, network, make_batch, make_loss(network), env, env_params)
+    return make_two_level_run(config, network, make_batch, make_option_critic_loss(network), env, env_params)
 
 
 def make_train(config: Config, env: Environment, env_params: Any) -> Train:

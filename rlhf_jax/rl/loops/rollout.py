@@ -126,7 +126,7 @@ def draw_carry(
     carry: Carry,
     key: PRNGKeyArray | None,
 ) -> Carry:
-    """What networks that draw a part of their memory, such as an option, act with; of others, the carry.
+    """The memory to act with, of networks that draw a part of it, such as an option; of others, the carry.
 
     Args:
       key: None for the likeliest.

@@ -217,7 +217,7 @@ def test_a_task_that_calls_itself_and_unnumbered_states_are_refused():
 def test_taxi_is_solved():
     """From every start the return of value iteration: what is best for each task is best for Taxi."""
     env, params = processes.make("Taxi")
-    run = maxq.make_run(maxq.Config(total_steps=100_000), env, params)
+    run = maxq.make_run(maxq.Config(), env, params)
     keys, options = jax.random.split(jax.random.key(0), 4), compiler_options()
     train = jax.jit(jax.vmap(make_train_fn(run), (0, None)), compiler_options=options)
     states, _ = train(keys, maxq.Hyper())

@@ -165,7 +165,7 @@ def test_returns_against_a_loop_over_ends_cuts_and_choices():
 def test_loss_and_gradients_against_a_loop():
     experience, params = experience_of(), params_of()
     batch = option_critic.make_batch(LINEAR, params, HYPER, experience)
-    loss_fn = jax.value_and_grad(option_critic.make_loss(LINEAR), has_aux=True)
+    loss_fn = jax.value_and_grad(option_critic.make_option_critic_loss(LINEAR), has_aux=True)
     (loss, _), slopes = loss_fn(params, HYPER, batch)
     seen, drawn = jax.tree.map(np.asarray, (experience.transition, experience.drawn))
     total, values, ends = 0.0, np.zeros(3), np.zeros(3)
