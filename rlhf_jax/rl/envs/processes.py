@@ -55,7 +55,7 @@ class ProcessEnvironment:
     tasks: TaskGraph
 
     @functools.cached_property
-    def _successors(self) -> tuple[Array, Array, Array]:
+    def _successors(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """States that may follow [S, A, K], the likeliest first, their cumulative chances, and rewards."""
         chances = np.asarray(self.process.transitions, np.float64)
         most = int(np.max(np.sum(chances > 0, axis=-1)))
