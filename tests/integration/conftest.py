@@ -52,16 +52,14 @@ class TinyRuns:
         self.root = root
 
     def words(self, stage, out, *more):
-        """The command line of a stage without the script's name; words in `more` win over the usual ones."""
-        folders = {name: self.root / name for name in self.stages}
+        """The command line of a stage, whose start is there; words in `more` win over the usual ones."""
+        needed = (name for name in self.stages if f"{{{name}}}" in _OPTIONS[stage])
+        folders = {name: self.finished(name) for name in needed}
         usual = f"--out {out} --steps 12 --save-every 3 --quiet --no-report {_OPTIONS[stage]}"
         return [*usual.format(**folders).split(), *map(str, more)]
 
     def run(self, stage, out, *more):
-        """Runs a stage in this process, after those it starts from."""
-        for name in self.stages:
-            if f"{{{name}}}" in _OPTIONS[stage]:
-                self.finished(name)
+        """Runs a stage in this process."""
         module = importlib.import_module(f"rlhf_jax.stages.{stage}")
         module.run(tyro.cli(module.Options, args=self.words(stage, out, *more)))
         return Path(out)

@@ -107,6 +107,7 @@ def synthetic_folder(folder, seeds=3):
     return d
 
 
+@pytest.mark.slow
 def test_the_page_recovers_what_the_folder_holds(tmp_path):
     d = synthetic_folder(tmp_path)
     study = page.read(tmp_path)

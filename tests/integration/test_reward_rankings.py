@@ -138,7 +138,7 @@ def test_a_loss_of_ones_own_sees_rankings(policy, tmp_path):
 
     rows = [PAIRS[0], {"prompt": "1+1=?", "completions": ["1", "2", "3"], "ranks": [2, 0, 1]}] * 2
     found = first_loss(policy, rows, tmp_path, loss=best_of_all)
-    assert seen[0] == ((4, 3),) * 3
+    assert seen[-1] == ((4, 3),) * 3  # before it, the check of what a loss may be
     assert found["loss"] == pytest.approx(np.mean([np.log(2), np.log(3)]), abs=0.1)
     # One on pairs is told apart by the names of what it takes.
     pairs = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in PAIRS]

@@ -12,6 +12,7 @@ from tiers import few
 from rlhf_jax.metrics import read_metrics
 
 
+@pytest.mark.slow
 def test_two_processes_in_one_run_folder(tiny, tmp_path):
     out = tmp_path / "run"
     first = tiny.process(["sft", *tiny.words("sft", out)])

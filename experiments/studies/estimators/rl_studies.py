@@ -10,6 +10,7 @@ task whose value under any policy is known. What is done is not done again.
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -231,7 +232,8 @@ def draw_gae(path: Path, learnt: Mapping[str, np.ndarray]) -> None:
     Args:
       learnt: return by environment, [gammas, lambdas].
     """
-    with picture(path, 2, 2, height=2.4) as (bias_axes, variance_axes, *maps):
+    rows = 1 + math.ceil(len(learnt) / 2)
+    with picture(path, rows, 2, height=2.4) as (bias_axes, variance_axes, *maps):
         for axes, which, title in ((bias_axes, 0, "squared bias"), (variance_axes, 1, "variance")):
             lines = {}
             for gamma, errors in walk_errors().items():
@@ -240,7 +242,9 @@ def draw_gae(path: Path, learnt: Mapping[str, np.ndarray]) -> None:
             if which == 0:
                 axes.set(yscale="log", ylim=(1e-6, None))
             name_ends(axes, lines)
-        for axes, (env, returns) in zip(maps, learnt.items(), strict=True):
+        for axes in maps[len(learnt) :]:
+            axes.remove()
+        for axes, (env, returns) in zip(maps, learnt.items(), strict=False):
             axes.grid(False)
             axes.pcolormesh(returns, cmap="viridis")
             for (row, column), value in np.ndenumerate(returns):

@@ -15,6 +15,7 @@ def init(seed=0, dtype=jnp.float32):
     return {name: jnp.asarray(table, dtype) for name, table in tables.items()}
 
 
+@jax.jit
 def distribution(params, sequences):
     """Log-probs of all tokens at t given the one at t-1; NaN where nothing counts."""
     logp = jax.nn.log_softmax(params["logits"])[jnp.roll(sequences.tokens, 1, axis=1)]
@@ -22,6 +23,7 @@ def distribution(params, sequences):
     return jnp.where(sound[..., None], logp, jnp.nan)
 
 
+@jax.jit
 def score(params, sequences):
     """The token at t given the one at t-1; NaN where nothing counts, and at negative positions."""
     before = jnp.roll(sequences.tokens, 1, axis=1)
@@ -35,6 +37,7 @@ def score(params, sequences):
     return TokenLogprobs(*arrays, collision=jnp.where(sound, collision, jnp.nan))
 
 
+@jax.jit
 def reward(params, sequences):
     """Sum over the row of the value of each token there is; NaN if it has a negative position."""
     values = jnp.where(sequences.positions < 0, jnp.nan, params["value"][sequences.tokens])

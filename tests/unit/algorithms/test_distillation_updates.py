@@ -93,7 +93,7 @@ def test_the_teacher_follows_the_policy():
 
 def updated(config, batch, hyper):
     label_fn = distillation.over_vocabulary(tabular.distribution)
-    update = distillation.make_update(config, label_fn, optax.sgd(1.0))
+    update = jax.jit(distillation.make_update(config, label_fn, optax.sgd(1.0)))
     state = distillation.init(tabular.init(), optax.sgd(1.0), jax.random.key(0))
     state, metrics = jax.jit(update)(state, hyper, batch)
     return state.learner.params["logits"], metrics

@@ -88,12 +88,12 @@ def kl_by_hand(policy, reference):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_all_candidates_are_the_kl_of_the_distributions_and_few_are_less(temperature):
     config, (params, reference), rows = tiny_model()
-    full = models.make_distribution_fn(config, temperature=temperature)
+    full = jax.jit(models.make_distribution_fn(config, temperature=temperature))
     wanted = kl_by_hand(full(params, rows), full(reference, rows))
-    score = models.make_logprob_fn(config, temperature=temperature)
+    score = jax.jit(models.make_logprob_fn(config, temperature=temperature))
     found = []
     for k in (7, 3, 1):
-        ref_logp, candidates = make_top_k_fn(config, k)(reference, rows, temperature)
+        ref_logp, candidates = jax.jit(make_top_k_fn(config, k))(reference, rows, temperature)
         asked = dataclasses.replace(rows, candidates=candidates)
         found.append(losses.top_k_kl(score(params, asked).candidate_logp, ref_logp, rows.mask))
     counts = np.asarray(rows.mask)
@@ -114,7 +114,7 @@ def test_models_that_give_logits_only_say_the_same_of_candidates():
 def test_a_step_with_the_exact_kl_alone_goes_down_that_kl():
     """Rewards that are all equal teach nothing: what is left is the gradient of the KL by hand."""
     config, (params, reference), rows = tiny_model()
-    tx, score = optax.identity(), models.make_logprob_fn(config)
+    tx, score = optax.identity(), jax.jit(models.make_logprob_fn(config))
     settings = grpo.Config(group_size=2, reduce=sequence_sum)
     step = make_grpo_train_step(settings, score, tx, top_k_fn=make_top_k_fn(config, 7))
     state = grpo.init(params, tx, jax.random.key(0))
@@ -122,7 +122,7 @@ def test_a_step_with_the_exact_kl_alone_goes_down_that_kl():
     new, metrics = jax.jit(step)(
         state, grpo.Hyper(learning_rate=1.0, kl_coef=BETA), reference, rollout, jnp.ones(4)
     )
-    full = models.make_distribution_fn(config)
+    full = jax.jit(models.make_distribution_fn(config))
     ref = full(reference, rows)
 
     def by_hand(params):

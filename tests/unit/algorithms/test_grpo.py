@@ -119,7 +119,7 @@ def test_answers_that_are_rewarded_become_likely():
         make_optimizer(OptimizerConfig()),
         grpo.Config(group_size=8, num_iterations=2, num_minibatches=2),
     )
-    update = grpo.make_update(config, tabular.score, tx)
+    update = jax.jit(grpo.make_update(config, tabular.score, tx))
     hyper = grpo.Hyper(learning_rate=0.05)
     reference = tabular.init()
     prompts = jnp.repeat(jnp.arange(tabular.VOCAB), 8)

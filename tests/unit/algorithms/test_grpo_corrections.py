@@ -210,7 +210,8 @@ def test_thresholds_and_fractions_compile_once():
     def step(numbers):
         batch, _, hyper = make_batch(variant, **numbers)
         state = grpo.init(tabular.init(0, jnp.float64), TX, jax.random.key(0))
-        return grpo.make_update(variant.config, tabular.score, TX)(state, hyper, batch)[0].learner.params
+        update = jax.jit(grpo.make_update(variant.config, tabular.score, TX))
+        return update(state, hyper, batch)[0].learner.params
 
     expected = step(base)["logits"]
     for name, number in narrow.items():

@@ -170,7 +170,7 @@ def bandit_score(params, actions):
 
 
 def make_bandit_step(config, hyper):
-    update = ppo.make_update(config, bandit_score, TX)
+    update = jax.jit(ppo.make_update(config, bandit_score, TX))
 
     def step(state, key):
         params = state.learner.params

@@ -95,7 +95,7 @@ def test_text_that_cannot_be_shared_out_or_scored_is_refused():
         update_once(config, ppo.Hyper(), experience(), TEXT)
     with pytest.raises(UserError, match="micro_batches=2 does not divide the 1 rows"):
         update_once(config, ppo.Hyper(), experience(), jax.tree.map(lambda x: x[:6], TEXT), micro_batches=2)
-    update = ppo.make_update(config, tabular.score, PLAIN)
+    update = jax.jit(ppo.make_update(config, tabular.score, PLAIN))
     state = ppo.init(tabular.init(), PLAIN, jax.random.key(0), ppo.Hyper())
     with pytest.raises(UserError, match="give make_update ptx_logprob_fn"):
         jax.jit(update)(state, ppo.Hyper(), experience(), jax.tree.map(lambda x: x[:6], TEXT))
@@ -124,6 +124,7 @@ def text_of(key, params, first, rows):
     return Sequences(tokens, jnp.arange(2) * there, there, jnp.arange(2) * there > 0)
 
 
+@pytest.mark.slow
 def test_perplexity_on_text_is_kept_where_ppo_alone_loses_it():
     start = {"logits": jax.random.normal(jax.random.key(0), (VOCAB, VOCAB)), "bias": jnp.zeros(VOCAB)}
     held_out = text_of(jax.random.key(9), start, 3, 2_000)
@@ -131,7 +132,7 @@ def test_perplexity_on_text_is_kept_where_ppo_alone_loses_it():
 
     def train(coef):
         hyper = ppo.Hyper(learning_rate=0.3, value_coef=0.0, ptx_coef=coef)
-        update = ppo.make_update(config, biased_score, PLAIN, biased_score)
+        update = jax.jit(ppo.make_update(config, biased_score, PLAIN, biased_score))
 
         def step(state, key):
             answer_key, text_key = jax.random.split(key)

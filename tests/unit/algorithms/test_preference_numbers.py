@@ -119,7 +119,7 @@ def updated(loss_fn, numbers, *, ld_alpha=None, use_weighting=False, micro_batch
     ref = tabular.init(7, jnp.float64)
     batch = preference.make_batch(tabular.score, ref, chosen, rejected, jnp.asarray(MASK), ld_alpha)
     hyper = preference.Hyper(1.0, BETA, numbers, ld_alpha)
-    update = preference.make_update(config, tabular.score, tx)
+    update = jax.jit(preference.make_update(config, tabular.score, tx))
     state, metrics = update(preference.init(params, tx, jax.random.key(0)), hyper, batch)
     return metrics["loss"], params["logits"] - state.learner.params["logits"], metrics
 
@@ -344,7 +344,7 @@ def test_the_shift_of_bco_is_the_mean_of_class_means_or_of_rows(shift_fn, micro_
     responses, desirable = tabular.rows(1, LENGTHS), np.asarray([True, False, False, False])
     params, ref = (tabular.init(seed, jnp.float64) for seed in (0, 7))
     config = unpaired.Config(micro_batches, shift_decay=0.75, shift_fn=shift_fn)
-    update = unpaired.make_update(config, tabular.score, optax.identity())
+    update = jax.jit(unpaired.make_update(config, tabular.score, optax.identity()))
     batch = unpaired.make_batch(tabular.score, ref, responses, jnp.asarray(desirable))
     state = unpaired.init(params, optax.identity(), jax.random.key(0))
     state, _ = update(state, unpaired.Hyper(0.0, BETA), batch)
@@ -363,7 +363,7 @@ def test_the_shift_of_bco_is_the_mean_of_class_means_or_of_rows(shift_fn, micro_
 def test_a_batch_of_one_class_leaves_the_shift_as_it_is():
     params = tabular.init(dtype=jnp.float64)
     config = unpaired.Config(shift_decay=0.75)
-    update = unpaired.make_update(config, tabular.score, optax.identity())
+    update = jax.jit(unpaired.make_update(config, tabular.score, optax.identity()))
     state = unpaired.init(params, optax.identity(), jax.random.key(0))
     state = dataclasses.replace(state, shift=jnp.float32(0.3))
     for desirable in (jnp.ones(4, bool), jnp.zeros(4, bool)):

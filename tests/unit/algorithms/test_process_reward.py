@@ -35,7 +35,7 @@ def test_micro_batches_are_one_batch_and_the_gradient_is_the_derivative():
     results = []
     for parts in (1, 4):
         tx = optax.identity()
-        update = process_reward.make_update(process_reward.Config(parts), log_odds, tx)
+        update = jax.jit(process_reward.make_update(process_reward.Config(parts), log_odds, tx))
         state, metrics = update(process_reward.init(params, tx, jax.random.key(0)), hyper, batch)
         results.append((state.learner.params["odds"], metrics["loss"], metrics["accuracy"]))
     for one, four in zip(*results, strict=True):
@@ -48,7 +48,7 @@ def test_micro_batches_are_one_batch_and_the_gradient_is_the_derivative():
 
 
 def test_it_learns_which_steps_are_right():
-    update = process_reward.make_update(process_reward.Config(), log_odds, TX)
+    update = jax.jit(process_reward.make_update(process_reward.Config(), log_odds, TX))
     state = process_reward.init({"odds": jnp.zeros(5)}, TX, jax.random.key(0))
     batch, hyper = make_batch(32), process_reward.Hyper(0.1)
     state, metrics = jax.jit(

@@ -28,7 +28,7 @@ def test_sft_reaches_the_frequencies_of_the_data():
     counts = np.zeros((tabular.VOCAB, tabular.VOCAB))
     for row, length in zip(np.asarray(batch.tokens), LENGTHS, strict=True):
         np.add.at(counts, (row[:length], row[1 : length + 1]), 1)
-    update = sft.make_update(sft.Config(), tabular.score, TX)
+    update = jax.jit(sft.make_update(sft.Config(), tabular.score, TX))
     state = sft.init(tabular.init(), TX, jax.random.key(0))
     state, metrics = train(update, state, sft.Hyper(learning_rate=0.1), batch, 400)
     share = counts / counts.sum(axis=1, keepdims=True)
@@ -43,7 +43,7 @@ def test_sft_gradient_is_that_of_the_mean_over_tokens():
     """One step of plain gradient descent against the derivative written out."""
     batch, params = tabular.rows(0, LENGTHS), tabular.init()
     tx = optax.identity()
-    update = sft.make_update(sft.Config(), tabular.score, tx)
+    update = jax.jit(sft.make_update(sft.Config(), tabular.score, tx))
     state, _ = update(sft.init(params, tx, jax.random.key(0)), sft.Hyper(learning_rate=1.0), batch)
     gradient = np.zeros((tabular.VOCAB, tabular.VOCAB))
     chances = np.asarray(jax.nn.softmax(params["logits"]))
@@ -61,7 +61,7 @@ def test_sft_says_the_loss_of_each_source():
     sources = jnp.asarray([0, 1, 1, 0, 0, 1, 0, 1])
     config = sft.Config(micro_batches=2, sources=("a", "b", "c"))
     state = sft.init(params, TX, jax.random.key(0))
-    _, metrics = sft.make_update(config, tabular.score, TX)(state, sft.Hyper(), batch, sources)
+    _, metrics = jax.jit(sft.make_update(config, tabular.score, TX))(state, sft.Hyper(), batch, sources)
     logp, mask = np.asarray(tabular.score(params, batch).logp), np.asarray(batch.mask)
     for number, name in enumerate("ab"):
         of_source = mask & (np.asarray(sources) == number)[:, None]
@@ -86,7 +86,7 @@ def separable_pairs(count=64):
 
 
 def test_reward_model_learns_a_separable_preference_and_keeps_scores_centred():
-    update = reward.make_update(reward.Config(), tabular.reward, TX)
+    update = jax.jit(reward.make_update(reward.Config(), tabular.reward, TX))
     pairs = reward.Pairs(*separable_pairs())
     state = reward.init(tabular.init(), TX, jax.random.key(0))
     state, metrics = train(update, state, reward.Hyper(learning_rate=0.05), pairs, 300)
@@ -126,7 +126,7 @@ def test_dpo_learns_a_separable_preference():
     chosen, rejected = separable_pairs()
     params = tabular.init()
     batch = preference.make_batch(tabular.score, params, chosen, rejected)
-    update = preference.make_update(preference.Config(), tabular.score, TX)
+    update = jax.jit(preference.make_update(preference.Config(), tabular.score, TX))
     state = preference.init(params, TX, jax.random.key(0))
     state, metrics = train(update, state, preference.Hyper(learning_rate=0.05, beta=0.5), batch, 200)
     assert metrics["accuracy"][-1] > 0.97

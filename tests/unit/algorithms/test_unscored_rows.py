@@ -1,6 +1,7 @@
 """Answers without a reward: the update is that of the batch without them, whatever stands in their rows."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,7 @@ def float64():
         yield
 
 
+@jax.jit
 def answers(rows):
     """(rollout, log-probs and values, the reference's log-probs) of some of the rows."""
     params = tabular.init(0, jnp.float64)
@@ -61,8 +63,7 @@ def group_update(name, rows, group_size, scored, micro_batches=1):
     hyper = dataclasses.replace(variant.hyper, **numbers)
     rollout, score, ref_logp = answers(rows)
     greedy = jnp.arange(len(rows) // group_size, dtype=jnp.float64) if variant.needs_greedy else None
-    batch, described = grpo.make_batch(
-        variant.config,
+    batch, described = jax.jit(functools.partial(grpo.make_batch, variant.config))(
         hyper,
         rollout,
         jnp.asarray(REWARDS)[rows],
@@ -75,7 +76,7 @@ def group_update(name, rows, group_size, scored, micro_batches=1):
         values=jnp.arange(len(rows) // group_size, dtype=jnp.float64) / 3,
         key=jax.random.key(0),
     )
-    update = grpo.make_update(variant.config, tabular.score, TX)
+    update = jax.jit(grpo.make_update(variant.config, tabular.score, TX))
     state, metrics = update(grpo.init(tabular.init(0, jnp.float64), TX, jax.random.key(0)), hyper, batch)
     return state.learner.params, {**described, **metrics}, batch
 
@@ -118,10 +119,10 @@ def ppo_update(rows, scored, config=ppo.Config(scale_rewards=True, adaptive_kl=T
     rollout, score, ref_logp = answers(rows)
     state = ppo.init(tabular.init(0, jnp.float64), TX, jax.random.key(0), hyper)
     rewards = jnp.asarray(REWARDS)[rows]
-    state, batch, described = ppo.language_batch(
-        config, state, hyper, rollout, score, ref_logp, rewards, scored=scored
+    state, batch, described = jax.jit(functools.partial(ppo.language_batch, config))(
+        state, hyper, rollout, score, ref_logp, rewards, scored=scored
     )
-    state, metrics = ppo.make_update(config, tabular.score, TX)(state, hyper, batch)
+    state, metrics = jax.jit(ppo.make_update(config, tabular.score, TX))(state, hyper, batch)
     return state, {**described, **metrics}
 
 
@@ -149,7 +150,7 @@ def test_nash_md_leaves_out_what_could_not_be_judged():
         sequences = jax.tree.map(lambda leaf: leaf[rows], tabular.rows(1, LENGTHS))
         preference = jnp.where(jnp.asarray(counts[rows]), jnp.array([0.9, 0.5, 0.2, 0.6])[rows], jnp.nan)
         batch = nash_md.Batch(sequences, jnp.zeros(len(rows)), preference, mask)
-        update = nash_md.make_update(nash_md.Config(), tabular.score, TX)
+        update = jax.jit(nash_md.make_update(nash_md.Config(), tabular.score, TX))
         state = nash_md.init(tabular.init(0, jnp.float64), TX, jax.random.key(0))
         return update(state, nash_md.Hyper(learning_rate=1.0), batch)[0].learner.params
 

@@ -39,12 +39,12 @@ def policy_arrays(dtype):
 
 
 def sft_case(dtype, **config):
-    update = sft.make_update(sft.Config(reduce=sequence_mean, **config), tabular.score, TX)
+    update = jax.jit(sft.make_update(sft.Config(reduce=sequence_mean, **config), tabular.score, TX))
     return update, sft.Hyper(), tabular.rows(1, LENGTHS)
 
 
 def reward_case(dtype, **config):
-    update = reward.make_update(reward.Config(**config), tabular.reward, TX)
+    update = jax.jit(reward.make_update(reward.Config(**config), tabular.reward, TX))
     margin = jnp.linspace(0, 1, ROWS, dtype=dtype)
     return update, reward.Hyper(margin=0.1), reward.Pairs(*preference_rows(dtype), margin=margin)
 
@@ -61,7 +61,7 @@ def ranking_case(dtype, loss_fn=losses.all_pairs_loss, slots=3, **config):
     ranks = np.concatenate([rng.permuted(np.tile(np.arange(3), (ROWS, 1)), axis=1), 0 * mask[:, 3:]], axis=1)
     margin = jnp.linspace(0, 1, ROWS, dtype=dtype)
     batch = reward.Rankings(answers, jnp.asarray(ranks, jnp.int32), jnp.asarray(mask), margin)
-    update = reward.make_update(reward.Config(loss_fn=loss_fn, **config), tabular.reward, TX)
+    update = jax.jit(reward.make_update(reward.Config(loss_fn=loss_fn, **config), tabular.reward, TX))
     return update, reward.Hyper(margin=0.1), batch
 
 
@@ -70,7 +70,7 @@ def plackett_luce_case(dtype, **config):
 
 
 def preference_case(dtype, **config):
-    update = preference.make_update(preference.Config(**config), tabular.score, TX)
+    update = jax.jit(preference.make_update(preference.Config(**config), tabular.score, TX))
     chosen, rejected = preference_rows(dtype)
     return (
         update,
@@ -81,7 +81,7 @@ def preference_case(dtype, **config):
 
 def unpaired_case(dtype, shift_decay=None, **config):
     config = unpaired.Config(shift_decay=shift_decay, **config)
-    update = unpaired.make_update(config, tabular.score, TX)
+    update = jax.jit(unpaired.make_update(config, tabular.score, TX))
     responses, mismatched = preference_rows(dtype)
     desirable = jnp.arange(ROWS) % 3 > 0
     mismatched = mismatched if shift_decay is None else None
@@ -96,7 +96,7 @@ def bco_case(dtype, **config):
 
 def distillation_case(dtype, **config):
     label_fn = distillation.over_vocabulary(tabular.distribution)
-    update = distillation.make_update(distillation.Config(**config), label_fn, TX)
+    update = jax.jit(distillation.make_update(distillation.Config(**config), label_fn, TX))
     hyper = distillation.Hyper(temperature=2.0, hard_label_weight=0.3)
     sequences = tabular.rows(1, LENGTHS)
     return update, hyper, distillation.make_batch(label_fn, tabular.init(7, dtype), sequences, hyper)
@@ -112,7 +112,7 @@ def top_k_distillation_case(dtype, **config):
         return taken, tabular.score(params, sequences).logp
 
     label_fn = distillation.over_top_k(top_k, candidates)
-    update = distillation.make_update(distillation.Config(**config), label_fn, TX)
+    update = jax.jit(distillation.make_update(distillation.Config(**config), label_fn, TX))
     hyper = distillation.Hyper(temperature=2.0, hard_label_weight=0.3)
     sequences = tabular.rows(1, LENGTHS)
     return update, hyper, distillation.make_batch(label_fn, tabular.init(7, dtype), sequences, hyper)
@@ -123,7 +123,7 @@ def ppo_case(dtype, **config):
     rng, mask = np.random.default_rng(4), np.asarray(sequences.mask)
     arrays = [dirty(rng, mask, dtype) for _ in range(3)]
     config = ppo.Config(num_ppo_epochs=1, num_minibatches=1, **config)
-    update = ppo.make_update(config, tabular.score, TX)
+    update = jax.jit(ppo.make_update(config, tabular.score, TX))
     hyper = ppo.Hyper(entropy_coef=0.01, epsilon_low=0.1)
     return update, hyper, ppo.Batch(sequences, sequences.mask, old_logp, *arrays)
 
@@ -133,7 +133,7 @@ def ptx_case(dtype, **config):
     _, hyper, batch = ppo_case(dtype)
     batch = dataclasses.replace(batch, positive=jnp.arange(ROWS) % 3 == 1)
     config = ppo.Config(num_ppo_epochs=1, num_minibatches=1, **config)
-    update = ppo.make_update(config, tabular.score, TX, tabular.score)
+    update = jax.jit(ppo.make_update(config, tabular.score, TX, tabular.score))
     together = lambda state, hyper, both: update(state, hyper, *both)  # noqa: E731
     hyper = dataclasses.replace(hyper, ptx_coef=0.5, positive_lm_coef=0.3)
     return together, hyper, (batch, tabular.rows(9, LENGTHS[3:] + LENGTHS[:3]))
@@ -142,7 +142,7 @@ def ptx_case(dtype, **config):
 def group_case(dtype, reduce=sequence_mean, **config):
     sequences, old_logp, ref_logp = policy_arrays(dtype)
     advantages = jnp.asarray(np.random.default_rng(5).normal(size=ROWS), dtype)
-    update = grpo.make_update(grpo.Config(reduce=reduce, **config), tabular.score, TX)
+    update = jax.jit(grpo.make_update(grpo.Config(reduce=reduce, **config), tabular.score, TX))
     hyper = grpo.Hyper(
         entropy_coef=0.01,
         kl_coef=0.1,

@@ -40,10 +40,9 @@ def gradient_of(variant, *, ref=None, rollout=None, rewards=REWARDS):
     rollout = rollout_of(params) if rollout is None else rollout
     logp = tabular.score(params, rollout.sequences).logp
     greedy = jnp.zeros(N) if variant.needs_greedy else None
-    batch, _ = grpo.make_batch(
-        variant.config, variant.hyper, rollout, rewards, logp, ref, greedy_rewards=greedy
-    )
-    update = grpo.make_update(variant.config, tabular.score, tx)
+    make_batch = jax.jit(functools.partial(grpo.make_batch, variant.config, greedy_rewards=greedy))
+    batch, _ = make_batch(variant.hyper, rollout, rewards, logp, ref)
+    update = jax.jit(grpo.make_update(variant.config, tabular.score, tx))
     hyper = grpo.Hyper(**{**vars(variant.hyper), "learning_rate": 1.0})
     state, metrics = update(grpo.init(params, tx, jax.random.key(0)), hyper, batch)
     return params["logits"] - state.learner.params["logits"], batch, metrics
@@ -308,7 +307,8 @@ def test_an_update_gives_its_loss_the_pairs_of_the_batch(name):
         rejected_length=jnp.asarray([4, 2, 5, 1]),
     )
     expected, _ = loss_fn(pairs, beta=0.3)
-    update = preference.make_update(preference.Config(loss_fn=loss_fn), tabular.score, optax.identity())
+    config = preference.Config(loss_fn=loss_fn)
+    update = jax.jit(preference.make_update(config, tabular.score, optax.identity()))
     state = preference.init(params, optax.identity(), jax.random.key(0))
     _, metrics = update(state, preference.Hyper(beta=0.3), batch)
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
@@ -325,7 +325,7 @@ def test_losses_that_sort_a_batch_refuse_micro_batches():
 
 
 def test_masked_pairs_do_not_count():
-    update = preference.make_update(preference.Config(), tabular.score, optax.identity())
+    update = jax.jit(preference.make_update(preference.Config(), tabular.score, optax.identity()))
     state = preference.init(tabular.init(), optax.identity(), jax.random.key(0))
     some = pair_batch(jnp.asarray([True, False, True, False]))
     few = jax.tree.map(lambda leaf: leaf[::2], pair_batch())
@@ -339,10 +339,10 @@ def test_kto_needs_mismatched_pairs_and_bco_moves_its_shift():
     responses, desirable = tabular.rows(1, (1, 5, 2, 4)), jnp.asarray([True, False, True, False])
     batch = unpaired.make_batch(tabular.score, tabular.init(7), responses, desirable)
     state = unpaired.init(tabular.init(), optax.identity(), jax.random.key(0))
-    kto = unpaired.make_update(unpaired.Config(), tabular.score, optax.identity())
+    kto = jax.jit(unpaired.make_update(unpaired.Config(), tabular.score, optax.identity()))
     with pytest.raises(ValueError, match="mismatched"):
         kto(state, unpaired.Hyper(), batch)
-    bco = unpaired.make_update(unpaired.Config(shift_decay=0.75), tabular.score, optax.identity())
+    bco = jax.jit(unpaired.make_update(unpaired.Config(shift_decay=0.75), tabular.score, optax.identity()))
     after, metrics = bco(state, unpaired.Hyper(), batch)
     np.testing.assert_allclose(after.shift, 0.25 * metrics["reward"], rtol=1e-6)
 

@@ -62,6 +62,7 @@ def run(folder, *, event: int = 0, milliseconds: float = 0) -> tuple[int, list[s
     return process.returncode, process.stdout.splitlines(), process.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_kill_at_any_moment_leaves_a_whole_step(tmp_path, seed):
     rng = random.Random(seed)

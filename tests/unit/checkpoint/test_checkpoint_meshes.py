@@ -7,6 +7,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from rlhf_jax.checkpoint import CheckpointManager
 
@@ -96,6 +97,7 @@ def test_sixteen_pairs_of_meshes(tmp_path):
     assert process.stdout == "16 pairs\n"
 
 
+@pytest.mark.slow
 def test_two_processes_save_and_one_restores(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))

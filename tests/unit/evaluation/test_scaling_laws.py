@@ -82,6 +82,7 @@ def test_limits_of_each_law():
     np.testing.assert_allclose(CHINCHILLA(np.inf, np.inf), 1.69)
 
 
+@pytest.mark.slow
 def test_bootstrap_intervals_cover_the_truth():
     n, d = grid(4, 4)
     law = laws.Kaplan(log_N_c=math.log(1e8), log_D_c=math.log(1e10), alpha_N=0.3, alpha_D=0.25)

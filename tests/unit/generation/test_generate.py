@@ -143,6 +143,7 @@ def test_temperature_and_top_p_do_not_recompile():
     assert _generate._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_scalars_of_all_sampling_rules_do_not_trace_anew(toy):
     @jit
     @chex.assert_max_traces(n=1)

@@ -117,7 +117,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", few(METHODS, "dapo", "ppo", "nash_md"))
+@pytest.mark.parametrize("name", few(METHODS, "dapo"))
 def test_every_method_is_traceable_from_end_to_end(name):
     """What a run needs and returns, by shapes alone."""
     make, hyper = METHODS[name]

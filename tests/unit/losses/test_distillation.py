@@ -27,10 +27,11 @@ def js(student: np.ndarray, teacher: np.ndarray, beta: float) -> float:
     return beta * kl(teacher, mixture) + (1 - beta) * kl(student, mixture)
 
 
+jitted = functools.partial(jax.jit, static_argnames="reduce")
 DIVERGENCES = {
-    "forward_kl": (losses.forward_kl_loss, lambda s, t: kl(t, s)),
-    "reverse_kl": (losses.reverse_kl_loss, lambda s, t: kl(s, t)),
-    "js_0.3": (functools.partial(losses.generalized_js_loss, beta=0.3), lambda s, t: js(s, t, 0.3)),
+    "forward_kl": (jitted(losses.forward_kl_loss), lambda s, t: kl(t, s)),
+    "reverse_kl": (jitted(losses.reverse_kl_loss), lambda s, t: kl(s, t)),
+    "js_0.3": (jitted(functools.partial(losses.generalized_js_loss, beta=0.3)), lambda s, t: js(s, t, 0.3)),
 }
 EACH = pytest.mark.parametrize("name", DIVERGENCES)
 

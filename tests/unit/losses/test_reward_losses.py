@@ -27,7 +27,10 @@ ITEMS = np.array([[1, 1, 1, 1, 1], [1, 0, 1, 1, 0], [0, 0, 0, 1, 0], [1, 1, 0, 0
 IN_ORDER = jnp.broadcast_to(jnp.arange(5), (4, 5))
 TIED = np.array([[0, 1, 1, 2, 0], [1, 0, 0, 0, 2], [0, 1, 2, 0, 1], [2, 0, 1, 0, 0]])
 MARGINS, CENTRING = np.array([0.3, 0.0, 1.0, -0.2]), 0.07
-ON_RANKINGS = {"all_pairs": losses.all_pairs_loss, "plackett_luce": losses.plackett_luce_loss}
+ON_RANKINGS = {
+    "all_pairs": jax.jit(losses.all_pairs_loss),
+    "plackett_luce": jax.jit(losses.plackett_luce_loss),
+}
 every_ranking_loss = pytest.mark.parametrize("name", ON_RANKINGS)
 
 

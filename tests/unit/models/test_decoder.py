@@ -66,7 +66,10 @@ def test_numpy_oracle_of_one_layer():
     np.testing.assert_allclose(hidden[0], norm(x, p["final_norm"]["scale"]), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("tied", "remats"), [(True, ["none", "dots"]), (False, ["full", "attention"])])
+@pytest.mark.parametrize(
+    ("tied", "remats"),
+    [(True, ["none", "dots"]), pytest.param(False, ["full", "attention"], marks=pytest.mark.slow)],
+)
 def test_scanned_and_rematerialised_layers_equal_unrolled(tied, remats):
     config = dataclasses.replace(CONFIG, tie_word_embeddings=tied)
     params = init_params(config, jax.random.key(0))

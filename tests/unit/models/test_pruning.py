@@ -108,6 +108,7 @@ def test_inputs_are_measured_where_there_are_tokens(config, params):
     np.testing.assert_allclose(scores[name], np.abs(weight) * np.sqrt(sums_of)[:, None], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_pruned_weights_stay_exactly_zero_and_the_others_learn(config, params):
     masks = pruning.keep_masks(pruning.magnitude_scores(params), sparsity=0.5, granularity="output")
     pruned = pruning.apply_masks(params, masks)

@@ -56,6 +56,7 @@ def chosen_by(config, params, sequences):
     return routing_replay._recorded(kept["routing"], params, sequences.tokens.shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan_layers", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_experts_of_the_rollout_are_taken_whatever_the_routers_would_choose(scan_layers):
     config = config_of(scan_layers, models.SoftmaxRouter())

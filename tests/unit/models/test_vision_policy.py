@@ -41,7 +41,12 @@ def prompts(policy=POLICY):
     return prompt_examples(as_rows(rows), policy.tokenizer, max_length=999)
 
 
-@pytest.mark.parametrize("options", [{}, {"scan_layers": True, "remat": "full"}], ids=["plain", "scanned"])
+SCANNED = {"scan_layers": True, "remat": "full"}
+
+
+@pytest.mark.parametrize(
+    "options", [pytest.param({}, id="plain"), pytest.param(SCANNED, id="scanned", marks=pytest.mark.slow)]
+)
 def test_the_sampler_says_of_its_answers_what_the_trainer_says(options):
     policy = make_policy(**options) if options else POLICY
     asked = [prompt for prompt in prompts(policy) for _ in range(2)]

@@ -1,11 +1,13 @@
 """The table of plans: each cell has a command that its stage takes, for as many devices as its slice has."""
 
 import importlib
+import itertools
 import json
 
 import jax
 import plan_table
 import pytest
+from tiers import few
 
 from rlhf_jax import distributed
 from rlhf_jax.cli.parsing import parse
@@ -31,8 +33,10 @@ def test_every_row_has_a_command_and_every_slice_its_devices():
     assert len(folders) == len(rows) * len(plan_table.SLICES)
 
 
-@pytest.mark.parametrize("way", ["full", "LoRA"])
-@pytest.mark.parametrize("algorithm", ["sft", "dpo", "grpo", "ppo"])
+CELLS = list(itertools.product(["sft", "dpo", "grpo", "ppo"], ["full", "LoRA"]))
+
+
+@pytest.mark.parametrize(("algorithm", "way"), few(CELLS, ("sft", "full"), ("grpo", "LoRA")))
 def test_the_plan_of_a_cell_has_its_sizes(tmp_path, algorithm, way):
     options = plan_table.Options(out=tmp_path, models=("llama-1b",))
     plan_table.write_folders(options)

@@ -121,6 +121,7 @@ def test_both_values_come_from_one_pass_over_both():
     np.testing.assert_allclose(metrics["value_loss"], np.mean((now - targets) ** 2) / 2, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_actor_waits_and_looks_at_running_statistics():
     """With a rate of 0 the actor alone decides, and its step is the one with the statistics left behind."""
     (state, hyper, _, update), batch = parts(delay=2), batch_of(8)

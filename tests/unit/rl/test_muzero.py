@@ -146,6 +146,7 @@ def test_the_search_looks_beyond_the_first_reward():
     assert np.all(found.value < 9)
 
 
+@pytest.mark.slow
 def test_a_step_lowers_the_loss_and_the_model_is_unrolled_along_the_actions():
     network = muzero.make_network(SMALL, CARTPOLE[0])
     shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 4)), jnp.zeros(1, jnp.int32))

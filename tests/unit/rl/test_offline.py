@@ -188,6 +188,7 @@ def test_gail_pays_for_looking_like_the_log(log):
         gail.make_run(gail.Config(normalised), CARTPOLE, CARTPOLE_PARAMS, log)
 
 
+@pytest.mark.slow
 def test_the_script_collects_trains_and_resumes(tmp_path, capsys):
     data, out = tmp_path / "log.npz", tmp_path / "run"
     options = rl_offline.Options(

@@ -116,6 +116,7 @@ def test_layer_normalization_before_each_activation():
     np.testing.assert_allclose(network.apply({"params": params}, inputs), np.maximum(normed, 0), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_runs_side_by_side_have_their_own_epsilon():
     config = pqn.Config(
         64, RolloutConfig(num_envs=2, num_steps=16), MLP((4,)), num_epochs=1, num_minibatches=2

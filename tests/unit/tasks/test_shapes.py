@@ -77,6 +77,7 @@ def test_splits_share_no_scene_and_seeds_make_rows():
     assert all(np.array_equal(a["images"][0], b["images"][0]) for a, b in zip(train, again, strict=True))
 
 
+@pytest.mark.slow
 def test_the_question_alone_leaves_the_answer_open():
     """What guesses the most frequent answer to each question is right in few cases."""
     for question, most in (("count", 0.65), ("what", 0.25), ("where", 0.25), ("sum", 0.25), ("name", 0.15)):
