@@ -46,7 +46,7 @@ def test_the_best_taxi_takes_the_shortest_way():
     ways = {place: distances(letter) for place, letter in enumerate("RGYB")}
     places = [min(way, key=way.get) for way in ways.values()]
     assert len(STARTS) == 400
-    for state in STARTS:
+    for state in STARTS.tolist():
         cell, passenger, destination = state // 20, state // 4 % 5, state % 4
         steps = ways[passenger][cell] + 1 + ways[destination][places[passenger]] + 1
         np.testing.assert_allclose(values[state], 21 - steps, atol=1e-4)
