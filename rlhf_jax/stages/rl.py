@@ -46,12 +46,13 @@ class Options:
     """Options of reinforcement learning.
 
     Attributes:
-      algo: ppo, ppo_penalty, a2c, a3c, impala, trpo, reinforce, grpo, dqn, c51, qr_dqn, iqn, rainbow,
-        r2d2, pqn, muzero, her (environments with goals), ddpg, td3, sac, crossq, mpo or mpc; for several
-        agents ippo, mappo, maddpg, vdn or qmix.
-      env: name of an environment of gymnax, of `rl.envs.goals`, such as BitFlipping-12, or of
-        `rl.envs.multi_agent`, such as mpe_simple_spread, smax_3m or overcooked_cramped_room; with
-        --load, that of the saved agent.
+      algo: ppo, ppo_penalty, a2c, a3c, impala, trpo, reinforce, grpo, option_critic, dqn, c51, qr_dqn, iqn,
+        rainbow, r2d2, pqn, muzero, feudal_networks, her (environments with goals), maxq (environments with
+        numbered states), ddpg, td3, sac, crossq, mpo or mpc; for several agents ippo, mappo, maddpg, vdn or
+        qmix.
+      env: name of an environment of gymnax, of `rl.envs.goals`, such as BitFlipping-12, of
+        `rl.envs.processes` (Taxi, HallwayRooms), or of `rl.envs.multi_agent`, such as mpe_simple_spread,
+        smax_3m or overcooked_cramped_room; with --load, that of the saved agent.
       seeds: agents, trained side by side.
       seed: of the first of them.
       steps: environment steps of each; 0 for the usual number.

@@ -13,15 +13,16 @@ from flax import linen as nn
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.ranges import Range
-from rlhf_jax.rl.envs import environments, goals, multi_agent
+from rlhf_jax.rl.envs import environments, goals, multi_agent, processes
 from rlhf_jax.rl.envs.environments import Environment
 from rlhf_jax.rl.loops.runs import Run
 from rlhf_jax.rl.networks.batch_norm import BatchNormMLP
 from rlhf_jax.rl.networks.networks import MLP, MinAtarConv
 from rlhf_jax.stages import rl_joint_rows, rl_rows
 
-DISCRETE = ("dqn", "c51", "qr_dqn", "iqn", "rainbow", "r2d2", "pqn", "muzero")
+DISCRETE = ("dqn", "c51", "qr_dqn", "iqn", "rainbow", "r2d2", "pqn", "muzero", "feudal_networks")
 WITH_GOALS = ("her",)
+WITH_STATES = ("maxq",)
 CONTINUOUS = ("ddpg", "td3", "sac", "crossq", "mpo", "mpc")
 ENCODERS = {
     "mlp": MLP(),
@@ -30,7 +31,7 @@ ENCODERS = {
     "minatar_conv": MinAtarConv(),
 }
 NORMED_ENCODERS = {"batch_norm_mlp": BatchNormMLP()}
-EITHER = ("ppo", "ppo_penalty", "a2c", "a3c", "impala", "trpo", "reinforce", "grpo")
+EITHER = ("ppo", "ppo_penalty", "a2c", "a3c", "impala", "trpo", "reinforce", "grpo", "option_critic")
 SEVERAL_EITHER = ("ippo", "mappo", "maddpg")
 SEVERAL_DISCRETE = ("vdn", "qmix")
 
@@ -90,7 +91,7 @@ def make_agent(algo: str, env: Environment, steps: int, changes: Sequence[str]) 
     Raises:
       UserError: there is no such algorithm or setting, or it does not fit the environment's actions.
     """
-    known = (*EITHER, *DISCRETE, *WITH_GOALS, *CONTINUOUS, *SEVERAL_EITHER, *SEVERAL_DISCRETE)
+    known = (*EITHER, *DISCRETE, *WITH_GOALS, *WITH_STATES, *CONTINUOUS, *SEVERAL_EITHER, *SEVERAL_DISCRETE)
     name = algo.replace("-", "_").lower()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
@@ -113,8 +114,10 @@ def _fitting(env: Environment) -> tuple[str, ...]:
     """Algorithms for the agents and the actions of an environment."""
     if env.num_agents > 1:
         return SEVERAL_EITHER + (SEVERAL_DISCRETE if env.discrete else ())
+    if not env.discrete:
+        return EITHER + CONTINUOUS
     with_goals = WITH_GOALS if isinstance(env.raw, goals.Goals) else ()
-    return EITHER + (DISCRETE + with_goals if env.discrete else CONTINUOUS)
+    return EITHER + DISCRETE + with_goals + (WITH_STATES if env.num_states is not None else ())
 
 
 def _mismatch(name: str, env: Environment) -> str:
@@ -125,21 +128,26 @@ def _mismatch(name: str, env: Environment) -> str:
         return f"is for {suited} and {env.name} has {env.num_agents}"
     if name in WITH_GOALS:
         return f"is for environments with goals and {env.name} has none"
+    if name in WITH_STATES:
+        return f"is for environments with numbered states and {env.name} has none"
     kinds = ("continuous", "discrete") if env.discrete else ("discrete", "continuous")
     return f"is for {kinds[0]} actions and {env.name} has {kinds[1]} ones"
 
 
 def make_environment(name: str) -> tuple[Environment, Any]:
-    """(environment, its parameters): of one agent, by its name in gymnax or in `goals`, or of several.
+    """(environment, its parameters): of one agent, of gymnax, `goals` or `processes`, or of several.
 
     Raises:
       UserError: there is none of this name, or the extra that it needs is not installed.
     """
     if goals.is_known(name):
         return goals.make(name)
+    if name in processes.NAMES:
+        return processes.make(name)
     if name in multi_agent.NAMES:
         return multi_agent.make(name), None
-    if near := difflib.get_close_matches(name.lower(), multi_agent.NAMES, n=1, cutoff=0.8):
+    ours = (*processes.NAMES, *multi_agent.NAMES)
+    if near := difflib.get_close_matches(name.lower(), ours, n=1, cutoff=0.8):
         raise UserError(f"unknown environment {name!r}: the nearest name is {near[0]!r}")
     return environments.make(name)
 

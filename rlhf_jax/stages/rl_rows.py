@@ -51,6 +51,9 @@ class Row:
 
 
 CLEANRL = "CleanRL"
+EXACT = "an optimal policy's, exactly"
+TAXI_BEST = 9.555
+"""Mean over all starts, by value iteration."""
 ZOO = "rl-zoo"
 MINATAR_PPO = (
     "rollout.num_envs=64",
@@ -223,6 +226,29 @@ ROWS = (
         variant="without hindsight",
     ),
     Row("CartPole-v1", "muzero", 50_000, None, chunk=4),
+    Row("CartPole-v1", "option_critic", 327_680, 500.0, "A2C's, after 5e5 steps"),
+    Row("CartPole-v1", "feudal_networks", 327_680, None),
+    Row("HallwayRooms", "option_critic", 204_800, -30.6, EXACT),
+    Row("HallwayRooms", "feudal_networks", 204_800, -30.6, EXACT),
+    Row("Taxi", "maxq", 100_000, TAXI_BEST, EXACT),
+    Row(
+        "Taxi",
+        "maxq",
+        100_000,
+        TAXI_BEST,
+        EXACT,
+        settings=("abstract=false",),
+        variant="without state abstraction",
+    ),
+    Row(
+        "Taxi",
+        "maxq",
+        100_000,
+        TAXI_BEST,
+        EXACT,
+        settings=("hierarchical=false",),
+        variant="without hierarchy",
+    ),
     Row("CartPole-v1", "rainbow", 500_000, 491.1, "C51's", chunk=8),
     Row(
         "MountainCarContinuous-v0",

@@ -31,11 +31,12 @@ from rlhf_jax.rl.envs.normalization import (
     scale_rewards,
 )
 from rlhf_jax.rl.loops.runs import ActFn
+from rlhf_jax.rl.networks.hierarchies import DrawsCarry
 from rlhf_jax.rl.networks.multi_agent import JointActorCritic
 from rlhf_jax.rl.networks.networks import ActorCritic, Carry, RecurrentActorCritic
 from rlhf_jax.rl.networks.sequence_values import EpsilonGreedy
 
-Network = ActorCritic | RecurrentActorCritic | JointActorCritic | EpsilonGreedy
+Network = ActorCritic | RecurrentActorCritic | JointActorCritic | EpsilonGreedy | DrawsCarry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,12 +94,18 @@ class Inputs:
 
 @pytree_dataclass
 class Experience:
-    """One rollout, [B, T]. `transition` holds observations as the network sees them, and scaled rewards."""
+    """One rollout, [B, T]. `transition` holds observations as the network sees them, and scaled rewards.
+
+    Attributes:
+      carry: before the first step.
+      drawn: with which each action was taken, of networks that draw it (`DrawsCarry`); else nothing.
+    """
 
     transition: Transition
     is_first: Bool[Array, "B T"]
     carry: Carry
     logp: Float[Array, "B T"]
+    drawn: Carry = ()
 
     @property
     def inputs(self) -> Inputs:
@@ -109,6 +116,26 @@ class Experience:
 def call(network: Network, params: Params, *inputs: Any, method: str = "__call__") -> Any:
     """A method of the network, as a function of its parameters."""
     return network.apply({"params": params}, *inputs, method=method)
+
+
+def draw_carry(
+    network: Network,
+    params: Params,
+    obs: Array,
+    is_first: Bool[Array, " B"],
+    carry: Carry,
+    key: PRNGKeyArray | None,
+) -> Carry:
+    """The memory to act with, of networks that draw a part of it, such as an option; of others, the carry.
+
+    Args:
+      key: None for the likeliest.
+    """
+    if not isinstance(network, DrawsCarry):
+        return carry
+    # Not the key of the action, which keeps the chance that it has without a memory of this kind.
+    key = None if key is None else jax.random.fold_in(key, 1)
+    return call(network, params, obs, is_first, carry, key, method="draw")
 
 
 def init_params(network: Network, env: Environment, key: PRNGKeyArray) -> Params:
@@ -164,16 +191,18 @@ def collect(
         act_key, env_key = jax.random.split(now[0])
         is_first = states.episode_length == 0
         obs = normalize_obs(states.obs, envs.obs_moments)
+        carry = draw_carry(network, params, obs, is_first, carry, act_key)
+        drawn = carry if isinstance(network, DrawsCarry) else ()
         distribution, carry = call(network, params, obs, is_first, carry, method="act")
         action = distribution.sample(act_key)
         states, transition = jax.vmap(env.auto_reset_step, (0, 0, 0, None, 0))(
             jax.random.split(env_key, count), states, action, env_params, now[1]
         )
-        return (states, carry), (transition, is_first, distribution.logp(action))
+        return (states, carry), (transition, is_first, distribution.logp(action), drawn)
 
     keys = jax.random.split(step_key, steps)
     scan_state, by_time = jax.lax.scan(step, (envs.states, envs.carry), (keys, fresh))
-    transition, is_first, logp = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), by_time)
+    transition, is_first, logp, drawn = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), by_time)
     states, statistics = take_statistics(scan_state[0])
     moments, scale = envs.obs_moments, envs.reward_scale
     if moments is not None:
@@ -186,7 +215,7 @@ def collect(
         obs=normalize_obs(transition.obs, envs.obs_moments),
         next_obs=normalize_obs(transition.next_obs, envs.obs_moments),
     )
-    experience = Experience(transition, is_first, envs.carry, logp)
+    experience = Experience(transition, is_first, envs.carry, logp, drawn)
     return VectorEnvState(states, scan_state[1], moments, scale), experience, episode_metrics(statistics)
 
 
@@ -301,7 +330,9 @@ def make_act_fn(network: Network, params_fn: Callable[[Any], Params]) -> ActFn:
         deterministic: bool,
     ) -> tuple[Array, Carry]:
         seen = normalize_obs(obs, state.envs.obs_moments if hasattr(state, "envs") else None)
-        distribution, carry = call(network, params_fn(state), seen, is_first, carry, method="act")
+        params = params_fn(state)
+        carry = draw_carry(network, params, seen, is_first, carry, None if deterministic else key)
+        distribution, carry = call(network, params, seen, is_first, carry, method="act")
         return distribution.mode() if deterministic else distribution.sample(key), carry
 
     return act

@@ -131,6 +131,7 @@ def test_one_seed_that_learns_nothing_any_more_ends_the_run(tmp_path):
         ({"algo": "dqn", "env": "Pendulum-v1"}, "dqn is for discrete actions and Pendulum-v1"),
         ({"algo": "her"}, "her is for environments with goals and CartPole-v1 has none"),
         ({"algo": "her", "env": "BitFlipping-99"}, "give 1 to 30 bits"),
+        ({"algo": "maxq", "env": "CartPole-v1"}, "numbered states and CartPole-v1 has none"),
         ({"set": ("hyper.lr=1",)}, "no setting 'lr': choose among learning_rate"),
         ({"algo": "ppo", "set": ("network.body=mlp",)}, "'body' has another name: write network.encoder=mlp"),
         ({"algo": "ppo", "set": ("network.encoder=mpl",)}, "no encoder 'mpl': choose among mlp, relu_mlp"),
