@@ -215,8 +215,8 @@ def page_text(
     first, second = map(shortest, four_rooms())
     parts = [
         HEAD,
-        remarks,
         f"![planning]({PICTURE})",
+        remarks,  # to the next heading
         DYNA_TEXT.format(seeds=seeds, episodes=episodes),
         dyna_table(in_maze),
         CONTROL_TEXT.format(seeds=control_seeds, episodes=eval_episodes, solved=SOLVED),
