@@ -7,6 +7,7 @@ import pytest
 import rl_page
 import rl_table
 
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.evaluation.statistics import Interval
 from rlhf_jax.rl.envs import multi_agent
@@ -70,7 +71,7 @@ def test_rows_run_once_and_make_a_page(tmp_path, tiny, capsys):
     assert more["cpu_seconds"] > first["cpu_seconds"]
     # Stopped among them, the row does not know what they took.
     begun = json.loads((a2c / "plan.json").read_text()) | {"seeds": 4}
-    (a2c / "plan.json").write_text(json.dumps(begun))
+    files.write_json(a2c / "plan.json", begun)
     rl_table.run(dataclasses.replace(options, seeds=4, rows=("CartPole-v1/a2c",)))
     stopped = json.loads((a2c / "summary.json").read_text())
     assert len(stopped["evaluation_return"]) == 4
