@@ -1,6 +1,7 @@
 """A policy with vision: what it samples is what it scores, and images go the way of tokens."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ from rlhf_jax.rollout.sampler import make_generate_fn
 SIZE = 8
 
 
+@functools.cache
 def make_policy(**options):
     tokenizer = byte_tokenizer().with_special(["<image>"])
     vision = VisionConfig(tokenizer.special_tokens["<image>"], SIZE, 2, 12, 1, 2, 16, PixelShuffle(2))
@@ -28,11 +30,11 @@ def make_policy(**options):
     return models.make_policy(config, params, tokenizer)
 
 
-POLICY = make_policy()
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, SIZE, SIZE, 3), np.uint8)
 
 
-def prompts(policy=POLICY):
+def prompts(policy=None):
+    policy = policy or make_policy()
     rows = [
         {"prompt": "one", "images": [IMAGES[0]]},
         {"prompt": "none at all"},
@@ -48,7 +50,7 @@ SCANNED = {"scan_layers": True, "remat": "full"}
     "options", [pytest.param({}, id="plain"), pytest.param(SCANNED, id="scanned", marks=pytest.mark.slow)]
 )
 def test_the_sampler_says_of_its_answers_what_the_trainer_says(options):
-    policy = make_policy(**options) if options else POLICY
+    policy = make_policy(**options)
     asked = [prompt for prompt in prompts(policy) for _ in range(2)]
     longest = max(len(prompt.ids) for prompt in asked)
     room = {"prompt_length": longest, "num_images": 2, "max_new_tokens": 4, "group_size": 2}
@@ -71,40 +73,40 @@ def test_the_sampler_says_of_its_answers_what_the_trainer_says(options):
 def test_gradients_reach_the_encoder():
     asked = prompts()[:1]
     room = {"prompt_length": len(asked[0].ids), "num_images": 1, "max_new_tokens": 2}
-    rollout = make_generate_fn(POLICY, **room)(POLICY.params, asked, jax.random.key(1))
-    logprob_fn = POLICY.make_logprob_fn()
+    rollout = make_generate_fn(make_policy(), **room)(make_policy().params, asked, jax.random.key(1))
+    logprob_fn = make_policy().make_logprob_fn()
     mask = rollout.sequences.mask
 
     def loss(params):
         return (logprob_fn(params, rollout.sequences).logp * mask).sum()
 
-    gradient = jax.jit(jax.grad(loss))(POLICY.params)
+    gradient = jax.jit(jax.grad(loss))(make_policy().params)
     assert np.abs(gradient["vision"]["patches"]["kernel"]).max() > 0
 
 
 def test_a_conversation_may_hold_an_image():
     parts = [{"type": "image", "image": IMAGES[0]}, {"type": "text", "text": "?"}]
     asked = [{"role": "user", "content": parts}]
-    first = POLICY.chat(asked, max_new_tokens=8, temperature=0)
+    first = make_policy().chat(asked, max_new_tokens=8, temperature=0)
     asked[0]["content"][0]["image"] = IMAGES[1]
-    assert POLICY.chat(asked, max_new_tokens=8, temperature=0) != first
+    assert make_policy().chat(asked, max_new_tokens=8, temperature=0) != first
 
 
 def test_images_for_which_there_is_no_room_are_refused():
-    generate = make_generate_fn(POLICY, prompt_length=99, num_images=1, max_new_tokens=1)
+    generate = make_generate_fn(make_policy(), prompt_length=99, num_images=1, max_new_tokens=1)
     with pytest.raises(UserError, match="2 images and there is room for 1"):
-        generate(POLICY.params, prompts(), jax.random.key(0))
+        generate(make_policy().params, prompts(), jax.random.key(0))
     with pytest.raises(UserError, match="continuous batching reads no images"):
-        make_generate_fn(POLICY, prompt_length=99, num_images=1, max_new_tokens=1, max_num_seqs=2)
+        make_generate_fn(make_policy(), prompt_length=99, num_images=1, max_new_tokens=1, max_num_seqs=2)
 
 
 def test_an_image_token_that_text_could_write_is_refused():
-    vision = dataclasses.replace(POLICY.config.vision, image_token_id=9)
-    config = dataclasses.replace(POLICY.config, vision=vision)
+    vision = dataclasses.replace(make_policy().config.vision, image_token_id=9)
+    config = dataclasses.replace(make_policy().config, vision=vision)
     with pytest.raises(UserError, match="no special token"):
-        models.make_policy(config, POLICY.params, POLICY.tokenizer)
+        models.make_policy(config, make_policy().params, make_policy().tokenizer)
 
 
 def test_a_layout_without_a_place_for_vision_is_refused(tmp_path):
     with pytest.raises(UserError, match="no GGUF file of"):
-        POLICY.save(tmp_path / "model.gguf")
+        make_policy().save(tmp_path / "model.gguf")
