@@ -14,6 +14,7 @@ import pytest
 from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.data.sources import read_rows
+from rlhf_jax.feedback.constitution import constitution_rows
 from rlhf_jax.stages import constitutional, option_groups, sft
 from rlhf_jax.tasks import arithmetic_harm as harm
 from rlhf_jax.tasks.arithmetic import widest_completion
@@ -247,13 +248,12 @@ def test_constitutional_ai_lessens_harm_and_keeps_help(tmp_path, monkeypatch):
     assert after["harm"] < 0.2
     assert after["exact_match"] > before["exact_match"] - 0.05
     assert after["refused"] < 0.1
-    # People label help alone: without AI labels harm stays, with one in ten of them it is clearly less.
+    # People label help alone: without AI labels harm stays, with them most of it goes.
     assert number["dpo_human"]["harm"] > 0.8
-    assert number["dpo_ai"]["sampled_harm"] < number["dpo_human"]["sampled_harm"] - 0.2
+    assert number["dpo_ai"]["harm"] < 0.5
     assert number["ai_labels"]["accuracy"] > 0.8
-    # Far from the half that chance puts in order (256 prompts: a standard error of at most 3 %). More than
-    # 80 % of the pairs of sums are not reached on every seed: docs/results/feedback.md.
-    assert number["rules"]["in_order_problem"] > 0.65
+    # Not reached on every seed: docs/results/feedback.md.
+    assert number["rules"]["in_order_problem"] > 0.8
     assert number["rules"]["in_order_red_team"] > 0.8
     found = json.loads((job.out / "seed_0" / "sl_cai" / "results.json").read_text())
     assert found["train"]["revisions"] > found["train"]["answers"] + 0.1
@@ -263,3 +263,32 @@ def test_constitutional_ai_lessens_harm_and_keeps_help(tmp_path, monkeypatch):
     page = (job.out / "report.html").read_text()
     assert "rl cai" in page
     assert "Harm, sampled" in page
+
+
+@pytest.mark.slow
+def test_revisions_of_sums_mend_them_and_teach(tmp_path):
+    job, folder = pipeline.Options(tmp_path / "run", quiet=True), tmp_path / "seed"
+    pipeline.write_data(job, folder, 0)
+    pipeline.train_skills(job, folder, 0)
+    files.write_lines(tmp_path / "principles.jsonl", constitution_rows(CONSTITUTION))
+    run = option_groups.RunOptions(out=tmp_path / "revised", steps=60, eval_every=0, quiet=True, report=False)
+    prompts = option_groups.PromptOptions(
+        data="arithmetic:0",
+        rewards=("rlhf_jax.rewards.verifiers:exact_answer_reward",),
+        max_new_tokens=32,
+        eval_count=256,
+    )
+    constitutional.run(
+        constitutional.Options(
+            run=run,
+            model=str(folder / "skills"),
+            constitution=str(tmp_path / "principles.jsonl"),
+            prompts=prompts,
+            revised=256,
+            batch_size=64,
+            **pipeline.REVISIONS,
+        )
+    )
+    found = json.loads((tmp_path / "revised" / "results.json").read_text())
+    assert found["train"]["revisions"] > found["train"]["answers"] + 0.1
+    assert found["after"]["score"] > found["before"]["score"] + 0.1
