@@ -11,7 +11,7 @@ from packaging.version import Version
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault(
-    "PJRT_NPROC", os.environ.get("TESTNPROC", "8")
+    "PJRT_NPROC", os.environ.get("TESTNPROC", "16")
 )  # see rlhf_jax.distributed.runtime.choose_threads
 # Most of a test's time is spent compiling: optimised and fused code costs it more than it saves.
 # On a busy machine eight devices may need more than the usual 40 seconds to meet.

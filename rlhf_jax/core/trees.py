@@ -70,13 +70,13 @@ def tree_all_finite(tree: Any) -> jax.Array:
 def not_finite(tree: Any) -> dict[str, int]:
     """Counts of values that are NaN or infinite, by the `a/b/0` names of the leaves that have any."""
     floats = {n: x for n, x in named_leaves(tree).items() if jnp.issubdtype(jnp.result_type(x), jnp.inexact)}
-    counts = jax.device_get({name: _count_not_finite(leaf) for name, leaf in floats.items()})
-    return {name: int(count) for name, count in counts.items() if count}
+    return {name: int(count) for name, count in jax.device_get(_counts_not_finite(floats)).items() if count}
 
 
 @jax.jit
-def _count_not_finite(leaf: jax.Array) -> jax.Array:
-    return jnp.sum(~jnp.isfinite(leaf))
+def _counts_not_finite(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """One program for all leaves: on a mesh several at once can wait for each other's devices without end."""
+    return {name: jnp.sum(~jnp.isfinite(leaf)) for name, leaf in leaves.items()}
 
 
 def path_name(path: tuple[Any, ...]) -> str:

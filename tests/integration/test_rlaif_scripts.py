@@ -135,6 +135,7 @@ def test_what_must_be_given(tiny, monkeypatch, capsys, command, required):
     assert required in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_more_revisions_than_prompts(words, tmp_path):
     words = words.replace("--revised 24", "--revised 41").split()[2:]
     with pytest.raises(UserError, match="--revised 41: there are 40 prompts"):

@@ -94,7 +94,7 @@ def assert_one_sentence(status, errors, path):
     assert "Traceback" not in errors
 
 
-@pytest.mark.parametrize("name", few(JOBS, "preferences", "benchmark", "rl", "sft"))
+@pytest.mark.parametrize("name", few(JOBS, "benchmark", "sft"))
 def test_a_file_where_the_folder_should_be(job, tmp_path, name):
     (tmp_path / "file").write_text("kept")
     for out in (tmp_path / "file", tmp_path / "file" / "below"):

@@ -172,6 +172,7 @@ def test_numbers_of_the_estimates_are_traced_and_have_an_effect():
 # Learning ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_process_reward_tells_which_step_was_wrong():
     """Two tokens are two steps; with process rewards only the one that was wrong becomes less likely."""
     logits = jnp.zeros((tabular.VOCAB, tabular.VOCAB))

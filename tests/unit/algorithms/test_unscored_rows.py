@@ -15,7 +15,7 @@ from rlhf_jax.algorithms import grpo, grpo_variants, nash_md, ppo, selection
 
 WIDTH, N, G = 6, 3, 4
 VARIANTS = grpo_variants.grpo_variants()
-OF_EACH_KIND = ("grpo", "rloo", "gdpo", "cppo", "a_star_po")
+OF_EACH_KIND = ("grpo", "gdpo", "cppo")
 LENGTHS = (1, 5, 2, 4, 3, 3, 5, 1, 2, 2, 4, 5, 2, 3, 1, 4)
 # The last answer but one to each of three prompts, and all answers to a fourth, could not be scored.
 SCORED = np.array([[True, True, False, True]] * N + [[False] * G]).reshape(-1)

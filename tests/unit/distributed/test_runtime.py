@@ -23,8 +23,9 @@ def threads(monkeypatch):
 def test_runs_side_by_side_have_one_thread_and_several_devices_enough(threads):
     assert threads(side_by_side=True) == "1"
     assert threads() is None
-    enough = str(max(runtime.LEAST_THREADS, os.cpu_count() or 1))
-    assert threads(devices=4, side_by_side=True) == threads(devices=2) == enough
+    cores = os.cpu_count() or 1
+    assert threads(devices=4, side_by_side=True) == threads(devices=4) == str(max(8, cores))
+    assert threads(devices=8) == str(max(16, cores))
 
 
 def test_a_choice_made_before_stays(threads):

@@ -90,8 +90,9 @@ def test_mistakes_are_one_sentence(tmp_path, tiny):
 
 
 def takes_long(row):
-    """Rows whose environment takes long to trace; without the extra they cannot be looked at."""
-    return [pytest.mark.slow] if row.env in multi_agent.NAMES and not row.env.endswith("_game") else []
+    """Rows whose environment or search takes long to trace; without the extra some cannot be looked at."""
+    of_jaxmarl = row.env in multi_agent.NAMES and not row.env.endswith("_game")
+    return [pytest.mark.slow] if of_jaxmarl or row.env.endswith("-MinAtar") or row.algo == "muzero" else []
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
+from tiers import few
 
 from rlhf_jax import losses
 from rlhf_jax.algorithms import preference
@@ -182,6 +183,10 @@ CASES = {
     ),
 }
 EACH = pytest.mark.parametrize("name", CASES)
+# Of the other laws the default tier runs those of one loss of each kind.
+EACH_KIND = pytest.mark.parametrize(
+    "name", few(CASES, "dpo", "ipo", "orpo", "simpo", "kto", "bradley_terry", "aot")
+)
 EACH_ALONE = pytest.mark.parametrize("name", [n for n, case in CASES.items() if not case.couples_rows])
 
 
@@ -276,7 +281,7 @@ def test_micro_batches_sum_to_the_batch(name: str) -> None:
         np.testing.assert_allclose(grads[column], joined, rtol=1e-12, atol=1e-15)
 
 
-@EACH
+@EACH_KIND
 def test_order_of_rows_does_not_matter(name: str) -> None:
     rows, order = make_rows(), np.array([3, 1, 5, 0, 4, 2])
     with jax.enable_x64(True):
@@ -302,7 +307,7 @@ def test_extreme_log_ratios_stay_finite(name: str) -> None:
     assert all(np.isfinite(grad).all() for grad in grads.values())
 
 
-@EACH
+@EACH_KIND
 def test_bfloat16_inputs_are_computed_in_float32(name: str) -> None:
     rows = make_rows()
     short = {k: jnp.asarray(v, jnp.bfloat16) if k in COLUMNS else v for k, v in rows.items()}
@@ -318,7 +323,7 @@ def test_bfloat16_inputs_are_computed_in_float32(name: str) -> None:
         )
 
 
-@EACH
+@EACH_KIND
 def test_beta_may_be_traced_and_mapped(name: str) -> None:
     rows, betas = jax.tree.map(jnp.asarray, make_rows()), jnp.asarray([0.1, 0.3, 2.0])
     traces = []

@@ -105,6 +105,7 @@ def test_what_cannot_be_merged_says_so(kind, params):
 
 
 @pytest.mark.parametrize("kind", few(["dora", "prefix", "adalora", "prompt", "bottleneck"], "dora"))
+@pytest.mark.slow
 def test_scanned_equals_unrolled_and_packed_equals_unpacked(kind, params):
     adapted = adapters.init_adapter(KINDS[kind], params, jax.random.key(1))
     adapted = stirred(adapted)
@@ -124,6 +125,7 @@ def test_scanned_equals_unrolled_and_packed_equals_unpacked(kind, params):
 
 
 @pytest.mark.parametrize("kind", few(["lora", "prefix", "prompt"], "prefix"))
+@pytest.mark.slow
 def test_cached_equals_full(kind, params):
     """Tokens read one at a time through a cache end in the hidden states of the whole row."""
     adapted = stirred(adapters.init_adapter(KINDS[kind], params, jax.random.key(1)))

@@ -95,7 +95,6 @@ def test_a_file_has_the_tensors_and_metadata_of_one_written_by_hand(tmp_path, to
     few(
         ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "llama3", "qwen2_yarn", "phi3"],
         "gemma3",
-        "phi3",
     ),
 )
 def test_a_file_of_float32_is_read_back_as_the_same_function(tmp_path, tokenizer, case):

@@ -7,6 +7,7 @@ import math
 
 import jax
 import pytest
+from tiers import few
 
 from rlhf_jax import models
 from rlhf_jax.models import hf
@@ -177,7 +178,7 @@ PRESETS = {
 }
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", few(PRESETS, "llama 3.1 8b", "gemma 3 1b", "bloom 560m", "deepseek v3"))
 def test_parameter_count(name, tmp_path):
     fields, count = PRESETS[name]
     (tmp_path / "config.json").write_text(json.dumps(fields))

@@ -49,6 +49,7 @@ SCANNED = {"scan_layers": True, "remat": "full"}
 @pytest.mark.parametrize(
     "options", [pytest.param({}, id="plain"), pytest.param(SCANNED, id="scanned", marks=pytest.mark.slow)]
 )
+@pytest.mark.slow
 def test_the_sampler_says_of_its_answers_what_the_trainer_says(options):
     policy = make_policy(**options)
     asked = [prompt for prompt in prompts(policy) for _ in range(2)]

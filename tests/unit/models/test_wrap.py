@@ -138,6 +138,7 @@ def test_sampling_without_a_cache_samples_the_same(own, foreign, group_size):
     close(ours.logp, theirs.logp)
 
 
+@pytest.mark.slow
 def test_slots_are_refilled_without_a_cache(foreign):
     run = functools.partial(
         continuous_batching_generate, foreign.prefill, foreign.extend, max_num_seqs=2, **ENDS

@@ -62,6 +62,7 @@ def test_actors_have_the_parameters_of_so_many_updates_ago():
 
 
 @pytest.mark.parametrize("lag", few([0, 2], 0))
+@pytest.mark.slow
 def test_without_a_correction_experience_counts_as_the_policys_own(lag):
     """Without lag nothing changes by that, and with it something does."""
     made = [impala.make_run(impala.Config(max_lag=2, correct=on, **SAME), *CARTPOLE) for on in (True, False)]

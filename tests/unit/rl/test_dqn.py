@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from tiers import few
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
@@ -79,7 +80,7 @@ def test_dueling_advantages_have_mean_zero():
     )
 
 
-@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("double", few([False, True], True))
 @pytest.mark.parametrize("name", NETWORKS)
 def test_loss_and_errors_against_a_loop(name, double):
     state, values = agent_of(NETWORKS[name])

@@ -165,6 +165,7 @@ def test_vdn_fits_the_climbing_game_by_rows_and_columns_and_misses_the_optimum()
     assert matrix_games.MatrixGame(matrix_games.CLIMBING).optimum() == ((0, 0), 11.0)
 
 
+@pytest.mark.slow
 def test_qmix_fits_no_better_than_the_best_monotone_table_and_misses_the_optimum():
     error, best = least_squares_monotone(CLIMBING)
     assert np.unravel_index(np.argmax(best), (3, 3)) != (0, 0)  # no monotone fit finds it
@@ -217,6 +218,7 @@ def test_gumbel_gradient_has_the_bias_that_quadrature_says_and_less_at_low_tempe
     assert bias[0.3] < 0.05 < bias[1.0]
 
 
+@pytest.mark.slow
 def test_maddpg_follows_the_gradient_of_the_payoff_against_the_others_mixed_policy():
     """With a critic that is the payoff, and the other agent's actions as they were taken."""
     payoffs = np.array([[3.0, -1.0], [0.5, 2.0]])
@@ -256,6 +258,7 @@ def transplanted(params):
     return {"actor": {"network": inner}, "critic": {"network": critic}}
 
 
+@pytest.mark.slow
 def test_one_agent_is_ppo():
     """Same keys, same parameters: rollout, targets, loss and metrics of the update are PPO's."""
     raw = Alone("CartPole-v1")
@@ -290,6 +293,7 @@ def test_one_agent_is_ppo():
         np.testing.assert_allclose(value, found[name], rtol=1e-4, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_shared_parameters_do_not_mind_the_order_of_agents():
     config = dataclasses.replace(SMALL, agent_ids=False)
     env = multi_agent.make("coordination_game")
@@ -326,7 +330,7 @@ def test_agents_with_their_own_parameters_are_separate_networks():
     assert shared_outputs.shape == (5, 2, 3)
 
 
-@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.parametrize("ends", few([False, True], False))
 def test_time_limits_are_no_ends(ends):
     """Both agents always get 1 and the critic says 50: that is left behind a limit, and 0 behind an end."""
     game = matrix_games.MatrixGame(((1.0, 1.0), (1.0, 1.0)), length=3, ends=ends)

@@ -94,6 +94,7 @@ def test_without_conservatism_cql_is_dqn(log):
     assert penalties[1] < penalties[0] == pytest.approx(float(metrics["conservative_penalty"]))
 
 
+@pytest.mark.slow
 def test_with_no_temperature_the_policy_of_iql_is_cloned(log):
     replay = offline.as_replay(log)
     batch = offline.sample(replay, jax.random.key(1), batch_size=16, gamma=0.9)
@@ -164,6 +165,7 @@ def tiny_gail(steps: int = 64) -> gail.Config:
     return gail.Config(ppo.Config(total_steps=steps, rollout=rollout, update=update), BODY, batch_size=16)
 
 
+@pytest.mark.slow
 def test_gail_pays_for_looking_like_the_log(log):
     """The discriminator learns to tell two clusters; what is paid is -log(1 - D)."""
     init_fn, logit_fn = gail.make_discriminator(CARTPOLE, BODY)

@@ -151,6 +151,7 @@ def test_first_visit_monte_carlo_finds_the_exact_values():
     np.testing.assert_allclose(known.values, EXACT, atol=0.04)
 
 
+@pytest.mark.slow
 def test_lake_policy_is_predicted():
     """The uniform policy on the slippery lake, as the chain it induces."""
     lake = dynamic_programming.frozen_lake()
@@ -162,6 +163,7 @@ def test_lake_policy_is_predicted():
     np.testing.assert_allclose(known.values, exact, atol=0.06)
 
 
+@pytest.mark.slow
 def test_bias_falls_and_variance_grows_from_td_to_monte_carlo():
     episodes = episodes_of(9, 2000)
 
