@@ -10,6 +10,7 @@ import textwrap
 import time
 
 import pytest
+from tiers import few
 
 from rlhf_jax.metrics import read_metrics
 from rlhf_jax.training.run_folder import load_policy
@@ -217,23 +218,32 @@ REWARDS = """
 """
 
 
-def test_bad_reward_functions(refused, tiny, tmp_path):
+BAD_REWARDS = {
+    "broken_rewards:raises": ("KeyError", "boom", "broken_rewards.py:5", "mend the function"),
+    "broken_rewards:is_nan": ("returned nan for row 0 (arithmetic:1:1)", "2 finite numbers"),
+    "broken_rewards:is_short": ("of shape (1,)", "2 finite numbers"),
+    "broken_rewards:needs": ("cannot be called", "nowhere"),
+    "broken_rewards:raise": ("does not exist", "raises"),
+    "broken_reward:raises": ("no module broken_reward", "broken_rewards"),
+    "broken_rewards:raises=much": ("'much' is no weight",),
+    "nowhere": ("nowhere",),
+}
+
+
+@pytest.mark.parametrize("reward", few(BAD_REWARDS, "broken_rewards:raises", "broken_reward:raises"))
+def test_bad_reward_functions(reward, refused, tiny, tmp_path):
     (tmp_path / "broken_rewards.py").write_text(textwrap.dedent(REWARDS))
     tiny.finished("sft")
-    cases = {
-        "broken_rewards:raises": ("KeyError", "boom", "broken_rewards.py:5", "mend the function"),
-        "broken_rewards:is_nan": ("returned nan for row 0 (arithmetic:1:1)", "2 finite numbers"),
-        "broken_rewards:is_short": ("of shape (1,)", "2 finite numbers"),
-        "broken_rewards:needs": ("cannot be called", "nowhere"),
-        "broken_rewards:raise": ("does not exist", "raises"),
-        "broken_reward:raises": ("no module broken_reward", "broken_rewards"),
-        "broken_rewards:raises=much": ("'much' is no weight",),
-        "nowhere": ("nowhere",),
-    }
-    for reward, phrases in cases.items():
-        refused("grpo", tiny.words("grpo", tmp_path / "out", "--rewards", reward), *phrases)
+    refused("grpo", tiny.words("grpo", tmp_path / "out", "--rewards", reward), *BAD_REWARDS[reward])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_bad_reward_in_the_evaluation_of_ppo(refused, tiny, tmp_path):
+    (tmp_path / "broken_rewards.py").write_text(textwrap.dedent(REWARDS))
     broken = ("--rewards", "broken_rewards:is_nan", "--eval-reward", "broken_rewards:is_nan")
-    refused("ppo", tiny.words("ppo", tmp_path / "out", "--reward-model", *broken))
+    said = ("returned nan for row 0 (arithmetic:1:1)", "2 finite numbers")
+    refused("ppo", tiny.words("ppo", tmp_path / "out", "--reward-model", *broken), *said)
     assert not (tmp_path / "out").exists()
 
 
@@ -330,6 +340,7 @@ def test_a_file_stands_where_the_folder_should(refused, tiny, tmp_path):
     assert file.read_text() == "precious\n"
 
 
+@pytest.mark.slow
 def test_a_full_disk(tiny, tmp_path):
     """No file may grow beyond 20 KiB, which is less than a checkpoint needs."""
     constant = ("--optimizer.schedule", "constant")
@@ -360,6 +371,7 @@ def test_what_ends_after_a_failed_save_says_nothing_more(error, printed, caplog)
     assert len(caplog.records) == printed
 
 
+@pytest.mark.slow
 def test_interrupted_and_continued(tiny, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     constant = ("--optimizer.schedule", "constant")  # one that falls is bound to the steps it began with

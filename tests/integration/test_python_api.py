@@ -56,7 +56,7 @@ def test_all_examples_have_a_limit():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == set(LINES)
 
 
-@pytest.mark.parametrize("name", few(sorted(LINES), "chat", "own_data", "own_loss"))
+@pytest.mark.parametrize("name", few(sorted(LINES), "chat", "own_loss"))
 def test_examples_are_short_and_run(name, folder, tmp_path, monkeypatch):
     path = EXAMPLES / f"{name}.py"
     assert code_lines(path.read_text()) <= LINES[name]
@@ -76,6 +76,7 @@ def test_import_is_light():
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_callbacks_loggers_and_own_evaluation(folder, tmp_path):
     seen, logged, sizes = [], [], []
 

@@ -68,7 +68,7 @@ PYTHON = [
 WITH_A_TEST = {"own_loss.md", "own_reward.md", "own_model.md", "rl_algorithm.md"}
 """Pages whose block is also looked at, below."""
 RUNNABLE = [
-    pytest.param(code, id=f"{name_of(page)}-{index}")
+    pytest.param(code, id=f"{name_of(page)}-{index}", marks=[pytest.mark.slow] * (page.name == "rl.md"))
     for page in PAGES
     if page.name not in WITH_A_TEST
     for index, code in enumerate(marked(page, "run"))
@@ -112,6 +112,7 @@ def test_complete_examples_run(code, tmp_path, monkeypatch):
     exec(compile(code, "example", "exec"), {"__name__": "example"})
 
 
+@pytest.mark.slow
 def test_own_loss_in_20_lines_trains():
     (block,) = marked(ROOT / "docs/extend/own_loss.md", "run")
     assert len(block.split("def margin_dpo_loss")[1].splitlines()) <= 20

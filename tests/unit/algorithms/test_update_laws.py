@@ -168,7 +168,6 @@ CASES = {
     "ppo_ptx": ptx_case,
     "group": group_case,
 }
-every_algorithm = pytest.mark.parametrize("name", CASES)
 # Of the costly laws the default tier runs those of one update of each kind.
 every_kind = pytest.mark.parametrize("name", few(CASES, "sft", "preference", "ppo_ptx", "group"))
 
@@ -243,7 +242,7 @@ def test_a_batch_that_gives_nan_is_skipped_and_forgotten(name):
     assert int(resumed.learner.steps) == 2
 
 
-@every_algorithm
+@every_kind
 def test_hyperparameters_do_not_recompile_and_all_have_an_effect(name):
     update, hyper, batch = CASES[name](jnp.float32)
     update, hyper = jax.jit(update), as_arrays(hyper)

@@ -30,9 +30,10 @@ def draw(seed, scale=1.0):
 
 def train(name, params, gradients, **options):
     tx = make_optimizer(OptimizerConfig(optimizer=name, clip_norm=np.inf, **options))
-    state = init_train_state(params, tx)
+    state = jax.jit(lambda params: init_train_state(params, tx))(params)
+    step = jax.jit(lambda *given: apply_gradients(*given, tx, learning_rate=RATE, loss=jnp.zeros(()))[0])
     for gradient in gradients:
-        state, _ = apply_gradients(state, gradient, tx, learning_rate=RATE, loss=jnp.zeros(()))
+        state = step(state, gradient)
     return state
 
 
@@ -47,9 +48,9 @@ def reference(name):
 
 
 def run_reference(tx, params, gradients):
-    state = tx.init(params)
+    state, update = tx.init(params), jax.jit(tx.update)
     for gradient in gradients:
-        updates, state = tx.update(gradient, state, params)
+        updates, state = update(gradient, state, params)
         params = optax.apply_updates(params, updates)
     return params
 

@@ -18,7 +18,7 @@ from rlhf_jax.models import hf
 
 GOLDEN = pathlib.Path(__file__).resolve().parents[2] / "golden"
 CASES = sorted(folder.name.removeprefix("hf_") for folder in GOLDEN.glob("hf_*"))
-DECODED = ("bloom", "deepseek_v3", "gemma3", "qwen3_moe")  # one of each kind of cache
+DECODED = ("deepseek_v3", "gemma3")  # latents; windows and whole rows
 decoded = few(CASES, *DECODED)
 
 
@@ -33,9 +33,7 @@ def _forward(config):
     return jax.jit(functools.partial(models.forward, config))
 
 
-@pytest.mark.parametrize(
-    "case", few(CASES, "llama", "gemma3", "deepseek_v3", "qwen3_moe", "gpt2", "phi3", "bloom", "llama3")
-)
+@pytest.mark.parametrize("case", few(CASES, "llama3", "gemma3", "deepseek_v2", "mixtral", "gpt2", "phi3"))
 def test_logits_with_left_right_and_no_padding(case):
     config, params, expected = _loaded(case)
     for side in ("none", "left", "right"):
