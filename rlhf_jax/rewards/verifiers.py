@@ -2,8 +2,9 @@
 
 `exact_answer` takes one spelling only, `gsm8k_answer` any spelling of a number, `symbolic_answer`
 mathematics (see `answers`), `math_verify_reward` whatever the package math-verify takes, in a process
-under limits. The functions named `*_reward` are reward functions to name by path, such as
-`rlhf_jax.rewards.verifiers:symbolic_reward`; None is an answer that cannot be scored (see `functions`).
+under limits, as `reasoning_gym_reward` the verifiers of reasoning-gym. The functions named `*_reward` are
+reward functions to name by path, such as `rlhf_jax.rewards.verifiers:symbolic_reward`; None is an answer
+that cannot be scored (see `functions`).
 """
 
 import functools
@@ -20,6 +21,8 @@ from rlhf_jax.sandbox.workers import LimitedWorker
 
 MATH_VERIFY_SECONDS = 1.0
 MATH_VERIFY_CHARACTERS = 4096
+REASONING_GYM_SECONDS = 2.0
+REASONING_GYM_CHARACTERS = 4096
 
 
 def exact_answer(completion: str, answer: str | int, *, finished: bool = True) -> bool:
@@ -163,3 +166,35 @@ def _math_verify_worker() -> LimitedWorker:
     if importlib.util.find_spec("math_verify") is None:
         raise UserError("math_verify_reward needs the package math-verify: pip install 'rlhf_jax[math]'")
     return LimitedWorker("rlhf_jax.rewards.math_verify_worker:verify", seconds=MATH_VERIFY_SECONDS)
+
+
+def reasoning_gym_reward(
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    *,
+    reasoning_gym: Sequence[str],
+    index: Sequence[int],
+    **_: object,
+) -> list[float | None]:
+    """Score by reasoning-gym's own verifiers, from 0 to 1, for rows of `reasoning-gym:...` data.
+
+    The answer is what stands in the one `<answer>`, else the whole completion. The verifiers run in a process
+    of their own, for two seconds an answer at most; what does not end by then cannot be scored.
+
+    Raises:
+      UserError: the package is not installed.
+    """
+    tasks = [
+        [tagged(text) or text.strip()[-REASONING_GYM_CHARACTERS:], spec, place]
+        for text, spec, place in zip(completions, reasoning_gym, index, strict=True)
+    ]
+    return [outcome.value for outcome in _reasoning_gym_worker().run(tasks)]
+
+
+@functools.cache
+def _reasoning_gym_worker() -> LimitedWorker:
+    if importlib.util.find_spec("reasoning_gym") is None:
+        raise UserError(
+            "reasoning_gym_reward needs the package reasoning-gym: pip install 'rlhf_jax[reasoning-gym]'"
+        )
+    return LimitedWorker("rlhf_jax.rewards.reasoning_gym_worker:score", seconds=REASONING_GYM_SECONDS)

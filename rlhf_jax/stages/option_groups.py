@@ -307,7 +307,8 @@ class PromptOptions:
     """Prompts, and what an answer is worth.
 
     Attributes:
-      data: rows with `prompt`, `question` or `messages`: a path, tfds:NAME[:SPLIT], or arithmetic:LEVEL.
+      data: rows with `prompt`, `question` or `messages`: a path, tfds:NAME[:SPLIT],
+        reasoning-gym:NAME[:COUNT[:SEED]], or arithmetic:LEVEL.
       eval_data: held-out prompts; empty for none (the embedded task brings its own).
       rewards: functions by path (`module:function`), run folders of reward models, or JSON files that
         describe a model's ratings or rules, each with @KIND behind it where it is meant only for rows with

@@ -1,6 +1,7 @@
 """`import rlhf_jax as rj`: the documentation's example files run, are as short as they are meant to be, and
 mistakes are said in words of Python."""
 
+import importlib.util
 import json
 import pathlib
 import runpy
@@ -291,6 +292,18 @@ def test_a_teacher_with_another_tokenizer(folder, tmp_path):
     lines = [line for line in run.metrics if line["step"]]
     assert all(line["spans"] > 0 and line["skipped"] == 0 for line in lines)
     assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("reasoning_gym") is None, reason="pip install 'rlhf_jax[reasoning-gym]'"
+)
+def test_problems_of_reasoning_gym_are_scored_by_its_verifiers(folder, tmp_path):
+    reward, data = "rlhf_jax.rewards.verifiers:reasoning_gym_reward", "reasoning-gym:gcd+letter_counting:4:3"
+    run = rj.grpo(rj.load(folder), data, rewards=[reward], eval_count=2, out=tmp_path / "run", **SIZES)
+    # Of bytes at random some verifiers think a little, none nothing.
+    assert all(line["unscorable"] == 0 for line in run.metrics if line["step"])
+    assert all(0 <= line["reward"] < 0.2 for line in run.metrics if line["step"])
 
 
 @pytest.mark.slow
