@@ -2,6 +2,11 @@
 
 import pytest
 
+from rlhf_jax.distributed.runtime import compiler_options
+
+# Tests compile without optimisation, which long training is quicker with.
+OPTIMIZED = {**compiler_options(), "xla_backend_optimization_level": 3}
+
 
 def few(names, *kept):
     """The parameters `names` (tuples for several arguments), of which all but `kept` are slow."""

@@ -168,6 +168,13 @@ class GgufFile:
             # A copy: what is read as it stands is a view of the file.
             yield name, self._as_hugging_face(name, np.array(tensor, np.float32))
 
+    def stored(self, name: str) -> tuple[str, np.ndarray]:
+        """(kind, content) of a tensor as the file has it, its rows in the order of Hugging Face."""
+        stored = self._stored[self._theirs[name]]
+        heads, content = rotated_heads(self.architecture, name), np.asarray(stored.data)
+        rows = content if heads is None else halves_apart(content, self._described()[heads])
+        return stored.tensor_type.name, rows
+
     def _named(self, config: ModelConfig) -> ModelConfig:
         """Notes where the tensors of this architecture are."""
         self._theirs = tensor_names(self._gguf, self.architecture, self.family, config)

@@ -94,7 +94,7 @@ def _restacked(config: ModelConfig, node: Params) -> Params:
 
 def _cast(params: Params, dtype: Any) -> Params:
     def cast(name: str, leaf: jax.Array) -> jax.Array:
-        kept = is_adapter_leaf(name) or name.endswith(("kernel_values", "kernel_scale"))
+        kept = is_adapter_leaf(name) or "/kernel_" in name
         is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
         return leaf.astype(dtype) if is_float and not kept else leaf
 

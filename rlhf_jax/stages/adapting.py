@@ -58,7 +58,8 @@ class AdapterOptions:
         (layer_1/.*|final_norm.*).
       length: of a prefix or prompt, in tokens.
       width: of a bottleneck.
-      quantize: keep the frozen kernels in few bits (QLoRA is lora with nf4).
+      quantize: keep the frozen kernels in few bits (QLoRA is lora with nf4); gguf keeps them as the GGUF file
+        in --model has them, to the bit (Q8_0, Q4_0, Q4_1).
       preserve_sparsity: weights of linear layers that are zero in --model stay zero (fine-tuning of a pruned
         policy).
     """
@@ -72,7 +73,7 @@ class AdapterOptions:
     train: str = ""
     length: Length = 16
     width: Width = 16
-    quantize: Literal["none", "int8", "int4", "nf4", "fp8"] = "none"
+    quantize: Literal["none", "int8", "int4", "nf4", "fp8", "gguf"] = "none"
     preserve_sparsity: bool = False
 
     @property

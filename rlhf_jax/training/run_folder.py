@@ -37,6 +37,7 @@ from rlhf_jax.core.trees import merge, partition
 from rlhf_jax.core.types import Params, PRNGKeyArray
 from rlhf_jax.data.tokenizers import Tokenizer, load_tokenizer
 from rlhf_jax.models import Policy, ScalarModel, Source, adapters, make_policy
+from rlhf_jax.models.gguf_blocks import keep_blocks
 
 Kind = Literal["policy", "actor_critic", "reward_model"]
 """Kinds of `learner/params`: a decoder, `{"policy": decoder, "value": scalar model}`, or a scalar model."""
@@ -61,9 +62,17 @@ class Adaptation:
 
     def adapted(self, base: Params, key: PRNGKeyArray) -> tuple[Params, Params]:
         """(what is trained, what is frozen) of the base's parameters with a fresh adapter."""
-        base = adapters.quantize(self.quantization, base) if self.quantization else base
-        tree = adapters.init_adapter(self.adapter, base, key)
+        tree = adapters.init_adapter(self.adapter, self._quantized(base), key)
         return partition(tree, adapters.is_trained(self.adapter))
+
+    def _quantized(self, base: Params) -> Params:
+        if self.quantization is None:
+            return base
+        if self.quantization.format != "gguf":
+            return adapters.quantize(self.quantization, base)
+        if self.base is None:
+            raise UserError("the policy was not read from a GGUF file, whose blocks quantize gguf would keep")
+        return keep_blocks(base, files.as_local(self.base.folder, "a GGUF file is read"))
 
 
 def versions() -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 
 from rlhf_jax.core.errors import UserError
 
-Format = Literal["int8", "int4", "nf4", "fp8"]
+Format = Literal["int8", "int4", "nf4", "fp8", "gguf"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +176,8 @@ class Quantization:
 
     Attributes:
       format: `int8` and `fp8` (e4m3) have one scale a column; `int4` and `nf4` (quantiles of a normal
-        distribution, Dettmers et al. 2023, section 3) one a block.
+        distribution, Dettmers et al. 2023, section 3) one a block; `gguf` are the blocks of the file that the
+        base was read from (`models.gguf_blocks`).
       block: values of a column that share a scale, where they do.
     """
 

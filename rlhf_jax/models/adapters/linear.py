@@ -11,6 +11,7 @@ from rlhf_jax.models.adapters.quantization import dequantized_kernel
 LEAVES = (
     "kernel_values",
     "kernel_scale",
+    "kernel_offset",
     "lora_a",
     "lora_b",
     "lora_scale",
@@ -21,7 +22,7 @@ LEAVES = (
     "bottleneck_down",
     "bottleneck_up",
 )
-"""What may stand beside a kernel, or, the first two, in its place."""
+"""What may stand beside a kernel, or, the first three, in its place."""
 
 
 def kernel_of(leaves: Params) -> Float[Array, "D F"]:

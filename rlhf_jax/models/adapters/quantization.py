@@ -1,4 +1,5 @@
-"""Kernels in few bits, by qwix: `kernel_values` and `kernel_scale` stand in the place of `kernel`."""
+"""Kernels in few bits, by qwix: `kernel_values` and `kernel_scale` stand in the place of `kernel`, and from
+some GGUF files `kernel_offset` as well (see `models.gguf_blocks`)."""
 
 import math
 from typing import Any
@@ -42,12 +43,15 @@ def _quantized(config: Quantization, kernel: Float[Array, "D F"]) -> tuple[Array
 
 
 def dequantized_kernel(leaves: Params) -> Float[Array, "D F"]:
-    """The kernel that `kernel_values` and `kernel_scale` stand for."""
+    """The kernel that `kernel_values`, `kernel_scale` and `kernel_offset` stand for."""
     qwix = optional("qwix", extra="quant")
     values, scale = leaves["kernel_values"], leaves["kernel_scale"]
     # The values' dtype tells the formats apart: buckets of nf4 are the only ones without a sign.
     qtype: Any = "nf4" if values.dtype == jnp.uint4 else values.dtype
-    return qwix.dequantize(qwix.QArray(values, scale, qtype=qtype))
+    kernel = qwix.dequantize(qwix.QArray(values, scale, qtype=qtype))
+    if "kernel_offset" not in leaves:
+        return kernel
+    return kernel + jnp.repeat(leaves["kernel_offset"], len(kernel) // len(scale), axis=0)
 
 
 def dequantize(params: Params) -> Params:
@@ -57,10 +61,9 @@ def dequantize(params: Params) -> Params:
         del path
         if "kernel_values" not in leaves:
             return leaves
-        kernel = (jax.vmap(dequantized_kernel) if leaves["kernel_values"].ndim == 3 else dequantized_kernel)(
-            {name: leaves[name] for name in ("kernel_values", "kernel_scale")}
-        )
-        rest = {name: leaf for name, leaf in leaves.items() if name not in ("kernel_values", "kernel_scale")}
-        return {**rest, "kernel": kernel}
+        held = {name: leaf for name, leaf in leaves.items() if name.startswith("kernel_")}
+        stacked = leaves["kernel_values"].ndim == 3
+        kernel = (jax.vmap(dequantized_kernel) if stacked else dequantized_kernel)(held)
+        return {**{name: leaf for name, leaf in leaves.items() if name not in held}, "kernel": kernel}
 
     return map_linears(change, params)

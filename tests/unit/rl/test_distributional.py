@@ -7,16 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from tiers import few
+from tiers import OPTIMIZED, few
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
-from rlhf_jax.distributed.runtime import compiler_options
 from rlhf_jax.losses.reductions import token_mean
 from rlhf_jax.rl.algorithms import c51, dqn, qr_dqn
 from rlhf_jax.rl.envs import environments
 from rlhf_jax.rl.envs.evaluation import evaluate
-from rlhf_jax.rl.loops.off_policy import RunConfig
 from rlhf_jax.rl.loops.replay import Batch
 from rlhf_jax.rl.loops.runs import make_train_fn
 from rlhf_jax.rl.networks.networks import MLP, ObsEncoder
@@ -165,22 +163,20 @@ def test_users_mistakes_are_one_sentence():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("algorithm", "least"), [(c51, 300), (qr_dqn, 100)])
-def test_cartpole(algorithm, least):
-    """Two seeds, 60,000 steps each, on average (a random policy gets 22; 410 and 151 were measured)."""
-    config = algorithm.Config(
-        run=RunConfig(total_steps=60_000, learning_starts=1000, num_envs=4, train_every=2)
-    )
+@pytest.mark.parametrize(
+    ("algorithm", "config"), [(c51, c51.Config()), (qr_dqn, qr_dqn.Config(num_quantiles=10))]
+)
+def test_cartpole(algorithm, config):
+    """The table's settings: half of four seeds reach what gymnasium counts as solved."""
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, total_steps=500_000))
     run = algorithm.make_run(config, *CARTPOLE)
-    hyper = dataclasses.replace(
-        algorithm.Hyper(), learning_rate=1e-3, epsilon_steps=15_000.0, target_update_interval=100
-    )
-    keys = jax.random.split(jax.random.key(0), 2)
-    states, _ = jax.jit(jax.vmap(make_train_fn(run), (0, None)), compiler_options=compiler_options())(
-        keys, hyper
+    keys = jax.random.split(jax.random.key(0), 4)
+    states, _ = jax.jit(jax.vmap(make_train_fn(run), (0, None)), compiler_options=OPTIMIZED)(
+        keys, algorithm.Hyper()
     )
 
     def score(state, key):
-        return evaluate(run, state, *CARTPOLE, key, episodes=16, deterministic=True)[0]
+        return jnp.mean(evaluate(run, state, *CARTPOLE, key, episodes=16, deterministic=True)[0])
 
-    assert jnp.mean(jax.jit(jax.vmap(score), compiler_options=compiler_options())(states, keys)) > least
+    scores = jax.jit(jax.vmap(score), compiler_options=OPTIMIZED)(states, keys)
+    assert np.median(scores) > 475

@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from tiers import few
+from tiers import OPTIMIZED, few
 
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
-from rlhf_jax.distributed.runtime import compiler_options
 from rlhf_jax.rl.algorithms import dqn
 from rlhf_jax.rl.envs import environments
 from rlhf_jax.rl.envs.evaluation import evaluate
@@ -251,18 +250,15 @@ def test_vmap_over_keys_and_every_hyper_equals_single_runs_and_copies_no_replay(
     ],
 )
 def test_cartpole(changes, n_step):
-    """Three seeds, 60,000 steps each: at least 150 on average (a random policy gets 22)."""
-    config = dqn.Config(
-        run=RunConfig(total_steps=60_000, learning_starts=1000, num_envs=4, train_every=2, n_step=n_step),
-        **changes,
-    )
+    """The table's settings: half of four seeds reach what gymnasium counts as solved."""
+    usual = dataclasses.replace(dqn.Config().run, total_steps=500_000, n_step=n_step)
+    config = dqn.Config(run=usual, **changes)
     run = dqn.make_run(config, *CARTPOLE)
-    hyper = dqn.Hyper(learning_rate=1e-3, epsilon_steps=15_000.0, target_update_interval=100)
-    keys = jax.random.split(jax.random.key(0), 3)
-    states, _ = jax.jit(jax.vmap(make_train_fn(run), (0, None)), compiler_options=compiler_options())(
-        keys, hyper
+    keys = jax.random.split(jax.random.key(0), 4)
+    states, _ = jax.jit(jax.vmap(make_train_fn(run), (0, None)), compiler_options=OPTIMIZED)(
+        keys, dqn.Hyper()
     )
     score = functools.partial(evaluate, run, episodes=16, deterministic=True)
     scores = jax.vmap(lambda s, k: score(s, *CARTPOLE, k))
-    returns, _ = jax.jit(scores, compiler_options=compiler_options())(states, keys)
-    assert jnp.mean(returns) > 150
+    returns, _ = jax.jit(scores, compiler_options=OPTIMIZED)(states, keys)
+    assert np.median(np.mean(returns, axis=1)) > 475
