@@ -27,6 +27,8 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3": "Gemma3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
 }
 """GGUF's name of an architecture -> that of Hugging Face."""
 
@@ -248,6 +250,8 @@ def as_config_json(
     data["vocab_size"] = None if embedding is None else int(embedding[0])
     data["tie_word_embeddings"] = "output.weight" not in shapes
     data["attention_bias"] = "blk.0.attn_q.bias" in shapes
+    data["sliding_window"] = data["sliding_window"] or None  # Phi-3 writes 0 for none
+    data["partial_rotary_factor"] = _rotated_share(data, get(f"{architecture}.rope.dimension_count"))
     theta = data["rope_theta"] or 10_000.0
     if factors is not None:
         data["rope_scaling"] = _llama3_scaling(factors, theta, where)
@@ -259,6 +263,15 @@ def as_config_json(
             data["hidden_size"] // data["num_attention_heads"] if whole else data["head_dim"]
         )
     return data
+
+
+def _rotated_share(data: Mapping[str, Any], rotated: Any) -> float | None:
+    """Share of a head that rotary positions turn; None for all of it, or where the numbers are none."""
+    width, heads, head_dim = (data[name] for name in ("hidden_size", "num_attention_heads", "head_dim"))
+    if not all(isinstance(number, int) and number > 0 for number in (width, heads, rotated)):
+        return None
+    head_dim = head_dim or width // heads
+    return None if rotated == head_dim or not isinstance(head_dim, int) else rotated / head_dim
 
 
 def _rope_scaling(get: Callable[[str], Any]) -> dict[str, Any] | None:

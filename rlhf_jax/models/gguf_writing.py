@@ -136,7 +136,8 @@ def _metadata(architecture: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         if fields.get(ours) is not None:
             number = fields[ours]
             values[theirs] = float(number) if ours in FLOATS else int(number)
-    values["attention.value_length"] = values["rope.dimension_count"] = fields["head_dim"]
+    values["attention.value_length"] = fields["head_dim"]
+    values["rope.dimension_count"] = round(fields["head_dim"] * fields.get("partial_rotary_factor", 1))
     values["vocab_size"] = fields["vocab_size"]
     scaling = fields.get("rope_scaling") or {}
     if scaling.get("rope_type") not in (None, "llama3"):

@@ -36,11 +36,19 @@ GEMMA = {
 }
 
 
+PHI3 = {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"}
+OLMO2 = {
+    "post_attention_layernorm": "post_attention_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+OTHERS = {"gemma2": GEMMA, "gemma3": GEMMA, "phi3": PHI3, "olmo2": OLMO2}
+
+
 def gguf_name(arch, name):
     if name in NAMES:
         return NAMES[name]
     _, _, layer, *middle, kind = name.split(".")
-    table = {**LAYER, **GEMMA} if arch.startswith("gemma") else LAYER
+    table = LAYER | OTHERS.get(arch, {})
     return f"blk.{layer}.{table['.'.join(middle)]}.{kind}"
 
 
@@ -69,6 +77,8 @@ def write_gguf(path, arch, source, *, quantize=None):
     rope = rope.get("full_attention", rope)
     writer.add_rope_freq_base(rope.get("rope_theta") or data["rope_theta"])
     writer.add_key_length(data.get("head_dim") or data["hidden_size"] // heads)
+    if rope.get("partial_rotary_factor", 1) != 1:
+        writer.add_rope_dimension_count(round(rope["partial_rotary_factor"] * data["hidden_size"] / heads))
     if arch.startswith("gemma"):
         writer.add_sliding_window(data["sliding_window"])
     if rope.get("rope_type") == "linear":

@@ -67,7 +67,7 @@ def kinds_of(path):
     return {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gemma2", "gemma3"])
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2"])
 def test_a_file_has_the_tensors_and_metadata_of_one_written_by_hand(tmp_path, tokenizer, arch):
     source = changed_folder(GOLDEN / f"hf_{arch}", tmp_path / "hf", **CHANGES.get(arch, {}))
     write_gguf(tmp_path / "expected.gguf", arch, source)
@@ -93,13 +93,17 @@ def test_a_file_has_the_tensors_and_metadata_of_one_written_by_hand(tmp_path, to
 @pytest.mark.parametrize(
     "case",
     few(
-        ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "llama3", "qwen2_yarn", "phi3"],
+        ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "llama3", "qwen2_yarn", "phi3", "olmo2", "phi3_half"],
         "gemma3",
+        "phi3_half",
     ),
 )
 def test_a_file_of_float32_is_read_back_as_the_same_function(tmp_path, tokenizer, case):
-    """Phi-3 computes what a Llama does, and is written as one."""
+    """Also a Phi-3 of which positions turn half of a head."""
     changes = CHANGES.get(case, {})
+    if case == "phi3_half":
+        rope = {"partial_rotary_factor": 0.5, "rope_theta": 1e4, "rope_type": "default"}
+        case, changes = "phi3", {"rope_parameters": rope}
     if case == "llama3":
         rope = json.loads((GOLDEN / "hf_llama3" / "config.json").read_text())["rope_parameters"]
         changes = {"rope_parameters": {**rope, "original_max_position_embeddings": 8192}}
@@ -110,8 +114,7 @@ def test_a_file_of_float32_is_read_back_as_the_same_function(tmp_path, tokenizer
     policy = load(tmp_path / "model.gguf", scan_layers=True)
     expected = models.forward(config, params, TOKENS)
     np.testing.assert_allclose(policy.logits(TOKENS), expected, atol=1e-5)
-    if case != "phi3":
-        assert policy.config == config
+    assert policy.config == config
 
 
 # The most that rounding loses, in shares of the largest entry of a block; blocks have scales of 11 bits.

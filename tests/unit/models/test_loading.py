@@ -185,7 +185,9 @@ def with_scale_of(config, blocks):
     )
 
 
-@pytest.mark.parametrize("arch", few(["llama", "qwen2", "qwen3", "gemma2", "gemma3"], "gemma3"))
+@pytest.mark.parametrize(
+    "arch", few(["llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2"], "gemma3", "phi3")
+)
 def test_a_gguf_file_computes_what_the_folder_does(tmp_path, arch):
     source = GOLDEN / f"hf_{arch}"
     write_gguf(tmp_path / "model.gguf", arch, source)
