@@ -76,7 +76,7 @@ def test_rows_run_once_and_make_a_page(tmp_path, tiny, capsys):
     stopped = json.loads((a2c / "summary.json").read_text())
     assert len(stopped["evaluation_return"]) == 4
     assert stopped["cpu_seconds"] is None
-    with pytest.raises(UserError, match="holds this row with seeds 4, not 1"):
+    with pytest.raises(UserError, match="holds this cell with seeds 4, not 1"):
         rl_table.run(dataclasses.replace(options, seeds=1))
 
 
