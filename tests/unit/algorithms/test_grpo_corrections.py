@@ -1,6 +1,7 @@
 """Off-policy corrections and masks in updates of the GRPO family: where they act, and their laws."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -41,8 +42,7 @@ def make_batch(variant, rows=slice(None), **hyper):
     rollout, score = answers(rows)
     numbers = dataclasses.replace(variant.hyper, learning_rate=1.0, **hyper)
     ref_logp = tabular.score(tabular.init(7, jnp.float64), rollout.sequences).logp
-    batch, metrics = grpo.make_batch(
-        variant.config,
+    batch, metrics = jax.jit(functools.partial(grpo.make_batch, variant.config))(
         numbers,
         rollout,
         jnp.asarray(REWARDS)[rows],
