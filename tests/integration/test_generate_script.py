@@ -50,6 +50,7 @@ def test_every_decoder_answers_in_json(say, words):
         assert ("filtered_logprobs" in answer) == (words[0] in ("sample", "speculative"))
 
 
+@pytest.mark.slow
 def test_a_file_of_prompts_and_what_answers_must_look_like(say, tmp_path):
     rows = [{"prompt": "1+2=?"}, {"prompt": "1+2+3+4+5+6+7+8+9=?"}, {"question": "2+2=?"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

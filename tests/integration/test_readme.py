@@ -67,8 +67,9 @@ PYTHON = [
 ]
 WITH_A_TEST = {"own_loss.md", "own_reward.md", "own_model.md", "rl_algorithm.md"}
 """Pages whose block is also looked at, below."""
+TAKE_LONG = {"rl.md", "own_environment.md"}
 RUNNABLE = [
-    pytest.param(code, id=f"{name_of(page)}-{index}", marks=[pytest.mark.slow] * (page.name == "rl.md"))
+    pytest.param(code, id=f"{name_of(page)}-{index}", marks=[pytest.mark.slow] * (page.name in TAKE_LONG))
     for page in PAGES
     if page.name not in WITH_A_TEST
     for index, code in enumerate(marked(page, "run"))

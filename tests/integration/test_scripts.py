@@ -56,6 +56,7 @@ def test_help_shows_every_option(tiny, stage, monkeypatch, capsys):
     assert f"rlhf {stage.replace('_', '-')} --out" in module.__doc__
 
 
+@pytest.mark.slow
 def test_what_a_run_leaves_behind(tiny, tmp_path):
     for stage in ("sft", "grpo"):
         out = tiny.run(stage, tmp_path / stage, "--report", "--steps", 3)

@@ -103,6 +103,7 @@ def test_all_candidates_are_the_kl_of_the_distributions_and_few_are_less(tempera
     assert np.all(np.asarray(found[2]) <= np.asarray(found[1]) + 1e-6)
 
 
+@pytest.mark.slow
 def test_models_that_give_logits_only_say_the_same_of_candidates():
     config, (params, _), rows = tiny_model()
     asked = dataclasses.replace(rows, candidates=jnp.broadcast_to(jnp.array([4, 0]), (4, 6, 2)))
@@ -112,6 +113,7 @@ def test_models_that_give_logits_only_say_the_same_of_candidates():
     np.testing.assert_allclose(ours.logp[:, 1:], theirs.logp[:, 1:], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_step_with_the_exact_kl_alone_goes_down_that_kl():
     """Rewards that are all equal teach nothing: what is left is the gradient of the KL by hand."""
     config, (params, reference), rows = tiny_model()

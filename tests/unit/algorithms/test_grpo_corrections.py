@@ -191,6 +191,7 @@ def test_micro_batches_change_nothing():
     assert metrics["off_policy_masked"] > 0
 
 
+@pytest.mark.slow
 def test_order_of_groups_does_not_matter():
     variant = variant_of("dapo", "icepop", ["token_k2"], rejection_high=0.1)
     order = np.array([4, 5, 6, 7, 0, 1, 2, 3])

@@ -203,6 +203,7 @@ def test_ppo_finds_the_arm_that_pays_and_its_value():
     assert metrics["entropy"][-1] < 0.5 < metrics["entropy"][0]
 
 
+@pytest.mark.slow
 def test_a_penalty_holds_back_and_none_is_no_clip():
     start, key = bandit_state(ppo.Hyper()), jax.random.key(2)
 
@@ -217,6 +218,7 @@ def test_a_penalty_holds_back_and_none_is_no_clip():
     assert jnp.abs(run(ppo.penalized, penalty_coef=10.0)).max() < 0.3 * jnp.abs(free).max()
 
 
+@pytest.mark.slow
 def test_max_kl_ends_the_update_before_it_goes_too_far():
     free, bound = ppo.Hyper(learning_rate=0.2), ppo.Hyper(learning_rate=0.2, target_kl=0.02)
     config = ppo.Config(num_ppo_epochs=8, num_minibatches=2)

@@ -63,6 +63,7 @@ def ppo_loop(policy_lambda, value_lambda, rewards=REWARDS):
     return advantages, returns
 
 
+@pytest.mark.slow
 def test_ppo_earns_the_reward_of_a_step_where_it_ends():
     _, batch, metrics = ppo_batch(gamma=0.9, gae_lambda=0.8)
     advantages, returns = ppo_loop(lambda _: 0.8, lambda _: 0.8)
@@ -199,6 +200,7 @@ def test_a_process_reward_tells_which_step_was_wrong():
 # Right answers -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_right_answers_are_imitated_with_their_weight():
     config = ppo.Config(num_ppo_epochs=1, num_minibatches=1, micro_batches=3)
 

@@ -169,7 +169,7 @@ CASES = {
     "group": group_case,
 }
 # Of the costly laws the default tier runs those of one update of each kind.
-every_kind = pytest.mark.parametrize("name", few(CASES, "sft", "preference", "ppo_ptx", "group"))
+every_kind = pytest.mark.parametrize("name", few(CASES, "preference", "ppo_ptx", "group"))
 
 
 def initial_state(hyper, dtype=jnp.float32):

@@ -99,7 +99,7 @@ def test_layers_in_a_stack_move_as_they_do_alone(name):
         )
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", few(OPTIMIZERS, "adamw", "muon"))
 def test_each_learns_a_quadratic_and_decays_what_has_no_gradient(name):
     rng = np.random.default_rng(0)
     target = {"kernel": jnp.asarray(rng.normal(size=(8, 4)), jnp.float32), "bias": jnp.ones(4)}
@@ -128,7 +128,7 @@ def test_each_learns_a_quadratic_and_decays_what_has_no_gradient(name):
     np.testing.assert_allclose(state.params["bias"], params["bias"], rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", few(OPTIMIZERS, "adamw", "muon"))
 def test_moments_are_float32_whatever_the_parameters_are(name):
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), draw(0))
     state = train(name, params, [params], rounding="stochastic").opt_state

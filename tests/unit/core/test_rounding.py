@@ -130,6 +130,7 @@ def test_float32_parameters_are_moved_as_ever(rounding):
 
 
 @pytest.mark.parametrize("rounding", few(["stochastic", "kahan"], "stochastic"))
+@pytest.mark.slow
 def test_a_learning_rate_of_0_moves_nothing(rounding):
     params = checkpoint(jnp.bfloat16)
     tx = make_optimizer(OptimizerConfig(rounding=rounding))

@@ -164,6 +164,7 @@ def test_reported_log_probs_are_of_both_distributions():
         np.testing.assert_allclose(jnp.exp(filtered_logp), [[0.8, 0.2][token[0]]], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_rows_draw_independently_of_their_neighbours(toy):
     many = sample(toy, 8, Sampling(), jax.random.key(5), steps=6)
     few = sample(toy, 3, Sampling(), jax.random.key(5), steps=6)

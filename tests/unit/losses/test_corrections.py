@@ -100,6 +100,7 @@ def test_weights_are_those_of_naive_loops(name):
     assert 0 < outside.sum() < case[2].sum()  # some are bound, some are not
 
 
+@pytest.mark.slow
 def test_packed_rows_are_those_of_the_same_sequences_alone():
     """Two sequences to a row against one to a row, through every rule and every measure."""
     rng = np.random.default_rng(1)

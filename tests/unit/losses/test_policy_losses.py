@@ -387,6 +387,7 @@ def expected_gradient_of_kl_term(kl_fn, correction, old_logits):
     return jax.grad(lambda x: expected_loss(loss_of_row, x, old_logits))(logits)
 
 
+@pytest.mark.slow
 def test_gradient_of_the_kl_term_with_and_without_ratio_correction():
     logits, old_logits, ref_logits = jnp.asarray(VOCABULARY)
     exact = jax.grad(kernels.reverse_kl)(logits, ref_logits)

@@ -292,7 +292,7 @@ def test_order_of_rows_does_not_matter(name: str) -> None:
         np.testing.assert_allclose(grads[column][order], permuted_grads[column], rtol=1e-9, atol=1e-15)
 
 
-@EACH
+@EACH_KIND
 def test_extreme_log_ratios_stay_finite(name: str) -> None:
     # Log-probabilities are at most 0; the ratios reach 1e4 on either side.
     signs = {"c": np.repeat([-1, 1], 3), "r": np.tile([-1, 0, 1], 2)}

@@ -123,6 +123,7 @@ def test_plackett_luce_probabilities_of_all_orders_sum_to_one() -> None:
     assert float(jnp.sum(jnp.exp(-nll))) == pytest.approx(1, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_plackett_luce_of_one_before_equal_others_is_the_sum_over_their_orders() -> None:
     rewards = jnp.array([[0.3, -1.0, 2.0, 0.7]])
     orders = jnp.asarray([[0, *rest] for rest in itertools.permutations([1, 2, 3])])
@@ -220,6 +221,7 @@ def test_hinge_on_rankings_matches_the_naive_loop_and_skips_masked_items() -> No
     assert np.isfinite(grad).all()
 
 
+@pytest.mark.slow
 def test_soft_labels_are_the_mean_of_both_verdicts() -> None:
     first, second = jnp.asarray(REWARDS[:, 0]), jnp.asarray(REWARDS[:, 1])
     preference = jnp.array([1.0, 0.8, 0.5, 0.1])

@@ -203,6 +203,7 @@ def test_several_adapters_over_one_base_under_vmap(params):
 
 
 @every_kind
+@pytest.mark.slow
 def test_only_what_is_trained_moves_and_the_loss_falls(kind, params):
     config = KINDS[kind]
     adapted = adapters.init_adapter(config, params, jax.random.key(1))

@@ -18,7 +18,7 @@ from rlhf_jax.models import hf
 
 GOLDEN = pathlib.Path(__file__).resolve().parents[2] / "golden"
 CASES = sorted(folder.name.removeprefix("hf_") for folder in GOLDEN.glob("hf_*"))
-DECODED = ("deepseek_v3", "gemma3")  # latents; windows and whole rows
+DECODED = ("gemma3",)  # windows and whole rows
 decoded = few(CASES, *DECODED)
 
 
@@ -120,7 +120,7 @@ def test_mesh_places_parameters_on_its_devices():
     assert config == _loaded("mixtral")[0]
 
 
-@pytest.mark.parametrize("case", ["gemma3", "bloom", "deepseek_v2"])
+@pytest.mark.parametrize("case", few(["gemma3", "bloom", "deepseek_v2"], "gemma3"))
 def test_packed_rows_equal_separate_ones(case):
     """Windows, distances and experts know nothing of the neighbours in a row."""
     config, params, expected = _loaded(case)
@@ -135,6 +135,7 @@ def test_packed_rows_equal_separate_ones(case):
 
 
 @pytest.mark.parametrize("case", few(["deepseek_v3", "qwen3_moe"], "deepseek_v3"))
+@pytest.mark.slow
 def test_gradients_reach_router_and_chosen_experts(case):
     config, params, expected = _loaded(case)
 

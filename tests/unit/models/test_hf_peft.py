@@ -58,6 +58,7 @@ def test_logits_are_those_of_peft_and_the_folder_comes_back(case, base, tmp_path
 @pytest.mark.parametrize(
     "kind", few([adapters.PiSSA(3), adapters.AdaLoRA(4, 2)], adapters.PiSSA(3)), ids=["pissa", "adalora"]
 )
+@pytest.mark.slow
 def test_others_become_plain_lora_of_the_same_function(kind, base, tmp_path):
     """Checked against PEFT where PEFT_CHECK names a folder for tools/goldens/make_goldens_peft.py."""
     config, params = base

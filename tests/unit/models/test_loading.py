@@ -60,6 +60,7 @@ def test_files_of_16_bits_get_parameters_that_move(tmp_path, stored):
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
 
 
+@pytest.mark.slow
 def test_deep_models_are_scanned_and_shallow_ones_are_not(tmp_path):
     _, original = deep_folder(tmp_path / "deep")
     config, params, _ = load_checkpoint(tmp_path / "deep")

@@ -129,6 +129,7 @@ def test_further_loss_splits_and_ignores_what_is_masked(batch):
     assert bool(jnp.all(jnp.isfinite(gradient)))
 
 
+@pytest.mark.slow
 def test_routing_is_counted_over_tokens_that_are_there(config, params, batch, logprob_fn):
     routing = logprob_fn(params, batch).routing
     assert set(routing) == {"layer_0/feed_forward/router"}
@@ -197,6 +198,7 @@ def test_a_step_that_is_not_finite_moves_no_bias(params, batch, updates):
 
 
 @pytest.mark.parametrize("way", few(["loss", "bias"], "bias"))
+@pytest.mark.slow
 def test_the_load_of_a_collapsed_router_evens_out(params, batch, updates, way):
     """Two of four experts get every token at first; either cure spreads the tokens, and nothing else does."""
     tx, by_parts = updates

@@ -165,6 +165,7 @@ def rows(seed=0):
     return Sequences(tokens, positions, segments, segments > 0, images=images)
 
 
+@pytest.mark.slow
 def test_images_reach_what_follows_them_and_padding_reaches_nothing():
     params = models.init_params(CONFIG, jax.random.key(0))
     sequences = rows()

@@ -132,6 +132,7 @@ def test_values_stand_on_hidden_states(own, foreign, name):
 
 
 @pytest.mark.parametrize("group_size", few([1, 2], 2))
+@pytest.mark.slow
 def test_sampling_without_a_cache_samples_the_same(own, foreign, group_size):
     ours, theirs = (sampled(policy, group_size=group_size) for policy in (own, foreign))
     np.testing.assert_array_equal(ours.sequences.tokens, theirs.sequences.tokens)

@@ -71,6 +71,7 @@ def test_without_a_correction_experience_counts_as_the_policys_own(lag):
     assert (apart < 1e-6) == (lag == 0)
 
 
+@pytest.mark.slow
 def test_with_one_worker_a3c_is_a2c():
     config = a3c.Config(num_workers=1, **SAME)
     run, hyper = a3c.make_run(config, *CARTPOLE), a2c.default_hyper()

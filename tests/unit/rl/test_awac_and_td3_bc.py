@@ -100,6 +100,7 @@ def test_the_loss_of_td3_bc_and_its_gradient_against_numpy(alpha):
     np.testing.assert_allclose(gradient, expected, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_critics_of_td3_bc_are_those_of_td3():
     """One update with the same noise moves them alike; the actors differ by the term of the log."""
     config = td3_bc.Config(encoder=BODY)

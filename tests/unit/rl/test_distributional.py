@@ -100,6 +100,7 @@ def lake_batch(lake: dynamic_programming.DecisionProcess, gamma: float) -> Batch
 
 
 @pytest.mark.parametrize("name", few(["c51", "qr_dqn"], "qr_dqn"))
+@pytest.mark.slow
 def test_means_are_the_exact_values_of_a_lake(name):
     lake = dynamic_programming.frozen_lake(slippery=False)
     exact, _ = dynamic_programming.value_iteration(lake, gamma=0.8)

@@ -158,6 +158,7 @@ def test_the_goal_loss_is_the_policy_gradient_of_von_mises_fisher_directions():
     assert jnp.all(jax.grad(lambda x: cosine_similarity(x, goal))(jnp.zeros(2)) == 0)
 
 
+@pytest.mark.slow
 def test_no_gradient_passes_between_the_levels():
     (experience, _, _), params = rollout(), params_of()
     batch = feudal_networks.make_batch(NETWORK, params, HYPER, experience)

@@ -103,6 +103,7 @@ def outcome(process, state, action):
     return reached, float(process.rewards[state, action, reached]), bool(process.terminal[reached])
 
 
+@pytest.mark.slow
 def test_without_a_hierarchy_it_is_q_learning():
     rows = ("#######", "#S.+..#", "#..#.G#", "#######")
     process = mazes.maze(rows)

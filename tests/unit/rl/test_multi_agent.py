@@ -157,6 +157,7 @@ def fitted_table(config, mixer=None, steps=400):
     return np.asarray(values.mix_fn(state.learner.params, taken, batch.obs)).reshape(3, 3), greedy
 
 
+@pytest.mark.slow
 def test_vdn_fits_the_climbing_game_by_rows_and_columns_and_misses_the_optimum():
     table, greedy = fitted_table(vdn.Config(), SumMixer())
     rows, columns = CLIMBING.mean(1, keepdims=True), CLIMBING.mean(0, keepdims=True)
@@ -439,6 +440,7 @@ def game_agent(module):
 
 
 @pytest.mark.parametrize("module", few([mappo, qmix, maddpg], qmix))
+@pytest.mark.slow
 def test_every_number_can_be_swept(module):
     env = multi_agent.make("coordination_game")
     config, hyper = game_agent(module)

@@ -77,6 +77,7 @@ def test_files_come_back_and_mistakes_are_one_sentence(log, tmp_path):
             transitions.load(path, CARTPOLE)
 
 
+@pytest.mark.slow
 def test_without_conservatism_cql_is_dqn(log):
     replay = offline.as_replay(log)
     batch = offline.sample(replay, jax.random.key(1), batch_size=16, gamma=0.9)

@@ -230,6 +230,7 @@ def test_continuous_actions_have_a_gaussian_of_each_option():
     np.testing.assert_allclose(policy.mean[0, :, 0], [means[0, 0], means[1, 1]], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_option_is_a2c():
     rollout, optimizer = (
         RolloutConfig(num_envs=2, num_steps=8),

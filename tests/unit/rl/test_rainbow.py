@@ -64,6 +64,7 @@ def test_noise_is_factorized_and_its_roots_are_normal():
 
 
 @pytest.mark.parametrize("double", few([False, True], False))
+@pytest.mark.slow
 def test_without_noise_a_step_is_that_of_c51(double):
     plain = dqn.State(dqn.init(params_of(), TX).learner, params_of(1))
     expected, _, errors = jax.jit(c51.make_update(c51.Config(double=double), VALUES, TX))(

@@ -192,6 +192,7 @@ def test_new_transitions_get_the_largest_priority_so_far():
     assert priorities.largest == 2.0
 
 
+@pytest.mark.slow
 def test_vmapped_replays_equal_single_ones():
     replay, _ = filled(4)
     two = jax.tree.map(lambda x: jnp.stack([x, x]), replay)

@@ -106,6 +106,7 @@ def test_rollouts_go_on_where_they_stopped_and_are_scored_as_they_were_acted():
     assert len(np.unique(beginnings, axis=0)) == len(beginnings)
 
 
+@pytest.mark.slow
 def test_observation_statistics_are_those_of_all_environments():
     _, _, envs, collect = setup(normalize_obs=True)
     raw = setup()[3](setup()[2], jax.random.key(2))[1].transition.obs

@@ -197,6 +197,7 @@ def write_reward_model(folder, tokenizer=TOKENIZER, seed=1):
     return params
 
 
+@pytest.mark.slow
 def test_a_reward_model_is_a_reward_like_another(tmp_path):
     """Even in a folder whose name looks like a weight."""
     folder = tmp_path / "lr=0.5"
@@ -270,6 +271,7 @@ def test_evaluation_does_not_depend_on_the_size_of_its_batches():
     assert parts.sampled_score == whole.sampled_score
 
 
+@pytest.mark.slow
 def test_kl_is_zero_to_itself_and_that_of_the_samples_to_another():
     evaluate, params, other = make_evaluate(256), policy(0), policy(1)
     same, different = evaluate(params, params), evaluate(params, other)

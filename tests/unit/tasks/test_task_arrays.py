@@ -167,6 +167,7 @@ def test_nothing_is_learned_from_what_the_calculator_wrote():
     assert asked > 30
 
 
+@pytest.mark.slow
 def test_calculator_scores_are_of_the_policy_s_own_last_line():
     task, rng = small_tasks()["calculator"], np.random.default_rng(1)
     texts, truths, expected = [], [], []
