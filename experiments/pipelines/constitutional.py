@@ -63,7 +63,7 @@ RECIPE = {
     "revision_steps": 60,
     "reward_steps": 160,
     "ppo_steps": 25,
-    "dpo_steps": 60,
+    "dpo_steps": 120,
     "grpo_steps": 40,
 }
 """Numbers for the embedded task."""
@@ -88,7 +88,7 @@ class Options:
       skill_batch_size: rows a step, into each of which several conversations are packed.
       revised: how many red-team prompts are answered and revised; None for 512, and for all of one's own.
       revision_steps: optimizer steps of learning from revisions; here and below None is the recipe's number
-        (60, 160, 25, 60 and 40), and one pass over data of one's own.
+        (60, 160, 25, 120 and 40), and one pass over data of one's own.
       human_share: share of what people wrote in every batch of learning from revisions.
       labelled: red-team prompts of the embedded task whose answers are compared, two pairs each.
       labels_of: whose answers are compared: those of the policy at the start, or of SL-CAI as in the paper,
@@ -114,8 +114,8 @@ class Options:
     first_seed: int = 0
     resume: bool = False
     arch: option_groups.ArchOptions = option_groups.ArchOptions()
-    skill_steps: PositiveInt = 2_000
-    skill_rows: PositiveInt = 24_000
+    skill_steps: PositiveInt = 4_000
+    skill_rows: PositiveInt = 48_000
     skill_batch_size: PositiveInt = 6
     revised: PositiveInt | None = None
     revision_steps: PositiveInt | None = None
