@@ -178,14 +178,15 @@ def reasoning_gym_reward(
 ) -> list[float | None]:
     """Score by reasoning-gym's own verifiers, from 0 to 1, for rows of `reasoning-gym:...` data.
 
-    The answer is what stands in the one `<answer>`, else the whole completion. The verifiers run in a process
-    of their own, for two seconds an answer at most; what does not end by then cannot be scored.
+    The answer is what stands in the one `<answer>`, else the whole completion, of either the last 4,096
+    characters. The verifiers run in a process of their own, for two seconds an answer at most; what does not
+    end by then cannot be scored.
 
     Raises:
       UserError: the package is not installed.
     """
     tasks = [
-        [tagged(text) or text.strip()[-REASONING_GYM_CHARACTERS:], spec, place]
+        [(tagged(text) or text.strip())[-REASONING_GYM_CHARACTERS:], spec, place]
         for text, spec, place in zip(completions, reasoning_gym, index, strict=True)
     ]
     return [outcome.value for outcome in _reasoning_gym_worker().run(tasks)]

@@ -8,6 +8,8 @@ import gguf
 import numpy as np
 from safetensors.numpy import load_file
 
+from rlhf_jax.models.loading import load_checkpoint
+
 GOLDEN = pathlib.Path(__file__).resolve().parents[2] / "golden"
 TOKENS = np.array([[3, 14, 15, 9, 2, 6, 5, 35]])
 
@@ -105,6 +107,12 @@ def write_gguf(path, arch, source, *, quantize=None):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def gguf_tokenizer(folder):
+    """That of a GGUF file with 64 tokens."""
+    write_gguf(folder / "model.gguf", "llama", GOLDEN / "hf_llama")
+    return load_checkpoint(folder / "model.gguf")[2]
 
 
 def add_vocabulary(writer, size):

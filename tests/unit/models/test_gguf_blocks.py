@@ -6,7 +6,7 @@ import gguf
 import jax
 import numpy as np
 import pytest
-from gguf_files import GOLDEN, write_gguf
+from gguf_files import GOLDEN, gguf_tokenizer
 from tiers import few
 
 import rlhf_jax as rj
@@ -25,9 +25,7 @@ ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokenizer") / "model.gguf"
-    write_gguf(path, "llama", GOLDEN / "hf_llama")
-    return load_checkpoint(path)[2]
+    return gguf_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")

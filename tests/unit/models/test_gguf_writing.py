@@ -9,7 +9,7 @@ import gguf
 import jax
 import numpy as np
 import pytest
-from gguf_files import GOLDEN, TOKENS, write_gguf
+from gguf_files import GOLDEN, TOKENS, gguf_tokenizer, write_gguf
 from tiers import few
 from tokenizers import (
     Regex,
@@ -38,10 +38,7 @@ CHANGES = {"gemma2": SCALE_OF_A_HEAD, "gemma3": SCALE_OF_A_HEAD}
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    """That of a GGUF file with 64 tokens."""
-    path = tmp_path_factory.mktemp("tokenizer") / "model.gguf"
-    write_gguf(path, "llama", GOLDEN / "hf_llama")
-    return load_checkpoint(path)[2]
+    return gguf_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")
