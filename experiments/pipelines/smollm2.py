@@ -1,4 +1,4 @@
-"""A named model, post-trained: SmolLM2-135M-Instruct on five kinds of tasks with verifiers, on two CPU cores.
+"""A named model, post-trained: SmolLM2-135M-Instruct on eight kinds of tasks with verifiers, on two cores.
 
     bash tools/run.sh smollm2
     python experiments/pipelines/smollm2.py --out runs/smollm2
@@ -86,7 +86,7 @@ class Options(pipeline_stages.OneSeed):
       demonstrations: rows of supervised fine-tuning.
       prompt_count: prompts that are answered in GRPO and PPO.
       pair_prompts: of them, those whose answers become pairs: the best and the worst of 8.
-      eval_prompts: held-out prompts on which every policy is measured, of five kinds in turn.
+      eval_prompts: held-out prompts on which every policy is measured, of eight kinds in turn.
       max_new_tokens: of an answer.
       quiet: show no progress.
     """
@@ -127,7 +127,7 @@ def write_data(options: Options) -> dict[str, Path]:
     }
     paths = {name: options.out / "data" / f"{name}.jsonl" for name in rows}
     for name, path in paths.items():
-        fields = ("prompt", "completion") if name == "demonstrations" else ("prompt", "answer", "kind")
+        fields = ("prompt", "completion") if name == "demonstrations" else tasks.PROBLEM
         files.write_lines(path, [{field: row[field] for field in fields} for row in rows[name]])
     return paths
 
@@ -254,7 +254,10 @@ def share(value: float, trials: int) -> str:
 
 def show(options: Options, results: pipeline_stages.Results, rows: list[TableRow], seconds: float) -> None:
     """Prints the table, and how to talk to each policy."""
-    counts = {kind: len(range(place, options.eval_prompts, 5)) for place, kind in enumerate(tasks.TASKS)}
+    counts = {
+        kind: len(range(place, options.eval_prompts, len(tasks.TASKS)))
+        for place, kind in enumerate(tasks.TASKS)
+    }
     final_table(
         f"{options.eval_prompts} held-out prompts, greedy answers; 95 % Wilson intervals",
         ["policy", "all", *tasks.TASKS, "KL to SFT, nats", "tokens", "wall time"],

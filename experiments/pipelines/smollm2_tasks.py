@@ -1,84 +1,34 @@
-"""Five kinds of small tasks with verifiers, of which a model of 135 million parameters can do some.
+"""Eight kinds of small tasks with verifiers, of which a model of 135 million parameters can do some.
 
-Each kind makes rows of `prompt`, `completion` (a demonstration), `answer` and `kind`. Four want a number,
-which is the last one of an answer, as GSM8K is judged; the fifth asks for words of a list under a constraint:
-lower case, at most so many words, JSON, a beginning. Held-out prompts are none of those that are trained on.
+Six are generators of reasoning-gym, judged by its own verifiers. Two are made here: stories of two sums in
+the manner of GSM8K, and words of a list under a constraint (lower case, at most so many words, JSON, a word
+that has to occur, a beginning). Rows have `prompt`, `answer`, `kind`, what names a problem to reasoning-gym's
+verifiers, and a `completion` that demonstrates it. An answer counts if its verifier accepts it wholly.
+Held-out problems are of other seeds, and no prompt of theirs is trained on.
 """
 
+import itertools
 import json
-import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from rlhf_jax.rewards.verifiers import gsm8k_answer
+from rlhf_jax.data import reasoning_gym
+from rlhf_jax.rewards.verifiers import gsm8k_answer, reasoning_gym_reward
 
-ENDING = " End with 'Answer: ' and the number."
-WORDS = [
-    "banana",
-    "cheese",
-    "letter",
-    "street",
-    "garden",
-    "window",
-    "yellow",
-    "summer",
-    "winter",
-    "bottle",
-    "coffee",
-    "kitchen",
-    "mountain",
-    "river",
-    "village",
-    "science",
-    "picture",
-    "teacher",
-    "student",
-    "morning",
-    "evening",
-    "holiday",
-    "weather",
-    "journey",
-    "station",
-    "library",
-    "museum",
-    "market",
-    "bridge",
-    "forest",
-    "island",
-    "planet",
-    "rocket",
-    "engine",
-    "circle",
-    "triangle",
-    "number",
-    "pepper",
-    "butter",
-    "orange",
-    "tomato",
-    "potato",
-    "carrot",
-    "cherry",
-    "almond",
-    "walnut",
-    "feather",
-    "leather",
-    "thunder",
-    "whisper",
-    "hammer",
-    "ladder",
-    "basket",
-    "blanket",
-    "pillow",
-    "mirror",
-    "candle",
-    "lantern",
-    "sailor",
-    "farmer",
-    "doctor",
-]
+GENERATORS = {
+    "gcd": "gcd?min_value=2&max_value=60",
+    "chain_sum": "chain_sum?min_terms=2&max_terms=2&max_digits=2",
+    "products": "products?min_digits=1&max_digits=2",
+    "letter_counting": "letter_counting?min_words=1&max_words=1",
+    "prime_factorization": "prime_factorization?max_value=200",
+    "needle_haystack": "needle_haystack?min_num_statements=2&max_num_statements=4",
+}
+BATCH = 1000
+PROBLEM = ("prompt", "answer", "kind", "reasoning_gym", "index")
+"""Fields of a row but its demonstration."""
 LISTS = {
     "fruits": ["Apple", "Pear", "Plum", "Grape", "Fig", "Cherry", "Mango", "Lemon", "Peach", "Melon"],
     "animals": ["Dog", "Cat", "Horse", "Sheep", "Goat", "Lion", "Tiger", "Wolf", "Bear", "Fox"],
@@ -90,52 +40,27 @@ LISTS = {
 BEGINNINGS = ["Sure", "Certainly", "Hello", "Well", "Today", "Indeed"]
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
 
+NAMES = ["Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Ida", "Jonas", "Lena", "Marie"]
+THINGS = ["apples", "books", "cards", "coins", "cookies", "eggs", "flowers", "marbles", "pencils", "stamps"]
+
 Row = dict[str, Any]
 
 
-# Tasks ---------------------------------------------------------------------------------------------
+# Problems ------------------------------------------------------------------------------------------
 
 
-def gcd_task(rng: np.random.Generator) -> Row:
-    """A greatest common divisor, by taking it out of both numbers."""
-    while True:
-        divisor, first, second = int(rng.integers(2, 8)), *map(int, rng.integers(1, 10, 2))
-        if first != second and math.gcd(first, second) == 1:
-            break
-    a, b = divisor * first, divisor * second
+def story_task(rng: np.random.Generator) -> Row:
+    """A story of two sums."""
+    name, thing = str(rng.choice(NAMES)), str(rng.choice(THINGS))
+    have, groups, each = int(rng.integers(5, 40)), int(rng.integers(2, 7)), int(rng.integers(2, 9))
+    more = groups * each
+    away = bool(rng.integers(2)) and have > more
+    text, sign, answer = ("gives away", "-", have - more) if away else ("buys", "+", have + more)
     return {
-        "prompt": f"What is the greatest common divisor of {a} and {b}?{ENDING}",
-        "completion": f"{a} = {divisor} * {first} and {b} = {divisor} * {second}. Answer: {divisor}",
-        "answer": divisor,
-    }
-
-
-def sum_task(rng: np.random.Generator) -> Row:
-    """A sum of two terms."""
-    a, b = map(int, rng.integers(5, 100, 2))
-    return {"prompt": f"What is {a} + {b}?{ENDING}", "completion": f"Answer: {a + b}", "answer": a + b}
-
-
-def letter_task(rng: np.random.Generator) -> Row:
-    """How often a letter occurs in a word, which is spelled first."""
-    word = str(rng.choice(WORDS))
-    letter = str(rng.choice([*word, "z"]))
-    count = word.count(letter)
-    return {
-        "prompt": f"How many times does the letter {letter} occur in the word {word}?{ENDING}",
-        "completion": f"{'-'.join(word)}. Answer: {count}",
-        "answer": count,
-    }
-
-
-def product_task(rng: np.random.Generator) -> Row:
-    """A product, by tens and ones."""
-    a, b = int(rng.integers(2, 10)), int(rng.integers(11, 30))
-    tens, ones = b - b % 10, b % 10
-    return {
-        "prompt": f"What is {a} * {b}?{ENDING}",
-        "completion": f"{a} * {tens} = {a * tens}, {a} * {ones} = {a * ones}. Answer: {a * b}",
-        "answer": a * b,
+        "prompt": f"{name} has {have} {thing} and {text} {groups} bags of {each} {thing} each. "
+        f"How many {thing} does {name} have now?",
+        "completion": f"{groups} * {each} = {more}, {have} {sign} {more} = {answer}. {tag(answer)}",
+        "answer": answer,
     }
 
 
@@ -143,13 +68,14 @@ def instruction_task(rng: np.random.Generator) -> Row:
     """Some words of a list, under a constraint that a program can check."""
     topic = str(rng.choice(sorted(LISTS)))
     words = [str(word) for word in rng.permutation(LISTS[topic])[:5]]
-    count, form = int(rng.integers(2, 5)), str(rng.choice(["lower", "words", "json", "start"]))
+    count, form = int(rng.integers(2, 5)), str(rng.choice(["lower", "words", "json", "contains", "start"]))
     chosen, most, start = words[:count], count + int(rng.integers(0, 4)), str(rng.choice(BEGINNINGS))
     plain = ", ".join(chosen)
     ask, completion = {
         "lower": ("Write in lower case letters only.", plain.lower()),
         "words": (f"Use at most {most} words.", plain),
         "json": ("Answer with a JSON list of strings and nothing else.", json.dumps(chosen)),
+        "contains": (f"Include the word {start}.", f"{plain}. {start}"),
         "start": (f"Begin with the word {start}.", f"{start}, {plain}"),
     }[form]
     return {
@@ -159,35 +85,81 @@ def instruction_task(rng: np.random.Generator) -> Row:
     }
 
 
-TASKS: dict[str, Callable[[np.random.Generator], Row]] = {
-    "gcd": gcd_task,
-    "sum": sum_task,
-    "letters": letter_task,
-    "product": product_task,
-    "instruction": instruction_task,
-}
+OWN: dict[str, Callable[[np.random.Generator], Row]] = {"story": story_task, "instruction": instruction_task}
+TASKS = (*GENERATORS, *OWN)
 
 
 def held_out_rows(count: int, seed: int) -> list[Row]:
     """Rows of all kinds in turn, no two with the same prompt."""
-    return _rows(count, [seed, *b"held out"], set(), unique=True)
+    return _rows(count, 2 * seed, set(), unique=True)
 
 
 def training_rows(count: int, seed: int, held_out: Sequence[Row]) -> list[Row]:
     """Rows of all kinds in turn, of none of the held-out prompts."""
-    return _rows(count, [seed, *b"train"], {row["prompt"] for row in held_out}, unique=False)
+    return _rows(count, 2 * seed + 1, {row["prompt"] for row in held_out}, unique=False)
 
 
-def _rows(count: int, entropy: Sequence[int], taken: set[str], *, unique: bool) -> list[Row]:
-    rng, rows, kinds = np.random.default_rng(list(entropy)), [], list(TASKS)
-    while len(rows) < count:
-        kind = kinds[len(rows) % len(kinds)]
-        row = {**TASKS[kind](rng), "kind": kind}
-        if row["prompt"] not in taken:
-            rows.append(row)
-            if unique:
-                taken.add(row["prompt"])
+def _rows(count: int, entropy: int, taken: set[str], *, unique: bool) -> list[Row]:
+    kinds = [(kind, _problems(kind, entropy)) for kind in TASKS]
+    rows: list[Row] = []
+    for kind, problems in itertools.islice(itertools.cycle(kinds), count):
+        row = next(row for row in problems if row["prompt"] not in taken)
+        rows.append({"reasoning_gym": "", "index": 0, **row, "kind": kind})
+        if unique:
+            taken.add(row["prompt"])
     return rows
+
+
+def _problems(kind: str, entropy: int) -> Iterator[Row]:
+    """Problems of a kind without end; no two values of `entropy` share a seed."""
+    if kind in OWN:
+        rng = np.random.default_rng([entropy, *kind.encode()])
+        while True:
+            yield OWN[kind](rng)
+    for batch in itertools.count(entropy * BATCH):
+        for row, _ in reasoning_gym.read(f"{reasoning_gym.PREFIX}{GENERATORS[kind]}:{BATCH}:{batch}"):
+            yield {**row, "completion": DEMONSTRATIONS[kind](row["prompt"], row["answer"])}
+
+
+# Demonstrations ------------------------------------------------------------------------------------
+
+
+def tag(answer: object) -> str:
+    """The answer, where verifiers look for it."""
+    return f"<answer>{answer}</answer>"
+
+
+def _gcd(prompt: str, answer: str) -> str:
+    parts = [f"{number} = {answer} * {number // int(answer)}" for number in _numbers(prompt)]
+    return f"{', '.join(parts)}. {tag(answer)}"
+
+
+def _product(prompt: str, answer: str) -> str:
+    """By tens and ones of the second factor."""
+    first, second = _numbers(prompt)
+    tens, ones = second - second % 10, second % 10
+    parts = [f"{first} * {part} = {first * part}" for part in (tens, ones) if part]
+    return f"{', '.join(parts) or f'{first} * 0 = 0'}. {tag(answer)}"
+
+
+def _letters(prompt: str, answer: str) -> str:
+    """The word spelled first."""
+    word = prompt.rsplit('"', 2)[1]
+    return f"{'-'.join(word)}. {tag(answer)}"
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", text)]
+
+
+DEMONSTRATIONS: dict[str, Callable[[str, str], str]] = {
+    "gcd": _gcd,
+    "chain_sum": lambda _, answer: tag(answer),
+    "products": _product,
+    "letter_counting": _letters,
+    "prime_factorization": lambda _, answer: tag(answer),
+    "needle_haystack": lambda _, answer: tag(answer),
+}
 
 
 # Verifiers -----------------------------------------------------------------------------------------
@@ -206,6 +178,8 @@ def instruction_followed(text: str, wanted: Mapping[str, Any]) -> bool:
             return len(text.split()) <= wanted["most"]
         case "start":
             return text.startswith(wanted["start"])
+        case "contains":
+            return wanted["start"].lower() in spoken
         case _:
             return _is_list_of_strings(text, wanted["count"])
 
@@ -218,19 +192,31 @@ def _is_list_of_strings(text: str, count: int) -> bool:
     return isinstance(value, list) and len(value) == count and all(isinstance(each, str) for each in value)
 
 
+OWN_VERIFIERS: dict[str, Callable[[str, Any], bool]] = {
+    "story": gsm8k_answer,
+    "instruction": instruction_followed,
+}
+
+
 def mixture_reward(
     prompts: Sequence[str],
     completions: Sequence[str],
     *,
     kind: Sequence[str],
     answer: Sequence[Any],
+    reasoning_gym: Sequence[str],
+    index: Sequence[int],
     finished: Sequence[bool] | None = None,
     **_: object,
-) -> list[float]:
-    """1 where the completion ended by itself and its kind's verifier accepts it, else 0."""
+) -> list[float | None]:
+    """1 where the completion ended by itself and its kind's verifier accepts it wholly, else 0."""
     ended = finished if finished is not None else [True] * len(completions)
-    verify = {"instruction": instruction_followed}
-    rows = zip(completions, kind, answer, ended, strict=True)
-    return [
-        float(bool(end) and verify.get(name, gsm8k_answer)(text, wanted)) for text, name, wanted, end in rows
-    ]
+    gym = [row for row, name in enumerate(kind) if name in GENERATORS]
+    columns = [[column[row] for row in gym] for column in (prompts, completions, reasoning_gym, index)]
+    found = reasoning_gym_reward(*columns[:2], reasoning_gym=columns[2], index=columns[3]) if gym else []
+    scores: dict[int, float | None] = dict(zip(gym, found, strict=True))
+    rewards: list[float | None] = []
+    for row, (text, name, wanted, end) in enumerate(zip(completions, kind, answer, ended, strict=True)):
+        score = scores[row] if row in scores else float(OWN_VERIFIERS[name](text, wanted))
+        rewards.append(None if score is None else float(bool(end) and score >= 1))
+    return rewards

