@@ -1,22 +1,26 @@
 """The table of plans: models x algorithms x slices, each cell the plan of a run by its own command.
 
     python tools/tables/plan_table.py                            # what is compiled, the rest by formula
-    python tools/tables/plan_table.py --compile --out runs/plans
+    python tools/tables/plan_table.py --compile --slices v5e-64 "H100 x 8" --workers 2
 
-With --compile, each cell that is missing in --out is compiled by `rlhf sft|dpo|grpo|ppo ... --plan SLICE`, so
-that an interrupted table goes on; it needs the compilers (pip install 'rlhf_jax[tpu-plan,gpu-plan]'), and one
-to three minutes a cell on one core, whatever the depth. Cells of full training that are not compiled are by
-formula (`planning/analytic.py`) and begin with ~. A cell says what the fullest moment takes on each chip, and
-the roofline of a step: if computing, memory and links all overlap, and if none do. --commands prints the
-command of each cell instead.
+With --compile, each cell that is missing in docs/results/plans.json is compiled by
+`rlhf sft|dpo|grpo|ppo ... --plan SLICE` and written there, so that an interrupted table goes on; it needs
+the compilers (pip install 'rlhf_jax[tpu-plan,gpu-plan]'), and one to three minutes a cell on one core,
+whatever the depth. Cells of full training that are not compiled are by formula (`planning/analytic.py`) and
+begin with ~. A cell says what the fullest moment takes on each chip, and the roofline of a step: if
+computing, memory and links all overlap, and if none do. --commands prints the command of each cell instead.
 """
 
 import dataclasses
+import datetime
 import json
 import math
 import shlex
 import subprocess
 import sys
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -59,7 +63,8 @@ class Options:
     """Options of the table.
 
     Attributes:
-      out: where compiled plans are kept, a run folder a cell.
+      out: where cells are compiled, a run folder each.
+      cells: what was compiled; these are not compiled again.
       models: rows.
       algorithms: of each model.
       ways: of each algorithm: full training, the same with parameters gathered for sampling, LoRA.
@@ -67,11 +72,13 @@ class Options:
       rows_a_chip: of a step: conversations, pairs, or answers.
       length: tokens a row; of answers with their prompts.
       new_tokens: of an answer.
-      compile: compile the cells that are missing in `out`.
+      compile: compile the cells that are missing.
+      workers: cells at once.
       commands: print the command of each cell.
     """
 
     out: Path = Path("runs/plans")
+    cells: Path = Path("docs/results/plans.json")
     models: tuple[Preset, ...] = ("llama-1b", "llama-8b", "llama-70b")
     algorithms: tuple[Algorithm, ...] = ("sft", "dpo", "grpo", "ppo")
     ways: tuple[Way, ...] = get_args(Way)
@@ -80,6 +87,7 @@ class Options:
     length: int = 2048
     new_tokens: int = 512
     compile: bool = False
+    workers: int = 1
     commands: bool = False
 
 
@@ -159,17 +167,39 @@ def command(options: Options, row: Row, slice_name: str) -> list[str]:
     return shlex.split(" ".join(flags))
 
 
-def compile_cell(options: Options, row: Row, slice_name: str) -> None:
-    """Plans the run of a cell, unless that was done."""
+def read_cells(options: Options) -> dict[str, Any]:
+    """What was compiled, by the names of the cells' folders."""
+    return files.read_json(options.cells, otherwise={}, keys=())
+
+
+def compile_cell(options: Options, row: Row, slice_name: str, lock: threading.Lock) -> None:
+    """Plans the run of a cell, unless that was done, and writes down what it needs."""
     folder = folder_of(options, row, slice_name)
-    if (folder / "plan.json").exists():
+    if folder.name in read_cells(options):
         return
     words = [sys.executable, "-m", "rlhf_jax", *command(options, row, slice_name)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
-        print(
-            f"{folder.stem}: {(done.stderr.strip() or 'no reason given').splitlines()[-1]}", file=sys.stderr
-        )
+        reason = (done.stderr.strip() or "no reason given").splitlines()[-1]
+        print(f"{folder.name}: {reason}", file=sys.stderr)
+        return
+    with lock:
+        cells = {**read_cells(options), folder.name: cell_of(files.read_json(folder / "plan.json"))}
+        files.write_json(options.cells, dict(sorted(cells.items())))
+
+
+def cell_of(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """What the table keeps of a plan."""
+    need = plan["peak_bytes"]
+    return {
+        "peak_bytes": None if math.isnan(need) else need,
+        "programs": {
+            name: {"seconds": program["roofline_seconds"], "complaints": len(program["complaints"])}
+            for name, program in plan["programs"].items()
+        },
+        "jax": plan["jax"],
+        "date": datetime.date.today().isoformat(),
+    }
 
 
 def predicted_by_formula(options: Options, row: Row, slice_name: str) -> Plan:
@@ -186,12 +216,11 @@ def predicted_by_formula(options: Options, row: Row, slice_name: str) -> Plan:
 def text(options: Options, row: Row, slice_name: str) -> str:
     """What the table says of one cell."""
     [chip] = [chip for chip in CHIPS if chip.name == SLICES[slice_name][1]]
-    path = folder_of(options, row, slice_name) / "plan.json"
+    cell = read_cells(options).get(folder_of(options, row, slice_name).name)
     times: list[Any]
-    if path.exists():
-        mark, plan = "", json.loads(path.read_text(encoding="utf-8"))
-        need = plan["peak_bytes"]
-        times = [list(program["roofline_seconds"].values()) for program in plan["programs"].values()]
+    if cell is not None:
+        mark, need = "", cell["peak_bytes"]
+        times = [list(program["seconds"].values()) for program in cell["programs"].values()]
     elif row.way == "LoRA":
         return "not compiled"
     else:
@@ -203,7 +232,7 @@ def text(options: Options, row: Row, slice_name: str) -> str:
             )
             for p in by_formula.programs.values()
         ]
-    if math.isnan(need):
+    if need is None:
         return f"{mark}no room, the compiler says"
     excess = (need - chip.memory_bytes) / 2**30
     if excess > 0:
@@ -226,8 +255,11 @@ def main() -> None:
     if options.compile:
         write_folders(options)
         cells = [(row, name) for row in rows for name in options.slices]
-        for row, name in track(cells, description="compiling", transient=True):
-            compile_cell(options, row, name)
+        lock = threading.Lock()
+        with ThreadPoolExecutor(options.workers) as pool:
+            made = pool.map(lambda cell: compile_cell(options, *cell, lock), cells)
+            for _ in track(made, description="compiling", total=len(cells), transient=True):
+                pass
     print("| | | " + " | ".join(options.slices) + " |\n|---|---|" + "---|" * len(options.slices))
     for row in rows:
         said = " | ".join(text(options, row, name) for name in options.slices)

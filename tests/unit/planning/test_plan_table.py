@@ -2,7 +2,9 @@
 
 import importlib
 import itertools
-import json
+import math
+import subprocess
+import threading
 
 import jax
 import plan_table
@@ -11,6 +13,7 @@ from tiers import few
 
 from rlhf_jax import distributed
 from rlhf_jax.cli.parsing import parse
+from rlhf_jax.core import files
 from rlhf_jax.planning import steps
 
 
@@ -52,15 +55,31 @@ def test_the_plan_of_a_cell_has_its_sizes(tmp_path, algorithm, way):
 
 
 def test_cells_say_what_was_compiled_and_by_formula_what_was_not(tmp_path):
-    options = plan_table.Options(out=tmp_path)
+    options = plan_table.Options(out=tmp_path, cells=tmp_path / "cells.json")
     full, lora = (plan_table.Row("llama-8b", "sft", way) for way in ("full", "LoRA"))
     assert plan_table.text(options, lora, "H100 x 8") == "not compiled"
     assert plan_table.text(options, full, "H100 x 8").startswith("~")
-    folder = plan_table.folder_of(options, lora, "H100 x 8")
-    folder.mkdir()
     times = {"compute": 1.0, "memory": 2.0, "communication": 0.5}
-    plan = {"peak_bytes": 90 * 2**30, "programs": {"update": {"roofline_seconds": times}}}
-    (folder / "plan.json").write_text(json.dumps(plan))
-    assert plan_table.text(options, lora, "H100 x 8").startswith("no: 90 GiB")
-    (folder / "plan.json").write_text(json.dumps({**plan, "peak_bytes": 2**30}))
-    assert plan_table.text(options, lora, "H100 x 8") == "1.0 GiB, 2 to 3.5 s"
+    programs = {"update": {"roofline_seconds": times, "complaints": []}}
+    said = {90 * 2**30: "no: 90 GiB", 2**30: "1.0 GiB, 2 to 3.5 s", math.nan: "no room, the compiler says"}
+    for peak_bytes, words in said.items():
+        plan = {"peak_bytes": peak_bytes, "programs": programs, "jax": jax.__version__}
+        name = plan_table.folder_of(options, lora, "H100 x 8").name
+        files.write_json(options.cells, {name: plan_table.cell_of(plan)})
+        assert plan_table.text(options, lora, "H100 x 8").startswith(words)
+
+
+def test_a_cell_is_compiled_once_and_written_down(tmp_path, monkeypatch):
+    options = plan_table.Options(out=tmp_path, cells=tmp_path / "cells.json")
+    row, asked = plan_table.Row("llama-1b", "sft", "full"), []
+
+    def compiled(words, **_):
+        asked.append(words)
+        plan = {"peak_bytes": 1.0, "programs": {}, "jax": jax.__version__}
+        files.write_json(plan_table.folder_of(options, row, "v5e-64") / "plan.json", plan)
+        return subprocess.CompletedProcess(words, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", compiled)
+    for _ in range(2):
+        plan_table.compile_cell(options, row, "v5e-64", threading.Lock())
+    assert len(asked) == len(plan_table.read_cells(options)) == 1
