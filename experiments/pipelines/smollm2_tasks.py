@@ -211,10 +211,15 @@ def mixture_reward(
 ) -> list[float | None]:
     """1 where the completion ended by itself and its kind's verifier accepts it wholly, else 0."""
     ended = finished if finished is not None else [True] * len(completions)
-    gym = [row for row, name in enumerate(kind) if name in GENERATORS]
-    columns = [[column[row] for row in gym] for column in (prompts, completions, reasoning_gym, index)]
-    found = reasoning_gym_reward(*columns[:2], reasoning_gym=columns[2], index=columns[3]) if gym else []
-    scores: dict[int, float | None] = dict(zip(gym, found, strict=True))
+    scores: dict[int, float | None] = {}
+    if gym := [row for row, name in enumerate(kind) if name in GENERATORS]:
+        found = reasoning_gym_reward(
+            [prompts[row] for row in gym],
+            [completions[row] for row in gym],
+            reasoning_gym=[reasoning_gym[row] for row in gym],
+            index=[index[row] for row in gym],
+        )
+        scores = dict(zip(gym, found, strict=True))
     rewards: list[float | None] = []
     for row, (text, name, wanted, end) in enumerate(zip(completions, kind, answer, ended, strict=True)):
         score = scores[row] if row in scores else float(OWN_VERIFIERS[name](text, wanted))

@@ -1,8 +1,8 @@
 """GGUF files, quantised or not, into decoders: the families of `models.hf` under the names of llama.cpp.
 
-Tensors come out of their blocks as float32. Two families are stored otherwise than Hugging Face has them:
-rotated pairs of a Llama stand side by side rather than half a head apart, and the scales of Gemma's norms
-include the 1 that is added to them.
+Tensors come out of their blocks as float32. Three families are stored otherwise than Hugging Face has them:
+rotated pairs of a Llama stand side by side rather than half a head apart, the scales of Gemma's norms include
+the 1 that is added to them, and the matrices of GPT-2's layers are [out, in] as all others are.
 """
 
 import contextlib
@@ -29,11 +29,11 @@ ARCHITECTURES = {
     "gemma3": "Gemma3ForCausalLM",
     "phi3": "Phi3ForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
 }
 """GGUF's name of an architecture -> that of Hugging Face."""
 
 ROPE_FACTORS = "rope_freqs.weight"
-# Fields of config.json that are numbers of the metadata, by their name behind `ARCHITECTURE.`.
 NUMBERS = {
     "hidden_size": "embedding_length",
     "num_hidden_layers": "block_count",
@@ -48,6 +48,14 @@ NUMBERS = {
     "sliding_window": "attention.sliding_window",
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
+}
+GPT2_NUMBERS = {
+    "n_embd": "embedding_length",
+    "n_layer": "block_count",
+    "n_inner": "feed_forward_length",
+    "n_head": "attention.head_count",
+    "layer_norm_epsilon": "attention.layer_norm_epsilon",
+    "n_positions": "context_length",
 }
 # Layers of the two Gemmas whose logits are scaled by the width of a head as if heads filled the model.
 GEMMA_27B = {"gemma2": 46, "gemma3": 62}
@@ -185,6 +193,8 @@ class GgufFile:
     def _as_hugging_face(self, name: str, tensor: np.ndarray) -> np.ndarray:
         if self.architecture.startswith("gemma") and name.endswith("norm.weight"):
             return tensor - 1
+        if stored_transposed(self.architecture, name):
+            return tensor.T
         heads = rotated_heads(self.architecture, name)
         return tensor if heads is None else halves_apart(tensor, self._described()[heads])
 
@@ -226,6 +236,20 @@ def rotated_heads(architecture: str, name: str) -> str | None:
     return {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
 
 
+def stored_transposed(architecture: str, name: str) -> bool:
+    """Whether a tensor stands as [out, in] in GGUF and as [in, out] with Hugging Face.
+
+    Args:
+      name: as Hugging Face has it.
+    """
+    return architecture == "gpt2" and name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))
+
+
+def numbers_of(architecture: str) -> dict[str, str]:
+    """Fields of config.json that are numbers of the metadata, by their name behind `ARCHITECTURE.`."""
+    return GPT2_NUMBERS if architecture == "gpt2" else NUMBERS
+
+
 def as_config_json(
     architecture: str,
     get: Callable[[str], Any],
@@ -244,11 +268,13 @@ def as_config_json(
     Raises:
       UserError: the rotary scaling is an unknown one.
     """
-    data = {ours: get(f"{architecture}.{theirs}") for ours, theirs in NUMBERS.items()}
-    data["num_key_value_heads"] = data["num_key_value_heads"] or data["num_attention_heads"]
+    data = {ours: get(f"{architecture}.{theirs}") for ours, theirs in numbers_of(architecture).items()}
     embedding = shapes.get("token_embd.weight")
     data["vocab_size"] = None if embedding is None else int(embedding[0])
     data["tie_word_embeddings"] = "output.weight" not in shapes
+    if architecture == "gpt2":
+        return data
+    data["num_key_value_heads"] = data["num_key_value_heads"] or data["num_attention_heads"]
     data["attention_bias"] = "blk.0.attn_q.bias" in shapes
     data["sliding_window"] = data["sliding_window"] or None  # Phi-3 writes 0 for none
     data["partial_rotary_factor"] = _rotated_share(data, get(f"{architecture}.rope.dimension_count"))

@@ -20,14 +20,15 @@ from rlhf_jax.models import hf
 from rlhf_jax.models.config import Attention, ModelConfig
 from rlhf_jax.models.gguf import (
     ARCHITECTURES,
-    NUMBERS,
     ROPE_FACTORS,
     as_config_json,
     as_meant,
     import_gguf,
+    numbers_of,
     rope_factors,
     rotated_heads,
     side_by_side,
+    stored_transposed,
     tensor_names,
 )
 from rlhf_jax.models.gguf_vocabulary import metadata_of
@@ -40,6 +41,7 @@ Outtype = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1"]
 
 FLOATS = (
     "rms_norm_eps",
+    "layer_norm_epsilon",
     "rope_theta",
     "rope_local_base_freq",
     "attn_logit_softcapping",
@@ -132,12 +134,13 @@ def _architecture(config: ModelConfig, where: Path) -> tuple[str, Family]:
 def _metadata(architecture: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers of config.json by their names in GGUF."""
     values: dict[str, Any] = {}
-    for ours, theirs in NUMBERS.items():
+    for ours, theirs in numbers_of(architecture).items():
         if fields.get(ours) is not None:
             number = fields[ours]
             values[theirs] = float(number) if ours in FLOATS else int(number)
-    values["attention.value_length"] = fields["head_dim"]
-    values["rope.dimension_count"] = round(fields["head_dim"] * fields.get("partial_rotary_factor", 1))
+    if head_dim := fields.get("head_dim"):
+        values["attention.value_length"] = head_dim
+        values["rope.dimension_count"] = round(head_dim * fields.get("partial_rotary_factor", 1))
     values["vocab_size"] = fields["vocab_size"]
     scaling = fields.get("rope_scaling") or {}
     if scaling.get("rope_type") not in (None, "llama3"):
@@ -228,26 +231,30 @@ def _parts(
     kinds = gguf.GGMLQuantizationType
     attention = config.blocks[0].attention
     assert isinstance(attention, Attention)
-    assert isinstance(attention.position, Rope)
-    if isinstance(attention.position.scaling, Llama3Scaling):
-        factors = rope_factors(attention.position, attention.head_dim)
+    position = attention.position
+    if isinstance(position, Rope) and isinstance(position.scaling, Llama3Scaling):
+        factors = rope_factors(position, attention.head_dim)
         yield Part(ROPE_FACTORS, factors.shape, kinds.F32, lambda: factors)
     theirs = tensor_names(gguf, architecture, family, config)
     for packed in hf.packed_tensors(family, config, params):
         name = theirs[packed.name]
         heads = fields.get(rotated_heads(architecture, packed.name) or "")
-        kind = kinds[_kind(gguf, name, packed.shape, outtype)]
-        yield Part(name, packed.shape, kind, _reader(architecture, packed, heads))
+        shape = packed.shape[::-1] if stored_transposed(architecture, packed.name) else packed.shape
+        kind = kinds[_kind(gguf, name, shape, outtype)]
+        yield Part(name, shape, kind, _reader(architecture, packed, heads))
 
 
 def _reader(architecture: str, packed: hf.Packed, heads: int | None) -> Callable[[], np.ndarray]:
     """The tensor as llama.cpp has it."""
     offset = architecture.startswith("gemma") and packed.name.endswith("norm.weight")
+    transposed = stored_transposed(architecture, packed.name)
 
     def read() -> np.ndarray:
         tensor = packed.read().astype(np.float32)
         if heads is not None:
             tensor = side_by_side(tensor, heads)
+        if transposed:
+            tensor = tensor.T
         return np.ascontiguousarray(tensor + 1 if offset else tensor)
 
     return read

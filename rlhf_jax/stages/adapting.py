@@ -59,7 +59,7 @@ class AdapterOptions:
       length: of a prefix or prompt, in tokens.
       width: of a bottleneck.
       quantize: keep the frozen kernels in few bits (QLoRA is lora with nf4); gguf keeps them as the GGUF file
-        in --model has them, to the bit (Q8_0, Q4_0, Q4_1).
+        in --model has them, to the bit (Q8_0, Q4 to Q6, also of K).
       preserve_sparsity: weights of linear layers that are zero in --model stay zero (fine-tuning of a pruned
         policy).
     """

@@ -257,7 +257,7 @@ def main() -> None:
         cells = [(row, name) for row in rows for name in options.slices]
         lock = threading.Lock()
         with ThreadPoolExecutor(options.workers) as pool:
-            made = pool.map(lambda cell: compile_cell(options, *cell, lock), cells)
+            made = pool.map(lambda cell: compile_cell(options, cell[0], cell[1], lock), cells)
             for _ in track(made, description="compiling", total=len(cells), transient=True):
                 pass
     print("| | | " + " | ".join(options.slices) + " |\n|---|---|" + "---|" * len(options.slices))

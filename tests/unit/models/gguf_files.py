@@ -43,12 +43,26 @@ OLMO2 = {
     "post_attention_layernorm": "post_attention_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
-OTHERS = {"gemma2": GEMMA, "gemma3": GEMMA, "phi3": PHI3, "olmo2": OLMO2}
+GPT2 = {
+    "ln_1": "attn_norm",
+    "ln_2": "ffn_norm",
+    "attn.c_attn": "attn_qkv",
+    "attn.c_proj": "attn_output",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
+}
+GPT2_NAMES = {
+    "transformer.wte.weight": "token_embd.weight",
+    "transformer.wpe.weight": "position_embd.weight",
+    "transformer.ln_f.weight": "output_norm.weight",
+    "transformer.ln_f.bias": "output_norm.bias",
+}
+OTHERS = {"gemma2": GEMMA, "gemma3": GEMMA, "phi3": PHI3, "olmo2": OLMO2, "gpt2": GPT2}
 
 
 def gguf_name(arch, name):
-    if name in NAMES:
-        return NAMES[name]
+    if name in NAMES | GPT2_NAMES:
+        return (NAMES | GPT2_NAMES)[name]
     _, _, layer, *middle, kind = name.split(".")
     table = LAYER | OTHERS.get(arch, {})
     return f"blk.{layer}.{table['.'.join(middle)]}.{kind}"
@@ -66,6 +80,8 @@ def write_gguf(path, arch, source, *, quantize=None):
     """A GGUF file of a Hugging Face folder, as its format says."""
     data = json.loads((source / "config.json").read_text())
     writer = gguf.GGUFWriter(path, arch)
+    if arch == "gpt2":
+        return write_gpt2(writer, data, load_file(source / "model.safetensors"))
     heads = data["num_attention_heads"]
     kv_heads = data.get("num_key_value_heads") or heads
     writer.add_block_count(data["num_hidden_layers"])
@@ -103,6 +119,24 @@ def write_gguf(path, arch, source, *, quantize=None):
         else:
             kind = gguf.GGMLQuantizationType[quantize]
             writer.add_tensor(gguf_name(arch, name), gguf.quantize(tensor, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write_gpt2(writer, data, tensors):
+    """That of a GPT-2, whose matrices llama.cpp's converter transposes."""
+    writer.add_block_count(data["n_layer"])
+    writer.add_context_length(data["n_positions"])
+    writer.add_embedding_length(data["n_embd"])
+    writer.add_feed_forward_length(data["n_inner"] or 4 * data["n_embd"])
+    writer.add_head_count(data["n_head"])
+    writer.add_layer_norm_eps(data["layer_norm_epsilon"])
+    add_vocabulary(writer, data["vocab_size"])
+    for name, tensor in tensors.items():
+        matrix = name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))
+        writer.add_tensor(gguf_name("gpt2", name), np.ascontiguousarray(tensor.T if matrix else tensor))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -14,8 +14,8 @@ from rlhf_jax import models
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.core.trees import named_leaves
-from rlhf_jax.models import adapters, gguf_blocks, gguf_writing
-from rlhf_jax.models.gguf_blocks import BLOCK, blocks_of, keep_blocks
+from rlhf_jax.models import adapters, gguf_blocks, gguf_writing, hf
+from rlhf_jax.models.gguf_blocks import blocks_of, keep_blocks
 from rlhf_jax.models.loading import load_checkpoint
 from rlhf_jax.training.loading import load
 
@@ -41,20 +41,59 @@ def files(tokenizer, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def as_matrix(blocks):
+    """The values of a matrix in blocks."""
+    times = blocks.values.shape[1] // blocks.scale.shape[1]
+    wide = [np.repeat(part, times, axis=1) for part in (blocks.scale, blocks.offset) if part is not None]
+    return blocks.values.astype(np.float32) * wide[0] + (wide[1] if len(wide) > 1 else 0)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
 def test_blocks_are_what_llama_cpp_s_package_makes_of_them(kind):
     matrix = np.random.default_rng(0).normal(size=(6, 96)).astype(np.float32)
     matrix[0] = 0
-    matrix[1, :BLOCK] = 3  # one value: no spread
-    of_kind = gguf.GGMLQuantizationType[kind.upper()]
+    matrix[1, :32] = 3  # one value: no spread
+    of_kind = gguf.GGMLQuantizationType[kind]
     stored = gguf.quantize(matrix, of_kind)
-    blocks = blocks_of(kind.upper(), stored)
-    wide = [np.repeat(part, BLOCK, axis=1) for part in (blocks.scale, blocks.offset) if part is not None]
-    found = blocks.values.astype(np.float32) * wide[0] + (wide[1] if len(wide) > 1 else 0)
+    blocks = blocks_of(kind, stored)
+    found = as_matrix(blocks)
     exact = gguf.dequantize(stored, of_kind)
-    np.testing.assert_allclose(found, exact, rtol=0, atol=1e-6 if kind == "q4_1" else 0)
+    np.testing.assert_allclose(found, exact, rtol=0, atol=1e-6 if blocks.offset is not None else 0)
     assert np.abs(found - matrix).max() > 1e-4
-    assert blocks_of("Q6_K", stored) is None
+    assert blocks_of("Q2_K", stored) is None
+
+
+# Places of the numbers that many blocks share, as float16.
+SHARED = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+
+
+@pytest.mark.parametrize("kind", SHARED)
+def test_blocks_of_k_are_what_llama_cpp_s_package_makes_of_them(kind):
+    """The package cannot write these: every byte that is no number is a possible one."""
+    rng = np.random.default_rng(0)
+    of_kind = gguf.GGMLQuantizationType[kind]
+    length, size = gguf.GGML_QUANT_SIZES[of_kind]
+    stored = rng.integers(0, 256, (6, 3, size), dtype=np.uint8)
+    for place in SHARED[kind]:
+        numbers = rng.normal(size=(6, 3, 1)).astype(np.float16)
+        stored[..., place : place + 2] = numbers.view(np.uint8).reshape(6, 3, 2)
+    stored = stored.reshape(6, 3 * size)
+    blocks = blocks_of(kind, stored)
+    assert blocks.values.shape == (6, 3 * length)
+    np.testing.assert_allclose(as_matrix(blocks), gguf.dequantize(stored, of_kind), rtol=2e-6, atol=2e-4)
+    assert blocks.values.dtype.name == ("int4" if kind == "Q4_K" else "int8")
+
+
+def test_a_gpt2_whose_matrices_stand_the_other_way_round(tmp_path, tokenizer):
+    config, params = hf.load(GOLDEN / "hf_gpt2", scan_layers=True)
+    path = tmp_path / "gpt2.gguf"
+    gguf_writing.save(path, config, params, tokenizer, outtype="q8_0")
+    _, params, _ = load_checkpoint(path, scan_layers=True)
+    held = keep_blocks(params, path)
+    assert any(name.endswith("kernel_values") for name in named_leaves(held))
+    back = named_leaves(adapters.dequantize(held))
+    for name, exact in named_leaves(params).items():
+        np.testing.assert_array_equal(back[name], exact, err_msg=name)
 
 
 @pytest.mark.parametrize("scan", few([False, True], True))
@@ -96,7 +135,7 @@ def test_layers_of_several_kinds_stay_as_they_are_where_they_are_stacked(files, 
 
 def test_what_has_no_blocks_is_said(files):
     _, params, _ = load_checkpoint(files / "f16.gguf")
-    with pytest.raises(UserError, match="no kernel is in Q8_0, Q4_0 or Q4_1"):
+    with pytest.raises(UserError, match="no kernel is in Q8_0, Q4_0, Q4_1"):
         keep_blocks(params, files / "f16.gguf")
     with pytest.raises(UserError, match="no GGUF file"):
         keep_blocks(params, GOLDEN / "hf_llama")

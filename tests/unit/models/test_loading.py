@@ -187,7 +187,7 @@ def with_scale_of(config, blocks):
 
 
 @pytest.mark.parametrize(
-    "arch", few(["llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2"], "gemma3", "phi3")
+    "arch", few(["llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2", "gpt2"], "gemma3", "gpt2")
 )
 def test_a_gguf_file_computes_what_the_folder_does(tmp_path, arch):
     source = GOLDEN / f"hf_{arch}"
