@@ -17,7 +17,10 @@ import numpy as np
 
 from rlhf_jax.core.axes import constrain, shards
 from rlhf_jax.core.shapes import check_shapes
-from rlhf_jax.core.types import Array, Float, Int, Scalar
+from rlhf_jax.core.types import Array, Bool, Float, Int, Scalar
+
+LARGE_VOCABULARY = 2048
+"""From here on, logits cost more than to sort out those that nobody asked for."""
 
 
 def token_logprobs(
@@ -28,6 +31,7 @@ def token_logprobs(
     temperature: Scalar = 1.0,
     softcap: float | None = None,
     chunk_size: int = 512,
+    counted: Bool[Array, "*batch"] | None = None,
 ) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
     """Log-probability of each target and entropy of its distribution, in nats.
 
@@ -43,6 +47,8 @@ def token_logprobs(
       temperature: may be traced; must be positive.
       softcap: the bound c of tanh soft-capping, None for none.
       chunk_size: tokens whose logits a device holds at once; memory is chunk_size x V floats.
+      counted: tokens that are asked for, None for all; both results are 0 for the others, whose logits are
+        not computed where that saves whole chunks of a large vocabulary.
 
     Returns:
       (logp, entropy), each in the shape of `targets`.
@@ -51,14 +57,39 @@ def token_logprobs(
         "token_logprobs", hidden=(hidden, "*S D"), unembedding=(unembedding, "V D"), targets=(targets, "*S")
     )
     chunked, restored = _chunking(targets.shape, chunk_size)
-    logp, entropy = _chunked(  # pyright: ignore[reportGeneralTypeIssues] (custom_vjp hides the type)
-        softcap,
-        chunked(hidden),
-        unembedding,
-        chunked(targets),
-        jnp.asarray(temperature, _wide(hidden.dtype)),
+    states, ids, todo, ordered_back = chunked(hidden), chunked(targets), None, None
+    if counted is not None and len(states) > 1 and len(unembedding) >= LARGE_VOCABULARY:
+        ordered, ordered_back, todo = _counted_first(chunked(counted))
+        states, ids = ordered(states), ordered(ids)
+    found = _chunked(  # pyright: ignore[reportGeneralTypeIssues] (custom_vjp hides the type)
+        softcap, states, unembedding, ids, jnp.asarray(temperature, _wide(hidden.dtype)), todo
     )
-    return restored(logp), restored(entropy)
+    if ordered_back is not None:
+        found = jax.tree.map(ordered_back, found)
+    logp, entropy = jax.tree.map(restored, found)
+    if counted is not None:
+        logp, entropy = jnp.where(counted, logp, 0), jnp.where(counted, entropy, 0)
+    return logp, entropy
+
+
+def _counted_first(
+    counted: Bool[Array, "chunks devices tokens"],
+) -> tuple[Callable[[Array], Array], Callable[[Array], Array], Int[Array, ""]]:
+    """(order, its inverse, chunks to do): what every device is asked for stands in its first chunks."""
+    count, devices, size = counted.shape
+    flat = counted.swapaxes(0, 1).reshape(devices, -1)
+    order = jnp.argsort(~flat, axis=1, stable=True)
+    todo = -(-jnp.max(jnp.sum(flat, axis=1)) // size)
+
+    def taken(array: Array, places: Array) -> Array:
+        rest = array.shape[3:]
+        array = array.swapaxes(0, 1).reshape(devices, count * size, *rest)
+        array = jnp.take_along_axis(array, places.reshape(*places.shape, *[1] * len(rest)), axis=1)
+        array = array.reshape(devices, count, size, *rest).swapaxes(0, 1)
+        return constrain(array, None, "tokens", *(None,) * (1 + len(rest)))
+
+    back = jnp.argsort(order, axis=1)
+    return lambda array: taken(array, order), lambda array: taken(array, back), todo
 
 
 def _chunking(shape: tuple[int, ...], chunk_size: int) -> tuple[Callable[[Array], Array], ...]:
@@ -224,11 +255,12 @@ def _taken(logits, ids):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked(softcap, hidden, unembedding, targets, temperature):
-    return _forward(softcap, hidden, unembedding, targets, temperature)[0]
+def _chunked(softcap, hidden, unembedding, targets, temperature, todo):
+    """Of chunks of tokens; of the first `todo` of them, where it is not None, and 0 for the others."""
+    return _forward(softcap, hidden, unembedding, targets, temperature, todo)[0]
 
 
-def _forward(softcap, hidden, unembedding, targets, temperature):
+def _forward(softcap, hidden, unembedding, targets, temperature, todo):
     def one(chunk):
         states, ids = chunk
         logits = _chunk_logits(states, unembedding, softcap) / temperature
@@ -238,12 +270,12 @@ def _forward(softcap, hidden, unembedding, targets, temperature):
         taken = _taken(logits, ids)
         return taken - normaliser, entropy, normaliser
 
-    logp, entropy, normaliser = _map_chunks(one, (hidden, targets))
-    return (logp, entropy), (hidden, unembedding, targets, temperature, entropy, normaliser)
+    logp, entropy, normaliser = _map_chunks(one, (hidden, targets), todo)
+    return (logp, entropy), (hidden, unembedding, targets, temperature, todo, entropy, normaliser)
 
 
 def _backward(softcap, residuals, cotangents):
-    hidden, unembedding, targets, temperature, entropy, normaliser = residuals
+    hidden, unembedding, targets, temperature, todo, entropy, normaliser = residuals
     vocabulary = jnp.arange(unembedding.shape[0])
 
     def one(chunk):
@@ -274,22 +306,40 @@ def _backward(softcap, residuals, cotangents):
             d_states, d_unembedding = one(chunk)
             return total + d_unembedding, d_states
 
+        def step_or_nothing(total, numbered):
+            index, chunk = numbered
+            nothing = jnp.zeros(chunk[0].shape, jnp.result_type(hidden, unembedding))
+            return jax.lax.cond(index < todo, lambda: step(total, chunk), lambda: (total, nothing))
+
         zeros = jnp.zeros((hidden.shape[1], *unembedding.shape), normaliser.dtype)
         zeros = constrain(zeros, "tokens", "vocab", None)
-        d_unembedding, d_hidden = jax.lax.scan(step, zeros, chunks)
+        if todo is None:
+            d_unembedding, d_hidden = jax.lax.scan(step, zeros, chunks)
+        else:
+            numbered = jnp.arange(len(hidden)), chunks
+            d_unembedding, d_hidden = jax.lax.scan(step_or_nothing, zeros, numbered)
     return (
         d_hidden.astype(hidden.dtype),
         jnp.sum(d_unembedding, axis=0).astype(unembedding.dtype),
         None,
         jnp.zeros_like(temperature),
+        None,
     )
 
 
 _chunked.defvjp(_forward, _backward)
 
 
-def _map_chunks(function, chunks):
-    """`lax.map`, without the loop where there is one chunk only."""
+def _map_chunks(function, chunks, todo=None):
+    """`lax.map` over the first `todo` chunks, all for None; without the loop where there is one only."""
     if jax.tree.leaves(chunks)[0].shape[0] == 1:
         return jax.tree.map(lambda x: x[None], function(jax.tree.map(lambda x: x[0], chunks)))
-    return jax.lax.map(function, chunks)
+    if todo is None:
+        return jax.lax.map(function, chunks)
+
+    def or_nothing(numbered):
+        index, chunk = numbered
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, chunk))
+        return jax.lax.cond(index < todo, function, lambda _: nothing, chunk)
+
+    return jax.lax.map(or_nothing, (jnp.arange(len(jax.tree.leaves(chunks)[0])), chunks))

@@ -114,7 +114,8 @@ def make_logprob_fn_with_auxiliaries(config: ModelConfig, *, chunk_size: int = 5
         states = mtp_hidden_states(config, params, hidden, sequences)
         for depth, foreseeing in enumerate(states, start=1):
             # The state of depth k at t - 1 foresees t + k: told to `_score_hidden` by moving tokens.
-            moved = dataclasses.replace(sequences, tokens=jnp.roll(sequences.tokens, -depth, axis=1))
+            tokens, mask = (jnp.roll(x, -depth, axis=1) for x in (sequences.tokens, sequences.mask))
+            moved = dataclasses.replace(sequences, tokens=tokens, mask=mask)
             logp = _score_hidden(config, params, foreseeing, moved, 1.0, chunk_size).logp
             further.append(jnp.pad(logp[:, :-depth], ((0, 0), (depth, 0))))
         return dataclasses.replace(scored, mtp_logp=jnp.stack(further))
@@ -210,9 +211,10 @@ def _score_hidden(
     temperature: Scalar,
     chunk_size: int,
 ) -> TokenLogprobs:
-    following = jnp.roll(sequences.tokens, -1, axis=1)
+    following, counted = (jnp.roll(x, -1, axis=1) for x in (sequences.tokens, sequences.mask))
+    score = functools.partial(token_logprobs, counted=counted)
     logp, entropy = _in_chunks(
-        token_logprobs, config, params, hidden, following, temperature=temperature, chunk_size=chunk_size
+        score, config, params, hidden, following, temperature=temperature, chunk_size=chunk_size
     )
     return TokenLogprobs(logp, entropy, jnp.zeros_like(logp))
 

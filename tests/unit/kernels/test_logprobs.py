@@ -168,3 +168,54 @@ def test_neither_side_of_a_top_k_holds_all_logits():
     teacher = functools.partial(top_k_logprobs, k=8, chunk_size=64)
     assert largest_array(teacher, hidden, unembedding) == 64 * 4096
     assert largest_array(dense_token_logprobs, hidden, unembedding, targets) == 4 * 512 * 4096
+
+
+COUNTED = {
+    "few": np.arange(60) % 7 == 3,
+    "none": np.zeros(60, bool),
+    "all": np.ones(60, bool),
+    "at the end": np.arange(60) >= 57,
+}
+
+
+@pytest.mark.parametrize("counted", COUNTED)
+@pytest.mark.parametrize("vocabulary", [11, 2100])
+def test_what_is_not_counted_is_nothing_and_has_no_gradient(counted, vocabulary):
+    """Of a large vocabulary and a small one: only for the former are chunks left out."""
+    with jax.enable_x64(True):
+        counted = jnp.asarray(COUNTED[counted]).reshape(4, 15)
+        keys = jax.random.split(jax.random.key(0), 3)
+        hidden = jax.random.normal(keys[0], (4, 15, 8), jnp.float64)
+        unembedding = jax.random.normal(keys[1], (vocabulary, 8), jnp.float64)
+        targets = jax.random.randint(keys[2], (4, 15), 0, vocabulary)
+        some = functools.partial(token_logprobs, counted=counted, chunk_size=8)
+
+        def where_counted(*args):
+            return tuple(jnp.where(counted, found, 0) for found in dense_token_logprobs(*args))
+
+        values = (jax.jit(function)(hidden, unembedding, targets) for function in (some, where_counted))
+        for found, expected in zip(*values, strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+            assert not found[~counted].any()
+        gradients = [
+            jax.jit(jax.grad(functools.partial(_scalar, function, targets), argnums=(0, 1)))(
+                hidden, unembedding
+            )
+            for function in (some, where_counted)
+        ]
+        for found, expected in zip(*gradients, strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_logits_of_chunks_that_nobody_asks_for_are_not_computed():
+    """A state of NaN would show: it stands in a chunk of its own."""
+    counted = jnp.arange(64) < 5
+    hidden = jnp.where(jnp.arange(64)[:, None] < 8, 1.0, jnp.nan) * jnp.ones((64, 4))
+    targets, unembedding = jnp.zeros(64, jnp.int32), jnp.ones((2100, 4))
+
+    def total(unembedding):
+        return sum(map(jnp.sum, token_logprobs(hidden, unembedding, targets, counted=counted, chunk_size=8)))
+
+    value, gradient = jax.value_and_grad(total)(unembedding)
+    assert jnp.isfinite(value)
+    assert jnp.isfinite(gradient).all()
