@@ -45,7 +45,8 @@ EVAL_BATCH = 50
 ADAPTER = adapting.AdapterOptions("lora", rank=8, alpha=16.0)
 WARM = OptimizerConfig(schedule="cosine", warmup_steps=5, end_lr_ratio=0.1)
 # Chosen by rule of thumb for an adapter and some tens of steps, not searched.
-SFT: dict[str, Any] = {"optimizer": WARM, "learning_rate": 2e-4, "batch_size": 16}
+PACKED = {"packing": True, "max_length": 256, "batch_size": 4}
+SFT: dict[str, Any] = {"optimizer": WARM, "learning_rate": 2e-4, **PACKED}
 DPO: dict[str, Any] = {"optimizer": WARM, "learning_rate": 5e-5, "beta": 0.1}
 GRPO: dict[str, Any] = {"optimizer": pipeline_stages.SAMPLED, "learning_rate": 1e-4, "kl_coef": 0.01}
 PPO: dict[str, Any] = {
@@ -79,7 +80,7 @@ class Options(pipeline_stages.OneSeed):
       resume: go on with the run in the folder where it stopped.
       model: the policy to start from: a name, a run folder, a Hugging Face folder or a GGUF file.
       steps: of every stage, instead of what follows; None for that.
-      sft_steps: optimizer steps of supervised fine-tuning, 16 rows each.
+      sft_steps: optimizer steps of supervised fine-tuning, 4 rows of 256 tokens each.
       dpo_steps: optimizer steps of DPO, 8 pairs each.
       grpo_steps: rollouts of GRPO, 4 prompts with 8 answers each.
       ppo_steps: rollouts of PPO, 32 prompts each.

