@@ -61,10 +61,10 @@ class Options(pipeline_stages.OneSeed):
     seed: int = 0
     resume: bool = False
     arch: option_groups.ArchOptions = option_groups.ArchOptions()
-    sft_steps: int = 600
+    sft_steps: int = 1_000
     demonstrations: int = 8_000
     call_rate: float = 0.35
-    steps: int = 40
+    steps: int = 60
     prompt_count: int = 4_000
     eval_prompts: int = 128
     batch_size: int = 16

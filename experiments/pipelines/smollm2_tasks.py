@@ -23,7 +23,7 @@ GENERATORS = {
     "chain_sum": "chain_sum?min_terms=2&max_terms=2&max_digits=2",
     "products": "products?min_digits=1&max_digits=2",
     "letter_counting": "letter_counting?min_words=1&max_words=1",
-    "prime_factorization": "prime_factorization?max_value=200",
+    "prime_factorization": "prime_factorization?max_value=60",
     "needle_haystack": "needle_haystack?min_num_statements=2&max_num_statements=4",
 }
 BATCH = 1000
@@ -142,6 +142,14 @@ def _product(prompt: str, answer: str) -> str:
     return f"{', '.join(parts) or f'{first} * 0 = 0'}. {tag(answer)}"
 
 
+def _factors(prompt: str, answer: str) -> str:
+    """The number, and what is left of it after every factor."""
+    left = [_numbers(prompt)[0]]
+    for factor in _numbers(answer)[:-1]:
+        left.append(left[-1] // factor)
+    return f"{', '.join(map(str, left))}. {tag(answer)}"
+
+
 def _letters(prompt: str, answer: str) -> str:
     """The word spelled first."""
     word = prompt.rsplit('"', 2)[1]
@@ -157,7 +165,7 @@ DEMONSTRATIONS: dict[str, Callable[[str, str], str]] = {
     "chain_sum": lambda _, answer: tag(answer),
     "products": _product,
     "letter_counting": _letters,
-    "prime_factorization": lambda _, answer: tag(answer),
+    "prime_factorization": _factors,
     "needle_haystack": lambda _, answer: tag(answer),
 }
 

@@ -26,7 +26,7 @@ from rlhf_jax.algorithms.moving_reference import init_reference
 from rlhf_jax.core.minibatches import scan_minibatches
 from rlhf_jax.core.protocols import LogprobFn
 from rlhf_jax.core.train_state import TrainState, accumulate_gradients, apply_gradients, init_train_state
-from rlhf_jax.core.types import Metrics, Params, PRNGKeyArray
+from rlhf_jax.core.types import Metrics, Params, PRNGKeyArray, Sequences, TokenLogprobs
 
 
 def init(
@@ -90,5 +90,45 @@ def make_update(
         )
         stale = None if state.stale_params is None else state.learner.params
         return dataclasses.replace(state, learner=learner, key=key, stale_params=stale), metrics
+
+    return update
+
+
+BatchFn = Callable[[State, TokenLogprobs], tuple[State, Hyper, Batch, Metrics]]
+"""(state, old log-probs of all answers, constants) -> (state, hyper, batch, metrics)."""
+
+
+def make_one_pass_update(
+    config: Config, logprob_fn: LogprobFn, tx: optax.GradientTransformation
+) -> Callable[[State, Sequences, BatchFn], tuple[State, Hyper, Metrics]]:
+    """`update(state, answers, batch_fn) -> (state, hyper, metrics)` for a `config.one_pass`.
+
+    It is that of `make_update` on the batch that `batch_fn` makes of the log-probs in the loss, which spares
+    a forward pass for the old ones.
+    """
+
+    def update(state: State, answers: Sequences, batch_fn: BatchFn) -> tuple[State, Hyper, Metrics]:
+        def loss_fn(params: Params, rows: Sequences):
+            score = logprob_fn(params, rows)
+            held, hyper, batch, described = batch_fn(state, jax.lax.stop_gradient(score))
+            denominator = config.reduce.total(batch.sequences.mask)
+            loss, metrics = batch_loss(config, hyper, score, batch, denominator)
+            metrics = per_token(config, metrics, batch.sequences.mask, denominator)
+            return loss, (held.control, held.key, hyper, {**described, **metrics})
+
+        gradients, loss, (control, key, hyper, metrics) = accumulate_gradients(
+            loss_fn, state.learner, answers
+        )
+        learner, guard = apply_gradients(
+            state.learner, gradients, tx, learning_rate=hyper.learning_rate, loss=loss
+        )
+        state = dataclasses.replace(
+            state,
+            learner=learner,
+            control=control,
+            key=jax.random.split(key)[0],
+            stale_params=None if state.stale_params is None else state.learner.params,
+        )
+        return state, hyper, {**metrics, **guard, "epochs_done": jnp.ones(())}
 
     return update

@@ -25,7 +25,7 @@ def control(
     hyper: Hyper,
     *,
     entropy: Float[Array, ""],
-    kl: Float[Array, ""],
+    kl: Float[Array, ""] | None,
     num_answers: Scalar,
 ) -> tuple[State, Hyper, Metrics]:
     """Coefficients of the update to come, and as they are after it.
@@ -37,7 +37,7 @@ def control(
     Args:
       state: with `control`, where `hyper` has a target.
       entropy: of the policy on the answers, in nats a token.
-      kl: to the reference, in nats an answer.
+      kl: to the reference, in nats an answer; None without one.
       num_answers: answers that were measured.
 
     Returns:
@@ -68,10 +68,12 @@ def _hold_entropy(held: Control, hyper: Hyper, entropy: Float[Array, ""]) -> tup
 
 
 def _hold_kl(
-    held: Control, hyper: Hyper, kl: Float[Array, ""], num_answers: Scalar
+    held: Control, hyper: Hyper, kl: Float[Array, ""] | None, num_answers: Scalar
 ) -> tuple[Control, Hyper, Metrics]:
     if hyper.kl_target is None:
         return held, hyper, {}
+    if kl is None:
+        raise UserError("kl_target holds the KL to a reference: give the train step a reference_fn")
     scale = held.kl_scale
     names = ("kl_coef", "reward_kl_coef", "advantage_kl_coef")
     used = {name: coef * scale for name in names if (coef := getattr(hyper, name)) is not None}

@@ -53,7 +53,7 @@ def make_grpo_train_step(
     config: grpo.Config,
     logprob_fn: LogprobFn,
     tx: optax.GradientTransformation,
-    reference_fn: ReferenceFn = whole_reference,
+    reference_fn: ReferenceFn | None = whole_reference,
     top_k_fn: Callable[[Params, Sequences], tuple[Array, Array]] | None = None,
     *,
     describes_rows: bool = False,
@@ -62,6 +62,8 @@ def make_grpo_train_step(
     and the update.
 
     Args:
+      reference_fn: None where nothing weighs the KL to a reference: then none scores the answers, and the
+        metrics have no `kl`.
       top_k_fn: the reference's log-probs and ids of K tokens at each place, at the temperature of
         `logprob_fn`, for a KL of distributions in the loss; None for that of the tokens that were sampled.
       describes_rows: put numbers of each answer among the metrics, as `completions.describe_rows` gives them.
@@ -79,6 +81,7 @@ def make_grpo_train_step(
             "num_replayed: groups to replay keep no distributions of the reference: take k1, k2 or k3"
         )
     update = grpo.make_update(config, logprob_fn, tx)
+    one_pass = grpo.make_one_pass_update(config, logprob_fn, tx)
 
     def train_step(
         state: grpo.State,
@@ -92,46 +95,60 @@ def make_grpo_train_step(
         reward_terms: Float[Array, "B K"] | None = None,
         values: Float[Array, " N"] | None = None,
     ) -> tuple[grpo.State, Metrics]:
-        learner, ref_params = state.learner, state.ref_params
-        reference = (
-            reference_fn(learner, original) if ref_params is None else with_params(learner, ref_params)
-        )
-        old = logprob_fn(state.learner.all_params, rollout.sequences)
-        # The reference goes through experts of its own.
-        own = dataclasses.replace(rollout.sequences, experts=None)
-        ref_logp = logprob_fn(reference, own).logp
+        learner, ref_params, ref_logp, top_k = state.learner, state.ref_params, None, None
+        if reference_fn is not None:
+            reference = (
+                reference_fn(learner, original) if ref_params is None else with_params(learner, ref_params)
+            )
+            # The reference goes through experts of its own.
+            own = dataclasses.replace(rollout.sequences, experts=None)
+            ref_logp = logprob_fn(reference, own).logp
+            top_k = None if top_k_fn is None else top_k_fn(reference, own)
         counted = rollout.sequences.mask & mask_or_all(scored, rewards)[:, None]
-        state, hyper, moved = _controlled(state, hyper, old, ref_logp, counted)
-        batch_key = None
-        if hyper.clip_cov_fraction is not None:
-            key, batch_key = jax.random.split(state.key)
-            state = dataclasses.replace(state, key=key)
-        batch, described = grpo.make_batch(
-            config,
-            hyper,
-            rollout,
-            rewards,
-            old.logp,
-            ref_logp,
-            scored=scored,
-            greedy_rewards=greedy_rewards,
-            steps=steps,
-            entropy=old.entropy,
-            collision=old.collision,
-            values=values,
-            reward_terms=reward_terms,
-            reference_top_k=None if top_k_fn is None else top_k_fn(reference, own),
-            key=batch_key,
-        )
-        # Of pruned answers the rows of the batch are some: nothing says whose they are.
-        if describes_rows and len(batch.sequences.mask) == len(rewards):
-            described |= describe_rows(batch.advantages, old.logp, ref_logp, rollout.sequences.mask)
+
+        def batch_fn(
+            state: grpo.State, old: TokenLogprobs
+        ) -> tuple[grpo.State, grpo.Hyper, grpo.Batch, Metrics]:
+            state, moved_hyper, moved = _controlled(state, hyper, old, ref_logp, counted)
+            batch_key = None
+            if hyper.clip_cov_fraction is not None:
+                key, batch_key = jax.random.split(state.key)
+                state = dataclasses.replace(state, key=key)
+            batch, described = grpo.make_batch(
+                config,
+                moved_hyper,
+                rollout,
+                rewards,
+                old.logp,
+                ref_logp,
+                scored=scored,
+                greedy_rewards=greedy_rewards,
+                steps=steps,
+                entropy=old.entropy,
+                collision=old.collision,
+                values=values,
+                reward_terms=reward_terms,
+                reference_top_k=top_k,
+                key=batch_key,
+            )
+            # Of pruned answers the rows of the batch are some: nothing says whose they are.
+            if describes_rows and len(batch.sequences.mask) == len(rewards):
+                described |= describe_rows(batch.advantages, old.logp, ref_logp, rollout.sequences.mask)
+            return state, moved_hyper, batch, {**described, **moved}
+
+        if config.one_pass:
+            candidates = None if top_k is None else top_k[1]
+            answers = dataclasses.replace(rollout.sequences, candidates=candidates)
+            state, hyper, metrics = one_pass(state, answers, batch_fn)
+            return _synced(state, hyper, learner.steps), metrics
+        old = logprob_fn(learner.all_params, rollout.sequences)
+        state, hyper, batch, described = batch_fn(state, old)
         if state.replay is not None:
             earned = 0.0 if steps is None else masked_sum(steps.rewards, steps.ends & counted, axis=1)
             state, batch, replayed = _replayed(config, state, batch, rewards + earned, scored)
-            moved |= replayed
+            described |= replayed
         state, metrics = update(state, hyper, batch)
-        return _synced(state, hyper, learner.steps), {**described, **metrics, **moved}
+        return _synced(state, hyper, learner.steps), {**described, **metrics}
 
     return train_step
 
@@ -158,12 +175,12 @@ def _controlled(
     state: grpo.State,
     hyper: grpo.Hyper,
     old: TokenLogprobs,
-    ref_logp: Float[Array, "B T"],
+    ref_logp: Float[Array, "B T"] | None,
     mask: Bool[Array, "B T"],
 ) -> tuple[grpo.State, grpo.Hyper, Metrics]:
     """`grpo_control.control` by what is measured on the answers that have a reward."""
     answers = jnp.sum(jnp.any(mask, axis=1))
-    kl = masked_sum(k1(old.logp, ref_logp), mask) / jnp.maximum(answers, 1)
+    kl = None if ref_logp is None else masked_sum(k1(old.logp, ref_logp), mask) / jnp.maximum(answers, 1)
     return control(state, hyper, entropy=masked_mean(old.entropy, mask), kl=kl, num_answers=answers)
 
 

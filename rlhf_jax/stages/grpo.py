@@ -89,9 +89,18 @@ def check_routing_replay(options: Options) -> None:
 
 def update_flops(options: GroupOptions, model: Policy, length: int) -> float:
     """Operations of scoring with policy and reference, and of all epochs, on rows of so many tokens."""
-    learned, _ = rows_of(options, variant_of(options))
-    scored = 2 * model.forward_flops(rows=options.batch_size * options.group_size, length=length)
+    variant = variant_of(options)
+    learned, _ = rows_of(options, variant)
+    scorings = needs_reference(options, variant) + (not variant.config.one_pass)
+    scored = scorings * model.forward_flops(rows=options.batch_size * options.group_size, length=length)
     return scored + options.num_iterations * model.training_flops(rows=learned, length=length)
+
+
+def needs_reference(options: GroupOptions, variant: GRPOVariant) -> bool:
+    """Whether anything weighs the KL to the reference, or takes ratios to it."""
+    hyper, exact = variant.hyper, options.kl_estimator == "exact"
+    weights = (hyper.kl_coef, hyper.reward_kl_coef, hyper.advantage_kl_coef, hyper.kl_target)
+    return exact or variant.config.ratio_to_reference or any(weights)
 
 
 def make_draw_fn(
@@ -219,8 +228,9 @@ def make_learner(
     logprob_fn = session.policy.make_logprob_fn(
         temperature=options.temperature, collision=variant.needs_collision
     )
+    reference_fn = split.reference if needs_reference(options, variant) else None
     train_step = make_grpo_train_step(
-        variant.config, logprob_fn, split.tx, split.reference, make_top_k_fn(session), describes_rows=True
+        variant.config, logprob_fn, split.tx, reference_fn, make_top_k_fn(session), describes_rows=True
     )
     policy, records = session.policy, options.sampler.get("routing_replay")
     experts = recorded_shape(policy.architecture, policy.params) if records else None
