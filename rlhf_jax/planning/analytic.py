@@ -34,7 +34,9 @@ def analytic_plan(workload: Workload, mesh: AbstractMesh) -> Plan:
     share, tensor = 1 - 1 / mesh.shape["fsdp"], mesh.shape["tensor"]
     trained = 2 if workload.algorithm == "ppo" else 1
     sides = 2 if workload.algorithm == "dpo" else 1
-    scored = {"sft": 0, "dpo": sides, "grpo": 2, "ppo": 3}[workload.algorithm]
+    # GRPO takes its old log-probs from the update, where that is one.
+    once = workload.num_ppo_epochs == workload.num_minibatches == workload.micro_batches == 1
+    scored = {"sft": 0, "dpo": sides, "grpo": 2 - once, "ppo": 3}[workload.algorithm]
     rows = workload.batch // workload.micro_batches // workload.num_minibatches
     rows = rows * sides / distributed.shards_of_batch(mesh)
     hidden = max(getattr(block.feed_forward, "intermediate_size", 0) for block in config.blocks)

@@ -77,7 +77,8 @@ class GroupOptions:
       epsilon_low: how far below 1 a ratio may go; None for the algorithm's own.
       epsilon_high: how far above 1; None for the algorithm's own.
       kl_coef: weight of the KL to the reference, where the algorithm has it: in the reward (REINFORCE,
-        REINFORCE++, RLOO, ReMax, OPO) or in the loss; None for the algorithm's own.
+        REINFORCE++, RLOO, ReMax, OPO) or in the loss; None for the algorithm's own. Where nothing weighs it,
+        the reference is not asked, and `kl` is measured on held-out prompts alone.
       reward_kl_coef: weight of the KL to the reference in the reward, in any algorithm; None for its own.
       advantage_kl_coef: weight of the KL to the reference in each token's advantage, behind baseline and
         scaling; None for none.
