@@ -80,8 +80,11 @@ def parse(
             print(f"\nexamples:\n{textwrap.indent(shown, '  ')}")
         raise
     if unknown:
-        if unknown[0] in words[1:] and words[list(words).index(unknown[0]) - 1] == "--resume":
+        before = words[list(words).index(unknown[0]) - 1] if unknown[0] in words[1:] else ""
+        if before == "--resume":
             raise _unknown_resume(unknown[0])
+        if before.startswith("--") and unknown[0].lower() in ("true", "false"):
+            raise UserError(f"{before} takes no value: give {before}, or --no-{before[2:]} for the opposite")
         _refuse(unknown[0], known, subcommands_with(options_type, unknown[0].split("=")[0].replace("_", "-")))
     check_numbers(options)
     return options

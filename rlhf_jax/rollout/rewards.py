@@ -141,7 +141,7 @@ def _as_term(reward: Any, calls: RewardCalls) -> RewardTerm:
     if not callable(function):
         raise UserError(
             f"reward {told(function)} is no function: give one that takes (prompts, completions, **fields) "
-            "and returns a number for each completion"
+            "and returns a number for each completion, or a reward model, such as run.reward_model"
         )
     name = getattr(function, "__name__", type(function).__name__)
     return RewardTerm(name, function_term(function, calls), _weight(weight))

@@ -99,7 +99,8 @@ def announce(options: RunOptions, model: Policy, data: str) -> None:
     """Says what is about to run."""
     if options.quiet or not distributed.is_main_process():
         return
-    print(f"{options.out}: {data}; a model of {_size(model):,} parameters; {options.num_steps:,} steps")
+    steps = "" if options.steps is None else f"; {options.steps:,} steps"  # rounds may know none
+    print(f"{options.out}: {data}; a model of {_size(model):,} parameters{steps}")
     mesh = distributed.current_mesh()
     if mesh.size > 1:
         summary, whole = distributed.describe_shardings(mesh, model.params)

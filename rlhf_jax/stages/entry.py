@@ -139,6 +139,8 @@ def _filled(options_type: type[Any], left: dict[str, Any], default: Any = None) 
 
 AS_OBJECTS = {"model": "policy", "data": "rows"}
 """Options that are never settings, and the objects in their place."""
+_BY_OBJECTS = {**AS_OBJECTS, "eval_data": "eval_rows"}
+"""What is given from Python instead of an option, as messages say it."""
 
 
 def _places(options_type: type[Any]) -> dict[str, str]:
@@ -146,11 +148,11 @@ def _places(options_type: type[Any]) -> dict[str, str]:
     places: dict[str, str] = {}
     for name, kind, _ in _fields(options_type, None):
         if not dataclasses.is_dataclass(kind):
-            places[name] = AS_OBJECTS.get(name, name)
+            places[name] = _BY_OBJECTS.get(name, name)
             continue
         inner = [field.name for field in dataclasses.fields(kind)]
         if name in option_checks.WITHOUT_PREFIX:
-            places |= {one: AS_OBJECTS.get(one, one) for one in inner}
+            places |= {one: _BY_OBJECTS.get(one, one) for one in inner}
         else:
             maker = arguments.maker_of(cast(Any, kind))
             places[name] = name

@@ -34,7 +34,6 @@ from rlhf_jax.core.train_state import OptimizerConfig
 from rlhf_jax.core.types import Bool, Params, Sequences
 from rlhf_jax.data.content_parts import refuse_images
 from rlhf_jax.data.examples import PromptExample
-from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.data.row_messages import prompt_messages
 from rlhf_jax.data.sources import Row, read_rows
 from rlhf_jax.data.tokenizers import Tokenizer
@@ -105,10 +104,10 @@ class Options:
     extra_data: str = ""
 
 
-def check(options: Options) -> None:
+def check(options: Options, given: Given) -> None:
     """Raises: UserError where the options do not fit each other."""
     option_checks.check(options, options.run, options.method)
-    option_checks.check_rewards(options.prompts.rewards)
+    option_checks.check_rewards(inputs.rewards_of(options.prompts, given))
     option_checks.check_divides(
         "--batch-size", options.batch_size, "--prompts-per-round", options.prompts_per_round
     )
@@ -328,11 +327,15 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     """All rounds; leaves a run folder with one in it for each."""
     options = dataclasses.replace(options, model=folder_of(given.policy) if given.policy else options.model)
     options = defaults.fill_published(options, "dpo" if options.method == "dpo" else "sft")
-    check(options)
+    check(options, given)
     session = Session(options, given, options.method)
     model, prompts = session.policy, session.load_prompts()
     refuse_images(prompts.train, "rounds")
-    BatchSampler(len(prompts), options.prompts_per_round, options.run.seed)  # refuses more than there are
+    if options.prompts_per_round > len(prompts):
+        raise UserError(
+            f"--prompts-per-round {options.prompts_per_round} is more than the {len(prompts):,} prompts that "
+            "there are: give a smaller one"
+        )
     session.announce(f"{len(prompts):,} prompts, {options.rounds} rounds")
     before = prompts.answer(model.params)
     describe_run(options.run.out, option_checks.to_json(options), stage=options.method)

@@ -240,6 +240,10 @@ def prepare(options: Options, given: Given = NOTHING) -> tuple[Session, Conversa
     model = starting.starting_model(
         options.model, tokenizer, next(iter(sources)), options.arch, options.run, given.policy
     )
+    if options.packing and not model.takes_packed_rows:
+        raise UserError(
+            "--packing puts several conversations in a row, and this model takes one alone: leave it out"
+        )
     by_source = [make_examples(options, rows, model.tokenizer) for rows in data]
     examples = [example for some in by_source for example in some]
     length = options.max_length or max(len(example.ids) for example in examples)

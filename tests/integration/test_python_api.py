@@ -11,6 +11,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from letters import speaks_in_letters
 from tiers import few
 
 import rlhf_jax as rj
@@ -275,6 +276,45 @@ def test_preferences_rewards_and_distillation(folder, tmp_path):
     assert np.isfinite(run.metrics[-1]["loss"])
     run = rj.distill(policy, dpo.policy, [{"prompt": "a"}] * 2, out=tmp_path / "distill", **SIZES)
     assert np.isfinite(run.metrics[-1]["loss"])
+
+
+ROWS = {
+    "sft": [{"prompt": "a", "completion": "b"}],
+    "reward_model": [{"prompt": "a", "chosen": "b", "rejected": "c"}],
+    "process_reward": [{"prompt": "a", "completions": ["b", "c"], "labels": [1, 0]}],
+    "dpo": [{"prompt": "a", "chosen": "b", "rejected": "c"}],
+    **{name: [{"prompt": "a"}] for name in ("ppo", "grpo", "online_dpo", "rounds")},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ROWS)
+def test_every_stage_runs_from_python(name, tmp_path):
+    """With a reward function as an object where it takes one, and rows that no option names."""
+    settings = {"steps": 1, "batch_size": 2, "report": False}
+    if "completion" not in "".join(ROWS[name][0]) and "chosen" not in ROWS[name][0]:
+        settings |= {"rewards": [length], "max_new_tokens": 4}
+    if name == "rounds":
+        settings |= {"prompts_per_round": 4, "rounds": 1, "method": "expert_iteration"}
+        settings |= {"reward_threshold": -1.0, "samples_per_prompt": 8}
+    if name == "grpo":
+        settings["group_size"] = 2
+    rows = ROWS[name] * 8
+    speaks_in_letters().save(tmp_path / "start")
+    run = getattr(rj, name)(rj.load(tmp_path / "start"), rows, out=tmp_path / "run", **settings)
+    assert run.metrics
+    assert run.folder == tmp_path / "run"
+
+
+def test_rounds_of_more_prompts_than_there_are(policy):
+    with pytest.raises(UserError, match=r"prompts_per_round 512 is more than the 2 prompts"):
+        rj.rounds(policy, ROWS["rounds"] * 2, rewards=[length], batch_size=2, max_new_tokens=4)
+
+
+def test_rows_are_not_packed_for_a_model_that_takes_one_sample_a_row(policy, tmp_path):
+    wrapped = rj.wrap(lambda params, tokens: policy.logits(tokens), policy.params, policy.tokenizer)
+    with pytest.raises(UserError, match="packing puts several conversations in a row"):
+        rj.sft(wrapped, ROWS["sft"] * 4, packing=True, max_length=64, steps=1, out=tmp_path / "run")
 
 
 @pytest.mark.slow

@@ -5,20 +5,17 @@ import importlib.util
 import math
 import os
 import re
-import string
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 import smollm2
 import smollm2_tasks as tasks
+from letters import speaks_in_letters
 
 import rlhf_jax as rj
-from rlhf_jax import models
 from rlhf_jax.core import files
-from rlhf_jax.data.tokenizers import byte_tokenizer
 
 needs_gym = pytest.mark.skipif(
     importlib.util.find_spec("reasoning_gym") is None, reason="pip install 'rlhf_jax[reasoning-gym]'"
@@ -112,19 +109,6 @@ WANTED = {"words": ["Red", "Blue", "Green"], "count": 2, "most": 3, "start": "Su
 )
 def test_instructions_are_checked_to_the_letter(form, text, right):
     assert tasks.instruction_followed(text, {**WANTED, "form": form}) is right
-
-
-def speaks_in_letters():
-    """A tiny decoder of bytes whose states have a part in common, to which letters and the end are near."""
-    tokenizer = byte_tokenizer()
-    shape = {"width": 32, "num_layers": 1, "num_heads": 2, "tie_word_embeddings": False}
-    config = models.dense_config(vocab_size=tokenizer.vocab_size, **shape)
-    params = models.init_params(config, jax.random.key(0))
-    said = [tokenizer.eos_id, *(tokenizer.encode(letter)[0] for letter in string.ascii_lowercase)]
-    near = np.full((config.vocab_size, 1), -1.0, np.float32)
-    near[said] = 1.0
-    params = {**params, "embedding": params["embedding"] + 1.0, "unembedding": params["unembedding"] + near}
-    return models.make_policy(config, params, tokenizer)
 
 
 @needs_gym

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.algorithms import grpo
 from rlhf_jax.checkpoint import CheckpointManager
+from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.files import as_path
 from rlhf_jax.core.train_state import OptimizerConfig, make_optimizer
 from rlhf_jax.core.types import Array, Params, Rollout
@@ -111,4 +112,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    train(parse())
+    try:
+        train(parse())
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None

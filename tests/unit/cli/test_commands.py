@@ -279,3 +279,10 @@ def test_the_help_of_a_model_names_every_kind_that_loads():
                 documented = docstring_parser.parse(option.owner.__doc__).params
                 (text,) = [p.description for p in documented if p.arg_name == "model"]
                 assert not [kind for kind in kinds if kind not in " ".join(text.split())], name
+
+
+@pytest.mark.parametrize("value", ["False", "true"])
+def test_a_switch_with_a_value_is_told_its_opposite(value):
+    words = ["--model", "m", "--data", "rows.jsonl", "--report", value]
+    with pytest.raises(UserError, match="--report takes no value: give --report, or --no-report"):
+        parse(module_of("sft").Options, words)
