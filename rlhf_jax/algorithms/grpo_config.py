@@ -57,7 +57,7 @@ class Config:
 
     @property
     def one_pass(self) -> bool:
-        """Whether a batch is taken once and whole, so that its old log-probs are those of its own update."""
+        """True where a batch is taken once and whole: its old log-probs are those of its own update."""
         once = self.num_iterations == self.num_minibatches == self.micro_batches == 1
         return once and not self.num_kept and not self.num_replayed
 

@@ -237,7 +237,7 @@ def rotated_heads(architecture: str, name: str) -> str | None:
 
 
 def stored_transposed(architecture: str, name: str) -> bool:
-    """Whether a tensor stands as [out, in] in GGUF and as [in, out] with Hugging Face.
+    """True for a tensor that stands as [out, in] in GGUF and as [in, out] with Hugging Face.
 
     Args:
       name: as Hugging Face has it.

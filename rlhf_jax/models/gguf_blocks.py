@@ -39,7 +39,7 @@ class Blocks:
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """How a kind of blocks keeps its numbers.
+    """Layout of the numbers in a kind of blocks.
 
     Attributes:
       place: of the first byte of its scales.

@@ -97,7 +97,7 @@ def update_flops(options: GroupOptions, model: Policy, length: int) -> float:
 
 
 def needs_reference(options: GroupOptions, variant: GRPOVariant) -> bool:
-    """Whether anything weighs the KL to the reference, or takes ratios to it."""
+    """True where something weighs the KL to the reference, or takes ratios to it."""
     hyper, exact = variant.hyper, options.kl_estimator == "exact"
     weights = (hyper.kl_coef, hyper.reward_kl_coef, hyper.advantage_kl_coef, hyper.kl_target)
     return exact or variant.config.ratio_to_reference or any(weights)

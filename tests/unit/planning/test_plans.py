@@ -72,10 +72,14 @@ def test_a_step_compiled_for_the_device_at_hand(tmp_path):
 
 
 def test_plans_on_paper():
-    plan = analytic_plan(work("grpo", batch=16), distributed.abstract_mesh("fsdp=8"))
-    # Gathered forward and backward, scattered, and gathered for two scorings.
-    sent = 5 * 7 / 8 * plan.resident["parameters"] * 8
+    mesh = distributed.abstract_mesh("fsdp=8")
+    plan = analytic_plan(work("grpo", batch=16), mesh)
+    # Gathered forward and backward, scattered, and gathered for the reference.
+    sent = 4 * 7 / 8 * plan.resident["parameters"] * 8
     assert plan.programs["update"].sent_bytes == pytest.approx(sent)
+    # Of two epochs both are counted, and the scoring by the policy before them.
+    twice = analytic_plan(work("grpo", batch=16, num_ppo_epochs=2), mesh)
+    assert twice.programs["update"].sent_bytes == pytest.approx(sent * (2 * 3 + 2) / 4)
     assert plan.programs["generation"].flops > 0
     assert plan.peak_bytes > sum(plan.resident.values()) + plan.kv_cache_bytes
 
