@@ -16,6 +16,7 @@ from letters import speaks_in_letters
 
 import rlhf_jax as rj
 from rlhf_jax.core import files
+from rlhf_jax.metrics import read_metrics
 
 needs_gym = pytest.mark.skipif(
     importlib.util.find_spec("reasoning_gym") is None, reason="pip install 'rlhf_jax[reasoning-gym]'"
@@ -146,15 +147,18 @@ def test_all_stages_follow_one_another_and_none_runs_twice(tmp_path, capsys, mon
 def test_five_steps_of_every_stage_leave_policies_that_still_answer(tmp_path):
     out, few = tmp_path / "run", "--seed 100 --steps 5 --eval-prompts 48 --pair-prompts 16 --quiet"
     # A process of its own: the optimisation that tests go without pays for programs of this size.
-    words = [sys.executable, smollm2.__file__, "--out", str(out), *few.split()]
+    words = [sys.executable, smollm2.__file__, "--out", str(out), "--max-new-tokens", "24", *few.split()]
     optimized = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     subprocess.run(words, check=True, env=optimized)
     results = files.read_json(out / "seed_100" / "results.json")
-    start = results["published"]["exact_match"]
+    start = results["published"]
     for name in smollm2.TRAINED:
-        # Of 48 answers chance moves a few; a policy that fell apart would have none.
-        assert results[name]["exact_match"] >= max(start - 0.2, 0.04), name
-        assert results[name]["finished"] > 0.2, name
+        # Five steps teach nothing that could be asked for; a policy that fell apart would not end its answers.
+        assert results[name]["exact_match"] >= start["exact_match"] - 0.2, name
+        assert results[name]["finished"] > max(start["finished"] - 0.2, 0.1), name
+        losses = [line["loss"] for line in read_metrics(out / "seed_100" / name) if "loss" in line]
+        assert len(losses) == 5, name
+        assert np.isfinite(losses).all(), name
     question = [{"role": "user", "content": "What is the capital of France?"}]
     for place in (out / "seed_100" / "grpo", out / "best.gguf"):
         assert rj.load(place).chat(question, max_new_tokens=8, temperature=0)
