@@ -153,7 +153,7 @@ def test_five_steps_of_every_stage_leave_policies_that_still_answer(tmp_path):
     results = files.read_json(out / "seed_100" / "results.json")
     start = results["published"]
     for name in smollm2.TRAINED:
-        # Five steps teach nothing that could be asked for; a policy that fell apart would not end its answers.
+        # Five steps teach little; a policy that fell apart would not end its answers.
         assert results[name]["exact_match"] >= start["exact_match"] - 0.2, name
         assert results[name]["finished"] > max(start["finished"] - 0.2, 0.1), name
         losses = [line["loss"] for line in read_metrics(out / "seed_100" / name) if "loss" in line]
