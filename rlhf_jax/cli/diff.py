@@ -58,7 +58,7 @@ def described(folder: Path) -> dict[str, Any]:
     try:
         data = json.loads(files.read_text(path))
         options, versions = flags(data["config"]), dict(data["versions"])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: there is no such file: give a folder that a run wrote with --out") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a run's description ({error}): give another folder") from error

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rlhf_jax.core import files
+from rlhf_jax.core.arguments import told
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.files import PathLike
 from rlhf_jax.data.images import ImageProcessor
@@ -62,8 +63,10 @@ class Tokenizer:
         """Ids, and the index in `text` of the character where each of them starts.
 
         Raises:
-          UserError: a lone surrogate, or a character outside a character tokenizer's alphabet.
+          UserError: no text, a lone surrogate, or a character outside a character tokenizer's alphabet.
         """
+        if not isinstance(text, str):
+            raise UserError(f"text is {told(text)}: give a string")
         try:
             encoding = (self.backend if special else self._plain).encode(text, add_special_tokens=False)
         except Exception as error:  # the library raises bare Exception for whatever its model refuses

@@ -11,9 +11,10 @@ To go a floor down, copy the body of the stage's `run`: it is made of public pie
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
-from rlhf_jax.core.arguments import checked, refuse_unknown, typed
+from rlhf_jax.core.arguments import checked, refuse_unknown, told, typed
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.files import releasing_locks
 from rlhf_jax.core.ranges import Length, Positive, PositiveInt, Width
@@ -206,6 +207,9 @@ def ppo(
       ptx_rows: text that is to stay likely (PPO-ptx): rows with `text`, or as of `sft`.
       settings: as of `sft`, with the options of `rlhf ppo`.
     """
+    named = settings.get("reward_model", "")
+    if not isinstance(named, (str, Path, list, tuple)):
+        raise UserError(f"reward_model is {told(named)}: it names folders; give rewards=[run.reward_model]")
     objects = _with_process_reward(process_reward, settings, rewards)
     objects |= {"rows": rows, "eval_rows": eval_rows, "ptx_rows": ptx_rows}
     return _run(ppo_stage, out, settings, policy=policy, **objects)

@@ -210,6 +210,11 @@ ROWS = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2
         (lambda p: rj.distill(p, p), r"distill\(\) needs rows"),
         (lambda p: rj.grpo(p, ROWS, [length]), "by position it takes policy, rows"),
         (lambda p: rj.ppo(p, ROWS, reward_model="no"), "reward 'no': there is no such folder"),
+        (
+            lambda p: rj.ppo(p, ROWS, reward_model=p),
+            "reward_model is a Policy: it names folders",
+        ),
+        (lambda p: p.tokenizer.encode(3), "text is 3: give a string"),
         (lambda p: rj.evaluate(p, ROWS, rewards=[length]), r"evaluate\(\) needs max_new_tokens"),
         (lambda p: rj.wrap(3, {}, p.tokenizer), "apply_fn is 3: give a function"),
         (lambda p: rj.wrap(lambda params, tokens: 1 / 0, {}, p.tokenizer), "raised ZeroDivisionError"),
@@ -312,9 +317,12 @@ def test_rounds_of_more_prompts_than_there_are(policy):
 
 
 def test_rows_are_not_packed_for_a_model_that_takes_one_sample_a_row(policy, tmp_path):
-    wrapped = rj.wrap(lambda params, tokens: policy.logits(tokens), policy.params, policy.tokenizer)
+    wrapped = rj.wrap(lambda params, tokens: policy.logits(tokens), {"w": np.zeros(2)}, policy.tokenizer)
+    few = {"steps": 1, "batch_size": 2}
     with pytest.raises(UserError, match="packing puts several conversations in a row"):
-        rj.sft(wrapped, STAGE_ROWS["sft"] * 4, packing=True, max_length=64, steps=1, out=tmp_path / "run")
+        rj.sft(wrapped, STAGE_ROWS["sft"] * 4, packing=True, max_length=64, out=tmp_path / "run", **few)
+    with pytest.raises(UserError, match="no linear layer of this package's models"):
+        rj.sft(wrapped, STAGE_ROWS["sft"] * 4, adapter=rj.lora(rank=2), out=tmp_path / "lora", **few)
 
 
 @pytest.mark.slow

@@ -112,10 +112,15 @@ def _beside_linears(config: LoRA | AdaLoRA | Bottleneck, base: Params, key: PRNG
         return {**leaves, **make(kernels, of_path)}
 
     params = map_linears(add, base)
+    if not found:
+        raise UserError(
+            "adapter: the parameters have no linear layer of this package's models to stand on: train them "
+            "all, without an adapter"
+        )
     if not adapted:
         raise UserError(
             f"adapter: targets {config.targets!r} match no linear layer: they must match a whole path such "
-            f"as {found[0] if found else 'layer_0/attention/query'}"
+            f"as {found[0]}"
         )
     return params
 
