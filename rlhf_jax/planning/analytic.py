@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from rlhf_jax import distributed, models
+from rlhf_jax.algorithms import grpo
 from rlhf_jax.core.axes import partition_spec
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.planning.compiled import Plan, Prediction
@@ -34,9 +35,9 @@ def analytic_plan(workload: Workload, mesh: AbstractMesh) -> Plan:
     share, tensor = 1 - 1 / mesh.shape["fsdp"], mesh.shape["tensor"]
     trained = 2 if workload.algorithm == "ppo" else 1
     sides = 2 if workload.algorithm == "dpo" else 1
-    # GRPO takes its old log-probs from the update, where that is one.
-    once = workload.num_ppo_epochs == workload.num_minibatches == workload.micro_batches == 1
-    scored = {"sft": 0, "dpo": sides, "grpo": 2 - once, "ppo": 3}[workload.algorithm]
+    passes_of_grpo = workload.num_ppo_epochs, workload.num_minibatches, workload.micro_batches
+    of_grpo = 1 if grpo.Config(workload.group_size, *passes_of_grpo).one_pass else 2
+    scored = {"sft": 0, "dpo": sides, "grpo": of_grpo, "ppo": 3}[workload.algorithm]
     rows = workload.batch // workload.micro_batches // workload.num_minibatches
     rows = rows * sides / distributed.shards_of_batch(mesh)
     hidden = max(getattr(block.feed_forward, "intermediate_size", 0) for block in config.blocks)

@@ -147,3 +147,11 @@ def test_splash_attention_on_a_mesh_is_attention():
     _, *errors = line.split()
     assert len(errors) == 4
     assert max(map(float, errors)) < 2e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["fsdp=8", "data=2,fsdp=2,tensor=2"])
+def test_log_probs_of_what_counts_alone(mesh):
+    errors = run_on_eight("counted.py", mesh).stdout.split()
+    assert len(errors) == 3
+    assert max(map(float, errors)) < 1e-11
