@@ -3,6 +3,8 @@
     python tools/faults.py --out runs/faults --minutes 60
     python tools/faults.py --out runs/faults --minutes 60 --page docs/results/faults.md
 
+With `--tally FILE`, the counts of other seeds, days and machines stand in the table of the page as well.
+
 Case number n of a kind is drawn from (seed, kind, n) alone, and its outcome is a line of `cases.jsonl`: a
 campaign that was stopped goes on with the same command, and `--replay KIND:N` does one case again. Each kind
 is one function of a module `faults_in_*`. Outcomes:
@@ -106,18 +108,43 @@ def _read(path: pathlib.Path) -> list[dict[str, Any]]:
 
 def markdown(rows: list[tuple[str, int, int, int, int]]) -> str:
     """The table."""
-    total = ("all", *map(sum, zip(*(numbers for _, *numbers in rows), strict=True)))
+    of_all = ("all", *map(sum, zip(*(numbers for _, *numbers in rows), strict=True)))
     lines = ["| kind | tried | right | unexplained | silent |", "|---|---|---|---|---|"]
     titles = {
         name: (kind.__doc__ or name).split("\n")[0].rstrip(".") for name, kind in fault_world.KINDS.items()
     }
-    for name, *numbers in [*rows, total]:
+    for name, *numbers in [*rows, of_all]:
         lines.append(f"| {titles.get(name, name)} | " + " | ".join(f"{n:,}" for n in numbers) + " |")
     return "\n".join(lines)
 
 
-def page(campaign: Campaign, minutes: float) -> str:
+def counted(path: pathlib.Path | None, campaign: Campaign) -> dict[str, dict[str, Any]]:
+    """The counts of all seeds, this campaign's among them; in the file, where there is one."""
+    seeds = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else {}
+    counts = {name: numbers for name, _, *numbers in campaign.table()}
+    seeds[str(campaign.seed)] = {"date": datetime.date.today().isoformat(), "counts": counts}
+    seeds = dict(sorted(seeds.items(), key=lambda item: int(item[0])))
+    if path is not None:
+        whole = path.with_name(path.name + ".new")
+        whole.write_text(json.dumps(seeds, indent=1) + "\n", encoding="utf-8")
+        whole.replace(path)
+    return seeds
+
+
+def total(seeds: dict[str, dict[str, Any]]) -> list[tuple[str, int, int, int, int]]:
+    """(kind, tried, right, unexplained, silent) of each kind over all seeds."""
+    rows = []
+    for name in fault_world.KINDS:
+        each = [of["counts"][name] for of in seeds.values() if name in of["counts"]]
+        if any(map(sum, each)):
+            right, unexplained, silent = map(sum, zip(*each, strict=True))
+            rows.append((name, right + unexplained + silent, right, unexplained, silent))
+    return rows
+
+
+def page(campaign: Campaign, minutes: float, seeds: dict[str, dict[str, Any]]) -> str:
     """The page of results."""
+    dates = sorted({of["date"] for of in seeds.values()})
     failed = [case for case in campaign.found if case["outcome"] != "right"]
     lines = [
         "# Faults",
@@ -127,13 +154,14 @@ def page(campaign: Campaign, minutes: float) -> str:
         "of the tests.",
         "",
         f"    python tools/faults.py --out runs/faults --seed {campaign.seed} "
-        f"--minutes {minutes:g} --page docs/results/faults.md",
+        f"--minutes {minutes:g} --page docs/results/faults.md --tally docs/results/faults.json",
         "",
-        f"{datetime.date.today().isoformat()}, {platform.machine()}, CPU. Right: nothing changed, the fault",
+        f"{' to '.join(dates[:: max(len(dates) - 1, 1)])}, seeds {', '.join(seeds)}, {platform.machine()}, "
+        "CPU. Right: nothing changed, the fault",
         "was named in one sentence, or the run that was stopped ended to the bit. Unexplained: a traceback",
         "or a hang. Silent: something else was computed and nothing said.",
         "",
-        markdown(campaign.table()),
+        markdown(total(seeds)),
         "",
     ]
     if failed:
@@ -160,6 +188,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="*", default=[], choices=list(fault_world.KINDS))
     parser.add_argument("--page", type=pathlib.Path, help="where the page of results is written")
+    parser.add_argument(
+        "--tally", type=pathlib.Path, help="a file of the counts of all seeds, which is added to"
+    )
     parser.add_argument("--replay", default="", help="KIND:NUMBER of one case to do again")
     options = parser.parse_args()
     campaign = Campaign(options.out, options.seed, options.kinds)
@@ -169,8 +200,9 @@ def main() -> None:
         return
     campaign.run(60 * options.minutes, options.cases)
     print(markdown(campaign.table()))
+    seeds = counted(options.tally, campaign)
     if options.page:
-        options.page.write_text(page(campaign, options.minutes), encoding="utf-8")
+        options.page.write_text(page(campaign, options.minutes, seeds), encoding="utf-8")
     sys.exit(any(case["outcome"] != "right" for case in campaign.found))
 
 

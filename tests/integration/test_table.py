@@ -1,5 +1,6 @@
 """The table of algorithms, small: resumes, is one page, and reproduces its frozen numbers."""
 
+import dataclasses
 import json
 
 import jax
@@ -110,6 +111,21 @@ def test_what_is_done_is_not_done_again(finished, monkeypatch):
     assert all(f" {name} |" in page for name in (*CELLS, "start"))
     assert post_training_page.cell(post_training.summaries(finished.out)["style", "grpo"]) in page
     assert (finished.out / post_training_page.PICTURE).stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_another_machine_goes_on_from_the_cells_that_are_kept(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(post_training, "sweep", None)
+    here = dataclasses.replace(finished, cells=tmp_path / "cells.json")
+    post_training.keep(here)
+    there = dataclasses.replace(here, out=tmp_path / "there")
+    post_training.run(there)  # trains nothing
+    assert post_training.summaries(there.out) == post_training.summaries(finished.out)
+    assert post_training.start_scores(there.out) == post_training.start_scores(finished.out)
+    held = json.loads(here.cells.read_text())
+    assert {*post_training.PLANNED} <= held["cells"]["style/grpo"].keys()
+    with pytest.raises(UserError, match="seeds 4, not 5"):
+        post_training.run(dataclasses.replace(there, seeds=5))
 
 
 @pytest.mark.slow

@@ -175,8 +175,9 @@ def read_cells(options: Options) -> dict[str, Any]:
 def compile_cell(options: Options, row: Row, slice_name: str, lock: threading.Lock) -> None:
     """Plans the run of a cell, unless that was done, and writes down what it needs."""
     folder = folder_of(options, row, slice_name)
-    if folder.name in read_cells(options):
-        return
+    with lock:
+        if folder.name in read_cells(options):
+            return
     words = [sys.executable, "-m", "rlhf_jax", *command(options, row, slice_name)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:

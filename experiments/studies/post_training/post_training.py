@@ -9,8 +9,9 @@
 All algorithms start from the same policy of a seed and sample as many answers. Each takes the best of three
 learning rates on seeds of the search's own, which goes on as long as the best is the least or the greatest of
 those tried. A cell that is done is not run again, and one that was stopped goes on after its last chunk; each
-leaves `summary.json`, every seed apart, and `results.parquet`. It runs at low priority, all tasks of a row
-before the next row, and says how many cells are to come and how many core-hours those before it took.
+leaves `summary.json`, every seed apart, and `results.parquet`. With `--cells cells.json` what is done is also
+kept in one file, from which another machine goes on. It runs at low priority, all tasks of a row before the
+next row, and says how many cells are to come and how many core-hours those before it took.
 """
 
 import dataclasses
@@ -49,6 +50,18 @@ from rlhf_jax.training.run_folder import describe_run
 SEARCH_SEEDS_FROM = 1_000
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 FIRST_RATES = RATES[3:6]
+# What `plan` says of a cell.
+PLANNED = (
+    "task",
+    "algorithm",
+    "hyper",
+    "steps",
+    "base_steps",
+    "width",
+    "layers",
+    "seeds",
+    "search_seeds",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +80,8 @@ class Options:
       width: of the model, for a quick look; 0 for each task's own.
       layers: of the model, for a quick look; 0 for each task's own.
       chunk: runs at once, in one program.
+      cells: a file that keeps the summaries of all cells, beyond the folder: what is in it is not run again;
+        None for none.
       page: where the page goes, with its pictures beside it; None for the folder of the cells.
       list: print the cells and what is done of them, and run nothing.
       niceness: how far it gives way to other programs, as `nice`.
@@ -83,6 +98,7 @@ class Options:
     width: int = 0
     layers: int = 0
     chunk: int = 4
+    cells: Path | None = None
     page: Path | None = None
     list: bool = False
     niceness: int = 10
@@ -265,6 +281,30 @@ def as_floats(hyper: Any) -> Any:
     return jax.tree.map(jnp.float32, hyper)
 
 
+def take_kept(options: Options) -> None:
+    """Puts the cells of the file that keeps them into the folder, where it lacks them."""
+    if options.cells is None or options.out is None:
+        return
+    kept_cells = files.read_json(
+        options.cells, otherwise={"starts": {}, "cells": {}}, keys=("starts", "cells")
+    )
+    for task, score in kept_cells["starts"].items():
+        if not files.exists(path := options.out / task / f"base-0-{options.seeds}-kept.json"):
+            files.write_json(path, score)
+    for name, summary in kept_cells["cells"].items():
+        if not files.exists(options.out / name / SUMMARY):
+            files.write_json(options.out / name / PLAN, {key: summary[key] for key in PLANNED})
+            files.write_json(options.out / name / SUMMARY, summary)
+
+
+def keep(options: Options) -> None:
+    """Writes all cells of the folder into the file that keeps them."""
+    if options.cells is not None and options.out is not None:
+        cells = {f"{task}/{algorithm}": cell for (task, algorithm), cell in summaries(options.out).items()}
+        held = {"starts": start_scores(options.out), "cells": dict(sorted(cells.items()))}
+        files.write_json(options.cells, held)
+
+
 def summaries(out: Path) -> dict[tuple[str, str], dict[str, Any]]:
     """Of the cells that are done, by task and algorithm."""
     found = {}
@@ -313,6 +353,7 @@ def run_cells(rows: Sequence[TaskRow], algorithms: Sequence[AlgorithmRow], optio
             print(f"[{number + 1}/{count}] {algorithm.name} on {row.name}", flush=True)
         folder = options.out / row.name / algorithm.name
         if run_cell(row, algorithm, task_setup, starts_fn, options, folder):
+            keep(options)
             done = summaries(options.out)
             post_training_page.write(page, done, start_scores(options.out))
             if not options.quiet:
@@ -332,6 +373,7 @@ def run(options: Options) -> None:
     if not options.list:
         files.hold(options.out, "--out")
         os.nice(max(options.niceness - os.nice(0), 0))
+        take_kept(options)
         run_cells(rows, algorithms, options)
     done = summaries(options.out)
     if not options.list:
