@@ -4,7 +4,7 @@ Stages compile them, whole runs under `jit` are made of them, and plans count th
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -36,6 +36,7 @@ from rlhf_jax.kernels.kl import k1
 from rlhf_jax.kernels.prepare import mask_or_all
 from rlhf_jax.rollout.completions import describe_rows
 from rlhf_jax.rollout.dynamic_sampling import take_rows
+from rlhf_jax.rollout.packed_rows import Layout, columns_of, packed
 
 S = TypeVar("S", grpo.State, ppo.State)
 
@@ -70,8 +71,9 @@ def make_grpo_train_step(
 
     Returns:
       `train_step(state, hyper, original, rollout, rewards, scored=None, greedy_rewards=None, steps=None,
-      reward_terms=None, values=None) -> (state, metrics)`; `scored` marks the answers that have a reward,
-      `steps` are process rewards, and the others what `grpo.make_batch` takes.
+      reward_terms=None, values=None, layouts=()) -> (state, metrics)`; `scored` marks the answers that have a
+      reward, `steps` are process rewards, `layouts` say how answers are packed to be scored
+      (`packed_rows.packed`), and the others are what `grpo.make_batch` takes.
 
     Raises:
       UserError: groups are replayed, which keep no distributions of the reference.
@@ -80,8 +82,6 @@ def make_grpo_train_step(
         raise UserError(
             "num_replayed: groups to replay keep no distributions of the reference: take k1, k2 or k3"
         )
-    update = grpo.make_update(config, logprob_fn, tx)
-    one_pass = grpo.make_one_pass_update(config, logprob_fn, tx)
 
     def train_step(
         state: grpo.State,
@@ -94,7 +94,10 @@ def make_grpo_train_step(
         steps: StepRewards | None = None,
         reward_terms: Float[Array, "B K"] | None = None,
         values: Float[Array, " N"] | None = None,
+        layouts: Sequence[Layout] = (),
     ) -> tuple[grpo.State, Metrics]:
+        score_fn = packed(logprob_fn, layouts)
+        computed = columns_per_token(rollout, layouts)
         learner, ref_params, ref_logp, top_k = state.learner, state.ref_params, None, None
         if reference_fn is not None:
             reference = (
@@ -102,7 +105,7 @@ def make_grpo_train_step(
             )
             # The reference goes through experts of its own.
             own = dataclasses.replace(rollout.sequences, experts=None)
-            ref_logp = logprob_fn(reference, own).logp
+            ref_logp = score_fn(reference, own).logp
             top_k = None if top_k_fn is None else top_k_fn(reference, own)
         counted = rollout.sequences.mask & mask_or_all(scored, rewards)[:, None]
 
@@ -139,18 +142,26 @@ def make_grpo_train_step(
         if config.one_pass:
             candidates = None if top_k is None else top_k[1]
             answers = dataclasses.replace(rollout.sequences, candidates=candidates)
-            state, hyper, metrics = one_pass(state, answers, batch_fn)
-            return _synced(state, hyper, learner.steps), metrics
-        old = logprob_fn(learner.all_params, rollout.sequences)
+            update = grpo.make_one_pass_update(config, score_fn, tx)
+            state, hyper, metrics = update(state, answers, batch_fn)
+            return _synced(state, hyper, learner.steps), {**metrics, **computed}
+        old = score_fn(learner.all_params, rollout.sequences)
         state, hyper, batch, described = batch_fn(state, old)
         if state.replay is not None:
             earned = 0.0 if steps is None else masked_sum(steps.rewards, steps.ends & counted, axis=1)
             state, batch, replayed = _replayed(config, state, batch, rewards + earned, scored)
             described |= replayed
-        state, metrics = update(state, hyper, batch)
-        return _synced(state, hyper, learner.steps), {**described, **metrics}
+        state, metrics = grpo.make_update(config, score_fn, tx)(state, hyper, batch)
+        return _synced(state, hyper, learner.steps), {**described, **metrics, **computed}
 
     return train_step
+
+
+def columns_per_token(rollout: Rollout, layouts: Sequence[Layout]) -> Metrics:
+    """Columns that a pass over the answers computes for each token that counts."""
+    sequences = rollout.sequences
+    counted = jnp.maximum(jnp.sum(sequences.mask), 1)
+    return {"columns_per_token": columns_of(sequences, layouts) / counted}
 
 
 def _replayed(
@@ -204,10 +215,10 @@ def make_ppo_train_step(
       describes_rows: put numbers of each answer among the metrics, as `completions.describe_rows` gives them.
 
     Returns:
-      `train_step(state, hyper, original, rollout, rewards, scored=None, steps=None, ptx=None) -> (state,
-      metrics)`; `steps` are process rewards, `ptx` is text (`ppo.make_update`).
+      `train_step(state, hyper, original, rollout, rewards, scored=None, steps=None, ptx=None, layouts=()) ->
+      (state, metrics)`; `steps` are process rewards, `ptx` is text (`ppo.make_update`), `layouts` say how
+      answers are packed to be scored (`packed_rows.packed`).
     """
-    update = ppo.make_update(config, logprob_fn, tx, ptx_logprob_fn)
 
     def train_step(
         state: ppo.State,
@@ -218,29 +229,32 @@ def make_ppo_train_step(
         scored: Bool[Array, " B"] | None = None,
         steps: StepRewards | None = None,
         ptx: Sequences | None = None,
+        layouts: Sequence[Layout] = (),
     ) -> tuple[ppo.State, Metrics]:
+        score_fn, ref_score_fn = (packed(fn, layouts) for fn in (logprob_fn, ref_logprob_fn))
         described: Metrics = {}
         if config.filter_fn is not None:
             described["sampled_reward"] = masked_mean(rewards, mask_or_all(scored, rewards))
             earned = 0.0 if steps is None else masked_sum(steps.rewards, steps.ends, axis=1)
             state, chosen = _chosen(config, config.filter_fn, state, rewards + earned, scored)
             rollout, rewards, scored, steps = take_rows((rollout, rewards, scored, steps), chosen)
-        score = logprob_fn(state.learner.all_params, rollout.sequences)
+        score = score_fn(state.learner.all_params, rollout.sequences)
         learner = state.learner
         if state.ref_params is None:
             reference = reference_fn(learner, original)
         else:
             whole = with_params(learner, {**learner.params, "policy": state.ref_params})
             reference = models.merge_with_base(whole, "policy")
-        ref_logp = ref_logprob_fn(reference, rollout.sequences).logp
+        ref_logp = ref_score_fn(reference, rollout.sequences).logp
         state, batch, of_batch = ppo.language_batch(
             config, state, hyper, rollout, score, ref_logp, rewards, scored=scored, steps=steps
         )
         if describes_rows:
             described |= describe_rows(batch.advantages, score.logp, ref_logp, batch.mask)
+        update = ppo.make_update(config, score_fn, tx, ptx_logprob_fn)
         state, metrics = update(state, hyper, batch, ptx)
         state = _synced(state, hyper, learner.steps)
-        return state, {**described, **of_batch, **metrics}
+        return state, {**described, **of_batch, **metrics, **columns_per_token(rollout, layouts)}
 
     return train_step
 

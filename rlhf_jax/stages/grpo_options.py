@@ -66,6 +66,8 @@ class GroupOptions:
       num_iterations: passes over each batch of answers.
       num_minibatches: optimizer steps in each pass.
       micro_batches: parts in which a mini-batch is computed, to save memory.
+      packing: score answers, and learn from them, several in a row of tokens, without their padding; losses
+        and gradients are the same. Each new number of rows is compiled once.
       learning_rate: at its peak; None for the published one (1e-6, with an adapter 1e-5).
       temperature: of sampling; the scorer uses the same.
       one_step_off_policy: answers are sampled from the policy of one step before, as by a sampler beside the
@@ -120,6 +122,7 @@ class GroupOptions:
     num_iterations: PositiveInt = 1
     num_minibatches: PositiveInt = 1
     micro_batches: PositiveInt = 1
+    packing: bool = False
     learning_rate: LearningRate | None = None
     temperature: Temperature = 1.0
     one_step_off_policy: bool = False
@@ -172,6 +175,8 @@ def check(options: GroupOptions, stage: str) -> None:
         "--micro-batches", options.micro_batches, "the size of a mini-batch,", rows // options.num_minibatches
     )
     options.replay.check(options.batch_size)
+    if options.packing and variant.config.num_replayed:
+        raise UserError("--packing: answers of --replay-share have lengths of other steps: leave one out")
     hyper = variant.hyper
     options.sync.check((hyper.kl_coef, hyper.reward_kl_coef, hyper.advantage_kl_coef or 0.0))
     if variant.needs_terms and variant.overlong_penalty_coef:

@@ -87,6 +87,8 @@ class Options:
       num_ppo_epochs: passes over each batch of answers.
       num_minibatches: optimizer steps in each pass.
       micro_batches: parts in which a mini-batch is computed, to save memory.
+      packing: score answers, and learn from them, several in a row of tokens, without their padding; losses
+        and gradients are the same. Each new number of rows is compiled once.
       learning_rate: at its peak; None for the published one (3e-6, with an adapter 3e-5).
       temperature: of sampling; the scorer uses the same.
       engine: what writes the answers: local (this process), or the server vllm:URL, sglang:URL or openai:URL,
@@ -136,6 +138,7 @@ class Options:
     num_ppo_epochs: PositiveInt = 4
     num_minibatches: PositiveInt = 1
     micro_batches: PositiveInt = 1
+    packing: bool = False
     learning_rate: LearningRate | None = None
     temperature: Temperature = 1.0
     engine: str = "local"
@@ -297,6 +300,8 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     completions = LastCompletions(model.tokenizer)
     meter = options.run.meter(update_flops(options, model, prompts.length, text))
     score = make_score_fn(options, model, start.reward, given)
+    learned = options.rows // options.num_minibatches // options.micro_batches
+    lay_out = edges.make_lay_out_fn(options.packing, model, prompts.train, rows=learned)
 
     def step(state: ppo.State, number: int):
         chosen = [prompts.train[i] for i in edges.local_indices(sampler, number, options.group_size)]
@@ -305,7 +310,8 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         rollout = meter.timed("rollout", generate, models.merge_with_base(whole, "policy"), chosen, key)
         scored, rewards, steps = meter.timed("reward", score, whole, rollout, chosen)
         rows = text and meter.timed("data", text.batch, number)
-        state, metrics = meter.timed("update", learn, state, split.original, rollout, *rewards, steps, rows)
+        data = (split.original, rollout, *rewards, steps, rows, lay_out(rollout))
+        state, metrics = meter.timed("update", learn, state, *data)
         metrics = completions.keep(chosen, rollout, scored, metrics)
         return state, {**metrics, **term_means(scored)}
 

@@ -127,7 +127,7 @@ def test_a_run_that_goes_wrong_says_so(tiny, tmp_path, rewards, capfd):
     assert capfd.readouterr().err.count("warning: step 5: groups of equal rewards: in 100%") == 1
     assert "groups of equal rewards</b>, steps 5 to 6" in (out / "report.html").read_text()
 
-    wild = ("--learning-rate", 1.0, "--kl-coef", 0, "--num-iterations", 2, "--optimizer.warmup-steps", 0)
+    wild = ("--learning-rate", 1.0, "--kl-coef", 1e-6, "--num-iterations", 2, "--optimizer.warmup-steps", 0)
     out = tiny.run("grpo", tmp_path / "wild", "--rewards", rewards, *wild, *CONSTANT, "--steps", 8)
     assert any(line.get("health/kl_explosion") for line in read_metrics(out))
 

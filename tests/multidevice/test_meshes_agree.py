@@ -155,3 +155,11 @@ def test_log_probs_of_what_counts_alone(mesh):
     errors = run_on_eight("counted.py", mesh).stdout.split()
     assert len(errors) == 3
     assert max(map(float, errors)) < 1e-11
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["fsdp=8", "data=2,fsdp=2,tensor=2"])
+def test_packed_answers(mesh):
+    share, *errors = run_on_eight("packed.py", mesh).stdout.split()
+    assert float(share) < 0.8
+    assert max(map(float, errors)) < 1e-11
