@@ -18,10 +18,10 @@ from rlhf_jax.core.axes import constrain
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.protocols import LogprobFn
 from rlhf_jax.core.trees import pytree_dataclass
-from rlhf_jax.core.types import Array, Int, Params, Rollout, Sequences, TokenLogprobs
+from rlhf_jax.core.types import Array, Int, Params, Sequences, TokenLogprobs
 
-_COLUMNS = 16  # lengths of packed rows are multiples of it: few shapes, few programs
-_SHARE = 8  # and so are their numbers, of an eighth of the batch
+_COLUMNS = 16
+_SHARE = 8  # lengths and numbers of packed rows are multiples of an eighth: few shapes, few programs
 
 
 @pytree_dataclass
@@ -57,7 +57,7 @@ def lay_out(lengths: Int[np.ndarray, " B"], *, most: int, multiple_of: int = 1) 
       multiple_of: the number of rows is one, so that a mesh can split them.
     """
     room = np.sort(np.maximum(np.asarray(lengths), 1))[::-1].astype(np.int32)
-    columns = min(_round_up(int(room[0]), _COLUMNS), most)
+    columns = min(_round_up(int(room[0]), _COLUMNS * max(1, most // (_SHARE * _COLUMNS))), most)
     row, start = np.zeros_like(room), np.zeros_like(room)
     used: list[int] = []
     for number, length in enumerate(room):
@@ -94,12 +94,16 @@ def layouts_of(
     return tuple(lay_out(longest[:size], most=most, multiple_of=multiple_of) for size in wanted)
 
 
-def layouts_of_rollout(rollout: Rollout, sizes: Sequence[int]) -> tuple[Layout, ...]:
-    """`layouts_of` the answers of all processes, for the mesh that is entered; all processes ask together."""
-    lengths = jnp.sum(rollout.sequences.segment_ids > 0, axis=1)
+def layouts_of_batch(rows: Sequence[Sequences], sizes: Sequence[int]) -> tuple[Layout, ...]:
+    """`layouts_of` the rows of all processes, for the mesh that is entered; all processes ask together.
+
+    Args:
+      rows: on the mesh; several, of as many columns, are one batch.
+    """
+    lengths = [distributed.all_values(jnp.sum(part.segment_ids > 0, axis=1)) for part in rows]
     parts = distributed.shards_of_batch(distributed.current_mesh())
-    most = rollout.sequences.tokens.shape[1]
-    return layouts_of(distributed.all_values(lengths), sizes, most=most, multiple_of=parts)
+    most = rows[0].tokens.shape[1]
+    return layouts_of(np.concatenate(lengths), sizes, most=most, multiple_of=parts)
 
 
 def columns_of(sequences: Sequences, layouts: Sequence[Layout]) -> int:

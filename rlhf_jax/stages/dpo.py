@@ -12,7 +12,7 @@ from single responses, take both sides of such rows, or rows of `prompt`, `compl
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,6 +35,7 @@ from rlhf_jax.evaluation.classification import roc_auc
 from rlhf_jax.losses.pair_logps import PairLossFn, PairLossTraits, takes_weights, traits_of
 from rlhf_jax.models import Policy
 from rlhf_jax.planning.steps import Step, shapes_of
+from rlhf_jax.rollout.packed_rows import Layout, packed
 from rlhf_jax.stages import (
     adapting,
     defaults,
@@ -71,6 +72,8 @@ class Options:
       pairs: which preference pairs, or labelled completions.
       batch_size: pairs a step; for KTO and BCO, responses.
       micro_batches: parts in which a batch is computed, to save memory.
+      packing: score responses, and learn from them, several in a row of tokens, without their padding; losses
+        and gradients are the same. Each new number of rows is compiled once.
       learning_rate: at its peak; None for the published one of the loss (DPO: 1e-6, with an adapter 1e-5).
       loss: DPO, or another of its family; kto and bco for single responses.
       beta: strength of the KL constraint, per nat; for losses without a reference, the scale of log-probs;
@@ -97,6 +100,7 @@ class Options:
     optimizer: OptimizerConfig = defaults.LINEAR
     batch_size: PositiveInt = 64
     micro_batches: PositiveInt = 1
+    packing: bool = False
     learning_rate: LearningRate | None = None
     loss: LossName = "dpo"
     beta: Positive | None = None
@@ -183,12 +187,12 @@ class Objective:
 
     Attributes:
       init: (params, key) -> state.
-      update: (state, hyper, batch) -> (state, metrics).
+      make_update: (log-prob function) -> `update(state, hyper, batch) -> (state, metrics)`.
       make_batch: (both sides, the reference's log-probs of both, labels) -> batch.
     """
 
     init: Callable[..., Any]
-    update: Callable[..., Any]
+    make_update: Callable[[LogprobFn], Callable[..., Any]]
     hyper: Any
     make_batch: Callable[..., Any]
 
@@ -211,13 +215,13 @@ def pair_objective(
     )
     return Objective(
         lambda params, key: preference.init(params, tx, key),
-        preference.make_update(config, model.make_logprob_fn(), tx),
+        lambda logprob_fn: preference.make_update(config, logprob_fn, tx),
         hyper,
         lambda rows, ref, labels: preference.Batch(*rows, *ref, preference=labels),
     )
 
 
-def unpaired_objective(options: Options, loss: str, logprob_fn: LogprobFn, tx: Any) -> Objective:
+def unpaired_objective(options: Options, loss: str, tx: Any) -> Objective:
     """KTO and BCO, on single responses; KTO's reference point comes from the mismatched ones beside them."""
     config = dataclasses.replace(
         UNPAIRED_LOSSES[loss], micro_batches=options.micro_batches, shift_fn=SHIFTS[options.bco_shift]
@@ -230,7 +234,7 @@ def unpaired_objective(options: Options, loss: str, logprob_fn: LogprobFn, tx: A
 
     return Objective(
         lambda params, key: unpaired.init(params, tx, key),
-        unpaired.make_update(config, logprob_fn, tx),
+        lambda logprob_fn: unpaired.make_update(config, logprob_fn, tx),
         unpaired.Hyper(*map(jnp.float32, numbers)),
         make_batch,
     )
@@ -255,17 +259,21 @@ def reference_logp(
 def make_learn_fn(
     session: Session, objective: Objective, split: adapting.TrainableSplit
 ) -> Callable[..., tuple[Any, Metrics]]:
-    """`learn(state, original, rows, ref, labels) -> (state, metrics)`, which is to be compiled.
+    """`learn(state, original, rows, ref, labels, layouts=()) -> (state, metrics)`, which is to be compiled.
 
-    The reference's log-probs are `ref`, or computed where that is None.
+    The reference's log-probs are `ref`, or computed where that is None; `layouts` as in `packed_rows.packed`.
     """
     options, logprob_fn = session.options, session.policy.make_logprob_fn()
 
-    def learn(state: Any, original: Params, rows: Sides, ref: Any, labels: Any) -> tuple[Any, Metrics]:
+    def learn(
+        state: Any, original: Params, rows: Sides, ref: Any, labels: Any, layouts: Sequence[Layout] = ()
+    ) -> tuple[Any, Metrics]:
+        score_fn = packed(logprob_fn, layouts)
         if ref is None:
             reference = split.reference(state.learner, original)
-            ref = preference.response_logp(logprob_fn, reference, *rows, options.ld_alpha)
-        return objective.update(state, objective.hyper, objective.make_batch(rows, ref, labels))
+            ref = preference.response_logp(score_fn, reference, *rows, options.ld_alpha)
+        update = objective.make_update(score_fn)
+        return update(state, objective.hyper, objective.make_batch(rows, ref, labels))
 
     return learn
 
@@ -286,12 +294,16 @@ def make_step_fn(
         reference = split.reference(state.learner)
         stored = reference_logp(logprob_fn, reference, train, options.batch_size, options.ld_alpha)
     update = edges.jit_update(make_learn_fn(session, objective, split), state)
+    size, parts = options.batch_size, options.micro_batches
+    sizes = [2 * size // parts, size, size // parts]  # of both sides together, and of one
+    lay_out = edges.make_lay_out_fn(options.packing, session.policy, sizes=sizes)
 
     def batch(number: int) -> tuple[Any, ...]:
         indices = edges.local_indices(sampler, number)
         ref = None if stored is None else tuple(side[indices] for side in stored)
         labels = None if train.labels is None else train.labels[indices]
-        return distributed.shard_batch((train.rows(indices), ref, labels))
+        rows, *others = distributed.shard_batch((train.rows(indices), ref, labels))
+        return rows, *others, lay_out(*rows)
 
     def step(state: Any, number: int) -> tuple[Any, Metrics]:
         # With stored log-probs nothing of the reference goes in.
@@ -341,7 +353,7 @@ def prepare(
 
     def objective(tx: Any) -> Objective:
         if loss_fn is None:
-            return unpaired_objective(options, options.loss, model.make_logprob_fn(), tx)
+            return unpaired_objective(options, options.loss, tx)
         return pair_objective(options, loss_fn, numbers, model, tx)
 
     return session, (train, held_out), objective

@@ -11,7 +11,6 @@ from rlhf_jax.core.axes import mesh_size
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.files import write_json
 from rlhf_jax.core.train_state import frozen_parts, returning_trained, with_frozen_parts, without_frozen
-from rlhf_jax.core.types import Rollout
 from rlhf_jax.data.content_parts import refuse_images
 from rlhf_jax.data.examples import PromptExample, SupervisedExample
 from rlhf_jax.data.mixing import MixtureSampler
@@ -19,7 +18,7 @@ from rlhf_jax.data.pipeline import BatchSampler
 from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.metrics import Logger, make_loggers, write_report
 from rlhf_jax.models import Policy
-from rlhf_jax.rollout.packed_rows import Layout, layouts_of_rollout
+from rlhf_jax.rollout.packed_rows import Layout, layouts_of_batch
 from rlhf_jax.stages.option_checks import to_json
 from rlhf_jax.stages.option_groups import RunOptions
 from rlhf_jax.training.run_folder import Adaptation, Kind, describe_run, write_model_files
@@ -44,27 +43,27 @@ def jit_update(update: Callable[..., Any], state: Any) -> Callable[..., Any]:
 
 
 def make_lay_out_fn(
-    packing: bool, model: Policy, prompts: Sequence[PromptExample], *, rows: int
-) -> Callable[[Rollout], tuple[Layout, ...]]:
-    """`lay_out(rollout)`: how answers are packed to be scored; they are not without `--packing`.
+    packing: bool, model: Policy, prompts: Sequence[PromptExample] = (), *, sizes: Sequence[int]
+) -> Callable[..., tuple[Layout, ...]]:
+    """`lay_out(*rows)`: how the rows of a batch are packed to be scored; they are not without `--packing`.
 
     Args:
-      prompts: that are answered.
-      rows: answers of a part that is learned from at once.
+      prompts: that are answered in them.
+      sizes: of the parts of a batch that are scored at once.
 
     Raises:
-      UserError: rows of this model, of these prompts or on this mesh hold one answer each.
+      UserError: rows of this model, of these prompts or on this mesh hold one sample each.
     """
     if not packing:
-        return lambda rollout: ()
+        return lambda *rows: ()
     if not model.takes_packed_rows:
         raise UserError(
-            "--packing puts several answers in a row, and this model takes one alone: leave it out"
+            "--packing puts several samples in a row, and this model takes one alone: leave it out"
         )
     refuse_images(prompts, "--packing")
     if mesh_size("time") > 1:
         raise UserError("--packing: rows that --mesh sequence=N splits are not packed: leave one out")
-    return lambda rollout: layouts_of_rollout(rollout, [rows])
+    return lambda *rows: layouts_of_batch(rows, sizes)
 
 
 def local_indices(sampler: Batches, step: int, repeat: int = 1) -> np.ndarray:

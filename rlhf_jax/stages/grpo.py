@@ -346,7 +346,7 @@ def train(session: Session, prompts: inputs.Prompts) -> Trained:
     state, learn = make_learner(session, variant, split, length)
     learn = edges.jit_update(learn, state)
     learned = rows_of(options, variant)[0] // options.num_minibatches // options.micro_batches
-    lay_out = edges.make_lay_out_fn(options.packing, model, prompts.train, rows=learned)
+    lay_out = edges.make_lay_out_fn(options.packing, model, prompts.train, sizes=[learned])
 
     def step(state: grpo.State, number: int):
         answers, drawn = draw(state.rollout_params, number)
@@ -361,7 +361,7 @@ def train(session: Session, prompts: inputs.Prompts) -> Trained:
         once = answers.prompts[:: options.group_size]
         of_prompts = optimal and np.asarray([optimal[id(prompt)] for prompt in once], np.float32)
         others = distributed.shard_batch([terms, of_prompts])
-        data = (split.original, answers.rollout, *rewards, steps, *others, lay_out(answers.rollout))
+        data = (split.original, answers.rollout, *rewards, steps, *others, lay_out(answers.rollout.sequences))
         state, metrics = meter.timed("update", learn, state, *data)
         metrics = completions.keep(answers.prompts, answers.rollout, answers.scored, metrics)
         return state, {**metrics, **drawn}

@@ -301,7 +301,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     meter = options.run.meter(update_flops(options, model, prompts.length, text))
     score = make_score_fn(options, model, start.reward, given)
     learned = options.rows // options.num_minibatches // options.micro_batches
-    lay_out = edges.make_lay_out_fn(options.packing, model, prompts.train, rows=learned)
+    lay_out = edges.make_lay_out_fn(options.packing, model, prompts.train, sizes=[learned])
 
     def step(state: ppo.State, number: int):
         chosen = [prompts.train[i] for i in edges.local_indices(sampler, number, options.group_size)]
@@ -310,7 +310,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
         rollout = meter.timed("rollout", generate, models.merge_with_base(whole, "policy"), chosen, key)
         scored, rewards, steps = meter.timed("reward", score, whole, rollout, chosen)
         rows = text and meter.timed("data", text.batch, number)
-        data = (split.original, rollout, *rewards, steps, rows, lay_out(rollout))
+        data = (split.original, rollout, *rewards, steps, rows, lay_out(rollout.sequences))
         state, metrics = meter.timed("update", learn, state, *data)
         metrics = completions.keep(chosen, rollout, scored, metrics)
         return state, {**metrics, **term_means(scored)}

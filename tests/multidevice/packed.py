@@ -13,7 +13,7 @@ from rlhf_jax.algorithms import grpo
 from rlhf_jax.core.types import Rollout
 from rlhf_jax.data.packing import completion_rows
 from rlhf_jax.models.logprob_fns import make_logprob_fn
-from rlhf_jax.rollout.packed_rows import layouts_of_rollout
+from rlhf_jax.rollout.packed_rows import layouts_of_batch
 from rlhf_jax.rollout.step import make_grpo_train_step
 
 ROWS, PROMPT, NEW, VOCAB = 32, 12, 12, 64
@@ -46,7 +46,7 @@ def main(mesh):
     expected, of_rows = moved(params, reference, (rollout_of(), rewards), ())
     with jax.set_mesh(distributed.make_mesh(mesh)):
         data = distributed.shard_batch((rollout_of(), rewards))
-        layouts = layouts_of_rollout(data[0], [ROWS // 2])
+        layouts = layouts_of_batch([data[0].sequences], [ROWS // 2])
         found, of_packed = moved(*map(distributed.shard_params, (params, reference)), data, layouts)
     print(of_packed / of_rows)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
