@@ -45,7 +45,7 @@ EVAL_BATCH = 50
 ADAPTER = adapting.AdapterOptions("lora", rank=8, alpha=16.0)
 WARM = OptimizerConfig(schedule="cosine", warmup_steps=5, end_lr_ratio=0.1)
 # Chosen by rule of thumb for an adapter and some tens of steps, not searched.
-PACKED = {"packing": True, "max_length": 256, "batch_size": 4}
+PACKED = {"packing": True, "max_length": 256, "overlength": "drop", "batch_size": 4}
 SFT: dict[str, Any] = {"optimizer": WARM, "learning_rate": 2e-4, **PACKED}
 DPO: dict[str, Any] = {"optimizer": WARM, "learning_rate": 5e-5, "beta": 0.1, "packing": True}
 ONLINE: dict[str, Any] = {"optimizer": pipeline_stages.SAMPLED, "learning_rate": 1e-4, "packing": True}
