@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from rlhf_jax.core.importing import optional
 from rlhf_jax.core.types import Array, Bool, Float, PRNGKeyArray
@@ -57,7 +58,9 @@ class JaxMARL:
         space = self.raw.action_space(self.raw.agents[0])
         if hasattr(space, "n"):
             return None
-        bounds = (jnp.broadcast_to(bound, space.shape).tolist() for bound in (space.low, space.high))
+        bounds = (
+            np.broadcast_to(np.asarray(bound), space.shape).tolist() for bound in (space.low, space.high)
+        )
         low, high = map(tuple, bounds)
         return low, high
 

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import struct
+import time
 
 import pytest
 
@@ -143,6 +144,9 @@ def test_wandb_keeps_each_step_and_the_config_and_goes_on_with_its_run(tmp_path,
     monkeypatch.setenv("WANDB_SILENT", "true")
     log_run("wandb", tmp_path, table=TABLE)
     log_run("wandb", tmp_path, [(2, {"loss": 0.125}), (3, {"loss": 0.0})], resume=True)
+    until = time.monotonic() + 20  # its own process may still be writing
+    while not read_wandb(tmp_path)[1][2] and time.monotonic() < until:
+        time.sleep(0.1)
     (first, config, steps), (second, _, more) = read_wandb(tmp_path)
     assert first == second == f"run-{identities(tmp_path)['wandb/grpo']}"
     assert config["optimizer"] == CONFIG["optimizer"]
