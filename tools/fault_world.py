@@ -44,6 +44,14 @@ COMMAND_LINES = {
     "--learning-rate 1e-3",
     "ppo": f"ppo --model {{sft}} {_SHORT} {_PROMPTS} --rewards {_EXACT} --batch-size 8 --num-minibatches 2 "
     "--learning-rate 1e-3 --scale-rewards",
+    "online-dpo": f"online-dpo --model {{sft}} {_SHORT} {_PROMPTS} --rewards {_EXACT} --batch-size 4 "
+    "--learning-rate 1e-3",
+    "distill": f"distill --model {{sft}} --teacher {{sft}} {_SHORT} {_PROMPTS} --loss js --lmbda 1 "
+    "--batch-size 4 --learning-rate 1e-3",
+    "process-reward": f"process-reward --model {{sft}} {_SHORT} --data arithmetic:1 --row-count 32 "
+    "--batch-size 8 --learning-rate 1e-3",
+    "rounds": f"rounds --model {{sft}} --steps 2 --rounds 2 --quiet --no-report --log {_PROMPTS} --rewards "
+    f"{_EXACT} --method dpo --prompts-per-round 8 --samples-per-prompt 3 --batch-size 4 --learning-rate 1e-3",
     "pretrain": f"pretrain {_MODEL} {_SHORT} --data arithmetic:1 --demonstrations 200 --batch-size 4 "
     "--max-seq-length 32 --sample-tokens 4 --learning-rate 1e-3",
 }

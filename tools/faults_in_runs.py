@@ -12,21 +12,26 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from fault_world import COMMAND_LINES, ROOT, Found, World, finish, fits, judged, kind, start
 from faults_in_inputs import mutated_json
 
 from rlhf_jax.data.tokenizers import byte_tokenizer, load_tokenizer
 from rlhf_jax.metrics import read_metrics, write_report
+from rlhf_jax.sweep import sweep
 from rlhf_jax.training.loading import load
 from rlhf_jax.training.run_folder import load_reward_model
+
+SCORERS = "reward-model", "process-reward"
 
 # Processes that die ---------------------------------------------------------------------------------
 
 
 def contents(name: str, folder: pathlib.Path) -> str:
     """The parameters of a run and its metrics, but for times."""
-    if name == "reward-model":
+    folder = folder / "round_2" if name == "rounds" else folder
+    if name in SCORERS:
         params = load_reward_model(folder).params
     elif name == "ppo":
         params = None  # its policy is a part of what is saved; the metrics have every digit
@@ -109,10 +114,12 @@ def full_disks(world: World, rng: random.Random, scratch: pathlib.Path) -> Found
 DECIDING = ("model.json", "tokenizer/*", "checkpoints/**/*")
 
 
-def computed(folder: pathlib.Path) -> str:
-    """What a run's policy computes, its text included."""
-    policy = load(folder)
-    leaves = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(policy.params)]
+def computed(folder: pathlib.Path, name: str) -> str:
+    """What the policy or the reward model of a run computes, its text included."""
+    model = load_reward_model(folder) if name in SCORERS else None
+    policy = load(folder) if model is None else model.body
+    params = policy.params if model is None else model.params
+    leaves = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params)]
     tokenizer = policy.tokenizer
     names = sorted(tokenizer.special_tokens.items())
     ids = tokenizer.encode("12+30=42")
@@ -133,16 +140,16 @@ def damaged(
 
 
 def _on_a_copy(world: World, scratch: pathlib.Path, rng: random.Random, change: Any, how: str) -> Found:
-    before = world.run("sft")
-    shutil.copytree(before, scratch / "run")
-    (name,) = damaged(scratch / "run", rng, change)
-    outcome, said = judged(lambda: computed(scratch / "run"), _expected(world))
-    return f"{how} {name}", outcome, said
+    run = rng.choice(["sft", "sft", "dpo", "grpo", "reward-model", "pretrain"])
+    shutil.copytree(world.run(run), scratch / "run")
+    (path,) = damaged(scratch / "run", rng, change)
+    outcome, said = judged(lambda: computed(scratch / "run", run), _expected(world, run))
+    return f"{how} {path} of {run}", outcome, said
 
 
 @functools.cache
-def _expected(world: World) -> str:
-    return computed(world.run("sft"))
+def _expected(world: World, run: str) -> str:
+    return computed(world.run(run), run)
 
 
 @kind
@@ -189,8 +196,50 @@ def swaps(world: World, rng: random.Random, scratch: pathlib.Path) -> Found:
     else:
         path.unlink()
         path.mkdir() if how == "folder" else path.symlink_to(path.name)
-    outcome, said = judged(lambda: computed(folder), _expected(world))
+    outcome, said = judged(lambda: computed(folder, "sft"), _expected(world, "sft"))
     return f"{how} {path.relative_to(folder)}", outcome, said
+
+
+def _swept(folder: pathlib.Path) -> dict[str, list[Any]]:
+    """The numbers of a small sweep, from chunks that are kept or made."""
+
+    def train(key: jax.Array, hyper: dict[str, jax.Array]) -> tuple[None, dict[str, jax.Array]]:
+        noise = jax.random.normal(key, (3,))
+        return None, {"score": hyper["rate"] * noise[0], "loss": hyper["rate"] + noise}
+
+    hypers = {"rate": jnp.linspace(0.1, 0.5, 5)}
+    found = sweep(
+        train, jax.random.split(jax.random.key(0), 3), hypers, chunk_size=4, folder=folder, quiet=True
+    )
+    return {name: np.asarray(values).tolist() for name, values in found.metrics.items()}
+
+
+@functools.cache
+def _whole_sweep(world: World) -> tuple[pathlib.Path, dict[str, list[Any]]]:
+    return world.root / "sweep", _swept(world.root / "sweep")
+
+
+@kind
+def sweeps(world: World, rng: random.Random, scratch: pathlib.Path) -> Found:
+    """Files of a sweep flipped, cut or removed, then the sweep again: its numbers to the bit, or named."""
+    source, expected = _whole_sweep(world)
+    shutil.copytree(source, scratch / "sweep")
+    path = rng.choice(sorted(path for path in (scratch / "sweep").rglob("*") if path.is_file()))
+    content, how = bytearray(path.read_bytes()), rng.choice(["flipped", "flipped", "cut", "removed"])
+    if how == "flipped":
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        path.write_bytes(content)
+    elif how == "cut":
+        path.write_bytes(content[: rng.randrange(len(content))])
+    else:
+        path.unlink()
+
+    def again() -> dict[str, list[Any]]:
+        _swept(scratch / "sweep")
+        return _swept(scratch / "sweep")
+
+    outcome, said = judged(again, expected)
+    return f"{path.name} {how}", outcome, said
 
 
 @kind
