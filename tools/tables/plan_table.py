@@ -24,10 +24,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import tyro
 from rich.progress import track
 
 from rlhf_jax import distributed, models
+from rlhf_jax.cli import command_line
 from rlhf_jax.core import files
 from rlhf_jax.core.axes import GATHERED_SAMPLING, axis_rules
 from rlhf_jax.data.chat import encode_conversation, encode_prompt
@@ -244,9 +244,8 @@ def text(options: Options, row: Row, slice_name: str) -> str:
     return f"{mark}{need / 2**30:.1f} GiB, {least} to {most} s"
 
 
-def main() -> None:
+def run(options: Options) -> None:
     """Compiles what is missing, if asked to, and prints the table."""
-    options = tyro.cli(Options, description=(__doc__ or "").split("\n\n")[0])
     rows = rows_of(options)
     if options.commands:
         for row in rows:
@@ -269,4 +268,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run_command(run, Options, __doc__)
