@@ -20,7 +20,11 @@ from rlhf_jax.core.shapes import check_shapes
 from rlhf_jax.core.types import Array, Bool, Float, Int, Scalar
 
 LARGE_VOCABULARY = 2048
-"""From here on, logits cost more than to sort out those that nobody asked for."""
+"""From here on, logits cost more than to sort out those that nobody asked for, on one device.
+
+On several, a loop that ends early costs memory: compiled for 64 chips, an update of a model of 1B needs
+7.1 GiB on each with it, 4.6 without.
+"""
 
 
 def token_logprobs(
@@ -48,7 +52,7 @@ def token_logprobs(
       softcap: the bound c of tanh soft-capping, None for none.
       chunk_size: tokens whose logits a device holds at once; memory is chunk_size x V floats.
       counted: tokens that are asked for, None for all; both results are 0 for the others, whose logits are
-        not computed where that saves whole chunks of a large vocabulary.
+        not computed where that saves whole chunks of a large vocabulary on one device.
 
     Returns:
       (logp, entropy), each in the shape of `targets`.
@@ -58,7 +62,8 @@ def token_logprobs(
     )
     chunked, restored = _chunking(targets.shape, chunk_size)
     states, ids, todo, ordered_back = chunked(hidden), chunked(targets), None, None
-    if counted is not None and len(states) > 1 and len(unembedding) >= LARGE_VOCABULARY:
+    is_worth_it = states.shape[0] > 1 == states.shape[1] and len(unembedding) >= LARGE_VOCABULARY
+    if counted is not None and is_worth_it:
         ordered, ordered_back, todo = _counted_first(chunked(counted))
         states, ids = ordered(states), ordered(ids)
     found = _chunked(  # pyright: ignore[reportGeneralTypeIssues] (custom_vjp hides the type)
@@ -73,22 +78,17 @@ def token_logprobs(
 
 
 def _counted_first(
-    counted: Bool[Array, "chunks devices tokens"],
+    counted: Bool[Array, "chunks 1 tokens"],
 ) -> tuple[Callable[[Array], Array], Callable[[Array], Array], Int[Array, ""]]:
-    """(order, its inverse, chunks to do): what every device is asked for stands in its first chunks."""
-    count, devices, size = counted.shape
-    flat = counted.swapaxes(0, 1).reshape(devices, -1)
-    order = jnp.argsort(~flat, axis=1, stable=True)
-    todo = -(-jnp.max(jnp.sum(flat, axis=1)) // size)
+    """(order, its inverse, chunks to do): what is asked for stands in the first chunks."""
+    flat, size = counted.reshape(-1), counted.shape[-1]
+    order = jnp.argsort(~flat, stable=True)
+    todo = -(-jnp.sum(flat) // size)
 
     def taken(array: Array, places: Array) -> Array:
-        rest = array.shape[3:]
-        array = array.swapaxes(0, 1).reshape(devices, count * size, *rest)
-        array = jnp.take_along_axis(array, places.reshape(*places.shape, *[1] * len(rest)), axis=1)
-        array = array.reshape(devices, count, size, *rest).swapaxes(0, 1)
-        return constrain(array, None, "tokens", *(None,) * (1 + len(rest)))
+        return array.reshape(-1, *array.shape[3:])[places].reshape(array.shape)
 
-    back = jnp.argsort(order, axis=1)
+    back = jnp.argsort(order)
     return lambda array: taken(array, order), lambda array: taken(array, back), todo
 
 
@@ -306,18 +306,9 @@ def _backward(softcap, residuals, cotangents):
             d_states, d_unembedding = one(chunk)
             return total + d_unembedding, d_states
 
-        def step_or_nothing(total, numbered):
-            index, chunk = numbered
-            nothing = jnp.zeros(chunk[0].shape, jnp.result_type(hidden, unembedding))
-            return jax.lax.cond(index < todo, lambda: step(total, chunk), lambda: (total, nothing))
-
         zeros = jnp.zeros((hidden.shape[1], *unembedding.shape), normaliser.dtype)
         zeros = constrain(zeros, "tokens", "vocab", None)
-        if todo is None:
-            d_unembedding, d_hidden = jax.lax.scan(step, zeros, chunks)
-        else:
-            numbered = jnp.arange(len(hidden)), chunks
-            d_unembedding, d_hidden = jax.lax.scan(step_or_nothing, zeros, numbered)
+        d_unembedding, d_hidden = _scan_chunks(step, zeros, chunks, todo)
     return (
         d_hidden.astype(hidden.dtype),
         jnp.sum(d_unembedding, axis=0).astype(unembedding.dtype),
@@ -334,12 +325,23 @@ def _map_chunks(function, chunks, todo=None):
     """`lax.map` over the first `todo` chunks, all for None; without the loop where there is one only."""
     if jax.tree.leaves(chunks)[0].shape[0] == 1:
         return jax.tree.map(lambda x: x[None], function(jax.tree.map(lambda x: x[0], chunks)))
+    return _scan_chunks(lambda _, chunk: (None, function(chunk)), None, chunks, todo)[1]
+
+
+def _scan_chunks(step, total, chunks, todo):
+    """`lax.scan` over the first `todo` chunks, whose others give zeros; all for None.
+
+    A loop that ends early, where a `cond` in a scan may hold a second copy of the total.
+    """
     if todo is None:
-        return jax.lax.map(function, chunks)
+        return jax.lax.scan(step, total, chunks)
+    count = jax.tree.leaves(chunks)[0].shape[0]
+    shapes = jax.eval_shape(step, total, jax.tree.map(lambda x: x[0], chunks))[1]
 
-    def or_nothing(numbered):
-        index, chunk = numbered
-        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, chunk))
-        return jax.lax.cond(index < todo, function, lambda _: nothing, chunk)
+    def one(index, held):
+        total, found = held
+        total, of_chunk = step(total, jax.tree.map(lambda x: x[index], chunks))
+        return total, jax.tree.map(lambda all_, new: all_.at[index].set(new), found, of_chunk)
 
-    return jax.lax.map(or_nothing, (jnp.arange(len(jax.tree.leaves(chunks)[0])), chunks))
+    nothing = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), shapes)
+    return jax.lax.fori_loop(0, todo, one, (total, nothing))
