@@ -22,6 +22,7 @@ from rlhf_jax.core.types import Array, Int, Params, Sequences, TokenLogprobs
 
 _COLUMNS = 16
 _SHARE = 8  # lengths and numbers of packed rows are multiples of an eighth: few shapes, few programs
+_MOST_TIMES = 4  # as long as the longest sample: attention grows with the length of rows
 
 
 @pytree_dataclass
@@ -49,25 +50,23 @@ class Layout:
 
 
 def lay_out(lengths: Int[np.ndarray, " B"], *, most: int, multiple_of: int = 1) -> Layout:
-    """The longest first, each into the first row that has room (first fit decreasing).
+    """The longest first, each into the first row that has room (first fit decreasing), in rows that are up to
+    four times as long as the longest sample, whichever make the fewest columns.
 
     Args:
       lengths: tokens of each sample, at least one of them; NumPy.
-      most: columns of the rows as they are; packed ones have no more.
+      most: columns of the rows as they are.
       multiple_of: the number of rows is one, so that a mesh can split them.
     """
     room = np.sort(np.maximum(np.asarray(lengths), 1))[::-1].astype(np.int32)
-    columns = min(_round_up(int(room[0]), _COLUMNS * max(1, most // (_SHARE * _COLUMNS))), most)
-    row, start = np.zeros_like(room), np.zeros_like(room)
-    used: list[int] = []
-    for number, length in enumerate(room):
-        chosen = next((place for place, taken in enumerate(used) if taken + length <= columns), len(used))
-        if chosen == len(used):
-            used.append(0)
-        row[number], start[number] = chosen, used[chosen]
-        used[chosen] += int(length)
-    share = multiple_of * max(1, len(room) // (_SHARE * multiple_of))
-    shape = _round_up(len(used), share), columns
+    longest = min(_round_up(int(room[0]), _COLUMNS * max(1, most // (_SHARE * _COLUMNS))), most)
+    found = []
+    for times in range(1, _MOST_TIMES + 1):
+        row, start = _first_fit_decreasing(room, times * longest)
+        share = multiple_of * max(1, len(room) // (_SHARE * multiple_of * times))
+        shape = _round_up(int(row.max()) + 1, share), times * longest
+        found.append((shape[0] * shape[1], shape, row, start))
+    _, shape, row, start = min(found, key=lambda one: one[0])  # of equals the one of shorter rows
     sample, token, segment = (
         np.full(shape, -1, np.int32),
         np.zeros(shape, np.int32),
@@ -80,6 +79,19 @@ def lay_out(lengths: Int[np.ndarray, " B"], *, most: int, multiple_of: int = 1) 
         sample[place], token[place], segment[place] = number, np.arange(length), held[row[number]]
     arrays: Any = sample, token, segment, row, start, room
     return Layout(*arrays)
+
+
+def _first_fit_decreasing(room: Int[np.ndarray, " B"], columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """(row, first column) of each sample, each in the first row that has room."""
+    row, start = np.zeros_like(room), np.zeros_like(room)
+    used: list[int] = []
+    for number, length in enumerate(room):
+        chosen = next((place for place, taken in enumerate(used) if taken + length <= columns), len(used))
+        if chosen == len(used):
+            used.append(0)
+        row[number], start[number] = chosen, used[chosen]
+        used[chosen] += int(length)
+    return row, start
 
 
 def layouts_of(
