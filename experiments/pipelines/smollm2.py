@@ -47,8 +47,8 @@ WARM = OptimizerConfig(schedule="cosine", warmup_steps=5, end_lr_ratio=0.1)
 # Chosen by rule of thumb for an adapter and some tens of steps, not searched.
 PACKED = {"packing": True, "max_length": 256, "overlength": "drop", "batch_size": 4}
 SFT: dict[str, Any] = {"optimizer": WARM, "learning_rate": 2e-4, **PACKED}
-DPO: dict[str, Any] = {"optimizer": WARM, "learning_rate": 5e-5, "beta": 0.1, "packing": True}
-ONLINE: dict[str, Any] = {"optimizer": pipeline_stages.SAMPLED, "learning_rate": 1e-4, "packing": True}
+DPO: dict[str, Any] = {"optimizer": WARM, "learning_rate": 5e-5, "beta": 0.1}
+ONLINE: dict[str, Any] = {"optimizer": pipeline_stages.SAMPLED, "learning_rate": 1e-4}
 GRPO: dict[str, Any] = {**ONLINE, "kl_coef": 0.0}
 PPO: dict[str, Any] = {
     **ONLINE,
