@@ -112,6 +112,7 @@ def test_models_that_give_logits_only_say_the_same_of_candidates():
     np.testing.assert_allclose(ours.candidate_logp[:, 1:], theirs.candidate_logp[:, 1:], atol=2e-5)
     counts = np.asarray(rows.mask)
     np.testing.assert_allclose(np.asarray(ours.logp)[counts], np.asarray(theirs.logp)[counts], atol=2e-5)
+    assert not np.asarray(ours.logp)[~counts].any()  # nobody asked for the others
 
 
 @pytest.mark.slow

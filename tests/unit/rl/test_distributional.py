@@ -180,4 +180,4 @@ def test_cartpole(algorithm, config):
         return jnp.mean(evaluate(run, state, *CARTPOLE, key, episodes=16, deterministic=True)[0])
 
     scores = jax.jit(jax.vmap(score), compiler_options=OPTIMIZED)(states, keys)
-    assert np.sum(scores > 475) >= 2
+    assert np.median(scores) > 475

@@ -259,7 +259,7 @@ def test_cartpole(changes):
     """The table's settings: half of four seeds reach 475, what gymnasium counts as solved."""
     usual = dataclasses.replace(dqn.Config().run, total_steps=500_000)
     config = dqn.Config(run=usual, **changes)
-    assert np.sum(cartpole_returns(config, dqn.Hyper(), seeds=4) > 475) >= 2
+    assert np.median(cartpole_returns(config, dqn.Hyper(), seeds=4)) > 475
 
 
 @pytest.mark.slow
