@@ -1,18 +1,20 @@
-"""Pictures for pages: SVG of a page's width on a white ground, every curve named at its end."""
+"""Pictures for pages and run folders: of a page's width on a white ground, every curve named at its end."""
 
 import contextlib
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rlhf_jax.core import files
+from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.files import PathLike, as_path
 
 WIDTH = 8.3
 """Inches, of 96 pixels: what a page shows without scaling."""
 _FONT = 8.5
+FORMATS = ("svg", "png", "pdf")
 _COLOURS = ("#2768d4", "#c9541a", "#078a63", "#a83f95", "#8a6a10", "#5c6570", "#b3362b", "#1f8a8a")
 """Dark enough for small letters on white."""
 _AT_THE_EDGE = 0.9  # share of the panel's width from which on a line ends at its edge
@@ -20,25 +22,27 @@ _BESIDE: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fonts
 
 
 @contextlib.contextmanager
-def picture(path: Path, rows: int, columns: int, *, height: float = 2.2, **shared: Any) -> Iterator[Any]:
-    """`with picture(path, rows, columns) as panels`: draws into panels, [rows * columns], and writes an SVG.
+def picture(path: PathLike, rows: int, columns: int, *, height: float = 2.2, **shared: Any) -> Iterator[Any]:
+    """`with picture(path, rows, columns) as panels`: draws into panels, [rows * columns], and saves.
 
-    Its words stay words, and equal numbers make equal files.
+    The words of an SVG stay words, and equal numbers make equal files.
 
     Args:
+      path: its suffix decides the format.
       height: of a row, in inches.
       shared: `sharex` and `sharey`, as matplotlib has them.
 
     Raises:
-      UserError: the disk is full or read-only.
+      UserError: no such format; the disk is full or read-only.
     """
     import matplotlib
     from cycler import cycler
     from matplotlib.figure import Figure
 
+    suffix = format_of(path)
     style: Any = {
         "svg.fonttype": "none",
-        "svg.hashsalt": path.name,
+        "svg.hashsalt": as_path(path).name,
         "font.size": _FONT,
         "axes.titlesize": _FONT + 1,
         "axes.prop_cycle": cycler(color=_COLOURS),
@@ -61,7 +65,20 @@ def picture(path: Path, rows: int, columns: int, *, height: float = 2.2, **share
             if not axes.has_data():
                 axes.set_axis_off()
         with files.writing(path) as local:
-            figure.savefig(local, format="svg", metadata={"Date": None})
+            dated: Any = {"metadata": {"Date": None}} if suffix == "svg" else {"dpi": 150}
+            figure.savefig(local, format=suffix, **dated)
+
+
+def format_of(path: PathLike) -> str:
+    """The format of a picture, by its suffix.
+
+    Raises:
+      UserError: it is none of `FORMATS`.
+    """
+    suffix = as_path(path).suffix.removeprefix(".")
+    if suffix not in FORMATS:
+        raise UserError(f"picture {path}: its suffix is none of {', '.join(FORMATS)}: give it one of them")
+    return suffix
 
 
 def name_ends(axes: Any, lines: Mapping[str, Any]) -> None:

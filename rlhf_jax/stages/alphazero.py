@@ -5,7 +5,7 @@
     rlhf alphazero --out runs/othello --game pgx:othello    # pip install 'rlhf_jax[games]'
 
 The agents of the run's checkpoints, each with and without search, and a random player meet in a round robin;
-`results.json`, `elo.png` and `report.html` say what came out. At tic-tac-toe the exact solution also counts
+`results.json`, `elo.svg` and `report.html` say what came out. At tic-tac-toe the exact solution also counts
 the lines of play that each agent loses, over every reply of its opponent.
 """
 
@@ -27,6 +27,7 @@ from rlhf_jax.core.ranges import Count, LearningRate, PositiveInt, Width
 from rlhf_jax.core.types import Metrics, Params
 from rlhf_jax.distributed.runtime import compiler_options
 from rlhf_jax.evaluation.ratings import bradley_terry_ratings
+from rlhf_jax.metrics.pictures import name_ends, picture
 from rlhf_jax.metrics.progress import Progress, final_table
 from rlhf_jax.rl import games
 from rlhf_jax.rl.algorithms import alphazero
@@ -256,22 +257,17 @@ def lost_lines(
 
 def plot(path: Path, agents: Sequence[Agent], elo: np.ndarray, error: np.ndarray, title: str) -> None:
     """Elo over training, with and without search."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for count in sorted({agent.num_simulations for agent in agents if agent.iteration is not None}):
-        rows = [k for k, a in enumerate(agents) if a.iteration is not None and a.num_simulations == count]
-        steps = [agents[row].iteration or 0 for row in rows]
-        label = f"search, {count} simulations" if count else "network alone"
-        axes.errorbar(steps, elo[rows], yerr=1.96 * error[rows], marker="o", capsize=3, label=label)
-    axes.axhline(0, color="grey", linewidth=0.8, linestyle=":")
-    axes.set(xlabel="steps of training", ylabel="Elo, 0 = random player", title=title)
-    axes.legend(frameon=False)
-    with files.writing(path) as local:
-        figure.savefig(local, dpi=150)
+    with picture(path, 1, 1, height=3.2) as (axes,):
+        lines = {}
+        for count in sorted({agent.num_simulations for agent in agents if agent.iteration is not None}):
+            rows = [k for k, a in enumerate(agents) if a.iteration is not None and a.num_simulations == count]
+            steps = [agents[row].iteration or 0 for row in rows]
+            drawn = axes.errorbar(steps, elo[rows], yerr=1.96 * error[rows], marker="o", capsize=3)
+            lines[f"search, {count} simulations" if count else "network alone"] = drawn.lines[0]
+        axes.axhline(0, color="grey", linewidth=0.8, linestyle=":")
+        axes.set(xlabel="steps of training", ylabel="Elo, 0 = random player", title=title)
+        axes.margins(x=0.02)
+        name_ends(axes, lines)
 
 
 def run(options: Options) -> None:
@@ -310,7 +306,7 @@ def run(options: Options) -> None:
     if options.game in SOLVED:
         results["against_every_reply"] = lost_lines(GAMES[options.game], config, snapshots, agents)
     files.write_json(options.run.out / "results.json", results)
-    plot(options.run.out / "elo.png", agents, ratings.elo, ratings.error, options.game)
+    plot(options.run.out / "elo.svg", agents, ratings.elo, ratings.error, options.game)
     if not options.run.quiet:
         show(results)
     edges.finish(options.run, kind="other")

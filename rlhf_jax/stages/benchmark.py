@@ -10,7 +10,7 @@
     rlhf benchmark --model runs/sft --out runs/harness harness --tasks hellaswag --limit 100
 
 `--model` is a run folder or a Hugging Face folder. The run folder gets `results.jsonl`, a line an item with
-all that was scored; `summary.json` and `results.png` with Wilson intervals for every subject and all items,
+all that was scored; `summary.json` and `results.svg` with Wilson intervals for every subject and all items,
 and a bootstrap interval for the mean over subjects. A run that was stopped goes on with --resume. Shots never
 hold the question that they stand before.
 """

@@ -17,6 +17,7 @@ from rlhf_jax.evaluation.statistics import (
     wilson_interval,
 )
 from rlhf_jax.metrics.pages import SUMMARY
+from rlhf_jax.metrics.pictures import picture
 from rlhf_jax.metrics.progress import final_table
 
 RESULTS = "results.jsonl"
@@ -93,7 +94,7 @@ def compare(lines: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) ->
 def write(
     folder: Path, lines: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]] | None, *, quiet: bool
 ) -> None:
-    """Writes summary.json and results.png, and prints the table.
+    """Writes summary.json and results.svg, and prints the table.
 
     Args:
       other: results of another model to compare with.
@@ -109,7 +110,7 @@ def write(
     differences = {} if other is None else compare(lines, other)
     compared = {name: dataclasses.asdict(difference) for name, difference in differences.items()}
     files.write_json(folder / SUMMARY, {**counts, "scores": shares, "against": compared})
-    plot(folder / "results.png", found, guess)
+    plot(folder / "results.svg", found, guess)
     if quiet:
         return
     subjects = [line["subject"] for line in lines]
@@ -124,31 +125,23 @@ def write(
         gap = each.difference
         ends = f"[{100 * gap.low:+.1f}, {100 * gap.high:+.1f}]"
         print(f"{name}: {100 * gap.mean:+.1f} {ends} points to the other model, p = {each.p_value:.3f}")
-    print(f"Items: {folder / RESULTS}; figure: {folder / 'results.png'}")
+    print(f"Items: {folder / RESULTS}; figure: {folder / 'results.svg'}")
 
 
 def plot(path: Path, found: dict[str, dict[str, Interval]], guess: float | None) -> None:
     """Every subject's share with its interval, a colour for each way to score."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     subjects = list(next(iter(found.values())))
-    figure = Figure(figsize=(7, 1.4 + 0.32 * len(subjects)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for number, (name, by) in enumerate(found.items()):
-        means = np.array([interval.mean for interval in by.values()])
-        ends = np.abs(np.array([[i.low, i.high] for i in by.values()]).T - means)
-        places = np.arange(len(subjects)) + 0.2 * (number - (len(found) - 1) / 2)
-        axes.errorbar(means, places, xerr=ends, fmt="o", capsize=2, markersize=4, label=name)
-    if guess is not None:
-        axes.axvline(guess, color="grey", linestyle=":", label="guessing")
-    axes.set(xlim=(0, 1), xlabel="right", yticks=range(len(subjects)), yticklabels=subjects)
-    axes.set_ylim(len(subjects) - 0.5, -0.5)
-    axes.grid(axis="x", alpha=0.3)
-    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    with files.writing(path) as local:
-        figure.savefig(local, dpi=150)
+    with picture(path, 1, 1, height=1.4 + 0.32 * len(subjects)) as (axes,):
+        for number, (name, by) in enumerate(found.items()):
+            means = np.array([interval.mean for interval in by.values()])
+            ends = np.abs(np.array([[i.low, i.high] for i in by.values()]).T - means)
+            places = np.arange(len(subjects)) + 0.2 * (number - (len(found) - 1) / 2)
+            axes.errorbar(means, places, xerr=ends, fmt="o", capsize=2, markersize=4, label=name)
+        if guess is not None:
+            axes.axvline(guess, color="grey", linestyle=":", label="guessing")
+        axes.set(xlim=(0, 1), xlabel="right", yticks=range(len(subjects)), yticklabels=subjects)
+        axes.set_ylim(len(subjects) - 0.5, -0.5)
+        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def show_harness(results: dict[str, dict[str, Any]]) -> None:

@@ -13,19 +13,18 @@ over rows; each further system is compared with the first on the same resamples.
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.ranges import Finite, PositiveInt, Range, Seed
 from rlhf_jax.data.sources import Row, read_rows
 from rlhf_jax.evaluation import classification, text, win_rate
 from rlhf_jax.evaluation.pass_at_k import pass_at_k
 from rlhf_jax.evaluation.statistics import Comparison, Interval, bootstrap_interval, paired_bootstrap
+from rlhf_jax.metrics.pictures import format_of, picture
 from rlhf_jax.metrics.progress import Progress, final_table
 from rlhf_jax.stages import option_checks
 
@@ -234,24 +233,17 @@ def score(
 # Results -------------------------------------------------------------------------------------------
 
 
-def plot(path: Path, values: dict[str, dict[str, Interval]]) -> None:
+def plot(path: str, values: dict[str, dict[str, Interval]]) -> None:
     """A panel a metric: every system's value with its interval."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     systems = list(next(iter(values.values())))
-    figure = Figure(figsize=(1.5 + 2.4 * len(values), 1.2 + 0.4 * len(systems)), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(values), sharey=True, squeeze=False)[0]
-    for axes, (name, found) in zip(panels, values.items(), strict=True):
-        for place, interval in enumerate(found.values()):
-            ends = [[interval.mean - interval.low], [interval.high - interval.mean]]
-            axes.errorbar(interval.mean, place, xerr=ends, fmt="o", capsize=3)
-        axes.set(title=name, yticks=range(len(systems)), yticklabels=systems)
-        axes.set_ylim(len(systems) - 0.5, -0.5)
-        axes.grid(axis="x", alpha=0.3)
-    with files.writing(path) as local:
-        figure.savefig(local, dpi=150)
+    with picture(path, 1, len(values), height=1.2 + 0.4 * len(systems), sharey=True) as panels:
+        for axes, (name, found) in zip(panels, values.items(), strict=True):
+            for place, interval in enumerate(found.values()):
+                ends = [[interval.mean - interval.low], [interval.high - interval.mean]]
+                axes.errorbar(interval.mean, place, xerr=ends, fmt="o", capsize=3)
+            axes.set(title=name, yticks=range(len(systems)), yticklabels=systems)
+            axes.set_ylim(len(systems) - 0.5, -0.5)
+            axes.margins(x=0.1)
 
 
 def show(
@@ -285,12 +277,14 @@ def difference_cell(found: Comparison) -> str:
 def run(options: Options) -> None:
     """Scores, and shows."""
     option_checks.check_numbers(options)
+    if options.plot:
+        format_of(options.plot)
     if len(set(options.systems)) < len(options.systems):
         raise UserError("--systems names a field twice: name each once")
     rows = read_rows(options.data)
     values, differences = score(options, rows)
     if options.plot:
-        plot(Path(options.plot), values)
+        plot(options.plot, values)
     if options.json:
         found = {"rows": len(rows), "values": as_json(values), "differences": as_json(differences)}
         print(json.dumps(found, indent=1))

@@ -6,7 +6,7 @@
         --max-new-tokens 300 --prompts 64
     rlhf search --out runs/search --model runs/sft --data arithmetic:1 --resume
 
-The run folder gets `results.json`, `search.png` (accuracy against samples and against tokens) and `pool.npz`.
+The run folder gets `results.json`, `search.svg` (accuracy against samples and against tokens) and `pool.npz`.
 Without reward models, what needs none is compared. A run that was stopped goes on with --resume.
 """
 
@@ -30,6 +30,7 @@ from rlhf_jax.data.sources import reference_of
 from rlhf_jax.evaluation import pass_at_k
 from rlhf_jax.evaluation.statistics import Interval, stratified_bootstrap_interval
 from rlhf_jax.generation import Sampling
+from rlhf_jax.metrics.pictures import name_ends, picture
 from rlhf_jax.metrics.progress import Progress, final_table
 from rlhf_jax.models import Policy, ScalarModel
 from rlhf_jax.rewards.verifiers import exact_answer, final_number, gsm8k_answer
@@ -319,33 +320,29 @@ def plot(
     path: Path, curves: dict[str, np.ndarray], methods: dict[str, dict[str, Any]], sample_tokens: float
 ) -> None:
     """Accuracy against samples, and against tokens with the searches as points."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 5.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, sharey=True)
-    for label, name in CURVES.items():
-        if name not in curves:
-            continue
-        mean = curves[name].mean(axis=0)
-        count = np.arange(1, len(mean) + 1)
-        style = {"linestyle": ":", "color": "grey"} if name == "any" else {}
-        (line,) = left.plot(count, mean, label=label, **style)
-        right.plot(
-            count * sample_tokens, mean, color=line.get_color(), alpha=0.5, linestyle=line.get_linestyle()
-        )
-    for marker, (name, found) in zip("osD^v*Px", methods.items(), strict=False):
-        accuracy = interval(found["correct"])
-        error = [[accuracy.mean - accuracy.low], [accuracy.high - accuracy.mean]]
-        right.errorbar(np.mean(found["tokens"]), accuracy.mean, yerr=error, fmt=marker, capsize=3, label=name)
-    left.set(xlabel="samples, n", ylabel="accuracy", xscale="log", title="One pool of samples")
-    right.set(xlabel="tokens generated a prompt", xscale="log", title="Equal compute")
-    for axes in (left, right):
-        axes.legend(frameon=False, fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.13))
-        axes.grid(alpha=0.3)
-    with files.writing(path) as local:
-        figure.savefig(local, dpi=150)
+    with picture(path, 2, 1, height=3.0, sharey=True) as (above, below):
+        lines = {}
+        for label, name in CURVES.items():
+            if name not in curves:
+                continue
+            mean = curves[name].mean(axis=0)
+            count = np.arange(1, len(mean) + 1)
+            style: Any = {"linestyle": ":", "color": "grey"} if name == "any" else {}
+            (lines[label],) = above.plot(count, mean, **style)
+            style = {"color": lines[label].get_color(), "alpha": 0.4, **style}
+            below.plot(count * sample_tokens, mean, **style)
+        for marker, (name, found) in zip("osD^v*Px", methods.items(), strict=False):
+            accuracy, tokens = interval(found["correct"]), float(np.mean(found["tokens"]))
+            error = [[accuracy.mean - accuracy.low], [accuracy.high - accuracy.mean]]
+            below.errorbar(tokens, accuracy.mean, yerr=error, fmt=marker, color="0.25", capsize=3)
+            below.annotate(name, (tokens, accuracy.mean), (5, 4), textcoords="offset points")
+        above.set(xlabel="samples, n", ylabel="accuracy", title="One pool of samples")
+        below.set(xlabel="tokens generated a prompt", ylabel="accuracy", title="Equal compute")
+        for axes in (above, below):
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter("{x:g}")
+        below.margins(x=0.03)
+        name_ends(above, lines)
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -429,7 +426,7 @@ def run(options: Options) -> None:
         {k: dataclasses.asdict(v) if isinstance(v, Interval) else v for k, v in row.items()} for row in rows
     ]
     files.write_json(path, results)
-    plot(options.out / "search.png", curves, results["methods"], sample_tokens)
+    plot(options.out / "search.svg", curves, results["methods"], sample_tokens)
     if not options.quiet:
         show(rows)
         print(f"Figure: {options.out / 'search.png'}")

@@ -1,13 +1,11 @@
 """Pictures of a sweep: learning curves and performance profiles, a line a setting."""
 
-from typing import Any
-
 import numpy as np
 
-from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.files import PathLike
 from rlhf_jax.evaluation.statistics import interquartile_mean, stratified_bootstrap_interval
+from rlhf_jax.metrics.pictures import name_ends, picture
 from rlhf_jax.sweep.results import Results
 from rlhf_jax.sweep.summaries import performance_profile
 
@@ -28,14 +26,18 @@ def plot_curves(results: Results, metric: str, path: PathLike, *, points: int = 
     if values is None or values.ndim != 3:
         along = [name for name, array in results.metrics.items() if array.ndim == 3]
         raise UserError(f"{metric!r} has no value for each update: choose among {', '.join(along)}")
-    figure, axes = _axes()
     edges = np.array_split(np.arange(values.shape[2]), min(points, values.shape[2]))
     updates = np.array([part.mean() + 1 for part in edges])
-    for setting, runs in enumerate(values):
-        middle, low, high = curve_with_band(np.stack([runs[:, part].mean(axis=1) for part in edges], axis=1))
-        (line,) = axes.plot(updates, middle, label=results.label(setting))
-        axes.fill_between(updates, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-    _finish(figure, axes, "update", metric, path)
+    with picture(path, 1, 1, height=3.2) as (axes,):
+        lines = {}
+        for setting, runs in enumerate(values):
+            averaged = np.stack([runs[:, part].mean(axis=1) for part in edges], axis=1)
+            middle, low, high = curve_with_band(averaged)
+            (line,) = axes.plot(updates, middle)
+            axes.fill_between(updates, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+            lines[results.label(setting)] = line
+        axes.set(xlabel="update", ylabel=metric)
+        name_ends(axes, lines)
 
 
 def curve_with_band(runs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -64,24 +66,9 @@ def curve_with_band(runs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarra
 def plot_profiles(results: Results, metric: str, path: PathLike) -> None:
     """Share of each setting's seeds that score above a threshold, over all thresholds."""
     scores = results.scores(metric)
-    figure, axes = _axes()
     thresholds = np.linspace(scores.min(), scores.max(), 200)
-    for setting, row in enumerate(scores):
-        axes.step(thresholds, performance_profile(row, thresholds), label=results.label(setting))
-    _finish(figure, axes, metric, "share of seeds above", path)
-
-
-def _axes() -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3.6), layout="constrained")  # not pyplot: it picks a window system
-    return figure, figure.add_subplot()
-
-
-def _finish(figure: Any, axes: Any, x_label: str, y_label: str, path: PathLike) -> None:
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    axes.legend(fontsize=8, frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    with files.writing(path) as local:
-        figure.savefig(local)
+    with picture(path, 1, 1, height=3.2) as (axes,):
+        for setting, row in enumerate(scores):
+            axes.step(thresholds, performance_profile(row, thresholds), label=results.label(setting))
+        axes.set(xlabel=metric, ylabel="share of seeds above")
+        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -28,7 +28,7 @@ def test_a_run_its_resume_and_its_results(tmp_path):
     np.testing.assert_array_equal(points + points.T, 8 * (1 - np.eye(7)))
     assert whole["agents"][0]["elo"] == 0
     assert len(whole["against_every_reply"]) == 6
-    assert (tmp_path / "whole" / "elo.png").stat().st_size > 10_000
+    assert (tmp_path / "whole" / "elo.svg").stat().st_size > 10_000
     logged = read_metrics(tmp_path / "whole")
     assert len(logged) == 4
     assert {"time/rollout_seconds", "time/update_seconds"} <= set(logged[0])

@@ -51,7 +51,7 @@ def test_choices_with_shots_and_a_stop(bench, tmp_path, stop_within_a_line):
     summary = json.loads((tmp_path / "bench" / "summary.json").read_text())
     right = sum(line["chosen"]["raw"] == line["answer"] for line in lines)
     assert summary["scores"]["raw"]["all items"]["mean"] == pytest.approx(right / 12)
-    assert (tmp_path / "bench" / "results.png").stat().st_size > 1000
+    assert (tmp_path / "bench" / "results.svg").stat().st_size > 1000
     # Against itself no difference; against other items none at all.
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "results.jsonl").write_text(path.read_text())

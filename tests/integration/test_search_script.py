@@ -43,7 +43,7 @@ def test_a_policy_alone_and_its_resume(tiny, tmp_path, monkeypatch):
     found = run(tmp_path / "run", "--model", sft)
     assert set(found["methods"]) == {"greedy", "looked up"}
     assert len(TRACED) == 1  # two batches, one program
-    assert (tmp_path / "run" / "search.png").stat().st_size > 10_000
+    assert (tmp_path / "run" / "search.svg").stat().st_size > 10_000
     for row in found["table"]:
         assert 0 <= row["accuracy"]["low"] <= row["accuracy"]["high"] <= 1
         assert row["tokens"] > 0

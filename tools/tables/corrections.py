@@ -23,6 +23,7 @@ from rlhf_jax.algorithms import grpo
 from rlhf_jax.algorithms.grpo_variants import GRPOVariant, reinforce_without_baseline, with_correction
 from rlhf_jax.core.types import Rollout, Sequences, TokenLogprobs
 from rlhf_jax.losses.corrections import PRESETS
+from rlhf_jax.metrics.pictures import picture
 
 LENGTH, VOCAB = 8, 3
 ANSWERS: list[tuple[int, ...]] = [
@@ -190,10 +191,7 @@ def row(name: str, toy: Toy) -> str:
 
 
 def draw(toy: Toy, path: Path) -> None:
-    """Bias, and below it noise, of every correction against the distance, 1,000 pixels wide."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
+    """Bias, and below it noise, of every correction against the distance."""
     distances = [divergence(toy, scale) for scale in SCALES]
 
     def show(panel: Any, name: str, **options: Any) -> None:
@@ -201,21 +199,18 @@ def draw(toy: Toy, path: Path) -> None:
         panel[0].plot(distances, [100 * at.bias for at in found], label=name, **options)
         panel[1].plot(distances, [at.noise for at in found], label=name, **options)
 
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "corrections", "font.size": 10}):
-        figure = Figure(figsize=(1000 / 72, 560 / 72), layout="constrained")
-        panels = figure.subplots(2, len(PANELS), sharex=True, sharey="row").T
+    with picture(path, 2, len(PANELS), height=3.6, sharex=True, sharey="row") as grid:
+        panels = grid.reshape(2, len(PANELS)).T
         for panel, (title, names) in zip(panels, PANELS.items(), strict=True):
             show(panel, "none", color="black", linewidth=1)
             for name, marker in zip(names, "osv^Dx", strict=False):  # some lie on each other
                 show(panel, name, marker=marker, markersize=5, fillstyle="none", alpha=0.8)
-            panel[0].set_title(title, fontsize=10)
-            panel[0].legend(frameon=False, fontsize=8)
-            panel[1].set(xscale="log", yscale="log", xlabel="KL(sampler, policy), nats an answer")
-            for axes in panel:
-                axes.grid(alpha=0.3)
+            panel[0].set_title(title)
+            panel[0].legend(frameon=False, fontsize=7)
+            panel[1].set(xscale="log", yscale="log", xmargin=0.04)
         panels[0][0].set_ylabel("bias, %")
         panels[0][1].set_ylabel("noise")
-        figure.savefig(path, metadata={"Date": None})
+        grid[0].get_figure().supxlabel("KL(sampler, policy), nats an answer")
 
 
 def page(toy: Toy, picture: str) -> str:
@@ -275,7 +270,7 @@ class Options:
 if __name__ == "__main__":
     options = tyro.cli(Options, description=__doc__)
     jax.config.update("jax_enable_x64", True)
-    toy, picture = make_toy(), options.out.with_suffix(".svg")
-    draw(toy, picture)
-    options.out.write_text(page(toy, picture.name), encoding="utf-8")
+    toy, curves = make_toy(), options.out.with_suffix(".svg")
+    draw(toy, curves)
+    options.out.write_text(page(toy, curves.name), encoding="utf-8")
     print(f"Page: {options.out}")

@@ -18,6 +18,7 @@ import tyro
 from rlhf_jax.core.trees import pytree_dataclass
 from rlhf_jax.core.types import Array, PRNGKeyArray
 from rlhf_jax.distributed.runtime import choose_threads, compiler_options
+from rlhf_jax.metrics.pictures import name_ends, picture
 from rlhf_jax.rl.algorithms import dqn
 from rlhf_jax.rl.envs.environments import adapt
 from rlhf_jax.rl.loops.off_policy import RunConfig
@@ -117,20 +118,17 @@ def curves(options: Options, *, double: bool) -> tuple[Array, Array]:
 
 def draw(options: Options) -> None:
     """Trains, and writes the figure."""
-    from matplotlib.figure import Figure
-
     choose_threads(side_by_side=True)
-    figure = Figure(figsize=(5, 3.4), layout="constrained")
-    axes = figure.subplots()
-    for double, colour, label in ((False, "tab:red", "DQN"), (True, "tab:blue", "double DQN")):
-        steps, values = curves(options, double=double)
-        axes.plot(steps, values.T, color=colour, alpha=0.25, linewidth=0.8)
-        axes.plot(steps, jnp.mean(values, axis=0), color=colour, label=label)
-        print(f"{label}: max Q {jnp.mean(values[:, -5:]):.2f} where the value is 0")
-    axes.axhline(0, color="grey", linestyle=":", label="value of every policy")
-    axes.set(xlabel="steps", ylabel="max Q, mean over places", title="rewards are noise")
-    axes.legend(frameon=False)
-    figure.savefig(options.out)
+    found = {"DQN": curves(options, double=False), "double DQN": curves(options, double=True)}
+    with picture(options.out, 1, 1, height=3.2) as (axes,):
+        lines = {}
+        for label, (steps, values) in found.items():
+            (lines[label],) = axes.plot(steps, jnp.mean(values, axis=0))
+            axes.plot(steps, values.T, color=lines[label].get_color(), alpha=0.25, linewidth=0.8)
+            lines["value of every policy"] = axes.plot(steps, 0 * steps, color="grey", linestyle=":")[0]
+            print(f"{label}: max Q {jnp.mean(values[:, -5:]):.2f} where the value is 0")
+        axes.set(xlabel="steps", ylabel="max Q, mean over places", title="rewards are noise")
+        name_ends(axes, lines)
     print(f"wrote {options.out}")
 
 

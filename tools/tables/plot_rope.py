@@ -4,8 +4,8 @@
     python tools/tables/plot_rope.py --out rope.png --theta 500000 --head-dim 128 --factor 8 --original-length
     8192
 
-Top: the cosine of every pair's angle at every position: fast pairs on the left, slow ones on the right.
-Bottom: turns of each pair within the original length, and how much each way of stretching slows it.
+First the cosine of every pair's angle at every position: fast pairs on the left, slow ones on the right.
+Then turns of each pair within the original length, and how much each way of stretching slows it.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
+from rlhf_jax.metrics.pictures import picture
 from rlhf_jax.models.positions import (
     LinearScaling,
     Llama3Scaling,
@@ -35,7 +36,7 @@ class Options:
       head_dim: width of a head.
       factor: how many times longer sequences become.
       original_length: tokens of pretraining.
-      shown: positions of the upper pictures.
+      shown: positions of the first pictures.
     """
 
     out: Path
@@ -60,27 +61,19 @@ def ropes(options: Options) -> dict[str, Rope]:
 
 def draw(options: Options) -> None:
     """Writes the figure."""
-    import matplotlib.pyplot as plt  # slow to import, and needed only here
-
     frequencies = {name: rotary_frequencies(rope, options.head_dim) for name, rope in ropes(options).items()}
-    figure, axes = plt.subplots(2, len(frequencies), figsize=(3 * len(frequencies), 6), layout="constrained")
-    for axis, (name, speeds) in zip(axes[0], frequencies.items(), strict=True):
-        angles = np.arange(options.shown)[:, None] * speeds
-        axis.imshow(np.cos(angles), aspect="auto", cmap="RdBu", vmin=-1, vmax=1, interpolation="nearest")
-        axis.set(title=name, xlabel="dimension pair", ylabel="position")
-    for axis in axes[1]:
-        axis.remove()
-    grid = axes[1, 0].get_gridspec()
-    left, right = figure.add_subplot(grid[1, :2]), figure.add_subplot(grid[1, 2:])
-    plain = frequencies["plain"]
-    for name, speeds in frequencies.items():
-        left.semilogy(options.original_length * speeds / (2 * math.pi), label=name)
-        right.plot(plain / speeds, label=name)
-    left.set(xlabel="dimension pair", ylabel=f"turns within {options.original_length} tokens")
-    right.set(xlabel="dimension pair", ylabel="times slower than plain")
-    left.legend(frameon=False)
-    figure.savefig(options.out, dpi=120)
-    plt.close(figure)
+    with picture(options.out, 4, 2, height=2.4) as (*images, turns, slower, _):
+        for axes, (name, speeds) in zip(images, frequencies.items(), strict=True):
+            angles = np.arange(options.shown)[:, None] * speeds
+            axes.imshow(np.cos(angles), aspect="auto", cmap="RdBu", vmin=-1, vmax=1, interpolation="nearest")
+            axes.set(title=name, xlabel="dimension pair", ylabel="position")
+            axes.grid(visible=False)
+        for name, speeds in frequencies.items():
+            turns.semilogy(options.original_length * speeds / (2 * math.pi), label=name)
+            slower.plot(frequencies["plain"] / speeds, label=name)
+        turns.set(xlabel="dimension pair", ylabel=f"turns within {options.original_length} tokens")
+        slower.set(xlabel="dimension pair", ylabel="times slower than plain")
+        turns.legend(frameon=False)
 
 
 if __name__ == "__main__":

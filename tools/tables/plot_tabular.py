@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import tyro
 
 from rlhf_jax.core.types import Array, Float
+from rlhf_jax.metrics.pictures import picture
 from rlhf_jax.rl.tabular import dynamic_programming, prediction
 
 WALK = dynamic_programming.random_walk(19, left_reward=-1.0)
@@ -70,28 +71,26 @@ def errors_learnt(keys: Array, rates: Float[Array, " R"], *, n: int) -> Float[Ar
 
 def draw(options: Options) -> None:
     """Computes and writes the figure."""
-    from matplotlib.figure import Figure
-
     steps = [2**power for power in range(options.most + 1)]
     rates = jnp.linspace(0.02, 1.0, 25)
     key, seed_key = jax.random.split(jax.random.key(0))
     episodes = prediction.sample_episodes(WALK, key, episodes=options.episodes, length=LENGTH)
     keys = jax.random.split(seed_key, options.seeds)
 
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
     pairs = [jax.jit(functools.partial(bias_and_variance, n=n))(episodes) for n in steps]
-    left.plot(steps, [float(bias) for bias, _ in pairs], "o-", label="squared bias")
-    left.plot(steps, [float(variance) for _, variance in pairs], "s-", label="variance")
-    left.set(xscale="log", xlabel="n (1: TD(0), to the right Monte Carlo)", title="targets of an ignorant V")
-    left.set_xscale("log", base=2)
-    left.legend(frameon=False)
-    for n in steps:
-        errors = jax.jit(functools.partial(errors_learnt, n=n))(keys, rates)
-        right.plot(rates, errors, label=f"n = {n}")
-    right.set(xlabel="learning rate", ylabel="RMS error", ylim=(0.2, 0.6), title="values after 10 episodes")
-    right.legend(frameon=False, fontsize=7, ncols=2)
-    figure.savefig(options.out)
+    errors = {n: jax.jit(functools.partial(errors_learnt, n=n))(keys, rates) for n in steps}
+    with picture(options.out, 1, 2, height=3.2) as (left, right):
+        left.plot(steps, [float(bias) for bias, _ in pairs], "o-", label="squared bias")
+        left.plot(steps, [float(variance) for _, variance in pairs], "s-", label="variance")
+        left.set(xlabel="n (1: TD(0), to the right Monte Carlo)", title="targets of an ignorant V")
+        left.set_xscale("log", base=2)
+        left.legend(frameon=False)
+        for n in steps:
+            right.plot(rates, errors[n], label=f"n = {n}")
+        right.set(
+            xlabel="learning rate", ylabel="RMS error", ylim=(0.2, 0.6), title="values after 10 episodes"
+        )
+        right.legend(frameon=False, ncols=2)
     print(f"wrote {options.out}")
 
 

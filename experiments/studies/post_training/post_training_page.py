@@ -18,6 +18,7 @@ from rlhf_jax.evaluation.statistics import (
     stratified_bootstrap_interval,
 )
 from rlhf_jax.metrics.pages import commands, kept_remarks, when_and_with
+from rlhf_jax.metrics.pictures import picture
 from rlhf_jax.metrics.progress import format_seconds
 
 PICTURE = "table_scores.svg"
@@ -161,15 +162,11 @@ def draw(path: Path, cells: Cells, starts: Mapping[str, float]) -> None:
     Args:
       starts: score of the start on each task.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     known = {algorithm.name: algorithm for algorithm in post_training_rows.ALGORITHMS}
     names = [name for name in known if any(name in scores for scores in cells.values())]
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "scores", "font.size": 8.5}):
-        figure = Figure(figsize=(8.3, 0.165 * len(names) + 1.0), layout="constrained", facecolor="white")
-        panels = figure.subplots(1, len(cells), squeeze=False, sharey=True).reshape(-1)
+    with picture(path, 1, len(cells), height=0.165 * len(names) + 1.0, sharey=True) as panels:
         for axes, (task, scores) in zip(panels, cells.items(), strict=True):
             axes.axvline(100 * starts.get(task, math.nan), color="0.6", linewidth=0.8, zorder=0)
             for row, name in enumerate(names):
@@ -180,14 +177,12 @@ def draw(path: Path, cells: Cells, starts: Mapping[str, float]) -> None:
                     axes.plot(100 * score.mean, row, "o", color=colour, markersize=4)
                     place = {"xycoords": ("axes fraction", "data"), "va": "center", "ha": "right"}
                     axes.annotate(f"{kl:.2g}", (1.0, row), fontsize=7, color="0.45", **place)
-            axes.set_title(task, fontsize=9.5)
-            axes.set_xlabel("score, %")
+            axes.set(title=task, xlabel="score, %")
             low, high = axes.get_xlim()
             axes.set_xlim(low, high + 0.22 * (high - low))  # room for the KL
-            axes.grid(axis="y", color="0.93", linewidth=0.6)
-            axes.set_axisbelow(True)
+            axes.grid(visible=False, axis="x")
             axes.tick_params(length=0)
-            axes.spines[["top", "right", "left"]].set_visible(False)
+            axes.spines["left"].set_visible(False)
         panels[0].set_yticks(range(len(names)), names)
         panels[0].set_ylim(len(names) - 0.4, -0.6)
         families = dict.fromkeys(known[name].family for name in names)
@@ -195,9 +190,9 @@ def draw(path: Path, cells: Cells, starts: Mapping[str, float]) -> None:
             Line2D([], [], marker="o", linestyle="", color=f"C{post_training_rows.FAMILIES.index(one)}")
             for one in families
         ]
-        figure.legend(handles, families, loc="outside upper center", ncols=len(families), frameon=False)
-        with files.writing(path) as local:
-            figure.savefig(local, format="svg", metadata={"Date": None})
+        panels[0].get_figure().legend(
+            handles, families, loc="outside upper center", ncols=len(families), frameon=False
+        )
 
 
 def _colour(algorithm: post_training_rows.AlgorithmRow) -> str:

@@ -25,6 +25,7 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Array, Float, PRNGKeyArray
 from rlhf_jax.evaluation.statistics import iqm_interval
 from rlhf_jax.metrics.pages import commands, kept_remarks, made, when_and_with
+from rlhf_jax.metrics.pictures import name_ends, picture
 from rlhf_jax.rl.envs import mazes
 from rlhf_jax.rl.tabular import control, dynamic_programming as dp, inverse, prediction
 from rlhf_jax.search import astar
@@ -281,26 +282,18 @@ def control_table(rows: Mapping[Any, Sequence[float]], heading: str) -> str:
 
 def draw(path: Path, errors: Mapping[str, Mapping[str, np.ndarray]]) -> None:
     """Error over learning rate, a panel a family, with names at the curves."""
-    from matplotlib.figure import Figure
-
-    panels = [panel for panel in errors if "first" not in panel]
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    for axes, panel in zip(figure.subplots(2, 2, sharex=True, sharey=True).flat, panels, strict=True):
-        for name, row in errors[panel].items():
-            shown = np.where(row < 0.56, row, np.nan)
-            (line,) = axes.plot(RATES, shown, linewidth=1.5)
-            last = int(np.flatnonzero(np.isfinite(shown))[-1])
-            axes.annotate(
-                name.removeprefix("lambda = "), (RATES[last], shown[last]), (3, 0), color=line.get_color(),
-                textcoords="offset points", fontsize=8, va="center",
-            )  # fmt: skip
-        axes.set_title(panel, fontsize=10)
-        axes.set(xlim=(0, 1.15), ylim=(0.15, 0.56))
-        axes.grid(alpha=0.3)
-    figure.supxlabel("learning rate")
-    figure.supylabel("root mean squared error")
-    with files.writing(path) as local:
-        figure.savefig(local, format="svg")
+    names = [panel for panel in errors if "first" not in panel]
+    with picture(path, 2, 2, height=2.8, sharex=True, sharey=True) as panels:
+        for axes, panel in zip(panels, names, strict=True):
+            lines = {}
+            for name, row in errors[panel].items():
+                shown = np.where(row < 0.56, row, np.nan)
+                (lines[name.removeprefix("lambda = ")],) = axes.plot(RATES, shown)
+            axes.set(title=panel, xlim=(0, 1.15), ylim=(0.15, 0.56))
+            name_ends(axes, lines)
+        figure = panels[0].get_figure()
+        figure.supxlabel("learning rate")
+        figure.supylabel("root mean squared error")
 
 
 def page_text(

@@ -3,6 +3,7 @@ import re
 import numpy as np
 import pytest
 
+from rlhf_jax.core.errors import UserError
 from rlhf_jax.metrics.pictures import name_ends, picture, spread
 
 
@@ -31,3 +32,18 @@ def test_a_picture_has_words_names_and_the_same_bytes_again(tmp_path):
     assert {"Two curves", "steps", "rising", "level"} <= set(words)
     assert draw(tmp_path / "a.svg") == text
     assert float(re.search(r'width="([\d.]+)pt"', text)[1]) <= 600  # points: 800 pixels
+
+
+@pytest.mark.parametrize(("suffix", "begins"), [("svg", b"<?xml"), ("png", b"\x89PNG"), ("pdf", b"%PDF")])
+def test_the_suffix_decides_the_format(tmp_path, suffix, begins):
+    path = tmp_path / f"a.{suffix}"
+    with picture(path, 1, 1) as (axes,):
+        axes.plot([0, 1], [0, 1])
+    assert path.read_bytes().startswith(begins)
+
+
+@pytest.mark.parametrize("name", ["a", "a.jpg2", "a.svg.bak"])
+def test_other_suffixes_are_refused_before_anything_is_drawn(tmp_path, name):
+    with pytest.raises(UserError, match="none of svg, png, pdf"), picture(tmp_path / name, 1, 1):
+        pytest.fail("drawn")
+    assert not list(tmp_path.iterdir())
