@@ -25,7 +25,7 @@ class ResidualBlocks(nn.Module):
     def __call__(
         self, hidden: Float[Array, "B T D"], caches: tuple[LayerCache | None, ...], context: AttentionContext
     ) -> tuple[Float[Array, "B T D"], tuple[LayerCache | None, ...]]:
-        """Runs the blocks in order; `caches` has one entry for each."""
+        """Runs the blocks in order; `caches` has one entry for each, and so has what they are to keep."""
         config = self.config
         dtypes = {"param_dtype": jnp.dtype(config.param_dtype), "dtype": jnp.dtype(config.compute_dtype)}
         # Outputs that are added to the residual stream start smaller, by the number of additions.

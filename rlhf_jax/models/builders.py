@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from rlhf_jax.core.axes import constrain
-from rlhf_jax.models.attention.modules import LayerCache, MultiHeadLatentAttention, SelfAttention
+from rlhf_jax.core.types import Array, Int
+from rlhf_jax.models.attention.modules import LayerCache, MultiHeadLatentAttention, SelfAttention, append
 from rlhf_jax.models.config import (
     Attention,
     Block,
@@ -24,7 +25,7 @@ from rlhf_jax.models.recurrent import RecurrentLayer
 
 
 def mixing_layer(spec: Attention | LatentAttention | Recurrence, **options: Any) -> nn.Module:
-    """`layer(inputs, context, cache) -> (outputs, cache)`."""
+    """`layer(inputs, context, cache) -> (outputs, what the cache is to keep)`; see `keep`."""
     match spec:
         case Attention():
             return SelfAttention(spec, **options)
@@ -58,3 +59,14 @@ def empty_cache(block: Block, shape: tuple[int, ...], dtype: Any) -> LayerCache:
         case Recurrence(cell=cell, hidden_size=hidden):
             state = constrain(jnp.zeros((*shape[:-1], hidden), dtype), *rows, None)
             return (state, state) if cell == "lstm" else (state,)
+
+
+def keep(
+    block: Block, cache: LayerCache, new: LayerCache, start: Int[Array, "*B"], *, stacked: bool
+) -> LayerCache:
+    """The cache of one block with what its layer kept of new tokens: columns at `start`, or its new state.
+
+    Args:
+      stacked: arrays of the same block of every repeat, stacked.
+    """
+    return new if isinstance(block.attention, Recurrence) else append(cache, new, start, stacked=stacked)

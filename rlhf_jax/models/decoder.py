@@ -1,6 +1,7 @@
 """The decoder: embeddings, blocks, final norm. One forward code for training, prefill and decoding."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,8 +16,8 @@ from rlhf_jax.kernels.logprobs import softcapped
 from rlhf_jax.models.attention.backends import ATTENTION_NAMES, AttentionContext
 from rlhf_jax.models.attention.modules import write_columns
 from rlhf_jax.models.blocks import ResidualBlocks, laid_out
-from rlhf_jax.models.builders import empty_cache
-from rlhf_jax.models.config import ModelConfig
+from rlhf_jax.models.builders import empty_cache, keep
+from rlhf_jax.models.config import Block, ModelConfig
 from rlhf_jax.models.layers import norm_layer, normal_init
 from rlhf_jax.models.pipeline import pipelined
 from rlhf_jax.models.vision.encoder import VisionTower, place_features
@@ -111,8 +112,14 @@ class Decoder(nn.Module):
             hidden = norm_layer(config.final_norm, jnp.dtype(config.param_dtype), name="final_norm")(hidden)
         if cache is None:
             return hidden, None
-        length = cache.length + tokens.shape[1]
-        return hidden, Cache(prefix, layers, *columns, length)
+        # Written here, once, so that no layer copies what it only reads.
+        prefix = _kept(config.prefix, cache.prefix, prefix, context.start)
+        if config.scan_layers:
+            layers = _kept(config.pattern, cache.layers, layers, context.start, stacked=True)
+        else:
+            both = zip(cache.layers, layers, strict=True)
+            layers = tuple(_kept(config.pattern, old, new, context.start) for old, new in both)
+        return hidden, Cache(prefix, layers, *columns, cache.length + tokens.shape[1])
 
     def _embed(
         self,
@@ -163,6 +170,14 @@ class Decoder(nn.Module):
         count = jnp.sum(images.present, axis=1) * vision.tokens_per_image
         places = (tokens == vision.image_token_id) & (segment_ids > 0)
         return place_features(embeddings, places, features, count)
+
+
+def _kept(
+    blocks: Sequence[Block], caches: Any, new: Any, start: Int[Array, "*B"], *, stacked: bool = False
+) -> Any:
+    """The caches of some blocks with what their layers return."""
+    each = zip(blocks, caches, new, strict=True)
+    return tuple(keep(block, cache, added, start, stacked=stacked) for block, cache, added in each)
 
 
 def _stages(config: ModelConfig) -> int:

@@ -42,7 +42,7 @@ class RecurrentLayer(nn.Module):
     def __call__(
         self, inputs: Float[Array, "B T D"], context: AttentionContext, cache: State | None
     ) -> tuple[Float[Array, "B T D"], State | None]:
-        """Returns the states after each token, and with a cache the last one."""
+        """Returns the states after each token, and with a cache the last one, which it is to keep."""
         cell, hidden = self.spec.cell, self.spec.hidden_size
         std = hidden**-0.5
         shape = (hidden, GATES[cell] * hidden)

@@ -1,5 +1,5 @@
-"""Attention layers. With a cache, new columns are written at `start`; where the cache was empty, the new
-columns are all there is to attend to."""
+"""Attention layers. They read a cache and return the columns that it is to keep of the new tokens; who
+owns the cache writes them there. Where it was empty, the new columns are all there is to attend to."""
 
 import functools
 from typing import Any
@@ -20,19 +20,28 @@ LayerCache = tuple[Array, ...]
 
 
 def write_columns(
-    old: Shaped[Array, "B S ..."], new: Shaped[Array, "B T ..."], start: Int[Array, "*B"]
-) -> Shaped[Array, "B S ..."]:
-    """`old` with `new` written from column `start` on; of all rows, or of each."""
+    old: Shaped[Array, "..."], new: Shaped[Array, "..."], start: Int[Array, "*B"], *, stacked: bool = False
+) -> Shaped[Array, "..."]:
+    """`old` [B, S, ...] with `new` [B, T, ...] written from column `start` on; of all rows, or of each.
+
+    Args:
+      stacked: both have an axis of layers before that of the rows.
+    """
     new = new.astype(old.dtype)
     if start.ndim == 0:
-        return jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
-    rows, columns = jnp.arange(old.shape[0])[:, None], start[:, None] + jnp.arange(new.shape[1])
-    return old.at[rows, columns].set(new, mode="drop", unique_indices=True)
+        return jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1 + stacked)
+    rows = jnp.arange(old.shape[stacked])[:, None]
+    columns = start[:, None] + jnp.arange(new.shape[1 + stacked])
+    return old.at[(slice(None),) * stacked + (rows, columns)].set(new, mode="drop", unique_indices=True)
 
 
-def append(cache: LayerCache, new: LayerCache, start: Int[Array, "*B"]) -> LayerCache:
+def append(
+    cache: LayerCache, new: LayerCache, start: Int[Array, "*B"], *, stacked: bool = False
+) -> LayerCache:
     """The cache with new columns written at `start`."""
-    return tuple(write_columns(old, columns, start) for old, columns in zip(cache, new, strict=True))
+    return tuple(
+        write_columns(old, columns, start, stacked=stacked) for old, columns in zip(cache, new, strict=True)
+    )
 
 
 def behind_prompt(
@@ -63,7 +72,7 @@ class SelfAttention(nn.Module):
     def __call__(
         self, inputs: Float[Array, "B T D"], context: AttentionContext, cache: LayerCache | None
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Returns the layer's output and the cache with the new columns."""
+        """Returns the layer's output, and the new columns for the cache."""
         spec = self.spec
         query = self._normed(self._project(inputs, "query", spec.num_heads), "query_norm")
         unrotated = query
@@ -71,9 +80,9 @@ class SelfAttention(nn.Module):
         value = self._project(inputs, "value", spec.num_kv_heads)
         if isinstance(spec.position, Rope):
             query, key = (rotate(heads, context.positions, spec.position) for heads in (query, key))
-        if cache is not None:
-            cache = append(cache, (key, value), context.start)
-            key, value = cache if context.segment_ids is None else (key, value)
+        new = None if cache is None else (key, value)
+        if cache is not None and context.segment_ids is None:
+            key, value = append(cache, (key, value), context.start)
         (key, value), context = behind_prompt(self, (key, value), context)
         bias = None
         if isinstance(spec.position, Alibi):
@@ -94,7 +103,7 @@ class SelfAttention(nn.Module):
         if self.has_variable("params", "prefix_key"):
             attended += self._attended_prefix(unrotated, scale)
         output = self._linear(self.width, use_bias=spec.output_bias, init_std=self.output_std, name="output")
-        return output(attended.reshape(*inputs.shape[:2], -1)), cache
+        return output(attended.reshape(*inputs.shape[:2], -1)), new
 
     def _attended_prefix(self, query: Float[Array, "B T H d"], scale: float) -> Float[Array, "B T H d"]:
         """Attention to a trained prefix, which has no position, through its gate."""
@@ -139,7 +148,7 @@ class MultiHeadLatentAttention(nn.Module):
     def __call__(
         self, inputs: Float[Array, "B T D"], context: AttentionContext, cache: LayerCache | None
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Returns the layer's output and the cache with the new columns."""
+        """Returns the layer's output, and the new columns for the cache."""
         spec = self.spec
         linear = functools.partial(Linear, param_dtype=self.param_dtype, dtype=self.dtype)
         norm = functools.partial(RMSNorm, spec.norm, self.param_dtype)
@@ -156,15 +165,15 @@ class MultiHeadLatentAttention(nn.Module):
         turned_key = linear(spec.qk_rope_head_dim, use_bias=spec.bias, name="rotated_key")(inputs)
         turned_key = rotate(turned_key[:, :, None], context.positions, spec.position)[:, :, 0]
         expand = self._expansion()
-        if cache is not None:
-            cache = append(cache, (latent, turned_key), context.start)
+        new = columns = (latent, turned_key)
         alone = cache is None or context.segment_ids is not None
-        columns = (latent, turned_key) if cache is None or alone else cache
+        if cache is not None and not alone:
+            columns = append(cache, columns, context.start)
         (latent, turned_key), context = behind_prompt(self, columns, context)
         attend_to = self._expanded if alone else self._absorbed
         attended = attend_to(plain, turned, latent, turned_key, expand, context)
         output = linear(self.width, use_bias=spec.bias, init_std=self.output_std, name="output")
-        return output(attended.reshape(*inputs.shape[:2], -1)), cache
+        return output(attended.reshape(*inputs.shape[:2], -1)), None if cache is None else new
 
     def _expansion(self) -> Float[Array, "r H kv"]:
         """The matrices from a latent to every head's unrotated key and value, side by side."""
