@@ -4,7 +4,6 @@ import contextlib
 import logging
 import os
 import shlex
-import signal
 import sys
 import traceback
 import warnings
@@ -22,13 +21,10 @@ from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.files import releasing_locks
 from rlhf_jax.distributed.runtime import choose_threads
 from rlhf_jax.stages.option_groups import RunOptions
-from rlhf_jax.training import Interrupted
+from rlhf_jax.training import EXIT_NOT_FINISHED, Interrupted
 from rlhf_jax.training.run_folder import command_words
 
 Options = TypeVar("Options")
-EXIT_NOT_FINISHED = 75
-"""The run is saved and not at its end: the same command with `--resume` goes on with it. The number is that
-of "try again later" (sysexits.h), at which schedulers are told to start the run anew."""
 
 
 @whole_output()
@@ -73,9 +69,9 @@ def run_command(
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except Interrupted as interrupted:
-        print(f"Stopped after step {interrupted.step}, which is saved. {_how_to_resume()}", file=sys.stderr)
-        sys.exit(130 if interrupted.signal_number == signal.SIGINT else EXIT_NOT_FINISHED)
+    except Interrupted:
+        print(_how_to_resume(), file=sys.stderr)
+        raise
     except KeyboardInterrupt:
         print(f"Stopped at once; what was saved before is kept. {_how_to_resume()}", file=sys.stderr)
         sys.exit(130)

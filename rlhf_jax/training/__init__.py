@@ -1,6 +1,6 @@
 """The one training loop, and the run folder that every stage writes and the next one reads."""
 
-from rlhf_jax.training.loop import Interrupted, LoopConfig, StepFn, run_loop
+from rlhf_jax.training.loop import EXIT_NOT_FINISHED, Interrupted, LoopConfig, StepFn, run_loop
 from rlhf_jax.training.timers import Meter
 
-__all__ = ["Interrupted", "LoopConfig", "Meter", "StepFn", "run_loop"]
+__all__ = ["EXIT_NOT_FINISHED", "Interrupted", "LoopConfig", "Meter", "StepFn", "run_loop"]

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -73,8 +74,15 @@ class LoopConfig:
     thresholds: Thresholds = Thresholds()
 
 
-class Interrupted(Exception):
-    """The loop was asked to stop, and saved.
+EXIT_NOT_FINISHED = 75
+"""The run is saved and not at its end: the same command with `--resume` goes on with it. The number is that
+of "try again later" (sysexits.h), at which schedulers are told to start the run anew."""
+
+
+class Interrupted(SystemExit):
+    """The loop was asked to stop, and saved; a script that lets it pass ends without a traceback.
+
+    Its status is 130 after SIGINT, and `EXIT_NOT_FINISHED` otherwise.
 
     Attributes:
       signal_number: SIGINT, SIGTERM, SIGUSR1 or SIGHUP.
@@ -82,7 +90,7 @@ class Interrupted(Exception):
     """
 
     def __init__(self, signal_number: int, step: int) -> None:
-        super().__init__(f"stopped after step {step}")
+        super().__init__(130 if signal_number == signal.SIGINT else EXIT_NOT_FINISHED)
         self.signal_number, self.step = signal_number, step
 
 
@@ -192,6 +200,8 @@ def run_loop(
                     checkpoints.save(done, saved, extra={"data": data_fingerprint}, wait=wait)
             # A signal that came during the last save has no later step to be seen at.
             if stopping or (received and done == config.steps):
+                if first:
+                    print(f"Stopped after step {done}, which is saved.", file=sys.stderr, flush=True)
                 # Where another process was asked to stop, this one ends as after SIGTERM.
                 raise Interrupted(received[0] if received else signal.SIGTERM, done)
     return state

@@ -385,7 +385,7 @@ def test_interrupted_and_continued(tiny, tmp_path, monkeypatch, capsys):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
-    stopped = re.search(r"Stopped after step (\d+), which is saved. To go on: rlhf (.*)\n", errors)
+    stopped = re.search(r"Stopped after step (\d+), which is saved.\nTo go on: rlhf (.*)\n", errors)
     assert stopped, errors
     step, (script, *words) = int(stopped[1]), shlex.split(stopped[2])
     assert script == "sft"

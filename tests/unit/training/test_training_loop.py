@@ -112,11 +112,13 @@ def without_nohup():
 
 @pytest.mark.usefixtures("without_nohup")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
-def test_a_signal_finishes_the_step_saves_and_can_be_resumed_bit_for_bit(tmp_path, unbroken, number):
+def test_a_signal_finishes_the_step_saves_and_can_be_resumed_bit_for_bit(tmp_path, capsys, unbroken, number):
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
     with pytest.raises(Interrupted) as stopped:
         run(tmp_path, with_signals(number, at=3))
     assert (stopped.value.signal_number, stopped.value.step) == (number, 4)
+    assert stopped.value.code == (130 if number == signal.SIGINT else 75)
+    assert "Stopped after step 4, which is saved.\n" in capsys.readouterr().err
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == handlers
     assert latest(tmp_path) == 4
     assert len(read_metrics(tmp_path)) == 4
