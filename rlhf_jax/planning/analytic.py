@@ -1,4 +1,4 @@
-"""Plans without a compiler, for devices whose compiler is not here: everything counted on paper."""
+"""Plans without a compiler, for devices whose compiler is not here: what is needed at least, on paper."""
 
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
@@ -12,17 +12,19 @@ from rlhf_jax.planning.steps import Workload, build, cache_bytes, device_bytes, 
 
 
 def analytic_plan(workload: Workload, mesh: AbstractMesh) -> Plan:
-    """A plan in which state and cache are exact (from shapes) and the rest is counted, for `remat="full"`:
+    """A lower bound on the memory, and about the work, of a step with `remat="full"`.
 
-        temporary     = gradients + 3 V D 4 (embeddings and output matrix gathered, its gradient)
-                      + 3 * 512 V 4 (logits of a chunk)
-                      + T (L D + 4 D + 3 hidden) of the compute dtype (inputs of layers, insides of one)
+    State and cache are exact (from shapes); what no compiler can do without is added. A plan that does not
+    fit so does not fit; one that does may still not, since compiled programs need more.
+
+        temporary     = gradients + T L D (inputs of the layers) + V D (output matrix, gathered);
+                        the last two in the compute dtype
         operations    = 4 forward passes a gradient (one of them again), 1 a scoring
         memory        = state and temporary, read and written once each
         communication = parameters gathered forward and backward, gradients scattered: 3 s P;  s = 1 - 1/fsdp
 
-    Generation reads parameters and half of the cache for every token, and gathers the parameters for it; or
-    once, in the compute dtype, where the rules say so (`core.axes.GATHERED_SAMPLING`).
+    Generation reads parameters and half of the cache for every token, and gathers the parameters, in the
+    compute dtype, for it; or once, where the rules say so (`core.axes.GATHERED_SAMPLING`).
 
     Raises:
       UserError: `remat` is another, or the mesh does not divide the batch.
@@ -40,15 +42,13 @@ def analytic_plan(workload: Workload, mesh: AbstractMesh) -> Plan:
     scored = {"sft": 0, "dpo": sides, "grpo": of_grpo, "ppo": 3}[workload.algorithm]
     rows = workload.batch // workload.micro_batches // workload.num_minibatches
     rows = rows * sides / distributed.shards_of_batch(mesh)
-    hidden = max(getattr(block.feed_forward, "intermediate_size", 0) for block in config.blocks)
     item = jnp.dtype(config.compute_dtype).itemsize
-    matrix = config.vocab_size * config.width * 4 / tensor
-    layer = item * rows * workload.length * (4 * config.width + 3 * hidden / tensor)
+    matrix = item * config.vocab_size * config.width / tensor
     kept = item * rows * workload.length * config.width * config.num_layers
     whole = resident["parameters"] * mesh.shape["fsdp"]  # what a device holds of it after a gather
     cache = cache_bytes(step.generation, mesh)
     forward = models.forward_flops(config, rows=workload.batch, length=workload.length) / mesh.size
-    temporary = resident["parameters"] + matrix * (3 + 3 * 512 / config.width) + trained * (kept + layer)
+    temporary = resident["parameters"] + matrix + trained * kept
     passes = (
         3 * workload.micro_batches * workload.num_minibatches * workload.num_ppo_epochs + scored / trained
     )
@@ -61,14 +61,14 @@ def analytic_plan(workload: Workload, mesh: AbstractMesh) -> Plan:
     moved = 2 * (arguments["update"] + temporary)
     plans = {"update": prediction("update", temporary, flops, moved, passes * share * whole)}
     if "generation" in found:
-        one, layers, gathers = whole / trained, config.num_layers, workload.new_tokens
-        if not any(partition_spec(("embed_sampling",), (config.width,), mesh)[0]):
-            one, layers, gathers = one * item / jnp.dtype(config.param_dtype).itemsize, 1, 1
+        one = whole / trained * item / jnp.dtype(config.param_dtype).itemsize
+        once = not any(partition_spec(("embed_sampling",), (config.width,), mesh)[0])
+        gathers = 1 if once else workload.new_tokens
         moved = workload.new_tokens * (one + cache / 2)
         plans["generation"] = prediction(
-            "generation", cache + one / layers + matrix, forward, moved, gathers * share * one
+            "generation", cache + one * once, forward, moved, gathers * share * one
         )
     if "reward" in found:
-        moved = 2 * (arguments["reward"] + layer)
-        plans["reward"] = prediction("reward", layer + matrix, forward, moved, share * whole / trained)
-    return Plan(resident, plans, cache)
+        moved = 2 * arguments["reward"]
+        plans["reward"] = prediction("reward", 0.0, forward, moved, share * whole / trained)
+    return Plan(resident, plans, cache, by_formula=True)

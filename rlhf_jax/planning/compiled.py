@@ -62,11 +62,13 @@ class Plan:
       resident: part -> bytes that are there all the time.
       programs: name -> prediction.
       kv_cache_bytes: of all answers' keys and values; part of generation's temporary memory.
+      by_formula: nothing was compiled; the memory is what is needed at least.
     """
 
     resident: dict[str, float]
     programs: dict[str, Prediction]
     kv_cache_bytes: float
+    by_formula: bool = False
 
     @property
     def peak_bytes(self) -> float:

@@ -51,7 +51,8 @@ class Options:
       mesh: as in the scripts: fsdp=64, or data=2,fsdp=8,tensor=4.
       topology: the slice of TPUs, its shape in chips: v5e:8x8, v5p:4x4x4; or NVIDIA GPUs and how many:
         h100:8, h200:64, b200:8; empty for the devices here.
-      chip: make the plan by formula, for this kind of chip, and compile nothing.
+      chip: make the plan by formula, for this kind of chip, and compile nothing: what memory is needed at
+        least, and about what work.
       batch: rows a step: conversations of SFT, pairs of DPO, answers of GRPO and PPO.
       length: tokens a row; of GRPO and PPO, prompt and answer together.
       new_tokens: of an answer, where answers are sampled.
@@ -200,10 +201,10 @@ def run(options: Options) -> None:
     with axis_rules(GATHERED_SAMPLING if options.all_gather_params else {}):
         plan, mesh, chip = make_plan(options)
     if options.json:
-        text = json.dumps(to_json(options, plan, mesh, chip, by_formula=bool(options.chip)), indent=2)
+        text = json.dumps(to_json(options, plan, mesh, chip), indent=2)
         if options.json == "-":
             print(text)
             return
         files.write_text(options.json, text + "\n")
     title = f"{options.model}, {options.algo}: {options.batch:,} rows x {options.length:,} tokens a step"
-    show(title, plan, mesh, chip, by_formula=bool(options.chip))
+    show(title, plan, mesh, chip)

@@ -23,7 +23,9 @@ def verdict(plan: compiled.Plan, chip: Chip | None) -> str:
     if chip is None:
         return f"Needs {gib(need)} on each device, whose memory is not known here."
     free = chip.memory_bytes - need
-    of = f"{gib(need)} of {gib(chip.memory_bytes)} on each device"
+    of = f"{'at least ' * plan.by_formula}{gib(need)} of {gib(chip.memory_bytes)} on each device"
+    if plan.by_formula and free >= 0:
+        return f"May fit: {of}; compiled programs need more, and --topology says how much."
     return f"Fits: {of}, {gib(free)} free." if free >= 0 else f"Does not fit: {of}, {gib(-free)} too much."
 
 
@@ -85,23 +87,24 @@ def least_seconds(program: compiled.Prediction, chip: Chip) -> dict[str, float]:
     )
 
 
-def to_json(
-    options: Any, plan: compiled.Plan, mesh: Mesh, chip: Chip | None, *, by_formula: bool = False
-) -> dict[str, Any]:
+def to_json(options: Any, plan: compiled.Plan, mesh: Mesh, chip: Chip | None) -> dict[str, Any]:
     """All of it as JSON types.
 
     Args:
       options: what was planned, as a dataclass.
-      by_formula: nothing was compiled.
     """
+    fits = None
+    if chip is not None and not math.isnan(plan.peak_bytes):
+        fits = plan.peak_bytes <= chip.memory_bytes
+        fits = None if plan.by_formula and fits else fits  # the formula is a lower bound
     return {
         "predicted": True,
         "options": option_checks.to_json(options),
         "devices": mesh.size,
         "device_kind": devices_of(mesh, chip),
-        "by_formula": by_formula,
+        "by_formula": plan.by_formula,
         "chip": chip and dataclasses.asdict(chip),
-        "fits": None if chip is None or math.isnan(plan.peak_bytes) else plan.peak_bytes <= chip.memory_bytes,
+        "fits": fits,
         "peak_bytes": plan.peak_bytes,
         "kv_cache_bytes": plan.kv_cache_bytes,
         "resident_bytes": plan.resident,
@@ -116,12 +119,12 @@ def to_json(
     }
 
 
-def show(title: str, plan: compiled.Plan, mesh: Mesh, chip: Chip | None, *, by_formula: bool = False) -> None:
+def show(title: str, plan: compiled.Plan, mesh: Mesh, chip: Chip | None) -> None:
     """Prints the plan of what `title` says."""
     console = Console()
     console.print(
         f"{title} on {distributed.describe_mesh(mesh)}\n"
-        f"Predicted, not measured{', by formula' * by_formula}.",
+        f"Predicted, not measured{', by formula' * plan.by_formula}.",
         highlight=False,
     )
     console.print(verdict(plan, chip), style="bold", highlight=False)

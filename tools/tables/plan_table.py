@@ -6,9 +6,10 @@
 With --compile, each cell that is missing in docs/results/plans.json is compiled by
 `rlhf sft|dpo|grpo|ppo ... --plan SLICE` and written there, so that an interrupted table goes on; it needs
 the compilers (pip install 'rlhf_jax[tpu-plan,gpu-plan]'), and one to three minutes a cell on one core,
-whatever the depth. Cells of full training that are not compiled are by formula (`planning/analytic.py`) and
-begin with ~. A cell says what the fullest moment takes on each chip, and the roofline of a step: if
-computing, memory and links all overlap, and if none do. --commands prints the command of each cell instead.
+whatever the depth. Cells of full training that are not compiled are by formula (`planning/analytic.py`)
+and begin with >=, since compiled programs need more. A cell says what the fullest moment takes on each
+chip, and the roofline of a step: if computing, memory and links all overlap, and if none do. --commands
+prints the command of each cell instead.
 """
 
 import dataclasses
@@ -226,7 +227,7 @@ def text(options: Options, row: Row, slice_name: str) -> str:
         return "not compiled"
     else:
         by_formula = predicted_by_formula(options, row, slice_name)
-        mark, need = "~", by_formula.peak_bytes
+        mark, need = ">= ", by_formula.peak_bytes
         times = [
             list(
                 roofline(chip, flops=p.flops, memory_bytes=p.traffic_bytes, sent_bytes=p.sent_bytes).values()
@@ -237,7 +238,7 @@ def text(options: Options, row: Row, slice_name: str) -> str:
         return f"{mark}no room, the compiler says"
     excess = (need - chip.memory_bytes) / 2**30
     if excess > 0:
-        return f"{mark}no: {need / 2**30:.0f} GiB, {excess:.1f} too much"
+        return f"no: {mark}{need / 2**30:.0f} GiB, {excess:.1f} too much"
     least, most = (
         f"{x:.0f}" if x >= 10 else f"{x:.2g}" for x in (sum(map(max, times)), sum(map(sum, times)))
     )

@@ -81,7 +81,24 @@ def test_plans_on_paper():
     twice = analytic_plan(work("grpo", batch=16, num_ppo_epochs=2), mesh)
     assert twice.programs["update"].sent_bytes == pytest.approx(sent * (2 * 3 + 2) / 4)
     assert plan.programs["generation"].flops > 0
-    assert plan.peak_bytes > sum(plan.resident.values()) + plan.kv_cache_bytes
+    assert plan.peak_bytes > sum(plan.resident.values()) + plan.resident["parameters"]  # the gradients
+
+
+def test_a_plan_on_paper_says_what_is_needed_at_least():
+    chip, mesh = chip_of("TPU v5 lite"), distributed.abstract_mesh("fsdp=8")
+    plan = analytic_plan(work("sft"), mesh)
+    assert plan_tables.verdict(plan, chip).startswith("May fit: at least 0.00 GiB of 15.75 GiB")
+    assert plan_tables.to_json(plan_stage.Options(), plan, mesh, chip)["fits"] is None
+    large = dataclasses.replace(plan, resident={"parameters": 20.0 * 2**30})
+    assert plan_tables.verdict(large, chip).startswith("Does not fit: at least 20.00 GiB of 15.75 GiB")
+    assert plan_tables.to_json(plan_stage.Options(), large, mesh, chip)["fits"] is False
+
+
+def test_inputs_of_layers_are_kept_on_paper():
+    mesh = distributed.abstract_mesh("fsdp=8")
+    few, more = (analytic_plan(work("sft", batch=batch), mesh).programs["update"] for batch in (8, 16))
+    kept = 8 / 8 * 12 * 16 * 2 * 4  # rows, columns, width, layers, bytes
+    assert more.temporary_bytes - few.temporary_bytes == pytest.approx(kept)
 
 
 def test_parameters_gathered_once_on_paper():
