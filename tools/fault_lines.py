@@ -39,6 +39,10 @@ LINES = {
     "dpo": f"{_SHORT} --model {{sft}} {_PAIRS}",
     "ppo": f"{_SHORT} --model {{sft}} {_PROMPTS} --batch-size 4 --num-minibatches 2 --scale-rewards",
     "grpo": f"{_SHORT} --model {{sft}} {_GROUPS} --log-completions 1",
+    "tool-use": f"{_SHORT} --model {{talker}} {_TALK} --tools rlhf_jax.tool_use:calculator --max-turns 2 "
+    "--batch-size 4 --group-size 2 --learning-rate 1e-3",
+    "planned": f"{_SHORT} {_MODEL} --plan here --data arithmetic:1 --demonstrations 32 --eval-count 4 "
+    "--batch-size 4",
     "online-dpo": f"{_SHORT} --model {{sft}} {_PROMPTS} --batch-size 4",
     "rounds": f"{_SHORT} --model {{talker}} {_TALK} --rounds 2 --prompts-per-round 8 --samples-per-prompt 4 "
     "--batch-size 4",
@@ -67,11 +71,26 @@ LINES = {
     "report": "{sft} {grpo}",
 }
 """Words of a run by its name, without the command, `--out` and `--resume`."""
-COMMANDS = {"lora": "sft", "talker": "sft", "judged": "preferences", "gguf": "convert", "adapter": "convert"}
+COMMANDS = {
+    **dict.fromkeys(("lora", "talker", "planned"), "sft"),
+    **dict.fromkeys(("gguf", "adapter"), "convert"),
+    "judged": "preferences",
+}
 """Command of a run that is not named as its command."""
 _RESUMED = {
     *("sft", "reward-model", "process-reward", "dpo", "ppo", "grpo", "online-dpo", "rounds", "distill"),
-    *("constitutional", "pretrain", "lora", "talker", "search", "benchmark", "rl", "rl-offline", "alphazero"),
+    *(
+        "constitutional",
+        "pretrain",
+        "tool-use",
+        "lora",
+        "talker",
+        "search",
+        "benchmark",
+        "rl",
+        "rl-offline",
+        "alphazero",
+    ),
 }
 _ENDINGS = {"gguf": "run.gguf", "report": "page.html"}
 _UNCOMPARED = ("digests.json", ".lock")
