@@ -81,7 +81,7 @@ def test_what_was_compiled_needs_more_than_the_formula_says():
                 least = plan_table.predicted_by_formula(options, row, name).peak_bytes
                 assert cell["peak_bytes"] > least, (row, name)
                 compiled += 1
-    assert compiled > 40
+    assert compiled == 72
 
 
 def test_a_cell_is_compiled_once_and_written_down(tmp_path, monkeypatch):
