@@ -80,8 +80,13 @@ def by_kind(found: list[Collective]) -> dict[str, tuple[int, float]]:
 def _collective(line: str, operation: re.Match[str], times: int) -> Collective:
     arrays = arrays_of(operation[1])
     if f"{operation[2]}-start(" in line:  # which gives what goes in beside what comes out
-        half = len(arrays) // 2
-        arrays = {"all-gather": arrays[half:], "collective-permute": arrays[1:2]}.get(operation[2], arrays)
+        results = arrays[len(arrays) // 2 :]
+        arrays = {
+            "all-gather": results,
+            "reduce-scatter": results,
+            "all-to-all": results,
+            "collective-permute": arrays[1:2],
+        }.get(operation[2], arrays)  # of an all-reduce the results alone
     total = int(sum(array.nbytes for array in arrays))
     return Collective(operation[2], tuple(array.shape for array in arrays), total, _group(line), times)
 

@@ -104,6 +104,38 @@ def test_a_gather_that_starts_and_ends_counts_once():
     assert by_kind(collectives(TEXT)) == {"all-gather": (10, 10 * 16 * 8 * 2 * 3 / 4)}
 
 
+# In the GPU compiler's spelling: what runs beside other work gives what goes in and what comes out, but for
+# an all-reduce. On each of 8 devices.
+STARTED = """HloModule m
+ENTRY %main (a: bf16[64,4]) -> bf16[8,4] {
+  %a = bf16[64,4]{1,0} parameter(0)
+  %begin = START, channel_id=3, replica_groups=mesh['x'=8,'y'=1] {'x'}
+  ROOT %end = bf16[8,4]{1,0} copy(%begin)
+}
+"""
+ARRAY = 64 * 4 * 2
+
+
+@pytest.mark.parametrize(
+    ("start", "received"),
+    [
+        ("((bf16[64,4]{1,0}), bf16[8,4]{1,0}) reduce-scatter-start(%a)", 7 / 8 * ARRAY),
+        (
+            "((bf16[64,4]{1,0}, bf16[64,8]{1,0}), (bf16[8,4]{1,0}, /*index=5*/bf16[8,8]{1,0})) "
+            "reduce-scatter-start(%a, %a)",
+            7 / 8 * 3 * ARRAY,
+        ),
+        ("bf16[8,4]{1,0} reduce-scatter(%a)", 7 / 8 * ARRAY),
+        ("(bf16[8,4]{1,0}, bf16[64,4]{1,0}) all-gather-start(%a)", 7 / 8 * ARRAY),
+        ("bf16[64,4]{1,0} all-reduce-start(%a)", 2 * 7 / 8 * ARRAY),
+        ("((bf16[64,4]{1,0}), bf16[64,4]{1,0}) all-to-all-start(%a)", 7 / 8 * ARRAY),
+    ],
+)
+def test_bytes_of_what_starts_beside_other_work(start, received):
+    [(count, moved)] = by_kind(collectives(STARTED.replace("START", start))).values()
+    assert (count, moved) == (1, received)
+
+
 def test_memory_that_is_moved():
     whole = 10 * 4 * 8 * 4
     # Every round reads a slice of the stack and the counter, and compares that with its limit; what lies in
