@@ -148,10 +148,15 @@ def last_metric(folder: Path, name: str) -> float:
 
 
 def summarise(results: Sequence[Results]) -> dict[str, dict[str, list[float]]]:
-    """Stage -> number -> one value a seed."""
+    """Stage -> number -> one value a seed, of what every seed has."""
+
+    def common(name: str, held: Sequence[Mapping[str, Any]]) -> bool:
+        return name not in TEXTS and all(name in each for each in held)
+
     return {
-        stage: {name: [seed[stage][name] for seed in results] for name in numbers if name not in TEXTS}
+        stage: {name: [seed[stage][name] for seed in results] for name in numbers if common(name, seeds)}
         for stage, numbers in results[0].items()
+        if len(seeds := [seed[stage] for seed in results if stage in seed]) == len(results)
     }
 
 

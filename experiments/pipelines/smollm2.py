@@ -181,6 +181,11 @@ def held_out_evaluation(
 def run_seed(options: Options, seed: int) -> pipeline_stages.Results:
     """Trains what is missing and measures it."""
     folder, data = options.out / f"seed_{seed}", write_data(options, seed)
+    held = files.read_json(folder / "results.json", otherwise={}, keys=())
+    if options.abilities and any("exact_match" in found and "chat" not in found for found in held.values()):
+        raise UserError(
+            f"--abilities: policies in {folder} were measured without: leave it out, or choose another --out"
+        )
     kinds = np.array([row["kind"] for row in files.read_lines(data["held_out"])])
     evaluate = functools.cache(lambda: held_out_evaluation(options, load(options.model), data))
     reference = functools.cache(lambda: load(place_of(options, seed, "sft")).params)

@@ -2,7 +2,8 @@
 
 A method that samples gets `rollouts` times `ANSWERS` answers of its prompts, and so do those that learn from
 answers of the start: DPO and the reward model from the best and the worst of `GROUP`, RAFT from the best.
-All train an adapter (LoRA), but for those that end in `_full`.
+PPO by a reward model has its own answers besides those of the pairs, and distillation has GRPO's teacher. All
+train an adapter (LoRA), but for those that end in `_full`.
 """
 
 import dataclasses

@@ -28,13 +28,13 @@ def make_mesh(spec: str = "", *, devices: Sequence[Any] | None = None) -> Mesh:
       UserError: `spec` is not of this form, or asks for more devices than there are, or, with several
         processes, for fewer.
     """
-    devices = jax.devices() if devices is None else devices
+    elsewhere, devices = devices is not None, jax.devices() if devices is None else devices
     sizes = _parse(spec.strip(), len(devices))
     count = math.prod(sizes.values())
     if count > len(devices):
+        more = "name a larger slice" if elsewhere else f"on CPU set JAX_NUM_CPU_DEVICES={count}"
         raise UserError(
-            f"--mesh {spec} needs {count} devices and there are {len(devices)}: lower a size, or on CPU set "
-            f"JAX_NUM_CPU_DEVICES={count}"
+            f"--mesh {spec} needs {count} devices and there are {len(devices)}: lower a size, or {more}"
         )
     if count < len(devices) and jax.process_count() > 1:
         raise UserError(

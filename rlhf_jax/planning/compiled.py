@@ -18,6 +18,7 @@ import jax
 from jax.sharding import Mesh
 
 from rlhf_jax.core import files
+from rlhf_jax.core.errors import UserError
 from rlhf_jax.planning import hlo_analysis, hlo_collectives
 from rlhf_jax.planning.steps import Program, Step, build, cache_bytes, device_bytes
 
@@ -87,6 +88,9 @@ def predict(program: Program, mesh: Mesh, keep: Path | None = None) -> Predictio
 
     Args:
       keep: where the compiled program's text is written.
+
+    Raises:
+      UserError: the compiler fails, for another reason than that there is no room.
     """
     with jax.set_mesh(mesh):
         jitted = jax.jit(
@@ -100,7 +104,11 @@ def predict(program: Program, mesh: Mesh, keep: Path | None = None) -> Predictio
                 compiled = traced.lower().compile()
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
-                    raise
+                    kind = mesh.devices.flat[0].device_kind
+                    raise UserError(
+                        f"the compiler of {kind} fails on this program, so that nothing can be said of it "
+                        f"({_shorten(str(error))}): other sizes, or --dtype bfloat16, may compile"
+                    ) from error
                 compiled, refusal = None, str(error)
             else:
                 refusal = ""
@@ -150,7 +158,7 @@ def _wanted_bytes(refusal: str, arguments: float) -> float:
 
 def _shorten(refusal: str) -> str:
     found = _TEMPORARY.search(refusal) or _WANTED.search(refusal)
-    return f"the compiler found no room: {found[0]}" if found else refusal.splitlines()[0]
+    return f"the compiler found no room: {found[0]}" if found else refusal.splitlines()[0][:160]
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pipeline_stages
 import pytest
 import smollm2
 import smollm2_tasks as tasks
@@ -16,6 +17,7 @@ from letters import speaks_in_letters
 
 import rlhf_jax as rj
 from rlhf_jax.core import files
+from rlhf_jax.core.errors import UserError
 from rlhf_jax.metrics import read_metrics
 
 needs_gym = pytest.mark.skipif(
@@ -137,6 +139,16 @@ def test_all_stages_follow_one_another_and_none_runs_twice(tmp_path, capsys, mon
     kept = {path: path.read_bytes() for path in folder.rglob("*.json*") if path.name != ".lock"}
     smollm2.run(dataclasses.replace(options, resume=True))
     assert kept == {path: path.read_bytes() for path in kept}
+
+
+def test_mistakes_are_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="--methods grop: choose among all, raft, dpo, "):
+        smollm2.run(smollm2.Options(tmp_path, methods=("grop",)))
+
+
+def test_a_summary_is_of_what_every_seed_has():
+    first = {"sft": {"score": 1.0, "chat": 2.0, "completions": []}, "grpo": {"score": 3.0}}
+    assert pipeline_stages.summarise([first, {"sft": {"score": 4.0}}]) == {"sft": {"score": [1.0, 4.0]}}
 
 
 @needs_gym

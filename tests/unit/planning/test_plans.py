@@ -10,6 +10,7 @@ import pytest
 from rlhf_jax import distributed, models
 from rlhf_jax.cli.commands import main
 from rlhf_jax.core.axes import GATHERED_SAMPLING, axis_rules
+from rlhf_jax.core.errors import UserError
 from rlhf_jax.distributed.accelerator_specs import chip_of
 from rlhf_jax.planning import compiled, steps
 from rlhf_jax.planning.analytic import analytic_plan
@@ -134,6 +135,20 @@ def test_temporaries_alone_that_find_no_room(monkeypatch):
     monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
     plan = compiled.make_plan(step("sft"), distributed.make_mesh())
     assert plan.peak_bytes == pytest.approx(34.08 * 2**30 + sum(plan.resident.values()))
+
+
+def test_a_compiler_that_fails_is_one_sentence(monkeypatch):
+    def fail(self, *_):
+        raise jax.errors.JaxRuntimeError("INTERNAL: no tile sizes that satisfy hlo\nfusion.1 = ...")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", fail)
+    with pytest.raises(UserError, match=r"of cpu fails .* \(INTERNAL: no tile sizes[^\n]*\): other sizes"):
+        compiled.make_plan(step("sft"), distributed.make_mesh())
+
+
+def test_a_mesh_beyond_a_slice_is_told_of_the_slice():
+    with pytest.raises(UserError, match=r"there are 1: lower a size, or name a larger slice$"):
+        distributed.make_mesh("fsdp=8", devices=jax.devices()[:1])
 
 
 def test_a_program_that_finds_no_room(monkeypatch):
