@@ -81,10 +81,14 @@ def _parse(spec: str, device_count: int) -> dict[str, int]:
     return sizes
 
 
-def describe_mesh(mesh: Mesh | AbstractMesh) -> str:
-    """`data=2 x fsdp=4 (8 devices: cpu)`."""
+def describe_mesh(mesh: Mesh | AbstractMesh, kind: str = "") -> str:
+    """`data=2 x fsdp=4 (8 devices: cpu)`.
+
+    Args:
+      kind: of the devices, where the mesh has none; empty for what the mesh says.
+    """
     axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
-    kind = mesh.devices.flat[0].device_kind if isinstance(mesh, Mesh) else "none here"
+    kind = kind or (mesh.devices.flat[0].device_kind if isinstance(mesh, Mesh) else "of no kind")
     return f"{axes} ({mesh.size} devices: {kind})" if axes else f"one device ({kind})"
 
 

@@ -185,7 +185,9 @@ def final_table(
 
 
 def format_seconds(seconds: float) -> str:
-    """`0.42 s`, `4.2 s`, `38 s`, `3 min 05 s`, `2 h 07 min`, `3 d 04 h`."""
+    """`4.2 ms`, `0.42 s`, `4.2 s`, `38 s`, `3 min 05 s`, `2 h 07 min`, `3 d 04 h`."""
+    if seconds < 0.0995:
+        return f"{1000 * seconds:.2g} ms"
     if seconds < 9.95:
         return f"{seconds:.2f} s" if seconds < 0.995 else f"{seconds:.1f} s"
     whole = round(seconds)

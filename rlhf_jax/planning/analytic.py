@@ -55,7 +55,7 @@ def analytic_plan(workload: Workload, mesh: AbstractMesh) -> Plan:
     arguments = {name: device_bytes(program.arguments) for name, program in found.items()}
 
     def prediction(name: str, held: float, flops: float, moved: float, sent: float) -> Prediction:
-        return Prediction(arguments[name], 0, held, flops, moved, {"on paper": (0, sent)}, 0.0)
+        return Prediction(arguments[name], 0, held, flops, moved, {"collectives": (0, sent)}, 0.0)
 
     flops = forward * (4 * sides * trained * workload.num_ppo_epochs + scored)
     moved = 2 * (arguments["update"] + temporary)

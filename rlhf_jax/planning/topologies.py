@@ -38,6 +38,8 @@ def _tpus(name: str) -> list[Any]:
     # Without these it looks for the machine that it would run on, and waits.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    # Of that machine, too, and warns where it is not told; the slice that is compiled for is `topology_name`.
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
     # No TPU is used, so that others may plan, or use one, at the same time.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     # The two cores of a v4 chip are one device, as they are on Cloud TPU.

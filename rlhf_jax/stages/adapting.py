@@ -211,10 +211,7 @@ def split_trainable(
     if adapter is None:
         _check_moves(model.params, optimizer)
         return TrainableSplit(starting.copied(model.params), None, model.params, tx)
-    if model.source is None and not brought:
-        raise UserError(
-            f"--adapter.kind {options.kind} needs a model to adapt, and this one is new: give one by --model"
-        )
+    check_base(options, exists=model.source is not None or brought)
     quantization = None if options.quantize == "none" else adapters.Quantization(options.quantize)
     adaptation = Adaptation(adapter, model.source, quantization)
     trained, frozen = adaptation.adapted(model.params, jax.random.key(seed))
@@ -228,6 +225,14 @@ def split_trainable(
     original = trained if isinstance(adapter, adapters.Partial) else {}
     tx = adapters.with_rank_budget(adapter, tx) if isinstance(adapter, adapters.AdaLoRA) else tx
     return TrainableSplit(starting.copied(trained), frozen, original, tx, adaptation)
+
+
+def check_base(options: AdapterOptions, *, exists: bool) -> None:
+    """Raises: UserError where an adapter has no base that `exists` before the run."""
+    if options.kind != "none" and not exists:
+        raise UserError(
+            f"--adapter.kind {options.kind} needs a model to adapt, and this one is new: give one by --model"
+        )
 
 
 def check_sparse(options: AdapterOptions, model: Policy) -> None:

@@ -13,7 +13,8 @@ attention in blocks, which takes more memory and time.
 
 The step is that of full training with default settings; the training commands plan their own by `--plan`.
 
-Everything printed is predicted, not measured.
+Everything printed is predicted, not measured. A plan that does not fit is an answer and no error: the status
+is 0, and scripts read "fits" in the JSON.
 """
 
 import dataclasses
@@ -38,6 +39,7 @@ from rlhf_jax.stages.plan_tables import Mesh, show, to_json
 from rlhf_jax.training.run_folder import read_architecture
 
 DType = Literal["float32", "bfloat16"]
+ChipName = Literal["v4", "v5e", "v5p", "v6e", "tpu7x", "a100", "h100", "h200", "b200", "gb200"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Options:
     algo: steps.Algorithm = "sft"
     mesh: str = "auto"
     topology: str = ""
-    chip: Literal["", "v4", "v5e", "v5p", "v6e", "a100", "h100", "h200"] = ""
+    chip: ChipName | None = None
     batch: PositiveInt = 64
     length: Length = 2048
     new_tokens: Length = 512
@@ -148,8 +150,7 @@ def workload(options: Options) -> steps.Workload:
 
 def chosen_chip(options: Options) -> Chip | None:
     """The chip that is named; None where none is."""
-    words = ((chip, chip.name.lower().split()) for chip in CHIPS)
-    return next((chip for chip, names in words if options.chip in names), None)
+    return next((chip for chip in CHIPS if options.chip in chip.name.lower().split()), None)
 
 
 def mesh_of(mesh: str, topology: str, flag: str = "--topology") -> jax.sharding.Mesh:

@@ -30,21 +30,31 @@ def verdict(plan: compiled.Plan, chip: Chip | None) -> str:
 
 
 def gib(count: float) -> str:
-    """Bytes for people."""
-    return f"{count / 2**30:,.2f} GiB"
+    """Bytes of memory for people: GiB, or MiB and KiB where that would read as nothing."""
+    unit, size = next(
+        ((unit, size) for unit, size in (("GiB", 2**30), ("MiB", 2**20)) if count >= size / 10),
+        ("KiB", 2**10),
+    )
+    return f"{count / size:,.2f} {unit}"
+
+
+def amount(count: float, unit: str) -> str:
+    """A number of `unit`, such as FLOP, by thousands: `1.20 TFLOP`."""
+    power = next((n for n in (4, 3, 2, 1) if count >= 1000**n / 10), 0)
+    return f"{count / 1000**power:,.2f} {' kMGT'[power].strip()}{unit}"
 
 
 def memory_table(plan: compiled.Plan) -> Table:
     """Memory by part."""
-    table = Table("on each device", "GiB", title="Memory, predicted")
+    table = Table("on each device", "memory", title="Memory, predicted")
     for name, count in plan.resident.items():
-        table.add_row(name, f"{count / 2**30:.3f}")
+        table.add_row(name, gib(count))
     for name, program in plan.programs.items():
         extra = program.temporary_bytes + program.output_bytes
         what = "activations, gradients, buffers" if name == "update" else "buffers"
-        cache = f", of which about {plan.kv_cache_bytes / 2**30:.3f} KV cache" if name == "generation" else ""
-        table.add_row(f"{name}: {what}{cache}", f"{extra / 2**30:.3f}")
-    table.add_row("the most at a time", f"{plan.peak_bytes / 2**30:.3f}", style="bold")
+        cache = f", of which about {gib(plan.kv_cache_bytes)} KV cache" if name == "generation" else ""
+        table.add_row(f"{name}: {what}{cache}", gib(extra))
+    table.add_row("the most at a time", gib(plan.peak_bytes), style="bold")
     return table
 
 
@@ -53,12 +63,14 @@ def work_table(plan: compiled.Plan, chip: Chip | None) -> Table:
     names = list(plan.programs)
     table = Table("each device, one step", *names, title="Work, predicted")
     parts = plan.programs.values()
-    table.add_row("matrix products, TFLOP", *(f"{p.flops / 1e12:,.2f}" for p in parts))
-    table.add_row("memory read and written, GB", *(f"{p.traffic_bytes / 1e9:,.2f}" for p in parts))
+    table.add_row("matrix products", *(amount(p.flops, "FLOP") for p in parts))
+    table.add_row("memory read and written", *(amount(p.traffic_bytes, "B") for p in parts))
     for kind in sorted({kind for p in parts for kind in p.collectives}):
         counts = (p.collectives.get(kind, (0, 0.0)) for p in parts)
-        table.add_row(kind, *(f"{count:,} x, {sent / 1e9:,.3f} GB" for count, sent in counts))
-    table.add_row("compiled in", *(format_seconds(p.compile_seconds) for p in parts))
+        often = (f"{count:,} x, " * (not plan.by_formula) + amount(sent, "B") for count, sent in counts)
+        table.add_row(kind, *often)
+    if not plan.by_formula:
+        table.add_row("compiled in", *(format_seconds(p.compile_seconds) for p in parts))
     if chip is not None:
         for kind in ("compute", "memory", "communication"):
             table.add_row(
@@ -123,7 +135,7 @@ def show(title: str, plan: compiled.Plan, mesh: Mesh, chip: Chip | None) -> None
     """Prints the plan of what `title` says."""
     console = Console()
     console.print(
-        f"{title} on {distributed.describe_mesh(mesh)}\n"
+        f"{title} on {distributed.describe_mesh(mesh, devices_of(mesh, chip))}\n"
         f"Predicted, not measured{', by formula' * plan.by_formula}.",
         highlight=False,
     )

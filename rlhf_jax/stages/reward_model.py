@@ -130,6 +130,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
     options = defaults.fill_published(options, "reward_model")
     seed, loss_fn = options.run.seed, reward.find_reward_loss(given.loss or options.loss)
     check(options, loss_fn)
+    adapting.check_base(options.adapter, exists=bool(options.model) or given.policy is not None)
     is_own = given.loss is not None or is_import_path(options.loss)
     if is_own and not reward.learns_from_pairs(loss_fn):
         loss_options.check_ranking_loss(loss_fn)

@@ -233,6 +233,7 @@ def prepare(options: Options, given: Given = NOTHING) -> tuple[Session, Conversa
     """The run and its data, after everything is checked."""
     options = defaults.fill_published(options, "sft")
     option_checks.check(options, options.run, "sft")
+    adapting.check_base(options.adapter, exists=bool(options.model) or given.policy is not None)
     option_checks.check_divides("--micro-batches", options.micro_batches, "--batch-size", options.batch_size)
     sources = inputs.split_mixture(options.data)
     data = [load_rows(options, held_out=False, source=source, given=given) for source in sources]
@@ -255,7 +256,8 @@ def prepare(options: Options, given: Given = NOTHING) -> tuple[Session, Conversa
     options = session.options
     sampler = make_batches(options, sources, [len(part.tokens) for part in parts_of_rows])
     session.announce(f"{len(examples):,} conversations in {len(rows.tokens):,} rows")
-    edges.show_sample(options.run, model.tokenizer, examples[0])
+    if not options.run.plan:
+        edges.show_sample(options.run, model.tokenizer, examples[0])
     names = source_names(list(sources)) if len(sources) > 1 else ()
     return session, Conversations(rows, sampler, names)
 

@@ -163,7 +163,8 @@ def test_mistakes_are_sentences(tiny, tmp_path, monkeypatch, capsys):
     def refused(*words, stage="sft"):
         return sentence(tiny, stage, tiny.words(stage, tmp_path / "out", *words), monkeypatch, capsys)
 
-    assert "needs a model to adapt" in refused(*LORA)
+    nowhere = ("--data", tmp_path / "nowhere.jsonl")  # said before data is looked for
+    assert "needs a model to adapt" in refused(*LORA, *nowhere)
     assert "--adapter.rank means nothing to --adapter.kind prefix" in refused(
         *start, "--adapter.kind", "prefix", "--adapter.rank", 3
     )

@@ -229,7 +229,10 @@ def test_the_final_table_keeps_every_cell_whole(capsys):
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
-        (0, "0.00 s"),
+        (0, "0 ms"),
+        (0.00004, "0.04 ms"),
+        (0.0992, "99 ms"),
+        (0.0996, "0.10 s"),
         (0.424, "0.42 s"),
         (0.999, "1.0 s"),
         (9.97, "10 s"),

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import re
+from typing import get_args
 
 import jax
 import pytest
@@ -11,7 +13,7 @@ from rlhf_jax import distributed, models
 from rlhf_jax.cli.commands import main
 from rlhf_jax.core.axes import GATHERED_SAMPLING, axis_rules
 from rlhf_jax.core.errors import UserError
-from rlhf_jax.distributed.accelerator_specs import chip_of
+from rlhf_jax.distributed.accelerator_specs import CHIPS, chip_of
 from rlhf_jax.planning import compiled, steps
 from rlhf_jax.planning.analytic import analytic_plan
 from rlhf_jax.planning.gpu_targets import GPU_TARGETS
@@ -88,11 +90,42 @@ def test_plans_on_paper():
 def test_a_plan_on_paper_says_what_is_needed_at_least():
     chip, mesh = chip_of("TPU v5 lite"), distributed.abstract_mesh("fsdp=8")
     plan = analytic_plan(work("sft"), mesh)
-    assert plan_tables.verdict(plan, chip).startswith("May fit: at least 0.00 GiB of 15.75 GiB")
+    assert re.match(r"May fit: at least [1-9][\d.]+ KiB of 15.75 GiB", plan_tables.verdict(plan, chip))
     assert plan_tables.to_json(plan_stage.Options(), plan, mesh, chip)["fits"] is None
     large = dataclasses.replace(plan, resident={"parameters": 20.0 * 2**30})
     assert plan_tables.verdict(large, chip).startswith("Does not fit: at least 20.00 GiB of 15.75 GiB")
     assert plan_tables.to_json(plan_stage.Options(), large, mesh, chip)["fits"] is False
+
+
+@pytest.mark.parametrize("name", get_args(plan_stage.ChipName))
+def test_every_chip_has_a_name_for_people(name, capsys):
+    main(["plan", "--chip", name, "--mesh", "fsdp=8", "--batch", "8", "--length", "32"])
+    said = capsys.readouterr().out
+    chip = plan_stage.chosen_chip(plan_stage.Options(chip=name))
+    assert f"on fsdp=8 (8 devices: {chip.name})" in said
+    assert "compiled" not in said.partition("compiled programs need")[2]
+    assert " x, " not in said
+
+
+def test_chips_without_a_name_are_none():
+    named = {plan_stage.chosen_chip(plan_stage.Options(chip=name)) for name in get_args(plan_stage.ChipName)}
+    assert named == set(CHIPS)
+
+
+@pytest.mark.parametrize(
+    ("count", "memory", "work"),
+    [
+        (0, "0.00 KiB", "0.00 FLOP"),
+        (1536, "1.50 KiB", "1.54 kFLOP"),
+        (3 * 2**20, "3.00 MiB", "3.15 MFLOP"),
+        (2**30, "1.00 GiB", "1.07 GFLOP"),
+        (2**42, "4,096.00 GiB", "4.40 TFLOP"),
+        (math.nan, "nan", "nan"),
+    ],
+)
+def test_sizes_for_people(count, memory, work):
+    assert plan_tables.gib(count).startswith(memory)
+    assert plan_tables.amount(count, "FLOP").startswith(work)
 
 
 def test_inputs_of_layers_are_kept_on_paper():
@@ -190,6 +223,7 @@ def test_verdicts_and_json():
         ("--algo ppo --length 512", "--new-tokens 512 leaves nothing of --length 512 for the prompt"),
         ("--algo grpo --batch 12", "--batch 12 is no multiple of --group-size 8"),
         ("--mesh fsdp=3", "--mesh fsdp=3 needs 3 devices"),
+        ("--chip h300", "--chip h300: give one of v4, v5e, v5p, v6e, tpu7x, a100, h100, h200, b200, gb200"),
         ("--chip h100", "--mesh auto has no devices to count here: write axes and sizes"),
         ("--chip h100 --mesh fsdp=8 --remat none", "a plan by formula is for remat full, and this is none"),
         ("--chip h100 --topology v5e:8x8", "--chip goes by formula and excludes --topology"),
