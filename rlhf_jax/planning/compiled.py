@@ -36,7 +36,7 @@ class Prediction:
       collectives: kind -> (how often, bytes that a device receives).
       compile_seconds: spent here.
       complaints: what the partitioner warned of.
-      too_big: what the compiler said, where it found no room; what it would have found out is 0 then.
+      too_big: what the compiler said, where it found no room; traffic and collectives are not known then.
     """
 
     argument_bytes: float
@@ -51,8 +51,8 @@ class Prediction:
 
     @property
     def sent_bytes(self) -> float:
-        """By all kinds of collectives together."""
-        return sum(sent for _, sent in self.collectives.values())
+        """By all kinds of collectives together; NaN where they are not known."""
+        return math.nan if self.too_big else sum(sent for _, sent in self.collectives.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +117,7 @@ def predict(program: Program, mesh: Mesh, keep: Path | None = None) -> Predictio
     arguments = device_bytes(program.arguments)
     if compiled is None:
         extra = _wanted_bytes(refusal, arguments)
-        return Prediction(arguments, 0, extra, flops, 0, {}, seconds, complaints, _shorten(refusal))
+        return Prediction(arguments, 0, extra, flops, math.nan, {}, seconds, complaints, _shorten(refusal))
     memory: Any = compiled.memory_analysis()
     text = compiled.as_text() or ""
     if keep is not None:

@@ -20,6 +20,8 @@ Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 def verdict(plan: compiled.Plan, chip: Chip | None) -> str:
     """Verdict on memory: whether it fits, and by how much."""
     need = plan.peak_bytes
+    if math.isnan(need):
+        return "Does not fit: the compiler found no room, and did not say how much it wants."
     if chip is None:
         return f"Needs {gib(need)} on each device, whose memory is not known here."
     free = chip.memory_bytes - need
@@ -30,7 +32,9 @@ def verdict(plan: compiled.Plan, chip: Chip | None) -> str:
 
 
 def gib(count: float) -> str:
-    """Bytes of memory for people: GiB, or MiB and KiB where that would read as nothing."""
+    """Bytes of memory for people: GiB, or MiB and KiB for less than a tenth; a dash where not known."""
+    if math.isnan(count):
+        return "-"
     unit, size = next(
         ((unit, size) for unit, size in (("GiB", 2**30), ("MiB", 2**20)) if count >= size / 10),
         ("KiB", 2**10),
@@ -39,8 +43,10 @@ def gib(count: float) -> str:
 
 
 def amount(count: float, unit: str) -> str:
-    """A number of `unit`, such as FLOP, by thousands: `1.20 TFLOP`."""
-    power = next((n for n in (4, 3, 2, 1) if count >= 1000**n / 10), 0)
+    """A number of `unit`, such as FLOP, by thousands: `1.20 TFLOP`; a dash where it is not known."""
+    if math.isnan(count):
+        return "-"
+    power = next((n for n in (4, 3, 2, 1) if count >= 1000**n), 0)
     return f"{count / 1000**power:,.2f} {' kMGT'[power].strip()}{unit}"
 
 
@@ -66,23 +72,25 @@ def work_table(plan: compiled.Plan, chip: Chip | None) -> Table:
     table.add_row("matrix products", *(amount(p.flops, "FLOP") for p in parts))
     table.add_row("memory read and written", *(amount(p.traffic_bytes, "B") for p in parts))
     for kind in sorted({kind for p in parts for kind in p.collectives}):
-        counts = (p.collectives.get(kind, (0, 0.0)) for p in parts)
-        often = (f"{count:,} x, " * (not plan.by_formula) + amount(sent, "B") for count, sent in counts)
-        table.add_row(kind, *often)
+        counts = (p.collectives.get(kind, (0, math.nan)) for p in parts)
+        table.add_row(kind, *(f"{count:,} x, " * (count > 0) + amount(sent, "B") for count, sent in counts))
     if not plan.by_formula:
         table.add_row("compiled in", *(format_seconds(p.compile_seconds) for p in parts))
     if chip is not None:
         for kind in ("compute", "memory", "communication"):
-            table.add_row(
-                f"least time for {kind}", *(format_seconds(least_seconds(p, chip)[kind]) for p in parts)
-            )
+            least = (least_seconds(p, chip)[kind] for p in parts)
+            table.add_row(f"least time for {kind}", *(_seconds(one) for one in least))
         bounds = [least_seconds(p, chip).values() for p in parts]
         table.add_row(
             "roofline: all overlap - none do",
-            *(f"{format_seconds(max(b))} - {format_seconds(sum(b))}" for b in bounds),
+            *("-" if math.isnan(sum(b)) else f"{_seconds(max(b))} - {_seconds(sum(b))}" for b in bounds),
             style="bold",
         )
     return table
+
+
+def _seconds(seconds: float) -> str:
+    return "-" if math.isnan(seconds) else format_seconds(seconds)
 
 
 def devices_of(mesh: Mesh, chip: Chip | None) -> str:
@@ -100,7 +108,7 @@ def least_seconds(program: compiled.Prediction, chip: Chip) -> dict[str, float]:
 
 
 def to_json(options: Any, plan: compiled.Plan, mesh: Mesh, chip: Chip | None) -> dict[str, Any]:
-    """All of it as JSON types.
+    """All of it as JSON types; None for what the compiler did not say.
 
     Args:
       options: what was planned, as a dataclass.
@@ -109,7 +117,7 @@ def to_json(options: Any, plan: compiled.Plan, mesh: Mesh, chip: Chip | None) ->
     if chip is not None and not math.isnan(plan.peak_bytes):
         fits = plan.peak_bytes <= chip.memory_bytes
         fits = None if plan.by_formula and fits else fits  # the formula is a lower bound
-    return {
+    said = {
         "predicted": True,
         "options": option_checks.to_json(options),
         "devices": mesh.size,
@@ -129,6 +137,7 @@ def to_json(options: Any, plan: compiled.Plan, mesh: Mesh, chip: Chip | None) ->
         },
         "jax": jax.__version__,
     }
+    return jax.tree.map(lambda x: None if isinstance(x, float) and math.isnan(x) else x, said)
 
 
 def show(title: str, plan: compiled.Plan, mesh: Mesh, chip: Chip | None) -> None:

@@ -15,7 +15,6 @@ prints the command of each cell instead.
 import dataclasses
 import datetime
 import json
-import math
 import shlex
 import subprocess
 import sys
@@ -192,9 +191,8 @@ def compile_cell(options: Options, row: Row, slice_name: str, lock: threading.Lo
 
 def cell_of(plan: Mapping[str, Any]) -> dict[str, Any]:
     """What the table keeps of a plan."""
-    need = plan["peak_bytes"]
     return {
-        "peak_bytes": None if math.isnan(need) else need,
+        "peak_bytes": plan["peak_bytes"],
         "programs": {
             name: {"seconds": program["roofline_seconds"], "complaints": len(program["complaints"])}
             for name, program in plan["programs"].items()

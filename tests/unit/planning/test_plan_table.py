@@ -2,7 +2,6 @@
 
 import importlib
 import itertools
-import math
 import subprocess
 import threading
 from pathlib import Path
@@ -62,7 +61,7 @@ def test_cells_say_what_was_compiled_and_by_formula_what_was_not(tmp_path):
     assert plan_table.text(options, full, "H100 x 8").startswith(">= ")
     times = {"compute": 1.0, "memory": 2.0, "communication": 0.5}
     programs = {"update": {"roofline_seconds": times, "complaints": []}}
-    said = {90 * 2**30: "no: 90 GiB", 2**30: "1.0 GiB, 2 to 3.5 s", math.nan: "no room, the compiler says"}
+    said = {90 * 2**30: "no: 90 GiB", 2**30: "1.0 GiB, 2 to 3.5 s", None: "no room, the compiler says"}
     for peak_bytes, words in said.items():
         plan = {"peak_bytes": peak_bytes, "programs": programs, "jax": jax.__version__}
         name = plan_table.folder_of(options, lora, "H100 x 8").name

@@ -120,7 +120,7 @@ def test_chips_without_a_name_are_none():
         (3 * 2**20, "3.00 MiB", "3.15 MFLOP"),
         (2**30, "1.00 GiB", "1.07 GFLOP"),
         (2**42, "4,096.00 GiB", "4.40 TFLOP"),
-        (math.nan, "nan", "nan"),
+        (math.nan, "-", "-"),
     ],
 )
 def test_sizes_for_people(count, memory, work):
@@ -195,6 +195,15 @@ def test_a_program_that_finds_no_room(monkeypatch):
     assert plan.peak_bytes == pytest.approx(22.5 * 2**30, abs=2 * small)
     said = plan_tables.verdict(plan, chip_of("TPU v5 lite"))
     assert said == "Does not fit: 22.50 GiB of 15.75 GiB on each device, 6.75 GiB too much."
+    # Of a program without room only the products are known, and nothing is said to take no time.
+    cells = [list(column.cells) for column in plan_tables.work_table(plan, chip_of("TPU v5 lite")).columns]
+    told = dict(zip(*cells, strict=True))
+    assert told["memory read and written"] == told["least time for communication"] == "-"
+    assert told["roofline: all overlap - none do"] == "-"
+    assert told["least time for compute"] != "-"
+    made = plan_tables.to_json(plan_stage.Options(), plan, distributed.make_mesh(), chip_of("TPU v5 lite"))
+    assert made["programs"]["update"]["roofline_seconds"]["memory"] is None
+    json.dumps(made, allow_nan=False)  # no NaN, which is no JSON
 
 
 def test_verdicts_and_json():
@@ -211,6 +220,7 @@ def test_verdicts_and_json():
     assert (least["compute"], least["communication"]) == (1.0, 0.5)
     unknown = dataclasses.replace(prediction, temporary_bytes=math.nan)
     lost = compiled.Plan({}, {"update": unknown}, 0.0)
+    assert plan_tables.verdict(lost, chip).startswith("Does not fit: the compiler found no room")
     assert plan_tables.to_json(plan_stage.Options(), lost, distributed.make_mesh(), chip)["fits"] is None
 
 
