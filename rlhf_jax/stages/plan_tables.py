@@ -113,8 +113,8 @@ def to_json(options: Any, plan: compiled.Plan, mesh: Mesh, chip: Chip | None) ->
     Args:
       options: what was planned, as a dataclass.
     """
-    fits = None
-    if chip is not None and not math.isnan(plan.peak_bytes):
+    fits = False if math.isnan(plan.peak_bytes) else None  # refused, without a number
+    if chip is not None and fits is None:
         fits = plan.peak_bytes <= chip.memory_bytes
         fits = None if plan.by_formula and fits else fits  # the formula is a lower bound
     said = {

@@ -221,7 +221,7 @@ def test_verdicts_and_json():
     unknown = dataclasses.replace(prediction, temporary_bytes=math.nan)
     lost = compiled.Plan({}, {"update": unknown}, 0.0)
     assert plan_tables.verdict(lost, chip).startswith("Does not fit: the compiler found no room")
-    assert plan_tables.to_json(plan_stage.Options(), lost, distributed.make_mesh(), chip)["fits"] is None
+    assert plan_tables.to_json(plan_stage.Options(), lost, distributed.make_mesh(), chip)["fits"] is False
 
 
 @pytest.mark.parametrize(
