@@ -16,7 +16,7 @@ from rlhf_jax.models.vision.config import VisionConfig
 
 Remat = Literal["none", "dots", "attention", "full"]
 AttentionBackend = Literal["auto", "plain", "blocked", "cudnn", "splash", "ring", "ulysses"]
-"""How attention is computed; `models.attend.choose_backend` says when which applies."""
+"""How attention is computed; `models.attention.backends.choose_backend` says when which applies."""
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 """`gelu` is exact; `gelu_tanh` its approximation (Hendrycks & Gimpel 2016, section 2)."""
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import attention_table
 
 from rlhf_jax import models
 from rlhf_jax.data.tokenizers import byte_tokenizer
@@ -133,3 +134,19 @@ def test_memory_of_long_rows_on_a_gpu(tmp_path):
         words = ("--topology", "h100:1", "--mesh", "", "--batch", "1", "--length", length)
         held.append(plan(folder, *words)["programs"]["update"]["temporary_bytes"])
     assert held[1] < 3 * held[0]
+
+
+@pytest.mark.parametrize(
+    "topology", [pytest.param("v5e:2x2", marks=for_tpus), pytest.param("h100:1", marks=for_gpus)]
+)
+def test_no_kind_of_attention_holds_whole_squares(topology):
+    """Compiled apart from the tests' own devices, since the plugins are read before JAX begins."""
+    words = [sys.executable, attention_table.__file__, "--topologies", topology, "--length", "4096"]
+    process = subprocess.run(words, capture_output=True, text=True, timeout=900, check=False)
+    assert process.returncode == 0, process.stderr[-2000:]
+    rows = [line.strip("| ").split(" | ") for line in process.stdout.splitlines()[2:]]
+    assert [row[1] for row in rows] == list(attention_table.LAYERS)
+    square = attention_table.HEADS * 4096**2 * 4 / 2**20
+    for _, name, auto, plain, _ in rows:
+        assert float(plain.replace(",", "")) > square, name
+        assert float(auto.replace(",", "")) < float(plain.replace(",", "")) / 2, name

@@ -58,7 +58,7 @@ class AttentionContext:
         before = ((0, 0), (length, 0))
         positions = jnp.pad(self.key_positions, before).at[:, :length].set(jnp.arange(-length, 0))
         mask = jnp.pad(self.mask, ((0, 0), *before), constant_values=True)
-        return dataclasses.replace(self, key_positions=positions, mask=mask, segment_ids=None)
+        return dataclasses.replace(self, key_positions=positions, mask=mask)
 
 
 def attend(
@@ -127,18 +127,19 @@ def choose_backend(
     `auto` takes cuDNN on NVIDIA GPUs and splash attention on TPUs where they apply, and blocks where they do
     not and everywhere else, so that no whole square of logits is ever held. Reading from a cache, a token at
     a time, is bound by memory and plain. Where the columns are split over devices, keys and values go around
-    in a ring, or heads are exchanged for columns (`ulysses`), which then get what `auto` says.
+    in a ring, or heads are exchanged for columns (`ulysses`), which then get what `auto` says. Values in more
+    columns than there are queries begin with a soft prompt.
 
     Raises:
       UserError: `asked` names a backend that does not apply.
     """
     if context.segment_ids is None:
         return "plain"
-    devices = shards("time", query.shape[1])
+    devices, prompted = shards("time", query.shape[1]), value.shape[1] > query.shape[1]
     if devices > 1 and asked in ("auto", "ring", "ulysses"):
         if asked == "auto":
-            return "plain" if biased else "ring"
-        obstacle = _split_obstacle(asked, query, value, devices, biased)
+            return "plain" if biased or prompted else "ring"
+        obstacle = _prompt_obstacle(prompted) or _split_obstacle(asked, query, value, devices, biased)
         if obstacle:
             raise UserError(f"attention_backend={asked} cannot be used: {obstacle}; choose auto.")
         return asked
@@ -148,9 +149,9 @@ def choose_backend(
     backend = best.get(platform, "blocked") if asked == "auto" else asked
     obstacle = None
     if backend == "cudnn":
-        obstacle = _cudnn_obstacle(query, value, softcap, platform)
+        obstacle = _prompt_obstacle(prompted) or _cudnn_obstacle(query, value, softcap, platform)
     elif backend == "splash":
-        obstacle = _splash_obstacle(biased, platform)
+        obstacle = _prompt_obstacle(prompted) or _splash_obstacle(biased, platform)
     if obstacle is None:
         return backend
     if asked == "auto":
@@ -166,6 +167,13 @@ def _platform() -> str:
     if here == "gpu" and "cuda" not in jax.devices()[0].client.platform_version:
         return "rocm"
     return here
+
+
+def _prompt_obstacle(prompted: bool) -> str | None:
+    """Why a kernel for whole rows cannot serve columns before the first token, if there are any."""
+    if prompted:
+        return "its rows begin with their first token, and this adapter puts a prompt before it"
+    return None
 
 
 def _cudnn_obstacle(query: Array, value: Array, softcap: float | None, platform: str) -> str | None:

@@ -23,24 +23,25 @@ MOST_BLOCKS = 16  # they are unrolled: more would take long to compile
 
 def blocked_attention(
     query: Float[Array, "B T H d"],
-    key: Float[Array, "B T K d"],
-    value: Float[Array, "B T K v"],
-    mask: Bool[Array, "B T T"],
+    key: Float[Array, "B S K d"],
+    value: Float[Array, "B S K v"],
+    mask: Bool[Array, "B T S"],
     *,
     scale: float,
     softcap: float | None = None,
-    bias: Float[Array, "B H T T"] | None = None,
+    bias: Float[Array, "B H T S"] | None = None,
     window: int | None = None,
 ) -> Float[Array, "B T H v"]:
     """`plain_attention` of whole rows in blocks. The mask is causal; columns of a segment follow one another.
 
+    The columns that there are more than queries come first, and any token may see them (a soft prompt).
     The bias is taken for a constant: it gets no gradient.
     """
     batch, time, heads, width = query.shape
     kv_heads = key.shape[2]
     scaled = (query * jnp.asarray(scale, query.dtype)).reshape(batch, time, kv_heads, -1, width)
     if bias is not None:
-        bias = bias.reshape(batch, kv_heads, -1, time, time)
+        bias = bias.reshape(batch, kv_heads, -1, *bias.shape[2:])
     outputs: Array = _blocked(  # pyright: ignore[reportAssignmentType] (custom_vjp hides the type)
         softcap,
         window,
@@ -58,21 +59,25 @@ def _blocked(
     softcap: float | None,
     window: int | None,
     query: Float[Array, "B K G T d"],
-    key: Float[Array, "B K T d"],
-    value: Float[Array, "B K T v"],
-    mask: Bool[Array, "B 1 1 T T"],
-    bias: Float[Array, "B K G T T"] | None,
+    key: Float[Array, "B K S d"],
+    value: Float[Array, "B K S v"],
+    mask: Bool[Array, "B 1 1 T S"],
+    bias: Float[Array, "B K G T S"] | None,
 ) -> Float[Array, "B K G T v"]:
     return _forward(softcap, window, query, key, value, mask, bias)[0]
 
 
-def _blocks(time: int, window: int | None) -> list[tuple[slice, slice]]:
-    """Each block's queries and the columns that any of them sees."""
-    size = max(BLOCK, -(-time // MOST_BLOCKS))
+def _blocks(mask: Bool[Array, "B 1 1 T S"], window: int | None) -> list[tuple[slice, slice]]:
+    """Each block's queries and the columns that any of them sees, which begin with those of a prompt."""
+    time, columns = mask.shape[3:]
+    before, size = columns - time, max(BLOCK, -(-time // MOST_BLOCKS))
     starts = range(0, time, size)
     stops = [min(start + size, time) for start in starts]
-    firsts = [0 if window is None else max(0, start - window + 1) for start in starts]
-    return [(slice(*rows), slice(first, rows[1])) for *rows, first in zip(starts, stops, firsts, strict=True)]
+    firsts = [0 if window is None or before else max(0, start - window + 1) for start in starts]
+    return [
+        (slice(*rows), slice(first, before + rows[1]))
+        for *rows, first in zip(starts, stops, firsts, strict=True)
+    ]
 
 
 def _logits(softcap, query, key, mask, bias) -> tuple[Float[Array, "B K G t s"], Array | float]:
@@ -90,7 +95,7 @@ def _logits(softcap, query, key, mask, bias) -> tuple[Float[Array, "B K G t s"],
 
 def _forward(softcap, window, query, key, value, mask, bias) -> tuple[Array, tuple]:
     outputs, log_totals = [], []
-    for rows, seen in _blocks(query.shape[3], window):
+    for rows, seen in _blocks(mask, window):
         slanted = None if bias is None else bias[..., rows, seen]
         logits, _ = _logits(softcap, query[..., rows, :], key[:, :, seen], mask[..., rows, seen], slanted)
         highest = jnp.max(logits, axis=-1, keepdims=True)
@@ -115,7 +120,7 @@ def _backward(softcap, window, kept, gradient) -> tuple:
     query_gradients = []
     key_gradient, value_gradient = jnp.zeros(key.shape, wide), jnp.zeros(value.shape, wide)
     product = functools.partial(jnp.einsum, preferred_element_type=wide)
-    for rows, seen in _blocks(query.shape[3], window):
+    for rows, seen in _blocks(mask, window):
         slanted = None if bias is None else bias[..., rows, seen]
         part, pull = query[..., rows, :], gradient[..., rows, :]
         logits, slope = _logits(softcap, part, key[:, :, seen], mask[..., rows, seen], slanted)

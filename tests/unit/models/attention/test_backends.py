@@ -98,6 +98,22 @@ def test_blocks(window, softcap, biased):
     _assert_same(call, arrays, context, window=window, **options)
 
 
+@pytest.mark.parametrize("window", [None, 20])
+def test_blocks_behind_a_soft_prompt(window):
+    """Columns before the first token are seen by every block, those of a window only from near."""
+    arrays, context = _case([[1] * 140, [0] * 20 + [1] * 120, [1] * 60 + [2] * 60 + [0] * 20], width=4)
+    query, *own = arrays
+    soft = [jax.random.normal(jax.random.key(n), (3, 5, 2, 4)) for n in (1, 2)]
+    key, value = (jnp.concatenate(both, axis=1) for both in zip(soft, own, strict=True))
+    behind = context.behind_prompt(5)
+    bias = -0.1 * jnp.arange(1, 5)[:, None, None] * behind.distance()[:, None]
+    for slanted in (None, bias):
+        call = functools.partial(
+            blocked_attention, mask=behind.seen(window), window=window, scale=0.3, bias=slanted
+        )
+        _assert_same(call, (query, key, value), behind, window=window, scale=0.3, bias=slanted)
+
+
 def test_blocks_in_bfloat16_are_as_close_as_the_plain_way():
     arrays, context = _case([FULL, PACKED])
     exact = plain_attention(*arrays, context.mask, scale=0.3)
@@ -156,7 +172,14 @@ def test_on_tpus_the_splash_kernel_is_called(monkeypatch):
     assert "tpu_custom_call" not in _lowered(dataclasses.replace(CONFIG, attention_backend="plain"), "tpu")
 
 
-BF16 = {"dtype": jnp.bfloat16, "width": 64, "value_width": 64, "softcap": None, "biased": False}
+BF16 = {
+    "dtype": jnp.bfloat16,
+    "width": 64,
+    "value_width": 64,
+    "softcap": None,
+    "biased": False,
+    "prompted": 0,
+}
 
 
 @pytest.mark.parametrize(
@@ -183,12 +206,18 @@ BF16 = {"dtype": jnp.bfloat16, "width": 64, "value_width": 64, "softcap": None, 
         ("cudnn", "gpu", {"value_width": 32}, "here they are 32 and 64"),
         ("splash", "cpu", {}, "needs a TPU, and this runs on cpu"),
         ("splash", "tpu", {"biased": True}, r"no bias of logits.*choose auto"),
+        ("auto", "gpu", {"prompted": 3}, "blocked"),
+        ("auto", "tpu", {"prompted": 3}, "blocked"),
+        ("plain", "tpu", {"prompted": 3}, "plain"),
+        ("cudnn", "gpu", {"prompted": 3}, "this adapter puts a prompt before it"),
+        ("splash", "tpu", {"prompted": 3}, "this adapter puts a prompt before it"),
     ],
 )
 def test_the_choice(asked, platform, change, expected):
     case = {**BF16, **change}
     query = jax.ShapeDtypeStruct((2, 8, 4, case["width"]), case["dtype"])
-    value = jax.ShapeDtypeStruct((2, 8, 4, case["value_width"]), case["dtype"])
+    columns = 8 + case["prompted"]
+    value = jax.ShapeDtypeStruct((2, columns, 4, case["value_width"]), case["dtype"])
     nothing = jnp.zeros(0, jnp.int32)
     context = AttentionContext(nothing, nothing, nothing, nothing, segment_ids=nothing, present=nothing)
 
