@@ -7,8 +7,8 @@ import os
 import subprocess
 import sys
 
-import pytest
 import attention_table
+import pytest
 
 from rlhf_jax import models
 from rlhf_jax.data.tokenizers import byte_tokenizer
