@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.core.protocols import DecodeFn, PrefillFn
 from rlhf_jax.core.trees import pytree_dataclass
-from rlhf_jax.core.types import Array, Bool, Float, Int, Params, Rollout, Scalar
+from rlhf_jax.core.types import Array, Bool, Float, Images, Int, Params, Rollout, Scalar
 from rlhf_jax.generation.caches import row_axes, take_rows
 from rlhf_jax.generation.loop import Generation, append_token, assemble, run_loop, start
 from rlhf_jax.generation.processors import Context
@@ -118,6 +118,7 @@ def beam_search(
     early_stopping: EarlyStopping = False,
     best: int = 1,
     sampling: Sampling = Sampling(),
+    images: Images | None = None,
 ) -> tuple[Rollout, Float[Array, "B n"]]:
     """The answers of the highest score that a search of limited width finds.
 
@@ -135,6 +136,7 @@ def beam_search(
         to end now, is below the worst of them. "never": once it is below even at its greatest length.
       best: answers returned of each prompt, at most beams x groups.
       sampling: the rules; their temperature scales log-probs and nothing is drawn.
+      images: of each prompt, where its tokens hold places for them.
 
     Returns:
       (rollout of B x best rows, best first, those of a prompt together; scores). A score is -inf where the
@@ -151,6 +153,7 @@ def beam_search(
         max_new_tokens=max_new_tokens,
         pad_id=pad_id,
         group_size=beams * groups,
+        images=images,
     )
 
     def empty_cache(rows: int) -> Any:

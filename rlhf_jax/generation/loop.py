@@ -298,8 +298,8 @@ def generate(
 def make_stream(
     prefill: PrefillFn, decode: DecodeFn, *, max_new_tokens: int, eos_id: int, pad_id: int
 ) -> Callable[..., Iterator[Rollout]]:
-    """`stream(params, prompts, prompt_mask, key, sampling)`: what `generate` samples, after every token. The
-    steps are the same, each a call from the host; they are compiled once for each shape.
+    """`stream(params, prompts, prompt_mask, key, sampling, images)`: what `generate` samples, after every
+    token. The steps are the same, each a call from the host; they are compiled once for each shape.
     """
     begin = jax.jit(functools.partial(start, prefill, max_new_tokens=max_new_tokens, pad_id=pad_id))
 
@@ -317,9 +317,10 @@ def make_stream(
         prompt_mask: Bool[Array, "B P"],
         key: PRNGKeyArray | Key[Array, "B"],
         sampling: Sampling = Sampling(),
+        images: Images | None = None,
     ) -> Iterator[Rollout]:
         keys = row_keys(key, prompts.shape[0]) if key.ndim == 0 else key
-        rows = begin(params, prompts, prompt_mask, keys, sampling)
+        rows = begin(params, prompts, prompt_mask, keys, sampling, images=images)
         while np.any(rows.running()):
             rows, rollout = step(params, rows, sampling)
             yield rollout

@@ -21,7 +21,8 @@ from rlhf_jax.models import Policy
 from rlhf_jax.training.loading import load
 
 Decode = Callable[..., tuple[Rollout, np.ndarray | None]]
-"""(prompts, mask, key) -> rollout of `count` rows a prompt, and their scores where the search has any."""
+"""(prompts, mask, key, images or None) -> rollout of `count` rows a prompt, and their scores where the search
+has any."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,24 +141,24 @@ def answer_rules(model: Policy, *, stop: Sequence[str], regex: str, json_schema:
 def make_decode(
     decoder: Decoder, model: Policy, rules: Sampling, *, count: int, max_new_tokens: int
 ) -> Decode:
-    """`decode(tokens, mask, key) -> (rollout, scores or None)`, `count` rows a prompt."""
+    """`decode(tokens, mask, key, images) -> (rollout, scores or None)`, `count` rows a prompt."""
     tokenizer = model.tokenizer
     ends = {"max_new_tokens": max_new_tokens, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
     if isinstance(decoder, Sample):
         sample = functools.partial(generation.generate, *sampler_fns(decoder, model))
         sampling = sampling_of(decoder, rules)
         compiled = jax.jit(functools.partial(sample, group_size=count, sampling=sampling, **ends))
-        return lambda tokens, mask, key: (compiled(model.params, tokens, mask, key), None)
+        return lambda *inputs: (compiled(model.params, *inputs[:3], images=inputs[3]), None)
     if isinstance(decoder, Contrastive):
         fns = models.make_hidden_decode_fns(model.architecture)
         search = functools.partial(generation.contrastive_search, *fns, sampling=rules, **ends)
         compiled = jax.jit(functools.partial(search, **dataclasses.asdict(decoder)))
-        return lambda tokens, mask, key: (compiled(model.params, tokens, mask), None)
+        return lambda tokens, mask, key, images: (compiled(model.params, tokens, mask), None)
     prefill, decode = model.prefill, model.decode
     if isinstance(decoder, Beam):
         search = functools.partial(generation.beam_search, prefill, decode, sampling=rules, **ends)
         compiled = jax.jit(functools.partial(search, best=count, **dataclasses.asdict(decoder)))
-        return lambda tokens, mask, key: compiled(model.params, tokens, mask)
+        return lambda tokens, mask, key, images: compiled(model.params, tokens, mask, images=images)
     speculate = functools.partial(
         generation.speculative_decode,
         prefill,
@@ -168,11 +169,16 @@ def make_decode(
     )
     compiled = jax.jit(speculate)
 
-    def repeated(tokens: np.ndarray, mask: np.ndarray, key: Any) -> tuple[Rollout, None]:
+    def repeated(tokens: np.ndarray, mask: np.ndarray, key: Any, images: None) -> tuple[Rollout, None]:
         rows = tokens.repeat(count, axis=0), mask.repeat(count, axis=0)
         return compiled(model.params, *rows, key)[0], None
 
     return repeated
+
+
+def sees(decoder: Decoder) -> bool:
+    """True where the decoder reads images of prompts."""
+    return isinstance(decoder, Beam) or (isinstance(decoder, Sample) and not decoder.dola)
 
 
 def sampling_of(decoder: Sample, rules: Sampling) -> Sampling:

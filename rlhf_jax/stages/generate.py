@@ -4,6 +4,7 @@
     rlhf generate --model runs/sft --prompt "5+4+3+0+5=?" --n 4 sample --temperature 0.7
     rlhf generate --model runs/grpo --file problems.jsonl --json beam --beams 8
     rlhf generate --model ~/Llama-3.2-1B-Instruct speculative --draft prompt
+    rlhf generate --model ~/SmolVLM-256M-Instruct --image cat.png --prompt "What is this?"
 
 `--model` is a run folder or a Hugging Face folder. Without `--prompt` or `--file` it chats; in a terminal,
 a sampled answer is shown as it comes. The decoder is named last, with options of its own.
@@ -24,15 +25,16 @@ import tyro
 from rlhf_jax import generation
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.ranges import Length, PositiveInt, Seed
-from rlhf_jax.core.types import Rollout
+from rlhf_jax.core.types import Images, Rollout
 from rlhf_jax.data.chat import encode_prompt
-from rlhf_jax.data.content_parts import refuse_images
-from rlhf_jax.data.examples import prompt_examples
-from rlhf_jax.data.packing import bucket_batches, left_pad, length_bucket
-from rlhf_jax.data.sources import read_rows
+from rlhf_jax.data.content_parts import load_images, refuse_images
+from rlhf_jax.data.examples import PromptExample, prompt_examples
+from rlhf_jax.data.packing import bucket_batches, left_pad, length_bucket, stack_images
+from rlhf_jax.data.sources import Row, read_rows
 from rlhf_jax.generation import Sampling, row_keys
 from rlhf_jax.models import Policy
 from rlhf_jax.rewards.verifiers import final_number
+from rlhf_jax.rollout.sampler import most_images
 from rlhf_jax.search import majority_vote
 from rlhf_jax.stages import decoders, option_checks
 from rlhf_jax.stages.decoders import Beam, Contrastive, Decode, Decoder, Sample
@@ -46,6 +48,7 @@ class Options:
     Attributes:
       model: the policy: a run folder, a Hugging Face folder, a GGUF file or a name in the hub cache.
       prompt: a user's message.
+      image: images that stand before it, or before the first message of a chat: files, data URLs or base64.
       file: rows with `prompt`, `question` or `messages`: a path, or tfds:NAME[:SPLIT].
       raw: give the model the prompt as it stands, without the chat template.
       n: answers to each prompt.
@@ -62,6 +65,7 @@ class Options:
 
     model: str
     prompt: str = ""
+    image: tuple[str, ...] = ()
     file: str = ""
     raw: bool = False
     n: PositiveInt = 1
@@ -81,6 +85,13 @@ def check(options: Options) -> None:
     option_checks.check_numbers(options)
     if options.prompt and options.file:
         raise UserError("--prompt and --file exclude each other: give one of them")
+    if options.image and (options.file or options.raw):
+        other = "--file" if options.file else "--raw"
+        raise UserError(
+            f"--image and {other} exclude each other: rows bring their own images, and raw text has none"
+        )
+    if options.image and not decoders.sees(options.decoder):
+        raise UserError("--image is read by sample (without --dola) and beam: choose one of them")
     if options.regex and options.json_schema:
         raise UserError("--regex and --json-schema exclude each other: give one of them")
     decoder = options.decoder
@@ -178,17 +189,19 @@ def held_back(text: str, stops: Sequence[str]) -> int:
     )
 
 
-def make_stream(options: Options, model: Policy, decoder: Sample) -> Callable[[Sequence[int], Any], str]:
-    """`answer(ids, key)` prints an answer as it is sampled and returns it."""
+def make_stream(
+    options: Options, model: Policy, decoder: Sample
+) -> Callable[[Sequence[int], Any, Images | None], str]:
+    """`answer(ids, key, images)` prints an answer as it is sampled and returns it."""
     sampling = decoders.sampling_of(decoder, rules(options, model))
     ends = {"eos_id": model.tokenizer.eos_id, "pad_id": model.tokenizer.pad_id}
     fns = decoders.sampler_fns(decoder, model)
     stream = generation.make_stream(*fns, max_new_tokens=options.max_new_tokens, **ends)
 
-    def answer(ids: Sequence[int], key: Any) -> str:
+    def answer(ids: Sequence[int], key: Any, images: Images | None) -> str:
         inputs = map(jnp.asarray, left_pad([ids], length_bucket(len(ids)), pad_id=model.tokenizer.pad_id))
         text, shown = "", 0
-        for rollout in stream(model.params, *inputs, key, sampling):
+        for rollout in stream(model.params, *inputs, key, sampling, images):
             kept = np.asarray(rollout.sequences.mask[0])
             whole = model.tokenizer.decode(np.asarray(rollout.sequences.tokens[0])[kept])
             text = generation.cut_at_stop(whole, options.stop)
@@ -205,7 +218,8 @@ def make_stream(options: Options, model: Policy, decoder: Sample) -> Callable[[S
 
 def chat(options: Options, model: Policy) -> None:
     """Answers line by line until the input ends."""
-    messages: list[dict[str, str]] = []
+    messages: list[dict[str, Any]] = []
+    seen = None
     decoder = options.decoder
     answer = make_stream(options, model, decoder) if isinstance(decoder, Sample) else None
     decode = make_decode(options, model)
@@ -217,13 +231,15 @@ def chat(options: Options, model: Policy) -> None:
             messages = []
             continue
         messages.append({"role": "user", "content": line})
-        ids = encode_prompt(model.tokenizer, messages)
+        if options.image and len(messages) == 1:
+            messages, seen = load_images(model.tokenizer, messages, {"images": list(options.image)})
+        ids, images = encode_prompt(model.tokenizer, messages), stack_images([[seen]])
         key = jax.random.fold_in(jax.random.key(options.seed), turn)
         if answer is not None:
-            text = answer(ids, key)
+            text = answer(ids, key, images)
         else:
             tokens, mask = left_pad([ids], length_bucket(len(ids)), pad_id=model.tokenizer.pad_id)
-            text = describe(options, model, *decode(tokens, mask, key))[0]["text"]
+            text = describe(options, model, *decode(tokens, mask, key, images))[0]["text"]
             print(text)
         messages.append({"role": "assistant", "content": text})
 
@@ -236,22 +252,24 @@ def read_line(interactive: bool) -> str | None:
         return None
 
 
-def read_prompts(options: Options, model: Policy) -> list[tuple[str, list[int]]]:
-    """(text, ids) of every prompt."""
-    if options.file:
-        rows = read_rows(options.file)
-        if options.raw:
-            texts = [row.fields.get("prompt") for row in rows]
-            for row, text in zip(rows, texts, strict=True):
-                if not isinstance(text, str):
-                    raise UserError(f"{row.where}: --raw needs a text `prompt` in every row")
-            return [(str(text), model.tokenizer.encode(str(text))) for text in texts]
-        found = prompt_examples(rows, model.tokenizer, max_length=1 << 30)
-        refuse_images(found, "--file of rlhf generate")
-        return [(example.text, example.ids.tolist()) for example in found]
+def read_prompts(options: Options, model: Policy) -> list[PromptExample]:
+    """The prompts, with their images."""
+    rows = read_rows(options.file) if options.file else [Row({"prompt": options.prompt}, "--prompt")]
     if options.raw:
-        return [(options.prompt, model.tokenizer.encode(options.prompt))]
-    return [(options.prompt, encode_prompt(model.tokenizer, options.prompt))]
+        return [_raw_prompt(row, model) for row in rows]
+    if options.image:
+        rows = [Row({**row.fields, "images": list(options.image)}, "--image") for row in rows]
+    found = prompt_examples(rows, model.tokenizer, max_length=1 << 30)
+    if not decoders.sees(options.decoder):
+        refuse_images(found, "a decoder other than beam, and than sample without --dola,")
+    return found
+
+
+def _raw_prompt(row: Row, model: Policy) -> PromptExample:
+    text = row.fields.get("prompt")
+    if not isinstance(text, str):
+        raise UserError(f"{row.where}: --raw needs a text `prompt` in every row")
+    return PromptExample(np.array(model.tokenizer.encode(text), np.int32), text, row.fields, row.where)
 
 
 def run(options: Options) -> None:
@@ -264,17 +282,23 @@ def run(options: Options) -> None:
     prompts = read_prompts(options, model)
     decoder, plain = options.decoder, not (options.json or options.logprobs)
     if isinstance(decoder, Sample) and options.n == len(prompts) == 1 and plain and sys.stdout.isatty():
-        make_stream(options, model, decoder)(prompts[0][1], jax.random.key(options.seed))
+        images = stack_images([[prompts[0].images]])
+        make_stream(options, model, decoder)(prompts[0].ids.tolist(), jax.random.key(options.seed), images)
         return
     decode, key = make_decode(options, model), jax.random.key(options.seed)
     answers: dict[int, list[dict[str, Any]]] = {}
-    for columns, places in bucket_batches([len(ids) for _, ids in prompts], size=min(32, len(prompts))):
-        ids = [prompts[place][1] for place in places]
-        tokens, mask = left_pad(ids, columns, pad_id=model.tokenizer.pad_id)
+    processor = model.tokenizer.image_processor
+    room = {"number": most_images(prompts), "size": processor and processor.size}
+    lengths = [len(prompt.ids) for prompt in prompts]
+    for columns, places in bucket_batches(lengths, size=min(32, len(prompts))):
+        chosen = [prompts[place] for place in places]
+        tokens, mask = left_pad([p.ids.tolist() for p in chosen], columns, pad_id=model.tokenizer.pad_id)
+        images = stack_images([[p.images] for p in chosen], **room)
         # What is drawn for a prompt does not depend on the batch that it is in.
         keys = [row_keys(key, options.n, first=place * options.n) for place in places]
-        found = describe(options, model, *decode(tokens, mask, jnp.concatenate(keys)))
+        found = describe(options, model, *decode(tokens, mask, jnp.concatenate(keys), images))
         for row, place in enumerate(places):
             answers[place] = found[row * options.n : (row + 1) * options.n]
-    for place, (text, _) in enumerate(prompts):
-        show(options, model, text, voted(answers[place]) if options.majority_vote else answers[place])
+    for place, prompt in enumerate(prompts):
+        voters = answers[place]
+        show(options, model, prompt.text, voted(voters) if options.majority_vote else voters)

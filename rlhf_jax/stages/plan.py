@@ -54,7 +54,7 @@ class Options:
       topology: the slice of TPUs, its shape in chips: v5e:8x8, v5p:4x4x4; or NVIDIA GPUs and how many:
         h100:8, h200:64, b200:8; empty for the devices here.
       chip: make the plan by formula, for this kind of chip, and compile nothing: what memory is needed at
-        least, and about what work.
+        least, and about what work; None compiles.
       batch: rows a step: conversations of SFT, pairs of DPO, answers of GRPO and PPO.
       length: tokens a row; of GRPO and PPO, prompt and answer together.
       new_tokens: of an answer, where answers are sampled.

@@ -1,16 +1,19 @@
 """Images through the stages: from the command and from Python, into run folders and back."""
 
+import io
 import json
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 import rlhf_jax as rj
 from rlhf_jax import models
 from rlhf_jax.cli.commands import main
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.models.vision.config import VisionConfig
+from rlhf_jax.stages import generate
 from rlhf_jax.tasks import shapes
 
 SIZES = {"batch_size": 4, "steps": 2, "quiet": True}
@@ -51,6 +54,51 @@ def test_sft_from_the_command_reads_images_of_rows_and_leaves_a_policy_that_sees
     assert loaded.config.vision.image_size == 24
     asked = [{"role": "user", "content": [{"type": "image", "image": rows[0]["images"][0]}]}]
     assert isinstance(loaded.chat(asked, max_new_tokens=2), str)
+
+
+@pytest.fixture
+def say(policy, tmp_path, monkeypatch, capsys):
+    """`rlhf generate` of the policy, from a folder with two images and rows that show them."""
+    monkeypatch.setattr(generate, "load", lambda _: policy)
+    monkeypatch.chdir(tmp_path)
+    for place, name in enumerate(("first.png", "second.png")):
+        Image.fromarray(HELD[place]["images"][0]).save(name)
+
+    def run(*words, typed=""):
+        monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+        main(["generate", "--model", "here", "--max-new-tokens", "3", *words])
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_generate_answers_to_images(say, policy, tmp_path):
+    """By a flag, in rows and in a chat: what the policy's own `chat` says to the same image."""
+    question = HELD[0]["prompt"]
+    greedy = ("--json", "sample", "--temperature", "0")
+    asked = ("--prompt", question, "--image")
+    first, second = (json.loads(say(*asked, name, *greedy)) for name in ("first.png", "second.png"))
+    parts = [{"type": "image", "image": "first.png"}, {"type": "text", "text": question}]
+    expected = policy.chat([{"role": "user", "content": parts}], max_new_tokens=3, temperature=0.0)
+    assert first["answers"][0]["text"] == expected
+    assert first["answers"][0]["logp"] != second["answers"][0]["logp"]
+    rows = [{"prompt": question, "images": ["second.png"]}, {"prompt": question}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seen, unseen = (json.loads(line) for line in say("--file", "rows.jsonl", *greedy).splitlines())
+    assert seen["answers"][0]["logp"] == pytest.approx(second["answers"][0]["logp"], abs=1e-4)
+    assert unseen["answers"][0]["logp"] != pytest.approx(seen["answers"][0]["logp"], abs=1e-4)
+    spoken = say("--image", "first.png", *greedy[1:], typed=f"{question}\n\n{question}\n")
+    assert spoken == f"{expected}\n" * 2
+
+
+@pytest.mark.slow
+def test_beams_see_images(say):
+    asked = ("--prompt", HELD[0]["prompt"], "--json", "--image")
+    scores = {
+        name: json.loads(say(*asked, name, "beam"))["answers"][0]["score"]
+        for name in ("first.png", "second.png")
+    }
+    assert scores["first.png"] != scores["second.png"]
 
 
 @pytest.mark.slow
