@@ -71,11 +71,12 @@ from rlhf_jax.models.logprob_fns import (
     shift,
 )
 from rlhf_jax.models.mtp import init_model as init_params, param_shapes
-from rlhf_jax.models.policy import Policy, ScalarModel, Source, make_policy
+from rlhf_jax.models.policy import Policy, Source, make_policy
 from rlhf_jax.models.positions import Alibi, LinearScaling, Llama3Scaling, Rope, YarnScaling, ntk_theta
 from rlhf_jax.models.presets import Preset, preset_config
 from rlhf_jax.models.reconfiguring import default_dtype, reconfigure, scans_by_default
 from rlhf_jax.models.router_stats import has_routers, rebalance
+from rlhf_jax.models.scalar_model import ScalarModel
 from rlhf_jax.models.wrap import wrap
 
 __all__ = [
