@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import jax
 
 from rlhf_jax import distributed
+from rlhf_jax.cli.options import flags_of
 from rlhf_jax.cli.output import whole_output
 from rlhf_jax.cli.parsing import parse, with_plain_resume
 from rlhf_jax.core.axes import GATHERED_SAMPLING, axis_rules
@@ -52,8 +53,8 @@ def run_command(
     """
     sys.unraisablehook = _print_unless_late
     logging.getLogger("asyncio").addFilter(is_not_late)
+    words = sys.argv[1:] if arguments is None else arguments
     try:
-        words = sys.argv[1:] if arguments is None else arguments
         options = parse(options_type, words, name=name, text=description)
         choose_threads(side_by_side=side_by_side)
         use_compile_cache()
@@ -70,10 +71,12 @@ def run_command(
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except Interrupted:
-        print(_how_to_resume(), file=sys.stderr)
+        print(f"To go on: {_resumed_command()}", file=sys.stderr)
         raise
     except KeyboardInterrupt:
-        print(f"Stopped at once; what was saved before is kept. {_how_to_resume()}", file=sys.stderr)
+        resumes = "--resume" in flags_of(options_type) and "--plan" not in words
+        how = f"; what was saved before is kept. To go on: {_resumed_command()}" if resumes else "."
+        print(f"Stopped{how}", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if jax.process_count() == 1:
@@ -149,6 +152,6 @@ def _print_unless_late(report: Any) -> None:
         sys.__unraisablehook__(report)
 
 
-def _how_to_resume() -> str:
+def _resumed_command() -> str:
     words = [word for word in with_plain_resume(command_words()) if word not in ("--resume", "--no-resume")]
-    return f"To go on: {shlex.join([*words, '--resume'])}"
+    return shlex.join([*words, "--resume"])

@@ -88,8 +88,10 @@ def describe_mesh(mesh: Mesh | AbstractMesh, kind: str = "") -> str:
       kind: of the devices, where the mesh has none; empty for what the mesh says.
     """
     axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
-    kind = kind or (mesh.devices.flat[0].device_kind if isinstance(mesh, Mesh) else "of no kind")
-    return f"{axes} ({mesh.size} devices: {kind})" if axes else f"one device ({kind})"
+    kind = kind or (mesh.devices.flat[0].device_kind if isinstance(mesh, Mesh) else "")
+    count = f"{mesh.size} devices" if axes else "one device"
+    kind = (f": {kind}" if axes else f" ({kind})") if kind else ""
+    return f"{axes} ({count}{kind})" if axes else f"{count}{kind}"
 
 
 def current_mesh() -> Mesh:

@@ -98,6 +98,19 @@ def local_checkpoint(path: str | os.PathLike[str]) -> Path:
     return find(os.fspath(path)) if find else files.as_local(path, "published models are read")
 
 
+def load_architecture(path: str | os.PathLike[str]) -> ModelConfig:
+    """The architecture of a published model, of which nothing but its description is read.
+
+    Raises:
+      UserError: as `load_checkpoint`.
+    """
+    place = local_checkpoint(path)
+    if kind_of_checkpoint(place) != "gguf":
+        return hf.load_config(place)
+    with whole_gguf(place):
+        return GgufFile(place).config()
+
+
 def load_checkpoint(
     path: str | os.PathLike[str],
     *,

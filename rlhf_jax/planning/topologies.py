@@ -22,10 +22,13 @@ def topology_devices(name: str) -> list[Any]:
     Raises:
       UserError: their compiler is not installed, or knows no such devices.
     """
+    name = name.lower()
     if found := re.fullmatch(r"([a-z0-9]+):(\d+)", name):
         return _gpus(name, found[1], int(found[2]))
     if not re.fullmatch(r"[a-z0-9]+:\d+(x\d+){1,2}", name):
         raise UserError(f"--topology {name!r} is not understood: {_EXAMPLE}")
+    if name.partition(":")[0] in GPU_TARGETS:
+        raise UserError(f"--topology {name}: GPUs have no shape, only a number: {_EXAMPLE}")
     return _tpus(name)
 
 

@@ -361,7 +361,7 @@ def prepare(
 
 def plan(options: Options) -> None:
     """Prints what a step needs, and runs none."""
-    planned_runs.show_plan(*planned_step(options))
+    planned_runs.show_plan(options, planned_step)
 
 
 def planned_step(options: Options) -> tuple[Session, Step]:

@@ -1,12 +1,14 @@
 """Edges of a stage: compiled updates, the run folder's files, reports, and what is printed."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from rlhf_jax import distributed
+from rlhf_jax.core import files
 from rlhf_jax.core.axes import mesh_size
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.files import write_json
@@ -19,7 +21,7 @@ from rlhf_jax.data.tokenizers import Tokenizer
 from rlhf_jax.metrics import Logger, make_loggers, write_report
 from rlhf_jax.models import Policy
 from rlhf_jax.rollout.packed_rows import Layout, layouts_of_batch
-from rlhf_jax.stages.option_checks import to_json
+from rlhf_jax.stages.option_checks import differing_options, to_json
 from rlhf_jax.stages.option_groups import RunOptions
 from rlhf_jax.training.run_folder import Adaptation, Kind, describe_run, write_model_files
 
@@ -79,7 +81,18 @@ def start(
     if not distributed.is_main_process():
         return
     write_model_files(run.out, model, kind, adaptation)
+    drop_plan_of_another(options, run.out / PLAN)
     describe_run(run.out, to_json(options), stage=stage, parameters=_size(model))
+
+
+def drop_plan_of_another(options: Any, path: Path) -> None:
+    """Removes the plan that was made in this folder, where it is that of another computation."""
+    if not files.is_file(path):
+        return
+    planned = files.read_json(path, keys=("options",), remedy="remove it")["options"]
+    if differing_options(options, planned):
+        files.remove_file(path)
+        files.forget_digests(path.parent, path.name)
 
 
 def loggers(options: Any, stage: str) -> list[Logger]:
@@ -88,6 +101,8 @@ def loggers(options: Any, stage: str) -> list[Logger]:
     return make_loggers(run.log, run.out, stage=stage, config=to_json(options), resume=run.resume)
 
 
+PLAN = "plan.json"
+"""The plan of a run, in its folder."""
 Left = Literal["policy", "reward_model", "process_reward", "other"]
 """What a stage leaves, and so what can be done with it."""
 _NEXT: dict[Left, tuple[tuple[str, str], ...]] = {

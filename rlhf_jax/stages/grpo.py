@@ -277,7 +277,7 @@ def run(options: Options, given: Given = NOTHING) -> Trained:
 
 def plan(options: Options) -> None:
     """Prints what a step needs, and runs none."""
-    planned_runs.show_plan(*planned_step(options))
+    planned_runs.show_plan(options, planned_step)
 
 
 def planned_step(options: Options) -> tuple[Session, Step]:

@@ -111,19 +111,26 @@ def check(options: Any, run: "RunOptions", stage: str) -> None:
     """
     check_numbers(options)
     make_loggers(run.log, run.out, stage=stage)  # refuses names that are none, before anything is read
-    if not run.plan:
-        check_same_options(options, read_held_run(run.out, stage, resume=run.resume), run.out)
+    held = read_held_run(run.out, stage, resume=run.resume or bool(run.plan))
+    check_same_options(options, held, run.out, "--plan" if run.plan else "--resume")
 
 
-def check_same_options(options: Any, held: Mapping[str, Any], out: Path) -> None:
-    """Raises: UserError where a resumed run would compute something else than the one in `out` does."""
+def differing_options(options: Any, held: Mapping[str, Any]) -> list[str]:
+    """Flags by which two runs compute something else."""
     ours, theirs = flags(to_json(options)), flags(held)
-    for name in sorted(theirs.keys() & ours.keys() - set(_MAY_DIFFER)):
-        if ours[name] != theirs[name]:
-            raise UserError(
-                f"{out}: its run has {name} {_shown(theirs[name])}, not {_shown(ours[name])}: "
-                "give --resume the same options, or choose another --out"
-            )
+    return [
+        name for name in sorted(theirs.keys() & ours.keys() - set(_MAY_DIFFER)) if ours[name] != theirs[name]
+    ]
+
+
+def check_same_options(options: Any, held: Mapping[str, Any], out: Path, flag: str = "--resume") -> None:
+    """Raises: UserError where a run with `flag` would compute something else than the one in `out` does."""
+    ours, theirs = flags(to_json(options)), flags(held)
+    for name in differing_options(options, held)[:1]:
+        raise UserError(
+            f"{out}: its run has {name} {_shown(theirs[name])}, not {_shown(ours[name])}: "
+            f"give {flag} the same options, or choose another --out"
+        )
     _check_same_schedule(ours, theirs, out)
 
 

@@ -30,7 +30,7 @@ from rlhf_jax.core.axes import GATHERED_SAMPLING, axis_rules
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.ranges import Length, PositiveInt
 from rlhf_jax.distributed.accelerator_specs import CHIPS, Chip, chip_of
-from rlhf_jax.models import hf
+from rlhf_jax.models.loading import kind_of_checkpoint, load_architecture, local_checkpoint
 from rlhf_jax.planning import compiled, steps
 from rlhf_jax.planning.analytic import analytic_plan
 from rlhf_jax.planning.topologies import topology_devices
@@ -47,8 +47,8 @@ class Options:
     """Planning options.
 
     Attributes:
-      model: llama-1b, llama-8b, llama-70b (shapes of Llama 3), or a Hugging Face or run folder, of which only
-        the description is read.
+      model: llama-1b, llama-8b, llama-70b (shapes of Llama 3), or a run folder, a Hugging Face folder, a GGUF
+        file or a name in the hub cache, of which only the description is read.
       algo: whose step.
       mesh: as in the scripts: fsdp=64, or data=2,fsdp=8,tensor=4.
       topology: the slice of TPUs, its shape in chips: v5e:8x8, v5p:4x4x4; or NVIDIA GPUs and how many:
@@ -95,7 +95,7 @@ def read_config(options: Options) -> models.ModelConfig:
     """The architecture, its layers stacked: a deep model compiles as fast as a shallow one.
 
     Raises:
-      UserError: there is no such preset or folder.
+      UserError: there is no such preset, folder, file or name.
     """
     chosen = {
         "param_dtype": options.param_dtype,
@@ -105,15 +105,13 @@ def read_config(options: Options) -> models.ModelConfig:
     }
     if options.model in get_args(models.Preset):
         return models.preset_config(options.model, **chosen)  # pyright: ignore[reportArgumentType]
-    folder = files.as_path(options.model)
-    if not files.is_folder(folder):
+    try:
+        place = local_checkpoint(options.model)
+    except UserError as error:
         presets = ", ".join(get_args(models.Preset))
-        raise UserError(f"--model {options.model}: no such folder, and no preset: give one, or {presets}")
-    if files.is_file(folder / "model.json"):
-        config = read_architecture(folder)
-    else:
-        config = hf.load_config(folder)
-    return dataclasses.replace(config, **chosen)
+        raise UserError(f"--model {str(error).rstrip('.')}, or one of {presets}") from error
+    read = read_architecture if kind_of_checkpoint(place) == "run" else load_architecture
+    return dataclasses.replace(read(place), **chosen)
 
 
 def workload(options: Options) -> steps.Workload:
@@ -134,7 +132,9 @@ def workload(options: Options) -> steps.Workload:
             "lower it, or raise the length"
         )
     if options.algo == "grpo" and options.batch % options.group_size:
-        raise UserError(f"--batch {options.batch} is no multiple of --group-size {options.group_size}")
+        raise UserError(
+            f"--batch {options.batch} is no multiple of --group-size {options.group_size}: change one of them"
+        )
     return steps.Workload(
         options.algo,
         read_config(options),
@@ -189,8 +189,9 @@ def make_plan(options: Options) -> tuple[compiled.Plan, Mesh, Chip | None]:
         devices, step = mesh_of(options.mesh, options.topology), steps.workload_step(planned)
         plan = compiled.make_plan(step, devices, Path(options.hlo) if options.hlo else None)
         return plan, devices, chip_of(devices.devices.flat[0].device_kind)
-    if options.topology:
-        raise UserError("--chip goes by formula and excludes --topology: give one of them")
+    if options.topology or options.hlo:
+        other = "--topology" if options.topology else "--hlo"
+        raise UserError(f"--chip goes by formula and excludes {other}: give one of them")
     mesh = distributed.abstract_mesh(options.mesh)
     return analytic_plan(planned, mesh), mesh, chip
 

@@ -4,8 +4,9 @@ A stage's `plan` prepares the run with a policy of shapes, and hands over a `pla
 of what its `run` compiles. The devices need not be there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -15,6 +16,7 @@ from rlhf_jax.distributed.accelerator_specs import chip_of
 from rlhf_jax.models import Policy
 from rlhf_jax.planning import compiled
 from rlhf_jax.planning.steps import Generation, Scorer, Step
+from rlhf_jax.stages.edges import PLAN
 from rlhf_jax.stages.option_groups import ProcessOptions
 from rlhf_jax.stages.plan import mesh_of
 from rlhf_jax.stages.plan_tables import show, to_json
@@ -22,12 +24,18 @@ from rlhf_jax.stages.session import Session
 from rlhf_jax.training.run_folder import load_reward_model
 
 
-def show_plan(session: Session, step: Step) -> None:
-    """Compiles the step for the devices of `--plan`, prints what it needs, and keeps it in the run folder."""
+def show_plan(options: Any, planned_step: Callable[[Any], tuple[Session, Step]]) -> None:
+    """Compiles the step for the devices of `--plan`, prints what it needs, and keeps it in the run folder.
+
+    Args:
+      options: of the stage; their devices are looked at before anything is read.
+      planned_step: makes the run and its step in shapes of them.
+    """
+    mesh = mesh_of(options.run.mesh, options.run.planned_topology, "--plan")
+    session, step = planned_step(options)
     run = session.run
-    mesh = mesh_of(run.mesh, run.planned_topology, "--plan")
     plan, chip = compiled.make_plan(step, mesh), chip_of(mesh.devices.flat[0].device_kind)
-    files.write_json(run.out / "plan.json", to_json(session.options, plan, mesh, chip))
+    files.write_json(run.out / PLAN, to_json(session.options, plan, mesh, chip))
     rows, length = next(leaf.shape for leaf in jax.tree.leaves(step.rows) if leaf.ndim == 2)
     name = session.options.model or "a new model"
     show(f"{name}, {session.stage}: {rows:,} rows x {length:,} tokens a step", plan, mesh, chip)

@@ -10,6 +10,7 @@ import pytest
 from rlhf_jax.cli import command_line
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.metrics import read_metrics
+from rlhf_jax.stages import plan, sft
 from rlhf_jax.training import Interrupted
 
 
@@ -59,6 +60,22 @@ def test_how_a_run_ended_is_its_status(main, capsys, error, status):
     assert said.count("\n") == 1
     if status != 2:
         assert "To go on: python script.py --out 'a folder' --resume\n" in said
+
+
+def test_what_cannot_go_on_is_not_told_to(monkeypatch, capsys):
+    """Neither a command without --resume nor one with --plan."""
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command_line, "use_compile_cache", lambda: None)
+    monkeypatch.setattr(command_line, "choose_threads", lambda **_: None)
+    for words in ([], ["--data", "x", "--out", "y", "--plan", "here"]):
+        stage = sft.Options if words else plan.Options
+        with pytest.raises(SystemExit) as ended:
+            command_line.run_command(stopped, stage, "A script.", plan=stopped, arguments=words)
+        assert ended.value.code == 130
+        assert capsys.readouterr().err == "Stopped.\n"
 
 
 @pytest.mark.parametrize(

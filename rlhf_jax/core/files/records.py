@@ -5,6 +5,7 @@ What can't be written is a `UserError` that says where there is no room. What ca
 """
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -45,9 +46,9 @@ def disk_errors(path: PathLike, name: str = "folder") -> Iterator[None]:
                 f"{path}: cannot be written, as {file} is a file where a folder is meant: choose another "
                 f"{name}"
             ) from error
-        raise UserError(
-            f"{path}: cannot be written ({reason}): free or unlock the disk, or choose another {name}"
-        ) from error
+        misplaced = error.errno in (errno.ENOENT, errno.EISDIR, errno.ENAMETOOLONG)
+        remedy = "choose" if misplaced else "free or unlock the disk, or choose"
+        raise UserError(f"{path}: cannot be written ({reason}): {remedy} another {name}") from error
 
 
 # Writing --------------------------------------------------------------------------------------------

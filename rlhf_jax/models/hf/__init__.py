@@ -127,6 +127,8 @@ def _read_config(folder: Path) -> tuple[Family, ModelConfig]:
                 ) from error
             return family, dataclasses.replace(config, architecture=architecture)
     known = ", ".join(family.architecture for family in FAMILIES)
+    if architecture is None:
+        raise UserError(f"{path}: names no architecture: choose the folder of a published model.")
     raise UserError(f"{path}: architecture {architecture!r} is not supported: choose one of {known}.")
 
 

@@ -227,7 +227,7 @@ def test_verdicts_and_json():
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ("--model nowhere", "--model nowhere: no such folder, and no preset: give one, or llama-1b"),
+        ("--model nowhere", "--model nowhere: no such file or folder"),
         ("--batch 0", "--batch 0 is out of range: give 1 or more"),
         ("--batch 6 --micro-batches 4", "--batch 6 cannot be computed in 4 equal parts"),
         ("--algo ppo --length 512", "--new-tokens 512 leaves nothing of --length 512 for the prompt"),
@@ -236,6 +236,12 @@ def test_verdicts_and_json():
         ("--chip h300", "--chip h300: give one of v4, v5e, v5p, v6e, tpu7x, a100, h100, h200, b200, gb200"),
         ("--chip h100", "--mesh auto has no devices to count here: write axes and sizes"),
         ("--chip h100 --mesh fsdp=8 --remat none", "a plan by formula is for remat full, and this is none"),
+        ("--chip h100 --mesh fsdp=8 --hlo x", "--chip goes by formula and excludes --hlo"),
+        ("--topology h100:8x8", "--topology h100:8x8: GPUs have no shape, only a number"),
+        (
+            "--chip h100 --mesh fsdp=8 --batch 7",
+            "a batch of 7 rows cannot be split evenly over the mesh, fsdp=8",
+        ),
         ("--chip h100 --topology v5e:8x8", "--chip goes by formula and excludes --topology"),
         ("--topology v5e-64", "--topology 'v5e-64' is not understood: write a generation and its shape"),
         ("--topology h300:8", "--topology h300:8: there is no such machine: write a generation"),

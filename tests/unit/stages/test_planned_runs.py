@@ -1,5 +1,6 @@
 """Plans of runs: from the options of a stage, adapters included, without weights and without a run."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -9,10 +10,12 @@ import pytest
 from rlhf_jax import distributed, models
 from rlhf_jax.cli.commands import main
 from rlhf_jax.cli.parsing import parse
+from rlhf_jax.core import files
+from rlhf_jax.core.errors import UserError
 from rlhf_jax.data.tokenizers import byte_tokenizer
 from rlhf_jax.models import hf
 from rlhf_jax.planning import steps
-from rlhf_jax.stages import dpo, grpo, ppo
+from rlhf_jax.stages import dpo, edges, grpo, option_checks, ppo, sft
 
 WIDTH, LAYERS, HIDDEN, RANK = 16, 2, 32, 4
 LINEARS = LAYERS * (4 * (WIDTH + WIDTH) + 3 * (WIDTH + HIDDEN))
@@ -120,6 +123,31 @@ def test_a_command_with_plan_compiles_and_trains_nothing(folder, capsys):
         temporary.append(plan["programs"]["update"]["temporary_bytes"])
     assert temporary[1] < 0.75 * temporary[0]
     assert "sft: 32 rows x 64 tokens a step on one device" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_plan_is_that_of_the_run_in_its_folder(folder, tmp_path, monkeypatch):
+    """Refused in the folder of a run of other options; gone when such a run begins in its own."""
+    ours, same, other = (
+        parse(sft.Options, words(folder, flags))
+        for flags in ("--batch-size 4", "--batch-size 4 --steps 3 --mesh fsdp=8", "--batch-size 8")
+    )
+    for held, fits in ((same, True), (other, False)):
+        options = option_checks.to_json(held)
+        monkeypatch.setattr(option_checks, "read_held_run", lambda *_, held=options, **__: held)
+        said = contextlib.nullcontext() if fits else pytest.raises(UserError, match="give --plan the same")
+        with said:
+            option_checks.check(ours, ours.run, "sft")
+        files.write_json(tmp_path / edges.PLAN, {"options": options})
+        edges.drop_plan_of_another(ours, tmp_path / edges.PLAN)
+        assert (tmp_path / edges.PLAN).exists() == fits
+
+
+def test_devices_are_looked_at_before_data(folder, capsys):
+    flags = words(folder, "--data nowhere.jsonl", out="late")
+    flags[flags.index("--plan") + 1] = "nope"
+    with pytest.raises(SystemExit):
+        main(["sft", *flags])
+    assert capsys.readouterr().err.startswith("error: --plan 'nope' is not understood")
 
 
 def test_what_cannot_be_planned_is_said(folder, capsys):
