@@ -142,6 +142,12 @@ def test_layouts_send_what_they_should_on_paper():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["sequence=4", "fsdp=2,sequence=2,tensor=2"])
+def test_a_soft_prompt_before_split_columns(mesh):
+    assert max(map(float, run_on_eight("prompted.py", mesh).stdout.split())) < 1e-12
+
+
+@pytest.mark.slow
 def test_splash_attention_on_a_mesh_is_attention():
     [line] = run_on_eight("ring.py", "splash").stdout.splitlines()
     _, *errors = line.split()

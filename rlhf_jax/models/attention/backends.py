@@ -128,7 +128,8 @@ def choose_backend(
     not and everywhere else, so that no whole square of logits is ever held. Reading from a cache, a token at
     a time, is bound by memory and plain. Where the columns are split over devices, keys and values go around
     in a ring, or heads are exchanged for columns (`ulysses`), which then get what `auto` says. Values in more
-    columns than there are queries begin with a soft prompt.
+    columns than there are queries begin with a soft prompt, which goes through blocks on any devices; a bias
+    on split columns is plain, and no more than a device's share of the square.
 
     Raises:
       UserError: `asked` names a backend that does not apply.
@@ -138,7 +139,7 @@ def choose_backend(
     devices, prompted = shards("time", query.shape[1]), value.shape[1] > query.shape[1]
     if devices > 1 and asked in ("auto", "ring", "ulysses"):
         if asked == "auto":
-            return "plain" if biased or prompted else "ring"
+            return "plain" if biased else "blocked" if prompted else "ring"
         obstacle = _prompt_obstacle(prompted) or _split_obstacle(asked, query, value, devices, biased)
         if obstacle:
             raise UserError(f"attention_backend={asked} cannot be used: {obstacle}; choose auto.")

@@ -251,6 +251,7 @@ def test_the_choice(asked, platform, change, expected):
 def test_the_choice_where_columns_are_split(asked, devices, biased, expected):
     query = jax.ShapeDtypeStruct((2, 8, 4, 16), jnp.float32)
     value = jax.ShapeDtypeStruct((2, 8, 2, 16), jnp.float32)
+    prompted = jax.ShapeDtypeStruct((2, 11, 2, 16), jnp.float32)
     context = AttentionContext(*[jnp.zeros(0, jnp.int32)] * 6)
     mesh = jax.sharding.AbstractMesh((devices,), ("sequence",), axis_types=(jax.sharding.AxisType.Auto,))
     with jax.sharding.use_abstract_mesh(mesh):
@@ -262,3 +263,5 @@ def test_the_choice_where_columns_are_split(asked, devices, biased, expected):
         else:
             with pytest.raises(UserError, match=f"attention_backend={asked} cannot be used: .*{expected}"):
                 choose()
+        alike = {"softcap": None, "biased": False, "platform": "cpu"}
+        assert choose_backend("auto", query, prompted, context, **alike) == "blocked"
