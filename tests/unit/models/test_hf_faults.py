@@ -48,7 +48,7 @@ def _refused(folder, *words, **options):
     ("changes", "words"),
     [
         ({"architectures": ["T5ForConditionalGeneration"]}, ("T5ForConditionalGeneration", "not supported")),
-        ({"architectures": None}, ("not supported",)),
+        ({"architectures": None}, ("names no architecture",)),
         ({"hidden_size": None}, ("`hidden_size` is missing",)),
         ({"num_hidden_layers": -2}, ("`num_hidden_layers` is -2",)),
         ({"rms_norm_eps": "small"}, ("`rms_norm_eps` is 'small'",)),
