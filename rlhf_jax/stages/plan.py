@@ -105,6 +105,8 @@ def read_config(options: Options) -> models.ModelConfig:
     }
     if options.model in get_args(models.Preset):
         return models.preset_config(options.model, **chosen)  # pyright: ignore[reportArgumentType]
+    if files.is_remote(options.model):  # a run folder, which alone may be in an object store
+        return dataclasses.replace(read_architecture(files.as_path(options.model)), **chosen)
     try:
         place = local_checkpoint(options.model)
     except UserError as error:
