@@ -36,6 +36,33 @@ def held_summary(folder: Path, planned: dict[str, Any], *, growing: str = "") ->
     return files.read_json(folder / SUMMARY, otherwise=None, keys=planned)
 
 
+def take_kept(cells: Path | None, out: Path, planned: Iterable[str]) -> dict[str, Any]:
+    """Puts the cells that one file keeps into their folders, where these lack them; what else it keeps.
+
+    Args:
+      cells: a file of `keep`; None for none, and one that is not there yet keeps nothing.
+      out: folder of the cells.
+      planned: names, in a summary, of what decides a cell's numbers.
+    """
+    if cells is None:
+        return {}
+    held = files.read_json(cells, otherwise={"cells": {}}, keys=("cells",))
+    names = tuple(planned)
+    for name, summary in held["cells"].items():
+        if not files.exists(out / name / SUMMARY):
+            files.write_json(out / name / PLAN, {key: summary[key] for key in names})
+            files.write_json(out / name / SUMMARY, summary)
+    return {name: value for name, value in held.items() if name != "cells"}
+
+
+def keep(cells: Path | None, done: Mapping[str, Mapping[str, Any]], **beside: Any) -> None:
+    """Writes the summaries of cells, by the names of their folders, into one file from which another machine
+    goes on; beside them, what else it needs. None for no file.
+    """
+    if cells is not None:
+        files.write_json(cells, {**beside, "cells": dict(sorted(done.items()))})
+
+
 def made(folder: Path) -> dict[str, Any]:
     """Provenance of a cell, from what `describe_run` left: command, start, versions, commit."""
     names = ("command", "started", "versions", "commit")

@@ -83,7 +83,7 @@ def format_of(path: PathLike) -> str:
 
 def name_ends(axes: Any, lines: Mapping[str, Any]) -> None:
     """Writes the name of each line beside its last point, in its colour; at the right edge, names give way to
-    each other.
+    each other, and those that would stand in another's way within the panel go there.
 
     The limits of the axes must be those that they will have.
 
@@ -97,9 +97,13 @@ def name_ends(axes: Any, lines: Mapping[str, Any]) -> None:
     figure = axes.get_figure()
     gap = 1.15 * _FONT / (72 * figure.get_figheight() / axes.get_gridspec().nrows * 0.66)
     places = {name: to_axes.transform(end) for name, end in ends.items()}
-    for name in [name for name, (x, _) in places.items() if x < _AT_THE_EDGE]:
-        axes.annotate(name, ends[name], (4, 0), color=lines[name].get_color(), **_BESIDE)
-        del places[name]
+    within = [name for name, (x, _) in places.items() if x < _AT_THE_EDGE]
+    for name in within:
+        height = places[name][1]
+        if all(other == name or abs(places[other][1] - height) > gap for other in within):
+            axes.annotate(name, ends[name], (4, 0), color=lines[name].get_color(), **_BESIDE)
+            ends.pop(name)
+    places = {name: places[name] for name in ends}
     heights = spread([float(y) for _, y in places.values()], gap)
     for name, place in zip(places, heights, strict=True):
         end, colour = ends[name], lines[name].get_color()

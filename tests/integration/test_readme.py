@@ -252,7 +252,9 @@ def test_links_lead_somewhere(page):
             continue
         path, _, anchor = target.partition("#")
         # From a file of main, GitHub finds its own pages two folders up, whatever the repository is called.
-        path = re.sub(r"^\.\./\.\./actions/workflows/(\w+\.yml)(/badge\.svg)?$", r".github/workflows/\1", path)
+        path = re.sub(
+            r"^\.\./\.\./actions/workflows/(\w+\.yml)(/badge\.svg)?$", r".github/workflows/\1", path
+        )
         file = page.parent / path if path else page
         assert file.exists(), f"{page}: {target}"
         if anchor:

@@ -133,7 +133,8 @@ def draw_scores(path: Path, scores: Mapping[tuple[str, str], tuple[Interval, flo
     """
     panels = list(dict.fromkeys(env for env, _ in scores))
     columns = min(len(panels), 2)
-    with picture(path, -(-len(panels) // columns), columns, height=1.7) as grid:
+    most = max(sum(1 + algo.count("\n") for of, algo in scores if of == env) for env in panels)
+    with picture(path, -(-len(panels) // columns), columns, height=max(1.7, 0.22 * most + 0.5)) as grid:
         for axes, env in zip(grid, panels, strict=False):
             rows = {algo: found for (of, algo), found in scores.items() if of == env}
             for place, (found, to_beat) in enumerate(rows.values()):
@@ -156,8 +157,10 @@ def scores_of(
     }
 
 
-def read_curve(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(steps [U], mean return of the episodes of training [S, U]) of a row; NaN where none finished."""
+def curve(folder: Path) -> dict[str, list[float | None]]:
+    """A row's learning curve of at most 50 points, as JSON: steps, and of the mean return of the episodes of
+    training the IQM over seeds and its interval; None where no episode ended.
+    """
     import pyarrow.parquet as pq
 
     names = ("seed", "steps", "episodes", "episode_return_sum")
@@ -166,15 +169,19 @@ def read_curve(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     steps, episodes, sums = (np.asarray(table[name]).reshape(seeds, -1) for name in names[1:])
     parts = np.array_split(np.arange(steps.shape[1]), min(steps.shape[1], 50))
     count, total = (np.stack([x[:, part].sum(axis=1) for part in parts], axis=1) for x in (episodes, sums))
-    returns = np.where(count > 0, total / np.maximum(count, 1), np.nan)
-    return np.array([steps[:, part[-1]].mean() for part in parts]), returns
+    lines = curve_with_band(np.where(count > 0, total / np.maximum(count, 1), np.nan))
+    points = [steps[:, part[-1]].mean() for part in parts], *lines
+    return {
+        name: [float(f"{y:.5g}") if np.isfinite(y) else None for y in line]
+        for name, line in zip(("steps", "iqm", "low", "high"), points, strict=True)
+    }
 
 
-def draw(path: Path, out: Path, names: list[str], table: Table) -> None:
+def draw(path: Path, done: Mapping[str, Mapping[str, Any]], table: Table) -> None:
     """Learning curves, a panel for each environment and number of steps, so that none is a smear beside
     another.
     """
-    rows = [row for row in table.rows if row.name in names]
+    rows = [row for row in table.rows if row.name in done]
     panels = list(dict.fromkeys((row.env, row.steps) for row in rows))
     columns = min(len(panels), 2)
     with picture(path, -(-len(panels) // columns), columns) as grid:
@@ -182,8 +189,8 @@ def draw(path: Path, out: Path, names: list[str], table: Table) -> None:
             lines = {}
             for row in rows:
                 if (row.env, row.steps) == (env, steps):
-                    x, returns = read_curve(out / row.name)
-                    middle, low, high = curve_with_band(returns)
+                    names = ("steps", "iqm", "low", "high")
+                    x, middle, low, high = (np.array(done[row.name]["curve"][name], float) for name in names)
                     (line,) = axes.plot(x / 1000, middle, linewidth=1.3)
                     axes.fill_between(x / 1000, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
                     lines[name_of(row)] = line
@@ -191,7 +198,7 @@ def draw(path: Path, out: Path, names: list[str], table: Table) -> None:
             name_ends(axes, lines)
 
 
-def write(path: Path, out: Path, done: Mapping[str, Mapping[str, Any]], table: Table) -> None:
+def write(path: Path, done: Mapping[str, Mapping[str, Any]], table: Table) -> None:
     """Writes the page, and the curves beside it.
 
     Raises:
@@ -200,4 +207,4 @@ def write(path: Path, out: Path, done: Mapping[str, Mapping[str, Any]], table: T
     files.write_text(path, page_text(done, table))
     if done:
         draw_scores(path.with_name(table.scores), scores_of(done, table))
-    draw(path.with_name(table.curves), out, list(done), table)
+    draw(path.with_name(table.curves), done, table)

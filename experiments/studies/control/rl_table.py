@@ -7,7 +7,8 @@
 
 A row that is done is not run again; where more seeds are asked for, those are added. One that was stopped
 goes on after its last chunk of seeds. Each row leaves `summary.json`, every seed apart, and
-`results.parquet`, every seed and update apart; a page and pictures show what there is so far.
+`results.parquet`, every seed and update apart; a page and pictures show what there is so far. With
+`--cells rows.json` what is done is also kept in one file, from which another machine goes on.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ from rlhf_jax.cli import command_line
 from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.types import Metrics
+from rlhf_jax.metrics import pages
 from rlhf_jax.metrics.pages import PLAN, SUMMARY, held_summary, made
 from rlhf_jax.metrics.progress import final_table
 from rlhf_jax.rl.envs.evaluation import evaluate
@@ -34,6 +36,8 @@ from rlhf_jax.sweep import product, sweep
 from rlhf_jax.training.run_folder import describe_run
 
 TIMES = ("seconds", "cpu_seconds")
+# What `plan` says of a row.
+PLANNED = ("env", "algo", "variant", "settings", "steps", "seeds", "eval_episodes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +51,8 @@ class Options:
       seeds: of each row, unless the row has fewer.
       steps: environment steps of each seed, for a quick look; 0 for each row's own.
       eval_episodes: of each seed, for each of two evaluations, deterministic and sampled.
+      cells: a file that keeps the summaries of all rows, beyond the folder: what is in it is not run again;
+        None for none.
       list: print the rows and what is done of them, and run nothing.
       page: where the page goes, with the curves beside it; None for the folder of the rows.
       quiet: show no progress.
@@ -58,6 +64,7 @@ class Options:
     seeds: int = 16
     steps: int = 0
     eval_episodes: int = 32
+    cells: Path | None = None
     list: bool = False
     page: Path | None = None
     quiet: bool = False
@@ -144,7 +151,8 @@ def run_row(row: Row, options: Options, folder: Path) -> None:
     }
     scores = {name: results.scores(name)[0].tolist() for name in results.metrics if "evaluation" in name}
     taken = int(results.scores("steps").mean())
-    files.write_json(folder / SUMMARY, {**planned, "steps_taken": taken, **times, **scores, **made(folder)})
+    found = {"steps_taken": taken, "curve": rl_page.curve(folder), **times, **scores}
+    files.write_json(folder / SUMMARY, {**planned, **found, **made(folder)})
     jax.clear_caches()  # or memory grows with every row
 
 
@@ -176,11 +184,14 @@ def run(options: Options) -> None:
     if not options.list:
         page = options.page or options.out / table.page
         files.hold(options.out, "--out")
+        pages.take_kept(options.cells, options.out, PLANNED)
         for number, row in enumerate(rows, 1):
             if not options.quiet:
                 print(f"[{number}/{len(rows)}] {row.name}", flush=True)
             run_row(row, options, options.out / row.name)
-            rl_page.write(page, options.out, summaries(options.out, list(table.rows)), table)
+            done = summaries(options.out, list(table.rows))
+            pages.keep(options.cells, done)
+            rl_page.write(page, done, table)
         print(f"Page: {page}")
     show(options.out, rows)
 

@@ -41,6 +41,7 @@ from rlhf_jax.core.trees import map_named, named_leaves
 from rlhf_jax.distributed.runtime import compiler_options
 from rlhf_jax.jitted.algorithms import supervised_algorithm
 from rlhf_jax.jitted.train import SeedState, TaskSetup, make_train
+from rlhf_jax.metrics import pages
 from rlhf_jax.metrics.pages import PLAN, SUMMARY, held_summary, made
 from rlhf_jax.metrics.progress import final_table
 from rlhf_jax.stages import option_checks
@@ -283,26 +284,18 @@ def as_floats(hyper: Any) -> Any:
 
 def take_kept(options: Options) -> None:
     """Puts the cells of the file that keeps them into the folder, where it lacks them."""
-    if options.cells is None or options.out is None:
-        return
-    kept_cells = files.read_json(
-        options.cells, otherwise={"starts": {}, "cells": {}}, keys=("starts", "cells")
-    )
-    for task, score in kept_cells["starts"].items():
+    assert options.out is not None
+    starts = pages.take_kept(options.cells, options.out, PLANNED).get("starts", {})
+    for task, score in starts.items():
         if not files.exists(path := options.out / task / f"base-0-{options.seeds}-kept.json"):
             files.write_json(path, score)
-    for name, summary in kept_cells["cells"].items():
-        if not files.exists(options.out / name / SUMMARY):
-            files.write_json(options.out / name / PLAN, {key: summary[key] for key in PLANNED})
-            files.write_json(options.out / name / SUMMARY, summary)
 
 
 def keep(options: Options) -> None:
     """Writes all cells of the folder into the file that keeps them."""
-    if options.cells is not None and options.out is not None:
-        cells = {f"{task}/{algorithm}": cell for (task, algorithm), cell in summaries(options.out).items()}
-        held = {"starts": start_scores(options.out), "cells": dict(sorted(cells.items()))}
-        files.write_json(options.cells, held)
+    assert options.out is not None
+    cells = {f"{task}/{algorithm}": cell for (task, algorithm), cell in summaries(options.out).items()}
+    pages.keep(options.cells, cells, starts=start_scores(options.out))
 
 
 def summaries(out: Path) -> dict[tuple[str, str], dict[str, Any]]:

@@ -80,6 +80,24 @@ def test_rows_run_once_and_make_a_page(tmp_path, tiny, capsys):
         rl_table.run(dataclasses.replace(options, seeds=1))
 
 
+@pytest.mark.slow
+def test_another_machine_goes_on_from_the_rows_that_are_kept(tmp_path, tiny, monkeypatch):
+    here = rl_table.Options(
+        out=tmp_path / "here", cells=tmp_path / "rows.json", rows=("CartPole-v1/a2c",), seeds=2, quiet=True
+    )
+    rl_table.run(here)
+    monkeypatch.setattr(rl_table, "sweep", None)
+    there = dataclasses.replace(here, out=tmp_path / "there")
+    rl_table.run(there)  # trains nothing
+    pages = [(options.out / "RL_RESULTS.md").read_text() for options in (here, there)]
+    assert pages[0] == pages[1]
+    assert (there.out / "rl_curves.svg").stat().st_size > 5000
+    curve = json.loads(here.cells.read_text())["cells"]["CartPole-v1/a2c"]["curve"]
+    assert len(curve["steps"]) == len(curve["iqm"]) > 1
+    with pytest.raises(UserError, match="seeds 2, not 1"):
+        rl_table.run(dataclasses.replace(there, seeds=1))
+
+
 def test_mistakes_are_one_sentence(tmp_path, tiny):
     with pytest.raises(UserError, match="--out is missing"):
         rl_table.run(rl_table.Options())

@@ -34,6 +34,17 @@ def test_a_picture_has_words_names_and_the_same_bytes_again(tmp_path):
     assert float(re.search(r'width="([\d.]+)pt"', text)[1]) <= 600  # points: 800 pixels
 
 
+def test_names_of_lines_that_end_together_stand_apart(tmp_path):
+    with picture(tmp_path / "a.svg", 1, 1) as (axes,):
+        lines = {name: axes.plot(range(3), [0, 1, 1])[0] for name in ("one", "other")}
+        lines["alone"] = axes.plot(range(3), [0, 0, 0.1])[0]
+        axes.set(xlim=(0, 4), ylim=(0, 1.2))
+        name_ends(axes, lines)
+        heights = {text.get_text(): text.xyann[1] for text in axes.texts}
+    assert abs(heights["one"] - heights["other"]) > 0.05  # beside the panel
+    assert heights["alone"] == 0  # points from the line's end, within it
+
+
 @pytest.mark.parametrize(("suffix", "begins"), [("svg", b"<?xml"), ("png", b"\x89PNG"), ("pdf", b"%PDF")])
 def test_the_suffix_decides_the_format(tmp_path, suffix, begins):
     path = tmp_path / f"a.{suffix}"
