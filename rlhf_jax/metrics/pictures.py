@@ -97,16 +97,15 @@ def name_ends(axes: Any, lines: Mapping[str, Any]) -> None:
     figure = axes.get_figure()
     gap = 1.15 * _FONT / (72 * figure.get_figheight() / axes.get_gridspec().nrows * 0.66)
     places = {name: to_axes.transform(end) for name, end in ends.items()}
-    within = [name for name, (x, _) in places.items() if x < _AT_THE_EDGE]
-    for name in within:
-        height = places[name][1]
-        if all(other == name or abs(places[other][1] - height) > gap for other in within):
-            axes.annotate(name, ends[name], (4, 0), color=lines[name].get_color(), **_BESIDE)
-            ends.pop(name)
-    places = {name: places[name] for name in ends}
-    heights = spread([float(y) for _, y in places.values()], gap)
-    for name, place in zip(places, heights, strict=True):
-        end, colour = ends[name], lines[name].get_color()
+    for name, (x, y) in places.items():
+        alone = all(other == name or abs(height - y) > gap for other, (_, height) in places.items())
+        if x < _AT_THE_EDGE and alone:
+            axes.annotate(name, ends.pop(name), (4, 0), color=lines[name].get_color(), **_BESIDE)
+    rows = [name for name in ends for _ in name.split("\n")]  # a name of two lines takes two places
+    heights = np.array(spread([float(places[name][1]) for name in rows], gap))
+    for name, end in ends.items():
+        place = float(heights[[row == name for row in rows]].mean())
+        colour = lines[name].get_color()
         axes.annotate(
             name,
             end,
