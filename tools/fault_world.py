@@ -17,8 +17,8 @@ from typing import Any
 from rlhf_jax.core.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-Found = tuple[str, str, str]
-"""(what was done, outcome, what was said)"""
+Found = tuple[str, str, str] | tuple[str, str, str, int]
+"""(what was done, outcome, what was said), and of how many faults the case consists where that is not one"""
 Kind = Callable[["World", random.Random, pathlib.Path], Found]
 KINDS: dict[str, Kind] = {}
 

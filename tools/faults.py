@@ -53,43 +53,44 @@ class Campaign:
         self.world = fault_world.World(out.resolve() / "world")
         self.kinds = {name: fault_world.KINDS[name] for name in kinds or fault_world.KINDS}
         self.found = _read(self.path)
+        self.cases = collections.Counter(case["kind"] for case in self.found)
 
     def run(self, seconds: float, cases: int = 0) -> None:
         """Does cases until the time is over, or until each kind has so many."""
         end = time.monotonic() + seconds
         spent = dict.fromkeys(self.kinds, 0.0)
         while time.monotonic() < end:
-            due = [name for name in self.kinds if not cases or self.tried(name) < cases]
+            due = [name for name in self.kinds if not cases or self.cases[name] < cases]
             if not due:
                 return
             name = min(due, key=lambda kind: spent[kind])
             began = time.monotonic()
-            self.case(name, self.tried(name))
+            self.case(name, self.cases[name])
             spent[name] += time.monotonic() - began
-
-    def tried(self, kind: str) -> int:
-        """How many cases of a kind are done."""
-        return sum(case["kind"] == kind for case in self.found)
 
     def case(self, kind: str, number: int) -> dict[str, Any]:
         """Does one case, and notes what came of it."""
         rng = random.Random(f"{self.seed} {kind} {number}")
         scratch = pathlib.Path(tempfile.mkdtemp(prefix=f"{kind}_", dir=self.world.root))
         try:
-            what, outcome, said = self.kinds[kind](self.world, rng, scratch)
+            what, outcome, said, *faults = self.kinds[kind](self.world, rng, scratch)
         except Exception:  # of the campaign itself or of what it tries: it is a finding either way
-            what, outcome, said = "", "unexplained", traceback.format_exc()
+            what, outcome, said, *faults = "", "unexplained", traceback.format_exc()
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         case = {"kind": kind, "number": number, "what": what, "outcome": outcome, "said": said[-2000:]}
+        case["faults"] = faults[0] if faults else 1
         self.found.append(case)
+        self.cases[kind] += 1
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(case) + "\n")
         return case
 
     def table(self) -> list[tuple[str, int, int, int, int]]:
-        """(kind, tried, right, unexplained, silent) of each kind."""
-        counts = collections.Counter((case["kind"], case["outcome"]) for case in self.found)
+        """(kind, tried, right, unexplained, silent) of each kind, in faults."""
+        counts: collections.Counter[tuple[str, str]] = collections.Counter()
+        for case in self.found:
+            counts[case["kind"], case["outcome"]] += case.get("faults", 1)
         rows = []
         for name in self.kinds:
             right, unexplained, silent = (counts[name, outcome] for outcome in OUTCOMES)

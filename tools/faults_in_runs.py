@@ -42,7 +42,7 @@ def contents(name: str, folder: pathlib.Path) -> str:
     return hashlib.sha256(b"".join(leaves) + json.dumps(lines, sort_keys=True).encode()).hexdigest()
 
 
-def resumed(world: World, name: str, folder: pathlib.Path, what: str) -> Found:
+def resumed(world: World, name: str, folder: pathlib.Path, what: str) -> tuple[str, str, str]:
     """What a run that was stopped leaves when it goes on."""
     code, said = finish(start(world.words(name, folder, "--resume")))
     if code != 0:
@@ -55,13 +55,14 @@ def resumed(world: World, name: str, folder: pathlib.Path, what: str) -> Found:
 def kills(world: World, rng: random.Random, scratch: pathlib.Path) -> Found:
     """SIGKILL at random instants, then `--resume`: the run ends to the bit."""
     name = rng.choice(list(COMMAND_LINES))
-    process, deaths = None, rng.choice([1, 1, 2, 3])
-    for _ in range(deaths):
+    deaths = 0
+    for _ in range(rng.choice([1, 2, 4, 8])):
         process = start(world.words(name, scratch / "run", "--resume"))
         time.sleep(rng.uniform(0, 1.05) * world.seconds(name))
+        deaths += process.poll() is None
         process.kill()
         process.communicate()
-    return resumed(world, name, scratch / "run", f"{name}, killed {deaths} times")
+    return *resumed(world, name, scratch / "run", f"{name}, killed {deaths} times"), deaths
 
 
 @kind

@@ -53,6 +53,15 @@ def test_a_campaign_goes_on_where_it_was_stopped(tmp_path):
     assert by_kind(tmp_path / "parts") == by_kind(tmp_path / "whole")
 
 
+def test_a_case_of_several_faults_counts_as_many(tmp_path, monkeypatch):
+    several = lambda world, rng, scratch: ("killed 3 times", "right", "", 3)  # noqa: E731
+    monkeypatch.setitem(faults.fault_world.KINDS, "several", several)
+    campaign = faults.Campaign(tmp_path, 0, ["several"])
+    campaign.run(60, cases=2)
+    assert campaign.table() == [("several", 6, 6, 0, 0)]
+    assert faults.Campaign(tmp_path, 0, ["several"]).table() == [("several", 6, 6, 0, 0)]
+
+
 def test_a_finding_is_counted_and_told(tmp_path, monkeypatch):
     def broken(world, rng, scratch):
         raise ZeroDivisionError
