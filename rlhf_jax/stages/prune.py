@@ -1,12 +1,12 @@
 """Pruning: a policy whose linear layers have lost the weights that matter least, as a run to start from.
 
-    rlhf prune --out runs/pruned --model runs/sft --method wanda --sparsity 0.5
-    rlhf prune --out runs/pruned --model runs/sft --pattern 2:4
-    rlhf sft --out runs/tuned --model runs/pruned --adapter.preserve-sparsity --steps 100
+    rlhf prune --out runs/pruned --model runs/sft --data my.jsonl --method wanda --sparsity 0.5
+    rlhf prune --out runs/halved --model runs/sft --data my.jsonl --pattern 2:4
+    rlhf sft --out runs/tuned --model runs/pruned --data my.jsonl --adapter.preserve-sparsity --steps 100
 
 Takes seconds. Wanda weighs each weight by what goes into it, which is measured on a few rows of `--data`.
-Every stage with `--adapter.preserve-sparsity` trains the weights that are left alone; `prune_study.py` draws
-score against sparsity.
+Every stage with `--adapter.preserve-sparsity` trains the weights that are left alone;
+`experiments/studies/pruning/pruning.py` draws score against sparsity.
 """
 
 import dataclasses

@@ -16,7 +16,9 @@ import yaml
 
 import rlhf_jax
 from rlhf_jax.algorithms import preference
+from rlhf_jax.cli import parsing
 from rlhf_jax.cli.commands import COMMANDS, stage_module
+from rlhf_jax.core.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
@@ -200,6 +202,22 @@ def test_commands_and_their_options_exist(page):
             flag = word.split("=")[0]
             if flag.startswith("--") and flag not in EVERYWHERE:
                 assert flag in options, f"{page}: rlhf {command} has no option {flag}"
+
+
+@EACH_PAGE
+def test_whole_commands_are_read(page):
+    """What stands on a line of its own is a command to copy: nothing it needs is missing."""
+    shell = "\n".join(found["code"].replace("\\\n", " ") for found in fences(page, "bash"))
+    for line in shell.splitlines():
+        command, *words = shlex.split(line, comments=True)[1:] if line.startswith("rlhf ") else [""]
+        of_a_shell = {"|", ">", "&&", "&"} & set(words) or "$" in line or "..." in line
+        if of_a_shell or "--config" in words or options_of(command) is None:
+            continue
+        module = importlib.import_module(stage_module(command))
+        try:
+            parsing.parse(module.Options, words, name=f"rlhf {command}", text=module.__doc__)
+        except UserError as error:
+            pytest.fail(f"{page}: {line}: {error}")
 
 
 def test_every_command_is_documented():
