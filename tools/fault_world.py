@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rlhf_jax.core.errors import UserError
@@ -31,7 +31,7 @@ def kind(function: Kind) -> Kind:
 
 _MODEL = "--arch.width 16 --arch.layers 1 --arch.heads 2 --arch.kv-heads 1"
 _SHORT = "--steps 6 --save-every 2 --quiet --no-report --log"
-_EXACT = "rlhf_jax.rewards.verifiers:exact_answer_reward"
+_REWARD = "fault_world:checksum_reward"
 _PROMPTS = "--data arithmetic:1 --prompt-count 32 --eval-count 4 --max-new-tokens 6 --samples 2"
 COMMAND_LINES = {
     "sft": f"sft {_MODEL} {_SHORT} --data arithmetic:1 --demonstrations 64 --eval-count 8 "
@@ -40,21 +40,27 @@ COMMAND_LINES = {
     "--eval-count 8 --batch-size 8 --learning-rate 1e-3",
     "dpo": f"dpo --model {{sft}} {_SHORT} --data arithmetic:1 --pair-count 32 --eval-count 8 --batch-size 8 "
     "--learning-rate 1e-3",
-    "grpo": f"grpo --model {{sft}} {_SHORT} {_PROMPTS} --rewards {_EXACT} --batch-size 4 --group-size 2 "
+    "grpo": f"grpo --model {{sft}} {_SHORT} {_PROMPTS} --rewards {_REWARD} --batch-size 4 --group-size 2 "
     "--learning-rate 1e-3",
-    "ppo": f"ppo --model {{sft}} {_SHORT} {_PROMPTS} --rewards {_EXACT} --batch-size 8 --num-minibatches 2 "
+    "ppo": f"ppo --model {{sft}} {_SHORT} {_PROMPTS} --rewards {_REWARD} --batch-size 8 --num-minibatches 2 "
     "--learning-rate 1e-3 --scale-rewards",
-    "online-dpo": f"online-dpo --model {{sft}} {_SHORT} {_PROMPTS} --rewards {_EXACT} --batch-size 4 "
+    "online-dpo": f"online-dpo --model {{sft}} {_SHORT} {_PROMPTS} --rewards {_REWARD} --batch-size 4 "
     "--learning-rate 1e-3",
     "distill": f"distill --model {{sft}} --teacher {{sft}} {_SHORT} {_PROMPTS} --loss js --lmbda 1 "
     "--batch-size 4 --learning-rate 1e-3",
     "process-reward": f"process-reward --model {{sft}} {_SHORT} --data arithmetic:1 --row-count 32 "
     "--batch-size 8 --learning-rate 1e-3",
-    "rounds": f"rounds --model {{sft}} --steps 2 --rounds 2 --quiet --no-report --log {_PROMPTS} --rewards "
-    f"{_EXACT} --method dpo --prompts-per-round 8 --samples-per-prompt 3 --batch-size 4 --learning-rate 1e-3",
+    "rounds": f"rounds --model {{sft}} --steps 2 --rounds 2 --quiet --no-report --log {_PROMPTS} "
+    f"--max-new-tokens 128 --rewards {_REWARD} --method dpo --prompts-per-round 8 --samples-per-prompt 8 "
+    "--batch-size 2 --learning-rate 1e-3",
     "pretrain": f"pretrain {_MODEL} {_SHORT} --data arithmetic:1 --demonstrations 200 --batch-size 4 "
     "--max-seq-length 32 --sample-tokens 4 --learning-rate 1e-3",
 }
+
+
+def checksum_reward(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float]:
+    """Differs among the answers of any model, so that every run learns something that a resume can miss."""
+    return [sum(map(ord, completion)) % 7 / 7 for completion in completions]
 
 
 # Compiled programs are kept, however small: most of the time of a tiny run goes there.
@@ -103,7 +109,7 @@ def start(words: list[str], limit: str = "") -> subprocess.Popen:
     return subprocess.Popen(
         ["bash", "-c", f'{limit} exec "$0" "$@"', sys.executable, "-m", "rlhf_jax", *words],
         cwd=ROOT,
-        env=os.environ | _CACHE | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
+        env=os.environ | _CACHE | {"PYTHONPATH": f"{ROOT}:{ROOT}/tools:{os.environ.get('PYTHONPATH', '')}"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -38,13 +38,19 @@ def take_rows(sequences: Sequences, rows: Int[Array, " N"]) -> Sequences:
 
 
 def best_and_worst(sequences: Sequences, rewards: Float[Array, "N G"]) -> Pairs:
-    """The answers of highest and of lowest reward to each prompt; the first of equals."""
+    """The answers of highest and of lowest reward to each prompt; the first of equals.
+
+    Args:
+      rewards: an answer of -inf is left out. A pair whose sides are of equal reward is out of the mask.
+    """
     start = jnp.arange(rewards.shape[0]) * rewards.shape[1]
-    best, worst = jnp.argmax(rewards, axis=1), jnp.argmin(rewards, axis=1)
+    left_out = rewards == -jnp.inf
+    best = jnp.argmax(rewards, axis=1)
+    worst = jnp.argmin(jnp.where(left_out, jnp.inf, rewards), axis=1)
     return Pairs(
         chosen=take_rows(sequences, start + best),
         rejected=take_rows(sequences, start + worst),
-        mask=jnp.max(rewards, axis=1) > jnp.min(rewards, axis=1),
+        mask=jnp.max(rewards, axis=1) > jnp.min(rewards, axis=1, where=~left_out, initial=jnp.inf),
         first_is_chosen=best < worst,
     )
 

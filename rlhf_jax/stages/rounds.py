@@ -135,6 +135,19 @@ def check_held(options: Any, run: option_groups.RunOptions) -> None:
 # Answers to rows ------------------------------------------------------------------------------------
 
 
+def why_none(options: Options, answers: Answers) -> str:
+    """What is wrong where no answer is worth training on, and how to mend it."""
+    count, finished = len(answers.prompts), np.asarray(answers.rollout.finished)
+    if not finished.any():
+        return f"all {count} answers were cut at --max-new-tokens: raise it, or start from a policy that ends"
+    bar = "" if options.method == "dpo" else "give --reward-threshold, "
+    low, high = answers.rewards.min(), answers.rewards.max()
+    return (
+        f"none of {count} answers stands out (rewards from {low:g} to {high:g}, {np.sum(~finished)} cut at "
+        f"--max-new-tokens): answer more prompts, {bar}or start from another policy"
+    )
+
+
 def selected(options: Options, answers: Answers) -> dict[str, tuple[Sequences, Bool[np.ndarray, " N"]]]:
     """Selected answers, by the name of their field in the rows, and which of them count.
 
@@ -150,7 +163,7 @@ def selected(options: Options, answers: Answers) -> dict[str, tuple[Sequences, B
     rewards = jnp.where(usable, answers.rewards, -jnp.inf).reshape(-1, size)
     if options.method == "dpo":
         pairs = selection.best_and_worst(sequences, rewards)
-        counts = np.asarray(pairs.mask & jnp.all(jnp.isfinite(rewards), axis=1))
+        counts = np.asarray(pairs.mask)
         return {"chosen": (pairs.chosen, counts), "rejected": (pairs.rejected, counts)}
     select = selection.best_of_group if options.method == "raft" else selection.all_above
     chosen, counts = select(sequences, rewards, reward_threshold=bar)
@@ -264,11 +277,7 @@ def rounds(session: Session, prompts: inputs.Prompts) -> Iterator[dict[str, floa
             keep_answers(options, answers, (generator or model).tokenizer, number + 1)
             rows = to_rows(options, answers, model.tokenizer)
             if not rows:
-                raise UserError(
-                    f"round {number + 1}: none of {len(answers.prompts)} answers stands out (rewards from "
-                    f"{answers.rewards.min():g} to {answers.rewards.max():g}): answer more prompts, give "
-                    "--reward-threshold, or start from another policy"
-                )
+                raise UserError(f"round {number + 1}: {why_none(options, answers)}")
             files.write_json(answered, describe(answers, rows))
             more = read_rows(options.extra_data) if options.extra_data else []
             files.write_lines(data, [*rows, *(dict(row.fields) for row in more)])

@@ -374,6 +374,17 @@ def test_best_and_worst_of_each_prompt():
     np.testing.assert_array_equal(pairs.mask, [True, False, True])
 
 
+def test_the_worst_is_among_those_that_are_not_left_out():
+    sequences = rollout_of(tabular.init()).sequences
+    out = -jnp.inf
+    rewards = jnp.asarray([[out, 2.0, 1.0, out], [out, out, out, 1.0], [out, out, out, out]])
+    pairs = selection.best_and_worst(sequences, rewards)
+    np.testing.assert_array_equal(pairs.mask, [True, False, False])
+    np.testing.assert_array_equal(pairs.chosen.tokens[0], sequences.tokens[1])
+    np.testing.assert_array_equal(pairs.rejected.tokens[0], sequences.tokens[2])
+    assert not pairs.first_is_chosen[2]
+
+
 def test_a_judge_s_choice_decides_which_is_chosen():
     first, second = tabular.rows(1, (1, 2)), tabular.rows(2, (3, 4))
     pairs = selection.judged(first, second, jnp.asarray([True, False]))
