@@ -1,7 +1,9 @@
 """RAFT, expert iteration and iterated DPO in rounds, and distillation, from the command line."""
 
 import json
+import re
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -149,6 +151,24 @@ def test_mistakes_of_rounds(tiny, tmp_path, monkeypatch, capsys):
     assert "--samples-per-prompt 2 or more" in refused("--method", "dpo", "--samples-per-prompt", 1)
     assert "--prompts-per-round 12 is not divisible" in refused("--prompts-per-round", 12)
     assert "--reward-threshold means nothing" in refused("--method", "dpo", "--reward-threshold", 1)
+
+
+@pytest.mark.parametrize(
+    ("finished", "method", "said"),
+    [
+        ([0, 0, 0], "dpo", "all 3 answers were cut at --max-new-tokens: raise it"),
+        (
+            [1, 0, 0],
+            "dpo",
+            r"\(rewards from 0 to 1, 2 cut at --max-new-tokens\): answer more prompts, or",
+        ),
+        ([1, 1, 1], "raft", r"0 cut at --max-new-tokens\): answer more prompts, give --reward-threshold"),
+    ],
+)
+def test_why_no_answer_is_worth_training_on(finished, method, said):
+    rollout = types.SimpleNamespace(finished=np.array(finished, bool))
+    answers = types.SimpleNamespace(prompts=["p"] * 3, rollout=rollout, rewards=np.array([0.0, 1.0, 0.5]))
+    assert re.search(said, rounds.why_none(types.SimpleNamespace(method=method), answers))
 
 
 # Distillation ----------------------------------------------------------------------------------------
