@@ -97,11 +97,6 @@ _UNCOMPARED = ("digests.json", ".lock")
 _OF_THIS_RUN = ("started", "command", "resume", "commit")
 
 _SUMS = [{"prompt": f"{n}+1=?", "completion": f"{n + 1} and more words of an answer"} for n in range(12)]
-REWARDS = '''
-def mixed(prompts, completions, **_):
-    """The letters of an answer, in a way that no two are alike."""
-    return [sum(map(ord, text)) % 7 / 7 for text in completions]
-'''
 DATA: dict[str, list[Any]] = {
     "rows": _SUMS,
     "text": [{"text": "to be or not " * 100}],
@@ -129,7 +124,6 @@ class Runs:
     def __init__(self, root: pathlib.Path) -> None:
         self.root = root
         self.server = Server(root / "server")
-        (root / "server" / "fault_rewards.py").write_text(REWARDS)
 
     def words(self, name: str, out: pathlib.Path, *, again: bool = False) -> list[str]:
         """The command line of a run into a folder, or of the run that goes on with it."""

@@ -94,7 +94,7 @@ def _start(folder: pathlib.Path) -> subprocess.Popen:
         env=os.environ
         | {
             "LD_PRELOAD": str(folder / SHIM),
-            "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
+            "PYTHONPATH": f"{ROOT}:{ROOT}/tools:{os.environ.get('PYTHONPATH', '')}",
             "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PLATFORMS": "cpu",

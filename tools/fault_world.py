@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from rlhf_jax.core.errors import UserError
@@ -31,7 +31,7 @@ def kind(function: Kind) -> Kind:
 
 _MODEL = "--arch.width 16 --arch.layers 1 --arch.heads 2 --arch.kv-heads 1"
 _SHORT = "--steps 6 --save-every 2 --quiet --no-report --log"
-_REWARD = "fault_world:checksum_reward"
+_REWARD = "fault_rewards:mixed"
 _PROMPTS = "--data arithmetic:1 --prompt-count 32 --eval-count 4 --max-new-tokens 6 --samples 2"
 COMMAND_LINES = {
     "sft": f"sft {_MODEL} {_SHORT} --data arithmetic:1 --demonstrations 64 --eval-count 8 "
@@ -56,11 +56,6 @@ COMMAND_LINES = {
     "pretrain": f"pretrain {_MODEL} {_SHORT} --data arithmetic:1 --demonstrations 200 --batch-size 4 "
     "--max-seq-length 32 --sample-tokens 4 --learning-rate 1e-3",
 }
-
-
-def checksum_reward(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float]:
-    """Differs among the answers of any model, so that every run learns something that a resume can miss."""
-    return [sum(map(ord, completion)) % 7 / 7 for completion in completions]
 
 
 # Compiled programs are kept, however small: most of the time of a tiny run goes there.
