@@ -200,7 +200,7 @@ def test_the_longest_answer_has_room():
 
 @pytest.mark.slow
 def test_data_of_ones_own_go_the_whole_way_and_nothing_is_done_twice(tmp_path, own, reviser, tiny, capsys):
-    job = own_options(tmp_path, own, model=str(reviser))
+    job = own_options(tmp_path, own, model=str(reviser), labels_of="sl_cai")
     pipeline.run(job)
     said = capsys.readouterr().out
     summary = json.loads((job.out / "summary.json").read_text())
@@ -214,6 +214,8 @@ def test_data_of_ones_own_go_the_whole_way_and_nothing_is_done_twice(tmp_path, o
     config = json.loads((folder / "rl_cai" / "config.json").read_text())["config"]
     assert config["model"] == str(folder / "sl_cai" / "policy")
     assert config["reward_model"] == [str(folder / "reward_model")]
+    labelled = json.loads((folder / constitutional_stages.LABELS / "config.json").read_text())["config"]
+    assert labelled["model"] == str(folder / "sl_cai" / "policy")
     learned = json.loads((folder / "sl_cai" / "policy" / "config.json").read_text())["config"]["data"]
     assert learned.endswith(f"rows.jsonl=0.5,{own['sft_data']}=0.5")
     before = tiny.digest(folder)
