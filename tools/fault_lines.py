@@ -47,7 +47,9 @@ LINES = {
     "rounds": f"{_SHORT} --model {{talker}} {_TALK} --rounds 2 --prompts-per-round 8 --samples-per-prompt 4 "
     "--batch-size 4",
     "distill": f"{_SHORT} --teacher {{sft}} --model {{sft}} {_PROMPTS} --batch-size 4",
-    "constitutional": f"{_SHORT} --model {{talker}} --constitution {{principles}} {_TALK} --revised 16 "
+    "reviser": f"{_SHORT} {_MODEL} --steps 60 --save-every 30 --data {{reviews}} --batch-size 8 "
+    "--tokenizer {sft}/tokenizer --learning-rate 3e-2",
+    "constitutional": f"{_SHORT} --model {{reviser}} --constitution {{principles}} {_TALK} --revised 16 "
     "--batch-size 2 --answer-batch-size 8",
     "rule-rewards": "--data {ranked} --propositions {rules} --count 4 --held-out 4 --steps 4 --quiet",
     "pretrain": f"{_SHORT} {_MODEL} --data {{text}} --batch-size 2 "
@@ -72,7 +74,7 @@ LINES = {
 }
 """Words of a run by its name, without the command, `--out` and `--resume`."""
 COMMANDS = {
-    **dict.fromkeys(("lora", "talker", "planned"), "sft"),
+    **dict.fromkeys(("lora", "talker", "reviser", "planned"), "sft"),
     **dict.fromkeys(("gguf", "adapter"), "convert"),
     "judged": "preferences",
 }
@@ -85,6 +87,7 @@ _RESUMED = {
         "tool-use",
         "lora",
         "talker",
+        "reviser",
         "search",
         "benchmark",
         "rl",
@@ -97,10 +100,22 @@ _UNCOMPARED = ("digests.json", ".lock")
 _OF_THIS_RUN = ("started", "command", "resume", "commit")
 
 _SUMS = [{"prompt": f"{n}+1=?", "completion": f"{n + 1} and more words of an answer"} for n in range(12)]
+_PRINCIPLE = {"principle": "Be right.", "critique": "Is it right?", "revision": "Again."}
 DATA: dict[str, list[Any]] = {
     "rows": _SUMS,
     "text": [{"text": "to be or not " * 100}],
-    "principles": [{"principle": "Be right."}],
+    "principles": [_PRINCIPLE],
+    "reviews": [
+        {
+            "messages": [
+                {"role": ("user", "assistant")[place % 2], "content": text}
+                for place, text in enumerate(
+                    (f"{n}+1=?", f"{n + 1}", _PRINCIPLE["critique"], "ok", _PRINCIPLE["revision"], f"{n + 1}")
+                )
+            ]
+        }
+        for n in range(12)
+    ],
     "rules": [{"name": "varied", "function": "rlhf_jax.rewards.rules:repetition_reward"}],
     "ranked": [{"prompt": f"{n}+1=?", "completions": ["a b c", "a a a"], "ranks": [0, 1]} for n in range(12)],
     "solutions": [
