@@ -143,7 +143,7 @@ def total(seeds: dict[str, dict[str, Any]]) -> list[tuple[str, int, int, int, in
     return rows
 
 
-def page(campaign: Campaign, minutes: float, seeds: dict[str, dict[str, Any]]) -> str:
+def page(campaign: Campaign, seeds: dict[str, dict[str, Any]]) -> str:
     """The page of results."""
     dates = sorted({of["date"] for of in seeds.values()})
     failed = [case for case in campaign.found if case["outcome"] != "right"]
@@ -154,13 +154,14 @@ def page(campaign: Campaign, minutes: float, seeds: dict[str, dict[str, Any]]) -
         "it should be. The campaign draws its cases at random and counts; its generators are not examples",
         "of the tests.",
         "",
-        f"    python tools/faults.py --out runs/faults --seed {campaign.seed} "
-        f"--minutes {minutes:g} --page docs/results/faults.md --tally docs/results/faults.json",
+        "    python tools/faults.py --out runs/faults --seed SEED --page docs/results/faults.md "
+        "--tally docs/results/faults.json",
         "",
         f"{' to '.join(dates[:: max(len(dates) - 1, 1)])}, seeds {', '.join(seeds)}, {platform.machine()}, "
-        "CPU. Right: nothing changed, the fault",
-        "was named in one sentence, or the run that was stopped ended to the bit. Unexplained: a traceback",
-        "or a hang. Silent: something else was computed and nothing said.",
+        "CPU; `--kinds` and `--cases`",
+        "say which faults and how many. Right: nothing changed, the fault was named in one sentence, or the",
+        "run that was stopped ended to the bit. Unexplained: a traceback or a hang. Silent: something else",
+        "was computed and nothing said.",
         "",
         markdown(total(seeds)),
         "",
@@ -203,7 +204,7 @@ def main() -> None:
     print(markdown(campaign.table()))
     seeds = counted(options.tally, campaign)
     if options.page:
-        options.page.write_text(page(campaign, options.minutes, seeds), encoding="utf-8")
+        options.page.write_text(page(campaign, seeds), encoding="utf-8")
     sys.exit(any(case["outcome"] != "right" for case in campaign.found))
 
 

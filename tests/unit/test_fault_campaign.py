@@ -70,7 +70,7 @@ def test_a_finding_is_counted_and_told(tmp_path, monkeypatch):
     campaign = faults.Campaign(tmp_path, 0, ["broken", "rewards"])
     campaign.run(60, cases=2)
     assert campaign.table() == [("broken", 2, 0, 2, 0), ("rewards", 2, 2, 0, 0)]
-    page = faults.page(campaign, 1, faults.counted(None, campaign))
+    page = faults.page(campaign, faults.counted(None, campaign))
     assert "| broken | 2 | 0 | 2 | 0 |" in page
     assert "| all | 4 | 2 | 2 | 0 |" in page
     assert "`broken:0` unexplained" in page
@@ -85,7 +85,7 @@ def test_counts_of_other_seeds_are_added(tmp_path):
         seeds = faults.counted(tally, campaign)
     assert list(seeds) == ["4", "5"] == list(json.loads(tally.read_text()))
     assert faults.total(seeds) == [("rewards", 5, 5, 0, 0)]
-    assert "| 5 | 5 | 0 | 0 |" in faults.page(campaign, 1, seeds)
+    assert "| 5 | 5 | 0 | 0 |" in faults.page(campaign, seeds)
     again.run(60, cases=4)
     assert faults.total(faults.counted(tally, again)) == [
         ("rewards", 6, 6, 0, 0)
