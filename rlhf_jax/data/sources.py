@@ -112,7 +112,7 @@ def _read_file(path: Path) -> list[Row]:
 
 
 def _suggestion(path: Path) -> str:
-    names = [file.name for file in files.list_folder(path.parent)]
+    names = [file.name for file in files.list_folder(path.parent) if file.name != path.name]  # a dead link
     near = difflib.get_close_matches(path.name, names, n=1)
     return f"did you mean {path.parent / near[0]}?" if near else "check the path"
 

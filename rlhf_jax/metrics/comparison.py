@@ -77,7 +77,7 @@ def write_comparison(folders: Sequence[str | os.PathLike[str]], path: str | os.P
 
 def _names(places: Sequence[Path]) -> list[str]:
     """Names of the folders, with those of as many parents as tell them apart."""
-    whole = [place.resolve().parts if hasattr(place, "resolve") else place.parts for place in places]
+    whole = [files.resolved(place).parts for place in places]
     for count in range(1, max(map(len, whole)) + 1):
         names = ["/".join(parts[-count:]) for parts in whole]
         if len(set(names)) == len(names):

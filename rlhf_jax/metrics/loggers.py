@@ -130,7 +130,7 @@ class RunInfo:
     @property
     def name(self) -> str:
         """Name of the run, for people."""
-        folder = self.folder.resolve().name
+        folder = files.resolved(self.folder).name
         return folder if folder == self.stage else f"{folder} {self.stage}"
 
     def recall(self, tracker: str) -> str | None:
@@ -298,7 +298,7 @@ class MLflowLogger:
         if uri is None:
             # MLflow prefers a database, which its small package cannot open, and asks for this word instead.
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
-            uri = (info.folder.resolve() / "mlflow").as_uri()
+            uri = (files.resolved(info.folder) / "mlflow").as_uri()
         self._client = client = MlflowClient(tracking_uri=uri)
         held = info.recall("mlflow")
         if held:

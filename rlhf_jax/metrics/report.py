@@ -73,7 +73,7 @@ def _view(folder: Path, table: Sequence[TableRow], interval: str) -> dict[str, A
     stages = [_stage_view(stage, metrics, colours[stage]) for stage, metrics in curves.items()]
     return {
         "title": headline(table, curves),
-        "folder": folder.resolve().name,
+        "folder": files.resolved(folder).name,
         "command": config.get("command"),
         "started": str(config.get("started", ""))[:16].replace("T", " "),
         "seeds": config.get("seeds", []),

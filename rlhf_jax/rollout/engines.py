@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.masks import masked_mean
 from rlhf_jax.core.protocols import LogprobFn
@@ -287,7 +288,7 @@ def publish_from_disk(
     def publish(params: Params, version: int) -> None:
         path = folder / f"weights_{version % 2}"  # never the one that the server read last
         write(path, params)
-        where = str(path.resolve())
+        where = str(files.resolved(path))
         if kind == "sglang":
             reply = post_json("/update_weights_from_disk", {"model_path": where}, options)
             if not isinstance(reply, dict) or reply.get("success", True) is not True:

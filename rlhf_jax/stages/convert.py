@@ -123,7 +123,7 @@ def run(options: Options) -> None:
     Raises:
       UserError: source and target are the same folder, or the source cannot be read.
     """
-    if options.source.resolve() == options.out.resolve():
+    if files.resolved(options.source) == files.resolved(options.out):
         raise UserError(f"--out is --source ({options.out}): name another folder")
     if options.out.suffix == ".gguf":
         print(to_gguf(options))

@@ -4,8 +4,8 @@
 
 Every run is one of `pretrain.py`; those that are finished are not run again. The folder gets `table.md` and
 `curves.svg`: bits a byte on held-out text against tokens seen, mean and 95 % t interval over seeds.
-With `--steps 1000 --batch-size 8 --max-seq-length 128 --width 64`, 6 min on a CPU core: 2.53 (RNN), 2.59 (GRU),
-2.66 (LSTM), 2.67 (transformer) on Shakespeare.
+With `--steps 1000 --batch-size 8 --max-seq-length 128 --width 64`, 6 min on a CPU core: 2.53 (RNN), 2.59
+(GRU), 2.66 (LSTM), 2.67 (transformer) on Shakespeare.
 """
 
 import dataclasses

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.files import stores
 from rlhf_jax.core.files.records import disk_errors
-from rlhf_jax.core.files.stores import Path, PathLike, as_path
+from rlhf_jax.core.files.stores import Path, PathLike, as_path, resolved
 
 LOCK = ".lock"
 SECONDS_BETWEEN_BEATS = 10.0
@@ -45,7 +45,7 @@ def hold(folder: PathLike, name: str = "folder") -> None:
       UserError: another process holds it; or the folder cannot be written to.
     """
     folder = as_path(folder)
-    place = str(folder.resolve())
+    place = str(resolved(folder))
     if place in _held:
         return
     try:

@@ -82,13 +82,18 @@ def as_local(path: PathLike, what: str) -> pathlib.Path:
     return local
 
 
+def resolved(path: Path) -> Path:
+    """The absolute path, without links; links that lead in a circle stay, where pathlib's own raises."""
+    return pathlib.Path(os.path.realpath(path)) if isinstance(path, pathlib.Path) else path.resolve()
+
+
 def relative(folder: Path, other: Path) -> str:
     """Path from one folder to another: relative, so that both may be moved together."""
     if isinstance(folder, pathlib.Path) and isinstance(other, pathlib.Path):
-        return os.path.relpath(other.resolve(), folder.resolve())
+        return os.path.relpath(resolved(other), resolved(folder))
     if is_remote(folder) and is_remote(other) and folder.parts[:3] == other.parts[:3]:
         return os.path.relpath("/".join(other.parts[3:]), "/".join(folder.parts[3:]))
-    return str(other.resolve())
+    return str(resolved(other))
 
 
 def follow(folder: Path, way: str) -> Path:

@@ -91,6 +91,15 @@ def test_the_holder_may_come_again_and_lets_go_at_the_end_of_the_outermost(tmp_p
     holder(tmp_path)
 
 
+def test_links_in_a_circle_are_one_sentence(tmp_path):
+    loop = tmp_path / "loop"
+    loop.symlink_to("loop")
+    assert files.resolved(loop).name == "loop"
+    assert files.resolved(tmp_path / "a" / ".." / "b") == files.resolved(tmp_path) / "b"
+    with pytest.raises(UserError, match="cannot be written"):
+        files.hold(loop)
+
+
 def test_a_folder_that_cannot_be_locked(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(
