@@ -4,7 +4,7 @@
     python tools/notebooks.py own_loss        # some
 
 Each `NAME.py` becomes `NAME.ipynb`: cells begin with `# %%`, those of text with `# %% [markdown]`. What a
-cell prints stands below it, and so do the pictures that it hands to `show`.
+cell prints stands below it, and so do the pictures that it draws with pyplot, as in Jupyter.
 """
 
 import ast
@@ -12,10 +12,12 @@ import base64
 import contextlib
 import io
 import json
+import os
 import pathlib
 import re
 import sys
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 FOLDER = pathlib.Path(__file__).resolve().parents[1] / "docs" / "notebooks"
@@ -37,15 +39,7 @@ def cells_of(text: str) -> list[Cell]:
 
 
 def execute(code: str, names: dict[str, Any]) -> list[dict[str, Any]]:
-    """Outputs of a code cell: what it prints, its pictures, and the value of an expression at its end."""
-    pictures: list[bytes] = []
-
-    def show(figure: Any) -> None:
-        data = io.BytesIO()
-        figure.savefig(data, format="png", dpi=80)
-        pictures.append(data.getvalue())
-
-    names["show"] = show
+    """Outputs of a code cell: what it prints, the value of an expression at its end, and its pictures."""
     tree = ast.parse(code)
     last = tree.body[-1] if tree.body else None
     if isinstance(last, ast.Expr):
@@ -63,15 +57,28 @@ def execute(code: str, names: dict[str, Any]) -> list[dict[str, Any]]:
     outputs: list[dict[str, Any]] = []
     if printed.getvalue():
         outputs.append({"output_type": "stream", "name": "stdout", "text": _lines(printed.getvalue())})
-    for picture in pictures:
+    for picture in _pictures():
         data = {"image/png": base64.b64encode(picture).decode("ascii")}
         outputs.append({"output_type": "display_data", "data": data, "metadata": {}})
     return outputs
 
 
+def _pictures() -> Iterator[bytes]:
+    """The figures that pyplot holds, which are closed."""
+    pyplot = sys.modules.get("matplotlib.pyplot")
+    if pyplot is None:  # no cell has drawn anything
+        return
+    for number in pyplot.get_fignums():
+        data = io.BytesIO()
+        pyplot.figure(number).savefig(data, format="png", dpi=80)
+        pyplot.close(number)
+        yield data.getvalue()
+
+
 def notebook(cells: list[Cell]) -> dict[str, Any]:
     """The cells as a notebook, executed from the first to the last in a folder of their own."""
-    made, names = [], {"__name__": "notebook"}
+    os.environ.setdefault("MPLBACKEND", "agg")
+    made, names, count = [], {"__name__": "notebook"}, 0
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         for place, (kind, text) in enumerate(cells):
             cell: dict[str, Any] = {
@@ -81,7 +88,8 @@ def notebook(cells: list[Cell]) -> dict[str, Any]:
                 "source": _lines(text),
             }
             if kind == "code":
-                cell |= {"execution_count": None, "outputs": execute(text, names)}
+                count += 1
+                cell |= {"execution_count": count, "outputs": execute(text, names)}
             made.append(cell)
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     return {"cells": made, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}

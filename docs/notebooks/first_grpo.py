@@ -32,7 +32,6 @@ run = rj.grpo(
     steps=2,
     quiet=True,
     log_completions=1,
-    out="run",
 )
 for line in run.metrics:
     if "reward" in line:
@@ -46,12 +45,16 @@ for line in run.metrics:
 # %%
 from rlhf_jax.metrics.completions import read_completions
 
-for row in read_completions("run")[2][:4]:
+for row in read_completions(run.folder)[2][:4]:
     print(f"{row['reward']:6.2f} {row['advantage']:6.2f}  {row['prompt']!r} -> {row['completion']!r}")
 
 # %% [markdown]
 # The trained policy leaves as a Hugging Face folder, or as the adapter alone.
 
 # %%
+from pathlib import Path
+
 run.policy.save("out")
-sorted(path.name for path in __import__("pathlib").Path("out").iterdir())
+run.policy.save_adapter("adapter")
+for folder in ("out", "adapter"):
+    print(folder, sorted(path.name for path in Path(folder).iterdir()))

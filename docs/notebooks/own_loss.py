@@ -41,8 +41,6 @@ tokenizer = byte_tokenizer()
 config = models.dense_config(vocab_size=tokenizer.vocab_size, width=16, num_layers=1, num_heads=2)
 policy = models.make_policy(config, models.init_params(config, jax.random.key(0)), tokenizer)
 rows = [{"prompt": f"{n}+1=?", "chosen": str(n + 1), "rejected": "no"} for n in range(8)]
-run = rj.dpo(
-    policy, rows, loss=margin_dpo_loss, batch_size=8, steps=20, learning_rate=3e-3, quiet=True, out="run"
-)
+run = rj.dpo(policy, rows, loss=margin_dpo_loss, batch_size=8, steps=20, learning_rate=3e-3, quiet=True)
 losses_seen = [line["loss"] for line in run.metrics if "loss" in line]
 print(f"loss {losses_seen[0]:.3f} at first, {losses_seen[-1]:.3f} at the end")

@@ -40,7 +40,5 @@ def digits(prompts, completions, **fields):
 rows = [{"prompt": f"{n}?"} for n in range(8)]
 shared = {"rewards": [digits], "max_new_tokens": 4}
 print(f"before {rj.evaluate(policy, rows, **shared).sampled_score:.3f}")
-run = rj.grpo(
-    policy, rows, batch_size=8, group_size=8, steps=40, learning_rate=5e-2, quiet=True, out="run", **shared
-)
+run = rj.grpo(policy, rows, batch_size=8, group_size=8, steps=40, learning_rate=5e-2, quiet=True, **shared)
 print(f"after  {rj.evaluate(run.policy, rows, **shared).sampled_score:.3f}")

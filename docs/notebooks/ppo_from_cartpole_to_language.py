@@ -23,14 +23,12 @@ print(
 )
 
 # %%
-from matplotlib.figure import Figure
+import matplotlib.pyplot as plt
 
-figure = Figure(figsize=(6, 3), layout="constrained")
-axes = figure.subplots()
+_, axes = plt.subplots(figsize=(6, 3), layout="constrained")
 axes.plot(returns.T, color="C0", alpha=0.3)
 axes.plot(returns.mean(axis=0), color="C0")
-axes.set(xlabel="update", ylabel="return of training episodes", title="PPO on CartPole-v1, four seeds")
-show(figure)
+_ = axes.set(xlabel="update", ylabel="return of training episodes", title="PPO on CartPole-v1, four seeds")
 
 # %% [markdown]
 # Then language. A completion is an episode: a token is an action, the reward comes at the last one, less a penalty for leaving the reference at each; the value
@@ -61,7 +59,6 @@ run = rj.ppo(
     learning_rate=3e-3,
     missing_eos_penalty=0.0,
     quiet=True,
-    out="run",
 )
 found = [line["reward"] for line in run.metrics if "reward" in line]
 print(f"share of digits: {found[0]:.2f} at first, {found[-1]:.2f} at the end")

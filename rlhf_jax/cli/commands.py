@@ -4,7 +4,9 @@ import ast
 import difflib
 import importlib
 import importlib.util
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -91,16 +93,24 @@ def help_text() -> str:
     lines = ["usage: rlhf COMMAND [OPTIONS]", "", "RLHF, and the reinforcement learning beneath it, in JAX."]
     for group, names in COMMANDS.items():
         lines += ["", f"{group}:"]
-        lines += [f"  {name:<16}{_summary(name)}" for name in names]
+        lines += [_wrapped(f"  {name:<16}{_summary(name)}", indent=18) for name in names]
     examples = (
         "rlhf sft --model MODEL --data rows.jsonl --out runs/sft",
-        "rlhf grpo --model runs/sft --data gsm8k.jsonl --rewards rlhf_jax.rewards.verifiers:gsm8k_reward "
-        "--out runs/grpo",
+        "rlhf grpo --model runs/sft --data gsm8k.jsonl --out runs/grpo \\\n"
+        "      --rewards rlhf_jax.rewards.verifiers:gsm8k_reward",
         "rlhf generate --model runs/grpo --prompt 'What is 2 + 2?'",
     )
     lines += ["", "Examples:", *(f"  {example}" for example in examples)]
     lines += ["", "rlhf COMMAND --help lists the options of a command."]
     return "\n".join(lines)
+
+
+def _wrapped(line: str, *, indent: int) -> str:
+    """The line over as many as a terminal needs; whole where the output has no width."""
+    if not sys.stdout.isatty():
+        return line
+    width = shutil.get_terminal_size().columns
+    return textwrap.fill(line, max(width, 2 * indent), subsequent_indent=" " * indent)
 
 
 def _summary(name: str) -> str:

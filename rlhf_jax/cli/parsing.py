@@ -1,9 +1,10 @@
 """Words of a command line to options: a YAML file below the flags, unknown options answered, help."""
 
+import contextlib
 import difflib
 import os
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -61,11 +62,11 @@ def parse(
     for word in rest:
         _answer_foreign_name(word, known)
     if config is None:
-        _ask_for_required(options_type, rest)
+        _ask_for_required(options_type, rest, known)
     command = name.removeprefix("rlhf ") if name and name.startswith("rlhf ") else None
     default = read_options(config, options_type, command) if config else tyro.MISSING_NONPROP
     try:
-        with in_one_sentence(rest, options_type, name):
+        with in_one_sentence(rest, options_type, name), _in_plain_text():
             options, unknown = tyro.cli(
                 options_type,
                 prog=name,
@@ -104,10 +105,31 @@ def _answer_foreign_name(word: str, known: Sequence[str]) -> None:
         raise UserError(f"there is no option {given}: give {ours} (--help lists them all)")
 
 
-def _ask_for_required(options_type: type[Any], words: Sequence[str]) -> None:
+@contextlib.contextmanager
+def _in_plain_text() -> Iterator[None]:
+    """Help without colours where NO_COLOR asks for it; tyro looks at the kind of terminal alone."""
+    terminal = os.environ.get("TERM")
+    if not os.environ.get("NO_COLOR") or terminal is None:
+        yield
+        return
+    os.environ["TERM"] = "dumb"
+    try:
+        yield
+    finally:
+        os.environ["TERM"] = terminal
+
+
+def _ask_for_required(options_type: type[Any], words: Sequence[str], known: Sequence[str]) -> None:
     given = {word.split("=")[0].replace("_", "-") for word in words}
     missing = [flag for flag in required_flags(options_type) if flag not in given]
     if missing and not given & {"--help", "-h"}:
+        for flag in (word.split("=")[0].replace("_", "-") for word in words):
+            if (
+                flag.startswith("--")
+                and flag not in known
+                and difflib.get_close_matches(flag, missing, n=1, cutoff=0.6)
+            ):
+                _refuse(flag, missing, ())
         raise UserError(f"{' and '.join(missing)} must be given: --help says what with")
 
 

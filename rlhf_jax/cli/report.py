@@ -28,13 +28,13 @@ class Options:
 
     Attributes:
       folders: the run folder, whose report.html is written; several to compare.
-      out: the page that compares several.
+      out: the page; None for report.html in the folder of one run, comparison.html here for several.
       watch: go on writing the page of a run under way, until Ctrl-C.
       every: seconds between two versions of it.
     """
 
     folders: tyro.conf.Positional[tuple[Path, ...]]
-    out: Path = Path("comparison.html")
+    out: Path | None = None
     watch: bool = False
     every: PositiveInt = 10
 
@@ -50,19 +50,19 @@ def run(options: Options) -> None:
     if others and options.watch:
         raise UserError("--watch follows one run: give one folder")
     if others:
-        print(write_comparison([first, *others], options.out))
+        print(write_comparison([first, *others], options.out or Path("comparison.html")))
         return
     if options.watch:
-        follow(first, options.every)
-    print(write_report(first))
+        follow(first, options.out, options.every)
+    print(write_report(first, path=options.out))
 
 
-def follow(folder: Path, every: int) -> None:
+def follow(folder: Path, path: Path | None, every: int) -> None:
     """Writes the report again and again, as a page that loads itself anew, until Ctrl-C."""
-    print(f"{write_report(folder, refresh=every)} is kept up to date; Ctrl-C ends it")
+    print(f"{write_report(folder, path=path, refresh=every)} is kept up to date; Ctrl-C ends it")
     try:
         while True:
             time.sleep(every)
-            write_report(folder, refresh=every)
+            write_report(folder, path=path, refresh=every)
     except KeyboardInterrupt:
         return  # the last version, which the caller writes, does not load itself again

@@ -10,14 +10,16 @@ from rlhf_jax.core import files
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.core.files import Path
 from rlhf_jax.metrics.curves import Curves, chart_view, find_curves, panels_of, read_curves
-from rlhf_jax.metrics.headline import display
-from rlhf_jax.metrics.plots import Curve, mean_curve
+from rlhf_jax.metrics.headline import display, format_score
+from rlhf_jax.metrics.plots import Curve, are_shares, mean_curve
 from rlhf_jax.metrics.progress import format_number
 from rlhf_jax.metrics.rendering import render
 from rlhf_jax.metrics.run_facts import flatten, read_json
 
 MOST_RUNS = 8
 """So many have a colour of their own."""
+_SHARES = ("exact_match", "score", "accuracy")
+_ABSENT = "(absent)"
 _OF_THE_FOLDER = ("run.out", "run.resume")
 _COLUMNS = {
     "held-out score": ("eval/exact_match", "exact_match", "eval/score"),
@@ -52,7 +54,8 @@ def write_comparison(folders: Sequence[str | os.PathLike[str]], path: str | os.P
     ]
     settings = [_settings(place) for place in places]
     keys = list(dict.fromkeys(key for held in settings for key in held))
-    rows = [(key, [held.get(key, "(absent)") for held in settings]) for key in keys]
+    rows = [(key, [held.get(key, _ABSENT) for held in settings]) for key in keys]
+    differing = [(key, values) for key, values in rows if len(set(values)) > 1]
     view = {
         "title": " against ".join(names),
         "columns": columns,
@@ -66,7 +69,8 @@ def write_comparison(folders: Sequence[str | os.PathLike[str]], path: str | os.P
             for place, (name, (stage, found)) in enumerate(zip(names, stages, strict=True))
         ],
         "panels": _panels(names, [found for _, found in stages]),
-        "differences": [(key, values) for key, values in rows if len(set(values)) > 1],
+        "differences": [row for row in differing if _ABSENT not in row[1]],
+        "one_sided": [row for row in differing if _ABSENT in row[1]],
         "same": [(key, values[0]) for key, values in rows if len(set(values)) == 1],
     }
     target = files.as_path(path)
@@ -102,12 +106,21 @@ def _last(metrics: Curves, names: Sequence[str]) -> str | None:
     name = next((name for name in names if name in metrics), None)
     if name is None:
         return None
-    return format_number(float(np.mean([curve.values[-1] for curve in metrics[name]])))
+    curves = metrics[name]
+    shown = format_score if name.endswith(_SHARES) and are_shares(curves) else format_number
+    return shown(float(np.mean([curve.values[-1] for curve in curves])))
+
+
+def _one_name(name: str) -> str:
+    """What stages hold in groups of different names, `data` and `prompts.data`, is one setting."""
+    group, _, last = name.partition(".")
+    return last if group in ("prompts", "pairs") else name
 
 
 def _settings(folder: Path) -> dict[str, str]:
     config = read_json(folder / "config.json", dict)
-    held = flatten(config.get("config", {})) + flatten(config.get("versions", {}))
+    held = [(_one_name(name), value) for name, value in flatten(config.get("config", {}))]
+    held += flatten(config.get("versions", {}))
     held += [(name, str(config[name])) for name in ("stage", "commit", "device") if config.get(name)]
     return {name: value for name, value in held if name not in _OF_THE_FOLDER}
 

@@ -12,7 +12,7 @@ import numpy as np
 from rlhf_jax.core import files
 from rlhf_jax.core.files import Path
 from rlhf_jax.metrics.headline import STAGE_NAMES
-from rlhf_jax.metrics.plots import Curve, curve_svg, thin_out
+from rlhf_jax.metrics.plots import Curve, are_shares, curve_svg, thin_out
 from rlhf_jax.metrics.writers import METRICS_FILE, read_metrics
 
 MOST = sys.float_info.max
@@ -117,15 +117,16 @@ def chart_view(
     """
     import markupsafe
 
+    percent = panel.percent and are_shares(curves)
     lines = []
     for place, curve in enumerate(map(thin_out, curves)):
         points = [[_short(x), _short(y)] for x, y in zip(curve.steps, curve.values, strict=True)]
         colour = {"colour": colours[place]} if colours else {}
         lines.append({"name": names[place], "points": points, **colour})
-    data = {"percent": panel.percent, "runs": bool(colours), "lines": lines}
+    data = {"percent": percent, "runs": bool(colours), "lines": lines}
     return {
         "title": panel.title,
-        "svg": markupsafe.Markup(curve_svg(curves, percent=panel.percent, colours=colours)),
+        "svg": markupsafe.Markup(curve_svg(curves, percent=percent, colours=colours)),
         "data": json.dumps(data, separators=(",", ":"), allow_nan=False),
     }
 

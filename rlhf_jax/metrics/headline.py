@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.metrics.plots import Curve, trend
+from rlhf_jax.metrics.plots import Curve, are_shares, trend
 from rlhf_jax.metrics.progress import format_number
 
 # Scores on held-out prompts, by what the headline calls them.
@@ -95,4 +95,10 @@ def _first_and_last(name: str, curves: Sequence[Curve]) -> str:
     else:
         after = float(trend(curves).values[-1])
     words = _HELD_OUT.get(name, name.replace("_", " "))
-    return f"{words} {format_number(before)} at first, {format_number(after)} at the end"
+    shown = format_score if name in _HELD_OUT and are_shares(curves) else format_number
+    return f"{words} {shown(before)} at first, {shown(after)} at the end"
+
+
+def format_score(share: float) -> str:
+    """A share as people read it: `43.8 %`."""
+    return f"{100 * share:.1f}\u00a0%"

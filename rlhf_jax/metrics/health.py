@@ -143,41 +143,41 @@ HEALTH_CHECKS = (
     HealthCheck(
         "zero_std_groups",
         "groups of equal rewards",
-        "raise group_size or temperature, choose prompts that are neither solved nor hopeless, give a "
-        "finer reward, or draw again until answers differ (dynamic_sampling_max_rounds)",
+        "raise the group size or the temperature, choose prompts that are neither solved nor hopeless, give "
+        "a finer reward, or draw again until answers differ (dynamic sampling)",
         zero_std_groups,
     ),
     HealthCheck(
         "kl_explosion",
         "KL explosion",
-        "lower the learning rate, raise kl_coef (or beta), and read the samples for a hacked reward",
+        "lower the learning rate, raise the KL coefficient (or beta), and look for a hacked reward",
         kl_explosion,
     ),
     HealthCheck(
         "entropy_collapse",
         "entropy collapse",
-        "raise epsilon_high, temperature or entropy_coef, or stop: where the score is as good as it gets, "
-        "this is how it looks",
+        "raise the upper clipping range (epsilon high), the temperature or the entropy coefficient, or stop: "
+        "where the score is as good as it gets, this is how it looks",
         entropy_collapse,
     ),
     HealthCheck(
         "length_drift",
         "length drift",
-        "read the samples; give max_new_tokens that fit, a penalty on length, or an algorithm without a "
-        "bias of length (dr_grpo)",
+        "read the samples; give a limit of new tokens that fits, a penalty on length, or an algorithm "
+        "without a bias of length (dr_grpo)",
         length_drift,
     ),
     HealthCheck(
         "sampler_mismatch",
         "sampler and trainer differ",
         "sample and score at the same temperature and dtype, update the sampler's parameters, or correct "
-        "with truncated importance sampling (importance_sampling_correction)",
+        "with truncated importance sampling",
         sampler_mismatch,
     ),
     HealthCheck(
         "clipped_ratios",
         "clipped ratios",
-        "lower the learning rate, num_iterations or num_minibatches, or widen epsilon_low and epsilon_high",
+        "lower the learning rate, take fewer iterations or minibatches, or widen the clipping range",
         clipped_ratios,
     ),
     HealthCheck(

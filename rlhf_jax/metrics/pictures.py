@@ -15,7 +15,18 @@ WIDTH = 8.3
 """Inches, of 96 pixels: what a page shows without scaling."""
 _FONT = 8.5
 FORMATS = ("svg", "png", "pdf")
-_COLOURS = ("#2768d4", "#c9541a", "#078a63", "#a83f95", "#8a6a10", "#5c6570", "#b3362b", "#1f8a8a")
+_COLOURS = (
+    "#2768d4",
+    "#c9541a",
+    "#078a63",
+    "#a83f95",
+    "#8a6a10",
+    "#5c6570",
+    "#b3362b",
+    "#1f8a8a",
+    "#5a45b5",
+    "#3d4248",
+)
 """Dark enough for small letters on white."""
 _AT_THE_EDGE = 0.9  # share of the panel's width from which on a line ends at its edge
 _BESIDE: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": _FONT}

@@ -29,6 +29,11 @@ class Curve:
     values: np.ndarray
 
 
+def are_shares(curves: Sequence[Curve]) -> bool:
+    """True if all values are between 0 and 1: a score may also be a reward, which percents would tear."""
+    return all(np.nanmin(curve.values) >= 0 and np.nanmax(curve.values) <= 1 for curve in curves)
+
+
 def curve_svg(curves: Sequence[Curve], *, percent: bool = False, colours: Sequence[str] = ()) -> str:
     """A metric over steps: each seed thin, their smoothed mean thick, its last value written at its end.
 

@@ -26,6 +26,7 @@ FITTED_METRICS = (
     "time/tokens_per_second",
 )
 """What is shown of every other stage: those that it has, in this order."""
+_NAME_WIDTH = 12
 _MOST_SHOWN = 5
 _LABELS = {"time/tokens_per_second": "tokens/s"}
 
@@ -127,9 +128,7 @@ class Progress:
 
     def _show(self, now: float, metrics: Mapping[str, Any], note: str) -> None:
         names = choose_shown(metrics) if self._shown is None else [n for n in self._shown if n in metrics]
-        live = "  ".join(
-            f"{_label(name)} {format_number(float(np.asarray(metrics[name])))}" for name in names
-        )
+        live = [f"{_label(name)} {format_number(float(np.asarray(metrics[name])))}" for name in names]
         rate = self.steps_per_second
         if self._completed >= self._total:
             when = f"done in {format_seconds(now - self._started)}"
@@ -137,13 +136,16 @@ class Progress:
             when = f"{format_seconds((self._total - self._completed) / rate)} left"
         else:
             when = "compiling"  # the second step may compile, too
-        parts = [_format_rate(rate) if rate > 0 else "", when, live, note]
-        text = "  ".join(part for part in parts if part)
+        parts = [part for part in (_format_rate(rate) if rate > 0 else "", when, *live, note) if part]
+        text = "  ".join(parts)
         if self._bar is not None and self._task is not None:
+            used = _NAME_WIDTH + _bar_width(self._console) + len(f"{self._completed}/{self._total}") + 3
+            while len(parts) > 1 and used + len(text) > self._console.width:
+                text = "  ".join(parts := parts[:-1])  # half a number would be read as another
             self._bar.update(self._task, completed=self._completed, text=text)
         else:
             share = 100 * self._completed // max(self._total, 1)
-            self.log(f"{self._stage:<12} {self._completed}/{self._total}  {share:3d} %  {text}")
+            self.log(f"{self._stage:<{_NAME_WIDTH}} {self._completed}/{self._total}  {share:3d} %  {text}")
 
 
 def choose_shown(metrics: Mapping[str, Any]) -> list[str]:
@@ -227,10 +229,16 @@ def _cell(cell: Any) -> str:
     return format_number(cell) if isinstance(cell, float) else str(cell)
 
 
+def _bar_width(console: Console) -> int:
+    return 28 if console.width >= 100 else 12
+
+
 def _make_bar(console: Console) -> RichProgress:
     return RichProgress(
-        TextColumn("[bold]{task.description:<12}", markup=True, table_column=Column(no_wrap=True)),
-        BarColumn(bar_width=28 if console.width >= 100 else 12),
+        TextColumn(
+            f"[bold]{{task.description:<{_NAME_WIDTH}}}", markup=True, table_column=Column(no_wrap=True)
+        ),
+        BarColumn(bar_width=_bar_width(console)),
         TextColumn("{task.completed:.0f}/{task.total:.0f}", table_column=Column(no_wrap=True)),
         # The only column that may shrink.
         TextColumn(

@@ -33,6 +33,7 @@ def write_report(
     *,
     interval: str = "95 % interval over seeds",
     pictures: Mapping[str, Path] = {},
+    path: str | os.PathLike[str] | None = None,
     refresh: int = 0,
 ) -> Path:
     """Writes `folder/report.html` from what the run folder holds; parts that are missing are left out.
@@ -46,6 +47,7 @@ def write_report(
       table: rows of the result table in order; intervals are computed by the caller.
       interval: what the intervals of `table` are.
       pictures: caption -> PNG or SVG, which is copied into the page.
+      path: of the page; None for `report.html` in the folder.
       refresh: seconds after which a browser loads the page again, while the run goes on; 0 for never.
     Raises:
       UserError: a file of the folder is damaged, or the report cannot be written.
@@ -55,7 +57,7 @@ def write_report(
         raise UserError(f"{folder}: no such run folder; give the folder that the run was told with --out")
     view = _view(folder, table, interval) | {"pictures": _picture_views(pictures)}
     data = render("report.html.jinja", view, refresh=refresh)
-    path = folder / REPORT_FILE
+    path = files.as_path(path) if path is not None else folder / REPORT_FILE
     with files.disk_errors(path):
         files.write_whole(path, data)
     return path

@@ -12,7 +12,8 @@ from rlhf_jax.core.files import Path
 from rlhf_jax.metrics.curves import Curves
 from rlhf_jax.metrics.headline import display
 
-# Settings that tell runs of a kind apart, by the last part of their names, as they are shown.
+# Settings that tell runs of a kind apart, as they are shown: by the last part of their names, or, where that
+# alone says too little, by the whole.
 TELLING = (
     "model",
     "data",
@@ -39,8 +40,8 @@ TELLING = (
     "temperature",
     "max_new_tokens",
     "max_length",
-    "kind",
-    "rank",
+    "adapter.kind",
+    "adapter.rank",
     "mesh",
     "seed",
 )
@@ -120,19 +121,22 @@ def _is_stage(config: Mapping[str, Any]) -> bool:
 
 def _telling(options: Mapping[str, Any]) -> dict[str, str]:
     found: dict[str, str] = {}
-    for name, value in _leaves(options):
-        if name in TELLING and value not in _NOTHING:
+    for whole, value in _leaves(options):
+        last = whole.rpartition(".")[2]
+        name = whole if whole in TELLING else last
+        if name in TELLING and value not in _NOTHING and not whole.startswith("optimizer."):
             found.setdefault(name, shown(value))
-    if "kind" not in found:
-        found.pop("rank", None)  # of an adapter that there is not
+    if found.get("adapter.kind", "none") == "none":  # its rank is of an adapter that there is not
+        found.pop("adapter.kind", None)
+        found.pop("adapter.rank", None)
     return found
 
 
-def _leaves(options: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """(last part of the name, value), those of outer groups first."""
-    own = [(name, value) for name, value in options.items() if not isinstance(value, Mapping)]
-    groups = [value for value in options.values() if isinstance(value, Mapping)]
-    return own + [pair for group in groups for pair in _leaves(group)]
+def _leaves(options: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """(dotted name, value), those of outer groups first."""
+    own = [(prefix + name, value) for name, value in options.items() if not isinstance(value, Mapping)]
+    groups = [(name, value) for name, value in options.items() if isinstance(value, Mapping)]
+    return own + [pair for name, group in groups for pair in _leaves(group, f"{prefix}{name}.")]
 
 
 def shown(value: Any) -> str:

@@ -157,3 +157,5 @@ def show_sample(options: RunOptions, tokenizer: Tokenizer, example: SupervisedEx
     if not options.quiet and distributed.is_main_process():
         print(f"First sample ({example.where}); * marks the tokens that count:")
         print(tokenizer.table(example.ids[:40].tolist(), example.mask[:40].tolist()))
+        if len(example.ids) > 40:
+            print(f"    ... and {len(example.ids) - 40} more")

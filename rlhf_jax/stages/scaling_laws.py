@@ -222,7 +222,8 @@ def draw_laws(
         for size in np.unique(params):
             (line,) = panels[0].plot(along, law(size, along))
             rows = params == size
-            panels[0].plot(tokens[rows], losses[rows], "o", markersize=3.5, color=line.get_color())
+            dots = {"markersize": 3.5, "clip_on": False, "color": line.get_color()}
+            panels[0].plot(tokens[rows], losses[rows], "o", **dots)
             lines[f"N = {size:.3g}"] = line
         panels[0].set(xscale="log", xlabel="tokens D", ylabel="loss", title="runs, and Chinchilla's law")
         name_ends(panels[0], lines)
@@ -230,9 +231,11 @@ def draw_laws(
         for one in isoflops:
             rows = list(one.runs)
             along = np.geomspace(params[rows].min(), params[rows].max(), 50)
-            (line,) = panels[1].plot(along, one(along))
-            panels[1].plot(params[rows], losses[rows], "o", markersize=3.5, color=line.get_color())
-            lines[f"C = {one.flops:.3g}"] = line
+            # One that opens downward has no size of least loss, and is no more than its dots.
+            (line,) = panels[1].plot(along, one(along), linestyle="-" if one.curvature > 0 else "")
+            dots = {"markersize": 3.5, "clip_on": False, "color": line.get_color()}
+            panels[1].plot(params[rows], losses[rows], "o", **dots)
+            lines[f"C = {one.flops:.3g} FLOPs"] = line
         if isoflops:
             panels[1].set(xscale="log", xlabel="parameters N", title="equal budgets, and their parabolas")
             name_ends(panels[1], lines)

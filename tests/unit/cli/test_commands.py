@@ -1,11 +1,17 @@
 """The commands: their help, unknown options, and what stands in tables about them."""
 
+import contextlib
 import dataclasses
 import difflib
+import fcntl
 import importlib
 import json
+import os
+import pty
+import struct
 import subprocess
 import sys
+import termios
 
 import docstring_parser
 import pytest
@@ -207,6 +213,42 @@ def ended_with(words):
     with pytest.raises(SystemExit) as ended:
         commands.main(words)
     return ended.value.code
+
+
+def test_a_misspelt_option_that_is_required_is_told_its_name():
+    options = module_of("grpo").Options
+    with pytest.raises(UserError, match="no option --modle: did you mean --model"):
+        parse(options, ["--modle", "runs/sft", "--data", "x.jsonl"], name="rlhf grpo")
+    with pytest.raises(UserError, match="--model must be given"):
+        parse(options, ["--data", "x.jsonl"], name="rlhf grpo")
+
+
+def test_in_a_terminal_help_is_as_wide_as_it_and_without_colours_on_request():
+    def in_a_terminal(words, columns, **environment):
+        ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+        code = f"from rlhf_jax.cli.commands import main; main({words})"
+        process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdout=theirs,
+            env={name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR")}
+            | {"TERM": "xterm"}
+            | environment,
+        )
+        os.close(theirs)
+        said = b""
+        with contextlib.suppress(OSError):  # which is how a terminal ends
+            while part := os.read(ours, 65536):
+                said += part
+        os.close(ours)
+        assert process.wait() == 0
+        return said.decode()
+
+    lines = in_a_terminal(["--help"], 80).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert all(any(line.startswith(f"  {name} ") for line in lines) for name in NAMES)
+    assert "\x1b[" in in_a_terminal(["eject", "--help"], 80)
+    assert "\x1b[" not in in_a_terminal(["eject", "--help"], 80, NO_COLOR="1")
 
 
 def test_diff_tells_what_differs_by_its_status_and_a_table(tmp_path, capsys, monkeypatch):

@@ -4,7 +4,7 @@ import re
 import numpy as np
 import pytest
 
-from rlhf_jax.cli import report as command
+from rlhf_jax.cli import report, report as command
 from rlhf_jax.core.errors import UserError
 from rlhf_jax.metrics import JSONLLogger, write_comparison, write_report
 
@@ -42,8 +42,8 @@ def test_results_curves_and_differences_stand_on_one_page(two, tmp_path):
     words = plain(text)
     assert "slow against fast" in words
     assert "held-out score reward KL, nats length, tokens" in words
-    assert "slow GRPO 0.5 1 1 20" in words
-    assert "fast GRPO 1 2 1 20" in words
+    assert "slow GRPO 50.0 % 1 1 20" in words
+    assert "fast GRPO 100.0 % 2 1 20" in words
     assert "learning_rate 1e-06 1e-05" in words
     assert "run.out" not in words  # where it wrote is no difference
     same = words.partition("settings are the same")[2]
@@ -54,6 +54,30 @@ def test_results_curves_and_differences_stand_on_one_page(two, tmp_path):
     assert [line["name"] for line in reward["lines"]] == ["slow", "fast"]
     assert reward["lines"][1]["points"][0] == [1, 0.2]
     assert len({line["colour"] for line in reward["lines"]}) == 2
+
+
+def test_what_only_one_run_has_is_folded_and_groups_are_looked_through(tmp_path):
+    write_run(tmp_path / "sft", 1e-5, data="a.jsonl", packing=True)
+    write_run(tmp_path / "grpo", 1e-5, prompts={"data": "a.jsonl"}, optimizer={"epsilon": 1e-8})
+    words = plain(write_comparison([tmp_path / "sft", tmp_path / "grpo"], tmp_path / "page.html").read_text())
+    folded = words.partition("settings that not every run has")[2]
+    assert "packing true (absent)" in folded
+    assert "data a.jsonl a.jsonl" not in words  # the same in both
+    assert "prompts.data" not in words
+    settings = plain(write_report(tmp_path / "grpo").read_text()).partition("Setting GRPO")[2]
+    assert "epsilon" not in settings.partition("Configuration")[0]  # Adam's, which looks like the clip's
+
+
+def test_the_command_writes_the_page_where_it_is_told(two, tmp_path, capsys):
+    one, several = tmp_path / "deep" / "one.html", tmp_path / "several.html"
+    report.run(report.Options((two[0],), out=one))
+    report.run(report.Options(two, out=several))
+    assert capsys.readouterr().out.split() == [str(one), str(several)]
+    assert "slow" in one.read_text()
+    assert not (two[0] / "report.html").exists()
+    assert "slow against fast" in plain(several.read_text())
+    report.run(report.Options((two[0],)))
+    assert (two[0] / "report.html").exists()
 
 
 def test_seeds_of_a_run_are_one_curve(tmp_path):
@@ -128,7 +152,7 @@ def test_how_it_was_run_has_what_decides_a_result(tmp_path):
         assert part in words
     assert "time in steps 1 min 30 s" in words
     settings = words.partition("Setting GRPO")[2]
-    assert "group_size 8 learning_rate 1e-06 kind lora rank 16 seed 0" in settings
+    assert "group_size 8 learning_rate 1e-06 adapter.kind lora adapter.rank 16 seed 0" in settings
     assert "kl_coef" not in settings.partition("Configuration")[0]  # None is the algorithm's own
 
 

@@ -72,7 +72,7 @@ def test_the_sentence_says_what_and_how_to_mend_it():
     said = [str(warning) for _ in range(5) for warning in monitor.see({"frac_reward_zero_std": 0.95})[0]]
     assert said == [said[0]]
     assert "in 95% of the groups" in said[0]
-    assert "raise group_size" in said[0]
+    assert "raise the group size" in said[0]
     assert len({check.advice for check in HEALTH_CHECKS}) == len(HEALTH_CHECKS)
 
 

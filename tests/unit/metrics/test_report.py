@@ -263,7 +263,14 @@ def test_the_headline_of_reinforcement_is_no_loss(tmp_path):
             held_out = {"eval/score": 0.96875, "eval/length": 8.0} if step == 4 else {}
             writer.log({name: values[step] for name, values in policy.items()} | held_out, step + 1)
     _, page = report_page(tmp_path / "b")
-    assert "GRPO: held-out score 0.4375 at first, 0.9688 at the end" in page.words
+    assert "GRPO: held-out score 43.8\u00a0% at first, 96.9\u00a0% at the end" in page.words
+    with JSONLLogger(tmp_path / "c", stage="grpo") as writer:  # a score may also be a reward
+        for step, score in enumerate((-3.0, -1.5, 2.25)):
+            writer.log({"eval/score": score}, step)
+    _, page = report_page(tmp_path / "c")
+    assert "held-out score -3 at first, 2.25 at the end" in page.words
+    chart = next(json.loads(value) for name, value in page.attributes if name == "data-chart")
+    assert not chart["percent"]
     curves = read_curves(tmp_path / "b")["grpo"]
     assert list(curves["eval/score"][0].steps) == [0, 5]
     assert find_curves(curves, ("length",)) is curves["length"]
