@@ -12,7 +12,7 @@ from rlhf_jax.models.config import (
     ModelConfig,
     RMSNorm,
 )
-from rlhf_jax.models.hf.fields import Fields
+from rlhf_jax.models.hf.fields import MOST_POSITIONS, Fields
 from rlhf_jax.models.hf.mapping import SAME, InexpressibleError, Tensor, fold, linear, norm, weight
 from rlhf_jax.models.positions import LinearScaling, Llama3Scaling, Rope, YarnScaling
 
@@ -80,10 +80,9 @@ def read_window(fields: Fields) -> int | None:
     Raises:
       UserError: none are.
     """
-    window = fields.get("sliding_window")
-    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
-        raise fields.error("sliding_window", f"is {window!r}: give a number of tokens, or null for all")
-    return window
+    if fields.get("sliding_window") is None:
+        return None
+    return fields.integer("sliding_window", most=MOST_POSITIONS)
 
 
 def _read_scaling(fields: Fields, inner: Fields) -> LinearScaling | Llama3Scaling | YarnScaling | None:
@@ -93,7 +92,7 @@ def _read_scaling(fields: Fields, inner: Fields) -> LinearScaling | Llama3Scalin
         )
         if named is not None and not (isinstance(named, int) and named > 0):
             raise fields.error("original_max_position_embeddings", "is no number of tokens")
-        return named or fields.integer("max_position_embeddings")
+        return named or fields.integer("max_position_embeddings", most=MOST_POSITIONS)
 
     match inner.get("rope_type", "type") or "default":
         case "default":

@@ -63,7 +63,7 @@ def _read(fields: Fields, router: SoftmaxRouter | SigmoidRouter) -> ModelConfig:
     dense, rms = common.read_gated(fields), common.read_norm(fields)
     attention = LatentAttention(
         num_heads=fields.integer("num_attention_heads"),
-        q_lora_rank=fields.get("q_lora_rank"),
+        q_lora_rank=None if fields.get("q_lora_rank") is None else fields.integer("q_lora_rank"),
         kv_lora_rank=fields.integer("kv_lora_rank"),
         qk_nope_head_dim=fields.integer("qk_nope_head_dim"),
         qk_rope_head_dim=fields.integer("qk_rope_head_dim"),

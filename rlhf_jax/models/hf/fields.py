@@ -5,6 +5,9 @@ from typing import Any
 
 from rlhf_jax.core.errors import UserError, shown
 
+MOST, MOST_POSITIONS = 2**20, 2**30
+"""No model has more of anything, nor more positions: what is above is a mistake, and would fill memory."""
+
 
 class Fields:
     """The fields of one config.json.
@@ -22,11 +25,13 @@ class Fields:
         """The first of these fields that is there and not null; None where none is."""
         return next((self._data[name] for name in names if self._data.get(name) is not None), None)
 
-    def integer(self, *names: str, default: int | None = None) -> int:
-        """A whole number above 0 under one of these names."""
+    def integer(self, *names: str, default: int | None = None, most: int = MOST) -> int:
+        """A whole number above 0 under one of these names, of which no model has more than `most`."""
         value = self._or_default(names, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise self.error(names[0], f"is {shown(value)}, not a whole number above 0")
+        if value > most:
+            raise self.error(names[0], f"is {shown(value)}, more than the {most:,} that a model may have")
         return value
 
     def number(self, *names: str, default: float | None = None) -> float:

@@ -132,13 +132,41 @@ def test_an_output_matrix_of_its_own_is_not_dropped(tmp_path):
     hf.load(tmp_path)
 
 
-@pytest.mark.parametrize("window", [0, -1, True, "4"])
+@pytest.mark.parametrize("window", [0, -1, True, "4", 10**18])
 def test_windows_of_no_token(tmp_path, window):
     folder = LLAMA.with_name("hf_mistral")
     for name in ("config.json", "model.safetensors"):
         shutil.copy(folder / name, tmp_path)
     _change_config(tmp_path, sliding_window=window)
     _refused(tmp_path, f"`sliding_window` is {window!r}")
+
+
+def _whole_numbers(data, way=()):
+    for name, value in data.items():
+        if isinstance(value, dict):
+            yield from _whole_numbers(value, (*way, name))
+        elif isinstance(value, int) and not isinstance(value, bool):
+            yield (*way, name)
+
+
+FOLDERS = sorted(path for path in LLAMA.parent.glob("hf_*") if (path / "model.safetensors").exists())
+
+
+@pytest.mark.parametrize("source", FOLDERS, ids=lambda path: path.name)
+def test_numbers_that_no_model_has_are_one_sentence_or_without_effect(source, tmp_path):
+    shutil.copy(source / "model.safetensors", tmp_path)
+    config = json.loads((source / "config.json").read_text())
+    for *groups, name in _whole_numbers(config):
+        changed = json.loads(json.dumps(config))
+        inner = changed
+        for group in groups:
+            inner = inner[group]
+        inner[name] = 10**18
+        (tmp_path / "config.json").write_text(json.dumps(changed))
+        try:
+            hf.load(tmp_path)
+        except UserError as error:
+            assert "\n" not in str(error)
 
 
 def test_the_older_scaling_wins_where_both_are_written(folder):
