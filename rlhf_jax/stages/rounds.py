@@ -136,7 +136,7 @@ def check_held(options: Any, run: option_groups.RunOptions) -> None:
 
 
 def why_none(options: Options, answers: Answers) -> str:
-    """What is wrong where no answer is worth training on, and how to mend it."""
+    """The reason why no answer is worth training on, and how to mend it."""
     count, finished = len(answers.prompts), np.asarray(answers.rollout.finished)
     if not finished.any():
         return f"all {count} answers were cut at --max-new-tokens: raise it, or start from a policy that ends"
