@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +14,8 @@ from rlhf_jax.metrics.headline import STAGE_NAMES
 from rlhf_jax.metrics.plots import Curve, are_shares, curve_svg, thin_out
 from rlhf_jax.metrics.writers import METRICS_FILE, read_metrics
 
-MOST = sys.float_info.max
+MOST = 1e300
+"""Numbers are drawn up to here, so that the room around them is a number, too."""
 
 Curves = Mapping[str, Sequence[Curve]]
 """Metric -> one curve a seed."""

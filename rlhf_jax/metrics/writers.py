@@ -12,13 +12,14 @@ import jax
 import numpy as np
 
 from rlhf_jax.core import files
-from rlhf_jax.core.errors import UserError
+from rlhf_jax.core.errors import UserError, shown
 from rlhf_jax.core.files import Path
 
 METRICS_FILE = "metrics.jsonl"
 SECONDS_BETWEEN_UPLOADS = 30.0
 """How long lines may wait before they are in an object store, to whose files nothing can be appended."""
 _OWN_FIELDS = ("stage", "step", "time")
+_MOST_STEPS = 2**53  # beyond which pictures and other readers of JSON count no further
 
 
 class JSONLLogger:
@@ -130,6 +131,9 @@ def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
         record = None
     if not isinstance(record, dict):
         raise UserError(f"{path}:{number}: not a JSON object; remove the line or give another run folder")
+    step = record.get("step", 0)
+    if not isinstance(step, int) or not 0 <= step < _MOST_STEPS:
+        raise UserError(f"{path}:{number}: the step is {shown(step)}, not a number of steps; mend the line")
     return record
 
 

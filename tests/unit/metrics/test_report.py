@@ -251,6 +251,12 @@ def test_a_single_stage_run_without_table_or_samples(tmp_path):
         assert part not in words
 
 
+def test_the_largest_numbers_there_are_can_be_drawn(tmp_path):
+    write_stage(tmp_path, "sft", 4, loss=np.array([1.79e308, -1.79e308, 0.0, 1.0]))
+    _, page = report_page(tmp_path)
+    assert page.tags.count("svg") == 1
+
+
 def test_the_headline_of_reinforcement_is_no_loss(tmp_path):
     steps = np.arange(5.0)
     policy = {"loss": 1e-8 * steps, "length": 20 + steps, "reward": 0.25 + 0.125 * steps}

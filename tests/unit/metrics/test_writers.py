@@ -96,6 +96,14 @@ def test_a_damaged_line_is_named_and_left_alone(tmp_path):
     assert (tmp_path / METRICS_FILE).read_bytes() == damaged
 
 
+@pytest.mark.parametrize("step", ["2", [2], {"a": 2}, -1, 1.5, 2**53, None])
+def test_a_step_that_is_no_number_of_steps_is_named(step, tmp_path):
+    line = json.dumps({"stage": "sft", "step": step, "loss": 1.0})
+    (tmp_path / METRICS_FILE).write_text(f'{{"stage": "sft", "step": 1, "loss": 1.0}}\n{line}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2: the step is .*, not a number of steps"):
+        read_metrics(tmp_path)
+
+
 def test_a_folder_without_metrics_has_no_lines(tmp_path):
     assert read_metrics(tmp_path / "nothing") == []
 
