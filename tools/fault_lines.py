@@ -195,13 +195,19 @@ class Runs:
         return json.loads(path.read_text())
 
 
-def contents(folder: pathlib.Path) -> dict[str, str]:
-    """Digest of every file of a run, but for times and its own path; of checkpoints, those of the arrays."""
+def contents(folder: pathlib.Path, source: pathlib.Path | None = None) -> dict[str, str]:
+    """Digest of every file of a run, but for times and its own path; of checkpoints, those of the arrays.
+
+    Args:
+      source: the run that the folder was copied from, whose path files may hold that were not written again.
+    """
     found = {}
     for path in sorted(folder.rglob("*")):
         place = path.relative_to(folder)
         if path.is_file() and path.name not in _UNCOMPARED and "checkpoints" not in place.parts:
-            content = path.read_bytes().replace(str(folder).encode(), b"OUT")
+            content = path.read_bytes()
+            for place_of in (folder, source or folder):
+                content = content.replace(str(place_of).encode(), b"OUT")
             if path.suffix in (".json", ".jsonl"):
                 content = _without_times(content)
             if path.suffix == ".yaml":

@@ -59,7 +59,7 @@ def disks_of_commands(world: World, rng: random.Random, scratch: pathlib.Path) -
     words = runs.words(name, out)
     code, said, _ = runs.server.run(words, below=out, at=number, how=how, lasting=lasting)
     what = f"{name}, {errno.errorcode[how]} {'from' if lasting else 'at'} change {number}, status {code}"
-    if not fits(code, said) or said.count("error: ") > 1:
+    if not fits(code, said) or said.count("\nerror: ") + said.startswith("error: ") > 1:
         return what, "unexplained", said
     return went_on(runs, name, out, what)
 
@@ -109,7 +109,7 @@ def files_of_commands(world: World, rng: random.Random, scratch: pathlib.Path) -
         return what, "unexplained", said
     if code != 0 or "warning: " in said:
         return what, "right", said
-    found = contents(out)
+    found = contents(out, source)
     damaged, expected = str(path.relative_to(out)), runs.notes(name)["files"].items()
     # Of a step's files, those of the step are the damaged ones.
     changed = [

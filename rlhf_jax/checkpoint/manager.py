@@ -17,6 +17,7 @@ import os
 import pathlib
 import re
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -123,6 +124,8 @@ class CheckpointManager:
             draft = drafts.begin(self._folder, step)
         with self._attributed(step, draft):
             shared = draft.is_local or jax.process_count() == 1
+            for name in ("absl", "asyncio"):
+                logging.getLogger(name).addFilter(_is_not_raised_here)
             checkpointer = arrays.start_writing(draft.place, arrays.to_storage(state), shared=shared)
         self._pending = _in_thread(self._finish, manifest, draft, checkpointer)
         if wait:
@@ -299,6 +302,13 @@ def _in_thread(function: Callable[..., None], *args: Any) -> concurrent.futures.
     future = executor.submit(function, *args)
     executor.shutdown(wait=False)
     return future
+
+
+def _is_not_raised_here(record: logging.LogRecord) -> bool:
+    """False of what threads and futures of Orbax's log of an error that the end of the save raises."""
+    error = record.exc_info[1] if record.exc_info else None
+    frames = traceback.extract_tb(error.__traceback__) if error is not None else ()
+    return not any(f"{os.sep}orbax{os.sep}" in frame.filename for frame in frames)
 
 
 @contextlib.contextmanager

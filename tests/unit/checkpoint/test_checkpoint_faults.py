@@ -3,11 +3,13 @@
 import errno
 import hashlib
 import json
+import logging
 import os
 import random
 import resource
 import shutil
 import stat
+import sys
 from pathlib import Path
 
 import jax
@@ -392,3 +394,15 @@ def test_a_failed_save_does_not_hide_what_broke_the_loop(damaged, monkeypatch):
         loop()
     assert len(warnings) == 1
     assert "step 30 could not be saved" in warnings[0]
+
+
+def test_what_orbax_logs_of_an_error_that_is_raised_anyway_is_not_news():
+    def record(filename):
+        try:
+            exec(compile("raise OSError(28, 'No space left on device')", filename, "exec"))
+        except OSError:
+            return logging.LogRecord("absl", logging.ERROR, "x.py", 1, "failed", (), sys.exc_info())
+
+    assert manager._is_not_raised_here(record("/lib/mine.py"))
+    assert not manager._is_not_raised_here(record("/lib/orbax/checkpoint/futures.py"))
+    assert manager._is_not_raised_here(logging.LogRecord("absl", logging.INFO, "x.py", 1, "m", (), None))
